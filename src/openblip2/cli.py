@@ -1,0 +1,166 @@
+"""The command line. Nothing heavy is imported before a command runs, so that `--help` answers at once.
+
+Exit codes: 0 done, 2 something handed in cannot be used (one line says what), 130 interrupted.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openblip2.errors import UserError
+
+app = typer.Typer(
+    help="Give any language model eyes: BLIP-2, both stages, any image encoder, any language model.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Run = Annotated[Path, typer.Argument(help="A finished run: the folder that `train` or `demo` wrote.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="section.field=value; may be given many times.", metavar="NAME=VALUE"),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for runs, metrics.json and report.html.")],
+    corpus: Annotated[str, typer.Option(help="scenes (drawn here) or stamps (Tux Paint's, if installed).")] = "scenes",
+    seed: Annotated[int, typer.Option(min=0, help="Of the scenes and of training.")] = 0,
+) -> None:
+    """Train both stages on small real models and score them on pictures they have never seen (about 15 minutes)."""
+    if corpus not in ("scenes", "stamps"):
+        raise UserError(f"unknown corpus {corpus!r}: it must be scenes or stamps")
+    from openblip2.demo import Plan, run_demo
+    from openblip2.train.progress import Progress
+
+    with _interruptible(out):
+        run_demo(out, Plan(corpus, seed), Progress())  # pyright: ignore[reportArgumentType]
+    typer.echo(f"report: {out / 'report.html'}\nmetrics: {out / 'metrics.json'}")
+
+
+@app.command()
+def train(
+    stage: Annotated[str, typer.Argument(help="stage1 or stage2.")],
+    data: Annotated[Path, typer.Option(help="A folder, .jsonl or .csv of pictures with captions.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    preset: Annotated[str, typer.Option(help="Whole settings to begin with.")] = "laptop",
+    start: Annotated[Path | None, typer.Option(help="stage2: the stage-1 run to start from.")] = None,
+    changes: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+) -> None:
+    """Train one stage: `openblip2 train stage1 --data pictures/ --out runs/stage1`."""
+    from openblip2.config import change
+    from openblip2.presets import PRESETS
+    from openblip2.presets import preset as find
+
+    if stage not in PRESETS:
+        raise UserError(f"unknown stage {stage!r}: it must be stage1 or stage2")
+    settings = change(find(stage, preset), _changes(changes or []))
+    settings = change(settings, {"data.source": str(data)} | ({"start": str(start)} if start else {}))
+    from openblip2.data.records import read_records
+    from openblip2.train.progress import Progress
+    from openblip2.train.recipes import train as run_training
+
+    progress = Progress()
+    records, skipped = read_records(data)
+    for line in skipped:
+        progress.say(f"skipped: {line}")
+    with _interruptible(out):
+        run_training(settings, records, out, progress, resume)
+    typer.echo(str(out))
+
+
+@app.command()
+def caption(
+    run: Run,
+    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    prompt: Annotated[str | None, typer.Option(help="How the caption shall begin, or what is asked for.")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="1 = greedy.")] = 5,
+) -> None:
+    """Describe pictures: one line each, `path<TAB>caption`."""
+    from dataclasses import replace
+
+    from openblip2.load import CAPTION
+
+    model = _stage2(run)
+    for image, text in zip(images, model.caption(images, prompt, replace(CAPTION, beams=beams)), strict=True):
+        typer.echo(f"{image}\t{text}")
+
+
+@app.command()
+def answer(
+    run: Run,
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="A question about it.")],
+) -> None:
+    """Answer a question about a picture."""
+    typer.echo(_stage2(run).answer([image], [question])[0])
+
+
+@app.command()
+def rank(
+    run: Run,
+    text: Annotated[str, typer.Argument(help="What to look for.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+) -> None:
+    """Order pictures by how well they fit a text, the best first: `similarity<TAB>path`."""
+    from openblip2.load import Matcher, load
+
+    model = load(run)
+    if not isinstance(model, Matcher):
+        raise UserError(f"{run} is a stage-2 run; rank needs a stage-1 run")
+    scores = model.similarity(images, [text])[:, 0].tolist()
+    for score, image in sorted(zip(scores, images, strict=True), key=lambda pair: -pair[0]):
+        typer.echo(f"{score:.3f}\t{image}")
+
+
+@contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(
+            f"openblip2: interrupted; what was finished is in {out}, training goes on with --resume",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+
+
+def _stage2(run: Path) -> Any:
+    from openblip2.load import Captioner, load
+
+    model = load(run)
+    if not isinstance(model, Captioner):
+        raise UserError(f"{run} is a stage-1 run, which cannot write text; give a stage-2 run")
+    return model
+
+
+def _changes(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(f"--set {pair!r}: write it as section.field=value, for example optim.lr=2e-4")
+    return dict(pair.split("=", 1) for pair in pairs)  # pyright: ignore[reportReturnType]
+
+
+def main() -> None:
+    """The `openblip2` command: what a user handed in wrongly becomes one line and exit code 2."""
+    import warnings
+
+    # A bomb-sized picture is refused by its header; Pillow's own warning would only stand before that line.
+    warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
+    try:
+        app()
+    except UserError as error:
+        print(f"openblip2: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

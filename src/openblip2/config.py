@@ -1,0 +1,176 @@
+"""Every setting of a run: frozen, typed, strict. The defaults are the paper's (sections 3.4 and appendix).
+
+One way to change a setting, in Python or on the command line: `change(config, {"optim.lr": 2e-4})`, which is what
+`--set optim.lr=2e-4` does. Modules never see these classes; the builder hands them plain arguments.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, is_dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from openblip2.errors import UserError
+
+STRICT = ConfigDict(extra="forbid", frozen=True)
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(config=STRICT)
+class VisionSettings:
+    """The frozen image encoder (paper 3.4: ViT-L/14 of CLIP or ViT-g/14 of EVA-CLIP, second-to-last layer)."""
+
+    name: str = "openai/clip-vit-large-patch14"  # hub name, directory, or wheel:dinov2-small
+    layer: int = -2
+    image_size: Count = 224
+    whiten: bool = False  # ours: features whitened by statistics of the training pictures (model/whitening.py)
+
+
+@dataclass(config=STRICT)
+class QFormerSettings:
+    """The Q-Former (paper 3.1); its sizes and its tokenizer are those of the BERT it starts from."""
+
+    start: str = "google-bert/bert-base-uncased"  # any BERT-family checkpoint: hub name, directory, or wheel
+    queries: Count = 32
+    cross_every: Count = 2
+    dropout: Share = 0.1
+
+
+@dataclass(config=STRICT)
+class Stage1Settings:
+    """The objectives of stage 1 (paper 3.1)."""
+
+    shared_width: Count = 256
+    temperature: Positive = 0.07
+    label_smoothing: Share = 0.1
+    one_sided: bool = False  # the authors' code: gathered features carry no gradient
+    matching_from: Natural = 0  # ours: ITM joins after so many steps; it learns nothing before ITC has (0 = paper)
+
+
+@dataclass(config=STRICT)
+class LanguageSettings:
+    """The frozen language model of stage 2 (paper 3.2) and what stands around the soft prompt."""
+
+    name: str = "facebook/opt-2.7b"  # hub name, directory, or wheel:smollm2-135m-instruct
+    template: str = "{image}{bos}{prompt}"  # or "chat": the tokenizer's own chat template
+    end: str | None = None  # what ends a caption; None = the tokenizer's end token
+    prompts: tuple[str, ...] = ("",)  # one is drawn for each training caption
+    question: str = "Question: {} Answer:"  # how a question is asked; {} is the question
+
+
+@dataclass(config=STRICT)
+class OptimSettings:
+    """AdamW with linear warm-up and a cosine per step (paper 3.4)."""
+
+    lr: Positive = 1e-4
+    min_lr: NonNegative = 1e-5
+    warmup: Natural = 2000  # steps
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    weight_decay: NonNegative = 0.05
+    clip: NonNegative = 0.0  # largest gradient norm; 0 = no clipping, as in the paper
+
+
+@dataclass(config=STRICT)
+class TrainSettings:
+    """How long, how much at once, how often to look."""
+
+    steps: Count = 250_000
+    batch: Count = 1680
+    accumulate: Count = 1  # batches to one step; ITC's negatives stay within one batch
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
+    seed: Natural = 0
+    validate_every: Natural = 1000  # steps; 0 = only at the end
+    checkpoint_every: Natural = 1000  # steps; 0 = only at the end
+
+
+@dataclass(config=STRICT)
+class DataSettings:
+    """Pictures and captions."""
+
+    source: str = ""  # a folder, .jsonl or .csv; `--data` sets it
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02  # share of the pictures kept for validation
+    most_held_out: Count = 500  # and never more pictures than this
+    augment: bool = True  # random crop and flip each step; False: frozen features are computed once and reused
+    max_tokens: Annotated[int, Field(ge=4)] = 32  # of the Q-Former's text; longer captions are cut, counted, named
+
+
+@dataclass(config=STRICT)
+class RunSettings:
+    """A whole run. `start` (stage 2) is the stage-1 run to start from; without it the paper warns of collapse."""
+
+    stage: Literal["stage1", "stage2"] = "stage1"
+    vision: VisionSettings = VisionSettings()
+    qformer: QFormerSettings = QFormerSettings()
+    stage1: Stage1Settings = Stage1Settings()
+    language: LanguageSettings = LanguageSettings()
+    optim: OptimSettings = OptimSettings()
+    train: TrainSettings = TrainSettings()
+    data: DataSettings = DataSettings()
+    start: str | None = None
+    warm_start: bool = False  # ours: closed-form start of the projection (train/warm_start.py); stage 2 only
+
+
+def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
+    """The same settings with some changed, by dotted name; text values are read as their field's type.
+
+    Raises:
+        UserError: an unknown name (the nearest known one is suggested) or a value its field cannot hold.
+    """
+    values = asdict(config)
+    known = sorted(_names(RunSettings))
+    for name, value in changes.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(known)}"
+            raise UserError(f"unknown setting {name!r}: {hint}")
+        *sections, field = name.split(".")
+        target = values
+        for section in sections:
+            target = target[section]
+        target[field] = _read(value)
+    return from_dict(values)
+
+
+def from_dict(values: Mapping[str, Any]) -> RunSettings:
+    """Settings from plain values, as `to_dict` or a run's `config.json` gives them.
+
+    Raises:
+        UserError: a missing, unknown or unfitting value, named.
+    """
+    try:
+        return TypeAdapter(RunSettings).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"setting {name}={first['input']!r}: {first['msg'].lower()}") from error
+
+
+def to_dict(config: RunSettings) -> dict[str, Any]:
+    """Plain values, ready for JSON."""
+    return asdict(config)
+
+
+def _names(section: Any, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for field in fields(section):
+        name = prefix + field.name
+        inner = field.default
+        names += _names(inner, name + ".") if is_dataclass(inner) else [name]
+    return names
+
+
+def _read(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value

@@ -1,0 +1,225 @@
+"""The little language of the drawn scenes: sentences and questions about them, and a reader of sentences.
+
+A scene is of one of three kinds, and every caption of it names every object with its colour:
+
+    one     "a small red cat in the top left corner"
+    group   "three blue buses"
+    pair    "a red cat to the left of a blue bus", which is "a blue bus to the right of a red cat"
+
+What a scene truly shows is its `Facts`: `sentences` says it, `judge` holds a generated caption to it.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal, TypedDict
+
+from openblip2.data.records import Question
+from openblip2.data.text import clean_caption
+from openblip2.data.vocabulary import COLOURS, NOUNS, NUMBERS, OPPOSITE, PLACES, SIZES, plural, with_article
+
+
+class Thing(TypedDict):
+    """The objects of one noun in a scene. `size` and `place` are None where nothing is said about them."""
+
+    noun: str
+    colour: str
+    size: str | None
+    place: str | None
+    number: int
+
+
+class Facts(TypedDict):
+    """What a scene shows, fit for JSON. Of a pair, the first object stands in `relation` to the second."""
+
+    kind: Literal["one", "group", "pair"]
+    objects: list[Thing]
+    relation: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What of a caption is true; see `judge`."""
+
+    objects: bool
+    attributes: bool
+    relation: bool | None
+
+
+def sentences(facts: Facts) -> list[str]:
+    """Every caption the grammar has for a scene, each true and naming each object, the fullest first."""
+    first, *others = facts["objects"]
+    if facts["kind"] == "group":
+        some = f"{NUMBERS[first['number'] - 1]} {first['colour']} {plural(first['noun'])}"
+        return [some, f"there are {some}"]
+    if others:
+        a, b, relation = _bare(first), _bare(others[0]), str(facts["relation"])
+        return [f"{a} {relation} {b}", f"{b} {OPPOSITE[relation]} {a}", f"{a} and {b}", f"{b} and {a}"]
+    bare, place = _bare(first), first["place"] or ""
+    sized = with_article(f"{first['size'] or ''} {first['colour']} {first['noun']}".strip())
+    every = [
+        f"{sized} {place}".strip(),
+        bare,
+        sized,
+        f"{bare} {place}".strip(),
+        f"there is {bare}",
+        f"the {first['noun']} is {first['colour']}",
+    ]
+    return list(dict.fromkeys(every))
+
+
+def captions(facts: Facts, random: Random) -> tuple[str, ...]:
+    """Two to four of the `sentences`: always the first two (the fullest; its mirror or the barest)."""
+    first, second, *more = sentences(facts)
+    return (first, second, *random.sample(more, random.randint(0, min(2, len(more)))))
+
+
+def questions(facts: Facts, random: Random, colours: Callable[[str], Sequence[str]]) -> tuple[Question, ...]:
+    """Four or five questions about a scene, in a fixed order of forms.
+
+    The answer to a yes/no question is drawn. What the question then names could as well have been there, any
+    noun and one of `colours(noun)`, so that no answer shows from the question alone.
+    """
+    asked = {"one": _about_one, "group": _about_group, "pair": _about_pair}[facts["kind"]](facts, random)
+    thing = random.choice(facts["objects"])
+    return (*asked, _is_there(facts, random), _is_coloured(thing, random, colours))
+
+
+def _about_one(facts: Facts, random: Random) -> list[Question]:
+    (thing,) = facts["objects"]
+    asked = [
+        Question(f"what color is the {thing['noun']}?", thing["colour"], "open"),
+        Question("what object is in the picture?", thing["noun"], "open"),
+    ]
+    if random.random() < 1 / 4:  # so that "one" is not more often right than "two", "three" or "four"
+        asked.append(Question(f"how many {plural(thing['noun'])} are there?", NUMBERS[0], "number"))
+    return asked
+
+
+def _about_group(facts: Facts, random: Random) -> list[Question]:
+    (thing,) = facts["objects"]
+    many = plural(thing["noun"])
+    asked = [
+        Question(f"what color are the {many}?", thing["colour"], "open"),
+        Question("what objects are in the picture?", many, "open"),
+        Question(f"how many {many} are there?", NUMBERS[thing["number"] - 1], "number"),
+    ]
+    return asked
+
+
+def _about_pair(facts: Facts, random: Random) -> list[Question]:
+    first, second = facts["objects"]
+    relation = str(facts["relation"])
+    if random.random() < 0.5:
+        first, second, relation = second, first, OPPOSITE[relation]
+    true = random.random() < 0.5
+    stated = relation if true else OPPOSITE[relation]
+    return [
+        Question(f"what color is the {first['noun']}?", first["colour"], "open"),
+        Question(f"what is {relation} the {second['noun']}?", first["noun"], "open"),
+        Question(f"is the {first['noun']} {stated} the {second['noun']}?", _yes(true), "yes/no"),
+    ]
+
+
+def _is_there(facts: Facts, random: Random) -> Question:
+    here = [thing["noun"] for thing in facts["objects"]]
+    true = random.random() < 0.5
+    noun = random.choice(here if true else [noun for noun in NOUNS if noun not in here])
+    return Question(f"is there {with_article(noun)}?", _yes(true), "yes/no")
+
+
+def _is_coloured(thing: Thing, random: Random, colours: Callable[[str], Sequence[str]]) -> Question:
+    true = random.random() < 0.5
+    others = [colour for colour in colours(thing["noun"]) if colour != thing["colour"]]
+    colour = thing["colour"] if true else random.choice(others)
+    subject = f"is the {thing['noun']}" if thing["number"] == 1 else f"are the {plural(thing['noun'])}"
+    return Question(f"{subject} {colour}?", _yes(true), "yes/no")
+
+
+def _yes(true: bool) -> str:
+    return "yes" if true else "no"
+
+
+def _bare(thing: Thing) -> str:
+    return with_article(f"{thing['colour']} {thing['noun']}")
+
+
+def _any_of(words: Iterable[str]) -> str:
+    # The longest first: an alternative that begins another would hide it.
+    return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+
+
+_FORMS = {noun: noun for noun in NOUNS} | {plural(noun): noun for noun in NOUNS}
+_PHRASE = re.compile(
+    rf"(?:(?P<count>a|an|the|{_any_of(NUMBERS)}) )?(?P<looks>(?:(?:{_any_of((*SIZES, *COLOURS))}) )*)"
+    rf"(?P<noun>{_any_of(_FORMS)})(?: (?:is|are) (?P<colour>{_any_of(COLOURS)}))?"
+    rf"(?: (?:(?:is|are) )?(?P<place>{_any_of(PLACES)}))?"
+)
+_LINK = re.compile(rf" (?:and|(?:(?:is|are) )?(?P<relation>{_any_of(OPPOSITE)})) ")
+_OPENING = re.compile(r"there (?:is|are) ")
+
+
+def judge(caption: str, facts: Mapping[str, Any]) -> Judgement:
+    """What of `caption` is true of the scene with these `Facts`.
+
+    - `objects`: the nouns of the scene are named, each once, and nothing else is.
+    - `attributes`: also, each has its colour and its number, and no size or place is stated that is not so.
+    - `relation`: the relation stated is the true one; None if none is stated.
+
+    Words may stand in any order the grammar has ("the cat is red", "a big red cat", "a red big cat"). A
+    caption with anything else in it, or cut short, is false altogether.
+    """
+    read = _read(caption)
+    if read is None:
+        return Judgement(objects=False, attributes=False, relation=None)
+    phrases, relations = read
+    nouns = [_FORMS[phrase["noun"]] for phrase in phrases]
+    things: dict[str, Thing] = {thing["noun"]: thing for thing in facts["objects"]}
+    objects = sorted(nouns) == sorted(things)
+    attributes = objects and all(
+        _fits(phrase, things[noun]) for phrase, noun in zip(phrases, nouns, strict=True)
+    )
+    stated = [
+        relation if [left, right] == list(things) else OPPOSITE[relation]
+        for left, relation, right in zip(nouns, relations, nouns[1:], strict=False)
+        if relation is not None
+    ]
+    true = objects and all(relation == facts["relation"] for relation in stated)
+    return Judgement(objects, attributes, relation=true if stated else None)
+
+
+def _read(caption: str) -> tuple[list[re.Match[str]], list[str | None]] | None:
+    """The noun phrases of a caption and what relates them (None for "and"); None if it is no sentence."""
+    text = clean_caption(caption)
+    opening = _OPENING.match(text)
+    at = opening.end() if opening else 0
+    phrases: list[re.Match[str]] = []
+    relations: list[str | None] = []
+    while phrase := _PHRASE.match(text, at):
+        phrases.append(phrase)
+        if phrase.end() == len(text):
+            return phrases, relations
+        link = _LINK.match(text, phrase.end())
+        if link is None:
+            return None
+        relations.append(link["relation"])
+        at = link.end()
+    return None
+
+
+def _fits(phrase: re.Match[str], thing: Thing) -> bool:
+    """Colour and number are stated and right, size and place are right or not stated."""
+    looks = phrase["looks"].split()
+    colours = {look for look in [*looks, phrase["colour"]] if look in COLOURS}
+    sizes = {look for look in looks if look in SIZES}
+    if phrase["count"] in NUMBERS:
+        number = NUMBERS.index(phrase["count"]) + 1
+    else:  # "a cat", "the cat", "cat" are one; how many "the cats" are is not said
+        number = 1 if phrase["noun"] in NOUNS else None
+    return (
+        colours == {thing["colour"]}
+        and number == thing["number"]
+        and sizes <= {thing["size"]}
+        and phrase["place"] in (None, thing["place"])
+    )

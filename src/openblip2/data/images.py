@@ -1,0 +1,230 @@
+"""Pictures of any kind to pixels: opened with limits, turned upright, put on white, resized or cropped.
+
+S  image side in px      B  images
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from openblip2.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Picture = str | Path | Image.Image | np.ndarray[Any, Any]
+
+# A file is judged by its header before anything is decoded: a few kilobytes can unfold to gigabytes.
+MAX_PIXELS = 64 * 2**20
+MAX_BYTES = 64 * 2**20
+
+# What pictures of a data set come in. Pillow reads more (documents, scientific formats, PostScript through an
+# outside program), none of which should be run on a file from the web.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+
+_ORIENTATION = 0x0112  # the EXIF tag; its values and the turn that sets each upright:
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# The paper's training transform: torchvision's RandomResizedCrop(scale=(0.5, 1)) with its other defaults.
+CROP_AREA = (0.5, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_TRIES = 10
+
+
+def open_picture(picture: Picture) -> Image.Image:
+    """`picture` as an upright RGB image of 8 bits a channel, of its own size.
+
+    Takes a path, a PIL image (left as it is), or an array: `[H, W]` gray, `[H, W, 1]`, `[H, W, 3]` RGB or
+    `[H, W, 4]` RGBA, of uint8 in 0..255 or of floats in [0, 1]. Transparency is composited on white, the EXIF
+    orientation applied, 16 bits scaled to 8; of an animation the first frame is taken.
+
+    Raises:
+        UserError: the file is missing, empty, larger than `MAX_BYTES`, truncated or not a picture; there are
+            more than `MAX_PIXELS` pixels; the array is of another shape or type.
+    """
+    return _opened(picture, at_least=None)
+
+
+def to_pixels(pictures: Sequence[Picture], size: int) -> torch.Tensor:
+    """The pictures as an encoder takes them, uint8 `[B, 3, S, S]` in 0..255.
+
+    Each is resized to S x S px, bicubic, its aspect not kept, as the paper evaluates. A JPEG is decoded at a
+    fraction of its size where that leaves at least 2S px in both directions.
+
+    Raises:
+        UserError: as `open_picture`.
+    """
+    import torch
+
+    arrays = [_resized(_opened(picture, at_least=2 * size), size) for picture in pictures]
+    stacked = np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
+
+
+def augment(picture: Picture, size: int, generator: torch.Generator) -> torch.Tensor:
+    """The paper's training transform of one picture, uint8 `[3, S, S]` in 0..255.
+
+    A random crop of 0.5 to 1.0 of its area and of ratio 3/4 to 4/3, resized to S x S px (bicubic), mirrored
+    in half of the cases. The same state of `generator` gives the same pixels.
+
+    Raises:
+        UserError: as `open_picture`.
+    """
+    import torch
+
+    image = _opened(picture, at_least=3 * size)
+    image = image.crop(random_crop(image.width, image.height, generator))
+    if torch.rand((), generator=generator).item() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(_resized(image, size)).permute(2, 0, 1).contiguous()
+
+
+def random_crop(width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """A random box (left, top, right, bottom) in px: `CROP_AREA` of the picture's area, of `CROP_RATIO`.
+
+    Where ten tries give none that fits (a very long picture), the largest central box of an allowed ratio.
+    Source: torchvision's `RandomResizedCrop.get_params`.
+    """
+    import torch
+
+    for _ in range(CROP_TRIES):
+        area, ratio, across, down = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+        area = width * height * (CROP_AREA[0] + area * (CROP_AREA[1] - CROP_AREA[0]))
+        ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** ratio  # uniform in its logarithm
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = width, height
+    if width / height < CROP_RATIO[0]:
+        h = round(width / CROP_RATIO[0])
+    elif width / height > CROP_RATIO[1]:
+        w = round(height * CROP_RATIO[1])
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _resized(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
+    """uint8 `[S, S, 3]`."""
+    # reducing_gap: a picture of more than 4S px is first averaged over whole blocks, which is much quicker.
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0))
+
+
+def _opened(picture: Picture, at_least: int | None) -> Image.Image:
+    """`open_picture`, at a fraction of its size if that is quicker and leaves `at_least` px both ways."""
+    if isinstance(picture, str | Path):
+        return _from_file(Path(picture), at_least)
+    if isinstance(picture, Image.Image):
+        name = str(picture.filename) if isinstance(picture, ImageFile.ImageFile) else "a PIL image"
+        _check_pixels(picture.width, picture.height, name)
+        return _decoded(picture, name)
+    if isinstance(picture, np.ndarray):
+        return _from_array(picture)
+    raise UserError(
+        f"a {type(picture).__name__} is not a picture; a path, a PIL image or a NumPy array [H, W, 3]"
+    )
+
+
+def _from_file(path: Path, at_least: int | None) -> Image.Image:
+    try:
+        if not path.is_file():
+            what = "is not a file" if path.exists() else "does not exist"
+            raise UserError(f"{path}: {what}; the path of a picture")
+        bytes_ = path.stat().st_size
+        if bytes_ == 0:
+            raise UserError(f"{path}: is empty (0 bytes); a picture file")
+        if bytes_ > MAX_BYTES:
+            raise UserError(f"{path}: has {bytes_:,} bytes; a picture file of at most {MAX_BYTES:,}")
+        with path.open("rb") as file:
+            return _from_stream(file, path, at_least)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); the path of a picture") from error
+
+
+def _from_stream(file: Any, path: Path, at_least: int | None) -> Image.Image:
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"{path}: has too many pixels; a picture of at most {MAX_PIXELS:,}") from error
+    except Exception as error:  # Pillow's header readers raise whatever their parsing trips over
+        raise UserError(f"{path}: is not a picture that can be read; {', '.join(FORMATS)}") from error
+    _check_pixels(image.width, image.height, str(path))
+    if at_least is not None:
+        image.draft(None, (at_least, at_least))
+    return _decoded(image, str(path))
+
+
+def _check_pixels(width: int, height: int, name: str) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UserError(f"{name}: has {width} x {height} pixels; a picture of 1 to {MAX_PIXELS:,} pixels")
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    """A new image of mode RGB, upright, that carries no metadata which a second look could apply again."""
+    try:
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        image = _rgb(image, name)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise whatever their parsing trips over
+        raise UserError(f"{name}: is truncated or broken ({error}); a whole picture") from error
+    if turn is not None:
+        image = image.transpose(turn)
+    image.info.clear()
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken metadata (Pillow: anything) in a sound picture: shown as it lies
+        return 1
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode.startswith("I"):  # gray of 16 bits, in Pillow's modes of 16 or 32
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(f"{name}: has gray values outside 0..65535; a picture of 8 or 16 bits")
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    elif image.mode == "F":
+        image = Image.fromarray(_to_bytes(np.asarray(image), name))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
+    name = f"an array of {array.dtype}, {list(array.shape)}"
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
+        raise UserError(f"{name}: is not a picture; [H, W] or [H, W, 3], the channels last")
+    _check_pixels(array.shape[1], array.shape[0], name)
+    if np.issubdtype(array.dtype, np.floating):
+        array = _to_bytes(array, name)
+    elif array.dtype != np.uint8:
+        raise UserError(f"{name}: is of a type no picture has; uint8 in 0..255 or floats in [0, 1]")
+    return _rgb(Image.fromarray(np.ascontiguousarray(array)), name)
+
+
+def _to_bytes(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    if not (values.min() >= 0 and values.max() <= 1):  # so written, NaN is refused too
+        raise UserError(f"{name}: has values outside [0, 1]; floats in [0, 1], or uint8 in 0..255")
+    return np.rint(values.astype(np.float32) * 255).astype(np.uint8)

@@ -1,0 +1,211 @@
+"""Pictures with their captions and questions: the one form in which data of any source enters the project.
+
+Four sources are read:
+
+- a folder with `records.jsonl` (what `write_records` writes);
+- a `.jsonl` file, one object a line: `{"image": "cat.jpg", "caption": "a cat"}`, or `"captions": [...]`, and
+  optionally `"id"`, `"facts"`, `"questions": [{"text": ..., "answer": ..., "kind": ...}]`;
+- a `.csv` or `.tsv` file whose first line names the columns `image` and `caption`;
+- a folder of pictures, in sub-folders or not, each with a `.txt` of the same name, one caption a line.
+
+Image paths are relative to the file's folder and stay inside it. Rows of one image (of one id, where ids are
+given) become one record with all their captions. A row that cannot be used is skipped and named, never fatal
+and never silent.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from openblip2.data.rows import ACCEPTED, RECORDS, read_rows
+from openblip2.data.text import clean_caption
+from openblip2.errors import UserError
+
+QUESTION_KINDS = ("open", "yes/no", "number")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question about one picture. `kind` is one of `QUESTION_KINDS`."""
+
+    text: str
+    answer: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One picture and what is known about it. `facts`: what a drawn scene truly shows, for exact scoring."""
+
+    id: str
+    image: Path
+    captions: tuple[str, ...]
+    questions: tuple[Question, ...] = ()
+    facts: dict[str, Any] | None = None
+
+
+def read_records(source: Path) -> tuple[list[Record], list[str]]:
+    """The records of `source` in its order, and one line "where: what; what would be right" per skipped row.
+
+    Pictures are looked for, not opened: a broken one shows when it is decoded. Captions stay as written.
+
+    Raises:
+        UserError: `source` does not exist, is none of the sources named above, or has no usable row at all.
+    """
+    source = Path(source)
+    root = source if source.is_dir() else source.parent
+    records: dict[str, Record] = {}
+    skipped: list[str] = []
+    try:
+        for where, row in read_rows(source):
+            if isinstance(row, UserError):
+                skipped.append(f"{where}: {row}")
+                continue
+            try:
+                _add(_record(row, root), records)
+            except UserError as problem:
+                skipped.append(f"{where}: {problem}")
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or source}: cannot be read ({error.strerror}); give {ACCEPTED}"
+        ) from error
+    if not records:
+        why = (
+            f"{len(skipped)} rows cannot be used; the first: {skipped[0]}" if skipped else f"give {ACCEPTED}"
+        )
+        raise UserError(f"{source}: holds no picture with a caption; {why}")
+    return list(records.values()), skipped
+
+
+def write_records(records: Sequence[Record], folder: Path) -> None:
+    """Write `folder/records.jsonl`, whole or not at all, with image paths relative to `folder`.
+
+    Raises:
+        UserError: an image lies outside `folder`, where `read_records` would refuse it.
+    """
+    folder = Path(folder)
+    lines = [json.dumps(_row(record, folder), ensure_ascii=False) + "\n" for record in records]
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{RECORDS}.{os.getpid()}"
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(folder / RECORDS)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _row(record: Record, folder: Path) -> dict[str, Any]:
+    """`record` as the JSON object that `read_records` takes."""
+    image = Path(os.path.relpath(record.image, folder))
+    if image.parts[0] == os.pardir:
+        raise UserError(f"{record.image}: is outside {folder}; the pictures of a data folder lie inside it")
+    row: dict[str, Any] = {"id": record.id, "image": image.as_posix(), "captions": list(record.captions)}
+    if record.questions:
+        row["questions"] = [
+            {"text": each.text, "answer": each.answer, "kind": each.kind} for each in record.questions
+        ]
+    if record.facts is not None:
+        row["facts"] = record.facts
+    return row
+
+
+def _add(record: Record, records: dict[str, Record]) -> None:
+    """Put `record` among `records` (by id), joined to the one of the same id if there is one."""
+    known = records.get(record.id)
+    if known is None:
+        records[record.id] = record
+        return
+    if known.image != record.image:
+        raise UserError(f"id {record.id!r} already stands for {known.image}; another id for another image")
+    if record.facts is not None and known.facts not in (None, record.facts):
+        raise UserError(
+            f'other "facts" than an earlier row of id {record.id!r}; the same in each, or in one only'
+        )
+    records[record.id] = replace(
+        known,
+        captions=known.captions + record.captions,
+        questions=known.questions + record.questions,
+        facts=record.facts if known.facts is None else known.facts,
+    )
+
+
+def _record(row: dict[str, Any], root: Path) -> Record:
+    image = _image(row.get("image"), root)
+    name = row.get("id")
+    if name is None:
+        name = Path(os.path.relpath(image, root)).as_posix()
+    elif isinstance(name, bool) or not isinstance(name, str | int) or not _says_something(str(name)):
+        raise UserError('"id" is neither text nor a whole number; leave it out, or one for each image')
+    facts = row.get("facts")
+    if facts is not None and not isinstance(facts, dict):
+        raise UserError('"facts" is not an object; {"name": value, ...}')
+    return Record(str(name), image, _captions(row), _questions(row.get("questions")), facts)
+
+
+def _image(name: object, root: Path) -> Path:
+    if not _says_something(name):
+        raise UserError(f'no "image"; the path of a picture, relative to {root}')
+    # Judged by its spelling, links not followed: whoever made the folder may have linked the pictures in.
+    image = Path(os.path.normpath(root / str(name)))
+    if not Path(os.path.abspath(image)).is_relative_to(os.path.abspath(root)):
+        raise UserError(f"image {name!r} is outside the data folder; a path inside {root}")
+    if not os.path.isfile(image):  # False, where Path.is_file raises, for names that no file can have
+        raise UserError(f"image {str(name)[:200]!r} is missing; the path of a picture, relative to {root}")
+    return image
+
+
+def _captions(row: dict[str, Any]) -> tuple[str, ...]:
+    right = '"caption": "text", or "captions": ["text", ...]'
+    if "caption" in row and "captions" in row:
+        raise UserError(f'both "caption" and "captions"; {right}')
+    captions = row.get("captions", [row["caption"]] if "caption" in row else None)
+    if not isinstance(captions, list) or not captions:
+        raise UserError(f"no caption; {right}")
+    for caption in captions:
+        if not _is_text(caption):
+            raise UserError(f"a caption is not Unicode text; {right}")
+        if not clean_caption(caption):
+            raise UserError(f"the caption {caption[:40]!r} is empty; at least one word")
+    return tuple(captions)
+
+
+def _questions(questions: object) -> tuple[Question, ...]:
+    right = f'"questions": [{{"text": ..., "answer": ..., "kind": one of {", ".join(QUESTION_KINDS)}}}, ...]'
+    if questions is None:
+        return ()
+    if not isinstance(questions, list):
+        raise UserError(f'"questions" is not a list; {right}')
+    return tuple(_question(question, right) for question in questions)
+
+
+def _question(question: object, right: str) -> Question:
+    values = (
+        [question.get(key) for key in ("text", "answer", "kind")] if isinstance(question, dict) else [None]
+    )
+    if not all(_says_something(value) for value in values):
+        raise UserError(f"a question lacks text, answer or kind; {right}")
+    text, answer, kind = map(str, values)
+    if kind not in QUESTION_KINDS:
+        raise UserError(f"a question of the kind {kind[:40]!r}; {right}")
+    return Question(text, answer, kind)
+
+
+def _says_something(value: object) -> bool:
+    return _is_text(value) and bool(str(value).strip())
+
+
+def _is_text(value: object) -> bool:
+    """Whether every tokenizer and file takes `value`: JSON's "\\ud800" is a str, but no Unicode text."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

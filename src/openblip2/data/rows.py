@@ -1,0 +1,140 @@
+"""Rows of a data set as its files give them, unchecked: JSON lines, tables, folders of pictures."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from openblip2.errors import UserError
+
+RECORDS = "records.jsonl"
+PICTURE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif"}
+)
+ACCEPTED = (
+    f"a folder with {RECORDS}, a .jsonl file, a .csv or .tsv file with the columns image and caption, "
+    "or a folder of pictures each with a .txt of the same name"
+)
+_ROW = 'one {"image": "cat.jpg", "caption": "a cat"} a line'
+
+# The keys and values of one row, or why the row could not even be read.
+Row = dict[str, Any] | UserError
+
+
+def read_rows(source: Path) -> Iterator[tuple[str, Row]]:
+    """Where each row of `source` stands ("file:line", or a picture's path), and the row.
+
+    Whatever the source, a row has the keys of `records.jsonl`: "image" (relative to the source's folder),
+    "caption" or "captions", and whatever else a JSON line holds.
+
+    Raises:
+        UserError: `source` does not exist or is not `ACCEPTED`.
+        OSError: the system does not let it be read.
+    """
+    suffix = source.suffix.lower()
+    if source.is_dir():
+        listed = source / RECORDS
+        return _json_lines(listed) if listed.exists() else _pictures(source)
+    if not source.exists():
+        raise UserError(f"{source}: does not exist; give {ACCEPTED}")
+    if suffix == ".jsonl":
+        return _json_lines(source)
+    if suffix in (".csv", ".tsv"):
+        return _table(source, delimiter="," if suffix == ".csv" else "\t")
+    raise UserError(f"{source}: is not data that can be read; give {ACCEPTED}")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return UserError(f"not JSON ({error.msg} at character {error.pos + 1}); {_ROW}")
+    except (ValueError, RecursionError):
+        return UserError(f"not UTF-8 text, or JSON beyond any use; {_ROW}")
+    return row if isinstance(row, dict) else UserError(f"JSON, but no object; {_ROW}")
+
+
+def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
+    # Bytes that are not UTF-8 come through as lone surrogates: they cost their own row and not the file.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        # strict: else a quotation mark never closed would swallow the rest of the file without a word.
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        header: list[str] = []
+        while True:
+            where = f"{path}:{reader.line_num + 1}"
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield (
+                    where,
+                    UserError(f'not a table row ({error}); text with quotation marks as "so ""said"""'),
+                )
+                continue
+            if not header:
+                header = _header(cells, where, delimiter)
+            elif cells:
+                yield where, _table_row(cells, header)
+
+
+def _header(cells: list[str], where: str, delimiter: str) -> list[str]:
+    header = [cell.strip().lower() for cell in cells]
+    if header.count("image") == 1 and header.count("caption") == 1:
+        return header
+    right = "image,caption" if delimiter == "," else "image<tab>caption"
+    raise UserError(f"{where}: the first line is {ascii(delimiter.join(cells))[:80]}; it has to be {right}")
+
+
+def _table_row(cells: list[str], header: list[str]) -> Row:
+    if len(cells) != len(header):
+        right = "a caption that contains the separator stands in double quotes"
+        return UserError(f"{len(cells)} cells under {len(header)} columns; {right}")
+    row = dict(zip(header, cells, strict=True))
+    return {"image": row["image"], "caption": row["caption"]}
+
+
+def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        names = sorted(name for name in files if not name.startswith("."))
+        pictures = [name for name in names if Path(name).suffix.lower() in PICTURE_SUFFIXES]
+        for name in pictures:
+            path = Path(parent, name)
+            yield str(path), _picture(path, folder)
+        lonely = {Path(name).stem for name in names if name.endswith(".txt")} - {
+            Path(name).stem for name in pictures
+        }
+        for stem in sorted(lonely):
+            yield (
+                str(Path(parent, stem + ".txt")),
+                UserError(f"no picture beside it; {stem}.jpg, {stem}.png, ..."),
+            )
+
+
+def _picture(path: Path, folder: Path) -> Row:
+    right = f"{path.stem}.txt beside it, UTF-8 text, one caption a line"
+    try:
+        lines = path.with_suffix(".txt").read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return UserError(f"no caption file; {right}")
+    except (OSError, ValueError):
+        return UserError(f"its caption file cannot be read; {right}")
+    captions = [line for line in lines if line.strip()]
+    if not captions:
+        return UserError(f"its caption file is empty; {right}")
+    return {"image": path.relative_to(folder).as_posix(), "captions": captions}
+
+
+def _raise(error: OSError) -> None:
+    # os.walk would pass over a folder that it may not enter without a word.
+    raise error

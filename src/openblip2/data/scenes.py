@@ -1,0 +1,233 @@
+"""Scenes the project draws itself: coloured icons and shapes on light paper, of which everything is known.
+
+What a scene shows is drawn first, as `Facts`; picture, captions and questions follow from them. Training and
+test share every noun and every colour, but no combination of the two.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from PIL import Image, ImageDraw, ImageFont
+
+from openblip2.data.grammar import Facts, Thing, captions, questions
+from openblip2.data.records import Record, write_records
+from openblip2.data.rows import RECORDS
+from openblip2.data.vocabulary import COLOURS, NOUNS, NUMBERS, PLACES, SHAPES, SIZES
+from openblip2.errors import UserError
+
+Split = Literal["train", "test"]
+
+# Of 100 scenes: with one object, with a group of one noun, with a pair of different nouns.
+SHARES = (25.0, 20.0, 55.0)
+# Of the ten colours of each noun, those only the test shows it in.
+HELD_OUT_COLOURS = 2
+
+# All below in shares of the picture's side. An object fills a square of this side in its longer direction.
+_SIDES = {"small": (0.24, 0.30), "big": (0.48, 0.56)}
+_PAIR_SIDE = (0.37, 0.42)
+_MARGIN = 0.04
+_JITTER = 0.02
+# Number -> arrangements: the side of each object, and their centres.
+_Centres = tuple[tuple[float, float], ...]
+_GROUPS: dict[int, tuple[tuple[float, _Centres], ...]] = {
+    2: (
+        (0.38, ((0.27, 0.5), (0.73, 0.5))),
+        (0.38, ((0.5, 0.27), (0.5, 0.73))),
+        (0.38, ((0.27, 0.27), (0.73, 0.73))),
+        (0.38, ((0.73, 0.27), (0.27, 0.73))),
+    ),
+    3: (
+        (0.27, ((0.18, 0.5), (0.5, 0.5), (0.82, 0.5))),
+        (0.27, ((0.5, 0.18), (0.5, 0.5), (0.5, 0.82))),
+        (0.36, ((0.5, 0.27), (0.27, 0.73), (0.73, 0.73))),
+        (0.36, ((0.27, 0.27), (0.73, 0.27), (0.5, 0.73))),
+    ),
+    4: (
+        (0.36, ((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73))),
+        (0.27, ((0.5, 0.18), (0.18, 0.5), (0.82, 0.5), (0.5, 0.82))),
+    ),
+}
+_GLYPH = 256  # px at which an icon is drawn once, to be scaled from there
+_FONT = "materialdesignicons6-webfont"
+
+
+def draw_scenes(
+    folder: Path,
+    count: int,
+    split: Split,
+    seed: int,
+    size: int = 224,
+    shares: Sequence[float] = SHARES,
+) -> list[Record]:
+    """Draw `count` scenes of `size` x `size` px into `folder`: `images/NNNNN.png` and `records.jsonl`.
+
+    Scene i depends on (seed, split, i), `size` and `shares` alone: fewer scenes are the first of more.
+    `shares` weighs the kinds one, group and pair. The facts of each record are `grammar.Facts`.
+
+    Raises:
+        UserError: the icon font is missing, `folder` cannot be written, or a number makes no sense.
+    """
+    if count < 1 or size < 32:
+        raise UserError(f"scenes: {count} of {size} px; at least 1 scene and at least 32 px")
+    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+        raise UserError(f"scenes: shares {tuple(shares)}; three weights, of one, group and pair, not all 0")
+    images = Path(folder) / "images"
+    try:
+        images.mkdir(parents=True, exist_ok=True)
+        # Else a run cut short would leave an earlier list over pictures of this one.
+        (Path(folder) / RECORDS).unlink(missing_ok=True)
+        records = [_record(images, i, split, seed, size, shares) for i in range(count)]
+        write_records(records, Path(folder))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be written ({error.strerror}); a folder"
+        ) from error
+    return records
+
+
+@functools.cache
+def colours_of(noun: str, split: Split) -> tuple[str, ...]:
+    """The colours in which `split` shows `noun`: two for the test, the other eight for training."""
+    ranked = sorted(COLOURS, key=lambda colour: hashlib.sha256(f"{noun}/{colour}".encode()).digest())
+    return tuple(ranked[:HELD_OUT_COLOURS] if split == "test" else ranked[HELD_OUT_COLOURS:])
+
+
+def draw_facts(random: Random, split: Split, shares: Sequence[float] = SHARES) -> Facts:
+    """What one scene of `split` is to show, at random."""
+    kind = random.choices(("one", "group", "pair"), weights=shares)[0]
+    nouns = random.sample(list(NOUNS), 2 if kind == "pair" else 1)
+    objects: list[Thing] = [
+        {
+            "noun": noun,
+            "colour": random.choice(colours_of(noun, split)),
+            "size": None,
+            "place": None,
+            "number": 1,
+        }
+        for noun in nouns
+    ]
+    if kind == "pair":
+        return {"kind": "pair", "objects": objects, "relation": random.choice(("to the left of", "above"))}
+    if kind == "group":
+        objects[0]["number"] = random.randint(2, len(NUMBERS))
+        return {"kind": "group", "objects": objects, "relation": None}
+    objects[0].update(size=random.choice(SIZES), place=random.choice(PLACES))
+    return {"kind": "one", "objects": objects, "relation": None}
+
+
+def draw_picture(facts: Facts, random: Random, size: int) -> Image.Image:
+    """A picture of `size` x `size` px that shows `facts` (of `draw_facts`); its other looks are random."""
+    paper = random.choice(((255, 255, 255), tuple(random.randint(230, 255) for _ in "rgb")))
+    picture = Image.new("RGB", (size, size), paper)
+    for thing, boxes in zip(facts["objects"], _boxes(facts, random), strict=True):
+        ink, ratio = _ink(thing["colour"], random), random.uniform(0.4, 1.0)
+        upright = random.random() < 0.5
+        for x, y, side in boxes:
+            # To steps of 2 px, so that scaled icons are met again in the cache.
+            mask = _mask(thing["noun"], max(2, 2 * round(side * size / 2)))
+            if thing["noun"] == "rectangle":  # long or square, lying or standing: one shape for a whole group
+                long, short = mask.width, max(2, round(mask.width * ratio))
+                mask = mask.resize((short, long) if upright else (long, short))
+            left, top = round(x * size - mask.width / 2), round(y * size - mask.height / 2)
+            picture.paste(ink, (left, top), mask)
+    return picture
+
+
+def _record(images: Path, index: int, split: Split, seed: int, size: int, shares: Sequence[float]) -> Record:
+    random = Random(f"{seed}/{split}/{index}")  # seeded with text: the same on every machine and Python
+    facts = draw_facts(random, split, shares)
+    path = images / f"{index:05d}.png"
+    draw_picture(facts, random, size).save(path, compress_level=1)
+    return Record(
+        id=f"{split}-{seed}-{index:05d}",
+        image=path,
+        captions=captions(facts, random),
+        questions=questions(facts, random, lambda noun: colours_of(noun, split)),
+        facts=dict(facts),
+    )
+
+
+def _boxes(facts: Facts, random: Random) -> list[list[tuple[float, float, float]]]:
+    """For each object, centre x, centre y and side of each of its copies."""
+    first = facts["objects"][0]
+
+    def near(x: float, y: float, side: float, jitter: float = _JITTER) -> tuple[float, float, float]:
+        return x + random.uniform(-jitter, jitter), y + random.uniform(-jitter, jitter), side
+
+    if facts["kind"] == "pair":
+        sides = random.uniform(*_PAIR_SIDE), random.uniform(*_PAIR_SIDE)
+        across = random.uniform(0.44, 0.56), random.uniform(0.44, 0.56)
+        if facts["relation"] == "above":
+            return [[near(across[0], 0.26, sides[0])], [near(across[1], 0.74, sides[1])]]
+        return [[near(0.26, across[0], sides[0])], [near(0.74, across[1], sides[1])]]
+    if facts["kind"] == "group":
+        side, centres = random.choice(_GROUPS[first["number"]])
+        return [[near(x, y, side) for x, y in centres]]
+    side = random.uniform(*_SIDES[str(first["size"])])
+    row, column = divmod(PLACES.index(str(first["place"])), 3)
+    at = (side / 2 + _MARGIN, 0.5, 1 - side / 2 - _MARGIN)
+    return [[near(at[column], at[row], side)]]
+
+
+def _ink(colour: str, random: Random) -> tuple[int, int, int]:
+    """A shade of `colour`, lighter or darker by little, and by less in hue."""
+    light = random.randint(-9, 9)
+    red, green, blue = (min(255, max(0, c + light + random.randint(-4, 4))) for c in COLOURS[colour])
+    return red, green, blue
+
+
+@functools.lru_cache(maxsize=8192)
+def _mask(noun: str, side: int) -> Image.Image:
+    """`noun` in white on black (mode "L"), its longer direction of `side` px."""
+    glyph = _glyph(noun)
+    scale = side / max(glyph.size)
+    width, height = (max(1, round(length * scale)) for length in glyph.size)
+    return glyph.resize((width, height), Image.Resampling.LANCZOS)
+
+
+@functools.cache
+def _glyph(noun: str) -> Image.Image:
+    """`noun` in white on black (mode "L"), large, without margins."""
+    canvas = Image.new("L", (2 * _GLYPH, 2 * _GLYPH))
+    draw = ImageDraw.Draw(canvas)
+    box = (0, 0, 2 * _GLYPH - 1, 2 * _GLYPH - 1)
+    if noun not in SHAPES:
+        font, codes = _icon_font()
+        draw.text((_GLYPH, _GLYPH), codes[NOUNS[noun]], font=font, fill=255, anchor="mm")
+    elif noun == "circle":
+        draw.ellipse(box, fill=255)
+    elif noun == "triangle":
+        draw.regular_polygon((_GLYPH, _GLYPH, _GLYPH - 1), 3, fill=255)
+    else:
+        draw.rectangle(box, fill=255)
+    return canvas.crop(canvas.getbbox())
+
+
+@functools.cache
+def _icon_font() -> tuple[ImageFont.FreeTypeFont, dict[str, str]]:
+    """The Material Design icon font in the qtawesome wheel, and icon name -> character.
+
+    The wheel is looked into, never imported: importing it takes a Qt.
+    """
+    right = "install it: pip install qtawesome==1.4.2"
+    found = importlib.util.find_spec("qtawesome")
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"scenes: the package qtawesome, whose icons are drawn, is missing; {right}")
+    fonts = Path(found.submodule_search_locations[0]) / "fonts"
+    outlines = sorted(fonts.glob(f"{_FONT}-[0-9]*.ttf"))
+    names = sorted(fonts.glob(f"{_FONT}-charmap-*.json"))
+    if not outlines or not names:
+        raise UserError(f"{fonts}: no {_FONT} in it; {right}")
+    codes = {
+        name: chr(int(code, 16)) for name, code in json.loads(names[-1].read_text(encoding="utf-8")).items()
+    }
+    missing = sorted(icon for noun, icon in NOUNS.items() if noun not in SHAPES and icon not in codes)
+    if missing:
+        raise UserError(f"{names[-1]}: no icon {missing[0]!r} in it; {right}")
+    return ImageFont.truetype(outlines[-1], _GLYPH), codes

@@ -1,0 +1,42 @@
+"""Text as the Q-Former reads it: BERT's tokens, `[CLS] words [SEP]`, with one more token `[DEC]` behind the vocabulary.
+
+Shapes: B texts, T tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class QFormerTokens:
+    """The tokenizer of the BERT that the Q-Former starts from.
+
+    Args:
+        tokenizer: a `transformers` tokenizer of the BERT family. longest: tokens kept of a text, specials included.
+    """
+
+    def __init__(self, tokenizer: Any, longest: int = 32) -> None:
+        self.tokenizer, self.longest = tokenizer, longest
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`tokens [B, T]` int64 and `valid [B, T]` bool; T is the longest text's length, never more than `longest`."""
+        found = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
+        )
+        return found["input_ids"], found["attention_mask"].bool()
+
+    def too_long(self, texts: Sequence[str]) -> list[int]:
+        """Which of the texts have more than `longest` tokens and would be cut."""
+        lengths = [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+        return [n for n, length in enumerate(lengths) if length > self.longest]
+
+
+def stack(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Joins tokenised batches of different lengths, padding the shorter ones."""
+    longest = max(tokens.shape[1] for tokens, _ in batches)
+    pad = torch.nn.functional.pad
+    tokens = torch.cat([pad(tokens, (0, longest - tokens.shape[1])) for tokens, _ in batches])
+    valid = torch.cat([pad(valid, (0, longest - valid.shape[1])) for _, valid in batches])
+    return tokens, valid

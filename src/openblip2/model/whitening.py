@@ -1,0 +1,40 @@
+"""Whitening of frozen features: an affine map that makes their axes uncorrelated and equally wide.
+
+Ours, not the paper's; off unless `vision.whiten` is set. Features of a frozen encoder lie along few directions that
+all pictures share (here the widest carries 60 times the average variance), and what tells one object from another
+hides in the narrow ones. New cross-attention weights see little of it until training has turned them there; behind
+whitening they see all of it from the first step.
+
+Shapes: N rows (patch tokens of any pictures), P patch tokens, V encoder width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+RIDGE = 0.01  # of the mean variance: directions narrower than that are noise and stay narrow
+
+
+class Whitening(nn.Module):
+    """`(features - mean) @ matrix`, frozen; `mean [V]`, `matrix [V, V]`, both fp32."""
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, mean: Tensor, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[..., V]` -> `[..., V]` in the same dtype."""
+        with torch.autocast(features.device.type, enabled=False):
+            return ((features.float() - self.mean) @ self.matrix).to(features.dtype)
+
+
+def fit_whitening(features: Tensor) -> Whitening:
+    """The whitening of sample features `[..., V]`: symmetric (ZCA), with a ridge of `RIDGE` x the mean variance."""
+    rows = features.flatten(0, -2).double()
+    mean = rows.mean(0)
+    variances, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+    matrix = (axes * (variances + RIDGE * variances.mean()).rsqrt()) @ axes.T
+    return Whitening(mean.float(), matrix.float())

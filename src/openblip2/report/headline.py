@@ -1,0 +1,175 @@
+"""What stands first in the report: what was trained, what it reached, and which goals it missed."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from openblip2.report.markup import bar, duration, percent, table
+
+CORPORA = {
+    "scenes": "scenes drawn by openblip2: coloured icons and shapes on light paper",
+    "stamps": "Tux Paint's stamps: small pictures, each with a sentence that people wrote",
+}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One of the figures the project wants its demo to reach. `met` is None where it was not measured."""
+
+    what: str
+    wanted: str
+    reached: str
+    met: bool | None
+
+
+def goals(metrics: Mapping[str, Any]) -> list[Goal]:
+    """What the project wants of its demo on this corpus, and what this run reached."""
+    own = _stamps_goals if metrics["corpus"] == "stamps" else _scenes_goals
+    minutes, memory = metrics["seconds"]["total"] / 60, metrics["peak_memory_gb"]
+    return [
+        *own(metrics),
+        Goal("minutes for everything, on two busy cores", "below 20", f"{minutes:.1f}", minutes < 20),
+        Goal("memory", "at most 8\u00a0GB", f"{memory:.1f}\u00a0GB", memory <= 8),
+    ]
+
+
+def opening(metrics: Mapping[str, Any], stage1_log: Path, stage2_log: Path) -> str:
+    """The heading, two paragraphs in plain words, and a card for each headline figure."""
+    first, second = _settings(stage1_log), _settings(stage2_log)
+    vision, language, start = (
+        f"<code>{escape(name)}</code>"
+        for name in (first["vision"]["name"], second["language"]["name"], first["qformer"]["start"])
+    )
+    pictures, every = metrics["pictures"], goals(metrics)
+    missed = sum(goal.met is False for goal in every)
+    told = f"{missed} of {len(every)} goals were missed" if missed else f"No goal of {len(every)} was missed"
+    steps = [f"{s['train']['steps']:,} steps of {s['train']['batch']}" for s in (first, second)]
+    return (
+        "<header><h1>What two frozen models learnt to tell each other</h1>"
+        f"<p>An image encoder ({vision}) and a language model ({language}), both frozen, were joined by a "
+        f"Q-Former (started from {start}, {first['qformer']['queries']} queries). It was trained on "
+        f"{pictures['train']:,} pictures with captions, {escape(CORPORA[metrics['corpus']])}: stage 1 for "
+        f"{steps[0]}, stage 2 for {steps[1]}. All of it, scoring included, took "
+        f"{duration(metrics['seconds']['total'])}.</p>"
+        f"<p>Every figure below is about pictures that neither stage has seen ({pictures['test']:,} held "
+        'out), and stands beside what chance or a blind guess reaches. <a href="#goals">'
+        f"{told}</a>.</p></header>"
+        f'<ul class="cards">{"".join(_cards(metrics))}</ul>'
+        '<p class="soft small">In the bars, the upright mark is chance or the blind guess.</p>'
+    )
+
+
+def goals_table(metrics: Mapping[str, Any]) -> str:
+    """The goals, reached and missed."""
+    words = {True: ("good", "✓ reached"), False: ("bad", "✗ missed"), None: ("", "not measured")}
+    rows = [
+        [
+            escape(goal.what),
+            escape(goal.wanted),
+            escape(goal.reached),
+            '<span class="tag {}">{}</span>'.format(*words[goal.met]),
+        ]
+        for goal in goals(metrics)
+    ]
+    told = "<p>What this project wants its demo to reach, and what this run did.</p>"
+    return told + table(["", "wanted", "this run", ""], rows)
+
+
+def open_accuracy(found: Mapping[str, Any]) -> float:
+    """Accuracy on open questions alone; on all where none is open."""
+    return found.get("open", found)["accuracy"]
+
+
+def _settings(log: Path) -> dict[str, Any]:
+    return json.loads(log.with_name("config.json").read_text(encoding="utf-8"))["settings"]
+
+
+def _stamps_goals(metrics: Mapping[str, Any]) -> list[Goal]:
+    found, ground = metrics["retrieval"], metrics["grounding"]
+    times = min(found["itc"]["tr@1"], found["itc"]["ir@1"]) / found["chance"]
+    gap = ground["loss_shuffled"] - ground["loss_right"]
+    return [
+        Goal("recall@1 both ways, ITC alone", "15 times chance", f"{times:.1f} times chance", times >= 15),
+        Goal("caption loss with another picture", "0.5 nats higher", f"{gap:+.2f} nats", gap >= 0.5),
+    ]
+
+
+def _scenes_goals(metrics: Mapping[str, Any]) -> list[Goal]:
+    itc, itm = metrics["retrieval"]["itc"], metrics["retrieval"]["itm"]
+    low, better = min(itc["tr@1"], itc["ir@1"]), itm["tr@1"] + itm["ir@1"] - itc["tr@1"] - itc["ir@1"]
+    both = metrics["caption"]["objects_and_attributes"]
+    right, other = metrics["grounding"]["loss_right"], metrics["grounding"]["loss_shuffled"]
+    return [
+        Goal("recall@1 both ways, ITC alone", f"at least {percent(0.6)}", percent(low), low >= 0.6),
+        Goal("re-ranking by ITM", "improves recall@1", f"{50 * better:+.1f} points on average", better > 0),
+        Goal(
+            "captions with every object and attribute right",
+            f"at least {percent(0.4)}",
+            percent(both),
+            None if both is None else both >= 0.4,
+        ),
+        Goal(
+            "caption loss with the right picture",
+            "below half of another picture's",
+            f"{right:.2f} and {other:.2f}",
+            right < other / 2,
+        ),
+        *[_blind_goal(name, metrics["vqa"][name]) for name in ("easy-vqa",) if name in metrics["vqa"]],
+    ]
+
+
+def _blind_goal(name: str, found: Mapping[str, Any]) -> Goal:
+    mine, blind = open_accuracy(found), open_accuracy(found["baselines"]["question_only"])
+    wanted = f"above {percent(blind)} (question only)"
+    return Goal(f"open questions of {name}, zero-shot", wanted, percent(mine), mine > blind)
+
+
+def _cards(metrics: Mapping[str, Any]) -> list[str]:
+    found = metrics["retrieval"]
+    ways = {"tr@1": "The right caption for a picture", "ir@1": "The right picture for a caption"}
+    return [
+        *[_retrieval_card(f"{what}, out of {found['n']}", found, key) for key, what in ways.items()],
+        _caption_card(metrics["caption"]),
+        *[_answers_card(name, scores) for name, scores in metrics["vqa"].items()],
+        _grounding_card(metrics["grounding"]),
+    ]
+
+
+def _retrieval_card(what: str, found: Mapping[str, Any], key: str) -> str:
+    alone, after, chance = found["itc"][key], found["itm"][key], found["chance"]
+    than = f"at first place after re-ranking by ITM; ITC alone {percent(alone)}; chance {percent(chance)}"
+    return _card(what, percent(after), than, (after, chance))
+
+
+def _caption_card(found: Mapping[str, Any]) -> str:
+    if found["objects_and_attributes"] is None:
+        name, what = "exact", "Captions word for word as people wrote them"
+    else:
+        name, what = "objects_and_attributes", "Captions with every object and attribute right"
+    chance = found["chance"][name]
+    than = f"of {found['n']}; the same captions held to another picture {percent(chance)}"
+    return _card(what, percent(found[name]), than, (found[name], chance))
+
+
+def _answers_card(name: str, found: Mapping[str, Any]) -> str:
+    mine = open_accuracy(found)
+    blind, usual = (open_accuracy(found["baselines"][kind]) for kind in ("question_only", "majority"))
+    than = (
+        f"{'zero-shot: never trained on a question; ' if found['zero_shot'] else ''}by the question alone "
+        f"{percent(blind)}, always the commonest answer {percent(usual)}"
+    )
+    return _card(f"Open questions answered, {escape(name)}", percent(mine), than, (mine, blind))
+
+
+def _grounding_card(found: Mapping[str, Any]) -> str:
+    other = f"with another picture {found['loss_shuffled']:.2f}"
+    than = f"nats a token; {other}: the further apart, the more it looks"
+    return _card("Caption loss with the right picture", f"{found['loss_right']:.2f}", than)
+
+
+def _card(what: str, figure: str, than: str, shares: tuple[float, float] | None = None) -> str:
+    drawn = bar(*shares) if shares else ""
+    return f'<li><p class="what">{what}</p><p class="big">{figure}</p>{drawn}<p class="than">{than}</p></li>'

@@ -1,0 +1,185 @@
+"""Runs on disk. Nothing is pickled: weights and optimizer moments are safetensors, the rest is JSON.
+
+RUN/config.json          the resolved settings, with the versions that made it
+RUN/model.safetensors    the trained parts, by name (the frozen ones are named in config.json)
+RUN/tokenizer/           the Q-Former's tokenizer
+RUN/log.jsonl            one line for each step and each validation
+RUN/resume/              the last checkpoint of an unfinished run: model, optimizer, progress.json
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from openblip2.errors import UserError
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name; a tied one stands once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_trained(model: nn.Module, path: Path) -> None:
+    """Writes the trained parameters to one safetensors file, under a temporary name first."""
+    weights = {name: p.detach().cpu().contiguous() for name, p in trained_parameters(model).items()}
+    _write_tensors(weights, path)
+
+
+def load_trained(model: nn.Module, path: Path) -> None:
+    """Fills the trained parameters from a file, strictly: the same names and shapes on both sides.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds other names or shapes; they are listed.
+    """
+    found, wanted = read_tensors(path), trained_parameters(model)
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or extra:
+        raise UserError(
+            f"{path} does not fit this model: {_some('missing', missing)}{_some('unexpected', extra)}"
+            "the run's config.json must describe the model that was trained"
+        )
+    for name, parameter in wanted.items():
+        if found[name].shape != parameter.shape:
+            raise UserError(
+                f"{path} does not fit this model: {name} has shape {list(found[name].shape)}, "
+                f"the model wants {list(parameter.shape)}"
+            )
+        parameter.data.copy_(found[name])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        UserError: no such file, or not a whole safetensors file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a run holds model.safetensors (has its training finished?)")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Names and shapes in a safetensors file, without reading the values."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def save_progress(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Everything a resumed run needs, in `RUN/resume`; the older checkpoint goes only when this one is whole."""
+    fresh, last = run / "resume.new", run / "resume"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_trained(model, fresh / "model.safetensors")
+    names = {id(p): name for name, p in trained_parameters(model).items()}
+    moments = {
+        f"{names[id(p)]}:{key}": value.detach().cpu().reshape(value.shape)
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    _write_tensors(moments, fresh / "optimizer.safetensors")
+    write_json({"step": step}, fresh / "progress.json")
+    shutil.rmtree(run / "resume.old", ignore_errors=True)
+    if last.exists():
+        last.rename(run / "resume.old")
+    fresh.rename(last)
+    shutil.rmtree(run / "resume.old", ignore_errors=True)
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The folder of the last whole checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    # A death between the two renames of `save_progress` leaves the older checkpoint under the second name.
+    for folder in (run / "resume", run / "resume.old"):
+        if folder.exists():
+            return folder
+    raise UserError(f"{run}: nothing to resume, no checkpoint in {run / 'resume'}; start without --resume")
+
+
+def load_progress(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Puts model and optimizer back where `save_progress` left them; returns the number of finished steps.
+
+    Raises:
+        UserError: there is no checkpoint to resume from, or it does not fit.
+    """
+    last = last_checkpoint(run)
+    load_trained(model, last / "model.safetensors")
+    moments = read_tensors(last / "optimizer.safetensors")
+    parameters = trained_parameters(model)
+    for key, value in moments.items():
+        name, _, part = key.rpartition(":")
+        if name not in parameters:
+            raise UserError(f"{last / 'optimizer.safetensors'}: {name} is not trained by this model")
+        optimizer.state[parameters[name]][part] = value.to(parameters[name].device)
+    return int(read_json(last / "progress.json")["step"])
+
+
+def write_json(values: Any, path: Path) -> None:
+    """Writes JSON under a temporary name and renames it, so that nobody reads half a file."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder to write to, with those above it, unless it is there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): give a folder that can be written to") from error
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """What `RUN/config.json` holds: at least `settings` and `sizes`.
+
+    Raises:
+        UserError: it is not a run.
+    """
+    wanted = "give the folder that `openblip2 train ... --out FOLDER` wrote"
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is not a run: {wanted}")
+    saved = read_json(run / "config.json")
+    if not isinstance(saved, dict) or not {"settings", "sizes"} <= saved.keys():
+        raise UserError(f"{run} is not a run (its config.json is another program's): {wanted}")
+    return saved
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        UserError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    fresh = path.with_name(path.name + ".new")
+    save_file(tensors, fresh)
+    os.replace(fresh, path)
+
+
+def _some(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{what}: {', '.join(names[:4])}{more}; " if names else ""

@@ -1,0 +1,82 @@
+"""Tiny frozen models and pictures as folders on disk, as a user would name them on the command line."""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+SIDE = 12  # px; 3 x 3 patches
+COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
+NOUNS = ("dog", "cat", "bus")
+WORDS = ["a", "the", "what", "colour", "is", "it", "question:", "answer:", *COLOURS, *NOUNS]
+BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+LLM_WORDS = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
+
+
+def vision(folder: Path) -> Path:
+    """A ViT of width 24 and 3 layers."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
+    torch.manual_seed(0)
+    hf.ViTModel(hf.ViTConfig(**sizes, image_size=SIDE, patch_size=4)).save_pretrained(folder)
+    published = {"size": SIDE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(published))
+    return folder
+
+
+def bert(folder: Path) -> Path:
+    """A BERT of width 30 and 2 layers, with its tokenizer."""
+    sizes = {"hidden_size": 30, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 28}
+    config = hf.BertConfig(**sizes, vocab_size=len(BERT_WORDS), max_position_embeddings=20)
+    torch.manual_seed(1)
+    hf.BertForMaskedLM(config).save_pretrained(folder)
+    words = {word: n for n, word in enumerate(BERT_WORDS)}
+    hf.BertTokenizer(vocab=words).save_pretrained(folder)
+    return folder
+
+
+def language(folder: Path) -> Path:
+    """A Llama of width 20 with a tokenizer of whole words."""
+    sizes = {"hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 5, "intermediate_size": 26}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(2)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, vocab_size=len(LLM_WORDS), **ids)).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(LLM_WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    return folder
+
+
+def pictures(folder: Path, count: int = 16) -> Path:
+    """Plain pictures with one caption each, listed in `records.jsonl`."""
+    folder.mkdir()
+    rows = []
+    for n in range(count):
+        colour, noun = list(COLOURS)[n % 2], NOUNS[n % 3]
+        Image.new("RGB", (20, 16), tuple(c - n for c in COLOURS[colour])).save(folder / f"{n}.png")
+        rows.append({"image": f"{n}.png", "caption": f"a {colour} {noun}"})
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def options(models: Path) -> list[str]:
+    """`--set` for tiny runs of 3 steps on the models in `models`, where the three builders have put them."""
+    settings = {
+        "vision.name": models / "vision",
+        "vision.image_size": SIDE,
+        "qformer.start": models / "bert",
+        "qformer.queries": 5,
+        "stage1.shared_width": 9,
+        "language.name": models / "language",
+        "language.template": "{image}{bos}{prompt}",
+        "train.steps": 3,
+        "train.batch": 4,
+        "train.precision": "fp32",
+        "train.validate_every": 2,
+        "train.checkpoint_every": 2,
+        "data.held_out": 0.25,
+    }
+    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]

@@ -1,0 +1,171 @@
+"""Stage 2: what is trained and what is frozen, the soft prompt, and both kinds of language model learning."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import tiny
+import tiny_models
+from openblip2.model.build import parts_table
+from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM, LanguageModel
+from openblip2.model.qformer import QFormer
+from openblip2.model.stage2 import Stage2
+from openblip2.model.vision import Vision
+from tiny import B, D, Q
+from tiny_models import L
+
+# Three words can be split in one place only.
+CAPTIONS = ["a red dog", "the blue bus", "two small cat", "a bird sits", "it runs left", "no tree is", "yes it is"]
+CAPTIONS += ["what is it"]
+PROMPTS = ["", "a photo of"] * 4
+
+
+def language(kind: str) -> LanguageModel:
+    words = tiny_models.tokenizer(bos=None if kind == "t5" else "<s>")
+    return (EncoderDecoderLM if kind == "t5" else DecoderLM)(tiny_models.MODELS[kind](), words)
+
+
+def stage2(kind: str = "llama", vision: Vision | None = None, dropout: float = 0.1) -> Stage2:
+    """Redrawn, without the text path, in eval mode."""
+    model = Stage2(tiny.qformer(vocabulary=0, dropout=dropout), language(kind), vision)
+    tiny.redraw(model.projection)
+    return model.eval()
+
+
+def test_the_soft_prompt_is_the_projection_of_the_queries() -> None:
+    model, patches = stage2(), tiny.features()
+    queries = model.qformer(model.qformer.look(patches)).queries
+    assert queries is not None
+    soft = model.soft_prompt(features=patches)
+    assert soft.shape == (B, Q, L)
+    expected = queries @ model.projection.weight.T + model.projection.bias
+    torch.testing.assert_close(soft, expected, rtol=1e-5, atol=1e-5)
+    assert model.projection.weight.shape == (L, D)
+
+
+@pytest.mark.parametrize("kind", tiny_models.MODELS)
+def test_losses_and_texts_are_those_of_the_language_model(kind: str) -> None:
+    model, patches = stage2(kind), tiny.features()
+    soft, how = model.soft_prompt(features=patches), Decoding(max_new_tokens=5, beams=2)
+    losses = model.losses(PROMPTS, CAPTIONS, features=patches)
+    assert list(losses) == ["lm"]
+    assert torch.equal(losses["lm"], model.language.loss(soft, PROMPTS, CAPTIONS))
+    texts = model.generate(PROMPTS, how, features=patches)
+    assert texts == model.language.generate(soft, PROMPTS, how)
+    assert len(texts) == B
+
+
+def test_images_are_seen_as_their_features() -> None:
+    model, pictures = stage2(vision=tiny_models.vision()), tiny_models.pictures()
+    assert model.vision is not None
+    patches = model.vision(pictures)
+    assert torch.equal(model.soft_prompt(images=pictures), model.soft_prompt(features=patches))
+    ours = model.losses(PROMPTS, CAPTIONS, images=pictures)["lm"]
+    assert torch.equal(ours, model.losses(PROMPTS, CAPTIONS, features=patches)["lm"])
+    how = Decoding(max_new_tokens=4, beams=1)
+    assert model.generate(PROMPTS, how, images=pictures) == model.generate(PROMPTS, how, features=patches)
+    with pytest.raises(ValueError, match="either images or features"):
+        model.losses(PROMPTS, CAPTIONS)
+    with pytest.raises(ValueError, match="without an image encoder"):
+        stage2().generate(PROMPTS, how, images=pictures)
+
+
+@pytest.mark.parametrize("kind", tiny_models.MODELS)
+def test_frozen_stays_and_trained_moves(kind: str) -> None:
+    model = stage2(kind, tiny_models.vision())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"qformer", "projection"}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    model.train()
+    model.losses(PROMPTS, CAPTIONS, images=tiny_models.pictures())["lm"].backward()
+    for name, parameter in trained.items():
+        assert parameter.grad is not None
+        # A key's bias adds the same to every score of a row: softmax does not see it.
+        assert name.endswith("key.bias") or parameter.grad.abs().max() > 1e-8, name
+    optimizer.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) != (name in trained), name
+    assert model.vision is not None
+    for part in (model.vision, model.language.llm):
+        assert all(p.grad is None for p in part.parameters())
+        assert not any(module.training for module in part.modules())
+    assert all(module.training for module in model.qformer.modules())
+
+
+def test_the_frozen_part_adds_no_noise() -> None:
+    """The language model's own dropout is off: with ours at nought training mode changes nothing."""
+    model, patches = stage2("gpt2", dropout=0.0), tiny.features()
+    config: Any = model.language.llm.config
+    assert config.resid_pdrop > 0
+    quiet = model.losses(PROMPTS, CAPTIONS, features=patches)["lm"]
+    assert torch.equal(model.train().losses(PROMPTS, CAPTIONS, features=patches)["lm"], quiet)
+
+
+def train(model: Stage2, patches: Tensor, captions: list[str], steps: int, lr: float) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    trace = []
+    for _ in range(steps):
+        loss = model.losses([""] * len(captions), captions, features=patches)["lm"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        trace.append(loss.item())
+    return trace
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_it_learns_to_look(kind: str) -> None:
+    """Loss falls, and the right image gives a lower one than the other: the grounding gap."""
+    torch.manual_seed(0)
+    model, patches, captions = stage2(kind, dropout=0.0), tiny.features(2), CAPTIONS[:2]
+    trace = train(model, patches, captions, steps=60, lr=1e-2)
+    with torch.no_grad():
+        right = model.losses(["", ""], captions, features=patches)["lm"].item()
+        other = model.losses(["", ""], captions, features=patches.flip(0))["lm"].item()
+    print(trace[0], right, other)
+    assert right < trace[0] - 1.2
+    assert right < other - 0.7
+
+
+def test_parts_table() -> None:
+    model = stage2("gpt2", tiny_models.vision())
+    table = {part: (count, state) for part, count, state in parts_table(model)}
+    assert model.vision is not None
+    expected = {"vision": model.vision, "qformer": model.qformer}
+    expected |= {"language": model.language, "projection": model.projection}
+    states = {"vision": "frozen", "qformer": "trained", "language": "frozen", "projection": "trained"}
+    assert table == {name: (sum(p.numel() for p in part.parameters()), states[name]) for name, part in expected.items()}
+    temperature = ("temperature", 1, "trained")
+    assert parts_table(tiny.stage1())[-1] == temperature
+    next(model.qformer.parameters()).requires_grad_(False)
+    with pytest.raises(AssertionError, match="qformer is frozen in part"):
+        parts_table(model)
+
+
+def trained_with(llm: hf.PreTrainedModel) -> int:
+    kind = EncoderDecoderLM if llm.config.is_encoder_decoder else DecoderLM
+    model = Stage2(QFormer(vocabulary=0), kind(llm, tiny_models.tokenizer()))
+    assert isinstance(model.projection, nn.Linear)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "count"),
+    [
+        ("opt", 2560, 107_133_696),  # OPT-2.7B
+        ("opt", 4096, 108_314_880),  # OPT-6.7B
+        ("t5", 2048, 106_739_968),  # FlanT5-XL
+        ("t5", 4096, 108_314_880),  # FlanT5-XXL
+    ],
+)
+def test_parameter_counts_of_the_paper(family: str, width: int, count: int) -> None:
+    """To the unit, whatever the depth of the frozen language model: METHOD section 2."""
+    config: Any = hf.OPTConfig(hidden_size=width, word_embed_proj_dim=width, num_attention_heads=2, vocab_size=9)
+    if family == "t5":
+        config = hf.T5Config(d_model=width, num_layers=1, num_heads=2, vocab_size=9)
+    with torch.device("meta"):
+        assert trained_with((hf.T5ForConditionalGeneration if family == "t5" else hf.OPTForCausalLM)(config)) == count

@@ -1,0 +1,109 @@
+"""Tiny frozen models, redrawn, and a tokenizer for which " dog" is another word than "dog"."""
+
+from typing import Any
+
+import torch
+import transformers as hf
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+
+import tiny
+from openblip2.model.vision import Vision
+
+SIDE = 12
+L, INNER, LM_HEADS = 20, 26, 5
+STD = 0.4  # their layers are normalised in front: they stand more than the Q-Former
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "\n"]
+PLAIN = "a dog cat bus red blue left of two the on grass sits runs photo question: answer: what is it yes no"
+PLAIN += " small and user turn bird tree"
+WORDS = [*SPECIAL, *PLAIN.split(), *(f" {word}" for word in PLAIN.split())]
+W = len(WORDS)  # 61
+PAD, BOS, EOS, NEWLINE = 0, 1, 2, 4
+
+
+def ids(text: str) -> list[int]:
+    """The ids of words and special tokens written one after another, separated by "|"."""
+    return [WORDS.index(word) for word in text.split("|")] if text else []
+
+
+def tokenizer(bos: str | None = "<s>", eos: str | None = "</s>", pad: str | None = "<pad>") -> Any:
+    """Words with the space in front of them, as byte-level tokenizers have it."""
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^\s]+"), "isolated")
+    words.decoder = decoders.Fuse()
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token=bos, eos_token=eos, pad_token=pad, unk_token="<unk>"
+    )
+
+
+SHARED: dict[str, Any] = {"vocab_size": W, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+
+
+def opt() -> hf.PreTrainedModel:
+    """With embeddings narrower than its layers, as OPT-350m has them: L is theirs."""
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2, "ffn_dim": INNER}
+    config = hf.OPTConfig(**SHARED, **sizes, word_embed_proj_dim=L, max_position_embeddings=50)
+    return tiny.redraw(hf.OPTForCausalLM(config), std=STD)
+
+
+def gpt2() -> hf.PreTrainedModel:
+    config = hf.GPT2Config(**SHARED, n_embd=L, n_head=LM_HEADS, n_inner=INNER, n_layer=2, n_positions=50)
+    return tiny.redraw(hf.GPT2LMHeadModel(config), std=STD)
+
+
+def llama() -> hf.PreTrainedModel:
+    sizes: dict[str, Any] = {"hidden_size": L, "num_attention_heads": LM_HEADS, "intermediate_size": INNER}
+    config = hf.LlamaConfig(**SHARED, **sizes, num_hidden_layers=2, num_key_value_heads=1)
+    return tiny.redraw(hf.LlamaForCausalLM(config), std=STD)
+
+
+def t5() -> hf.PreTrainedModel:
+    """With FlanT5's gated GELU, and an output that is not the input embedding."""
+    config = hf.T5Config(
+        **SHARED,
+        d_model=L,
+        d_kv=4,
+        d_ff=INNER,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=LM_HEADS,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=PAD,
+    )
+    return tiny.redraw(hf.T5ForConditionalGeneration(config), std=0.3)
+
+
+def vision() -> Vision:
+    """P = 7: a class token, two registers and 2 x 2 patches of 6 px."""
+    config = hf.Dinov2WithRegistersConfig(
+        hidden_size=tiny.V,
+        num_hidden_layers=3,
+        num_attention_heads=1,
+        mlp_ratio=2,
+        image_size=SIDE,
+        patch_size=6,
+        num_register_tokens=2,
+        hidden_dropout_prob=0.5,
+    )
+    return Vision(tiny.redraw(hf.Dinov2WithRegistersModel(config)), image_size=SIDE)
+
+
+def pictures(count: int = tiny.B) -> Tensor:
+    """uint8 `[B, 3, S, S]`."""
+    random = torch.Generator().manual_seed(6)
+    return torch.randint(256, (count, 3, SIDE, SIDE), dtype=torch.uint8, generator=random)
+
+
+DECODERS = {"opt": opt, "gpt2": gpt2, "llama": llama}
+MODELS = {**DECODERS, "t5": t5}
+
+
+def always(llm: hf.PreTrainedModel, logits: Tensor) -> hf.PreTrainedModel:
+    """A language model that has these `[W]` logits at every position, whatever it reads."""
+    width = llm.get_output_embeddings().weight.shape[1]
+    head = nn.Linear(width, W)
+    nn.init.zeros_(head.weight)
+    head.bias.data.copy_(logits)
+    llm.set_output_embeddings(head)
+    return llm
