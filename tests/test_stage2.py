@@ -126,7 +126,6 @@ def test_it_learns_to_look(kind: str) -> None:
     with torch.no_grad():
         right = model.losses(["", ""], captions, features=patches)["lm"].item()
         other = model.losses(["", ""], captions, features=patches.flip(0))["lm"].item()
-    print(trace[0], right, other)
     assert right < trace[0] - 1.2
     assert right < other - 0.7
 

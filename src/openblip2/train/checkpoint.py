@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -68,10 +68,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
 
 
-def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Names and shapes in a safetensors file, without reading the values."""
-    with safe_open(path, "pt") as file:
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+def save_whitening(whitening: Whitening, run: Path) -> None:
+    """Writes `RUN/whitening.safetensors`."""
+    _write_tensors({"mean": whitening.mean.cpu(), "matrix": whitening.matrix.cpu()}, run / "whitening.safetensors")
+
+
+def read_whitening(run: Path) -> Whitening:
+    """The whitening that a run was trained behind.
+
+    Raises:
+        UserError: it has none, or a damaged one.
+    """
+    found = read_tensors(run / "whitening.safetensors")
+    if found.keys() != {"mean", "matrix"}:
+        raise UserError(f"{run / 'whitening.safetensors'}: holds {sorted(found)}, not mean and matrix")
+    return Whitening(found["mean"], found["matrix"])
 
 
 def save_progress(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from openblip2.config import RunSettings, change, from_dict, to_dict
-from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch, draw_captions
+from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
 from openblip2.data.features import Features, compute_features
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
@@ -29,6 +29,8 @@ from openblip2.train.checkpoint import (
     make_folder,
     read_config,
     read_tensors,
+    read_whitening,
+    save_whitening,
     trained_parameters,
     write_json,
 )
@@ -37,6 +39,7 @@ from openblip2.train.progress import Progress
 from openblip2.train.warm_start import warm_start
 
 TEXT_PATH = ("qformer.words.", "qformer.positions.", ".text_ffn.")  # of a stage-1 run; stage 2 leaves it out
+WHITENING_PICTURES = 256  # enough for a covariance: each has a hundred patches and more
 HEADS = ("image_head.", "text_head.", "match_head.", "word_head.", "temperature")
 
 
