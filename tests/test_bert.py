@@ -14,7 +14,7 @@ from openblip2.model.bert import bert_sizes, start_from_bert
 from openblip2.model.qformer import QFormer, WordHead
 from tiny import LAYERS, POSITIONS, WORDS, B, D, Q, T, V
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": D,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": tiny.HEADS,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch import multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 import tiny
 from openblip2.distributed import gather, rank, world_size
@@ -93,14 +93,15 @@ def check_drawn_negatives(process: int) -> None:
 def meeting(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Runs both processes; whatever fails in one of them fails here."""
     place = str(tmp_path_factory.mktemp("gloo") / "meeting")
-    processes = mp.spawn(in_a_process, (place,), WORLD, join=False)
+    processes = spawn(in_a_process, (place,), WORLD, join=False)
     assert processes is not None
     try:
         while not processes.join(timeout=SECONDS):
             pass
     finally:
         for process in processes.processes:
-            process.kill()
+            if process is not None:
+                process.kill()
     return place
 
 

@@ -262,6 +262,7 @@ def test_it_learns_a_batch_by_heart() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98))
     patches, (tokens, valid) = tiny.features(), tiny.texts()
     patches = patches[:, :1] + 0.1 * patches
+    losses: dict[str, Tensor] = {}
     for _ in range(100):
         losses = model.losses(tokens, valid, features=patches)
         optimizer.zero_grad()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import tiny
 import tiny_models
 from openblip2.model.build import parts_table
-from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM, LanguageModel
+from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
@@ -23,14 +23,9 @@ CAPTIONS += ["what is it"]
 PROMPTS = ["", "a photo of"] * 4
 
 
-def language(kind: str) -> LanguageModel:
-    words = tiny_models.tokenizer(bos=None if kind == "t5" else "<s>")
-    return (EncoderDecoderLM if kind == "t5" else DecoderLM)(tiny_models.MODELS[kind](), words)
-
-
 def stage2(kind: str = "llama", vision: Vision | None = None, dropout: float = 0.1) -> Stage2:
     """Redrawn, without the text path, in eval mode."""
-    model = Stage2(tiny.qformer(vocabulary=0, dropout=dropout), language(kind), vision)
+    model = Stage2(tiny.qformer(vocabulary=0, dropout=dropout), tiny_models.language(kind), vision)
     tiny.redraw(model.projection)
     return model.eval()
 

@@ -8,6 +8,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 import tiny
+from openblip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
 from openblip2.model.vision import Vision
 
 SIDE = 12
@@ -59,18 +60,10 @@ def llama() -> hf.PreTrainedModel:
 
 def t5() -> hf.PreTrainedModel:
     """With FlanT5's gated GELU, and an output that is not the input embedding."""
-    config = hf.T5Config(
-        **SHARED,
-        d_model=L,
-        d_kv=4,
-        d_ff=INNER,
-        num_layers=3,
-        num_decoder_layers=2,
-        num_heads=LM_HEADS,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        decoder_start_token_id=PAD,
-    )
+    sizes: dict[str, Any] = {"d_model": L, "d_kv": 4, "d_ff": INNER, "num_heads": LM_HEADS}
+    sizes |= {"num_layers": 3, "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu"}
+    special: dict[str, Any] = {"tie_word_embeddings": False, "decoder_start_token_id": PAD}
+    config = hf.T5Config(**SHARED, **sizes, **special)
     return tiny.redraw(hf.T5ForConditionalGeneration(config), std=0.3)
 
 
@@ -99,11 +92,33 @@ DECODERS = {"opt": opt, "gpt2": gpt2, "llama": llama}
 MODELS = {**DECODERS, "t5": t5}
 
 
-def always(llm: hf.PreTrainedModel, logits: Tensor) -> hf.PreTrainedModel:
-    """A language model that has these `[W]` logits at every position, whatever it reads."""
-    width = llm.get_output_embeddings().weight.shape[1]
-    head = nn.Linear(width, W)
+def language(kind: str, llm: hf.PreTrainedModel | None = None, **options: Any) -> LanguageModel:
+    """One of `MODELS` and its tokenizer; options of `DecoderLM`."""
+    llm = MODELS[kind]() if llm is None else llm
+    if kind == "t5":
+        return EncoderDecoderLM(llm, tokenizer(bos=None), **options)
+    return DecoderLM(llm, tokenizer(), **options)
+
+
+def constant(kind: str, *words: tuple[str, float], **options: Any) -> LanguageModel:
+    """One that has the same logits at every position, whatever it reads: those given, and 0 for other words."""
+    llm: Any = MODELS[kind]()
+    head = nn.Linear(llm.get_output_embeddings().weight.shape[1], W)
     nn.init.zeros_(head.weight)
-    head.bias.data.copy_(logits)
+    nn.init.zeros_(head.bias)
+    head.bias.data[: len(SPECIAL)] = -50.0
+    for word, logit in words:
+        head.bias.data[WORDS.index(word)] = logit
     llm.set_output_embeddings(head)
-    return llm
+    return language(kind, llm, **options)
+
+
+def soft_prompts(count: int = 3) -> Tensor:
+    """`[B, Q, L]`."""
+    return 0.5 * torch.randn(count, tiny.Q, L, generator=torch.Generator().manual_seed(0))
+
+
+def embed(llm: hf.PreTrainedModel, words: list[int]) -> Tensor:
+    """Input embeddings of a text: `[T, L]`."""
+    embeddings: Any = llm.get_input_embeddings()
+    return embeddings(torch.tensor(words, dtype=torch.long))

@@ -20,7 +20,7 @@ from openblip2.model.build import build_stage1, build_stage2, build_vision
 from openblip2.model.language import Decoding
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.train.checkpoint import load_trained, read_config
+from openblip2.train.checkpoint import load_trained, read_config, read_whitening
 from openblip2.train.loop import autocast, compute_dtype
 
 CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
@@ -43,6 +43,8 @@ def load(run: str | Path, device: str | None = None) -> "Matcher | Captioner":
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = compute_dtype(place, settings.train.precision)
     vision = build_vision(settings, dtype)
+    if settings.vision.whiten:
+        vision.whitening = read_whitening(run)
     if settings.stage == "stage2":
         captioner = build_stage2(settings, vision, sizes, dtype)
         load_trained(captioner, run / "model.safetensors")

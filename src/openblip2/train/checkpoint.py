@@ -2,6 +2,7 @@
 
 RUN/config.json          the resolved settings, with the versions that made it
 RUN/model.safetensors    the trained parts, by name (the frozen ones are named in config.json)
+RUN/whitening.safetensors  what the frozen features are whitened by, if they are
 RUN/tokenizer/           the Q-Former's tokenizer
 RUN/log.jsonl            one line for each step and each validation
 RUN/resume/              the last checkpoint of an unfinished run: model, optimizer, progress.json
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openblip2.errors import UserError
+from openblip2.model.whitening import Whitening
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -44,6 +44,7 @@ HEADS = ("image_head.", "text_head.", "match_head.", "word_head.", "temperature"
 
 
 def device() -> torch.device:
+    """Where training runs: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -277,6 +278,7 @@ def name_long_captions(tokens: QFormerTokens, records: Sequence[Record], run: Pa
 
 
 def see_batch(model: Stage1 | Stage2, batch: PairBatch) -> Tensor:
+    """The features of a batch, given or encoded now: `[B, P, V]`."""
     from openblip2.model.stage1 import see
 
     return see(model.vision, **seen(batch))

@@ -16,8 +16,7 @@ from torch import Tensor
 from openblip2.model.stage2 import Stage2
 
 STOP_WORDS = frozenset(
-    "a an the of on in at to by and or with is are was were be been being it its this that these those there here "
-    "from for as into onto over".split()
+    ["a", "an", "the", "of", "on", "in", "at", "to", "by", "and", "or", "with", "is", "are", "was", "were", "be", "been", "being", "it", "its", "this", "that", "these", "those", "there", "here", "from", "for", "as", "into", "onto", "over"]
 )
 
 

@@ -1,0 +1,323 @@
+"""The report, read as a browser reads it: whole, on its own, and with every figure in it."""
+
+import base64
+import json
+import math
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from openblip2.config import to_dict
+from openblip2.presets import preset
+from openblip2.report import write_report
+from openblip2.report.curves import Series, chart, smooth, tick_step
+from openblip2.report.headline import goals
+from openblip2.report.markup import duration, percent
+from openblip2.report.page import ITM_CHANCE
+
+EVIL = "<script>alert('a & \"b\"')</script>"
+VOID = {"meta", "img", "link", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, all text, and whether every element is closed where it should be."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        self.text = " ".join(" ".join(self.words).replace("\u00a0", " ").split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.words.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def scores(accuracy: float, number: float) -> dict[str, Any]:
+    return {
+        "n": 400,
+        "accuracy": accuracy,
+        "open": {"n": 250, "accuracy": accuracy + number / 1000},
+        "yes/no": {"n": 150, "accuracy": accuracy - number / 1000},
+    }
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    """Every figure another one."""
+    shares = dict(zip(("exact", "objects", "attributes"), (0.311, 0.522, 0.433), strict=True))
+    shares |= {"objects_and_attributes": 0.424, "relations": 0.875}
+    return {
+        "corpus": "scenes",
+        "pictures": {"train": 3417, "test": 512},
+        "retrieval": {
+            "n": 511,
+            "chance": 1 / 511,
+            "itc": {"tr@1": 0.611, "ir@1": 0.622, "tr@5": 0.833, "ir@5": 0.844},
+            "itm": {"tr@1": 0.655, "ir@1": 0.666, "tr@5": 0.877, "ir@5": 0.888, "reranked": 16},
+        },
+        "caption": {"n": 510, **shares, "chance": {"n": 510, **{name: v / 100 for name, v in shares.items()}}},
+        "vqa": {
+            "scenes": scores(0.455, 7)
+            | {"zero_shot": True, "prompt": "Question: {} Answer:"}
+            | {"baselines": {"majority": scores(0.144, 3), "question_only": scores(0.177, 5)}},
+            "easy-vqa": scores(0.355, 8)
+            | {"zero_shot": True, "prompt": "Question: {} Answer:"}
+            | {"baselines": {"majority": scores(0.101, 2), "question_only": scores(0.233, 4)}},
+        },
+        "grounding": {"n": 128, "loss_right": 0.913, "loss_shuffled": 2.714, "verdict": "the model looks: yes"},
+        "seconds": {"data": 21.3, "features": 88.0, "stage1": 245.0, "stage2": 302.0, "evaluation": 131.0}
+        | {"total": 787.3},
+        "peak_memory_gb": 5.37,
+    }
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> dict[str, Any]:
+    """Three held-out pictures; the second caption is wrong, the third is an attack."""
+    images = []
+    for n, colour in enumerate(("red", "blue", "teal")):
+        images.append(str(tmp_path / f"{n}.png"))
+        Image.new("RGB", (300, 200), colour).save(images[-1])
+    texts = ["two red cats", "two blue dogs", EVIL]
+    things = [
+        {"noun": noun, "colour": colour, "size": None, "place": None, "number": 2}
+        for noun, colour in (("cat", "red"), ("dog", "blue"), ("bus", "green"))
+    ]
+    facts = [{"kind": "group", "objects": [thing], "relation": None} for thing in things]
+    written = ["two red cats", "two red cats", EVIL]
+    asked = [("what color?", "red", "Red."), ("how many?", "three", "two"), (EVIL, EVIL, "")]
+    return {
+        "captions": [
+            {"image": i, "caption": c, "references": [t, "there are some"], "facts": f}
+            for i, c, t, f in zip(images, written, texts, facts, strict=True)
+        ],
+        "answers": {
+            name: [
+                {"image": i, "question": q, "reference": r, "answer": a}
+                for i, (q, r, a) in zip(images, asked, strict=True)
+            ]
+            for name in ("scenes", "easy-vqa")
+        },
+        "retrieval": {
+            "image_to_text": [
+                {"image": images[0], "reference": texts[0], "found": [texts[1], texts[0], EVIL]},
+                {"image": images[1], "reference": texts[1], "found": [texts[2], texts[0], EVIL]},
+            ],
+            "text_to_image": [
+                {"text": texts[0], "image": images[0], "found": images, "captions": texts},
+                {"text": texts[1], "image": images[1], "found": images[::2], "captions": texts[::2]},
+            ],
+        },
+    }
+
+
+@pytest.fixture
+def logs(tmp_path: Path) -> list[Path]:
+    """Logs of 120 steps with two validations, each beside a configuration."""
+    found = []
+    for stage, losses in (("stage1", ("itc", "itm", "itg")), ("stage2", ("lm",))):
+        run = tmp_path / stage
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps({"settings": to_dict(preset(stage, "laptop"))}))
+        rows: list[dict[str, Any]] = [
+            {"step": n, "loss": 9.0, "lr": 1e-4} | {name: 3 / n for name in losses} for n in range(1, 121)
+        ]
+        held_out = (
+            {"itc": 1.5, "itm": 0.5, "itg": 2.5} if stage == "stage1" else {"loss_right": 1.5, "loss_shuffled": 2.5}
+        )
+        rows += [{"step": n, "validation": {"n": 9, **held_out}} for n in (60, 120)]
+        found.append(run / "log.jsonl")
+        found[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return found
+
+
+def written(tmp_path: Path, metrics: dict[str, Any], examples: dict[str, Any], logs: list[Path]) -> Page:
+    path = tmp_path / "report.html"
+    write_report(path, metrics, examples, *logs)
+    assert [file.name for file in tmp_path.glob("report*")] == ["report.html"]  # no draft left behind
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+def test_nothing_is_fetched_from_outside(
+    tmp_path: Path, metrics: dict[str, Any], examples: dict[str, Any], logs: list[Path]
+) -> None:
+    page = written(tmp_path, metrics, examples, logs)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "http:" not in html
+    assert "https:" not in html
+    assert "url(" not in html
+    assert "@import" not in html
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
+    sources = [attributes["src"] for _, attributes in page.elements if "src" in attributes]
+    assert len(sources) == 3 + 2 * 3 + 2 + 4 + 2
+    assert all(str(source).startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for source in sources)
+    links = [str(attributes["href"]) for attributes in page.all("a")]
+    anchors = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    assert {link.removeprefix("#") for link in links} <= anchors
+    assert str(tmp_path) not in html
+
+
+def test_pictures_are_small_and_described(
+    tmp_path: Path, metrics: dict[str, Any], examples: dict[str, Any], logs: list[Path]
+) -> None:
+    page = written(tmp_path, metrics, examples, logs)
+    for attributes in page.all("img"):
+        picture = Image.open(BytesIO(base64.b64decode(str(attributes["src"]).split(",")[1])))
+        assert picture.size == (int(str(attributes["width"])), int(str(attributes["height"])))
+        assert max(picture.size) in (160, 112)
+        assert math.isclose(picture.width / picture.height, 1.5, rel_tol=0.02)
+        assert str(attributes["alt"]).startswith("Picture: ")
+    charts = [a for a in page.all("svg") if a.get("role") == "img"]
+    assert len(charts) == 4
+    assert all("loss over steps" in str(a["aria-label"]) for a in charts)
+
+
+def test_what_models_write_is_escaped(
+    tmp_path: Path, metrics: dict[str, Any], examples: dict[str, Any], logs: list[Path]
+) -> None:
+    metrics["grounding"]["verdict"] = EVIL
+    page = written(tmp_path, metrics, examples, logs)
+    assert not page.all("script")
+    assert page.text.count("alert('a & \"b\"')") >= 9
+
+
+def test_every_figure_is_there(
+    tmp_path: Path, metrics: dict[str, Any], examples: dict[str, Any], logs: list[Path]
+) -> None:
+    text = written(tmp_path, metrics, examples, logs).text
+    figures = ["61.1 %", "62.2 %", "83.3 %", "84.4 %", "65.5 %", "66.6 %", "87.7 %", "88.8 %", "best 16 re-ranked"]
+    figures += ["0.2 %", "1.0 %", "511 held-out"]  # chance of one in 511 and of five
+    figures += ["31.1 %", "52.2 %", "43.3 %", "42.4 %", "87.5 %", "0.4 %", "0.9 %"]
+    figures += ["45.5 %", "46.2 %", "44.8 %", "17.7 %", "18.2 %", "14.4 %", "14.7 %"]
+    figures += ["35.5 %", "36.3 %", "34.7 %", "23.3 %", "23.7 %", "10.1 %", "10.3 %"]
+    figures += ["0.91", "2.71", "The model looks: yes.", "0.913", "2.714"]
+    figures += ["13 min 7 s", "21.3 s", "1 min 28 s", "4 min 5 s", "5 min 2 s", "2 min 11 s", "5.4 GB", "3,417", "512"]
+    figures += ["wheel:dinov2-small", "wheel:smollm2-135m-instruct", "wheel:minilm-l6"]
+    assert [figure for figure in figures if figure not in text] == []
+    assert text.count("Zero-shot: ") == 2
+
+
+def test_right_and_wrong_are_told_apart_in_their_order(
+    tmp_path: Path, metrics: dict[str, Any], examples: dict[str, Any], logs: list[Path]
+) -> None:
+    text = written(tmp_path, metrics, examples, logs).text
+    captions = text[text.index("1 of these 3 are right in everything") : text.index("Questions and answers An")]
+    assert captions.count("✓ one of its own captions") == 2  # the attack repeats its reference
+    assert captions.count("✓ objects ✓ attributes") == 1
+    assert captions.count("✗ objects ✗ attributes") == 2
+    assert captions.index("✓ objects") < captions.index("✗ objects")
+    answers = text[text.index("1 of these 3 are right. ") :]
+    assert answers.index("✓ right") < answers.index("✗ wrong")
+    assert "“Red.” Reference: red ✓ right" in answers
+    assert "(nothing) Reference: <script>" in answers
+    retrieval = text[text.index("From picture to caption") : text.index("Loss curves Stage 1")]
+    assert "two blue dogs two red cats ✓ right" in retrieval
+    assert "✗ not among them two blue dogs" in retrieval
+    assert "✓ 1. right 2. 3." in retrieval
+    assert "1. 2. ✗ missed" in retrieval
+
+
+def test_what_was_not_measured_is_said(
+    tmp_path: Path, metrics: dict[str, Any], examples: dict[str, Any], logs: list[Path]
+) -> None:
+    metrics |= {"corpus": "stamps", "vqa": {}}
+    for found in (metrics["caption"], metrics["caption"]["chance"]):
+        found |= {name: None for name in ("objects", "attributes", "objects_and_attributes", "relations")}
+    examples["answers"] = {}
+    for example in examples["captions"]:
+        example["facts"] = None
+    text = written(tmp_path, metrics, examples, logs).text
+    assert text.count("not measured") == 8
+    assert "no questions come with this corpus" in text
+    assert "Captions word for word as people wrote them 31.1 %" in text
+    assert "compare for yourself" in text
+    assert "✗ objects" not in text
+
+
+def test_goals_met_and_missed(metrics: dict[str, Any]) -> None:
+    assert [goal.met for goal in goals(metrics)] == [True] * 7
+    metrics["retrieval"]["itc"]["ir@1"] = 0.59  # the weaker of the two ways counts
+    metrics["retrieval"]["itm"] |= {"tr@1": 0.6, "ir@1": 0.6}
+    metrics["caption"]["objects_and_attributes"] = None
+    metrics["grounding"]["loss_right"] = 1.4
+    metrics["vqa"]["easy-vqa"]["open"]["accuracy"] = 0.237
+    metrics["vqa"]["easy-vqa"]["baselines"]["question_only"]["open"]["accuracy"] = 0.237
+    metrics["seconds"]["total"] = 1200.0
+    metrics["peak_memory_gb"] = 8.1
+    assert [goal.met for goal in goals(metrics)] == [False, False, None, False, False, False, False]
+    metrics |= {"corpus": "stamps", "retrieval": {"chance": 0.01, "itc": {"tr@1": 0.16, "ir@1": 0.15}, "itm": {}}}
+    metrics["grounding"] |= {"loss_right": 2.0, "loss_shuffled": 2.4}
+    found = goals(metrics)
+    assert [goal.met for goal in found] == [True, False, False, False]
+    assert found[0].reached == "15.0 times chance"
+
+
+def test_a_missed_goal_is_said_at_the_top(
+    tmp_path: Path, metrics: dict[str, Any], examples: dict[str, Any], logs: list[Path]
+) -> None:
+    assert "No goal of 7 was missed" in written(tmp_path, metrics, examples, logs).text
+    metrics["retrieval"]["itc"]["tr@1"] = 0.2
+    text = written(tmp_path, metrics, examples, logs).text
+    assert "1 of 7 goals were missed" in text.split("Goals")[0]
+    assert text.count("✗ missed") == 2  # the other one is a caption whose picture was not found
+
+
+def test_a_chart_is_to_scale() -> None:
+    drawn = Page(chart("Loss", [Series("a", [(0, 4.0), (50, 2.0), (100, 1.0)]), Series("b", [(100, 3.0)], True)]))
+    lines = [str(a["points"]).split() for a in drawn.all("polyline") if "line c1" in str(a["class"])]
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in lines[0])
+    assert x0 < x1 < x2
+    assert math.isclose(x1 - x0, x2 - x1, abs_tol=0.2)
+    assert math.isclose((y1 - y0) / 2, y2 - y1, abs_tol=0.2)  # downwards
+    assert y0 < y1 < y2
+    (dot,) = [a for a in drawn.all("circle") if float(str(a["r"])) and a["cx"] != "9"]
+    assert (float(str(dot["cx"])), float(str(dot["cy"]))) == pytest.approx((x2, (y0 + y1) / 2), abs=0.2)
+    numbers = drawn.text.split("step")[0].split()
+    assert numbers == ["0", "1", "2", "3", "4", "5", "0", "20", "40", "60", "80", "100"]
+
+
+def test_chance_is_the_entropy_of_one_match_in_three() -> None:
+    assert math.isclose(ITM_CHANCE, -(math.log(1 / 3) + 2 * math.log(2 / 3)) / 3, abs_tol=1e-4)
+    flat = chart("ITM", [Series("a", [(1, 0.0)])], ("chance", ITM_CHANCE))
+    assert "chance 0.6365" in Page(flat).text
+
+
+def test_smoothing_is_a_mean_of_neighbours() -> None:
+    points = [(float(n), float(n % 2)) for n in range(6)]
+    assert smooth(points, 0) == points
+    assert [y for _, y in smooth(points, 1)] == pytest.approx([1 / 2, 1 / 3, 2 / 3, 1 / 3, 2 / 3, 1 / 2])
+    assert len(smooth([(float(n), 1.0) for n in range(250_000)], 3)) <= 300
+
+
+def test_ticks_are_round() -> None:
+    assert [tick_step(span, 5) for span in (1, 4.2, 5, 120, 7000)] == [0.2, 1, 1, 50, 2000]
+
+
+def test_numbers_in_words() -> None:
+    assert (percent(0.4567), percent(0.0), percent(None)) == ("45.7\u00a0%", "0.0\u00a0%", "not measured")
+    assert (duration(7.26), duration(75.2), duration(3599.7)) == ("7.3 s", "1 min 15 s", "60 min 0 s")
