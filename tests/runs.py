@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as hf
@@ -18,7 +19,12 @@ LLM_WORDS = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
 
 def vision(folder: Path) -> Path:
     """A ViT of width 24 and 3 layers."""
-    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
+    sizes: dict[str, Any] = {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+    }
     torch.manual_seed(0)
     hf.ViTModel(hf.ViTConfig(**sizes, image_size=SIDE, patch_size=4)).save_pretrained(folder)
     published = {"size": SIDE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True}
@@ -28,7 +34,12 @@ def vision(folder: Path) -> Path:
 
 def bert(folder: Path) -> Path:
     """A BERT of width 30 and 2 layers, with its tokenizer."""
-    sizes = {"hidden_size": 30, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 28}
+    sizes: dict[str, Any] = {
+        "hidden_size": 30,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 28,
+    }
     config = hf.BertConfig(**sizes, vocab_size=len(BERT_WORDS), max_position_embeddings=20)
     torch.manual_seed(1)
     hf.BertForMaskedLM(config).save_pretrained(folder)
@@ -39,13 +50,18 @@ def bert(folder: Path) -> Path:
 
 def language(folder: Path) -> Path:
     """A Llama of width 20 with a tokenizer of whole words."""
-    sizes = {"hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 5, "intermediate_size": 26}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 5,
+        "intermediate_size": 26,
+    }
+    ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(2)
     hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, vocab_size=len(LLM_WORDS), **ids)).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(LLM_WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names: dict[str, Any] = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     hf.PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
     return folder
 

@@ -20,7 +20,6 @@ from openblip2.model.language import (
 )
 from tiny_models import NEWLINE, L, constant, embed, ids, language, soft_prompts
 
-Q = 5
 # Captions so short that an encoder-decoder can split them in one way only.
 PROMPTS = ["", "a photo of", "question: what is it answer:"]
 CAPTIONS = ["a red dog", "small bird", "tree"]

@@ -83,9 +83,7 @@ class ImagePairs:
                 self.bad.add(row)
                 self.problem(str(error))
         if not rows:
-            raise UserError(
-                f"batch {number}: not one of its pictures can be opened; see the log for their names"
-            )
+            raise UserError(f"batch {number}: not one of its pictures can be opened; see the log for their names")
         captions = draw_captions([self.records[row] for row in rows], self.seed, number)
         return PairBatch(captions, torch.tensor(rows), images=torch.stack(images))
 

@@ -97,9 +97,7 @@ def _fingerprint(records: Sequence[Record]) -> str:
     digest = hashlib.sha256()
     for record in records:
         stat = record.image.stat() if record.image.exists() else None
-        digest.update(
-            f"{record.image} {stat.st_size if stat else 0} {stat.st_mtime_ns if stat else 0}\n".encode()
-        )
+        digest.update(f"{record.image} {stat.st_size if stat else 0} {stat.st_mtime_ns if stat else 0}\n".encode())
     return digest.hexdigest()
 
 

@@ -177,9 +177,7 @@ def judge(caption: str, facts: Mapping[str, Any]) -> Judgement:
     nouns = [_FORMS[phrase["noun"]] for phrase in phrases]
     things: dict[str, Thing] = {thing["noun"]: thing for thing in facts["objects"]}
     objects = sorted(nouns) == sorted(things)
-    attributes = objects and all(
-        _fits(phrase, things[noun]) for phrase, noun in zip(phrases, nouns, strict=True)
-    )
+    attributes = objects and all(_fits(phrase, things[noun]) for phrase, noun in zip(phrases, nouns, strict=True))
     stated = [
         relation if [left, right] == list(things) else OPPOSITE[relation]
         for left, relation, right in zip(nouns, relations, nouns[1:], strict=False)

@@ -134,9 +134,7 @@ def _opened(picture: Picture, at_least: int | None) -> Image.Image:
         return _decoded(picture, name)
     if isinstance(picture, np.ndarray):
         return _from_array(picture)
-    raise UserError(
-        f"a {type(picture).__name__} is not a picture; a path, a PIL image or a NumPy array [H, W, 3]"
-    )
+    raise UserError(f"a {type(picture).__name__} is not a picture; a path, a PIL image or a NumPy array [H, W, 3]")
 
 
 def _from_file(path: Path, at_least: int | None) -> Image.Image:

@@ -69,13 +69,9 @@ def read_records(source: Path) -> tuple[list[Record], list[str]]:
             except UserError as problem:
                 skipped.append(f"{where}: {problem}")
     except OSError as error:
-        raise UserError(
-            f"{error.filename or source}: cannot be read ({error.strerror}); give {ACCEPTED}"
-        ) from error
+        raise UserError(f"{error.filename or source}: cannot be read ({error.strerror}); give {ACCEPTED}") from error
     if not records:
-        why = (
-            f"{len(skipped)} rows cannot be used; the first: {skipped[0]}" if skipped else f"give {ACCEPTED}"
-        )
+        why = f"{len(skipped)} rows cannot be used; the first: {skipped[0]}" if skipped else f"give {ACCEPTED}"
         raise UserError(f"{source}: holds no picture with a caption; {why}")
     return list(records.values()), skipped
 
@@ -107,9 +103,7 @@ def _row(record: Record, folder: Path) -> dict[str, Any]:
         raise UserError(f"{record.image}: is outside {folder}; the pictures of a data folder lie inside it")
     row: dict[str, Any] = {"id": record.id, "image": image.as_posix(), "captions": list(record.captions)}
     if record.questions:
-        row["questions"] = [
-            {"text": each.text, "answer": each.answer, "kind": each.kind} for each in record.questions
-        ]
+        row["questions"] = [{"text": each.text, "answer": each.answer, "kind": each.kind} for each in record.questions]
     if record.facts is not None:
         row["facts"] = record.facts
     return row
@@ -124,9 +118,7 @@ def _add(record: Record, records: dict[str, Record]) -> None:
     if known.image != record.image:
         raise UserError(f"id {record.id!r} already stands for {known.image}; another id for another image")
     if record.facts is not None and known.facts not in (None, record.facts):
-        raise UserError(
-            f'other "facts" than an earlier row of id {record.id!r}; the same in each, or in one only'
-        )
+        raise UserError(f'other "facts" than an earlier row of id {record.id!r}; the same in each, or in one only')
     records[record.id] = replace(
         known,
         captions=known.captions + record.captions,
@@ -185,9 +177,7 @@ def _questions(questions: object) -> tuple[Question, ...]:
 
 
 def _question(question: object, right: str) -> Question:
-    values = (
-        [question.get(key) for key in ("text", "answer", "kind")] if isinstance(question, dict) else [None]
-    )
+    values = [question.get(key) for key in ("text", "answer", "kind")] if isinstance(question, dict) else [None]
     if not all(_says_something(value) for value in values):
         raise UserError(f"a question lacks text, answer or kind; {right}")
     text, answer, kind = map(str, values)

@@ -10,9 +10,7 @@ from typing import Any
 from openblip2.errors import UserError
 
 RECORDS = "records.jsonl"
-PICTURE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif"}
-)
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif"})
 ACCEPTED = (
     f"a folder with {RECORDS}, a .jsonl file, a .csv or .tsv file with the columns image and caption, "
     "or a folder of pictures each with a .txt of the same name"
@@ -111,9 +109,7 @@ def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
         for name in pictures:
             path = Path(parent, name)
             yield str(path), _picture(path, folder)
-        lonely = {Path(name).stem for name in names if name.endswith(".txt")} - {
-            Path(name).stem for name in pictures
-        }
+        lonely = {Path(name).stem for name in names if name.endswith(".txt")} - {Path(name).stem for name in pictures}
         for stem in sorted(lonely):
             yield (
                 str(Path(parent, stem + ".txt")),

@@ -85,9 +85,7 @@ def draw_scenes(
         records = [_record(images, i, split, seed, size, shares) for i in range(count)]
         write_records(records, Path(folder))
     except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be written ({error.strerror}); a folder"
-        ) from error
+        raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror}); a folder") from error
     return records
 
 
@@ -224,9 +222,7 @@ def _icon_font() -> tuple[ImageFont.FreeTypeFont, dict[str, str]]:
     names = sorted(fonts.glob(f"{_FONT}-charmap-*.json"))
     if not outlines or not names:
         raise UserError(f"{fonts}: no {_FONT} in it; {right}")
-    codes = {
-        name: chr(int(code, 16)) for name, code in json.loads(names[-1].read_text(encoding="utf-8")).items()
-    }
+    codes = {name: chr(int(code, 16)) for name, code in json.loads(names[-1].read_text(encoding="utf-8")).items()}
     missing = sorted(icon for noun, icon in NOUNS.items() if noun not in SHAPES and icon not in codes)
     if missing:
         raise UserError(f"{names[-1]}: no icon {missing[0]!r} in it; {right}")

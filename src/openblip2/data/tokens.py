@@ -22,9 +22,7 @@ class QFormerTokens:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`tokens [B, T]` int64 and `valid [B, T]` bool; T is the longest text's length, never more than `longest`."""
-        found = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
-        )
+        found = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
         return found["input_ids"], found["attention_mask"].bool()
 
     def too_long(self, texts: Sequence[str]) -> list[int]:

@@ -41,8 +41,7 @@ SHAPES = ("circle", "triangle", "rectangle")
 
 # Noun -> icon name; of a shape, its own name.
 NOUNS: dict[str, str] = {
-    noun.replace("_", " "): icon or noun
-    for noun, _, icon in (entry.partition(":") for entry in _ICONS.split())
+    noun.replace("_", " "): icon or noun for noun, _, icon in (entry.partition(":") for entry in _ICONS.split())
 } | {shape: shape for shape in SHAPES}
 
 # Colour -> RGB: the eight of easy-VQA by its names, near its values, and two more.

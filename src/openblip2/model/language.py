@@ -247,7 +247,7 @@ def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str
     if template == "chat":
         filled = _chat_template(tokenizer)
     else:
-        slots = {"image": "{image}", "prompt": "{prompt}", "bos": _escape(tokenizer.bos_token or "")}
+        slots = {"image": "{image}", "prompt": "{prompt}", "bos": _escape(str(tokenizer.bos_token or ""))}
         try:
             parts = list(Formatter().parse(template))
         except ValueError as error:
@@ -264,7 +264,7 @@ def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     if not tokenizer.chat_template:
         raise UserError(f"template 'chat': this tokenizer has no chat template; use {PAPER_TEMPLATE!r}")
     turns = [{"role": "user", "content": "<<image>><<prompt>>"}]
-    text: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     return _escape(text).replace("<<image>>", "{image}").replace("<<prompt>>", "{prompt}")
 
 

@@ -51,9 +51,7 @@ def chart(title: str, series: Sequence[Series], level: tuple[str, float] | None 
     parts += [_tick_x(n * step_x, at) for n in range(int(right / step_x + 1e-9) + 1)]
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">step</text>')
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">loss in nats</text>'
-    )
+    parts.append(f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">loss in nats</text>')
     if level:
         parts.append(_level(level, at, right))
     parts += [_curve(s, n, at) for n, s in enumerate(drawn, 1)]
@@ -114,8 +112,7 @@ def _legend(series: Series, number: int) -> str:
 
 def _summary(series: Sequence[Series], level: tuple[str, float] | None) -> str:
     said = [
-        f"{s.name}: {s.points[0][1]:.2f} at step {s.points[0][0]:g}, "
-        f"{s.points[-1][1]:.2f} at step {s.points[-1][0]:g}"
+        f"{s.name}: {s.points[0][1]:.2f} at step {s.points[0][0]:g}, {s.points[-1][1]:.2f} at step {s.points[-1][0]:g}"
         for s in series
     ]
     return "; ".join(said + ([f"{level[0]}: {level[1]:.4g}"] if level else [])) + "."

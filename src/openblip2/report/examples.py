@@ -83,9 +83,7 @@ def _found_pictures(example: Example) -> str:
     ]
     if text not in example["captions"]:
         figures.append(_ranked(example["image"], text, "bad", "✗ missed"))
-    return (
-        f'<li class="tall"><p class="said">{escape(text)}</p><div class="row">{"".join(figures)}</div></li>'
-    )
+    return f'<li class="tall"><p class="said">{escape(text)}</p><div class="row">{"".join(figures)}</div></li>'
 
 
 def _ranked(image: str, caption: str, kind: str, label: str) -> str:
@@ -120,9 +118,7 @@ def _shots(items: Sequence[str]) -> str:
     shown = f'<ul class="shots">{"".join(first)}</ul>'
     if not more:
         return shown
-    return (
-        f'{shown}<details><summary>{len(more)} more</summary><ul class="shots">{"".join(more)}</ul></details>'
-    )
+    return f'{shown}<details><summary>{len(more)} more</summary><ul class="shots">{"".join(more)}</ul></details>'
 
 
 def _shot(image: str, alt: str, text: str) -> str:

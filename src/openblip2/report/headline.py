@@ -45,7 +45,7 @@ def opening(metrics: Mapping[str, Any], stage1_log: Path, stage2_log: Path) -> s
     )
     pictures, every = metrics["pictures"], goals(metrics)
     missed = sum(goal.met is False for goal in every)
-    told = f"{missed} of {len(every)} goals were missed" if missed else f"No goal of {len(every)} was missed"
+    told = f"Goals missed: {missed} of {len(every)}"
     steps = [f"{s['train']['steps']:,} steps of {s['train']['batch']}" for s in (first, second)]
     return (
         "<header><h1>What two frozen models learnt to tell each other</h1>"
@@ -99,7 +99,8 @@ def _stamps_goals(metrics: Mapping[str, Any]) -> list[Goal]:
 
 def _scenes_goals(metrics: Mapping[str, Any]) -> list[Goal]:
     itc, itm = metrics["retrieval"]["itc"], metrics["retrieval"]["itm"]
-    low, better = min(itc["tr@1"], itc["ir@1"]), itm["tr@1"] + itm["ir@1"] - itc["tr@1"] - itc["ir@1"]
+    low = min(itc["tr@1"], itc["ir@1"])
+    better = (itm["tr@1"] + itm["ir@1"]) - (itc["tr@1"] + itc["ir@1"])
     both = metrics["caption"]["objects_and_attributes"]
     right, other = metrics["grounding"]["loss_right"], metrics["grounding"]["loss_shuffled"]
     return [

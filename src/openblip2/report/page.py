@@ -80,8 +80,7 @@ def write_report(
 
 def _captions(found: Mapping[str, Any], examples: Sequence[Mapping[str, Any]]) -> str:
     rows = [
-        [what.capitalize(), percent(found[name]), percent(found["chance"][name])]
-        for name, what in CAPTIONS.items()
+        [what.capitalize(), percent(found[name]), percent(found["chance"][name])] for name, what in CAPTIONS.items()
     ]
     return (
         f"<p>Greedy captions of {found['n']} held-out pictures. Chance: the same captions, each held to "
@@ -194,8 +193,7 @@ def _grounding(found: Mapping[str, Any]) -> str:
 def _time(metrics: Mapping[str, Any]) -> str:
     seconds = metrics["seconds"]
     rows = [
-        [PHASES[name], duration(value), bar(value / max(seconds["total"], 1e-9))]
-        for name, value in seconds.items()
+        [PHASES[name], duration(value), bar(value / max(seconds["total"], 1e-9))] for name, value in seconds.items()
     ]
     told = f"<p>Most memory in use at once: {metrics['peak_memory_gb']:.1f} GB.</p>"
     return table(["", "time", ""], rows) + told

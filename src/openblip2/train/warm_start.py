@@ -15,9 +15,13 @@ from torch import Tensor
 
 from openblip2.model.stage2 import Stage2
 
-STOP_WORDS = frozenset(
-    ["a", "an", "the", "of", "on", "in", "at", "to", "by", "and", "or", "with", "is", "are", "was", "were", "be", "been", "being", "it", "its", "this", "that", "these", "those", "there", "here", "from", "for", "as", "into", "onto", "over"]
-)
+# fmt: off
+STOP_WORDS = frozenset((
+    "a", "an", "the", "of", "on", "in", "at", "to", "by", "and", "or", "with", "is", "are", "was", "were",
+    "be", "been", "being", "it", "its", "this", "that", "these", "those", "there", "here", "from", "for",
+    "as", "into", "onto", "over",
+))
+# fmt: on
 
 
 def warm_start(model: Stage2, queries: Tensor, captions: Sequence[str], penalty: float = 10.0) -> float:

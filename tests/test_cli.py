@@ -1,0 +1,393 @@
+"""The command line: the whole path from training to answers, and one line for whatever cannot be used."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import openblip2
+import runs
+from openblip2 import cli
+
+HEAVY = {"torch", "transformers", "numpy", "PIL", "safetensors", "pydantic"}
+SOURCE = str(Path(openblip2.__file__).parents[1])
+
+
+class Said(NamedTuple):
+    """What a command answered."""
+
+    code: Any
+    out: str
+    err: str
+
+
+def call(*arguments: object) -> Said:
+    """`openblip2 ARGUMENTS...` in this process."""
+    out, err, code = StringIO(), StringIO(), 0
+    with (
+        patch.object(sys, "argv", ["openblip2", *map(str, arguments)]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+    return Said(code, out.getvalue(), err.getvalue())
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python of its own, with this package on its path."""
+    environment = {**os.environ, "PYTHONPATH": SOURCE, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("TRANSFORMERS_VERBOSITY", None)
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=100, env=environment, check=False
+    )
+
+
+class Home(NamedTuple):
+    """Folders on disk: models, pictures, and a run of each stage, trained by the command itself."""
+
+    root: Path
+    options: list[str]
+    said: list[Said]
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def stage1(self) -> Path:
+        return self.root / "stage1"
+
+    @property
+    def stage2(self) -> Path:
+        return self.root / "stage2"
+
+    def picture(self, number: int = 0) -> Path:
+        return self.data / f"{number}.png"
+
+    def train(self, stage: str, out: str, *more: object) -> tuple[object, ...]:
+        return ("train", stage, "--data", self.data, "--out", self.root / out, *self.options, *more)
+
+    def broken(self, name: str, change: Callable[[Path], object], run: str = "stage2") -> Path:
+        """A copy of a run that `change` has been at."""
+        folder = self.root / name
+        shutil.copytree(self.root / run, folder, dirs_exist_ok=True)
+        change(folder)
+        return folder
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    root = tmp_path_factory.mktemp("home")
+    for build in (runs.vision, runs.bert, runs.language):
+        build(root / build.__name__)
+    runs.pictures(root / "data")
+    home = Home(root, runs.options(root), [])
+    home.said.append(call(*home.train("stage1", "stage1")))
+    home.said.append(call(*home.train("stage2", "stage2", "--start", home.stage1)))
+    return home
+
+
+def test_both_stages_train(home: Home) -> None:
+    for said, run in zip(home.said, (home.stage1, home.stage2), strict=True):
+        assert said.code == 0, said.err
+        assert said.out == f"{run}\n"
+        rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+        assert [row["step"] for row in rows if "validation" in row] == [2, 3]
+        assert (run / "model.safetensors").is_file()
+    assert "vision              11,048 frozen" in home.said[0].err
+    assert "language             7,100 frozen" in home.said[1].err
+    assert "started in closed form" in home.said[1].err
+
+
+def test_caption_writes_a_line_for_each_picture(home: Home) -> None:
+    pictures = [home.picture(n) for n in range(3)]
+    said = call("caption", home.stage2, *pictures, "--beams", "2")
+    assert (said.code, said.err) == (0, "")
+    lines = [line.split("\t") for line in said.out.splitlines()]
+    assert [line[0] for line in lines] == list(map(str, pictures))
+    model: Any = openblip2_load(home.stage2)
+    from openblip2.model.language import Decoding
+
+    assert [line[1] for line in lines] == model.caption(pictures, decoding=Decoding(beams=2))
+    begun = call("caption", home.stage2, pictures[0], "--beams", "1", "--prompt", "the red dog is")
+    assert begun.out.strip().split("\t")[1:] == model.caption(pictures[:1], "the red dog is", Decoding(beams=1))
+
+
+def test_answer_writes_one_line(home: Home) -> None:
+    said = call("answer", home.stage2, home.picture(), "What colour is it?")
+    assert (said.code, said.err) == (0, "")
+    model: Any = openblip2_load(home.stage2)
+    assert said.out == model.answer([home.picture()], ["what colour is it?"])[0] + "\n"
+
+
+def test_rank_puts_the_best_first(home: Home) -> None:
+    pictures = [home.picture(n) for n in range(6)]
+    said = call("rank", home.stage1, "A red dog.", *pictures)
+    assert (said.code, said.err) == (0, "")
+    lines = [line.split("\t") for line in said.out.splitlines()]
+    scores = openblip2_load(home.stage1).similarity(pictures, ["a red dog"])[:, 0]
+    order = scores.argsort(descending=True).tolist()
+    assert [line[1] for line in lines] == [str(pictures[n]) for n in order]
+    assert [line[0] for line in lines] == [f"{scores[n]:.3f}" for n in order]
+
+
+def test_resume_ends_in_the_same_run(home: Home, tmp_path: Path) -> None:
+    whole = (home.stage1 / "model.safetensors").read_bytes()
+    run = home.broken("resumed", lambda folder: (folder / "model.safetensors").unlink(), "stage1")
+    assert json.loads((run / "resume" / "progress.json").read_text()) == {"step": 2}
+    said = call(*home.train("stage1", "resumed", "--resume"))
+    assert said.code == 0, said.err
+    assert (run / "model.safetensors").read_bytes() == whole
+
+
+def test_a_bad_picture_is_skipped_and_named(home: Home) -> None:
+    data = home.root / "spoilt"
+    shutil.copytree(home.data, data)
+    (data / "5.png").write_bytes(b"")
+    with (data / "records.jsonl").open("a") as file:
+        file.write('{"image": "0.png", "caption": ""}\n')
+    said = call("train", "stage1", "--data", data, "--out", home.root / "spoilt-run", *home.options)
+    assert said.code == 0, said.err
+    skipped = [line for line in said.err.splitlines() if line.startswith("skipped: ")]
+    assert len(skipped) == 2
+    assert str(data / "records.jsonl") in skipped[0]
+    assert "17" in skipped[0]
+    assert str(data / "5.png") in skipped[1]
+    named = [json.loads(line) for line in (home.root / "spoilt-run" / "skipped.jsonl").read_text().splitlines()]
+    assert str(data / "5.png") in json.dumps(named)
+
+
+def test_loading_says_nothing(home: Home) -> None:
+    said = python("-m", "openblip2.cli", "caption", str(home.stage2), str(home.picture()), "--beams", "1")
+    assert said.returncode == 0, said.stderr
+    assert said.stderr == ""  # no load report, no bar of weights, no warning
+    assert said.stdout.startswith(f"{home.picture()}\t")
+
+
+def test_quiet_is_over_after_loading() -> None:
+    from logging import ERROR, INFO
+
+    from transformers.utils import logging
+
+    from openblip2.model.quiet import quiet_transformers
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_info()
+    logging.enable_progress_bar()
+    try:
+        with quiet_transformers():
+            assert logging.get_verbosity() == ERROR
+            assert not logging.is_progress_bar_enabled()
+        assert logging.get_verbosity() == INFO
+        assert logging.is_progress_bar_enabled()
+        with pytest.raises(KeyError), quiet_transformers():
+            raise KeyError
+        assert logging.get_verbosity() == INFO
+    finally:
+        logging.set_verbosity(before[0])
+
+
+def test_help_imports_nothing_heavy() -> None:
+    said = python("-X", "importtime", "-m", "openblip2.cli", "--help")
+    assert said.returncode == 0
+    for command in ("demo", "train", "caption", "answer", "rank"):
+        assert f"\n  {command} " in said.stdout
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in said.stderr.splitlines() if "|" in line}
+    assert "typer" in imported
+    assert imported & HEAVY == set()
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "caption", "answer", "rank"])
+def test_every_command_explains_itself(command: str) -> None:
+    said = CliRunner().invoke(cli.app, [command, "--help"])
+    assert said.exit_code == 0
+    first, _, told, *_ = said.stdout.splitlines()
+    assert first.startswith("Usage: ")
+    assert f" {command} [OPTIONS]" in first
+    assert len(told.split()) > 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "stage1"], ["caption"], ["caption", "run", "x.png", "--beams", "0"], ["fly"]],
+)
+def test_misuse_shows_the_usage(arguments: list[str]) -> None:
+    said = CliRunner().invoke(cli.app, arguments)
+    assert said.exit_code == 2
+    assert "Usage: " in said.output
+
+
+def test_interruption_says_how_to_go_on(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("openblip2.train.recipes.train", stopped)
+    said = call(*home.train("stage1", "stopped"))
+    assert said.code == 130
+    assert said.err.startswith("openblip2: interrupted; ")
+    assert str(home.root / "stopped") in said.err
+    assert "--resume" in said.err
+
+
+# What each command is given, and what its one line must say. `{}` is the folder of `home`.
+Bad = tuple[Callable[[Home], tuple[object, ...]], tuple[str, ...]]
+
+SETTINGS: dict[str, Bad] = {
+    "stage": (lambda h: h.train("stage3", "x"), ("'stage3'", "stage1 or stage2")),
+    "preset": (lambda h: h.train("stage1", "x", "--preset", "lapdog"), ("preset 'lapdog'", "laptop, vit-l")),
+    "setting": (lambda h: h.train("stage1", "x", "--set", "train.stepz=3"), ("'train.stepz'", "'train.steps'?")),
+    "type": (lambda h: h.train("stage1", "x", "--set", "train.steps=abc"), ("train.steps='abc'", "integer")),
+    "range": (lambda h: h.train("stage1", "x", "--set", "train.batch=0"), ("train.batch=0", "greater than")),
+    "no value": (lambda h: h.train("stage1", "x", "--set", "train.steps"), ("'train.steps'", "section.field=value")),
+    "corpus": (lambda h: ("demo", "--out", h.root / "x", "--corpus", "coco"), ("'coco'", "scenes or stamps")),
+    "data": (
+        lambda h: ("train", "stage1", "--data", h.root / "nowhere", "--out", h.root / "x"),
+        ("{}/nowhere", "does not exist"),
+    ),
+    "out is a file": (lambda h: h.train("stage1", "data/0.png"), ("{}/data/0.png", "give a folder")),
+    "few pictures": (lambda h: h.train("stage1", "x", "--set", "data.held_out=0.1"), ("16 pictures", "data.held_out")),
+    "vision": (lambda h: h.train("stage1", "x", "--set", f"vision.name={h.data}"), ("{}/data", "image encoder")),
+    "start": (lambda h: h.train("stage2", "x", "--start", h.root / "nowhere"), ("{}/nowhere", "not a run")),
+    "start is stage 2": (lambda h: h.train("stage2", "x", "--start", h.stage2), ("{}/stage2", "no stage-1 run")),
+    "start of stage 1": (lambda h: h.train("stage1", "x", "--start", h.stage1), ("{}/stage1", "only stage 2")),
+    "nothing to resume": (lambda h: h.train("stage1", "x", "--resume"), ("{}/x", "start without --resume")),
+    "no checkpoint": (
+        lambda h: h.train("stage1", h.broken("bare", lambda f: shutil.rmtree(f / "resume"), "stage1").name, "--resume"),
+        ("{}/bare", "no checkpoint", "start without --resume"),
+    ),
+    "other settings": (
+        lambda h: h.train("stage1", "stage1", "--set", "train.steps=4", "--resume"),
+        ("{}/stage1/config.json", "other settings"),
+    ),
+}
+
+
+def cut(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def set_queries(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["qformer"]["queries"] = 6
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def captioned(change: Callable[[Path], object]) -> Callable[[Home], tuple[object, ...]]:
+    return lambda h: ("caption", h.broken("broken", change), h.picture())
+
+
+WEIGHTS = "{}/broken/model.safetensors"
+RUNS: dict[str, Bad] = {
+    "text file": (
+        lambda h: ("caption", h.data / "records.jsonl", h.picture()),
+        ("records.jsonl is not a run", "--out"),
+    ),
+    "missing": (lambda h: ("caption", h.root / "nowhere", h.picture()), ("{}/nowhere is not a run", "--out")),
+    "pictures": (lambda h: ("rank", h.data, "a dog", h.picture()), ("{}/data is not a run", "--out")),
+    "no config": (captioned(lambda f: (f / "config.json").unlink()), ("{}/broken is not a run", "--out")),
+    "not JSON": (captioned(lambda f: (f / "config.json").write_text("{")), ("{}/broken/config.json", "not JSON")),
+    "other JSON": (captioned(lambda f: (f / "config.json").write_text("[]")), ("{}/broken is not a run", "--out")),
+    "unfinished": (captioned(lambda f: (f / "model.safetensors").unlink()), (WEIGHTS, "has its training finished?")),
+    "truncated": (captioned(lambda f: cut(f / "model.safetensors", 0.5)), (WEIGHTS, "truncated")),
+    "zero bytes": (captioned(lambda f: cut(f / "model.safetensors", 0)), (WEIGHTS, "not a whole safetensors file")),
+    "other sizes": (captioned(set_queries), (WEIGHTS, "qformer.queries has shape [1, 5, 30]", "[1, 6, 30]")),
+    "other model": (
+        captioned(lambda f: shutil.copy(f.parent / "stage1" / "model.safetensors", f)),
+        (WEIGHTS, "missing: projection.bias", "unexpected: "),
+    ),
+    "no tokenizer": (
+        lambda h: ("rank", h.broken("mute", lambda f: shutil.rmtree(f / "tokenizer"), "stage1"), "a dog", h.picture()),
+        ("{}/mute/tokenizer", "no tokenizer"),
+    ),
+    "stage 1 captions": (lambda h: ("caption", h.stage1, h.picture()), ("{}/stage1 is a stage-1 run", "stage-2 run")),
+    "stage 1 answers": (lambda h: ("answer", h.stage1, h.picture(), "what?"), ("{}/stage1 is a stage-1 run",)),
+    "stage 2 ranks": (
+        lambda h: ("rank", h.stage2, "a dog", h.picture()),
+        ("{}/stage2 is a stage-2 run", "stage-1 run"),
+    ),
+}
+
+
+def bomb() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels in a few hundred bytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(1000))), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def seen(content: Callable[[bytes], bytes]) -> Callable[[Home], tuple[object, ...]]:
+    def arguments(h: Home) -> tuple[object, ...]:
+        noise = Image.effect_noise((40, 40), 50)
+        noise.save(h.root / "bad.png")
+        (h.root / "bad.png").write_bytes(content((h.root / "bad.png").read_bytes()))
+        return "caption", h.stage2, h.picture(), h.root / "bad.png"
+
+    return arguments
+
+
+INPUTS: dict[str, Bad] = {
+    "missing": (lambda h: ("caption", h.stage2, h.root / "nowhere.png"), ("{}/nowhere.png", "does not exist")),
+    "folder": (lambda h: ("caption", h.stage2, h.data), ("{}/data", "is not a file")),
+    "truncated": (seen(lambda b: b[: len(b) // 2]), ("{}/bad.png", "truncated")),
+    "zero bytes": (seen(lambda b: b""), ("{}/bad.png", "empty")),
+    "no picture": (seen(lambda b: b"hello, world"), ("{}/bad.png", "not a picture")),
+    "bomb": (seen(lambda b: bomb()), ("{}/bad.png", "pixels", "67,108,864")),
+    "bomb to rank": (lambda h: ("rank", h.stage1, "a dog", *seen(lambda b: bomb())(h)[2:]), ("{}/bad.png", "pixels")),
+    "empty question": (lambda h: ("answer", h.stage2, h.picture(), " "), ("empty text",)),
+    "long question": (
+        lambda h: ("answer", h.stage2, h.picture(), "is it " * 30),
+        ("is it is it", "60 words", "at most 50"),
+    ),
+    "empty text": (lambda h: ("rank", h.stage1, "...", h.picture()), ("empty text, '...'",)),
+    "long text": (lambda h: ("rank", h.stage1, "a red dog " * 11, h.picture()), ("a red dog", "longer", "32 tokens")),
+    "very long text": (lambda h: ("rank", h.stage1, "dog " * 60, h.picture()), ("dog dog", "60 words", "at most 50")),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        pytest.param(*bad, id=f"{group}: {name}")
+        for group, bads in (("settings", SETTINGS), ("run", RUNS), ("input", INPUTS))
+        for name, bad in bads.items()
+    ],
+)
+def test_bad_input_is_one_line(
+    home: Home, arguments: Callable[[Home], tuple[object, ...]], told: tuple[str, ...]
+) -> None:
+    shutil.rmtree(home.root / "broken", ignore_errors=True)
+    said = call(*arguments(home))
+    assert said.code == 2
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("openblip2: ")
+    missing = [part for part in told if part.format(home.root) not in line]
+    assert missing == [], line
+
+
+def openblip2_load(run: Path) -> Any:
+    from openblip2.load import load
+
+    return load(run)

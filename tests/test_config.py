@@ -1,0 +1,192 @@
+"""Settings: strict, frozen, and with the paper's numbers in the paper's presets."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from openblip2.config import RunSettings, change, from_dict, to_dict
+from openblip2.errors import UserError
+from openblip2.presets import PRESETS, preset
+
+EVERY = [(stage, name) for stage, presets in PRESETS.items() for name in presets]
+
+
+def refusal(changes: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        change(RunSettings(), changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("optim.lr", "5e-5", 5e-5),
+        ("optim.lr", "1", 1.0),
+        ("optim.betas", "[0.8, 0.95]", (0.8, 0.95)),
+        ("train.steps", "7", 7),
+        ("vision.layer", "-1", -1),
+        ("vision.name", "google/siglip-base-patch16-224", "google/siglip-base-patch16-224"),
+        ("data.augment", "false", False),
+        ("language.end", "null", None),
+        ("language.end", r'"\n"', "\n"),
+        ("language.prompts", '["a photo of", ""]', ("a photo of", "")),
+        ("language.question", "Question: {} Answer:", "Question: {} Answer:"),
+        ("train.precision", "bf16", "bf16"),
+        ("start", "runs/stage1", "runs/stage1"),
+        ("warm_start", "true", True),
+    ],
+)
+def test_text_is_read_as_its_fields_type(name: str, text: str, value: object) -> None:
+    changed = change(RunSettings(), {name: text})
+    found: Any = changed
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+    before = to_dict(RunSettings())
+    after = to_dict(changed)
+    section, _, field = name.partition(".")
+    (after[section] if field else after)[field or section] = (before[section] if field else before)[field or section]
+    assert after == before  # nothing else has moved
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("train.steps", "abc", "integer"),
+        ("train.steps", "2.5", "integer"),
+        ("train.steps", "0", "greater than or equal to 1"),
+        ("train.steps", "null", "integer"),
+        ("optim.lr", "fast", "number"),
+        ("optim.lr", "0", "greater than 0"),
+        ("optim.lr", "-1e-4", "greater than 0"),
+        ("optim.betas", "[0.9]", "betas"),
+        ("optim.betas", "[0.9, 1.0]", "less than 1"),
+        ("qformer.dropout", "1", "less than 1"),
+        ("data.held_out", "0", "greater than 0"),
+        ("data.augment", "perhaps", "boolean"),
+        ("train.precision", "fp8", "'auto', 'bf16' or 'fp32'"),
+        ("stage", "stage3", "'stage1' or 'stage2'"),
+        ("vision.name", "7", "string"),
+        ("language.prompts", "a photo of", "tuple"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(name: str, value: str, why: str) -> None:
+    message = refusal({name: value})
+    assert message.startswith(f"setting {name}")
+    assert why in message
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("train.step", "train.steps"),
+        ("optim.l_r", "optim.lr"),
+        ("qformer.querys", "qformer.queries"),
+        ("vison.name", "vision.name"),
+        ("warmstart", "warm_start"),
+        ("vision", "vision.name"),  # a section is no setting
+    ],
+)
+def test_a_misspelt_name_gets_a_suggestion(name: str, meant: str) -> None:
+    assert refusal({name: "1"}) == f"unknown setting {name!r}: did you mean {meant!r}?"
+
+
+def test_a_name_like_no_other_gets_them_all() -> None:
+    message = refusal({"zzz": "1"})
+    assert "optim.betas" in message
+    assert "train.steps" in message
+
+
+def test_settings_are_frozen() -> None:
+    settings: Any = RunSettings()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.stage = "stage2"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.optim.lr = 1.0
+    change(settings, {"optim.lr": 1.0})
+    assert settings.optim.lr == 1e-4
+
+
+@pytest.mark.parametrize(("stage", "name"), EVERY)
+def test_presets_are_valid_and_pass_through_json(stage: str, name: str) -> None:
+    settings = preset(stage, name)
+    assert settings.stage == stage
+    again = from_dict(json.loads(json.dumps(to_dict(settings))))
+    assert again == settings
+    assert change(settings, {}) == settings
+
+
+def test_unknown_and_missing_values_of_a_file() -> None:
+    values = to_dict(RunSettings())
+    values["optim"]["momentum"] = 0.9
+    with pytest.raises(UserError, match=r"optim\.momentum"):
+        from_dict(values)
+    assert from_dict({}) == RunSettings()  # what a file leaves out has its default
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"unknown preset 'lapdog' for stage1: presets are laptop, vit-l$"):
+        preset("stage1", "lapdog")
+
+
+# METHOD, section 5, and the paper's appendix.
+COMMON: dict[str, Any] = {
+    "optim.betas": (0.9, 0.98),
+    "optim.weight_decay": 0.05,
+    "optim.lr": 1e-4,
+    "optim.warmup": 2000,
+    "optim.clip": 0.0,
+    "vision.name": "openai/clip-vit-large-patch14",
+    "vision.layer": -2,
+    "vision.image_size": 224,
+    "qformer.start": "google-bert/bert-base-uncased",
+    "qformer.queries": 32,
+    "qformer.cross_every": 2,
+    "stage1.shared_width": 256,
+    "stage1.temperature": 0.07,
+    "data.augment": True,
+    "data.max_tokens": 32,
+    "warm_start": False,
+}
+PAPER: dict[tuple[str, str], dict[str, Any]] = {
+    ("stage1", "vit-l"): {"train.steps": 250_000, "train.batch": 2320, "optim.min_lr": 1e-5},
+    ("stage2", "vit-l-opt-2.7b"): {
+        "train.steps": 80_000,
+        "train.batch": 1920,
+        "optim.min_lr": 5e-5,
+        "language.name": "facebook/opt-2.7b",
+        "language.end": "\n",
+        "language.template": "{image}{bos}{prompt}",
+        "language.question": "Question: {} Answer:",
+    },
+    ("stage2", "vit-l-flant5-xl"): {
+        "train.steps": 80_000,
+        "train.batch": 1520,
+        "optim.min_lr": 5e-5,
+        "language.name": "google/flan-t5-xl",
+        "language.end": None,
+        "language.question": "Question: {} Short answer:",
+    },
+}
+
+
+@pytest.mark.parametrize(("stage", "name"), PAPER)
+def test_the_papers_presets_have_the_papers_numbers(stage: str, name: str) -> None:
+    settings = preset(stage, name)
+    expected = {**COMMON, **PAPER[stage, name]}
+    found = {}
+    for setting in expected:
+        value: Any = settings
+        for part in setting.split("."):
+            value = getattr(value, part)
+        found[setting] = value
+    assert found == expected
+
+
+def test_both_laptop_presets_fit_each_other() -> None:
+    first, second = preset("stage1", "laptop"), preset("stage2", "laptop")
+    assert (first.vision, first.qformer, first.data) == (second.vision, second.qformer, second.data)
