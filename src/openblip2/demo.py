@@ -31,9 +31,10 @@ from openblip2.model.language import Decoding
 from openblip2.presets import preset
 from openblip2.report import write_report
 from openblip2.train.checkpoint import make_folder, write_json
-from openblip2.train.loop import autocast, compute_dtype
+from openblip2.train.hardware import compute_dtype, computing, device, keep_freed_memory
+from openblip2.train.prepare import encode_all, prepare
 from openblip2.train.progress import Progress
-from openblip2.train.recipes import device, encode_all, prepare, train
+from openblip2.train.recipes import train
 
 SHOWN = 24  # held-out pictures in the report: the first ones, not chosen
 
@@ -70,6 +71,7 @@ def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
         UserError: a package that the corpus or the models need is missing; the message says how to get it.
     """
     make_folder(out)
+    keep_freed_memory()
     seconds: dict[str, float] = {}
     stage1, stage2 = settings_of(plan, out)
     with _timed(seconds, "data"):
@@ -162,7 +164,7 @@ def _retrieval(
     tokens, valid = (t.to(place) for t in matcher.tokens(captions))
     correct = torch.tensor([[a == b for b in captions] for a in captions], device=place)
     features = test.values.to(place)
-    with torch.inference_mode(), autocast(model, matcher.settings.train.precision):
+    with torch.inference_mode(), computing(model, matcher.settings.train.precision):
         scores = similarities(model, features, tokens, valid)
         with progress.steps("re-ranking", len(captions)) as bar:
             by_image, by_text = rerank(model, features, tokens, valid, scores, plan.reranked, bar.advance)
@@ -241,7 +243,7 @@ def _generate(
     found: list[str] = []
     with (
         torch.inference_mode(),
-        autocast(captioner.model, captioner.settings.train.precision),
+        computing(captioner.model, captioner.settings.train.precision),
         progress.steps(what, len(values)) as bar,
     ):
         for features in values.split(50):
@@ -253,7 +255,7 @@ def _generate(
 
 def _grounding(captioner: Captioner, test: Features, plan: Plan) -> dict[str, Any]:
     model = captioner.model
-    with torch.inference_mode(), autocast(model, captioner.settings.train.precision):
+    with torch.inference_mode(), computing(model, captioner.settings.train.precision):
         return grounding(model, test, plan.seed, captioner.settings.language.prompts[0]).as_log()
 
 

@@ -21,7 +21,7 @@ from openblip2.model.language import Decoding
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.train.checkpoint import load_trained, read_config, read_whitening
-from openblip2.train.loop import autocast, compute_dtype
+from openblip2.train.hardware import compute_dtype, computing
 
 CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short
@@ -67,7 +67,7 @@ class Matcher:
             UserError: a picture that cannot be opened, an empty text, or one longer than the run's text limit.
         """
         tokens, valid = (t.to(self.model.temperature.device) for t in self._tokenise(texts))
-        with torch.inference_mode(), autocast(self.model, self.settings.train.precision):
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             rows = [similarities(self.model, part, tokens, valid) for part in _features(self.model, images)]
         return torch.cat(rows).float().cpu()
 
@@ -80,7 +80,7 @@ class Matcher:
         _require_pairs(images, texts, "texts")
         tokens, valid = (t.to(self.model.temperature.device) for t in self._tokenise(texts))
         found, done = [], 0
-        with torch.inference_mode(), autocast(self.model, self.settings.train.precision):
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             for part in _features(self.model, images):
                 rows = slice(done, done + len(part))
                 logits = self.model.match(self.model.qformer.look(part), tokens[rows], valid[rows])
@@ -125,7 +125,7 @@ class Captioner:
     def generate(self, images: Sequence[Picture], prompts: Sequence[str], decoding: Decoding) -> list[str]:
         """The language model's text for picture n behind prompt n."""
         found: list[str] = []
-        with torch.inference_mode(), autocast(self.model, self.settings.train.precision):
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             for features in _features(self.model, images):
                 part = prompts[len(found) : len(found) + len(features)]
                 found += self.model.generate(part, decoding, features=features)

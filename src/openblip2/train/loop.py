@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from openblip2.config import OptimSettings, TrainSettings
 from openblip2.errors import UserError
 from openblip2.train.checkpoint import load_progress, save_progress, save_trained, trained_parameters
+from openblip2.train.hardware import computing, keep_freed_memory
 from openblip2.train.optim import adamw, learning_rate
 from openblip2.train.progress import Progress
 
@@ -59,6 +60,7 @@ def fit(
     Raises:
         UserError: nothing to resume, or a loss that is no longer finite (step and losses are named).
     """
+    keep_freed_memory()
     trained = trained_parameters(model)
     optimizer = adamw(trained, optim)
     done = load_progress(run, model, optimizer) if resume else 0
@@ -97,25 +99,10 @@ def measure(
     """Runs `validate` in eval mode, without gradients, with draws that depend on the seed alone."""
     model.eval()
     torch.manual_seed(settings.seed)
-    with torch.no_grad(), autocast(model, settings.precision):
+    with torch.no_grad(), computing(model, settings.precision):
         found = validate()
     model.train()
     return found
-
-
-def autocast(model: nn.Module, precision: str) -> torch.autocast:
-    """bf16 matrix products over fp32 weights where the hardware has bf16 (or the setting says so), else fp32."""
-    device = next(model.parameters()).device
-    return torch.autocast(device.type, torch.bfloat16, enabled=compute_dtype(device, precision) == torch.bfloat16)
-
-
-def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """`bf16`, `fp32`, or `auto`: bf16 on GPUs and on CPUs with bf16 instructions, fp32 on all others."""
-    if precision == "auto":
-        has_bf16 = device.type == "cuda" or bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-        has_bf16 = has_bf16 or bool(torch.cpu.get_capabilities().get("amx_bf16"))
-        return torch.bfloat16 if has_bf16 else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 @contextlib.contextmanager
@@ -140,7 +127,7 @@ def _accumulate(
     totals: dict[str, float] = {}
     for number in range(step * settings.accumulate, (step + 1) * settings.accumulate):
         torch.manual_seed(settings.seed * 1_000_003 + number)
-        with autocast(model, settings.precision):
+        with computing(model, settings.precision):
             parts = losses(number)
         (torch.stack(list(parts.values())).sum() / settings.accumulate).backward()
         for name, value in parts.items():

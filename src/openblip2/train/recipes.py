@@ -1,9 +1,7 @@
 """The two recipes: what stage 1 and stage 2 do with the same loop."""
 
-import json
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from openblip2.config import RunSettings, change, from_dict, to_dict
-from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
-from openblip2.data.features import Features, compute_features
+from openblip2.data.batches import PairBatch
 from openblip2.data.records import Record
-from openblip2.data.text import clean_caption
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.grounding import grounding
@@ -22,30 +18,22 @@ from openblip2.evaluate.stage1 import measure_stage1
 from openblip2.model.build import build_stage1, build_stage2, build_vision, parts_table
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
-from openblip2.model.whitening import Whitening, fit_whitening
 from openblip2.train.checkpoint import (
     last_checkpoint,
     make_folder,
     read_config,
     read_tensors,
-    read_whitening,
-    save_whitening,
     trained_parameters,
     write_json,
 )
-from openblip2.train.loop import Log, autocast, compute_dtype, fit
+from openblip2.train.hardware import compute_dtype, computing, device
+from openblip2.train.loop import fit
+from openblip2.train.prepare import Prepared, name_long_captions, prepare
 from openblip2.train.progress import Progress
 from openblip2.train.warm_start import warm_start
 
 TEXT_PATH = ("qformer.words.", "qformer.positions.", ".text_ffn.")  # of a stage-1 run; stage 2 leaves it out
-WHITENING_PICTURES = 256  # enough for a covariance: each has a hundred patches and more
 HEADS = ("image_head.", "text_head.", "match_head.", "word_head.", "temperature")
-
-
-def device() -> torch.device:
-    """Where training runs: a GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train(
@@ -137,98 +125,6 @@ def _stage2(
     fit(model, losses, run, settings.optim, settings.train, validate, progress, resume)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Training batches by number, the pictures they are drawn from, and the held-out pictures."""
-
-    batches: Callable[[int], PairBatch]
-    records: Sequence[Record]
-    held_out: Features
-    features: Features | None  # of the training pictures, when they are computed once
-
-
-def prepare(
-    settings: RunSettings,
-    records: Sequence[Record],
-    vision: Vision,
-    run: Path,
-    kept: Path,
-    progress: Progress,
-) -> Prepared:
-    """Cleans captions, holds pictures out, and computes the features that are computed once."""
-    records = [replace(r, captions=tuple(clean_caption(c) for c in r.captions)) for r in records]
-    count = min(int(len(records) * settings.data.held_out), settings.data.most_held_out)
-    if count < 2 or len(records) - count < 2:
-        raise UserError(
-            f"{len(records)} pictures are too few: at least 2 to train on and 2 held out (data.held_out = "
-            f"{settings.data.held_out}) are needed"
-        )
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
-    held, trained = [records[n] for n in sorted(order[:count])], [records[n] for n in sorted(order[count:])]
-
-    def problem(line: str) -> None:
-        skipped.write({"skipped": line})
-        progress.say(f"skipped: {line}")
-
-    run.mkdir(parents=True, exist_ok=True)
-    skipped = Log(run / "skipped.jsonl")
-
-    if settings.vision.whiten:
-        vision.whitening = whitening_for(settings, vision, trained, run, kept, progress).to(device())
-
-    def once(part: list[Record], name: str) -> Features:
-        found = encode_all(vision, part, settings, kept / f"{name}.safetensors", name, progress)
-        for line in found[1]:
-            problem(line)
-        return found[0]
-
-    held_out = once(held, "held-out")
-    if settings.data.augment:
-        size = settings.vision.image_size
-        pairs = ImagePairs(trained, settings.train.batch, settings.train.seed, size, problem)
-        return Prepared(pairs, trained, held_out, None)
-    features = once(trained, "training")
-    pairs = FeaturePairs(features, settings.train.batch, settings.train.seed)
-    return Prepared(pairs, features.records, held_out, features)
-
-
-def whitening_for(
-    settings: RunSettings, vision: Vision, records: Sequence[Record], run: Path, kept: Path, progress: Progress
-) -> Whitening:
-    """The run's whitening: the stage-1 run's if there is one to start from, else fitted to some training pictures."""
-    if settings.start:
-        found = read_whitening(Path(settings.start))
-    else:
-        sample = records[:: -(-len(records) // WHITENING_PICTURES)]
-        raw, _ = encode_all(vision, sample, settings, kept / "whitening-sample.safetensors", "whitening", progress)
-        found = fit_whitening(raw.values)
-    save_whitening(found, run)
-    return found
-
-
-def encode_all(
-    vision: Vision,
-    records: Sequence[Record],
-    settings: RunSettings,
-    path: Path,
-    name: str,
-    progress: Progress,
-) -> tuple[Features, list[str]]:
-    """The frozen features of records, through the file at `path`; and one line for each bad picture."""
-    made_by = f"{settings.vision.name} layer {settings.vision.layer} at {settings.vision.image_size} px"
-    if vision.whitening is not None:
-        made_by += f", whitened by {float(vision.whitening.matrix.double().square().sum()):.12g}"
-    with progress.steps(f"features ({name})", -(-len(records) // 32)) as bar, torch.no_grad():
-        return compute_features(
-            records,
-            lambda pixels: vision(pixels.to(device())),
-            settings.vision.image_size,
-            path,
-            made_by,
-            bar.advance,
-        )
-
-
 def start_from_stage1(model: Stage2, run: Path) -> None:
     """Puts a stage-1 run's query path over stage 2's, strictly; only the text path and the heads are left out."""
     weights = read_tensors(run / "model.safetensors")
@@ -252,7 +148,7 @@ def warm_start_from(model: Stage2, data: Prepared, settings: RunSettings, most: 
     """`warm_start` on up to `most` training pictures, in eval mode."""
     model.eval()
     rows, captions = [], []
-    with torch.no_grad(), autocast(model, settings.train.precision):
+    with torch.no_grad(), computing(model, settings.train.precision):
         for number in range(-(-min(most, len(data.records)) // settings.train.batch)):
             batch = data.batches(number)
             memory = model.qformer.look(see_batch(model, batch))
@@ -261,20 +157,6 @@ def warm_start_from(model: Stage2, data: Prepared, settings: RunSettings, most: 
     r2 = warm_start(model, torch.cat(rows), captions)
     model.train()
     return r2
-
-
-def name_long_captions(tokens: QFormerTokens, records: Sequence[Record], run: Path, progress: Progress) -> None:
-    """Counts and names the captions that are cut at the token limit, as the paper cuts them."""
-    owners = [(record, caption) for record in records for caption in record.captions]
-    long = [owners[n] for n in tokens.too_long([caption for _, caption in owners])]
-    if long:
-        with (run / "skipped.jsonl").open("a", encoding="utf-8") as file:
-            for record, caption in long:
-                file.write(json.dumps({"cut": f"{record.id}: {caption}"}) + "\n")
-        progress.say(
-            f"{len(long)} captions have more than {tokens.longest} tokens and are cut there (data.max_tokens); the "
-            f"first is of {long[0][0].id}; all are in {run / 'skipped.jsonl'}"
-        )
 
 
 def see_batch(model: Stage1 | Stage2, batch: PairBatch) -> Tensor:

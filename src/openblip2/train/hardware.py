@@ -1,0 +1,56 @@
+"""What the hardware wants: which precision, which attention kernel, which habit of the memory allocator."""
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# glibc's mallopt parameters (malloc.h) and what they are set to, in bytes.
+_MALLOPT = {-1: 2**31 - 1, -2: 256 * 2**20, -3: 2**31 - 1}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+
+
+def device() -> torch.device:
+    """Where models run: a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(place: torch.device, precision: str) -> torch.dtype:
+    """`bf16`, `fp32`, or `auto`: bf16 on GPUs and on CPUs with bf16 instructions, fp32 on all others."""
+    if precision == "auto":
+        able = torch.cpu.get_capabilities()
+        has_bf16 = place.type == "cuda" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+        return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@contextmanager
+def computing(model: nn.Module, precision: str) -> Iterator[None]:
+    """Runs a model as its hardware likes it: the same numbers to rounding, in less time.
+
+    - bf16 matrix products over fp32 weights, where `compute_dtype` says so;
+    - on CPUs, attention as plain matrix products: with a Q-Former's few rows and small heads the backward pass of
+      the flash kernel takes several times as long (docs/decisions.md).
+    """
+    place = next(model.parameters()).device
+    plain = sdpa_kernel(SDPBackend.MATH) if place.type == "cpu" else nullcontext()
+    with plain, torch.autocast(place.type, torch.bfloat16, enabled=compute_dtype(place, precision) == torch.bfloat16):
+        yield
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep freed memory for the next step instead of giving it back to Linux each time.
+
+    Large tensors are otherwise mapped afresh in every step, and touching fresh pages costs a quarter of a step on a
+    CPU. Elsewhere (other systems, other C libraries, GPUs' own allocators) there is nothing to do.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:  # another C library
+        return
+    for parameter, value in _MALLOPT.items():
+        mallopt(parameter, value)
