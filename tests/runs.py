@@ -58,7 +58,11 @@ def language(folder: Path) -> Path:
     }
     ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(2)
-    hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, vocab_size=len(LLM_WORDS), **ids)).save_pretrained(folder)
+    llm = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, vocab_size=len(LLM_WORDS), **ids))
+    for weight in llm.parameters():
+        if weight.ndim == 2:  # the usual start is so narrow that no prompt could change what it writes
+            torch.nn.init.normal_(weight, std=0.5)
+    llm.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(LLM_WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names: dict[str, Any] = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

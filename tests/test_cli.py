@@ -388,6 +388,6 @@ def test_bad_input_is_one_line(
 
 
 def openblip2_load(run: Path) -> Any:
-    from openblip2.load import load
+    from openblip2.inference import load
 
     return load(run)

@@ -1,3 +1,83 @@
-"""openblip2."""
+"""openblip2: give any language model eyes. BLIP-2 (Li et al., 2023), both stages, any encoder, any language model.
+
+Shapes are written with one legend everywhere:
+
+    B images or pairs here     G over all processes     S image side in px
+    P patch tokens             V image encoder width    Q queries
+    T text tokens              D Q-Former width         E shared image-text space
+    L language model width     W vocabulary             N rows of anything else
+
+Nothing heavy is imported until a name below is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from openblip2.config import RunSettings, change
+    from openblip2.data.records import Question, Record, read_records, write_records
+    from openblip2.errors import UserError
+    from openblip2.inference import Captioner, Matcher, load
+    from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM, load_language
+    from openblip2.model.qformer import QFormer
+    from openblip2.model.stage1 import Stage1
+    from openblip2.model.stage2 import Stage2
+    from openblip2.model.vision import Vision, load_vision
+    from openblip2.presets import preset
+    from openblip2.train.recipes import train_stage
+
+_HOME = {
+    "Captioner": "inference",
+    "DecoderLM": "model.language",
+    "Decoding": "model.language",
+    "EncoderDecoderLM": "model.language",
+    "Matcher": "inference",
+    "QFormer": "model.qformer",
+    "Question": "data.records",
+    "Record": "data.records",
+    "RunSettings": "config",
+    "Stage1": "model.stage1",
+    "Stage2": "model.stage2",
+    "UserError": "errors",
+    "Vision": "model.vision",
+    "change": "config",
+    "load": "inference",
+    "load_language": "model.language",
+    "load_vision": "model.vision",
+    "preset": "presets",
+    "read_records": "data.records",
+    "train_stage": "train.recipes",
+    "write_records": "data.records",
+}
+
+__all__ = [
+    "Captioner",
+    "DecoderLM",
+    "Decoding",
+    "EncoderDecoderLM",
+    "Matcher",
+    "QFormer",
+    "Question",
+    "Record",
+    "RunSettings",
+    "Stage1",
+    "Stage2",
+    "UserError",
+    "Vision",
+    "change",
+    "load",
+    "load_language",
+    "load_vision",
+    "preset",
+    "read_records",
+    "train_stage",
+    "write_records",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'openblip2' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"openblip2.{_HOME[name]}"), name)

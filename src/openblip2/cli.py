@@ -66,14 +66,12 @@ def train(
     settings = change(settings, {"data.source": str(data)} | ({"start": str(start)} if start else {}))
     from openblip2.data.records import read_records
     from openblip2.train.progress import Progress
-    from openblip2.train.recipes import train as run_training
+    from openblip2.train.recipes import train_stage
 
     progress = Progress()
     records, skipped = read_records(data)
-    for line in skipped:
-        progress.say(f"skipped: {line}")
     with _interruptible(out):
-        run_training(settings, records, out, progress, resume)
+        train_stage(settings, records, out, progress, resume, skipped=skipped)
     typer.echo(str(out))
 
 
@@ -87,7 +85,7 @@ def caption(
     """Describe pictures: one line each, `path<TAB>caption`."""
     from dataclasses import replace
 
-    from openblip2.load import CAPTION
+    from openblip2.inference import CAPTION
 
     model = _stage2(run)
     for image, text in zip(images, model.caption(images, prompt, replace(CAPTION, beams=beams)), strict=True):
@@ -111,7 +109,7 @@ def rank(
     images: Annotated[list[Path], typer.Argument(help="Pictures.")],
 ) -> None:
     """Order pictures by how well they fit a text, the best first: `similarity<TAB>path`."""
-    from openblip2.load import Matcher, load
+    from openblip2.inference import Matcher, load
 
     model = load(run)
     if not isinstance(model, Matcher):
@@ -134,7 +132,7 @@ def _interruptible(out: Path) -> Iterator[None]:
 
 
 def _stage2(run: Path) -> Any:
-    from openblip2.load import Captioner, load
+    from openblip2.inference import Captioner, load
 
     model = load(run)
     if not isinstance(model, Captioner):

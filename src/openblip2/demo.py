@@ -25,7 +25,7 @@ from openblip2.evaluate.captions import caption_scores
 from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.retrieval import recalls, rerank, similarities
 from openblip2.evaluate.vqa import accuracy, baselines
-from openblip2.load import ANSWER, CAPTION, Captioner, Matcher, greedy, load
+from openblip2.inference import ANSWER, CAPTION, Captioner, Matcher, greedy, load
 from openblip2.model.build import build_vision
 from openblip2.model.language import Decoding
 from openblip2.presets import preset
@@ -34,7 +34,7 @@ from openblip2.train.checkpoint import make_folder, write_json
 from openblip2.train.hardware import compute_dtype, computing, device, keep_freed_memory
 from openblip2.train.prepare import encode_all, prepare
 from openblip2.train.progress import Progress
-from openblip2.train.recipes import train
+from openblip2.train.recipes import train_stage
 
 SHOWN = 24  # held-out pictures in the report: the first ones, not chosen
 
@@ -89,9 +89,9 @@ def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
         }
         del vision
     with _timed(seconds, "stage1"):
-        train(stage1, corpus.train, out / "stage1", progress, features=out / "features")
+        train_stage(stage1, corpus.train, out / "stage1", progress, features=out / "features")
     with _timed(seconds, "stage2"):
-        train(stage2, corpus.train, out / "stage2", progress, features=out / "features")
+        train_stage(stage2, corpus.train, out / "stage2", progress, features=out / "features")
     examples: dict[str, Any] = {}
     with _timed(seconds, "evaluation"):
         progress.say("scoring on held-out pictures")

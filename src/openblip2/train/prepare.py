@@ -44,8 +44,13 @@ def prepare(
     run: Path,
     kept: Path,
     progress: Progress,
+    skipped: Sequence[str] = (),
 ) -> Prepared:
-    """Cleans captions, holds pictures out, and computes the features that are computed once."""
+    """Cleans captions, holds pictures out, and computes the features that are computed once.
+
+    `skipped`: one line for each sample that was left out before; they and those left out here are named in
+    `run/skipped.jsonl` and counted.
+    """
     records = [replace(r, captions=tuple(clean_caption(c) for c in r.captions)) for r in records]
     count = min(int(len(records) * settings.data.held_out), settings.data.most_held_out)
     if count < 2 or len(records) - count < 2:
@@ -56,12 +61,18 @@ def prepare(
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
     held, trained = [records[n] for n in sorted(order[:count])], [records[n] for n in sorted(order[count:])]
 
-    def problem(line: str) -> None:
-        skipped.write({"skipped": line})
-        progress.say(f"skipped: {line}")
-
     run.mkdir(parents=True, exist_ok=True)
-    skipped = Log(run / "skipped.jsonl")
+    log = Log(run / "skipped.jsonl")
+    total = 0
+
+    def problem(line: str) -> None:
+        nonlocal total
+        total += 1
+        log.write({"skipped": line})
+        progress.say(f"skipped ({total} so far): {line}")
+
+    for line in skipped:
+        problem(line)
 
     if settings.vision.whiten:
         vision.whitening = whitening_for(settings, vision, trained, run, kept, progress).to(device())

@@ -18,6 +18,7 @@ from openblip2.evaluate.stage1 import measure_stage1
 from openblip2.model.build import build_stage1, build_stage2, build_vision, parts_table
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
+from openblip2.model.vision import Vision
 from openblip2.train.checkpoint import (
     last_checkpoint,
     make_folder,
@@ -36,15 +37,21 @@ TEXT_PATH = ("qformer.words.", "qformer.positions.", ".text_ffn.")  # of a stage
 HEADS = ("image_head.", "text_head.", "match_head.", "word_head.", "temperature")
 
 
-def train(
+def train_stage(
     settings: RunSettings,
     records: Sequence[Record],
     run: Path,
     progress: Progress,
     resume: bool = False,
     features: Path | None = None,
+    skipped: Sequence[str] = (),
 ) -> None:
-    """Trains one stage on records and writes the run. `features`: where frozen features are kept between runs."""
+    """Trains one stage on records and writes the run.
+
+    Args:
+        resume: go on from the run's last checkpoint. features: where frozen features are kept between runs.
+        skipped: one line for each sample left out when the records were read.
+    """
     make_folder(run)
     if settings.start:  # before minutes are spent on features
         _require_start(settings)
@@ -52,23 +59,16 @@ def train(
         _require_same(settings, run)
     torch.manual_seed(settings.train.seed)
     recipe = _stage1 if settings.stage == "stage1" else _stage2
-    recipe(settings, records, run, progress, resume, features or run / "features")
+    vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
+    data = prepare(settings, records, vision, run, features or run / "features", progress, skipped)
+    recipe(settings, vision, data, run, progress, resume)
 
 
-def _stage1(
-    settings: RunSettings,
-    records: Sequence[Record],
-    run: Path,
-    progress: Progress,
-    resume: bool,
-    features: Path,
-) -> None:
+def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, resume: bool) -> None:
     from transformers import AutoTokenizer
 
     from openblip2.model.wheels import locate
 
-    vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
-    data = prepare(settings, records, vision, run, features, progress)
     model = build_stage1(settings, vision).to(device())
     tokens = QFormerTokens(AutoTokenizer.from_pretrained(locate(settings.qformer.start)), settings.data.max_tokens)
     name_long_captions(tokens, data.records, run, progress)
@@ -93,17 +93,8 @@ def _stage1(
     fit(model, losses, run, settings.optim, settings.train, validate, progress, resume)
 
 
-def _stage2(
-    settings: RunSettings,
-    records: Sequence[Record],
-    run: Path,
-    progress: Progress,
-    resume: bool,
-    features: Path,
-) -> None:
+def _stage2(settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, resume: bool) -> None:
     dtype = compute_dtype(device(), settings.train.precision)
-    vision = build_vision(settings, dtype).to(device())
-    data = prepare(settings, records, vision, run, features, progress)
     model = build_stage2(settings, vision, dtype=dtype).to(device())
     if settings.start:
         start_from_stage1(model, Path(settings.start))

@@ -1,0 +1,244 @@
+"""The loop, its optimizer, its checkpoints, and both recipes on tiny models."""
+
+import itertools
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import runs
+from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
+from openblip2.data.batches import Sampler, draw_captions
+from openblip2.data.records import Record, read_records
+from openblip2.errors import UserError
+from openblip2.presets import preset
+from openblip2.train.checkpoint import load_trained, save_trained, trained_parameters
+from openblip2.train.loop import fit
+from openblip2.train.optim import learning_rate, parameter_groups
+from openblip2.train.progress import Progress
+from openblip2.train.recipes import train_stage
+
+
+class Line(nn.Module):
+    """A model small enough to know what training should do to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.full((1, 2, 3), 0.5))
+        self.linear = nn.Linear(3, 4)
+        self.norm = nn.LayerNorm(4)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+
+    def losses(self, number: int) -> dict[str, Tensor]:
+        """A loss that depends on the batch's number and on torch's own draws."""
+        rows = self.norm(self.linear(self.queries[0] + torch.rand(2, 3) + number))
+        return {"near": rows.square().mean(), "far": (rows.sum() * self.temperature - 1).square()}
+
+
+def quiet() -> Progress:
+    return Progress(quiet=True)
+
+
+def settings(steps: int = 6, **changes: Any) -> TrainSettings:
+    return TrainSettings(steps=steps, batch=2, precision="fp32", validate_every=3, checkpoint_every=2, **changes)
+
+
+OPTIM = OptimSettings(lr=1e-2, min_lr=1e-3, warmup=2, clip=1.0)
+
+
+def run_line(folder: Path, losses: Callable[[Line], Callable[[int], dict[str, Tensor]]], **options: Any) -> Line:
+    torch.manual_seed(0)
+    model = Line()
+    folder.mkdir(exist_ok=True)
+    fit(model, losses(model), folder, OPTIM, options.pop("train", settings()), lambda: {"n": 1}, quiet(), **options)
+    return model
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_optimizer_groups_hold_each_trained_parameter_once() -> None:
+    model = Line()
+    decayed, others = parameter_groups(trained_parameters(model), 0.05)
+    assert [id(p) for p in decayed["params"]] == [id(model.linear.weight)]
+    wanted = {id(p) for p in (model.queries, model.linear.bias, model.norm.weight, model.norm.bias, model.temperature)}
+    assert {id(p) for p in others["params"]} == wanted
+    assert len(others["params"]) == len(wanted)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine_per_step() -> None:
+    optim = OptimSettings(lr=1.0, min_lr=0.1, warmup=4)
+    rates = [learning_rate(step, 24, optim) for step in range(25)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[14] == pytest.approx(0.55)  # halfway down
+    assert rates[24] == pytest.approx(0.1)
+    assert all(a > b for a, b in itertools.pairwise(rates[4:]))
+
+
+def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
+    whole = run_line(tmp_path / "whole", lambda model: model.losses)
+
+    def dies_in_step_5(model: Line) -> Callable[[int], dict[str, Tensor]]:
+        def losses(number: int) -> dict[str, Tensor]:
+            if number == 4:
+                raise RuntimeError("the machine is gone")
+            return model.losses(number)
+
+        return losses
+
+    with pytest.raises(RuntimeError, match="gone"):
+        run_line(tmp_path / "parts", dies_in_step_5)
+    resumed = run_line(tmp_path / "parts", lambda model: model.losses, resume=True)
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path) -> None:
+    whole = run_line(tmp_path / "whole", lambda model: model.losses)
+
+    def pressed_in_step_4(model: Line) -> Callable[[int], dict[str, Tensor]]:
+        def losses(number: int) -> dict[str, Tensor]:
+            if number == 3:
+                signal.raise_signal(signal.SIGINT)
+            return model.losses(number)
+
+        return losses
+
+    train = TrainSettings(steps=6, batch=2, precision="fp32")
+    with pytest.raises(KeyboardInterrupt):
+        run_line(tmp_path / "parts", pressed_in_step_4, train=train)
+    assert json.loads((tmp_path / "parts" / "resume" / "progress.json").read_text()) == {"step": 4}
+    resumed = run_line(tmp_path / "parts", lambda model: model.losses, train=train, resume=True)
+    assert torch.equal(whole.linear.weight, resumed.linear.weight)
+
+
+def test_accumulated_batches_are_one_step_of_their_mean(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Line()
+    twice = TrainSettings(steps=1, batch=2, accumulate=2, precision="fp32")
+    taken: list[int] = []
+
+    def losses(number: int) -> dict[str, Tensor]:
+        taken.append(number)
+        return {"only": (model.temperature - number).square()}
+
+    before = model.temperature.item()
+    fit(model, losses, tmp_path, OPTIM, twice, dict, quiet())
+    assert taken == [0, 1]
+    assert log_of(tmp_path)[0]["only"] == pytest.approx((before**2 + (before - 1) ** 2) / 2)
+
+
+def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path: Path) -> None:
+    def breaks(model: Line) -> Callable[[int], dict[str, Tensor]]:
+        return lambda number: {"near": model.temperature * (math.nan if number == 3 else 1.0)}
+
+    with pytest.raises(UserError, match=r"^step 4: near = nan, grad_norm = nan; the last checkpoint is untouched"):
+        run_line(tmp_path, breaks)
+    assert json.loads((tmp_path / "resume" / "progress.json").read_text()) == {"step": 2}
+
+
+def test_checkpoints_hold_the_trained_parts_alone_and_load_strictly(tmp_path: Path) -> None:
+    model, other = Line(), Line()
+    save_trained(model, tmp_path / "model.safetensors")
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sorted(stored) == sorted(name for name, _ in model.named_parameters() if not name.startswith("frozen"))
+    load_trained(other, tmp_path / "model.safetensors")
+    assert torch.equal(other.linear.weight, model.linear.weight)
+    smaller = nn.Linear(3, 4)
+    with pytest.raises(UserError, match=r"does not fit this model: missing: bias, weight; unexpected: linear\.bias"):
+        load_trained(smaller, tmp_path / "model.safetensors")
+
+
+def test_sampler_shows_every_picture_once_an_epoch_and_forgets_nothing() -> None:
+    sampler = Sampler(10, 4, seed=3)
+    rows = [row for number in range(5) for row in sampler(number)]  # 20 rows: two epochs
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
+    assert rows[:10] != rows[10:]
+    assert sampler(2) == Sampler(10, 4, seed=3)(2)
+    assert sampler(0) != Sampler(10, 4, seed=4)(0)
+
+
+def test_every_caption_of_a_picture_is_drawn() -> None:
+    record = Record("0", Path("0.png"), ("a", "b", "c"))
+    drawn = [draw_captions([record], seed=0, number=number)[0] for number in range(60)]
+    assert {drawn.count(caption) > 8 for caption in "abc"} == {True}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("training")
+    for build in (runs.vision, runs.bert, runs.language):
+        build(root / build.__name__)
+    runs.pictures(root / "data", count=24)
+    return root
+
+
+def recipe(home: Path, stage: str, **changes: Any) -> RunSettings:
+    words = runs.options(home)[1::2]
+    values = dict(word.split("=", 1) for word in words) | {"data.source": str(home / "data")}
+    return change(preset(stage, "laptop"), values | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def test_a_tiny_run_learns_and_looks(home: Path, tmp_path: Path) -> None:
+    """End to end: held-out ITC falls under chance, the caption loss falls, and the wrong picture costs more."""
+    records, _ = read_records(home / "data")
+    more = {"train__steps": 40, "train__batch": 6, "train__validate_every": 20, "optim__lr": 3e-3}
+    train_stage(recipe(home, "stage1", **more), records, tmp_path / "one", quiet())
+    found = [row["validation"] for row in log_of(tmp_path / "one") if "validation" in row]
+    assert found[-1]["itc"] < found[0]["itc"]
+    assert found[-1]["ir@1"] > 1.5 / found[-1]["n"]
+    more["train__steps"] = 60
+    second = recipe(home, "stage2", start=str(tmp_path / "one"), **more)
+    train_stage(second, records, tmp_path / "two", quiet())
+    found = [row["validation"] for row in log_of(tmp_path / "two") if "validation" in row]
+    assert found[-1]["loss_right"] < 0.7 * found[0]["loss_shuffled"]
+    assert found[-1]["loss_shuffled"] > found[-1]["loss_right"] * 1.2
+    assert "looks" in found[-1]["verdict"]
+
+
+def test_augmented_training_skips_counts_and_names_a_bad_picture(home: Path, tmp_path: Path) -> None:
+    records, _ = read_records(home / "data")
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    records.insert(5, Record("bad", tmp_path / "bad.png", ("a red dog",)))
+    changes = {"data__augment": "true", "train__steps": 5, "train__batch": 8}
+    train_stage(recipe(home, "stage1", **changes), records, tmp_path / "run", quiet())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert len(lines) == 1
+    assert "bad.png" in lines[0]["skipped"]
+    assert [row["step"] for row in log_of(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4, 5]
+
+
+def test_long_captions_are_cut_counted_and_named(home: Path, tmp_path: Path) -> None:
+    records, _ = read_records(home / "data")
+    records.append(Record("long", records[0].image, (" ".join(["red dog"] * 12),)))
+    train_stage(recipe(home, "stage1", data__max_tokens=12), records, tmp_path / "run", quiet())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["cut"].split(":")[0] for line in lines] == ["long"]
+
+
+def test_whitened_stage_2_reads_stage_1s_whitening(home: Path, tmp_path: Path) -> None:
+    records, _ = read_records(home / "data")
+    train_stage(recipe(home, "stage1", vision__whiten="true"), records, tmp_path / "one", quiet())
+    second = recipe(home, "stage2", vision__whiten="true", start=str(tmp_path / "one"))
+    train_stage(second, records[:-3], tmp_path / "two", quiet())
+    one, two = (load_file(tmp_path / name / "whitening.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in ("mean", "matrix"))
+
+
+def test_matching_can_join_later(home: Path, tmp_path: Path) -> None:
+    records, _ = read_records(home / "data")
+    train_stage(recipe(home, "stage1", stage1__matching_from=2), records, tmp_path / "run", quiet())
+    steps = [row for row in log_of(tmp_path / "run") if "loss" in row]
+    assert ["itm" in row for row in steps] == [False, False, True]
