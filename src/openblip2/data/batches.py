@@ -26,24 +26,44 @@ class PairBatch:
 
 
 class Sampler:
-    """Row numbers of batch n: a fresh shuffle in every epoch, cut into batches; the short rest goes to the next.
+    """Row numbers of batch n: a fresh shuffle in every epoch, cut into batches.
+
+    Pictures with captions of like length come together: out of every `WINDOW` batches' pictures, sorted by length,
+    the batches are cut and shuffled. That saves padding, keeps shapes few, and makes a batch's captions of one kind,
+    hence its negatives hard. An epoch's last window is short of nothing: it takes from the next epoch.
 
     Args:
-        count: number of pictures. batch: B, at most `count`. seed: of the shuffles.
+        lengths: of each picture's captions, in words. batch: B, at most the number of pictures. seed: of the shuffles.
     """
 
-    def __init__(self, count: int, batch: int, seed: int) -> None:
-        self.count, self.batch, self.seed = count, min(batch, count), seed
+    WINDOW = 8
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed = list(lengths), min(batch, len(lengths)), seed
 
     def __call__(self, number: int) -> list[int]:
-        first = number * self.batch
+        """The rows of batch `number`: `[B]`."""
+        window, place = divmod(number, self.WINDOW)
+        rows = self._shuffled(window * self.WINDOW * self.batch, self.WINDOW * self.batch)
+        rows.sort(key=lambda row: self.lengths[row])  # stable: equal lengths stay shuffled
+        order = torch.randperm(self.WINDOW, generator=_generator(self.seed, window, "window"))
+        first = int(order[place]) * self.batch
+        return rows[first : first + self.batch]
+
+    def _shuffled(self, first: int, count: int) -> list[int]:
+        """`count` rows from the endless row of shuffled epochs, beginning at `first`."""
         rows: list[int] = []
-        while len(rows) < self.batch:
-            epoch, place = divmod(first + len(rows), self.count)
-            order = torch.randperm(self.count, generator=_generator(self.seed, epoch, "epoch"))
+        while len(rows) < count:
+            epoch, place = divmod(first + len(rows), len(self.lengths))
+            order = torch.randperm(len(self.lengths), generator=_generator(self.seed, epoch, "epoch"))
             # A batch that crosses into the next epoch may meet a picture again; image ids make that harmless.
-            rows += order[place : place + self.batch - len(rows)].tolist()
+            rows += order[place : place + count - len(rows)].tolist()
         return rows
+
+
+def caption_lengths(records: Sequence[Record]) -> list[int]:
+    """Words in the longest caption of each record."""
+    return [max(len(caption.split()) for caption in record.captions) for record in records]
 
 
 class FeaturePairs:
@@ -51,7 +71,7 @@ class FeaturePairs:
 
     def __init__(self, features: Features, batch: int, seed: int) -> None:
         self.features, self.seed = features, seed
-        self.sampler = Sampler(len(features), batch, seed)
+        self.sampler = Sampler(caption_lengths(features.records), batch, seed)
 
     def __call__(self, number: int) -> PairBatch:
         rows = self.sampler(number)
@@ -67,7 +87,7 @@ class ImagePairs:
 
     def __init__(self, records: Sequence[Record], batch: int, seed: int, size: int, problem) -> None:
         self.records, self.seed, self.size, self.problem = list(records), seed, size, problem
-        self.sampler = Sampler(len(self.records), batch, seed)
+        self.sampler = Sampler(caption_lengths(self.records), batch, seed)
         self.bad: set[int] = set()
 
     def __call__(self, number: int) -> PairBatch:
@@ -97,5 +117,5 @@ def draw_captions(records: Sequence[Record], seed: int, number: int) -> list[str
 
 def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
     # Distinct streams for distinct purposes; the factor keeps (seed, number) pairs apart.
-    salt = {"epoch": 1, "caption": 2, "crop": 3}[purpose]
+    salt = {"epoch": 0, "caption": 1, "crop": 2, "window": 3}[purpose]
     return torch.Generator().manual_seed((seed * 4 + salt) * 1_000_000_007 + number)

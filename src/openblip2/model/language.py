@@ -89,10 +89,12 @@ class DecoderLM(nn.Module):
         labels = torch.full_like(mask, IGNORED)
         for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
             labels[row, len(head) : len(head) + len(tail)] = torch.tensor(tail)
-        # Logits only from the first position that any row scores: soft tokens and common prompt need none.
+        # Logits only from the first position that any row scores: soft tokens and common prompt need none. The
+        # positions are given one by one: a slice of the hidden states is not contiguous, and a CPU would multiply it
+        # with a copy of the output embedding for every row.
         first = min(map(len, heads)) - 1
-        keep = mask.shape[1] - first
-        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=keep, use_cache=False).logits
+        places = torch.arange(first, mask.shape[1], device=soft.device)
+        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=places, use_cache=False).logits
         targets = labels[:, first + 1 :]
         scored = targets != IGNORED
         return F.cross_entropy(logits[:, :-1][scored].float(), targets[scored])

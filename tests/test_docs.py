@@ -1,0 +1,101 @@
+"""What the documents say is true of this tree."""
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import openblip2
+from openblip2 import cli
+from openblip2.config import RunSettings, _names
+from openblip2.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "openblip2"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Folder or module -> what it may import, besides itself: CONTRIBUTING.md's table.
+GROUND = {"errors", "config", "distributed"}
+BELOW = {
+    "errors": set(),
+    "config": {"errors"},
+    "distributed": set(),
+    "model": GROUND,
+    "data": GROUND,
+    "presets": {"config", "errors"},
+    "evaluate": GROUND | {"model", "data"},
+    "train": GROUND | {"model", "data", "evaluate"},
+}
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_readme_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
+    trained, untrained = blocks(ROOT / "README.md", "python")
+    compile(trained, "README.md", "exec")  # it needs the demo's runs
+    exec(compile(untrained, "README.md", "exec"), {})
+    assert set(re.findall(r"'(\w+)': ", capsys.readouterr().out)) == {"itc", "itm", "itg"}
+
+
+def test_commands_of_the_documents_exist_with_their_options() -> None:
+    command = typer.main.get_command(cli.app)
+    lines = [line for d in DOCUMENTS for b in blocks(d, "bash") for line in b.splitlines()]
+    lines += [m for d in DOCUMENTS for m in re.findall(r"`(openblip2 [a-z]+ [^`]*)`", d.read_text(encoding="utf-8"))]
+    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("openblip2 ")]
+    assert len(commands) >= 6
+    for name, *words in commands:
+        known = {option for p in command.commands[name].params for option in p.opts}  # type: ignore[attr-defined]
+        assert {word for word in words if word.startswith("--")} <= known, (name, words)
+        if "--preset" in words:
+            assert words[words.index("--preset") + 1] in PRESETS[words[0]]
+
+
+def test_settings_named_in_the_documents_exist() -> None:
+    known = set(_names(RunSettings))
+    one_of = "|".join({name.split(".")[0] for name in known if "." in name})
+    for document in DOCUMENTS:
+        for name in re.findall(rf"\b((?:{one_of})\.[a-z_]+)\b(?!\()", document.read_text("utf-8")):
+            assert name in known or (SOURCE / name.replace(".", "/")).exists() or name.endswith(".py"), name
+
+
+def test_paper_map_names_what_exists() -> None:
+    text = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| `([\w/]+)\.py` \| (.+?) \|\n", text)
+    assert len(rows) > 15
+    for path, names in rows:
+        module = importlib.import_module(f"openblip2.{path.replace('/', '.')}")
+        for name in re.findall(r"`([\w.]+)`", names):
+            thing = module
+            for part in name.split("."):
+                thing = getattr(thing, part)
+
+
+def test_files_named_in_the_documents_exist() -> None:
+    for document in DOCUMENTS:
+        for path in re.findall(r"\]\(([\w/.-]+\.md)\)|`(src/[\w/.]+|tests/[\w/.]+)`", document.read_text("utf-8")):
+            target = (path[0] and document.parent / path[0]) or ROOT / path[1]
+            assert target.exists(), (document.name, path)
+
+
+def test_imports_only_point_down() -> None:
+    for file in SOURCE.rglob("*.py"):
+        part = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if part not in BELOW:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("openblip2."):
+                used = str(node.module).split(".")[1]
+                assert used == part or used in BELOW[part], f"{file.name} imports {node.module}"
+
+
+def test_public_names_can_be_used() -> None:
+    for name in openblip2.__all__:
+        assert callable(getattr(openblip2, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        _ = openblip2.lode
