@@ -15,9 +15,9 @@ from openblip2.model.language import (
     DecoderLM,
     Decoding,
     load_language,
-    resolve_template,
     split_caption,
 )
+from openblip2.model.template import resolve_template
 from tiny_models import NEWLINE, L, constant, embed, ids, language, soft_prompts
 
 # Captions so short that an encoder-decoder can split them in one way only.

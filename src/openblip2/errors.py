@@ -7,3 +7,8 @@ class UserError(ValueError):
     The message is one line: what was wrong, where, and what would be right. The command line prints it
     without a traceback and ends with exit code 2; from Python it is an ordinary `ValueError`.
     """
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what another library says went wrong, or the kind of error where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, one_line
 from openblip2.model.qformer import Attention, FeedForward, QFormer, WordHead
 
 
@@ -33,6 +33,23 @@ def bert_sizes(start: str) -> dict[str, int]:
         "vocabulary": config.vocab_size + 1,
         "positions": config.max_position_embeddings,
     }
+
+
+def bert_tokenizer(start: str) -> Any:
+    """The checkpoint's own tokenizer.
+
+    Raises:
+        UserError: it has none, or one of another vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer, words = _load(AutoTokenizer, start), bert_sizes(start)["vocabulary"] - 1
+    if not words // 2 <= len(tokenizer) <= words:  # transformers makes an almost empty one where its files are missing
+        raise UserError(
+            f"qformer.start {start!r}: its tokenizer has {len(tokenizer)} tokens and the model {words}: are the "
+            "tokenizer's files there?"
+        )
+    return tokenizer
 
 
 def start_from_bert(qformer: QFormer, start: str, head: WordHead | None = None) -> None:
@@ -99,7 +116,6 @@ def _load(kind: Any, start: str, **options: Any) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"qformer.start {start!r} cannot be loaded: {reason} (a hub name, a directory or a wheel)"
+            f"qformer.start {start!r} cannot be loaded: {one_line(error)} (a hub name, a directory or a wheel)"
         ) from error

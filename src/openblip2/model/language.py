@@ -3,36 +3,32 @@
 A language model and its tokenizer are one thing here. `DecoderLM` and `EncoderDecoderLM` have the same methods:
 `loss` for training and `generate`, which is the language model's own.
 
-Templates: what stands around the soft prompt is one string with the slots `{image}` (the soft prompt), `{prompt}`
-(the user's text) and `{bos}` (the tokenizer's first token). The paper's is `{image}{bos}{prompt}`; `chat` makes
-one from the tokenizer's chat template.
-
 Shapes: B images, Q queries, T tokens, L LLM width, W vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, one_line
+from openblip2.model.template import PAPER_TEMPLATE, resolve_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PAPER_TEMPLATE = "{image}{bos}{prompt}"
-SLOTS = "{image}, {prompt} and {bos}"
 SOFT = -1  # stands for one soft token in a row of ids
 IGNORED = -100  # a position without a target
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How text is drawn from the language model. Lengths count new tokens; the defaults are the paper's captions.
+    """How text is drawn from the language model. Lengths count new tokens.
+
+    The defaults are the paper's for captions, but for `min_new_tokens`, 8 there: a picture may need fewer words.
 
     Attributes:
         beams: 1 = greedy, or plain sampling. sample: nucleus sampling with `top_p` and `temperature`.
@@ -53,7 +49,7 @@ class DecoderLM(nn.Module):
 
     Args:
         llm: any `transformers` causal language model. tokenizer: its tokenizer.
-        template: see the module's docstring. end: the text that ends a caption ("\\n" for OPT, as the paper has
+        template: see `model/template.py`. end: the text that ends a caption ("\\n" for OPT, as the paper has
             it); None = the tokenizer's end-of-sequence token.
 
     Raises:
@@ -124,7 +120,7 @@ class EncoderDecoderLM(nn.Module):
 
     Args:
         llm: any `transformers` sequence-to-sequence model. tokenizer: its tokenizer.
-        template: see the module's docstring; `{bos}` is empty for most of these models.
+        template: see `model/template.py`; `{bos}` is empty for most of these models.
     """
 
     def __init__(
@@ -207,9 +203,8 @@ def load_language(
             loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             llm, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"language model {name!r} cannot be loaded: {reason} (give a hub name, a directory or a wheel)"
+            f"language model {name!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
         ) from error
     if missing := sorted(report["missing_keys"]):  # drawn at random, and never trained
         raise UserError(
@@ -236,42 +231,6 @@ def split_caption(caption: str) -> tuple[str, str]:
         return "", caption
     place = int(torch.randint(1, len(words) // 2 + 1, ()))
     return " ".join(words[:place]), " ".join(words[place:])
-
-
-def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The template with `{bos}` filled in, or, for `chat`, one made from the tokenizer's chat template.
-
-    Braces of the text itself are doubled in both.
-
-    Raises:
-        UserError: a slot is unknown, `{image}` does not stand in it exactly once, or there is no chat template.
-    """
-    if template == "chat":
-        filled = _chat_template(tokenizer)
-    else:
-        slots = {"image": "{image}", "prompt": "{prompt}", "bos": _escape(str(tokenizer.bos_token or ""))}
-        try:
-            parts = list(Formatter().parse(template))
-        except ValueError as error:
-            raise UserError(f"template {template!r}: {error}; slots are {SLOTS}") from error
-        if any(slot not in (*slots, None) or spec or convert for _, slot, spec, convert in parts):
-            raise UserError(f"template {template!r}: slots are {SLOTS}")
-        filled = "".join(_escape(text) + slots.get(slot or "", "") for text, slot, _, _ in parts)
-    if [slot for _, slot, *_ in Formatter().parse(filled)].count("image") != 1 or filled.count("{image}") != 1:
-        raise UserError(f"template {template!r} must hold {{image}} exactly once")
-    return filled
-
-
-def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    if not tokenizer.chat_template:
-        raise UserError(f"template 'chat': this tokenizer has no chat template; use {PAPER_TEMPLATE!r}")
-    turns = [{"role": "user", "content": "<<image>><<prompt>>"}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    return _escape(text).replace("<<image>>", "{image}").replace("<<prompt>>", "{prompt}")
-
-
-def _escape(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _end_ids(tokenizer: Any, end: str | None) -> list[int]:

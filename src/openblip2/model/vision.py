@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, one_line
 from openblip2.model.quiet import quiet_transformers
 from openblip2.model.wheels import WHEELS, locate
 from openblip2.model.whitening import Whitening
@@ -159,7 +159,7 @@ def _load_encoder(name: str, source: str, dtype: torch.dtype, revision: str | No
             key_mapping={r"^vision_model\.": ""} if part_of_larger else None,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"image encoder {name!r} cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"image encoder {name!r} cannot be loaded: {one_line(error)}") from error
     # What a checkpoint lacks is drawn at random: fatal, but for the pooler, which is never used.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
@@ -180,7 +180,7 @@ def _vision_config(name: str, source: str, revision: str | None) -> tuple[Any, b
         config: Any = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"image encoder {name!r} cannot be found: {_one_line(error)} "
+            f"image encoder {name!r} cannot be found: {one_line(error)} "
             f"(give a hub name, a directory, or one of {', '.join(WHEELS)})"
         ) from error
     part_of_larger = "vision_config" in config.sub_configs
@@ -206,7 +206,7 @@ def _read_preprocessing(name: str, source: str, revision: str | None) -> tuple[T
         return tuple(fields["image_mean"]), tuple(fields["image_std"]), side
     except (OSError, KeyError, TypeError) as error:
         raise UserError(
-            f"image encoder {name!r} has no usable image_mean and image_std in {files[0]}: {_one_line(error)}"
+            f"image encoder {name!r} has no usable image_mean and image_std in {files[0]}: {one_line(error)}"
         ) from error
 
 
@@ -254,7 +254,3 @@ def _options_for_size(encoder: "PreTrainedModel", image_size: int) -> dict[str, 
     if image_size != native and config.model_type not in ANY_SIZE:
         raise UserError(f"image encoder {config.model_type!r} takes {native} px only, not {image_size}")
     return {}
-
-
-def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

