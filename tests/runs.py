@@ -87,6 +87,7 @@ def options(models: Path) -> list[str]:
     settings = {
         "vision.name": models / "vision",
         "vision.image_size": SIDE,
+        "vision.layer": -2,
         "qformer.start": models / "bert",
         "qformer.queries": 5,
         "stage1.shared_width": 9,

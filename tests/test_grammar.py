@@ -93,9 +93,7 @@ def test_sentences_word_for_word() -> None:
     assert sentences(GROUP) == ["three blue buses", "there are three blue buses"]
     assert sentences(PAIR) == [
         "a red ice cream to the left of a blue bus",
-        "a blue bus to the right of a red ice cream",
         "a red ice cream and a blue bus",
-        "a blue bus and a red ice cream",
     ]
     unplaced: Facts = {"kind": "one", "objects": [thing("circle", "orange")], "relation": None}
     assert sentences(unplaced) == ["an orange circle", "there is an orange circle", "the circle is orange"]
@@ -105,7 +103,7 @@ def test_sentences_word_for_word() -> None:
 def test_every_sentence_of_a_scene_is_true_and_short(split: Literal["train", "test"]) -> None:
     for facts in some_facts(500, split):
         for i, sentence in enumerate(sentences(facts)):
-            relation = True if facts["kind"] == "pair" and i < 2 else None
+            relation = True if facts["kind"] == "pair" and i < 1 else None
             assert judge(sentence, facts) == Judgement(objects=True, attributes=True, relation=relation), sentence
             assert len(sentence.split()) <= 14
         told = captions(facts, Random(0))

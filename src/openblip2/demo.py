@@ -39,6 +39,13 @@ from openblip2.train.recipes import train_stage
 SHOWN = 24  # held-out pictures in the report: the first ones, not chosen
 
 
+# The stamps are 667 pictures to train on: the scenes' steps would show each of them dozens of times.
+STAMPS = {
+    "stage1": {"train.steps": 120, "stage1.matching_from": 40, "train.validate_every": 40, "qformer.dropout": 0.1},
+    "stage2": {"train.steps": 100, "train.validate_every": 50, "qformer.dropout": 0.1},
+}
+
+
 @dataclass(frozen=True)
 class Plan:
     """How much of everything. The defaults are the laptop's."""
@@ -120,7 +127,11 @@ def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
 def settings_of(plan: Plan, out: Path) -> tuple[RunSettings, RunSettings]:
     """The settings of both stages, bound to this demo's folders and seed."""
     common = {"data.source": str(out / "data"), "train.seed": plan.seed}
-    return change(plan.stage1, common), change(plan.stage2, {**common, "start": str(out / "stage1")})
+    own = STAMPS if plan.corpus == "stamps" else {"stage1": {}, "stage2": {}}
+    return (
+        change(plan.stage1, {**common, **own["stage1"]}),
+        change(plan.stage2, {**common, **own["stage2"], "start": str(out / "stage1")}),
+    )
 
 
 def gather_corpus(plan: Plan, folder: Path) -> Corpus:

@@ -47,7 +47,7 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             data=LAPTOP_DATA,
             stage1=Stage1Settings(matching_from=100),
             optim=OptimSettings(lr=5e-4, min_lr=2.5e-5, warmup=10, clip=1.0),
-            train=TrainSettings(steps=340, batch=32, validate_every=85, checkpoint_every=85),
+            train=TrainSettings(steps=260, batch=32, validate_every=65, checkpoint_every=65),
         ),
         "vit-l": RunSettings(stage="stage1", vision=VIT_L, optim=STAGE1_OPTIM, train=STAGE1_VIT_L),
     },
@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             data=LAPTOP_DATA,
             language=LAPTOP_LANGUAGE,
             optim=OptimSettings(lr=5e-4, min_lr=2.5e-5, warmup=5, clip=1.0),
-            train=TrainSettings(steps=180, batch=24, validate_every=60, checkpoint_every=60),
+            train=TrainSettings(steps=300, batch=16, validate_every=75, checkpoint_every=75),
             warm_start=True,
         ),
         "vit-l-opt-2.7b": RunSettings(

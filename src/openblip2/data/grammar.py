@@ -55,7 +55,8 @@ def sentences(facts: Facts) -> list[str]:
         return [some, f"there are {some}"]
     if others:
         a, b, relation = _bare(first), _bare(others[0]), str(facts["relation"])
-        return [f"{a} {relation} {b}", f"{b} {OPPOSITE[relation]} {a}", f"{a} and {b}", f"{b} and {a}"]
+        # In reading order, as people describe pictures; the mirrored relation is left to the questions.
+        return [f"{a} {relation} {b}", f"{a} and {b}"]
     bare, place = _bare(first), first["place"] or ""
     sized = with_article(f"{first['size'] or ''} {first['colour']} {first['noun']}".strip())
     every = [
@@ -70,7 +71,7 @@ def sentences(facts: Facts) -> list[str]:
 
 
 def captions(facts: Facts, random: Random) -> tuple[str, ...]:
-    """Two to four of the `sentences`: always the first two (the fullest; its mirror or the barest)."""
+    """Two to four of the `sentences`: always the first two, the fullest and the barest or one like it."""
     first, second, *more = sentences(facts)
     return (first, second, *random.sample(more, random.randint(0, min(2, len(more)))))
 

@@ -68,7 +68,7 @@ def train_stage(
 def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, resume: bool) -> None:
     model = build_stage1(settings, vision).to(device())
     tokens = QFormerTokens(bert_tokenizer(settings.qformer.start), settings.data.max_tokens)
-    name_long_captions(tokens, data.records, run, progress)
+    name_long_captions(tokens, [*data.records, *data.held_out.records], run, progress)
     write_config(run, settings, model.qformer)
     tokens.tokenizer.save_pretrained(run / "tokenizer")
     show_parts(model, progress)
@@ -140,7 +140,7 @@ def warm_start_from(model: Stage2, data: Prepared, settings: RunSettings, most: 
         for number in range(-(-min(most, len(data.records)) // settings.train.batch)):
             batch = data.batches(number)
             memory = model.qformer.look(see_batch(model, batch))
-            rows.append(model.qformer(memory).queries.float().mean(1))
+            rows.append(model.qformer(memory).queries.float())
             captions += batch.captions
     r2 = warm_start(model, torch.cat(rows), captions)
     model.train()
