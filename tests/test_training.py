@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import runs
 from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
-from openblip2.data.batches import Sampler, draw_captions
+from openblip2.data.batches import Sampler, draw_captions, pair_ids
 from openblip2.data.records import Record, read_records
 from openblip2.errors import UserError
 from openblip2.presets import preset
@@ -179,6 +179,11 @@ def test_sampler_brings_captions_of_like_length_together() -> None:
     assert sum(mixed) <= 4  # at most the one batch of each window where the lengths meet
     kinds = [lengths[sampler(number)[0]] for number in range(32)]
     assert kinds != sorted(kinds)
+
+
+def test_the_same_picture_and_the_same_caption_are_no_negatives() -> None:
+    ids = pair_ids([7, 3, 7, 5, 9], ["a cat", "a dog", "a pet", "a dog", "a bus"]).tolist()
+    assert ids == [0, 1, 0, 1, 4]
 
 
 def test_every_caption_of_a_picture_is_drawn() -> None:

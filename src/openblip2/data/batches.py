@@ -3,7 +3,7 @@
 Shapes: B pairs, P patch tokens, V encoder width, S side in px.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ class PairBatch:
     """B pictures with one caption each; `features [B, P, V]` or `images [B, 3, S, S]` uint8, the other is None."""
 
     captions: list[str]
-    ids: Tensor  # [B] int64, equal for the same picture
+    ids: Tensor  # [B] int64, equal for the same picture and for the same caption
     features: Tensor | None = None
     images: Tensor | None = None
 
@@ -76,7 +76,7 @@ class FeaturePairs:
     def __call__(self, number: int) -> PairBatch:
         rows = self.sampler(number)
         captions = draw_captions([self.features.records[row] for row in rows], self.seed, number)
-        return PairBatch(captions, torch.tensor(rows), features=self.features.values[rows])
+        return PairBatch(captions, pair_ids(rows, captions), features=self.features.values[rows])
 
 
 class ImagePairs:
@@ -105,7 +105,22 @@ class ImagePairs:
         if not rows:
             raise UserError(f"batch {number}: not one of its pictures can be opened; see the log for their names")
         captions = draw_captions([self.records[row] for row in rows], self.seed, number)
-        return PairBatch(captions, torch.tensor(rows), images=torch.stack(images))
+        return PairBatch(captions, pair_ids(rows, captions), images=torch.stack(images))
+
+
+def pair_ids(pictures: Sequence[Hashable], captions: Sequence[str]) -> Tensor:
+    """Which pairs of a batch belong together: `[B]` int64, equal for the same picture and for the same caption.
+
+    Two pictures of a red circle are no negatives of each other's "a red circle".
+    """
+    of_picture: dict[Hashable, int] = {}
+    of_caption: dict[str, int] = {}
+    ids: list[int] = []
+    for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        own = of_picture.get(picture, of_caption.get(caption, n))
+        of_picture[picture] = of_caption[caption] = own
+        ids.append(own)
+    return torch.tensor(ids)
 
 
 def draw_captions(records: Sequence[Record], seed: int, number: int) -> list[str]:

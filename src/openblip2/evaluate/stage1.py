@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from openblip2.data.batches import pair_ids
 from openblip2.data.features import Features
 from openblip2.data.tokens import QFormerTokens
 from openblip2.evaluate.retrieval import recalls, similarities
@@ -24,10 +25,11 @@ def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, see
         features = held_out.values[rows].to(device)
         longest = int(valid[rows].sum(1).max())
         part, real = texts[rows, :longest], valid[rows, :longest]
-        parts = model.losses(part, real, features=features)
+        ids = pair_ids(rows.tolist(), [captions[row] for row in rows.tolist()]).to(device)
+        parts = model.losses(part, real, ids, features=features)
         for name, value in parts.items():
             sums[name] += float(value) * len(rows) / len(captions)
-        hits, pairs = matching_hits(model, features, part, real)
+        hits, pairs = matching_hits(model, features, part, real, ids)
         right, count = right + hits, count + pairs
     scores = similarities(model, held_out.values.to(device), texts, valid)
     same = torch.tensor([[a == b for b in captions] for a in captions], device=device)
@@ -35,12 +37,14 @@ def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, see
     return {"n": len(captions), **sums, "itm_accuracy": right / max(1, count), **found}
 
 
-def matching_hits(model: Stage1, features: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor) -> tuple[int, int]:
+def matching_hits(
+    model: Stage1, features: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor, ids: torch.Tensor
+) -> tuple[int, int]:
     """ITM decisions that are right, and how many were made, on true pairs and on the hardest false ones."""
     scores = similarities(model, features, tokens, valid)
-    hardest = scores.clone().fill_diagonal_(-torch.inf)
-    none = len(tokens) < 2
-    rivals = Rivals(*(torch.full_like(hardest.argmax(d), -1) if none else hardest.argmax(d) for d in (1, 0)))
+    same = ids[:, None] == ids[None, :]
+    hardest, none = scores.masked_fill(same, -torch.inf), same.all(dim=1)
+    rivals = Rivals(hardest.argmax(1).masked_fill(none, -1), hardest.argmax(0).masked_fill(none, -1))
     pairs = pair_up(tokens, valid, rivals)
     memory = model.qformer.look(features).take(pairs.images)
     logits = model.match(memory, pairs.tokens, pairs.valid)
