@@ -166,13 +166,14 @@ def test_a_bad_picture_is_skipped_and_named(home: Home) -> None:
         file.write('{"image": "0.png", "caption": ""}\n')
     said = call("train", "stage1", "--data", data, "--out", home.root / "spoilt-run", *home.options)
     assert said.code == 0, said.err
-    skipped = [line for line in said.err.splitlines() if line.startswith("skipped: ")]
+    skipped = [line for line in said.err.splitlines() if line.startswith("skipped (")]
     assert len(skipped) == 2
     assert str(data / "records.jsonl") in skipped[0]
     assert "17" in skipped[0]
     assert str(data / "5.png") in skipped[1]
     named = [json.loads(line) for line in (home.root / "spoilt-run" / "skipped.jsonl").read_text().splitlines()]
     assert str(data / "5.png") in json.dumps(named)
+    assert len(named) == 2
 
 
 def test_loading_says_nothing(home: Home) -> None:
@@ -236,10 +237,10 @@ def test_misuse_shows_the_usage(arguments: list[str]) -> None:
 
 
 def test_interruption_says_how_to_go_on(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(*_: object) -> None:
+    def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("openblip2.train.recipes.train", stopped)
+    monkeypatch.setattr("openblip2.train.recipes.train_stage", stopped)
     said = call(*home.train("stage1", "stopped"))
     assert said.code == 130
     assert said.err.startswith("openblip2: interrupted; ")

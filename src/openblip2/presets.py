@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             data=LAPTOP_DATA,
             language=LAPTOP_LANGUAGE,
             optim=OptimSettings(lr=5e-4, min_lr=2.5e-5, warmup=5, clip=1.0),
-            train=TrainSettings(steps=300, batch=16, validate_every=75, checkpoint_every=75),
+            train=TrainSettings(steps=180, batch=24, validate_every=60, checkpoint_every=60),
             warm_start=True,
         ),
         "vit-l-opt-2.7b": RunSettings(

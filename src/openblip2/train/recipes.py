@@ -140,7 +140,7 @@ def warm_start_from(model: Stage2, data: Prepared, settings: RunSettings, most: 
         for number in range(-(-min(most, len(data.records)) // settings.train.batch)):
             batch = data.batches(number)
             memory = model.qformer.look(see_batch(model, batch))
-            rows.append(model.qformer(memory).queries.float())
+            rows.append(model.qformer(memory).queries.float().mean(1))
             captions += batch.captions
     r2 = warm_start(model, torch.cat(rows), captions)
     model.train()

@@ -29,12 +29,11 @@ def warm_start(model: Stage2, queries: Tensor, captions: Sequence[str], penalty:
 
     Args:
         model: whose Q-Former already holds the stage-1 weights.
-        queries: `[N, Q, D]`, each picture's query outputs. Every one of them is to find the same target: a map fitted
-            to their mean alone would blow up what tells them apart.
+        queries: `[N, D]`, each picture's query outputs averaged over the queries.
         captions: N captions. penalty: of the ridge, on centred data.
     """
-    targets = content_embeddings(model, captions).repeat_interleave(queries.shape[1], dim=0)
-    sources = queries.flatten(0, 1).double()
+    targets = content_embeddings(model, captions)
+    sources = queries.double()
     mean_source, mean_target = sources.mean(0), targets.mean(0)
     x, y = sources - mean_source, targets - mean_target
     gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
