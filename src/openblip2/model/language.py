@@ -260,6 +260,7 @@ def _embed(llm: Any, rows: list[list[int]], soft: Tensor, left: bool) -> tuple[T
 def _generate(llm: Any, tokenizer: Any, embeds: Tensor, mask: Tensor, how: Decoding, stop: int) -> list[str]:
     # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut here.
     sampling = {"top_p": how.top_p, "temperature": how.temperature, "top_k": 0} if how.sample else {}
+    beams = {"length_penalty": how.length_penalty} if how.beams > 1 else {}  # without beams it is unknown there
     found = llm.generate(
         inputs_embeds=embeds,
         attention_mask=mask,
@@ -267,10 +268,10 @@ def _generate(llm: Any, tokenizer: Any, embeds: Tensor, mask: Tensor, how: Decod
         min_new_tokens=how.min_new_tokens,
         num_beams=how.beams,
         do_sample=how.sample,
-        length_penalty=how.length_penalty,
         repetition_penalty=how.repetition_penalty,
         eos_token_id=stop,
         pad_token_id=stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **sampling,
+        **beams,
     )
     return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
