@@ -34,7 +34,7 @@ def demo(
     corpus: Annotated[str, typer.Option(help="scenes (drawn here) or stamps (Tux Paint's, if installed).")] = "scenes",
     seed: Annotated[int, typer.Option(min=0, help="Of the scenes and of training.")] = 0,
 ) -> None:
-    """Train both stages on small real models and score them on pictures they have never seen (about 15 minutes)."""
+    """Train both stages on small real models and score them on pictures they have never seen (about 20 minutes)."""
     if corpus not in ("scenes", "stamps"):
         raise UserError(f"unknown corpus {corpus!r}: it must be scenes or stamps")
     from openblip2.demo import Plan, run_demo
