@@ -4,7 +4,7 @@ A scene is of one of three kinds, and every caption of it names every object wit
 
     one     "a small red cat in the top left corner"
     group   "three blue buses"
-    pair    "a red cat to the left of a blue bus", which is "a blue bus to the right of a red cat"
+    pair    "a red cat to the left of a blue bus", the left or upper one first
 
 What a scene truly shows is its `Facts`: `sentences` says it, `judge` holds a generated caption to it.
 """
