@@ -17,7 +17,7 @@ from openblip2.model.language import (
     load_language,
     split_caption,
 )
-from openblip2.model.template import resolve_template
+from openblip2.model.template import behind_examples, resolve_template
 from tiny_models import NEWLINE, L, constant, embed, ids, language, soft_prompts
 
 # Captions so short that an encoder-decoder can split them in one way only.
@@ -84,6 +84,29 @@ def test_text_in_front_of_the_image() -> None:
     rows = [(" a| photo| of", " small| bird|</s>"), (" what| is| it", " tree|</s>")]
     ours = lm.loss(soft, ["a photo of", "what is it"], CAPTIONS[1:])
     assert_same_loss(ours, weighted_mean(lm.llm, soft, rows, heads="<s>|user"), soft)
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "llama"])
+@pytest.mark.parametrize("prompts", [["", ""], ["it", "it red"]])
+def test_text_that_all_rows_begin_with_is_read_once(
+    kind: str, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, captions = language(kind, template="a cat on it {image}{prompt} a"), ["cat", "a red mat"]
+    losses, gradients = [], []
+    for shared in (True, False):
+        if not shared:
+            monkeypatch.setattr("openblip2.model.language._common_text", lambda heads: [])
+        soft = soft_prompts(2).requires_grad_()
+        losses.append(lm.loss(soft, prompts, captions))
+        gradients.append(torch.autograd.grad(losses[-1], soft)[0])
+    assert torch.allclose(losses[0], losses[1], atol=1e-5)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
+
+
+def test_examples_stand_in_front_of_the_template() -> None:
+    template = behind_examples("U {image}{prompt} A ", [("cat {red}", "", "a cat"), ("mat", " Q", "no")], ".")
+    assert template == "U cat {{red}} A a cat.U mat Q A no.U {image}{prompt} A "
+    assert resolve_template(template, tiny_models.tokenizer()) == template
 
 
 def test_a_prompt_that_ends_in_space_adds_none() -> None:

@@ -115,7 +115,7 @@ class RunSettings:
     train: TrainSettings = TrainSettings()
     data: DataSettings = DataSettings()
     start: str | None = None
-    warm_start: bool = False  # ours: closed-form start of the projection (train/warm_start.py); stage 2 only
+    warm_start: bool = False  # ours: closed-form start before the first step (train/warm_start.py)
 
 
 def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:

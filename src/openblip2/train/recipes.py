@@ -1,7 +1,8 @@
 """The two recipes: what stage 1 and stage 2 do with the same loop."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from openblip2.train.hardware import compute_dtype, computing, device
 from openblip2.train.loop import fit
 from openblip2.train.prepare import Prepared, name_long_captions, prepare
 from openblip2.train.progress import Progress
-from openblip2.train.warm_start import warm_start
+from openblip2.train.warm_start import warm_start_stage1, warm_start_stage2
 
 TEXT_PATH = ("qformer.words.", "qformer.positions.", ".text_ffn.")  # of a stage-1 run; stage 2 leaves it out
 HEADS = ("image_head.", "text_head.", "match_head.", "word_head.", "temperature")
@@ -71,6 +72,10 @@ def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
     name_long_captions(tokens, [*data.records, *data.held_out.records], run, progress)
     write_config(run, settings, model.qformer)
     tokens.tokenizer.save_pretrained(run / "tokenizer")
+    if settings.warm_start and not resume:
+        with in_evaluation(model, settings):
+            r2 = warm_start_stage1(model, tokens, lambda: some_pairs(model, data, settings))
+        progress.say(f"stage 1 started in closed form: R2 {r2:.2f} in the shared space, on the training pictures")
     show_parts(model, progress)
 
     def losses(number: int) -> dict[str, Tensor]:
@@ -96,7 +101,8 @@ def _stage2(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
     if settings.start:
         start_from_stage1(model, Path(settings.start))
     if settings.warm_start and not resume:
-        r2 = warm_start_from(model, data, settings)
+        with in_evaluation(model, settings):
+            r2 = warm_start_stage2(model, some_pairs(model, data, settings))
         progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
     write_config(run, settings, model.qformer)
     show_parts(model, progress)
@@ -132,19 +138,22 @@ def start_from_stage1(model: Stage2, run: Path) -> None:
         wanted[name].data.copy_(value)
 
 
-def warm_start_from(model: Stage2, data: Prepared, settings: RunSettings, most: int = 4000) -> float:
-    """`warm_start` on up to `most` training pictures, in eval mode."""
+@contextmanager
+def in_evaluation(model: nn.Module, settings: RunSettings) -> Iterator[None]:
+    """Without dropout and gradients, in the precision of training."""
     model.eval()
-    rows, captions = [], []
     with torch.no_grad(), computing(model, settings.train.precision):
-        for number in range(-(-min(most, len(data.records)) // settings.train.batch)):
-            batch = data.batches(number)
-            memory = model.qformer.look(see_batch(model, batch))
-            rows.append(model.qformer(memory).queries.float().mean(1))
-            captions += batch.captions
-    r2 = warm_start(model, torch.cat(rows), captions)
+        yield
     model.train()
-    return r2
+
+
+def some_pairs(
+    model: Stage1 | Stage2, data: Prepared, settings: RunSettings, most: int = 4000
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
+    for number in range(-(-min(most, len(data.records)) // settings.train.batch)):
+        batch = data.batches(number)
+        yield see_batch(model, batch), batch.captions
 
 
 def see_batch(model: Stage1 | Stage2, batch: PairBatch) -> Tensor:

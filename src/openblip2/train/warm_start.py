@@ -1,19 +1,38 @@
-"""A closed-form start for the projection of stage 2. Ours, not the paper's; off unless `warm_start` is set.
+"""Closed-form starts of both stages. Ours, not the paper's; off unless `warm_start` is set.
 
-From a random projection a language model learns to write captions long before it learns to look. Ridge regression
-from the mean query output of stage 1 to the mean input embedding of the caption's content words puts the soft
-prompt, before the first step, where the language model keeps the words of the picture.
+Stage 1: a random Q-Former lets little of the picture through and scrambles that, and gradient steps find the large
+directions (colour, layout) long before the small ones (which of hundreds of nouns). `open_image_path` lets the
+whitened mean patch through to the query outputs; `align_heads` solves for the two heads of ITC by ridge regression.
+What a linear map can know of the pictures is then known before the first step.
 
-Shapes: N pictures, Q queries, D Q-Former width, L LLM width.
+Stage 2: from a random projection a language model learns to write captions long before it learns to look. Ridge
+regression from the mean query output of stage 1 to the mean input embedding of the caption's content words, rare words
+weighted up, puts the soft prompt, before the first step, where the language model keeps the words of the picture.
+
+Shapes: N pictures, P patch tokens, V encoder width, Q queries, D Q-Former width, E shared space, L LLM width.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from openblip2.data.tokens import QFormerTokens
+from openblip2.model.qformer import Layer, QFormer
+from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
+from openblip2.model.whitening import RIDGE, fit_whitening
+
+# BERT's FFN was never trained on pictures: at this share of its output the query rows survive six of them.
+FFN_SHARE = 0.3
+
+Pair = tuple[
+    Tensor, Sequence[str]
+]  # some pictures and their captions: features [B, P, V] on the model's device, B captions
 
 # fmt: off
 STOP_WORDS = frozenset((
@@ -24,32 +43,115 @@ STOP_WORDS = frozenset((
 # fmt: on
 
 
-def warm_start(model: Stage2, queries: Tensor, captions: Sequence[str], penalty: float = 10.0) -> float:
+def warm_start_stage1(model: Stage1, tokens: QFormerTokens, pairs: Callable[[], Iterable[Pair]]) -> float:
+    """`open_image_path`, then `align_heads`, on the given pictures and captions; returns R2 in the shared space."""
+    means = [model.qformer.image_norm(patches.float()).mean(1) for patches, _ in pairs()]
+    open_image_path(model.qformer, torch.cat(means))
+    queries, texts = [], []
+    for patches, captions in pairs():
+        queries.append(model.qformer(model.qformer.look(patches)).queries.float().mean(1))
+        ids, valid = (t.to(patches.device) for t in tokens(list(captions)))
+        texts.append(model.text_rows(ids, valid)[:, 0].float())
+    return align_heads(model, torch.cat(queries), torch.cat(texts))
+
+
+def open_image_path(qformer: QFormer, means: Tensor) -> None:
+    """Lets cross-attention hand on the whitened mean patch: value = a rotated whitening, output = identity.
+
+    Args:
+        means: `[N, V]`, each picture's patches behind the Q-Former's image norm, averaged over the patches.
+    """
+    whitening = fit_whitening(means)
+    for layer in qformer.layers:
+        assert isinstance(layer, Layer)
+        if layer.cross is not None:
+            rotation = nn.init.orthogonal_(means.new_empty(qformer.width, qformer.image_width))
+            weight = rotation @ whitening.matrix  # symmetric: x @ matrix is matrix @ x
+            layer.cross.value.weight.data.copy_(weight)
+            layer.cross.value.bias.data.copy_(-weight @ whitening.mean)
+            nn.init.eye_(layer.cross.out.weight)
+        layer.query_ffn.narrow.weight.data.mul_(FFN_SHARE)
+        layer.query_ffn.narrow.bias.data.mul_(FFN_SHARE)
+
+
+def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 0.03) -> float:
+    """Sets both heads of ITC; returns R2 on the given pictures.
+
+    The text head whitens: the `E` widest directions of the `[CLS]` outputs, each of variance 1 (or less, for the
+    narrowest). The image head is the ridge regression from the mean query output to that.
+
+    Args:
+        queries: `[N, D]`, each picture's query outputs averaged over the queries. texts: `[N, D]`, `[CLS]` outputs.
+        penalty: of the ridge, in shares of the mean variance of `queries`.
+    """
+    x, mean_query = _centred(queries)
+    texts, mean_text = _centred(texts)
+    variances, axes = torch.linalg.eigh(texts.T @ texts / len(texts))
+    widest = slice(-min(model.text_head.out_features, len(axes)), None)
+    whiten = (axes * (variances + RIDGE * variances.mean()).rsqrt())[:, widest]  # [D, at most E]
+    y = F.pad(texts @ whiten, (0, model.text_head.out_features - whiten.shape[1]))
+    gram = x.T @ x / len(x)
+    gram += penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype, device=x.device)
+    weight = torch.linalg.solve(gram, x.T @ y / len(x))  # [D, E]
+    whiten = F.pad(whiten, (0, model.text_head.out_features - whiten.shape[1]))
+    for head, matrix, mean in ((model.image_head, weight, mean_query), (model.text_head, whiten, mean_text)):
+        head.weight.data.copy_(matrix.T)
+        head.bias.data.copy_(-mean @ matrix)
+    return float(1 - (y - x @ weight).square().sum() / y.square().sum())
+
+
+def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
+    rows = rows.double()
+    mean = rows.mean(0)
+    return rows - mean, mean
+
+
+def warm_start_stage2(model: Stage2, pairs: Iterable[Pair]) -> float:
+    """`align_projection` on the given pictures and captions; returns its R2. The Q-Former holds stage 1's weights."""
+    queries, captions = [], []
+    for patches, texts in pairs:
+        queries.append(model.qformer(model.qformer.look(patches)).queries.float().mean(1))
+        captions += texts
+    return align_projection(model, torch.cat(queries), captions)
+
+
+def align_projection(model: Stage2, queries: Tensor, captions: Sequence[str], penalty: float = 10.0) -> float:
     """Sets the projection's weight and bias by ridge regression; returns R2 on the given pictures.
 
     Args:
-        model: whose Q-Former already holds the stage-1 weights.
         queries: `[N, D]`, each picture's query outputs averaged over the queries.
         captions: N captions. penalty: of the ridge, on centred data.
     """
-    targets = content_embeddings(model, captions)
-    sources = queries.double()
-    mean_source, mean_target = sources.mean(0), targets.mean(0)
-    x, y = sources - mean_source, targets - mean_target
+    x, mean_query = _centred(queries)
+    y, mean_target = _centred(content_embeddings(model, captions))
     gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(gram, x.T @ y)  # [D, L]
     model.projection.weight.data.copy_(weight.T)
-    model.projection.bias.data.copy_(mean_target - mean_source @ weight)
+    model.projection.bias.data.copy_(mean_target - mean_query @ weight)
     return float(1 - (y - x @ weight).square().sum() / y.square().sum())
 
 
 def content_embeddings(model: Stage2, captions: Sequence[str]) -> Tensor:
-    """The mean input embedding of each caption's content words: `[N, L]`, double precision."""
+    """The weighted mean input embedding of each caption's content words: `[N, L]`, double precision.
+
+    A word weighs the square of its inverse document frequency, log((N + 1) / captions that hold it): what sets a
+    picture apart is to be heard beside what half of the others show too.
+    """
     language, device = model.language, model.projection.weight.device
-    table = language.llm.get_input_embeddings()
-    rows = []
-    for caption in captions:
-        words = [word for word in re.findall(r"\w+", caption.lower()) if word not in STOP_WORDS] or [caption]
-        ids = language.tokenizer(" " + " ".join(words), add_special_tokens=False)["input_ids"]
-        rows.append(table(torch.tensor(ids, device=device)).double().mean(0))
-    return torch.stack(rows).detach()
+    embedding = language.llm.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    table = embedding.weight.detach()
+    content = [content_words(caption) for caption in captions]
+    held_by = Counter(word for words in content for word in set(words))
+    vectors: dict[str, Tensor] = {}
+    for word, count in held_by.items():
+        ids = language.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        vector = table[torch.tensor(ids, device=device)].double().mean(0)
+        vectors[word] = math.log((len(captions) + 1) / count) ** 2 * torch.cat([vector, vector.new_ones(1)])
+    sums = torch.stack([torch.stack([vectors[word] for word in words]).sum(0) for words in content])
+    return sums[:, :-1] / sums[:, -1:]
+
+
+def content_words(caption: str) -> list[str]:
+    """The words of a caption that are not `STOP_WORDS`; the whole caption where all are."""
+    return [word for word in re.findall(r"\w+", caption.lower()) if word not in STOP_WORDS] or [caption]
