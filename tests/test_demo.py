@@ -26,7 +26,7 @@ def test_demo_writes_report_metrics_and_both_runs(tmp_path: Path) -> None:
     assert set(metrics["seconds"]) == {"data", "features", "stage1", "stage2", "evaluation", "total"}
     assert metrics["retrieval"]["n"] == 8
     assert metrics["retrieval"]["chance"] == 1 / 8
-    for scores in (metrics["retrieval"]["itc"], metrics["retrieval"]["itm"]):
+    for scores in (metrics["retrieval"][kind] for kind in ("itc", "itm", "itm+itc")):
         assert {"tr@1", "tr@5", "ir@1", "ir@5"} <= scores.keys()
         assert all(0 <= scores[key] <= 1 for key in ("tr@1", "tr@5", "ir@1", "ir@5"))
     assert {"n", "exact", "objects", "attributes"} <= metrics["caption"].keys()

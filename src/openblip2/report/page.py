@@ -126,10 +126,10 @@ def _retrieval(found: Mapping[str, Any], examples: Mapping[str, Any]) -> str:
     columns = {"tr@1": 1, "tr@5": 5, "ir@1": 1, "ir@5": 5}
     rows = [
         ["ITC alone", *(percent(found["itc"][name]) for name in columns)],
-        [
-            f"best {found['itm']['reranked']} re-ranked by ITM",
-            *(percent(found["itm"][name]) for name in columns),
-        ],
+        *(
+            [f"best {found[key]['reranked']} re-ranked by {by}", *(percent(found[key][name]) for name in columns)]
+            for key, by in (("itm", "ITM"), ("itm+itc", "ITM + ITC"))
+        ),
         ["chance", *(percent(min(1, k * found["chance"])) for k in columns.values())],
     ]
     head = ["", "caption at 1st place", "caption in first 5", "picture at 1st place", "picture in first 5"]
