@@ -179,9 +179,9 @@ def _retrieval(
         scores = similarities(model, features, tokens, valid)
         with progress.steps("re-ranking", len(captions)) as bar:
             by_image, by_text = rerank(model, features, tokens, valid, scores, plan.reranked, bar.advance)
-    # The authors' code adds ITC's score to ITM's; as log-odds the two are of one kind. Candidates stay in front: none of
-    # the others has a higher ITC score.
-    likeness = scores / model.temperature
+    # The authors' code adds ITC's score to ITM's; as log-odds the two are of one kind. Candidates stay in front, for
+    # none of the others has a higher ITC score.
+    likeness = scores / float(model.temperature)
     examples["retrieval"] = _retrieval_examples(test.records, captions, by_image, by_text)
     return {
         "n": len(captions),
