@@ -17,7 +17,8 @@ from openblip2.model.language import (
     load_language,
     split_caption,
 )
-from openblip2.model.template import behind_examples, resolve_template
+from openblip2.model.template import resolve_template
+from openblip2.presets import behind_examples
 from tiny_models import NEWLINE, L, constant, embed, ids, language, soft_prompts
 
 # Captions so short that an encoder-decoder can split them in one way only.
@@ -92,13 +93,15 @@ def test_text_that_all_rows_begin_with_is_read_once(
     kind: str, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm, captions = language(kind, template="a cat on it {image}{prompt} a"), ["cat", "a red mat"]
-    losses, gradients = [], []
+    losses, gradients, texts = [], [], []
     for shared in (True, False):
         if not shared:
             monkeypatch.setattr("openblip2.model.language._common_text", lambda heads: [])
         soft = soft_prompts(2).requires_grad_()
         losses.append(lm.loss(soft, prompts, captions))
         gradients.append(torch.autograd.grad(losses[-1], soft)[0])
+        texts.append([lm.generate(soft, prompts, Decoding(max_new_tokens=8, beams=beams)) for beams in (1, 3)])
+    assert texts[0] == texts[1]
     assert torch.allclose(losses[0], losses[1], atol=1e-5)
     assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
 

@@ -181,7 +181,7 @@ def _retrieval(
             by_image, by_text = rerank(model, features, tokens, valid, scores, plan.reranked, bar.advance)
     # The authors' code adds ITC's score to ITM's; as log-odds the two are of one kind. Candidates stay in front, for
     # none of the others has a higher ITC score.
-    likeness = scores / float(model.temperature)
+    likeness = scores / model.temperature.detach()
     examples["retrieval"] = _retrieval_examples(test.records, captions, by_image, by_text)
     return {
         "n": len(captions),

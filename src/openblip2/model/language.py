@@ -104,8 +104,13 @@ class DecoderLM(nn.Module):
     def generate(self, soft: Tensor, prompts: Sequence[str], decoding: Decoding) -> list[str]:
         """One text for each of the B soft prompts `[B, Q, L]`; left padding, so a batch equals its single images."""
         rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
-        embeds, mask = _embed(self.llm, rows, soft, left=True)
-        return _generate(self.llm, self.tokenizer, embeds, mask, decoding, stop=self.end[-1])
+        before = _common_text(rows)
+        embeds, mask = _embed(self.llm, [row[len(before) :] for row in rows], soft, left=True)
+        mask = F.pad(mask, (len(before), 0), value=1)
+        # `generate` wants the whole rows, and skips what it finds in the cache.
+        embeds = F.pad(embeds, (0, 0, len(before), 0))
+        known = self._read(before, len(rows) * decoding.beams) if before else {}
+        return _generate(self.llm, self.tokenizer, embeds, mask, decoding, stop=self.end[-1], **known)
 
     def _read(self, text: list[int], count: int) -> dict[str, Any]:
         """The keys and values of a text that `count` rows begin with. No picture is in it, so it is read once."""
@@ -276,7 +281,9 @@ def _embed(llm: Any, rows: list[list[int]], soft: Tensor, left: bool) -> tuple[T
     return embeds.masked_scatter((ids == SOFT)[..., None], soft.to(embeds.dtype)), mask
 
 
-def _generate(llm: Any, tokenizer: Any, embeds: Tensor, mask: Tensor, how: Decoding, stop: int) -> list[str]:
+def _generate(
+    llm: Any, tokenizer: Any, embeds: Tensor, mask: Tensor, how: Decoding, stop: int, **known: Any
+) -> list[str]:
     # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut here.
     sampling = {"top_p": how.top_p, "temperature": how.temperature, "top_k": 0} if how.sample else {}
     beams = {"length_penalty": how.length_penalty} if how.beams > 1 else {}  # without beams it is unknown there
@@ -292,5 +299,6 @@ def _generate(llm: Any, tokenizer: Any, embeds: Tensor, mask: Tensor, how: Decod
         pad_token_id=stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **sampling,
         **beams,
+        **known,
     )
     return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]

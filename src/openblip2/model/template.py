@@ -4,7 +4,6 @@
 is `{image}{bos}{prompt}`; `chat` makes one from the tokenizer's chat template.
 """
 
-from collections.abc import Sequence
 from string import Formatter
 from typing import TYPE_CHECKING
 
@@ -39,19 +38,6 @@ def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str
     if [slot for _, slot, *_ in Formatter().parse(filled)].count("image") != 1 or filled.count("{image}") != 1:
         raise UserError(f"template {template!r} must hold {{image}} exactly once")
     return filled
-
-
-def behind_examples(template: str, examples: Sequence[tuple[str, str, str]], end: str) -> str:
-    """The template behind text-only examples of it: (words in the image's place, prompt, what is to be written).
-
-    A frozen language model shown how the words of a picture become a caption needs no steps to learn that much.
-    `end` closes each example.
-    """
-    shown = (
-        template.replace("{image}", _escape(words)).replace("{prompt}", _escape(prompt)) + _escape(written) + end
-        for words, prompt, written in examples
-    )
-    return "".join(shown) + template
 
 
 def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
