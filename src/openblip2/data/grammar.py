@@ -181,7 +181,7 @@ def judge(caption: str, facts: Mapping[str, Any]) -> Judgement:
     attributes = objects and all(_fits(phrase, things[noun]) for phrase, noun in zip(phrases, nouns, strict=True))
     stated = [
         relation if [left, right] == list(things) else OPPOSITE[relation]
-        for left, relation, right in zip(nouns, relations, nouns[1:], strict=False)
+        for left, relation, right in zip(nouns[:-1], relations, nouns[1:], strict=True)
         if relation is not None
     ]
     true = objects and all(relation == facts["relation"] for relation in stated)

@@ -30,9 +30,8 @@ from openblip2.model.whitening import RIDGE, fit_whitening
 # BERT's FFN was never trained on pictures: at this share of its output the query rows survive six of them.
 FFN_SHARE = 0.3
 
-Pair = tuple[
-    Tensor, Sequence[str]
-]  # some pictures and their captions: features [B, P, V] on the model's device, B captions
+# Features [B, P, V] on the model's device, and B captions.
+Pair = tuple[Tensor, Sequence[str]]
 
 # fmt: off
 STOP_WORDS = frozenset((
@@ -49,7 +48,7 @@ def warm_start_stage1(model: Stage1, tokens: QFormerTokens, pairs: Callable[[], 
     open_image_path(model.qformer, torch.cat(means))
     queries, texts = [], []
     for patches, captions in pairs():
-        queries.append(model.qformer(model.qformer.look(patches)).queries.float().mean(1))
+        queries.append(mean_query_output(model.qformer, patches))
         ids, valid = (t.to(patches.device) for t in tokens(list(captions)))
         texts.append(model.text_rows(ids, valid)[:, 0].float())
     return align_heads(model, torch.cat(queries), torch.cat(texts))
@@ -84,33 +83,46 @@ def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 
         queries: `[N, D]`, each picture's query outputs averaged over the queries. texts: `[N, D]`, `[CLS]` outputs.
         penalty: of the ridge, in shares of the mean variance of `queries`.
     """
-    x, mean_query = _centred(queries)
-    texts, mean_text = _centred(texts)
-    variances, axes = torch.linalg.eigh(texts.T @ texts / len(texts))
-    widest = slice(-min(model.text_head.out_features, len(axes)), None)
-    whiten = (axes * (variances + RIDGE * variances.mean()).rsqrt())[:, widest]  # [D, at most E]
-    y = F.pad(texts @ whiten, (0, model.text_head.out_features - whiten.shape[1]))
-    gram = x.T @ x / len(x)
-    gram += penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype, device=x.device)
-    weight = torch.linalg.solve(gram, x.T @ y / len(x))  # [D, E]
-    whiten = F.pad(whiten, (0, model.text_head.out_features - whiten.shape[1]))
-    for head, matrix, mean in ((model.image_head, weight, mean_query), (model.text_head, whiten, mean_text)):
-        head.weight.data.copy_(matrix.T)
-        head.bias.data.copy_(-mean @ matrix)
+    mean_text = texts.double().mean(0)
+    centred = texts.double() - mean_text
+    variances, axes = torch.linalg.eigh(centred.T @ centred / len(texts))
+    wanted = model.text_head.out_features
+    whiten = (axes * (variances + RIDGE * variances.mean()).rsqrt())[:, -wanted:]
+    whiten = F.pad(whiten, (0, wanted - whiten.shape[1]))  # [D, E], zeros where the text is narrower than that
+    set_linear(model.text_head, whiten, -mean_text @ whiten)
+    variance = float(queries.double().var(0, correction=0).mean())
+    return fit_linear(model.image_head, queries, centred @ whiten, penalty * variance * len(queries))
+
+
+def fit_linear(layer: nn.Linear, x: Tensor, y: Tensor, penalty: float) -> float:
+    """Ridge regression `x [N, in]` -> `y [N, out]` on centred data, as the layer's weight and bias; returns R2."""
+    x, y = x.double(), y.double()
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x, y = x - mean_x, y - mean_y
+    gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weight = torch.linalg.solve(gram, x.T @ y)
+    set_linear(layer, weight, mean_y - mean_x @ weight)
     return float(1 - (y - x @ weight).square().sum() / y.square().sum())
 
 
-def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
-    rows = rows.double()
-    mean = rows.mean(0)
-    return rows - mean, mean
+def set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    """`weight [in, out]`, `bias [out]`."""
+    layer.weight.data.copy_(weight.T)
+    layer.bias.data.copy_(bias)
+
+
+def mean_query_output(qformer: QFormer, patches: Tensor) -> Tensor:
+    """The query outputs of each picture, averaged over the queries: `[B, P, V]` -> `[B, D]`."""
+    queries = qformer(qformer.look(patches)).queries
+    assert queries is not None
+    return queries.float().mean(1)
 
 
 def warm_start_stage2(model: Stage2, pairs: Iterable[Pair]) -> float:
     """`align_projection` on the given pictures and captions; returns its R2. The Q-Former holds stage 1's weights."""
     queries, captions = [], []
     for patches, texts in pairs:
-        queries.append(model.qformer(model.qformer.look(patches)).queries.float().mean(1))
+        queries.append(mean_query_output(model.qformer, patches))
         captions += texts
     return align_projection(model, torch.cat(queries), captions)
 
@@ -122,13 +134,7 @@ def align_projection(model: Stage2, queries: Tensor, captions: Sequence[str], pe
         queries: `[N, D]`, each picture's query outputs averaged over the queries.
         captions: N captions. penalty: of the ridge, on centred data.
     """
-    x, mean_query = _centred(queries)
-    y, mean_target = _centred(content_embeddings(model, captions))
-    gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weight = torch.linalg.solve(gram, x.T @ y)  # [D, L]
-    model.projection.weight.data.copy_(weight.T)
-    model.projection.bias.data.copy_(mean_target - mean_query @ weight)
-    return float(1 - (y - x @ weight).square().sum() / y.square().sum())
+    return fit_linear(model.projection, queries, content_embeddings(model, captions), penalty)
 
 
 def content_embeddings(model: Stage2, captions: Sequence[str]) -> Tensor:
