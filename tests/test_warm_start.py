@@ -36,11 +36,11 @@ def test_the_heads_are_whitening_and_ridge_regression() -> None:
     torch.manual_seed(0)
     model = tiny.stage1()
     queries, texts = torch.randn(60, tiny.D) @ torch.randn(tiny.D, tiny.D) + 2, torch.randn(60, tiny.D) * 3 - 1
-    r2 = align_heads(model, queries, texts, penalty=0.1)
+    r2 = align_heads(model, queries, texts, penalty=6.0)
     white = model.text_head(texts).detach()
     assert torch.allclose(torch.cov(white.T, correction=0), torch.eye(tiny.E), atol=0.02)  # the widest directions
     variance = queries.double().var(0, correction=0).mean()
-    weight, bias = ridge(queries, white, 0.1 * float(variance) * len(queries))
+    weight, bias = ridge(queries, white, 6.0 * float(variance))
     found = model.image_head(queries).detach()
     wanted = (queries.double() @ weight + bias).float()
     assert torch.allclose(found, wanted, atol=1e-4)

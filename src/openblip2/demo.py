@@ -41,8 +41,14 @@ SHOWN = 24  # held-out pictures in the report: the first ones, not chosen
 
 # The stamps are 667 pictures to train on: the scenes' steps would show each of them dozens of times.
 STAMPS = {
-    "stage1": {"train.steps": 120, "stage1.matching_from": 40, "train.validate_every": 40, "qformer.dropout": 0.1},
-    "stage2": {"train.steps": 100, "train.validate_every": 50, "qformer.dropout": 0.1},
+    "stage1": {
+        "train.steps": 60,
+        "stage1.matching_from": 20,
+        "train.validate_every": 20,
+        "optim.lr": 2e-4,
+        "qformer.dropout": 0.1,
+    },
+    "stage2": {"train.steps": 60, "train.validate_every": 20, "qformer.dropout": 0.1},
 }
 
 

@@ -79,7 +79,7 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             data=LAPTOP_DATA,
             stage1=Stage1Settings(matching_from=60),
             optim=OptimSettings(lr=3e-4, min_lr=2.5e-5, warmup=10, clip=1.0),
-            train=TrainSettings(steps=200, batch=32, validate_every=50, checkpoint_every=50),
+            train=TrainSettings(steps=140, batch=32, validate_every=50, checkpoint_every=50),
             warm_start=True,
         ),
         "vit-l": RunSettings(stage="stage1", vision=VIT_L, optim=STAGE1_OPTIM, train=STAGE1_VIT_L),

@@ -73,7 +73,7 @@ def open_image_path(qformer: QFormer, means: Tensor) -> None:
         layer.query_ffn.narrow.bias.data.mul_(FFN_SHARE)
 
 
-def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 0.03) -> float:
+def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 300.0) -> float:
     """Sets both heads of ITC; returns R2 on the given pictures.
 
     The text head whitens: the `E` widest directions of the `[CLS]` outputs, each of variance 1 (or less, for the
@@ -81,7 +81,7 @@ def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 
 
     Args:
         queries: `[N, D]`, each picture's query outputs averaged over the queries. texts: `[N, D]`, `[CLS]` outputs.
-        penalty: of the ridge, in shares of the mean variance of `queries`.
+        penalty: of the ridge, in pictures: it weighs as much as the variance that so many of them bring.
     """
     mean_text = texts.double().mean(0)
     centred = texts.double() - mean_text
@@ -91,7 +91,7 @@ def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 
     whiten = F.pad(whiten, (0, wanted - whiten.shape[1]))  # [D, E], zeros where the text is narrower than that
     set_linear(model.text_head, whiten, -mean_text @ whiten)
     variance = float(queries.double().var(0, correction=0).mean())
-    return fit_linear(model.image_head, queries, centred @ whiten, penalty * variance * len(queries))
+    return fit_linear(model.image_head, queries, centred @ whiten, penalty * variance)
 
 
 def fit_linear(layer: nn.Linear, x: Tensor, y: Tensor, penalty: float) -> float:
