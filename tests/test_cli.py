@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import openblip2
-import runs
+import tiny_runs
 from openblip2 import cli
 
 HEAVY = {"torch", "transformers", "numpy", "PIL", "safetensors", "pydantic"}
@@ -95,10 +95,10 @@ class Home(NamedTuple):
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     root = tmp_path_factory.mktemp("home")
-    for build in (runs.vision, runs.bert, runs.language):
+    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
         build(root / build.__name__)
-    runs.pictures(root / "data")
-    home = Home(root, runs.options(root), [])
+    tiny_runs.pictures(root / "data")
+    home = Home(root, tiny_runs.options(root), [])
     home.said.append(call(*home.train("stage1", "stage1")))
     home.said.append(call(*home.train("stage2", "stage2", "--start", home.stage1)))
     return home
@@ -291,6 +291,12 @@ def set_queries(run: Path) -> None:
     (run / "config.json").write_text(json.dumps(config))
 
 
+def set_heads(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["sizes"]["heads"] = 7
+    (run / "config.json").write_text(json.dumps(config))
+
+
 def captioned(change: Callable[[Path], object]) -> Callable[[Home], tuple[object, ...]]:
     return lambda h: ("caption", h.broken("broken", change), h.picture())
 
@@ -309,6 +315,7 @@ RUNS: dict[str, Bad] = {
     "unfinished": (captioned(lambda f: (f / "model.safetensors").unlink()), (WEIGHTS, "has its training finished?")),
     "truncated": (captioned(lambda f: cut(f / "model.safetensors", 0.5)), (WEIGHTS, "truncated")),
     "zero bytes": (captioned(lambda f: cut(f / "model.safetensors", 0)), (WEIGHTS, "not a whole safetensors file")),
+    "impossible sizes": (captioned(set_heads), ("{}/broken/config.json", "not a multiple of 7 heads")),
     "other sizes": (captioned(set_queries), (WEIGHTS, "qformer.queries has shape [1, 5, 30]", "[1, 6, 30]")),
     "other model": (
         captioned(lambda f: shutil.copy(f.parent / "stage1" / "model.safetensors", f)),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import runs
+import tiny_runs
 from openblip2.config import change
 from openblip2.demo import Plan, run_demo
 from openblip2.errors import UserError
@@ -17,9 +17,9 @@ LITTLE = Plan(train_scenes=24, test_scenes=8, train_easy_vqa=6, asked=6, reranke
 
 
 def test_demo_writes_report_metrics_and_both_runs(tmp_path: Path) -> None:
-    for build in (runs.vision, runs.bert, runs.language):
+    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
         build(tmp_path / build.__name__)
-    words = dict(word.split("=", 1) for word in runs.options(tmp_path)[1::2])
+    words = dict(word.split("=", 1) for word in tiny_runs.options(tmp_path)[1::2])
     tiny = {stage: change(preset(stage, "laptop"), words) for stage in ("stage1", "stage2")}
     metrics = run_demo(tmp_path / "out", replace(LITTLE, **tiny), Progress(quiet=True))
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import runs
+import tiny_runs
 from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
 from openblip2.data.batches import Sampler, draw_captions, pair_ids
 from openblip2.data.records import Record, read_records
@@ -195,14 +195,14 @@ def test_every_caption_of_a_picture_is_drawn() -> None:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("training")
-    for build in (runs.vision, runs.bert, runs.language):
+    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
         build(root / build.__name__)
-    runs.pictures(root / "data", count=24)
+    tiny_runs.pictures(root / "data", count=24)
     return root
 
 
 def recipe(home: Path, stage: str, **changes: Any) -> RunSettings:
-    words = runs.options(home)[1::2]
+    words = tiny_runs.options(home)[1::2]
     values = dict(word.split("=", 1) for word in words) | {"data.source": str(home / "data")}
     return change(preset(stage, "laptop"), values | {k.replace("__", "."): v for k, v in changes.items()})
 

@@ -162,7 +162,7 @@ def read_config(run: Path) -> dict[str, Any]:
     """What `RUN/config.json` holds: at least `settings` and `sizes`.
 
     Raises:
-        UserError: it is not a run.
+        UserError: it is not a run, or sizes in it are none that a Q-Former can have.
     """
     wanted = "give the folder that `openblip2 train ... --out FOLDER` wrote"
     if not (run / "config.json").is_file():
@@ -170,6 +170,16 @@ def read_config(run: Path) -> dict[str, Any]:
     saved = read_json(run / "config.json")
     if not isinstance(saved, dict) or not {"settings", "sizes"} <= saved.keys():
         raise UserError(f"{run} is not a run (its config.json is another program's): {wanted}")
+    sizes = saved["sizes"]
+    names = {"width", "layers", "heads", "ffn", "vocabulary", "positions"}
+    if (
+        not isinstance(sizes, dict)
+        or sizes.keys() != names
+        or not all(type(n) is int and n >= 0 for n in sizes.values())
+    ):
+        raise UserError(f"{run / 'config.json'}: sizes must be whole numbers of {', '.join(sorted(names))}")
+    if not sizes["width"] or not sizes["heads"] or sizes["width"] % sizes["heads"]:
+        raise UserError(f"{run / 'config.json'}: width {sizes['width']} is not a multiple of {sizes['heads']} heads")
     return saved
 
 
