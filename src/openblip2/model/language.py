@@ -45,13 +45,13 @@ class Decoding:
     temperature: float = 1.0
 
 
-class DecoderLM(nn.Module):
-    """A frozen causal language model: `[before] [Q soft tokens] [after, prompt] caption END`.
+class FrozenLM(nn.Module):
+    """What both kinds share: a `transformers` language model that never trains, its tokenizer, and its frame.
 
     Args:
-        llm: any `transformers` causal language model. tokenizer: its tokenizer.
-        template: see `model/template.py`. end: the text that ends a caption ("\\n" for OPT, as the paper has
-            it); None = the tokenizer's end-of-sequence token.
+        llm: the language model. tokenizer: its own.
+        template: see `model/template.py`; `{bos}` is empty where the tokenizer has no first token.
+        end: the text that ends a caption ("\\n" for OPT, as the paper has it); None = the end-of-sequence token.
 
     Raises:
         UserError: a template without `{image}` or with an unknown slot, or a tokenizer without an end token.
@@ -70,9 +70,13 @@ class DecoderLM(nn.Module):
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
         self.end = _end_ids(tokenizer, end)
 
-    def train(self, mode: bool = True) -> "DecoderLM":
+    def train(self, mode: bool = True) -> "FrozenLM":
         """Frozen parts stay in eval mode: the language model's own dropout is off (the authors leave it on)."""
         return super().train(False)
+
+
+class DecoderLM(FrozenLM):
+    """A frozen causal language model: `[before] [Q soft tokens] [after, prompt] caption END`."""
 
     def loss(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> Tensor:
         """Mean cross-entropy of the captions' tokens and END; the prompt, soft tokens and padding have no target.
@@ -133,30 +137,8 @@ class DecoderLM(nn.Module):
         return _ids(self.tokenizer, " " + caption if spaced else caption) + self.end
 
 
-class EncoderDecoderLM(nn.Module):
-    """A frozen encoder-decoder: `[Q soft tokens] [prompt] prefix` in the encoder, the suffix is the target.
-
-    Args:
-        llm: any `transformers` sequence-to-sequence model. tokenizer: its tokenizer.
-        template: see `model/template.py`; `{bos}` is empty for most of these models.
-    """
-
-    def __init__(
-        self,
-        llm: "PreTrainedModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        template: str = PAPER_TEMPLATE,
-        end: str | None = None,
-    ) -> None:
-        super().__init__()
-        self.llm = llm.requires_grad_(False).eval()
-        self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
-        self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
-        self.end = _end_ids(tokenizer, end)
-
-    def train(self, mode: bool = True) -> "EncoderDecoderLM":
-        """Frozen parts stay in eval mode."""
-        return super().train(False)
+class EncoderDecoderLM(FrozenLM):
+    """A frozen encoder-decoder: `[Q soft tokens] [prompt] prefix` in the encoder, the suffix is the target."""
 
     def loss(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> Tensor:
         """Prefix language modelling: mean cross-entropy of each caption's suffix, `soft [B, Q, L]`, B texts each.
