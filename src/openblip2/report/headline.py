@@ -141,8 +141,8 @@ def _cards(metrics: Mapping[str, Any]) -> list[str]:
 
 def _retrieval_card(what: str, found: Mapping[str, Any], key: str) -> str:
     alone, after, chance = found["itc"][key], found["itm"][key], found["chance"]
-    than = f"at first place after re-ranking by ITM; ITC alone {percent(alone)}; chance {percent(chance)}"
-    return _card(what, percent(after), than, (after, chance))
+    than = f"at first place by ITC alone; re-ranked by ITM {percent(after)}; chance {percent(chance)}"
+    return _card(what, percent(alone), than, (alone, chance))
 
 
 def _caption_card(found: Mapping[str, Any]) -> str:
