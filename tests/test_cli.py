@@ -291,9 +291,9 @@ def set_queries(run: Path) -> None:
     (run / "config.json").write_text(json.dumps(config))
 
 
-def set_heads(run: Path) -> None:
+def set_size(run: Path, name: str, size: object) -> None:
     config = json.loads((run / "config.json").read_text())
-    config["sizes"]["heads"] = 7
+    config["sizes"][name] = size
     (run / "config.json").write_text(json.dumps(config))
 
 
@@ -315,7 +315,12 @@ RUNS: dict[str, Bad] = {
     "unfinished": (captioned(lambda f: (f / "model.safetensors").unlink()), (WEIGHTS, "has its training finished?")),
     "truncated": (captioned(lambda f: cut(f / "model.safetensors", 0.5)), (WEIGHTS, "truncated")),
     "zero bytes": (captioned(lambda f: cut(f / "model.safetensors", 0)), (WEIGHTS, "not a whole safetensors file")),
-    "impossible sizes": (captioned(set_heads), ("{}/broken/config.json", "not a multiple of 7 heads")),
+    "heads": (captioned(lambda f: set_size(f, "heads", 7)), ("{}/broken/config.json", "not a multiple of 7 heads")),
+    "no layers": (
+        captioned(lambda f: set_size(f, "layers", 0)),
+        ("{}/broken/config.json", "sizes.layers is 0", "1 or"),
+    ),
+    "unknown size": (captioned(lambda f: set_size(f, "depth", 3)), ("{}/broken/config.json", "sizes must name")),
     "other sizes": (captioned(set_queries), (WEIGHTS, "qformer.queries has shape [1, 5, 30]", "[1, 6, 30]")),
     "other model": (
         captioned(lambda f: shutil.copy(f.parent / "stage1" / "model.safetensors", f)),

@@ -17,14 +17,19 @@ BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
 LLM_WORDS = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
 
 
+def named(width: int, layers: int, heads: int, ffn: int) -> dict[str, Any]:
+    """Sizes by the names that transformers gives them."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+    }
+
+
 def vision(folder: Path) -> Path:
     """A ViT of width 24 and 3 layers."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 24,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 40,
-    }
+    sizes = named(width=24, layers=3, heads=2, ffn=40)
     torch.manual_seed(0)
     hf.ViTModel(hf.ViTConfig(**sizes, image_size=SIDE, patch_size=4)).save_pretrained(folder)
     published = {"size": SIDE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_normalize": True}
@@ -34,12 +39,7 @@ def vision(folder: Path) -> Path:
 
 def bert(folder: Path) -> Path:
     """A BERT of width 30 and 2 layers, with its tokenizer."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 30,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "intermediate_size": 28,
-    }
+    sizes = named(width=30, layers=2, heads=3, ffn=28)
     config = hf.BertConfig(**sizes, vocab_size=len(BERT_WORDS), max_position_embeddings=20)
     torch.manual_seed(1)
     hf.BertForMaskedLM(config).save_pretrained(folder)
@@ -50,12 +50,7 @@ def bert(folder: Path) -> Path:
 
 def language(folder: Path) -> Path:
     """A Llama of width 20 with a tokenizer of whole words."""
-    sizes: dict[str, Any] = {
-        "hidden_size": 20,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 5,
-        "intermediate_size": 26,
-    }
+    sizes = named(width=20, layers=2, heads=5, ffn=26)
     ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     torch.manual_seed(2)
     llm = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, vocab_size=len(LLM_WORDS), **ids))

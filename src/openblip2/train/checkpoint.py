@@ -170,17 +170,20 @@ def read_config(run: Path) -> dict[str, Any]:
     saved = read_json(run / "config.json")
     if not isinstance(saved, dict) or not {"settings", "sizes"} <= saved.keys():
         raise UserError(f"{run} is not a run (its config.json is another program's): {wanted}")
-    sizes = saved["sizes"]
-    names = {"width", "layers", "heads", "ffn", "vocabulary", "positions"}
-    if (
-        not isinstance(sizes, dict)
-        or sizes.keys() != names
-        or not all(type(n) is int and n >= 0 for n in sizes.values())
-    ):
-        raise UserError(f"{run / 'config.json'}: sizes must be whole numbers of {', '.join(sorted(names))}")
-    if not sizes["width"] or not sizes["heads"] or sizes["width"] % sizes["heads"]:
-        raise UserError(f"{run / 'config.json'}: width {sizes['width']} is not a multiple of {sizes['heads']} heads")
+    _check_sizes(saved["sizes"], run / "config.json")
     return saved
+
+
+def _check_sizes(sizes: Any, path: Path) -> None:
+    names = ("width", "layers", "heads", "ffn", "vocabulary", "positions")
+    if not isinstance(sizes, dict) or sizes.keys() != set(names):
+        raise UserError(f"{path}: sizes must name {', '.join(names)}")
+    for name, size in sizes.items():
+        least = 0 if name == "vocabulary" else 1  # stage 2 has no text path
+        if type(size) is not int or size < least:
+            raise UserError(f"{path}: sizes.{name} is {size!r}: it must be a whole number, {least} or more")
+    if sizes["width"] % sizes["heads"]:
+        raise UserError(f"{path}: width {sizes['width']} is not a multiple of {sizes['heads']} heads")
 
 
 def read_json(path: Path) -> Any:
