@@ -305,13 +305,16 @@ WEIGHTS = "{}/broken/model.safetensors"
 RUNS: dict[str, Bad] = {
     "text file": (
         lambda h: ("caption", h.data / "records.jsonl", h.picture()),
-        ("records.jsonl is not a run", "--out"),
+        ("records.jsonl is not a run", "a LAVIS .pth"),
     ),
-    "missing": (lambda h: ("caption", h.root / "nowhere", h.picture()), ("{}/nowhere is not a run", "--out")),
-    "pictures": (lambda h: ("rank", h.data, "a dog", h.picture()), ("{}/data is not a run", "--out")),
-    "no config": (captioned(lambda f: (f / "config.json").unlink()), ("{}/broken is not a run", "--out")),
+    "missing": (lambda h: ("caption", h.root / "nowhere", h.picture()), ("{}/nowhere is not a run", "a LAVIS .pth")),
+    "pictures": (lambda h: ("rank", h.data, "a dog", h.picture()), ("{}/data is not a run", "a LAVIS .pth")),
+    "no config": (captioned(lambda f: (f / "config.json").unlink()), ("{}/broken is not a run", "a LAVIS .pth")),
     "not JSON": (captioned(lambda f: (f / "config.json").write_text("{")), ("{}/broken/config.json", "not JSON")),
-    "other JSON": (captioned(lambda f: (f / "config.json").write_text("[]")), ("{}/broken is not a run", "--out")),
+    "other JSON": (
+        captioned(lambda f: (f / "config.json").write_text("[]")),
+        ("{}/broken is not a run", "a LAVIS .pth"),
+    ),
     "unfinished": (captioned(lambda f: (f / "model.safetensors").unlink()), (WEIGHTS, "has its training finished?")),
     "truncated": (captioned(lambda f: cut(f / "model.safetensors", 0.5)), (WEIGHTS, "truncated")),
     "zero bytes": (captioned(lambda f: cut(f / "model.safetensors", 0)), (WEIGHTS, "not a whole safetensors file")),
@@ -324,7 +327,7 @@ RUNS: dict[str, Bad] = {
     "other sizes": (captioned(set_queries), (WEIGHTS, "qformer.queries has shape [1, 5, 30]", "[1, 6, 30]")),
     "other model": (
         captioned(lambda f: shutil.copy(f.parent / "stage1" / "model.safetensors", f)),
-        (WEIGHTS, "missing: projection.bias", "unexpected: "),
+        (WEIGHTS, "missing: projection.weight"),
     ),
     "no tokenizer": (
         lambda h: ("rank", h.broken("mute", lambda f: shutil.rmtree(f / "tokenizer"), "stage1"), "a dog", h.picture()),

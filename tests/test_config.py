@@ -129,7 +129,7 @@ def test_unknown_and_missing_values_of_a_file() -> None:
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"unknown preset 'lapdog' for stage1: presets are laptop, vit-l$"):
+    with pytest.raises(UserError, match=r"unknown preset 'lapdog' for stage1: presets are laptop, vit-l, vit-g$"):
         preset("stage1", "lapdog")
 
 

@@ -56,6 +56,7 @@ def oracle(
 
     terms = []
     assert model.qformer.words is not None
+    assert model.word_head is not None
     for n in range(count):
         _, rows = one_pass(model, patches[n], texts[n], masks.causal, start=DEC)
         logs = model.word_head(rows, model.qformer.words).log_softmax(dim=-1)

@@ -38,6 +38,12 @@ POSITIONS = {
     "blip2": ("embeddings.position_embedding", 1),
     "dinov2": ("embeddings.position_embeddings", 1),
 }
+# The paper's grid, 16 x 16 patches of 14 px, in 2 thin layers.
+PAPER_GRID: dict[str, Any] = {**SIZES, "num_hidden_layers": 2, "image_size": 224, "patch_size": 14}
+PAPER_SIZED: dict[str, Callable[[], PreTrainedModel]] = {
+    "clip": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**PAPER_GRID, intermediate_size=40)),
+    "blip2": lambda: hf.Blip2VisionModel(hf.Blip2VisionConfig(**PAPER_GRID, intermediate_size=40)),
+}
 
 
 @pytest.fixture
@@ -121,6 +127,37 @@ def test_another_image_size_interpolates_positions(family: str, random: torch.Ge
     expected = hidden_states(large, pixels)[3]
     assert expected.shape == (2, 25 + extra, 24)
     torch.testing.assert_close(Vision(small, -2, 20, MEAN, STD)(pixels), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["blip2", "clip"])
+@pytest.mark.parametrize(("side", "tokens"), [(224, 257), (364, 677), (490, 1226)])
+def test_a_tower_of_224_px_serves_364_and_490_px(family: str, side: int, tokens: int, random: torch.Generator) -> None:
+    """The paper's sizes: pre-training, captions and retrieval, VQA."""
+    encoder = redraw(PAPER_SIZED[family](), random)
+    name, _ = POSITIONS[family]
+    table = encoder.state_dict()[name].reshape(257, 24)
+    patches = table[1:].T.reshape(1, 24, 16, 16)
+    naive = F.interpolate(patches, size=(side // 14, side // 14), mode="bicubic", align_corners=False)
+
+    # With no weights on the pixels, what goes into the layers is the positions, and the class token in front.
+    for parameter in encoder.get_submodule("embeddings.patch_embedding").parameters():
+        parameter.data.zero_()
+    seen: list[Any] = []
+    encoder.get_submodule("embeddings").register_forward_hook(lambda module, given, output: seen.append(output))
+    vision = Vision(encoder, -2, side, MEAN, STD)
+    assert vision(pictures(side, random, 1)).shape == (1, tokens, 24)
+    (positions,) = seen[0]
+    torch.testing.assert_close(positions[1:], naive.reshape(24, -1).T, rtol=1e-6, atol=1e-6)
+    class_token = encoder.get_parameter("embeddings.class_embedding").reshape(24)
+    torch.testing.assert_close(positions[0], table[0] + class_token, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["blip2", "clip"])
+def test_at_its_own_size_no_bit_is_interpolated(family: str, random: torch.Generator) -> None:
+    encoder = redraw(PAPER_SIZED[family](), random)
+    pixels = pictures(224, random)
+    expected = hidden_states(encoder, pixels)[1]
+    assert torch.equal(Vision(encoder, -2, 224, MEAN, STD)(pixels), expected)
 
 
 def test_dinov3_takes_another_size_and_keeps_registers(random: torch.Generator) -> None:

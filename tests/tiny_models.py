@@ -63,8 +63,10 @@ def t5() -> hf.PreTrainedModel:
     sizes: dict[str, Any] = {"d_model": L, "d_kv": 4, "d_ff": INNER, "num_heads": LM_HEADS}
     sizes |= {"num_layers": 3, "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu"}
     special: dict[str, Any] = {"tie_word_embeddings": False, "decoder_start_token_id": PAD}
-    config = hf.T5Config(**SHARED, **sizes, **special)
-    return tiny.redraw(hf.T5ForConditionalGeneration(config), std=0.3)
+    model = hf.T5ForConditionalGeneration(hf.T5Config(**SHARED, **sizes, **special))
+    # A fresh T5 ties its output to its input embedding, whatever it is told.
+    model.set_output_embeddings(nn.Linear(L, W, bias=False))
+    return tiny.redraw(model, std=0.3)
 
 
 def vision() -> Vision:

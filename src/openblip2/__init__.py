@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from openblip2.model.vision import Vision, load_vision
     from openblip2.presets import preset
     from openblip2.train.recipes import train_stage
+    from openblip2.weights.convert import convert
 
 _HOME = {
     "Captioner": "inference",
@@ -43,6 +44,7 @@ _HOME = {
     "UserError": "errors",
     "Vision": "model.vision",
     "change": "config",
+    "convert": "weights.convert",
     "load": "inference",
     "load_language": "model.language",
     "load_vision": "model.vision",
@@ -67,6 +69,7 @@ __all__ = [
     "UserError",
     "Vision",
     "change",
+    "convert",
     "load",
     "load_language",
     "load_vision",

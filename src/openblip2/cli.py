@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Run = Annotated[Path, typer.Argument(help="A finished run: the folder that `train` or `demo` wrote.")]
+Run = Annotated[str, typer.Argument(help="A run that `train` or `demo` wrote, or published weights; see `convert`.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="section.field=value; may be given many times.", metavar="NAME=VALUE"),
@@ -119,6 +119,25 @@ def rank(
         typer.echo(f"{score:.3f}\t{image}")
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A run of ours, a LAVIS .pth, or transformers' BLIP-2 (folder, hub).")],
+    out: Annotated[Path, typer.Argument(help="A new folder (openblip2, hf) or file (lavis: .pth, onnx: .onnx).")],
+    to: Annotated[str, typer.Option(help="openblip2, hf, lavis or onnx.")],
+    heads: Annotated[int | None, typer.Option(help="Heads of the Q-Former, if not BERT's 12.")] = None,
+    vision: Annotated[str | None, typer.Option(help="The image encoder, instead of the source's.")] = None,
+    language: Annotated[str | None, typer.Option(help="The language model, instead of the source's.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The Q-Former's tokenizer, if the source has none.")] = None,
+) -> None:
+    """Write published weights as ours, ours as transformers' or LAVIS', or an image path as an ONNX graph."""
+    from openblip2.weights.convert import convert as write
+
+    notes = write(source, out, to, heads=heads, vision=vision, language=language, tokenizer=tokenizer)
+    for note in notes:
+        typer.echo(f"left out or changed: {note}")
+    typer.echo(str(out))
+
+
 @contextmanager
 def _interruptible(out: Path) -> Iterator[None]:
     try:
@@ -131,7 +150,7 @@ def _interruptible(out: Path) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _stage2(run: Path) -> Any:
+def _stage2(run: str) -> Any:
     from openblip2.inference import Captioner, load
 
     model = load(run)

@@ -32,6 +32,7 @@ class VisionSettings:
     layer: int = -2
     image_size: Count = 224
     whiten: bool = False  # ours: features whitened by statistics of the training pictures (model/whitening.py)
+    weights: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # and what it computes in; auto: by train.precision
 
 
 @dataclass(config=STRICT)
@@ -42,6 +43,8 @@ class QFormerSettings:
     queries: Count = 32
     cross_every: Count = 2
     dropout: Share = 0.1
+    image_norm_eps: Positive = 1e-5  # of the LayerNorm on the image features; transformers' checkpoints have 1e-6
+    lora: Natural = 0  # ours: rank of adapters that train in place of its own weights (model/lora.py); 0 = none
 
 
 @dataclass(config=STRICT)
@@ -64,6 +67,9 @@ class LanguageSettings:
     end: str | None = None  # what ends a caption; None = the tokenizer's end token
     prompts: tuple[str, ...] = ("",)  # one is drawn for each training caption
     question: str = "Question: {} Answer:"  # how a question is asked; {} is the question
+    # And what it computes in; auto: by train.precision. int8, int4: by bitsandbytes, all else as with auto.
+    weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
+    lora: Natural = 0  # ours: rank of adapters that train (alpha = 2 x rank, no dropout; model/lora.py); 0 = none
 
 
 @dataclass(config=STRICT)

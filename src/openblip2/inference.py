@@ -3,62 +3,181 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); everything below this module works on tensors.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from openblip2.config import RunSettings, from_dict
+from openblip2.config import RunSettings
 from openblip2.data.images import Picture, to_pixels
 from openblip2.data.text import MAX_WORDS, clean_caption, clean_question
 from openblip2.data.tokens import QFormerTokens
-from openblip2.errors import UserError
+from openblip2.errors import UserError, one_line
 from openblip2.evaluate.retrieval import similarities
-from openblip2.model.build import build_stage1, build_stage2, build_vision
-from openblip2.model.language import Decoding
+from openblip2.model.language import Decoding, LanguageModel
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.train.checkpoint import load_trained, read_config, read_whitening
-from openblip2.train.hardware import compute_dtype, computing
+from openblip2.model.vision import Vision
+from openblip2.train.checkpoint import kept_parameters
+from openblip2.train.hardware import computing
+from openblip2.weights.assemble import assemble, find_tokenizer
+from openblip2.weights.card import model_card, usage
+from openblip2.weights.checkpoint import Parts, carried
+from openblip2.weights.run import fresh_folder, write_run
+from openblip2.weights.source import read_checkpoint
 
 CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short
 GROUP = 32  # pictures at once
 
 
-def load(run: str | Path, device: str | None = None) -> "Matcher | Captioner":
-    """A finished run: a `Matcher` from stage 1, a `Captioner` from stage 2.
+def load(
+    source: str | Path,
+    device: str | None = None,
+    *,
+    precision: str | None = None,
+    heads: int | None = None,
+    vision: str | Vision | None = None,
+    language: str | LanguageModel | None = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+) -> "Matcher | Captioner":
+    """A trained model: a `Matcher` from stage 1, a `Captioner` from stage 2.
 
     Args:
-        run: the folder that training wrote. device: "cpu", "cuda", ...; None = a GPU if there is one.
+        source: a run of ours, a LAVIS `.pth`, or transformers' BLIP-2: a path, or a name on the hub.
+        device: "cpu", "cuda", ...; None = a GPU if there is one.
+        precision: "auto", "bf16" or "fp32" instead of the run's own (`train.precision`).
+        heads: attention heads of the Q-Former, which no LAVIS file tells; None = BERT's 12.
+        vision, language, tokenizer: the image encoder, the language model and the Q-Former's tokenizer, by name or
+            ready, instead of those that the source names.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        UserError: not a run, an unfinished one, or weights that do not fit its settings.
+        UserError: none of these, an unfinished or damaged one, or keys, sizes or parts that do not fit.
     """
-    run = Path(run)
-    saved = read_config(run)
-    settings, sizes = from_dict(saved["settings"]), saved["sizes"]
+    parts = Parts(heads, vision, language, tokenizer)
+    checkpoint = read_checkpoint(source, parts, revision)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = compute_dtype(place, settings.train.precision)
-    vision = build_vision(settings, dtype)
-    if settings.vision.whiten:
-        vision.whitening = read_whitening(run)
-    if settings.stage == "stage2":
-        captioner = build_stage2(settings, vision, sizes, dtype)
-        load_trained(captioner, run / "model.safetensors")
-        return Captioner(captioner.to(place).eval(), settings)
-    matcher = build_stage1(settings, vision, sizes)
-    load_trained(matcher, run / "model.safetensors")
-    return Matcher(matcher.to(place).eval(), _load_tokens(run, settings), settings)
+    model, settings = assemble(checkpoint, place, precision or checkpoint.settings.train.precision)
+    if isinstance(model, Stage2):
+        return Captioner(model, settings, carried(checkpoint), checkpoint.measured)
+    tokens = QFormerTokens(find_tokenizer(checkpoint), settings.data.max_tokens)
+    return Matcher(model, tokens, settings, carried(checkpoint), checkpoint.measured)
 
 
-class Matcher:
-    """A stage-1 run: how well texts fit pictures."""
+class Pretrained:
+    """What both kinds of trained model share: they are saved, loaded and published as the ecosystem expects.
 
-    def __init__(self, model: Stage1, tokens: QFormerTokens, settings: RunSettings) -> None:
-        self.model, self.tokens, self.settings = model, tokens, settings
+    Args:
+        carries: frozen parts ("vision", "language") that no name leads to: saving writes them along.
+        measured: what the last validation found, for the model card.
+    """
+
+    def __init__(
+        self,
+        model: Stage1 | Stage2,
+        settings: RunSettings,
+        carries: frozenset[str] = frozenset(),
+        measured: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.model, self.settings, self.carries, self.measured = model, settings, carries, measured or {}
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str | None = None, **options: Any) -> Self:
+        """`load`, which see for the options, for those who know what it will give.
+
+        Raises:
+            UserError: as `load`; or it is the other kind.
+        """
+        found = load(source, device, **options)
+        if not isinstance(found, cls):
+            raise UserError(
+                f"{source} is a {type(found).__name__}, not a {cls.__name__}: openblip2.load tells them apart"
+            )
+        return found
+
+    def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
+        """Writes a run of ours with a model card: the trained parts, and by name the frozen ones.
+
+        Args:
+            folder: a new one. merge: write the frozen parts along, too. Frozen parts are written in the precision in
+                which they were loaded; `convert` copies them as they lie in their files.
+
+        Raises:
+            UserError: the folder is there already, or a quantised language model would have to be written.
+        """
+        carries = self.carries | ({"vision", "language"} if merge else set())
+        self._save(Path(folder), Path(folder).name, carries)
+
+    def push_to_hub(self, repo: str, private: bool = False, token: str | None = None, merge: bool = False) -> str:
+        """Publishes what `save_pretrained` writes as a repository of the hub; returns its address.
+
+        Frozen parts that were loaded from a folder of this machine are written along.
+
+        Raises:
+            UserError: as `save_pretrained`; or the hub refuses.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        here = {part for part in ("vision", "language") if Path(getattr(self.settings, part).name).exists()}
+        carries = self.carries | here | ({"vision", "language"} if merge else set())
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "run"
+            self._save(folder, repo, carries)
+            try:
+                hub = HfApi(token=token)
+                address = str(hub.create_repo(repo, private=private, exist_ok=True))
+                hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="openblip2 run")
+            except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+                raise UserError(f"{repo} cannot be published: {one_line(error)}") from error
+        return address
+
+    def _save(self, folder: Path, name: str, carries: frozenset[str]) -> None:
+        model, stage2 = self.model, isinstance(self.model, Stage2)
+        carries = carries if stage2 else carries - {"language"}
+        if "language" in carries and self.settings.language.weights in ("int8", "int4"):
+            raise UserError(
+                f"a language model in {self.settings.language.weights} is not written: load with language.weights=auto"
+            )
+        trained = kept_parameters(model)
+        count = sum(p.numel() for p in trained.values())
+        assert model.vision is not None
+        with fresh_folder(folder) as draft:
+            write_run(
+                draft,
+                self.settings,
+                model.qformer.sizes,
+                trained,
+                model.vision,
+                model.language if isinstance(model, Stage2) else None,
+                self.tokens.tokenizer if isinstance(self, Matcher) else None,
+                carries,
+            )
+            card = model_card(self.settings, count, self.measured, usage(self.settings.stage, name), carries=carries)
+            (draft / "README.md").write_text(card, encoding="utf-8")
+
+
+class Matcher(Pretrained):
+    """A trained stage 1: how well texts fit pictures."""
+
+    model: Stage1
+
+    def __init__(
+        self,
+        model: Stage1,
+        tokens: QFormerTokens,
+        settings: RunSettings,
+        carries: frozenset[str] = frozenset(),
+        measured: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(model, settings, carries, measured)
+        self.tokens = tokens
 
     def similarity(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
         """The best query's cosine for N pictures and M texts: `[N, M]`, in [-1, 1].
@@ -95,11 +214,10 @@ class Matcher:
         return self.tokens(cleaned)
 
 
-class Captioner:
-    """A stage-2 run: what pictures show, and answers about them, in the language model's words."""
+class Captioner(Pretrained):
+    """A trained stage 2: what pictures show, and answers about them, in the language model's words."""
 
-    def __init__(self, model: Stage2, settings: RunSettings) -> None:
-        self.model, self.settings = model, settings
+    model: Stage2
 
     def caption(self, images: Sequence[Picture], prompt: str | None = None, decoding: Decoding = CAPTION) -> list[str]:
         """One caption for each picture. `prompt`: text behind the soft prompt; None = the one of training.
@@ -122,6 +240,23 @@ class Captioner:
         form = self.settings.language.question
         return self.generate(images, [form.replace("{}", question) for question in asked], decoding)
 
+    def soft_prompt(self, images: Sequence[Picture]) -> Tensor:
+        """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU."""
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            rows = [self.model.soft_prompt(features=part).float().cpu() for part in _features(self.model, images)]
+        return torch.cat(rows)
+
+    def embed(self, images: Sequence[Picture], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """All that the language model reads for picture n and prompt n: `[N, T, L]` and mask `[N, T]`, on the CPU.
+
+        What another program needs to write the text with the language model alone.
+        """
+        _require_pairs(images, prompts, "prompts")
+        soft = self.soft_prompt(images).to(next(self.model.parameters()).device)
+        with torch.inference_mode():
+            embeds, mask = self.model.language.embed(soft, prompts)
+        return embeds.float().cpu(), mask.cpu()
+
     def generate(self, images: Sequence[Picture], prompts: Sequence[str], decoding: Decoding) -> list[str]:
         """The language model's text for picture n behind prompt n."""
         found: list[str] = []
@@ -135,15 +270,6 @@ class Captioner:
 def greedy(decoding: Decoding) -> Decoding:
     """The same, without beams."""
     return replace(decoding, beams=1)
-
-
-def _load_tokens(run: Path, settings: RunSettings) -> QFormerTokens:
-    from transformers import AutoTokenizer
-
-    try:
-        return QFormerTokens(AutoTokenizer.from_pretrained(run / "tokenizer"), settings.data.max_tokens)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run / 'tokenizer'}: no tokenizer; a stage-1 run keeps the one it trained with") from error
 
 
 def _features(model: Stage1 | Stage2, images: Sequence[Picture]) -> Iterator[Tensor]:

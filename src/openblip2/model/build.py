@@ -7,20 +7,40 @@ from torch import nn
 
 from openblip2.config import RunSettings
 from openblip2.model.bert import bert_sizes, start_from_bert
-from openblip2.model.language import load_language
+from openblip2.model.language import LanguageModel, load_language
+from openblip2.model.lora import adapt_qformer, add_lora, has_lora, require_lora
+from openblip2.model.precision import DTYPES
 from openblip2.model.qformer import QFormer
+from openblip2.model.quantised import BITS, require_quantisation
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision, load_vision
 
 
 def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> Vision:
-    """The frozen image encoder of the settings, its weights in `dtype`."""
+    """The frozen image encoder of the settings; `dtype` of its weights where `vision.weights` is auto."""
     vision = settings.vision
-    return load_vision(vision.name, vision.layer, vision.image_size, dtype=dtype)
+    return load_vision(vision.name, vision.layer, vision.image_size, dtype=DTYPES.get(vision.weights, dtype))
 
 
-def build_stage1(settings: RunSettings, vision: Vision, sizes: Mapping[str, int] | None = None) -> Stage1:
+def build_language(
+    settings: RunSettings, dtype: torch.dtype = torch.float32, place: torch.device | None = None
+) -> LanguageModel:
+    """The frozen language model of the settings; `dtype` and `place` as for `build_stage2`."""
+    language = settings.language
+    return load_language(
+        language.name,
+        language.template,
+        language.end,
+        DTYPES.get(language.weights, dtype),
+        BITS.get(language.weights),
+        place,
+    )
+
+
+def build_stage1(
+    settings: RunSettings, vision: Vision, sizes: Mapping[str, int] | None = None, writes: bool = True
+) -> Stage1:
     """Stage 1 started from BERT; or, with the `sizes` of a finished run, empty and ready to be filled from it."""
     qformer = settings.qformer
     model = Stage1(
@@ -30,15 +50,19 @@ def build_stage1(settings: RunSettings, vision: Vision, sizes: Mapping[str, int]
             image_width=vision.width,
             cross_every=qformer.cross_every,
             dropout=qformer.dropout,
+            image_norm_eps=qformer.image_norm_eps,
         ),
         vision,
         settings.stage1.shared_width,
         settings.stage1.temperature,
         settings.stage1.label_smoothing,
         settings.stage1.one_sided,
+        writes,
     )
     if sizes is None:
         start_from_bert(model.qformer, qformer.start, model.word_head)
+    else:
+        add_adapters(model, settings)
     return model
 
 
@@ -47,9 +71,16 @@ def build_stage2(
     vision: Vision,
     sizes: Mapping[str, int] | None = None,
     dtype: torch.dtype = torch.float32,
+    place: torch.device | None = None,
+    language: LanguageModel | None = None,
 ) -> Stage2:
-    """Stage 2 started from BERT (a stage-1 run is put over it); with `sizes`, empty. `dtype`: the LLM's weights."""
-    qformer, language = settings.qformer, settings.language
+    """Stage 2 started from BERT (a stage-1 run is put over it); with `sizes`, empty and ready to be filled.
+
+    Args:
+        dtype: of the language model's weights where `language.weights` is auto, and of what int8 and int4 leave.
+        place: see `load_language`. language: a ready one, instead of the settings'.
+    """
+    qformer = settings.qformer
     model = Stage2(
         QFormer(
             **{**(sizes or bert_sizes(qformer.start)), "vocabulary": 0},
@@ -57,20 +88,52 @@ def build_stage2(
             image_width=vision.width,
             cross_every=qformer.cross_every,
             dropout=qformer.dropout,
+            image_norm_eps=qformer.image_norm_eps,
         ),
-        load_language(language.name, language.template, language.end, dtype),
+        build_language(settings, dtype, place) if language is None else language,
         vision,
     )
     if sizes is None:
         start_from_bert(model.qformer, qformer.start)
+    else:
+        add_adapters(model, settings)
     return model
 
 
+def add_adapters(model: Stage1 | Stage2, settings: RunSettings) -> None:
+    """LoRA where the settings ask for it: in training behind the start weights, else before a run's are filled in."""
+    if settings.qformer.lora:
+        adapt_qformer(model.qformer, settings.qformer.lora)
+    if isinstance(model, Stage2) and settings.language.lora:
+        add_lora(model.language.llm, settings.language.lora)
+
+
+def require_extras(settings: RunSettings) -> None:
+    """Checks that the optional packages of these settings are installed, before minutes are spent.
+
+    Raises:
+        UserError: one is not.
+    """
+    language = settings.language
+    generative = settings.stage == "stage2"
+    if settings.qformer.lora or (generative and language.lora):
+        require_lora()
+    if generative and language.weights in BITS:
+        require_quantisation()
+
+
 def parts_table(model: nn.Module) -> list[tuple[str, int, str]]:
-    """(part, parameters, "trained" or "frozen") for each part of a model; asserts that no part is half of each."""
+    """(part, parameters, "trained" or "frozen") for each part of a model; a part with adapters has a row of each.
+
+    Asserts that no other part is half of each.
+    """
     rows = []
     for name, part in model.named_children():
-        _add_row(rows, name, list(part.parameters()))
+        parameters = list(part.parameters())
+        if has_lora(part):
+            _add_row(rows, name, [p for p in parameters if p.requires_grad])
+            parameters = [p for p in parameters if not p.requires_grad]
+        _add_row(rows, name, parameters)
     _add_row(rows, "temperature", list(model.parameters(recurse=False)))
     return rows
 
@@ -79,4 +142,6 @@ def _add_row(rows: list[tuple[str, int, str]], name: str, parameters: list[nn.Pa
     if parameters:
         trained = {p.requires_grad for p in parameters}
         assert len(trained) == 1, f"{name} is frozen in part"
-        rows.append((name, sum(p.numel() for p in parameters), "trained" if trained.pop() else "frozen"))
+        # Two 4-bit weights lie in one byte.
+        count = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters)
+        rows.append((name, count, "trained" if trained.pop() else "frozen"))

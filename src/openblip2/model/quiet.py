@@ -1,5 +1,6 @@
 """`transformers` without its remarks while it loads a model. What is wrong is raised by us, in one line."""
 
+import logging as standard_logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,3 +26,9 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def quiet_bitsandbytes() -> None:
+    """Errors only, from now on: it warns that an optional kernel is not there, and in each layer of each pass that
+    activations are cast to int8."""
+    standard_logging.getLogger("bitsandbytes").setLevel(standard_logging.ERROR)

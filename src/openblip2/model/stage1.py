@@ -24,6 +24,7 @@ class Stage1(nn.Module):
         vision: the frozen encoder; None when only ready-made features are given.
         shared_width: E. temperature: the start of the learned temperature.
         label_smoothing: of ITC and ITG. one_sided: see `objectives.contrastive`.
+        writes: False leaves out the head of ITG, as transformers' checkpoints do: good for scores, not for training.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Stage1(nn.Module):
         temperature: float = 0.07,
         label_smoothing: float = 0.1,
         one_sided: bool = False,
+        writes: bool = True,
     ) -> None:
         super().__init__()
         assert qformer.words is not None, "stage 1 needs the Q-Former's text path"
@@ -41,7 +43,7 @@ class Stage1(nn.Module):
         self.image_head = nn.Linear(qformer.width, shared_width)
         self.text_head = nn.Linear(qformer.width, shared_width)
         self.match_head = nn.Linear(qformer.width, 2)
-        self.word_head = WordHead(qformer.width, qformer.words)
+        self.word_head = WordHead(qformer.width, qformer.words) if writes else None
         self.temperature = nn.Parameter(torch.tensor(temperature))
         self.label_smoothing, self.one_sided = label_smoothing, one_sided
 
@@ -108,6 +110,8 @@ class Stage1(nn.Module):
         `[DEC]` stands where `[CLS]` stood; it is never a target, `[SEP]` is one.
         """
         assert self.qformer.words is not None
+        if self.word_head is None:
+            raise ValueError("this stage 1 has no head for ITG (it came from transformers, which has none): no losses")
         queries = self.qformer.queries.shape[1]
         start = tokens.new_full((len(tokens), 1), self.qformer.words.num_embeddings - 1)
         tokens = torch.cat([start, tokens[:, 1:]], dim=1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from openblip2.errors import UserError, one_line
+from openblip2.model.precision import own_precision
 from openblip2.model.quiet import quiet_transformers
 from openblip2.model.wheels import WHEELS, locate
 from openblip2.model.whitening import Whitening
@@ -63,6 +64,8 @@ class Vision(nn.Module):
         std: Triple = CLIP_STD,
     ) -> None:
         super().__init__()
+        from transformers.backbone_utils import BackboneConfigMixin
+
         config: Any = encoder.config
         self.width: int = config.hidden_size
         self.image_size, self.mean, self.std = image_size, mean, std
@@ -71,6 +74,9 @@ class Vision(nn.Module):
         self.layers = _count(layer, len(stack), config.model_type)
         del stack[self.layers :]
         config.num_hidden_layers = self.layers
+        if issubclass(type(config), BackboneConfigMixin):  # it names its layers, and would name those that are gone
+            config.stage_names = config.stage_names[: self.layers + 1]
+            config.set_output_features_output_indices(out_features=None, out_indices=None)
         self.encoder = encoder.requires_grad_(False)
         self.whitening: Whitening | None = None
         self.eval()
@@ -87,7 +93,7 @@ class Vision(nn.Module):
                 there in float32.
 
         Returns:
-            `[B, P, V]` in the encoder's dtype.
+            `[B, P, V]` in the encoder's dtype, which is also what it computes in: autocast to another is off inside.
         """
         side = self.image_size
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
@@ -96,7 +102,8 @@ class Vision(nn.Module):
         # A hook and not `output_hidden_states`, which would hold the output of every layer until the end.
         hook = _stack(self.encoder)[-1].register_forward_hook(lambda layer, given, output: seen.append(output))
         try:
-            self.encoder(self._normalise(pixels).to(self.encoder.dtype), **self._options)
+            with own_precision(pixels.device, self.encoder.dtype):
+                self.encoder(self._normalise(pixels).to(self.encoder.dtype), **self._options)
         finally:
             hook.remove()
         features = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
@@ -139,6 +146,19 @@ def load_vision(
     if image_size is None:
         image_size = published or _side(config.image_size)
     return Vision(encoder, layer, image_size, mean, std)
+
+
+def last_useful_layer(name: str) -> int:
+    """The paper's choice for an encoder: its second-to-last layer; the last where that one is already cut off.
+
+    BLIP-2's own encoder is published without its last layer.
+
+    Raises:
+        UserError: there is no such encoder.
+    """
+    with quiet_transformers():
+        config, _ = _vision_config(name, locate(name), None)
+    return -1 if config.model_type == "blip_2_vision_model" else -2
 
 
 def _load_encoder(name: str, source: str, dtype: torch.dtype, revision: str | None) -> "PreTrainedModel":

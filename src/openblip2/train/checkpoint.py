@@ -1,7 +1,7 @@
 """Runs on disk. Nothing is pickled: weights and optimizer moments are safetensors, the rest is JSON.
 
 RUN/config.json          the resolved settings, with the versions that made it
-RUN/model.safetensors    the trained parts, by name (the frozen ones are named in config.json)
+RUN/model.safetensors    the trained parts, by name (the frozen ones are named in config.json), adapters among them
 RUN/whitening.safetensors  what the frozen features are whitened by, if they are
 RUN/tokenizer/           the Q-Former's tokenizer
 RUN/log.jsonl            one line for each step and each validation
@@ -10,7 +10,9 @@ RUN/resume/              the last checkpoint of an unfinished run: model, optimi
 
 import json
 import os
+import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from openblip2.config import RunSettings, to_dict
 from openblip2.errors import UserError
 from openblip2.model.whitening import Whitening
 
@@ -28,29 +31,46 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def kept_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a run keeps, by name: those that train, and all of the Q-Former.
+
+    What adapters (LoRA) freeze in the Q-Former is nowhere else; other frozen parts are where config.json says.
+    """
+    return {n: p for n, p in model.named_parameters() if p.requires_grad or n.startswith("qformer.")}
+
+
 def save_trained(model: nn.Module, path: Path) -> None:
-    """Writes the trained parameters to one safetensors file, under a temporary name first."""
-    weights = {name: p.detach().cpu().contiguous() for name, p in trained_parameters(model).items()}
-    _write_tensors(weights, path)
+    """Writes the kept parameters to one safetensors file, under a temporary name first."""
+    weights = {name: p.detach().cpu().contiguous() for name, p in kept_parameters(model).items()}
+    write_tensors(weights, path)
 
 
 def load_trained(model: nn.Module, path: Path) -> None:
-    """Fills the trained parameters from a file, strictly: the same names and shapes on both sides.
+    """Fills the kept parameters from a file, strictly: the same names and shapes on both sides.
 
     Raises:
         UserError: the file is missing or damaged, or holds other names or shapes; they are listed.
     """
-    found, wanted = read_tensors(path), trained_parameters(model)
+    fill_trained(model, read_tensors(path), str(path))
+
+
+def fill_trained(model: nn.Module, found: Mapping[str, Tensor], source: str) -> None:
+    """Fills the kept parameters from tensors, strictly: the same names and shapes on both sides.
+
+    Raises:
+        UserError: `source` holds other names or shapes; they are listed.
+    """
+    wanted = kept_parameters(model)
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:
         raise UserError(
-            f"{path} does not fit this model: {_some('missing', missing)}{_some('unexpected', extra)}"
+            f"{source} does not fit this model: {_some('missing', missing)}{_some('unexpected', extra)}"
             "the run's config.json must describe the model that was trained"
         )
     for name, parameter in wanted.items():
         if found[name].shape != parameter.shape:
             raise UserError(
-                f"{path} does not fit this model: {name} has shape {list(found[name].shape)}, "
+                f"{source} does not fit this model: {name} has shape {list(found[name].shape)}, "
                 f"the model wants {list(parameter.shape)}"
             )
         parameter.data.copy_(found[name])
@@ -72,7 +92,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def save_whitening(whitening: Whitening, run: Path) -> None:
     """Writes `RUN/whitening.safetensors`."""
-    _write_tensors({"mean": whitening.mean.cpu(), "matrix": whitening.matrix.cpu()}, run / "whitening.safetensors")
+    write_tensors({"mean": whitening.mean.cpu(), "matrix": whitening.matrix.cpu()}, run / "whitening.safetensors")
 
 
 def read_whitening(run: Path) -> Whitening:
@@ -99,7 +119,7 @@ def save_progress(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
         for p, state in optimizer.state.items()
         for key, value in state.items()
     }
-    _write_tensors(moments, fresh / "optimizer.safetensors")
+    write_tensors(moments, fresh / "optimizer.safetensors")
     write_json({"step": step}, fresh / "progress.json")
     shutil.rmtree(run / "resume.old", ignore_errors=True)
     if last.exists():
@@ -158,6 +178,27 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made ({error.strerror}): give a folder that can be written to") from error
 
 
+def write_config(run: Path, settings: RunSettings, sizes: Mapping[str, int]) -> None:
+    """`config.json`: the resolved settings, the sizes read off the checkpoints, and the versions."""
+    import transformers
+
+    from openblip2 import __version__
+
+    write_json(
+        {
+            "settings": to_dict(settings),
+            "sizes": dict(sizes),
+            "versions": {
+                "openblip2": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        },
+        run / "config.json",
+    )
+
+
 def read_config(run: Path) -> dict[str, Any]:
     """What `RUN/config.json` holds: at least `settings` and `sizes`.
 
@@ -200,7 +241,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not JSON ({error})") from error
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes one safetensors file under a temporary name and renames it."""
     fresh = path.with_name(path.name + ".new")
     save_file(tensors, fresh)
     os.replace(fresh, path)

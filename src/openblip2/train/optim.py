@@ -12,10 +12,10 @@ def parameter_groups(trained: dict[str, nn.Parameter], weight_decay: float) -> l
     """Two groups that hold each trained parameter exactly once: with and without weight decay.
 
     Not decayed: biases, LayerNorms, the temperature and the queries, by what they are and not by their names'
-    spelling: everything of fewer than two axes, and the queries, the only parameter with a leading axis of 1.
+    spelling: everything of fewer than two axes, and the queries, the only parameter of three axes.
     """
-    decayed = [p for p in trained.values() if p.ndim >= 2 and p.shape[0] != 1]
-    others = [p for p in trained.values() if not (p.ndim >= 2 and p.shape[0] != 1)]
+    decayed = [p for p in trained.values() if p.ndim == 2]
+    others = [p for p in trained.values() if p.ndim != 2]
     assert len({id(p) for p in decayed + others}) == len(trained), "a parameter is named twice"
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 

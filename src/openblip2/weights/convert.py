@@ -1,0 +1,218 @@
+"""From any format to any other. Tensors are copied as they lie in the file: what the target can hold is bit-equal."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from openblip2.config import RunSettings
+from openblip2.errors import UserError
+from openblip2.model.language import EncoderDecoderLM, LanguageModel, is_encoder_decoder
+from openblip2.model.lora import merge_lora
+from openblip2.model.stage2 import Stage2
+from openblip2.model.vision import Vision
+from openblip2.train.checkpoint import kept_parameters, make_folder
+from openblip2.weights.assemble import assemble, find_language, find_tokenizer, find_vision
+from openblip2.weights.card import model_card, usage
+from openblip2.weights.checkpoint import Checkpoint, Parts, carried
+from openblip2.weights.huggingface import dtypes_of, has_home, write_huggingface
+from openblip2.weights.lavis import projection_name, write_lavis
+from openblip2.weights.onnx import export_onnx
+from openblip2.weights.projected import write_projected
+from openblip2.weights.run import fresh_folder, write_run
+from openblip2.weights.source import read_checkpoint
+
+Target = Literal["openblip2", "hf", "lavis", "onnx"]
+CPU = torch.device("cpu")
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    heads: int | None = None,
+    vision: str | Vision | None = None,
+    language: str | LanguageModel | None = None,
+    tokenizer: Any = None,
+    revision: str | None = None,
+) -> list[str]:
+    """Writes a checkpoint in another format; returns one line for each thing that was left out or changed.
+
+    Args:
+        source, heads, vision, language, tokenizer, revision: as for `load`.
+        out: a new folder (openblip2, hf), or a file (lavis: .pth; onnx: .onnx).
+        to: "openblip2", "hf", "lavis" or "onnx".
+
+    Raises:
+        UserError: as `load`; or the target is unknown, is there already, or cannot hold this model at all.
+    """
+    if to not in get_args(Target):
+        raise UserError(f"unknown target {to!r}: it must be one of {', '.join(get_args(Target))}")
+    out = Path(out)
+    if to in ("lavis", "onnx"):
+        _require_file(out, ".pth" if to == "lavis" else ".onnx")
+    parts = Parts(heads, vision, language, tokenizer)
+    checkpoint = read_checkpoint(source, parts, revision)
+    if to == "onnx":
+        model, _ = assemble(checkpoint, CPU, "fp32")
+        difference = export_onnx(model, out)
+        return [
+            *checkpoint.left_out,
+            f"checked in onnxruntime: largest difference {difference:.1e} of the largest value",
+        ]
+    checkpoint = _without_adapters(checkpoint)
+    writer = {"openblip2": _to_openblip2, "hf": _to_huggingface, "lavis": _to_lavis}[to]
+    return [*checkpoint.left_out, *writer(checkpoint, out)]
+
+
+def _to_openblip2(checkpoint: Checkpoint, out: Path) -> list[str]:
+    carries = carried(checkpoint)
+    settings = _stored(checkpoint.settings)
+    vision = language = tokenizer = None
+    # What is not copied is only named: it need not be here.
+    if "vision" in carries or checkpoint.whitening is not None or checkpoint.parts.vision is not None:
+        vision, settings = _stored_vision(checkpoint, settings)
+    if "language" in carries:
+        language, settings = _stored_language(checkpoint, settings)
+    elif isinstance(checkpoint.parts.language, str):
+        settings = replace(settings, language=replace(settings.language, name=checkpoint.parts.language))
+    if settings.stage == "stage1":
+        tokenizer = find_tokenizer(checkpoint)
+    with fresh_folder(out) as folder:
+        write_run(folder, settings, checkpoint.sizes, checkpoint.trained, vision, language, tokenizer, carries)
+        _write_card(folder, out, checkpoint, settings, checkpoint.left_out, carries)
+    return []
+
+
+def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
+    settings = _stored(checkpoint.settings)
+    vision, settings = _stored_vision(checkpoint, settings)
+    kind = vision.encoder.config.model_type
+    if settings.stage == "stage1":
+        if not has_home(vision):
+            raise UserError(
+                f"transformers' BLIP-2 has no place for the image encoder {kind!r}"
+                f"{' with whitening' * settings.vision.whiten}: openblip2 can serve it, or a graph of it, --to onnx"
+            )
+        with fresh_folder(out) as folder:
+            notes = write_huggingface(checkpoint, vision, None, find_tokenizer(checkpoint), folder)
+            _write_card(folder, out, checkpoint, settings, notes, frozenset({"vision"}))
+        return notes
+    language, settings = _stored_language(checkpoint, settings)
+    checkpoint = replace(checkpoint, settings=settings)
+    with fresh_folder(out) as folder:
+        if not has_home(vision) or not fits_projection(language):
+            return write_projected(checkpoint, vision, language, folder)
+        notes = write_huggingface(checkpoint, vision, language, None, folder)
+        _write_card(folder, out, checkpoint, settings, notes, frozenset({"vision", "language"}))
+    return notes
+
+
+def _to_lavis(checkpoint: Checkpoint, out: Path) -> list[str]:
+    settings = _stored(checkpoint.settings)
+    tower = None
+    if "vision" in checkpoint.carries:
+        vision, settings = _stored_vision(checkpoint, settings)
+        tower = vision if vision.encoder.config.model_type == "blip_2_vision_model" else None
+    to_t5 = False
+    if settings.stage == "stage2":
+        given = checkpoint.parts.language
+        if given is None or isinstance(given, str):
+            known = projection_name(given or settings.language.name)
+            to_t5 = is_encoder_decoder(given or settings.language.name) if known is None else known == "t5_proj"
+        else:
+            to_t5 = isinstance(given, EncoderDecoderLM)
+    make_folder(out.parent)
+    return write_lavis(checkpoint, tower, to_t5, out)
+
+
+def fits_projection(language: LanguageModel) -> bool:
+    """Whether the language model's embeddings are as wide as its layers, which transformers' projection leads to."""
+    return language.width == language.llm.config.hidden_size
+
+
+def _without_adapters(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with LoRA folded into the weights, which no other format keeps apart."""
+    settings = checkpoint.settings
+    if not (settings.qformer.lora or settings.language.lora):
+        return checkpoint
+    model, settings = assemble(replace(checkpoint, settings=_stored(settings)), CPU, "fp32")
+    merge_lora(model)
+    settings = replace(settings, qformer=replace(settings.qformer, lora=0), language=replace(settings.language, lora=0))
+    trained: dict[str, Tensor] = {name: p.detach() for name, p in kept_parameters(model).items()}
+    if not isinstance(model, Stage2):
+        return replace(checkpoint, settings=settings, trained=trained)
+    trained = {name: tensor for name, tensor in trained.items() if not name.startswith("language.")}
+    return replace(
+        checkpoint,
+        settings=settings,
+        trained=trained,
+        parts=replace(checkpoint.parts, language=model.language),
+        carries=checkpoint.carries | {"language"},
+        left_out=(*checkpoint.left_out, "LoRA: folded into the weights, in fp32"),
+    )
+
+
+def _stored(settings: RunSettings) -> RunSettings:
+    """The settings with frozen parts in the precision in which they are stored."""
+    return replace(
+        settings,
+        vision=replace(settings.vision, weights="auto"),
+        language=replace(settings.language, weights="auto"),
+    )
+
+
+def _stored_vision(checkpoint: Checkpoint, settings: RunSettings) -> tuple[Vision, RunSettings]:
+    """The image encoder, each tensor in the dtype in which it lies in its file."""
+    dtypes = _dtypes(checkpoint, "vision") if checkpoint.tower is None else {}
+    vision, settings = find_vision(checkpoint, settings, _widest(dtypes))
+    _restore(vision.encoder, dtypes)
+    return vision, settings
+
+
+def _stored_language(checkpoint: Checkpoint, settings: RunSettings) -> tuple[LanguageModel, RunSettings]:
+    """The language model, each tensor in the dtype in which it lies in its file."""
+    dtypes = _dtypes(checkpoint, "language")
+    language, settings = find_language(checkpoint, settings, _widest(dtypes), CPU)
+    _restore(language.llm, dtypes)
+    return language, settings
+
+
+def _dtypes(checkpoint: Checkpoint, part: Literal["vision", "language"]) -> dict[str, torch.dtype]:
+    """Of the tensors of a frozen part that the source holds itself; none for one that is only named there."""
+    if getattr(checkpoint.parts, part) is not None or part not in checkpoint.carries:
+        return {}
+    folder = Path(getattr(checkpoint.settings, part).name)
+    # A run of ours has a folder for each part; in transformers' BLIP-2 all of them are one model.
+    return dtypes_of(folder, f"{part}_model.") or dtypes_of(folder, "")
+
+
+def _widest(dtypes: Mapping[str, torch.dtype]) -> Any:
+    """A dtype that holds all of these exactly; "auto" for none."""
+    found = set(dtypes.values())
+    return torch.float32 if len(found) > 1 else next(iter(found), "auto")
+
+
+def _restore(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Back to the dtypes of the file: some models are given wider ones as they are loaded (T5 in fp16)."""
+    for name, parameter in module.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+
+
+def _write_card(
+    folder: Path, out: Path, checkpoint: Checkpoint, settings: RunSettings, notes: Any, carries: frozenset[str]
+) -> None:
+    count = sum(tensor.numel() for tensor in checkpoint.trained.values())
+    card = model_card(settings, count, checkpoint.measured, usage(settings.stage, out.name), tuple(notes), carries)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _require_file(out: Path, suffix: str) -> None:
+    if out.suffix != suffix:
+        raise UserError(f"{out}: give a file name that ends in {suffix}")
+    if out.exists():
+        raise UserError(f"{out} is there already: give a new name")

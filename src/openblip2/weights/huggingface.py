@@ -1,0 +1,337 @@
+"""transformers' BLIP-2, in and out: `Blip2ForImageTextRetrieval` (stage 1), `Blip2ForConditionalGeneration` (stage 2).
+
+Such a folder holds the frozen parts, too: `load_vision` and `load_language` read them out of it by its name. It has no
+temperature and no head of ITG, so training of stage 1 cannot go on from it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from openblip2.config import LanguageSettings, QFormerSettings, RunSettings, VisionSettings
+from openblip2.errors import UserError, one_line
+from openblip2.model.language import FrozenLM
+from openblip2.model.qformer import NORM_EPS
+from openblip2.model.quiet import quiet_transformers
+from openblip2.model.template import resolve_template
+from openblip2.model.vision import Vision
+from openblip2.train.checkpoint import read_json
+from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_of, sizes_of
+from openblip2.weights.names import column, rename
+
+OURS, HF = column("openblip2"), column("hf")
+GENERATION, RETRIEVAL = "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
+IMAGE_TOKEN = "<image>"
+FRAME = "openblip2"  # the key of config.json under which an export keeps what stands around the soft prompt
+FRAMED = ("template", "end", "prompts", "question")
+
+# What is in such a folder and not used, and why.
+LEFT_OUT = {
+    "embeddings.position_ids": "a buffer: 0, 1, 2, ...",
+}
+
+
+def read_huggingface(folder: Path, source: str, parts: Parts) -> Checkpoint:
+    """Reads a folder as `save_pretrained` writes it; `source` is the name it was asked for by.
+
+    Raises:
+        UserError: another architecture, a missing or damaged file, a key that is not known or missing, a setting that
+            the Q-Former cannot have, a tokenizer without `<image>`.
+    """
+    config = read_json(folder / "config.json")
+    kind = (config.get("architectures") or [None])[0]
+    if kind not in (GENERATION, RETRIEVAL):
+        raise UserError(f"{folder / 'config.json'}: architectures is {kind!r}: it must be {GENERATION} or {RETRIEVAL}")
+    files = read_files(folder)
+    names, others = rename((name for name in files if name not in LEFT_OUT), HF, OURS)
+    frozen = ("vision_model.", "language_model.") if kind == GENERATION else ("vision_model.",)
+    if unknown := [name for name in others if not name.startswith(frozen)]:
+        raise UserError(f"{folder}: {len(unknown)} keys are not of a {kind}: {listed(unknown)}")
+    _require_tower(folder, config, {name for name in others if name.startswith("vision_model.")})
+    trained = {ours: _tensor(files[theirs], theirs) for ours, theirs in names.items()}
+    left_out = [f"{name}: {why}" for name, why in LEFT_OUT.items() if name in files]
+    if kind == GENERATION and (text := [name for name in trained if ".text_ffn." in name]):
+        left_out.append(f"the text FFN of the Q-Former, {len(text)} tensors: {kind} never reads it")
+        trained = {name: tensor for name, tensor in trained.items() if name not in text}
+
+    qformer = config.get("qformer_config") or {}
+    heads = _heads(qformer, parts.heads, folder)
+    settings = settings_of(trained, _settings(folder, config, kind), source)
+    sizes = sizes_of(trained, heads, source)
+    require_whole(trained, settings, sizes, str(folder), HF)
+    if kind == GENERATION:
+        _require_image_token(folder)
+    return Checkpoint(
+        source=source,
+        settings=settings,
+        sizes=sizes,
+        trained=trained,
+        parts=parts,
+        tokenizer=str(folder) if kind == RETRIEVAL else None,
+        carries=frozenset({"vision"} if kind == RETRIEVAL else {"vision", "language"}),
+        left_out=tuple(left_out),
+    )
+
+
+def read_files(folder: Path) -> dict[str, Path]:
+    """Which safetensors file of a folder holds which tensor, sharded or not.
+
+    Raises:
+        UserError: there is none, a shard is missing or damaged, or a tensor that the index names is not there.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        if not single.is_file():
+            raise UserError(f"{folder}: no model.safetensors in it (weights in .bin files are pickles, never read)")
+        return {name: single for name in _names(single)}
+    named = read_json(index).get("weight_map") or {}
+    shards: dict[str, set[str]] = {}
+    for file in sorted(set(named.values())):
+        if Path(file).name != file:
+            raise UserError(f"{index}: names {file!r}, which is not a file of this folder")
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file}: missing; {index.name} names it for {listed(_held(named, file), 2)}")
+        shards[file] = _names(folder / file)
+        if lost := [name for name in _held(named, file) if name not in shards[file]]:
+            raise UserError(f"{folder / file}: {listed(lost)} not in it, though {index.name} says so")
+    return {name: folder / file for file, names in shards.items() for name in names}
+
+
+def dtypes_of(folder: Path, prefix: str) -> dict[str, torch.dtype]:
+    """The dtype of each tensor whose name begins so, by the rest of its name."""
+    files = {name: file for name, file in read_files(folder).items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): _tensor(file, name).dtype for name, file in files.items()}
+
+
+def write_huggingface(
+    checkpoint: Checkpoint, vision: Vision, language: FrozenLM | None, tokenizer: Any, out: Path
+) -> list[str]:
+    """Writes a folder that transformers and vLLM load; returns one line for each thing that it cannot hold.
+
+    Args:
+        vision: an encoder that `has_home`. language: of stage 2. tokenizer: of stage 1. Both in the dtype to be
+            written. out: an empty folder.
+    """
+    with quiet_transformers():
+        return _write(checkpoint, vision, language, tokenizer, out)
+
+
+def has_home(vision: Vision) -> bool:
+    """Whether transformers' BLIP-2 can hold an image encoder: EVA-CLIP's architecture, its last layer, unchanged."""
+    return vision.encoder.config.model_type == "blip_2_vision_model" and vision.whitening is None
+
+
+def _write(checkpoint: Checkpoint, vision: Vision, language: FrozenLM | None, tokenizer: Any, out: Path) -> list[str]:
+    import transformers as hf
+
+    sizes, settings, trained = checkpoint.sizes, checkpoint.settings, checkpoint.trained
+    notes = []
+    tower_eps: float = vision.encoder.config.layer_norm_eps  # pyright: ignore
+    if settings.qformer.image_norm_eps != tower_eps:
+        notes.append(
+            f"qformer.image_norm_eps={settings.qformer.image_norm_eps}: the encoder's {tower_eps} takes its place"
+        )
+    qformer = hf.Blip2QFormerConfig(
+        vocab_size=sizes["vocabulary"] or 30522,
+        hidden_size=sizes["width"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        intermediate_size=sizes["ffn"],
+        max_position_embeddings=sizes["positions"],
+        cross_attention_frequency=settings.qformer.cross_every,
+        hidden_dropout_prob=settings.qformer.dropout,
+        attention_probs_dropout_prob=settings.qformer.dropout,
+        encoder_hidden_size=vision.width,
+        use_qformer_text_input=language is None,
+    )
+    shared: dict[str, Any] = {
+        "vision_config": vision.encoder.config.to_dict(),
+        "qformer_config": qformer.to_dict(),
+        "num_query_tokens": settings.qformer.queries,
+    }
+    model: Any
+    if language is None:
+        image_token = _add_image_token(tokenizer)
+        config = hf.Blip2Config(
+            **shared, image_text_hidden_size=settings.stage1.shared_width, image_token_index=image_token
+        )
+        with torch.device("meta"):
+            model = hf.Blip2ForImageTextRetrieval(config)
+        homeless = {name.split(".")[0] for name in rename(trained, OURS, HF)[1]}
+        notes += [f"{part}: transformers has no place for it" for part in sorted(homeless)]
+    else:
+        tokenizer = language.tokenizer
+        image_token = _add_image_token(tokenizer)
+        llm: Any = language.llm
+        if image_token >= (rows := llm.get_input_embeddings().weight.shape[0]):
+            llm.resize_token_embeddings(image_token + 1)
+            notes.append(f"the language model's vocabulary grew from {rows} to {image_token + 1}, for {IMAGE_TOKEN}")
+        llm.config.architectures = [type(llm).__name__]  # vLLM reads it; transformers leaves it out by itself
+        config = hf.Blip2Config(**shared, text_config=llm.config.to_dict(), image_token_index=image_token)
+        with torch.device("meta"):
+            model = hf.Blip2ForConditionalGeneration(config)
+        setattr(
+            config, FRAME, {name: getattr(settings.language, name) for name in FRAMED} | {"template": language.template}
+        )
+        usual = _usual_template(tokenizer)
+        if language.template != resolve_template(usual, tokenizer):
+            notes.append(
+                f"the template {language.template[:60]!r}: transformers' processor makes {usual!r} of a prompt; write "
+                "the prompt as the template says"
+            )
+        model.language_model = llm
+        model.generation_config = _generation(hf, language)
+    model.vision_model = vision.encoder
+    names, _ = rename(trained, OURS, HF)
+    for theirs, ours in names.items():
+        module, _, last = theirs.rpartition(".")
+        setattr(model.get_submodule(module), last, nn.Parameter(trained[ours].detach(), requires_grad=False))
+    model.save_pretrained(out)
+    image = hf.BlipImageProcessorPil(
+        size={"height": vision.image_size, "width": vision.image_size},
+        image_mean=list(vision.mean),
+        image_std=list(vision.std),
+    )
+    image.save_pretrained(out)  # preprocessor_config.json, which older readers look for
+    hf.Blip2Processor(image, tokenizer, num_query_tokens=settings.qformer.queries).save_pretrained(out)
+    return notes
+
+
+def _generation(hf: Any, language: FrozenLM) -> Any:
+    """How `generate` begins and ends there, as it does here."""
+    tokenizer: Any = language.tokenizer
+    config = hf.GenerationConfig.from_model_config(language.llm.config)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, language.end[-1]
+    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else language.end[-1]
+    return config
+
+
+def _add_image_token(tokenizer: Any) -> int:
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+
+def _settings(folder: Path, config: Mapping[str, Any], kind: str) -> RunSettings:
+    qformer = config.get("qformer_config") or {}
+    defaults = {"hidden_act": "gelu", "layer_norm_eps": NORM_EPS}
+    for name, value in defaults.items():
+        if qformer.get(name, value) != value:
+            raise UserError(
+                f"{folder / 'config.json'}: qformer_config.{name} is {qformer[name]!r}: only {value!r} is known"
+            )
+    tower = _tower_config(config)
+    settings = RunSettings(
+        vision=VisionSettings(name=str(folder), layer=-1, image_size=tower.image_size),
+        qformer=QFormerSettings(
+            dropout=float(qformer.get("hidden_dropout_prob", 0.1)), image_norm_eps=tower.layer_norm_eps
+        ),
+    )
+    if kind == RETRIEVAL:
+        return settings
+    language = _language(folder)
+    if FRAME in config:  # an export of ours
+        language = from_frame(language, config[FRAME], folder)
+    return replace(settings, stage="stage2", language=language)
+
+
+def _tower_config(config: Mapping[str, Any]) -> Any:
+    from transformers import Blip2VisionConfig
+
+    return Blip2VisionConfig(**{k: v for k, v in (config.get("vision_config") or {}).items() if k != "model_type"})
+
+
+def _require_tower(folder: Path, config: Mapping[str, Any], found: set[str]) -> None:
+    """Checks that the keys of the image encoder are those of its configuration."""
+    from transformers import Blip2VisionModel
+
+    with torch.device("meta"):
+        wanted = {f"vision_model.{name}" for name in Blip2VisionModel(_tower_config(config)).state_dict()}
+    wanted = {name for name in wanted if "post_layernorm" not in name}  # ours, and trained
+    for what, names in (("missing", wanted - found), ("unexpected", found - wanted)):
+        if names:
+            raise UserError(f"{folder}: {len(names)} keys are {what}: {listed(sorted(names))}")
+
+
+def _language(folder: Path) -> LanguageSettings:
+    """The language model's frame: as its processor puts prompts and as its generation ends."""
+    tokenizer = _tokenizer(folder)
+    end = _end(folder)
+    return LanguageSettings(
+        name=str(folder),
+        template=_usual_template(tokenizer),
+        end=None if end in (None, tokenizer.eos_token_id) else tokenizer.decode([end]),
+    )
+
+
+def _usual_template(tokenizer: Any) -> str:
+    """What transformers' processor makes of a prompt: the first token stands there if the tokenizer puts it there."""
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{image}{bos}{prompt}" if begins else "{image}{prompt}"
+
+
+def from_frame(language: LanguageSettings, frame: Any, folder: Path) -> LanguageSettings:
+    """The settings with what an export of ours wrote into `config.json` about prompts put over them."""
+    if not isinstance(frame, dict) or not frame.keys() <= set(FRAMED):
+        raise UserError(f"{folder / 'config.json'}: {FRAME} must name some of {', '.join(FRAMED)}")
+    try:
+        return replace(language, **frame)
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {FRAME} does not fit: {one_line(error)}") from error
+
+
+def _end(folder: Path) -> int | None:
+    """The token that ends a generation there."""
+    found = read_json(path).get("eos_token_id") if (path := folder / "generation_config.json").is_file() else None
+    found = (read_json(folder / "config.json").get("text_config") or {}).get("eos_token_id") if found is None else found
+    return found[0] if isinstance(found, list) else found
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from error
+
+
+def _require_image_token(folder: Path) -> None:
+    if IMAGE_TOKEN not in _tokenizer(folder).get_vocab():
+        raise UserError(
+            f"{folder / 'tokenizer.json'}: no token {IMAGE_TOKEN!r} in it, where pictures go: save the folder again "
+            "with a Blip2Processor, which adds it"
+        )
+
+
+def _heads(qformer: Mapping[str, Any], heads: int | None, folder: Path) -> int:
+    found = qformer.get("num_attention_heads", 12)  # transformers writes what differs from its defaults
+    if heads not in (None, found):
+        raise UserError(
+            f"{folder / 'config.json'}: qformer_config.num_attention_heads is {found}, not {heads}: leave heads out"
+        )
+    return found
+
+
+def _held(named: Mapping[str, str], file: str) -> list[str]:
+    return sorted(name for name, where in named.items() if where == file)
+
+
+def _names(file: Path) -> set[str]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({one_line(error)}); it may be truncated") from error
+
+
+def _tensor(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)

@@ -1,0 +1,234 @@
+"""The authors' checkpoints (LAVIS `.pth`), in and out: a dict whose `model` holds the trained parameters alone.
+
+The language model is never in it, the image encoder only where it was fine-tuned. Nothing is unpickled but tensors.
+
+Shapes: Q queries, D Q-Former width, V encoder width, P patch tokens, S image side in px.
+"""
+
+import math
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openblip2.config import LanguageSettings, RunSettings, VisionSettings
+from openblip2.errors import UserError, one_line
+from openblip2.model.vision import Vision
+from openblip2.presets import FLANT5_XL, FLANT5_XXL, OPT_2_7B, OPT_6_7B, VIT_G, VIT_L
+from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_of, sizes_of
+from openblip2.weights.names import TOWER, column, rename
+
+OURS, LAVIS = column("openblip2"), column("lavis")
+TOWER_PREFIX = "visual_encoder."
+EVA_HEADS = 16  # of ViT-g; no tensor says how many there are
+EVA_EPS = 1e-6
+
+# What is in such a file and not used, and why.
+LEFT_OUT = {
+    "Qformer.bert.embeddings.position_ids": "a buffer: 0, 1, 2, ...",
+    "Qformer.cls.predictions.decoder.weight": "tied to the word embeddings, checked to be equal",
+    "Qformer.cls.predictions.decoder.bias": "the same as Qformer.cls.predictions.bias, checked to be equal",
+}
+_TIED = {
+    "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
+    "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
+}
+
+# The frozen parts that the paper's checkpoints were trained with, by the width that the Q-Former meets there.
+_ENCODERS: dict[int, VisionSettings] = {1408: VIT_G, 1024: VIT_L}
+_LANGUAGE_MODELS: dict[tuple[str, int], LanguageSettings] = {
+    ("opt_proj", 2560): OPT_2_7B,
+    ("opt_proj", 4096): OPT_6_7B,
+    ("t5_proj", 2048): FLANT5_XL,
+    ("t5_proj", 4096): FLANT5_XXL,
+}
+
+
+def read_lavis(path: Path, parts: Parts) -> Checkpoint:
+    """Stage 1, stage 2 with OPT or FlanT5, and models fine-tuned from them.
+
+    Raises:
+        UserError: the file is damaged, holds code, is of another architecture, has keys that are not known, or names
+            no frozen parts (`vision=` and `language=` name them).
+    """
+    model = _read_model(path)
+    tower = {name: model.pop(name) for name in list(model) if name.startswith(TOWER_PREFIX)}
+    for tied, to in _TIED.items():
+        if tied in model and (to not in model or not torch.equal(model[tied], model[to])):
+            raise UserError(f"{path}: {tied} is not equal to {to}: its word head is not tied, which ours cannot hold")
+    left_out = [f"{name}: {why}" for name, why in LEFT_OUT.items() if name in model]
+    names, unknown = rename((name for name in model if name not in LEFT_OUT), LAVIS, OURS)
+    if "qformer.queries" not in names:
+        raise UserError(
+            f"{path}: no query_tokens in it: this is no BLIP-2 of LAVIS (it holds {listed(list(model), 3)})"
+        )
+    if unknown:
+        raise UserError(f"{path}: {len(unknown)} keys are not of BLIP-2: {listed(unknown)}")
+    trained = {ours: model[theirs] for ours, theirs in names.items()}
+    settings = settings_of(trained, _settings(path, model, trained, bool(tower), parts), str(path))
+    if settings.stage == "stage2":
+        text = [
+            name for name in trained if name.startswith(("qformer.words.", "qformer.positions.")) or ".text_" in name
+        ]
+        if text:
+            left_out.append(f"the text path of the Q-Former, {len(text)} tensors: stage 2 does not read it")
+            trained = {name: tensor for name, tensor in trained.items() if name not in text}
+    sizes = sizes_of(trained, parts.heads, str(path))
+    require_whole(trained, settings, sizes, str(path), LAVIS)
+    encoder = None
+    if tower:
+        encoder = _build_tower(path, tower, trained)
+        settings = replace(settings, vision=replace(settings.vision, layer=-1, image_size=encoder.image_size))
+    return Checkpoint(
+        source=str(path),
+        settings=settings,
+        sizes=sizes,
+        trained=trained,
+        tower=encoder,
+        parts=parts,
+        tokenizer=settings.qformer.start if settings.stage == "stage1" else None,
+        carries=frozenset({"vision"} if tower else ()),
+        left_out=tuple(left_out),
+    )
+
+
+def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: Path) -> list[str]:
+    """Writes `out`, a `.pth`; returns one line for each thing that it cannot hold.
+
+    Args:
+        tower: the image encoder, if it is to stand in the file. to_t5: the language model is an encoder-decoder.
+    """
+    if checkpoint.settings.vision.whiten:
+        raise UserError(
+            "a LAVIS file cannot hold the whitening of the image features (vision.whiten): the model needs it"
+        )
+    names, without = rename(checkpoint.trained, OURS, LAVIS)
+    assert not without, without  # LAVIS has a place for every trained part
+    model = {name: checkpoint.trained[ours].detach().contiguous() for name, ours in names.items()}
+    if to_t5:
+        model = {re.sub("^opt_proj", "t5_proj", name): tensor for name, tensor in model.items()}
+    for tied, to in _TIED.items():
+        if "Qformer.cls.predictions.bias" in model:
+            model[tied] = model[to]
+    if (positions := model.get("Qformer.bert.embeddings.position_embeddings.weight")) is not None:
+        model["Qformer.bert.embeddings.position_ids"] = torch.arange(len(positions))[None]
+    notes = []
+    if "temperature" not in checkpoint.trained and checkpoint.settings.stage == "stage1":
+        notes.append("the source had no temperature and no ITG head: they are not in the file either")
+    if checkpoint.settings.stage == "stage2":
+        notes.append(f"the language model, {checkpoint.settings.language.name}: LAVIS files never hold it")
+    if tower is None:
+        notes.append(
+            f"the image encoder, {checkpoint.settings.vision.name}: it was frozen, LAVIS files hold it if trained"
+        )
+    else:
+        model |= _tower_as_lavis(tower)
+    fresh = out.with_name(out.name + ".new")
+    torch.save({"model": model}, fresh)
+    os.replace(fresh, out)
+    return notes
+
+
+def projection_name(language: str) -> str | None:
+    """What LAVIS calls the projection that leads to a language model of the paper's; None for others."""
+    return next((name for (name, _), model in _LANGUAGE_MODELS.items() if model.name == language), None)
+
+
+def _read_model(path: Path) -> dict[str, Tensor]:
+    try:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            found = torch.load(path, map_location="cpu", weights_only=True)  # torch's older format
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        named = f" ({code[1]})" if code else ""
+        raise UserError(f"{path}: holds more than tensors{named}, and code in a file is never run: refused") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a whole .pth file: {one_line(error)}; it may be truncated") from error
+    model = found.get("model", found) if isinstance(found, Mapping) else None
+    if not isinstance(model, Mapping) or not all(isinstance(value, Tensor) for value in model.values()):
+        raise UserError(f"{path}: no BLIP-2 of LAVIS: it must be a dict with tensors by name under 'model'")
+    return dict(model)
+
+
+def _settings(
+    path: Path, model: Mapping[str, Tensor], trained: Mapping[str, Tensor], with_tower: bool, parts: Parts
+) -> RunSettings:
+    """Stage and frozen parts of a file; the parts handed in, if there are any, go before those of the paper."""
+    width = trained["qformer.image_norm.weight"].shape[0] if "qformer.image_norm.weight" in trained else 0
+    if width not in _ENCODERS and parts.vision is None and not with_tower:
+        raise UserError(f"{path}: its image encoder, {width} wide, is none of the paper's: name it with vision=")
+    settings = RunSettings(vision=_ENCODERS.get(width, VIT_G))
+    projection = next((name for name in ("opt_proj", "t5_proj") if f"{name}.weight" in model), None)
+    if projection is None:
+        return settings
+    language = _LANGUAGE_MODELS.get((projection, model[f"{projection}.weight"].shape[0]))
+    if language is None and parts.language is None:
+        raise UserError(
+            f"{path}: its language model, {model[f'{projection}.weight'].shape[0]} wide, is none of the paper's: name "
+            "it with language="
+        )
+    default = OPT_2_7B if projection == "opt_proj" else FLANT5_XL
+    return replace(settings, stage="stage2", language=language or default)
+
+
+def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Vision:
+    """`visual_encoder.*` as `Blip2VisionModel`, on the file's own tensors."""
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+
+    plain = {name.removeprefix(TOWER_PREFIX): tensor for name, tensor in tower.items()}
+    biases = {name: plain.pop(name) for name in list(plain) if name.endswith((".q_bias", ".v_bias"))}
+    names, unknown = rename(plain, 1, 0, TOWER)
+    if unknown:
+        raise UserError(
+            f"{path}: the image encoder in it is not EVA-CLIP's, the only one that LAVIS trains here: "
+            f"{listed([TOWER_PREFIX + name for name in unknown])}"
+        )
+    tensors = {ours: plain[theirs] for ours, theirs in names.items()}
+    for part in ("weight", "bias"):  # transformers keeps it with the encoder; there it is unused by us
+        tensors[f"post_layernorm.{part}"] = trained[f"qformer.image_norm.{part}"]
+    try:
+        for block in {name.rpartition(".")[0] for name in biases}:
+            query, value = biases[f"{block}.q_bias"], biases[f"{block}.v_bias"]
+            number = block.split(".")[1]
+            tensors[f"encoder.layers.{number}.self_attn.qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+        patch, positions = tensors["embeddings.patch_embedding.weight"], tensors["embeddings.position_embedding"]
+        config: Any = Blip2VisionConfig(
+            hidden_size=patch.shape[0],
+            patch_size=patch.shape[-1],
+            image_size=math.isqrt(positions.shape[1] - 1) * patch.shape[-1],
+            intermediate_size=tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
+            num_hidden_layers=sum(name.endswith(".layer_norm1.weight") for name in tensors),
+            num_attention_heads=EVA_HEADS,
+            layer_norm_eps=EVA_EPS,
+        )
+        with torch.device("meta"):
+            encoder = Blip2VisionModel(config)
+        encoder.load_state_dict(tensors, assign=True)
+    except (RuntimeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: its image encoder ({TOWER_PREFIX}*) is not whole: {reason[:200]}") from error
+    return Vision(encoder, layer=-1, image_size=config.image_size)
+
+
+def _tower_as_lavis(tower: Vision) -> dict[str, Tensor]:
+    tensors = dict(tower.encoder.state_dict())
+    found: dict[str, Tensor] = {}
+    for name in [name for name in tensors if name.endswith("qkv.bias")]:
+        query, key, value = tensors.pop(name).chunk(3)
+        if key.any():
+            raise UserError(f"the image encoder's {name} has a bias for keys, which LAVIS' EVA-CLIP has not")
+        block = f"{TOWER_PREFIX}blocks.{name.split('.')[2]}.attn."
+        found |= {block + "q_bias": query.contiguous(), block + "v_bias": value.contiguous()}
+    names, without = rename(tensors, 0, 1, TOWER)
+    assert set(without) == {"post_layernorm.weight", "post_layernorm.bias"}, without
+    return found | {TOWER_PREFIX + theirs: tensors[ours].contiguous() for theirs, ours in names.items()}

@@ -1,0 +1,93 @@
+"""The same weight by three names: ours, the authors' (LAVIS) and transformers'. One table, read in every direction.
+
+A row names a module or a single parameter; what follows a module's name (`.weight`, `.bias`) is the same everywhere.
+`{n}` is the number of a layer. `None`: the format has no such thing.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Literal
+
+Format = Literal["openblip2", "lavis", "hf"]
+
+_COLUMNS: dict[str, int] = {"openblip2": 0, "lavis": 1, "hf": 2}
+
+_LAYER = ("qformer.layers.{n}.", "Qformer.bert.encoder.layer.{n}.", "qformer.encoder.layer.{n}.")
+_IN_LAYER = [
+    ("attention.query", "attention.self.query", "attention.attention.query"),
+    ("attention.key", "attention.self.key", "attention.attention.key"),
+    ("attention.value", "attention.self.value", "attention.attention.value"),
+    ("attention.out", "attention.output.dense", "attention.output.dense"),
+    ("attention.norm", "attention.output.LayerNorm", "attention.output.LayerNorm"),
+    ("cross.query", "crossattention.self.query", "crossattention.attention.query"),
+    ("cross.key", "crossattention.self.key", "crossattention.attention.key"),
+    ("cross.value", "crossattention.self.value", "crossattention.attention.value"),
+    ("cross.out", "crossattention.output.dense", "crossattention.output.dense"),
+    ("cross.norm", "crossattention.output.LayerNorm", "crossattention.output.LayerNorm"),
+    ("query_ffn.widen", "intermediate_query.dense", "intermediate_query.dense"),
+    ("query_ffn.narrow", "output_query.dense", "output_query.dense"),
+    ("query_ffn.norm", "output_query.LayerNorm", "output_query.LayerNorm"),
+    ("text_ffn.widen", "intermediate.dense", "intermediate.dense"),
+    ("text_ffn.narrow", "output.dense", "output.dense"),
+    ("text_ffn.norm", "output.LayerNorm", "output.LayerNorm"),
+]
+
+# The trained parts of both stages.
+TRAINED: list[tuple[str | None, ...]] = [
+    ("qformer.queries", "query_tokens", "query_tokens"),
+    ("qformer.image_norm", "ln_vision", "vision_model.post_layernorm"),
+    ("qformer.words", "Qformer.bert.embeddings.word_embeddings", "embeddings.word_embeddings"),
+    ("qformer.positions", "Qformer.bert.embeddings.position_embeddings", "embeddings.position_embeddings"),
+    ("qformer.norm", "Qformer.bert.embeddings.LayerNorm", "qformer.layernorm"),
+    *(tuple(layer + part for layer, part in zip(_LAYER, row, strict=True)) for row in _IN_LAYER),
+    ("image_head", "vision_proj", "vision_projection"),
+    ("text_head", "text_proj", "text_projection"),
+    ("match_head", "itm_head", "itm_head"),
+    ("temperature", "temp", None),
+    ("word_head.dense", "Qformer.cls.predictions.transform.dense", None),
+    ("word_head.norm", "Qformer.cls.predictions.transform.LayerNorm", None),
+    ("word_head.bias", "Qformer.cls.predictions.bias", None),
+    # LAVIS names the projection after the language model it leads to; writing takes the first that fits.
+    ("projection", "opt_proj", "language_projection"),
+    ("projection", "t5_proj", "language_projection"),
+]
+
+# The image encoder EVA-CLIP ViT-g: LAVIS' `visual_encoder.` and transformers' `Blip2VisionModel`. Both are frozen
+# parts to us, in transformers' names. The bias of qkv is not here: LAVIS keeps its two parts apart (lavis.py).
+TOWER: list[tuple[str | None, ...]] = [
+    ("embeddings.class_embedding", "cls_token"),
+    ("embeddings.position_embedding", "pos_embed"),
+    ("embeddings.patch_embedding", "patch_embed.proj"),
+    ("encoder.layers.{n}.layer_norm1", "blocks.{n}.norm1"),
+    ("encoder.layers.{n}.layer_norm2", "blocks.{n}.norm2"),
+    ("encoder.layers.{n}.self_attn.qkv.weight", "blocks.{n}.attn.qkv.weight"),
+    ("encoder.layers.{n}.self_attn.projection", "blocks.{n}.attn.proj"),
+    ("encoder.layers.{n}.mlp.fc1", "blocks.{n}.mlp.fc1"),
+    ("encoder.layers.{n}.mlp.fc2", "blocks.{n}.mlp.fc2"),
+]
+
+
+def column(format: Format) -> int:
+    """Which column of `TRAINED` a format has."""
+    return _COLUMNS[format]
+
+
+def rename(
+    names: Iterable[str], source: int, target: int, table: list[tuple[str | None, ...]] = TRAINED
+) -> tuple[dict[str, str], list[str]]:
+    """Names of one column as those of another: (new name -> old name, names without a counterpart)."""
+    rows = {row[source]: row[target] for row in reversed(table) if row[source] is not None}
+    found: dict[str, str] = {}
+    without: list[str] = []
+    for name in names:
+        number = re.search(r"\.(\d+)\.", name)
+        general = name if number is None else name[: number.start(1)] + "{n}" + name[number.end(1) :]
+        # A row is a whole name, or one less its last part.
+        row = next((part for part in (general, general.rpartition(".")[0]) if part in rows), None)
+        new = rows[row] if row is not None else None
+        if row is None or new is None:
+            without.append(name)
+            continue
+        new += general[len(row) :]
+        found[new if number is None else new.replace("{n}", number[1])] = name
+    return found, without

@@ -1,0 +1,159 @@
+"""A trained model's way from pixels to the language model as one ONNX graph, checked by running it.
+
+In the graph: normalisation, the frozen image encoder, whitening, the Q-Former's query path, and the linear layer
+behind it. Not in it: texts and the language model, which have runtimes of their own and read `soft_prompt`.
+
+Shapes: B images (any number), S image side in px, Q queries, D Q-Former width, L LLM width, E shared space.
+"""
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from openblip2.errors import UserError, one_line
+from openblip2.model.extras import require
+from openblip2.model.lora import merge_lora
+from openblip2.model.qformer import QFormer
+from openblip2.model.stage1 import Stage1
+from openblip2.model.stage2 import Stage2
+from openblip2.model.vision import Vision
+
+TOLERANCE = 1e-4  # largest difference from torch, as a share of the output's largest value
+INLINE = 1_500_000_000  # bytes of weights that stand in the graph's own file; protobuf ends at 2 GB
+TRACED, CHECKED = 2, (1, 3)  # pictures at once: the graph must serve other numbers than the one it was traced with
+
+
+class ImagePath(nn.Module):
+    """From pixels to what is read of them, on the CPU in float32: a copy, so that the model itself stays as it is.
+
+    Stage 1 gives `image_vectors [B, Q, E]`, of length 1; stage 2 gives `soft_prompt [B, Q, L]`.
+    """
+
+    vision: Vision
+    qformer: QFormer
+    head: nn.Linear
+
+    def __init__(self, model: Stage1 | Stage2) -> None:
+        super().__init__()
+        self.name = "image_vectors" if isinstance(model, Stage1) else "soft_prompt"
+        head = model.image_head if isinstance(model, Stage1) else model.projection
+        # Name by name, for a copy of the whole model would be one of the language model too.
+        for name, part in (("vision", model.vision), ("qformer", model.qformer), ("head", head)):
+            self.add_module(name, copy.deepcopy(part))
+        merge_lora(self.to("cpu", torch.float32)).requires_grad_(False).eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 `[B, 3, S, S]` RGB -> `[B, Q, E]` or `[B, Q, L]`."""
+        queries = self.qformer(self.qformer.look(self.vision(images))).queries
+        found = self.head(queries)
+        return F.normalize(found, dim=-1) if self.name == "image_vectors" else found
+
+
+@torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # adapters too would be folded in in bf16
+def export_onnx(model: Stage1 | Stage2, path: Path) -> float:
+    """Write `path`, an ONNX graph of any number of images, and compare it with torch on random pictures.
+
+    Its input is `images`, uint8 `[B, 3, S, S]` RGB in [0, 255]; its output `soft_prompt [B, Q, L]` of a stage 2, or
+    `image_vectors [B, Q, E]` (length 1) of a stage 1. Everything in it is float32: weights that are kept in fewer
+    bits are written as the values they have, adapters folded in. Over 1.5 GB of weights lie beside it, in
+    `path` + ".data". What was there under these names is replaced, and only once the new graph has passed.
+
+    Returns:
+        The largest difference from torch over the output's largest value: at most `TOLERANCE`.
+
+    Raises:
+        UserError: a package is missing, the model has no image encoder or one that cannot be exported, or the path
+            cannot be written. RuntimeError: the graph computes something else than torch.
+    """
+    require("ONNX export", "onnx", "onnx", "onnxscript", "onnxruntime")
+    if model.vision is None:
+        raise UserError("this model was built without an image encoder: an ONNX export needs one that has it")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of the file to write, {path / 'model.onnx'} say")
+    image_path, side = ImagePath(model), model.vision.image_size
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder and not another file name: the graph names the file of its weights.
+        with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as draft:
+            file = Path(draft) / path.name
+            _write(image_path, side, file)
+            difference = _compare(image_path, side, file)
+            for written in sorted(Path(draft).iterdir(), reverse=True):  # the weights first, then the graph
+                os.replace(written, path.parent / written.name)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {one_line(error)}") from error
+    return difference
+
+
+def _write(image_path: ImagePath, side: int, file: Path) -> None:
+    weights = sum(p.numel() * p.element_size() for p in image_path.parameters())
+    batch = torch.export.Dim("B")
+    with _quiet():
+        try:
+            torch.onnx.export(
+                image_path,
+                (_pictures(TRACED, side),),
+                file,
+                input_names=["images"],
+                output_names=[image_path.name],
+                dynamic_shapes={"images": {0: batch}},
+                external_data=weights > INLINE,
+                dynamo=True,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            # What went wrong is the cause; the exporter's own words are advice on its insides.
+            reason = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+            config: Any = image_path.vision.encoder.config
+            raise UserError(f"image encoder {config.model_type!r} cannot be exported to ONNX: {reason}") from error
+
+
+def _compare(image_path: ImagePath, side: int, file: Path) -> float:
+    """The largest difference between graph and module over the output's largest value."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for count in CHECKED:
+        images = _pictures(count, side)
+        expected = image_path(images)
+        found = torch.from_numpy(session.run([image_path.name], {"images": images.numpy()})[0])
+        assert found.shape == expected.shape, f"{list(found.shape)} in ONNX, {list(expected.shape)} in torch"
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        if not difference <= TOLERANCE:  # NaN is not
+            raise RuntimeError(
+                f"the ONNX graph differs from torch by {difference:.1e} of the largest value with {count} pictures; "
+                f"at most {TOLERANCE:.0e} is rounding, so nothing was written"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _pictures(count: int, side: int) -> Tensor:
+    random = torch.Generator().manual_seed(count)
+    return torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=random)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on its own insides, nor the pages it prints before it raises an error."""
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.ERROR))
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

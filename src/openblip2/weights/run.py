@@ -1,0 +1,131 @@
+"""Our own runs as checkpoints: what training wrote, or what a conversion wrote, which may carry frozen parts along.
+
+RUN/vision/, RUN/language/   frozen parts in transformers' layout, where `vision.name` is "./vision"
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+from torch import Tensor
+
+from openblip2.config import RunSettings, from_dict
+from openblip2.errors import UserError
+from openblip2.model.language import LanguageModel
+from openblip2.model.quiet import quiet_transformers
+from openblip2.model.vision import Vision
+from openblip2.train.checkpoint import (
+    make_folder,
+    read_config,
+    read_tensors,
+    read_whitening,
+    save_whitening,
+    write_config,
+    write_json,
+    write_tensors,
+)
+from openblip2.weights.checkpoint import Checkpoint, Parts
+
+CARRIED = {"vision": "./vision", "language": "./language"}  # the names of parts inside the run
+
+
+def read_run(folder: Path, parts: Parts) -> Checkpoint:
+    """A finished run.
+
+    Raises:
+        UserError: not a run, an unfinished one, a damaged one, or a number of heads that is not the run's.
+    """
+    saved = read_config(folder)
+    settings, sizes = from_dict(saved["settings"]), saved["sizes"]
+    if parts.heads not in (None, sizes["heads"]):
+        raise UserError(
+            f"{folder / 'config.json'}: sizes.heads is {sizes['heads']}, not {parts.heads}: leave heads out"
+        )
+    carries = set()
+    for part, inside in CARRIED.items():
+        named = getattr(settings, part)
+        if named.name == inside:
+            carries.add(part)
+            settings = replace(settings, **{part: replace(named, name=str(folder / part))})
+    return Checkpoint(
+        source=str(folder / "model.safetensors"),
+        settings=settings,
+        sizes=sizes,
+        trained=read_tensors(folder / "model.safetensors"),
+        measured=_last_validation(folder / "log.jsonl"),
+        whitening=read_whitening(folder) if settings.vision.whiten else None,
+        parts=parts,
+        tokenizer=str(folder / "tokenizer") if settings.stage == "stage1" else None,
+        carries=frozenset(carries),
+    )
+
+
+def _last_validation(log: Path) -> dict[str, Any]:
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    rows = [json.loads(line) for line in lines if '"validation"' in line]
+    return rows[-1]["validation"] if rows else {}
+
+
+def write_run(
+    folder: Path,
+    settings: RunSettings,
+    sizes: Mapping[str, int],
+    trained: Mapping[str, Tensor],
+    vision: Vision | None = None,
+    language: LanguageModel | None = None,
+    tokenizer: Any = None,
+    carries: frozenset[str] = frozenset(),
+) -> None:
+    """Writes a run into a folder: settings, trained tensors, tokenizer, and the frozen parts that it `carries`.
+
+    Args:
+        vision, language: those that are carried; also for `vision`'s whitening. tokenizer: of stage 1.
+    """
+    for part in sorted(carries):
+        named = replace(getattr(settings, part), name=CARRIED[part])
+        if part == "vision" and vision is not None:  # what lies behind the layer taken was cut off
+            named = replace(named, layer=-1, image_size=vision.image_size)
+        settings = replace(settings, **{part: named})
+    with quiet_transformers():
+        if "vision" in carries and vision is not None:
+            # Not the "original" format: what was read out of a BLIP-2 would get that model's prefix back.
+            vision.encoder.save_pretrained(folder / "vision", save_original_format=False)
+            side = {"height": vision.image_size, "width": vision.image_size}
+            published = {"size": side, "image_mean": vision.mean, "image_std": vision.std, "do_normalize": True}
+            write_json(published, folder / "vision" / "preprocessor_config.json")
+        if "language" in carries and language is not None:
+            language.llm.save_pretrained(folder / "language", save_original_format=False)
+            language.tokenizer.save_pretrained(folder / "language")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / "tokenizer")
+    if vision is not None and vision.whitening is not None:
+        save_whitening(vision.whitening, folder)
+    write_tensors(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}, folder / "model.safetensors"
+    )
+    write_config(folder, settings, sizes)
+
+
+@contextmanager
+def fresh_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when it is whole.
+
+    Raises:
+        UserError: something is there by that name.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already: give a new name, or an empty folder")
+    draft = out.with_name(out.name + ".new")
+    rmtree(draft, ignore_errors=True)
+    make_folder(draft)
+    try:
+        yield draft
+        if out.exists():
+            out.rmdir()
+        draft.rename(out)
+    finally:
+        rmtree(draft, ignore_errors=True)

@@ -1,0 +1,57 @@
+"""A name to a checkpoint: which of the formats it is, is told by what lies there."""
+
+import re
+from pathlib import Path
+
+from openblip2.errors import UserError, one_line
+from openblip2.train.checkpoint import read_json
+from openblip2.weights.checkpoint import Checkpoint, Parts
+from openblip2.weights.huggingface import read_huggingface
+from openblip2.weights.lavis import read_lavis
+from openblip2.weights.run import read_run
+
+KINDS = "a run of ours, a LAVIS .pth file, or a folder or hub name of transformers' BLIP-2"
+LAVIS_SUFFIXES = (".pth", ".pt")
+# What may come from a hub: JSON, tokenizers, safetensors. No pickles, no code.
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jsonl"]
+
+
+def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: str | None = None) -> Checkpoint:
+    """Reads a run of ours, a LAVIS `.pth`, or transformers' BLIP-2, from a path or by its hub name.
+
+    Args:
+        parts: frozen parts instead of those that the source names. revision: branch, tag or commit on the hub.
+
+    Raises:
+        UserError: it is none of these, or it cannot be read whole.
+    """
+    parts = parts or Parts()
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix not in LAVIS_SUFFIXES:
+            raise UserError(f"{path} is not a run, nor a .pth: give {KINDS}")
+        return read_lavis(path, parts)
+    folder = path if path.is_dir() else _fetch(str(source), revision)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{source} is not a run (no config.json in it): give {KINDS}")
+    config = read_json(folder / "config.json")
+    if isinstance(config, dict) and {"settings", "sizes"} <= config.keys():
+        return read_run(folder, parts)
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind == "blip-2":
+        return read_huggingface(folder, str(source), parts)
+    raise UserError(
+        f"{source} is not a run, its config.json has model_type {kind!r}, another architecture: give {KINDS}"
+    )
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"{name} is not a run, there is nothing by that name: give {KINDS}")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise UserError(f"{name} is not here and cannot be had from the hub: {one_line(error)}") from error

@@ -1,0 +1,575 @@
+"""Published weights in, ours out: every format read, written, and read again, bit by bit."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import openblip2
+import tiny
+import tiny_blip2
+import tiny_models
+import tiny_runs
+from openblip2.errors import UserError
+from openblip2.inference import greedy
+from openblip2.model.language import Decoding
+from openblip2.model.stage1 import Stage1
+from openblip2.weights.checkpoint import Parts
+from openblip2.weights.source import read_checkpoint
+
+HEADS = tiny.HEADS
+SHORT = greedy(Decoding(max_new_tokens=6))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """opt, t5, llama and retriever: transformers' folders. stage1.pth, opt.pth, t5.pth: LAVIS' files of the same."""
+    home = tmp_path_factory.mktemp("weights")
+    for kind in ("opt", "t5", "llama"):
+        tiny_blip2.generator(kind, home / kind)
+    tiny_blip2.retriever(home / "retriever")
+    tiny_runs.bert(home / "bert")
+    for kind in ("opt", "t5"):
+        torch.save(
+            {"model": as_lavis(load_file(home / kind / "model.safetensors"), kind), "epoch": 3}, home / f"{kind}.pth"
+        )
+    torch.save({"model": stage1_as_lavis(load_file(home / "retriever" / "model.safetensors"))}, home / "stage1.pth")
+    return home
+
+
+def as_lavis(theirs: dict[str, Tensor], kind: str, tower: bool = False) -> OrderedDict[str, Tensor]:
+    """LAVIS' names, by the replacements that transformers' own conversion from LAVIS makes, backwards."""
+    found = OrderedDict()
+    for name, tensor in theirs.items():
+        if name.startswith("language_model.") or (name.startswith("vision_model.") and "post_layernorm" not in name):
+            continue
+        name = name.replace("vision_model.post_layernorm", "ln_vision")
+        name = name.replace("embeddings.word_embeddings", "Qformer.bert.embeddings.word_embeddings")
+        name = name.replace("embeddings.position_embeddings", "Qformer.bert.embeddings.position_embeddings")
+        name = re.sub(r"^qformer\.layernorm", "Qformer.bert.embeddings.LayerNorm", name)
+        name = re.sub(r"^qformer\.", "Qformer.bert.", name).replace("attention.attention", "attention.self")
+        name = name.replace("language_projection", "t5_proj" if kind == "t5" else "opt_proj")
+        name = name.replace("vision_projection", "vision_proj").replace("text_projection", "text_proj")
+        found[name] = tensor
+    if tower:
+        found |= tower_as_lavis(theirs)
+    return found
+
+
+def tower_as_lavis(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in theirs.items():
+        if not name.startswith("vision_model.") or "post_layernorm" in name:
+            continue
+        name = name.replace("vision_model.embeddings.class_embedding", "visual_encoder.cls_token")
+        name = name.replace("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed")
+        name = name.replace("vision_model.embeddings.patch_embedding", "visual_encoder.patch_embed.proj")
+        name = name.replace("vision_model.encoder.layers", "visual_encoder.blocks").replace("self_attn", "attn")
+        name = name.replace("layer_norm", "norm").replace("attn.projection", "attn.proj")
+        if name.endswith("qkv.bias"):
+            found[name.replace("qkv.bias", "q_bias")], _, found[name.replace("qkv.bias", "v_bias")] = tensor.chunk(3)
+        else:
+            found[name] = tensor
+    return found
+
+
+def stage1_as_lavis(theirs: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """The retriever's weights with what transformers has no place for: temperature, ITG's head, tied decoder."""
+    found = as_lavis(theirs, "opt")
+    words = found["Qformer.bert.embeddings.word_embeddings.weight"]
+    random = torch.Generator().manual_seed(3)
+    head = "Qformer.cls.predictions."
+    found["temp"] = torch.tensor(0.05)
+    found["Qformer.bert.embeddings.position_ids"] = torch.arange(tiny_blip2.POSITIONS)[None]
+    found[head + "bias"] = torch.randn(len(words), generator=random)
+    found[head + "transform.dense.weight"] = torch.randn(tiny.D, tiny.D, generator=random)
+    found[head + "transform.dense.bias"] = torch.randn(tiny.D, generator=random)
+    found[head + "transform.LayerNorm.weight"] = torch.randn(tiny.D, generator=random)
+    found[head + "transform.LayerNorm.bias"] = torch.randn(tiny.D, generator=random)
+    found[head + "decoder.weight"], found[head + "decoder.bias"] = words, found[head + "bias"]
+    return found
+
+
+def pictures(count: int = 3) -> list[Any]:
+    return [picture.permute(1, 2, 0).numpy() for picture in tiny_models.pictures(count)]
+
+
+def parts(home: Path, kind: str) -> dict[str, Any]:
+    """What a LAVIS file does not hold, by name."""
+    found: dict[str, Any] = {"heads": HEADS, "vision": str(home / ("retriever" if kind == "stage1" else kind))}
+    return found | ({"tokenizer": str(home / "bert")} if kind == "stage1" else {"language": str(home / kind)})
+
+
+def load(source: Path, **options: Any) -> Any:
+    return openblip2.load(source, "cpu", precision="fp32", **options)
+
+
+def same(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert mine[name].dtype == theirs[name].dtype, name
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+# Reading
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_lavis_and_transformers_are_the_same_model(home: Path, kind: str) -> None:
+    ours, theirs = load(home / f"{kind}.pth", **parts(home, kind)), load(home / kind)
+    # LAVIS' norm of the image features has another eps than transformers', 1e-5 against 1e-6.
+    assert (ours.settings.qformer.image_norm_eps, theirs.settings.qformer.image_norm_eps) == (1e-5, 1e-6)
+    ours.model.qformer.image_norm.eps = 1e-6
+    torch.testing.assert_close(ours.soft_prompt(pictures()), theirs.soft_prompt(pictures()), rtol=0, atol=0)
+    assert ours.caption(pictures(), decoding=SHORT) == theirs.caption(pictures(), decoding=SHORT)
+
+
+def test_a_stage_1_of_lavis_has_all_that_training_needs(home: Path) -> None:
+    matcher = load(home / "stage1.pth", **parts(home, "stage1"))
+    assert isinstance(matcher, openblip2.Matcher)
+    assert float(matcher.model.temperature.detach()) == pytest.approx(0.05)
+    tokens, valid = matcher.tokens(["a red dog", "the cat"])
+    images = tiny_models.pictures(2)
+    negatives = torch.tensor([1, 0]), torch.tensor([1, 0])
+    losses = matcher.model.losses(tokens, valid, images=images, negatives=negatives)
+    assert losses.keys() == {"itc", "itm", "itg"}
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_transformers_retrieval_scores_but_does_not_train(home: Path) -> None:
+    matcher, other = load(home / "retriever"), load(home / "stage1.pth", **parts(home, "stage1"))
+    other.model.qformer.image_norm.eps = 1e-6
+    texts = ["a red dog", "the cat", "a bus"]
+    torch.testing.assert_close(matcher.similarity(pictures(), texts), other.similarity(pictures(), texts))
+    torch.testing.assert_close(matcher.match(pictures(), texts), other.match(pictures(), texts))
+    tokens, valid = matcher.tokens(texts)
+    with pytest.raises(ValueError, match="no head for ITG"):
+        matcher.model.losses(tokens, valid, images=tiny_models.pictures(3))
+
+
+def test_parts_may_be_handed_in_ready(home: Path) -> None:
+    vision = openblip2.load_vision(str(home / "opt"), -1)
+    language = openblip2.load_language(str(home / "opt"), "{image}{bos}{prompt}", "\n")
+    ready = load(home / "opt.pth", heads=HEADS, vision=vision, language=language)
+    named = load(home / "opt.pth", **parts(home, "opt"))
+    assert ready.model.vision is vision
+    assert ready.model.language is language
+    assert ready.caption(pictures(), decoding=SHORT) == named.caption(pictures(), decoding=SHORT)
+
+
+def test_a_tower_in_the_file_is_used(home: Path, tmp_path: Path) -> None:
+    """A fine-tuned model of LAVIS holds its image encoder, at the size it was tuned at; 16 heads there."""
+    encoder = tower(side=24)
+    theirs = load_file(home / "opt" / "model.safetensors")
+    theirs = {n: t for n, t in theirs.items() if not n.startswith("vision_model.") and "crossattention" not in n}
+    theirs |= {f"vision_model.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    theirs |= {n: t for n, t in wide_cross_attention(encoder.config.hidden_size).items()}
+    torch.save({"model": as_lavis(theirs, "opt", tower=True)}, tmp_path / "tuned.pth")
+    model = load(tmp_path / "tuned.pth", heads=HEADS, language=str(home / "opt"))
+    assert model.model.vision.image_size == 24
+    images = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8)
+    expected = encoder(tiny_blip2.pixel_values(images), output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(model.model.vision(images), expected, rtol=1e-5, atol=1e-5)
+
+    openblip2.convert(tmp_path / "tuned.pth", tmp_path / "run", "openblip2", heads=HEADS, language=str(home / "opt"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["vision"]["name"] == "./vision"
+    again = load(tmp_path / "run")
+    torch.testing.assert_close(again.model.vision(images), expected, rtol=1e-5, atol=1e-5)
+    openblip2.convert(tmp_path / "run", tmp_path / "back.pth", "lavis", language=str(home / "opt"))
+    same(read_pth(tmp_path / "back.pth"), dict(read_pth(tmp_path / "tuned.pth")))
+
+
+def tower(side: int) -> Any:
+    sizes = tiny_runs.named(width=32, layers=2, heads=16, ffn=40)
+    return tiny.redraw(hf.Blip2VisionModel(hf.Blip2VisionConfig(**sizes, image_size=side, patch_size=6)))
+
+
+def wide_cross_attention(width: int) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(5)
+    found = {}
+    for n in range(0, tiny.LAYERS, 2):
+        block = f"qformer.encoder.layer.{n}.crossattention."
+        for name in ("attention.query", "attention.key", "attention.value", "output.dense"):
+            columns = width if name.endswith(("key", "value")) else tiny.D
+            found[f"{block}{name}.weight"] = 0.1 * torch.randn(tiny.D, columns, generator=random)
+            found[f"{block}{name}.bias"] = torch.zeros(tiny.D)
+        found[f"{block}output.LayerNorm.weight"] = torch.ones(tiny.D)
+        found[f"{block}output.LayerNorm.bias"] = torch.zeros(tiny.D)
+    return found
+
+
+def test_names_of_lavis_at_full_size() -> None:
+    """Stage 1 has 346 keys without the encoder."""
+    from openblip2.weights.names import column, rename
+
+    with torch.device("meta"):
+        model = Stage1(openblip2.QFormer())
+    names, without = rename((name for name, _ in model.named_parameters()), 0, column("lavis"))
+    assert without == []
+    extra = 3  # the buffer of positions, and the tied decoder's weight and bias
+    assert len(names) + extra == 346
+
+
+# Writing, and back
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5", "stage1"])
+def test_lavis_there_and_back_is_bit_equal(home: Path, tmp_path: Path, kind: str) -> None:
+    source = home / f"{kind}.pth"
+    openblip2.convert(source, tmp_path / "run", "openblip2", **parts(home, kind))
+    notes = openblip2.convert(tmp_path / "run", tmp_path / "back.pth", "lavis")
+    assert any("image encoder" in note for note in notes)
+    same(dict(read_pth(tmp_path / "back.pth")), dict(read_pth(source)))
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "t5", "retriever"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_transformers_there_and_back_is_bit_equal(home: Path, tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(home / kind, source)
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
+
+    openblip2.convert(source, tmp_path / "run", "openblip2")
+    shutil.rmtree(source)  # the run holds all that its source held
+    assert openblip2.convert(tmp_path / "run", tmp_path / "back", "hf") == []
+    same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
+    before, after = config, json.loads((tmp_path / "back" / "config.json").read_text())
+    for name in ("architectures", "model_type", "num_query_tokens"):
+        assert after[name] == before[name], name
+    if kind != "retriever":  # it may do without, and then it takes texts without places for queries
+        assert after["image_token_index"] == before["image_token_index"]
+
+
+def test_ours_to_transformers_names_what_has_no_place(home: Path, tmp_path: Path) -> None:
+    notes = openblip2.convert(home / "stage1.pth", tmp_path / "out", "hf", **parts(home, "stage1"))
+    told = "\n".join(notes)
+    assert "temperature: transformers has no place" in told
+    assert "word_head: transformers has no place" in told
+    assert "image_norm_eps=1e-05" in told
+    expected, found = (
+        load_file(home / "retriever" / "model.safetensors"),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
+    same(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "t5"])
+def test_an_export_runs_in_transformers(home: Path, tmp_path: Path, kind: str) -> None:
+    openblip2.convert(home / kind, tmp_path / "out", "hf")
+    ours = load(home / kind)
+    model: Any = hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    processor: Any = hf.Blip2Processor.from_pretrained(tmp_path / "out", backend="pil")
+    pixels = tiny_blip2.pixel_values(tiny_models.pictures(1))
+    seen = processor(images=pictures(1), text="question: what", return_tensors="pt")
+    torch.testing.assert_close(seen["pixel_values"], pixels, rtol=1e-5, atol=1e-5)
+    found = model.generate(**seen, max_new_tokens=6, num_beams=1, do_sample=False)
+    found = found if kind == "t5" else found[:, seen["input_ids"].shape[1] :]
+    text = processor.batch_decode(found, skip_special_tokens=True)[0].strip()
+    assert text == ours.caption(pictures(1), "question: what", SHORT)[0]
+
+
+def test_what_vllm_wants_of_an_export(home: Path, tmp_path: Path) -> None:
+    openblip2.convert(home / "opt.pth", tmp_path / "out", "hf", **parts(home, "opt"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["Blip2ForConditionalGeneration"]
+    assert config["model_type"] == "blip-2"
+    assert config["qformer_config"].get("use_qformer_text_input", False) is False
+    assert config["text_config"]["architectures"] == ["OPTForCausalLM"]
+    keys = load_file(tmp_path / "out" / "model.safetensors")
+    assert "vision_model.encoder.layers.0.self_attn.qkv.weight" in keys
+    assert not any(name.startswith(("embeddings.", "vision_projection", "itm_head")) for name in keys)
+    assert not any(".intermediate." in name for name in keys if name.startswith("qformer."))
+    vocabulary = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    (image,) = [token for token in vocabulary["added_tokens"] if token["content"] == "<image>"]
+    assert config["image_token_index"] == image["id"]
+    processor = json.loads((tmp_path / "out" / "processor_config.json").read_text())
+    assert processor["num_query_tokens"] == tiny.Q == config["num_query_tokens"]
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+
+
+def test_a_vocabulary_without_room_grows_by_the_image_token(home: Path, tmp_path: Path) -> None:
+    small = tmp_path / "llama"
+    tiny_models.MODELS["llama"]().save_pretrained(small)
+    tiny_blip2.tokenizer("llama").save_pretrained(small)
+    model = load(home / "llama", language=str(small))
+    notes = openblip2.convert(home / "llama", tmp_path / "out", "hf", language=str(small))
+    assert notes == [f"the language model's vocabulary grew from {tiny_models.W} to {tiny_models.W + 1}, for <image>"]
+    again = load(tmp_path / "out")
+    assert again.caption(pictures(), decoding=SHORT) == model.caption(pictures(), decoding=SHORT)
+
+
+def test_an_encoder_without_a_place_gets_the_way_of_projected_queries(home: Path, tmp_path: Path) -> None:
+    vision = tiny_models.vision()
+    stage2 = run_of(vision, home, tmp_path / "run")
+    notes = openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
+    assert "'dinov2_with_registers'" in notes[0]
+    assert "image_embeds.py" in notes[0]
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "picture.png")
+    said = subprocess.run(
+        [sys.executable, tmp_path / "out" / "image_embeds.py", tmp_path / "picture.png"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert said.returncode == 0, said.stderr
+    text = stage2.caption([tmp_path / "picture.png"], decoding=greedy(Decoding(max_new_tokens=30)))[0]
+    assert said.stdout.strip() == f"{tmp_path / 'picture.png'}\t{text}".strip()
+    assert f"image_embeds [1, {tiny.Q}, {tiny_models.L}]" in said.stderr
+
+
+def run_of(vision: Any, home: Path, folder: Path) -> Any:
+    """A stage-2 run with an encoder of another kind and transformers' tiny llama."""
+    from openblip2.config import QFormerSettings, RunSettings
+    from openblip2.inference import Captioner
+    from openblip2.model.stage2 import Stage2
+
+    language = openblip2.load_language(str(home / "llama"))
+    model = Stage2(tiny.qformer(vocabulary=0), language, vision)
+    tiny.redraw(model.projection)
+    settings = RunSettings(stage="stage2", qformer=QFormerSettings(queries=tiny.Q))
+    captioner = Captioner(model.eval(), settings, frozenset({"vision", "language"}))
+    captioner.save_pretrained(folder)
+    return load(folder)
+
+
+def test_stage_1_with_an_encoder_without_a_place_is_refused(home: Path, tmp_path: Path) -> None:
+    vision = tiny_models.vision()
+    trained = {n: t for n, t in tiny.stage1().named_parameters()}
+    from openblip2.config import QFormerSettings, RunSettings, Stage1Settings
+    from openblip2.weights.run import write_run
+
+    settings = RunSettings(qformer=QFormerSettings(queries=tiny.Q), stage1=Stage1Settings(shared_width=tiny.E))
+    (tmp_path / "run").mkdir()
+    bert = hf.AutoTokenizer.from_pretrained(home / "bert")
+    write_run(tmp_path / "run", settings, tiny.qformer().sizes, trained, vision, None, bert, frozenset({"vision"}))
+    with pytest.raises(UserError, match=r"no place for the image encoder 'dinov2_with_registers'.*--to onnx"):
+        openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing half-written
+
+
+# Saving as the ecosystem does
+
+
+def test_save_pretrained_and_back(home: Path, tmp_path: Path) -> None:
+    captioner = load(home / "opt")
+    captioner.save_pretrained(tmp_path / "saved")
+    again = openblip2.Captioner.from_pretrained(tmp_path / "saved", "cpu", precision="fp32")
+    assert again.caption(pictures(), decoding=SHORT) == captioner.caption(pictures(), decoding=SHORT)
+    card = (tmp_path / "saved" / "README.md").read_text()
+    for word in (
+        "library_name: openblip2",
+        "## Parts and their licences",
+        "## Data",
+        "## Metrics",
+        "Not measured",
+        "```python",
+    ):
+        assert word in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    compile(code, "card", "exec")
+    with pytest.raises(UserError, match="is there already"):
+        captioner.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="is a Captioner, not a Matcher"):
+        openblip2.Matcher.from_pretrained(tmp_path / "saved")
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi
+
+    uploaded: dict[str, list[str]] = {}
+
+    def upload(self: Any, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        uploaded[repo_id] = sorted(
+            str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()
+        )
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, private, exist_ok: f"hub:{repo}")
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert load(home / "retriever").push_to_hub("me/eyes") == "hub:me/eyes"
+    (files,) = uploaded.values()
+    assert {"README.md", "config.json", "model.safetensors", "vision/config.json", "tokenizer/tokenizer.json"} <= set(
+        files
+    )
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="me/eyes is not here and cannot be had from the hub"):
+        openblip2.load("me/eyes")
+
+
+# Bad input: one line that names file and key
+
+
+class Code:
+    """What a pickle can do."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch was-run",)
+
+
+def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"query_tokens": Code()}}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Code()}))
+    for name, code in (("zip.pth", r" \(posix.system\)"), ("plain.pth", "")):
+        with pytest.raises(UserError, match=rf"{name}: holds more than tensors{code},.*refused"):
+            openblip2.load(tmp_path / name)
+    assert not (tmp_path / "was-run").exists()
+
+
+def bad_lavis(home: Path, tmp_path: Path, change: Any, kind: str = "opt") -> str:
+    model = dict(read_pth(home / f"{kind}.pth"))
+    changed = change(model)
+    torch.save({"model": model if changed is None else changed}, tmp_path / "bad.pth")
+    return refused(tmp_path / "bad.pth", **parts(home, kind))
+
+
+def refused(source: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load(source, **options)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_lavis_files_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
+    def told(change: Any, *words: str, kind: str = "opt") -> None:
+        line = bad_lavis(home, tmp_path, change, kind)
+        assert all(word in line for word in ("bad.pth", *words)), line
+
+    told(
+        lambda m: m.update({"Qformer.bert.pooler.weight": torch.ones(1)}),
+        "1 keys are not",
+        "Qformer.bert.pooler.weight",
+    )
+    told(lambda m: (m.pop("ln_vision.bias"), None)[1], "1 keys are missing: ln_vision.bias")
+    told(lambda m: m.update({"opt_proj.bias": torch.ones(3)}), "opt_proj.bias", "[3]")
+    told(lambda m: {"layer.weight": torch.ones(2)}, "no query_tokens")
+    told(lambda m: [1, 2], "dict with tensors")
+    told(lambda m: m.update({"Qformer.cls.predictions.decoder.bias": torch.ones(2)}), "not tied", kind="stage1")
+    told(lambda m: (m.pop("itm_head.bias"), None)[1], "itm_head.bias", kind="stage1")
+    (tmp_path / "cut.pth").write_bytes((home / "opt.pth").read_bytes()[:5000])
+    assert "cut.pth: not a whole .pth" in refused(tmp_path / "cut.pth")
+    assert "35" in refused(home / "opt.pth", **{**parts(home, "opt"), "heads": 35})
+    assert "heads" in refused(
+        home / "opt.pth", **{**parts(home, "opt"), "heads": None}
+    )  # BERT's 12 do not divide this width
+    assert "language" in refused(home / "opt.pth", heads=HEADS, vision=str(home / "opt"))
+    assert "vision" in refused(home / "opt.pth", heads=HEADS, language=str(home / "opt"))
+    wrong = tiny_models.language("gpt2")
+    wrong.width = 19
+    assert f"{tiny_models.L} wide, this one is 19" in refused(
+        home / "opt.pth", **{**parts(home, "opt"), "language": wrong}
+    )
+
+
+def test_transformers_folders_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
+    def told(change: Any, *words: str, kind: str = "opt", **options: Any) -> None:
+        folder = tmp_path / "bad"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(home / kind, folder)
+        change(folder)
+        line = refused(folder, **options)
+        assert all(word in line for word in words), line
+
+    def keys(change: Any) -> Any:
+        def changed(folder: Path) -> None:
+            tensors = load_file(folder / "model.safetensors")
+            change(tensors)
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+        return changed
+
+    def config(change: Any, file: str = "config.json") -> Any:
+        def changed(folder: Path) -> None:
+            values = json.loads((folder / file).read_text())
+            change(values)
+            (folder / file).write_text(json.dumps(values))
+
+        return changed
+
+    def cut(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+
+    def shards(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        first = {n: t for n, t in tensors.items() if n.startswith("language_model.")}
+        save_file(first, folder / "a.safetensors", metadata={"format": "pt"})
+        where = {n: "a.safetensors" if n in first else "b.safetensors" for n in tensors}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+    def escaping(folder: Path) -> None:
+        shards(folder)
+        config(lambda c: c["weight_map"].update({"x": "../opt/model.safetensors"}), "model.safetensors.index.json")(
+            folder
+        )
+
+    told(cut, "bad/model.safetensors", "truncated")
+    told(shards, "bad/b.safetensors: missing", "names it for")
+    told(escaping, "'../opt/model.safetensors'", "not a file of this folder")
+    told(lambda f: (f / "model.safetensors").unlink(), "no model.safetensors")
+    told(keys(lambda t: t.update({"itm_head.weight": torch.ones(2, 2)})), "unexpected: itm_head.weight")
+    told(
+        keys(lambda t: t.update({"pooler.weight": torch.ones(2)})),
+        "not of a Blip2ForConditionalGeneration: pooler.weight",
+    )
+    told(keys(lambda t: t.pop("qformer.layernorm.bias")), "missing: qformer.layernorm.bias")
+    told(keys(lambda t: t.pop("vision_model.encoder.layers.1.mlp.fc1.bias")), "encoder.layers.1.mlp.fc1.bias")
+    told(keys(lambda t: t.update({"vision_model.head.weight": torch.ones(2)})), "vision_model.head.weight")
+    told(keys(lambda t: t.update({"language_model.head.weight": torch.ones(2)})), "language_model.head.weight")
+    told(keys(lambda t: t.pop("language_model.model.decoder.layers.0.fc1.bias")), "layers.0.fc1.bias")
+    told(config(lambda c: c.update(model_type="blip")), "'blip'", "another architecture")
+    told(config(lambda c: c.update(architectures=["Blip2Model"])), "'Blip2Model'", "Blip2ForImageTextRetrieval")
+    told(config(lambda c: c["qformer_config"].update(hidden_act="relu")), "qformer_config.hidden_act is 'relu'")
+    told(lambda f: None, "num_attention_heads is 3, not 5", heads=5)
+
+    def without_image(folder: Path) -> None:
+        tiny_blip2.tokenizer("opt").save_pretrained(folder)
+
+    told(without_image, "tokenizer.json", "no token '<image>'")
+
+
+def test_targets_that_cannot_be_written(home: Path, tmp_path: Path) -> None:
+    def told(words: str, *arguments: Any) -> None:
+        with pytest.raises(UserError, match=words):
+            openblip2.convert(*arguments)
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    told("unknown target 'gguf'", home / "opt", tmp_path / "x", "gguf")
+    told("is there already", home / "opt", tmp_path / "full", "hf")
+    told("ends in .pth", home / "opt", tmp_path / "x", "lavis")
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_left_out_is_named(home: Path) -> None:
+    found = read_checkpoint(home / "stage1.pth", Parts(heads=HEADS, vision=str(home / "retriever")))
+    assert [line.split(":")[0] for line in found.left_out] == [
+        "Qformer.bert.embeddings.position_ids",
+        "Qformer.cls.predictions.decoder.weight",
+        "Qformer.cls.predictions.decoder.bias",
+    ]
