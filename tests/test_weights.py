@@ -520,7 +520,7 @@ def test_transformers_folders_that_cannot_be_used(home: Path, tmp_path: Path) ->
         first = {n: t for n, t in tensors.items() if n.startswith("language_model.")}
         save_file(first, folder / "a.safetensors", metadata={"format": "pt"})
         where = {n: "a.safetensors" if n in first else "b.safetensors" for n in tensors}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
     def escaping(folder: Path) -> None:
         shards(folder)
@@ -530,6 +530,8 @@ def test_transformers_folders_that_cannot_be_used(home: Path, tmp_path: Path) ->
 
     told(cut, "bad/model.safetensors", "truncated")
     told(shards, "bad/b.safetensors: missing", "names it for")
+    index = "model.safetensors.index.json"
+    told(lambda f: (shards(f), config(lambda c: c.pop("metadata"), index)(f)), index, "metadata and weight_map")
     told(escaping, "'../opt/model.safetensors'", "not a file of this folder")
     told(lambda f: (f / "model.safetensors").unlink(), "no model.safetensors")
     told(keys(lambda t: t.update({"itm_head.weight": torch.ones(2, 2)})), "unexpected: itm_head.weight")

@@ -42,9 +42,9 @@ def generator(kind: str, folder: Path) -> Path:
         language.set_output_embeddings(tiny.redraw(nn.Linear(L, W, bias=False), seed=1))
     language.get_output_embeddings().weight.data[tiny_models.WORDS.index(END[kind])] *= 2  # some texts end early
     model.save_pretrained(folder)
-    processor = _processor(tokenizer(kind))
-    assert processor.tokenizer.convert_tokens_to_ids("<image>") == IMAGE
-    processor.save_pretrained(folder)
+    made = processor(tokenizer(kind))
+    assert made.tokenizer.convert_tokens_to_ids("<image>") == IMAGE
+    made.save_pretrained(folder)
     return folder
 
 
@@ -54,7 +54,7 @@ def retriever(folder: Path) -> Path:
     bert: Any = hf.BertTokenizer(vocab={word: n for n, word in enumerate(BERT_WORDS)})
     bert.add_special_tokens({"bos_token": "[DEC]"})
     assert len(bert) == RETRIEVER_WORDS
-    _processor(bert).save_pretrained(folder)
+    processor(bert).save_pretrained(folder)
     return folder
 
 
@@ -114,7 +114,8 @@ def _language(kind: str) -> hf.PreTrainedConfig:
     return hf.OPTConfig(**shared, **sizes, ffn_dim=INNER, word_embed_proj_dim=L, max_position_embeddings=50)
 
 
-def _processor(words: Any) -> Any:
+def processor(words: Any) -> Any:
+    """transformers' processor around a tokenizer, to which it adds `<image>`."""
     pictures = hf.BlipImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)
     )

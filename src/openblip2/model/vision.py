@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from openblip2.errors import UserError, one_line
+from openblip2.model.mapped import load_in
 from openblip2.model.precision import own_precision
 from openblip2.model.quiet import quiet_transformers
 from openblip2.model.wheels import WHEELS, locate
@@ -169,13 +170,13 @@ def _load_encoder(name: str, source: str, dtype: torch.dtype, revision: str | No
     # The one vision model that AutoModel does not know.
     loader: Any = Blip2VisionModel if config.model_type == "blip_2_vision_model" else AutoModel
     try:
-        encoder, report = loader.from_pretrained(
+        encoder, report = load_in(
+            loader,
             source,
+            dtype,
+            "vision_model." if part_of_larger else "",
             config=config,
-            dtype=dtype,
             revision=revision,
-            trust_remote_code=False,
-            output_loading_info=True,
             key_mapping={r"^vision_model\.": ""} if part_of_larger else None,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

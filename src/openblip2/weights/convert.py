@@ -12,6 +12,7 @@ from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.language import EncoderDecoderLM, LanguageModel, is_encoder_decoder
 from openblip2.model.lora import merge_lora
+from openblip2.model.mapped import local_folder
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.train.checkpoint import kept_parameters, make_folder
@@ -186,7 +187,9 @@ def _dtypes(checkpoint: Checkpoint, part: Literal["vision", "language"]) -> dict
     """Of the tensors of a frozen part that the source holds itself; none for one that is only named there."""
     if getattr(checkpoint.parts, part) is not None or part not in checkpoint.carries:
         return {}
-    folder = Path(getattr(checkpoint.settings, part).name)
+    folder = local_folder(getattr(checkpoint.settings, part).name)
+    if folder is None:
+        return {}
     # A run of ours has a folder for each part; in transformers' BLIP-2 all of them are one model.
     return dtypes_of(folder, f"{part}_model.") or dtypes_of(folder, "")
 

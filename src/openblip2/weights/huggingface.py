@@ -36,8 +36,8 @@ LEFT_OUT = {
 }
 
 
-def read_huggingface(folder: Path, source: str, parts: Parts) -> Checkpoint:
-    """Reads a folder as `save_pretrained` writes it; `source` is the name it was asked for by.
+def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
+    """Reads a folder as `save_pretrained` writes it; by `name` its frozen parts are found again: hub name or folder.
 
     Raises:
         UserError: another architecture, a missing or damaged file, a key that is not known or missing, a setting that
@@ -61,13 +61,13 @@ def read_huggingface(folder: Path, source: str, parts: Parts) -> Checkpoint:
 
     qformer = config.get("qformer_config") or {}
     heads = _heads(qformer, parts.heads, folder)
-    settings = settings_of(trained, _settings(folder, config, kind), source)
-    sizes = sizes_of(trained, heads, source)
+    settings = settings_of(trained, _settings(folder, name, config, kind), str(folder))
+    sizes = sizes_of(trained, heads, str(folder))
     require_whole(trained, settings, sizes, str(folder), HF)
     if kind == GENERATION:
         _require_image_token(folder)
     return Checkpoint(
-        source=source,
+        source=str(folder),
         settings=settings,
         sizes=sizes,
         trained=trained,
@@ -89,7 +89,10 @@ def read_files(folder: Path) -> dict[str, Path]:
         if not single.is_file():
             raise UserError(f"{folder}: no model.safetensors in it (weights in .bin files are pickles, never read)")
         return {name: single for name in _names(single)}
-    named = read_json(index).get("weight_map") or {}
+    listing = read_json(index)
+    if not isinstance(listing, dict) or not {"metadata", "weight_map"} <= listing.keys():
+        raise UserError(f"{index}: must hold metadata and weight_map, as transformers writes them")
+    named: dict[str, str] = listing["weight_map"]
     shards: dict[str, set[str]] = {}
     for file in sorted(set(named.values())):
         if Path(file).name != file:
@@ -218,24 +221,23 @@ def _add_image_token(tokenizer: Any) -> int:
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
 
-def _settings(folder: Path, config: Mapping[str, Any], kind: str) -> RunSettings:
+def _settings(folder: Path, name: str, config: Mapping[str, Any], kind: str) -> RunSettings:
     qformer = config.get("qformer_config") or {}
-    defaults = {"hidden_act": "gelu", "layer_norm_eps": NORM_EPS}
-    for name, value in defaults.items():
-        if qformer.get(name, value) != value:
+    for field, value in {"hidden_act": "gelu", "layer_norm_eps": NORM_EPS}.items():
+        if qformer.get(field, value) != value:
             raise UserError(
-                f"{folder / 'config.json'}: qformer_config.{name} is {qformer[name]!r}: only {value!r} is known"
+                f"{folder / 'config.json'}: qformer_config.{field} is {qformer[field]!r}: only {value!r} is known"
             )
     tower = _tower_config(config)
     settings = RunSettings(
-        vision=VisionSettings(name=str(folder), layer=-1, image_size=tower.image_size),
+        vision=VisionSettings(name=name, layer=-1, image_size=tower.image_size),
         qformer=QFormerSettings(
             dropout=float(qformer.get("hidden_dropout_prob", 0.1)), image_norm_eps=tower.layer_norm_eps
         ),
     )
     if kind == RETRIEVAL:
         return settings
-    language = _language(folder)
+    language = _language(folder, name)
     if FRAME in config:  # an export of ours
         language = from_frame(language, config[FRAME], folder)
     return replace(settings, stage="stage2", language=language)
@@ -259,12 +261,12 @@ def _require_tower(folder: Path, config: Mapping[str, Any], found: set[str]) -> 
             raise UserError(f"{folder}: {len(names)} keys are {what}: {listed(sorted(names))}")
 
 
-def _language(folder: Path) -> LanguageSettings:
+def _language(folder: Path, name: str) -> LanguageSettings:
     """The language model's frame: as its processor puts prompts and as its generation ends."""
     tokenizer = _tokenizer(folder)
     end = _end(folder)
     return LanguageSettings(
-        name=str(folder),
+        name=name,
         template=_usual_template(tokenizer),
         end=None if end in (None, tokenizer.eos_token_id) else tokenizer.decode([end]),
     )

@@ -39,7 +39,8 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
         return read_run(folder, parts)
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind == "blip-2":
-        return read_huggingface(folder, str(source), parts)
+        # A name stays good on another machine; of a revision only the folder is known.
+        return read_huggingface(folder, str(folder if path.is_dir() or revision else source), parts)
     raise UserError(
         f"{source} is not a run, its config.json has model_type {kind!r}, another architecture: give {KINDS}"
     )

@@ -1,0 +1,96 @@
+"""Reading a model in another precision than its file's without holding it twice.
+
+safetensors are memory-mapped: in the file's own precision a model costs no memory until it is used. transformers casts
+while all of the file is mapped, so a model cast to another precision would peak at file and result together. Here it
+is loaded as it lies and cast tensor by tensor, and the pages of each tensor are given back as soon as it is cast.
+"""
+
+import ctypes
+import mmap
+import sys
+from bisect import bisect_right
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_DONTNEED = 4  # madvise(2): forget these pages; of a file they can be read again
+
+
+def load_in(loader: Any, source: str, dtype: Any, prefix: str = "", **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """`loader.from_pretrained(source, dtype=dtype)` and its loading report.
+
+    Args:
+        dtype: of the weights, or "auto". prefix: of the names of the model's weights in a larger model's file.
+    """
+    stored = _stored_dtype(local_folder(source), prefix)
+    cast = stored is not None and isinstance(dtype, torch.dtype) and stored != dtype
+    model, report = loader.from_pretrained(
+        source, dtype=stored if cast else dtype, output_loading_info=True, trust_remote_code=False, **options
+    )
+    if cast:
+        _cast(model, dtype)
+    return model, report
+
+
+def local_folder(name: str) -> Path | None:
+    """Where a model lies on this machine: the folder of that name, or the hub's cache; None: not here yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return Path(name)
+    cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def _stored_dtype(folder: Path | None, prefix: str) -> torch.dtype | None:
+    """The one dtype of a folder's weights; None if there are several, or no safetensors here."""
+    found: set[torch.dtype] = set()
+    for file in sorted(folder.glob("*.safetensors")) if folder else ():
+        try:
+            with safe_open(file, framework="pt") as opened:
+                found |= {opened.get_tensor(name).dtype for name in opened.keys() if name.startswith(prefix)}  # noqa: SIM118
+        except SafetensorError:  # the loader says so, and better
+            return None
+    return found.pop() if len(found) == 1 else None
+
+
+@torch.no_grad()
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """To a dtype, tensor by tensor; what transformers keeps in fp32 for safety is kept so."""
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    stored = model.state_dict().keys()  # not the buffers that are computed: they have their own precision
+    mapped = _mapped_files()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored and tensor.is_floating_point():
+            old = tensor.data
+            tensor.data = old.to(torch.float32 if kept & set(name.split(".")) else dtype)
+            if tensor.data_ptr() != old.data_ptr():
+                _give_back(old, mapped)
+    model.config.dtype = dtype
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Where safetensors files are mapped, as addresses [start, end); nothing is known outside Linux."""
+    if not sys.platform.startswith("linux"):
+        return []
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    ranges = [line.split(maxsplit=1)[0].split("-") for line in lines if line.endswith(".safetensors")]
+    return sorted((int(start, 16), int(end, 16)) for start, end in ranges)
+
+
+def _give_back(tensor: Tensor, mapped: list[tuple[int, int]]) -> None:
+    """Lets go of the pages that hold nothing but this tensor; its file is mapped as long as the tensor is here."""
+    start, page = tensor.data_ptr(), mmap.PAGESIZE
+    end = start + tensor.nbytes
+    place = bisect_right(mapped, (start, sys.maxsize)) - 1
+    if place < 0 or end > mapped[place][1]:
+        return  # in ordinary memory
+    start, end = -(-start // page) * page, end // page * page
+    if start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)
