@@ -14,9 +14,9 @@ from openblip2.model.language import (
     IGNORED,
     DecoderLM,
     Decoding,
-    load_language,
     split_caption,
 )
+from openblip2.model.load_language import load_language
 from openblip2.model.template import resolve_template
 from openblip2.presets import behind_examples
 from tiny_models import NEWLINE, L, constant, embed, ids, language, soft_prompts

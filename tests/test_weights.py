@@ -307,6 +307,20 @@ def test_what_vllm_wants_of_an_export(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
 
 
+def test_an_export_at_another_size_has_positions_of_that_size(home: Path, tmp_path: Path) -> None:
+    """Nobody interpolates them elsewhere."""
+    side = 2 * tiny_models.SIDE
+    vision = openblip2.load_vision(str(home / "opt"), -1, side)
+    images = torch.randint(256, (2, 3, side, side), dtype=torch.uint8)
+    expected = vision(images)
+    notes = openblip2.convert(home / "opt", tmp_path / "out", "hf", vision=vision)
+    assert notes == [f"the image encoder's positions: interpolated from {side // 2} to {side} px for good"]
+    model: Any = hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out")
+    found = model.vision_model(tiny_blip2.pixel_values(images), output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert load(tmp_path / "out").model.vision.image_size == side
+
+
 def test_a_vocabulary_without_room_grows_by_the_image_token(home: Path, tmp_path: Path) -> None:
     small = tmp_path / "llama"
     tiny_models.MODELS["llama"]().save_pretrained(small)
@@ -575,3 +589,75 @@ def test_left_out_is_named(home: Path) -> None:
         "Qformer.cls.predictions.decoder.weight",
         "Qformer.cls.predictions.decoder.bias",
     ]
+
+
+# Adapters and the command line
+
+
+def test_adapters_are_folded_in(home: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from openblip2.model.build import add_adapters
+
+    captioner = load(home / "llama")
+    settings = captioner.settings
+    captioner.settings = replace(
+        settings, qformer=replace(settings.qformer, lora=2), language=replace(settings.language, lora=2)
+    )
+    add_adapters(captioner.model, captioner.settings)
+    random = torch.Generator().manual_seed(7)
+    for name, parameter in captioner.model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=random)
+    plain = load(home / "llama").soft_prompt(pictures())
+    assert (captioner.soft_prompt(pictures()) - plain).abs().max() > 0.01
+    captioner.save_pretrained(tmp_path / "run")
+
+    notes = openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
+    assert notes == ["LoRA: folded into the weights, in fp32"]
+    folded = load(tmp_path / "out")
+    torch.testing.assert_close(folded.soft_prompt(pictures()), captioner.soft_prompt(pictures()), rtol=1e-5, atol=1e-5)
+    assert folded.caption(pictures(), decoding=SHORT) == captioner.caption(pictures(), decoding=SHORT)
+    assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_a_quantised_language_model_is_not_written(home: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    captioner = load(home / "llama")
+    captioner.settings = replace(captioner.settings, language=replace(captioner.settings.language, weights="int8"))
+    with pytest.raises(UserError, match="int8 is not written"):
+        captioner.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_the_command_line(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openblip2.cli import main
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["openblip2", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    more = ("--heads", HEADS, "--vision", home / "opt", "--language", home / "opt")
+    code, out, _ = call("convert", home / "opt.pth", tmp_path / "run", "--to", "openblip2", *more)
+    assert (code, out) == (0, f"{tmp_path / 'run'}\n")
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
+    code, out, _ = call("caption", tmp_path / "run", tmp_path / "a.png")
+    assert code == 0
+    assert out.startswith(f"{tmp_path / 'a.png'}\t")
+    code, out, _ = call("convert", tmp_path / "run", tmp_path / "back.pth", "--to", "lavis")
+    assert code == 0
+    assert "note: the language model" in out
+    code, out, err = call("convert", home / "opt", tmp_path / "run", "--to", "hf")
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.endswith("run is there already: give a new name, or an empty folder")
+    code, _, err = call("caption", home / "opt.pth", tmp_path / "a.png")
+    assert code == 2
+    assert "opt.pth" in err
+    assert "vision=" in err

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from openblip2.data.records import Question, Record, read_records, write_records
     from openblip2.errors import UserError
     from openblip2.inference import Captioner, Matcher, load
-    from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM, load_language
+    from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM
+    from openblip2.model.load_language import load_language
     from openblip2.model.qformer import QFormer
     from openblip2.model.stage1 import Stage1
     from openblip2.model.stage2 import Stage2
@@ -46,7 +47,7 @@ _HOME = {
     "change": "config",
     "convert": "weights.convert",
     "load": "inference",
-    "load_language": "model.language",
+    "load_language": "model.load_language",
     "load_vision": "model.vision",
     "preset": "presets",
     "read_records": "data.records",

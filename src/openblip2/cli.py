@@ -134,7 +134,7 @@ def convert(
 
     notes = write(source, out, to, heads=heads, vision=vision, language=language, tokenizer=tokenizer)
     for note in notes:
-        typer.echo(f"left out or changed: {note}")
+        typer.echo(f"note: {note}")
     typer.echo(str(out))
 
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from openblip2.config import RunSettings
 from openblip2.model.bert import bert_sizes, start_from_bert
-from openblip2.model.language import LanguageModel, load_language
+from openblip2.model.language import LanguageModel
+from openblip2.model.load_language import load_language
 from openblip2.model.lora import adapt_qformer, add_lora, has_lora, require_lora
 from openblip2.model.precision import DTYPES
 from openblip2.model.qformer import QFormer
@@ -38,20 +39,26 @@ def build_language(
     )
 
 
+def build_qformer(settings: RunSettings, image_width: int, sizes: Mapping[str, int]) -> QFormer:
+    """A Q-Former with random weights; `sizes` are those of a BERT or of a finished run."""
+    qformer = settings.qformer
+    return QFormer(
+        **sizes,
+        queries=qformer.queries,
+        image_width=image_width,
+        cross_every=qformer.cross_every,
+        dropout=qformer.dropout,
+        image_norm_eps=qformer.image_norm_eps,
+    )
+
+
 def build_stage1(
     settings: RunSettings, vision: Vision, sizes: Mapping[str, int] | None = None, writes: bool = True
 ) -> Stage1:
     """Stage 1 started from BERT; or, with the `sizes` of a finished run, empty and ready to be filled from it."""
     qformer = settings.qformer
     model = Stage1(
-        QFormer(
-            **(sizes or bert_sizes(qformer.start)),
-            queries=qformer.queries,
-            image_width=vision.width,
-            cross_every=qformer.cross_every,
-            dropout=qformer.dropout,
-            image_norm_eps=qformer.image_norm_eps,
-        ),
+        build_qformer(settings, vision.width, sizes or bert_sizes(qformer.start)),
         vision,
         settings.stage1.shared_width,
         settings.stage1.temperature,
@@ -82,14 +89,7 @@ def build_stage2(
     """
     qformer = settings.qformer
     model = Stage2(
-        QFormer(
-            **{**(sizes or bert_sizes(qformer.start)), "vocabulary": 0},
-            queries=qformer.queries,
-            image_width=vision.width,
-            cross_every=qformer.cross_every,
-            dropout=qformer.dropout,
-            image_norm_eps=qformer.image_norm_eps,
-        ),
+        build_qformer(settings, vision.width, {**(sizes or bert_sizes(qformer.start)), "vocabulary": 0}),
         build_language(settings, dtype, place) if language is None else language,
         vision,
     )

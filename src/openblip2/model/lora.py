@@ -68,6 +68,15 @@ def has_lora(module: nn.Module) -> bool:
     return any(".lora_A." in name for name, _ in module.named_parameters())
 
 
+def plain_state(module: nn.Module) -> dict[str, Any]:
+    """A module's own weights by the names that they have without adapters; the adapters' are left out."""
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in module.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
 @torch.no_grad()
 def merge_lora(module: nn.Module) -> nn.Module:
     """Folds all adapters in a module into the weights and puts the plain layers back, in place; returns the module.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from openblip2.config import QFormerSettings, RunSettings, Stage1Settings
 from openblip2.errors import UserError
+from openblip2.model.build import build_qformer
 from openblip2.model.language import LanguageModel
-from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.vision import Vision
 from openblip2.model.whitening import Whitening
@@ -171,12 +171,7 @@ def _shapes(trained: Mapping[str, Tensor], settings: RunSettings, sizes: Mapping
     """Name and shape of every trained parameter of a model of these sizes."""
     image_width = trained["qformer.image_norm.weight"].shape[0] if "qformer.image_norm.weight" in trained else 1
     with torch.device("meta"):
-        qformer = QFormer(
-            **sizes,
-            queries=settings.qformer.queries,
-            image_width=image_width,
-            cross_every=settings.qformer.cross_every,
-        )
+        qformer = build_qformer(settings, image_width, sizes)
         if settings.stage == "stage1":
             writes = "temperature" in trained or any(name.startswith("word_head.") for name in trained)
             model: nn.Module = Stage1(qformer, None, settings.stage1.shared_width, writes=writes)

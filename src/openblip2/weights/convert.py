@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from openblip2.config import RunSettings
 from openblip2.errors import UserError
-from openblip2.model.language import EncoderDecoderLM, LanguageModel, is_encoder_decoder
+from openblip2.model.language import EncoderDecoderLM, LanguageModel
+from openblip2.model.load_language import is_encoder_decoder
 from openblip2.model.lora import merge_lora
 from openblip2.model.mapped import local_folder
 from openblip2.model.stage2 import Stage2
@@ -19,7 +20,8 @@ from openblip2.train.checkpoint import kept_parameters, make_folder
 from openblip2.weights.assemble import assemble, find_language, find_tokenizer, find_vision
 from openblip2.weights.card import model_card, usage
 from openblip2.weights.checkpoint import Checkpoint, Parts, carried
-from openblip2.weights.huggingface import dtypes_of, has_home, write_huggingface
+from openblip2.weights.export import fits_projection, has_home, write_huggingface
+from openblip2.weights.huggingface import dtypes_of
 from openblip2.weights.lavis import projection_name, write_lavis
 from openblip2.weights.onnx import export_onnx
 from openblip2.weights.projected import write_projected
@@ -44,7 +46,8 @@ def convert(
     """Writes a checkpoint in another format; returns one line for each thing that was left out or changed.
 
     Args:
-        source, heads, vision, language, tokenizer, revision: as for `load`.
+        source, heads, vision, language, tokenizer, revision: as for `load`. Parts handed in ready are used up: for hf,
+            `<image>` joins the tokenizer, and the encoder takes the size of its pictures.
         out: a new folder (openblip2, hf), or a file (lavis: .pth; onnx: .onnx).
         to: "openblip2", "hf", "lavis" or "onnx".
 
@@ -129,11 +132,6 @@ def _to_lavis(checkpoint: Checkpoint, out: Path) -> list[str]:
             to_t5 = isinstance(given, EncoderDecoderLM)
     make_folder(out.parent)
     return write_lavis(checkpoint, tower, to_t5, out)
-
-
-def fits_projection(language: LanguageModel) -> bool:
-    """Whether the language model's embeddings are as wide as its layers, which transformers' projection leads to."""
-    return language.width == language.llm.config.hidden_size
 
 
 def _without_adapters(checkpoint: Checkpoint) -> Checkpoint:

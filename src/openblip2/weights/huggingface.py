@@ -1,4 +1,4 @@
-"""transformers' BLIP-2, in and out: `Blip2ForImageTextRetrieval` (stage 1), `Blip2ForConditionalGeneration` (stage 2).
+"""Reading transformers' BLIP-2: `Blip2ForImageTextRetrieval` (stage 1), `Blip2ForConditionalGeneration` (stage 2).
 
 Such a folder holds the frozen parts, too: `load_vision` and `load_language` read them out of it by its name. It has no
 temperature and no head of ITG, so training of stage 1 cannot go on from it.
@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from openblip2.config import LanguageSettings, QFormerSettings, RunSettings, VisionSettings
 from openblip2.errors import UserError, one_line
-from openblip2.model.language import FrozenLM
 from openblip2.model.qformer import NORM_EPS
 from openblip2.model.quiet import quiet_transformers
-from openblip2.model.template import resolve_template
-from openblip2.model.vision import Vision
 from openblip2.train.checkpoint import read_json
 from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_of, sizes_of
 from openblip2.weights.names import column, rename
@@ -111,116 +108,6 @@ def dtypes_of(folder: Path, prefix: str) -> dict[str, torch.dtype]:
     return {name.removeprefix(prefix): _tensor(file, name).dtype for name, file in files.items()}
 
 
-def write_huggingface(
-    checkpoint: Checkpoint, vision: Vision, language: FrozenLM | None, tokenizer: Any, out: Path
-) -> list[str]:
-    """Writes a folder that transformers and vLLM load; returns one line for each thing that it cannot hold.
-
-    Args:
-        vision: an encoder that `has_home`. language: of stage 2. tokenizer: of stage 1. Both in the dtype to be
-            written. out: an empty folder.
-    """
-    with quiet_transformers():
-        return _write(checkpoint, vision, language, tokenizer, out)
-
-
-def has_home(vision: Vision) -> bool:
-    """Whether transformers' BLIP-2 can hold an image encoder: EVA-CLIP's architecture, its last layer, unchanged."""
-    return vision.encoder.config.model_type == "blip_2_vision_model" and vision.whitening is None
-
-
-def _write(checkpoint: Checkpoint, vision: Vision, language: FrozenLM | None, tokenizer: Any, out: Path) -> list[str]:
-    import transformers as hf
-
-    sizes, settings, trained = checkpoint.sizes, checkpoint.settings, checkpoint.trained
-    notes = []
-    tower_eps: float = vision.encoder.config.layer_norm_eps  # pyright: ignore
-    if settings.qformer.image_norm_eps != tower_eps:
-        notes.append(
-            f"qformer.image_norm_eps={settings.qformer.image_norm_eps}: the encoder's {tower_eps} takes its place"
-        )
-    qformer = hf.Blip2QFormerConfig(
-        vocab_size=sizes["vocabulary"] or 30522,
-        hidden_size=sizes["width"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        intermediate_size=sizes["ffn"],
-        max_position_embeddings=sizes["positions"],
-        cross_attention_frequency=settings.qformer.cross_every,
-        hidden_dropout_prob=settings.qformer.dropout,
-        attention_probs_dropout_prob=settings.qformer.dropout,
-        encoder_hidden_size=vision.width,
-        use_qformer_text_input=language is None,
-    )
-    shared: dict[str, Any] = {
-        "vision_config": vision.encoder.config.to_dict(),
-        "qformer_config": qformer.to_dict(),
-        "num_query_tokens": settings.qformer.queries,
-    }
-    model: Any
-    if language is None:
-        image_token = _add_image_token(tokenizer)
-        config = hf.Blip2Config(
-            **shared, image_text_hidden_size=settings.stage1.shared_width, image_token_index=image_token
-        )
-        with torch.device("meta"):
-            model = hf.Blip2ForImageTextRetrieval(config)
-        homeless = {name.split(".")[0] for name in rename(trained, OURS, HF)[1]}
-        notes += [f"{part}: transformers has no place for it" for part in sorted(homeless)]
-    else:
-        tokenizer = language.tokenizer
-        image_token = _add_image_token(tokenizer)
-        llm: Any = language.llm
-        if image_token >= (rows := llm.get_input_embeddings().weight.shape[0]):
-            llm.resize_token_embeddings(image_token + 1)
-            notes.append(f"the language model's vocabulary grew from {rows} to {image_token + 1}, for {IMAGE_TOKEN}")
-        llm.config.architectures = [type(llm).__name__]  # vLLM reads it; transformers leaves it out by itself
-        config = hf.Blip2Config(**shared, text_config=llm.config.to_dict(), image_token_index=image_token)
-        with torch.device("meta"):
-            model = hf.Blip2ForConditionalGeneration(config)
-        setattr(
-            config, FRAME, {name: getattr(settings.language, name) for name in FRAMED} | {"template": language.template}
-        )
-        usual = _usual_template(tokenizer)
-        if language.template != resolve_template(usual, tokenizer):
-            notes.append(
-                f"the template {language.template[:60]!r}: transformers' processor makes {usual!r} of a prompt; write "
-                "the prompt as the template says"
-            )
-        model.language_model = llm
-        model.generation_config = _generation(hf, language)
-    model.vision_model = vision.encoder
-    names, _ = rename(trained, OURS, HF)
-    for theirs, ours in names.items():
-        module, _, last = theirs.rpartition(".")
-        setattr(model.get_submodule(module), last, nn.Parameter(trained[ours].detach(), requires_grad=False))
-    model.save_pretrained(out)
-    image = hf.BlipImageProcessorPil(
-        size={"height": vision.image_size, "width": vision.image_size},
-        image_mean=list(vision.mean),
-        image_std=list(vision.std),
-    )
-    image.save_pretrained(out)  # preprocessor_config.json, which older readers look for
-    hf.Blip2Processor(image, tokenizer, num_query_tokens=settings.qformer.queries).save_pretrained(out)
-    return notes
-
-
-def _generation(hf: Any, language: FrozenLM) -> Any:
-    """How `generate` begins and ends there, as it does here."""
-    tokenizer: Any = language.tokenizer
-    config = hf.GenerationConfig.from_model_config(language.llm.config)
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, language.end[-1]
-    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else language.end[-1]
-    return config
-
-
-def _add_image_token(tokenizer: Any) -> int:
-    from tokenizers import AddedToken
-
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-
-
 def _settings(folder: Path, name: str, config: Mapping[str, Any], kind: str) -> RunSettings:
     qformer = config.get("qformer_config") or {}
     for field, value in {"hidden_act": "gelu", "layer_norm_eps": NORM_EPS}.items():
@@ -239,7 +126,7 @@ def _settings(folder: Path, name: str, config: Mapping[str, Any], kind: str) -> 
         return settings
     language = _language(folder, name)
     if FRAME in config:  # an export of ours
-        language = from_frame(language, config[FRAME], folder)
+        language = _from_frame(language, config[FRAME], folder)
     return replace(settings, stage="stage2", language=language)
 
 
@@ -267,18 +154,18 @@ def _language(folder: Path, name: str) -> LanguageSettings:
     end = _end(folder)
     return LanguageSettings(
         name=name,
-        template=_usual_template(tokenizer),
+        template=usual_template(tokenizer),
         end=None if end in (None, tokenizer.eos_token_id) else tokenizer.decode([end]),
     )
 
 
-def _usual_template(tokenizer: Any) -> str:
+def usual_template(tokenizer: Any) -> str:
     """What transformers' processor makes of a prompt: the first token stands there if the tokenizer puts it there."""
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return "{image}{bos}{prompt}" if begins else "{image}{prompt}"
 
 
-def from_frame(language: LanguageSettings, frame: Any, folder: Path) -> LanguageSettings:
+def _from_frame(language: LanguageSettings, frame: Any, folder: Path) -> LanguageSettings:
     """The settings with what an export of ours wrote into `config.json` about prompts put over them."""
     if not isinstance(frame, dict) or not frame.keys() <= set(FRAMED):
         raise UserError(f"{folder / 'config.json'}: {FRAME} must name some of {', '.join(FRAMED)}")

@@ -16,6 +16,7 @@ from torch import Tensor
 from openblip2.config import RunSettings, from_dict
 from openblip2.errors import UserError
 from openblip2.model.language import LanguageModel
+from openblip2.model.lora import plain_state
 from openblip2.model.quiet import quiet_transformers
 from openblip2.model.vision import Vision
 from openblip2.train.checkpoint import (
@@ -98,7 +99,9 @@ def write_run(
             published = {"size": side, "image_mean": vision.mean, "image_std": vision.std, "do_normalize": True}
             write_json(published, folder / "vision" / "preprocessor_config.json")
         if "language" in carries and language is not None:
-            language.llm.save_pretrained(folder / "language", save_original_format=False)
+            language.llm.save_pretrained(
+                folder / "language", state_dict=plain_state(language.llm), save_original_format=False
+            )
             language.tokenizer.save_pretrained(folder / "language")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "tokenizer")

@@ -1,0 +1,166 @@
+"""Writing transformers' BLIP-2, as transformers and vLLM load it.
+
+Such a folder holds the frozen parts, too. It has no temperature and no head of ITG, and only one kind of image encoder.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from openblip2.model.language import LanguageModel
+from openblip2.model.quiet import quiet_transformers
+from openblip2.model.template import resolve_template
+from openblip2.model.vision import Vision
+from openblip2.weights.checkpoint import Checkpoint
+from openblip2.weights.huggingface import FRAME, FRAMED, HF, IMAGE_TOKEN, OURS, usual_template
+from openblip2.weights.names import rename
+
+
+def has_home(vision: Vision) -> bool:
+    """Whether transformers' BLIP-2 can hold an image encoder: EVA-CLIP's architecture, its last layer, unchanged."""
+    return vision.encoder.config.model_type == "blip_2_vision_model" and vision.whitening is None
+
+
+def fits_projection(language: LanguageModel) -> bool:
+    """Whether the language model's embeddings are as wide as its layers, which transformers' projection leads to."""
+    return language.width == language.llm.config.hidden_size
+
+
+def write_huggingface(
+    checkpoint: Checkpoint, vision: Vision, language: LanguageModel | None, tokenizer: Any, out: Path
+) -> list[str]:
+    """Fills an empty folder; returns one line for each thing that it cannot hold. The parts become its own.
+
+    Args:
+        vision: an encoder that `has_home`. language: of stage 2. tokenizer: of stage 1. In the dtypes to be written.
+    """
+    from transformers import Blip2Processor, BlipImageProcessorPil
+
+    with quiet_transformers():
+        notes = _fit_encoder(checkpoint, vision)
+        words = tokenizer if language is None else language.tokenizer
+        image_token = _add_image_token(words)
+        if language is None:
+            model = _retrieval(checkpoint, vision, image_token)
+            homeless = {name.split(".")[0] for name in rename(checkpoint.trained, OURS, HF)[1]}
+            notes += [f"{part}: transformers has no place for it" for part in sorted(homeless)]
+        else:
+            notes += _fit_language(language, image_token)
+            model = _generation(checkpoint, vision, language, image_token)
+        model.vision_model = vision.encoder
+        names, _ = rename(checkpoint.trained, OURS, HF)
+        for theirs, ours in names.items():
+            module, _, last = theirs.rpartition(".")
+            weight = nn.Parameter(checkpoint.trained[ours].detach(), requires_grad=False)
+            setattr(model.get_submodule(module), last, weight)
+        model.save_pretrained(out)
+        side = {"height": vision.image_size, "width": vision.image_size}
+        pictures = BlipImageProcessorPil(size=side, image_mean=list(vision.mean), image_std=list(vision.std))
+        pictures.save_pretrained(out)  # preprocessor_config.json, which older readers look for
+        queries = checkpoint.settings.qformer.queries
+        Blip2Processor(pictures, words, num_query_tokens=queries).save_pretrained(out)
+    return notes
+
+
+def _fit_encoder(checkpoint: Checkpoint, vision: Vision) -> list[str]:
+    """Makes the encoder one that needs no settings of ours."""
+    notes, config = [], vision.encoder.config
+    eps, own = checkpoint.settings.qformer.image_norm_eps, config.layer_norm_eps  # pyright: ignore
+    if eps != own:
+        notes.append(f"qformer.image_norm_eps={eps}: the encoder's {own} takes its place")
+    native = config.image_size  # pyright: ignore
+    if vision.image_size != native:  # served elsewhere, nobody interpolates
+        embeddings: Any = vision.encoder.embeddings
+        count = 1 + (vision.image_size // config.patch_size) ** 2  # pyright: ignore
+        tokens = embeddings.position_embedding.new_empty(1, count, vision.width)
+        positions = embeddings.interpolate_pos_encoding(tokens, vision.image_size, vision.image_size)
+        embeddings.position_embedding = nn.Parameter(positions.detach().clone(), requires_grad=False)
+        config.image_size = vision.image_size  # pyright: ignore
+        notes.append(f"the image encoder's positions: interpolated from {native} to {vision.image_size} px for good")
+    return notes
+
+
+def _fit_language(language: LanguageModel, image_token: int) -> list[str]:
+    """Makes room for `<image>`, and says where the frame of prompts is not transformers' own."""
+    notes, llm = [], language.llm
+    if image_token >= (rows := llm.get_input_embeddings().weight.shape[0]):  # pyright: ignore
+        llm.resize_token_embeddings(image_token + 1)
+        notes.append(f"the language model's vocabulary grew from {rows} to {image_token + 1}, for {IMAGE_TOKEN}")
+    usual = usual_template(language.tokenizer)
+    if language.template != resolve_template(usual, language.tokenizer):
+        notes.append(
+            f"the template {language.template[:60]!r}: transformers' processor makes {usual!r} of a prompt; write the "
+            "prompt as the template says"
+        )
+    return notes
+
+
+def _shared(checkpoint: Checkpoint, vision: Vision, reads_text: bool) -> dict[str, Any]:
+    """What the configurations of both classes begin with."""
+    from transformers import Blip2QFormerConfig
+
+    sizes, settings = checkpoint.sizes, checkpoint.settings.qformer
+    qformer = Blip2QFormerConfig(
+        vocab_size=sizes["vocabulary"] or 30522,
+        hidden_size=sizes["width"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        intermediate_size=sizes["ffn"],
+        max_position_embeddings=sizes["positions"],
+        cross_attention_frequency=settings.cross_every,
+        hidden_dropout_prob=settings.dropout,
+        attention_probs_dropout_prob=settings.dropout,
+        encoder_hidden_size=vision.width,
+        use_qformer_text_input=reads_text,
+    )
+    return {
+        "vision_config": vision.encoder.config.to_dict(),
+        "qformer_config": qformer.to_dict(),
+        "num_query_tokens": settings.queries,
+    }
+
+
+def _retrieval(checkpoint: Checkpoint, vision: Vision, image_token: int) -> Any:
+    from transformers import Blip2Config, Blip2ForImageTextRetrieval
+
+    config = Blip2Config(
+        **_shared(checkpoint, vision, reads_text=True),
+        image_text_hidden_size=checkpoint.settings.stage1.shared_width,
+        image_token_index=image_token,
+    )
+    with torch.device("meta"):  # every weight in it is about to be replaced
+        return Blip2ForImageTextRetrieval(config)
+
+
+def _generation(checkpoint: Checkpoint, vision: Vision, language: LanguageModel, image_token: int) -> Any:
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, GenerationConfig
+
+    llm, tokenizer = language.llm, language.tokenizer
+    llm.config.architectures = [type(llm).__name__]  # vLLM reads it; transformers leaves it out by itself
+    config: Any = Blip2Config(
+        **_shared(checkpoint, vision, reads_text=False),
+        text_config=llm.config.to_dict(),
+        image_token_index=image_token,
+    )
+    frame = {name: getattr(checkpoint.settings.language, name) for name in FRAMED}
+    setattr(config, FRAME, frame | {"template": language.template})
+    with torch.device("meta"):
+        model: Any = Blip2ForConditionalGeneration(config)
+    model.language_model = llm
+    # `generate` begins and ends there as it does here.
+    model.generation_config = GenerationConfig.from_model_config(llm.config)
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = language.end[-1]
+    model.generation_config.pad_token_id = (
+        language.end[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )
+    return model
+
+
+def _add_image_token(tokenizer: Any) -> int:
+    from tokenizers import AddedToken
+
+    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
