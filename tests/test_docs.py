@@ -29,6 +29,7 @@ BELOW = {
     "presets": {"config", "errors"},
     "evaluate": GROUND | {"model", "data"},
     "train": GROUND | {"model", "data", "evaluate"},
+    "weights": GROUND | {"model", "data", "evaluate", "train", "presets"},
 }
 
 
@@ -37,8 +38,9 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def test_readme_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
-    trained, untrained = blocks(ROOT / "README.md", "python")
+    trained, published, untrained = blocks(ROOT / "README.md", "python")
     compile(trained, "README.md", "exec")  # it needs the demo's runs
+    compile(published, "README.md", "exec")  # and this the hub
     exec(compile(untrained, "README.md", "exec"), {})
     assert set(re.findall(r"'(\w+)': ", capsys.readouterr().out)) == {"itc", "itm", "itg"}
 

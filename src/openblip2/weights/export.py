@@ -160,7 +160,7 @@ def _generation(checkpoint: Checkpoint, vision: Vision, language: LanguageModel,
 
 
 def _add_image_token(tokenizer: Any) -> int:
-    from tokenizers import AddedToken
+    from transformers import AddedToken
 
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
