@@ -251,3 +251,22 @@ def test_captions_are_split_from_the_first_word_to_the_middle() -> None:
 def test_a_word_alone_is_not_split() -> None:
     assert split_caption("dog") == ("", "dog")
     assert split_caption("a  dog ") == ("a", "dog")
+
+
+def test_exact_gelu_is_the_authors_flant5(tmp_path: Path) -> None:
+    tiny_models.t5().save_pretrained(tmp_path / "t5")
+    tiny_models.tokenizer(bos=None).save_pretrained(tmp_path / "t5")
+    plain, exact = (load_language(str(tmp_path / "t5"), exact_gelu=exact) for exact in (False, True))
+    activations = [
+        type(part.act) for lm in (plain, exact) for part in lm.llm.modules() if "GatedAct" in type(part).__name__
+    ]
+    half = len(activations) // 2
+    assert {kind.__name__ for kind in activations[:half]} == {"NewGELUActivation"}
+    assert {kind.__name__ for kind in activations[half:]} == {"GELUActivation"}
+    exact.llm.save_pretrained(tmp_path / "again")
+    tiny_models.tokenizer(bos=None).save_pretrained(tmp_path / "again")
+    assert load_language(str(tmp_path / "again")).llm.config.dense_act_fn == "gelu"  # pyright: ignore
+    tiny_models.llama().save_pretrained(tmp_path / "llama")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "llama")
+    with pytest.raises(UserError, match="exact_gelu is for T5 models"):
+        load_language(str(tmp_path / "llama"), exact_gelu=True)

@@ -307,6 +307,20 @@ def test_what_vllm_wants_of_an_export(home: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
 
 
+@pytest.mark.parametrize("kind", ["opt", "retriever"])
+def test_the_card_of_an_export_runs_as_it_stands(
+    home: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    openblip2.convert(home / kind, tmp_path / "out", "hf")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_an_export_at_another_size_has_positions_of_that_size(home: Path, tmp_path: Path) -> None:
     """Nobody interpolates them elsewhere."""
     side = 2 * tiny_models.SIDE
@@ -375,7 +389,9 @@ def test_stage_1_with_an_encoder_without_a_place_is_refused(home: Path, tmp_path
     settings = RunSettings(qformer=QFormerSettings(queries=tiny.Q), stage1=Stage1Settings(shared_width=tiny.E))
     (tmp_path / "run").mkdir()
     bert = hf.AutoTokenizer.from_pretrained(home / "bert")
-    write_run(tmp_path / "run", settings, tiny.qformer().sizes, trained, vision, None, bert, frozenset({"vision"}))
+    write_run(
+        tmp_path / "run", settings, tiny.qformer().sizes, trained, vision, tokenizer=bert, carries=frozenset({"vision"})
+    )
     with pytest.raises(UserError, match=r"no place for the image encoder 'dinov2_with_registers'.*--to onnx"):
         openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()

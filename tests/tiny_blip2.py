@@ -103,7 +103,12 @@ def _language(kind: str) -> hf.PreTrainedConfig:
     if kind == "t5":
         # FlanT5's: a gated GELU, an output of its own, no first token.
         sizes: dict[str, Any] = {"d_model": L, "d_kv": 4, "d_ff": INNER, "num_heads": LM_HEADS, "num_layers": 3}
-        sizes |= {"num_decoder_layers": 2, "decoder_start_token_id": PAD, "feed_forward_proj": "gated-gelu"}
+        sizes |= {
+            "num_decoder_layers": 2,
+            "decoder_start_token_id": PAD,
+            "feed_forward_proj": "gated-gelu",
+            "dense_act_fn": "gelu",
+        }
         sizes |= {"bos_token_id": None, "tie_word_embeddings": False}
         return hf.T5Config(**{**shared, **sizes})
     sizes = {"hidden_size": L, "num_attention_heads": LM_HEADS, "num_hidden_layers": 2}

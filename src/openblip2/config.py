@@ -67,6 +67,7 @@ class LanguageSettings:
     end: str | None = None  # what ends a caption; None = the tokenizer's end token
     prompts: tuple[str, ...] = ("",)  # one is drawn for each training caption
     question: str = "Question: {} Answer:"  # how a question is asked; {} is the question
+    exact_gelu: bool = False  # T5's: GELU itself and not its tanh approximation, as the authors run FlanT5
     # And what it computes in; auto: by train.precision. int8, int4: by bitsandbytes, all else as with auto.
     weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
     lora: Natural = 0  # ours: rank of adapters that train (alpha = 2 x rank, no dropout; model/lora.py); 0 = none

@@ -158,6 +158,7 @@ class Pretrained:
                 model.language if isinstance(model, Stage2) else None,
                 self.tokens.tokenizer if isinstance(self, Matcher) else None,
                 carries,
+                model.vision.whitening,
             )
             card = model_card(self.settings, count, self.measured, usage(self.settings.stage, name), carries=carries)
             (draft / "README.md").write_text(card, encoding="utf-8")

@@ -26,8 +26,8 @@ VIT_G = VisionSettings(name="Salesforce/blip2-itm-vit-g", layer=-1)
 # for FlanT5. A caption behind OPT ends with a line break, as in the authors' code.
 OPT_2_7B = LanguageSettings(name="facebook/opt-2.7b", end="\n")
 OPT_6_7B = LanguageSettings(name="facebook/opt-6.7b", end="\n")
-FLANT5_XL = LanguageSettings(name="google/flan-t5-xl", question="Question: {} Short answer:")
-FLANT5_XXL = LanguageSettings(name="google/flan-t5-xxl", question="Question: {} Short answer:")
+FLANT5_XL = LanguageSettings(name="google/flan-t5-xl", question="Question: {} Short answer:", exact_gelu=True)
+FLANT5_XXL = LanguageSettings(name="google/flan-t5-xxl", question="Question: {} Short answer:", exact_gelu=True)
 
 # Appendix: "AdamW with beta1 = 0.9, beta2 = 0.98, and a weight decay of 0.05", "cosine learning rate decay with a
 # peak of 1e-4 and a linear warmup of 2k steps", "minimum learning rate at the second stage is 5e-5".

@@ -36,6 +36,7 @@ def build_language(
         DTYPES.get(language.weights, dtype),
         BITS.get(language.weights),
         place,
+        language.exact_gelu,
     )
 
 

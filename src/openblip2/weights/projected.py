@@ -68,7 +68,7 @@ def write_projected(checkpoint: Checkpoint, vision: Vision, language: LanguageMo
     run = folder / "openblip2"
     run.mkdir()
     carries = checkpoint.carries | {"language"}
-    write_run(run, settings, checkpoint.sizes, checkpoint.trained, vision, language, carries=carries)
+    write_run(run, settings, checkpoint.sizes, checkpoint.trained, vision, language, None, carries, vision.whitening)
     generative = not language.llm.config.is_encoder_decoder
     pad = language.tokenizer.pad_token_id
     (folder / "image_embeds.py").write_text(

@@ -14,11 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from openblip2.config import RunSettings, from_dict
-from openblip2.errors import UserError
+from openblip2.errors import UserError, one_line
 from openblip2.model.language import LanguageModel
 from openblip2.model.lora import plain_state
 from openblip2.model.quiet import quiet_transformers
 from openblip2.model.vision import Vision
+from openblip2.model.whitening import Whitening
 from openblip2.train.checkpoint import (
     make_folder,
     read_config,
@@ -66,9 +67,13 @@ def read_run(folder: Path, parts: Parts) -> Checkpoint:
 
 
 def _last_validation(log: Path) -> dict[str, Any]:
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-    rows = [json.loads(line) for line in lines if '"validation"' in line]
-    return rows[-1]["validation"] if rows else {}
+    # What stands behind the last line break was being written when the run was stopped.
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.is_file() else []
+    try:
+        rows = [json.loads(line) for line in lines if '"validation"' in line]
+        return rows[-1]["validation"] if rows else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{log}: not the log of a run ({one_line(error)}): mend it, or take it away") from error
 
 
 def write_run(
@@ -80,11 +85,12 @@ def write_run(
     language: LanguageModel | None = None,
     tokenizer: Any = None,
     carries: frozenset[str] = frozenset(),
+    whitening: Whitening | None = None,
 ) -> None:
     """Writes a run into a folder: settings, trained tensors, tokenizer, and the frozen parts that it `carries`.
 
     Args:
-        vision, language: those that are carried; also for `vision`'s whitening. tokenizer: of stage 1.
+        vision, language: those that are carried. tokenizer: of stage 1. whitening: of the image features.
     """
     for part in sorted(carries):
         named = replace(getattr(settings, part), name=CARRIED[part])
@@ -105,8 +111,8 @@ def write_run(
             language.tokenizer.save_pretrained(folder / "language")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "tokenizer")
-    if vision is not None and vision.whitening is not None:
-        save_whitening(vision.whitening, folder)
+    if whitening is not None:
+        save_whitening(whitening, folder)
     write_tensors(
         {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}, folder / "model.safetensors"
     )
@@ -130,5 +136,7 @@ def fresh_folder(out: Path) -> Iterator[Path]:
         if out.exists():
             out.rmdir()
         draft.rename(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {one_line(error)}") from error
     finally:
         rmtree(draft, ignore_errors=True)
