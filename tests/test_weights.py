@@ -677,3 +677,22 @@ def test_the_command_line(
     assert code == 2
     assert "opt.pth" in err
     assert "vision=" in err
+
+
+def test_a_hub_name_is_found_in_the_hubs_own_cache(home: Path, tmp_path: Path) -> None:
+    """Offline, as on a cluster: the name alone, downloaded before."""
+    cached = tmp_path / "hub" / "models--me--eyes"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123456789")
+    shutil.copytree(home / "opt", cached / "snapshots" / "0123456789")
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
+    said = subprocess.run(
+        [sys.executable, "-m", "openblip2.cli", "caption", "me/eyes", tmp_path / "a.png", "--beams", "1"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert said.returncode == 0, said.stderr
+    path, text = said.stdout.rstrip("\n").split("\t")
+    assert (path, said.stderr) == (str(tmp_path / "a.png"), "")
+    assert text
