@@ -7,6 +7,7 @@ the joined batch. So nothing has to be rescaled.
 """
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from torch.multiprocessing.spawn import spawn
 
 import tiny
 from openblip2.distributed import gather, rank, world_size
-from openblip2.model.objectives import Rivals, same_image
+from openblip2.model.gradient_cache import stage1_losses
+from openblip2.model.objectives import Contrast, Rivals, same_image
 from openblip2.model.stage1 import Stage1
 from tiny import E
 
@@ -26,16 +28,31 @@ IDS = torch.tensor([5, 3, 5, 8, 2, 3, 11, 5])  # 5 and 3 have captions in both p
 TEXTS, IMAGES = torch.tensor([1, 0, 3, -1, 5, 6, 4, 4]), torch.tensor([3, 2, 1, 0, 7, -1, 5, 6])
 
 
-def stage1_gradients(one_sided: bool, process: int | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+# What must not depend on the number of processes, and arguments of `stage1_gradients` for it.
+CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "one-sided": {"one_sided": True},
+    "chunks": {"chunk": 3},
+    "one-sided chunks": {"one_sided": True, "chunk": 3},
+    "sigmoid": {"contrast": "sigmoid"},
+    "sigmoid chunks": {"contrast": "sigmoid", "chunk": 3},
+}
+
+
+def stage1_gradients(
+    process: int | None, one_sided: bool = False, contrast: Any = "softmax", chunk: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses and gradients of one process' rows, or of all rows (None)."""
-    model = tiny.stage1(one_sided)
+    model = tiny.stage1(one_sided, contrast=contrast)
     rows = slice(None) if process is None else slice(process * EACH, (process + 1) * EACH)
     first = 0 if process is None else process * EACH
     # Equal lengths: ITG is the mean over tokens, and as many of them must be in each process.
     tokens, valid = tiny.texts(shortest=tiny.T)
     negatives = Rivals(*(torch.where(n < 0, n, n - first)[rows] for n in (TEXTS, IMAGES)))
-    losses = model.losses(tokens[rows], valid[rows], IDS[rows], features=tiny.features()[rows], negatives=negatives)
-    return losses, tiny.gradients(sum(losses.values(), torch.tensor(0.0)), model)
+    patches = tiny.features()[rows]
+    losses = stage1_losses(model, chunk, tokens[rows], valid[rows], IDS[rows], features=patches, negatives=negatives)
+    torch.stack(list(losses.values())).sum().backward()
+    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def mean(tensor: Tensor) -> Tensor:
@@ -52,11 +69,11 @@ def in_a_process(process: int, meeting: str) -> None:
         check_gather(process)
         check_positives(process)
         check_drawn_negatives(process)
-        for one_sided in (False, True):
-            losses, found = stage1_gradients(one_sided, process)
+        for case, options in CASES.items():
+            losses, found = stage1_gradients(process, **options)
             torch.save(
                 ({k: mean(v) for k, v in losses.items()}, {k: mean(v) for k, v in found.items()}),
-                f"{meeting}.{one_sided}.{process}",
+                f"{meeting}.{case}.{process}",
             )
     finally:
         dist.destroy_process_group()
@@ -85,7 +102,7 @@ def check_drawn_negatives(process: int) -> None:
     own = IDS[process * EACH : (process + 1) * EACH]
     scores = torch.arange(EACH * WORLD * EACH).float().view(EACH, WORLD * EACH)
     wanted = scores[:, process * EACH : (process + 1) * EACH].masked_fill(own[:, None] == own, -1).argmax(dim=1)
-    for drawn in model._rivals(50 * scores, 50 * scores, same_image(own)):
+    for drawn in model.rivals(Contrast(torch.tensor(0.0), 50 * scores, 50 * scores), same_image(own)):
         assert torch.equal(drawn, wanted)
 
 
@@ -105,10 +122,10 @@ def meeting(tmp_path_factory: pytest.TempPathFactory) -> str:
     return place
 
 
-@pytest.mark.parametrize("one_sided", [False, True])
-def test_two_processes_are_one_with_the_joined_batch(meeting: str, one_sided: bool) -> None:
-    losses, expected = stage1_gradients(one_sided, None)
-    results = [torch.load(f"{meeting}.{one_sided}.{process}", weights_only=True) for process in range(WORLD)]
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one_with_the_joined_batch(meeting: str, case: str) -> None:
+    losses, expected = stage1_gradients(None, **{**CASES[case], "chunk": 0})
+    results = [torch.load(f"{meeting}.{case}.{process}", weights_only=True) for process in range(WORLD)]
     for mean_losses, found in results:
         for name, loss in losses.items():
             torch.testing.assert_close(mean_losses[name], loss.detach(), rtol=1e-5, atol=1e-5)
@@ -118,7 +135,7 @@ def test_two_processes_are_one_with_the_joined_batch(meeting: str, one_sided: bo
 
 def test_both_directions_differ(meeting: str) -> None:
     """The setting is no other name for the same thing, in two processes either."""
-    full, half = (torch.load(f"{meeting}.{one_sided}.0", weights_only=True) for one_sided in (False, True))
+    full, half = (torch.load(f"{meeting}.{case}.0", weights_only=True) for case in ("full", "one-sided"))
     torch.testing.assert_close(full[0]["itc"], half[0]["itc"])
     assert (full[1]["image_head.weight"] - half[1]["image_head.weight"]).abs().max() > 1e-3
 

@@ -223,14 +223,17 @@ def padded(inputs: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
 def test_language_logits_loss_and_gradients(both: Generators) -> None:
     ours, (ids, mask, labels) = both.ours, rows(both)
     seen: list[Tensor] = []
-    hook = ours.language.llm.register_forward_hook(lambda module, given, output: seen.append(output.logits))
+    head: Any = ours.language.llm.get_output_embeddings()
+    # What is read by the output embedding, before only the scored places are picked out of it.
+    hook = head.register_forward_pre_hook(lambda module, given: seen.append(F.linear(given[0], head.weight, head.bias)))
     loss = ours.losses(PROMPTS, CAPTIONS, images=PICTURES)["lm"]
     hook.remove()
     theirs = both.theirs(pixel_values(PICTURES), input_ids=ids, attention_mask=mask, labels=labels)
-    # A decoder's logit at one place is for the next; ours leaves out the places in front that nobody scores.
+    # A decoder's logit at one place is for the next; ours leaves out the last place and those in front that nobody
+    # scores.
     shift = both.kind != "t5"
     scored = labels[:, shift:] != -100
-    logits, their_logits = (found[:, : found.shape[1] - shift] for found in (seen[0], theirs.logits))
+    logits, their_logits = seen[-1], theirs.logits[:, : theirs.logits.shape[1] - shift]
     last = slice(-logits.shape[1], None)
     assert not scored[:, : scored.shape[1] - logits.shape[1]].any()
     close(logits[scored[:, last]], their_logits[:, last][scored[:, last]])

@@ -65,6 +65,11 @@ def oracle(
     return {"itc": itc, "itm": itm, "itg": torch.stack(terms).mean()}
 
 
+def word_logits(model: Stage1, rows: Tensor) -> Tensor:
+    assert model.word_head is not None
+    return rows @ model.qformer.get_parameter("words.weight").T + model.word_head.bias
+
+
 def test_the_tiny_model_tells_images_queries_and_texts_apart() -> None:
     """Otherwise what follows would hold of anything."""
     model = tiny.stage1()
@@ -173,7 +178,7 @@ def test_a_token_moves_no_word_logit_before_it() -> None:
     alone = model.qformer(model.qformer.look(patches))
 
     def logits(tokens: Tensor) -> Tensor:
-        return model.write(alone, tokens, valid)[0].view(B, T - 1, WORDS)
+        return word_logits(model, model.write(alone, tokens, valid)[0]).view(B, T - 1, WORDS)
 
     before = logits(tokens)
     assert torch.equal(before, logits(tokens.index_fill(1, torch.tensor([0]), 20))), "[DEC] stands there"
@@ -190,10 +195,10 @@ def test_what_is_written() -> None:
     model = tiny.stage1()
     tokens, valid = tiny.texts()
     alone = model.qformer(model.qformer.look(tiny.features()))
-    logits, targets = model.write(alone, tokens, valid)
+    rows, targets = model.write(alone, tokens, valid)
     expected = torch.cat([row[real][1:] for row, real in zip(tokens, valid, strict=True)])
     assert torch.equal(targets, expected)
-    assert logits.shape == (len(targets), WORDS)
+    assert rows.shape == (len(targets), D)
     assert int((targets == tiny.SEP).sum()) == B
 
 

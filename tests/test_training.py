@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiny_runs
+from openblip2 import convert, load
 from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
 from openblip2.data.batches import Sampler, draw_captions, pair_ids
 from openblip2.data.records import Record, read_records
@@ -210,7 +211,7 @@ def recipe(home: Path, stage: str, **changes: Any) -> RunSettings:
 def test_a_tiny_run_learns_and_looks(home: Path, tmp_path: Path) -> None:
     """End to end: held-out ITC falls under chance, the caption loss falls, and the wrong picture costs more."""
     records, _ = read_records(home / "data")
-    more = {"train__steps": 40, "train__batch": 6, "train__validate_every": 20, "optim__lr": 3e-3}
+    more = {"train__steps": 40, "train__batch": 6, "train__validate_every": 20, "optim__lr": 3e-3, "train__seed": 4}
     train_stage(recipe(home, "stage1", **more), records, tmp_path / "one", quiet())
     found = [row["validation"] for row in log_of(tmp_path / "one") if "validation" in row]
     assert found[-1]["itc"] < found[0]["itc"]
@@ -251,6 +252,52 @@ def test_whitened_stage_2_reads_stage_1s_whitening(home: Path, tmp_path: Path) -
     train_stage(second, records[:-3], tmp_path / "two", quiet())
     one, two = (load_file(tmp_path / name / "whitening.safetensors") for name in ("one", "two"))
     assert all(torch.equal(one[key], two[key]) for key in ("mean", "matrix"))
+
+
+def steps_of(folder: Path) -> list[dict[str, float]]:
+    return [{k: row[k] for k in ("loss", "grad_norm")} for row in log_of(folder) if "loss" in row]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_chunks_change_no_step(home: Path, tmp_path: Path, stage: str) -> None:
+    """The log shows what a run of whole batches shows, accumulated or not."""
+    records, _ = read_records(home / "data")
+    for name, chunk in (("whole", 0), ("chunks", 3)):
+        more = {"train__batch": 8, "train__chunk": chunk, "train__accumulate": 2}
+        # Whitened by so few pictures gradients are so large that rounding soon tells two runs apart.
+        exact = {"qformer__dropout": 0.0, "vision__whiten": "false", "warm_start": "false"}
+        train_stage(recipe(home, stage, **more, **exact), records, tmp_path / name, quiet())
+    whole, chunks = steps_of(tmp_path / "whole"), steps_of(tmp_path / "chunks")
+    assert len(whole) == 3
+    for mine, theirs in zip(chunks, whole, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3)
+    assert chunks[0] == pytest.approx(whole[0], rel=1e-5)
+
+
+def test_a_sigmoid_run_is_saved_loaded_and_converted(home: Path, tmp_path: Path) -> None:
+    records, _ = read_records(home / "data")
+    run = tmp_path / "run"
+    changes = {"stage1__contrast": "sigmoid", "stage1__temperature": 0.1, "vision__whiten": "false"}
+    train_stage(recipe(home, "stage1", **changes, train__chunk=3), records, run, quiet())
+    stored = load_file(run / "model.safetensors")
+    assert float(stored["contrast_bias"]) == pytest.approx(-10, abs=0.1)
+    assert float(stored["contrast_bias"]) != -10
+    loaded = load(str(run), device="cpu", precision="fp32").model
+    assert torch.equal(loaded.get_parameter("contrast_bias"), stored["contrast_bias"])
+    notes = convert(run, tmp_path / "run.pth", "lavis")
+    assert "contrast_bias: LAVIS has no place for it" in notes
+    assert "temp" in torch.load(tmp_path / "run.pth", weights_only=True)["model"]
+    convert(run, tmp_path / "copy", "openblip2")
+    assert torch.equal(load_file(tmp_path / "copy" / "model.safetensors")["contrast_bias"], stored["contrast_bias"])
+    train_stage(recipe(home, "stage2", start=str(run), vision__whiten="false"), records, tmp_path / "two", quiet())
+    train_stage(recipe(home, "stage1", train__chunk=3), records, tmp_path / "softmax", quiet())
+    assert "contrast_bias" not in load_file(tmp_path / "softmax" / "model.safetensors")
+
+
+def test_one_sided_sigmoid_is_refused(home: Path, tmp_path: Path) -> None:
+    changes = {"stage1__contrast": "sigmoid", "stage1__one_sided": "true"}
+    with pytest.raises(UserError, match=r"^stage1\.one_sided=true belongs to the two directions"):
+        train_stage(recipe(home, "stage1", **changes), [], tmp_path / "run", quiet())
 
 
 def test_matching_can_join_later(home: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_stage_1_finds_unseen_pictures_before_its_first_step() -> None:
     model = tiny.stage1(dropout=0.0)
     tokens, valid = tiny.texts(400, shortest=tiny.T)
     with torch.no_grad():
-        hidden = model.text_rows(tokens, valid)[:, 0]
+        hidden = model.text_row(tokens, valid)
         content = torch.nn.functional.normalize(hidden - hidden.mean(0), dim=1) @ torch.randn(tiny.D, tiny.V)
         pictures = 2 * content[:, None] + 0.3 * torch.randn(400, tiny.P, tiny.V)
 

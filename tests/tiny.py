@@ -3,7 +3,7 @@
 Nothing here imports transformers: the processes of `test_distributed` start with it.
 """
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,11 @@ def qformer(
     return redraw(QFormer(D, layers, HEADS, FFN, Q, V, vocabulary, POSITIONS, cross_every, dropout), seed)
 
 
-def stage1(one_sided: bool = False, dropout: float = 0.1, seed: int = 0) -> Stage1:
+def stage1(
+    one_sided: bool = False, dropout: float = 0.1, seed: int = 0, contrast: Literal["softmax", "sigmoid"] = "softmax"
+) -> Stage1:
     """A redrawn stage 1 in eval mode, without an image encoder."""
-    model = redraw(Stage1(qformer(dropout=dropout), None, E, one_sided=one_sided), seed)
+    model = redraw(Stage1(qformer(dropout=dropout), None, E, one_sided=one_sided, contrast=contrast), seed)
     nn.init.constant_(model.temperature, 0.2)
     return model
 

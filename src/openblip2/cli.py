@@ -54,6 +54,7 @@ def train(
     start: Annotated[Path | None, typer.Option(help="stage2: the stage-1 run to start from.")] = None,
     changes: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    features: Annotated[Path | None, typer.Option(help="A cache that `features` wrote of the same pictures.")] = None,
 ) -> None:
     """Train one stage: `openblip2 train stage1 --data pictures/ --out runs/stage1`."""
     from openblip2.config import change
@@ -64,6 +65,7 @@ def train(
         raise UserError(f"unknown stage {stage!r}: it must be stage1 or stage2")
     settings = change(find(stage, preset), _changes(changes or []))
     settings = change(settings, {"data.source": str(data)} | ({"start": str(start)} if start else {}))
+    settings = change(settings, {"data.features": str(features)} if features else {})
     from openblip2.data.records import read_records
     from openblip2.train.progress import Progress
     from openblip2.train.recipes import train_stage
@@ -72,6 +74,47 @@ def train(
     records, skipped = read_records(data)
     with _interruptible(out):
         train_stage(settings, records, out, progress, resume, skipped=skipped)
+    typer.echo(str(out))
+
+
+@app.command()
+def features(
+    data: Annotated[Path, typer.Argument(help="A folder, .jsonl or .csv of pictures with captions.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache; an interrupted one is gone on with.")],
+    preset: Annotated[str, typer.Option(help="Settings that vision.* comes from.")] = "laptop",
+    changes: Settings = None,
+    precision: Annotated[str, typer.Option(help="fp16, bf16 or int8 (half the size).")] = "fp16",
+    views: Annotated[int, typer.Option(min=1, help="2 and more: random crops of each picture, beside it.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+) -> None:
+    """Run the frozen image encoder over pictures once, for any number of `train --features`."""
+    from openblip2.config import change
+    from openblip2.presets import PRESETS
+    from openblip2.presets import preset as find
+
+    changed = _changes(changes or [])
+    for name in changed:
+        if not name.startswith("vision.") and name not in ("train.precision", "train.seed"):
+            raise UserError(f"--set {name}: features depend on vision.*, train.precision and train.seed alone")
+    stage = next((stage for stage in PRESETS if preset in PRESETS[stage]), "stage1")
+    settings = change(find(stage, preset), changed)
+    from openblip2.data.records import read_records
+    from openblip2.model.build import build_vision
+    from openblip2.train.encode import write_features
+    from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
+    from openblip2.train.progress import Progress
+
+    progress = Progress()
+    records, skipped = read_records(data)
+    for line in skipped:
+        progress.say(f"skipped: {line}")
+    keep_freed_memory()
+    vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
+    try:
+        write_features(vision, records, settings, out, precision, views, progress, dry_run)
+    except KeyboardInterrupt:
+        print(f"openblip2: interrupted; whole shards are in {out}, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
     typer.echo(str(out))
 
 
@@ -136,6 +179,20 @@ def convert(
     for note in notes:
         typer.echo(f"note: {note}")
     typer.echo(str(out))
+
+
+@app.command()
+def bench(
+    size: Annotated[str, typer.Option(help="tiny, laptop, vit-l or vit-g; weights are random.")] = "laptop",
+    case: Annotated[list[str] | None, typer.Option(help="Of one comparison; may be given many times.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the figures.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each way, in turn.")] = 3,
+    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+) -> None:
+    """Time our way beside the naive one and transformers' BLIP-2: same weights, same inputs, outputs checked equal."""
+    from openblip2.bench.run import run_bench
+
+    run_bench(size, case or [], out, repeats, precision, typer.echo)
 
 
 @contextmanager

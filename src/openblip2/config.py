@@ -52,6 +52,9 @@ class Stage1Settings:
     """The objectives of stage 1 (paper 3.1)."""
 
     shared_width: Count = 256
+    # ITC. softmax: the paper's. sigmoid: ours, SigLIP's loss of every pair for itself (model/objectives.py), with a
+    # learned bias and without smoothing; SigLIP starts at temperature 0.1, we at the one below either way.
+    contrast: Literal["softmax", "sigmoid"] = "softmax"
     temperature: Positive = 0.07
     label_smoothing: Share = 0.1
     one_sided: bool = False  # the authors' code: gathered features carry no gradient
@@ -92,7 +95,15 @@ class TrainSettings:
     steps: Count = 250_000
     batch: Count = 1680
     accumulate: Count = 1  # batches to one step; ITC's negatives stay within one batch
+    # Ours: pairs that go through the model at once; 0 = the whole batch. The same losses and gradients in less memory,
+    # and unlike with `accumulate` ITC's and ITM's negatives come from the whole batch (model/gradient_cache.py).
+    chunk: Natural = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
+    # Ours, the same results: layers of the Q-Former and of the language model are computed again in the backward pass
+    # instead of being kept. Less memory for a third more time.
+    checkpoint_activations: bool = False
+    # Ours: the Q-Former's blocks by torch.compile. Other dropout masks, else the same to rounding.
+    compile: bool = False
     seed: Natural = 0
     validate_every: Natural = 1000  # steps; 0 = only at the end
     checkpoint_every: Natural = 1000  # steps; 0 = only at the end
@@ -106,6 +117,7 @@ class DataSettings:
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02  # share of the pictures kept for validation
     most_held_out: Count = 500  # and never more pictures than this
     augment: bool = True  # random crop and flip each step; False: frozen features are computed once and reused
+    features: str = ""  # ours: a cache that `openblip2 features` wrote; `--features` sets it
     max_tokens: Annotated[int, Field(ge=4)] = 32  # of the Q-Former's text; longer captions are cut, counted, named
 
 

@@ -31,8 +31,9 @@ from openblip2.model.language import Decoding
 from openblip2.presets import preset
 from openblip2.report import write_report
 from openblip2.train.checkpoint import make_folder, write_json
+from openblip2.train.encode import encode_all
 from openblip2.train.hardware import compute_dtype, computing, device, keep_freed_memory
-from openblip2.train.prepare import encode_all, prepare
+from openblip2.train.prepare import prepare
 from openblip2.train.progress import Progress
 from openblip2.train.recipes import train_stage
 
@@ -154,7 +155,7 @@ def gather_corpus(plan: Plan, folder: Path) -> Corpus:
 
 
 def _encode(vision, records: list[Record], settings: RunSettings, out: Path, name: str, progress: Progress) -> Features:
-    found, problems = encode_all(vision, records, settings, out / "features" / f"{name}.safetensors", name, progress)
+    found, problems = encode_all(vision, records, settings, out / "features" / name, name, progress)
     for line in problems:
         progress.say(f"skipped: {line}")
     return found

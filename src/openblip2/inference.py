@@ -3,7 +3,8 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); everything below this module works on tensors.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,12 +13,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from openblip2.config import RunSettings
-from openblip2.data.images import Picture, to_pixels
-from openblip2.data.text import MAX_WORDS, clean_caption, clean_question
+from openblip2.config import RunSettings, change
+from openblip2.data.images import Picture
+from openblip2.data.text import clean_caption, clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError, one_line
-from openblip2.evaluate.retrieval import similarities
+from openblip2.evaluate.retrieval import rerank, similarities
+from openblip2.inputs import GROUP, clean_texts, features_of, require_pairs, same_pictures
 from openblip2.model.language import Decoding, LanguageModel
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -32,7 +34,6 @@ from openblip2.weights.source import read_checkpoint
 
 CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short
-GROUP = 32  # pictures at once
 
 
 def load(
@@ -45,6 +46,7 @@ def load(
     language: str | LanguageModel | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
+    language_weights: str | None = None,
 ) -> "Matcher | Captioner":
     """A trained model: a `Matcher` from stage 1, a `Captioner` from stage 2.
 
@@ -56,12 +58,18 @@ def load(
         vision, language, tokenizer: the image encoder, the language model and the Q-Former's tokenizer, by name or
             ready, instead of those that the source names.
         revision: branch, tag or commit on the hub.
+        language_weights: as the setting `language.weights`, "int8" for one, instead of the source's own.
 
     Raises:
         UserError: none of these, an unfinished or damaged one, or keys, sizes or parts that do not fit.
     """
     parts = Parts(heads, vision, language, tokenizer)
     checkpoint = read_checkpoint(source, parts, revision)
+    if language_weights is not None:
+        if checkpoint.settings.stage == "stage1" or isinstance(language, LanguageModel):
+            raise UserError("language_weights is for a language model that is yet to be loaded: there is none here")
+        settings = change(checkpoint.settings, {"language.weights": language_weights})
+        checkpoint = replace(checkpoint, settings=settings)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, settings = assemble(checkpoint, place, precision or checkpoint.settings.train.precision)
     if isinstance(model, Stage2):
@@ -188,7 +196,7 @@ class Matcher(Pretrained):
         """
         tokens, valid = (t.to(self.model.temperature.device) for t in self._tokenise(texts))
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            rows = [similarities(self.model, part, tokens, valid) for part in _features(self.model, images)]
+            rows = [similarities(self.model, part, tokens, valid) for part in features_of(self.model, images)]
         return torch.cat(rows).float().cpu()
 
     def match(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
@@ -197,19 +205,35 @@ class Matcher(Pretrained):
         Raises:
             UserError: as `similarity`; or not as many texts as pictures.
         """
-        _require_pairs(images, texts, "texts")
+        require_pairs(images, texts, "texts")
         tokens, valid = (t.to(self.model.temperature.device) for t in self._tokenise(texts))
         found, done = [], 0
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            for part in _features(self.model, images):
+            for part in features_of(self.model, images):
                 rows = slice(done, done + len(part))
                 logits = self.model.match(self.model.qformer.look(part), tokens[rows], valid[rows])
                 found.append(logits.float().softmax(dim=1)[:, 1])
                 done += len(part)
         return torch.cat(found).cpu()
 
+    def rerank(self, images: Sequence[Picture], texts: Sequence[str], best: int = 128) -> tuple[Tensor, Tensor]:
+        """Scores of N pictures and M texts that rank as in the paper's retrieval: two `[N, M]`.
+
+        By the first each picture finds its texts, by the second each text its pictures: the `best` by `similarity`
+        have the matching head's log-odds, and all others stand behind them. All pictures' features are in memory.
+
+        Raises:
+            UserError: as `similarity`.
+        """
+        tokens, valid = (t.to(self.model.temperature.device) for t in self._tokenise(texts))
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            features = torch.cat(list(features_of(self.model, images)))
+            scores = similarities(self.model, features, tokens, valid)
+            by_image, by_text = rerank(self.model, features, tokens, valid, scores, best)
+        return by_image.float().cpu(), by_text.float().cpu()
+
     def _tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        cleaned = _clean(texts, clean_caption)
+        cleaned = clean_texts(texts, clean_caption)
         for n in self.tokens.too_long(cleaned):
             raise UserError(f"text {texts[n][:40]!r}... is longer than the {self.tokens.longest} tokens of this run")
         return self.tokens(cleaned)
@@ -232,19 +256,29 @@ class Captioner(Pretrained):
     def answer(self, images: Sequence[Picture], questions: Sequence[str], decoding: Decoding = ANSWER) -> list[str]:
         """The answer to question n about picture n, asked in the run's own form (`language.question`).
 
+        A picture that repeats is looked at once, as in `generate`.
+
         Raises:
             UserError: a picture that cannot be opened, an empty question, one of more than 50 words, or not as
                 many as pictures.
         """
-        _require_pairs(images, questions, "questions")
-        asked = _clean(questions, clean_question)
+        require_pairs(images, questions, "questions")
+        asked = clean_texts(questions, clean_question)
         form = self.settings.language.question
         return self.generate(images, [form.replace("{}", question) for question in asked], decoding)
+
+    def ask(self, image: Picture, questions: Sequence[str], decoding: Decoding = ANSWER) -> list[str]:
+        """Answers to many questions about one picture, which is looked at once.
+
+        Raises:
+            UserError: as `answer`.
+        """
+        return self.answer([image] * len(questions), questions, decoding)
 
     def soft_prompt(self, images: Sequence[Picture]) -> Tensor:
         """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU."""
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            rows = [self.model.soft_prompt(features=part).float().cpu() for part in _features(self.model, images)]
+            rows = [self.model.soft_prompt(features=part).float().cpu() for part in features_of(self.model, images)]
         return torch.cat(rows)
 
     def embed(self, images: Sequence[Picture], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -252,45 +286,45 @@ class Captioner(Pretrained):
 
         What another program needs to write the text with the language model alone.
         """
-        _require_pairs(images, prompts, "prompts")
+        require_pairs(images, prompts, "prompts")
         soft = self.soft_prompt(images).to(next(self.model.parameters()).device)
         with torch.inference_mode():
             embeds, mask = self.model.language.embed(soft, prompts)
         return embeds.float().cpu(), mask.cpu()
 
     def generate(self, images: Sequence[Picture], prompts: Sequence[str], decoding: Decoding) -> list[str]:
-        """The language model's text for picture n behind prompt n."""
-        found: list[str] = []
+        """The language model's text for picture n behind prompt n.
+
+        A picture that repeats, by its path or as the same object of a list, goes through the encoder and the Q-Former
+        once, and where prompts begin alike the language model reads it once, too. Prompts of like length go together.
+        """
+        names = same_pictures(images)
+        left, language = Counter(names), self.model.language
+        lengths = {prompt: language.length(prompt) for prompt in set(prompts)}
+        first = {name: n for n, name in reversed(list(enumerate(names)))}
+        # Prompts about one picture stay together, for they share more than padding costs.
+        order = sorted(
+            range(len(names)),
+            key=lambda n: (first[names[n]] if left[names[n]] > 1 else len(names), lengths[prompts[n]]),
+        )
+        found, soft = [""] * len(names), dict[str | int, Tensor]()
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            for features in _features(self.model, images):
-                part = prompts[len(found) : len(found) + len(features)]
-                found += self.model.generate(part, decoding, features=features)
+            for start in range(0, len(order), GROUP):
+                rows = order[start : start + GROUP]
+                here = {names[n]: n for n in rows}
+                unseen = [n for name, n in here.items() if name not in soft]
+                for features in features_of(self.model, [images[n] for n in unseen]):
+                    soft |= zip((names[n] for n in unseen), self.model.soft_prompt(features=features), strict=True)
+                about = [list(here).index(names[n]) for n in rows]
+                given = torch.stack([soft[name] for name in here])
+                texts = language.generate(given, [prompts[n] for n in rows], decoding, about)
+                for n, text in zip(rows, texts, strict=True):
+                    found[n] = text
+                left.subtract(names[n] for n in rows)
+                soft = {name: one for name, one in soft.items() if left[name]}
         return found
 
 
 def greedy(decoding: Decoding) -> Decoding:
     """The same, without beams."""
     return replace(decoding, beams=1)
-
-
-def _features(model: Stage1 | Stage2, images: Sequence[Picture]) -> Iterator[Tensor]:
-    assert model.vision is not None
-    device = next(model.parameters()).device
-    for start in range(0, len(images), GROUP):
-        yield model.vision(to_pixels(images[start : start + GROUP], model.vision.image_size).to(device))
-
-
-def _clean(texts: Sequence[str], clean: Callable[[str, int], str]) -> list[str]:
-    """Texts as the models were trained on them, whole."""
-    found = [clean(text, len(text)) for text in texts]
-    for text, cleaned in zip(texts, found, strict=True):
-        if not cleaned:
-            raise UserError(f"an empty text, {text[:40]!r}: give a sentence in words")
-        if (count := len(cleaned.split())) > MAX_WORDS:
-            raise UserError(f"text {text[:40]!r}... has {count} words: at most {MAX_WORDS}")
-    return found
-
-
-def _require_pairs(images: Sequence[Picture], texts: Sequence[str], what: str) -> None:
-    if len(images) != len(texts):
-        raise UserError(f"{len(images)} pictures and {len(texts)} {what}: give one of the {what} for each picture")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openblip2.data.features import Features
+from openblip2.data.features import StoredFeatures
 from openblip2.data.images import augment
 from openblip2.data.records import Record
 from openblip2.errors import UserError
@@ -67,16 +67,23 @@ def caption_lengths(records: Sequence[Record]) -> list[int]:
 
 
 class FeaturePairs:
-    """Batches from frozen features computed beforehand. One of a picture's captions is drawn each time."""
+    """Batches from frozen features computed beforehand. One of a picture's captions is drawn each time.
 
-    def __init__(self, features: Features, batch: int, seed: int) -> None:
-        self.features, self.seed = features, seed
+    `drawn`: so is one of its random views, in place of the plain picture.
+    """
+
+    def __init__(self, features: StoredFeatures, batch: int, seed: int, drawn: bool = False) -> None:
+        self.features, self.seed, self.drawn = features, seed, drawn
         self.sampler = Sampler(caption_lengths(features.records), batch, seed)
 
     def __call__(self, number: int) -> PairBatch:
         rows = self.sampler(number)
         captions = draw_captions([self.features.records[row] for row in rows], self.seed, number)
-        return PairBatch(captions, pair_ids(rows, captions), features=self.features.values[rows])
+        views = None
+        if self.drawn:
+            generator = _generator(self.seed, number, "crop")
+            views = torch.randint(self.features.views, (len(rows),), generator=generator).tolist()
+        return PairBatch(captions, pair_ids(rows, captions), features=self.features.take(rows, views))
 
 
 class ImagePairs:

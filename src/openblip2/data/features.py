@@ -1,26 +1,41 @@
 """Frozen features of a set of pictures, computed once and reused in every step.
 
-Shapes: N pictures, P patch tokens, V encoder width, S side in px.
+Shapes: N pictures, P patch tokens, V encoder width, S side in px, B pictures of a batch.
 """
 
-import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from openblip2.data.images import to_pixels
+from openblip2.data.cache import Cache, read_head, write_head
 from openblip2.data.records import Record
+from openblip2.data.shards import Layout, Picture, Shard, ShardWriter, shard_path, writing
+from openblip2.data.views import BATCH, encode_pictures, open_pictures
 from openblip2.errors import UserError
+
+# What made a cache, in words for whoever has another one. Depth and precision change what the weights are and go first.
+LABELS = {
+    "image_size": "image size",
+    "layer": "layers of the image encoder",
+    "computed_in": "precision of the image encoder (vision.weights)",
+    "weights": "weights of the image encoder",
+    "mean": "mean of the pixels",
+    "std": "deviation of the pixels",
+    "transform": "transform of the pictures",
+    "views": "views",
+    "crops": "transform of the views",
+    "seed": "seed of the views",
+    "precision": "precision",
+}
 
 
 @dataclass(frozen=True)
 class Features:
-    """The features of `records`, row by row: `values [N, P, V]`."""
+    """The features of `records`, row by row, in memory: `values [N, P, V]`."""
 
     records: list[Record]
     values: Tensor
@@ -29,82 +44,223 @@ class Features:
         return len(self.records)
 
 
-def compute_features(
+@dataclass(frozen=True)
+class StoredFeatures:
+    """The features of `records` where they lie in a cache: their rows are read when they are asked for.
+
+    `finish`: what is done to rows `[B, P, V]` once they are read.
+    """
+
+    records: list[Record]
+    cache: Cache
+    finish: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def views(self) -> int:
+        """How many random views there are of each picture, beside the plain one."""
+        return self.cache.layout.entries - 1
+
+    def take(self, numbers: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
+        """Features `[B, P, V]` of these records: of the plain pictures, or of one view (from 0) of each."""
+        rows = [self.cache.rows[self.records[number].id] for number in numbers]
+        if views is not None:
+            rows = [row + 1 + view for row, view in zip(rows, views, strict=True)]
+        return self.finish(self.cache.read(rows))
+
+    def load(self) -> Features:
+        """The features of all plain pictures, in memory."""
+        return Features(self.records, self.take(range(len(self.records))))
+
+
+def find_records(
+    records: Sequence[Record], cache: Cache, finish: Callable[[Tensor], Tensor]
+) -> tuple[StoredFeatures, list[str]]:
+    """The records that have features in a cache, by their ids; and one line for each that was skipped there.
+
+    Raises:
+        UserError: a record is not in the cache, or its file has another size than when the cache was made. (Times of
+            change are not compared, for copies have others; a file that is gone is not missed.)
+    """
+    unknown = [record for record in records if record.id not in cache.pictures]
+    if unknown:
+        raise UserError(
+            f"{len(unknown)} of {len(records)} pictures are not in {cache.folder}, the first is {unknown[0].image} (id "
+            f"{unknown[0].id!r}); make a cache of the same data"
+        )
+    for record in records:
+        now, then = picture_of(record).bytes, cache.pictures[record.id].bytes
+        if now and then and now != then:
+            raise UserError(
+                f"{record.image}: has {now:,} bytes, and had {then:,} when {cache.folder} was made; make the cache anew"
+            )
+    good = [record for record in records if record.id in cache.rows]
+    return StoredFeatures(good, cache, finish), [cache.skipped[r.id] for r in records if r.id in cache.skipped]
+
+
+def require_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any], way_out: str) -> None:
+    """A cache made by `theirs` is one made by `ours`, in all that `ours` names.
+
+    Raises:
+        UserError: it is not; the message names what differs first.
+    """
+    for name, label in LABELS.items():
+        if name in ours and theirs.get(name) != ours[name]:
+            other = theirs.get("encoder") != ours.get("encoder", theirs.get("encoder"))
+            encoders = f" (encoder {theirs.get('encoder')} there, {ours.get('encoder')} here)" if other else ""
+            raise UserError(f"{folder}: {label} {theirs.get(name)} there, {ours[name]} here{encoders}; {way_out}")
+
+
+def build_cache(
     records: Sequence[Record],
     encode: Callable[[Tensor], Tensor],
     size: int,
-    path: Path,
-    made_by: str,
-    advance: Callable[[], object],
-    batch: int = 32,
-) -> tuple[Features, list[str]]:
-    """Runs the frozen encoder over all pictures, into one memory-mapped file; reuses the file if it is the right one.
+    folder: Path,
+    made_by: dict[str, Any],
+    layout: Layout,
+    advance: Callable[[int], object],
+    replace: bool = False,
+) -> Cache:
+    """Runs the frozen encoder over all pictures, into a cache; goes on where an interrupted build of it stopped.
+
+    Pictures that cannot be opened are skipped and named in the cache.
 
     Args:
-        encode: uint8 pictures `[n, 3, S, S]` -> features `[n, P, V]`. size: S.
-        path: the safetensors file. made_by: encoder, layer and size in words; a file made by anything else, or of
-            other pictures, is made anew.
-        advance: called after each batch.
-
-    Returns:
-        The features of all pictures that can be opened, and one line for each that cannot.
+        encode: uint8 pictures `[n, 3, S, S]` -> features `[n, P, V]` of floats. size: S.
+        made_by: what makes it, by the names of `LABELS`; `seed` is that of the views.
+        layout: with 1 entry a picture the plain picture's, with more the plain one's and that of random views.
+        advance: called after each batch with its number of pictures.
+        replace: whether a cache of other pictures, or made by something else, gives way to the new one.
 
     Raises:
-        UserError: not one picture can be opened.
+        UserError: there is such a cache in the way; not one picture can be opened; the disk is or would be full.
     """
-    made_by = f"{made_by}; {_fingerprint(records)}"
-    kept = _read(records, path, made_by)
-    if kept is not None:
-        return kept, []
-    parts: list[Tensor] = []
-    good: list[Record] = []
-    problems: list[str] = []
-    for start in range(0, len(records), batch):
-        opened, pixels, bad = open_all(records[start : start + batch], size)
-        problems += bad
-        if opened:
-            good += opened
-            parts.append(encode(pixels).to(torch.bfloat16).cpu())
-        advance()
-    if not good:
-        raise UserError(f"none of the {len(records)} pictures can be opened; the first: {problems[0]}")
-    values = torch.cat(parts)
-    if not problems:  # a file stands for all its records; with bad ones among them, look again next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(path.name + ".new")
-        save_file({"values": values}, fresh, metadata={"made_by": made_by})
-        os.replace(fresh, path)
-    return Features(good, values), problems
+    pictures = [picture_of(record) for record in records]
+    if len({picture.id for picture in pictures}) < len(pictures):
+        raise UserError(f"{folder}: two pictures have one id; give each its own (`id` in records.jsonl)")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    parts = [range(len(records))[n : n + layout.shard_pictures] for n in range(0, len(records), layout.shard_pictures)]
+    try:
+        missing = _missing(folder, made_by, layout, pictures, parts)
+    except UserError:
+        if not replace:
+            raise
+        remove_cache(folder)
+        missing = list(range(len(parts)))
+    require_room(folder, layout, sum(len(parts[number]) for number in missing))
+    if missing:
+        with writing(folder):
+            write_head(folder, made_by, layout, len(records))
+    for number, part in enumerate(parts):
+        if number not in missing:
+            advance(len(part))
+            continue
+        _write_shard(folder, number, [records[n] for n in part], encode, size, layout, made_by["seed"], advance)
+    cache = Cache(folder)
+    if not cache.rows:
+        first = next(iter(cache.skipped.values()))
+        remove_cache(folder)
+        raise UserError(f"none of the {len(records)} pictures can be opened; the first: {first}")
+    return cache
 
 
-def open_all(records: Sequence[Record], size: int) -> tuple[list[Record], Tensor, list[str]]:
-    """Opens and resizes pictures `[n, 3, S, S]`; those that cannot be opened are left out and named."""
-    good: list[Record] = []
-    pixels: list[Tensor] = []
-    problems: list[str] = []
-    for record in records:
+def picture_of(record: Record) -> Picture:
+    """How a cache knows a record's picture."""
+    try:
+        stat = record.image.stat()
+    except OSError:
+        return Picture(record.id, 0, 0)
+    return Picture(record.id, stat.st_size, stat.st_mtime_ns)
+
+
+def require_room(folder: Path, layout: Layout, pictures: int) -> None:
+    """There is room on the disk for so many pictures more.
+
+    Raises:
+        UserError: there is not.
+    """
+    needed, free = bytes_of(layout, pictures), free_bytes(folder)
+    if needed > free:
+        raise UserError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; another disk, fewer views, "
+            "or `openblip2 features --precision int8`"
+        )
+
+
+def bytes_of(layout: Layout, pictures: int) -> int:
+    """On the disk, of a cache of so many pictures; checksums and names are a thousandth more."""
+    return pictures * layout.entries * layout.row_bytes + layout.shards(pictures) * layout.shard_bytes(0)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free on the disk of a folder that may have to be made yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def remove_cache(folder: Path) -> None:
+    """Removes the files of a cache, whole or not, and nothing else."""
+    for path in [folder / "cache.json", *folder.glob("cache.json.new"), *folder.glob("shard-*")]:
+        path.unlink(missing_ok=True)
+
+
+def _missing(
+    folder: Path, made_by: dict[str, Any], layout: Layout, pictures: Sequence[Picture], parts: Sequence[range]
+) -> list[int]:
+    """The shards that have to be written yet, of a cache that may be there in part."""
+    head = read_head(folder)
+    if head is None:
+        remove_cache(folder)  # shards that nothing vouches for
+        return list(range(len(parts)))
+    require_same(folder, head["made_by"], made_by, "give another --out, or remove that folder")
+    if Layout(**head["layout"]) != layout or head["pictures"] != len(pictures):
+        raise UserError(
+            f"{folder}: is of {head['pictures']} pictures, here are {len(pictures)}; give another --out, or remove it"
+        )
+    missing: list[int] = []
+    for number, part in enumerate(parts):
         try:
-            pixels.append(to_pixels([record.image], size))
-            good.append(record)
-        except UserError as error:
-            problems.append(str(error))
-    return good, torch.cat(pixels) if pixels else torch.empty(0), problems
+            shard = Shard(folder, number, layout)
+            shard.check()
+        except UserError:  # missing or damaged: made anew either way
+            missing.append(number)
+            continue
+        changed = [n for n, picture in zip(part, shard.pictures, strict=True) if pictures[n] != picture]
+        if changed:
+            raise UserError(
+                f"{folder}: the picture {pictures[changed[0]].id!r} is another one, or has changed since; give another "
+                "--out, or remove that folder"
+            )
+    return missing
 
 
-def _fingerprint(records: Sequence[Record]) -> str:
-    import hashlib
-
-    digest = hashlib.sha256()
-    for record in records:
-        stat = record.image.stat() if record.image.exists() else None
-        digest.update(f"{record.image} {stat.st_size if stat else 0} {stat.st_mtime_ns if stat else 0}\n".encode())
-    return digest.hexdigest()
-
-
-def _read(records: Sequence[Record], path: Path, made_by: str) -> Features | None:
-    if not path.is_file():
-        return None
-    with safe_open(path, "pt") as file:
-        if (file.metadata() or {}).get("made_by") != made_by:
-            return None
-        return Features(list(records), file.get_tensor("values"))
+def _write_shard(
+    folder: Path,
+    number: int,
+    records: Sequence[Record],
+    encode: Callable[[Tensor], Tensor],
+    size: int,
+    layout: Layout,
+    seed: int,
+    advance: Callable[[int], object],
+) -> None:
+    skipped: dict[str, str] = {}
+    shard_path(folder, number).with_suffix(".json").unlink(missing_ok=True)
+    with writing(folder):
+        writer = ShardWriter(folder, number, layout)
+        try:
+            known = [picture_of(record) for record in records]
+            for n, batch in enumerate(open_pictures(records, size, layout.entries - 1, seed)):
+                for record, picture in zip(records[n * BATCH :], batch, strict=False):
+                    if isinstance(picture, str):
+                        skipped[record.id] = picture
+                for features in encode_pictures(encode, [p for p in batch if isinstance(p, Tensor)]):
+                    writer.add(features)
+                advance(len(batch))
+            writer.close(known, skipped)
+        except BaseException:  # an interruption too leaves no half of a shard
+            writer.abandon()
+            raise

@@ -55,7 +55,8 @@ def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", mo
         features = held_out.values[part].to(device)
         captions = [held_out.records[n].captions[0] for n in part.tolist()]
         prompts = [prompt] * len(captions)
-        for kind, seen in (("right", features), ("shuffled", features.roll(1, dims=0))):
+        another = features[torch.arange(len(features)).roll(1)]
+        for kind, seen in (("right", features), ("shuffled", another)):
             torch.manual_seed(seed)
             loss = float(model.losses(prompts, captions, features=seen)["lm"]) * len(part)
             right, shuffled = (right + loss, shuffled) if kind == "right" else (right, shuffled + loss)

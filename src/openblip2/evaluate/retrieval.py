@@ -44,17 +44,20 @@ def rerank(
     """Scores in which the best candidates stand in ITM's order, for both directions: two `[N, M]`.
 
     For each image its `best` texts by `scores [N, M]`, and for each text its `best` images, are given the log-odds
-    of the ITM head; all others rank behind them in their old order. An image's keys and values are computed once.
-    `advance` is called after each image.
+    of the ITM head; all others rank behind them in their old order. An image's keys and values are computed once and
+    shared by its texts, and texts of like length go together. `advance` is called after each image.
     """
     by_image, by_text = (_candidates(scores, best, dim) for dim in (1, 0))
     wanted = by_image | by_text
     odds = torch.zeros_like(scores)
+    lengths = valid.sum(dim=1)
+    by_length = lengths.argsort(stable=True)
     for n, patches in enumerate(features):
-        texts = wanted[n].nonzero()[:, 0]
+        texts = by_length[wanted[n, by_length]]
         memory = model.qformer.look(patches[None])
         for part in texts.split(CHUNK):
-            logits = model.match(memory.take(torch.zeros_like(part)), tokens[part], valid[part]).float()
+            longest = int(lengths[part[-1]])
+            logits = model.match(memory, tokens[part, :longest], valid[part, :longest]).float()
             odds[n, part] = logits[:, 1] - logits[:, 0]
         advance()
     behind = scores - scores.max() + odds.min() - 1

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from openblip2.config import RunSettings
+from openblip2.errors import UserError
 from openblip2.model.bert import bert_sizes, start_from_bert
 from openblip2.model.language import LanguageModel
 from openblip2.model.load_language import load_language
@@ -66,6 +67,7 @@ def build_stage1(
         settings.stage1.label_smoothing,
         settings.stage1.one_sided,
         writes,
+        settings.stage1.contrast,
     )
     if sizes is None:
         start_from_bert(model.qformer, qformer.start, model.word_head)
@@ -110,12 +112,17 @@ def add_adapters(model: Stage1 | Stage2, settings: RunSettings) -> None:
 
 
 def require_extras(settings: RunSettings) -> None:
-    """Checks that the optional packages of these settings are installed, before minutes are spent.
+    """Checks that the settings fit together and their optional packages are installed, before minutes are spent.
 
     Raises:
-        UserError: one is not.
+        UserError: they do not, or one is not.
     """
     language = settings.language
+    if settings.stage1.one_sided and settings.stage1.contrast == "sigmoid":
+        raise UserError(
+            "stage1.one_sided=true belongs to the two directions of stage1.contrast=softmax; sigmoid has one: leave "
+            "one_sided out"
+        )
     generative = settings.stage == "stage2"
     if settings.qformer.lora or (generative and language.lora):
         require_lora()
@@ -135,7 +142,8 @@ def parts_table(model: nn.Module) -> list[tuple[str, int, str]]:
             _add_row(rows, name, [p for p in parameters if p.requires_grad])
             parameters = [p for p in parameters if not p.requires_grad]
         _add_row(rows, name, parameters)
-    _add_row(rows, "temperature", list(model.parameters(recurse=False)))
+    for name, parameter in model.named_parameters(recurse=False):
+        _add_row(rows, name, [parameter])
     return rows
 
 

@@ -8,15 +8,19 @@ Shapes: B images, Q queries, T tokens, L LLM width, W vocabulary.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from openblip2.errors import UserError
+from openblip2.model import prompt_cache
+from openblip2.model.decoding import Decoding, generate
+from openblip2.model.output_head import ends_in_head, loss_at
 from openblip2.model.precision import own_precision
 from openblip2.model.template import PAPER_TEMPLATE, resolve_template
 
@@ -25,26 +29,6 @@ if TYPE_CHECKING:
 
 SOFT = -1  # stands for one soft token in a row of ids
 IGNORED = -100  # a position without a target
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How text is drawn from the language model. Lengths count new tokens.
-
-    The defaults are the paper's for captions, but for `min_new_tokens`, 8 there: a picture may need fewer words.
-
-    Attributes:
-        beams: 1 = greedy, or plain sampling. sample: nucleus sampling with `top_p` and `temperature`.
-    """
-
-    max_new_tokens: int = 30
-    min_new_tokens: int = 1
-    beams: int = 5
-    length_penalty: float = 1.0
-    repetition_penalty: float = 1.0
-    sample: bool = False
-    top_p: float = 0.9
-    temperature: float = 1.0
 
 
 class FrozenLM(nn.Module):
@@ -72,11 +56,33 @@ class FrozenLM(nn.Module):
         self.llm = llm.requires_grad_(False).eval()
         self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
-        self.end = _end_ids(tokenizer, end)
+        self.end, self.checkpointed = _end_ids(tokenizer, end), False
+        self.reuse = prompt_cache.find_reuse(llm)
 
     def train(self, mode: bool = True) -> "FrozenLM":
         """Frozen parts stay in eval mode: the language model's own dropout is off (the authors leave it on)."""
         return super().train(False)
+
+    def checkpoint_activations(self) -> None:
+        """From now on the backward pass computes each layer again instead of keeping what is in it.
+
+        Not by transformers' own switch, which works in training mode only, where dropout is on.
+
+        Raises:
+            UserError: a model whose layers transformers does not mark as fit for it.
+        """
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [layer for layer in self.llm.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        if not layers:
+            raise UserError(f"train.checkpoint_activations=true: {type(self.llm).__name__} has no layers fit for it")
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        self.checkpointed = True
+
+    @cached_property
+    def _ends_in_head(self) -> bool:
+        return ends_in_head(self.llm)
 
     @property
     def adapted(self) -> bool:
@@ -93,6 +99,10 @@ class FrozenLM(nn.Module):
         """
         rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
         return _embed(self.llm, rows, soft, left=not self.llm.config.is_encoder_decoder)
+
+    def length(self, prompt: str) -> int:
+        """Tokens that it reads behind a prompt's picture and in front of it, the soft ones not counted."""
+        return len(self._head(prompt, 0))
 
     def own_precision(self) -> AbstractContextManager[object]:
         return own_precision(self.llm.device, self.llm.dtype)
@@ -117,39 +127,73 @@ class DecoderLM(FrozenLM):
         Args:
             soft: `[B, Q, L]`. prompts, captions: B texts each.
         """
+        return self.scored(soft, prompts, captions)[0]
+
+    def scored(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> tuple[Tensor, int]:
+        """`loss`, and how many positions it is the mean of; arguments as there."""
         heads = [self._head(prompt, soft.shape[1]) for prompt in prompts]
         tails = [self._caption(prompt, caption) for prompt, caption in zip(prompts, captions, strict=True)]
-        before = _common_text(heads)
+        # What a layer computes again would be put into the cache again: then all rows are read whole.
+        before = [] if self.checkpointed else _common_text(heads)
         rows = [head[len(before) :] + tail for head, tail in zip(heads, tails, strict=True)]
         embeds, mask = _embed(self.llm, rows, soft, left=False)
         labels = torch.full_like(mask, IGNORED)
         for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
             labels[row, len(head) - len(before) :][: len(tail)] = torch.tensor(tail)
-        # Logits only from the first position that any row scores: soft tokens and common prompt need none. The
-        # positions are given one by one: a slice of the hidden states is not contiguous, and a CPU would multiply it
-        # with a copy of the output embedding for every row.
+        # Output only from the first position that any row scores. Positions one by one: a slice is not contiguous, and
+        # for the model's own logits a CPU would multiply it with a copy of the output embedding for every row.
         first = min(map(len, heads)) - len(before) - 1
-        places = torch.arange(first, mask.shape[1], device=soft.device)
+        places = torch.arange(first, mask.shape[1] - 1, device=soft.device)
         mask = F.pad(mask, (len(before), 0), value=1)
-        with self.own_precision():
-            known = self._read(before, len(rows)) if before else {"use_cache": False}
-            logits = self.llm(inputs_embeds=embeds, attention_mask=mask, logits_to_keep=places, **known).logits
         targets = labels[:, first + 1 :]
         scored = targets != IGNORED
-        return F.cross_entropy(logits[:, :-1][scored].float(), targets[scored])
+        with self.own_precision():
+            known: dict[str, Any] = self._read(before, len(rows)) if before else {"use_cache": False}
+            known |= {"inputs_embeds": embeds, "attention_mask": mask, "logits_to_keep": places}
+            return loss_at(self.llm, self._ends_in_head, scored, targets[scored], **known), int(scored.sum())
 
     @torch.no_grad()
-    def generate(self, soft: Tensor, prompts: Sequence[str], decoding: Decoding) -> list[str]:
-        """One text for each of the B soft prompts `[B, Q, L]`; left padding, so a batch equals its single images."""
+    def generate(
+        self, soft: Tensor, prompts: Sequence[str], decoding: Decoding, pictures: Sequence[int] | None = None
+    ) -> list[str]:
+        """One text for each of B prompts; left padding, so a batch equals its single images.
+
+        Nothing is read twice: the text in front of all pictures once, a picture once for all prompts about it, and
+        all but the last token of a prompt once for all beams.
+
+        Args:
+            soft: `[N, Q, L]` of N pictures.
+            pictures: which of them each prompt is about, `[B]`; None = prompt n is about picture n.
+        """
+        pictures = range(len(soft)) if pictures is None else pictures
         rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
-        before = _common_text(rows)
-        embeds, mask = _embed(self.llm, [row[len(before) :] for row in rows], soft, left=True)
-        mask = F.pad(mask, (len(before), 0), value=1)
-        # `generate` wants the whole rows, and skips what it finds in the cache.
-        embeds = F.pad(embeds, (0, 0, len(before), 0))
+        text, shared = self._shared(rows, pictures)
+        embeds, mask = _embed(self.llm, rows, soft[list(pictures)], left=True, fixed=shared)
+        every = list(range(len(rows)))
+        firsts = [pictures.index(picture) for picture in pictures]  # of each row, the first about the same picture
+        stages = [(text, [0] * len(rows)), (shared, firsts)]
+        if self.reuse.cache and decoding.beams > 1:
+            stages.append((embeds.shape[1] - 1, every))
         with self.own_precision():
-            known = self._read(before, len(rows) * decoding.beams) if before else {}
-            return _generate(self.llm, self.tokenizer, embeds, mask, decoding, stop=self.end[-1], **known)
+            cache = prompt_cache.read(self.llm, embeds, mask, stages, self.end[-1])
+            # `generate` wants the whole rows, and skips what it finds in the cache.
+            room = embeds.shape[1] + decoding.max_new_tokens
+            if self.reuse.cache:
+                cache = prompt_cache.with_room(self.llm, cache, decoding.beams, room)
+            return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache)
+
+    def _shared(self, rows: list[list[int]], pictures: Sequence[int]) -> tuple[int, int]:
+        """How many ids all rows begin with: those in front of the pictures, and those that end behind them.
+
+        The second is the first unless pictures repeat. Padding, if there must be any, stands behind what is shared.
+        """
+        if not self.reuse.cache or not (self.reuse.gaps or len(set(map(len, rows))) == 1):
+            return 0, 0
+        most = min(map(len, rows)) - 1  # `generate` computes the last token itself
+        text = min(len(_common_text(rows)), most)
+        columns = zip(*rows, strict=False)
+        shared = min(sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns)), most)
+        return text, shared if len(set(pictures)) < len(rows) and SOFT in rows[0][:shared] else text
 
     def _read(self, text: list[int], count: int) -> dict[str, Any]:
         """The keys and values of a text that `count` rows begin with. No picture is in it, so it is read once."""
@@ -173,6 +217,10 @@ class EncoderDecoderLM(FrozenLM):
 
         The split points come from torch's global generator.
         """
+        return self.scored(soft, prompts, captions)[0]
+
+    def scored(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> tuple[Tensor, int]:
+        """`loss`, and how many positions it is the mean of; arguments as there."""
         split = [split_caption(caption) for caption in captions]
         heads = [
             self._head(f"{prompt} {prefix}".strip(), soft.shape[1])
@@ -183,17 +231,22 @@ class EncoderDecoderLM(FrozenLM):
         labels = torch.full((len(tails), max(map(len, tails))), IGNORED, device=soft.device)
         for row, tail in enumerate(tails):
             labels[row, : len(tail)] = torch.tensor(tail)
-        with self.own_precision():
-            logits = self.llm(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).logits
         scored = labels != IGNORED
-        return F.cross_entropy(logits[scored].float(), labels[scored])
+        written = self.llm.prepare_decoder_input_ids_from_labels(labels=labels)  # pyright: ignore
+        with self.own_precision():
+            given = {"inputs_embeds": embeds, "attention_mask": mask, "decoder_input_ids": written}
+            loss = loss_at(self.llm, self._ends_in_head, scored, labels[scored], use_cache=False, **given)
+        return loss, int(scored.sum())
 
     @torch.no_grad()
-    def generate(self, soft: Tensor, prompts: Sequence[str], decoding: Decoding) -> list[str]:
-        """One text for each of the B soft prompts `[B, Q, L]`."""
-        embeds, mask = self.embed(soft, prompts)
+    def generate(
+        self, soft: Tensor, prompts: Sequence[str], decoding: Decoding, pictures: Sequence[int] | None = None
+    ) -> list[str]:
+        """As `DecoderLM.generate`; the encoder reads a prompt once for all beams, but a picture for each prompt."""
+        embeds, mask = self.embed(soft if pictures is None else soft[list(pictures)], prompts)
+        cache = prompt_cache.encoder_decoder_cache(self.llm, decoding.max_new_tokens) if self.reuse.cache else None
         with self.own_precision():
-            return _generate(self.llm, self.tokenizer, embeds, mask, decoding, stop=self.end[-1])
+            return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache)
 
 
 LanguageModel = DecoderLM | EncoderDecoderLM
@@ -228,37 +281,19 @@ def _common_text(heads: list[list[int]]) -> list[int]:
     return [first for first, *_ in takewhile(lambda ids: ids[0] != SOFT and len(set(ids)) == 1, columns)]
 
 
-def _embed(llm: Any, rows: list[list[int]], soft: Tensor, left: bool) -> tuple[Tensor, Tensor]:
-    """Embeds rows of ids in which `SOFT` marks the soft tokens' places: `[B, T, L]` and attention mask `[B, T]`."""
+def _embed(llm: Any, rows: list[list[int]], soft: Tensor, left: bool, fixed: int = 0) -> tuple[Tensor, Tensor]:
+    """Embeds rows of ids in which `SOFT` marks the soft tokens' places: `[B, T, L]` and attention mask `[B, T]`.
+
+    left: padding stands in front, but behind the first `fixed` ids, which no padding moves.
+    """
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for n, row in enumerate(rows):
-        place = slice(longest - len(row), None) if left else slice(len(row))
-        ids[n, place], mask[n, place] = torch.tensor(row), 1
+        rest = fixed + (longest - len(row) if left else 0)
+        for start, part in ((0, row[:fixed]), (rest, row[fixed:])):
+            place = slice(start, start + len(part))
+            ids[n, place], mask[n, place] = torch.tensor(part), 1
     ids, mask = ids.to(soft.device), mask.to(soft.device)
     embeds = llm.get_input_embeddings()(ids.clamp(min=0))
     return embeds.masked_scatter((ids == SOFT)[..., None], soft.to(embeds.dtype)), mask
-
-
-def _generate(
-    llm: Any, tokenizer: Any, embeds: Tensor, mask: Tensor, how: Decoding, stop: int, **known: Any
-) -> list[str]:
-    # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut here.
-    sampling = {"top_p": how.top_p, "temperature": how.temperature, "top_k": 0} if how.sample else {}
-    beams = {"length_penalty": how.length_penalty} if how.beams > 1 else {}  # without beams it is unknown there
-    found = llm.generate(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        max_new_tokens=how.max_new_tokens,
-        min_new_tokens=how.min_new_tokens,
-        num_beams=how.beams,
-        do_sample=how.sample,
-        repetition_penalty=how.repetition_penalty,
-        eos_token_id=stop,
-        pad_token_id=stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **sampling,
-        **beams,
-        **known,
-    )
-    return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]

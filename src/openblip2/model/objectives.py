@@ -3,10 +3,11 @@
 Shapes: B images here, G images over all processes (G = B in one process), Q queries, E shared space, W vocabulary.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from openblip2.distributed import gather
@@ -62,6 +63,24 @@ def contrastive(
     return Contrast(loss, image_to_text, text_to_image)
 
 
+def sigmoid_contrastive(image: Tensor, text: Tensor, temperature: Tensor, bias: Tensor, positives: Tensor) -> Contrast:
+    """SigLIP's contrastive loss (Zhai et al. 2023), not the paper's: every pair for itself, is it a match or not?
+
+    Summed over an image's `G` texts, mean over images. A pair's logit is its similarity over the temperature, plus a
+    bias that starts low, for nearly all pairs are no match. One pass over all pairs trains both sides: no directions.
+
+    Args:
+        image: `[B, Q, E]`, normalised. text: `[B, E]`, normalised. temperature, bias: scalars.
+        positives: `[B, G]` from `same_image`; each of a row's positives counts in full.
+    """
+    image_to_text = similarity(image, gather(text)) / temperature
+    signs = positives.float() * 2 - 1
+    loss = -F.logsigmoid(signs * (image_to_text + bias)).sum(dim=1).mean()
+    with torch.no_grad():  # for hard negatives alone, which carry no gradient
+        text_to_image = similarity(gather(image), text).T / temperature
+    return Contrast(loss, image_to_text, text_to_image)
+
+
 class Rivals(NamedTuple):
     """Hard negatives; -1 where a row has none, because everything in the batch matches it."""
 
@@ -97,3 +116,87 @@ def matching(logits: Tensor, is_match: Tensor) -> Tensor:
 def generation(logits: Tensor, targets: Tensor, label_smoothing: float = 0.1) -> Tensor:
     """Image-grounded text generation loss: word logits `[N, W]` at the `N` positions with a target, `targets [N]`."""
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+
+
+CHUNK_BYTES = 64 * 2**20  # of fp32 logits at a time
+FEWEST_ROWS = 256  # below that a product is bound by reading the weight
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Mean cross-entropy of the logits `hidden @ weight.T + bias` without ever holding all of them.
+
+    The gradient is computed chunk by chunk along with the loss, for the inputs that require one; not twice
+    differentiable. Products are in autocast's dtype, as `F.linear`'s; sums over chunks in fp32.
+
+    Args:
+        hidden: `[N, D]`, N >= 1. weight: `[W, D]`. bias: `[W]`. targets: `[N]` int64.
+        chunk: rows at a time; None = what fits `CHUNK_BYTES`. All N in one chunk are computed the plain way.
+    """
+    if chunk is None:
+        chunk = max(FEWEST_ROWS, CHUNK_BYTES // (4 * len(weight)))
+    if len(targets) <= chunk:
+        return generation(F.linear(hidden, weight, bias), targets, label_smoothing)
+    place = hidden.device.type
+    dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else weight.dtype
+    with torch.autocast(place, enabled=False):
+        loss = _ChunkedCrossEntropy.apply(
+            hidden, weight, bias, targets, label_smoothing, chunk, dtype, torch.is_grad_enabled()
+        )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        smoothing: float,
+        chunk: int,
+        dtype: torch.dtype,
+        trains: bool,
+    ) -> Tensor:
+        of_hidden, of_weight, of_bias = (
+            torch.zeros_like(given, dtype=torch.float32) if trains and wanted and given is not None else None
+            for given, wanted in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        )
+        factor, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        loss = torch.zeros((), device=hidden.device)
+        for first in range(0, len(targets), chunk):
+            part = slice(first, first + chunk)
+            rows, wanted = hidden[part].to(dtype), targets[part, None]
+            logs = F.linear(rows, factor, offset).float().log_softmax(dim=1)
+            loss -= (1 - smoothing) * logs.gather(1, wanted).sum() + smoothing * logs.mean(dim=1).sum()
+            if of_hidden is None and of_weight is None and of_bias is None:
+                continue
+            # The gradient at the logits, but for the mean's 1 / N: what is likely less what is wanted.
+            error = logs.exp_().sub_(smoothing / len(weight))
+            error.scatter_add_(1, wanted, torch.full_like(error[:, :1], smoothing - 1))
+            if of_bias is not None:
+                of_bias += error.sum(dim=0)
+            error = error.to(dtype)
+            if of_hidden is not None:
+                of_hidden[part] = error @ factor
+            if of_weight is not None:
+                of_weight += error.T @ rows
+        gradients = (of_hidden, of_weight, of_bias)
+        given = (hidden, weight, bias)
+        ctx.save_for_backward(
+            *(None if g is None else g.div_(len(targets)).to(x.dtype) for g, x in zip(gradients, given, strict=True))  # pyright: ignore
+        )
+        return loss / len(targets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *(None if g is None else g * upstream[0] for g in ctx.saved_tensors), *[None] * 5

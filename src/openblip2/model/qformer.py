@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 INIT_STD = 0.02  # BERT's, and the paper's for the queries
 NORM_EPS = 1e-12  # BERT's
@@ -39,7 +40,7 @@ class Seen(NamedTuple):
     """The outcome of one pass."""
 
     queries: Tensor | None  # [B, Q, D]
-    text: Tensor | None  # [B, T, D]
+    text: Tensor | None  # [B, T, D]; with `keep_text` the first rows only, None without any
     cache: tuple[KeysValues, ...]  # self-attention keys and values of all rows, for `QFormer.write`
 
 
@@ -76,6 +77,7 @@ class QFormer(nn.Module):
         if width % heads:
             raise ValueError(f"Q-Former width {width} is not a multiple of its {heads} heads")
         self.width, self.image_width = width, image_width
+        self.checkpoint_activations = False  # True: the backward pass computes each layer again instead of keeping it
         self.sizes = {"width": width, "layers": layers, "heads": heads, "ffn": ffn, "vocabulary": vocabulary}
         self.sizes["positions"] = positions
         self.image_norm = nn.LayerNorm(image_width, eps=image_norm_eps)  # "ln_vision": trained in both stages
@@ -101,19 +103,28 @@ class QFormer(nn.Module):
         crossing = [layer.cross for layer in self.layers if isinstance(layer, Layer) and layer.cross is not None]
         return Memory(tuple(cross.keys_values(patches) for cross in crossing))
 
-    def forward(self, memory: Memory | None = None, tokens: Tensor | None = None, mask: Tensor | None = None) -> Seen:
+    def forward(
+        self,
+        memory: Memory | None = None,
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        keep_text: int | None = None,
+    ) -> Seen:
         """One pass over queries (if `memory` is given), text (if `tokens` are given), or both.
 
         Args:
-            memory: what `look` gave for the `B` images.
+            memory: what `look` gave for the `B` images; or of fewer that divide `B`, each for `B / images` texts in
+                a row, which then share its keys and values.
             tokens: `[B, T]` int64.
             mask: one of `masks`, broadcastable to `[B, H, rows, rows]`; None = everybody looks at everybody.
+            keep_text: how many text rows the caller reads, from the first on; None = all. The last layer computes
+                the others as keys and values only.
         """
-        queries = self._embed_queries(memory) if memory is not None else None
+        queries = self._embed_queries(memory, tokens) if memory is not None else None
         text = self._embed_text(tokens) if tokens is not None else None
-        return self._run(queries, text, memory, mask, past=None)
+        return self._run(queries, text, memory, mask, None, keep_text)
 
-    def write(self, alone: Seen, tokens: Tensor, mask: Tensor) -> Tensor:
+    def write(self, alone: Seen, tokens: Tensor, mask: Tensor, keep_text: int | None = None) -> Tensor:
         """The text rows of a pass under the causal mask, from a query pass done before: `[B, T, D]`.
 
         Query rows never look at text under that mask, so their keys and values are those of queries alone.
@@ -121,15 +132,16 @@ class QFormer(nn.Module):
         Args:
             alone: what `forward(memory)` gave. Its cache is not detached: gradients reach the queries.
             tokens: `[B, T]`. mask: `masks.causal(Q, valid)`, the rows of queries included.
+            keep_text: as in `forward`.
         """
         text = self._embed_text(tokens)
-        seen = self._run(None, text, None, mask[:, :, -tokens.shape[1] :], past=alone.cache)
+        seen = self._run(None, text, None, mask[:, :, -tokens.shape[1] :], alone.cache, keep_text)
         assert seen.text is not None
         return seen.text
 
-    def _embed_queries(self, memory: Memory) -> Tensor:
+    def _embed_queries(self, memory: Memory, tokens: Tensor | None) -> Tensor:
         rows = self.dropout(self.norm(self.queries))
-        return rows.expand(memory.layers[0][0].shape[0], -1, -1)
+        return rows.expand((memory.layers[0][0] if tokens is None else tokens).shape[0], -1, -1)
 
     def _embed_text(self, tokens: Tensor) -> Tensor:
         # Positions start at 0 whether or not queries stand in front; there is no token-type embedding.
@@ -145,12 +157,18 @@ class QFormer(nn.Module):
         memory: Memory | None,
         mask: Tensor | None,
         past: tuple[KeysValues, ...] | None,
+        keep_text: int | None,
     ) -> Seen:
         cache: list[KeysValues] = []
         images = iter(memory.layers) if memory is not None else iter(())
         for n, layer in enumerate(self.layers):
             image = next(images) if layer.cross is not None and queries is not None else None
-            queries, text, own = layer(queries, text, image, mask, past[n] if past else None)
+            keep = keep_text if n == len(self.layers) - 1 else None
+            given = (queries, text, image, mask, past[n] if past else None, keep)
+            if self.checkpoint_activations:
+                queries, text, own = checkpoint(layer, *given, use_reentrant=False)
+            else:
+                queries, text, own = layer(*given)
             cache.append(own)
         return Seen(queries, text, tuple(cache))
 
@@ -172,22 +190,33 @@ class Layer(nn.Module):
         image: KeysValues | None,
         mask: Tensor | None,
         past: KeysValues | None,
+        keep_text: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None, KeysValues]:
-        rows = torch.cat([part for part in (queries, text) if part is not None], dim=1)
+        rows = _join(queries, text)
         keys, values = self.attention.keys_values(rows)
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+        if text is not None and keep_text is not None:  # the others are looked at, but look no more themselves
+            text = text[:, :keep_text] if keep_text else None
+            rows = _join(queries, text)
+            mask = None if mask is None else mask[:, :, : rows.shape[1]]
         rows = self.attention(rows, (keys, values), mask)
         if queries is not None:
             count = queries.shape[1]
-            queries, rows = rows[:, :count], rows[:, count:]
+            looking, rows = rows[:, :count], rows[:, count:]
             if self.cross is not None and image is not None:
-                queries = self.cross(queries, image)
-            queries = self.query_ffn(queries)
+                # All queries that look at one image stand side by side: its keys and values are never copied.
+                beside = looking.reshape(image[0].shape[0], -1, looking.shape[2])
+                looking = self.cross(beside, image).reshape(looking.shape)
+            queries = self.query_ffn(looking)
         if text is not None:
             assert self.text_ffn is not None
             text = self.text_ffn(rows)
         return queries, text, (keys, values)
+
+
+def _join(queries: Tensor | None, text: Tensor | None) -> Tensor:
+    return torch.cat([part for part in (queries, text) if part is not None], dim=1)
 
 
 class Attention(nn.Module):
@@ -247,4 +276,8 @@ class WordHead(nn.Module):
 
     def forward(self, rows: Tensor, words: nn.Embedding) -> Tensor:
         """`rows [..., D]` -> word logits `[..., W]`."""
-        return F.linear(self.norm(F.gelu(self.dense(rows))), words.weight, self.bias)
+        return F.linear(self.hidden(rows), words.weight, self.bias)
+
+    def hidden(self, rows: Tensor) -> Tensor:
+        """What the decoder reads: `rows [..., D]` -> `[..., D]`."""
+        return self.norm(F.gelu(self.dense(rows)))

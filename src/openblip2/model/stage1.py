@@ -3,7 +3,7 @@
 Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, T text tokens, D width, E shared space.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,20 @@ from torch.nn import functional as F
 
 from openblip2 import distributed
 from openblip2.model import masks
-from openblip2.model.objectives import Rivals, contrastive, generation, hard_negatives, matching, same_image
+from openblip2.model.objectives import (
+    Contrast,
+    Rivals,
+    chunked_cross_entropy,
+    contrastive,
+    hard_negatives,
+    matching,
+    same_image,
+    sigmoid_contrastive,
+)
 from openblip2.model.qformer import Memory, QFormer, Seen, WordHead
 from openblip2.model.vision import Vision
+
+SIGMOID_BIAS = -10.0  # SigLIP's start: so low that nearly all pairs, which are no match, begin as none
 
 
 class Stage1(nn.Module):
@@ -25,6 +36,7 @@ class Stage1(nn.Module):
         shared_width: E. temperature: the start of the learned temperature.
         label_smoothing: of ITC and ITG. one_sided: see `objectives.contrastive`.
         writes: False leaves out the head of ITG, as transformers' checkpoints do: good for scores, not for training.
+        contrast: ITC by `objectives.contrastive`, or (not the paper's) by `sigmoid_contrastive`, with a learned bias.
     """
 
     def __init__(
@@ -36,15 +48,19 @@ class Stage1(nn.Module):
         label_smoothing: float = 0.1,
         one_sided: bool = False,
         writes: bool = True,
+        contrast: Literal["softmax", "sigmoid"] = "softmax",
     ) -> None:
         super().__init__()
         assert qformer.words is not None, "stage 1 needs the Q-Former's text path"
+        assert not (one_sided and contrast == "sigmoid"), "the sigmoid loss has one direction: nothing to leave out"
         self.vision, self.qformer = vision, qformer
         self.image_head = nn.Linear(qformer.width, shared_width)
         self.text_head = nn.Linear(qformer.width, shared_width)
         self.match_head = nn.Linear(qformer.width, 2)
         self.word_head = WordHead(qformer.width, qformer.words) if writes else None
         self.temperature = nn.Parameter(torch.tensor(temperature))
+        # None is no parameter: a checkpoint of the paper's ITC does not have it.
+        self.contrast_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if contrast == "sigmoid" else None
         self.label_smoothing, self.one_sided = label_smoothing, one_sided
 
     def losses(
@@ -71,17 +87,35 @@ class Stage1(nn.Module):
         positives = same_image(ids)
         memory = self.qformer.look(see(self.vision, images, features))
         alone = self.qformer(memory)
-        image, text = self.image_vectors(alone), self.text_vectors(tokens, valid)
-        itc = contrastive(image, text, self.temperature, positives, self.label_smoothing, self.one_sided)
-
-        itg = generation(*self.write(alone, tokens, valid), self.label_smoothing)
+        itc = self.contrast(self.image_vectors(alone), self.text_vectors(tokens, valid), positives)
+        itg = self.writing_loss(alone, tokens, valid)
         if not with_matching:
             return {"itc": itc.loss, "itg": itg}
 
-        rivals = self._rivals(itc.image_to_text, itc.text_to_image, positives) if negatives is None else negatives
+        rivals = self.rivals(itc, positives) if negatives is None else negatives
         pairs = pair_up(tokens, valid, Rivals(*rivals))
         itm = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
         return {"itc": itc.loss, "itm": itm, "itg": itg}
+
+    def contrast(self, image: Tensor, text: Tensor, positives: Tensor) -> Contrast:
+        """ITC of image vectors `[B, Q, E]` and text vectors `[B, E]`; `positives [B, G]` from `same_image`."""
+        if self.contrast_bias is not None:
+            return sigmoid_contrastive(image, text, self.temperature, self.contrast_bias, positives)
+        return contrastive(image, text, self.temperature, positives, self.label_smoothing, self.one_sided)
+
+    def rivals(self, itc: Contrast, positives: Tensor) -> Rivals:
+        """Hard negatives from this process' own rows, whose image memory is at hand: `positives [B, G]`."""
+        count, first = len(positives), distributed.rank() * len(positives)
+        here = slice(first, first + count)
+        return hard_negatives(itc.image_to_text[:, here], itc.text_to_image[:, here], positives[:, here])
+
+    def writing_loss(self, alone: Seen, tokens: Tensor, valid: Tensor) -> Tensor:
+        """ITG of the images of a query pass and their texts: the mean over all positions with a target."""
+        rows, targets = self.write(alone, tokens, valid)
+        assert self.word_head is not None
+        assert self.qformer.words is not None
+        weight, bias = self.qformer.words.weight, self.word_head.bias
+        return chunked_cross_entropy(rows, weight, bias, targets, self.label_smoothing)
 
     def image_vectors(self, alone: Seen) -> Tensor:
         """Each query's direction in the shared space: `[B, Q, E]`, of length 1."""
@@ -90,22 +124,22 @@ class Stage1(nn.Module):
 
     def text_vectors(self, tokens: Tensor, valid: Tensor) -> Tensor:
         """The text's direction in the shared space, read off `[CLS]`: `[B, T]` -> `[B, E]`, of length 1."""
-        return F.normalize(self.text_head(self.text_rows(tokens, valid)[:, 0]).float(), dim=-1)
+        return F.normalize(self.text_head(self.text_row(tokens, valid)).float(), dim=-1)
 
-    def text_rows(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        """What the text stream makes of a text alone: `[B, T]` -> `[B, T, D]`."""
-        seen = self.qformer(tokens=tokens, mask=masks.padding(valid))
+    def text_row(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """What the text stream makes of a text alone, read off `[CLS]`: `[B, T]` -> `[B, D]`."""
+        seen = self.qformer(tokens=tokens, mask=masks.padding(valid), keep_text=1)
         assert seen.text is not None
-        return seen.text
+        return seen.text[:, 0]
 
     def match(self, memory: Memory, tokens: Tensor, valid: Tensor) -> Tensor:
         """Match logits of N pairs, averaged over the queries: `[N, 2]`, class 1 = match."""
         count = self.qformer.queries.shape[1]
-        seen = self.qformer(memory, tokens, masks.bidirectional(count, valid))
+        seen = self.qformer(memory, tokens, masks.bidirectional(count, valid), keep_text=0)
         return self.match_head(seen.queries).mean(dim=1)
 
     def write(self, alone: Seen, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Word logits `[N, W]` and targets `[N]` at every position whose next token is real.
+        """What the word decoder reads, `[N, D]`, and targets `[N]` at every position whose next token is real.
 
         `[DEC]` stands where `[CLS]` stood; it is never a target, `[SEP]` is one.
         """
@@ -115,15 +149,10 @@ class Stage1(nn.Module):
         queries = self.qformer.queries.shape[1]
         start = tokens.new_full((len(tokens), 1), self.qformer.words.num_embeddings - 1)
         tokens = torch.cat([start, tokens[:, 1:]], dim=1)
-        hidden = self.qformer.write(alone, tokens, masks.causal(queries, valid))
+        # The last token has no next one. What is never scored is left out where nothing else looks at it any more.
+        hidden = self.qformer.write(alone, tokens, masks.causal(queries, valid), keep_text=tokens.shape[1] - 1)
         scored = valid[:, 1:]
-        return self.word_head(hidden[:, :-1][scored], self.qformer.words), tokens[:, 1:][scored]
-
-    def _rivals(self, image_to_text: Tensor, text_to_image: Tensor, positives: Tensor) -> Rivals:
-        # Negatives come from this process' own rows, whose image memory is at hand.
-        count, first = len(positives), distributed.rank() * len(positives)
-        here = slice(first, first + count)
-        return hard_negatives(image_to_text[:, here], text_to_image[:, here], positives[:, here])
+        return self.word_head.hidden(hidden[scored]), tokens[:, 1:][scored]
 
 
 class Pairs(NamedTuple):
@@ -135,12 +164,16 @@ class Pairs(NamedTuple):
     is_match: Tensor  # [N] bool
 
 
-def pair_up(tokens: Tensor, valid: Tensor, rivals: Rivals) -> Pairs:
-    """N = 3B pairs, less those for which a row had no negative: `tokens [B, T]`, `valid [B, T]`."""
-    own = torch.arange(len(tokens), device=tokens.device)
-    with_image, with_text = rivals.images >= 0, rivals.texts >= 0
-    images = torch.cat([own, rivals.images[with_image], own[with_text]])
-    texts = torch.cat([own, own[with_image], rivals.texts[with_text]])
+def pair_up(tokens: Tensor, valid: Tensor, rivals: Rivals, rows: Tensor | None = None) -> Pairs:
+    """N = 3B pairs, less those for which a row had no negative: `tokens [B, T]`, `valid [B, T]`.
+
+    `rows [n]` int64: the pairs of these rows of the batch alone, at most 3n; None = of all.
+    """
+    own = torch.arange(len(tokens), device=tokens.device) if rows is None else rows
+    rival_images, rival_texts = rivals.images[own], rivals.texts[own]
+    with_image, with_text = rival_images >= 0, rival_texts >= 0
+    images = torch.cat([own, rival_images[with_image], own[with_text]])
+    texts = torch.cat([own, own[with_image], rival_texts[with_text]])
     return Pairs(images, tokens[texts], valid[texts], torch.arange(len(images), device=tokens.device) < len(own))
 
 

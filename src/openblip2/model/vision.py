@@ -8,11 +8,13 @@ Shapes: B images, P patch tokens (class and register tokens included), V encoder
 """
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from openblip2.errors import UserError, one_line
 from openblip2.model.mapped import load_in
@@ -103,7 +105,7 @@ class Vision(nn.Module):
         # A hook and not `output_hidden_states`, which would hold the output of every layer until the end.
         hook = _stack(self.encoder)[-1].register_forward_hook(lambda layer, given, output: seen.append(output))
         try:
-            with own_precision(pixels.device, self.encoder.dtype):
+            with own_precision(pixels.device, self.encoder.dtype), _forward_kernel(pixels.device):
                 self.encoder(self._normalise(pixels).to(self.encoder.dtype), **self._options)
         finally:
             hook.remove()
@@ -114,6 +116,13 @@ class Vision(nn.Module):
         # Not buffers: `.to(torch.bfloat16)` on a parent would round them.
         mean, std = (torch.tensor(c, device=pixels.device).view(3, 1, 1) for c in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
+
+
+def _forward_kernel(place: torch.device) -> AbstractContextManager[object]:
+    """On CPUs the flash kernel, whatever training has chosen around it: nothing goes back through a frozen encoder."""
+    if place.type != "cpu" or torch.compiler.is_compiling():
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 
 
 def load_vision(

@@ -3,7 +3,7 @@
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -27,17 +27,25 @@ def compute_dtype(place: torch.device, precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def attention_kernel(model: nn.Module) -> AbstractContextManager[object]:
+    """On CPUs, where gradients are wanted, attention as plain matrix products; a GPU keeps its own choice.
+
+    With a Q-Former's few rows and small heads the backward pass of a CPU's flash kernel takes several times as long;
+    its forward pass takes less, a quarter of the time where many rows look at many (docs/decisions.md).
+    """
+    plain = next(model.parameters()).device.type == "cpu" and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
 @contextmanager
 def computing(model: nn.Module, precision: str) -> Iterator[None]:
     """Runs a model as its hardware likes it: the same numbers to rounding, in less time.
 
-    - bf16 matrix products over fp32 weights, where `compute_dtype` says so;
-    - on CPUs, attention as plain matrix products: with a Q-Former's few rows and small heads the backward pass of
-      the flash kernel takes several times as long (docs/decisions.md).
+    With its `attention_kernel`, and bf16 matrix products over fp32 weights where `compute_dtype` says so.
     """
     place = next(model.parameters()).device
-    plain = sdpa_kernel(SDPBackend.MATH) if place.type == "cpu" else nullcontext()
-    with plain, torch.autocast(place.type, torch.bfloat16, enabled=compute_dtype(place, precision) == torch.bfloat16):
+    half = compute_dtype(place, precision) == torch.bfloat16
+    with attention_kernel(model), torch.autocast(place.type, torch.bfloat16, enabled=half):
         yield
 
 

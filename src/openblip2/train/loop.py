@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from openblip2.config import OptimSettings, TrainSettings
 from openblip2.errors import UserError
 from openblip2.train.checkpoint import load_progress, save_progress, save_trained, trained_parameters
-from openblip2.train.hardware import computing, keep_freed_memory
+from openblip2.train.hardware import attention_kernel, computing, keep_freed_memory
 from openblip2.train.optim import adamw, learning_rate
 from openblip2.train.progress import Progress
 
@@ -127,9 +127,10 @@ def _accumulate(
     totals: dict[str, float] = {}
     for number in range(step * settings.accumulate, (step + 1) * settings.accumulate):
         torch.manual_seed(settings.seed * 1_000_003 + number)
-        with computing(model, settings.precision):
-            parts = losses(number)
-        (torch.stack(list(parts.values())).sum() / settings.accumulate).backward()
+        with attention_kernel(model):  # for the backward pass too: it may compute layers again
+            with computing(model, settings.precision):
+                parts = losses(number)
+            (torch.stack(list(parts.values())).sum() / settings.accumulate).backward()
         for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + float(value.detach()) / settings.accumulate
     return totals

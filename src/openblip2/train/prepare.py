@@ -12,7 +12,8 @@ import torch
 
 from openblip2.config import RunSettings
 from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
-from openblip2.data.features import Features, compute_features
+from openblip2.data.cache import Cache
+from openblip2.data.features import Features, StoredFeatures, find_records
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
 from openblip2.data.tokens import QFormerTokens
@@ -20,6 +21,7 @@ from openblip2.errors import UserError
 from openblip2.model.vision import Vision
 from openblip2.model.whitening import Whitening, fit_whitening
 from openblip2.train.checkpoint import read_whitening, save_whitening
+from openblip2.train.encode import make_cache, open_cache, whitened
 from openblip2.train.hardware import device
 from openblip2.train.loop import Log
 from openblip2.train.progress import Progress
@@ -34,7 +36,7 @@ class Prepared:
     batches: Callable[[int], PairBatch]
     records: Sequence[Record]
     held_out: Features
-    features: Features | None  # of the training pictures, when they are computed once
+    features: StoredFeatures | None  # of the training pictures, when they are computed once
 
 
 def prepare(
@@ -47,6 +49,8 @@ def prepare(
     skipped: Sequence[str] = (),
 ) -> Prepared:
     """Cleans captions, holds pictures out, and computes the features that are computed once.
+
+    They come from the cache `data.features`, or else from one in `kept`, which is made if it is not there.
 
     `skipped`: one line for each sample that was left out before; they and those left out here are named in
     `run/skipped.jsonl` and counted.
@@ -74,62 +78,41 @@ def prepare(
     for line in skipped:
         problem(line)
 
+    sample = trained[:: -(-len(trained) // WHITENING_PICTURES)]
+    if settings.data.features:
+        cache = open_cache(vision, settings, Path(settings.data.features))
+    else:
+        encoded = [*held, *sample] if settings.data.augment else records
+        cache = make_cache(vision, encoded, settings, kept / "pictures", progress, "pictures", replace=True)
     if settings.vision.whiten:
-        vision.whitening = whitening_for(settings, vision, trained, run, kept, progress).to(device())
+        vision.whitening = whitening_for(settings, cache, sample, run).to(device())
+    finish = whitened(vision)
 
-    def once(part: list[Record], name: str) -> Features:
-        found = encode_all(vision, part, settings, kept / f"{name}.safetensors", name, progress)
-        for line in found[1]:
+    def once(part: list[Record]) -> StoredFeatures:
+        found, problems = find_records(part, cache, finish)
+        for line in problems:
             problem(line)
-        return found[0]
+        return found
 
-    held_out = once(held, "held-out")
-    if settings.data.augment:
+    held_out = once(held).load()
+    if settings.data.augment and not settings.data.features:
         size = settings.vision.image_size
         pairs = ImagePairs(trained, settings.train.batch, settings.train.seed, size, problem)
         return Prepared(pairs, trained, held_out, None)
-    features = once(trained, "training")
-    pairs = FeaturePairs(features, settings.train.batch, settings.train.seed)
+    features = once(trained)
+    pairs = FeaturePairs(features, settings.train.batch, settings.train.seed, settings.data.augment)
     return Prepared(pairs, features.records, held_out, features)
 
 
-def whitening_for(
-    settings: RunSettings, vision: Vision, records: Sequence[Record], run: Path, kept: Path, progress: Progress
-) -> Whitening:
+def whitening_for(settings: RunSettings, cache: Cache, sample: Sequence[Record], run: Path) -> Whitening:
     """The run's whitening: the stage-1 run's if there is one to start from, else fitted to some training pictures."""
     if settings.start:
         found = read_whitening(Path(settings.start))
     else:
-        sample = records[:: -(-len(records) // WHITENING_PICTURES)]
-        raw, _ = encode_all(vision, sample, settings, kept / "whitening-sample.safetensors", "whitening", progress)
-        found = fit_whitening(raw.values)
+        raw, _ = find_records(sample, cache, lambda features: features)
+        found = fit_whitening(raw.load().values)
     save_whitening(found, run)
     return found
-
-
-def encode_all(
-    vision: Vision,
-    records: Sequence[Record],
-    settings: RunSettings,
-    path: Path,
-    name: str,
-    progress: Progress,
-) -> tuple[Features, list[str]]:
-    """The frozen features of records, through the file at `path`; and one line for each bad picture."""
-    made_by = f"{settings.vision.name} layer {settings.vision.layer} at {settings.vision.image_size} px"
-    if settings.vision.weights != "auto":
-        made_by += f" in {settings.vision.weights}"
-    if vision.whitening is not None:
-        made_by += f", whitened by {float(vision.whitening.matrix.double().square().sum()):.12g}"
-    with progress.steps(f"features ({name})", -(-len(records) // 32)) as bar, torch.no_grad():
-        return compute_features(
-            records,
-            lambda pixels: vision(pixels.to(device())),
-            settings.vision.image_size,
-            path,
-            made_by,
-            bar.advance,
-        )
 
 
 def name_long_captions(tokens: QFormerTokens, records: Sequence[Record], run: Path, progress: Progress) -> None:

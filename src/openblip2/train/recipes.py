@@ -24,10 +24,12 @@ from openblip2.model.build import (
     parts_table,
     require_extras,
 )
+from openblip2.model.gradient_cache import stage1_losses, stage2_losses
 from openblip2.model.lora import adapt_qformer, merge_lora
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
+from openblip2.train.ahead import Ahead
 from openblip2.train.checkpoint import (
     kept_parameters,
     last_checkpoint,
@@ -36,6 +38,7 @@ from openblip2.train.checkpoint import (
     read_tensors,
     write_config,
 )
+from openblip2.train.compiling import compile_blocks
 from openblip2.train.hardware import compute_dtype, computing, device
 from openblip2.train.loop import fit
 from openblip2.train.prepare import Prepared, name_long_captions, prepare
@@ -43,7 +46,7 @@ from openblip2.train.progress import Progress
 from openblip2.train.warm_start import warm_start_stage1, warm_start_stage2
 
 TEXT_PATH = ("qformer.words.", "qformer.positions.", ".text_ffn.")  # of a stage-1 run; stage 2 leaves it out
-HEADS = ("image_head.", "text_head.", "match_head.", "word_head.", "temperature")
+HEADS = ("image_head.", "text_head.", "match_head.", "word_head.", "temperature", "contrast_bias")
 
 
 def train_stage(
@@ -85,12 +88,16 @@ def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
             r2 = warm_start_stage1(model, tokens, lambda: some_pairs(model, data, settings))
         progress.say(f"stage 1 started in closed form: R2 {r2:.2f} in the shared space, on the training pictures")
     add_adapters(model, settings)
+    set_speed(model, settings)
     show_parts(model, progress)
+    batches = Ahead(data.batches, settings.train.steps * settings.train.accumulate)
 
     def losses(number: int) -> dict[str, Tensor]:
-        batch = data.batches(number)
+        batch = batches(number)
         texts, valid = tokens(batch.captions)
-        return model.losses(
+        return stage1_losses(
+            model,
+            settings.train.chunk,
             texts.to(device()),
             valid.to(device()),
             batch.ids.to(device()),
@@ -114,14 +121,16 @@ def _stage2(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
             r2 = warm_start_stage2(model, some_pairs(model, data, settings))
         progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
     add_adapters(model, settings)
+    set_speed(model, settings)
     write_config(run, settings, model.qformer.sizes)
     show_parts(model, progress)
     prompts = settings.language.prompts
+    batches = Ahead(data.batches, settings.train.steps * settings.train.accumulate)
 
     def losses(number: int) -> dict[str, Tensor]:
-        batch = data.batches(number)
+        batch = batches(number)
         drawn = [prompts[int(torch.randint(len(prompts), ()))] for _ in batch.captions]
-        return model.losses(drawn, batch.captions, **seen(batch))
+        return stage2_losses(model, settings.train.chunk, drawn, batch.captions, **seen(batch))
 
     def validate() -> dict[str, Any]:
         return grounding(model, data.held_out, settings.train.seed, prompts[0]).as_log()
@@ -184,9 +193,23 @@ def see_batch(model: Stage1 | Stage2, batch: PairBatch) -> Tensor:
 def seen(batch: PairBatch) -> dict[str, Any]:
     """The pictures of a batch as arguments of a model: images or features, on the device."""
     return {
-        "images": None if batch.images is None else batch.images.to(device()),
-        "features": None if batch.features is None else batch.features.to(device()),
+        "images": None if batch.images is None else batch.images.to(device(), non_blocking=True),
+        "features": None if batch.features is None else batch.features.to(device(), non_blocking=True),
     }
+
+
+def set_speed(model: Stage1 | Stage2, settings: RunSettings) -> None:
+    """What of the settings changes time and memory, and no result.
+
+    Raises:
+        UserError: it cannot be had here.
+    """
+    if settings.train.checkpoint_activations:
+        model.qformer.checkpoint_activations = True
+        if isinstance(model, Stage2):
+            model.language.checkpoint_activations()
+    if settings.train.compile:
+        compile_blocks(model.qformer)
 
 
 def show_parts(model: nn.Module, progress: Progress) -> None:

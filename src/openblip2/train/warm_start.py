@@ -50,7 +50,7 @@ def warm_start_stage1(model: Stage1, tokens: QFormerTokens, pairs: Callable[[], 
     for patches, captions in pairs():
         queries.append(mean_query_output(model.qformer, patches))
         ids, valid = (t.to(patches.device) for t in tokens(list(captions)))
-        texts.append(model.text_rows(ids, valid)[:, 0].float())
+        texts.append(model.text_row(ids, valid).float())
     return align_heads(model, torch.cat(queries), torch.cat(texts))
 
 

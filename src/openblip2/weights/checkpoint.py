@@ -174,7 +174,8 @@ def _shapes(trained: Mapping[str, Tensor], settings: RunSettings, sizes: Mapping
         qformer = build_qformer(settings, image_width, sizes)
         if settings.stage == "stage1":
             writes = "temperature" in trained or any(name.startswith("word_head.") for name in trained)
-            model: nn.Module = Stage1(qformer, None, settings.stage1.shared_width, writes=writes)
+            stage1 = settings.stage1
+            model: nn.Module = Stage1(qformer, None, stage1.shared_width, writes=writes, contrast=stage1.contrast)
             if not writes:
                 del model.temperature
         else:

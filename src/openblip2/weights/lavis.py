@@ -109,7 +109,6 @@ def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: 
             "a LAVIS file cannot hold the whitening of the image features (vision.whiten): the model needs it"
         )
     names, without = rename(checkpoint.trained, OURS, LAVIS)
-    assert not without, without  # LAVIS has a place for every trained part
     model = {name: checkpoint.trained[ours].detach().contiguous() for name, ours in names.items()}
     if to_t5:
         model = {re.sub("^opt_proj", "t5_proj", name): tensor for name, tensor in model.items()}
@@ -118,7 +117,7 @@ def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: 
             model[tied] = model[to]
     if (positions := model.get("Qformer.bert.embeddings.position_embeddings.weight")) is not None:
         model["Qformer.bert.embeddings.position_ids"] = torch.arange(len(positions))[None]
-    notes = []
+    notes = [f"{part}: LAVIS has no place for it" for part in without]
     if "temperature" not in checkpoint.trained and checkpoint.settings.stage == "stage1":
         notes.append("the source had no temperature and no ITG head: they are not in the file either")
     if checkpoint.settings.stage == "stage2":

@@ -44,6 +44,7 @@ TRAINED: list[tuple[str | None, ...]] = [
     ("text_head", "text_proj", "text_projection"),
     ("match_head", "itm_head", "itm_head"),
     ("temperature", "temp", None),
+    ("contrast_bias", None, None),  # of the sigmoid ITC, ours
     ("word_head.dense", "Qformer.cls.predictions.transform.dense", None),
     ("word_head.norm", "Qformer.cls.predictions.transform.LayerNorm", None),
     ("word_head.bias", "Qformer.cls.predictions.bias", None),

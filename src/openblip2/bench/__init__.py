@@ -1,0 +1,1 @@
+"""How fast it is: our path beside the naive one and beside transformers' BLIP-2, same weights, same inputs."""

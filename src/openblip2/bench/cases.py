@@ -1,0 +1,253 @@
+"""What is timed: each case with our way and the ways it is held against, on equal inputs, outputs checked equal first.
+
+Shapes: B pictures, P patch tokens, V encoder width, T text tokens, Q queries, W vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from openblip2.bench.models import BOS, EOS, IMAGE, Pair, normalised, pictures, sentences, texts
+from openblip2.bench.naive import naive_losses, naive_rerank
+from openblip2.bench.sizes import Size
+from openblip2.evaluate.retrieval import rerank
+from openblip2.model.decoding import Decoding
+from openblip2.train.hardware import computing
+
+OURS, NAIVE, THEIRS = "openblip2", "naive", "transformers"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        candidates: by name, ours among them; each does the same work. samples: of one run, of what `unit` says.
+        difference: the largest relative difference between their outputs, measured before. equal: what is allowed.
+    """
+
+    name: str
+    candidates: Mapping[str, Callable[[], Any]]
+    samples: int
+    unit: str
+    difference: float
+    equal: float
+
+
+class Bench:
+    """The cases of one size, computed in `precision`."""
+
+    NAMES = (
+        "stage1-features",
+        "stage1-images",
+        "stage2-features",
+        "stage2-images",
+        "captions-beam",
+        "captions-greedy",
+        "questions",
+        "rerank",
+    )
+
+    def __init__(self, pair: Pair, size: Size, place: torch.device, precision: str) -> None:
+        self.pair, self.size, self.place, self.precision = pair, size, place, precision
+        self.equal = 1e-4 if precision == "fp32" else 3e-2
+
+    def cases(self) -> dict[str, Callable[[], Case]]:
+        """What can be timed, by name; a case is made when it is called."""
+        return {
+            "stage1-features": self.stage1_features,
+            "stage1-images": self.stage1_images,
+            "stage2-features": self.stage2_features,
+            "stage2-images": self.stage2_images,
+            "captions-beam": lambda: self.captions(beams=5),
+            "captions-greedy": lambda: self.captions(beams=1),
+            "questions": self.questions,
+            "rerank": self.rerank,
+        }
+
+    def stage1_features(self) -> Case:
+        """A stage-1 step, forward and backward, on ready-made features."""
+        return self._stage1("stage1-features", from_images=False)
+
+    def stage1_images(self) -> Case:
+        """The same from pictures: ours reads kept features, the naive way runs the encoder in every step."""
+        return self._stage1("stage1-images", from_images=True)
+
+    def stage2_features(self) -> Case:
+        """A stage-2 step from pictures: ours reads kept features, transformers runs the encoder."""
+        return self._stage2("stage2-features", kept=True)
+
+    def stage2_images(self) -> Case:
+        """A stage-2 step from pictures with nothing kept."""
+        return self._stage2("stage2-images", kept=False)
+
+    def _stage1(self, name: str, from_images: bool) -> Case:
+        size, model = self.size, self.pair.stage1
+        images = pictures(size.pairs, size.side, self.place)
+        features = self._encode(images)
+        tokens, valid = texts(size.pairs, size.text, size.qformer["vocabulary"], self.place)
+        ids = torch.arange(size.pairs, device=self.place)
+        negatives = ids.roll(1), ids.roll(2)
+
+        def ours() -> dict[str, Tensor]:
+            return self._step(model, lambda: model.losses(tokens, valid, ids, features=features, negatives=negatives))
+
+        def naive() -> dict[str, Tensor]:
+            seen = self._encode(images) if from_images else features
+            return self._step(model, lambda: naive_losses(model, tokens, valid, ids, seen, negatives))
+
+        return self._case(name, {OURS: ours, NAIVE: naive}, size.pairs, "pairs")
+
+    def _stage2(self, name: str, kept: bool) -> Case:
+        size, model, theirs = self.size, self.pair.stage2, self.pair.theirs
+        images = pictures(size.captions, size.side, self.place)
+        features = self._encode(images)
+        captions = sentences(size.captions, size.text, size.language["vocab_size"])
+        prompts = [""] * len(captions)
+        rows = [[*[IMAGE] * size.queries, BOS, *model.language.tokenizer(c)["input_ids"], EOS] for c in captions]  # pyright: ignore
+        ids, mask, labels = _right_padded(rows, size.queries + 1, self.place)
+        pixels = normalised(self._vision(), images, theirs.vision_model.dtype)
+
+        def ours() -> dict[str, Tensor]:
+            given = {"features": features} if kept else {"images": images}
+            return self._step(model, lambda: model.losses(prompts, captions, **given))
+
+        def transformers() -> dict[str, Tensor]:
+            def losses() -> dict[str, Tensor]:
+                found = theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask, labels=labels)
+                return {"lm": found.loss}
+
+            return self._step(theirs, losses)
+
+        return self._case(name, {OURS: ours, THEIRS: transformers}, size.captions, "pictures")
+
+    def captions(self, beams: int) -> Case:
+        """Captions from pictures, without a prompt, all of the same length."""
+        size = self.size
+        images = pictures(size.pictures, size.side, self.place)
+        return self._generation(f"captions-{'beam' if beams > 1 else 'greedy'}", images, [""] * len(images), beams)
+
+    def questions(self) -> Case:
+        """Many questions about one picture: transformers is given the picture again for each."""
+        size = self.size
+        images = pictures(1, size.side, self.place).expand(size.questions, -1, -1, -1)
+        asked = sentences(size.questions, size.text, size.language["vocab_size"])
+        return self._generation("questions", images, asked, beams=1)
+
+    def _generation(self, name: str, images: Tensor, prompts: list[str], beams: int) -> Case:
+        size, model, theirs = self.size, self.pair.stage2, self.pair.theirs
+        how = Decoding(size.new_tokens, size.new_tokens, beams)
+        tokenizer: Any = model.language.tokenizer
+        rows = [[*[IMAGE] * size.queries, BOS, *tokenizer(prompt)["input_ids"]] for prompt in prompts]
+        ids, mask = _left_padded(rows, self.place)
+
+        def ours() -> list[str]:
+            with self._computing(model):
+                if name == "questions":
+                    soft = model.soft_prompt(images=images[:1])
+                    return model.language.generate(soft, prompts, how, pictures=[0] * len(prompts))
+                return model.generate(prompts, how, images=images)
+
+        def transformers() -> list[str]:
+            pixels = normalised(self._vision(), images, theirs.vision_model.dtype)
+            with self._computing(theirs):
+                found = theirs.generate(
+                    pixel_values=pixels,
+                    input_ids=ids,
+                    attention_mask=mask,
+                    num_beams=beams,
+                    do_sample=False,
+                    max_new_tokens=size.new_tokens,
+                    min_new_tokens=size.new_tokens,
+                )
+            return [text.strip() for text in tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)]
+
+        return self._case(name, {OURS: ours, THEIRS: transformers}, len(prompts), "texts")
+
+    def rerank(self) -> Case:
+        """ITM scores of one picture's best candidates, at the size that retrieval is fine-tuned at."""
+        size, model = self.size, self.pair.stage1
+        features = self._encode(pictures(1, size.rerank_side, self.place))
+        tokens, valid = texts(size.candidates, size.text, size.qformer["vocabulary"], self.place)
+        scores = torch.linspace(0, 1, size.candidates, device=self.place)[None]
+
+        def ours() -> Tensor:
+            with self._computing(model):
+                return rerank(model, features, tokens, valid, scores, size.candidates)[0]
+
+        def naive() -> Tensor:
+            with self._computing(model):
+                return naive_rerank(model, features, tokens, valid, scores, size.candidates)[0]
+
+        return self._case("rerank", {OURS: ours, NAIVE: naive}, size.candidates, "pairs")
+
+    def _case(self, name: str, candidates: Mapping[str, Callable[[], Any]], samples: int, unit: str) -> Case:
+        found = [_numbers(run()) for run in candidates.values()]
+        difference = max(_difference(found[0], other) for other in found[1:])
+        # Random weights make all words nearly as likely, and bf16 rounds: there texts may differ, and it is told.
+        equal = 1.0 if isinstance(found[0], list) and self.precision != "fp32" else self.equal
+        return Case(name, candidates, samples, unit, difference, equal)
+
+    def _step(self, model: nn.Module, losses: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Forward and backward, as training runs them; the optimizer's step is the same for all."""
+        with computing(model, self.precision):
+            parts = losses()
+        torch.stack(list(parts.values())).sum().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        return {name: value.detach() for name, value in parts.items()}
+
+    @contextmanager
+    def _computing(self, model: nn.Module) -> Iterator[None]:
+        with torch.inference_mode(), computing(model, self.precision):
+            yield
+
+    def _encode(self, images: Tensor) -> Tensor:
+        vision = self._vision()
+        before, vision.image_size = vision.image_size, images.shape[-1]
+        try:
+            with self._computing(vision):
+                found = [vision(part) for part in images.split(16)]
+        finally:
+            vision.image_size = before
+        return torch.cat(found).clone()  # not an inference tensor: it is trained on
+
+    def _vision(self) -> Any:
+        return self.pair.stage2.vision
+
+
+def _right_padded(rows: list[list[int]], unscored: int, place: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, mask and labels; the first `unscored` ids of each row and padding have no label."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for n, row in enumerate(rows):
+        ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(row), 1
+        labels[n, unscored : len(row)] = torch.tensor(row[unscored:])
+    return ids.to(place), mask.to(place), labels.to(place)
+
+
+def _left_padded(rows: list[list[int]], place: torch.device) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        ids[n, longest - len(row) :], mask[n, longest - len(row) :] = torch.tensor(row), 1
+    return ids.to(place), mask.to(place)
+
+
+def _numbers(output: Any) -> Any:
+    if isinstance(output, dict):
+        return torch.stack([value.float().cpu() for value in output.values()])
+    return output.float().cpu() if isinstance(output, Tensor) else output
+
+
+def _difference(mine: Any, theirs: Any) -> float:
+    """Largest difference over the largest value; of texts, the share that differs."""
+    if isinstance(mine, list):
+        return sum(a != b for a, b in zip(mine, theirs, strict=True)) / len(mine)
+    return float((mine - theirs).abs().max() / theirs.abs().max())

@@ -1,0 +1,137 @@
+"""The plain way, every pass for itself, nothing shared, nothing left out: what tests and clocks hold ours against.
+
+Three kinds of pass over all layers, as the paper and its code describe them: image and text apart (ITC), image and
+text together (ITM, the true pairs and the two kinds of wrong ones), image and text under the causal mask (ITG). Each
+computes its image's keys and values anew and pads its text to 32 tokens; word logits are of every position.
+Only the weights and the blocks are the model's. Any size will do.
+
+Shapes: B images, P patch tokens, V encoder width, Q queries, T text tokens, D width, E shared space, W vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from openblip2.model import masks
+from openblip2.model.qformer import QFormer
+from openblip2.model.stage1 import Stage1
+
+LONGEST = 32  # the authors' `max_txt_len`
+NO_TARGET = -100
+
+
+def naive_losses(
+    model: Stage1, tokens: Tensor, valid: Tensor, ids: Tensor, features: Tensor, negatives: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """`itc`, `itm` and `itg` as `Stage1.losses` has them, in one process.
+
+    Args:
+        tokens, valid: `[B, T]`, T at most 32. ids: `[B]`. features: `[B, P, V]`.
+        negatives: hard negatives `(texts [B], images [B])`, -1 for none.
+    """
+    former, smoothing = model.qformer, model.label_smoothing
+    assert former.words is not None
+    assert former.positions is not None
+    assert model.word_head is not None
+    count, queries = former.queries.shape[1], former.queries
+    longest = min(LONGEST, former.positions.num_embeddings)
+    more = longest - tokens.shape[1]
+    tokens, valid = F.pad(tokens, (0, more)), F.pad(valid, (0, more))
+
+    image, _ = one_pass(former, features, None, None)
+    _, text = one_pass(former, None, tokens, masks.padding(valid))
+    assert image is not None
+    assert text is not None
+    image = F.normalize(model.image_head(image).float(), dim=-1)
+    text = F.normalize(model.text_head(text[:, 0]).float(), dim=-1)
+    with torch.autocast(image.device.type, enabled=False):
+        scores = torch.einsum("bqe,ne->bqn", image, text).amax(dim=1) / model.temperature
+    same = (ids[:, None] == ids).float()
+    targets = (1 - smoothing) * same / same.sum(dim=1, keepdim=True) + smoothing / len(ids)
+    itc = (F.cross_entropy(scores, targets) + F.cross_entropy(scores.T, targets)) / 2
+
+    # Pairs: the true ones, each text with a wrong image, each image with a wrong text.
+    texts, images = negatives
+    own, with_image, with_text = torch.arange(len(ids), device=ids.device), images >= 0, texts >= 0
+    logits, matches = [], []
+    for of_image, of_text in (
+        (own, own),
+        (images[with_image], own[with_image]),
+        (own[with_text], texts[with_text]),
+    ):
+        mask = masks.bidirectional(count, valid[of_text])
+        seen, _ = one_pass(former, features[of_image], tokens[of_text], mask)
+        logits.append(model.match_head(seen).mean(dim=1))
+        matches.append(torch.full_like(of_image, int(of_image is own and of_text is own)))
+    itm = F.cross_entropy(torch.cat(logits).float(), torch.cat(matches))
+
+    written = torch.cat([torch.full_like(tokens[:, :1], former.words.num_embeddings - 1), tokens[:, 1:]], dim=1)
+    _, rows = one_pass(former, features, written, masks.causal(queries.shape[1], valid))
+    words = model.word_head(rows, former.words)[:, :-1]
+    following = tokens[:, 1:].masked_fill(~valid[:, 1:], NO_TARGET)
+    itg = F.cross_entropy(
+        words.flatten(0, 1).float(), following.flatten(), ignore_index=NO_TARGET, label_smoothing=smoothing
+    )
+    return {"itc": itc, "itm": itm, "itg": itg}
+
+
+def one_pass(
+    former: QFormer, features: Tensor | None, tokens: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Queries `[B, Q, D]` and text `[B, T, D]` behind all layers; without features or tokens the other alone."""
+    parts, count, patches = [], 0, None
+    if features is not None:
+        with torch.autocast(features.device.type, enabled=False):
+            patches = former.image_norm(features.float())
+        count = former.queries.shape[1]
+        parts.append(former.dropout(former.norm(former.queries)).expand(len(features), -1, -1))
+    if tokens is not None:
+        assert former.words is not None
+        assert former.positions is not None
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        parts.append(former.dropout(former.norm(former.words(tokens) + former.positions(places))))
+    rows = torch.cat(parts, dim=1)
+    layers: Any = former.layers
+    for layer in layers:
+        rows = layer.attention(rows, layer.attention.keys_values(rows), mask)
+        queries, text = rows[:, :count], rows[:, count:]
+        if patches is not None:
+            if layer.cross is not None:
+                queries = layer.cross(queries, layer.cross.keys_values(patches))
+            queries = layer.query_ffn(queries)
+        if tokens is not None:
+            text = layer.text_ffn(text)
+        rows = torch.cat([queries, text], dim=1)
+    return rows[:, :count] if count else None, rows[:, count:] if tokens is not None else None
+
+
+def naive_match(model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
+    """ITM's log-odds `[N]` of one image `[P, V]` and N texts `[N, T]`, as in the authors' evaluation.
+
+    The image is repeated for every candidate, whose keys and values are computed anew, and texts are padded.
+    """
+    missing = max(0, LONGEST - tokens.shape[1])
+    positions = model.qformer.positions
+    assert positions is not None
+    missing = min(missing, positions.num_embeddings - tokens.shape[1])
+    tokens, valid = F.pad(tokens, (0, missing)), F.pad(valid, (0, missing))
+    memory = model.qformer.look(patches.repeat(len(tokens), 1, 1))
+    seen = model.qformer(memory, tokens, masks.bidirectional(model.qformer.queries.shape[1], valid))
+    logits = model.match_head(seen.queries).mean(dim=1).float()
+    return logits[:, 1] - logits[:, 0]
+
+
+def naive_rerank(
+    model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, scores: Tensor, best: int
+) -> tuple[Tensor, Tensor]:
+    """`evaluate.retrieval.rerank`, pair by pair and for each direction by itself."""
+    odds = torch.stack([naive_match(model, patches, tokens, valid) for patches in features])
+    found = []
+    for dim in (1, 0):
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        places = scores.topk(min(best, scores.shape[dim]), dim=dim).indices
+        kept.scatter_(dim, places, torch.ones_like(places, dtype=torch.bool))
+        found.append(torch.where(kept, odds, scores - 1e3))
+    return found[0], found[1]

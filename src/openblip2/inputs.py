@@ -1,0 +1,47 @@
+"""What people hand in for inference, checked and made ready: pictures and sentences."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from openblip2.data.images import Picture, to_pixels
+from openblip2.data.text import MAX_WORDS
+from openblip2.errors import UserError
+from openblip2.model.stage1 import Stage1
+from openblip2.model.stage2 import Stage2
+
+GROUP = 32  # pictures at once
+
+
+def features_of(model: Stage1 | Stage2, images: Sequence[Picture]) -> Iterator[Tensor]:
+    """Their features from the frozen encoder, `[<= GROUP, P, V]` at a time."""
+    assert model.vision is not None
+    device = next(model.parameters()).device
+    for start in range(0, len(images), GROUP):
+        yield model.vision(to_pixels(images[start : start + GROUP], model.vision.image_size).to(device))
+
+
+def same_pictures(images: Sequence[Picture]) -> list[str | int]:
+    """Equal for pictures that are the same: by path, or as one object of a list; others may be made at every look."""
+    lasting = isinstance(images, list | tuple)
+    return [
+        str(image) if isinstance(image, str | Path) else id(image) if lasting else n for n, image in enumerate(images)
+    ]
+
+
+def clean_texts(texts: Sequence[str], clean: Callable[[str, int], str]) -> list[str]:
+    """Texts as the models were trained on them, whole."""
+    found = [clean(text, len(text)) for text in texts]
+    for text, cleaned in zip(texts, found, strict=True):
+        if not cleaned:
+            raise UserError(f"an empty text, {text[:40]!r}: give a sentence in words")
+        if (count := len(cleaned.split())) > MAX_WORDS:
+            raise UserError(f"text {text[:40]!r}... has {count} words: at most {MAX_WORDS}")
+    return found
+
+
+def require_pairs(images: Sequence[Picture], texts: Sequence[str], what: str) -> None:
+    """One text for each picture, or a `UserError`."""
+    if len(images) != len(texts):
+        raise UserError(f"{len(images)} pictures and {len(texts)} {what}: give one of the {what} for each picture")

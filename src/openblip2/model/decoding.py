@@ -1,0 +1,60 @@
+"""How a language model is let write, and the call of its own `generate`.
+
+Shapes: B rows, T tokens, L LLM width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How text is drawn from the language model. Lengths count new tokens.
+
+    The defaults are the paper's for captions, but for `min_new_tokens`, 8 there: a picture may need fewer words.
+
+    Attributes:
+        beams: 1 = greedy, or plain sampling. sample: nucleus sampling with `top_p` and `temperature`.
+    """
+
+    max_new_tokens: int = 30
+    min_new_tokens: int = 1
+    beams: int = 5
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    sample: bool = False
+    top_p: float = 0.9
+    temperature: float = 1.0
+
+
+def generate(
+    llm: Any, tokenizer: Any, embeds: Tensor, mask: Tensor, how: Decoding, stop: int, cache: Any = None
+) -> list[str]:
+    """One text for each row, by the language model's own `generate`.
+
+    Args:
+        embeds: `[B, T, L]`. mask: `[B, T]`.
+        stop: the id that ends a text.
+        cache: what has been read of the rows, once for each beam; None = nothing.
+    """
+    # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut here.
+    sampling = {"top_p": how.top_p, "temperature": how.temperature, "top_k": 0} if how.sample else {}
+    beams = {"length_penalty": how.length_penalty} if how.beams > 1 else {}  # without beams it is unknown there
+    known = {} if cache is None else {"past_key_values": cache}
+    found = llm.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        max_new_tokens=how.max_new_tokens,
+        min_new_tokens=how.min_new_tokens,
+        num_beams=how.beams,
+        do_sample=how.sample,
+        repetition_penalty=how.repetition_penalty,
+        eos_token_id=stop,
+        pad_token_id=stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **sampling,
+        **beams,
+        **known,
+    )
+    return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]

@@ -1,0 +1,238 @@
+"""Large batches on small machines: a step in chunks, with the losses and the gradients of the whole batch.
+
+Ours and not the paper's; `train.chunk` asks for it. Stage 1 uses a gradient cache (Gao et al. 2021, "Scaling Deep
+Contrastive Learning Batch Size under Memory Limited Setup"), in three passes:
+
+1. image and text vectors of all chunks, without a graph;
+2. ITC of all vectors, over all processes as ever: its gradient at each vector is kept, and hard negatives are drawn;
+3. chunk by chunk: the vectors once more, now with a graph, which hand the kept gradients on to the parameters, and
+   the chunk's share of ITM and ITG, whose sum over the chunks is the mean over the whole batch.
+
+So only one chunk's graph is in memory at a time, for one more pass of images and texts without a graph. What
+`train.accumulate` adds up are batches that know nothing of each other: there negatives stay within one batch.
+
+Shapes: B pairs, S side in px, P patch tokens, V encoder width, Q queries, T text tokens, E shared space.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from openblip2.model.objectives import Rivals, matching, same_image
+from openblip2.model.qformer import Memory, Seen
+from openblip2.model.stage1 import Pairs, Stage1, pair_up, see
+
+if TYPE_CHECKING:
+    from openblip2.model.stage2 import Stage2
+
+
+def stage1_losses(
+    model: Stage1,
+    chunk: int,
+    tokens: Tensor,
+    valid: Tensor,
+    ids: Tensor | None = None,
+    *,
+    images: Tensor | None = None,
+    features: Tensor | None = None,
+    negatives: Rivals | tuple[Tensor, Tensor] | None = None,
+    with_matching: bool = True,
+) -> dict[str, Tensor]:
+    """`Stage1.losses`, at most `chunk` pairs at a time; 0 = all at once. For training: gradients must be enabled.
+
+    Gradients are those of the sum of the losses, and are there when this returns: `backward` hands them out, once.
+
+    With dropout a chunk draws the same masks in both of its passes, by which the kept gradients are those of the very
+    vectors that were contrasted. The masks are not those of the whole batch at once, as they are not with another seed.
+
+    Args:
+        tokens, valid, ids, negatives, with_matching: as for `Stage1.losses`.
+        images: `[B, 3, S, S]` uint8; the encoder sees each once, its features of all `B` are kept for the step.
+            features: `[B, P, V]`.
+    """
+    count, device = len(tokens), tokens.device
+    if not 0 < chunk < count:
+        return model.losses(
+            tokens,
+            valid,
+            ids,
+            images=images,
+            features=features,
+            negatives=negatives,
+            with_matching=with_matching,
+        )
+    patches = _see(model, chunk, images, features)
+    positives = same_image(torch.arange(count, device=device) if ids is None else ids)
+    chunks = torch.arange(count, device=device).split(chunk)
+
+    states, vectors = [], []
+    with torch.no_grad():
+        for rows in chunks:
+            states.append(_draws(device))
+            _, *found = _vectors(model, model.qformer.look(patches[rows]), tokens[rows], valid[rows])
+            vectors.append(found)
+    # Autocast keeps the weights that it has cast; older torch would go on with those that were cast without a graph.
+    torch.clear_autocast_cache()
+    image, text = (torch.cat(side).requires_grad_() for side in zip(*vectors, strict=True))
+
+    gradients = Gradients(model)
+    itc = model.contrast(image, text, positives)
+    sums = {"itc": itc.loss.detach()}
+    at_image, at_text = gradients.add([itc.loss], at=[image, text])
+    rivals = None
+    if with_matching:
+        rivals = model.rivals(itc, positives) if negatives is None else Rivals(*negatives)
+        sums["itm"] = torch.zeros((), device=device)
+    sums["itg"] = torch.zeros((), device=device)
+
+    for rows, state in zip(chunks, states, strict=True):
+        # A rival may be an image of another chunk, which is then looked at again, with a graph.
+        pairs = pair_up(tokens, valid, rivals, rows) if rivals is not None else None
+        needed, place = _needed(rows, pairs, count)
+        memory = model.qformer.look(patches[needed])
+        with _drawing(state, device):
+            alone, *found = _vectors(model, _first(memory, len(rows)), tokens[rows], valid[rows])
+        parts = {"itg": model.writing_loss(alone, tokens[rows], valid[rows]) * _share(valid[rows, 1:], valid[:, 1:])}
+        if pairs is not None and rivals is not None:
+            logits = model.match(memory.take(place[pairs.images]), pairs.tokens, pairs.valid)
+            in_all = count + (rivals.images >= 0).sum() + (rivals.texts >= 0).sum()
+            parts["itm"] = matching(logits, pairs.is_match) * (len(logits) / in_all)
+        # Sums' gradients are 1, those of the vectors were kept.
+        gradients.add([*parts.values(), *found], [*[None] * len(parts), at_image[rows], at_text[rows]])
+        for name, part in parts.items():
+            sums[name] += part.detach()
+    return gradients.attach(sums)
+
+
+def stage2_losses(
+    model: "Stage2",
+    chunk: int,
+    prompts: Sequence[str],
+    captions: Sequence[str],
+    *,
+    images: Tensor | None = None,
+    features: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """`Stage2.losses`, at most `chunk` pairs at a time; 0 = all at once. For training: gradients must be enabled.
+
+    The mean over all tokens with a target, wherever the batch is cut; `train.accumulate` takes the mean of the
+    batches' means. `backward` as for `stage1_losses`. Arguments as for `Stage2.losses`.
+    """
+    count = len(captions)
+    if not 0 < chunk < count:
+        return model.losses(prompts, captions, images=images, features=features)
+    gradients = Gradients(model)
+    total, scored = torch.zeros((), device=model.projection.weight.device), 0
+    for first in range(0, count, chunk):
+        rows = slice(first, first + chunk)
+        seen = {k: None if v is None else v[rows] for k, v in (("images", images), ("features", features))}
+        loss, number = model.language.scored(model.soft_prompt(**seen), prompts[rows], captions[rows])
+        gradients.add([loss], times=number)  # and not the gradient of their sum, which fp16 might not hold
+        total, scored = total + loss.detach() * number, scored + number
+    return gradients.attach({"lm": total / scored}, over=scored)
+
+
+class Gradients:
+    """The gradient of a sum of losses at a model's trained parameters, added up piece by piece and handed out once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.sums: list[Tensor | None] = [None] * len(self.parameters)
+
+    def add(
+        self,
+        outputs: Sequence[Tensor],
+        weights: Sequence[Tensor | None] | None = None,
+        at: Sequence[Tensor] = (),
+        times: float = 1.0,
+    ) -> list[Tensor]:
+        """Goes back from `outputs` and frees their graph; returns the gradients at the tensors `at`.
+
+        Args:
+            weights: gradients at the outputs; None = 1, for scalars. times: what is added is so many times as much.
+        """
+        # Going back has the dtypes of the way there; autocast would round what was kept out of it.
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            found = torch.autograd.grad(outputs, [*at, *self.parameters], weights, allow_unused=True)
+        for n, part in enumerate(found[len(at) :]):
+            before = self.sums[n]
+            if part is not None:
+                self.sums[n] = part * times if before is None else before.add_(part, alpha=times)
+        return list(found[: len(at)])
+
+    def attach(self, losses: dict[str, Tensor], over: float = 1.0) -> dict[str, Tensor]:
+        """The losses, scalars without a graph, as if they had one that leads to the gradients added, divided by `over`.
+
+        A parameter that nothing depended on gets none, as from a graph. Asserts that `backward` is asked once, and
+        for the losses' sum, however scaled.
+        """
+        values: Any = _Ready.apply(self.sums, over, torch.stack(list(losses.values())), *self.parameters)
+        return dict(zip(losses, values.unbind(), strict=True))
+
+
+class _Ready(torch.autograd.Function):
+    """Losses whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: list[Tensor | None], over: float, values: Tensor, *_: Tensor) -> Tensor:
+        ctx.sums, ctx.over = sums, over
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = grads
+        assert ctx.sums is not None, "these gradients were handed out before"
+        assert bool((weights == weights[0]).all()), "these gradients are of the losses' sum: no loss has its own"
+        sums, ctx.sums = ctx.sums, None
+        scale = weights[0] / ctx.over
+        return (None, None, None, *(None if total is None else total.mul_(scale) for total in sums))
+
+
+def _see(model: Stage1, chunk: int, images: Tensor | None, features: Tensor | None) -> Tensor:
+    """`see`, at most `chunk` images at a time: `[B, P, V]`."""
+    if images is None or features is not None:
+        return see(model.vision, images, features)
+    return torch.cat([see(model.vision, part, None) for part in images.split(chunk)])
+
+
+def _vectors(model: Stage1, memory: Memory, tokens: Tensor, valid: Tensor) -> tuple[Seen, Tensor, Tensor]:
+    """The query pass, image vectors `[n, Q, E]` and text vectors `[n, E]`: all that both passes of a chunk draw for."""
+    alone = model.qformer(memory)
+    return alone, model.image_vectors(alone), model.text_vectors(tokens, valid)
+
+
+def _needed(rows: Tensor, pairs: Pairs | None, count: int) -> tuple[Tensor, Tensor]:
+    """Which of the batch's `count` images a chunk needs, its own first, and each one's place there: `[n]`, `[B]`."""
+    others = rows[:0] if pairs is None else pairs.images[~torch.isin(pairs.images, rows)].unique()
+    needed = torch.cat([rows, others])
+    place = needed.new_full((count,), -1)
+    place[needed] = torch.arange(len(needed), device=needed.device)
+    return needed, place
+
+
+def _first(memory: Memory, count: int) -> Memory:
+    """The memory of the first images; nothing is copied."""
+    return Memory(tuple((keys[:count], values[:count]) for keys, values in memory.layers))
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return part.sum() / whole.sum()
+
+
+def _draws(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Where torch's random generators stand."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _drawing(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    """Draws what was drawn from `state` on; behind it, draws go on from where they stood before."""
+    cpu, gpu = state
+    with torch.random.fork_rng([] if gpu is None else [device]):
+        torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu, device)
+        yield

@@ -1,0 +1,166 @@
+"""What a language model keeps of a prompt that it has read: whose can be reused, and where it lies while it writes.
+
+Shapes: N rows, H heads, T tokens, d width of a head.
+"""
+
+from inspect import signature
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Reuse(NamedTuple):
+    """What can be reused of what a language model has read.
+
+    Attributes:
+        cache: keys and values are all that it keeps, so rows may be repeated and gone on with. Recurrent states are
+            not handed on: a model with any reads every prompt whole.
+        gaps: padding may stand behind what has been read: places are told by `position_ids` and not by distance,
+            and no window counts the padding.
+    """
+
+    cache: bool
+    gaps: bool
+
+
+def find_reuse(llm: "PreTrainedModel") -> Reuse:
+    """What can be reused of this one, by its configuration."""
+    known = signature(llm.forward).parameters
+    own: Any = llm.generation_config  # a cache that the model's own settings ask for admits no other beside it
+    stateful = llm._is_stateful  # transformers' word for recurrent states, which not all versions keep in the cache
+    if stateful or "past_key_values" not in known or own is None or own.cache_implementation not in (None, "hybrid"):
+        return Reuse(cache=False, gaps=False)
+    kinds = {type(layer) for layer in _empty(llm).layers}
+    cache = bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return Reuse(cache, cache and "position_ids" in known and DynamicSlidingWindowLayer not in kinds)
+
+
+def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[int]]], pad: int) -> DynamicCache | None:
+    """Keys and values of the beginnings of B prompts, read in stages; None where no stage reads anything.
+
+    Args:
+        embeds: `[B, T, L]`. mask: `[B, T]`.
+        stages: up to which token, and for each row the one that is read in its place.
+        pad: an id for rows that have ended.
+    """
+    cache, done = None, 0
+    held = list(range(len(embeds)))  # of each row, its place in the cache
+    for end, standing in stages:
+        if end <= done:
+            continue
+        rows = sorted(set(standing))
+        cache = _empty(llm) if cache is None else _select(cache, [held[row] for row in rows])
+        # By the model's own `generate`, which knows what else its forward pass wants; the word it finds is dropped.
+        cache = llm.generate(
+            inputs_embeds=embeds[rows, :end],
+            attention_mask=mask[rows, :end],
+            past_key_values=cache,
+            max_new_tokens=1,
+            num_beams=1,
+            do_sample=False,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+        ).past_key_values
+        done, held = end, [rows.index(row) for row in standing]
+    return None if cache is None else _select(cache, held)
+
+
+def with_room(llm: "PreTrainedModel", cache: DynamicCache | None, beams: int, room: int) -> DynamicCache:
+    """The cache for `beams` continuations of each of its rows, `room` tokens long.
+
+    It takes the cache given apart. None = nothing has been read.
+    """
+    cache = _empty(llm) if cache is None else cache
+    for n, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[n] = Growing(room, layer, beams)
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            layer.batch_repeat_interleave(beams)
+    return cache
+
+
+def encoder_decoder_cache(llm: "PreTrainedModel", room: int) -> EncoderDecoderCache:
+    """An empty cache of an encoder-decoder for texts of `room` tokens."""
+    cross = _empty(llm)
+    for n, layer in enumerate(cross.layers):
+        if type(layer) is DynamicLayer:
+            cross.layers[n] = Shared()
+    return EncoderDecoderCache(with_room(llm, None, 1, room), cross)
+
+
+class Growing(DynamicLayer):
+    """Keys and values `[N, H, T, d]` with room behind them: a new token is written there, and beams reorder it alone.
+
+    transformers' own layer copies all of them for every new token, and again when beams are reordered. Beams of one
+    row begin with the same prompt, so that part of them stays where it is.
+
+    Args:
+        room: tokens to reserve. read: what has been read, or an empty layer. beams: copies of each of its rows.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, room: int, read: DynamicLayer, beams: int) -> None:
+        super().__init__()
+        self.room, self.prompt = room, read.get_seq_length()
+        self.stores: tuple[Tensor, ...] = ()
+        if self.prompt:
+            assert read.keys is not None
+            assert read.values is not None
+            self._reserve(read.keys, read.values, beams)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends keys and values `[N, H, new, d]`; all of them, as views."""
+        if not self.stores:
+            self._reserve(key_states, value_states, 1)
+            return self.keys, self.values
+        start = self.keys.shape[2]
+        stop = start + key_states.shape[2]
+        if stop > self.stores[0].shape[2]:
+            self._reserve(self.keys, self.values, 1)
+        for store, new in zip(self.stores, (key_states, value_states), strict=True):
+            store[:, :, start:stop] = new
+        self.keys, self.values = (store[:, :, :stop] for store in self.stores)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Takes the beams' rows in this order; each stays within its prompt."""
+        for store in self.stores:
+            written = store[:, :, self.prompt : self.keys.shape[2]]
+            written.copy_(written.index_select(0, beam_idx.to(store.device)))
+
+    def _reserve(self, keys: Tensor, values: Tensor, beams: int) -> None:
+        self.lazy_initialization(keys, values)
+        rows, heads, length = keys.shape[:3]
+        stores = []
+        for part in (keys, values):
+            store = part.new_empty(rows, beams, heads, length + self.room, part.shape[3])
+            store[:, :, :, :length] = part[:, None]
+            stores.append(store.flatten(0, 1))
+        self.stores = tuple(stores)
+        self.keys, self.values = (store[:, :, :length] for store in self.stores)
+
+
+class Shared(DynamicLayer):
+    """Keys and values of what the encoder has read: the same for all beams of a row, so nothing is to be reordered."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Nothing to do."""
+
+
+def _select(cache: DynamicCache, rows: list[int]) -> DynamicCache:
+    """Makes these the rows of the cache, repeats allowed."""
+    held: Any = cache.layers[0]
+    if rows != list(range(len(held.keys))):
+        cache.batch_select_indices(torch.tensor(rows, device=held.keys.device))
+    return cache
+
+
+def _empty(llm: "PreTrainedModel") -> DynamicCache:
+    return DynamicCache(config=llm.config.get_text_config(decoder=True))

@@ -1,0 +1,356 @@
+"""Nothing is read twice, and nothing changes: prompts, pictures and image keys are shared without changing a result."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+from torch import Tensor, nn
+
+import openblip2
+import tiny
+import tiny_blip2
+import tiny_models
+from openblip2.bench.naive import naive_rerank
+from openblip2.errors import UserError
+from openblip2.evaluate.retrieval import rerank
+from openblip2.inference import Captioner, Matcher
+from openblip2.model.language import DecoderLM, Decoding, LanguageModel
+from openblip2.model.prompt_cache import Growing
+from tiny import Q
+from tiny_models import BOS, EOS, INNER, LM_HEADS, PAD, SHARED, L, language, soft_prompts
+
+SIZES: dict[str, Any] = {"hidden_size": L, "num_hidden_layers": 2, "intermediate_size": INNER}
+HEADS: dict[str, Any] = SIZES | {"num_attention_heads": LM_HEADS, "num_key_value_heads": 1, "head_dim": 4}
+WINDOW = 6  # shorter than any prompt
+TEMPLATE = "a photo{image} question: {prompt} answer:"
+PROMPTS = ["is it a dog", "what", "what is it", "is it red and small", ""]
+BEAMS = Decoding(max_new_tokens=7, min_new_tokens=0, beams=3)
+GREEDY = Decoding(max_new_tokens=7, min_new_tokens=0, beams=1)
+
+
+def mistral() -> Any:
+    return hf.MistralForCausalLM(hf.MistralConfig(**SHARED, **HEADS, sliding_window=WINDOW))
+
+
+def gemma2() -> Any:
+    """One layer with a window and one without."""
+    kinds = ["sliding_attention", "full_attention"]
+    return hf.Gemma2ForCausalLM(hf.Gemma2Config(**SHARED, **HEADS, sliding_window=WINDOW, layer_types=kinds))
+
+
+def gemma3() -> Any:
+    kinds = ["sliding_attention", "full_attention"]
+    return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**SHARED, **HEADS, sliding_window=WINDOW, layer_types=kinds))
+
+
+def bloom() -> Any:
+    """Tells places by distance."""
+    return hf.BloomForCausalLM(hf.BloomConfig(**SHARED, hidden_size=L, n_layer=2, n_head=LM_HEADS))
+
+
+def mpt() -> Any:
+    """Tells places by distance, and padding counts."""
+    config = hf.MptConfig(vocab_size=tiny_models.W, d_model=L, n_layers=2, n_heads=LM_HEADS, max_seq_len=64)
+    return hf.MptForCausalLM(config)
+
+
+def mamba() -> Any:
+    """Has no keys and values."""
+    return hf.MambaForCausalLM(hf.MambaConfig(**SHARED, hidden_size=L, num_hidden_layers=2, state_size=4))
+
+
+def recurrent_gemma() -> Any:
+    """Has a window of keys and values, and a state."""
+    types = ["recurrent", "attention"]
+    config = hf.RecurrentGemmaConfig(**SHARED, **HEADS, attention_window_size=64, block_types=types, lru_width=L)
+    return hf.RecurrentGemmaForCausalLM(config)
+
+
+OTHERS = {kind.__name__: kind for kind in (mistral, gemma2, gemma3, bloom, mpt, mamba, recurrent_gemma)}
+DECODERS = {**tiny_models.DECODERS, **OTHERS}
+READ_AGAIN = ("mamba", "recurrent_gemma")  # what they keep of a prompt cannot be handed on
+NO_GAPS = ("mistral", "gemma2", "gemma3", "bloom", "mpt")
+
+
+def decoder(kind: str, template: str = TEMPLATE) -> DecoderLM:
+    llm = tiny_models.DECODERS[kind]() if kind in tiny_models.DECODERS else tiny.redraw(OTHERS[kind](), std=0.3)
+    head: Any = llm.get_output_embeddings()
+    head.weight.data[EOS] *= 1.5  # some texts end early
+    return DecoderLM(llm, tiny_models.tokenizer(), template)
+
+
+def plain(lm: DecoderLM, soft: Tensor, prompt: str, how: Decoding) -> str:
+    """transformers' own `generate` over one whole prompt: `soft [Q, L]`."""
+    before, after = lm.template.split("{image}")
+    words: Any = lm.tokenizer
+    ids = [words(part.format(prompt=prompt), add_special_tokens=False)["input_ids"] for part in (before, after)]
+    row = torch.cat([tiny_models.embed(lm.llm, ids[0]), soft, tiny_models.embed(lm.llm, ids[1])])
+    llm: Any = lm.llm
+    found = llm.generate(
+        inputs_embeds=row[None],
+        attention_mask=torch.ones(1, len(row), dtype=torch.long),
+        max_new_tokens=how.max_new_tokens,
+        num_beams=how.beams,
+        do_sample=False,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+    )
+    return words.batch_decode(found, skip_special_tokens=True)[0].strip()
+
+
+@contextmanager
+def reading(lm: LanguageModel) -> Iterator[list[int]]:
+    """Rows times tokens of every pass of the language model."""
+    read: list[int] = []
+
+    def count(module: nn.Module, given: tuple, named: dict) -> None:
+        known = named.get("inputs_embeds")
+        read.append((named["input_ids"] if known is None else known[..., 0]).numel())
+
+    hook = lm.llm.register_forward_pre_hook(count, with_kwargs=True)
+    yield read
+    hook.remove()
+
+
+@torch.no_grad()
+# RecurrentGemma's own forward pass lets padding into its state: no batch of different lengths is right with it.
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "recurrent_gemma"])
+@pytest.mark.parametrize("how", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_texts_are_those_of_transformers_alone(kind: str, how: Decoding) -> None:
+    """Of prompts of different lengths and of equal ones, each picture for itself and pictures that repeat."""
+    lm, soft = decoder(kind), soft_prompts(3)
+    texts = set()
+    for prompts in (PROMPTS, ["what is it", "is it red", "left of it", "what is it", "a blue bus"]):
+        for about in ([0, 1, 2, 1, 0], [2, 2, 2, 2, 2]):
+            expected = [plain(lm, soft[n], prompt, how) for n, prompt in zip(about, prompts, strict=True)]
+            assert lm.generate(soft, prompts, how, about) == expected
+            assert lm.generate(soft[about], prompts, how) == expected
+            texts |= set(expected)
+    assert len(texts) > 4, "neither prompts nor pictures say anything"
+
+
+def test_what_is_reused_of_whom() -> None:
+    for kind in DECODERS:
+        assert decoder(kind).reuse == (kind not in READ_AGAIN, kind not in (*READ_AGAIN, *NO_GAPS)), kind
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "gemma2"])
+def test_a_prompt_is_read_once_for_all_beams(kind: str) -> None:
+    lm, soft = decoder(kind), soft_prompts(2)
+    one = Decoding(max_new_tokens=1, beams=3)
+    with reading(lm) as read:
+        lm.generate(soft, ["what is it"] * 2, one)
+    # "a photo" once, the soft tokens and " question: what is it" for both, " answer:" for every beam.
+    assert read == [2, 2 * (Q + 4), 2 * 3]
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "llama"])
+def test_a_picture_is_read_once_for_all_its_prompts(kind: str) -> None:
+    lm, soft = decoder(kind), soft_prompts(2)
+    with reading(lm) as read:
+        lm.generate(soft, PROMPTS, Decoding(max_new_tokens=1, beams=1), [0, 1, 0, 0, 1])
+    # The longest prompt is "is it red and small" with " answer:" behind it.
+    assert read == [2, 2 * (Q + 1), 5 * 6]
+    with reading(lm) as read:
+        lm.generate(soft, PROMPTS, Decoding(max_new_tokens=1, beams=3), [0, 1, 0, 0, 1])
+    assert read == [2, 2 * (Q + 1), 5 * 5, 5 * 3]
+
+
+def test_a_recurrent_model_reads_every_prompt_whole() -> None:
+    lm, soft = decoder("mamba"), soft_prompts(2)
+    with reading(lm) as read:
+        lm.generate(soft, ["what is it"] * 2, Decoding(max_new_tokens=1, beams=1))
+    assert read == [2 * (2 + Q + 5)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("template", ["{image}{prompt}", "{prompt}{image}", "{image}", "a photo{image}"])
+@pytest.mark.parametrize("how", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_wherever_the_picture_stands(template: str, how: Decoding) -> None:
+    lm, soft = decoder("llama", template), soft_prompts(3)
+    prompts, about = ["a dog", "a dog", "what is it", "a"], [1, 1, 0, 1]
+    expected = [plain(lm, soft[n], prompt, how) for n, prompt in zip(about, prompts, strict=True)]
+    assert lm.generate(soft, prompts, how, about) == expected
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_with_beams() -> None:
+    """Its cache with room against transformers' own."""
+    lm, soft = language("t5"), soft_prompts(3)
+    own: Any = lm.llm
+    found = lm.generate(soft, PROMPTS, BEAMS, [0, 1, 2, 1, 0])
+    embeds, mask = lm.embed(soft[[0, 1, 2, 1, 0]], PROMPTS)
+    theirs = own.generate(
+        inputs_embeds=embeds, attention_mask=mask, max_new_tokens=BEAMS.max_new_tokens, num_beams=3, eos_token_id=EOS
+    )
+    words: Any = lm.tokenizer
+    assert found == [text.strip() for text in words.batch_decode(theirs, skip_special_tokens=True)]
+    assert len(set(found)) > 2
+
+
+def test_the_cache_is_transformers_own() -> None:
+    """Against its layer that copies: beams, reordering within a row, and more tokens than there is room for."""
+    random = torch.Generator().manual_seed(0)
+    theirs = hf.cache_utils.DynamicLayer()
+    read = [torch.randn(2, 3, 4, 5, generator=random) for _ in range(2)]
+    theirs.update(*read)
+    ours = Growing(2, theirs, 3)
+    theirs.batch_repeat_interleave(3)
+    for step in range(5):
+        new = [torch.randn(6, 3, 1, 5, generator=random) for _ in range(2)]
+        for mine, other in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(mine, other)
+        order = torch.tensor([[0, 1, 2, 3, 4, 5], [2, 0, 0, 3, 5, 4], [1, 1, 1, 4, 4, 3]][step % 3])
+        ours.reorder_cache(order)
+        theirs.reorder_cache(order)  # pyright: ignore
+        assert theirs.keys is not None
+        assert torch.equal(ours.keys, theirs.keys)
+        assert ours.get_seq_length() == theirs.get_seq_length() == 5 + step
+
+
+# Captioner.
+@pytest.fixture(scope="module")
+def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
+    folder = tiny_blip2.generator("llama", tmp_path_factory.mktemp("reuse") / "llama")
+    found = openblip2.load(folder, device="cpu", precision="fp32")
+    assert isinstance(found, Captioner)
+    return found
+
+
+@contextmanager
+def seeing(model: nn.Module) -> Iterator[list[int]]:
+    """Pictures in every pass of the image encoder."""
+    seen: list[int] = []
+    vision: Any = model.vision
+    hook = vision.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    yield seen
+    hook.remove()
+
+
+def arrays(count: int) -> list[Any]:
+    return list(tiny_models.pictures(count).permute(0, 2, 3, 1).numpy())
+
+
+QUESTIONS = ["what is it", "is it red", "what", "is it a dog left of the tree", "two", "is it on the grass"]
+
+
+@pytest.mark.parametrize("how", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_many_questions_about_one_picture(captioner: Captioner, how: Decoding) -> None:
+    picture = arrays(3)[2]
+    with seeing(captioner.model) as seen, reading(captioner.model.language) as read:
+        found = captioner.ask(picture, QUESTIONS, how)
+    assert seen == [1]
+    assert read[0] == Q + 2  # the picture, "<s>" and "question:", in one row
+    assert found == [captioner.answer([picture], [question], how)[0] for question in QUESTIONS]
+    assert len(set(found)) > 2, "the questions say nothing"
+
+
+def test_repeated_pictures_are_seen_once(captioner: Captioner, tmp_path: Path) -> None:
+    first, second, third = arrays(3)
+    path = tmp_path / "a.png"
+    Image.fromarray(third).save(path)
+    pictures = [first, second, str(path), first, path, second, first]
+    questions = [*QUESTIONS, "what"]
+    with seeing(captioner.model) as seen:
+        found = captioner.answer(pictures, questions, GREEDY)
+    assert sum(seen) == 3
+    assert found == [captioner.answer([p], [q], GREEDY)[0] for p, q in zip(pictures, questions, strict=True)]
+
+
+def test_pictures_made_at_every_look_are_not_taken_for_one(captioner: Captioner) -> None:
+    class Made:  # what a data set gives is gone at once, and its address is used again
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, place: Any) -> Any:
+            return [array.copy() for array in arrays(6)][place]
+
+    made: Any = Made()
+    with seeing(captioner.model) as seen:
+        found = captioner.generate(made, ["what is it"] * 6, GREEDY)
+    assert sum(seen) == 6
+    assert found == captioner.generate(arrays(6), ["what is it"] * 6, GREEDY)
+
+
+def test_groups_are_of_like_length_and_the_order_is_kept(captioner: Captioner) -> None:
+    """More than one group; in no order the texts would fit their pictures."""
+    pictures = arrays(40)
+    words = ["what", "is", "it", "a", "dog", "left", "of", "the", "tree"]
+    prompts = [" ".join(words[: 1 + 7 * n % 8]) for n in range(40)]
+    with reading(captioner.model.language) as read:
+        found = captioner.generate(pictures, prompts, Decoding(max_new_tokens=1, beams=1))
+    assert read == [32 * (Q + 1 + 7), 8 * (Q + 1 + 8)]
+    one = Decoding(max_new_tokens=1, beams=1)
+    assert found == [captioner.generate([p], [q], one)[0] for p, q in zip(pictures, prompts, strict=True)]
+
+
+def test_the_language_model_in_another_precision(captioner: Captioner, tmp_path: Path) -> None:
+    folder = tiny_blip2.generator("gpt2", tmp_path / "gpt2")
+    half = openblip2.load(folder, device="cpu", precision="fp32", language_weights="bf16")
+    assert isinstance(half, Captioner)
+    assert {p.dtype for p in half.model.language.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.model.qformer.parameters()} == {torch.float32}
+    assert half.settings.language.weights == "bf16"
+    with pytest.raises(UserError, match="weights"):
+        openblip2.load(folder, device="cpu", language_weights="int5")
+    with pytest.raises(UserError, match="language_weights is for a language model that is yet to be loaded"):
+        openblip2.load(folder, device="cpu", language=language("gpt2"), language_weights="bf16")
+    with pytest.raises(UserError, match="language_weights"):
+        openblip2.load(tiny_blip2.retriever(tmp_path / "itm"), device="cpu", language_weights="bf16")
+
+
+# Matching.
+@torch.no_grad()
+@pytest.mark.parametrize("best", [1, 4, 50])
+def test_reranking_is_the_plain_way(best: int) -> None:
+    model, features = tiny.stage1(), tiny.features(5)
+    tokens, valid = tiny.texts(11)
+    scores = torch.randn(5, 11, generator=torch.Generator().manual_seed(3))
+    looked: list[int] = []
+    cross: Any = model.qformer.layers[0]
+    hook = cross.cross.key.register_forward_pre_hook(lambda module, given: looked.append(len(given[0])))
+    found = rerank(model, features, tokens, valid, scores, best)
+    hook.remove()
+    assert looked == [1] * 5
+    for mine, naive in zip(found, naive_rerank(model, features, tokens, valid, scores, best), strict=True):
+        judged = naive > -500
+        assert judged.sum() >= best
+        torch.testing.assert_close(mine[judged], naive[judged], rtol=1e-5, atol=1e-5)
+        assert mine[judged].std() > 1e-3, "all pairs match alike"
+        if not judged.all():
+            assert mine[~judged].max() < mine[judged].min()
+    # Those that were not judged keep their order.
+    rest = naive_rerank(model, features, tokens, valid, scores, best)[0] < -500
+    for row, kept, old in zip(found[0], rest, scores, strict=True):
+        assert torch.equal(row[kept].argsort(), old[kept].argsort())
+
+
+@torch.no_grad()
+def test_texts_of_one_image_share_its_memory() -> None:
+    """Images whose memory stands once for several texts in a row, against a copy for each."""
+    model, features = tiny.stage1(), tiny.features(2)
+    tokens, valid = tiny.texts(6)
+    memory = model.qformer.look(features)
+    copied = memory.take(torch.tensor([0, 0, 0, 1, 1, 1]))
+    torch.testing.assert_close(model.match(memory, tokens, valid), model.match(copied, tokens, valid))
+    assert not torch.allclose(model.match(memory, tokens, valid)[:3], model.match(memory, tokens, valid)[3:], atol=1e-3)
+
+
+def test_matcher_reranks(tmp_path: Path) -> None:
+    matcher = openblip2.load(tiny_blip2.retriever(tmp_path / "itm"), device="cpu", precision="fp32")
+    assert isinstance(matcher, Matcher)
+    pictures, texts = arrays(4), ["a red dog", "the blue bus is red", "cat"]
+    odds, by_text = matcher.rerank(pictures, texts, best=3)
+    chances = torch.stack([matcher.match([picture] * 3, texts) for picture in pictures])
+    torch.testing.assert_close(odds.sigmoid(), chances)
+    # Each text's three best of four pictures are judged, the fourth stands behind them.
+    best = matcher.similarity(pictures, texts).topk(3, dim=0).indices
+    for column in range(3):
+        torch.testing.assert_close(by_text[best[:, column], column], odds[best[:, column], column])
+        assert by_text[:, column].argmin() not in best[:, column]
