@@ -100,7 +100,7 @@ class TrainSettings:
     chunk: Natural = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     # Ours, the same results: layers of the Q-Former and of the language model are computed again in the backward pass
-    # instead of being kept. Less memory for a third more time.
+    # instead of being kept. Less memory for a quarter to a half more time.
     checkpoint_activations: bool = False
     # Ours: the Q-Former's blocks by torch.compile. Other dropout masks, else the same to rounding.
     compile: bool = False

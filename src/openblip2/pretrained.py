@@ -1,0 +1,112 @@
+"""Trained models saved, loaded and published as the ecosystem expects."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+from openblip2.config import RunSettings
+from openblip2.errors import UserError, one_line
+from openblip2.model.stage1 import Stage1
+from openblip2.model.stage2 import Stage2
+from openblip2.train.checkpoint import kept_parameters
+from openblip2.weights.card import model_card, usage
+from openblip2.weights.run import fresh_folder, write_run
+
+
+class Pretrained:
+    """What both kinds of trained model share: they are saved, loaded and published as the ecosystem expects.
+
+    Args:
+        carries: frozen parts ("vision", "language") that no name leads to: saving writes them along.
+        measured: what the last validation found, for the model card. tokenizer: the Q-Former's, of a stage 1.
+    """
+
+    def __init__(
+        self,
+        model: Stage1 | Stage2,
+        settings: RunSettings,
+        carries: frozenset[str] = frozenset(),
+        measured: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        self.model, self.settings, self.carries, self.measured = model, settings, carries, measured or {}
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str | None = None, **options: Any) -> Self:
+        """`load`, which see for the options, for those who know what it will give.
+
+        Raises:
+            UserError: as `load`; or it is the other kind.
+        """
+        from openblip2.inference import load
+
+        found = load(source, device, **options)
+        if not isinstance(found, cls):
+            raise UserError(
+                f"{source} is a {type(found).__name__}, not a {cls.__name__}: openblip2.load tells them apart"
+            )
+        return found
+
+    def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
+        """Writes a run of ours with a model card: the trained parts, and by name the frozen ones.
+
+        Args:
+            folder: a new one. merge: write the frozen parts along, too. Frozen parts are written in the precision in
+                which they were loaded; `convert` copies them as they lie in their files.
+
+        Raises:
+            UserError: the folder is there already, or a quantised language model would have to be written.
+        """
+        carries = self.carries | ({"vision", "language"} if merge else set())
+        self._save(Path(folder), Path(folder).name, carries)
+
+    def push_to_hub(self, repo: str, private: bool = False, token: str | None = None, merge: bool = False) -> str:
+        """Publishes what `save_pretrained` writes as a repository of the hub; returns its address.
+
+        Frozen parts that were loaded from a folder of this machine are written along.
+
+        Raises:
+            UserError: as `save_pretrained`; or the hub refuses.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        here = {part for part in ("vision", "language") if Path(getattr(self.settings, part).name).exists()}
+        carries = self.carries | here | ({"vision", "language"} if merge else set())
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "run"
+            self._save(folder, repo, carries)
+            try:
+                hub = HfApi(token=token)
+                address = str(hub.create_repo(repo, private=private, exist_ok=True))
+                hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="openblip2 run")
+            except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+                raise UserError(f"{repo} cannot be published: {one_line(error)}") from error
+        return address
+
+    def _save(self, folder: Path, name: str, carries: frozenset[str]) -> None:
+        model, stage2 = self.model, isinstance(self.model, Stage2)
+        carries = carries if stage2 else carries - {"language"}
+        if "language" in carries and self.settings.language.weights in ("int8", "int4"):
+            raise UserError(
+                f"a language model in {self.settings.language.weights} is not written: load with language.weights=auto"
+            )
+        trained = kept_parameters(model)
+        count = sum(p.numel() for p in trained.values())
+        assert model.vision is not None
+        with fresh_folder(folder) as draft:
+            write_run(
+                draft,
+                self.settings,
+                model.qformer.sizes,
+                trained,
+                model.vision,
+                model.language if isinstance(model, Stage2) else None,
+                self.tokenizer,
+                carries,
+                model.vision.whitening,
+            )
+            card = model_card(self.settings, count, self.measured, usage(self.settings.stage, name), carries=carries)
+            (draft / "README.md").write_text(card, encoding="utf-8")
