@@ -74,11 +74,11 @@ class Bench:
         return self._stage1("stage1-features", from_images=False)
 
     def stage1_images(self) -> Case:
-        """The same from pictures: ours reads kept features, the naive way runs the encoder in every step."""
+        """The same from pictures: ours has kept features at hand, in memory; the naive way runs the encoder."""
         return self._stage1("stage1-images", from_images=True)
 
     def stage2_features(self) -> Case:
-        """A stage-2 step from pictures: ours reads kept features, transformers runs the encoder."""
+        """A stage-2 step from pictures: ours has kept features at hand, in memory; transformers runs the encoder."""
         return self._stage2("stage2-features", kept=True)
 
     def stage2_images(self) -> Case:

@@ -254,7 +254,7 @@ def _write_shard(
         try:
             known = [picture_of(record) for record in records]
             for n, batch in enumerate(open_pictures(records, size, layout.entries - 1, seed)):
-                for record, picture in zip(records[n * BATCH :], batch, strict=False):
+                for record, picture in zip(records[n * BATCH : n * BATCH + len(batch)], batch, strict=True):
                     if isinstance(picture, str):
                         skipped[record.id] = picture
                 for features in encode_pictures(encode, [p for p in batch if isinstance(p, Tensor)]):

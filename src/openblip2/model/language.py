@@ -191,7 +191,7 @@ class DecoderLM(FrozenLM):
             return 0, 0
         most = min(map(len, rows)) - 1  # `generate` computes the last token itself
         text = min(len(_common_text(rows)), most)
-        columns = zip(*rows, strict=False)
+        columns = zip(*rows, strict=False)  # the shortest row ends it
         shared = min(sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns)), most)
         return text, shared if len(set(pictures)) < len(rows) and SOFT in rows[0][:shared] else text
 

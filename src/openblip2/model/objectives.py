@@ -168,7 +168,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         of_hidden, of_weight, of_bias = (
             torch.zeros_like(given, dtype=torch.float32) if trains and wanted and given is not None else None
-            for given, wanted in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+            for given, wanted in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
         factor, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         loss = torch.zeros((), device=hidden.device)

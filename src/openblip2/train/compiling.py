@@ -7,7 +7,7 @@ many, and which pass they serve does not matter to them.
 import torch
 from torch import nn
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, one_line
 from openblip2.model.qformer import Attention, FeedForward, QFormer
 
 KINDS = 64  # compiled forms of a block: with and without mask, gradient, text, dropout; torch stops at 8
@@ -23,9 +23,9 @@ def compile_blocks(qformer: QFormer) -> None:
     try:
         torch.compile(nn.functional.gelu)(torch.ones(64, device=place))
     except Exception as error:  # what is missing decides what is raised: it is named
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"train.compile=true: torch.compile does not work here ({reason}): a CPU needs a C++ compiler, a GPU triton"
+            f"train.compile=true: torch.compile does not work here ({one_line(error)}): a CPU needs a C++ compiler, a "
+            "GPU triton"
         ) from error
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
     for block in qformer.modules():
