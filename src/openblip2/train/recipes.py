@@ -1,6 +1,6 @@
 """The two recipes: what stage 1 and stage 2 do with the same loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
     add_adapters(model, settings)
     set_speed(model, settings)
     show_parts(model, progress)
-    batches = Ahead(data.batches, settings.train.steps * settings.train.accumulate)
+    batches = one_ahead(data, settings)
 
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
@@ -125,7 +125,7 @@ def _stage2(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
     write_config(run, settings, model.qformer.sizes)
     show_parts(model, progress)
     prompts = settings.language.prompts
-    batches = Ahead(data.batches, settings.train.steps * settings.train.accumulate)
+    batches = one_ahead(data, settings)
 
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
@@ -163,6 +163,13 @@ def start_from_stage1(model: Stage2, run: Path) -> None:
         wanted[name].data.copy_(value)
     if rank:
         merge_lora(model.qformer).requires_grad_(True)
+
+
+def one_ahead(data: Prepared, settings: RunSettings) -> Callable[[int], PairBatch]:
+    """The batches, made one ahead where a GPU computes; on a CPU the thread would take from the step what it gives."""
+    if device().type == "cpu":
+        return data.batches
+    return Ahead(data.batches, settings.train.steps * settings.train.accumulate)
 
 
 @contextmanager
