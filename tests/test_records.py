@@ -166,11 +166,11 @@ BAD_ROWS = {
     "id is blank": ({**GOOD, "id": ""}, '"id"'),
     "facts are text": ({**GOOD, "facts": "a cat"}, '"facts"'),
     "questions are text": ({**GOOD, "questions": "what?"}, '"questions"'),
-    "question is text": ({**GOOD, "questions": ["what?"]}, "lacks text, answer or kind"),
-    "no answer": ({**GOOD, "questions": [{"text": "what?", "kind": "open"}]}, "lacks text, answer or kind"),
+    "question is text": ({**GOOD, "questions": ["what?"]}, "a question without text"),
+    "no answer": ({**GOOD, "questions": [{"text": "what?", "kind": "open"}]}, "has no answer"),
     "answer is a number": (
         {**GOOD, "questions": [{"text": "how many?", "answer": 2, "kind": "number"}]},
-        "lacks text, answer or kind",
+        "has no answer",
     ),
     "unknown kind": (
         {**GOOD, "questions": [{"text": "what?", "answer": "cat", "kind": "opn"}]},
@@ -352,3 +352,39 @@ def test_a_write_that_fails_leaves_the_old_file(folder: Path, monkeypatch: pytes
         write_records([Record("2", folder / "dog.PNG", ("a dog",))], folder)
     assert read_records(folder)[0] == old
     assert sorted(os.listdir(folder)) == before
+
+
+def test_questions_with_and_without_captions(folder: Path) -> None:
+    path = jsonl(
+        folder,
+        {"image": "dog.PNG", "question": "what is it?", "answers": ["dog", "a dog", "dog"], "question_id": 7},
+        {"image": "dog.PNG", "question": "is it a cat?", "answer": "no"},
+        {"image": "sub/bus.webp", "question": "how many?", "answer": "2", "caption": "two buses"},
+        {"image": "sub/bus.webp", "caption": "a bus"},
+    )
+    records, skipped = read_records(path, "questions")
+    assert [record.questions for record in records] == [
+        (
+            Question("what is it?", "dog", "open", ("dog", "a dog", "dog"), "7"),
+            Question("is it a cat?", "no", "yes/no"),
+        ),
+        (Question("how many?", "2", "number"),),
+    ]
+    assert [record.captions for record in records] == [(), ("two buses",)]
+    assert [question.given for question in records[0].questions] == [("dog", "a dog", "dog"), ("no",)]
+    assert len(skipped) == 1
+    assert ":4: no question" in skipped[0]
+    captioned, _ = read_records(path)
+    assert [record.captions for record in captioned] == [("two buses", "a bus")]
+    write_records(records, folder)
+    assert read_records(folder, "questions")[0] == records
+
+
+def test_a_table_of_questions(folder: Path) -> None:
+    path = folder / "asked.csv"
+    path.write_text("image,question,answer\ndog.PNG,what is it?,dog\ndog.PNG,,dog\n", encoding="utf-8")
+    records, skipped = read_records(path, "questions")
+    assert records[0].questions == (Question("what is it?", "dog", "open"),)
+    assert ":3: a question without text" in skipped[0]
+    with pytest.raises(UserError, match="no caption"):
+        read_records(path)

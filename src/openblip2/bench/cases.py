@@ -3,9 +3,11 @@
 Shapes: B pictures, P patch tokens, V encoder width, T text tokens, Q queries, W vocabulary.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from openblip2.bench.models import BOS, EOS, IMAGE, Pair, normalised, pictures, sentences, texts
 from openblip2.bench.naive import naive_losses, naive_rerank
 from openblip2.bench.sizes import Size
+from openblip2.data.cache import Cache, write_head
+from openblip2.data.shards import Layout, Picture, ShardWriter
 from openblip2.evaluate.retrieval import rerank
 from openblip2.model.decoding import Decoding
 from openblip2.train.hardware import computing
@@ -42,6 +46,7 @@ class Bench:
     """The cases of one size, computed in `precision`."""
 
     NAMES = (
+        "cache",
         "stage1-features",
         "stage1-images",
         "stage2-features",
@@ -52,13 +57,17 @@ class Bench:
         "rerank",
     )
 
+    KEPT = ("cache", "stage1-images", "stage2-features")  # ours reads a feature cache
+
     def __init__(self, pair: Pair, size: Size, place: torch.device, precision: str) -> None:
         self.pair, self.size, self.place, self.precision = pair, size, place, precision
         self.equal = 1e-4 if precision == "fp32" else 3e-2
+        self._folders: list[tempfile.TemporaryDirectory[str]] = []  # of caches: they go when this does
 
     def cases(self) -> dict[str, Callable[[], Case]]:
         """What can be timed, by name; a case is made when it is called."""
         return {
+            "cache": self.cache,
             "stage1-features": self.stage1_features,
             "stage1-images": self.stage1_images,
             "stage2-features": self.stage2_features,
@@ -69,16 +78,26 @@ class Bench:
             "rerank": self.rerank,
         }
 
+    def cache(self) -> Case:
+        """A batch's features, read from a feature cache on the disk; the naive way runs the encoder."""
+        images = pictures(self.size.pairs, self.size.side, self.place)
+        kept = self._keep(self._encode(images))
+
+        def ours() -> Tensor:
+            return kept.read(range(len(images))).to(self.place)
+
+        return self._case("cache", {OURS: ours, NAIVE: lambda: self._encode(images)}, len(images), "pictures")
+
     def stage1_features(self) -> Case:
         """A stage-1 step, forward and backward, on ready-made features."""
         return self._stage1("stage1-features", from_images=False)
 
     def stage1_images(self) -> Case:
-        """The same from pictures: ours has kept features at hand, in memory; the naive way runs the encoder."""
+        """The same from pictures: ours reads kept features from a cache; the naive way runs the encoder."""
         return self._stage1("stage1-images", from_images=True)
 
     def stage2_features(self) -> Case:
-        """A stage-2 step from pictures: ours has kept features at hand, in memory; transformers runs the encoder."""
+        """A stage-2 step from pictures: ours reads kept features from a cache; transformers runs the encoder."""
         return self._stage2("stage2-features", kept=True)
 
     def stage2_images(self) -> Case:
@@ -92,9 +111,11 @@ class Bench:
         tokens, valid = texts(size.pairs, size.text, size.qformer["vocabulary"], self.place)
         ids = torch.arange(size.pairs, device=self.place)
         negatives = ids.roll(1), ids.roll(2)
+        kept = self._keep(features) if from_images else None
 
         def ours() -> dict[str, Tensor]:
-            return self._step(model, lambda: model.losses(tokens, valid, ids, features=features, negatives=negatives))
+            seen = features if kept is None else kept.read(range(len(images))).to(self.place)
+            return self._step(model, lambda: model.losses(tokens, valid, ids, features=seen, negatives=negatives))
 
         def naive() -> dict[str, Tensor]:
             seen = self._encode(images) if from_images else features
@@ -105,7 +126,7 @@ class Bench:
     def _stage2(self, name: str, kept: bool) -> Case:
         size, model, theirs = self.size, self.pair.stage2, self.pair.theirs
         images = pictures(size.captions, size.side, self.place)
-        features = self._encode(images)
+        cache = self._keep(self._encode(images)) if kept else None
         captions = sentences(size.captions, size.text, size.language["vocab_size"])
         prompts = [""] * len(captions)
         rows = [[*[IMAGE] * size.queries, BOS, *model.language.tokenizer(c)["input_ids"], EOS] for c in captions]  # pyright: ignore
@@ -113,7 +134,7 @@ class Bench:
         pixels = normalised(self._vision(), images, theirs.vision_model.dtype)
 
         def ours() -> dict[str, Tensor]:
-            given = {"features": features} if kept else {"images": images}
+            given = {"images": images} if cache is None else {"features": cache.read(range(len(images))).to(self.place)}
             return self._step(model, lambda: model.losses(prompts, captions, **given))
 
         def transformers() -> dict[str, Tensor]:
@@ -190,6 +211,8 @@ class Bench:
         difference = max(_difference(found[0], other) for other in found[1:])
         # Random weights make all words nearly as likely, and bf16 rounds: there texts may differ, and it is told.
         equal = 1.0 if isinstance(found[0], list) and self.precision != "fp32" else self.equal
+        if name in self.KEPT:
+            equal = max(equal, 1e-3)  # what is read was rounded to fp16
         return Case(name, candidates, samples, unit, difference, equal)
 
     def _step(self, model: nn.Module, losses: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -205,6 +228,19 @@ class Bench:
     def _computing(self, model: nn.Module) -> Iterator[None]:
         with torch.inference_mode(), computing(model, self.precision):
             yield
+
+    def _keep(self, features: Tensor) -> Cache:
+        """These features in a cache on the disk, as a run finds them."""
+        folder = tempfile.TemporaryDirectory(prefix="openblip2-bench-")
+        self._folders.append(folder)
+        place, layout = Path(folder.name), Layout("fp16", features.shape[1], features.shape[2], 1)
+        write_head(place, {}, layout, len(features))
+        for number, rows in enumerate(features.split(layout.shard_pictures)):
+            writer = ShardWriter(place, number, layout)
+            writer.add(rows)
+            first = number * layout.shard_pictures
+            writer.close([Picture(str(first + n), 0, 0) for n in range(len(rows))], {})
+        return Cache(place)
 
     def _encode(self, images: Tensor) -> Tensor:
         vision = self._vision()

@@ -3,37 +3,54 @@
 Four sources are read:
 
 - a folder with `records.jsonl` (what `write_records` writes);
-- a `.jsonl` file, one object a line: `{"image": "cat.jpg", "caption": "a cat"}`, or `"captions": [...]`, and
-  optionally `"id"`, `"facts"`, `"questions": [{"text": ..., "answer": ..., "kind": ...}]`;
-- a `.csv` or `.tsv` file whose first line names the columns `image` and `caption`;
+- a `.jsonl` file, one object a line: `{"image": "cat.jpg", "caption": "a cat"}`, or `"captions": [...]`, or
+  `"question"` with `"answer"` (or `"answers"`, one of each annotator), or `"questions": [{"text": ..., "answer": ...,
+  "kind": ..., "answers": [...]}]`, and optionally `"id"` and `"facts"`;
+- a `.csv` or `.tsv` file whose first line names the columns `image` and `caption`, or `image`, `question`, `answer`;
 - a folder of pictures, in sub-folders or not, each with a `.txt` of the same name, one caption a line.
 
-Image paths are relative to the file's folder and stay inside it. Rows of one image (of one id, where ids are
+What is wanted of a row, captions or questions, depends on what the records are for. Image paths are relative to the file's folder and stay inside it. Rows of one image (of one id, where ids are
 given) become one record with all their captions. A row that cannot be used is skipped and named, never fatal
 and never silent.
 """
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from openblip2.data.rows import ACCEPTED, RECORDS, read_rows
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
 
 QUESTION_KINDS = ("open", "yes/no", "number")
+Wanted = Literal["captions", "questions"]
+_WANTED = {"captions": "a caption", "questions": "a question and its answer"}
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about one picture. `kind` is one of `QUESTION_KINDS`."""
+    """A question about one picture.
+
+    Attributes:
+        answer: the one that counts as right; where there are many annotators, their most common one.
+        kind: one of `QUESTION_KINDS`. answers: of all annotators, repeats included; empty = `answer` alone.
+        id: of the data set's own, by which results are handed in; "" = none.
+    """
 
     text: str
     answer: str
     kind: str
+    answers: tuple[str, ...] = ()
+    id: str = ""
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Every answer that was given, one at least."""
+        return self.answers or (self.answer,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +64,10 @@ class Record:
     facts: dict[str, Any] | None = None
 
 
-def read_records(source: Path) -> tuple[list[Record], list[str]]:
+def read_records(source: Path, wanted: Wanted = "captions") -> tuple[list[Record], list[str]]:
     """The records of `source` in its order, and one line "where: what; what would be right" per skipped row.
+
+    `wanted`: what every row must have; the other may be missing.
 
     Pictures are looked for, not opened: a broken one shows when it is decoded. Captions stay as written.
 
@@ -65,14 +84,14 @@ def read_records(source: Path) -> tuple[list[Record], list[str]]:
                 skipped.append(f"{where}: {row}")
                 continue
             try:
-                _add(_record(row, root), records)
+                _add(_record(row, root, wanted), records)
             except UserError as problem:
                 skipped.append(f"{where}: {problem}")
     except OSError as error:
         raise UserError(f"{error.filename or source}: cannot be read ({error.strerror}); give {ACCEPTED}") from error
     if not records:
         why = f"{len(skipped)} rows cannot be used; the first: {skipped[0]}" if skipped else f"give {ACCEPTED}"
-        raise UserError(f"{source}: holds no picture with a caption; {why}")
+        raise UserError(f"{source}: holds no picture with {_WANTED[wanted]}; {why}")
     return list(records.values()), skipped
 
 
@@ -103,10 +122,19 @@ def _row(record: Record, folder: Path) -> dict[str, Any]:
         raise UserError(f"{record.image}: is outside {folder}; the pictures of a data folder lie inside it")
     row: dict[str, Any] = {"id": record.id, "image": image.as_posix(), "captions": list(record.captions)}
     if record.questions:
-        row["questions"] = [{"text": each.text, "answer": each.answer, "kind": each.kind} for each in record.questions]
+        row["questions"] = [_question_row(question) for question in record.questions]
     if record.facts is not None:
         row["facts"] = record.facts
     return row
+
+
+def _question_row(question: Question) -> dict[str, Any]:
+    row: dict[str, Any] = {"text": question.text, "answer": question.answer, "kind": question.kind}
+    return (
+        row
+        | ({"answers": list(question.answers)} if question.answers else {})
+        | ({"id": question.id} if question.id else {})
+    )
 
 
 def _add(record: Record, records: dict[str, Record]) -> None:
@@ -127,7 +155,7 @@ def _add(record: Record, records: dict[str, Record]) -> None:
     )
 
 
-def _record(row: dict[str, Any], root: Path) -> Record:
+def _record(row: dict[str, Any], root: Path, wanted: Wanted) -> Record:
     image = _image(row.get("image"), root)
     name = row.get("id")
     if name is None:
@@ -137,7 +165,11 @@ def _record(row: dict[str, Any], root: Path) -> Record:
     facts = row.get("facts")
     if facts is not None and not isinstance(facts, dict):
         raise UserError('"facts" is not an object; {"name": value, ...}')
-    return Record(str(name), image, _captions(row), _questions(row.get("questions")), facts)
+    captions = _captions(row) if wanted == "captions" or {"caption", "captions"} & row.keys() else ()
+    questions = _questions(row)
+    if wanted == "questions" and not questions:
+        raise UserError(f"no question; {_QUESTION}")
+    return Record(str(name), image, captions, questions, facts)
 
 
 def _image(name: object, root: Path) -> Path:
@@ -167,7 +199,15 @@ def _captions(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(captions)
 
 
-def _questions(questions: object) -> tuple[Question, ...]:
+_QUESTION = '"question": "text" and "answer": "text", or "answers": ["text", ...], one of each annotator'
+
+
+def _questions(row: dict[str, Any]) -> tuple[Question, ...]:
+    if "questions" in row and "question" in row:
+        raise UserError(f'both "question" and "questions"; {_QUESTION}')
+    if row.get("question") is not None:
+        return (_question({**row, "text": row["question"], "id": row.get("question_id")}, _QUESTION),)
+    questions = row.get("questions")
     right = f'"questions": [{{"text": ..., "answer": ..., "kind": one of {", ".join(QUESTION_KINDS)}}}, ...]'
     if questions is None:
         return ()
@@ -177,13 +217,29 @@ def _questions(questions: object) -> tuple[Question, ...]:
 
 
 def _question(question: object, right: str) -> Question:
-    values = [question.get(key) for key in ("text", "answer", "kind")] if isinstance(question, dict) else [None]
-    if not all(_says_something(value) for value in values):
-        raise UserError(f"a question lacks text, answer or kind; {right}")
-    text, answer, kind = map(str, values)
+    if not isinstance(question, dict) or not _says_something(question.get("text")):
+        raise UserError(f"a question without text; {right}")
+    answers = question.get("answers", [])
+    if not isinstance(answers, list) or not all(_says_something(answer) for answer in answers):
+        raise UserError(f'"answers" is not a list of texts; {right}')
+    answer = question.get("answer")
+    if answer is None and answers:
+        answer = Counter(answers).most_common(1)[0][0]
+    if not _says_something(answer):
+        raise UserError(f"the question {question['text'][:40]!r} has no answer; {right}")
+    kind = question.get("kind")
+    if kind is None:
+        kind = kind_of(str(answer))
     if kind not in QUESTION_KINDS:
-        raise UserError(f"a question of the kind {kind[:40]!r}; {right}")
-    return Question(text, answer, kind)
+        raise UserError(f"a question of the kind {str(kind)[:40]!r}; {right}")
+    name = question.get("id")
+    return Question(question["text"], str(answer), kind, tuple(answers), "" if name is None else str(name))
+
+
+def kind_of(answer: str) -> str:
+    """What is asked for, told by the answer: one of `QUESTION_KINDS`."""
+    plain = answer.strip().lower()
+    return "yes/no" if plain in ("yes", "no") else "number" if plain.isdecimal() else "open"
 
 
 def _says_something(value: object) -> bool:

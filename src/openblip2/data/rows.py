@@ -12,8 +12,8 @@ from openblip2.errors import UserError
 RECORDS = "records.jsonl"
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif"})
 ACCEPTED = (
-    f"a folder with {RECORDS}, a .jsonl file, a .csv or .tsv file with the columns image and caption, "
-    "or a folder of pictures each with a .txt of the same name"
+    f"a folder with {RECORDS}, a .jsonl file, a .csv or .tsv file with the columns image and caption "
+    "(or image, question and answer), or a folder of pictures each with a .txt of the same name"
 )
 _ROW = 'one {"image": "cat.jpg", "caption": "a cat"} a line'
 
@@ -25,7 +25,7 @@ def read_rows(source: Path) -> Iterator[tuple[str, Row]]:
     """Where each row of `source` stands ("file:line", or a picture's path), and the row.
 
     Whatever the source, a row has the keys of `records.jsonl`: "image" (relative to the source's folder),
-    "caption" or "captions", and whatever else a JSON line holds.
+    "caption" or "captions", "question" and "answer", and whatever else a JSON line holds.
 
     Raises:
         UserError: `source` does not exist or is not `ACCEPTED`.
@@ -87,9 +87,11 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
 
 def _header(cells: list[str], where: str, delimiter: str) -> list[str]:
     header = [cell.strip().lower() for cell in cells]
-    if header.count("image") == 1 and header.count("caption") == 1:
+    once = {name for name in header if header.count(name) == 1}
+    if {"image", "caption"} <= once or {"image", "question", "answer"} <= once:
         return header
-    right = "image,caption" if delimiter == "," else "image<tab>caption"
+    right = " or ".join(delimiter.join(names) for names in (("image", "caption"), ("image", "question", "answer")))
+    right = right.replace("\t", "<tab>")
     raise UserError(f"{where}: the first line is {ascii(delimiter.join(cells))[:80]}; it has to be {right}")
 
 
@@ -98,7 +100,7 @@ def _table_row(cells: list[str], header: list[str]) -> Row:
         right = "a caption that contains the separator stands in double quotes"
         return UserError(f"{len(cells)} cells under {len(header)} columns; {right}")
     row = dict(zip(header, cells, strict=True))
-    return {"image": row["image"], "caption": row["caption"]}
+    return {name: row[name] for name in ("image", "caption", "question", "answer") if name in row}
 
 
 def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
