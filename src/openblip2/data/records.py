@@ -9,9 +9,9 @@ Four sources are read:
 - a `.csv` or `.tsv` file whose first line names the columns `image` and `caption`, or `image`, `question`, `answer`;
 - a folder of pictures, in sub-folders or not, each with a `.txt` of the same name, one caption a line.
 
-What is wanted of a row, captions or questions, depends on what the records are for. Image paths are relative to the file's folder and stay inside it. Rows of one image (of one id, where ids are
-given) become one record with all their captions. A row that cannot be used is skipped and named, never fatal
-and never silent.
+What is wanted of a row, captions or questions, depends on what the records are for. Image paths are relative to the
+file's folder and stay inside it. Rows of one image (of one id, where ids are given) become one record with all their
+captions and questions. A row that cannot be used is skipped and named, never fatal and never silent.
 """
 
 import json
@@ -120,7 +120,9 @@ def _row(record: Record, folder: Path) -> dict[str, Any]:
     image = Path(os.path.relpath(record.image, folder))
     if image.parts[0] == os.pardir:
         raise UserError(f"{record.image}: is outside {folder}; the pictures of a data folder lie inside it")
-    row: dict[str, Any] = {"id": record.id, "image": image.as_posix(), "captions": list(record.captions)}
+    row: dict[str, Any] = {"id": record.id, "image": image.as_posix()}
+    if record.captions:
+        row["captions"] = list(record.captions)
     if record.questions:
         row["questions"] = [_question_row(question) for question in record.questions]
     if record.facts is not None:
