@@ -23,6 +23,7 @@ from openblip2.data.cache import Cache
 from openblip2.data.features import StoredFeatures, build_cache, find_records, remove_cache
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record, read_records
+from openblip2.data.samples import Captions
 from openblip2.data.shards import Layout
 from openblip2.data.views import CROPS, view_generator
 from openblip2.errors import UserError
@@ -197,7 +198,7 @@ def test_a_batch_draws_a_view_of_each_picture_by_its_number(records: list[Record
     cache = build(records, tmp_path / "cache", "fp16", views=3)
     stored, _ = find_records(records, cache, lambda features: features)
     owners = {stored.cache.read([row])[0].numpy().tobytes(): divmod(row, 4) for row in range(80)}
-    pairs, again = (FeaturePairs(stored, 6, seed=2, drawn=True) for _ in range(2))
+    pairs, again = (FeaturePairs(stored, Captions(stored.records), 6, seed=2, drawn=True) for _ in range(2))
     seen = []
     for number in (0, 9, 4):
         batch, same = pairs(number), again(number)
@@ -208,7 +209,7 @@ def test_a_batch_draws_a_view_of_each_picture_by_its_number(records: list[Record
         assert [picture for picture, _ in found] == pairs.sampler(number)
         seen += [entry for _, entry in found]
     assert set(seen) == {1, 2, 3}  # never the plain one
-    plain = FeaturePairs(stored, 6, seed=2)(4).features
+    plain = FeaturePairs(stored, Captions(stored.records), 6, seed=2)(4).features
     assert plain is not None
     assert {owners[row.numpy().tobytes()][1] for row in plain} == {0}
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import tiny_runs
 from openblip2 import convert, load
 from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
-from openblip2.data.batches import Sampler, draw_captions, pair_ids
-from openblip2.data.records import Record, read_records
+from openblip2.data.batches import Sampler, pair_ids
+from openblip2.data.records import Question, Record, read_records
+from openblip2.data.samples import Answers, Captions
 from openblip2.errors import UserError
 from openblip2.presets import preset
 from openblip2.train.checkpoint import load_trained, save_trained, trained_parameters
@@ -188,9 +189,22 @@ def test_the_same_picture_and_the_same_caption_are_no_negatives() -> None:
 
 
 def test_every_caption_of_a_picture_is_drawn() -> None:
-    record = Record("0", Path("0.png"), ("a", "b", "c"))
-    drawn = [draw_captions([record], seed=0, number=number)[0] for number in range(60)]
+    samples = Captions([Record("0", Path("0.png"), ("a", "b", "c"))])
+    drawn = [samples.draw([0], torch.Generator().manual_seed(number)).texts[0] for number in range(60)]
     assert {drawn.count(caption) > 8 for caption in "abc"} == {True}
+
+
+def test_answers_are_drawn_by_how_often_they_were_given() -> None:
+    questions = (
+        Question("What  is it?", "cat", "open", ("cat", "cat", "cat", "pet")),
+        Question("a dog?", "no", "yes/no"),
+    )
+    samples = Answers([Record("0", Path("0.png"), ()), Record("1", Path("1.png"), (), questions)])
+    assert samples.pictures == [1, 1]
+    found = [samples.draw([1, 0], torch.Generator().manual_seed(number)) for number in range(400)]
+    assert {tuple(drawn.questions or ()) for drawn in found} == {("a dog?", "what is it?")}
+    assert {drawn.texts[0] for drawn in found} == {"no"}
+    assert 0.69 < sum(drawn.texts[1] == "cat" for drawn in found) / 400 < 0.81
 
 
 @pytest.fixture(scope="module")

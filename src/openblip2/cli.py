@@ -47,23 +47,32 @@ def demo(
 
 @app.command()
 def train(
-    stage: Annotated[str, typer.Argument(help="stage1 or stage2.")],
-    data: Annotated[Path, typer.Option(help="A folder, .jsonl or .csv of pictures with captions.")],
+    what: Annotated[str, typer.Argument(help="stage1 or stage2; or caption, vqa, retrieval: fine-tune a run.")],
+    data: Annotated[Path, typer.Option(help="A folder, .jsonl or .csv of pictures with captions (vqa: questions).")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     preset: Annotated[str, typer.Option(help="Whole settings to begin with.")] = "laptop",
-    start: Annotated[Path | None, typer.Option(help="stage2: the stage-1 run to start from.")] = None,
+    start: Annotated[Path | None, typer.Option(help="The run to start from: all but stage1 need one.")] = None,
     changes: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     features: Annotated[Path | None, typer.Option(help="A cache that `features` wrote of the same pictures.")] = None,
 ) -> None:
-    """Train one stage: `openblip2 train stage1 --data pictures/ --out runs/stage1`."""
+    """Train one stage, or fine-tune: `openblip2 train stage1 --data pictures/ --out runs/stage1`."""
     from openblip2.config import change
-    from openblip2.presets import PRESETS
+    from openblip2.presets import FINE_TUNING, PRESETS, fine_tuning
     from openblip2.presets import preset as find
 
-    if stage not in PRESETS:
-        raise UserError(f"unknown stage {stage!r}: it must be stage1 or stage2")
-    settings = change(find(stage, preset), _changes(changes or []))
+    if what in PRESETS:
+        settings = find(what, preset)
+    elif what in FINE_TUNING:
+        from openblip2.weights.checkpoint import Parts
+        from openblip2.weights.run import read_run
+
+        if start is None:
+            raise UserError(f"train {what}: give --start, the run to fine-tune")
+        settings = fine_tuning(what, preset, read_run(start, Parts()).settings, str(start))
+    else:
+        raise UserError(f"unknown training {what!r}: it must be one of {', '.join([*PRESETS, *FINE_TUNING])}")
+    settings = change(settings, _changes(changes or []))
     settings = change(settings, {"data.source": str(data)} | ({"start": str(start)} if start else {}))
     settings = change(settings, {"data.features": str(features)} if features else {})
     from openblip2.data.records import read_records
@@ -71,7 +80,7 @@ def train(
     from openblip2.train.recipes import train_stage
 
     progress = Progress()
-    records, skipped = read_records(data)
+    records, skipped = read_records(data, "questions" if what == "vqa" else "captions")
     with _interruptible(out):
         train_stage(settings, records, out, progress, resume, skipped=skipped)
     typer.echo(str(out))
@@ -143,6 +152,37 @@ def answer(
 ) -> None:
     """Answer a question about a picture."""
     typer.echo(_stage2(run).answer([image], [question])[0])
+
+
+@app.command()
+def chat(
+    run: Run,
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str | None, typer.Option(help="How a line is put, {} being it, if not the run's way.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 30,
+) -> None:
+    """Talk about a picture: a line in, an answer out, each behind the earlier ones, until the input ends."""
+    from dataclasses import replace
+
+    from openblip2.chat import Chat
+    from openblip2.inference import ANSWER
+
+    talk = Chat(_stage2(run), image, replace(ANSWER, max_new_tokens=tokens), question)
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            return
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input is not text: {error}") from error
+        try:
+            if line.strip():
+                typer.echo(talk.ask(line))
+        except UserError as error:
+            if not terminal:
+                raise
+            typer.echo(f"openblip2: {error}", err=True)  # and one may ask again
 
 
 @app.command()

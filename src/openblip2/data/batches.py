@@ -1,28 +1,30 @@
-"""Batches of image-text pairs. Batch n of a run is a function of (seed, n): nothing has to be saved to resume.
+"""Batches of pictures with texts. Batch n of a run is a function of (seed, n): nothing has to be saved to resume.
 
 Shapes: B pairs, P patch tokens, V encoder width, S side in px.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from openblip2.data.features import StoredFeatures
-from openblip2.data.images import augment
+from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record
+from openblip2.data.samples import Samples
 from openblip2.errors import UserError
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pictures with one caption each; `features [B, P, V]` or `images [B, 3, S, S]` uint8, the other is None."""
+    """B pictures with one text each; `features [B, P, V]` or `images [B, 3, S, S]` uint8, the other is None."""
 
-    captions: list[str]
+    captions: list[str]  # or answers, where there are questions
     ids: Tensor  # [B] int64, equal for the same picture and for the same caption
     features: Tensor | None = None
     images: Tensor | None = None
+    questions: list[str] | None = None
 
 
 class Sampler:
@@ -33,7 +35,7 @@ class Sampler:
     hence its negatives hard. An epoch's last window is short of nothing: it takes from the next epoch.
 
     Args:
-        lengths: of each picture's captions, in words. batch: B, at most the number of pictures. seed: of the shuffles.
+        lengths: of each row's text, in words. batch: B, at most the number of rows. seed: of the shuffles.
     """
 
     WINDOW = 8
@@ -61,58 +63,71 @@ class Sampler:
         return rows
 
 
-def caption_lengths(records: Sequence[Record]) -> list[int]:
-    """Words in the longest caption of each record."""
-    return [max(len(caption.split()) for caption in record.captions) for record in records]
-
-
 class FeaturePairs:
-    """Batches from frozen features computed beforehand. One of a picture's captions is drawn each time.
+    """Batches from frozen features computed beforehand, with the texts of `samples`, which is of the same records.
 
-    `drawn`: so is one of its random views, in place of the plain picture.
+    `drawn`: one of a picture's random views, drawn each time, stands in place of the plain picture.
     """
 
-    def __init__(self, features: StoredFeatures, batch: int, seed: int, drawn: bool = False) -> None:
-        self.features, self.seed, self.drawn = features, seed, drawn
-        self.sampler = Sampler(caption_lengths(features.records), batch, seed)
+    def __init__(self, features: StoredFeatures, samples: Samples, batch: int, seed: int, drawn: bool = False) -> None:
+        self.features, self.samples, self.seed, self.drawn = features, samples, seed, drawn
+        self.sampler = Sampler(samples.lengths, batch, seed)
 
     def __call__(self, number: int) -> PairBatch:
         rows = self.sampler(number)
-        captions = draw_captions([self.features.records[row] for row in rows], self.seed, number)
+        texts, questions = self.samples.draw(rows, _generator(self.seed, number, "caption"))
+        pictures = [self.samples.pictures[row] for row in rows]
         views = None
         if self.drawn:
             generator = _generator(self.seed, number, "crop")
             views = torch.randint(self.features.views, (len(rows),), generator=generator).tolist()
-        return PairBatch(captions, pair_ids(rows, captions), features=self.features.take(rows, views))
+        ids, features = pair_ids(pictures, texts), self.features.take(pictures, views)
+        return PairBatch(texts, ids, features=features, questions=questions)
 
 
 class ImagePairs:
-    """Batches of freshly augmented pictures (random crop and flip, as the paper trains).
+    """Batches of pictures, freshly augmented (random crop and flip, as the paper trains) or plain.
 
     A picture that cannot be opened is left out of its batch and reported once to `problem`.
     """
 
-    def __init__(self, records: Sequence[Record], batch: int, seed: int, size: int, problem) -> None:
-        self.records, self.seed, self.size, self.problem = list(records), seed, size, problem
-        self.sampler = Sampler(caption_lengths(self.records), batch, seed)
+    def __init__(
+        self,
+        records: Sequence[Record],
+        samples: Samples,
+        batch: int,
+        seed: int,
+        size: int,
+        problem: Callable[[str], object],
+        augmented: bool = True,
+    ) -> None:
+        self.records, self.samples = list(records), samples
+        self.seed, self.size, self.problem, self.augmented = seed, size, problem, augmented
+        self.sampler = Sampler(samples.lengths, batch, seed)
         self.bad: set[int] = set()
 
     def __call__(self, number: int) -> PairBatch:
         generator = _generator(self.seed, number, "crop")
         rows, images = [], []
         for row in self.sampler(number):
-            if row in self.bad:
+            picture = self.samples.pictures[row]
+            if picture in self.bad:
                 continue
             try:
-                images.append(augment(self.records[row].image, self.size, generator))
+                images.append(self._open(picture, generator))
                 rows.append(row)
             except UserError as error:
-                self.bad.add(row)
+                self.bad.add(picture)
                 self.problem(str(error))
         if not rows:
             raise UserError(f"batch {number}: not one of its pictures can be opened; see the log for their names")
-        captions = draw_captions([self.records[row] for row in rows], self.seed, number)
-        return PairBatch(captions, pair_ids(rows, captions), images=torch.stack(images))
+        texts, questions = self.samples.draw(rows, _generator(self.seed, number, "caption"))
+        ids = pair_ids([self.samples.pictures[row] for row in rows], texts)
+        return PairBatch(texts, ids, images=torch.stack(images), questions=questions)
+
+    def _open(self, picture: int, generator: torch.Generator) -> Tensor:
+        path = self.records[picture].image
+        return augment(path, self.size, generator) if self.augmented else to_pixels([path], self.size)[0]
 
 
 def pair_ids(pictures: Sequence[Hashable], captions: Sequence[str]) -> Tensor:
@@ -128,13 +143,6 @@ def pair_ids(pictures: Sequence[Hashable], captions: Sequence[str]) -> Tensor:
         of_picture[picture] = of_caption[caption] = own
         ids.append(own)
     return torch.tensor(ids)
-
-
-def draw_captions(records: Sequence[Record], seed: int, number: int) -> list[str]:
-    """One caption of each record, drawn evenly."""
-    generator = _generator(seed, number, "caption")
-    places = torch.rand(len(records), generator=generator).tolist()
-    return [r.captions[int(place * len(r.captions))] for r, place in zip(records, places, strict=True)]
 
 
 def _generator(seed: int, number: int, purpose: str) -> torch.Generator:

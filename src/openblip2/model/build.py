@@ -8,7 +8,7 @@ from torch import nn
 from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_sizes, start_from_bert
-from openblip2.model.language import LanguageModel
+from openblip2.model.language import EncoderDecoderLM, LanguageModel
 from openblip2.model.load_language import load_language
 from openblip2.model.lora import adapt_qformer, add_lora, has_lora, require_lora
 from openblip2.model.precision import DTYPES
@@ -20,9 +20,12 @@ from openblip2.model.vision import Vision, load_vision
 
 
 def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> Vision:
-    """The frozen image encoder of the settings; `dtype` of its weights where `vision.weights` is auto."""
-    vision = settings.vision
-    return load_vision(vision.name, vision.layer, vision.image_size, dtype=DTYPES.get(vision.weights, dtype))
+    """The image encoder of the settings; `dtype` of its weights where `vision.weights` is auto."""
+    named = settings.vision
+    vision = load_vision(named.name, named.layer, named.image_size, dtype=DTYPES.get(named.weights, dtype))
+    if named.trained:
+        vision.unfreeze()
+    return vision
 
 
 def build_language(
@@ -91,11 +94,16 @@ def build_stage2(
         place: see `load_language`. language: a ready one, instead of the settings'.
     """
     qformer = settings.qformer
+    sizes_of = dict(sizes or bert_sizes(qformer.start))
+    if not qformer.reads_question:
+        sizes_of["vocabulary"] = 0
     model = Stage2(
-        build_qformer(settings, vision.width, {**(sizes or bert_sizes(qformer.start)), "vocabulary": 0}),
+        build_qformer(settings, vision.width, sizes_of),
         build_language(settings, dtype, place) if language is None else language,
         vision,
     )
+    if isinstance(model.language, EncoderDecoderLM):
+        model.language.splits = settings.task == "pretraining"
     if sizes is None:
         start_from_bert(model.qformer, qformer.start)
     else:
@@ -123,6 +131,13 @@ def require_extras(settings: RunSettings) -> None:
             "stage1.one_sided=true belongs to the two directions of stage1.contrast=softmax; sigmoid has one: leave "
             "one_sided out"
         )
+    if settings.vision.trained and settings.vision.weights not in ("auto", "fp32"):
+        raise UserError(
+            f"vision.trained=true with vision.weights={settings.vision.weights}: weights that train are fp32; leave it "
+            "at auto (train.precision says what is computed in)"
+        )
+    if settings.vision.trained and settings.train.chunk:
+        raise UserError("train.chunk goes with a frozen image encoder: set train.chunk=0, or vision.trained=false")
     generative = settings.stage == "stage2"
     if settings.qformer.lora or (generative and language.lora):
         require_lora()
@@ -131,14 +146,15 @@ def require_extras(settings: RunSettings) -> None:
 
 
 def parts_table(model: nn.Module) -> list[tuple[str, int, str]]:
-    """(part, parameters, "trained" or "frozen") for each part of a model; a part with adapters has a row of each.
+    """(part, parameters, "trained" or "frozen") for each part of a model.
 
-    Asserts that no other part is half of each.
+    A part with adapters, and an image encoder that trains, have a row of each. Asserts that no other part is half of
+    each.
     """
     rows = []
     for name, part in model.named_children():
         parameters = list(part.parameters())
-        if has_lora(part):
+        if has_lora(part) or (isinstance(part, Vision) and part.trained):
             _add_row(rows, name, [p for p in parameters if p.requires_grad])
             parameters = [p for p in parameters if not p.requires_grad]
         _add_row(rows, name, parameters)

@@ -26,7 +26,7 @@ from openblip2.model.qformer import Memory, Seen
 from openblip2.model.stage1 import Pairs, Stage1, pair_up, see
 
 if TYPE_CHECKING:
-    from openblip2.model.stage2 import Stage2
+    from openblip2.model.stage2 import Question, Stage2
 
 
 def stage1_losses(
@@ -115,6 +115,7 @@ def stage2_losses(
     *,
     images: Tensor | None = None,
     features: Tensor | None = None,
+    question: "Question | None" = None,
 ) -> dict[str, Tensor]:
     """`Stage2.losses`, at most `chunk` pairs at a time; 0 = all at once. For training: gradients must be enabled.
 
@@ -123,13 +124,15 @@ def stage2_losses(
     """
     count = len(captions)
     if not 0 < chunk < count:
-        return model.losses(prompts, captions, images=images, features=features)
+        return model.losses(prompts, captions, images=images, features=features, question=question)
     gradients = Gradients(model)
     total, scored = torch.zeros((), device=model.projection.weight.device), 0
     for first in range(0, count, chunk):
         rows = slice(first, first + chunk)
         seen = {k: None if v is None else v[rows] for k, v in (("images", images), ("features", features))}
-        loss, number = model.language.scored(model.soft_prompt(**seen), prompts[rows], captions[rows])
+        asked = None if question is None else (question[0][rows], question[1][rows])
+        soft = model.soft_prompt(images=seen["images"], features=seen["features"], question=asked)
+        loss, number = model.language.scored(soft, prompts[rows], captions[rows])
         gradients.add([loss], times=number)  # and not the gradient of their sum, which fp16 might not hold
         total, scored = total + loss.detach() * number, scored + number
     return gradients.attach({"lm": total / scored}, over=scored)

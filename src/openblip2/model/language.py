@@ -210,7 +210,12 @@ class DecoderLM(FrozenLM):
 
 
 class EncoderDecoderLM(FrozenLM):
-    """A frozen encoder-decoder: `[Q soft tokens] [prompt] prefix` in the encoder, the suffix is the target."""
+    """A frozen encoder-decoder: `[Q soft tokens] [prompt] prefix` in the encoder, the suffix is the target.
+
+    splits: False: there is no prefix, the whole text is the target, as fine-tuning has it.
+    """
+
+    splits = True
 
     def loss(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> Tensor:
         """Prefix language modelling: mean cross-entropy of each caption's suffix, `soft [B, Q, L]`, B texts each.
@@ -221,7 +226,7 @@ class EncoderDecoderLM(FrozenLM):
 
     def scored(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> tuple[Tensor, int]:
         """`loss`, and how many positions it is the mean of; arguments as there."""
-        split = [split_caption(caption) for caption in captions]
+        split = [split_caption(caption) if self.splits else ("", caption) for caption in captions]
         heads = [
             self._head(f"{prompt} {prefix}".strip(), soft.shape[1])
             for prompt, (prefix, _) in zip(prompts, split, strict=True)

@@ -1,23 +1,28 @@
 """Stage 2: generative learning (paper, section 3.2). A frozen language model reads the queries as a soft prompt.
 
-Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, D Q-Former width, L LLM width.
+Fine-tuned for VQA the question goes into the Q-Former, too (section 4.3, figure 7).
+
+Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, D Q-Former width, L LLM width, T tokens.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from openblip2.model import masks
 from openblip2.model.language import Decoding, LanguageModel
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import see
 from openblip2.model.vision import Vision
+
+Question = tuple[Tensor, Tensor]  # the Q-Former's tokens [B, T] int64, and which of them are real [B, T] bool
 
 
 class Stage2(nn.Module):
     """Frozen image encoder -> Q-Former (its query path only) -> one linear layer -> frozen language model.
 
     Args:
-        qformer: without its text path. language: `DecoderLM` or `EncoderDecoderLM`.
+        qformer: without its text path, unless it is to read questions. language: `DecoderLM` or `EncoderDecoderLM`.
         vision: the frozen encoder; None when only ready-made features are given.
     """
 
@@ -26,6 +31,11 @@ class Stage2(nn.Module):
         self.vision, self.qformer, self.language = vision, qformer, language
         self.projection = nn.Linear(qformer.width, language.width)
 
+    @property
+    def reads_question(self) -> bool:
+        """Whether a question goes into the Q-Former, too."""
+        return self.qformer.words is not None
+
     def losses(
         self,
         prompts: Sequence[str],
@@ -33,15 +43,32 @@ class Stage2(nn.Module):
         *,
         images: Tensor | None = None,
         features: Tensor | None = None,
+        question: Question | None = None,
     ) -> dict[str, Tensor]:
         """Language-modelling loss of `captions` behind the soft visual prompt and the text `prompts`, B of each."""
-        soft = self.soft_prompt(images=images, features=features)
+        soft = self.soft_prompt(images=images, features=features, question=question)
         return {"lm": self.language.loss(soft, prompts, captions)}
 
-    def soft_prompt(self, *, images: Tensor | None = None, features: Tensor | None = None) -> Tensor:
-        """What the language model sees of the images, `[B, Q, L]`: uint8 `[B, 3, S, S]` or features `[B, P, V]`."""
-        seen = self.qformer(self.qformer.look(see(self.vision, images, features)))
-        return self.projection(seen.queries)
+    def soft_prompt(
+        self, *, images: Tensor | None = None, features: Tensor | None = None, question: Question | None = None
+    ) -> Tensor:
+        """What the language model sees of the images, `[B, Q, L]`: uint8 `[B, 3, S, S]` or features `[B, P, V]`.
+
+        Args:
+            question: what the queries look for, where the Q-Former reads questions: of B rows, or of a multiple of
+                the images, each image's in a row.
+
+        Raises:
+            ValueError: a question and a Q-Former that reads none, or none and one that does.
+        """
+        if (question is None) == self.reads_question:
+            raise ValueError("a question belongs to a Q-Former with a text path, and such a Q-Former to a question")
+        memory = self.qformer.look(see(self.vision, images, features))
+        if question is None:
+            return self.projection(self.qformer(memory).queries)
+        tokens, valid = question
+        mask = masks.bidirectional(self.qformer.queries.shape[1], valid)
+        return self.projection(self.qformer(memory, tokens, mask, keep_text=0).queries)
 
     def generate(
         self,
@@ -50,6 +77,8 @@ class Stage2(nn.Module):
         *,
         images: Tensor | None = None,
         features: Tensor | None = None,
+        question: Question | None = None,
     ) -> list[str]:
         """One text for each image, by the language model's own `generate`."""
-        return self.language.generate(self.soft_prompt(images=images, features=features), prompts, decoding)
+        soft = self.soft_prompt(images=images, features=features, question=question)
+        return self.language.generate(soft, prompts, decoding)

@@ -1,9 +1,12 @@
 """What stands around the soft visual prompt: one string with the slots `{image}`, `{prompt}` and `{bos}`.
 
 `{image}` is where the soft prompt goes, `{prompt}` the user's text, `{bos}` the tokenizer's first token. The paper's
-is `{image}{bos}{prompt}`; `chat` makes one from the tokenizer's chat template.
+is `{image}{bos}{prompt}`; `chat` makes one from the tokenizer's chat template. A question, alone or behind others and
+their answers, is the text in the `{prompt}` of any of them: `dialogue` writes it.
 """
 
+from collections.abc import Sequence
+from itertools import chain
 from string import Formatter
 from typing import TYPE_CHECKING
 
@@ -40,12 +43,70 @@ def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str
     return filled
 
 
+def dialogue(
+    turns: Sequence[tuple[str, str]], question: str, form: str, template: str, tokenizer: "PreTrainedTokenizerBase"
+) -> str:
+    """The text in `{prompt}` that asks a question behind earlier questions and their answers; the last is open.
+
+    Where the template goes on behind `{prompt}` as the tokenizer's chat template does behind a user's text, the turns
+    are the user's and the assistant's by that chat template, and the picture is in the first one. Everywhere else they
+    stand one after the other, as in the authors' demo: "Question: {} Answer: {}. Question: {} Answer:". Differs from
+    the demo where an answer ends a sentence itself: no second full stop.
+
+    Args:
+        turns: (question, answer) of each earlier one. form: how each question is put, `{}` being it.
+        template: as `resolve_template` gives it.
+
+    Raises:
+        UserError: a chat template without a place for each turn.
+    """
+    asked = [form.replace("{}", text) for text in (*(text for text, _ in turns), question)]
+    # White space in front of a question parts it from the picture, which only the first one stands behind.
+    *earlier, newest = asked[0], *(text.lstrip() for text in asked[1:])
+    answered = [(text, answer) for text, (_, answer) in zip(earlier, turns, strict=True)]
+    if turns and _takes_turns(template, tokenizer):
+        return _between_turns(tokenizer, [*chain.from_iterable(answered), newest])
+    return " ".join([*(_spaced(text, answer) + _full_stop(answer) for text, answer in answered), newest])
+
+
 def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     if not tokenizer.chat_template:
         raise UserError(f"template 'chat': this tokenizer has no chat template; use {PAPER_TEMPLATE!r}")
-    turns = [{"role": "user", "content": "<<image>><<prompt>>"}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    text = _chat(tokenizer, ["<<image>><<prompt>>"])
     return _escape(text).replace("<<image>>", "{image}").replace("<<prompt>>", "{prompt}")
+
+
+def _chat(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
+    """The chat template around texts of the user and the assistant in turn, up to where the assistant writes."""
+    roles = ("user", "assistant")
+    turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def _takes_turns(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    behind = template.rpartition("{prompt}")[2]
+    if not behind or template.count("{prompt}") != 1 or not tokenizer.chat_template:
+        return False
+    return behind == _escape(_chat(tokenizer, ["<<0>>"]).rpartition("<<0>>")[2])
+
+
+def _between_turns(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
+    """The texts, and between each two what the chat template writes there."""
+    frame, written = _chat(tokenizer, [f"<<{n}>>" for n in range(len(texts))]), ""
+    for n, text in enumerate(texts):
+        before, found, frame = frame.partition(f"<<{n}>>")
+        if not found:
+            raise UserError(f"this tokenizer's chat template has no place for {len(texts)} texts in turn")
+        written += (before if n else "") + text
+    return written
+
+
+def _spaced(text: str, answer: str) -> str:
+    return text + ("" if not text or text[-1].isspace() else " ") + answer
+
+
+def _full_stop(answer: str) -> str:
+    return "" if answer.endswith((".", "!", "?")) else "."
 
 
 def _escape(text: str) -> str:

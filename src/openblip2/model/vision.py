@@ -8,13 +8,16 @@ Shapes: B images, P patch tokens (class and register tokens included), V encoder
 """
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from openblip2.errors import UserError, one_line
 from openblip2.model.mapped import load_in
@@ -37,6 +40,8 @@ Triple = tuple[float, float, float]
 
 class Vision(nn.Module):
     """A frozen image encoder cut off after one of its layers; it normalises pixels itself.
+
+    `unfreeze` lets it train, for fine-tuning.
 
     The layers behind the chosen one are removed from `encoder`, which this takes over: they cost neither
     memory nor time. The output is the raw output of the chosen layer, what `transformers` calls
@@ -82,11 +87,34 @@ class Vision(nn.Module):
             config.set_output_features_output_indices(out_features=None, out_indices=None)
         self.encoder = encoder.requires_grad_(False)
         self.whitening: Whitening | None = None
+        self.trained = False
         self.eval()
 
     def train(self, mode: bool = True) -> "Vision":
-        """Stays in eval mode: a frozen encoder has no use for dropout."""
+        """Stays in eval mode: a frozen encoder has no use for dropout, and a trained one does without."""
         return super().train(False)
+
+    def unfreeze(self) -> None:
+        """From now on all of it trains that its features depend on. It then computes in the precision around it."""
+        self.trained = True
+        side, place = self.image_size, next(self.encoder.parameters()).device
+        parameters = dict(self.encoder.requires_grad_(True).named_parameters())
+        # Which these are (no pooler, no last norm, no mask token) is asked of one gray picture, not of names.
+        with torch.enable_grad():
+            features = self(torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=place))
+        found = torch.autograd.grad(features.float().sum(), list(parameters.values()), allow_unused=True)
+        for parameter, gradient in zip(parameters.values(), found, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+    def depths(self) -> dict[str, int]:
+        """How deep each parameter stands, by name: 1 to `layers` in the layers, 0 in front of them."""
+        layers = {id(p): n for n, layer in enumerate(_stack(self.encoder), 1) for p in layer.parameters()}
+        return {name: layers.get(id(parameter), 0) for name, parameter in self.named_parameters()}
+
+    def checkpoint_activations(self) -> None:
+        """From now on the backward pass computes each layer again instead of keeping what is in it."""
+        for layer in _stack(self.encoder):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode images.
@@ -96,7 +124,8 @@ class Vision(nn.Module):
                 there in float32.
 
         Returns:
-            `[B, P, V]` in the encoder's dtype, which is also what it computes in: autocast to another is off inside.
+            `[B, P, V]` in the encoder's dtype, which is also what it computes in: autocast to another is off inside,
+            unless it trains.
         """
         side = self.image_size
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
@@ -105,12 +134,20 @@ class Vision(nn.Module):
         # A hook and not `output_hidden_states`, which would hold the output of every layer until the end.
         hook = _stack(self.encoder)[-1].register_forward_hook(lambda layer, given, output: seen.append(output))
         try:
-            with own_precision(pixels.device, self.encoder.dtype), _forward_kernel(pixels.device):
+            with self._computing(pixels.device):
                 self.encoder(self._normalise(pixels).to(self.encoder.dtype), **self._options)
         finally:
             hook.remove()
         features = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
         return features if self.whitening is None else self.whitening(features)
+
+    @contextmanager
+    def _computing(self, place: torch.device) -> Iterator[None]:
+        if self.trained:  # precision and kernel are training's
+            yield
+            return
+        with own_precision(place, self.encoder.dtype), _forward_kernel(place):
+            yield
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         # Not buffers: `.to(torch.bfloat16)` on a parent would round them.

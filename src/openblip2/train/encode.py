@@ -148,6 +148,21 @@ def encode_all(
     return found.load(), problems
 
 
+def openable(records: Sequence[Record], size: int) -> tuple[list[Record], list[str]]:
+    """The records whose pictures can be opened, and one line for each other."""
+    opened = [picture for batch in open_pictures(records, size, 0, 0) for picture in batch]
+    good = [record for record, picture in zip(records, opened, strict=True) if isinstance(picture, Tensor)]
+    return good, [picture for picture in opened if isinstance(picture, str)]
+
+
+def encode_now(vision: Vision, records: Sequence[Record]) -> Features:
+    """The features of plain pictures that can be opened, as the encoder now is, without a cache."""
+    place, found = device(), []
+    for batch in open_pictures(records, vision.image_size, 0, 0):
+        found.append(vision(torch.cat([picture for picture in batch if isinstance(picture, Tensor)]).to(place)).cpu())
+    return Features(list(records), torch.cat(found))
+
+
 def whitened(vision: Vision) -> Callable[[Tensor], Tensor]:
     """What turns cached features into what the models see: the encoder's whitening, if it has one.
 

@@ -17,7 +17,7 @@ from openblip2.config import OptimSettings, TrainSettings
 from openblip2.errors import UserError
 from openblip2.train.checkpoint import load_progress, save_progress, save_trained, trained_parameters
 from openblip2.train.hardware import attention_kernel, computing, keep_freed_memory
-from openblip2.train.optim import adamw, learning_rate
+from openblip2.train.optim import adamw, layer_rates, learning_rate
 from openblip2.train.progress import Progress
 
 
@@ -62,7 +62,7 @@ def fit(
     """
     keep_freed_memory()
     trained = trained_parameters(model)
-    optimizer = adamw(trained, optim)
+    optimizer = adamw(trained, optim, layer_rates(model, optim.layer_decay))
     done = load_progress(run, model, optimizer) if resume else 0
     log = Log(run / "log.jsonl", keep_steps=done if resume else None)
     with progress.steps("training", settings.steps, done) as bar, stop_requests() as asked:
@@ -73,7 +73,7 @@ def fit(
             _require_finite(step + 1, parts, norm)
             rate = learning_rate(step, settings.steps, optim)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["rate"]
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began

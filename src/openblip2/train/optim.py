@@ -1,6 +1,7 @@
 """The optimizer and its learning rate (paper, section 3.4 and appendix)."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -8,21 +9,48 @@ from torch import nn
 from openblip2.config import OptimSettings
 
 
-def parameter_groups(trained: dict[str, nn.Parameter], weight_decay: float) -> list[dict]:
-    """Two groups that hold each trained parameter exactly once: with and without weight decay.
+def parameter_groups(
+    trained: dict[str, nn.Parameter], weight_decay: float, rates: Mapping[str, float] | None = None
+) -> list[dict]:
+    """Groups that hold each trained parameter exactly once: with and without weight decay, and one for each rate.
+
+    A group's `rate` is what the learning rate is multiplied with: that of `rates`, by name, or 1.
 
     Not decayed: biases, LayerNorms, the temperature and the queries, by what they are and not by their names'
-    spelling: everything of fewer than two axes, and the queries, the only parameter of three axes.
+    spelling: everything of fewer than two axes, and what has three (the queries; an encoder's class token, positions).
     """
-    decayed = [p for p in trained.values() if p.ndim == 2]
-    others = [p for p in trained.values() if p.ndim != 2]
-    assert len({id(p) for p in decayed + others}) == len(trained), "a parameter is named twice"
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    assert len({id(p) for p in trained.values()}) == len(trained), "a parameter is named twice"
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        groups.setdefault(((rates or {}).get(name, 1.0), _decays(parameter)), []).append(parameter)
+    return [
+        {"params": members, "weight_decay": weight_decay if decays else 0.0, "rate": rate}
+        for (rate, decays), members in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]
 
 
-def adamw(trained: dict[str, nn.Parameter], settings: OptimSettings) -> torch.optim.AdamW:
+def _decays(parameter: nn.Parameter) -> bool:
+    # Of an image encoder, a convolution over patches has four axes, class token and positions have three.
+    return parameter.ndim in (2, 4)
+
+
+def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
+    """What the learning rate of each parameter of a trained image encoder is multiplied with, by name.
+
+    The last of L layers has `decay`, the one below it `decay`^2, what stands in front of all layers `decay`^(L + 1).
+    In the authors' code this is stored and never read. Source: BEiT (arXiv 2106.08254), whose code they took.
+    """
+    vision = getattr(model, "vision", None)
+    if vision is None or decay == 1.0:
+        return {}
+    return {f"vision.{name}": decay ** (vision.layers + 1 - depth) for name, depth in vision.depths().items()}
+
+
+def adamw(
+    trained: dict[str, nn.Parameter], settings: OptimSettings, rates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, in one fused pass over the parameters."""
-    groups = parameter_groups(trained, settings.weight_decay)
+    groups = parameter_groups(trained, settings.weight_decay, rates)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
 
 

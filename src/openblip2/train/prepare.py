@@ -15,13 +15,14 @@ from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
 from openblip2.data.cache import Cache
 from openblip2.data.features import Features, StoredFeatures, find_records
 from openblip2.data.records import Record
-from openblip2.data.text import clean_caption
+from openblip2.data.samples import Answers, Captions
+from openblip2.data.text import clean_caption, clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.model.vision import Vision
 from openblip2.model.whitening import Whitening, fit_whitening
 from openblip2.train.checkpoint import read_whitening, save_whitening
-from openblip2.train.encode import make_cache, open_cache, whitened
+from openblip2.train.encode import encode_now, make_cache, open_cache, openable, whitened
 from openblip2.train.hardware import device
 from openblip2.train.loop import Log
 from openblip2.train.progress import Progress
@@ -31,11 +32,15 @@ WHITENING_PICTURES = 256  # enough for a covariance: each has a hundred patches 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training batches by number, the pictures they are drawn from, and the held-out pictures."""
+    """Training batches by number, the pictures they are drawn from, and those held out.
+
+    `held_out`: their features, as the image encoder now is: another one whenever it trains.
+    """
 
     batches: Callable[[int], PairBatch]
     records: Sequence[Record]
-    held_out: Features
+    kept_back: Sequence[Record]
+    held_out: Callable[[], Features]
     features: StoredFeatures | None  # of the training pictures, when they are computed once
 
 
@@ -48,14 +53,17 @@ def prepare(
     progress: Progress,
     skipped: Sequence[str] = (),
 ) -> Prepared:
-    """Cleans captions, holds pictures out, and computes the features that are computed once.
+    """Cleans texts, holds pictures out, and computes the features that are computed once.
 
     They come from the cache `data.features`, or else from one in `kept`, which is made if it is not there.
 
     `skipped`: one line for each sample that was left out before; they and those left out here are named in
     `run/skipped.jsonl` and counted.
     """
-    records = [replace(r, captions=tuple(clean_caption(c) for c in r.captions)) for r in records]
+    asks = settings.task == "vqa"
+    records = [_cleaned(record) for record in records]
+    if asks:
+        records = [record for record in records if record.questions]
     count = min(int(len(records) * settings.data.held_out), settings.data.most_held_out)
     if count < 2 or len(records) - count < 2:
         raise UserError(
@@ -78,6 +86,20 @@ def prepare(
     for line in skipped:
         problem(line)
 
+    samples_of = Answers if asks else Captions
+    batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
+    if settings.vision.trained:
+        if settings.data.features:
+            raise UserError(f"data.features={settings.data.features}: an encoder that trains has no features to keep")
+        if settings.vision.whiten:
+            vision.whitening = read_whitening(Path(str(settings.start))).to(device())
+            save_whitening(vision.whitening, run)
+        good, problems = openable(held, size)
+        for line in problems:
+            problem(line)
+        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, problem, settings.data.augment)
+        return Prepared(pairs, trained, good, lambda: encode_now(vision, good), None)
+
     sample = trained[:: -(-len(trained) // WHITENING_PICTURES)]
     if settings.data.features:
         cache = open_cache(vision, settings, Path(settings.data.features))
@@ -96,12 +118,19 @@ def prepare(
 
     held_out = once(held).load()
     if settings.data.augment and not settings.data.features:
-        size = settings.vision.image_size
-        pairs = ImagePairs(trained, settings.train.batch, settings.train.seed, size, problem)
-        return Prepared(pairs, trained, held_out, None)
+        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, problem)
+        return Prepared(pairs, trained, held_out.records, lambda: held_out, None)
     features = once(trained)
-    pairs = FeaturePairs(features, settings.train.batch, settings.train.seed, settings.data.augment)
-    return Prepared(pairs, features.records, held_out, features)
+    pairs = FeaturePairs(features, samples_of(features.records), batch, seed, settings.data.augment)
+    return Prepared(pairs, features.records, held_out.records, lambda: held_out, features)
+
+
+def _cleaned(record: Record) -> Record:
+    questions = tuple(
+        replace(q, text=clean_question(q.text), answers=tuple(clean_caption(answer) or answer for answer in q.given))
+        for q in record.questions
+    )
+    return replace(record, captions=tuple(clean_caption(c) for c in record.captions), questions=questions)
 
 
 def whitening_for(settings: RunSettings, cache: Cache, sample: Sequence[Record], run: Path) -> Whitening:
@@ -115,15 +144,24 @@ def whitening_for(settings: RunSettings, cache: Cache, sample: Sequence[Record],
     return found
 
 
-def name_long_captions(tokens: QFormerTokens, records: Sequence[Record], run: Path, progress: Progress) -> None:
-    """Counts and names the captions that are cut at the token limit, as the paper cuts them."""
-    owners = [(record, caption) for record in records for caption in record.captions]
-    long = [owners[n] for n in tokens.too_long([caption for _, caption in owners])]
+def captions_of(data: Prepared) -> list[tuple[str, str]]:
+    """All captions, each behind the id of its picture."""
+    return [(record.id, caption) for record in (*data.records, *data.kept_back) for caption in record.captions]
+
+
+def questions_of(data: Prepared) -> list[tuple[str, str]]:
+    """All questions, each behind the id of its picture."""
+    return [(record.id, q.text) for record in (*data.records, *data.kept_back) for q in record.questions]
+
+
+def name_long_texts(tokens: QFormerTokens, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
+    """Counts and names the texts that are cut at the token limit, as the paper cuts them; (id of a picture, text)."""
+    long = [texts[n] for n in tokens.too_long([text for _, text in texts])]
     if long:
         with (run / "skipped.jsonl").open("a", encoding="utf-8") as file:
-            for record, caption in long:
-                file.write(json.dumps({"cut": f"{record.id}: {caption}"}) + "\n")
+            for picture, text in long:
+                file.write(json.dumps({"cut": f"{picture}: {text}"}) + "\n")
         progress.say(
-            f"{len(long)} captions have more than {tokens.longest} tokens and are cut there (data.max_tokens); the "
-            f"first is of {long[0][0].id}; all are in {run / 'skipped.jsonl'}"
+            f"{len(long)} texts have more than {tokens.longest} tokens and are cut there (data.max_tokens); the "
+            f"first is of {long[0][0]}; all are in {run / 'skipped.jsonl'}"
         )

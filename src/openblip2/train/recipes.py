@@ -1,4 +1,7 @@
-"""The two recipes: what stage 1 and stage 2 do with the same loop."""
+"""The two recipes: what stage 1 and stage 2 do with the same loop, in pre-training and in fine-tuning.
+
+Retrieval is fine-tuned as stage 1 is trained, captioning and VQA as stage 2 is.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +16,7 @@ from openblip2.data.batches import PairBatch
 from openblip2.data.records import Record
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
+from openblip2.evaluate.answering import measure_answers, question_tokens
 from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.stage1 import measure_stage1
 from openblip2.model.bert import bert_tokenizer
@@ -25,28 +29,24 @@ from openblip2.model.build import (
     require_extras,
 )
 from openblip2.model.gradient_cache import stage1_losses, stage2_losses
-from openblip2.model.lora import adapt_qformer, merge_lora
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.train.ahead import Ahead
-from openblip2.train.checkpoint import (
-    kept_parameters,
-    last_checkpoint,
-    make_folder,
-    read_config,
-    read_tensors,
-    write_config,
-)
+from openblip2.train.checkpoint import last_checkpoint, make_folder, read_config, write_config
 from openblip2.train.compiling import compile_blocks
 from openblip2.train.hardware import compute_dtype, computing, device
 from openblip2.train.loop import fit
-from openblip2.train.prepare import Prepared, name_long_captions, prepare
+from openblip2.train.prepare import Prepared, captions_of, name_long_texts, prepare, questions_of
 from openblip2.train.progress import Progress
+from openblip2.train.start import (
+    fine_tune_from,
+    require_start,
+    sizes_to_start,
+    start_from_stage1,
+    tokenizer_to_start,
+)
 from openblip2.train.warm_start import warm_start_stage1, warm_start_stage2
-
-TEXT_PATH = ("qformer.words.", "qformer.positions.", ".text_ffn.")  # of a stage-1 run; stage 2 leaves it out
-HEADS = ("image_head.", "text_head.", "match_head.", "word_head.", "temperature", "contrast_bias")
 
 
 def train_stage(
@@ -66,28 +66,35 @@ def train_stage(
     """
     make_folder(run)
     require_extras(settings)
-    if settings.start:  # before minutes are spent on features
-        _require_start(settings)
+    require_start(settings)
     if resume:
         _require_same(settings, run)
     torch.manual_seed(settings.train.seed)
     recipe = _stage1 if settings.stage == "stage1" else _stage2
-    vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
+    trains = settings.vision.trained  # then its weights are fp32
+    vision = build_vision(settings, torch.float32 if trains else compute_dtype(device(), settings.train.precision))
+    vision = vision.to(device())
     data = prepare(settings, records, vision, run, features or run / "features", progress, skipped)
     recipe(settings, vision, data, run, progress, resume)
 
 
 def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, resume: bool) -> None:
-    model = build_stage1(settings, vision).to(device())
-    tokens = QFormerTokens(bert_tokenizer(settings.qformer.start), settings.data.max_tokens)
-    name_long_captions(tokens, [*data.records, *data.held_out.records], run, progress)
+    fine_tunes = settings.task != "pretraining"
+    sizes = sizes_to_start(settings) if fine_tunes else None
+    model = build_stage1(settings, vision, sizes).to(device())
+    tokenizer = bert_tokenizer(tokenizer_to_start(settings) if fine_tunes else settings.qformer.start)
+    tokens = QFormerTokens(tokenizer, settings.data.max_tokens)
+    name_long_texts(tokens, captions_of(data), run, progress)
     write_config(run, settings, model.qformer.sizes)
     tokens.tokenizer.save_pretrained(run / "tokenizer")
-    if settings.warm_start and not resume:
-        with in_evaluation(model, settings):
-            r2 = warm_start_stage1(model, tokens, lambda: some_pairs(model, data, settings))
-        progress.say(f"stage 1 started in closed form: R2 {r2:.2f} in the shared space, on the training pictures")
-    add_adapters(model, settings)
+    if fine_tunes:
+        fine_tune_from(model, settings)
+    else:
+        if settings.warm_start and not resume:
+            with in_evaluation(model, settings):
+                r2 = warm_start_stage1(model, tokens, lambda: some_pairs(model, data, settings))
+            progress.say(f"stage 1 started in closed form: R2 {r2:.2f} in the shared space, on the training pictures")
+        add_adapters(model, settings)
     set_speed(model, settings)
     show_parts(model, progress)
     batches = one_ahead(data, settings)
@@ -106,63 +113,51 @@ def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
         )
 
     def validate() -> dict[str, Any]:
-        return measure_stage1(model, tokens, data.held_out, settings.train.seed)
+        return measure_stage1(model, tokens, data.held_out(), settings.train.seed)
 
     fit(model, losses, run, settings.optim, settings.train, validate, progress, resume)
 
 
 def _stage2(settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, resume: bool) -> None:
-    dtype = compute_dtype(device(), settings.train.precision)
-    model = build_stage2(settings, vision, dtype=dtype, place=device()).to(device())
-    if settings.start:
-        start_from_stage1(model, Path(settings.start))
-    if settings.warm_start and not resume:
-        with in_evaluation(model, settings):
-            r2 = warm_start_stage2(model, some_pairs(model, data, settings))
-        progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
-    add_adapters(model, settings)
+    fine_tunes, dtype = settings.task != "pretraining", compute_dtype(device(), settings.train.precision)
+    sizes = sizes_to_start(settings) if fine_tunes else None
+    model = build_stage2(settings, vision, sizes, dtype=dtype, place=device()).to(device())
+    tokens = None
+    if settings.qformer.reads_question:
+        tokens = QFormerTokens(bert_tokenizer(tokenizer_to_start(settings)), settings.data.max_tokens)
+        name_long_texts(tokens, questions_of(data), run, progress)
+        tokens.tokenizer.save_pretrained(run / "tokenizer")
+    if fine_tunes:
+        fine_tune_from(model, settings)
+    else:
+        if settings.start:
+            start_from_stage1(model, Path(settings.start))
+        if settings.warm_start and not resume:
+            with in_evaluation(model, settings):
+                r2 = warm_start_stage2(model, some_pairs(model, data, settings))
+            progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
+        add_adapters(model, settings)
     set_speed(model, settings)
     write_config(run, settings, model.qformer.sizes)
     show_parts(model, progress)
-    prompts = settings.language.prompts
+    prompts, form = settings.language.prompts, settings.language.question
     batches = one_ahead(data, settings)
 
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
-        drawn = [prompts[int(torch.randint(len(prompts), ()))] for _ in batch.captions]
-        return stage2_losses(model, settings.train.chunk, drawn, batch.captions, **seen(batch))
+        if batch.questions is None:
+            given = [prompts[int(torch.randint(len(prompts), ()))] for _ in batch.captions]
+        else:
+            given = [form.replace("{}", question) for question in batch.questions]
+        asked = question_tokens(tokens, batch.questions, device())
+        return stage2_losses(model, settings.train.chunk, given, batch.captions, **seen(batch), question=asked)
 
     def validate() -> dict[str, Any]:
-        return grounding(model, data.held_out, settings.train.seed, prompts[0]).as_log()
+        if settings.task == "vqa":
+            return measure_answers(model, tokens, data.held_out(), form, settings.train.seed)
+        return grounding(model, data.held_out(), settings.train.seed, prompts[0]).as_log()
 
     fit(model, losses, run, settings.optim, settings.train, validate, progress, resume)
-
-
-def start_from_stage1(model: Stage2, run: Path) -> None:
-    """Puts a stage-1 run's query path over stage 2's, strictly; only the text path and the heads are left out.
-
-    Adapters that the stage-1 run trained (`qformer.lora`) are folded into the weights.
-    """
-    rank = from_dict(read_config(run)["settings"]).qformer.lora
-    if rank:
-        adapt_qformer(model.qformer, rank)
-    weights = read_tensors(run / "model.safetensors")
-    used = {
-        name: value
-        for name, value in weights.items()
-        if not name.startswith(HEADS) and not any(part in name for part in TEXT_PATH)
-    }
-    wanted = {name: p for name, p in kept_parameters(model).items() if name.startswith("qformer.")}
-    differing = sorted(used.keys() ^ wanted.keys()) or [n for n in used if used[n].shape != wanted[n].shape]
-    if differing:
-        raise UserError(
-            f"start={run} does not fit this stage 2 (first: {differing[0]}): vision and qformer settings must be "
-            "those of the stage-1 run"
-        )
-    for name, value in used.items():
-        wanted[name].data.copy_(value)
-    if rank:
-        merge_lora(model.qformer).requires_grad_(True)
 
 
 def one_ahead(data: Prepared, settings: RunSettings) -> Callable[[int], PairBatch]:
@@ -212,6 +207,8 @@ def set_speed(model: Stage1 | Stage2, settings: RunSettings) -> None:
         UserError: it cannot be had here.
     """
     if settings.train.checkpoint_activations:
+        if model.vision is not None and model.vision.trained:
+            model.vision.checkpoint_activations()
         model.qformer.checkpoint_activations = True
         if isinstance(model, Stage2):
             model.language.checkpoint_activations()
@@ -223,13 +220,6 @@ def show_parts(model: nn.Module, progress: Progress) -> None:
     """Prints part, parameters, trained or frozen."""
     for name, count, state in parts_table(model):
         progress.say(f"{name:12} {count:>13,} {state}")
-
-
-def _require_start(settings: RunSettings) -> None:
-    if settings.stage == "stage1":
-        raise UserError(f"start={settings.start}: stage 1 starts from qformer.start; only stage 2 starts from a run")
-    if from_dict(read_config(Path(str(settings.start)))["settings"]).stage != "stage1":
-        raise UserError(f"start={settings.start} is no stage-1 run; give the folder that `train stage1 --out` wrote")
 
 
 def _require_same(settings: RunSettings, run: Path) -> None:

@@ -61,6 +61,8 @@ def convert(
         _require_file(out, ".pth" if to == "lavis" else ".onnx")
     parts = Parts(heads, vision, language, tokenizer)
     checkpoint = read_checkpoint(source, parts, revision)
+    if checkpoint.settings.qformer.reads_question and to != "openblip2":
+        raise UserError(f"{source}: its Q-Former reads questions, for which --to {to} has no place")
     if to == "onnx":
         model, _ = assemble(checkpoint, CPU, "fp32")
         difference = export_onnx(model, out)
@@ -69,6 +71,8 @@ def convert(
             f"checked in onnxruntime: largest difference {difference:.1e} of the largest value",
         ]
     checkpoint = _without_adapters(checkpoint)
+    if to != "openblip2":
+        checkpoint = _with_ready_encoder(checkpoint)
     writer = {"openblip2": _to_openblip2, "hf": _to_huggingface, "lavis": _to_lavis}[to]
     return [*checkpoint.left_out, *writer(checkpoint, out)]
 
@@ -151,6 +155,25 @@ def _without_adapters(checkpoint: Checkpoint) -> Checkpoint:
     if not isinstance(model, Stage2):
         return checkpoint
     return replace(checkpoint, parts=replace(checkpoint.parts, language=model.language))
+
+
+def _with_ready_encoder(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with a fine-tuned image encoder as a part of its own, which every format keeps with the others."""
+    settings = checkpoint.settings
+    if not settings.vision.trained:
+        return checkpoint
+    vision, settings = find_vision(checkpoint, _stored(settings), torch.float32)
+    for name, parameter in vision.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(checkpoint.trained[f"vision.{name}"])
+    vision.trained = False
+    vision.requires_grad_(False)
+    return replace(
+        checkpoint,
+        settings=replace(settings, vision=replace(settings.vision, trained=False)),
+        trained={name: tensor for name, tensor in checkpoint.trained.items() if not name.startswith("vision.")},
+        parts=replace(checkpoint.parts, vision=vision),
+    )
 
 
 def _stored(settings: RunSettings) -> RunSettings:

@@ -1,0 +1,32 @@
+"""How much a language model takes at once: what it reads, and of a decoder what it writes behind that.
+
+Shapes: Q queries.
+"""
+
+from openblip2.model.language import LanguageModel
+
+
+def context_of(language: LanguageModel) -> int | None:
+    """The most tokens that it takes at once, soft ones counted; None where nothing says so.
+
+    By its configuration, or where that knows no limit (T5 tells places by distance) by its tokenizer.
+    """
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+    places = getattr(language.llm.config.get_text_config(), "max_position_embeddings", None)
+    if places is not None and places > 0:
+        return places
+    most = language.tokenizer.model_max_length
+    return None if most >= VERY_LARGE_INTEGER else most
+
+
+def room_for_prompt(language: LanguageModel, context: int | None, queries: int, new: int) -> int | None:
+    """How long a prompt may be, as `language.length` counts it; may be negative; None = however long.
+
+    Args:
+        context: tokens that fit at once. queries: Q, soft tokens beside it.
+        new: tokens that are to be written. An encoder-decoder writes them elsewhere.
+    """
+    if context is None:
+        return None
+    return context - queries - (0 if language.llm.config.is_encoder_decoder else new)
