@@ -35,15 +35,15 @@ def bert_sizes(start: str) -> dict[str, int]:
     }
 
 
-def bert_tokenizer(start: str) -> Any:
-    """The checkpoint's own tokenizer.
+def bert_tokenizer(start: str, vocabulary: int | None = None) -> Any:
+    """The checkpoint's own tokenizer; or, where a run has kept one, that of a Q-Former with such a `vocabulary`.
 
     Raises:
         UserError: it has none, or one of another vocabulary.
     """
     from transformers import AutoTokenizer
 
-    tokenizer, words = _load(AutoTokenizer, start), bert_sizes(start)["vocabulary"] - 1
+    tokenizer, words = _load(AutoTokenizer, start), (vocabulary or bert_sizes(start)["vocabulary"]) - 1
     if not words // 2 <= len(tokenizer) <= words:  # transformers makes an almost empty one where its files are missing
         raise UserError(
             f"qformer.start {start!r}: its tokenizer has {len(tokenizer)} tokens and the model {words}: are the "

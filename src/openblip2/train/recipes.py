@@ -82,7 +82,7 @@ def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
     fine_tunes = settings.task != "pretraining"
     sizes = sizes_to_start(settings) if fine_tunes else None
     model = build_stage1(settings, vision, sizes).to(device())
-    tokenizer = bert_tokenizer(tokenizer_to_start(settings) if fine_tunes else settings.qformer.start)
+    tokenizer = tokenizer_to_start(settings) if fine_tunes else bert_tokenizer(settings.qformer.start)
     tokens = QFormerTokens(tokenizer, settings.data.max_tokens)
     name_long_texts(tokens, captions_of(data), run, progress)
     write_config(run, settings, model.qformer.sizes)
@@ -124,7 +124,7 @@ def _stage2(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
     model = build_stage2(settings, vision, sizes, dtype=dtype, place=device()).to(device())
     tokens = None
     if settings.qformer.reads_question:
-        tokens = QFormerTokens(bert_tokenizer(tokenizer_to_start(settings)), settings.data.max_tokens)
+        tokens = QFormerTokens(tokenizer_to_start(settings), settings.data.max_tokens)
         name_long_texts(tokens, questions_of(data), run, progress)
         tokens.tokenizer.save_pretrained(run / "tokenizer")
     if fine_tunes:

@@ -5,11 +5,13 @@ For VQA the stage-2 run's Q-Former gets back the text path that stage 2 leaves o
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from openblip2.config import RunSettings, from_dict
 from openblip2.errors import UserError
+from openblip2.model.bert import bert_tokenizer
 from openblip2.model.lora import adapt_qformer, merge_lora
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -67,12 +69,13 @@ def sizes_to_start(settings: RunSettings) -> dict[str, int]:
     return read_config(Path(run))["sizes"]
 
 
-def tokenizer_to_start(settings: RunSettings) -> str:
-    """Where the Q-Former's tokenizer lies, for fine-tuning."""
+def tokenizer_to_start(settings: RunSettings) -> Any:
+    """The Q-Former's tokenizer, for fine-tuning."""
     assert settings.start is not None
     before = settings_of(Path(settings.start))
     has_one = before.stage == "stage1" or before.qformer.reads_question
-    return str(Path(settings.start if has_one else _text_start(settings, before)) / "tokenizer")
+    run = Path(settings.start if has_one else _text_start(settings, before))
+    return bert_tokenizer(str(run / "tokenizer"), read_config(run)["sizes"]["vocabulary"])
 
 
 def fine_tune_from(model: Stage1 | Stage2, settings: RunSettings) -> None:
