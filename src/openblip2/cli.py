@@ -22,6 +22,9 @@ app = typer.Typer(
 )
 
 Run = Annotated[str, typer.Argument(help="A run that `train` or `demo` wrote, or published weights; see `convert`.")]
+Images = Annotated[Path | None, typer.Option(help="The pictures' folder, where --data is an official .json.")]
+Split = Annotated[str | None, typer.Option(help="Of an official file with many, or of easy-vqa.")]
+Questions = Annotated[Path | None, typer.Option(help="The second file of VQAv2 and OK-VQA.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="section.field=value; may be given many times.", metavar="NAME=VALUE"),
@@ -48,8 +51,11 @@ def demo(
 @app.command()
 def train(
     what: Annotated[str, typer.Argument(help="stage1 or stage2; or caption, vqa, retrieval: fine-tune a run.")],
-    data: Annotated[Path, typer.Option(help="A folder, .jsonl or .csv of pictures with captions (vqa: questions).")],
+    data: Annotated[str, typer.Option(help="Pictures with captions (vqa: questions): a folder, .jsonl, .csv, ...")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    images: Images = None,
+    split: Split = None,
+    questions: Questions = None,
     preset: Annotated[str, typer.Option(help="Whole settings to begin with.")] = "laptop",
     start: Annotated[Path | None, typer.Option(help="The run to start from: all but stage1 need one.")] = None,
     changes: Settings = None,
@@ -73,16 +79,16 @@ def train(
     else:
         raise UserError(f"unknown training {what!r}: it must be one of {', '.join([*PRESETS, *FINE_TUNING])}")
     settings = change(settings, _changes(changes or []))
-    settings = change(settings, {"data.source": str(data)} | ({"start": str(start)} if start else {}))
+    settings = change(settings, {"data.source": data} | ({"start": str(start)} if start else {}))
     settings = change(settings, {"data.features": str(features)} if features else {})
-    from openblip2.data.records import read_records
+    from openblip2.data.sources import read_source
     from openblip2.train.progress import Progress
     from openblip2.train.recipes import train_stage
 
     progress = Progress()
-    records, skipped = read_records(data, "questions" if what == "vqa" else "captions")
+    source = read_source(data, "questions" if what == "vqa" else "captions", images, split, questions)
     with _interruptible(out):
-        train_stage(settings, records, out, progress, resume, skipped=skipped)
+        train_stage(settings, source.records, out, progress, resume, skipped=source.skipped)
     typer.echo(str(out))
 
 
@@ -172,9 +178,10 @@ def chat(
     while True:
         try:
             line = input("> " if terminal else "")
+            line.encode()  # a byte that is no text passes in some locales, as half a character
         except EOFError:
             return
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             raise UserError(f"standard input is not text: {error}") from error
         try:
             if line.strip():
@@ -200,6 +207,41 @@ def rank(
     scores = model.similarity(images, [text])[:, 0].tolist()
     for score, image in sorted(zip(scores, images, strict=True), key=lambda pair: -pair[0]):
         typer.echo(f"{score:.3f}\t{image}")
+
+
+@app.command()
+def evaluate(
+    task: Annotated[str, typer.Argument(help="caption, vqa or retrieval.")],
+    run: Run,
+    data: Annotated[str, typer.Option(help="As for train; or an official .json, or easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="A JSON file; one line for each sample goes beside it.")],
+    images: Images = None,
+    split: Split = None,
+    questions: Questions = None,
+    prompt: Annotated[str | None, typer.Option(help="caption: how it shall begin.")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="caption, vqa: 1 = greedy; the paper's 5 otherwise.")] = None,
+    metric: Annotated[str | None, typer.Option(help="vqa: vqa, vqa-lavis, gqa or exact; else the data's own.")] = None,
+    lemmatised: Annotated[bool, typer.Option("--lemmatised", help="vqa: as OK-VQA is scored.")] = False,
+    slow: Annotated[bool, typer.Option("--slow", help="caption: METEOR and SPICE, too; they need Java.")] = False,
+    rerank: Annotated[int | None, typer.Option(min=0, help="retrieval: candidates for ITM; 128, 0 = none.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="retrieval: only a picture's own captions count.")] = False,
+    features: Annotated[Path | None, typer.Option(help="retrieval: a cache that `features` wrote.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many pictures, the first ones.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the confidence intervals.")] = 0,
+) -> None:
+    """Score a run: `openblip2 evaluate vqa RUN --data easy-vqa --split test --out results.json`."""
+    from openblip2.data.sources import read_source
+    from openblip2.score.run import Options, require_task
+    from openblip2.score.run import evaluate as score
+    from openblip2.train.progress import Progress
+
+    options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, features, limit, seed)
+    require_task(task, options)
+    source = read_source(data, "questions" if task == "vqa" else "captions", images, split, questions)
+    result = score(task, run, source, out, options, Progress())
+    for line in result.in_words():
+        typer.echo(line)
+    typer.echo(str(out))
 
 
 @app.command()

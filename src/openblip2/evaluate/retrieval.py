@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from openblip2.evaluate.ranking import Matches, best_of, log_odds
 from openblip2.model.objectives import similarity
 from openblip2.model.stage1 import Stage1
 
@@ -47,27 +48,14 @@ def rerank(
     of the ITM head; all others rank behind them in their old order. An image's keys and values are computed once and
     shared by its texts, and texts of like length go together. `advance` is called after each image.
     """
-    by_image, by_text = (_candidates(scores, best, dim) for dim in (1, 0))
-    wanted = by_image | by_text
-    odds = torch.zeros_like(scores)
-    lengths = valid.sum(dim=1)
-    by_length = lengths.argsort(stable=True)
-    for n, patches in enumerate(features):
-        texts = by_length[wanted[n, by_length]]
-        memory = model.qformer.look(patches[None])
-        for part in texts.split(CHUNK):
-            longest = int(lengths[part[-1]])
-            logits = model.match(memory, tokens[part, :longest], valid[part, :longest]).float()
-            odds[n, part] = logits[:, 1] - logits[:, 0]
-        advance()
+    texts, images = best_of([scores], best), best_of([scores.T], best)
+    matches = Matches(texts, images)
+    matches.score(model, lambda n: features[n : n + 1], tokens, valid, advance)
+    odds = log_odds(matches.logits).to(scores.dtype)
     behind = scores - scores.max() + odds.min() - 1
-    return odds.where(by_image, behind), odds.where(by_text, behind)
-
-
-def _candidates(scores: Tensor, best: int, dim: int) -> Tensor:
-    """True at the `best` entries of each row (`dim` 1) or column (`dim` 0)."""
-    places = scores.topk(min(best, scores.shape[dim]), dim=dim).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(dim, places, True)
+    by_image = behind.scatter(1, texts.places, log_odds(matches.of_images(texts)).to(scores.dtype))
+    by_text = behind.T.scatter(1, images.places, log_odds(matches.of_texts(images)).to(scores.dtype)).T
+    return by_image, by_text
 
 
 def recalls(scores_by_image: Tensor, scores_by_text: Tensor, correct: Tensor, ks: Sequence[int] = (1, 5)) -> dict:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from openblip2.config import RunSettings, change, from_dict
 from openblip2.data.batches import PairBatch
 from openblip2.data.records import Record
+from openblip2.data.seen import write_seen
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.answering import measure_answers, question_tokens
@@ -75,6 +76,7 @@ def train_stage(
     vision = build_vision(settings, torch.float32 if trains else compute_dtype(device(), settings.train.precision))
     vision = vision.to(device())
     data = prepare(settings, records, vision, run, features or run / "features", progress, skipped)
+    write_seen(data.records, run)
     recipe(settings, vision, data, run, progress, resume)
 
 

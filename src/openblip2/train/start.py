@@ -122,6 +122,8 @@ def _text_path(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _text_start(settings: RunSettings, before: RunSettings) -> str:
     found = settings.text_start or before.start
+    if found and not settings.text_start and not Path(found).exists():
+        found = str(Path(str(settings.start)).parent / Path(found).name)  # runs that were moved together
     if not found:
         raise UserError(
             f"start={settings.start} does not say which stage-1 run it began with, whose text path reads the question: "

@@ -1,0 +1,155 @@
+"""Annotation files: the JSON of one, its values checked, and the folder of pictures it speaks of."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from openblip2.errors import UserError
+
+
+class Pictures:
+    """The picture files under a folder. Each of its folders is listed once, instead of asking for every picture.
+
+    Names are judged by their spelling, links are followed: whoever made the folder may have linked the pictures in.
+
+    Raises:
+        UserError: `root` is no folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise UserError(f"{root}: no such folder; the folder that the pictures lie in")
+        self._files: dict[str, frozenset[str]] = {}
+
+    def find(self, name: object) -> Path:
+        """The file `name`, a path relative to the folder; its last part alone is looked for too.
+
+        So the folder may be the one that the annotations mean ("coco", for "val2014/x.jpg") or the last one itself
+        ("coco/val2014").
+
+        Raises:
+            UserError: `name` is no text, leads out of the folder, or there is no such file.
+        """
+        name = text(name, "picture name", "a path relative to the folder of pictures")
+        if os.path.isabs(name) or os.path.splitdrive(name)[0] or ".." in re.split(r"[/\\]", name):
+            raise UserError(f"image {shown(name)} is outside the folder of pictures; a path inside {self.root}")
+        folder, _, file = name.rpartition("/")
+        for parent in (folder, "") if folder else ("",):
+            if file in self._listed(parent):
+                return self.root / parent / file
+        raise UserError(f"image {shown(name)} is missing; a picture in {self.root}")
+
+    def _listed(self, folder: str) -> frozenset[str]:
+        files = self._files.get(folder)
+        if files is None:
+            files = self._files[folder] = self._list(folder)
+        return files
+
+    def _list(self, folder: str) -> frozenset[str]:
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return frozenset(entry.name for entry in entries if entry.is_file())
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no folder can have
+            return frozenset()
+        except OSError as error:
+            raise UserError(f"{self.root / folder}: cannot be listed ({error.strerror}); a readable folder") from error
+
+
+def read_json(path: Path) -> Any:
+    """What the JSON file `path` holds.
+
+    Raises:
+        UserError: it is missing, cannot be read, is cut off or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); an annotation file, .json") from error
+    except json.JSONDecodeError as error:
+        problem = f"not JSON, or cut off ({error.msg} at character {error.colno})"
+        raise UserError(f"{path}:{error.lineno}: {problem}; the annotation file unpacked and whole") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not UTF-8 text, or JSON beyond any use; an annotation file, .json") from error
+
+
+def repeated_keys(path: Path) -> set[str]:
+    """The keys that the JSON object in `path` has more than once: of these, `read_json` keeps the last alone."""
+    outermost: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> None:
+        outermost[:] = pairs  # objects are handed over from the innermost to the outermost
+
+    json.loads(path.read_bytes(), object_pairs_hook=keep)
+    seen: set[str] = set()
+    return {key for key, _ in outermost if key in seen or seen.add(key)}
+
+
+def text(value: object, what: str, right: str) -> str:
+    """`value`, if it is Unicode text that says something.
+
+    Raises:
+        UserError: it is not. `what` names it, `right` says what would be right.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"no {what}, but {shown(value)}; {right}")
+    if not value.strip():
+        raise UserError(f"the {what} is empty; {right}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON's "\ud800" is a str, but no Unicode text
+            raise UserError(f"the {what} {shown(value)} is not Unicode text; {right}") from None
+    return value
+
+
+def identity(value: object, what: str) -> str:
+    """The id `value` as text.
+
+    Raises:
+        UserError: it is neither a whole number nor text that says something. `what` names it.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return text(value, what, "a whole number or text")
+
+
+def each(
+    entries: Iterable[tuple[str, object]], right: str, use: Callable[[str, dict[str, Any]], None], skipped: list[str]
+) -> None:
+    """Call `use(where, entry)` with each of `entries`; one that is no object or that it refuses goes to `skipped`.
+
+    Args:
+        entries: where each stands, and the entry. right: what would be right in the place of one that is no object.
+    """
+    for where, entry in entries:
+        try:
+            if not isinstance(entry, dict):
+                raise UserError(f"no object, but {shown(entry)}; {right}")
+            use(where, entry)
+        except UserError as problem:
+            skipped.append(f"{where}: {problem}")
+
+
+def numbered(path: Path, name: str, values: object) -> Iterator[tuple[str, object]]:
+    """Where each of the list `values`, named `name` in the file `path`, stands ("file: name[0]"), and it.
+
+    Raises:
+        UserError: `values` is no list.
+    """
+    if not isinstance(values, list):
+        raise UserError(f'{path}: "{name}" is no list, but {shown(values)}; a list of objects')
+    return ((f"{path}: {name}[{number}]", value) for number, value in enumerate(values))
+
+
+def first_entry(values: object) -> dict[str, Any]:
+    """The first object in the list `values`, which tells what a file is; empty where there is none."""
+    return next((value for value in values if isinstance(value, dict)), {}) if isinstance(values, list) else {}
+
+
+def shown(value: object) -> str:
+    """`value` in a message: one line, not long."""
+    return ascii(value)[:80]

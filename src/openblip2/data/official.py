@@ -1,0 +1,121 @@
+"""The official annotation files of COCO, Flickr30K, NoCaps, VQAv2, OK-VQA and GQA, read as records.
+
+| kind | file | its split |
+|---|---|---|
+| coco-karpathy | `dataset_coco.json` | chosen |
+| | LAVIS's `coco_karpathy_train.json`, `..._val.json`, `..._test.json` | one |
+| flickr30k | `dataset_flickr30k.json` | chosen |
+| | LAVIS's `flickr30k_train.json`, `..._val.json`, `..._test.json` | one |
+| nocaps | `nocaps_val_4500_captions.json`, `nocaps_test_image_info.json`; any file in COCO's own form | one |
+| vqav2 | `v2_mscoco_val2014_annotations.json` with `v2_OpenEnded_mscoco_val2014_questions.json` | one, told |
+| | `v2_OpenEnded_mscoco_test-dev2015_questions.json` | one, told |
+| okvqa | `mscoco_val2014_annotations.json` with `OpenEnded_mscoco_val2014_questions.json` | one, told |
+| gqa | `testdev_balanced_questions.json` | one |
+
+Of test splits the truth is withheld. They are read so that predictions can be made and handed in: a picture then
+has no caption, a question the answer "", which no other question has.
+
+Ids are those by which results are handed in: COCO's and NoCaps's number of the picture; Flickr30K's and GQA's file
+name without its suffix; the question's own.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from openblip2.data.annotations import Pictures, first_entry, read_json
+from openblip2.data.official_captions import COCO_NAME, karpathy, listed, nocaps
+from openblip2.data.official_questions import gqa, vqa
+from openblip2.data.records import Record
+from openblip2.errors import UserError
+
+Kind = Literal["coco-karpathy", "flickr30k", "nocaps", "vqav2", "okvqa", "gqa"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+# Kinds whose files look alike: which of the two a file is, the user may know better than its content.
+_ALIKE = {"flickr30k": "coco-karpathy", "okvqa": "vqav2"}
+_EXPECTED = (
+    'Karpathy\'s {"images": [{"filename", "split", "sentences"}, ...]}, LAVIS\'s [{"image", "caption"}, ...], '
+    'NoCaps\'s {"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}, VQAv2\'s or '
+    'OK-VQA\'s {"annotations": [{"question_id", "answers"}, ...]} or GQA\'s {"1": {"imageId", "question"}, ...}'
+)
+
+
+def read_official(
+    kind: str | None, annotations: Path, images: Path, split: str | None = None, questions: Path | None = None
+) -> tuple[list[Record], list[str]]:
+    """The records of an official file in its order, and a line "where: what; what would be right" per skipped entry.
+
+    Questions about one picture are one record, as are LAVIS's captions of one picture. Of several captions only the
+    bad ones are left out. Pictures are looked for, not opened; captions, questions and answers stay as written.
+
+    NoCaps's domain, one of `official_captions.DOMAINS`, is `facts["domain"]`; facts are None where the file does not
+    tell it. `Question.answer` is VQAv2's `multiple_choice_answer`; OK-VQA has none, and it is the most common of its
+    answers. These are the stemmed ones, ten to a question: five annotators', each twice in the file.
+
+    Args:
+        kind: one of `KINDS`; None = told by the file's content. annotations: the file.
+        images: the folder in which the file's paths begin (COCO's holds `train2014`, `val2014` and `test2015`), or
+            the one in which the pictures themselves lie.
+        split: of Karpathy's files, one of `official_captions.SPLITS` ("train" is with restval); needed there. The
+            split that VQAv2's and OK-VQA's files tell ("val2014", or "val") may be given too, others not.
+        questions: VQAv2's and OK-VQA's second file; None where `annotations` are the questions of a test split.
+
+    Raises:
+        UserError: a file cannot be read, is cut off or of another form; `kind` or `split` is unknown or not the
+            file's; questions and annotations are of two splits; `images` is no folder; no entry is usable.
+    """
+    path = Path(annotations)
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"unknown kind {kind!r} of annotations; one of {', '.join(KINDS)}")
+    data = read_json(path)
+    found = _recognised(data, path)
+    if kind is not None and _ALIKE.get(kind, kind) != _ALIKE.get(found, found):
+        raise UserError(f"{path}: is of {found}, not of {kind}; another file, or that kind")
+    pictures = Pictures(images)
+    skipped: list[str] = []
+    if found in ("vqav2", "okvqa"):
+        records = vqa(path, data, pictures, skipped, split, None if questions is None else Path(questions))
+    elif questions is not None:
+        raise UserError(f"{questions}: {found} has no second file; leave the questions out")
+    elif isinstance(data, dict) and found in ("coco-karpathy", "flickr30k"):
+        records = karpathy(path, data, pictures, skipped, split)
+    elif split is not None:
+        raise UserError(f"{path}: is of one split, there is no {split!r} to choose; leave the split out")
+    elif found == "gqa":
+        records = gqa(path, data, pictures, skipped)
+    else:
+        records = (nocaps if found == "nocaps" else listed)(path, data, pictures, skipped)
+    if not records:
+        what = "no usable entry" + (f" of the split {split!r}" if split else "")
+        why = f"{len(skipped)} cannot be used; the first: {skipped[0]}" if skipped else "another split or file"
+        raise UserError(f"{path}: holds {what}; {why}")
+    return records, skipped
+
+
+def official_kind(annotations: Path) -> Kind:
+    """Of which kind a file is, told by its content.
+
+    Raises:
+        UserError: it cannot be read, or is of none of `KINDS`.
+    """
+    return _recognised(read_json(Path(annotations)), Path(annotations))
+
+
+def _recognised(data: Any, path: Path) -> Kind:
+    if isinstance(data, list):
+        row = first_entry(data)
+        if {"image", "caption"} <= row.keys():
+            return "coco-karpathy" if COCO_NAME.search(str(row["image"])) else "flickr30k"
+    if isinstance(data, dict):
+        image, answered = first_entry(data.get("images")), first_entry(data.get("annotations"))
+        if "sentences" in image:
+            return "coco-karpathy" if data.get("dataset") == "coco" or "cocoid" in image else "flickr30k"
+        if "file_name" in image:
+            return "nocaps"
+        if {"question_id", "answers"} <= answered.keys():
+            return "vqav2" if "multiple_choice_answer" in answered else "okvqa"
+        if {"question_id", "question"} <= first_entry(data.get("questions")).keys():
+            return "vqav2"
+        if {"imageId", "question"} <= first_entry(list(data.values())).keys():
+            return "gqa"
+    raise UserError(f"{path}: is none of the official annotation files; {_EXPECTED}")

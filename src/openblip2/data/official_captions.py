@@ -1,0 +1,165 @@
+"""Captions of COCO, Flickr30K and NoCaps in their official files: Karpathy's, LAVIS's and COCO's own form."""
+
+import re
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+from openblip2.data.annotations import Pictures, each, identity, numbered, shown, text
+from openblip2.data.records import Record
+from openblip2.data.text import clean_caption
+from openblip2.errors import UserError
+
+# Karpathy and Li keep 5,000 of COCO's validation pictures and test on 5,000. The other 30,504 are "restval", and
+# everybody trains on them too: 113,287 pictures.
+SPLITS = {"train": ("train", "restval"), "restval": ("restval",), "val": ("val",), "test": ("test",)}
+DOMAINS = ("in-domain", "near-domain", "out-domain")
+COCO_NAME = re.compile(r"COCO_[a-z]+\d{4}_(\d{12})")
+
+_PARTS = ("train", "restval", "val", "test")
+_KARPATHY = '{"filename": "x.jpg", "split": "test", "sentences": [{"raw": "a cat"}, ...]}'
+_LISTED = '{"image": "val2014/x.jpg", "caption": "a cat", or a list of them}'
+_IMAGE = '{"id": 0, "file_name": "x.jpg"}'
+_ANNOTATION = '{"image_id": 0, "caption": "a cat"}'
+
+
+def karpathy(
+    path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[str], split: str | None
+) -> list[Record]:
+    """`dataset_coco.json` and `dataset_flickr30k.json`: of each picture its split and its sentences.
+
+    Args:
+        path: of the file. data: what it holds. skipped: gets a line per entry left out. split: one of `SPLITS`.
+
+    Source: https://cs.stanford.edu/people/karpathy/deepimagesent/
+
+    Raises:
+        UserError: `split` is unknown, or the file is of another form.
+    """
+    parts = SPLITS.get(split or "")
+    if parts is None:
+        problem = "holds several splits" if split is None else f"unknown split {split!r}"
+        raise UserError(f"{path}: {problem}; one of {', '.join(SPLITS)} (train is with restval)")
+    records: dict[str, Record] = {}
+
+    def read(where: str, image: dict[str, Any]) -> None:
+        part = image.get("split")
+        if part not in _PARTS:
+            raise UserError(f'"split" is {shown(part)}; one of {", ".join(_PARTS)}')
+        if part not in parts:
+            return
+        name = text(image.get("filename"), "file name", _KARPATHY)
+        if "filepath" in image:  # COCO's alone
+            name = text(image["filepath"], "file path", '"filepath": "val2014"') + "/" + name
+        file = pictures.find(name)
+        number = identity(image["cocoid"], '"cocoid"') if "cocoid" in image else _name_id(file)
+        _new(number, records)
+        sentences = image.get("sentences")
+        if not isinstance(sentences, list):
+            raise UserError(f'"sentences" is no list, but {shown(sentences)}; {_KARPATHY}')
+        raw = [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]
+        records[number] = Record(number, file, _captions(raw, f"{where}.sentences", skipped))
+
+    each(numbered(path, "images", data["images"]), _KARPATHY, read, skipped)
+    return list(records.values())
+
+
+def listed(path: Path, data: list[Any], pictures: Pictures, skipped: list[str]) -> list[Record]:
+    """LAVIS's lists: a row per caption to train on, a row per picture with all its captions to evaluate on.
+
+    Their `image_id` is "coco_328757", a running number or missing: the id is taken from the file's name instead,
+    so that a picture has the same one in all of them and in Karpathy's file.
+
+    Args:
+        path: of the file. data: what it holds. skipped: gets a line per entry left out.
+
+    Source: https://github.com/salesforce/LAVIS, datasets coco and flickr30k
+    """
+    files: dict[str, Path] = {}
+    captions: dict[str, list[str]] = {}
+
+    def read(where: str, row: dict[str, Any]) -> None:
+        file = pictures.find(row.get("image"))
+        name = _name_id(file)
+        if files.get(name, file) != file:
+            raise UserError(f"id {name!r} already stands for {files[name]}; another file name for another picture")
+        given = row.get("caption")
+        new = _captions(given if isinstance(given, list) else [given], f"{where}.caption", skipped)
+        files[name] = file
+        captions.setdefault(name, []).extend(new)
+
+    each(numbered(path, "", data), _LISTED, read, skipped)
+    return [Record(name, file, tuple(captions[name])) for name, file in files.items()]
+
+
+def nocaps(path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[str]) -> list[Record]:
+    """NoCaps's file, in COCO's own form: the pictures, and apart from them their captions (a test split has none).
+
+    Args:
+        path: of the file. data: what it holds. skipped: gets a line per entry left out.
+
+    Source: https://nocaps.org/download. The page does not show an image's "domain", which the file has.
+
+    Raises:
+        UserError: the file is of another form.
+    """
+    images = list(numbered(path, "images", data["images"]))
+    known = {str(image.get("id")) for _, image in images if isinstance(image, dict)}
+    captions: dict[str, list[str]] = {}
+    records: dict[str, Record] = {}
+
+    def collect(_: str, annotation: dict[str, Any]) -> None:
+        number = identity(annotation.get("image_id"), '"image_id"')
+        if number not in known:
+            raise UserError(f"a caption of image {number}, which is not among the images; the id of one of them")
+        captions.setdefault(number, []).append(_caption(annotation.get("caption")))
+
+    def read(_: str, image: dict[str, Any]) -> None:
+        number = identity(image.get("id"), '"id"')
+        _new(number, records)
+        file = pictures.find(image.get("file_name"))
+        if "annotations" in data and number not in captions:
+            raise UserError(f"image {number} has no caption; one {_ANNOTATION} at least")
+        domain = image.get("domain")
+        if domain is not None and domain not in DOMAINS:
+            raise UserError(f"unknown domain {shown(domain)}; one of {', '.join(DOMAINS)}")
+        facts = None if domain is None else {"domain": domain}
+        records[number] = Record(number, file, tuple(captions.get(number, ())), facts=facts)
+
+    if "annotations" in data:
+        each(numbered(path, "annotations", data["annotations"]), _ANNOTATION, collect, skipped)
+    each(images, _IMAGE, read, skipped)
+    return list(records.values())
+
+
+def _captions(given: list[Any], where: str, skipped: list[str]) -> tuple[str, ...]:
+    """Those of the captions that can be used; the others are skipped by themselves."""
+    captions: list[str] = []
+    for number, caption in enumerate(given):
+        try:
+            captions.append(_caption(caption))
+        except UserError as problem:
+            if len(given) == 1:
+                raise
+            skipped.append(f"{where}[{number}]: {problem}")
+    if not captions:
+        raise UserError("no usable caption; one at least")
+    return tuple(captions)
+
+
+def _caption(value: object) -> str:
+    caption = text(value, "caption", "a text of one word at least")
+    if not clean_caption(caption):
+        raise UserError(f"the caption {shown(caption)} is empty; at least one word")
+    return caption
+
+
+def _new(name: str, records: Container[str]) -> None:
+    if name in records:
+        raise UserError(f"id {name!r} is there already; each picture once")
+
+
+def _name_id(file: Path) -> str:
+    """COCO's number of a picture, or the name of another picture's file."""
+    found = COCO_NAME.fullmatch(file.stem)
+    return str(int(found[1])) if found else file.stem

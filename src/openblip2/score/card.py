@@ -1,0 +1,96 @@
+"""The protocol card: all that a score depends on, beside the score."""
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openblip2.data.records import Record
+from openblip2.data.seen import seen_before
+from openblip2.inference import Captioner, Matcher
+from openblip2.model.decoding import Decoding
+from openblip2.train.checkpoint import kept_parameters, read_config
+from openblip2.train.hardware import compute_dtype, device
+
+PACKAGES = ("openblip2", "torch", "transformers", "tokenizers", "pillow", "numpy", "pycocoevalcap", "spacy")
+
+
+def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
+    """What a score of this model depends on, whatever the task: weights, frozen parts, image side, precision, versions.
+
+    `seed`: of the bootstrap; nothing else is drawn, unless `decoding` says so.
+    """
+    settings = model.settings
+    found: dict[str, Any] = {
+        "checkpoint": source,
+        "checkpoint_sha256": weights_digest(model),
+        "image_encoder": settings.vision.name,
+        "image_encoder_layer": settings.vision.layer,
+        "image_size": settings.vision.image_size,
+        "resize": "to a square, bicubic, without keeping the aspect",
+        "precision": str(compute_dtype(device(), settings.train.precision)).removeprefix("torch."),
+        "seed": seed,
+        "versions": {name: known for name in PACKAGES if (known := _version(name))}
+        | {"python": platform.python_version()},
+    }
+    if isinstance(model, Captioner):
+        found |= {
+            "language_model": settings.language.name,
+            "language_weights": settings.language.weights,
+            "template": settings.language.template,
+            "question_in_qformer": settings.qformer.reads_question,
+        }
+    return found
+
+
+def decoding_card(decoding: Decoding) -> dict[str, Any]:
+    """How text was drawn; lengths in new tokens."""
+    found: dict[str, Any] = {
+        "beams": decoding.beams,
+        "length_penalty": decoding.length_penalty if decoding.beams > 1 else None,
+        "repetition_penalty": decoding.repetition_penalty,
+        "most_new_tokens": decoding.max_new_tokens,
+        "least_new_tokens": decoding.min_new_tokens,
+    }
+    if decoding.sample:
+        found |= {"nucleus": decoding.top_p, "temperature": decoding.temperature}
+    return found
+
+
+def weights_digest(model: Captioner | Matcher) -> str:
+    """SHA-256 of the weights that a run holds, by name: the same for the same weights in another format."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(kept_parameters(model.model).items()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def overlap(records: Sequence[Record], source: str) -> tuple[int | None, list[str]]:
+    """How many of the pictures the run, or one it started from, was trained on; None if none of them says.
+
+    Returns:
+        the number, and the ids of the first of them.
+    """
+    runs: list[Path] = []
+    run: Path | None = Path(source)
+    while run is not None and run not in runs and (run / "config.json").is_file():
+        runs.append(run)
+        settings = read_config(run)["settings"]
+        starts = [Path(start) for name in ("start", "text_start") if (start := settings.get(name))]
+        # Runs that were moved together: beside this one.
+        found = [there for start in starts for there in (start, run.parent / start.name) if there.is_dir()]
+        run = found[0] if found else None
+    seen = seen_before(records, runs)
+    return (None, []) if seen is None else (len(seen), [record.id for record in seen[:5]])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

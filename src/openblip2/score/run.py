@@ -1,0 +1,140 @@
+"""`openblip2 evaluate`: a run, data, and one of three tasks in; scores, protocol and samples out."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from openblip2.data.corpora import easy_vqa_records
+from openblip2.data.images import open_picture
+from openblip2.data.records import Record
+from openblip2.data.sources import EASY_VQA, Source
+from openblip2.errors import UserError
+from openblip2.inference import ANSWER, CAPTION, Captioner, Matcher, load
+from openblip2.score.answers import METRICS, score_answers, usual_metric
+from openblip2.score.captions import score_captions
+from openblip2.score.card import card, overlap
+from openblip2.score.result import Result
+from openblip2.score.retrieval import score_retrieval
+from openblip2.train.checkpoint import make_folder
+from openblip2.train.progress import Progress
+
+Task = Literal["caption", "vqa", "retrieval"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to score; what a task has no use for is refused where the user asked for it.
+
+    Attributes:
+        prompt: of captions; None = the run's own. beams: of text; None = the paper's 5. metric: of answers; None = the
+            data's usual one. lemmatised: answers' nouns and verbs in dictionary form. slow: METEOR and SPICE.
+        rerank: candidates that ITM looks at; None = the paper's 128. strict: see `score_retrieval`.
+        features: a cache of these pictures. limit: so many pictures, the first ones; None = all.
+        seed: of the bootstrap.
+    """
+
+    prompt: str | None = None
+    beams: int | None = None
+    metric: str | None = None
+    lemmatised: bool = False
+    slow: bool = False
+    rerank: int | None = None
+    strict: bool = False
+    features: Path | None = None
+    limit: int | None = None
+    seed: int = 0
+
+
+# Which options belong to which task; the others are everybody's.
+_BELONGS = {
+    "prompt": ("caption",),
+    "beams": ("caption", "vqa"),
+    "metric": ("vqa",),
+    "lemmatised": ("vqa",),
+    "slow": ("caption",),
+    "rerank": ("retrieval",),
+    "strict": ("retrieval",),
+    "features": ("retrieval",),
+}
+
+
+def evaluate(task: str, run: str, source: Source, out: Path, options: Options, progress: Progress) -> Result:
+    """Scores a run on data and writes `out` and, beside it, one line for each sample.
+
+    Raises:
+        UserError: an unknown task, a run of the other stage, an option of another task, or nothing to score.
+    """
+    require_task(task, options)
+    make_folder(out.parent)
+    began = time.perf_counter()
+    model = load(run)
+    wanted = Matcher if task == "retrieval" else Captioner
+    if not isinstance(model, wanted):
+        stage = "stage-1" if task == "retrieval" else "stage-2"
+        raise UserError(f"{run} is a {type(model).__name__}: {task} needs a {stage} run, or one fine-tuned from one")
+    records, bad = _openable(source.records[: options.limit], progress)
+    if isinstance(model, Matcher):
+        best = 128 if options.rerank is None else options.rerank
+        result = score_retrieval(model, records, best, progress, options.features, options.strict)
+    elif task == "caption":
+        how = CAPTION if options.beams is None else replace(CAPTION, beams=options.beams)
+        result = score_captions(model, records, how, options.prompt, progress, options.slow)
+    else:
+        how = ANSWER if options.beams is None else replace(ANSWER, beams=options.beams)
+        metric: Any = options.metric or usual_metric(source.kind, records)
+        known = easy_vqa_records("train") if source.kind == EASY_VQA else ()
+        result = score_answers(model, records, how, metric, progress, options.lemmatised, known)
+    result.skipped[:0] = [*source.skipped, *bad]
+    result.protocol = card(model, run, options.seed) | {"data": source.kind} | result.protocol
+    result.protocol["zero_shot"] = model.settings.task == "pretraining"
+    _warn(result, records, run)
+    result.beside["seconds"] = round(time.perf_counter() - began, 1)
+    result.write(out)
+    return result
+
+
+def require_task(task: str, options: Options) -> None:
+    """An existing task, and no option that it has no use for; told before a model is loaded.
+
+    Raises:
+        UserError: otherwise.
+    """
+    if task not in get_args(Task):
+        raise UserError(f"unknown task {task!r}: it must be one of {', '.join(get_args(Task))}")
+    for name, tasks in _BELONGS.items():
+        if getattr(options, name) != getattr(Options(), name) and task not in tasks:
+            raise UserError(f"--{name} belongs to {' and '.join(tasks)}, not to {task}")
+    if options.metric is not None and options.metric not in METRICS:
+        raise UserError(f"unknown metric {options.metric!r}: it must be one of {', '.join(METRICS)}")
+
+
+def _openable(records: Sequence[Record], progress: Progress) -> tuple[list[Record], list[str]]:
+    """The records whose pictures can be opened: one bad file is named and costs its own score alone."""
+    good, bad = [], []
+    with progress.steps("opening pictures", len(records)) as bar:
+        for record in records:
+            try:
+                open_picture(record.image)
+                good.append(record)
+            except UserError as problem:
+                bad.append(str(problem))
+            bar.advance()
+    if not good:
+        raise UserError(f"not one of {len(records)} pictures can be opened; the first: {bad[0]}")
+    return good, bad
+
+
+def _warn(result: Result, records: Sequence[Record], run: str) -> None:
+    seen, first = overlap(records, run)
+    result.protocol["pictures_of_training"] = "not known" if seen is None else seen
+    if seen:
+        result.warnings.append(
+            f"{seen} of {len(records)} pictures are among those the run was trained on ({', '.join(first)}"
+            f"{', ...' if seen > len(first) else ''}): this is no score on unseen pictures"
+        )
+    if result.skipped:
+        result.warnings.append(
+            f"{len(result.skipped)} entries or pictures were left out; the first: {result.skipped[0]}"
+        )
