@@ -22,6 +22,7 @@ from openblip2.inference import Matcher, load
 from openblip2.model.objectives import similarity
 from openblip2.model.stage1 import Stage1
 from openblip2.score.card import overlap, weights_digest
+from openblip2.score.compare import compare
 from openblip2.score.result import Result
 from openblip2.score.run import Options, evaluate
 from openblip2.train.encode import write_features
@@ -157,6 +158,29 @@ def test_answers_and_their_protocol(home: Path, tmp_path: Path) -> None:
 
 def read_prompt(home: Path) -> str:
     return json.loads((home / "vqa" / "config.json").read_text())["settings"]["language"]["question"]
+
+
+def test_two_results_are_compared_sample_by_sample(home: Path, tmp_path: Path) -> None:
+    pairs = [("vqa", "vqa", {"beams": 1}), ("retrieval", "one", {"rerank": 4})]
+    for task, run, options in pairs:
+        scored(home, task, run, tmp_path / task, **options)
+        path = tmp_path / task / "out" / "found.json"
+        assert {found.score for found in compare(path, path).values()} == {0.0}
+    scored(home, "vqa", "two", tmp_path / "other", beams=1)
+    one, other = tmp_path / "vqa" / "out", tmp_path / "other" / "out"
+    scores = [json.loads((folder / "found.json").read_text())["scores"]["accuracy"]["score"] for folder in (one, other)]
+    found = compare(one / "found.json", other / "found.json")
+    assert found["accuracy"].score == pytest.approx(scores[0] - scores[1])
+    assert set(found) == {"accuracy", "accuracy, open", "accuracy, yes/no"}
+    with pytest.raises(UserError, match="of one task"):
+        compare(one / "found.json", tmp_path / "retrieval" / "out" / "found.json")
+    rows = (other / "found.samples.jsonl").read_text().splitlines(keepends=True)
+    (other / "found.samples.jsonl").write_text("".join(rows[1:]))
+    with pytest.raises(UserError, match="of other samples"):
+        compare(one / "found.json", other / "found.json")
+    (other / "found.samples.jsonl").unlink()
+    with pytest.raises(UserError, match="missing or damaged"):
+        compare(one / "found.json", other / "found.json")
 
 
 def test_pictures_of_the_training_are_warned_of(home: Path, tmp_path: Path) -> None:

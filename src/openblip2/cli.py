@@ -245,6 +245,19 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="What `evaluate` wrote of one run.")],
+    second: Annotated[Path, typer.Argument(help="And of another, on the same data.")],
+) -> None:
+    """Say which of two results is better, and whether by more than luck: differences with 95 % intervals."""
+    from openblip2.score.compare import compare as differences
+
+    for name, found in differences(first, second).items():
+        verdict = "no more than luck" if not found.excludes(0) else "first" if found.score > 0 else "second"
+        typer.echo(f"{name:24} {100 * found.score:+7.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]  {verdict}")
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A run of ours, a LAVIS .pth, or transformers' BLIP-2 (folder, hub).")],
     out: Annotated[Path, typer.Argument(help="A new folder (openblip2, hf) or file (lavis: .pth, onnx: .onnx).")],
