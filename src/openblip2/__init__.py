@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from openblip2.chat import Chat
     from openblip2.config import RunSettings, change
     from openblip2.data.records import Question, Record, read_records, write_records
     from openblip2.errors import UserError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Captioner": "inference",
+    "Chat": "chat",
     "DecoderLM": "model.language",
     "Decoding": "model.language",
     "EncoderDecoderLM": "model.language",
@@ -57,6 +59,7 @@ _HOME = {
 
 __all__ = [
     "Captioner",
+    "Chat",
     "DecoderLM",
     "Decoding",
     "EncoderDecoderLM",

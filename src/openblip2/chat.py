@@ -1,0 +1,112 @@
+"""Talking about a picture: each question is asked behind the earlier ones and their answers (paper, 4.1 and figure 4).
+
+Shapes: Q queries, L LLM width, P patch tokens, V encoder width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from openblip2.data.images import Picture
+from openblip2.data.text import clean_question
+from openblip2.errors import UserError
+from openblip2.evaluate.answering import question_tokens
+from openblip2.inference import ANSWER, Captioner
+from openblip2.inputs import features_of
+from openblip2.model.context import context_of, room_for_prompt
+from openblip2.model.language import Decoding
+from openblip2.model.template import dialogue
+from openblip2.train.hardware import computing
+
+
+class Chat:
+    """Questions about one picture. The encoder and the Q-Former see it once, when the chat is made.
+
+    A question is asked as it is written, however long it is while it fits. Differs from `Captioner.answer`, which makes
+    it plain, as the authors do for VQA. A Q-Former that reads questions looks anew for each one, made plain.
+
+    Args:
+        captioner: a trained stage 2. image: the picture. decoding: of the answers.
+        question: how a question is put, `{}` being it ("{}": the words alone); None = the run's `language.question`.
+        context: tokens that the language model takes at once, the Q soft ones and the answer's counted; None = its
+            own limit, which is the most.
+
+    Attributes:
+        turns: every question and its answer, the first one first.
+
+    Raises:
+        UserError: a picture that cannot be opened, `question` without `{}`, a run whose template has no place for a
+            question, or a context beyond the language model's own.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        image: Picture,
+        decoding: Decoding = ANSWER,
+        question: str | None = None,
+        context: int | None = None,
+    ) -> None:
+        language, settings = captioner.model.language, captioner.settings.language
+        self.captioner, self.decoding = captioner, decoding
+        self.form = settings.question if question is None else question
+        if "{}" not in self.form:
+            raise UserError(f"question {self.form!r}: it must hold {{}}, in whose place a question goes")
+        if "{prompt}" not in language.template:
+            raise UserError(f"template {settings.template!r}: without {{prompt}} it has no place for a question")
+        most = context_of(language)
+        if context is not None and most is not None and context > most:
+            raise UserError(f"context {context}: this language model takes {most} tokens at once")
+        self.context = most if context is None else context
+        self.turns: list[tuple[str, str]] = []
+        with torch.inference_mode(), computing(captioner.model, captioner.settings.train.precision):
+            (self.features,) = features_of(captioner.model, [image])  # [1, P, V]
+            self.soft = captioner.model.soft_prompt(features=self.features) if captioner.tokens is None else None
+
+    def ask(self, question: str) -> str:
+        """The answer, which with its question is kept for the next.
+
+        Raises:
+            UserError: an empty question, or one too long even alone; the chat stays as it was.
+        """
+        prompt, model = self.prompt(question), self.captioner.model
+        with torch.inference_mode(), computing(model, self.captioner.settings.train.precision):
+            (answer,) = model.language.generate(self._soft_prompt(question), [prompt], self.decoding)
+        self.turns.append((question.strip(), answer))
+        return answer
+
+    def prompt(self, question: str) -> str:
+        """The text in the template's `{prompt}` that asks this now: as many of the latest turns as fit, then it.
+
+        Raises:
+            UserError: as `ask`.
+        """
+        question = question.strip()
+        if not question:
+            raise UserError("an empty question: ask something in words")
+        language, queries = self.captioner.model.language, self.captioner.model.qformer.queries.shape[1]
+        room = room_for_prompt(language, self.context, queries, self.decoding.max_new_tokens)
+        found = self._written([], question)
+        if room is not None and (length := language.length(found)) > room:
+            raise UserError(
+                f"question {question[:40]!r}... takes {length} tokens with the template around it: {max(room, 0)} fit "
+                f"beside the picture and the answer (the language model takes {self.context})"
+            )
+        for start in reversed(range(len(self.turns))):
+            longer = self._written(self.turns[start:], question)
+            if room is not None and language.length(longer) > room:
+                break
+            found = longer
+        return found
+
+    def _written(self, turns: Sequence[tuple[str, str]], question: str) -> str:
+        language = self.captioner.model.language
+        return dialogue(turns, question, self.form, language.template, language.tokenizer)
+
+    def _soft_prompt(self, question: str) -> Tensor:
+        """`[1, Q, L]`."""
+        if self.soft is not None:
+            return self.soft
+        read = question_tokens(self.captioner.tokens, [clean_question(question)], self.features.device)
+        return self.captioner.model.soft_prompt(features=self.features, question=read)

@@ -1,0 +1,268 @@
+"""A trained stage 2 in the harness `lmms-eval`: `lmms-eval --model openblip2 --model_args run=RUN --tasks ...`.
+
+The harness finds it by this package's entry point in the group `lmms_eval.models`, which is `manifest`. This is the one
+module that cannot be imported without its extra, `lmms`: its class is one of the harness's.
+
+Shapes: Q queries, L LLM width.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance  # pyright: ignore[reportMissingImports]
+from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
+from loguru import logger  # pyright: ignore[reportMissingImports]
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from openblip2.data.images import open_picture
+from openblip2.data.text import clean_question
+from openblip2.errors import UserError
+from openblip2.inference import Captioner
+from openblip2.model.context import context_of, room_for_prompt
+from openblip2.model.decoding import Decoding
+from openblip2.model.language import EncoderDecoderLM
+from openblip2.model.likelihood import likelihoods
+from openblip2.model.template import dialogue
+from openblip2.train.hardware import computing
+
+GREEDY = Decoding(max_new_tokens=256, beams=1)  # of a task that says nothing
+# What tasks call the fields of `Decoding` whose names differ; `until` cuts what was written.
+NAMES = {"num_beams": "beams", "do_sample": "sample"}
+
+
+class Asked(NamedTuple):
+    """A request's own words, the prompt made of them, and the picture that they are about, None where there is none."""
+
+    words: str
+    prompt: str
+    picture: Image.Image | None
+
+
+class OpenBlip2(lmms):
+    """One of our runs as the harness calls it, for tasks of one picture or none.
+
+    Args:
+        run: whatever `openblip2.load` takes, a stage 2. batch_size: requests at once.
+        device, precision: see `openblip2.load`.
+        question: how a task's words are put, `{}` being them ("{}": as they are); None = the run's own way
+            (`language.question`).
+
+    Raises:
+        UserError: as `load`; or a stage-1 run, a batch size that is no number, or `question` without `{}`.
+    """
+
+    # Picture and words apart. What gets whole chats instead is asked for no likelihoods.
+    is_simple = True
+
+    def __init__(
+        self,
+        run: str,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        precision: str | None = None,
+        question: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise UserError(f"batch_size={batch_size}: give a number, 1 or more")
+        self.batch_size = int(batch_size)
+        self.captioner = Captioner.from_pretrained(str(run), device, precision=precision)
+        self.language = self.captioner.model.language
+        self.form = self.captioner.settings.language.question if question is None else question
+        if "{}" not in self.form:
+            raise UserError(f"question={self.form}: it must hold {{}}, in whose place a task's words go")
+        self.context, self.device = context_of(self.language), self.captioner.model.projection.weight.device
+        self.ignored: set[str] = set()  # options of tasks that have been named in the log
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """The text written for each request, up to the first of its task's `until`.
+
+        What the model cannot take (several pictures, a film, more words than fit) is answered with "", which counts as
+        wrong, and is named in the log.
+
+        Raises:
+            UserError: it can take none of them.
+        """
+        refused: list[UserError] = []
+        found = self._texts(requests, refused)
+        if requests and len(refused) == len(requests):
+            raise UserError(f"none of {len(requests)} requests can be put to this model: {refused[0]}")
+        return found
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
+        """What is written in the rounds of each request, a list of texts; each round is as one of `generate_until`.
+
+        The task makes a round's words and pictures of what was written before; nothing else of it is kept.
+        """
+        return [self._rounds(request) for request in requests]
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+        """How unlikely each request's continuation is, and whether greedy decoding would write it.
+
+        Differs from its name: the harness takes the smallest for the answer, and its own adapters give the mean
+        negative log-likelihood of a token, as this does. Each pair is the text of a `GenerationResult`, for release
+        0.7.3 makes a string of a plain pair and fails to score it. Its `--use_cache` takes neither.
+
+        Raises:
+            UserError: a request that the model cannot take.
+        """
+        found: list[Any] = []
+        for (place, task, split), rows in groupby(requests, key=lambda request: request.args[3:6]):
+            document = self.task_dict[task][split][place]
+            for words, same in groupby(rows, key=lambda request: request.args[0]):
+                group = [request.args for request in same]
+                texts = [(text if isinstance(text, str) else text(document)).strip() for _, text, *_ in group]
+                asked = self._ask(words, group[0][2](document))
+                ends = max(len(self.language.tokenizer(text)["input_ids"]) for text in texts) + len(self.language.end)
+                if self._fitting(asked.prompt, ends) < ends:
+                    raise UserError(f"{task}, document {place}: what it says is too long with its answers")
+                with torch.inference_mode(), self._computing():
+                    losses, likeliest = likelihoods(self.language, self._soft_prompt(asked), asked.prompt, texts)
+                pairs: Any = zip(losses.tolist(), likeliest.tolist(), strict=True)
+                found += [GenerationResult(text=pair) for pair in pairs]
+        return found
+
+    def clean(self) -> None:
+        """Frees the model's memory: the harness is done with it and may need the room for a judge."""
+        del self.captioner, self.language
+        super().clean()
+
+    def _texts(self, requests: Sequence[Any], refused: list[UserError]) -> list[str]:
+        found = [""] * len(requests)
+        alike: dict[tuple[Decoding, tuple[str, ...]], list[int]] = {}
+        for row, request in enumerate(requests):
+            words, options, _, place, task, _ = request.args
+            with _naming(task, place, refused):
+                decoding = self._decoding(options)
+                new = self._fitting(self._prompt(words), decoding.max_new_tokens)
+                alike.setdefault((replace(decoding, max_new_tokens=new), _until(options)), []).append(row)
+        bar = tqdm(total=len(requests), desc="openblip2", disable=self.rank != 0 or len(requests) == 1)
+        for (decoding, until), rows in alike.items():
+            for start in range(0, len(rows), self.batch_size):
+                asked: dict[int, Asked] = {}
+                part = rows[start : start + self.batch_size]
+                for row in part:
+                    words, _, look, place, task, split = requests[row].args
+                    with _naming(task, place, refused):
+                        asked[row] = self._ask(words, look(self.task_dict[task][split][place]))
+                for row, text in zip(asked, self._write(list(asked.values()), decoding), strict=True):
+                    found[row] = _cut(text, until)
+                bar.update(len(part))
+        bar.close()
+        return found
+
+    def _rounds(self, request: Any) -> list[str]:
+        words, options, look, go_on, place, task, split = request.args
+        said, known, over = [], None, False
+        while not over:
+            arguments = (words, options, look, place, task, split)
+            round_ = Instance("generate_until", arguments, idx=0, metadata=request.metadata)
+            said = [*said, *self._texts([round_], [])]
+            document = self.task_dict[task][split][place]
+            seen, words, over, said, known = go_on(
+                document, previous_output=said, round_idx=len(said), previous_round_info=known
+            )
+            look = partial(_given, seen)
+        return list(said)
+
+    def _ask(self, words: str, seen: Sequence[Any] | None) -> Asked:
+        pictures = [one for one in seen or () if one is not None]
+        if len(pictures) > 1 or not all(isinstance(one, Image.Image) for one in pictures):
+            kinds = ", ".join(type(one).__name__ for one in pictures[:3])
+            raise UserError(f"it shows {len(pictures)} things ({kinds}); this model takes one picture or none")
+        plain = _plain(words)
+        return Asked(plain, self._prompt(plain), open_picture(pictures[0]) if pictures else None)
+
+    def _prompt(self, words: str) -> str:
+        return dialogue([], _plain(words), self.form, self.language.template, self.language.tokenizer)
+
+    def _write(self, asked: Sequence[Asked], decoding: Decoding) -> list[str]:
+        """One text for each request."""
+        shown = [one for one in asked if one.picture is not None]
+        others = [one.prompt for one in asked if one.picture is None]
+        read = [clean_question(one.words) for one in shown] if self.captioner.tokens else None
+        pictures = [one.picture for one in shown if one.picture is not None]
+        texts = iter(self.captioner.generate(pictures, [one.prompt for one in shown], decoding, read) if shown else ())
+        with torch.inference_mode(), self._computing():
+            soft = self._nothing().expand(len(others), -1, -1)
+            plain = iter(self.language.generate(soft, others, decoding) if others else ())
+        return [next(plain if one.picture is None else texts) for one in asked]
+
+    def _soft_prompt(self, asked: Asked) -> Tensor:
+        """`[1, Q, L]`, or `[1, 0, L]` where there is no picture."""
+        if asked.picture is None:
+            return self._nothing()
+        read = [clean_question(asked.words)] if self.captioner.tokens else None
+        return self.captioner.soft_prompt([asked.picture], read).to(self.device)
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(1, 0, self.language.width, device=self.device)
+
+    def _computing(self) -> AbstractContextManager[None]:
+        return computing(self.captioner.model, self.captioner.settings.train.precision)
+
+    def _fitting(self, prompt: str, new: int) -> int:
+        """How many of `new` tokens can be written behind a prompt, 1 or more."""
+        queries = self.captioner.model.qformer.queries.shape[1]
+        length, room = self.language.length(prompt), room_for_prompt(self.language, self.context, queries, 1)
+        if room is None:
+            return new
+        if length > room:
+            raise UserError(f"its words take {length} tokens with the template around them: {room} fit")
+        return new if isinstance(self.language, EncoderDecoderLM) else min(new, room + 1 - length)
+
+    def _decoding(self, options: Mapping[str, Any]) -> Decoding:
+        given = {NAMES.get(name, name): value for name, value in options.items() if value is not None}
+        known = {field.name for field in fields(Decoding)}
+        if ignored := given.keys() - known - {"until"} - self.ignored:
+            logger.warning(f"generation_kwargs that mean nothing to this model: {', '.join(sorted(ignored))}")
+            self.ignored |= ignored
+        # As the harness's own adapters: a temperature of 0 is greedy, another one samples unless do_sample says no.
+        heat = given.get("temperature")
+        given["sample"] = bool(given.get("sample", heat)) and heat != 0
+        unread = () if given["sample"] else ("temperature", "top_p")
+        return replace(GREEDY, **{name: given[name] for name in given.keys() & known if name not in unread})
+
+
+def manifest() -> Any:
+    """What the harness's entry point asks for: the model's name there, and its class."""
+    from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
+
+    return ModelManifest(model_id="openblip2", simple_class_path=f"{__name__}.{OpenBlip2.__name__}")
+
+
+@contextmanager
+def _naming(task: str, place: int, refused: list[UserError]) -> Iterator[None]:
+    """A request that the model cannot take is named and counted."""
+    try:
+        yield
+    except UserError as error:
+        logger.warning(f"{task}, document {place}, is answered with nothing: {error}")
+        refused.append(error)
+
+
+def _plain(words: str) -> str:
+    # Where the picture stands is the run's matter; a task's mark for it would be read as a word.
+    return words.replace("<image>", "").strip()
+
+
+def _given(seen: Any, document: Any) -> Any:
+    return seen
+
+
+def _until(options: Mapping[str, Any]) -> tuple[str, ...]:
+    given = options.get("until") or ()
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _cut(text: str, until: Sequence[str]) -> str:
+    for end in filter(None, until):
+        text = text.partition(end)[0]
+    return text.strip()
