@@ -298,5 +298,24 @@ def test_sources_are_told_apart(home: Path, tmp_path: Path) -> None:
             read_source(data, "captions", split=split)
 
 
+def test_of_a_withheld_split_predictions_are_made(home: Path, tmp_path: Path) -> None:
+    pictures = home / "data"
+    asked = {
+        "data_subtype": "test-dev2015",
+        "questions": [{"image_id": 3, "question_id": 9, "question": "what is it?"}],
+    }
+    (tmp_path / "questions.json").write_text(json.dumps(asked))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "COCO_test2015_000000000003.jpg").write_bytes((pictures / "3.png").read_bytes())
+    given = str(tmp_path / "questions.json"), "questions", tmp_path / "images"
+    with pytest.raises(UserError, match="holds no questions"):
+        read_source(*given)
+    source = read_source(*given, withheld=True)
+    result = evaluate("vqa", str(home / "vqa"), source, tmp_path / "found.json", Options(beams=1), quiet())
+    assert not result.scores
+    assert "withheld" in " ".join(result.warnings)
+    assert [(row["question_id"], row["image"]) for row in result.samples] == [("9", "3")]
+
+
 def test_the_digest_is_of_the_weights_alone(home: Path) -> None:
     assert weights_digest(load(str(home / "one"))) == weights_digest(load(str(home / "one"), precision="fp32"))

@@ -237,7 +237,8 @@ def evaluate(
 
     options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, features, limit, seed)
     require_task(task, options)
-    source = read_source(data, "questions" if task == "vqa" else "captions", images, split, questions)
+    wanted = "questions" if task == "vqa" else "captions"
+    source = read_source(data, wanted, images, split, questions, withheld=task != "retrieval")
     result = score(task, run, source, out, options, Progress())
     for line in result.in_words():
         typer.echo(line)

@@ -22,7 +22,7 @@ name without its suffix; the question's own.
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from openblip2.data.annotations import Pictures, first_entry, read_json
+from openblip2.data.annotations import Pictures, first_entry, read_json, uncollected
 from openblip2.data.official_captions import COCO_NAME, karpathy, listed, nocaps
 from openblip2.data.official_questions import gqa, vqa
 from openblip2.data.records import Record
@@ -40,6 +40,7 @@ _EXPECTED = (
 )
 
 
+@uncollected()
 def read_official(
     kind: str | None, annotations: Path, images: Path, split: str | None = None, questions: Path | None = None
 ) -> tuple[list[Record], list[str]]:
@@ -83,8 +84,10 @@ def read_official(
         raise UserError(f"{path}: is of one split, there is no {split!r} to choose; leave the split out")
     elif found == "gqa":
         records = gqa(path, data, pictures, skipped)
+    elif found == "nocaps":
+        records = nocaps(path, data, pictures, skipped)
     else:
-        records = (nocaps if found == "nocaps" else listed)(path, data, pictures, skipped)
+        records = listed(path, data, pictures, skipped)
     if not records:
         what = "no usable entry" + (f" of the split {split!r}" if split else "")
         why = f"{len(skipped)} cannot be used; the first: {skipped[0]}" if skipped else "another split or file"
@@ -92,6 +95,7 @@ def read_official(
     return records, skipped
 
 
+@uncollected()
 def official_kind(annotations: Path) -> Kind:
     """Of which kind a file is, told by its content.
 

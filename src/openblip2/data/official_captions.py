@@ -64,7 +64,7 @@ def karpathy(
     return list(records.values())
 
 
-def listed(path: Path, data: list[Any], pictures: Pictures, skipped: list[str]) -> list[Record]:
+def listed(path: Path, data: object, pictures: Pictures, skipped: list[str]) -> list[Record]:
     """LAVIS's lists: a row per caption to train on, a row per picture with all its captions to evaluate on.
 
     Their `image_id` is "coco_328757", a running number or missing: the id is taken from the file's name instead,

@@ -25,12 +25,15 @@ def read_source(
     images: Path | None = None,
     split: str | None = None,
     questions: Path | None = None,
+    withheld: bool = False,
 ) -> Source:
     """The records of `data`: "easy-vqa", an official `.json` (`data/official.py`), or one's own (`data/records.py`).
 
     Args:
         wanted: what every record must have. images: the folder of an official file's pictures.
         split: of an official file or of easy-VQA ("train", "test"). questions: VQAv2's and OK-VQA's second file.
+        withheld: pictures without captions and questions without answers are welcome: an official test split, of
+            which predictions are made. An answer is "" there.
 
     Raises:
         UserError: `data` cannot be read as any of these, or an argument does not belong to it.
@@ -45,7 +48,7 @@ def read_source(
             raise UserError(f"{path}: give --images, the folder in which its pictures lie")
         kind = official_kind(path)
         records, skipped = read_official(None, path, images, split, questions)
-        usable = [record for record in records if (record.captions if wanted == "captions" else record.questions)]
+        usable = [record for record in records if withheld or _has(record, wanted)]
         if not usable:
             raise UserError(f"{path}: holds no {wanted} (it is {kind}'s)")
         return Source(usable, skipped, kind)
@@ -53,3 +56,9 @@ def read_source(
         if value is not None:
             raise UserError(f"{name} belongs to an official .json or to easy-vqa; {path} needs none")
     return Source(*read_records(path, wanted), "own")
+
+
+def _has(record: Record, wanted: Wanted) -> bool:
+    if wanted == "captions":
+        return bool(record.captions)
+    return bool(record.questions) and all(question.answer for question in record.questions)

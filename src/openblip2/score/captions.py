@@ -18,6 +18,7 @@ from openblip2.evaluate.caption_metrics import (
 from openblip2.inference import Captioner
 from openblip2.model.decoding import Decoding
 from openblip2.model.extras import require
+from openblip2.score.answers import WITHHELD
 from openblip2.score.card import decoding_card
 from openblip2.score.result import Result
 from openblip2.train.progress import Progress
@@ -51,10 +52,16 @@ def score_captions(
             part = records[start : start + GROUP]
             written += captioner.caption([record.image for record in part], prompt, decoding)
             bar.advance(count=len(part))
-    tokens = cut(written, [record.captions for record in records])
     result = Result("caption", len(records))
-    result.protocol |= decoding_card(decoding) | {
-        "prompt": prompt,
+    result.protocol |= decoding_card(decoding) | {"prompt": prompt}
+    if not all(record.captions for record in records):
+        result.warnings.append(WITHHELD)
+        result.samples += [
+            {"image": record.id, "caption": caption} for record, caption in zip(records, written, strict=True)
+        ]
+        return result
+    tokens = cut(written, [record.captions for record in records])
+    result.protocol |= {
         "captions_each": sorted({len(record.captions) for record in records}),
         "tokeniser": tokens.by,
         "cider": "CIDEr-D, idf of the captions scored",
