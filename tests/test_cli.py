@@ -252,7 +252,7 @@ def test_interruption_says_how_to_go_on(home: Home, monkeypatch: pytest.MonkeyPa
 Bad = tuple[Callable[[Home], tuple[object, ...]], tuple[str, ...]]
 
 SETTINGS: dict[str, Bad] = {
-    "stage": (lambda h: h.train("stage3", "x"), ("'stage3'", "stage1 or stage2")),
+    "stage": (lambda h: h.train("stage3", "x"), ("'stage3'", "one of stage1, stage2, caption, vqa, retrieval")),
     "preset": (lambda h: h.train("stage1", "x", "--preset", "lapdog"), ("preset 'lapdog'", "laptop, vit-l")),
     "setting": (lambda h: h.train("stage1", "x", "--set", "train.stepz=3"), ("'train.stepz'", "'train.steps'?")),
     "type": (lambda h: h.train("stage1", "x", "--set", "train.steps=abc"), ("train.steps='abc'", "integer")),

@@ -31,6 +31,10 @@ BELOW = {
     "train": GROUND | {"model", "data", "evaluate"},
     "weights": GROUND | {"model", "data", "evaluate", "train", "presets"},
 }
+HANDS = {"inference", "pretrained", "inputs", "chat"}
+for name in HANDS:
+    BELOW[name] = BELOW["weights"] | {"weights"} | HANDS
+BELOW["score"] = BELOW["weights"] | {"weights"} | HANDS
 
 
 def blocks(document: Path, language: str) -> list[str]:

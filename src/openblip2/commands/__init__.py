@@ -1,0 +1,1 @@
+"""What the command line can do, by kind. Nothing heavy is imported before a command runs."""

@@ -1,0 +1,24 @@
+"""The command that writes weights in another format."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A run of ours, a LAVIS .pth, or transformers' BLIP-2 (folder, hub).")],
+    out: Annotated[Path, typer.Argument(help="A new folder (openblip2, hf) or file (lavis: .pth, onnx: .onnx).")],
+    to: Annotated[str, typer.Option(help="openblip2, hf, lavis or onnx.")],
+    heads: Annotated[int | None, typer.Option(help="Heads of the Q-Former, if not BERT's 12.")] = None,
+    vision: Annotated[str | None, typer.Option(help="The image encoder, instead of the source's.")] = None,
+    language: Annotated[str | None, typer.Option(help="The language model, instead of the source's.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="The Q-Former's tokenizer, if the source has none.")] = None,
+) -> None:
+    """Write published weights as ours, ours as transformers' or LAVIS', or an image path as an ONNX graph."""
+    from openblip2.weights.convert import convert as write
+
+    notes = write(source, out, to, heads=heads, vision=vision, language=language, tokenizer=tokenizer)
+    for note in notes:
+        typer.echo(f"note: {note}")
+    typer.echo(str(out))

@@ -1,0 +1,135 @@
+"""Commands that train: demo, train, features."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openblip2.commands.shared import Images, Questions, Split
+from openblip2.errors import UserError
+
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="section.field=value; may be given many times.", metavar="NAME=VALUE"),
+]
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for runs, metrics.json and report.html.")],
+    corpus: Annotated[str, typer.Option(help="scenes (drawn here) or stamps (Tux Paint's, if installed).")] = "scenes",
+    seed: Annotated[int, typer.Option(min=0, help="Of the scenes and of training.")] = 0,
+) -> None:
+    """Train both stages on small real models and score them on pictures they have never seen (about 20 minutes)."""
+    if corpus not in ("scenes", "stamps"):
+        raise UserError(f"unknown corpus {corpus!r}: it must be scenes or stamps")
+    from openblip2.demo import Plan, run_demo
+    from openblip2.train.progress import Progress
+
+    with _interruptible(out):
+        run_demo(out, Plan(corpus, seed), Progress())  # pyright: ignore[reportArgumentType]
+    typer.echo(f"report: {out / 'report.html'}\nmetrics: {out / 'metrics.json'}")
+
+
+def train(
+    what: Annotated[str, typer.Argument(help="stage1 or stage2; or caption, vqa, retrieval: fine-tune a run.")],
+    data: Annotated[str, typer.Option(help="Pictures with captions (vqa: questions): a folder, .jsonl, .csv, ...")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    images: Images = None,
+    split: Split = None,
+    questions: Questions = None,
+    preset: Annotated[str, typer.Option(help="Whole settings to begin with.")] = "laptop",
+    start: Annotated[Path | None, typer.Option(help="The run to start from: all but stage1 need one.")] = None,
+    changes: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    features: Annotated[Path | None, typer.Option(help="A cache that `features` wrote of the same pictures.")] = None,
+) -> None:
+    """Train one stage, or fine-tune: `openblip2 train stage1 --data pictures/ --out runs/stage1`."""
+    from openblip2.config import change
+    from openblip2.presets import FINE_TUNING, PRESETS, fine_tuning
+    from openblip2.presets import preset as find
+
+    if what in PRESETS:
+        settings = find(what, preset)
+    elif what in FINE_TUNING:
+        from openblip2.weights.checkpoint import Parts
+        from openblip2.weights.run import read_run
+
+        if start is None:
+            raise UserError(f"train {what}: give --start, the run to fine-tune")
+        settings = fine_tuning(what, preset, read_run(start, Parts()).settings, str(start))
+    else:
+        raise UserError(f"unknown training {what!r}: it must be one of {', '.join([*PRESETS, *FINE_TUNING])}")
+    settings = change(settings, _changes(changes or []))
+    settings = change(settings, {"data.source": data} | ({"start": str(start)} if start else {}))
+    settings = change(settings, {"data.features": str(features)} if features else {})
+    from openblip2.data.sources import read_source
+    from openblip2.train.progress import Progress
+    from openblip2.train.recipes import train_stage
+
+    progress = Progress()
+    source = read_source(data, "questions" if what == "vqa" else "captions", images, split, questions)
+    with _interruptible(out):
+        train_stage(settings, source.records, out, progress, resume, skipped=source.skipped)
+    typer.echo(str(out))
+
+
+def features(
+    data: Annotated[Path, typer.Argument(help="A folder, .jsonl or .csv of pictures with captions.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache; an interrupted one is gone on with.")],
+    preset: Annotated[str, typer.Option(help="Settings that vision.* comes from.")] = "laptop",
+    changes: Settings = None,
+    precision: Annotated[str, typer.Option(help="fp16, bf16 or int8 (half the size).")] = "fp16",
+    views: Annotated[int, typer.Option(min=1, help="2 and more: random crops of each picture, beside it.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+) -> None:
+    """Run the frozen image encoder over pictures once, for any number of `train --features`."""
+    from openblip2.config import change
+    from openblip2.presets import PRESETS
+    from openblip2.presets import preset as find
+
+    changed = _changes(changes or [])
+    for name in changed:
+        if not name.startswith("vision.") and name not in ("train.precision", "train.seed"):
+            raise UserError(f"--set {name}: features depend on vision.*, train.precision and train.seed alone")
+    stage = next((stage for stage in PRESETS if preset in PRESETS[stage]), "stage1")
+    settings = change(find(stage, preset), changed)
+    from openblip2.data.records import read_records
+    from openblip2.model.build import build_vision
+    from openblip2.train.encode import write_features
+    from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
+    from openblip2.train.progress import Progress
+
+    progress = Progress()
+    records, skipped = read_records(data)
+    for line in skipped:
+        progress.say(f"skipped: {line}")
+    keep_freed_memory()
+    vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
+    try:
+        write_features(vision, records, settings, out, precision, views, progress, dry_run)
+    except KeyboardInterrupt:
+        print(f"openblip2: interrupted; whole shards are in {out}, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    typer.echo(str(out))
+
+
+@contextmanager
+def _interruptible(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(
+            f"openblip2: interrupted; what was finished is in {out}, training goes on with --resume",
+            file=sys.stderr,
+        )
+        raise typer.Exit(130) from None
+
+
+def _changes(pairs: list[str]) -> dict[str, str]:
+    for pair in pairs:
+        if "=" not in pair:
+            raise UserError(f"--set {pair!r}: write it as section.field=value, for example optim.lr=2e-4")
+    return dict(pair.split("=", 1) for pair in pairs)  # pyright: ignore[reportReturnType]

@@ -1,0 +1,68 @@
+"""Commands that measure: evaluate, compare, bench."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openblip2.commands.shared import Images, Questions, Run, Split
+
+
+def evaluate(
+    task: Annotated[str, typer.Argument(help="caption, vqa or retrieval.")],
+    run: Run,
+    data: Annotated[str, typer.Option(help="As for train; or an official .json, or easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="A JSON file; one line for each sample goes beside it.")],
+    images: Images = None,
+    split: Split = None,
+    questions: Questions = None,
+    prompt: Annotated[str | None, typer.Option(help="caption: how it shall begin.")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="caption, vqa: 1 = greedy; the paper's 5 otherwise.")] = None,
+    metric: Annotated[str | None, typer.Option(help="vqa: vqa, vqa-lavis, gqa or exact; else the data's own.")] = None,
+    lemmatised: Annotated[bool, typer.Option("--lemmatised", help="vqa: as OK-VQA is scored.")] = False,
+    slow: Annotated[bool, typer.Option("--slow", help="caption: METEOR and SPICE, too; they need Java.")] = False,
+    rerank: Annotated[int | None, typer.Option(min=0, help="retrieval: candidates for ITM; 128, 0 = none.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="retrieval: only a picture's own captions count.")] = False,
+    features: Annotated[Path | None, typer.Option(help="retrieval: a cache that `features` wrote.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many pictures, the first ones.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the confidence intervals.")] = 0,
+) -> None:
+    """Score a run: `openblip2 evaluate vqa RUN --data easy-vqa --split test --out results.json`."""
+    from openblip2.data.sources import read_source
+    from openblip2.score.run import Options, require_task
+    from openblip2.score.run import evaluate as score
+    from openblip2.train.progress import Progress
+
+    options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, features, limit, seed)
+    require_task(task, options)
+    wanted = "questions" if task == "vqa" else "captions"
+    source = read_source(data, wanted, images, split, questions, withheld=task != "retrieval")
+    result = score(task, run, source, out, options, Progress())
+    for line in result.in_words():
+        typer.echo(line)
+    typer.echo(str(out))
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="What `evaluate` wrote of one run.")],
+    second: Annotated[Path, typer.Argument(help="And of another, on the same data.")],
+) -> None:
+    """Say which of two results is better, and whether by more than luck: differences with 95 % intervals."""
+    from openblip2.score.compare import compare as differences
+
+    for name, found in differences(first, second).items():
+        verdict = "no more than luck" if not found.excludes(0) else "first" if found.score > 0 else "second"
+        typer.echo(f"{name:24} {100 * found.score:+7.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]  {verdict}")
+
+
+def bench(
+    size: Annotated[str, typer.Option(help="tiny, laptop, vit-l or vit-g; weights are random.")] = "laptop",
+    case: Annotated[list[str] | None, typer.Option(help="Of one comparison; may be given many times.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the figures.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each way, in turn.")] = 3,
+    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+) -> None:
+    """Time our way beside the naive one and transformers' BLIP-2: same weights, same inputs, outputs checked equal."""
+    from openblip2.bench.run import run_bench
+
+    run_bench(size, case or [], out, repeats, precision, typer.echo)

@@ -1,0 +1,23 @@
+"""What several commands take, and how they refuse it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openblip2.errors import UserError
+
+Run = Annotated[str, typer.Argument(help="A run that `train` or `demo` wrote, or published weights; see `convert`.")]
+Images = Annotated[Path | None, typer.Option(help="The pictures' folder, where --data is an official .json.")]
+Split = Annotated[str | None, typer.Option(help="Of an official file with many, or of easy-vqa.")]
+Questions = Annotated[Path | None, typer.Option(help="The second file of VQAv2 and OK-VQA.")]
+
+
+def load_captioner(run: str) -> Any:
+    """A run that can write text: a `Captioner`."""
+    from openblip2.inference import Captioner, load
+
+    model = load(run)
+    if not isinstance(model, Captioner):
+        raise UserError(f"{run} is a stage-1 run, which cannot write text; give a stage-2 run")
+    return model

@@ -1,0 +1,82 @@
+"""Commands that use a trained run on pictures: caption, answer, chat, rank."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openblip2.commands.shared import Run, load_captioner
+from openblip2.errors import UserError
+
+
+def caption(
+    run: Run,
+    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    prompt: Annotated[str | None, typer.Option(help="How the caption shall begin, or what is asked for.")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="1 = greedy.")] = 5,
+) -> None:
+    """Describe pictures: one line each, `path<TAB>caption`."""
+    from dataclasses import replace
+
+    from openblip2.inference import CAPTION
+
+    model = load_captioner(run)
+    for image, text in zip(images, model.caption(images, prompt, replace(CAPTION, beams=beams)), strict=True):
+        typer.echo(f"{image}\t{text}")
+
+
+def answer(
+    run: Run,
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="A question about it.")],
+) -> None:
+    """Answer a question about a picture."""
+    typer.echo(load_captioner(run).answer([image], [question])[0])
+
+
+def chat(
+    run: Run,
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str | None, typer.Option(help="How a line is put, {} being it, if not the run's way.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 30,
+) -> None:
+    """Talk about a picture: a line in, an answer out, each behind the earlier ones, until the input ends."""
+    from dataclasses import replace
+
+    from openblip2.chat import Chat
+    from openblip2.inference import ANSWER
+
+    talk = Chat(load_captioner(run), image, replace(ANSWER, max_new_tokens=tokens), question)
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if terminal else "")
+            line.encode()  # a byte that is no text passes in some locales, as half a character
+        except EOFError:
+            return
+        except UnicodeError as error:
+            raise UserError(f"standard input is not text: {error}") from error
+        try:
+            if line.strip():
+                typer.echo(talk.ask(line))
+        except UserError as error:
+            if not terminal:
+                raise
+            typer.echo(f"openblip2: {error}", err=True)  # and one may ask again
+
+
+def rank(
+    run: Run,
+    text: Annotated[str, typer.Argument(help="What to look for.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+) -> None:
+    """Order pictures by how well they fit a text, the best first: `similarity<TAB>path`."""
+    from openblip2.inference import Matcher, load
+
+    model = load(run)
+    if not isinstance(model, Matcher):
+        raise UserError(f"{run} is a stage-2 run; rank needs a stage-1 run")
+    scores = model.similarity(images, [text])[:, 0].tolist()
+    for score, image in sorted(zip(scores, images, strict=True), key=lambda pair: -pair[0]):
+        typer.echo(f"{score:.3f}\t{image}")
