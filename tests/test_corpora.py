@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from openblip2.data import corpora
 from openblip2.data.corpora import STAMPS, easy_vqa_records, stamps_records
 from openblip2.data.grammar import Judgement, judge
+from openblip2.data.groups import joined
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record
 from openblip2.errors import UserError
@@ -271,5 +271,5 @@ def test_the_real_stamps() -> None:
 
 
 def test_groups_join_through_others() -> None:
-    groups = corpora._groups([["a"], ["b"], ["c"], ["b", "x"], ["d"], ["x"]], [(0, 2)])
+    groups = joined([["a"], ["b"], ["c"], ["b", "x"], ["d"], ["x"]], [(0, 2)])
     assert sorted(groups) == [[0, 2], [1, 3, 5], [4]]

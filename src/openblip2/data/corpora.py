@@ -1,6 +1,5 @@
 """Corpora that ordinary packages carry: easy-VQA (PyPI) and Tux Paint's stamps (Debian)."""
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -9,21 +8,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from openblip2.data.grammar import Facts, Thing, sentences
+from openblip2.data.groups import alike, drawn, joined, thumbnail
 from openblip2.data.images import open_picture
 from openblip2.data.records import Question, Record
 from openblip2.errors import UserError
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")
-
-# Two stamps are one picture if their content, as gray thumbnails of this side, correlates this much or more.
-# Chosen by looking at the pairs: above it are recoloured, mirrored and retouched copies, below it coins and
-# apples, which are merely round.
-_THUMBNAIL = 16
-_ALIKE = 0.95
-_PAPER = 8  # gray levels from white that still count as paper
+_RIGHT = "install them: apt-get install tuxpaint-stamps-default"
 
 # The exact inks of easy-VQA.
 _INKS = {
@@ -91,34 +84,55 @@ def stamps_records(root: Path = STAMPS, test_share: float = 0.15, seed: int = 0)
     Raises:
         UserError: `root` is missing or has no stamp.
     """
-    right = "install them: apt-get install tuxpaint-stamps-default"
-    if not root.is_dir():
-        raise UserError(f"{root}: Tux Paint's stamps are missing; {right}")
+    stamps, skipped = read_stamps(root)
     records: list[Record] = []
-    keys: list[list[Hashable]] = []
     thumbnails: list[np.ndarray] = []
+    for record in stamps:
+        try:
+            thumbnails.append(thumbnail(open_picture(record.image)))
+        except UserError as problem:
+            skipped.append(str(problem))
+            continue
+        records.append(record)
+    if not records:
+        raise UserError(f"{root}: no stamp in it can be read; {_RIGHT}")
+    groups = joined([_keys(record) for record in records], alike(np.stack(thumbnails)))
+    test = drawn([[records[i].id for i in group] for group in groups], test_share, seed)
+    return Stamps(
+        train=[record for record in records if record.id not in test],
+        test=[record for record in records if record.id in test],
+        skipped=sorted(skipped),
+    )
+
+
+def read_stamps(root: Path) -> tuple[list[Record], list[str]]:
+    """All stamps below `root`, their pictures not yet opened, and one line for each that was skipped.
+
+    Raises:
+        UserError: `root` is missing or has no stamp.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: Tux Paint's stamps are missing; {_RIGHT}")
+    records: list[Record] = []
     skipped: list[str] = []
     for path in sorted(root.rglob("*.png")):
         if not path.with_suffix(".txt").exists():
             continue  # NAME_mirror.png: how a stamp looks mirrored, where that is not its mirror image
         try:
-            record = Record(path.relative_to(root).as_posix(), path, (_sentence(path.with_suffix(".txt")),))
-            thumbnails.append(_thumbnail(open_picture(path)))
+            sentence = _sentence(path.with_suffix(".txt"))
         except UserError as problem:
             skipped.append(str(problem))
             continue
-        records.append(record)
-        series = path.parent, re.sub(r"[\d_-]+", "", path.stem)
-        keys.append([record.captions[0].lower(), series if series[1] else path])
+        records.append(Record(path.relative_to(root).as_posix(), path, (sentence,)))
     if not records:
-        raise UserError(f"{root}: no stamp (NAME.png with NAME.txt) in it; {right}")
-    groups = _groups(keys, _alike(np.stack(thumbnails)))
-    test = _drawn([[records[i].id for i in group] for group in groups], test_share, seed)
-    return Stamps(
-        train=[record for record in records if record.id not in test],
-        test=[record for record in records if record.id in test],
-        skipped=skipped,
-    )
+        raise UserError(f"{root}: no stamp (NAME.png with NAME.txt) in it; {_RIGHT}")
+    return records, skipped
+
+
+def _keys(stamp: Record) -> list[Hashable]:
+    """What a stamp's group has in common: the sentence, and the name without its number."""
+    series = re.sub(r"[\d_-]+", "", stamp.image.stem)
+    return [stamp.captions[0].lower(), (stamp.image.parent, series) if series else stamp.image]
 
 
 def _easy_vqa_record(folder: Path, split: str, image: int, asked: Sequence[Question]) -> Record:
@@ -154,43 +168,3 @@ def _sentence(path: Path) -> str:
     if not lines or not lines[0].strip():
         raise UserError(f"{path}: its first line is empty; an English sentence")
     return lines[0].strip()
-
-
-def _thumbnail(picture: Image.Image) -> np.ndarray:
-    """`[256]` gray values of what is not paper, padded to a square; of mean 0 and length 1."""
-    gray = ImageOps.invert(picture.convert("L"))
-    content = gray.crop(gray.point([255 * (level > _PAPER) for level in range(256)]).getbbox())
-    side = max(content.size)
-    square = ImageOps.pad(content, (side, side), color=0)
-    values = np.asarray(square.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX), dtype=np.float64)
-    values = values.ravel() - values.mean()
-    return values / max(float(np.linalg.norm(values)), 1e-9)
-
-
-def _alike(thumbnails: np.ndarray) -> list[tuple[int, int]]:
-    """The pairs i < j of thumbnails `[N, 256]` that are nearly equal, one of them perhaps mirrored."""
-    mirrored = thumbnails.reshape(-1, _THUMBNAIL, _THUMBNAIL)[:, :, ::-1].reshape(len(thumbnails), -1)
-    correlation = np.maximum(thumbnails @ thumbnails.T, thumbnails @ mirrored.T)
-    return [(int(i), int(j)) for i, j in np.argwhere(np.triu(correlation >= _ALIKE, k=1))]
-
-
-def _groups(keys: Sequence[Sequence[Hashable]], pairs: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """0..N-1 in groups: together is what shares a key or is a pair, directly or through others."""
-    group = list(range(len(keys)))
-    first: dict[Hashable, int] = {}
-    shared = [(first.setdefault(key, i), i) for i, own in enumerate(keys) for key in own]
-    for i, j in [*shared, *pairs]:
-        old, new = group[j], group[i]
-        group = [new if each == old else each for each in group]
-    return [[i for i, each in enumerate(group) if each == name] for name in sorted(set(group))]
-
-
-def _drawn(groups: Sequence[Sequence[str]], share: float, seed: int) -> set[str]:
-    """The ids of groups drawn at random up to `share` of all ids; a group too large is passed over."""
-    room = round(share * sum(len(group) for group in groups))
-    drawn: set[str] = set()
-    # By a hash of the first id: the same on every machine, and little changes where stamps are added.
-    for group in sorted(groups, key=lambda ids: hashlib.sha256(f"{seed}/{ids[0]}".encode()).digest()):
-        if len(drawn) + len(group) <= room:
-            drawn.update(group)
-    return drawn

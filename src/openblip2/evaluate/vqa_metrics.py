@@ -103,7 +103,7 @@ def summary(scores: np.ndarray, questions: Sequence[Question]) -> dict[str, Any]
 
 
 def lemmas(answers: Sequence[str], analyse: Callable[[str], Any] | None = None) -> list[str]:
-    """Answers with their nouns and verbs in the dictionary form ("riding horses" is "ride horse"), for OK-VQA, whose
+    """Answers with their nouns and verbs in the dictionary form ("bananas" is "banana"), for OK-VQA, whose
     people's answers are given so; before any other rule.
 
     Source: the authors' `_lemmatize`. Opt-in: the other data sets are scored without.
@@ -120,7 +120,7 @@ def lemmas(answers: Sequence[str], analyse: Callable[[str], Any] | None = None) 
 
 def _spacy_english() -> Callable[[str], Any]:
     require("the lemmatiser of OK-VQA", "lemmas", "spacy")
-    import spacy
+    import spacy  # pyright: ignore[reportMissingImports]  (not among what the developers install)
 
     try:
         return spacy.load("en_core_web_sm")

@@ -1,0 +1,167 @@
+"""openclipart 0.18: drawings as PNG, and English captions from the titles in their SVG twins.
+
+Half of the titles are no captions: they name the collection a drawing came with, or are in Italian or French.
+"""
+
+import html
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from xml.parsers import expat
+
+from openblip2.data.records import Record
+from openblip2.errors import UserError, one_line
+
+_MAX_BYTES = 16 * 2**20  # of an SVG; the package's largest has 1.7 million
+_CHUNK = 64 * 2**10
+_DUBLIN = "http://purl.org/dc/elements/1.1/"
+
+# Folders whose drawings show no thing that a caption could name: toolbar icons, 1,379 stars by their number of
+# points, gradients and patterns. A title of its own does speak for an icon.
+_UNNAMED = ("computer/icons/", "shapes/stars/")
+_NO_PICTURES = ("special/",)
+_BELIEVED = 3  # drawings that may have a title in common and each be what it says
+
+# What stands in titles and is not about the picture: who drew it, what kind of clip art it is, and running numbers.
+_NOT_ABOUT_IT = (
+    (r"^Clipart by .*? - ", ""),
+    (r"(?i)\((b and w|bw)\)", " in black and white"),
+    (r"(?<=[a-z])(?=[A-Z])", " "),  # BlueFolder
+    (r"[\s#]*\b0\d+\b", ""),
+    (r"([\s#.-]*\d+)+$", ""),
+    (r"(?i)\s*-\s+(clothing|body part|rpg map elements)$", ""),
+)
+
+
+def read_openclipart(pictures: Path, drawings: Path, dictionary: Path) -> tuple[list[Record], list[str]]:
+    """The drawings with an English caption, ids by path, and lines on what was left out.
+
+    `pictures` and `drawings` hold the same tree, of `.png` and of `.svg` files. A caption is a drawing's title, or
+    the words of its file's name where the title is shared by more drawings than three and does not agree with the
+    name: then it is a collection's. Every word has to be in `dictionary`, one word a line. A flag is called "flag
+    of ...". Links are passed over: another name of a drawing that is read anyway.
+
+    Licence: public domain (Debian packages openclipart-png and openclipart-svg).
+
+    Raises:
+        UserError: a folder or the dictionary is missing, or no drawing has a caption.
+    """
+    for folder in (pictures, drawings):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: openclipart is missing; the unpacked packages openclipart-png and -svg")
+    words = _words(dictionary)
+    skipped: list[str] = []
+    found: dict[str, tuple[str, bool]] = {}
+    for path in sorted(drawings.rglob("*.svg")):
+        name = path.relative_to(drawings).with_suffix("").as_posix()
+        if path.is_symlink() or (pictures / f"{name}.png").is_symlink():
+            continue
+        try:
+            found[name] = _metadata(path)
+        except UserError as problem:
+            skipped.append(str(problem))
+    owners = Counter(title.lower() for title, _ in found.values())
+    records: list[Record] = []
+    for name, (title, flag) in found.items():
+        caption = _caption(name, title, owners[title.lower()])
+        if not _is_english(caption, words):
+            continue
+        if flag and "flag" not in caption.lower():
+            caption = f"flag of {caption}"
+        if (pictures / f"{name}.png").is_file():
+            records.append(Record(name, pictures / f"{name}.png", (caption,)))
+        else:
+            skipped.append(f"{pictures / name}.png: is missing; the picture of {drawings / name}.svg")
+    if not records:
+        raise UserError(f"{drawings}: no drawing with an English title and a picture; the package openclipart-svg")
+    without = len(found) - len(records)
+    return records, [*skipped, f"{drawings}: {without:,} drawings have no English caption of their own; left out"]
+
+
+def _words(dictionary: Path) -> frozenset[str]:
+    try:
+        return frozenset(dictionary.read_text(encoding="utf-8").lower().split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{dictionary}: cannot be read ({error}); a list of English words") from error
+
+
+def _metadata(path: Path) -> tuple[str, bool]:
+    """The title of one drawing, cleaned, "" if it has none; and whether it is tagged as a flag."""
+    title, tags = "", set[str]()
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise UserError(f"{path}: has more than {_MAX_BYTES:,} bytes; a drawing")
+        for parent, tag, text in _texts(path):
+            if parent.endswith(" Work") and tag == f"{_DUBLIN} title":
+                title += text
+            elif parent.endswith(" Bag"):
+                tags.add(text.strip().lower())
+    except (OSError, expat.ExpatError) as error:
+        raise UserError(f"{path}: is not SVG that can be read ({one_line(error)}); a drawing") from error
+    return _plain(html.unescape(title)), bool(tags & {"flag", "flags"})
+
+
+def _texts(path: Path) -> Iterator[tuple[str, str, str]]:
+    """(element around it, element, text) of what an XML file says up to the end of its metadata.
+
+    Entities are refused and outside definitions not read: no file is opened and nothing unfolds.
+    """
+    stack = ["", ""]
+    texts: list[tuple[str, str, str]] = []
+    ended = False
+
+    def end(tag: str) -> None:
+        nonlocal ended
+        stack.pop()
+        ended = ended or tag.rpartition(" ")[2] == "metadata"
+
+    def refuse(*_: object) -> None:
+        raise UserError(f"{path}: defines entities, which are not expanded; a drawing without")
+
+    parser = expat.ParserCreate(namespace_separator=" ")
+    parser.buffer_text = True
+    parser.StartElementHandler = lambda tag, _: stack.append(tag)
+    parser.EndElementHandler = end
+    parser.CharacterDataHandler = lambda text: texts.append((stack[-2], stack[-1], text))
+    parser.EntityDeclHandler = refuse
+    with path.open("rb") as file:
+        while not ended:
+            chunk = file.read(_CHUNK)
+            parser.Parse(chunk, not chunk)
+            yield from texts
+            texts.clear()
+            if not chunk:
+                return
+
+
+def _caption(name: str, title: str, owners: int) -> str:
+    """What the drawing `name` is called, "" for nothing; its `title` is that of `owners` drawings."""
+    folder, _, file = name.rpartition("/")
+    called = _plain(re.sub(r"[\d_.-]+", " ", file))
+    told = called.lower().split()
+    agree = all(any(part.startswith(word[:5]) for part in told) for word in _split(title))
+    if f"{folder}/".startswith(_NO_PICTURES):
+        return ""
+    if title and (owners <= _BELIEVED or agree):
+        return title
+    return "" if f"{folder}/".startswith(_UNNAMED) else called
+
+
+def _plain(text: str) -> str:
+    text = " ".join(text.replace("_", " ").split())
+    for pattern, plain in _NOT_ABOUT_IT:
+        text = re.sub(pattern, plain, text)
+    return " ".join(text.split()).strip(" -.,")
+
+
+def _split(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
+
+
+def _is_english(text: str, words: frozenset[str]) -> bool:
+    """Whether all words are English, one of them of more than two letters; of single letters, "a" is a word."""
+    found = _split(text)
+    return any(len(word) > 2 for word in found) and all(
+        word == "a" or (word in words and len(word) > 1) for word in found
+    )

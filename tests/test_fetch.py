@@ -1,0 +1,256 @@
+"""Packages fetched by name, with stand-ins for apt-get, dpkg-deb and npm; archives as nobody should publish them."""
+
+import io
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from openblip2.data import fetch as module
+from openblip2.data.fetch import PACKAGES, fetch, untar, unzip
+from openblip2.errors import UserError
+
+ALL = re.compile(".*", re.DOTALL)
+SCRIPTS = {
+    # What they are called with goes to a log; what they leave is what the real ones leave.
+    "apt-get": 'echo "$@" >> "$LOG"; [ "$1" = download ] && echo "$2" > "$2_1.0-1_all.deb"',
+    "dpkg-deb": """
+        name=$(/bin/cat "$2"); [ "$1" = --extract ] || exit 2
+        /bin/mkdir -p "$3/usr/share/doc/$name"; echo GPL > "$3/usr/share/doc/$name/copyright"
+        if [ "$name" = sweethome3d-furniture ]; then /bin/cp "$STORE/Maker.sh3f" "$3"; fi""",
+    "npm": 'echo "$@" >> "$LOG"; for last; do :; done; /bin/cp "$STORE/package.tgz" "${last%@*}-1.0.0.tgz"',
+}
+
+
+def tgz(path: Path, members: Mapping[str, bytes | tarfile.TarInfo]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            if isinstance(content, bytes):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            else:
+                tar.addfile(content)
+    return path
+
+
+def zipped(path: Path, members: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
+def link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def install(tools: Path, name: str, script: str) -> None:
+    (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+    (tools / name).chmod(0o755)
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the only programs on the path are in."""
+    tools, store = tmp_path / "tools", tmp_path / "store"
+    tools.mkdir()
+    store.mkdir()
+    for name, script in SCRIPTS.items():
+        install(tools, name, script)
+    kept = ["LICENSE", "README.md", "emoji.json", "img/google/64/1f600.png"]
+    left = ["img/google/sheets/64.png", "index.js", "img/google/64/deeper/1f600.png"]
+    tgz(store / "package.tgz", {f"package/{name}": name.encode() for name in [*kept, *left]})
+    names = [
+        "PluginFurnitureCatalog.properties",
+        "PluginFurnitureCatalog_de.properties",
+        "LICENSE.TXT",
+        "m/a.png",
+        "m/a.obj",
+    ]
+    zipped(store / "Maker.sh3f", {name: name.encode() for name in names})
+    for name, value in {"PATH": tools, "STORE": store, "LOG": tmp_path / "log"}.items():
+        monkeypatch.setenv(name, str(value))
+    return tools
+
+
+def called(tmp_path: Path) -> list[str]:
+    return (tmp_path / "log").read_text().splitlines() if (tmp_path / "log").exists() else []
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- packages
+
+
+def test_every_package_is_fetched_once_with_its_licence(tools: Path, tmp_path: Path) -> None:
+    folder, said = tmp_path / "real", []
+    assert fetch(folder, say=said.append) == []
+    packages = [package for each in PACKAGES.values() for package in each]
+    assert sorted(os.listdir(folder)) == sorted(package.name for package in packages)
+    assert all((folder / package.name / package.licence).is_file() for package in packages)
+    assert said == [f"fetching {package.name}" for package in packages]
+    assert "download openclipart-svg" in called(tmp_path)
+    assert "pack --ignore-scripts emoji-datasource-google@16.0.0" in called(tmp_path)
+    before = called(tmp_path)
+    assert fetch(folder, say=said.append) == []
+    assert (called(tmp_path), len(said)) == (before, len(packages))
+
+
+def test_only_what_is_read_is_kept(tools: Path, tmp_path: Path) -> None:
+    fetch(tmp_path / "real", ["emoji", "furniture"])
+    assert files(tmp_path / "real/emoji-datasource-google") == [
+        "package/LICENSE",
+        "package/README.md",
+        "package/emoji.json",
+        "package/img/google/64/1f600.png",
+    ]
+    assert files(tmp_path / "real/sweethome3d-furniture") == [
+        "Maker/LICENSE.TXT",
+        "Maker/PluginFurnitureCatalog.properties",
+        "Maker/m/a.png",
+        "usr/share/doc/sweethome3d-furniture/copyright",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("missing", "sources"), [("npm", ["emoji"]), ("dpkg-deb", ["stamps", "openclipart", "furniture"])]
+)
+def test_a_source_whose_program_is_missing_is_left_out_and_named(
+    missing: str, sources: list[str], tools: Path, tmp_path: Path
+) -> None:
+    (tools / missing).unlink()
+    skipped = fetch(tmp_path / "real")
+    assert [line.split(":")[0] for line in skipped] == sources
+    assert all(f"{missing} is missing here" in line for line in skipped)
+    assert called(tmp_path)
+    assert all(missing == "npm" or "pack" in line for line in called(tmp_path))
+
+
+def test_without_any_program_no_source_remains(tools: Path, tmp_path: Path) -> None:
+    fetch(tmp_path / "real", ["stamps"])
+    for tool in tools.iterdir():
+        tool.unlink()
+    assert len(fetch(tmp_path / "real")) == 3  # the stamps are there already
+    with pytest.raises(UserError, match=r"no source of pictures can be fetched.*npm is missing") as error:
+        fetch(tmp_path / "real", ["emoji", "furniture"])
+    one_line(error)
+
+
+def test_an_unknown_source_is_named(tools: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown source 'photos'; one of stamps, openclipart, emoji, furniture"):
+        fetch(tmp_path, ["photos"])
+
+
+FAILURES = {
+    "apt-get": ("echo 'W: a warning' >&2; echo 'E: Unable to locate package' >&2; exit 100", "E: Unable to locate"),
+    "dpkg-deb": ("echo 'is not a Debian archive' >&2; exit 2", "is not a Debian archive"),
+    "npm": ("echo 'npm warn old' >&2; echo 'npm error code E404' >&2; exit 1", "npm error code E404"),
+}
+
+
+@pytest.mark.parametrize("tool", FAILURES)
+def test_a_failed_download_is_one_line_and_leaves_nothing(tool: str, tools: Path, tmp_path: Path) -> None:
+    script, why = FAILURES[tool]
+    source = "emoji" if tool == "npm" else "stamps"
+    install(tools, tool, script)
+    with pytest.raises(UserError, match=re.escape(why)) as error:
+        fetch(tmp_path / "real", [source])
+    assert tool in one_line(error)
+    assert os.listdir(tmp_path / "real") == []
+    install(tools, tool, SCRIPTS[tool])
+    assert fetch(tmp_path / "real", [source]) == []
+
+
+@pytest.mark.parametrize(
+    ("tool", "script", "why"),
+    [
+        ("apt-get", "exit 0", r"0 files \*\.deb were fetched"),
+        ("dpkg-deb", "exit 0", "comes without usr/share/doc/tuxpaint-stamps-default/copyright"),
+        ("apt-get", "exit 7", "exit code 7"),
+        ("apt-get", "while :; do :; done", "took longer than 1 s"),
+    ],
+)
+def test_a_tool_that_does_otherwise_is_caught(
+    tool: str, script: str, why: str, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SECONDS", 1)
+    install(tools, tool, script)
+    with pytest.raises(UserError, match=why) as error:
+        fetch(tmp_path / "real", ["stamps"])
+    one_line(error)
+    assert os.listdir(tmp_path / "real") == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tools: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("a file")
+    with pytest.raises(UserError, match="cannot be unpacked there") as error:
+        fetch(tmp_path / "real", ["stamps"])
+    one_line(error)
+
+
+# --- archives
+
+
+@pytest.mark.parametrize("name", ["../outside", "package/../../outside", "/tmp/outside"])
+def test_a_path_outside_is_refused(name: str, tmp_path: Path) -> None:
+    archives = (
+        tgz(tmp_path / "a.tgz", {"fine": b"1", name: b"2"}),
+        zipped(tmp_path / "a.zip", {"fine": b"1", name: b"2"}),
+    )
+    for unpack, archive in zip((untar, unzip), archives, strict=True):
+        with pytest.raises(UserError, match="a path outside it") as error:
+            unpack(archive, tmp_path / "into", ALL)
+        assert str(archive) in one_line(error)
+    assert files(tmp_path) == ["a.tgz", "a.zip", "into/fine"]
+
+
+def test_links_are_not_followed_out(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    members = {
+        "door": link("door", str(tmp_path / "outside")),
+        "hard": link("hard", "door", tarfile.LNKTYPE),
+        "pipe": link("pipe", "", tarfile.FIFOTYPE),
+        "door/file": b"1",
+    }
+    untar(tgz(tmp_path / "a.tgz", members), tmp_path / "into", ALL)
+    assert files(tmp_path / "outside") == []
+    assert files(tmp_path / "into") == ["door/file"]
+    assert not (tmp_path / "into/door").is_symlink()
+
+
+def test_archives_do_not_unfold_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    members = {name: bytes(2_000_000) for name in "ab"}
+    archives = tgz(tmp_path / "a.tgz", members), zipped(tmp_path / "a.zip", members)
+    for unpack, archive in zip((untar, unzip), archives, strict=True):
+        monkeypatch.setattr(module, "_MAX_BYTES", 3_000_000)
+        with pytest.raises(UserError, match="unfolds to more than 3,000,000 bytes"):
+            unpack(archive, tmp_path / "into", ALL)
+        monkeypatch.setattr(module, "_MAX_BYTES", 4_000_000)
+        unpack(archive, tmp_path / "into", ALL)
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "something else", "empty"])
+def test_a_broken_archive_is_one_line(harm: str, tmp_path: Path) -> None:
+    members = {name: os.urandom(5000) for name in "abc"}
+    for unpack, archive in ((untar, tgz(tmp_path / "a.tgz", members)), (unzip, zipped(tmp_path / "a.zip", members))):
+        whole = archive.read_bytes()
+        changed = bytes(byte ^ 255 if 6000 < i < 6100 else byte for i, byte in enumerate(whole))
+        harmed = {"cut": whole[:8000], "changed": changed, "something else": b"<html>" * 99, "empty": b""}
+        archive.write_bytes(harmed[harm])
+        with pytest.raises(UserError, match="that can be unpacked") as error:
+            unpack(archive, tmp_path / "into", ALL)
+        assert str(archive) in one_line(error)
