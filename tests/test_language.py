@@ -270,3 +270,14 @@ def test_exact_gelu_is_the_authors_flant5(tmp_path: Path) -> None:
     tiny_models.tokenizer().save_pretrained(tmp_path / "llama")
     with pytest.raises(UserError, match="exact_gelu is for T5 models"):
         load_language(str(tmp_path / "llama"), exact_gelu=True)
+
+
+def test_the_output_embedding_reads_rows_that_lie_side_by_side() -> None:
+    """Of a slice a CPU would multiply each row with a copy of the embedding of its own."""
+    language = tiny_models.language("opt")
+    head: Any = language.llm.get_output_embeddings()
+    seen: list[tuple[bool, int]] = []
+    head.register_forward_pre_hook(lambda module, given: seen.append((given[0].is_contiguous(), given[0].shape[1])))
+    language.generate(tiny_models.soft_prompts(3), ["what is it"] * 3, Decoding(max_new_tokens=3, beams=2))
+    assert seen
+    assert all(contiguous and rows == 1 for contiguous, rows in seen)

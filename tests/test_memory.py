@@ -100,3 +100,44 @@ def test_loading_takes_little_more_than_the_model(tmp_path: Path, stored: str, l
     peak, size = map(int, said.stdout.split())
     print(f"{stored} -> {loaded}: {count:,} parameters, {size / 2**30:.2f} GiB, peak {peak / size:.3f} x")
     assert peak <= 1.2 * size
+
+
+RANK = """
+import sys
+import torch
+import tiny
+from openblip2.evaluate.ranking import Matches, best_images, best_texts, log_odds
+from openblip2.model.stage1 import Stage1
+
+def peak():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+torch.manual_seed(0)
+torch.set_grad_enabled(False)
+model = tiny.redraw(Stage1(tiny.qformer(layers=1), None, tiny.E)).eval()
+memory = peak()
+N, M, Q, E = 5000, 25000, 32, 256  # COCO's test part; the paper's queries and shared space
+images = torch.nn.functional.normalize(torch.randn(N, Q, E), dim=-1)
+texts = torch.nn.functional.normalize(torch.randn(M, E), dim=-1)
+tokens, valid = torch.randint(1, tiny.WORDS, (M, 6)), torch.ones(M, 6, dtype=torch.bool)
+features = torch.randn(1, tiny.P, tiny.V)
+rankings = best_texts(images, texts, 128), best_images(images, texts, 128)
+matches = Matches(*rankings)
+asked = []
+matches.score(model, lambda n: (asked.append(n), features)[1], tokens, valid)
+first = rankings[0].by(log_odds(matches.of_images(rankings[0])))
+assert first.places.shape == (N, 128) and asked == list(range(N))
+print(peak() - memory, len(matches.codes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_retrieval_of_cocos_size_is_bounded() -> None:
+    """5,000 pictures and 25,000 texts, 128 candidates each way: under 4 GB beyond the model."""
+    here = str(Path(__file__).parent)
+    run = subprocess.run([sys.executable, "-c", RANK], cwd=here, capture_output=True, text=True, check=True)
+    peak, pairs = map(int, run.stdout.split())
+    assert pairs > 3_000_000
+    assert peak < 4 * 10**9

@@ -11,7 +11,8 @@ import typer
 
 from openblip2.commands.convert import convert
 from openblip2.commands.learn import demo, features, train
-from openblip2.commands.measure import bench, compare, evaluate
+from openblip2.commands.measure import bench, bench_real, compare, evaluate
+from openblip2.commands.study import ablate
 from openblip2.commands.use import answer, caption, chat, rank
 from openblip2.errors import UserError
 
@@ -22,7 +23,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, train, features, caption, answer, chat, rank, evaluate, compare, convert, bench):
+for command in (
+    demo,
+    train,
+    features,
+    caption,
+    answer,
+    chat,
+    rank,
+    evaluate,
+    compare,
+    convert,
+    bench,
+    bench_real,
+    ablate,
+):
     app.command()(command)
 
 

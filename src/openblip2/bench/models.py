@@ -3,6 +3,7 @@
 Shapes: B pictures, S side in px, P patch tokens, V encoder width, T text tokens.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,9 @@ def build_pair(size: Size, place: torch.device, dtype: torch.dtype) -> Pair:
     """Frozen parts in `dtype`, trained ones in fp32."""
     theirs = _transformers(size, place, dtype)
     vision = Vision(theirs.vision_model, layer=-1, image_size=size.side)
-    language = DecoderLM(theirs.language_model, tokenizer(size.language["vocab_size"]))
+    # The same weights in modules of our own: what we hang on ours must not serve theirs.
+    shared = {id(p): p for p in theirs.language_model.parameters()}
+    language = DecoderLM(copy.deepcopy(theirs.language_model, shared), tokenizer(size.language["vocab_size"]))
     with place:
         stage2 = Stage2(_qformer(size, vision.width, vocabulary=0), language, vision)
         stage1 = Stage1(_qformer(size, vision.width, size.qformer["vocabulary"]), vision)

@@ -8,13 +8,8 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import Images, Questions, Split
+from openblip2.commands.shared import Images, Questions, Settings, Split, read_changes
 from openblip2.errors import UserError
-
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="section.field=value; may be given many times.", metavar="NAME=VALUE"),
-]
 
 
 def demo(
@@ -62,7 +57,7 @@ def train(
         settings = fine_tuning(what, preset, read_run(start, Parts()).settings, str(start))
     else:
         raise UserError(f"unknown training {what!r}: it must be one of {', '.join([*PRESETS, *FINE_TUNING])}")
-    settings = change(settings, _changes(changes or []))
+    settings = change(settings, read_changes(changes))
     settings = change(settings, {"data.source": data} | ({"start": str(start)} if start else {}))
     settings = change(settings, {"data.features": str(features)} if features else {})
     from openblip2.data.sources import read_source
@@ -90,7 +85,7 @@ def features(
     from openblip2.presets import PRESETS
     from openblip2.presets import preset as find
 
-    changed = _changes(changes or [])
+    changed = read_changes(changes)
     for name in changed:
         if not name.startswith("vision.") and name not in ("train.precision", "train.seed"):
             raise UserError(f"--set {name}: features depend on vision.*, train.precision and train.seed alone")
@@ -126,10 +121,3 @@ def _interruptible(out: Path) -> Iterator[None]:
             file=sys.stderr,
         )
         raise typer.Exit(130) from None
-
-
-def _changes(pairs: list[str]) -> dict[str, str]:
-    for pair in pairs:
-        if "=" not in pair:
-            raise UserError(f"--set {pair!r}: write it as section.field=value, for example optim.lr=2e-4")
-    return dict(pair.split("=", 1) for pair in pairs)  # pyright: ignore[reportReturnType]

@@ -55,6 +55,22 @@ def compare(
         typer.echo(f"{name:24} {100 * found.score:+7.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]  {verdict}")
 
 
+def bench_real(
+    out: Annotated[Path, typer.Option(help="Folder for pictures, runs, real.json and real.md.")],
+    fold: Annotated[list[int] | None, typer.Option(help="One of the folds 0 to 4; may be given many times.")] = None,
+    table: Annotated[Path | None, typer.Option(help="A document to put the table into, between its marks.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the folds and of training.")] = 0,
+) -> None:
+    """Train and score on real pictures of four sources, fold by fold; hours on a laptop, and it goes on where it was."""
+    from openblip2.studies.real import Plan
+    from openblip2.studies.real import bench_real as run
+    from openblip2.train.progress import Progress
+
+    plan = Plan(seed=seed) if not fold else Plan(seed=seed, folds=tuple(sorted(set(fold))))
+    run(out, plan, Progress(), table)
+    typer.echo((out / "real.md").read_text(encoding="utf-8"))
+
+
 def bench(
     size: Annotated[str, typer.Option(help="tiny, laptop, vit-l or vit-g; weights are random.")] = "laptop",
     case: Annotated[list[str] | None, typer.Option(help="Of one comparison; may be given many times.")] = None,

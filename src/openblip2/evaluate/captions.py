@@ -14,7 +14,7 @@ def caption_scores(captions: Sequence[str], records: Sequence[Record]) -> dict[s
     count = len(records)
     exact = sum(caption in r.captions for caption, r in zip(captions, records, strict=True)) / count
     found: dict[str, Any] = {"n": count, "exact": exact}
-    if any(r.facts is None for r in records):
+    if any("objects" not in (r.facts or {}) for r in records):
         return found | {
             "objects": None,
             "attributes": None,

@@ -131,6 +131,12 @@ def require_extras(settings: RunSettings) -> None:
             "stage1.one_sided=true belongs to the two directions of stage1.contrast=softmax; sigmoid has one: leave "
             "one_sided out"
         )
+    objectives = settings.stage1.objectives
+    if not objectives or (set(objectives) == {"itm"} and settings.stage1.matching_from):
+        raise UserError(
+            f"stage1.objectives={list(objectives)}, stage1.matching_from={settings.stage1.matching_from}: there are "
+            "steps with nothing to train; name one more of itc, itm, itg"
+        )
     if settings.vision.trained and settings.vision.weights not in ("auto", "fp32"):
         raise UserError(
             f"vision.trained=true with vision.weights={settings.vision.weights}: weights that train are fp32; leave it "

@@ -14,7 +14,7 @@ So only one chunk's graph is in memory at a time, for one more pass of images an
 Shapes: B pairs, S side in px, P patch tokens, V encoder width, Q queries, T text tokens, E shared space.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from openblip2.model.objectives import Rivals, matching, same_image
 from openblip2.model.qformer import Memory, Seen
-from openblip2.model.stage1 import Pairs, Stage1, pair_up, see
+from openblip2.model.stage1 import OBJECTIVES, Pairs, Stage1, pair_up, see
 
 if TYPE_CHECKING:
     from openblip2.model.stage2 import Question, Stage2
@@ -39,7 +39,7 @@ def stage1_losses(
     images: Tensor | None = None,
     features: Tensor | None = None,
     negatives: Rivals | tuple[Tensor, Tensor] | None = None,
-    with_matching: bool = True,
+    objectives: Collection[str] = OBJECTIVES,
 ) -> dict[str, Tensor]:
     """`Stage1.losses`, at most `chunk` pairs at a time; 0 = all at once. For training: gradients must be enabled.
 
@@ -49,7 +49,7 @@ def stage1_losses(
     vectors that were contrasted. The masks are not those of the whole batch at once, as they are not with another seed.
 
     Args:
-        tokens, valid, ids, negatives, with_matching: as for `Stage1.losses`.
+        tokens, valid, ids, negatives, objectives: as for `Stage1.losses`.
         images: `[B, 3, S, S]` uint8; the encoder sees each once, its features of all `B` are kept for the step.
             features: `[B, P, V]`.
     """
@@ -62,7 +62,7 @@ def stage1_losses(
             images=images,
             features=features,
             negatives=negatives,
-            with_matching=with_matching,
+            objectives=objectives,
         )
     patches = _see(model, chunk, images, features)
     positives = same_image(torch.arange(count, device=device) if ids is None else ids)
@@ -80,13 +80,14 @@ def stage1_losses(
 
     gradients = Gradients(model)
     itc = model.contrast(image, text, positives)
-    sums = {"itc": itc.loss.detach()}
-    at_image, at_text = gradients.add([itc.loss], at=[image, text])
+    sums = {name: torch.zeros((), device=device) for name in OBJECTIVES if name in objectives}
+    kept: list[Tensor] = []
+    if "itc" in objectives:
+        sums["itc"] = itc.loss.detach()
+        kept = gradients.add([itc.loss], at=[image, text])
     rivals = None
-    if with_matching:
+    if "itm" in objectives:
         rivals = model.rivals(itc, positives) if negatives is None else Rivals(*negatives)
-        sums["itm"] = torch.zeros((), device=device)
-    sums["itg"] = torch.zeros((), device=device)
 
     for rows, state in zip(chunks, states, strict=True):
         # A rival may be an image of another chunk, which is then looked at again, with a graph.
@@ -95,13 +96,17 @@ def stage1_losses(
         memory = model.qformer.look(patches[needed])
         with _drawing(state, device):
             alone, *found = _vectors(model, _first(memory, len(rows)), tokens[rows], valid[rows])
-        parts = {"itg": model.writing_loss(alone, tokens[rows], valid[rows]) * _share(valid[rows, 1:], valid[:, 1:])}
+        parts = {}
+        if "itg" in objectives:
+            share = _share(valid[rows, 1:], valid[:, 1:])
+            parts["itg"] = model.writing_loss(alone, tokens[rows], valid[rows]) * share
         if pairs is not None and rivals is not None:
             logits = model.match(memory.take(place[pairs.images]), pairs.tokens, pairs.valid)
             in_all = count + (rivals.images >= 0).sum() + (rivals.texts >= 0).sum()
             parts["itm"] = matching(logits, pairs.is_match) * (len(logits) / in_all)
         # Sums' gradients are 1, those of the vectors were kept.
-        gradients.add([*parts.values(), *found], [*[None] * len(parts), at_image[rows], at_text[rows]])
+        outputs = [*parts.values(), *(found if kept else ())]
+        gradients.add(outputs, [*[None] * len(parts), *(part[rows] for part in kept)])
         for name, part in parts.items():
             sums[name] += part.detach()
     return gradients.attach(sums)

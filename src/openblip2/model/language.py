@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from openblip2.errors import UserError
 from openblip2.model import prompt_cache
 from openblip2.model.decoding import Decoding, generate
-from openblip2.model.output_head import ends_in_head, loss_at
+from openblip2.model.output_head import ends_in_head, gather_head_input, loss_at
 from openblip2.model.precision import own_precision
 from openblip2.model.template import PAPER_TEMPLATE, resolve_template
 
@@ -54,6 +54,7 @@ class FrozenLM(nn.Module):
     ) -> None:
         super().__init__()
         self.llm = llm.requires_grad_(False).eval()
+        gather_head_input(llm)
         self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
         self.end, self.checkpointed = _end_ids(tokenizer, end), False
@@ -140,8 +141,7 @@ class DecoderLM(FrozenLM):
         labels = torch.full_like(mask, IGNORED)
         for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
             labels[row, len(head) - len(before) :][: len(tail)] = torch.tensor(tail)
-        # Output only from the first position that any row scores. Positions one by one: a slice is not contiguous, and
-        # for the model's own logits a CPU would multiply it with a copy of the output embedding for every row.
+        # Output only from the first position that any row scores.
         first = min(map(len, heads)) - len(before) - 1
         places = torch.arange(first, mask.shape[1] - 1, device=soft.device)
         mask = F.pad(mask, (len(before), 0), value=1)

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openblip2.model.language import IGNORED, DecoderLM, LanguageModel, _ids
+from openblip2.model.language import IGNORED, DecoderLM, LanguageModel, _common_text, _embed, _ids
 
 
 @torch.no_grad()
 def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """How likely each of N texts is behind one picture and prompt, its end counted.
+    """How likely each of N texts is behind a picture and the prompt, its end counted.
 
-    An encoder-decoder writes a text whole: nothing of it stands in the encoder.
+    An encoder-decoder writes a text whole: nothing of it stands in the encoder. A decoder reads the text in front of
+    the pictures once.
 
     Args:
-        soft: `[1, Q, L]`.
+        soft: `[1, Q, L]`, all texts are about that picture, or `[N, Q, L]`, each about its own.
 
     Returns:
         Mean negative log-likelihood of a text's tokens, `[N]`; and whether each is the likeliest at its place, `[N]`
@@ -32,16 +33,21 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
         labels[row, : len(tail)] = torch.tensor(tail)
     labels = labels.to(soft.device)
     llm: Any = language.llm
-    before, mask = (part.expand(len(tails), *part.shape[1:]) for part in language.embed(soft, [prompt]))
-    given: dict[str, Any] = {"use_cache": False}
-    if isinstance(language, DecoderLM):
-        written = llm.get_input_embeddings()(labels[:, :-1].clamp(min=0))
-        given |= {"inputs_embeds": torch.cat([before, written.to(before.dtype)], dim=1)}
-        given |= {"attention_mask": F.pad(mask, (0, written.shape[1]), value=1), "logits_to_keep": labels.shape[1]}
-    else:
-        written = llm.prepare_decoder_input_ids_from_labels(labels=labels)
-        given |= {"inputs_embeds": before, "attention_mask": mask, "decoder_input_ids": written}
+    head = language._head(prompt, soft.shape[1])
+    # The text behind the last token of the head follows from its output, so that one is never left out.
+    text = _common_text([head])[: len(head) - 1] if isinstance(language, DecoderLM) else []
+    parts = _embed(llm, [head[len(text) :]] * len(soft), soft, left=False)
+    before, mask = (part.expand(len(tails), *part.shape[1:]) for part in parts)
     with language.own_precision():
+        if isinstance(language, DecoderLM):
+            written = llm.get_input_embeddings()(labels[:, :-1].clamp(min=0))
+            given = language._read(text, len(tails)) if text else {"use_cache": False}
+            given |= {"inputs_embeds": torch.cat([before, written.to(before.dtype)], dim=1)}
+            given |= {"attention_mask": F.pad(mask, (len(text), written.shape[1]), value=1)}
+            given |= {"logits_to_keep": labels.shape[1]}
+        else:
+            written = llm.prepare_decoder_input_ids_from_labels(labels=labels)
+            given = {"inputs_embeds": before, "attention_mask": mask, "decoder_input_ids": written, "use_cache": False}
         logits = llm(**given).logits.float()
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
     likeliest = (logits.argmax(2) == labels) | (labels == IGNORED)

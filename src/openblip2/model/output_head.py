@@ -18,6 +18,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def gather_head_input(llm: "PreTrainedModel") -> None:
+    """From now on the output embedding reads rows that lie side by side.
+
+    transformers asks for the last position's logits by a slice, which is not contiguous over several rows, and a CPU
+    then multiplies it with a copy of the output embedding for each row: 9 s and 3 GiB instead of 0.02 s for 16 rows
+    and OPT's 50,272 x 2,048.
+    """
+    head = llm.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda module, given: (given[0].contiguous(), *given[1:]))
+
+
 @torch.no_grad()
 def ends_in_head(llm: "PreTrainedModel") -> bool:
     """Whether a language model's logits are what its output embedding gives, and nothing is done to them behind it.

@@ -3,6 +3,7 @@
 Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, T text tokens, D width, E shared space.
 """
 
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from openblip2.model.objectives import (
 from openblip2.model.qformer import Memory, QFormer, Seen, WordHead
 from openblip2.model.vision import Vision
 
+OBJECTIVES = ("itc", "itm", "itg")
 SIGMOID_BIAS = -10.0  # SigLIP's start: so low that nearly all pairs, which are no match, begin as none
 
 
@@ -72,30 +74,31 @@ class Stage1(nn.Module):
         images: Tensor | None = None,
         features: Tensor | None = None,
         negatives: Rivals | tuple[Tensor, Tensor] | None = None,
-        with_matching: bool = True,
+        objectives: Collection[str] = OBJECTIVES,
     ) -> dict[str, Tensor]:
-        """The three losses, by name, unweighted; their sum is what the paper trains.
+        """The three losses, or those of them in `objectives`, by name, unweighted; their sum is what the paper trains.
 
         Args:
             tokens: `[B, T]`, `[CLS] words [SEP]`, right-padded. valid: `[B, T]` bool, False on padding.
             ids: `[B]` int64, equal for captions of the same image; None = all images differ.
             images: `[B, 3, S, S]` uint8, or features: `[B, P, V]` from the frozen encoder; one of the two.
             negatives: given hard negatives `(texts [B], images [B])` instead of drawn ones, -1 for none.
-            with_matching: False leaves out ITM, more than half of a step's work (`stage1.matching_from`).
+            objectives: what is wanted. Without ITM more than half of a step's work is spared; ITC is always computed,
+                for ITM's negatives come from it.
         """
         ids = torch.arange(len(tokens), device=tokens.device) if ids is None else ids
         positives = same_image(ids)
         memory = self.qformer.look(see(self.vision, images, features))
         alone = self.qformer(memory)
         itc = self.contrast(self.image_vectors(alone), self.text_vectors(tokens, valid), positives)
-        itg = self.writing_loss(alone, tokens, valid)
-        if not with_matching:
-            return {"itc": itc.loss, "itg": itg}
-
-        rivals = self.rivals(itc, positives) if negatives is None else negatives
-        pairs = pair_up(tokens, valid, Rivals(*rivals))
-        itm = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
-        return {"itc": itc.loss, "itm": itm, "itg": itg}
+        found = {"itc": itc.loss}
+        if "itg" in objectives:
+            found["itg"] = self.writing_loss(alone, tokens, valid)
+        if "itm" in objectives:
+            rivals = self.rivals(itc, positives) if negatives is None else negatives
+            pairs = pair_up(tokens, valid, Rivals(*rivals))
+            found["itm"] = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
+        return {name: found[name] for name in OBJECTIVES if name in objectives}
 
     def contrast(self, image: Tensor, text: Tensor, positives: Tensor) -> Contrast:
         """ITC of image vectors `[B, Q, E]` and text vectors `[B, E]`; `positives [B, G]` from `same_image`."""

@@ -2,7 +2,7 @@
 
 "We remove the last layer of the ViT and use the second last layer's output features, which leads to
 slightly better performance." Any vision transformer of `transformers` serves: CLIP, SigLIP, DINOv2, DINOv3,
-ViT, BLIP-2's own EVA-CLIP ViT-g, or the vision part of a larger model that has one.
+ViT, BLIP-2's own EVA-CLIP ViT-g, or the vision part of a larger model that has one. A CNN: `model/efficientnet.py`.
 
 Shapes: B images, P patch tokens (class and register tokens included), V encoder width, S image side in px.
 """
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Encoders that take any image size unasked: with interpolated positions (DINOv2) or rotary ones (DINOv3).
-ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit"})
+# Encoders that take any image size unasked: with interpolated positions (DINOv2), rotary ones (DINOv3), none (a CNN).
+ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit", "efficientnet_lite"})
 
 Triple = tuple[float, float, float]
 
@@ -196,7 +196,7 @@ def load_vision(
 
 
 def last_useful_layer(name: str) -> int:
-    """The paper's choice for an encoder: its second-to-last layer; the last where that one is already cut off.
+    """The paper's choice for an encoder: its second-to-last layer; the last where that one is already cut off or alone.
 
     BLIP-2's own encoder is published without its last layer.
 
@@ -205,7 +205,7 @@ def last_useful_layer(name: str) -> int:
     """
     with quiet_transformers():
         config, _ = _vision_config(name, locate(name), None)
-    return -1 if config.model_type == "blip_2_vision_model" else -2
+    return -1 if config.model_type == "blip_2_vision_model" or config.num_hidden_layers == 1 else -2
 
 
 def _load_encoder(name: str, source: str, dtype: torch.dtype, revision: str | None) -> "PreTrainedModel":
@@ -241,6 +241,9 @@ def _vision_config(name: str, source: str, revision: str | None) -> tuple[Any, b
     """The configuration of the vision part, and whether it is part of a larger model."""
     from transformers import AutoConfig
 
+    from openblip2.model.efficientnet import known_to_transformers
+
+    known_to_transformers()
     if Path(source).exists() and not Path(source, "config.json").is_file():
         raise UserError(f"image encoder {name!r} is no model: it needs a directory with config.json and weights")
     try:

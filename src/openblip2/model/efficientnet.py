@@ -1,0 +1,108 @@
+"""EfficientNet-Lite0: a convolutional image encoder where a vision transformer is expected. Any encoder fits.
+
+Tan and Le 2019, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", in its Lite variant: ReLU6,
+no squeeze-and-excitation. Batch norms are folded into the convolutions in front of them, in eval mode the same.
+
+To `Vision` all of it is one layer, for its stages differ in width: `vision.layer` is -1. A place of the last map is a
+token, row by row; there is no class token.
+
+Shapes: B images, S image side in px, P = (S / 32)^2 places, V encoder width (1280).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+# Blocks, side of the kernel, stride of the first block, how many times wider inside, width behind.
+LITE0 = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192))
+LITE0 += ((1, 3, 1, 6, 320),)
+
+
+class EfficientNetLiteConfig(PreTrainedConfig):
+    """Sizes. `hidden_size`: V. `stem`: width behind the first convolution. `stages`: as `LITE0`.
+
+    `patch_size`: how many px of a side become one place, 2 times the stages' strides.
+    """
+
+    model_type = "efficientnet_lite"
+
+    def __init__(
+        self,
+        hidden_size: int = 1280,
+        stem: int = 32,
+        stages: Sequence[Sequence[int]] = LITE0,
+        image_size: int = 224,
+        patch_size: int = 32,
+        num_hidden_layers: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        self.hidden_size, self.stem, self.stages = hidden_size, stem, [list(stage) for stage in stages]
+        self.image_size, self.patch_size, self.num_hidden_layers = image_size, patch_size, num_hidden_layers
+        super().__init__(**kwargs)
+
+
+class EfficientNetLite(PreTrainedModel):
+    """Pixels `[B, 3, S, S]`, normalised, to features `[B, P, V]`; S is a multiple of `config.patch_size`."""
+
+    config_class = EfficientNetLiteConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: EfficientNetLiteConfig) -> None:
+        super().__init__(config)
+        assert config.patch_size == 2 * math.prod(stride for _, _, stride, _, _ in config.stages)
+        parts: list[nn.Module] = [convolution(3, config.stem, kernel=3, stride=2)]
+        width = config.stem
+        for blocks, kernel, stride, expand, behind in config.stages:
+            for n in range(blocks):
+                parts.append(Block(width, behind, kernel, stride if n == 0 else 1, expand))
+                width = behind
+        parts += [convolution(width, config.hidden_size), Tokens()]
+        self.layers = nn.ModuleList([nn.Sequential(*parts)])
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.layers[0](pixel_values)
+
+
+class Block(nn.Module):
+    """Wider, each channel convolved for itself, narrow again; what came in is added where it has the same shape."""
+
+    def __init__(self, width: int, behind: int, kernel: int, stride: int, expand: int) -> None:
+        super().__init__()
+        inside = width * expand
+        wider = [convolution(width, inside)] if expand > 1 else []
+        apart = convolution(inside, inside, kernel, stride, groups=inside)
+        self.steps = nn.Sequential(*wider, apart, convolution(inside, behind, active=False))
+        self.adds = stride == 1 and width == behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.steps(x) if self.adds else self.steps(x)
+
+
+class Tokens(nn.Module):
+    """A map `[B, V, H, W]` as tokens `[B, H * W, V]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).transpose(1, 2).contiguous()
+
+
+def convolution(
+    width: int, behind: int, kernel: int = 1, stride: int = 1, groups: int = 1, active: bool = True
+) -> nn.Sequential:
+    """A convolution with a bias and, if `active`, ReLU6.
+
+    Padded as TensorFlow's "SAME": with stride 2 on an even side one row and column more behind than in front.
+    """
+    padding, even = kernel - stride, stride == 1
+    steps: list[nn.Module] = [] if even else [nn.ZeroPad2d((padding // 2, padding - padding // 2) * 2)]
+    steps.append(nn.Conv2d(width, behind, kernel, stride, padding // 2 if even else 0, groups=groups))
+    return nn.Sequential(*steps, *([nn.ReLU6()] if active else []))
+
+
+def known_to_transformers() -> None:
+    """From now on transformers' `AutoConfig` and `AutoModel` read this kind of model, too."""
+    AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
+    AutoModel.register(EfficientNetLiteConfig, EfficientNetLite, exist_ok=True)

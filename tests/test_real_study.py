@@ -1,0 +1,91 @@
+"""The study on real pictures, with tiny models on pictures that look like the prepared ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import tiny_runs
+from openblip2.config import change
+from openblip2.data.records import Record, write_records
+from openblip2.errors import UserError
+from openblip2.presets import preset
+from openblip2.studies import real
+from openblip2.train.progress import Progress
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("real")
+    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
+        build(root / build.__name__)
+    records = []
+    for source, count in (("stamps", 24), ("emoji", 16)):
+        for n in range(count):
+            colour, noun = list(tiny_runs.COLOURS)[n % 2], tiny_runs.NOUNS[n % 3]
+            path = root / "out" / "data" / "pictures" / source / f"{n}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shade = [max(0, min(255, c + 3 * n)) for c in tiny_runs.COLOURS[colour]]
+            Image.new("RGB", (16, 16), (shade[0], shade[1], shade[2])).save(path)
+            group = f"{source}/{n - n % 2}"  # pictures in pairs
+            facts = {"source": source, "group": group}
+            records.append(Record(f"{source}/{n}", path, (f"A {colour} {noun}.",), facts=facts))
+    write_records(records, root / "out" / "data")
+    return root
+
+
+def plan(home: Path, **more: object) -> real.Plan:
+    words = tiny_runs.options(home)[1::2]
+    values = {k: v for k, v in (word.split("=", 1) for word in words)}
+    values |= {"vision.whiten": "false", "warm_start": "false", "data.augment": "false", "train.steps": "2"}
+    few = {"train.steps": 2, "train.batch": 4, "train.validate_every": 0}
+    return real.Plan(
+        k=3,
+        folds=(0, 2),
+        reranked=4,
+        joint=few,
+        alone=few,
+        retrieval=few,
+        stage2=few,
+        stage1=change(preset("stage1", "laptop"), values),
+        captioner=change(preset("stage2", "laptop"), values),
+        **more,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def test_folds_are_trained_scored_and_put_into_a_document(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pycocoevalcap")
+    document = tmp_path / "results.md"
+    document.write_text(f"# Results\n{real.START}\nold\n{real.END}\n\nrest\n")
+    out = home / "out"
+    figures = real.bench_real(out, plan(home), Progress(quiet=True), document)
+    text = document.read_text()
+    assert text.startswith("# Results\n")
+    assert text.endswith(f"{real.END}\n\nrest\n")
+    assert "old" not in text
+    assert "| itm less itc, tr@1 |" in text
+    assert figures == json.loads((out / "real.json").read_text())
+    assert figures["scores"]["joint, stage 1: itc tr@1"]["n"] == figures["stamps"] == 16
+    assert {"captions: CIDEr-D", "alone, fine-tuned: itm ir@1"} <= figures["scores"].keys()
+    assert "joint less alone, ir@1" in figures["differences"]
+    assert figures["pictures"] == {"stamps": 24, "emoji": 16}
+    # No picture of a fold's test part, nor one of its group, was trained on.
+    for number in (0, 2):
+        trained = (out / f"fold-{number}" / "joint" / "stage1" / "trained_on.txt").read_text().split()
+        assert 10 < len(trained) < 40
+
+    # Again: nothing is trained anew, and the figures are the same.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
+    assert len(before) == 10
+    assert real.bench_real(out, plan(home), Progress(quiet=True)) == figures
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")} == before
+
+
+def test_what_cannot_be_run_is_one_line(home: Path, tmp_path: Path) -> None:
+    document = tmp_path / "results.md"
+    document.write_text("# Results\n")
+    with pytest.raises(UserError, match="has no place for the table"):
+        real.bench_real(home / "out", plan(home), Progress(quiet=True), document)
+    with pytest.raises(UserError, match="give some of 0 to 4"):
+        real.bench_real(home / "out", real.Plan(folds=(7,)), Progress(quiet=True))
