@@ -39,7 +39,7 @@ def plan(home: Path, **more: object) -> real.Plan:
     words = tiny_runs.options(home)[1::2]
     values = {k: v for k, v in (word.split("=", 1) for word in words)}
     values |= {"vision.whiten": "false", "warm_start": "false", "data.augment": "false", "train.steps": "2"}
-    few = {"train.steps": 2, "train.batch": 4, "train.validate_every": 0}
+    few = {"train.steps": 2, "train.batch": 4, "train.validate_every": 0, "data.held_out": 0.25}
     return real.Plan(
         k=3,
         folds=(0, 2),
@@ -63,7 +63,7 @@ def test_folds_are_trained_scored_and_put_into_a_document(home: Path, tmp_path: 
     text = document.read_text()
     assert text.startswith("# Results\n")
     assert text.endswith(f"{real.END}\n\nrest\n")
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert "| itm less itc, tr@1 |" in text
     assert figures == json.loads((out / "real.json").read_text())
     assert figures["scores"]["joint, stage 1: itc tr@1"]["n"] == figures["stamps"] == 16

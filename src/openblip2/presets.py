@@ -216,7 +216,7 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
 def fine_tuning(task: str, name: str, start: RunSettings, run: str) -> RunSettings:
     """The settings that fine-tune the run `run`, whose own are `start`, for a task.
 
-    Models, wording and the objectives' constants are the run's; how it trains is the preset's.
+    Models, precision, wording and the objectives' constants are the run's; how it trains is the preset's.
 
     Raises:
         UserError: an unknown name; the known ones are listed.
@@ -227,8 +227,8 @@ def fine_tuning(task: str, name: str, start: RunSettings, run: str) -> RunSettin
     kept = RunSettings(
         stage=stage, vision=start.vision, qformer=start.qformer, stage1=start.stage1, language=start.language
     )
-    always = {"task": task, "start": run, "data.max_tokens": start.data.max_tokens}
-    return change(kept, {**always, **FINE_TUNING[task][name]})
+    own = {"data.max_tokens": start.data.max_tokens, "train.precision": start.train.precision}
+    return change(kept, {"task": task, "start": run, **own, **FINE_TUNING[task][name]})
 
 
 def preset(stage: str, name: str) -> RunSettings:
