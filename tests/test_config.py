@@ -34,6 +34,7 @@ def refusal(changes: dict[str, Any]) -> str:
         ("language.end", r'"\n"', "\n"),
         ("language.prompts", '["a photo of", ""]', ("a photo of", "")),
         ("language.question", "Question: {} Answer:", "Question: {} Answer:"),
+        ("stage1.objectives", '["itc", "itm"]', ("itc", "itm")),
         ("train.precision", "bf16", "bf16"),
         ("start", "runs/stage1", "runs/stage1"),
         ("warm_start", "true", True),
@@ -72,6 +73,7 @@ def test_text_is_read_as_its_fields_type(name: str, text: str, value: object) ->
         ("stage", "stage3", "'stage1' or 'stage2'"),
         ("vision.name", "7", "string"),
         ("language.prompts", "a photo of", "tuple"),
+        ("stage1.objectives", '["itc", "itx"]', "'itc', 'itm' or 'itg'"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named(name: str, value: str, why: str) -> None:

@@ -85,12 +85,14 @@ def test_rows_without_a_rival(ids: Tensor | None) -> None:
     assert_same_step(stepped(model, stage1_losses(model, 3, tokens, valid, ids, features=tiny.features())), whole)
 
 
-def test_what_no_loss_reads_has_no_gradient() -> None:
+@pytest.mark.parametrize("left", [["itc", "itg"], ["itc", "itm"], ["itm", "itg"], ["itc"], ["itm"], ["itg"]])
+def test_what_no_loss_reads_has_no_gradient(left: list[str]) -> None:
     model = stage1()
-    options: dict[str, Any] = {"features": tiny.features(), "with_matching": False}
+    options: dict[str, Any] = {"features": tiny.features(), "negatives": NEGATIVES, "objectives": left}
     whole = stepped(model, model.losses(*inputs(), **options))
-    assert whole[1]["match_head.weight"] is None
-    assert list(whole[0]) == ["itc", "itg"]
+    assert list(whole[0]) == left
+    for name, head in (("itc", "image_head.weight"), ("itm", "match_head.weight"), ("itg", "word_head.bias")):
+        assert (whole[1][head] is None) == (name not in left)
     assert_same_step(stepped(model, stage1_losses(model, 3, *inputs(), **options)), whole)
 
 

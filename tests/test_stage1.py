@@ -90,6 +90,19 @@ def test_losses_and_gradients_equal_the_oracle() -> None:
         tiny.assert_same_gradients(tiny.gradients(loss, model), tiny.gradients(naive[name], model))
 
 
+@pytest.mark.parametrize("wanted", [{"itc"}, {"itg"}, {"itm", "itc"}, {"itg", "itm"}, {"itc", "itg"}])
+def test_objectives_that_are_left_out_change_nothing_of_the_others(wanted: set[str]) -> None:
+    model = tiny.stage1()
+    tokens, valid = tiny.texts()
+    options: dict[str, Any] = {"features": tiny.features(), "negatives": NEGATIVES}
+    every = model.losses(tokens, valid, IDS, **options)
+    some = model.losses(tokens, valid, IDS, **options, objectives=wanted)
+    assert list(some) == [name for name in every if name in wanted]
+    for name, loss in some.items():
+        torch.testing.assert_close(loss, every[name], rtol=0, atol=0)
+        tiny.assert_same_gradients(tiny.gradients(loss, model), tiny.gradients(every[name], model), 0)
+
+
 def test_every_trained_parameter_gets_a_gradient() -> None:
     model = tiny.stage1()
     tokens, valid = tiny.texts()

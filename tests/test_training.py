@@ -319,3 +319,28 @@ def test_matching_can_join_later(home: Path, tmp_path: Path) -> None:
     train_stage(recipe(home, "stage1", stage1__matching_from=2), records, tmp_path / "run", quiet())
     steps = [row for row in log_of(tmp_path / "run") if "loss" in row]
     assert ["itm" in row for row in steps] == [False, False, True]
+
+
+def test_objectives_are_left_out_and_never_all(home: Path, tmp_path: Path) -> None:
+    records, _ = read_records(home / "data")
+    two = recipe(home, "stage1", stage1__objectives='["itg", "itm"]', stage1__matching_from=1)
+    train_stage(two, records, tmp_path / "run", quiet())
+    steps = [row for row in log_of(tmp_path / "run") if "loss" in row]
+    assert [{"itc", "itm", "itg"} & row.keys() for row in steps] == [{"itg"}, {"itm", "itg"}, {"itm", "itg"}]
+    for objectives, later in (("[]", 0), ('["itm"]', 1)):
+        changes = {"stage1__objectives": objectives, "stage1__matching_from": later}
+        with pytest.raises(UserError, match=r"^stage1\.objectives=.*: there are steps with nothing to train"):
+            train_stage(recipe(home, "stage1", **changes), [], tmp_path / "none", quiet())
+
+
+def test_pictures_to_validate_on_can_be_given(home: Path, tmp_path: Path) -> None:
+    """Then all records are trained on, and the run validates on those that were given."""
+    records, _ = read_records(home / "data")
+    train_stage(recipe(home, "stage1"), records[:18], tmp_path / "run", quiet(), held_out=records[18:])
+    found = [row["validation"]["n"] for row in log_of(tmp_path / "run") if "validation" in row]
+    assert found == [6, 6]
+    shown = (tmp_path / "run" / "trained_on.txt").read_text().splitlines()
+    train_stage(recipe(home, "stage1"), records, tmp_path / "drawn", quiet())
+    assert len(shown) == 18 == len((tmp_path / "drawn" / "trained_on.txt").read_text().splitlines())
+    with pytest.raises(UserError, match="too few"):
+        train_stage(recipe(home, "stage1"), records, tmp_path / "one", quiet(), held_out=records[:1])

@@ -90,7 +90,9 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"dinov3.*: it must be one of wheel:dinov2-small, wheel:minilm-l6, wheel:smol"):
+    with pytest.raises(
+        UserError, match=r"dinov3.*: it must be one of wheel:dinov2-small, wheel:efficientnet-lite0, wheel:mi"
+    ):
         materialise("wheel:dinov3")
 
 

@@ -22,6 +22,7 @@ Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Task = Literal["pretraining", "caption", "vqa", "retrieval"]
+Objective = Literal["itc", "itm", "itg"]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -56,6 +57,8 @@ class QFormerSettings:
 class Stage1Settings:
     """The objectives of stage 1 (paper 3.1)."""
 
+    # Those whose sum is trained: all three (paper), or, for ablations, fewer (its table 6 leaves out ITG).
+    objectives: tuple[Objective, ...] = ("itc", "itm", "itg")
     shared_width: Count = 256
     # ITC. softmax: the paper's. sigmoid: ours, SigLIP's loss of every pair for itself (model/objectives.py), with a
     # learned bias and without smoothing; SigLIP starts at temperature 0.1, we at the one below either way.

@@ -61,7 +61,7 @@ def bench_real(
     table: Annotated[Path | None, typer.Option(help="A document to put the table into, between its marks.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the folds and of training.")] = 0,
 ) -> None:
-    """Train and score on real pictures of four sources, fold by fold; hours on a laptop, and it goes on where it was."""
+    """Train and score on real pictures of four sources, fold by fold: hours on a laptop; it goes on where it was."""
     from openblip2.studies.real import Plan
     from openblip2.studies.real import bench_real as run
     from openblip2.train.progress import Progress

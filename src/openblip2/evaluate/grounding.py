@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from openblip2.data.features import Features
+from openblip2.model.likelihood import likelihoods
 from openblip2.model.stage2 import Stage2
 
 NOT_LOOKING = 0.02  # a gap of less than this share of the loss is no more than noise
@@ -62,3 +63,20 @@ def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", mo
             right, shuffled = (right + loss, shuffled) if kind == "right" else (right, shuffled + loss)
     count = sum(map(len, rows))
     return Grounding(right / count, shuffled / count, count)
+
+
+def caption_losses(model: Stage2, held_out: Features, prompt: str = "") -> tuple[list[float], list[float]]:
+    """Each picture's own loss of its first caption, nats a token: with the right picture, and with another one.
+
+    The other picture is the one before it, the last for the first; but for that as in `grounding`, whose means weigh
+    every token alike and not every picture. An encoder-decoder writes the whole caption.
+    """
+    device = model.projection.weight.device
+    captions = [record.captions[0] for record in held_out.records]
+    soft = torch.cat([model.soft_prompt(features=part.to(device)) for part in held_out.values.split(GROUP)])
+    found: tuple[list[float], list[float]] = ([], [])
+    for losses, seen in zip(found, (soft, soft.roll(1, dims=0)), strict=True):
+        for rows in torch.arange(len(captions)).split(GROUP):
+            texts = [captions[n] for n in rows.tolist()]
+            losses += likelihoods(model.language, seen[rows.to(device)], prompt, texts)[0].tolist()
+    return found

@@ -151,6 +151,7 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
 def _efficientnet_from_pth(source: Path, folder: Path) -> None:
     """Fold each batch norm into the convolution that its four tensors follow in the file; leave the classifier out."""
     import torch
+    from safetensors.torch import save_file
     from torch import nn
 
     from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
@@ -167,7 +168,8 @@ def _efficientnet_from_pth(source: Path, folder: Path) -> None:
         assert convolution.bias is not None
         convolution.weight.data.copy_(kernel * scale[:, None, None, None])
         convolution.bias.data.copy_(offset - mean * scale)
-    model.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
     _write_json(folder / "preprocessor_config.json", EFFICIENTNET_PREPROCESSING)
 
 

