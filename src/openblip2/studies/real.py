@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from openblip2.config import RunSettings, change, from_dict
+from openblip2.config import RunSettings, change, to_dict
 from openblip2.data.fetch import fetch
 from openblip2.data.real import by_fold, prepare
 from openblip2.data.records import Record, read_records
@@ -26,7 +26,8 @@ from openblip2.model.build import build_vision
 from openblip2.presets import fine_tuning, preset
 from openblip2.score.captions import score_captions
 from openblip2.score.retrieval import score_retrieval
-from openblip2.train.checkpoint import read_config, write_json
+from openblip2.studies.trial import kept
+from openblip2.train.checkpoint import read_json, write_json
 from openblip2.train.encode import make_cache
 from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
 from openblip2.train.progress import Progress
@@ -132,10 +133,15 @@ def _fold(
 
 
 def _train(settings: RunSettings, records: Sequence[Record], run: Path, progress: Progress) -> None:
-    """Trains a run unless it is there, finished, with these settings."""
-    if (run / "model.safetensors").is_file() and from_dict(read_config(run)["settings"]) == change(settings, {}):
-        return
-    train_stage(settings, records, run, progress)
+    """Trains a run unless it is there, finished, of these settings and pictures, and of the run it starts from."""
+    start = read_json(Path(settings.start) / "trained.json") if settings.start else None
+    of = {"settings": to_dict(settings), "pictures": [record.id for record in records], "start": start}
+
+    def train() -> dict[str, Any]:
+        train_stage(settings, records, run, progress)
+        return {}
+
+    kept(run / "trained.json", of, train)
 
 
 def _about(row: dict[str, Any], test: Sequence[Record], known: set[str]) -> dict[str, Any]:
