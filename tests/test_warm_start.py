@@ -16,7 +16,9 @@ from openblip2.train.warm_start import (
     align_heads,
     align_projection,
     content_embeddings,
+    mean_text_rows,
     open_image_path,
+    speak_as_text,
     warm_start_stage1,
     warm_start_stage2,
 )
@@ -53,6 +55,38 @@ def test_a_shared_space_wider_than_the_text_is_filled_with_zeros() -> None:
     model.text_head, model.image_head = torch.nn.Linear(tiny.D, tiny.D + 2), torch.nn.Linear(tiny.D, tiny.D + 2)
     align_heads(model, torch.randn(80, tiny.D), torch.randn(80, tiny.D))
     assert int((model.text_head.weight.abs().sum(1) == 0).sum()) == 2
+
+
+def test_every_second_layer_hands_on_what_the_caption_looks_like_there() -> None:
+    torch.manual_seed(0)
+    model = tiny.qformer(layers=4, cross_every=1)
+    means = torch.randn(400, tiny.V) @ torch.randn(tiny.V, tiny.V) + 3
+    rows = torch.stack([means @ torch.randn(tiny.V, tiny.D) + n for n in range(4)])  # linear: all of it can be told
+    open_image_path(model, means)
+    before = [layer.cross.value.weight.clone() for layer in model.layers]
+    speak_as_text(model, means, rows, penalty=1e-6)
+    for n, layer in enumerate(model.layers):
+        cross = layer.cross
+        assert isinstance(cross, Attention)
+        if n % 2:
+            assert torch.equal(cross.value.weight, before[n])
+            continue
+        found = cross.value(means).detach()
+        assert torch.allclose(found.mean(0), torch.zeros(tiny.D), atol=1e-3)
+        assert abs(float(found.std()) - 1) < 1e-3
+        wanted = rows[n] - rows[n].mean(0)
+        assert torch.allclose(found, wanted / wanted.std(), atol=2e-2)
+
+
+def test_mean_text_rows_are_those_of_the_text_alone() -> None:
+    torch.manual_seed(0)
+    model = tiny.qformer(layers=3)
+    tokens, valid = torch.randint(1, tiny.WORDS, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    valid[0, 4:] = False
+    rows = mean_text_rows(model, tokens, valid)
+    assert rows.shape == (3, 2, tiny.D)
+    assert torch.allclose(rows[0, 0], model.embed_text(tokens[:1, :4])[0].mean(0), atol=1e-5)
+    assert torch.allclose(rows[:, :1], mean_text_rows(model, tokens[:1, :4], valid[:1, :4]), atol=1e-4)
 
 
 def test_cross_attention_hands_on_the_whitened_mean_patch() -> None:

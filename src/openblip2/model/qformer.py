@@ -121,7 +121,7 @@ class QFormer(nn.Module):
                 the others as keys and values only.
         """
         queries = self._embed_queries(memory, tokens) if memory is not None else None
-        text = self._embed_text(tokens) if tokens is not None else None
+        text = self.embed_text(tokens) if tokens is not None else None
         return self._run(queries, text, memory, mask, None, keep_text)
 
     def write(self, alone: Seen, tokens: Tensor, mask: Tensor, keep_text: int | None = None) -> Tensor:
@@ -134,7 +134,7 @@ class QFormer(nn.Module):
             tokens: `[B, T]`. mask: `masks.causal(Q, valid)`, the rows of queries included.
             keep_text: as in `forward`.
         """
-        text = self._embed_text(tokens)
+        text = self.embed_text(tokens)
         seen = self._run(None, text, None, mask[:, :, -tokens.shape[1] :], alone.cache, keep_text)
         assert seen.text is not None
         return seen.text
@@ -143,7 +143,8 @@ class QFormer(nn.Module):
         rows = self.dropout(self.norm(self.queries))
         return rows.expand((memory.layers[0][0] if tokens is None else tokens).shape[0], -1, -1)
 
-    def _embed_text(self, tokens: Tensor) -> Tensor:
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """Text rows as they enter the first layer: `[B, T]` -> `[B, T, D]`."""
         # Positions start at 0 whether or not queries stand in front; there is no token-type embedding.
         if self.words is None or self.positions is None:
             raise ValueError("this Q-Former has no text path (stage 2 leaves it out); load a stage-1 run for text")

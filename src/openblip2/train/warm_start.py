@@ -2,8 +2,10 @@
 
 Stage 1: a random Q-Former lets little of the picture through and scrambles that, and gradient steps find the large
 directions (colour, layout) long before the small ones (which of hundreds of nouns). `open_image_path` lets the
-whitened mean patch through to the query outputs; `align_heads` solves for the two heads of ITC by ridge regression.
-What a linear map can know of the pictures is then known before the first step.
+whitened mean patch through to the query outputs; in every second layer `speak_as_text` makes of it what the caption's
+rows look like there, so that the self-attention that queries and text share finds like beside like; `align_heads`
+solves for the two heads of ITC. All by ridge regression: what a linear map can know of the pictures is known before
+the first step.
 
 Stage 2: from a random projection a language model learns to write captions long before it learns to look. Ridge
 regression from the mean query output of stage 1 to the mean input embedding of the caption's content words, rare words
@@ -16,12 +18,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip2.data.tokens import QFormerTokens
+from openblip2.model import masks
 from openblip2.model.qformer import Layer, QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -43,9 +47,18 @@ STOP_WORDS = frozenset((
 
 
 def warm_start_stage1(model: Stage1, tokens: QFormerTokens, pairs: Callable[[], Iterable[Pair]]) -> float:
-    """`open_image_path`, then `align_heads`, on the given pictures and captions; returns R2 in the shared space."""
-    means = [model.qformer.image_norm(patches.float()).mean(1) for patches, _ in pairs()]
+    """`open_image_path`, `speak_as_text`, then `align_heads`, on the given pictures and captions.
+
+    Returns:
+        R2 in the shared space.
+    """
+    means, rows = [], []
+    for patches, captions in pairs():
+        means.append(model.qformer.image_norm(patches.float()).mean(1))
+        ids, valid = (t.to(patches.device) for t in tokens(list(captions)))
+        rows.append(mean_text_rows(model.qformer, ids, valid))
     open_image_path(model.qformer, torch.cat(means))
+    speak_as_text(model.qformer, torch.cat(means), torch.cat(rows, dim=1))
     queries, texts = [], []
     for patches, captions in pairs():
         queries.append(mean_query_output(model.qformer, patches))
@@ -71,6 +84,37 @@ def open_image_path(qformer: QFormer, means: Tensor) -> None:
             nn.init.eye_(layer.cross.out.weight)
         layer.query_ffn.narrow.weight.data.mul_(FFN_SHARE)
         layer.query_ffn.narrow.bias.data.mul_(FFN_SHARE)
+
+
+def mean_text_rows(qformer: QFormer, tokens: Tensor, valid: Tensor) -> Tensor:
+    """Each text's mean row as it enters each layer, the text alone: `[B, T]` -> `[layers, B, D]`."""
+    share = valid.float() / valid.float().sum(1, keepdim=True)
+    text, found = qformer.embed_text(tokens), []
+    for layer in qformer.layers:
+        found.append((text.float() * share[..., None]).sum(1))
+        _, text, _ = layer(None, text, None, masks.padding(valid), None)
+    return torch.stack(found)
+
+
+def speak_as_text(qformer: QFormer, means: Tensor, rows: Tensor, penalty: float = 30.0) -> None:
+    """In every second layer that crosses, value = ridge regression from the whitened mean patch to the mean text row.
+
+    The prediction is scaled to a variance of 1, as large as what the other layers hand on.
+
+    Args:
+        means: `[N, V]`, as for `open_image_path`, which comes first. rows: `[layers, N, D]`, of `mean_text_rows`.
+        penalty: of the ridge, in pictures.
+    """
+    whitening = fit_whitening(means)
+    seen = ((means - whitening.mean) @ whitening.matrix).double()
+    gram = seen.T @ seen + penalty * torch.eye(seen.shape[1], dtype=seen.dtype, device=seen.device)
+    crossing = [n for n, layer in enumerate(qformer.layers) if layer.cross is not None]
+    for n in crossing[::2]:
+        wanted = rows[n].double() - rows[n].double().mean(0)
+        weight = torch.linalg.solve(gram, seen.T @ wanted)
+        weight = (whitening.matrix.double() @ (weight / (seen @ weight).std())).to(means.dtype)  # [V, D]
+        cross: Any = qformer.layers[n].cross
+        set_linear(cross.value, weight, -whitening.mean @ weight)
 
 
 def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 300.0) -> float:
