@@ -134,7 +134,9 @@ class Bench:
         pixels = normalised(self._vision(), images, theirs.vision_model.dtype)
 
         def ours() -> dict[str, Tensor]:
-            given = {"images": images} if cache is None else {"features": cache.read(range(len(images))).to(self.place)}
+            given: dict[str, Any] = {"images": images}
+            if cache is not None:
+                given = {"features": cache.read(range(len(images))).to(self.place)}
             return self._step(model, lambda: model.losses(prompts, captions, **given))
 
         def transformers() -> dict[str, Tensor]:
