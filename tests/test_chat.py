@@ -13,11 +13,12 @@ from PIL import Image
 import tiny
 import tiny_models
 from openblip2 import cli
+from openblip2.captioner import Captioner
 from openblip2.chat import Chat
+from openblip2.commands import use
 from openblip2.config import RunSettings, change
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
-from openblip2.inference import Captioner
 from openblip2.model.context import context_of
 from openblip2.model.language import DecoderLM, Decoding
 from openblip2.model.stage2 import Stage2
@@ -296,7 +297,7 @@ def talk(
     model: Captioner, said: TextIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *more: str
 ) -> tuple[Any, str, str]:
     """Exit code, what was printed, and what was complained about."""
-    monkeypatch.setattr(cli, "_stage2", lambda run: model)
+    monkeypatch.setattr(use, "load_captioner", lambda run: model)
     monkeypatch.setattr(sys, "stdin", said)
     monkeypatch.setattr(sys, "argv", ["openblip2", "chat", "run", "dog.png", *more])
     with pytest.raises(SystemExit) as end:

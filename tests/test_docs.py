@@ -31,7 +31,7 @@ BELOW = {
     "train": GROUND | {"model", "data", "evaluate"},
     "weights": GROUND | {"model", "data", "evaluate", "train", "presets"},
 }
-HANDS = {"inference", "pretrained", "inputs", "chat"}
+HANDS = {"inference", "captioner", "matcher", "pretrained", "inputs", "chat"}
 for name in HANDS:
     BELOW[name] = BELOW["weights"] | {"weights"} | HANDS
 BELOW["score"] = BELOW["weights"] | {"weights"} | HANDS

@@ -18,7 +18,8 @@ from openblip2.data.sources import read_source
 from openblip2.errors import UserError
 from openblip2.evaluate.ranking import Matches, best_images, best_texts, hits_at
 from openblip2.evaluate.retrieval import recalls, rerank
-from openblip2.inference import Matcher, load
+from openblip2.inference import load
+from openblip2.matcher import Matcher
 from openblip2.model.objectives import similarity
 from openblip2.model.stage1 import Stage1
 from openblip2.score.card import overlap, weights_digest

@@ -96,7 +96,7 @@ def test_text_that_all_rows_begin_with_is_read_once(
     losses, gradients, texts = [], [], []
     for shared in (True, False):
         if not shared:
-            monkeypatch.setattr("openblip2.model.language._common_text", lambda heads: [])
+            monkeypatch.setattr("openblip2.model.language.common_text", lambda heads: [])
         soft = soft_prompts(2).requires_grad_()
         losses.append(lm.loss(soft, prompts, captions))
         gradients.append(torch.autograd.grad(losses[-1], soft)[0])

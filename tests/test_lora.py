@@ -117,7 +117,7 @@ def test_text_in_front_of_the_picture_carries_gradient_to_the_adapters(
     model.language.template = "<s>a photo of two{image}{prompt}"
     once = loss_of(model)
     read_once = tiny.gradients(once, model)
-    monkeypatch.setattr(language_module, "_common_text", lambda heads: [])
+    monkeypatch.setattr(language_module, "common_text", lambda heads: [])
     whole = loss_of(model)
     torch.testing.assert_close(once, whole, rtol=1e-5, atol=1e-5)
     in_one_piece = tiny.gradients(whole, model)

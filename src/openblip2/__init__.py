@@ -16,28 +16,31 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from openblip2.captioner import Captioner
     from openblip2.chat import Chat
     from openblip2.config import RunSettings, change
     from openblip2.data.records import Question, Record, read_records, write_records
     from openblip2.errors import UserError
-    from openblip2.inference import Captioner, Matcher, load
+    from openblip2.inference import load
+    from openblip2.matcher import Matcher
     from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM
     from openblip2.model.load_language import load_language
+    from openblip2.model.load_vision import load_vision
     from openblip2.model.qformer import QFormer
     from openblip2.model.stage1 import Stage1
     from openblip2.model.stage2 import Stage2
-    from openblip2.model.vision import Vision, load_vision
+    from openblip2.model.vision import Vision
     from openblip2.presets import preset
     from openblip2.train.recipes import train_stage
     from openblip2.weights.convert import convert
 
 _HOME = {
-    "Captioner": "inference",
+    "Captioner": "captioner",
     "Chat": "chat",
     "DecoderLM": "model.language",
     "Decoding": "model.language",
     "EncoderDecoderLM": "model.language",
-    "Matcher": "inference",
+    "Matcher": "matcher",
     "QFormer": "model.qformer",
     "Question": "data.records",
     "Record": "data.records",
@@ -50,7 +53,7 @@ _HOME = {
     "convert": "weights.convert",
     "load": "inference",
     "load_language": "model.load_language",
-    "load_vision": "model.vision",
+    "load_vision": "model.load_vision",
     "preset": "presets",
     "read_records": "data.records",
     "train_stage": "train.recipes",

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from openblip2.captioner import ANSWER, Captioner
 from openblip2.data.images import Picture
 from openblip2.data.text import clean_question
 from openblip2.errors import UserError
 from openblip2.evaluate.answering import question_tokens
-from openblip2.inference import ANSWER, Captioner
 from openblip2.inputs import features_of
 from openblip2.model.context import context_of, room_for_prompt
 from openblip2.model.language import Decoding

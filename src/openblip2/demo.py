@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from openblip2.captioner import ANSWER, CAPTION, Captioner, greedy
 from openblip2.config import RunSettings, change
 from openblip2.data.corpora import easy_vqa_records, stamps_records
 from openblip2.data.features import Features
@@ -25,7 +26,8 @@ from openblip2.evaluate.captions import caption_scores
 from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.retrieval import recalls, rerank, similarities
 from openblip2.evaluate.vqa import accuracy, baselines
-from openblip2.inference import ANSWER, CAPTION, Captioner, Matcher, greedy, load
+from openblip2.inference import load
+from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.model.language import Decoding
 from openblip2.presets import preset

@@ -27,7 +27,8 @@ def read_changes(pairs: list[str] | None) -> dict[str, str]:
 
 def load_captioner(run: str) -> Any:
     """A run that can write text: a `Captioner`."""
-    from openblip2.inference import Captioner, load
+    from openblip2.captioner import Captioner
+    from openblip2.inference import load
 
     model = load(run)
     if not isinstance(model, Captioner):

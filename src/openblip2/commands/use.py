@@ -19,7 +19,7 @@ def caption(
     """Describe pictures: one line each, `path<TAB>caption`."""
     from dataclasses import replace
 
-    from openblip2.inference import CAPTION
+    from openblip2.captioner import CAPTION
 
     model = load_captioner(run)
     for image, text in zip(images, model.caption(images, prompt, replace(CAPTION, beams=beams)), strict=True):
@@ -44,8 +44,8 @@ def chat(
     """Talk about a picture: a line in, an answer out, each behind the earlier ones, until the input ends."""
     from dataclasses import replace
 
+    from openblip2.captioner import ANSWER
     from openblip2.chat import Chat
-    from openblip2.inference import ANSWER
 
     talk = Chat(load_captioner(run), image, replace(ANSWER, max_new_tokens=tokens), question)
     terminal = sys.stdin.isatty()
@@ -72,7 +72,8 @@ def rank(
     images: Annotated[list[Path], typer.Argument(help="Pictures.")],
 ) -> None:
     """Order pictures by how well they fit a text, the best first: `similarity<TAB>path`."""
-    from openblip2.inference import Matcher, load
+    from openblip2.inference import load
+    from openblip2.matcher import Matcher
 
     model = load(run)
     if not isinstance(model, Matcher):

@@ -10,13 +10,14 @@ from openblip2.errors import UserError
 from openblip2.model.bert import bert_sizes, start_from_bert
 from openblip2.model.language import EncoderDecoderLM, LanguageModel
 from openblip2.model.load_language import load_language
+from openblip2.model.load_vision import load_vision
 from openblip2.model.lora import adapt_qformer, add_lora, has_lora, require_lora
 from openblip2.model.precision import DTYPES
 from openblip2.model.qformer import QFormer
 from openblip2.model.quantised import BITS, require_quantisation
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision, load_vision
+from openblip2.model.vision import Vision
 
 
 def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> Vision:

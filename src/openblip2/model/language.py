@@ -22,12 +22,12 @@ from openblip2.model import prompt_cache
 from openblip2.model.decoding import Decoding, generate
 from openblip2.model.output_head import ends_in_head, gather_head_input, loss_at
 from openblip2.model.precision import own_precision
+from openblip2.model.rows import SOFT, common_text, embed_rows, text_ids
 from openblip2.model.template import PAPER_TEMPLATE, resolve_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SOFT = -1  # stands for one soft token in a row of ids
 IGNORED = -100  # a position without a target
 
 
@@ -99,7 +99,7 @@ class FrozenLM(nn.Module):
             soft: `[B, Q, L]`. prompts: B texts.
         """
         rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
-        return _embed(self.llm, rows, soft, left=not self.llm.config.is_encoder_decoder)
+        return embed_rows(self.llm, rows, soft, left=not self.llm.config.is_encoder_decoder)
 
     def length(self, prompt: str) -> int:
         """Tokens that it reads behind a prompt's picture and in front of it, the soft ones not counted."""
@@ -112,9 +112,9 @@ class FrozenLM(nn.Module):
         """Ids in front of what is to be written, `SOFT` in the soft tokens' places."""
         before, after = self.template.split("{image}")
         return [
-            *_ids(self.tokenizer, before.format(prompt=prompt)),
+            *text_ids(self.tokenizer, before.format(prompt=prompt)),
             *[SOFT] * queries,
-            *_ids(self.tokenizer, after.format(prompt=prompt)),
+            *text_ids(self.tokenizer, after.format(prompt=prompt)),
             *(self.end if self.llm.config.is_encoder_decoder else ()),  # as its tokenizer ends every text
         ]
 
@@ -135,9 +135,9 @@ class DecoderLM(FrozenLM):
         heads = [self._head(prompt, soft.shape[1]) for prompt in prompts]
         tails = [self._caption(prompt, caption) for prompt, caption in zip(prompts, captions, strict=True)]
         # What a layer computes again would be put into the cache again: then all rows are read whole.
-        before = [] if self.checkpointed else _common_text(heads)
+        before = [] if self.checkpointed else common_text(heads)
         rows = [head[len(before) :] + tail for head, tail in zip(heads, tails, strict=True)]
-        embeds, mask = _embed(self.llm, rows, soft, left=False)
+        embeds, mask = embed_rows(self.llm, rows, soft, left=False)
         labels = torch.full_like(mask, IGNORED)
         for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
             labels[row, len(head) - len(before) :][: len(tail)] = torch.tensor(tail)
@@ -168,7 +168,7 @@ class DecoderLM(FrozenLM):
         pictures = range(len(soft)) if pictures is None else pictures
         rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
         text, shared = self._shared(rows, pictures)
-        embeds, mask = _embed(self.llm, rows, soft[list(pictures)], left=True, fixed=shared)
+        embeds, mask = embed_rows(self.llm, rows, soft[list(pictures)], left=True, fixed=shared)
         every = list(range(len(rows)))
         firsts = [pictures.index(picture) for picture in pictures]  # of each row, the first about the same picture
         stages = [(text, [0] * len(rows)), (shared, firsts)]
@@ -190,7 +190,7 @@ class DecoderLM(FrozenLM):
         if not self.reuse.cache or not (self.reuse.gaps or len(set(map(len, rows))) == 1):
             return 0, 0
         most = min(map(len, rows)) - 1  # `generate` computes the last token itself
-        text = min(len(_common_text(rows)), most)
+        text = min(len(common_text(rows)), most)
         columns = zip(*rows, strict=False)  # the shortest row ends it
         shared = min(sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns)), most)
         return text, shared if len(set(pictures)) < len(rows) and SOFT in rows[0][:shared] else text
@@ -206,7 +206,7 @@ class DecoderLM(FrozenLM):
 
     def _caption(self, prompt: str, caption: str) -> list[int]:
         spaced = self.template.endswith("{prompt}") and prompt and not prompt[-1].isspace()
-        return _ids(self.tokenizer, " " + caption if spaced else caption) + self.end
+        return text_ids(self.tokenizer, " " + caption if spaced else caption) + self.end
 
 
 class EncoderDecoderLM(FrozenLM):
@@ -231,8 +231,8 @@ class EncoderDecoderLM(FrozenLM):
             self._head(f"{prompt} {prefix}".strip(), soft.shape[1])
             for prompt, (prefix, _) in zip(prompts, split, strict=True)
         ]
-        embeds, mask = _embed(self.llm, heads, soft, left=False)
-        tails = [_ids(self.tokenizer, suffix) + self.end for _, suffix in split]
+        embeds, mask = embed_rows(self.llm, heads, soft, left=False)
+        tails = [text_ids(self.tokenizer, suffix) + self.end for _, suffix in split]
         labels = torch.full((len(tails), max(map(len, tails))), IGNORED, device=soft.device)
         for row, tail in enumerate(tails):
             labels[row, : len(tail)] = torch.tensor(tail)
@@ -273,32 +273,4 @@ def _end_ids(tokenizer: Any, end: str | None) -> list[int]:
     end = tokenizer.eos_token if end is None else end
     if not end:
         raise UserError("this tokenizer has no end-of-sequence token: set language.end to the text that ends a caption")
-    return _ids(tokenizer, end)
-
-
-def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []  # pyright: ignore
-
-
-def _common_text(heads: list[list[int]]) -> list[int]:
-    """The ids that all rows begin with, up to the first soft token."""
-    columns = zip(*heads, strict=False)  # the shortest row ends it
-    return [first for first, *_ in takewhile(lambda ids: ids[0] != SOFT and len(set(ids)) == 1, columns)]
-
-
-def _embed(llm: Any, rows: list[list[int]], soft: Tensor, left: bool, fixed: int = 0) -> tuple[Tensor, Tensor]:
-    """Embeds rows of ids in which `SOFT` marks the soft tokens' places: `[B, T, L]` and attention mask `[B, T]`.
-
-    left: padding stands in front, but behind the first `fixed` ids, which no padding moves.
-    """
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for n, row in enumerate(rows):
-        rest = fixed + (longest - len(row) if left else 0)
-        for start, part in ((0, row[:fixed]), (rest, row[fixed:])):
-            place = slice(start, start + len(part))
-            ids[n, place], mask[n, place] = torch.tensor(part), 1
-    ids, mask = ids.to(soft.device), mask.to(soft.device)
-    embeds = llm.get_input_embeddings()(ids.clamp(min=0))
-    return embeds.masked_scatter((ids == SOFT)[..., None], soft.to(embeds.dtype)), mask
+    return text_ids(tokenizer, end)

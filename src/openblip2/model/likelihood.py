@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openblip2.model.language import IGNORED, DecoderLM, LanguageModel, _common_text, _embed, _ids
+from openblip2.model.language import IGNORED, DecoderLM, LanguageModel
+from openblip2.model.rows import common_text, embed_rows, text_ids
 
 
 @torch.no_grad()
@@ -35,8 +36,8 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
     llm: Any = language.llm
     head = language._head(prompt, soft.shape[1])
     # The text behind the last token of the head follows from its output, so that one is never left out.
-    text = _common_text([head])[: len(head) - 1] if isinstance(language, DecoderLM) else []
-    parts = _embed(llm, [head[len(text) :]] * len(soft), soft, left=False)
+    text = common_text([head])[: len(head) - 1] if isinstance(language, DecoderLM) else []
+    parts = embed_rows(llm, [head[len(text) :]] * len(soft), soft, left=False)
     before, mask = (part.expand(len(tails), *part.shape[1:]) for part in parts)
     with language.own_precision():
         if isinstance(language, DecoderLM):
@@ -57,4 +58,4 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
 def _tail(language: LanguageModel, prompt: str, text: str) -> list[int]:
     if isinstance(language, DecoderLM):
         return language._caption(prompt, text)
-    return _ids(language.tokenizer, text) + language.end
+    return text_ids(language.tokenizer, text) + language.end

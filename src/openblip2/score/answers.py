@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from openblip2.captioner import Captioner
 from openblip2.data.records import Question, Record
 from openblip2.evaluate.vqa import baselines
 from openblip2.evaluate.vqa_metrics import exact_scores, gqa_scores, lemmas, vqa_scores
-from openblip2.inference import Captioner
 from openblip2.model.decoding import Decoding
 from openblip2.score.card import decoding_card
 from openblip2.score.result import Result

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 
+from openblip2.captioner import Captioner
 from openblip2.data.records import Record
 from openblip2.evaluate.caption_metrics import (
     BLEU,
@@ -15,7 +16,6 @@ from openblip2.evaluate.caption_metrics import (
     cut,
     domain_scores,
 )
-from openblip2.inference import Captioner
 from openblip2.model.decoding import Decoding
 from openblip2.model.extras import require
 from openblip2.score.answers import WITHHELD

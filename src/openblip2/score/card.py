@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from openblip2.captioner import Captioner
 from openblip2.data.records import Record
 from openblip2.data.seen import seen_before
-from openblip2.inference import Captioner, Matcher
+from openblip2.matcher import Matcher
 from openblip2.model.decoding import Decoding
 from openblip2.train.checkpoint import kept_parameters, read_config
 from openblip2.train.hardware import compute_dtype, device

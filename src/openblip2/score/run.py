@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from openblip2.captioner import ANSWER, CAPTION, Captioner
 from openblip2.data.corpora import easy_vqa_records
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record
 from openblip2.data.sources import EASY_VQA, Source
 from openblip2.errors import UserError
-from openblip2.inference import ANSWER, CAPTION, Captioner, Matcher, load
+from openblip2.inference import load
+from openblip2.matcher import Matcher
 from openblip2.score.answers import METRICS, score_answers, usual_metric
 from openblip2.score.captions import score_captions
 from openblip2.score.card import card, overlap

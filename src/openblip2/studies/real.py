@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from openblip2.captioner import CAPTION, Captioner, greedy
 from openblip2.config import RunSettings, change, to_dict
 from openblip2.data.fetch import fetch
 from openblip2.data.real import by_fold, prepare
@@ -21,7 +22,8 @@ from openblip2.data.records import Record, read_records
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
 from openblip2.evaluate.intervals import Interval, difference_interval, mean_interval
-from openblip2.inference import CAPTION, Captioner, Matcher, greedy, load
+from openblip2.inference import load
+from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.presets import fine_tuning, preset
 from openblip2.score.captions import score_captions

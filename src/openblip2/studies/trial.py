@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from openblip2.captioner import Captioner
 from openblip2.config import RunSettings, VisionSettings, change, to_dict
 from openblip2.data.cache import Cache
 from openblip2.data.features import find_records
@@ -25,7 +26,8 @@ from openblip2.data.scenes import Split, draw_scenes
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
 from openblip2.evaluate.grounding import caption_losses
-from openblip2.inference import Captioner, Matcher, load
+from openblip2.inference import load
+from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.score.retrieval import score_retrieval
 from openblip2.studies.design import BOTH, GAP, LOSS, OTHER, SCORES, WAYS, Plan, Study, Way

@@ -15,10 +15,11 @@ from openblip2.config import LanguageSettings, RunSettings, VisionSettings, chan
 from openblip2.errors import UserError, one_line
 from openblip2.model.build import build_language, build_stage1, build_stage2, build_vision
 from openblip2.model.language import LanguageModel
+from openblip2.model.load_vision import last_useful_layer, load_vision
 from openblip2.model.quiet import quiet_transformers
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision, last_useful_layer, load_vision
+from openblip2.model.vision import Vision
 from openblip2.model.wheels import locate
 from openblip2.train.checkpoint import fill_trained
 from openblip2.train.hardware import compute_dtype

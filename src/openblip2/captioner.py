@@ -1,0 +1,188 @@
+"""A trained stage 2 in people's hands: pictures, prompts and questions in, sentences out.
+
+Pictures are paths, PIL images or arrays (see `data/images.py`); everything below this module works on tensors.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openblip2.config import RunSettings
+from openblip2.data.images import Picture
+from openblip2.data.text import clean_question
+from openblip2.data.tokens import QFormerTokens
+from openblip2.errors import UserError
+from openblip2.evaluate.answering import question_tokens
+from openblip2.inputs import GROUP, clean_texts, features_of, require_pairs, same_pictures
+from openblip2.model.language import Decoding
+from openblip2.model.stage2 import Stage2
+from openblip2.pretrained import Pretrained
+from openblip2.train.hardware import computing
+
+CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
+ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short
+
+
+class Captioner(Pretrained):
+    """A trained stage 2: what pictures show, and answers about them, in the language model's words."""
+
+    model: Stage2
+
+    def __init__(
+        self,
+        model: Stage2,
+        settings: RunSettings,
+        carries: frozenset[str] = frozenset(),
+        measured: Mapping[str, Any] | None = None,
+        tokens: QFormerTokens | None = None,
+    ) -> None:
+        """`tokens`: where the Q-Former reads questions (fine-tuned for VQA)."""
+        super().__init__(model, settings, carries, measured, tokens.tokenizer if tokens else None)
+        self.tokens = tokens
+
+    def caption(self, images: Sequence[Picture], prompt: str | None = None, decoding: Decoding = CAPTION) -> list[str]:
+        """One caption for each picture. `prompt`: text behind the soft prompt; None = the one of training.
+
+        Raises:
+            UserError: a picture that cannot be opened.
+        """
+        prompt = self.settings.language.prompts[0] if prompt is None else prompt
+        return self.generate(images, [prompt] * len(images), decoding)
+
+    def answer(self, images: Sequence[Picture], questions: Sequence[str], decoding: Decoding = ANSWER) -> list[str]:
+        """The answer to question n about picture n, asked in the run's own form (`language.question`).
+
+        A picture that repeats is looked at once, as in `generate`.
+
+        Raises:
+            UserError: a picture that cannot be opened, an empty question, one of more than 50 words, or not as
+                many as pictures.
+        """
+        require_pairs(images, questions, "questions")
+        asked = clean_texts(questions, clean_question)
+        form = self.settings.language.question
+        prompts = [form.replace("{}", question) for question in asked]
+        return self.generate(images, prompts, decoding, asked if self.tokens else None)
+
+    def ask(self, image: Picture, questions: Sequence[str], decoding: Decoding = ANSWER) -> list[str]:
+        """Answers to many questions about one picture, which is looked at once.
+
+        Raises:
+            UserError: as `answer`.
+        """
+        return self.answer([image] * len(questions), questions, decoding)
+
+    def soft_prompt(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> Tensor:
+        """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU.
+
+        `questions`: one for each picture, where the Q-Former reads them.
+        """
+        self._require_questions(images, questions)
+        rows: list[Tensor] = []
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            for n, part in enumerate(features_of(self.model, images)):
+                read = self._read(questions[n * GROUP : (n + 1) * GROUP] if questions else None)
+                rows.append(self.model.soft_prompt(features=part, question=read).float().cpu())
+        return torch.cat(rows)
+
+    def embed(
+        self, images: Sequence[Picture], prompts: Sequence[str], questions: Sequence[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """All that the language model reads for picture n and prompt n: `[N, T, L]` and mask `[N, T]`, on the CPU.
+
+        What another program needs to write the text with the language model alone.
+        """
+        require_pairs(images, prompts, "prompts")
+        soft = self.soft_prompt(images, questions).to(next(self.model.parameters()).device)
+        with torch.inference_mode():
+            embeds, mask = self.model.language.embed(soft, prompts)
+        return embeds.float().cpu(), mask.cpu()
+
+    def generate(
+        self,
+        images: Sequence[Picture],
+        prompts: Sequence[str],
+        decoding: Decoding,
+        questions: Sequence[str] | None = None,
+    ) -> list[str]:
+        """The language model's text for picture n behind prompt n.
+
+        A picture that repeats, by its path or as the same object of a list, goes through the encoder and the Q-Former
+        once, and where prompts begin alike the language model reads it once, too. Prompts of like length go together.
+
+        Args:
+            questions: one for each picture, where the Q-Former reads them: then a picture that repeats goes through
+                the encoder once in each group of 32, and through the Q-Former with each question.
+
+        Raises:
+            UserError: a picture that cannot be opened; no questions where they are read, or some where they are not.
+        """
+        self._require_questions(images, questions)
+        if questions is not None:
+            return self._generate_asked(images, prompts, decoding, questions)
+        names = same_pictures(images)
+        left, language = Counter(names), self.model.language
+        lengths = {prompt: language.length(prompt) for prompt in set(prompts)}
+        first = {name: n for n, name in reversed(list(enumerate(names)))}
+        # Prompts about one picture stay together, for they share more than padding costs.
+        order = sorted(
+            range(len(names)),
+            key=lambda n: (first[names[n]] if left[names[n]] > 1 else len(names), lengths[prompts[n]]),
+        )
+        found, soft = [""] * len(names), dict[str | int, Tensor]()
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            for start in range(0, len(order), GROUP):
+                rows = order[start : start + GROUP]
+                here = {names[n]: n for n in rows}
+                unseen = [n for name, n in here.items() if name not in soft]
+                for features in features_of(self.model, [images[n] for n in unseen]):
+                    soft |= zip((names[n] for n in unseen), self.model.soft_prompt(features=features), strict=True)
+                about = [list(here).index(names[n]) for n in rows]
+                given = torch.stack([soft[name] for name in here])
+                texts = language.generate(given, [prompts[n] for n in rows], decoding, about)
+                for n, text in zip(rows, texts, strict=True):
+                    found[n] = text
+                left.subtract(names[n] for n in rows)
+                soft = {name: one for name, one in soft.items() if left[name]}
+        return found
+
+    def _generate_asked(
+        self, images: Sequence[Picture], prompts: Sequence[str], decoding: Decoding, questions: Sequence[str]
+    ) -> list[str]:
+        names, found = same_pictures(images), [""] * len(images)
+        first = {name: n for n, name in reversed(list(enumerate(names)))}
+        order = sorted(range(len(names)), key=lambda n: (first[names[n]], len(prompts[n])))
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            for start in range(0, len(order), GROUP):
+                rows = order[start : start + GROUP]
+                here = {names[n]: n for n in rows}
+                features = torch.cat(list(features_of(self.model, [images[n] for n in here.values()])))
+                about = [list(here).index(names[n]) for n in rows]
+                read = self._read([questions[n] for n in rows])
+                soft = self.model.soft_prompt(features=features[about], question=read)
+                texts = self.model.language.generate(soft, [prompts[n] for n in rows], decoding)
+                for n, text in zip(rows, texts, strict=True):
+                    found[n] = text
+        return found
+
+    def _read(self, questions: Sequence[str] | None) -> tuple[Tensor, Tensor] | None:
+        return question_tokens(self.tokens, questions, self.model.projection.weight.device)
+
+    def _require_questions(self, images: Sequence[Picture], questions: Sequence[str] | None) -> None:
+        if (questions is None) != (self.tokens is None):
+            raise UserError(
+                "this run answers questions, which its Q-Former reads: ask one (`answer`)"
+                if questions is None
+                else "this run's Q-Former reads no questions: give them in the prompts alone"
+            )
+        if questions is not None:
+            require_pairs(images, questions, "questions")
+
+
+def greedy(decoding: Decoding) -> Decoding:
+    """The same, without beams."""
+    return replace(decoding, beams=1)

@@ -1,0 +1,88 @@
+"""A trained stage 1 in people's hands: pictures and sentences in, scores out.
+
+Pictures are paths, PIL images or arrays (see `data/images.py`); everything below this module works on tensors.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openblip2.config import RunSettings
+from openblip2.data.images import Picture
+from openblip2.data.text import clean_caption
+from openblip2.data.tokens import QFormerTokens
+from openblip2.errors import UserError
+from openblip2.evaluate.retrieval import rerank, similarities
+from openblip2.inputs import clean_texts, features_of, require_pairs
+from openblip2.model.stage1 import Stage1
+from openblip2.pretrained import Pretrained
+from openblip2.train.hardware import computing
+
+
+class Matcher(Pretrained):
+    """A trained stage 1: how well texts fit pictures."""
+
+    model: Stage1
+
+    def __init__(
+        self,
+        model: Stage1,
+        tokens: QFormerTokens,
+        settings: RunSettings,
+        carries: frozenset[str] = frozenset(),
+        measured: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(model, settings, carries, measured, tokens.tokenizer)
+        self.tokens = tokens
+
+    def similarity(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
+        """The best query's cosine for N pictures and M texts: `[N, M]`, in [-1, 1].
+
+        Raises:
+            UserError: a picture that cannot be opened, an empty text, or one longer than the run's text limit.
+        """
+        tokens, valid = (t.to(self.model.temperature.device) for t in self._tokenise(texts))
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            rows = [similarities(self.model, part, tokens, valid) for part in features_of(self.model, images)]
+        return torch.cat(rows).float().cpu()
+
+    def match(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
+        """The probability, by the image-text matching head, that text n belongs to picture n: `[N]`.
+
+        Raises:
+            UserError: as `similarity`; or not as many texts as pictures.
+        """
+        require_pairs(images, texts, "texts")
+        tokens, valid = (t.to(self.model.temperature.device) for t in self._tokenise(texts))
+        found, done = [], 0
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            for part in features_of(self.model, images):
+                rows = slice(done, done + len(part))
+                logits = self.model.match(self.model.qformer.look(part), tokens[rows], valid[rows])
+                found.append(logits.float().softmax(dim=1)[:, 1])
+                done += len(part)
+        return torch.cat(found).cpu()
+
+    def rerank(self, images: Sequence[Picture], texts: Sequence[str], best: int = 128) -> tuple[Tensor, Tensor]:
+        """Scores of N pictures and M texts that rank as in the paper's retrieval: two `[N, M]`.
+
+        By the first each picture finds its texts, by the second each text its pictures: the `best` by `similarity`
+        have the matching head's log-odds, and all others stand behind them. All pictures' features are in memory.
+
+        Raises:
+            UserError: as `similarity`.
+        """
+        tokens, valid = (t.to(self.model.temperature.device) for t in self._tokenise(texts))
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            features = torch.cat(list(features_of(self.model, images)))
+            scores = similarities(self.model, features, tokens, valid)
+            by_image, by_text = rerank(self.model, features, tokens, valid, scores, best)
+        return by_image.float().cpu(), by_text.float().cpu()
+
+    def _tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        cleaned = clean_texts(texts, clean_caption)
+        for n in self.tokens.too_long(cleaned):
+            raise UserError(f"text {texts[n][:40]!r}... is longer than the {self.tokens.longest} tokens of this run")
+        return self.tokens(cleaned)

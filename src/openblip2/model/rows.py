@@ -1,0 +1,44 @@
+"""Rows of ids with places for the soft prompt, as a language model is given them.
+
+Shapes: B rows, T tokens, Q soft tokens, L LLM width.
+"""
+
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SOFT = -1  # stands for one soft token in a row of ids
+
+
+def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The ids of a text, without special tokens."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []  # pyright: ignore
+
+
+def common_text(heads: list[list[int]]) -> list[int]:
+    """The ids that all rows begin with, up to the first soft token."""
+    columns = zip(*heads, strict=False)  # the shortest row ends it
+    return [first for first, *_ in takewhile(lambda ids: ids[0] != SOFT and len(set(ids)) == 1, columns)]
+
+
+def embed_rows(llm: Any, rows: list[list[int]], soft: Tensor, left: bool, fixed: int = 0) -> tuple[Tensor, Tensor]:
+    """Embeds rows of ids in which `SOFT` marks the soft tokens' places: `[B, T, L]` and attention mask `[B, T]`.
+
+    left: padding stands in front, but behind the first `fixed` ids, which no padding moves.
+    """
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        rest = fixed + (longest - len(row) if left else 0)
+        for start, part in ((0, row[:fixed]), (rest, row[fixed:])):
+            place = slice(start, start + len(part))
+            ids[n, place], mask[n, place] = torch.tensor(part), 1
+    ids, mask = ids.to(soft.device), mask.to(soft.device)
+    embeds = llm.get_input_embeddings()(ids.clamp(min=0))
+    return embeds.masked_scatter((ids == SOFT)[..., None], soft.to(embeds.dtype)), mask
