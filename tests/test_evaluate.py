@@ -150,8 +150,9 @@ def test_answers_and_their_protocol(home: Path, tmp_path: Path) -> None:
     assert len(protocol["checkpoint_sha256"]) == 64
     assert protocol["versions"]["torch"] == torch.__version__
     assert (protocol["most_new_tokens"], protocol["metric"].split()[0]) == (10, "exact")
-    again, _, _ = scored(home, "vqa", "vqa", tmp_path / "again", beams=1)
-    assert again["scores"] == found["scores"]
+    again, _, result = scored(home, "vqa", "vqa", tmp_path / "again", beams=1, seed=3)
+    assert again["scores"]["accuracy"]["score"] == found["scores"]["accuracy"]["score"]
+    assert {score.seed for score in result.scores.values()} == {3} == {again["protocol"]["seed"]}
     few, samples, _ = scored(home, "vqa", "two", tmp_path / "few", limit=3, beams=1)
     assert (few["pictures"], len(samples), few["protocol"]["zero_shot"]) == (3, 6, True)
     assert few["protocol"]["checkpoint_sha256"] != protocol["checkpoint_sha256"]

@@ -346,6 +346,17 @@ def test_what_cannot_be_fine_tuned_is_one_line(
         train_stage(tuning(home, task, start, **changes), records, tmp_path / "run", quiet())
 
 
+def test_what_only_fine_tuning_may_is_refused_elsewhere(home: Path, tmp_path: Path) -> None:
+    records, _ = read_records(home / "data", "questions")
+    with pytest.raises(UserError, match="is for fine-tuning"):
+        train_stage(recipe(home, "stage1", vision__trained="true"), records, tmp_path / "run", quiet())
+    with pytest.raises(UserError, match="is for vqa, here is caption"):
+        train_stage(tuning(home, "caption", "two", qformer__reads_question="true"), records, tmp_path / "run", quiet())
+    train_stage(tuning(home, "retrieval", "one", vision__trained="true"), records, tmp_path / "tuned", quiet())
+    with pytest.raises(UserError, match="which stage 2 would not use"):
+        train_stage(recipe(home, "stage2", start=str(tmp_path / "tuned")), records, tmp_path / "run", quiet())
+
+
 def test_presets_of_the_paper_keep_the_start_runs_models() -> None:
     start = preset("stage2", "vit-g-opt-6.7b")
     found = fine_tuning("vqa", "vit-g-opt-6.7b", start, "runs/two")

@@ -143,6 +143,13 @@ def require_extras(settings: RunSettings) -> None:
             f"vision.trained=true with vision.weights={settings.vision.weights}: weights that train are fp32; leave it "
             "at auto (train.precision says what is computed in)"
         )
+    if settings.vision.trained and settings.task == "pretraining":
+        raise UserError("vision.trained=true is for fine-tuning (caption, vqa, retrieval): both stages need it frozen")
+    if settings.qformer.reads_question and settings.task != "vqa":
+        raise UserError(
+            f"qformer.reads_question=true is for vqa, here is {settings.task}: there is no question to read; a run that "
+            "was fine-tuned for vqa cannot be fine-tuned for anything else"
+        )
     if settings.vision.trained and settings.train.chunk:
         raise UserError("train.chunk goes with a frozen image encoder: set train.chunk=0, or vision.trained=false")
     generative = settings.stage == "stage2"

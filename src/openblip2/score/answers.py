@@ -38,6 +38,7 @@ def score_answers(
     progress: Progress,
     lemmatised: bool = False,
     known: Sequence[Record] = (),
+    seed: int = 0,
 ) -> Result:
     """Accuracy over all questions and for each kind of question; intervals over pictures, not over questions.
 
@@ -56,7 +57,7 @@ def score_answers(
             part = asked[start : start + GROUP]
             said += captioner.answer([records[n].image for n, _ in part], [q.text for _, q in part], decoding)
             bar.advance(count=len(part))
-    result = Result("vqa", len(records))
+    result = Result("vqa", len(records), seed)
     result.protocol |= decoding_card(decoding) | {
         "questions": len(questions),
         "prompt": captioner.settings.language.question,

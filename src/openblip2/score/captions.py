@@ -35,6 +35,7 @@ def score_captions(
     prompt: str | None,
     progress: Progress,
     slow: bool = False,
+    seed: int = 0,
 ) -> Result:
     """Scores of the captions of all pictures; of NoCaps also of each domain.
 
@@ -52,7 +53,7 @@ def score_captions(
             part = records[start : start + GROUP]
             written += captioner.caption([record.image for record in part], prompt, decoding)
             bar.advance(count=len(part))
-    result = Result("caption", len(records))
+    result = Result("caption", len(records), seed)
     result.protocol |= decoding_card(decoding) | {"prompt": prompt}
     if not all(record.captions for record in records):
         result.warnings.append(WITHHELD)

@@ -34,6 +34,7 @@ def score_retrieval(
     progress: Progress,
     features: Path | None = None,
     strict: bool = False,
+    seed: int = 0,
 ) -> Result:
     """Recall at 1, 5 and 10 both ways, by ITC alone and, unless `best` is 0, by ITM over the `best` candidates.
 
@@ -47,27 +48,31 @@ def score_retrieval(
         UserError: a cache that does not fit, or a full disk.
     """
     settings = change(matcher.settings, {"data.augment": False})
-    vision, model, place = matcher.model.vision, matcher.model, device()
+    vision = matcher.model.vision
     assert vision is not None
     with tempfile.TemporaryDirectory(prefix="openblip2-") as folder:
         if features is None:
-            with torch.inference_mode(False):
-                cache = make_cache(vision, records, settings, Path(folder), progress, "pictures")
+            cache = make_cache(vision, records, settings, Path(folder), progress, "pictures")
         else:
             cache = open_cache(vision, settings, features)
         stored, problems = find_records(records, cache, whitened(vision))
-        found = _score(matcher, stored, best, progress, strict, place)
+        found = _score(matcher, stored, best, progress, strict, device(), seed)
     found.skipped.extend(problems)
     if features is None:
         found.protocol["features"] = "fp16"
     else:
         found.protocol["features"] = f"{cache.layout.precision}, {features}"
-    model.eval()
     return found
 
 
 def _score(
-    matcher: Matcher, stored: StoredFeatures, best: int, progress: Progress, strict: bool, place: torch.device
+    matcher: Matcher,
+    stored: StoredFeatures,
+    best: int,
+    progress: Progress,
+    strict: bool,
+    place: torch.device,
+    seed: int,
 ) -> Result:
     model, records = matcher.model, stored.records
     tokens = QFormerTokens(matcher.tokens.tokenizer, TOKENS)
@@ -100,7 +105,7 @@ def _score(
             ):
                 rankings[name] = tuple(r.by(score(p, r.scores.float())) for r, p in zip(few, pairs, strict=True))  # pyright: ignore
     right = _accepted(records, written, strict)
-    result = Result("retrieval", len(records))
+    result = Result("retrieval", len(records), seed)
     result.protocol |= {
         "texts": len(captions),
         "longest_text": f"{TOKENS} tokens",

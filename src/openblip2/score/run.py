@@ -79,15 +79,15 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     records, bad = _openable(source.records[: options.limit], progress)
     if isinstance(model, Matcher):
         best = 128 if options.rerank is None else options.rerank
-        result = score_retrieval(model, records, best, progress, options.features, options.strict)
+        result = score_retrieval(model, records, best, progress, options.features, options.strict, options.seed)
     elif task == "caption":
         how = CAPTION if options.beams is None else replace(CAPTION, beams=options.beams)
-        result = score_captions(model, records, how, options.prompt, progress, options.slow)
+        result = score_captions(model, records, how, options.prompt, progress, options.slow, options.seed)
     else:
         how = ANSWER if options.beams is None else replace(ANSWER, beams=options.beams)
         metric: Any = options.metric or usual_metric(source.kind, records)
         known = easy_vqa_records("train") if source.kind == EASY_VQA else ()
-        result = score_answers(model, records, how, metric, progress, options.lemmatised, known)
+        result = score_answers(model, records, how, metric, progress, options.lemmatised, known, options.seed)
     result.skipped[:0] = [*source.skipped, *bad]
     result.protocol = card(model, run, options.seed) | {"data": source.kind} | result.protocol
     result.protocol["zero_shot"] = model.settings.task == "pretraining"

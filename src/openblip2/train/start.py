@@ -45,6 +45,11 @@ def require_start(settings: RunSettings) -> None:
                 f"start={settings.start}: stage 1 starts from qformer.start; only stage 2 starts from a run"
             )
         _require_stage(settings.start, "stage1")
+        if settings_of(Path(settings.start)).vision.trained:
+            raise UserError(
+                f"start={settings.start} holds an image encoder of its own, which stage 2 would not use: start from a "
+                "stage-1 run with a frozen one"
+            )
         return
     if not settings.start:
         raise UserError(f"{settings.task} starts from a run: give --start, a {STARTS[settings.task]} run")
