@@ -147,8 +147,8 @@ def require_extras(settings: RunSettings) -> None:
         raise UserError("vision.trained=true is for fine-tuning (caption, vqa, retrieval): both stages need it frozen")
     if settings.qformer.reads_question and settings.task != "vqa":
         raise UserError(
-            f"qformer.reads_question=true is for vqa, here is {settings.task}: there is no question to read; a run that "
-            "was fine-tuned for vqa cannot be fine-tuned for anything else"
+            f"qformer.reads_question=true is for vqa, here is {settings.task}, which has no question to read; a run "
+            "fine-tuned for vqa cannot be fine-tuned for anything else"
         )
     if settings.vision.trained and settings.train.chunk:
         raise UserError("train.chunk goes with a frozen image encoder: set train.chunk=0, or vision.trained=false")
