@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tarfile
 import tempfile
 import threading
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from openblip2.data.images import MAX_BYTES
 from openblip2.data.shard_names import expand as expand  # part of this module's interface
@@ -41,14 +44,6 @@ class Sample(NamedTuple):
     about: dict[str, Any]
 
 
-class _Entry(NamedTuple):
-    key: str
-    suffix: str
-    image: Member
-    text: Member | None
-    about: Member | None
-
-
 class Shard:
     """A shard opened for reading: `len` samples, each read where it lies, from any number of threads.
 
@@ -62,16 +57,20 @@ class Shard:
     def __init__(self, url: str, problem: Callable[[str], object]) -> None:
         self.url, self.problem = url, lambda what: problem(f"{url}: {what}")
         self._file, self._lock = open_tar(url), threading.Lock()
-        self._entries = _entries(
-            tar_members(self._file, os.fstat(self._file.fileno()).st_size, self.problem), self.problem
-        )
+        members = tar_members(self._file, os.fstat(self._file.fileno()).st_size, self.problem)
+        self._keys, self._suffixes, self._places = _samples(members, self.problem)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._keys)
 
     def read(self, number: int) -> Sample | None:
         """Sample `number` from 0; None where its picture cannot be had, which was said."""
-        key, suffix, image, text, about = self._entries[number]
+        key, suffix = self._keys[number], self._suffixes[number]
+        image, text, about = (
+            Member(f"{key}.{kind}", offset, size) if size >= 0 else None
+            for kind, (offset, size) in zip((suffix, "txt", "json"), self._places[number].tolist(), strict=True)
+        )
+        assert image is not None
         if not 0 < image.size <= MAX_BYTES:
             self.problem(f"{shown(image.name)}: has {image.size:,} bytes; a picture of 1 to {MAX_BYTES:,}")
             return None
@@ -131,7 +130,7 @@ class Shard:
             return ()
 
     def _captions(self, key: str, about: dict[str, Any]) -> tuple[str, ...]:
-        listed = about["captions"]
+        listed = [about["captions"]] if isinstance(about["captions"], str) else about["captions"]
         if not isinstance(listed, list):
             self.problem(
                 f'{shown(key)}.json: "captions" is no list; ["text", ...] or [{{"text": ..., "score": ...}}, ...]'
@@ -269,14 +268,19 @@ def _texts(captions: Any) -> tuple[Any, ...]:
     return tuple(entry.get("text") if isinstance(entry, dict) else entry for entry in entries)
 
 
-def _entries(members: list[Member], problem: Callable[[str], object]) -> list[_Entry]:
-    """The members by sample, whatever order they stand in."""
+def _samples(
+    members: list[Member], problem: Callable[[str], object]
+) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
+    """The members by sample, whatever order they stand in: keys, suffixes of the pictures, places.
+
+    Places: int64 `[N, 3, 2]`, offset and size of picture, .txt and .json; size -1 = none. Ten thousand samples are a
+    megabyte so, and many shards are open at once.
+    """
     found: dict[str, dict[str, Member]] = {}
     for member in members:
         folder, slash, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
-        suffix = suffix.lower()
-        kind = "image" if suffix in PICTURES else suffix
+        kind = "image" if suffix.lower() in PICTURES else suffix.lower()
         if not stem or kind not in ("image", "txt", "json"):
             continue  # a member that others use
         sample = found.setdefault(folder + slash + stem, {})
@@ -287,10 +291,8 @@ def _entries(members: list[Member], problem: Callable[[str], object]) -> list[_E
     for key, sample in found.items():
         if "image" not in sample:
             problem(f"{shown(key)}: no picture; {shown(key)}.jpg beside its text")
-    return [
-        _Entry(
-            key, sample["image"].name.rpartition(".")[2].lower(), sample["image"], sample.get("txt"), sample.get("json")
-        )
-        for key, sample in found.items()
-        if "image" in sample
-    ]
+    keys = [key for key, sample in found.items() if "image" in sample]
+    suffixes = [sys.intern(found[key]["image"].name.rpartition(".")[2].lower()) for key in keys]
+    none = Member("", 0, -1)
+    places = [[found[key].get(kind, none)[1:] for kind in ("image", "txt", "json")] for key in keys]
+    return keys, suffixes, np.array(places, np.int64).reshape(len(keys), 3, 2)
