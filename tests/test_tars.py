@@ -196,7 +196,7 @@ def test_bad_members_cost_themselves_and_not_their_shard(tmp_path: Path) -> None
             ("8.jpg", b"x"),
             ("8.json", json.dumps({"captions": ["ok", 5, "\ud800", "m" * (MAX_CAPTION + 1), " "]}).encode()),
             ("9.jpg", b"x"),
-            ("9.json", json.dumps({"captions": "none"}).encode()),
+            ("9.json", json.dumps({"captions": 3}).encode()),
             ("9.txt", b"mine"),
             ("10.jpg", b"x"),
             ("10.json", b" " * (2**20 + 1)),

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from openblip2.data.readers import reader
-from openblip2.data.shard_names import expand, is_url, stats_path
+from openblip2.data.shard_file import is_url, told_samples
+from openblip2.data.shard_names import expand
 from openblip2.data.tars import Shard
 from openblip2.errors import UserError, one_line
 
@@ -108,7 +109,7 @@ def count_parts(parts: Sequence[Part], problem: Callable[[str], object]) -> list
 
 def count(shard: str, problem: Callable[[str], object]) -> int:
     """How many samples a shard has."""
-    told = _told(shard)
+    told = told_samples(shard)
     if told is not None:
         return told
     try:
@@ -146,14 +147,18 @@ def kept_parts(run: Path, parts: Sequence[Part]) -> list[Part] | None:
     if not path.is_file():
         return None
     try:
-        told: Any = json.loads(path.read_text("utf-8"))
-        listed = ("shards", "counts", "held_out")
-        kept = [Part(**{k: tuple(v) if k in listed else v for k, v in row.items()}) for row in told["parts"]]
+        told: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        kept = [_kept(row) for row in told["parts"]]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: is damaged or another program's; give a new --out") from error
     if [replace(part, counts=(), held_out=()) for part in kept] != list(parts):
         raise UserError(f"{path}: the run was begun on other shards; the same --data, or a new --out")
     return kept
+
+
+def _kept(row: dict[str, Any]) -> Part:
+    lists = {name: tuple(row[name]) for name in ("shards", "counts", "held_out")}
+    return Part(**{**row, **lists})
 
 
 def _part(row: Any, where: str, folder: Path) -> Part:
@@ -165,20 +170,3 @@ def _part(row: Any, where: str, folder: Path) -> Part:
     reader(str(how))
     names = [name if is_url(name) else str(folder / name) for name in row["shards"].split("::") if name]
     return Part(row["shards"], str(how), weight, tuple(expand("::".join(names))))
-
-
-def _told(shard: str) -> int | None:
-    """What the file beside a shard says; None where there is none that can be used."""
-    path = stats_path(shard)
-    try:
-        if is_url(shard):
-            import fsspec
-
-            with fsspec.open(path, "rb") as file:
-                told = json.loads(file.read(2**20))  # pyright: ignore[reportAttributeAccessIssue]
-        else:
-            told = json.loads(Path(path).read_bytes())
-        successes = told["successes"]
-    except Exception:  # of file systems there are many, and each raises what it likes; then the shard is counted
-        return None
-    return successes if type(successes) is int and 0 <= successes < 2**40 else None

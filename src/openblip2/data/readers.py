@@ -7,7 +7,7 @@ picture, Visual Genome's pictures are COCO's in part): two samples of one pictur
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from openblip2.data.tars import Sample
 from openblip2.errors import UserError

@@ -1,10 +1,11 @@
-"""Which shards a text names: braces, globs, folders and lists spelt out; and the file beside a shard that counts it."""
+"""Which shards a text names: braces, globs, folders and lists spelt out."""
 
 import glob
 import itertools
 import re
 from pathlib import Path
 
+from openblip2.data.shard_file import is_url
 from openblip2.errors import UserError
 
 MOST_SHARDS = 1_000_000
@@ -28,16 +29,6 @@ def expand(shards: str) -> list[str]:
         twice = next(shard for n, shard in enumerate(found) if shard in found[:n])
         raise UserError(f"{shards!r} names {twice} twice; each shard once")
     return found
-
-
-def is_url(shard: str) -> bool:
-    """Whether a shard is reached through fsspec."""
-    return "://" in shard
-
-
-def stats_path(shard: str) -> str:
-    """The file beside a shard that says how many samples it has ("successes"): `00000.tar` -> `00000_stats.json`."""
-    return shard.removesuffix(".tar") + "_stats.json"
 
 
 def _spelt_out(part: str) -> list[str]:

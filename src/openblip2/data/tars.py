@@ -11,21 +11,19 @@ A remote shard (any fsspec URL) is copied to a nameless temporary file first, wh
 import io
 import json
 import os
-import shutil
 import sys
 import tarfile
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from openblip2.data.images import MAX_BYTES
+from openblip2.data.shard_file import open_shard
 from openblip2.data.shard_names import expand as expand  # part of this module's interface
-from openblip2.data.shard_names import is_url
 from openblip2.data.tar_members import Member, shown, tar_members
 from openblip2.errors import UserError, one_line
 
@@ -56,7 +54,7 @@ class Shard:
 
     def __init__(self, url: str, problem: Callable[[str], object]) -> None:
         self.url, self.problem = url, lambda what: problem(f"{url}: {what}")
-        self._file, self._lock = open_tar(url), threading.Lock()
+        self._file, self._lock = open_shard(url), threading.Lock()
         members = tar_members(self._file, os.fstat(self._file.fileno()).st_size, self.problem)
         self._keys, self._suffixes, self._places = _samples(members, self.problem)
 
@@ -168,29 +166,6 @@ def read_tar(url: str, problem: Callable[[str], object], start: int = 0) -> Iter
                 yield sample
     finally:
         shard.close()
-
-
-def open_tar(url: str) -> BinaryIO:
-    """A shard's file, seekable: the file itself, or a nameless copy of a remote one.
-
-    Raises:
-        UserError: there is none, or what the URL needs is not installed.
-    """
-    try:
-        if not is_url(url):
-            return open(url, "rb", buffering=0)  # members are read whole, where they lie
-        import fsspec
-
-        copy = tempfile.TemporaryFile(prefix="openblip2-")  # noqa: SIM115 - the shard closes it
-        with fsspec.open(url, "rb") as remote:
-            shutil.copyfileobj(remote, copy, 2**20)  # pyright: ignore[reportArgumentType]
-        copy.flush()
-        return copy  # pyright: ignore[reportReturnType]
-    except ImportError as error:
-        raise UserError(f"{url}: {one_line(error)}") from error
-    except Exception as error:  # of file systems there are many, and each raises what it likes
-        what = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"{url}: cannot be opened ({what}); a tar file that can be read") from error
 
 
 class TarWriter:
