@@ -12,6 +12,7 @@ import typer
 from openblip2.commands.convert import convert
 from openblip2.commands.learn import demo, features, train
 from openblip2.commands.measure import bench, bench_real, compare, evaluate
+from openblip2.commands.planning import plan
 from openblip2.commands.study import ablate
 from openblip2.commands.use import answer, caption, chat, rank
 from openblip2.errors import UserError
@@ -36,6 +37,7 @@ for command in (
     convert,
     bench,
     bench_real,
+    plan,
     ablate,
 ):
     app.command()(command)
