@@ -2,7 +2,7 @@
 
 Nothing heavy is imported before one runs, so that `--help` answers at once.
 
-Exit codes: 0 done, 2 something handed in cannot be used (one line says what), 130 interrupted.
+Exit codes: 0 done, 2 something handed in cannot be used (one line says what), 130 interrupted, 143 told to stop (SIGTERM).
 """
 
 import sys
@@ -13,6 +13,7 @@ from openblip2.commands.convert import convert
 from openblip2.commands.learn import demo, features, train
 from openblip2.commands.measure import bench, bench_real, compare, evaluate
 from openblip2.commands.planning import plan
+from openblip2.commands.scale import prepare
 from openblip2.commands.study import ablate
 from openblip2.commands.use import answer, caption, chat, rank
 from openblip2.errors import UserError
@@ -28,6 +29,7 @@ for command in (
     demo,
     train,
     features,
+    prepare,
     caption,
     answer,
     chat,
