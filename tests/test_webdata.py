@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from openblip2.data import webdata
 from openblip2.data.batches import PairBatch
 from openblip2.data.mixture import (
     Part,
@@ -33,10 +32,11 @@ def pairs(
     problems: list[str] | None = None,
     held: int = 0,
     augmented: bool = True,
+    part: tuple[int, int] = (0, 1),
 ) -> ShardPairs:
     told: list[str] = [] if problems is None else problems
     parts = hold_out(count_parts(read_parts(str(data)), told.append), held)
-    return ShardPairs(parts, batch, seed=5, size=SIDE, lanes=lanes, problem=told.append, augmented=augmented)
+    return ShardPairs(parts, batch, seed=5, size=SIDE, lanes=lanes, problem=told.append, augmented=augmented, part=part)
 
 
 def walk(loader: ShardPairs, batches: int, start: int = 0) -> list[PairBatch]:
@@ -85,29 +85,24 @@ def test_a_batch_needs_no_predecessor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_processes_share_out_the_joined_batch(tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_out_the_joined_batch(tmp_path: Path, world: int) -> None:
     write_shards(tmp_path, [8] * 8, stats=False)
     joined = walk(pairs(tmp_path, batch=8, lanes=4), 9)
     for number, batch in enumerate(joined):
         found: list[PairBatch] = []
         for rank in range(world):
-            monkeypatch.setattr(webdata, "world_size", lambda: world)
-            monkeypatch.setattr(webdata, "rank", lambda rank=rank: rank)
-            found.append(pairs(tmp_path, batch=8, lanes=4)(number))
-        monkeypatch.undo()
+            found.append(pairs(tmp_path, batch=8, lanes=4, part=(rank, world))(number))
         assert [name for part in found for name in part.names or ()] == batch.names
         images = torch.cat([part.images for part in found if part.images is not None])
         assert batch.images is not None
         assert torch.equal(images, batch.images)
 
 
-def test_processes_open_no_shard_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_open_no_shard_twice(tmp_path: Path) -> None:
     write_shards(tmp_path, [8] * 8)
-    monkeypatch.setattr(webdata, "world_size", lambda: 2)
     shards: list[set[str]] = []
     for rank in range(2):
-        monkeypatch.setattr(webdata, "rank", lambda rank=rank: rank)
-        batches = walk(pairs(tmp_path, batch=8, lanes=4), 8)
+        batches = walk(pairs(tmp_path, batch=8, lanes=4, part=(rank, 2)), 8)
         shards.append({name.split(": ")[0] for batch in batches for name in batch.names or ()})
     assert [len(mine) for mine in shards] == [4, 4]
     assert not shards[0] & shards[1]

@@ -50,7 +50,9 @@ class OpenShards:
         needed = {(part, spot.shard) for part, spot in spots}
         last = {(part, spot.lane): (part, spot) for part, spot in spots}
         following = {self._following(part, spot) for part, spot in last.values()}
-        for name in [*sorted(needed), *sorted(following - needed)]:
+        for opening in [self._start(name) for name in sorted(needed)]:
+            opening.result()
+        for name in sorted(following - needed):  # behind those that are waited for
             self._start(name)
         for name in self._open.keys() - needed - following:
             shard = self._open[name].result().shard

@@ -13,6 +13,7 @@ from openblip2.errors import UserError
 BLOCK = 512
 MOST_HEADER = 64 * 2**10  # bytes of a long name or of pax keywords: real ones have some hundred
 _REGULAR, _FOLDER, _LONG_NAME, _LONG_LINK, _PAX, _PAX_ALL = b"0\x007", b"5", b"L", b"K", b"x", b"g"
+_KEYWORD = re.compile(rb"(\d{1,6}) ([^=]{1,200})=")
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 
 
@@ -80,7 +81,7 @@ def _header(block: bytes, place: int) -> tuple[int, bytes, str]:
         what = "the file is cut off" if block else "the file has no end mark, it may be cut off"
         raise UserError(f"byte {place}: {what}; a whole tar file")
     try:
-        if int(block[148:156].rstrip(b"\0 ") or b"-", 8) != sum(block[:148]) + 8 * 32 + sum(block[156:]):
+        if int(block[148:156].rstrip(b"\0 ") or b"-", 8) != sum(block) - sum(block[148:156]) + 8 * 32:
             raise ValueError
         digits = block[124:136]
         # Sizes of 8 GiB and more stand in base 256.
@@ -88,7 +89,7 @@ def _header(block: bytes, place: int) -> tuple[int, bytes, str]:
     except ValueError:
         raise UserError(f"byte {place}: no tar header, what follows is lost; a plain tar file") from None
     name = _text(block[:100])
-    prefix = _text(block[345:500]) if block[257:263] == b"ustar\0" else ""
+    prefix = _text(block[345:500]) if block[345] and block[257:263] == b"ustar\0" else ""
     return size, block[156:157], f"{prefix}/{name}" if prefix else name
 
 
@@ -100,7 +101,7 @@ def _pax(content: bytes) -> tuple[str | None, int | None]:
     """The path and the size among pax keywords ("27 path=a/b.jpg\\n" each), None where not told."""
     name = size = None
     place = 0
-    while match := re.compile(rb"(\d{1,6}) ([^=]{1,200})=").match(content, place):
+    while match := _KEYWORD.match(content, place):
         end = place + int(match[1])
         value = content[match.end() : end - 1]
         if match[2] == b"path":
@@ -119,8 +120,9 @@ def _text(field: bytes) -> str:
 
 
 def _wrong(name: str) -> str:
+    """What is wrong with a name; "" = nothing."""
     if not name.isprintable():
         return "named with bytes that are no text"
-    if name.startswith(("/", "\\")) or re.match("[A-Za-z]:", name):
+    if name.startswith(("/", "\\")) or (":" in name[:2] and name[0].isalpha()):
         return "named by an absolute path"
-    return "named by a path that leads out (..)" if ".." in re.split(r"[/\\]", name) else ""
+    return "named by a path that leads out (..)" if ".." in name.replace("\\", "/").split("/") else ""

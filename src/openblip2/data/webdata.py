@@ -2,13 +2,15 @@
 
 What order the samples come in says `data/shard_order.py`, what stands in for bad ones `data/open_shards.py`. A batch
 is that of all processes together; each has the rows that `distributed.part_of` gives it, and reads no others. The
-rows stand by lane, so that processes whose number divides that of the lanes open no shard twice.
+rows stand by lane: where the number of processes divides that of the lanes, and that the batch, no two processes open
+the same shard.
 
 Pictures are decoded in threads: Pillow leaves Python free in decoding and resizing.
 
 Shapes: B pairs of this process, S side in px.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +26,10 @@ from openblip2.data.open_shards import OpenShards
 from openblip2.data.readers import captions, picture, reader
 from openblip2.data.shard_order import Order, Spot, Turns, generator
 from openblip2.data.text import clean_caption
-from openblip2.distributed import part_of, rank, world_size
+from openblip2.distributed import part_of
 from openblip2.errors import UserError
 
-THREADS = min(16, os.cpu_count() or 1)  # that decode pictures
+THREADS = min(16, os.cpu_count() or 1)
 
 
 class Drawn(NamedTuple):
@@ -46,6 +48,8 @@ class ShardPairs:
         parts: counted. batch: of all processes together. seed: of everything drawn. size: S.
         lanes: shards of a part that are read side by side (`data.open_shards`).
         problem: is told each sample, picture or shard that is skipped, once, from any thread.
+        part: (r, N), which rows of a batch are ours. All parts together are the same whatever N is.
+        threads: that decode pictures; the batches are the same.
     """
 
     def __init__(
@@ -57,9 +61,11 @@ class ShardPairs:
         lanes: int,
         problem: Callable[[str], object],
         augmented: bool = True,
+        part: tuple[int, int] = (0, 1),
+        threads: int = THREADS,
     ) -> None:
         self.parts, self.batch, self.seed, self.size, self.lanes = list(parts), batch, seed, size, lanes
-        self.augmented, self.readers = augmented, [reader(part.reader) for part in parts]
+        self.augmented, self.part, self.readers = augmented, part, [reader(part.reader) for part in parts]
         self.orders = [
             Order(
                 [n - held for n, held in zip(part.counts, part.held_out, strict=True)], lanes, seed, f"{n} {part.name}"
@@ -68,11 +74,17 @@ class ShardPairs:
         ]
         self.turns = Turns([part.weight for part in parts], lanes, seed)
         self.shards = OpenShards(self.parts, self.orders, problem)
-        self._threads = ThreadPoolExecutor(THREADS, "pictures")
+        self._threads = ThreadPoolExecutor(threads, "pictures")
 
     def __call__(self, number: int) -> PairBatch:
-        """This process' rows of batch `number`: `images [B, 3, S, S]`."""
-        spots = self.spots(number)
+        return self._make(number, self.part)
+
+    def joined(self, number: int) -> PairBatch:
+        """The batch of all processes."""
+        return self._make(number, (0, 1))
+
+    def _make(self, number: int, part: tuple[int, int]) -> PairBatch:
+        spots = self.spots(number, part)
         self.shards.turn_to([(part, spot) for part, _, spot in spots])
         drawn = list(self._threads.map(self._draw, spots))
         texts, pictures = [one.caption for one in drawn], [one.picture for one in drawn]
@@ -83,13 +95,14 @@ class ShardPairs:
             if drawn
             else torch.zeros(0, 3, self.size, self.size).byte(),
             names=[one.name for one in drawn],
+            keys=torch.tensor([(_hash(one.picture), _hash(one.caption)) for one in drawn]).long().view(-1, 2),
         )
 
-    def spots(self, number: int) -> list[tuple[int, int, Spot]]:
-        """Of this process' rows of batch `number`: part, position in the part's order, spot."""
+    def spots(self, number: int, part: tuple[int, int] = (0, 1)) -> list[tuple[int, int, Spot]]:
+        """Of the rows of batch `number`, or of a part of them: part of the mixture, position in its order, spot."""
         numbers = sorted(range(number * self.batch, (number + 1) * self.batch), key=lambda n: n % self.lanes)
-        turns = [self.turns(n) for n in numbers[part_of(self.batch, rank(), world_size())]]
-        return [(part, position, self.orders[part](position)) for part, position in turns]
+        turns = [self.turns(n) for n in numbers[part_of(self.batch, *part)]]
+        return [(n, position, self.orders[n](position)) for n, position in turns]
 
     def _draw(self, row: tuple[int, int, Spot]) -> Drawn:
         part, position, spot = row
@@ -112,3 +125,7 @@ class ShardPairs:
 
     def _pixels(self, image: PictureFile, drawn: torch.Generator) -> Tensor:
         return augment(image, self.size, drawn) if self.augmented else to_pixels([image], self.size)[0]
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
