@@ -7,10 +7,11 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 SECONDS = 300  # a machine may be busy
 
@@ -24,6 +25,8 @@ def run(world: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> 
     try:
         while not group.join(timeout=5):
             assert time.monotonic() < until, f"{world} processes do not end; they may wait for one another"
+    except ProcessRaisedException as error:
+        pytest.fail(str(error), pytrace=False)
     finally:
         for process in group.processes:
             if isinstance(process, SpawnProcess):

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from openblip2.distributed import Share, fetch, plan
 from openblip2.model.exchange import bring
-from openblip2.model.objectives import Rivals, hard_negatives, same_image
+from openblip2.model.objectives import Rivals, hard_negatives
 from processes import run
 
 P, V, WIDTH, CROSSING, BYTES = 257, 1408, 768, 6, 2  # ViT-g at 224 px; Q-Former; cross-attending layers; fp16
@@ -24,7 +24,7 @@ def wanted_at_random(counts: tuple[int, ...], seed: int, spread: float) -> list[
     torch.manual_seed(seed)
     likely = spread * torch.randn(count)
     scores = torch.randn(count, count) + likely
-    drawn = hard_negatives(scores, scores, same_image(torch.arange(count))).images
+    drawn = hard_negatives(scores, scores, torch.eye(count, dtype=torch.bool)).images
     return [part.tolist() for part in drawn.split(counts)]
 
 
