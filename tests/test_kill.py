@@ -122,8 +122,9 @@ def test_random_kills_lose_nothing(tmp_path: Path) -> None:
                     fell[phase] += 1
             runs += 1
             again += check_run(folder, whole[stage])
-    assert min(fell[name] for name in ("training", "checkpoint")) > 0
     print(f"\n{fell.total()} kills in {runs} runs, at: {dict(fell)}; {again} batches were taken again")
+    if KILLS >= 50:  # of fewer, chance may leave one out
+        assert min(fell[name] for name in AT) > 0
 
 
 def check_run(folder: Path, whole: Path) -> int:

@@ -364,7 +364,7 @@ def train_rows(process: int, folder: str, how: str, steps: int, world: int, bad:
     model = Rows()
     if world > 1:
         meeting = f"file://{run}/meeting-{steps}-{world}"
-        dist.init_process_group("gloo", meeting, timedelta(seconds=60), world_size=world, rank=process)
+        dist.init_process_group("gloo", meeting, timedelta(minutes=5), world_size=world, rank=process)
     if how == "fsdp":  # two parts in pieces, the norm whole
         fully_shard(model.first)
         fully_shard(model.last)
@@ -438,7 +438,7 @@ def test_a_run_resumes_on_another_number_of_processes(
 
 def endlessly_bad(process: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meeting", timedelta(seconds=60), world_size=2, rank=process)
+    dist.init_process_group("gloo", f"file://{folder}/meeting", timedelta(minutes=5), world_size=2, rank=process)
     model = Rows()
 
     def losses(number: int) -> dict[str, Tensor]:
