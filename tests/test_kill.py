@@ -6,14 +6,19 @@ OPENBLIP2_KILLS=200 asks for as many; otherwise there are few. Where they fell i
 import json
 import os
 import random
+import socket
+import subprocess
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import openblip2
 import tiny_runs
 from lives import AT, PHASE, SLOW_IMPORTS, Lives
 from openblip2.data.batches import PairBatch, Sampler
@@ -23,6 +28,7 @@ from openblip2.train.bad_steps import Remembered
 from openblip2.train.recipes import train_stage
 from test_training import log_of, quiet, recipe
 
+SOURCE = str(Path(openblip2.__file__).parents[1])
 KILLS = int(os.environ.get("OPENBLIP2_KILLS", "12"))
 STEPS, BATCH, PICTURES, HELD = 24, 2, 20, 4  # three epochs of eight batches: a window of the sampler each
 # When: at any time, and while the smallest targets are there. In seconds of computing since what is named.
@@ -144,3 +150,37 @@ def check_run(folder: Path, whole: Path) -> int:
     assert left == {f"step-{STEPS - 2:08}", f"step-{STEPS:08}"}, folder
     assert not list(mine.rglob("*.new")), folder
     return again
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_stops_both_and_one_goes_on(tmp_path: Path) -> None:
+    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
+        build(tmp_path / build.__name__)
+    tiny_runs.pictures(tmp_path / "data", count=PICTURES)
+    run, steps = tmp_path / "run", 400
+    words = ["train", "stage1", "--data", tmp_path / "data", "--out", run, "--resume", *tiny_runs.options(tmp_path)]
+    words += ["--set", f"train.steps={steps}", "--set", "train.checkpoint_every=0", "--set", "train.validate_every=0"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    both = [start(words, meeting | {"RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(2)]
+    log = run / "log.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert [process.poll() for process in both] == [None, None]
+        time.sleep(0.05)
+    both[1].terminate()  # the one that writes nothing
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [143, 143], said
+    assert "training goes on with --resume" in said[0]
+    assert said[1] == ""
+    done = log_of(run)[-1]["step"]
+    assert [path.name for path in (run / "resume").iterdir()] == [f"step-{done:08}"]
+    alone = start(words, {})
+    assert alone.wait(timeout=300) == 0, alone.communicate()[1]
+    assert [row["step"] for row in log_of(run) if "loss" in row] == list(range(1, steps + 1))
+
+
+def start(words: Sequence[object], more: dict[str, str]) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": SOURCE, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
+    command = [sys.executable, "-m", "openblip2", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
