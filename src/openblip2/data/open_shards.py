@@ -16,7 +16,7 @@ from openblip2.data.shard_order import Order, Spot
 from openblip2.data.tars import Shard
 from openblip2.errors import UserError
 
-THREADS = 8  # that open shards; they wait for disks and networks
+THREADS = 4  # that open shards: they wait for disks and networks, and get in each other's way where they need not
 
 Name = tuple[int, int]  # a part's number, and a shard's in it
 

@@ -26,7 +26,7 @@ def open_shard(shard: str) -> BinaryIO:
     """
     if not is_url(shard):
         try:
-            return open(shard, "rb", buffering=0)  # members are read whole, where they lie
+            return open(shard, "rb")
         except OSError as error:
             raise UserError(f"{shard}: cannot be opened ({error.strerror}); a tar file that can be read") from error
     for wait in (*WAITS, None):
