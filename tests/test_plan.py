@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from openblip2.config import RunSettings, change
 from openblip2.errors import UserError
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
+from openblip2.plan import frozen
+from openblip2.plan import plan as planning
 from openblip2.plan.former import Former
 from openblip2.plan.frozen import count_encoder, count_language
 from openblip2.plan.gpus import GPUS, Accelerator, Cluster, read_cluster
@@ -47,6 +51,27 @@ TINY = Former(
     shared=tiny.E,
 )
 NEGATIVES = torch.arange(tiny.B).roll(1), torch.arange(tiny.B).roll(2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted_once() -> Iterator[None]:
+    """Frozen models do not change between the tests: each is counted once."""
+    known: dict[str, Any] = {}
+
+    def once(count: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(settings: RunSettings, *given: Any) -> Any:
+            key = f"{count.__name__} {settings.vision} {settings.language} {settings.qformer} {given}"
+            if key not in known:
+                known[key] = count(settings, *given)
+            return known[key]
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (sys.modules[__name__], planning):
+            patch.setattr(module, "count_encoder", once(frozen.count_encoder))
+            patch.setattr(module, "count_language", once(frozen.count_language))
+        yield
 
 
 def former(settings: RunSettings) -> Former:
@@ -83,13 +108,12 @@ def test_a_stage_1_step_is_counted_exactly() -> None:
     model, wanted = tiny.stage1(dropout=0.0), 2 * tiny.B * sum(TINY.stage1(tiny.T, tiny.B).values())
     tokens, _ = tiny.texts()
     valid = torch.ones_like(tokens, dtype=torch.bool)
-    with FlopCounterMode(display=False) as forward:
+    # Plain products: torch counts those of a CPU's flash kernel as none.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         losses = model.losses(tokens, valid, features=tiny.features(), negatives=NEGATIVES)
-    assert forward.get_total_flops() == wanted
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as both:
-        losses = model.losses(tokens, valid, features=tiny.features(), negatives=NEGATIVES)
+        assert counted.get_total_flops() == wanted
         torch.stack(list(losses.values())).sum().backward()
-    assert both.get_total_flops() == 3 * wanted
+    assert counted.get_total_flops() == 3 * wanted
 
 
 @pytest.mark.parametrize(("stage", "name"), [(s, n) for s in PRESETS for n in PRESETS[s] if n != "laptop"])
@@ -128,7 +152,7 @@ def test_an_encoder_takes_what_its_layers_take() -> None:
 
 def test_a_decoder_takes_what_its_layers_take() -> None:
     settings = preset("stage2", "vit-g-opt-2.7b")
-    found, width, rows = count_language(settings, 20, fused=False), 2560, 32 + 1 + 20 + 1
+    found, width, rows = count_language(settings, 20, False), 2560, 32 + 1 + 20 + 1
     layers = 32 * (rows * 12 * width**2 + 2 * rows**2 * width)
     head = 21 * width * 50272
     assert (found.written, found.scored) == (rows, 21)
@@ -146,12 +170,17 @@ def test_any_encoder_and_language_model_from_a_directory(tmp_path: Path) -> None
     text |= {"num_key_value_heads": 2, "intermediate_size": 40, "head_dim": 6, "max_position_embeddings": 64}
     hf.Qwen3Config(**text).save_pretrained(tmp_path / "llm")
     vision = {"hidden_size": 20, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 28}
-    hf.SiglipConfig(vision_config={**vision, "image_size": 32, "patch_size": 8}).save_pretrained(tmp_path / "vit")
-    changes = {"vision.name": str(tmp_path / "vit"), "vision.image_size": 32, "language.name": str(tmp_path / "llm")}
+    hf.CLIPConfig(vision_config={**vision, "image_size": 32, "patch_size": 8}).save_pretrained(tmp_path / "vit")
+    changes = {
+        "vision.name": str(tmp_path / "vit"),
+        "vision.layer": -2,
+        "vision.image_size": 32,
+        "language.name": str(tmp_path / "llm"),
+    }
     settings = change(preset("stage2", "vit-g-opt-2.7b"), changes)
     encoder, language = count_encoder(settings), count_language(settings, 8)
-    p, v, f = 16, 20, 28
-    assert encoder.multiply_adds == 3 * (p * (4 * v * v + 2 * v * f) + 2 * p * p * v) + p * 192 * v
+    p, v, f = 17, 20, 28
+    assert encoder.multiply_adds == 3 * (p * (4 * v * v + 2 * v * f) + 2 * p * p * v) + 16 * 192 * v
     rows = 32 + 1 + 8 + 1
     linear = 24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40
     assert language.forward == 3 * (rows * linear + 2 * rows * rows * 24) + 9 * 24 * 90
@@ -213,11 +242,15 @@ def test_what_is_kept_is_what_autograd_saves(compute: int, fused: bool, dropout:
     wanted = pairs * (sum(parts.values()) + 4 * k.patches * k.image_width)
     # Words' logits are of the loss's buffers, and not of this.
     wanted += pairs * (text - 1) * k.vocabulary * 4
-    assert found == pytest.approx(wanted, rel=0.05)
+    if not fused:
+        # Plain products keep copies. What they are of, image keys and values and those of the queries, is in memory
+        # when the forward pass ends, but autograd does not hold it.
+        wanted -= pairs * 2 * compute * k.width * (4 * k.crossing * k.patches + k.layers * k.queries)
+    assert found == pytest.approx(wanted, rel=0.02)
 
 
 def test_predicted_memory_of_a_real_step() -> None:
-    """As `openblip2 bench` measures it: what a step takes beyond the weights. An allocator adds to it."""
+    """As `openblip2 bench` measures it: what a step takes beyond the weights. An allocator adds a fifth to it."""
     torch.manual_seed(0)
     k = Former(192, 4, 6, 768, 500, 64, 16, 2, 197, 256)
     pairs, text = 48, 16
@@ -242,7 +275,7 @@ def test_predicted_memory_of_a_real_step() -> None:
         return
     predicted = pairs * sum(kept_stage1(k, Arithmetic(4, False, False, features=4), text, pairs).values())
     predicted += 4 * sum(p.numel() for p in model.parameters())
-    assert 0.7 < predicted / measured < 1.3
+    assert 0.65 < predicted / measured < 1.2
 
 
 def test_the_papers_days_imply_what_published_runs_reach(vit_g: Former) -> None:
@@ -356,6 +389,9 @@ def test_efficiency_from_what_was_measured(tmp_path: Path) -> None:
     flops = 3 * 2 * 32 * sum(former_of(size).stage1(12, 32).values())
     assert measured_efficiency(file, "stage1") == pytest.approx((flops / 2.0 / 4e11, 4e11))
     assert measured_efficiency(file, "stage2") == (0.8, 4e11)
+    options = ["plan", "--preset", "stage1-laptop", "--gpus", "cpu", "--measured", str(file), "--json"]
+    step = json.loads(CliRunner().invoke(app, options, catch_exceptions=False).output)["step"]
+    assert step["seconds"] == pytest.approx(step["flops"] / (flops / 2.0))  # as many a second as were measured
     del both["stage1-features"]
     file.write_text(json.dumps({"machine": {"matmul_flops": 4e11}, "size": "laptop", "cases": both}))
     with pytest.raises(UserError, match="stage1-features is not in it"):

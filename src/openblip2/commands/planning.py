@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def plan(
 ) -> None:
     """Say what a run will need before it is paid for: memory, FLOPs, days, a cache, network. Nothing is downloaded."""
     from openblip2.config import change
-    from openblip2.plan.gpus import read_cluster
+    from openblip2.plan.gpus import CPU, read_cluster
     from openblip2.plan.measured import measured_efficiency
     from openblip2.plan.plan import make_plan
     from openblip2.plan.words import as_values, in_words
@@ -53,9 +54,11 @@ def plan(
     )
     if measured is not None and efficiency is not None:
         raise UserError("--efficiency and --measured: give one of them")
-    if measured is not None:
-        efficiency, _ = measured_efficiency(measured, stage)
     cluster = read_cluster(gpus, per_machine, network)
+    if measured is not None:
+        efficiency, peak = measured_efficiency(measured, stage)
+        if cluster.kind.name == CPU:  # the peak that it was a share of
+            cluster = replace(cluster, kind=replace(cluster.kind, flops=peak))
     found = make_plan(settings, cluster, efficiency, _count(images), cached, text_tokens, measured is not None)
     typer.echo(json.dumps(as_values(found, preset), indent=2) if as_json else "\n".join(in_words(found, preset)))
 

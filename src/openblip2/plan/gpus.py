@@ -103,9 +103,9 @@ def read_cluster(text: str, per_machine: int = 8, network_gbit: float = 100.0) -
             raise UserError(f"--gpus {text!r}: cpu is this machine, give it without a number")
         return Cluster(this_cpu(), 1, 1, math.inf)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {names[near[0]].name!r}?" if near else f"known are {', '.join(GPUS)} and cpu"
-        raise UserError(f"--gpus {text!r}: {hint} Write it as 16xA100-40G")
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        hint = f"did you mean {names[near[0]].name}" if near else f"known are {', '.join(GPUS)} and cpu"
+        raise UserError(f"--gpus {text!r}: {hint}; write it as 16xA100-40G")
     if not 1 <= count <= 100_000:
         raise UserError(f"--gpus {text!r}: give 1 to 100,000 of them, for example 16xA100-40G")
     return Cluster(names[name], count, per_machine, network_gbit * GIGA / 8)

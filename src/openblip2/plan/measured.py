@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from openblip2.bench.cases import OURS
+from openblip2.bench.case import OURS
 from openblip2.bench.sizes import SIZES, Size
 from openblip2.errors import UserError
 from openblip2.plan.former import Former

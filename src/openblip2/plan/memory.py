@@ -15,7 +15,8 @@ from openblip2.plan.gpus import GIB, Cluster
 from openblip2.plan.kept import Arithmetic, kept_looking, kept_stage1, kept_stage2
 
 CONTEXT = 0.8 * GIB  # of a GPU: its context, the libraries' buffers
-FRAGMENTS = 0.05  # of all the rest: what an allocator cannot use
+FRAGMENTS = 0.05  # of all the rest: what a GPU's allocator cannot use
+CPU_FRAGMENTS = 0.3  # and a CPU's, of what comes and goes in a step: its peak was 1.0 to 1.3 times what is planned
 BYTES = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "auto": 2.0, "int8": 1.0, "int4": 0.5}
 
 
@@ -98,6 +99,8 @@ def memory(
     if kind.fused:
         items["context and libraries"] = CONTEXT
         items["fragments"] = FRAGMENTS * sum(items.values())
+    else:
+        items["fragments"] = CPU_FRAGMENTS * (activations + items["workspace"])
     return Memory(items, kind.memory)
 
 

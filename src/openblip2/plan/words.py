@@ -95,7 +95,7 @@ def assumptions(plan: Plan) -> list[str]:
     reach = (
         f"published runs reach {100 * low:.0f} to {100 * high:.0f} % of a GPU's peak"
         if kind.fused
-        else "here of the fastest matrix product, measured just now"
+        else "here of the fastest matrix product that was measured"
     )
     lines = [
         f"efficiency: time is as 1 / it; {reach}; `--efficiency` or `--measured` sets yours",
@@ -104,7 +104,9 @@ def assumptions(plan: Plan) -> list[str]:
     if kind.fused:
         lines.append("memory: attention keeps no probabilities, 5 % are lost in fragments, 0.8 GiB are CUDA's own")
     else:
-        lines.append("memory: the interpreter, its libraries and what the allocator wastes are not in it")
+        lines.append(
+            "memory: of what comes and goes in a step 30 % are lost in fragments; the interpreter is not in it"
+        )
     if not kind.bf16 and kind.fused:
         lines.append(f"precision: {kind.name} has no bf16 products, in which this code computes: expect far less speed")
     if plan.flows:
