@@ -1,6 +1,6 @@
 """The paper's own run, held against this plan's arithmetic: which share of the peak do its days imply?
 
-Paper, introduction: "using a single 16-A100(40G) machine, our largest model with ViT-g and FlanT5-XXL requires less
+Paper, 3.4: "using a single 16-A100(40G) machine, our largest model with ViT-g and FlanT5-XXL requires less
 than 6 days for the first stage and less than 3 days for the second stage". Less than: the share is a lower bound.
 """
 
