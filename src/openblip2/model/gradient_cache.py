@@ -69,7 +69,7 @@ def stage1_losses(
             objectives=objectives,
             generator=generator,
         )
-    patches = _see(model, chunk, images, features)
+    patches = _see(model, -(-max(shared.counts) // chunk), images, features)
     positives = same_image(shared.first + torch.arange(count, device=device) if ids is None else ids, shared)
     chunks = torch.arange(count, device=device).split(chunk)
 
@@ -220,11 +220,11 @@ class _Ready(torch.autograd.Function):
         return (None, None, None, *(None if total is None else total.mul_(scale) for total in sums))
 
 
-def _see(model: Stage1, chunk: int, images: Tensor | None, features: Tensor | None) -> Tensor:
-    """`see`, at most `chunk` images at a time: `[B, P, V]`."""
+def _see(model: Stage1, chunks: int, images: Tensor | None, features: Tensor | None) -> Tensor:
+    """`see`, the images in so many chunks: `[B, P, V]`. As many in every process, as `stage2_losses` has it."""
     if images is None or features is not None:
         return see(model.vision, images, features)
-    return torch.cat([see(model.vision, part, None) for part in images.split(chunk)])
+    return torch.cat([see(model.vision, part, None) for part in images.tensor_split(chunks)])
 
 
 def _vectors(model: Stage1, memory: Memory, tokens: Tensor, valid: Tensor) -> tuple[Seen, Tensor, Tensor]:

@@ -38,7 +38,7 @@ def causal(queries: int, valid: Tensor) -> Tensor:
     mask = _to_text(queries, valid)
     mask[:, :, :queries] = True
     mask[:, :queries, queries:] = False
-    mask[:, queries:, queries:] &= torch.ones_like(mask[0, queries:, queries:]).tril()
+    mask[:, queries:, queries:] &= mask.new_ones(mask.shape[1] - queries, mask.shape[1] - queries).tril()
     return mask[:, None]
 
 

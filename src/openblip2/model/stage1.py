@@ -110,7 +110,8 @@ class Stage1(nn.Module):
             rivals = self.rivals(itc, positives, shared, generator) if negatives is None else Rivals(*negatives)
             at_hand = bring(rivals, patches, tokens, valid, shared)
             pairs = pair_up(at_hand.tokens, at_hand.valid, at_hand.rivals)
-            memory = memory.join(self.qformer.look(at_hand.fetched)) if len(at_hand.fetched) else memory
+            if len(at_hand.fetched) or at_hand.fetched.requires_grad:  # gradients' way back leads through all processes
+                memory = memory.join(self.qformer.look(at_hand.fetched))
             loss = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
             found["itm"] = shared.weigh(loss, len(pairs.images), at_hand.pairs)
         return {name: found[name] for name in OBJECTIVES if name in objectives}
