@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,22 @@ def test_answers_are_drawn_by_how_often_they_were_given() -> None:
     assert {tuple(drawn.questions or ()) for drawn in found} == {("a dog?", "what is it?")}
     assert {drawn.texts[0] for drawn in found} == {"no"}
     assert 0.69 < sum(drawn.texts[1] == "cat" for drawn in found) / 400 < 0.81
+
+
+def test_balanced_questions_have_yes_as_often_as_no() -> None:
+    asked = [("is it red?", "no")] * 6 + [("is it red?", "Yes")] * 2 + [("is it big?", "yes")] + [("what?", "a")] * 3
+    asked += [("is it new?", "no")] * 40 + [("is it new?", "yes")]
+    records = [
+        Record(str(n), Path("a.png"), (), (Question(text, answer, "open" if text == "what?" else "yes/no"),))
+        for n, (text, answer) in enumerate(asked)
+    ]
+    assert len(Answers(records).asked) == len(asked)
+    counts = Counter((q.text, q.answer) for _, q in Answers(records, balanced=True).asked)
+    assert counts == {
+        **{("is it red?", "no"): 6, ("is it red?", "Yes"): 6},  # 2 pictures, three times each
+        **{("is it big?", "yes"): 1, ("what?", "a"): 3},  # nothing to balance with
+        **{("is it new?", "no"): 40, ("is it new?", "yes"): 10},  # one picture, ten times at most
+    }
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
 from openblip2.data.cache import Cache
 from openblip2.data.features import Features, StoredFeatures, find_records
 from openblip2.data.records import Record
-from openblip2.data.samples import Answers, Captions
+from openblip2.data.samples import Answers, Captions, Samples
 from openblip2.data.text import clean_caption, clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
@@ -82,7 +82,9 @@ def prepare(
     for line in skipped:
         problem(line)
 
-    samples_of = Answers if asks else Captions
+    def samples_of(part: Sequence[Record]) -> Samples:
+        return Answers(part, settings.data.balance) if asks else Captions(part)
+
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
     if settings.vision.trained:
         if settings.data.features:
