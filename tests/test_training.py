@@ -19,7 +19,7 @@ from openblip2 import convert, load
 from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
 from openblip2.data.batches import Sampler, pair_ids
 from openblip2.data.records import Question, Record, read_records
-from openblip2.data.samples import Answers, Captions
+from openblip2.data.samples import Answers, Captions, without_negations
 from openblip2.errors import UserError
 from openblip2.presets import preset
 from openblip2.train.checkpoint import load_trained, save_trained, trained_parameters
@@ -222,6 +222,12 @@ def test_balanced_questions_have_yes_as_often_as_no() -> None:
         **{("is it big?", "yes"): 1, ("what?", "a"): 3},  # nothing to balance with
         **{("is it new?", "no"): 40, ("is it new?", "yes"): 10},  # one picture, ten times at most
     }
+
+
+def test_questions_with_negations_can_be_left_out() -> None:
+    asked = ("is it red?", "is it not red?", "is no dog there?", "Isn't it big?", "what note is it?")
+    record = Record("0", Path("a.png"), (), tuple(Question(text, "yes", "yes/no") for text in asked))
+    assert [q.text for q in without_negations(record).questions] == ["is it red?", "what note is it?"]
 
 
 @pytest.fixture(scope="module")

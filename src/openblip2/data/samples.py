@@ -3,8 +3,10 @@
 A row is a picture with a text that may be drawn anew each time: one of its captions, or an answer to a question.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +15,7 @@ from openblip2.data.records import Question, Record
 from openblip2.data.text import clean_question
 
 MOST_TIMES = 10  # that balancing shows one question in an epoch
+NEGATION = re.compile(r"\b(no|not|never|none)\b|n't\b", re.IGNORECASE)
 
 
 class Drawn(NamedTuple):
@@ -62,6 +65,15 @@ class Answers:
 
 
 Samples = Captions | Answers
+
+
+def without_negations(record: Record) -> Record:
+    """Without the questions that are asked with "not" or "no": a first course for a model that is to compare.
+
+    Where half of the questions are turned round, a match of words and picture means yes as often as no, and nothing
+    pulls the Q-Former to look for one. Ours (docs/decisions.md).
+    """
+    return replace(record, questions=tuple(q for q in record.questions if not NEGATION.search(q.text)))
 
 
 def _times(questions: Sequence[Question]) -> list[int]:

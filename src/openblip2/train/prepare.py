@@ -15,7 +15,7 @@ from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
 from openblip2.data.cache import Cache
 from openblip2.data.features import Features, StoredFeatures, find_records
 from openblip2.data.records import Record
-from openblip2.data.samples import Answers, Captions, Samples
+from openblip2.data.samples import Answers, Captions, Samples, without_negations
 from openblip2.data.text import clean_caption, clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
@@ -62,7 +62,7 @@ def prepare(
     `run/skipped.jsonl` and counted. `held_out`: the pictures to validate on, instead of a share of the records.
     """
     asks = settings.task == "vqa"
-    records, given = ([_cleaned(r) for r in part if r.questions or not asks] for part in (records, held_out or ()))
+    records, given = (_usable(part, settings) for part in (records, held_out or ()))
     held, trained = hold_out(records, settings) if held_out is None else (given, records)
     if len(held) < 2 or len(trained) < 2:
         raise UserError(
@@ -128,6 +128,16 @@ def hold_out(records: Sequence[Record], settings: RunSettings) -> tuple[list[Rec
     count = min(int(len(records) * settings.data.held_out), settings.data.most_held_out)
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
     return [records[n] for n in sorted(order[:count])], [records[n] for n in sorted(order[count:])]
+
+
+def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
+    """The records with their texts cleaned; for VQA those with questions that are to be asked."""
+    records = [_cleaned(record) for record in records]
+    if settings.task != "vqa":
+        return records
+    if not settings.data.negations:
+        records = [without_negations(record) for record in records]
+    return [record for record in records if record.questions]
 
 
 def _cleaned(record: Record) -> Record:
