@@ -19,7 +19,7 @@ from openblip2 import convert, load
 from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
 from openblip2.data.batches import Sampler, pair_ids
 from openblip2.data.records import Question, Record, read_records
-from openblip2.data.samples import Answers, Captions, without_negations
+from openblip2.data.samples import Answers, Captions, fewer_negations
 from openblip2.errors import UserError
 from openblip2.presets import preset
 from openblip2.train.checkpoint import load_trained, save_trained, trained_parameters
@@ -224,10 +224,14 @@ def test_balanced_questions_have_yes_as_often_as_no() -> None:
     }
 
 
-def test_questions_with_negations_can_be_left_out() -> None:
-    asked = ("is it red?", "is it not red?", "is no dog there?", "Isn't it big?", "what note is it?")
-    record = Record("0", Path("a.png"), (), tuple(Question(text, "yes", "yes/no") for text in asked))
-    assert [q.text for q in without_negations(record).questions] == ["is it red?", "what note is it?"]
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 0), (0.25, 3), (0.5, 6), (1.0, 12)])
+def test_questions_with_negations_can_be_left_out(share: float, kept: int) -> None:
+    plain, turned = ("is it red?", "what note is it?"), ("is it not red?", "is no dog there?", "Isn't it big?")
+    questions = tuple(Question(text, "yes", "yes/no") for text in (*plain, *turned))
+    found = fewer_negations([Record(str(n), Path("a.png"), (), questions) for n in range(4)], share)
+    texts = [q.text for record in found for q in record.questions]
+    assert [text for text in texts if text in plain] == 4 * list(plain)
+    assert sum(text in turned for text in texts) == kept
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ class DataSettings:
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02  # share of the pictures kept for validation
     most_held_out: Count = 500  # and never more pictures than this
     augment: bool = True  # random crop and flip each step; False: frozen features are computed once and reused
-    negations: bool = True  # ours, of vqa; false: no question with "not" or "no", a first course (data/samples.py)
+    negations: Annotated[float, Field(ge=0, le=1)] = 1.0  # ours, of vqa: share of the questions with "not" that is kept
     balance: bool = False  # ours, of vqa: yes and no come equally often to the same words (data/samples.py)
     features: str = ""  # ours: a cache that `openblip2 features` wrote; `--features` sets it
     max_tokens: Annotated[int, Field(ge=4)] = 32  # of the Q-Former's text; longer captions are cut, counted, named

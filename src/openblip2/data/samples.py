@@ -67,13 +67,22 @@ class Answers:
 Samples = Captions | Answers
 
 
-def without_negations(record: Record) -> Record:
-    """Without the questions that are asked with "not" or "no": a first course for a model that is to compare.
+def fewer_negations(records: Sequence[Record], share: float) -> list[Record]:
+    """The records with no more than `share` in [0, 1] of the questions that are asked with "not" or "no", evenly taken.
 
-    Where half of the questions are turned round, a match of words and picture means yes as often as no, and nothing
-    pulls the Q-Former to look for one. Ours (docs/decisions.md).
+    A first course for a model that is to compare. Where half of the questions are turned round, a match of words and
+    picture means yes as often as no, and nothing pulls the Q-Former to look for one. Ours (docs/decisions.md).
     """
-    return replace(record, questions=tuple(q for q in record.questions if not NEGATION.search(q.text)))
+    met = 0
+
+    def is_kept(question: Question) -> bool:
+        nonlocal met
+        if not NEGATION.search(question.text):
+            return True
+        met += 1
+        return int(met * share) > int((met - 1) * share)
+
+    return [replace(r, questions=tuple(q for q in r.questions if is_kept(q))) for r in records]
 
 
 def _times(questions: Sequence[Question]) -> list[int]:

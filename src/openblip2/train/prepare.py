@@ -15,7 +15,7 @@ from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
 from openblip2.data.cache import Cache
 from openblip2.data.features import Features, StoredFeatures, find_records
 from openblip2.data.records import Record
-from openblip2.data.samples import Answers, Captions, Samples, without_negations
+from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
 from openblip2.data.text import clean_caption, clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
@@ -135,9 +135,7 @@ def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
     records = [_cleaned(record) for record in records]
     if settings.task != "vqa":
         return records
-    if not settings.data.negations:
-        records = [without_negations(record) for record in records]
-    return [record for record in records if record.questions]
+    return [record for record in fewer_negations(records, settings.data.negations) if record.questions]
 
 
 def _cleaned(record: Record) -> Record:
