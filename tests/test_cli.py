@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 import openblip2
 import tiny_runs
 from openblip2 import cli
+from openblip2.errors import Stopped
 
 HEAVY = {"torch", "transformers", "numpy", "PIL", "safetensors", "pydantic"}
 SOURCE = str(Path(openblip2.__file__).parents[1])
@@ -152,10 +154,19 @@ def test_rank_puts_the_best_first(home: Home) -> None:
 def test_resume_ends_in_the_same_run(home: Home, tmp_path: Path) -> None:
     whole = (home.stage1 / "model.safetensors").read_bytes()
     run = home.broken("resumed", lambda folder: (folder / "model.safetensors").unlink(), "stage1")
-    assert json.loads((run / "resume" / "progress.json").read_text()) == {"step": 2}
+    assert [path.name for path in (run / "resume").iterdir()] == ["step-00000002"]
+    refused = call(*home.train("stage1", "resumed"))
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "--resume" in refused.err
     said = call(*home.train("stage1", "resumed", "--resume"))
     assert said.code == 0, said.err
     assert (run / "model.safetensors").read_bytes() == whole
+    again = call(*home.train("stage1", "resumed", "--resume"))
+    assert (again.code, again.err) == (0, f"{run} is finished: there is nothing to resume\n")
+    first = call(*home.train("stage1", "at-first", "--resume"))
+    assert first.code == 0, first.err
+    assert "training begins at the beginning" in first.err
+    assert (home.root / "at-first" / "model.safetensors").read_bytes() == whole
 
 
 def test_a_bad_picture_is_skipped_and_named(home: Home) -> None:
@@ -248,6 +259,14 @@ def test_interruption_says_how_to_go_on(home: Home, monkeypatch: pytest.MonkeyPa
     assert "--resume" in said.err
 
 
+def test_sigterm_has_an_exit_code_of_its_own(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr("openblip2.train.recipes.train_stage", stopped)
+    assert call(*home.train("stage1", "stopped")).code == 143
+
+
 # What each command is given, and what its one line must say. `{}` is the folder of `home`.
 Bad = tuple[Callable[[Home], tuple[object, ...]], tuple[str, ...]]
 
@@ -269,10 +288,9 @@ SETTINGS: dict[str, Bad] = {
     "start": (lambda h: h.train("stage2", "x", "--start", h.root / "nowhere"), ("{}/nowhere", "not a run")),
     "start is stage 2": (lambda h: h.train("stage2", "x", "--start", h.stage2), ("{}/stage2", "no stage-1 run")),
     "start of stage 1": (lambda h: h.train("stage1", "x", "--start", h.stage1), ("{}/stage1", "only stage 2")),
-    "nothing to resume": (lambda h: h.train("stage1", "x", "--resume"), ("{}/x", "start without --resume")),
-    "no checkpoint": (
-        lambda h: h.train("stage1", h.broken("bare", lambda f: shutil.rmtree(f / "resume"), "stage1").name, "--resume"),
-        ("{}/bare", "no checkpoint", "start without --resume"),
+    "damaged checkpoint": (
+        lambda h: h.train("stage1", h.broken("spoilt-checkpoint", spoil_checkpoint, "stage1").name, "--resume"),
+        ("{}/spoilt-checkpoint/resume/step-00000002", "model.safetensors", "start without --resume"),
     ),
     "other settings": (
         lambda h: h.train("stage1", "stage1", "--set", "train.steps=4", "--resume"),
@@ -283,6 +301,11 @@ SETTINGS: dict[str, Bad] = {
 
 def cut(path: Path, share: float) -> None:
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def spoil_checkpoint(run: Path) -> None:
+    (run / "model.safetensors").unlink()
+    cut(run / "resume" / "step-00000002" / "model.safetensors", 0.9)
 
 
 def set_queries(run: Path) -> None:

@@ -1,147 +1,174 @@
-"""Two processes are one process with the joined batch: the world size changes neither losses nor gradients.
+"""Several processes are one process with the joined batch: how many there are changes neither losses nor gradients.
 
-Every process takes the mean over its own rows, and backward sums through `gather` what the losses of all
-processes ask of a row. Summed over processes, the parameters' gradients are then those of the *sum* of all
-losses; the mean that DistributedDataParallel takes makes them those of the mean loss, which is the loss of
-the joined batch. So nothing has to be rescaled.
+However the batch is shared out among them: here unevenly, one of four processes has nothing. Dropout is 0: each process
+has masks of its own, which one process with the joined batch would draw otherwise.
 """
 
-from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 import tiny
-from openblip2.distributed import gather, rank, world_size
+from openblip2 import distributed
+from openblip2.distributed import Share, gather, rank, transpose, world_size
+from openblip2.errors import UserError
 from openblip2.model.gradient_cache import stage1_losses
-from openblip2.model.objectives import Contrast, Rivals, same_image
-from openblip2.model.stage1 import Stage1
+from openblip2.model.objectives import Rivals, same_image
+from openblip2.model.stage1 import share_texts
+from processes import mean, mean_gradients, run
 from tiny import E
 
-WORLD, EACH, SECONDS = 2, 4, 60
-IDS = torch.tensor([5, 3, 5, 8, 2, 3, 11, 5])  # 5 and 3 have captions in both processes
-# Negatives of other ids in the same process; one is missing in each, for ITM is the mean over pairs.
-TEXTS, IMAGES = torch.tensor([1, 0, 3, -1, 5, 6, 4, 4]), torch.tensor([3, 2, 1, 0, 7, -1, 5, 6])
+COUNTS = {2: (5, 3), 4: (3, 0, 4, 1)}
+IDS = torch.tensor([5, 3, 5, 8, 2, 3, 11, 5])  # 5 and 3 have captions in several processes
+# Negatives of other ids, mostly of another process, 1 and 6 several times; one is missing of each kind.
+NEGATIVES = Rivals(torch.tensor([1, 6, 4, -1, 3, 6, 1, 6]), torch.tensor([6, 2, 6, 1, 0, -1, 1, 3]))
 
-
-# What must not depend on the number of processes, and arguments of `stage1_gradients` for it.
+# What must not depend on the number of processes: arguments of `gradients`.
 CASES: dict[str, dict[str, Any]] = {
-    "full": {},
+    "given": {},
+    "found": {"found": True},
     "one-sided": {"one_sided": True},
-    "chunks": {"chunk": 3},
-    "one-sided chunks": {"one_sided": True, "chunk": 3},
-    "sigmoid": {"contrast": "sigmoid"},
-    "sigmoid chunks": {"contrast": "sigmoid", "chunk": 3},
+    "chunks": {"chunk": 2},
+    "found in chunks": {"chunk": 2, "found": True},
+    "one-sided chunks": {"one_sided": True, "chunk": 2},
+    "sigmoid": {"contrast": "sigmoid", "found": True},
+    "sigmoid chunks": {"contrast": "sigmoid", "chunk": 2},
+    "without itg": {"objectives": ("itc", "itm")},
+    "itc alone": {"objectives": ("itc",)},
+    "trained encoder": {"encoder_trains": True},
+    "no ids": {"named": False, "found": True},
 }
 
 
-def stage1_gradients(
-    process: int | None, one_sided: bool = False, contrast: Any = "softmax", chunk: int = 0
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses and gradients of one process' rows, or of all rows (None)."""
-    model = tiny.stage1(one_sided, contrast=contrast)
-    rows = slice(None) if process is None else slice(process * EACH, (process + 1) * EACH)
-    first = 0 if process is None else process * EACH
-    # Equal lengths: ITG is the mean over tokens, and as many of them must be in each process.
-    tokens, valid = tiny.texts(shortest=tiny.T)
-    negatives = Rivals(*(torch.where(n < 0, n, n - first)[rows] for n in (TEXTS, IMAGES)))
-    patches = tiny.features()[rows]
-    losses = stage1_losses(model, chunk, tokens[rows], valid[rows], IDS[rows], features=patches, negatives=negatives)
+class Found(NamedTuple):
+    losses: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    at_features: Tensor
+
+
+def gradients(
+    own: slice,
+    found: bool = False,
+    one_sided: bool = False,
+    contrast: Any = "softmax",
+    chunk: int = 0,
+    encoder_trains: bool = False,
+    named: bool = True,
+    objectives: tuple[str, ...] = ("itc", "itm", "itg"),
+) -> Found:
+    """Losses and gradients, means over processes, of some rows of the joined batch."""
+    model = tiny.stage1(one_sided, 0.0, contrast=contrast).train()
+    tokens, valid = (part[own] for part in tiny.texts())
+    longest = max(3, int(valid.sum(dim=1).max())) if len(valid) else 4  # each process pads to its own longest text
+    features = tiny.features()[own].requires_grad_(encoder_trains)
+    torch.manual_seed(rank())  # of no consequence
+    losses = stage1_losses(
+        model,
+        chunk,
+        tokens[:, :longest],
+        valid[:, :longest],
+        IDS[own] if named else None,
+        features=features,
+        negatives=None if found else Rivals(*(rows[own] for rows in NEGATIVES)),
+        objectives=objectives,
+        generator=torch.Generator().manual_seed(3),
+    )
     torch.stack(list(losses.values())).sum().backward()
-    return losses, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    at_features = torch.zeros_like(features) if features.grad is None else features.grad
+    if world_size() == 1:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        found_here = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}
+        return Found({name: loss.detach() for name, loss in losses.items()}, found_here, at_features)
+    return Found({n: mean(loss) for n, loss in losses.items()}, mean_gradients(model), at_features / world_size())
 
 
-def mean(tensor: Tensor) -> Tensor:
-    """Over processes, as DistributedDataParallel does with gradients."""
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total / WORLD
+def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
+    """All that is tried in one process."""
+    own = Share(counts, process).own
+    assert (world_size(), rank()) == (len(counts), process)
+    check_share(process, counts)
+    check_gather(process, counts)
+    check_transpose(process, counts)
+    with distributed.alone():
+        assert (world_size(), rank(), distributed.is_first()) == (1, 0, process == 0)
+        assert gather(IDS) is IDS
+    assert world_size() == len(counts)
+    return {case: tuple(gradients(own, **options)) for case, options in CASES.items()}
 
 
-def in_a_process(process: int, meeting: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{meeting}", timedelta(seconds=SECONDS), world_size=WORLD, rank=process)
-    try:
-        check_gather(process)
-        check_positives(process)
-        check_drawn_negatives(process)
-        for case, options in CASES.items():
-            losses, found = stage1_gradients(process, **options)
-            torch.save(
-                ({k: mean(v) for k, v in losses.items()}, {k: mean(v) for k, v in found.items()}),
-                f"{meeting}.{case}.{process}",
-            )
-    finally:
-        dist.destroy_process_group()
+def check_share(process: int, counts: tuple[int, ...]) -> None:
+    shared = distributed.share(counts[process], process, torch.tensor(7 - process))
+    assert shared.counts == counts
+    assert shared.total == 8
+    ranks = range(len(counts))
+    assert (shared.sums, shared.most) == ((sum(ranks), sum(7 - n for n in ranks)), (ranks[-1], 7))
+    assert torch.equal(same_image(IDS[shared.own], shared), IDS[shared.own][:, None] == IDS)
+    assert distributed.mean_over_processes([process, 2.0]) == [ranks[-1] / 2, 2.0]
+    with pytest.raises(UserError, match="no process can open"):
+        distributed.share(0)
 
 
-def check_gather(process: int) -> None:
-    assert (world_size(), rank()) == (WORLD, process)
-    mine = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]) + 10 * process
-    mine.requires_grad_()
-    everything = gather(mine)
-    assert everything[:, 0].tolist() == [1, 3, 5, 11, 13, 15]
+def check_gather(process: int, counts: tuple[int, ...]) -> None:
+    shared = Share(counts, process)
+    everything = torch.arange(16.0).view(8, 2)
+    mine = everything[shared.own].clone().requires_grad_()
+    gathered = gather(mine, shared)
+    assert torch.equal(gathered, everything)
     # Each process wants something else of a row; the row's owner gets the sum.
-    (everything * torch.arange(12.0).view(6, 2) * (process + 1)).sum().backward()
+    (gathered * everything * (process + 1)).sum().backward()
     assert mine.grad is not None
-    assert torch.equal(mine.grad, 3 * torch.arange(12.0).view(6, 2)[3 * process : 3 * process + 3])
+    assert torch.equal(mine.grad, everything[shared.own] * sum(range(1, len(counts) + 1)))
 
 
-def check_positives(process: int) -> None:
-    own = IDS[process * EACH : (process + 1) * EACH]
-    assert torch.equal(same_image(own), own[:, None] == IDS)
+def check_transpose(process: int, counts: tuple[int, ...]) -> None:
+    shared = Share(counts, process)
+    matrix, weights = torch.arange(64.0).view(8, 8), torch.arange(64.0).view(8, 8) ** 2
+    mine = matrix[shared.own].clone().requires_grad_()
+    turned = transpose(mine, shared)
+    assert torch.equal(turned, matrix.T[shared.own])
+    (turned * weights[shared.own]).sum().backward()
+    assert mine.grad is not None
+    assert torch.equal(mine.grad, weights.T[shared.own])
 
 
-def check_drawn_negatives(process: int) -> None:
-    """They are drawn from the process' own rows, by its own columns of the similarities."""
-    model: Stage1 = tiny.stage1()
-    own = IDS[process * EACH : (process + 1) * EACH]
-    scores = torch.arange(EACH * WORLD * EACH).float().view(EACH, WORLD * EACH)
-    wanted = scores[:, process * EACH : (process + 1) * EACH].masked_fill(own[:, None] == own, -1).argmax(dim=1)
-    for drawn in model.rivals(Contrast(torch.tensor(0.0), 50 * scores, 50 * scores), same_image(own)):
-        assert torch.equal(drawn, wanted)
-
-
-@pytest.fixture(scope="module")
-def meeting(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Runs both processes; whatever fails in one of them fails here."""
-    place = str(tmp_path_factory.mktemp("gloo") / "meeting")
-    processes = spawn(in_a_process, (place,), WORLD, join=False)
-    assert processes is not None
-    try:
-        while not processes.join(timeout=SECONDS):
-            pass
-    finally:
-        for process in processes.processes:
-            if process is not None:
-                process.kill()
-    return place
+@pytest.fixture(scope="module", params=COUNTS, ids="{} processes".format)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(request.param, work, tmp_path_factory.mktemp("gloo"), COUNTS[request.param])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_are_one_with_the_joined_batch(meeting: str, case: str) -> None:
-    losses, expected = stage1_gradients(None, **{**CASES[case], "chunk": 0})
-    results = [torch.load(f"{meeting}.{case}.{process}", weights_only=True) for process in range(WORLD)]
-    for mean_losses, found in results:
-        for name, loss in losses.items():
-            torch.testing.assert_close(mean_losses[name], loss.detach(), rtol=1e-5, atol=1e-5)
-        tiny.assert_same_gradients(found, expected)
-    assert expected["text_head.weight"].abs().max() > 1e-3
+def test_processes_are_one_with_the_joined_batch(results: list[dict[str, Any]], case: str) -> None:
+    expected = gradients(slice(0, 8), **{**CASES[case], "chunk": 0})
+    for result in results:
+        losses, found, _ = result[case]
+        assert list(losses) == list(expected.losses)
+        for name, loss in expected.losses.items():
+            torch.testing.assert_close(losses[name], loss, rtol=1e-5, atol=1e-5)
+        tiny.assert_same_gradients(found, expected.gradients)
+    at_features = torch.cat([result[case][2] for result in results])
+    torch.testing.assert_close(at_features, expected.at_features, rtol=1e-5, atol=1e-5)
+    assert expected.gradients["text_head.weight"].abs().max() > 1e-3
+    assert (expected.at_features.abs().max() > 1e-3) == (case == "trained encoder")
 
 
-def test_both_directions_differ(meeting: str) -> None:
-    """The setting is no other name for the same thing, in two processes either."""
-    full, half = (torch.load(f"{meeting}.{case}.0", weights_only=True) for case in ("full", "one-sided"))
+def test_both_directions_differ(results: list[dict[str, Any]]) -> None:
+    """The setting is no other name for the same thing, in several processes either."""
+    full, half = results[0]["given"], results[0]["one-sided"]
     torch.testing.assert_close(full[0]["itc"], half[0]["itc"])
     assert (full[1]["image_head.weight"] - half[1]["image_head.weight"]).abs().max() > 1e-3
 
 
-def test_one_process_needs_no_group() -> None:
+def test_negatives_found_are_not_those_given(results: list[dict[str, Any]]) -> None:
+    assert results[0]["found"][0]["itm"] != results[0]["given"][0]["itm"]
+
+
+def test_one_process_needs_no_group(tmp_path: Path) -> None:
     rows = torch.randn(3, E, requires_grad=True)
     assert not dist.is_initialized()
     assert gather(rows) is rows
-    assert (world_size(), rank()) == (1, 0)
+    assert (world_size(), rank(), distributed.is_first()) == (1, 0, True)
+    assert share_texts(torch.ones(3, 5, dtype=torch.bool))[0] == Share((3,), 0)

@@ -59,7 +59,9 @@ def test_commands_of_the_documents_exist_with_their_options() -> None:
         known = {option for p in command.commands[name].params for option in p.opts}  # type: ignore[attr-defined]
         assert {word for word in words if word.startswith("--")} <= known, (name, words)
         if "--preset" in words:
-            assert words[words.index("--preset") + 1] in PRESETS[words[0]]
+            preset = words[words.index("--preset") + 1]
+            stage, preset = preset.split("-", 1) if name == "plan" else (words[0], preset)
+            assert preset in PRESETS[stage]
 
 
 def test_settings_named_in_the_documents_exist() -> None:

@@ -1,6 +1,5 @@
 """LoRA: what trains and what does not, adapters folded in, and runs that keep, resume and load them."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,7 +236,7 @@ def test_a_resumed_run_with_adapters_is_the_same(runs: Home, stage: str) -> None
     whole = (runs.root / f"{stage}-lora" / "model.safetensors").read_bytes()
     remove: Callable[[Path], object] = lambda folder: (folder / "model.safetensors").unlink()  # noqa: E731
     run = runs.broken(f"{stage}-resumed", remove, f"{stage}-lora")
-    assert json.loads((run / "resume" / "progress.json").read_text()) == {"step": 2}
+    assert [path.name for path in (run / "resume").iterdir()] == ["step-00000002"]
     ranks = [word for name, rank in RANKS.items() for word in ("--set", f"{name}={rank}")]
     start = ("--start", runs.root / "stage1-lora") if stage == "stage2" else ()
     said = call(*runs.train(stage, f"{stage}-resumed", *ranks, *start, "--resume"))

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import math
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -89,44 +87,6 @@ def test_learning_rate_warms_up_and_follows_a_cosine_per_step() -> None:
     assert all(a > b for a, b in itertools.pairwise(rates[4:]))
 
 
-def test_a_resumed_run_is_bit_equal(tmp_path: Path) -> None:
-    whole = run_line(tmp_path / "whole", lambda model: model.losses)
-
-    def dies_in_step_5(model: Line) -> Callable[[int], dict[str, Tensor]]:
-        def losses(number: int) -> dict[str, Tensor]:
-            if number == 4:
-                raise RuntimeError("the machine is gone")
-            return model.losses(number)
-
-        return losses
-
-    with pytest.raises(RuntimeError, match="gone"):
-        run_line(tmp_path / "parts", dies_in_step_5)
-    resumed = run_line(tmp_path / "parts", lambda model: model.losses, resume=True)
-    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
-        assert torch.equal(a, b), name
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
-
-
-def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path) -> None:
-    whole = run_line(tmp_path / "whole", lambda model: model.losses)
-
-    def pressed_in_step_4(model: Line) -> Callable[[int], dict[str, Tensor]]:
-        def losses(number: int) -> dict[str, Tensor]:
-            if number == 3:
-                signal.raise_signal(signal.SIGINT)
-            return model.losses(number)
-
-        return losses
-
-    train = TrainSettings(steps=6, batch=2, precision="fp32")
-    with pytest.raises(KeyboardInterrupt):
-        run_line(tmp_path / "parts", pressed_in_step_4, train=train)
-    assert json.loads((tmp_path / "parts" / "resume" / "progress.json").read_text()) == {"step": 4}
-    resumed = run_line(tmp_path / "parts", lambda model: model.losses, train=train, resume=True)
-    assert torch.equal(whole.linear.weight, resumed.linear.weight)
-
-
 def test_accumulated_batches_are_one_step_of_their_mean(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Line()
@@ -141,15 +101,6 @@ def test_accumulated_batches_are_one_step_of_their_mean(tmp_path: Path) -> None:
     fit(model, losses, tmp_path, OPTIM, twice, dict, quiet())
     assert taken == [0, 1]
     assert log_of(tmp_path)[0]["only"] == pytest.approx((before**2 + (before - 1) ** 2) / 2)
-
-
-def test_a_loss_that_is_not_finite_stops_with_one_line(tmp_path: Path) -> None:
-    def breaks(model: Line) -> Callable[[int], dict[str, Tensor]]:
-        return lambda number: {"near": model.temperature * (math.nan if number == 3 else 1.0)}
-
-    with pytest.raises(UserError, match=r"^step 4: near = nan, grad_norm = nan; the last checkpoint is untouched"):
-        run_line(tmp_path, breaks)
-    assert json.loads((tmp_path / "resume" / "progress.json").read_text()) == {"step": 2}
 
 
 def test_checkpoints_hold_the_trained_parts_alone_and_load_strictly(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Nothing heavy is imported before one runs, so that `--help` answers at once.
 
-Exit codes: 0 done, 2 something handed in cannot be used (one line says what), 130 interrupted.
+Exit codes: 0 done, 2 something handed in cannot be used (one line says what), 130 interrupted, 143 told to stop
+(SIGTERM).
 """
 
 import sys
@@ -12,6 +13,8 @@ import typer
 from openblip2.commands.convert import convert
 from openblip2.commands.learn import demo, features, train
 from openblip2.commands.measure import bench, bench_real, compare, evaluate
+from openblip2.commands.planning import plan
+from openblip2.commands.scale import prepare
 from openblip2.commands.study import ablate
 from openblip2.commands.use import answer, caption, chat, rank
 from openblip2.errors import UserError
@@ -27,6 +30,7 @@ for command in (
     demo,
     train,
     features,
+    prepare,
     caption,
     answer,
     chat,
@@ -36,6 +40,7 @@ for command in (
     convert,
     bench,
     bench_real,
+    plan,
     ablate,
 ):
     app.command()(command)

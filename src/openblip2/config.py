@@ -104,10 +104,12 @@ class TrainSettings:
     """How long, how much at once, how often to look."""
 
     steps: Count = 250_000
+    # Pairs of one batch, over all processes: each of N takes its N-th part, and the run is the same whatever N is.
     batch: Count = 1680
     accumulate: Count = 1  # batches to one step; ITC's negatives stay within one batch
-    # Ours: pairs that go through the model at once; 0 = the whole batch. The same losses and gradients in less memory,
-    # and unlike with `accumulate` ITC's and ITM's negatives come from the whole batch (model/gradient_cache.py).
+    # Ours: pairs that go through the model at once, in each process; 0 = all it has. The same losses and gradients in
+    # less memory, and unlike with `accumulate` ITC's and ITM's negatives come from the whole batch
+    # (model/gradient_cache.py).
     chunk: Natural = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     # Ours, the same results: layers of the Q-Former and of the language model are computed again in the backward pass
@@ -115,18 +117,26 @@ class TrainSettings:
     checkpoint_activations: bool = False
     # Ours: the Q-Former's blocks by torch.compile. Other dropout masks, else the same to rounding.
     compile: bool = False
+    # In several processes. ddp: each holds all. fsdp2: the layers of the frozen parts lie in pieces over the processes,
+    # for language models that do not fit into one GPU (train/parallel.py).
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
     seed: Natural = 0
     validate_every: Natural = 1000  # steps; 0 = only at the end
-    checkpoint_every: Natural = 1000  # steps; 0 = only at the end
+    checkpoint_every: Natural = 1000  # steps; 0 = only when asked to stop (docs/resuming.md)
+    keep_checkpoints: Count = 2  # of the last ones; older ones go when a new one is whole
+    most_bad_steps: Count = 5  # in a row with losses or gradients that are not finite; then the run stops
 
 
 @dataclass(config=STRICT)
 class DataSettings:
     """Pictures and captions."""
 
-    source: str = ""  # a folder, .jsonl or .csv; `--data` sets it
+    source: str = ""  # a folder, .jsonl or .csv, or shards; `--data` sets it
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02  # share of the pictures kept for validation
     most_held_out: Count = 500  # and never more pictures than this
+    # Shards of a set that are read side by side, a sample from each in turn: shards are shuffled over the whole set,
+    # samples within their shard. Processes whose number divides this one read no shard twice (data/shard_order.py).
+    open_shards: Count = 16
     augment: bool = True  # random crop and flip each step; False: frozen features are computed once and reused
     negations: Annotated[float, Field(ge=0, le=1)] = 1.0  # ours, of vqa: share of the questions with "not" that is kept
     balance: bool = False  # ours, of vqa: yes and no come equally often to the same words (data/samples.py)

@@ -1,15 +1,38 @@
-"""Ranks and gathering. Without a process group there is one process, and every function does nothing."""
+"""The processes that train together, the rows of their joined batch, and what of these travels.
 
+Each process has some rows of one joined batch of `G`, in the order of ranks; how many need not be equal. Its losses are
+weighed (`Share.weigh`) so that their mean over processes, and that of the gradients, which is what data parallelism
+takes, are those of one process with the joined batch.
+
+Without a process group there is one process, and nothing travels. What one process calls here, all must call, in the
+same order.
+
+Shapes: B rows here, G rows over all processes.
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from openblip2.errors import UserError
+
+PATIENCE = timedelta(days=7)  # for processes that wait while one of them prepares what all need
+
+_here = threading.local()  # a thread that makes batches is not alone because another one is
+
 
 def world_size() -> int:
-    """How many processes train together; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """How many processes train together; 1 without a process group, and within `alone`."""
+    together = dist.is_available() and dist.is_initialized() and not getattr(_here, "alone", False)
+    return dist.get_world_size() if together else 1
 
 
 def rank() -> int:
@@ -17,29 +40,234 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def gather(rows: Tensor) -> Tensor:
-    """The rows of all processes, in rank order: `[B, ...]` -> `[G, ...]`; the same number of rows everywhere.
+def is_first() -> bool:
+    """Whether this is the process that writes files and speaks; also within `alone`."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What runs within, in this thread, is as if there were one process: validation, which all do alike."""
+    before = getattr(_here, "alone", False)
+    _here.alone = True
+    try:
+        yield
+    finally:
+        _here.alone = before
+
+
+def part_of(count: int, place: int, world: int) -> slice:
+    """Which of a batch's `count` rows are those of process `place` of `world`; sizes differ by one at most."""
+    return slice(place * count // world, (place + 1) * count // world)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of the joined batch are this process' own.
+
+    Attributes:
+        counts: rows of each process. place: this one's rank. sums: over processes, of the other numbers of `share`.
+            most: the largest of each.
+    """
+
+    counts: tuple[int, ...]
+    place: int
+    sums: tuple[int, ...] = ()
+    most: tuple[int, ...] = ()
+
+    @property
+    def one(self) -> bool:
+        """Whether there is one process."""
+        return len(self.counts) == 1
+
+    @property
+    def total(self) -> int:
+        """G."""
+        return sum(self.counts)
+
+    @property
+    def first(self) -> int:
+        """The place of our first row in the joined batch."""
+        return sum(self.counts[: self.place])
+
+    @property
+    def own(self) -> slice:
+        """Our rows of the joined batch."""
+        return slice(self.first, self.first + self.counts[self.place])
+
+    def weigh(self, mean: Tensor, count: int | Tensor, total: int | Tensor) -> Tensor:
+        """A mean over `count` things here, weighed so that its mean over processes is that over all `total`.
+
+        The mean over nothing, NaN, becomes 0.
+        """
+        if self.one:
+            return mean
+        mine, every = int(count), max(1, int(total))
+        return (mean if mine else mean.nan_to_num(0.0)) * (len(self.counts) * mine / every)
+
+
+def share(rows: int, *others: int | Tensor) -> Share:
+    """How the joined batch is shared out, when this process has `rows` of it; and sums of `others` over processes.
+
+    Raises:
+        UserError: no process has any.
+    """
+    if world_size() == 1:
+        return Share((rows,), 0)
+    mine = torch.tensor([rows, *map(int, others)])
+    found = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(found, mine, group=patient_group())
+    counts, *more = zip(*(part.tolist() for part in found), strict=True)
+    if not any(counts):
+        raise UserError("a batch of which no process can open a single picture; skipped.jsonl names what is wrong")
+    return Share(counts, rank(), tuple(map(sum, more)), tuple(map(max, more)))
+
+
+@cache
+def patient_group() -> "dist.ProcessGroup":
+    """All processes, on the CPU: for a few numbers, which need not wait for the GPU's queue, and for long waits."""
+    group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def gather(rows: Tensor, shared: Share | None = None) -> Tensor:
+    """The rows of all processes, in rank order: `[B, ...]` -> `[G, ...]`. `shared`: None = as many rows everywhere.
 
     Gradients flow back to the process a row came from, summed over all processes that used it.
     """
     if world_size() == 1:
         return rows
-    gathered: Tensor = _Gather.apply(rows)  # pyright: ignore[reportAssignmentType]
+    gathered: Tensor = _Gather.apply(rows, shared or Share((len(rows),) * world_size(), rank()))  # pyright: ignore[reportAssignmentType]
     return gathered
+
+
+def transpose(rows: Tensor, shared: Share) -> Tensor:
+    """The rows of all processes turned round: `[B, G]`, ours, of a matrix `[G, G]` -> `[B, G]`, ours, of its transpose.
+
+    A number goes to the one process that wants it: similarities of all images to our texts for `B x G` numbers, where
+    gathering the images takes `G x Q x E`. Gradients go back the same way.
+    """
+    if world_size() == 1:
+        return rows.T
+    turned: Tensor = _Transpose.apply(rows, shared)  # pyright: ignore[reportAssignmentType]
+    return turned
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which rows go from here to each process, and how many come from each.
+
+    Attributes:
+        sent: our rows, those for process 0 first. sends, receives: how many to and from each process. places: where
+            each row that was wanted stands in our own rows followed by those received; -1 where none was.
+        idle: nothing travels, here or anywhere.
+    """
+
+    sent: tuple[int, ...]
+    sends: tuple[int, ...]
+    receives: tuple[int, ...]
+    places: tuple[int, ...]
+    idle: bool
+
+
+def plan(wanted: Sequence[Sequence[int]], shared: Share) -> Route:
+    """How the rows travel that each process wants of the joined batch (-1: none); one wanted twice travels once."""
+    ends = [sum(shared.counts[: n + 1]) for n in range(len(shared.counts))]
+    owns = [range(end - count, end) for end, count in zip(ends, shared.counts, strict=True)]
+    remote = [
+        sorted({row for row in rows if row >= 0 and row not in own}) for rows, own in zip(wanted, owns, strict=True)
+    ]
+    mine, needed = owns[shared.place], remote[shared.place]
+    sent = [[row - mine.start for row in rows if row in mine] for rows in remote]
+    stand = {row: len(mine) + n for n, row in enumerate(needed)} | {row: row - mine.start for row in mine} | {-1: -1}
+    return Route(
+        tuple(row for rows in sent for row in rows),
+        tuple(map(len, sent)),
+        tuple(sum(row in own for row in needed) for own in owns),
+        tuple(stand[row] for row in wanted[shared.place]),
+        not any(remote),
+    )
+
+
+def fetch(rows: Tensor, route: Route) -> Tensor:
+    """The rows of others that are wanted here: ours `[B, ...]` -> theirs `[n, ...]`, each once, in the joined order.
+
+    From process to process, and only what is wanted. Gradients, if any are asked, go back the same way.
+    """
+    if route.idle:
+        return rows[:0]
+    fetched: Tensor = _Fetch.apply(rows, route)  # pyright: ignore[reportAssignmentType]
+    return fetched
+
+
+def mean_over_processes(values: Sequence[float]) -> list[float]:
+    """The mean of each number over all processes: what losses are logged as."""
+    if world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=patient_group())
+    return (total / world_size()).tolist()
 
 
 class _Gather(torch.autograd.Function):
     """`all_gather` whose backward pass sums over processes; the one in torch.distributed has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        ctx.count = rows.shape[0]
-        return torch.cat(parts)
+    def forward(ctx: Any, rows: Tensor, shared: Share) -> Tensor:
+        longest = max(shared.counts)
+        padded = (
+            torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])]) if len(rows) < longest else rows
+        )
+        parts = [torch.empty_like(padded) for _ in shared.counts]
+        dist.all_gather(parts, padded.contiguous())
+        ctx.own = shared.own
+        return torch.cat([part[:count] for part, count in zip(parts, shared.counts, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         total = grads[0].contiguous().clone()
         dist.all_reduce(total)
-        return total[rank() * ctx.count : (rank() + 1) * ctx.count]
+        return total[ctx.own], None
+
+
+class _Transpose(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, shared: Share) -> Tensor:
+        ctx.shared = shared
+        return _turn(rows, shared)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _turn(grads[0], ctx.shared), None
+
+
+def _turn(rows: Tensor, shared: Share) -> Tensor:
+    count = len(rows)
+    blocks = [block.T.reshape(-1) for block in rows.split(shared.counts, dim=1)]
+    found = torch.empty_like(torch.cat(blocks))
+    sizes = [count * other for other in shared.counts]
+    dist.all_to_all_single(found, torch.cat(blocks), sizes, sizes)
+    return torch.cat(
+        [
+            block.view(count, -1) if count else block.view(0, n)
+            for block, n in zip(found.split(sizes), shared.counts, strict=True)
+        ],
+        dim=1,
+    )
+
+
+class _Fetch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, route: Route) -> Tensor:
+        ctx.route, ctx.shape = route, rows.shape
+        ctx.sent = torch.tensor(route.sent, dtype=torch.int64, device=rows.device)
+        found = rows.new_empty(sum(route.receives), *rows.shape[1:])
+        dist.all_to_all_single(found, rows.index_select(0, ctx.sent), list(route.receives), list(route.sends))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        back = grads[0].new_empty(len(ctx.sent), *ctx.shape[1:])
+        dist.all_to_all_single(back, grads[0].contiguous(), list(ctx.route.sends), list(ctx.route.receives))
+        return back.new_zeros(ctx.shape).index_add_(0, ctx.sent, back), None

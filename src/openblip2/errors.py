@@ -1,4 +1,4 @@
-"""The one exception that is part of the interface."""
+"""The exceptions that are part of the interface."""
 
 
 class UserError(ValueError):
@@ -7,6 +7,18 @@ class UserError(ValueError):
     The message is one line: what was wrong, where, and what would be right. The command line prints it
     without a traceback and ends with exit code 2; from Python it is an ordinary `ValueError`.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop by a signal, and has: what it needs to go on is on disk.
+
+    Attributes:
+        code: what the process should exit with, as shells count: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, kind: int) -> None:
+        super().__init__(f"stopped by signal {kind}")
+        self.code = 128 + kind
 
 
 def one_line(error: Exception) -> str:

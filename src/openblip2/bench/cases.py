@@ -6,13 +6,14 @@ Shapes: B pictures, P patch tokens, V encoder width, T text tokens, Q queries, W
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from openblip2.bench.case import NAIVE, OURS, THEIRS, Case
+from openblip2.bench.loader import loader_case
 from openblip2.bench.models import BOS, EOS, IMAGE, Pair, normalised, pictures, sentences, texts
 from openblip2.bench.naive import naive_losses, naive_rerank
 from openblip2.bench.sizes import Size
@@ -22,31 +23,13 @@ from openblip2.evaluate.retrieval import rerank
 from openblip2.model.decoding import Decoding
 from openblip2.train.hardware import computing
 
-OURS, NAIVE, THEIRS = "openblip2", "naive", "transformers"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison.
-
-    Attributes:
-        candidates: by name, ours among them; each does the same work. samples: of one run, of what `unit` says.
-        difference: the largest relative difference between their outputs, measured before. equal: what is allowed.
-    """
-
-    name: str
-    candidates: Mapping[str, Callable[[], Any]]
-    samples: int
-    unit: str
-    difference: float
-    equal: float
-
 
 class Bench:
     """The cases of one size, computed in `precision`."""
 
     NAMES = (
         "cache",
+        "loader",
         "stage1-features",
         "stage1-images",
         "stage2-features",
@@ -68,6 +51,7 @@ class Bench:
         """What can be timed, by name; a case is made when it is called."""
         return {
             "cache": self.cache,
+            "loader": lambda: loader_case(self._folder()),
             "stage1-features": self.stage1_features,
             "stage1-images": self.stage1_images,
             "stage2-features": self.stage2_features,
@@ -233,9 +217,7 @@ class Bench:
 
     def _keep(self, features: Tensor) -> Cache:
         """These features in a cache on the disk, as a run finds them."""
-        folder = tempfile.TemporaryDirectory(prefix="openblip2-bench-")
-        self._folders.append(folder)
-        place, layout = Path(folder.name), Layout("fp16", features.shape[1], features.shape[2], 1)
+        place, layout = self._folder(), Layout("fp16", features.shape[1], features.shape[2], 1)
         write_head(place, {}, layout, len(features))
         for number, rows in enumerate(features.split(layout.shard_pictures)):
             writer = ShardWriter(place, number, layout)
@@ -243,6 +225,11 @@ class Bench:
             first = number * layout.shard_pictures
             writer.close([Picture(str(first + n), 0, 0) for n in range(len(rows))], {})
         return Cache(place)
+
+    def _folder(self) -> Path:
+        folder = tempfile.TemporaryDirectory(prefix="openblip2-bench-")
+        self._folders.append(folder)
+        return Path(folder.name)
 
     def _encode(self, images: Tensor) -> Tensor:
         vision = self._vision()

@@ -1,15 +1,16 @@
 """Commands that train: demo, train, features."""
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from openblip2.commands.shared import Images, Questions, Settings, Split, read_changes
-from openblip2.errors import UserError
+from openblip2.errors import Stopped, UserError
 
 
 def demo(
@@ -30,7 +31,7 @@ def demo(
 
 def train(
     what: Annotated[str, typer.Argument(help="stage1 or stage2; or caption, vqa, retrieval: fine-tune a run.")],
-    data: Annotated[str, typer.Option(help="Pictures with captions (vqa: questions): a folder, .jsonl, .csv, ...")],
+    data: Annotated[str, typer.Option(help="Pictures with captions (vqa: questions): a folder, .csv, shards, ...")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     images: Images = None,
     split: Split = None,
@@ -38,37 +39,50 @@ def train(
     preset: Annotated[str, typer.Option(help="Whole settings to begin with.")] = "laptop",
     start: Annotated[Path | None, typer.Option(help="The run to start from: all but stage1 need one.")] = None,
     changes: Settings = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
     features: Annotated[Path | None, typer.Option(help="A cache that `features` wrote of the same pictures.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Pictures to validate on; else a share of --data.")] = None,
 ) -> None:
     """Train one stage, or fine-tune: `openblip2 train stage1 --data pictures/ --out runs/stage1`."""
-    from openblip2.config import change
-    from openblip2.presets import FINE_TUNING, PRESETS, fine_tuning
-    from openblip2.presets import preset as find
+    with _interruptible(out), _others():  # in this order: processes know `Stopped`, not the exit code
+        from openblip2.config import change
+        from openblip2.presets import FINE_TUNING, PRESETS, fine_tuning
+        from openblip2.presets import preset as find
 
-    if what in PRESETS:
-        settings = find(what, preset)
-    elif what in FINE_TUNING:
-        from openblip2.weights.checkpoint import Parts
-        from openblip2.weights.run import read_run
+        if what in PRESETS:
+            settings = find(what, preset)
+        elif what in FINE_TUNING:
+            from openblip2.weights.checkpoint import Parts
+            from openblip2.weights.run import read_run
 
-        if start is None:
-            raise UserError(f"train {what}: give --start, the run to fine-tune")
-        settings = fine_tuning(what, preset, read_run(start, Parts()).settings, str(start))
-    else:
-        raise UserError(f"unknown training {what!r}: it must be one of {', '.join([*PRESETS, *FINE_TUNING])}")
-    settings = change(settings, read_changes(changes))
-    settings = change(settings, {"data.source": data} | ({"start": str(start)} if start else {}))
-    settings = change(settings, {"data.features": str(features)} if features else {})
-    from openblip2.data.sources import read_source
-    from openblip2.train.progress import Progress
-    from openblip2.train.recipes import train_stage
+            if start is None:
+                raise UserError(f"train {what}: give --start, the run to fine-tune")
+            settings = fine_tuning(what, preset, read_run(start, Parts()).settings, str(start))
+        else:
+            raise UserError(f"unknown training {what!r}: it must be one of {', '.join([*PRESETS, *FINE_TUNING])}")
+        settings = change(settings, read_changes(changes))
+        settings = change(settings, {"data.source": data} | ({"start": str(start)} if start else {}))
+        settings = change(settings, {"data.features": str(features)} if features else {})
+        from openblip2.data.sources import read_source
+        from openblip2.distributed import is_first
+        from openblip2.train.progress import Progress
+        from openblip2.train.recipes import train_stage
+        from openblip2.train.resume import unfinished
 
-    progress = Progress()
-    source = read_source(data, "questions" if what == "vqa" else "captions", images, split, questions)
-    with _interruptible(out):
-        train_stage(settings, source.records, out, progress, resume, skipped=source.skipped)
-    typer.echo(str(out))
+        if not resume and unfinished(out):
+            raise UserError(
+                f"{out} holds a checkpoint of an unfinished run: add --resume to go on, or give another --out"
+            )
+        progress = Progress(quiet=not is_first())
+        wanted = "questions" if what == "vqa" else "captions"
+        source = read_source(data, wanted, images, split, questions, shards=True)
+        skipped, kept = source.skipped, None
+        if held_out is not None:
+            kept, more, _, _ = read_source(held_out, wanted)
+            skipped = skipped + more
+        train_stage(settings, source.records, out, progress, resume, None, skipped, kept, source.shards)
+        if is_first():
+            typer.echo(str(out))
 
 
 def features(
@@ -111,13 +125,22 @@ def features(
     typer.echo(str(out))
 
 
+def _others() -> AbstractContextManager[None]:
+    """The other processes of the run, where torchrun or accelerate launch has started this one (docs/clusters.md)."""
+    if "RANK" not in os.environ:
+        return nullcontext()  # and torch is not imported yet
+    from openblip2.train.processes import processes
+
+    return processes()
+
+
 @contextmanager
 def _interruptible(out: Path) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(
             f"openblip2: interrupted; what was finished is in {out}, training goes on with --resume",
             file=sys.stderr,
         )
-        raise typer.Exit(130) from None
+        raise typer.Exit(error.code if isinstance(error, Stopped) else 130) from None

@@ -13,6 +13,7 @@ from openblip2.data.features import StoredFeatures
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.data.samples import Samples
+from openblip2.distributed import gather, part_of, share, world_size
 from openblip2.errors import UserError
 
 
@@ -25,6 +26,9 @@ class PairBatch:
     features: Tensor | None = None
     images: Tensor | None = None
     questions: list[str] | None = None
+    names: list[str] | None = None  # ids of the pictures, for people
+    # [B, 2] int64, hashes of picture and caption, where a process knows no other's: `ids` then are of its own rows.
+    keys: Tensor | None = None
 
 
 class Sampler:
@@ -63,32 +67,58 @@ class Sampler:
         return rows
 
 
+Part = tuple[int, int]  # (r, N): of each batch, which process r of N has
+
+
 class FeaturePairs:
     """Batches from frozen features computed beforehand, with the texts of `samples`, which is of the same records.
 
-    `drawn`: one of a picture's random views, drawn each time, stands in place of the plain picture.
+    Args:
+        batch: pairs of the joined batch. part: which of it this process has. What is drawn is drawn for the joined
+            batch, whose parts together are the same whatever N is.
+        drawn: one of a picture's random views, drawn each time, stands in place of the plain picture.
     """
 
-    def __init__(self, features: StoredFeatures, samples: Samples, batch: int, seed: int, drawn: bool = False) -> None:
-        self.features, self.samples, self.seed, self.drawn = features, samples, seed, drawn
+    def __init__(
+        self,
+        features: StoredFeatures,
+        samples: Samples,
+        batch: int,
+        seed: int,
+        drawn: bool = False,
+        part: Part = (0, 1),
+    ) -> None:
+        self.features, self.samples, self.seed, self.drawn, self.part = features, samples, seed, drawn, part
         self.sampler = Sampler(samples.lengths, batch, seed)
 
     def __call__(self, number: int) -> PairBatch:
-        rows = self.sampler(number)
-        texts, questions = self.samples.draw(rows, _generator(self.seed, number, "caption"))
-        pictures = [self.samples.pictures[row] for row in rows]
+        return self._make(number, self.part)
+
+    def joined(self, number: int) -> PairBatch:
+        """The batch of all processes."""
+        return self._make(number, (0, 1))
+
+    def _make(self, number: int, part: Part) -> PairBatch:
+        every = _Pairs(self.samples, self.sampler(number), _generator(self.seed, number, "caption"))
+        own = range(len(every.pictures))[part_of(len(every.pictures), *part)]
         views = None
         if self.drawn:
             generator = _generator(self.seed, number, "crop")
-            views = torch.randint(self.features.views, (len(rows),), generator=generator).tolist()
-        ids, features = pair_ids(pictures, texts), self.features.take(pictures, views)
-        return PairBatch(texts, ids, features=features, questions=questions)
+            drawn = torch.randint(self.features.views, (len(every.pictures),), generator=generator).tolist()
+            views = [drawn[n] for n in own]
+        pictures = [every.pictures[n] for n in own]
+        names = [self.features.records[picture].id for picture in pictures]
+        return every.take(own, names, features=self.features.take(pictures, views))
 
 
 class ImagePairs:
     """Batches of pictures, freshly augmented (random crop and flip, as the paper trains) or plain.
 
-    A picture that cannot be opened is left out of its batch and reported once to `problem`.
+    A picture that cannot be opened is left out of its batch and reported once to `problem`; of several processes, one
+    may so be left with none.
+
+    Args:
+        batch, part: as for `FeaturePairs`.
     """
 
     def __init__(
@@ -100,49 +130,81 @@ class ImagePairs:
         size: int,
         problem: Callable[[str], object],
         augmented: bool = True,
+        part: Part = (0, 1),
     ) -> None:
-        self.records, self.samples = list(records), samples
+        self.records, self.samples, self.part = list(records), samples, part
         self.seed, self.size, self.problem, self.augmented = seed, size, problem, augmented
         self.sampler = Sampler(samples.lengths, batch, seed)
         self.bad: set[int] = set()
 
     def __call__(self, number: int) -> PairBatch:
-        generator = _generator(self.seed, number, "crop")
-        rows, images = [], []
-        for row in self.sampler(number):
-            picture = self.samples.pictures[row]
+        return self._make(number, self.part)
+
+    def joined(self, number: int) -> PairBatch:
+        """The batch of all processes."""
+        return self._make(number, (0, 1))
+
+    def _make(self, number: int, part: Part) -> PairBatch:
+        every = _Pairs(self.samples, self.sampler(number), _generator(self.seed, number, "caption"))
+        # One for each picture: what is drawn for it does not depend on who opened which before it.
+        seeds = torch.randint(2**62, (len(every.pictures),), generator=_generator(self.seed, number, "crop")).tolist()
+        good, images = [], [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)]
+        for n in range(len(every.pictures))[part_of(len(every.pictures), *part)]:
+            picture = every.pictures[n]
             if picture in self.bad:
                 continue
             try:
-                images.append(self._open(picture, generator))
-                rows.append(row)
+                images.append(self._open(picture, torch.Generator().manual_seed(seeds[n]))[None])
+                good.append(n)
             except UserError as error:
                 self.bad.add(picture)
                 self.problem(str(error))
-        if not rows:
+        if not good and part[1] == 1:
             raise UserError(f"batch {number}: not one of its pictures can be opened; see the log for their names")
-        texts, questions = self.samples.draw(rows, _generator(self.seed, number, "caption"))
-        ids = pair_ids([self.samples.pictures[row] for row in rows], texts)
-        return PairBatch(texts, ids, images=torch.stack(images), questions=questions)
+        return every.take(good, [self.records[every.pictures[n]].id for n in good], images=torch.cat(images))
 
     def _open(self, picture: int, generator: torch.Generator) -> Tensor:
         path = self.records[picture].image
         return augment(path, self.size, generator) if self.augmented else to_pixels([path], self.size)[0]
 
 
-def pair_ids(pictures: Sequence[Hashable], captions: Sequence[str]) -> Tensor:
+class _Pairs:
+    """The pairs of a joined batch before any picture is opened."""
+
+    def __init__(self, samples: Samples, rows: Sequence[int], generator: torch.Generator) -> None:
+        self.pictures = [samples.pictures[row] for row in rows]
+        self.texts, self.questions = samples.draw(rows, generator)
+        self.ids = pair_ids(self.pictures, self.texts)
+
+    def take(self, places: Sequence[int], names: list[str], **seen: Tensor) -> PairBatch:
+        """The pairs at these places; `seen`: their pictures, by the names of `PairBatch`."""
+        texts = [self.texts[n] for n in places]
+        questions = None if self.questions is None else [self.questions[n] for n in places]
+        return PairBatch(texts, self.ids[list(places)], questions=questions, names=names, **seen)
+
+
+def pair_ids(pictures: Sequence[Hashable], captions: Sequence[Hashable]) -> Tensor:
     """Which pairs of a batch belong together: `[B]` int64, equal for the same picture and for the same caption.
 
     Two pictures of a red circle are no negatives of each other's "a red circle".
     """
     of_picture: dict[Hashable, int] = {}
-    of_caption: dict[str, int] = {}
+    of_caption: dict[Hashable, int] = {}
     ids: list[int] = []
     for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         own = of_picture.get(picture, of_caption.get(caption, n))
         of_picture[picture] = of_caption[caption] = own
         ids.append(own)
-    return torch.tensor(ids)
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def joined_ids(batch: PairBatch, place: torch.device) -> Tensor:
+    """Our rows' ids `[B]` as they are in the joined batch. `place`: where the backend's tensors lie; all must ask."""
+    if batch.keys is None or world_size() == 1:
+        return batch.ids.to(place)
+    shared = share(len(batch.keys))
+    pictures, captions = gather(batch.keys.to(place), shared).T.tolist()
+    return pair_ids(pictures, captions)[shared.own].to(place)
 
 
 def _generator(seed: int, number: int, purpose: str) -> torch.Generator:

@@ -5,10 +5,11 @@ S  image side in px      B  images
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -18,7 +19,15 @@ from openblip2.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-Picture = str | Path | Image.Image | np.ndarray[Any, Any]
+
+class PictureFile(NamedTuple):
+    """A picture's file in memory, and how it is called where it is broken."""
+
+    content: bytes
+    name: str
+
+
+Picture = str | Path | PictureFile | Image.Image | np.ndarray[Any, Any]
 
 # A file is judged by its header before anything is decoded: a few kilobytes can unfold to gigabytes.
 MAX_PIXELS = 64 * 2**20
@@ -48,8 +57,8 @@ CROP_TRIES = 10
 def open_picture(picture: Picture) -> Image.Image:
     """`picture` as an upright RGB image of 8 bits a channel, of its own size.
 
-    Takes a path, a PIL image (left as it is), or an array: `[H, W]` gray, `[H, W, 1]`, `[H, W, 3]` RGB or
-    `[H, W, 4]` RGBA, of uint8 in 0..255 or of floats in [0, 1]. Transparency is composited on white, the EXIF
+    Takes a path, a `PictureFile`, a PIL image (left as it is), or an array: `[H, W]` gray, `[H, W, 1]`, `[H, W, 3]`
+    RGB or `[H, W, 4]` RGBA, of uint8 in 0..255 or of floats in [0, 1]. Transparency is composited on white, the EXIF
     orientation applied, 16 bits scaled to 8; of an animation the first frame is taken.
 
     Raises:
@@ -128,6 +137,8 @@ def _opened(picture: Picture, at_least: int | None) -> Image.Image:
     """`open_picture`, at a fraction of its size if that is quicker and leaves `at_least` px both ways."""
     if isinstance(picture, str | Path):
         return _from_file(Path(picture), at_least)
+    if isinstance(picture, PictureFile):
+        return _from_stream(io.BytesIO(picture.content), picture.name, at_least)
     if isinstance(picture, Image.Image):
         name = str(picture.filename) if isinstance(picture, ImageFile.ImageFile) else "a PIL image"
         _check_pixels(picture.width, picture.height, name)
@@ -148,22 +159,22 @@ def _from_file(path: Path, at_least: int | None) -> Image.Image:
         if bytes_ > MAX_BYTES:
             raise UserError(f"{path}: has {bytes_:,} bytes; a picture file of at most {MAX_BYTES:,}")
         with path.open("rb") as file:
-            return _from_stream(file, path, at_least)
+            return _from_stream(file, str(path), at_least)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); the path of a picture") from error
 
 
-def _from_stream(file: Any, path: Path, at_least: int | None) -> Image.Image:
+def _from_stream(file: Any, name: str, at_least: int | None) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path}: has too many pixels; a picture of at most {MAX_PIXELS:,}") from error
+        raise UserError(f"{name}: has too many pixels; a picture of at most {MAX_PIXELS:,}") from error
     except Exception as error:  # Pillow's header readers raise whatever their parsing trips over
-        raise UserError(f"{path}: is not a picture that can be read; {', '.join(FORMATS)}") from error
-    _check_pixels(image.width, image.height, str(path))
+        raise UserError(f"{name}: is not a picture that can be read; {', '.join(FORMATS)}") from error
+    _check_pixels(image.width, image.height, name)
     if at_least is not None:
         image.draft(None, (at_least, at_least))
-    return _decoded(image, str(path))
+    return _decoded(image, name)
 
 
 def _check_pixels(width: int, height: int, name: str) -> None:

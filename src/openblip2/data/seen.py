@@ -1,6 +1,7 @@
 """Which pictures a run was trained on, so that a score on them is never taken for one on unseen ones.
 
 RUN/trained_on.txt has one line for each training picture, by content: a copy under another name is the same picture.
+A run on shards has none: RUN/shards.json names the shards, and whether a picture is in them is not known.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from openblip2.data.mixture import FILE as SHARDS
 from openblip2.data.records import Record
 
 FILE = "trained_on.txt"
@@ -24,8 +26,12 @@ def picture_digest(image: Path) -> str | None:
         return None  # its training has said so
 
 
-def write_seen(records: Sequence[Record], run: Path) -> None:
-    """Writes `RUN/trained_on.txt`, whole or not at all."""
+def write_seen(records: Sequence[Record] | None, run: Path) -> None:
+    """Writes `RUN/trained_on.txt`, whole or not at all; of shards (None), there is none."""
+    if records is None:
+        (run / FILE).unlink(missing_ok=True)
+        return
+    (run / SHARDS).unlink(missing_ok=True)
     digests = sorted({digest for record in records if (digest := picture_digest(record.image))})
     fresh = run / (FILE + ".new")
     fresh.write_text("".join(digest + "\n" for digest in digests), encoding="ascii")
@@ -33,9 +39,13 @@ def write_seen(records: Sequence[Record], run: Path) -> None:
 
 
 def seen_before(records: Sequence[Record], runs: Sequence[Path]) -> list[Record] | None:
-    """Those of `records` whose pictures one of the runs was trained on; None if no run says what it was trained on."""
+    """Those of `records` whose pictures one of the runs was trained on.
+
+    None if no run says what it was trained on, or if there is none among them and a run was trained on shards.
+    """
     files = [run / FILE for run in runs if (run / FILE).is_file()]
     if not files:
         return None
     known = {line for file in files for line in file.read_text(encoding="ascii").split()}
-    return [record for record in records if picture_digest(record.image) in known]
+    found = [record for record in records if picture_digest(record.image) in known]
+    return found or (None if any((run / SHARDS).is_file() for run in runs) else found)

@@ -22,6 +22,8 @@ class QFormerTokens:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`tokens [B, T]` int64 and `valid [B, T]` bool; T is the longest text's length, never more than `longest`."""
+        if not texts:  # one of several processes may have none; nothing but [CLS] and [SEP] is as long as that
+            return torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.bool)
         found = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
         return found["input_ids"], found["attention_mask"].bool()
 

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from openblip2.distributed import part_of, share
+from openblip2.model.exchange import bring
 from openblip2.model.objectives import Rivals, matching, same_image
 from openblip2.model.qformer import Memory, Seen
-from openblip2.model.stage1 import OBJECTIVES, Pairs, Stage1, pair_up, see
+from openblip2.model.stage1 import OBJECTIVES, Pairs, Stage1, pair_up, see, share_texts
 
 if TYPE_CHECKING:
     from openblip2.model.stage2 import Question, Stage2
@@ -40,6 +42,7 @@ def stage1_losses(
     features: Tensor | None = None,
     negatives: Rivals | tuple[Tensor, Tensor] | None = None,
     objectives: Collection[str] = OBJECTIVES,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """`Stage1.losses`, at most `chunk` pairs at a time; 0 = all at once. For training: gradients must be enabled.
 
@@ -49,12 +52,13 @@ def stage1_losses(
     vectors that were contrasted. The masks are not those of the whole batch at once, as they are not with another seed.
 
     Args:
-        tokens, valid, ids, negatives, objectives: as for `Stage1.losses`.
+        tokens, valid, ids, negatives, objectives, generator: as for `Stage1.losses`.
         images: `[B, 3, S, S]` uint8; the encoder sees each once, its features of all `B` are kept for the step.
             features: `[B, P, V]`.
     """
     count, device = len(tokens), tokens.device
-    if not 0 < chunk < count:
+    shared, words = share_texts(valid)
+    if not 0 < chunk < max(shared.counts):  # all processes go the same way, for they meet on it
         return model.losses(
             tokens,
             valid,
@@ -63,9 +67,10 @@ def stage1_losses(
             features=features,
             negatives=negatives,
             objectives=objectives,
+            generator=generator,
         )
     patches = _see(model, chunk, images, features)
-    positives = same_image(torch.arange(count, device=device) if ids is None else ids)
+    positives = same_image(shared.first + torch.arange(count, device=device) if ids is None else ids, shared)
     chunks = torch.arange(count, device=device).split(chunk)
 
     states, vectors = [], []
@@ -79,31 +84,34 @@ def stage1_losses(
     image, text = (torch.cat(side).requires_grad_() for side in zip(*vectors, strict=True))
 
     gradients = Gradients(model)
-    itc = model.contrast(image, text, positives)
+    itc = model.contrast(image, text, positives, shared)
     sums = {name: torch.zeros((), device=device) for name in OBJECTIVES if name in objectives}
     kept: list[Tensor] = []
     if "itc" in objectives:
         sums["itc"] = itc.loss.detach()
         kept = gradients.add([itc.loss], at=[image, text])
-    rivals = None
+    at_hand = None
     if "itm" in objectives:
-        rivals = model.rivals(itc, positives) if negatives is None else Rivals(*negatives)
+        rivals = model.rivals(itc, positives, shared, generator) if negatives is None else Rivals(*negatives)
+        at_hand = bring(rivals, patches, tokens, valid, shared)
+        patches = torch.cat([patches, at_hand.fetched]) if len(at_hand.fetched) else patches
 
     for rows, state in zip(chunks, states, strict=True):
+        if count == 0:
+            break  # none of the joined batch's rows is ours
         # A rival may be an image of another chunk, which is then looked at again, with a graph.
-        pairs = pair_up(tokens, valid, rivals, rows) if rivals is not None else None
-        needed, place = _needed(rows, pairs, count)
+        pairs = None if at_hand is None else pair_up(at_hand.tokens, at_hand.valid, at_hand.rivals, rows)
+        needed, place = _needed(rows, pairs, len(patches))
         memory = model.qformer.look(patches[needed])
         with _drawing(state, device):
             alone, *found = _vectors(model, _first(memory, len(rows)), tokens[rows], valid[rows])
         parts = {}
         if "itg" in objectives:
-            share = _share(valid[rows, 1:], valid[:, 1:])
-            parts["itg"] = model.writing_loss(alone, tokens[rows], valid[rows]) * share
-        if pairs is not None and rivals is not None:
+            loss = model.writing_loss(alone, tokens[rows], valid[rows])
+            parts["itg"] = loss * (valid[rows, 1:].sum() / words.total * len(shared.counts))
+        if pairs is not None and at_hand is not None:
             logits = model.match(memory.take(place[pairs.images]), pairs.tokens, pairs.valid)
-            in_all = count + (rivals.images >= 0).sum() + (rivals.texts >= 0).sum()
-            parts["itm"] = matching(logits, pairs.is_match) * (len(logits) / in_all)
+            parts["itm"] = matching(logits, pairs.is_match) * (len(logits) / at_hand.pairs * len(shared.counts))
         # Sums' gradients are 1, those of the vectors were kept.
         outputs = [*parts.values(), *(found if kept else ())]
         gradients.add(outputs, [*[None] * len(parts), *(part[rows] for part in kept)])
@@ -121,26 +129,36 @@ def stage2_losses(
     images: Tensor | None = None,
     features: Tensor | None = None,
     question: "Question | None" = None,
+    generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """`Stage2.losses`, at most `chunk` pairs at a time; 0 = all at once. For training: gradients must be enabled.
 
     The mean over all tokens with a target, wherever the batch is cut; `train.accumulate` takes the mean of the
     batches' means. `backward` as for `stage1_losses`. Arguments as for `Stage2.losses`.
     """
-    count = len(captions)
-    if not 0 < chunk < count:
-        return model.losses(prompts, captions, images=images, features=features, question=question)
+    shared = share(len(captions))
+    most = max(shared.counts)
+    if not 0 < chunk < most:
+        return model.losses(prompts, captions, images=images, features=features, question=question, generator=generator)
+    draws = model.split_draws(shared, generator)
     gradients = Gradients(model)
     total, scored = torch.zeros((), device=model.projection.weight.device), 0
-    for first in range(0, count, chunk):
-        rows = slice(first, first + chunk)
-        seen = {k: None if v is None else v[rows] for k, v in (("images", images), ("features", features))}
-        asked = None if question is None else (question[0][rows], question[1][rows])
-        soft = model.soft_prompt(images=seen["images"], features=seen["features"], question=asked)
-        loss, number = model.language.scored(soft, prompts[rows], captions[rows])
-        gradients.add([loss], times=number)  # and not the gradient of their sum, which fp16 might not hold
-        total, scored = total + loss.detach() * number, scored + number
-    return gradients.attach({"lm": total / scored}, over=scored)
+    chunks = -(-most // chunk)  # as many in every process: a model in pieces over them runs in all or in none
+    for number in range(chunks):
+        rows = part_of(len(captions), number, chunks)
+        loss, count = model.scored(
+            prompts[rows],
+            captions[rows],
+            images=None if images is None else images[rows],
+            features=None if features is None else features[rows],
+            question=None if question is None else (question[0][rows], question[1][rows]),
+            draws=draws[rows],
+        )
+        gradients.add([loss], times=count)  # and not the gradient of their sum, which fp16 might not hold
+        total, scored = total + loss.detach() * count, scored + count
+    tokens = share(1, scored)
+    every = scored if tokens.one else tokens.sums[0] / len(tokens.counts)
+    return gradients.attach({"lm": total / every}, over=every)
 
 
 class Gradients:
@@ -174,10 +192,13 @@ class Gradients:
     def attach(self, losses: dict[str, Tensor], over: float = 1.0) -> dict[str, Tensor]:
         """The losses, scalars without a graph, as if they had one that leads to the gradients added, divided by `over`.
 
-        A parameter that nothing depended on gets none, as from a graph. Asserts that `backward` is asked once, and
-        for the losses' sum, however scaled.
+        A parameter that nothing depended on gets none, as from a graph, and is not in theirs. Asserts that `backward`
+        is asked once, and for the losses' sum, however scaled.
         """
-        values: Any = _Ready.apply(self.sums, over, torch.stack(list(losses.values())), *self.parameters)
+        used = [(p, total) for p, total in zip(self.parameters, self.sums, strict=True) if total is not None]
+        # Where there is nothing to hand out, `backward` still has a graph to go through.
+        parameters, sums = zip(*used, strict=True) if used else (self.parameters, self.sums)
+        values: Any = _Ready.apply(list(sums), over, torch.stack(list(losses.values())), *parameters)
         return dict(zip(losses, values.unbind(), strict=True))
 
 
@@ -213,7 +234,7 @@ def _vectors(model: Stage1, memory: Memory, tokens: Tensor, valid: Tensor) -> tu
 
 
 def _needed(rows: Tensor, pairs: Pairs | None, count: int) -> tuple[Tensor, Tensor]:
-    """Which of the batch's `count` images a chunk needs, its own first, and each one's place there: `[n]`, `[B]`."""
+    """Which of `count` images at hand a chunk needs, its own first, and each one's place there: `[n]`, `[count]`."""
     others = rows[:0] if pairs is None else pairs.images[~torch.isin(pairs.images, rows)].unique()
     needed = torch.cat([rows, others])
     place = needed.new_full((count,), -1)
@@ -224,10 +245,6 @@ def _needed(rows: Tensor, pairs: Pairs | None, count: int) -> tuple[Tensor, Tens
 def _first(memory: Memory, count: int) -> Memory:
     """The memory of the first images; nothing is copied."""
     return Memory(tuple((keys[:count], values[:count]) for keys, values in memory.layers))
-
-
-def _share(part: Tensor, whole: Tensor) -> Tensor:
-    return part.sum() / whole.sum()
 
 
 def _draws(device: torch.device) -> tuple[Tensor, Tensor | None]:

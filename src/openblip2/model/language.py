@@ -58,6 +58,7 @@ class FrozenLM(nn.Module):
         self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
         self.end, self.checkpointed = _end_ids(tokenizer, end), False
+        self.sharded = False  # over processes (train/parallel.py), which then must run the model equally often
         self.reuse = prompt_cache.find_reuse(llm)
 
     def train(self, mode: bool = True) -> "FrozenLM":
@@ -130,12 +131,14 @@ class DecoderLM(FrozenLM):
         """
         return self.scored(soft, prompts, captions)[0]
 
-    def scored(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> tuple[Tensor, int]:
-        """`loss`, and how many positions it is the mean of; arguments as there."""
+    def scored(
+        self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str], draws: Sequence[float] | None = None
+    ) -> tuple[Tensor, int]:
+        """`loss`, and how many positions it is the mean of; `draws` is for the other kind: nothing is split here."""
         heads = [self._head(prompt, soft.shape[1]) for prompt in prompts]
         tails = [self._caption(prompt, caption) for prompt, caption in zip(prompts, captions, strict=True)]
         # What a layer computes again would be put into the cache again: then all rows are read whole.
-        before = [] if self.checkpointed else common_text(heads)
+        before = [] if self.checkpointed or self.sharded else common_text(heads)
         rows = [head[len(before) :] + tail for head, tail in zip(heads, tails, strict=True)]
         embeds, mask = embed_rows(self.llm, rows, soft, left=False)
         labels = torch.full_like(mask, IGNORED)
@@ -224,9 +227,18 @@ class EncoderDecoderLM(FrozenLM):
         """
         return self.scored(soft, prompts, captions)[0]
 
-    def scored(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> tuple[Tensor, int]:
-        """`loss`, and how many positions it is the mean of; arguments as there."""
-        split = [split_caption(caption) if self.splits else ("", caption) for caption in captions]
+    def scored(
+        self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str], draws: Sequence[float] | None = None
+    ) -> tuple[Tensor, int]:
+        """`loss`, and how many positions it is the mean of.
+
+        `draws`: B in [0, 1), where each caption is split; None = from torch's generator.
+        """
+        draws = torch.rand(len(captions)).tolist() if draws is None else draws
+        split = [
+            split_caption(caption, draw) if self.splits else ("", caption)
+            for caption, draw in zip(captions, draws, strict=True)
+        ]
         heads = [
             self._head(f"{prompt} {prefix}".strip(), soft.shape[1])
             for prompt, (prefix, _) in zip(prompts, split, strict=True)
@@ -257,15 +269,16 @@ class EncoderDecoderLM(FrozenLM):
 LanguageModel = DecoderLM | EncoderDecoderLM
 
 
-def split_caption(caption: str) -> tuple[str, str]:
+def split_caption(caption: str, draw: float | None = None) -> tuple[str, str]:
     """Prefix and suffix of a caption, split after 1 to n // 2 of its n words, uniformly drawn.
 
     The split's range is the author's word; it is missing in the released code. A single word is all suffix.
+    `draw`: in [0, 1), the chance in it; None = from torch's generator.
     """
     words = caption.split()
     if len(words) < 2:
         return "", caption
-    place = int(torch.randint(1, len(words) // 2 + 1, ()))
+    place = 1 + int((torch.rand(()).item() if draw is None else draw) * (len(words) // 2))
     return " ".join(words[:place]), " ".join(words[place:])
 
 

@@ -10,15 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from openblip2.distributed import gather
+from openblip2.distributed import Share, gather, share, transpose
 
 
-def same_image(ids: Tensor) -> Tensor:
+def same_image(ids: Tensor, shared: Share | None = None) -> Tensor:
     """Which of all texts belong to which of our images: `ids [B]` int64 -> `[B, G]` bool.
 
-    Several captions of one image in a batch are positives of each other, never negatives.
+    Several captions of one image in a batch are positives of each other, never negatives. `shared`: whose rows are
+    whose; None = asked of the processes.
     """
-    return ids[:, None] == gather(ids)[None, :]
+    return ids[:, None] == gather(ids, share(len(ids)) if shared is None else shared)[None, :]
 
 
 def similarity(image: Tensor, text: Tensor) -> Tensor:
@@ -42,8 +43,11 @@ def contrastive(
     positives: Tensor,
     label_smoothing: float = 0.1,
     one_sided: bool = False,
+    shared: Share | None = None,
 ) -> Contrast:
     """Image-text contrastive loss: each image finds its texts among all texts, and each text its images.
+
+    In several processes its mean over them is the loss of the joined batch.
 
     Args:
         image: `[B, Q, E]`, normalised. text: `[B, E]`, normalised. temperature: scalar.
@@ -51,19 +55,28 @@ def contrastive(
         label_smoothing: share of each target spread evenly over all `G`.
         one_sided: the authors' code: what was gathered carries no gradient, so each of the two directions trains
             one side only. False (ours) gives the gradient of the joined batch, whatever the number of processes.
+        shared: whose rows are whose; None = asked of the processes.
     """
-    all_texts, all_images = gather(text), gather(image)
-    if one_sided:
-        all_texts, all_images = all_texts.detach(), all_images.detach()
-    image_to_text = similarity(image, all_texts) / temperature
-    text_to_image = similarity(all_images, text).T / temperature
-    share = positives.float() / positives.sum(dim=1, keepdim=True)
-    targets = (1 - label_smoothing) * share + label_smoothing / positives.shape[1]
+    shared = share(len(image)) if shared is None else shared
+    texts = gather(text, shared)
+    image_to_text = similarity(image, texts.detach() if one_sided else texts) / temperature
+    # What our texts are to the images of others has been computed there.
+    from_text = similarity(image.detach(), texts) / temperature if one_sided else image_to_text
+    text_to_image = transpose(from_text, shared)
+    portion = positives.float() / positives.sum(dim=1, keepdim=True)
+    targets = (1 - label_smoothing) * portion + label_smoothing / positives.shape[1]
     loss = (F.cross_entropy(image_to_text.float(), targets) + F.cross_entropy(text_to_image.float(), targets)) / 2
-    return Contrast(loss, image_to_text, text_to_image)
+    return Contrast(shared.weigh(loss, len(image), shared.total), image_to_text, text_to_image)
 
 
-def sigmoid_contrastive(image: Tensor, text: Tensor, temperature: Tensor, bias: Tensor, positives: Tensor) -> Contrast:
+def sigmoid_contrastive(
+    image: Tensor,
+    text: Tensor,
+    temperature: Tensor,
+    bias: Tensor,
+    positives: Tensor,
+    shared: Share | None = None,
+) -> Contrast:
     """SigLIP's contrastive loss (Zhai et al. 2023), not the paper's: every pair for itself, is it a match or not?
 
     Summed over an image's `G` texts, mean over images. A pair's logit is its similarity over the temperature, plus a
@@ -72,37 +85,49 @@ def sigmoid_contrastive(image: Tensor, text: Tensor, temperature: Tensor, bias: 
     Args:
         image: `[B, Q, E]`, normalised. text: `[B, E]`, normalised. temperature, bias: scalars.
         positives: `[B, G]` from `same_image`; each of a row's positives counts in full.
+        shared: whose rows are whose; None = asked of the processes.
     """
-    image_to_text = similarity(image, gather(text)) / temperature
+    shared = share(len(image)) if shared is None else shared
+    image_to_text = similarity(image, gather(text, shared)) / temperature
     signs = positives.float() * 2 - 1
     loss = -F.logsigmoid(signs * (image_to_text + bias)).sum(dim=1).mean()
-    with torch.no_grad():  # for hard negatives alone, which carry no gradient
-        text_to_image = similarity(gather(image), text).T / temperature
-    return Contrast(loss, image_to_text, text_to_image)
+    text_to_image = transpose(image_to_text.detach(), shared)  # for hard negatives alone, which carry no gradient
+    return Contrast(shared.weigh(loss, len(image), shared.total), image_to_text, text_to_image)
 
 
 class Rivals(NamedTuple):
-    """Hard negatives; -1 where a row has none, because everything in the batch matches it."""
+    """Hard negatives, by their places in the batch; -1 where a row has none, because everything in it matches it."""
 
     texts: Tensor  # [B] int64: for each image, a text that is not its own
     images: Tensor  # [B] int64: for each text, an image that is not its own
 
 
-def hard_negatives(image_to_text: Tensor, text_to_image: Tensor, positives: Tensor) -> Rivals:
+def hard_negatives(
+    image_to_text: Tensor, text_to_image: Tensor, positives: Tensor, draws: Tensor | None = None
+) -> Rivals:
     """One negative text for each image and one negative image for each text, the more similar the likelier.
 
     Drawn from the softmax of the similarities `[B, G]` with positives masked out *before* the softmax, so that no
     rounding can bring one back. No gradient.
+
+    Args:
+        draws: `[2, B]` fp64 in [0, 1), the chance in it, for texts and for images; None = from torch's generator.
     """
-    return Rivals(_draw(image_to_text.detach(), positives), _draw(text_to_image.detach(), positives))
+    if draws is None:
+        draws = torch.rand(2, len(positives), dtype=torch.float64).to(positives.device)
+    of_image, of_text = draws
+    return Rivals(_draw(image_to_text.detach(), positives, of_image), _draw(text_to_image.detach(), positives, of_text))
 
 
-def _draw(scores: Tensor, positives: Tensor) -> Tensor:
+def _draw(scores: Tensor, positives: Tensor, chance: Tensor) -> Tensor:
     has_rival = ~positives.all(dim=1)
-    weights = scores.float().masked_fill(positives, -torch.inf)
+    weights = scores.double().masked_fill(positives, -torch.inf)
     # A row of -inf alone would become NaN: give it any distribution, and mark what is drawn from it as no rival.
-    weights = weights.masked_fill(~has_rival[:, None], 0.0).softmax(dim=1)
-    return torch.multinomial(weights, 1)[:, 0].where(has_rival, -1)
+    summed = weights.masked_fill(~has_rival[:, None], 0.0).softmax(dim=1).cumsum(dim=1)
+    # The first place where the sum is beyond the chance: never one that adds nothing to it, as a positive does.
+    # For any chance < 1 the product rounds to less than the last sum.
+    found = torch.searchsorted(summed, chance[:, None] * summed[:, -1:], right=True)[:, 0]
+    return found.where(has_rival, -1)
 
 
 def matching(logits: Tensor, is_match: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ class Memory:
         # index_select and not keys[images]: the gradient of repeats is added up several times faster.
         return Memory(tuple((k.index_select(0, images), v.index_select(0, images)) for k, v in self.layers))
 
+    def join(self, others: "Memory") -> "Memory":
+        """The memory of these images, and of others behind them."""
+        both = zip(self.layers, others.layers, strict=True)
+        return Memory(tuple((torch.cat([k, more_k]), torch.cat([v, more_v])) for (k, v), (more_k, more_v) in both))
+
 
 class Seen(NamedTuple):
     """The outcome of one pass."""
@@ -207,7 +212,8 @@ class Layer(nn.Module):
             looking, rows = rows[:, :count], rows[:, count:]
             if self.cross is not None and image is not None:
                 # All queries that look at one image stand side by side: its keys and values are never copied.
-                beside = looking.reshape(image[0].shape[0], -1, looking.shape[2])
+                each = -1 if looking.shape[0] else count  # a process without images: -1 would be ambiguous
+                beside = looking.reshape(image[0].shape[0], each, looking.shape[2])
                 looking = self.cross(beside, image).reshape(looking.shape)
             queries = self.query_ffn(looking)
         if text is not None:

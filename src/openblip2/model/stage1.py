@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip2 import distributed
+from openblip2.distributed import Share
 from openblip2.model import masks
+from openblip2.model.exchange import bring
 from openblip2.model.objectives import (
     Contrast,
     Rivals,
@@ -75,42 +77,56 @@ class Stage1(nn.Module):
         features: Tensor | None = None,
         negatives: Rivals | tuple[Tensor, Tensor] | None = None,
         objectives: Collection[str] = OBJECTIVES,
+        generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """The three losses, or those of them in `objectives`, by name, unweighted; their sum is what the paper trains.
 
+        In several processes each gives its part of the joined batch. Their losses' mean over processes, and their
+        gradients', are those of one process with the joined batch.
+
         Args:
-            tokens: `[B, T]`, `[CLS] words [SEP]`, right-padded. valid: `[B, T]` bool, False on padding.
+            tokens: `[B, T]`, `[CLS] words [SEP]`, right-padded. valid: `[B, T]` bool, False on padding. B and T may
+                differ from process to process, and B may be 0.
             ids: `[B]` int64, equal for captions of the same image; None = all images differ.
             images: `[B, 3, S, S]` uint8, or features: `[B, P, V]` from the frozen encoder; one of the two.
-            negatives: given hard negatives `(texts [B], images [B])` instead of drawn ones, -1 for none.
+            negatives: given hard negatives `(texts [B], images [B])` instead of drawn ones, -1 for none. They are
+                places in the joined batch.
             objectives: what is wanted. Without ITM more than half of a step's work is spared; ITC is always computed,
                 for ITM's negatives come from it.
+            generator: what negatives are drawn by, on the CPU; None = torch's own. Alike in all processes it makes the
+                draw one of the joined batch, however many there are.
         """
-        ids = torch.arange(len(tokens), device=tokens.device) if ids is None else ids
-        positives = same_image(ids)
-        memory = self.qformer.look(see(self.vision, images, features))
+        shared, words = share_texts(valid)
+        ids = shared.first + torch.arange(len(tokens), device=tokens.device) if ids is None else ids
+        positives = same_image(ids, shared)
+        patches = see(self.vision, images, features)
+        memory = self.qformer.look(patches)
         alone = self.qformer(memory)
-        itc = self.contrast(self.image_vectors(alone), self.text_vectors(tokens, valid), positives)
+        itc = self.contrast(self.image_vectors(alone), self.text_vectors(tokens, valid), positives, shared)
         found = {"itc": itc.loss}
         if "itg" in objectives:
-            found["itg"] = self.writing_loss(alone, tokens, valid)
+            found["itg"] = shared.weigh(self.writing_loss(alone, tokens, valid), *words)
         if "itm" in objectives:
-            rivals = self.rivals(itc, positives) if negatives is None else negatives
-            pairs = pair_up(tokens, valid, Rivals(*rivals))
-            found["itm"] = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
+            rivals = self.rivals(itc, positives, shared, generator) if negatives is None else Rivals(*negatives)
+            at_hand = bring(rivals, patches, tokens, valid, shared)
+            pairs = pair_up(at_hand.tokens, at_hand.valid, at_hand.rivals)
+            memory = memory.join(self.qformer.look(at_hand.fetched)) if len(at_hand.fetched) else memory
+            loss = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
+            found["itm"] = shared.weigh(loss, len(pairs.images), at_hand.pairs)
         return {name: found[name] for name in OBJECTIVES if name in objectives}
 
-    def contrast(self, image: Tensor, text: Tensor, positives: Tensor) -> Contrast:
+    def contrast(self, image: Tensor, text: Tensor, positives: Tensor, shared: Share | None = None) -> Contrast:
         """ITC of image vectors `[B, Q, E]` and text vectors `[B, E]`; `positives [B, G]` from `same_image`."""
         if self.contrast_bias is not None:
-            return sigmoid_contrastive(image, text, self.temperature, self.contrast_bias, positives)
-        return contrastive(image, text, self.temperature, positives, self.label_smoothing, self.one_sided)
+            return sigmoid_contrastive(image, text, self.temperature, self.contrast_bias, positives, shared)
+        return contrastive(image, text, self.temperature, positives, self.label_smoothing, self.one_sided, shared)
 
-    def rivals(self, itc: Contrast, positives: Tensor) -> Rivals:
-        """Hard negatives from this process' own rows, whose image memory is at hand: `positives [B, G]`."""
-        count, first = len(positives), distributed.rank() * len(positives)
-        here = slice(first, first + count)
-        return hard_negatives(itc.image_to_text[:, here], itc.text_to_image[:, here], positives[:, here])
+    def rivals(
+        self, itc: Contrast, positives: Tensor, shared: Share, generator: torch.Generator | None = None
+    ) -> Rivals:
+        """Hard negatives from the joined batch, `positives [B, G]`, by as many draws as it has rows: ours are ours."""
+        draws = torch.rand(2, shared.total, dtype=torch.float64, generator=generator)[:, shared.own]
+        return hard_negatives(itc.image_to_text, itc.text_to_image, positives, draws.to(positives.device))
 
     def writing_loss(self, alone: Seen, tokens: Tensor, valid: Tensor) -> Tensor:
         """ITG of the images of a query pass and their texts: the mean over all positions with a target."""
@@ -161,23 +177,41 @@ class Stage1(nn.Module):
 class Pairs(NamedTuple):
     """The pairs of image-text matching: the true ones, then those with a wrong image, then those with a wrong text."""
 
-    images: Tensor  # [N] int64, rows of the batch
+    images: Tensor  # [N] int64, rows of the batch, or of what stands behind it
     tokens: Tensor  # [N, T]
     valid: Tensor  # [N, T]
     is_match: Tensor  # [N] bool
 
 
 def pair_up(tokens: Tensor, valid: Tensor, rivals: Rivals, rows: Tensor | None = None) -> Pairs:
-    """N = 3B pairs, less those for which a row had no negative: `tokens [B, T]`, `valid [B, T]`.
+    """N = 3B pairs, less those for which a row had no negative.
 
-    `rows [n]` int64: the pairs of these rows of the batch alone, at most 3n; None = of all.
+    Args:
+        tokens, valid: `[M, T]`, the texts of the batch's B rows, and behind them others that may be rivals.
+        rows: `[n]` int64: the pairs of these rows of the batch alone, at most 3n; None = of all.
     """
-    own = torch.arange(len(tokens), device=tokens.device) if rows is None else rows
+    own = torch.arange(len(rivals.texts), device=tokens.device) if rows is None else rows
     rival_images, rival_texts = rivals.images[own], rivals.texts[own]
     with_image, with_text = rival_images >= 0, rival_texts >= 0
     images = torch.cat([own, rival_images[with_image], own[with_text]])
     texts = torch.cat([own, own[with_image], rival_texts[with_text]])
     return Pairs(images, tokens[texts], valid[texts], torch.arange(len(images), device=tokens.device) < len(own))
+
+
+class Words(NamedTuple):
+    """How many tokens have a target in ITG: here, and over all processes."""
+
+    here: Tensor
+    total: int | Tensor
+
+
+def share_texts(valid: Tensor) -> tuple[Share, Words]:
+    """How the joined batch is shared out, `most[0]` of it being the longest T; `valid [B, T]`."""
+    words = valid[:, 1:].sum()
+    if distributed.world_size() == 1:  # and nothing waits for a GPU
+        return distributed.share(len(valid)), Words(words, words)
+    shared = distributed.share(len(valid), valid.shape[1], words)
+    return shared, Words(words, shared.sums[1])
 
 
 def see(vision: Vision | None, images: Tensor | None, features: Tensor | None) -> Tensor:

@@ -7,8 +7,10 @@ Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, D Q-
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
+from openblip2.distributed import Share, share
 from openblip2.model import masks
 from openblip2.model.language import Decoding, LanguageModel
 from openblip2.model.qformer import QFormer
@@ -44,10 +46,51 @@ class Stage2(nn.Module):
         images: Tensor | None = None,
         features: Tensor | None = None,
         question: Question | None = None,
+        generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Language-modelling loss of `captions` behind the soft visual prompt and the text `prompts`, B of each."""
-        soft = self.soft_prompt(images=images, features=features, question=question)
-        return {"lm": self.language.loss(soft, prompts, captions)}
+        """Language-modelling loss of `captions` behind the soft visual prompt and the text `prompts`, B of each.
+
+        The mean over all tokens with a target. In several processes each gives its part of the joined batch, which may
+        be nothing. Their losses' mean over processes, and their gradients', are those of one process with that batch.
+
+        Args:
+            generator: where an encoder-decoder's captions are split is drawn by it, on the CPU; None = torch's own.
+        """
+        draws = self.split_draws(share(len(captions)), generator)
+        loss, count = self.scored(prompts, captions, images=images, features=features, question=question, draws=draws)
+        shared = share(1, count)
+        return {"lm": loss if shared.one else shared.weigh(loss, count, shared.sums[0])}
+
+    def scored(
+        self,
+        prompts: Sequence[str],
+        captions: Sequence[str],
+        *,
+        images: Tensor | None = None,
+        features: Tensor | None = None,
+        question: Question | None = None,
+        draws: Sequence[float] | None = None,
+    ) -> tuple[Tensor, int]:
+        """The mean over the tokens with a target, and how many they are; `draws` as in `EncoderDecoderLM.scored`.
+
+        Of no pairs it is the loss of a blank picture, of which 0 tokens count: a language model that lies in pieces
+        over processes must run in all of them.
+        """
+        if captions:
+            soft = self.soft_prompt(images=images, features=features, question=question)
+            return self.language.scored(soft, prompts, captions, draws)
+        blank = [None if given is None else given.new_zeros(1, *given.shape[1:]) for given in (images, features)]
+        asked = None
+        if question is not None:
+            token = torch.zeros(1, 1, dtype=torch.int64, device=self.projection.weight.device)
+            asked = (token, torch.ones_like(token, dtype=torch.bool))
+        soft = self.soft_prompt(images=blank[0], features=blank[1], question=asked)
+        return self.language.scored(soft, [""], ["a"], [0.0])[0] * 0.0, 0
+
+    @staticmethod
+    def split_draws(shared: Share, generator: torch.Generator | None) -> list[float]:
+        """A number in [0, 1) for each of our captions: as many are drawn as the joined batch has, and ours are ours."""
+        return torch.rand(shared.total, generator=generator)[shared.own].tolist()
 
     def soft_prompt(
         self, *, images: Tensor | None = None, features: Tensor | None = None, question: Question | None = None

@@ -6,13 +6,12 @@ RUN/whitening.safetensors  what the frozen features are whitened by, if they are
 RUN/tokenizer/           the Q-Former's tokenizer, where it reads text
 RUN/trained_on.txt       which pictures it was trained on (data/seen.py)
 RUN/log.jsonl            one line for each step and each validation
-RUN/resume/              the last checkpoint of an unfinished run: model, optimizer, progress.json
+RUN/resume/              the last checkpoints of an unfinished run (train/resume.py)
 """
 
 import json
 import os
 import platform
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openblip2.config import RunSettings, to_dict
+from openblip2.distributed import is_first
 from openblip2.errors import UserError
 from openblip2.model.whitening import Whitening
+from openblip2.train.whole import fill, full_tensor
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -41,9 +42,17 @@ def kept_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_trained(model: nn.Module, path: Path) -> None:
-    """Writes the kept parameters to one safetensors file, under a temporary name first."""
-    weights = {name: p.detach().cpu().contiguous() for name, p in kept_parameters(model).items()}
-    write_tensors(weights, path)
+    """Writes the kept parameters to one safetensors file, under a temporary name first.
+
+    All processes of a run must call: parameters in pieces are gathered one by one; the first process writes.
+    """
+    weights = {}
+    for name, parameter in kept_parameters(model).items():
+        whole = full_tensor(parameter).cpu().contiguous()
+        if is_first():
+            weights[name] = whole
+    if is_first():
+        write_tensors(weights, path)
 
 
 def load_trained(model: nn.Module, path: Path) -> None:
@@ -74,7 +83,7 @@ def fill_trained(model: nn.Module, found: Mapping[str, Tensor], source: str) -> 
                 f"{source} does not fit this model: {name} has shape {list(found[name].shape)}, "
                 f"the model wants {list(parameter.shape)}"
             )
-        parameter.data.copy_(found[name])
+        fill(parameter, found[name])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -108,63 +117,11 @@ def read_whitening(run: Path) -> Whitening:
     return Whitening(found["mean"], found["matrix"])
 
 
-def save_progress(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Everything a resumed run needs, in `RUN/resume`; the older checkpoint goes only when this one is whole."""
-    fresh, last = run / "resume.new", run / "resume"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    save_trained(model, fresh / "model.safetensors")
-    names = {id(p): name for name, p in trained_parameters(model).items()}
-    moments = {
-        f"{names[id(p)]}:{key}": value.detach().cpu().reshape(value.shape)
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-    }
-    write_tensors(moments, fresh / "optimizer.safetensors")
-    write_json({"step": step}, fresh / "progress.json")
-    shutil.rmtree(run / "resume.old", ignore_errors=True)
-    if last.exists():
-        last.rename(run / "resume.old")
-    fresh.rename(last)
-    shutil.rmtree(run / "resume.old", ignore_errors=True)
-
-
-def last_checkpoint(run: Path) -> Path:
-    """The folder of the last whole checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
-    # A death between the two renames of `save_progress` leaves the older checkpoint under the second name.
-    for folder in (run / "resume", run / "resume.old"):
-        if folder.exists():
-            return folder
-    raise UserError(f"{run}: nothing to resume, no checkpoint in {run / 'resume'}; start without --resume")
-
-
-def load_progress(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Puts model and optimizer back where `save_progress` left them; returns the number of finished steps.
-
-    Raises:
-        UserError: there is no checkpoint to resume from, or it does not fit.
-    """
-    last = last_checkpoint(run)
-    load_trained(model, last / "model.safetensors")
-    moments = read_tensors(last / "optimizer.safetensors")
-    parameters = trained_parameters(model)
-    for key, value in moments.items():
-        name, _, part = key.rpartition(":")
-        if name not in parameters:
-            raise UserError(f"{last / 'optimizer.safetensors'}: {name} is not trained by this model")
-        optimizer.state[parameters[name]][part] = value.to(parameters[name].device)
-    return int(read_json(last / "progress.json")["step"])
-
-
 def write_json(values: Any, path: Path) -> None:
     """Writes JSON under a temporary name and renames it, so that nobody reads half a file."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    _put(fresh, path)
 
 
 def make_folder(folder: Path) -> None:
@@ -246,7 +203,24 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes one safetensors file under a temporary name and renames it."""
     fresh = path.with_name(path.name + ".new")
     save_file(tensors, fresh)
+    _put(fresh, path)
+
+
+def sync(path: Path) -> None:
+    """Sees to it that a file, or a folder's list of names, is on the disk and outlives a power cut."""
+    if path.is_dir() and os.name != "posix":
+        return  # elsewhere a folder cannot be opened
+    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _put(fresh: Path, path: Path) -> None:
+    sync(fresh)  # a name must not be on the disk before what it names
     os.replace(fresh, path)
+    sync(path.parent)
 
 
 def _some(what: str, names: list[str]) -> str:

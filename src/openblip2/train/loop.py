@@ -1,12 +1,8 @@
 """One training loop for every stage. It knows losses by name and parameters by name, and nothing of BLIP-2."""
 
-import contextlib
-import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from openblip2.config import OptimSettings, TrainSettings
-from openblip2.errors import UserError
-from openblip2.train.checkpoint import load_progress, save_progress, save_trained, trained_parameters
+from openblip2.distributed import alone, is_first, mean_over_processes, rank
+from openblip2.errors import Stopped
+from openblip2.train.agree import from_all, from_first, highest
+from openblip2.train.bad_steps import count_step, give_up, not_finite
+from openblip2.train.checkpoint import save_trained, trained_parameters
 from openblip2.train.hardware import attention_kernel, computing, keep_freed_memory
+from openblip2.train.log import Log
 from openblip2.train.optim import adamw, layer_rates, learning_rate
+from openblip2.train.parallel import Together, clip_gradients
 from openblip2.train.progress import Progress
-
-
-class Log:
-    """`log.jsonl`: one JSON object a line, appended as things happen. A resumed run drops what came after its step."""
-
-    def __init__(self, path: Path, keep_steps: int | None = None) -> None:
-        self.path = path
-        kept = []
-        if keep_steps is not None and path.exists():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            kept = [row for row in rows if row.get("step", 0) <= keep_steps]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-
-    def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+from openblip2.train.resume import Done, forget_checkpoints, keep_last, read_checkpoint, write_checkpoint
+from openblip2.train.stopping import stop_requests
 
 
 def fit(
@@ -45,105 +32,123 @@ def fit(
     settings: TrainSettings,
     validate: Callable[[], dict[str, Any]],
     progress: Progress,
-    resume: bool = False,
+    last: Path | None = None,
+    samples: Callable[[], list[dict[str, Any]]] = list,
+    sparse: bool = False,
 ) -> None:
     """Trains what requires a gradient in `model` and writes `run`.
 
     Every batch is a function of its number and every random draw of (seed, number), so a run that is stopped and
-    resumed takes the same steps as one that was not: bit-equal on CPU.
+    resumed takes the same steps as one that was not: bit-equal on CPU. A step whose losses or gradients are not finite
+    in any process is taken in none.
 
     Args:
         losses: batch number 0, 1, ... -> losses by name; their sum is minimised. Given under autocast.
         validate: measured every `validate_every` steps and at the end; called in eval mode without gradients.
-        resume: continue from `run/resume`.
+        last: the checkpoint to go on from (`resume.find_checkpoint`); None = begin, and remove what an older run left.
+        samples: what the last step was made of, in this process, for the case that it is bad.
+        sparse: whether there are batches whose losses do not depend on all that trains (`parallel.Together`).
 
     Raises:
-        UserError: nothing to resume, or a loss that is no longer finite (step and losses are named).
+        UserError: a checkpoint cannot be read or written, or too many steps in a row were not finite.
+        Stopped: the process was asked to stop; a checkpoint is written.
     """
     keep_freed_memory()
     trained = trained_parameters(model)
     optimizer = adamw(trained, optim, layer_rates(model, optim.layer_decay))
-    done = load_progress(run, model, optimizer) if resume else 0
-    log = Log(run / "log.jsonl", keep_steps=done if resume else None)
-    with progress.steps("training", settings.steps, done) as bar, stop_requests() as asked:
-        for step in range(done, settings.steps):
+    if last is None:
+        forget_checkpoints(run)
+    done = Done() if last is None else read_checkpoint(last, model, optimizer)
+    keep_last(run, settings.keep_checkpoints)  # a process may have ended between writing one and this
+    together = Together(model, losses, sparse)
+    log = Log(run / "log.jsonl", None if last is None else done.step, writes=is_first())
+    if log.torn:
+        progress.say(f"{log.path}: {log.torn} lines were no JSON and are dropped")
+
+    saved = done.step
+
+    def save() -> None:
+        nonlocal saved
+        if saved < done.step:
+            log.to_disk()
+            write_checkpoint(run, model, optimizer, done, settings.keep_checkpoints)
+            saved = done.step
+
+    with progress.steps("training", settings.steps, done.step) as bar, stop_requests() as stops:
+
+        def look() -> None:
+            try:
+                with stops.breaking_off():
+                    found = measure(model, validate, settings)
+            except Stopped:
+                save()
+                raise
+            log.write({"step": done.step, "validation": found})
+            progress.say(f"step {done.step}: " + _in_words(found))
+
+        unseen = done.step > 0 and done.step not in log.validated
+        if from_first(unseen) and _due(done.step, settings.validate_every, settings.steps):
+            look()  # the process ended in the middle of it
+        for step in range(done.step, settings.steps):
             began = time.perf_counter()
-            parts = _accumulate(model, losses, step, settings)
-            norm = nn.utils.clip_grad_norm_(trained.values(), optim.clip or math.inf, foreach=True)
-            _require_finite(step + 1, parts, norm)
+            parts = _accumulate(model, together, step, settings)
+            grad_norm = clip_gradients(trained.values(), optim.clip or math.inf)
+            broken = not_finite({**parts, "grad_norm": grad_norm})
+            # What one process finds or is asked is so for all.
+            is_bad, stop = highest([int(bool(broken)), stops.signal])
             rate = learning_rate(step, settings.steps, optim)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["rate"]
-            optimizer.step()
+            if not is_bad:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group["rate"]
+                optimizer.step()
             optimizer.zero_grad()
-            seconds = time.perf_counter() - began
-            log.write(
-                {"step": step + 1, "loss": sum(parts.values()), **parts, "lr": rate}
-                | {"grad_norm": float(norm), "seconds": round(seconds, 4)}
-            )
+            done = count_step(done, settings.accumulate, bool(is_bad))
+            if is_bad:
+                broken = {name: text for found in from_all(broken) for name, text in found.items()}
+                progress.say(f"step {done.step} is left out ({done.bad_steps} so far): {', '.join(broken.values())}")
+                row = {"bad": list(broken.values()), "bad_steps": done.bad_steps}
+            else:
+                row = {"loss": sum(parts.values()), **parts, "lr": rate, "grad_norm": grad_norm}
+            log.write({"step": done.step, **row, "seconds": round(time.perf_counter() - began, 4)})
             bar.advance(parts)
-            if _due(step + 1, settings.validate_every, settings.steps):
-                found = measure(model, validate, settings, step + 1)
-                log.write({"step": step + 1, "validation": found})
-                progress.say(f"step {step + 1}: " + _in_words(found))
-            if asked or _due(step + 1, settings.checkpoint_every, 0):
-                save_progress(run, model, optimizer, step + 1)
-            if asked:
-                raise KeyboardInterrupt
-    save_trained(model, run / "model.safetensors")
+            if done.bad_in_a_row >= settings.most_bad_steps:
+                give_up(run, done, broken, [row for rows in from_all(samples()) for row in rows])
+            # Before a look, which may take longer than a scheduler waits.
+            if stop or _due(done.step, settings.checkpoint_every, 0):
+                save()
+            if stop:
+                raise Stopped(stop)
+            if _due(done.step, settings.validate_every, settings.steps):
+                look()
+        save_trained(model, run / "model.safetensors")
 
 
-def measure(
-    model: nn.Module, validate: Callable[[], dict[str, Any]], settings: TrainSettings, step: int
-) -> dict[str, Any]:
+def measure(model: nn.Module, validate: Callable[[], dict[str, Any]], settings: TrainSettings) -> dict[str, Any]:
     """Runs `validate` in eval mode, without gradients, with draws that depend on the seed alone."""
     model.eval()
     torch.manual_seed(settings.seed)
-    with torch.no_grad(), computing(model, settings.precision):
-        found = validate()
-    model.train()
-    return found
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collects Ctrl-C and SIGTERM instead of dying of them, so that a step is never half taken: the list's truth."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread may handle signals
-        return
-    before = {kind: signal.signal(kind, lambda kind, _: asked.append(kind)) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        with alone(), torch.no_grad(), computing(model, settings.precision):  # all processes do the same
+            return validate()
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        model.train()
 
 
-def _accumulate(
-    model: nn.Module, losses: Callable[[int], dict[str, Tensor]], step: int, settings: TrainSettings
-) -> dict[str, float]:
-    """Adds up the gradients of the step's batches and returns the mean of each loss."""
+def _accumulate(model: nn.Module, together: Together, step: int, settings: TrainSettings) -> dict[str, float]:
+    """Adds up the gradients of the step's batches and returns the mean of each loss, over processes too."""
     totals: dict[str, float] = {}
-    for number in range(step * settings.accumulate, (step + 1) * settings.accumulate):
-        torch.manual_seed(settings.seed * 1_000_003 + number)
-        with attention_kernel(model):  # for the backward pass too: it may compute layers again
+    numbers = range(step * settings.accumulate, (step + 1) * settings.accumulate)
+    for number in numbers:
+        # Dropout is each process' own; what must be one draw of the joined batch has a generator (recipes.py).
+        torch.manual_seed(settings.seed * 1_000_003 + number + rank() * 2**40)
+        # The kernel is for the backward pass too: it may compute layers again.
+        with together.batch(number == numbers[-1]), attention_kernel(model):
             with computing(model, settings.precision):
-                parts = losses(number)
+                parts = together(number)
             (torch.stack(list(parts.values())).sum() / settings.accumulate).backward()
         for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + float(value.detach()) / settings.accumulate
-    return totals
-
-
-def _require_finite(step: int, parts: dict[str, float], norm: Tensor) -> None:
-    values = {**parts, "grad_norm": float(norm)}
-    broken = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if broken:
-        raise UserError(
-            f"step {step}: {', '.join(f'{name} = {value}' for name, value in broken.items())}; the last checkpoint is "
-            "untouched: try a smaller optim.lr, optim.clip=1.0 or train.precision=fp32"
-        )
+    return dict(zip(totals, mean_over_processes(list(totals.values())), strict=True))
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from openblip2.config import OptimSettings
+from openblip2.train.whole import in_pieces
 
 
 def parameter_groups(
@@ -14,18 +15,21 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups that hold each trained parameter exactly once: with and without weight decay, and one for each rate.
 
+    What lies in pieces over processes has groups of its own: a fused step takes one kind.
+
     A group's `rate` is what the learning rate is multiplied with: that of `rates`, by name, or 1.
 
     Not decayed: biases, LayerNorms, the temperature and the queries, by what they are and not by their names'
     spelling: everything of fewer than two axes, and what has three (the queries; an encoder's class token, positions).
     """
     assert len({id(p) for p in trained.values()}) == len(trained), "a parameter is named twice"
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        groups.setdefault(((rates or {}).get(name, 1.0), _decays(parameter)), []).append(parameter)
+        kind = ((rates or {}).get(name, 1.0), _decays(parameter), not in_pieces(parameter))
+        groups.setdefault(kind, []).append(parameter)
     return [
         {"params": members, "weight_decay": weight_decay if decays else 0.0, "rate": rate}
-        for (rate, decays), members in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+        for (rate, decays, _), members in sorted(groups.items(), key=lambda group: group[0], reverse=True)
     ]
 
 

@@ -18,14 +18,15 @@ from openblip2.data.records import Record
 from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
 from openblip2.data.text import clean_caption, clean_question
 from openblip2.data.tokens import QFormerTokens
+from openblip2.distributed import is_first, rank, world_size
 from openblip2.errors import UserError
 from openblip2.model.vision import Vision
 from openblip2.model.whitening import Whitening, fit_whitening
 from openblip2.train.checkpoint import read_whitening, save_whitening
 from openblip2.train.encode import encode_now, make_cache, open_cache, openable, whitened
 from openblip2.train.hardware import device
-from openblip2.train.loop import Log
 from openblip2.train.progress import Progress
+from openblip2.train.skipped import Skipped
 
 WHITENING_PICTURES = 256  # enough for a covariance: each has a hundred patches and more
 
@@ -42,6 +43,13 @@ class Prepared:
     kept_back: Sequence[Record]
     held_out: Callable[[], Features]
     features: StoredFeatures | None  # of the training pictures, when they are computed once
+    joined: Callable[[int], PairBatch]  # the batches of all processes together
+    samples: int = 0  # of shards, which have no records
+
+    @property
+    def pictures(self) -> int:
+        """How many there are to train on."""
+        return self.samples or len(self.records)
 
 
 def prepare(
@@ -56,10 +64,12 @@ def prepare(
 ) -> Prepared:
     """Cleans texts, holds pictures out, and computes the features that are computed once.
 
-    They come from the cache `data.features`, or else from one in `kept`, which is made if it is not there.
+    They come from the cache `data.features`, or else from one in `kept`, which is made if it is not there. Of several
+    processes the first comes first, and writes; the others then read what it has made.
 
     `skipped`: one line for each sample that was left out before; they and those left out here are named in
-    `run/skipped.jsonl` and counted. `held_out`: the pictures to validate on, instead of a share of the records.
+    `run/skipped.jsonl` and counted; what process 3 leaves out while it trains is in `run/skipped-3.jsonl`.
+    `held_out`: the pictures to validate on, instead of a share of the records.
     """
     asks = settings.task == "vqa"
     records, given = (_usable(part, settings) for part in (records, held_out or ()))
@@ -69,16 +79,7 @@ def prepare(
             f"{len(records)} pictures are too few: at least 2 to train on and 2 held out (data.held_out = "
             f"{settings.data.held_out}) are needed"
         )
-    run.mkdir(parents=True, exist_ok=True)
-    log = Log(run / "skipped.jsonl")
-    total = 0
-
-    def problem(line: str) -> None:
-        nonlocal total
-        total += 1
-        log.write({"skipped": line})
-        progress.say(f"skipped ({total} so far): {line}")
-
+    problem = Skipped(run, progress)
     for line in skipped:
         problem(line)
 
@@ -86,21 +87,28 @@ def prepare(
         return Answers(part, settings.data.balance) if asks else Captions(part)
 
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
+    part = (rank(), world_size())
+    if batch < world_size():
+        raise UserError(f"train.batch={batch} is the batch of all {world_size()} processes: at least one pair for each")
     if settings.vision.trained:
         if settings.data.features:
             raise UserError(f"data.features={settings.data.features}: an encoder that trains has no features to keep")
         if settings.vision.whiten:
             vision.whitening = read_whitening(Path(str(settings.start))).to(device())
-            save_whitening(vision.whitening, run)
+            if is_first():
+                save_whitening(vision.whitening, run)
         good, problems = openable(held, size)
         for line in problems:
             problem(line)
-        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, problem, settings.data.augment)
-        return Prepared(pairs, trained, good, lambda: encode_now(vision, good), None)
+        augment = settings.data.augment
+        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, problem.in_training, augment, part)
+        return Prepared(pairs, trained, good, lambda: encode_now(vision, good), None, pairs.joined)
 
     sample = trained[:: -(-len(trained) // WHITENING_PICTURES)]
     if settings.data.features:
         cache = open_cache(vision, settings, Path(settings.data.features))
+    elif not is_first():
+        cache = Cache(kept / "pictures")
     else:
         encoded = [*held, *sample] if settings.data.augment else [*records, *given]
         cache = make_cache(vision, encoded, settings, kept / "pictures", progress, "pictures", replace=True)
@@ -116,11 +124,11 @@ def prepare(
 
     seen = once(held).load()
     if settings.data.augment and not settings.data.features:
-        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, problem)
-        return Prepared(pairs, trained, seen.records, lambda: seen, None)
+        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, problem.in_training, part=part)
+        return Prepared(pairs, trained, seen.records, lambda: seen, None, pairs.joined)
     features = once(trained)
-    pairs = FeaturePairs(features, samples_of(features.records), batch, seed, settings.data.augment)
-    return Prepared(pairs, features.records, seen.records, lambda: seen, features)
+    pairs = FeaturePairs(features, samples_of(features.records), batch, seed, settings.data.augment, part)
+    return Prepared(pairs, features.records, seen.records, lambda: seen, features, pairs.joined)
 
 
 def hold_out(records: Sequence[Record], settings: RunSettings) -> tuple[list[Record], list[Record]]:
@@ -132,13 +140,14 @@ def hold_out(records: Sequence[Record], settings: RunSettings) -> tuple[list[Rec
 
 def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
     """The records with their texts cleaned; for VQA those with questions that are to be asked."""
-    records = [_cleaned(record) for record in records]
+    records = [cleaned(record) for record in records]
     if settings.task != "vqa":
         return records
     return [record for record in fewer_negations(records, settings.data.negations) if record.questions]
 
 
-def _cleaned(record: Record) -> Record:
+def cleaned(record: Record) -> Record:
+    """A record with its texts as models learn them."""
     questions = tuple(
         replace(q, text=clean_question(q.text), answers=tuple(clean_caption(answer) or answer for answer in q.given))
         for q in record.questions
@@ -148,6 +157,8 @@ def _cleaned(record: Record) -> Record:
 
 def whitening_for(settings: RunSettings, cache: Cache, sample: Sequence[Record], run: Path) -> Whitening:
     """The run's whitening: the stage-1 run's if there is one to start from, else fitted to some training pictures."""
+    if not is_first():
+        return read_whitening(run)
     if settings.start:
         found = read_whitening(Path(settings.start))
     else:
@@ -170,7 +181,7 @@ def questions_of(data: Prepared) -> list[tuple[str, str]]:
 def name_long_texts(tokens: QFormerTokens, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
     """Counts and names the texts that are cut at the token limit, as the paper cuts them; (id of a picture, text)."""
     long = [texts[n] for n in tokens.too_long([text for _, text in texts])]
-    if long:
+    if long and is_first():
         with (run / "skipped.jsonl").open("a", encoding="utf-8") as file:
             for picture, text in long:
                 file.write(json.dumps({"cut": f"{picture}: {text}"}) + "\n")

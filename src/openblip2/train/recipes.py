@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openblip2.config import RunSettings, change, from_dict
-from openblip2.data.batches import PairBatch
+from openblip2.config import RunSettings
+from openblip2.data.batches import PairBatch, joined_ids
+from openblip2.data.mixture import Part
 from openblip2.data.records import Record
 from openblip2.data.seen import write_seen
 from openblip2.data.tokens import QFormerTokens
-from openblip2.errors import UserError
+from openblip2.distributed import is_first, share
 from openblip2.evaluate.answering import measure_answers, question_tokens
 from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.stage1 import measure_stage1
@@ -30,16 +31,21 @@ from openblip2.model.build import (
     require_extras,
 )
 from openblip2.model.gradient_cache import stage1_losses, stage2_losses
-from openblip2.model.stage1 import Stage1
+from openblip2.model.stage1 import OBJECTIVES, Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.train.ahead import Ahead
-from openblip2.train.checkpoint import last_checkpoint, make_folder, read_config, write_config
+from openblip2.train.bad_steps import Remembered
+from openblip2.train.checkpoint import make_folder, write_config
 from openblip2.train.compiling import compile_blocks
 from openblip2.train.hardware import compute_dtype, computing, device
 from openblip2.train.loop import fit
+from openblip2.train.parallel import shard
 from openblip2.train.prepare import Prepared, captions_of, name_long_texts, prepare, questions_of
+from openblip2.train.prepare_shards import prepare_shards
+from openblip2.train.processes import first_process_first
 from openblip2.train.progress import Progress
+from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same
 from openblip2.train.start import (
     fine_tune_from,
     require_start,
@@ -59,49 +65,72 @@ def train_stage(
     features: Path | None = None,
     skipped: Sequence[str] = (),
     held_out: Sequence[Record] | None = None,
+    shards: Sequence[Part] | None = None,
 ) -> None:
-    """Trains one stage on records and writes the run.
+    """Trains one stage on records, or on shards, and writes the run.
 
     Args:
-        resume: go on from the run's last checkpoint. features: where frozen features are kept between runs.
+        resume: go on from the run's last checkpoint, or begin where it has none; nothing is done if it is finished.
+        features: where frozen features are kept between runs.
         skipped: one line for each sample left out when the records were read.
-        held_out: the pictures to validate on; None = a share of the records (`data.held_out`).
+        held_out: the pictures to validate on; None = a share of what is trained on (`data.held_out`).
+        shards: what is trained on in place of records.
     """
     make_folder(run)
     require_extras(settings)
     require_start(settings)
+    last = None
     if resume:
-        _require_same(settings, run)
+        last = find_checkpoint(run, progress.say)
+        finished = (run / "model.safetensors").exists()
+        if last or finished:
+            require_same(settings, run)
+        if finished:
+            progress.say(f"{run} is finished: there is nothing to resume")
+            return
+        progress.say(f"going on from {last}" if last else f"{run} has no checkpoint: training begins at the beginning")
+    else:
+        forget_checkpoints(run)  # before config.json is another one
     torch.manual_seed(settings.train.seed)
     recipe = _stage1 if settings.stage == "stage1" else _stage2
     trains = settings.vision.trained  # then its weights are fp32
     vision = build_vision(settings, torch.float32 if trains else compute_dtype(device(), settings.train.precision))
     vision = vision.to(device())
-    data = prepare(settings, records, vision, run, features or run / "features", progress, skipped, held_out)
-    write_seen(data.records, run)
-    recipe(settings, vision, data, run, progress, resume)
+    with first_process_first():
+        if shards:
+            data = prepare_shards(settings, shards, vision, run, progress, held_out, resume)
+        else:
+            data = prepare(settings, records, vision, run, features or run / "features", progress, skipped, held_out)
+    if is_first():
+        write_seen(None if shards else data.records, run)
+    recipe(settings, vision, data, run, progress, last)
 
 
-def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, resume: bool) -> None:
+def _stage1(
+    settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, last: Path | None
+) -> None:
     fine_tunes = settings.task != "pretraining"
     sizes = sizes_to_start(settings) if fine_tunes else None
-    model = build_stage1(settings, vision, sizes).to(device())
+    model = build_stage1(settings, vision, sizes)
+    if fine_tunes:
+        fine_tune_from(model, settings)
+    shard(model, settings, device())
+    model.to(device())
     tokenizer = tokenizer_to_start(settings) if fine_tunes else bert_tokenizer(settings.qformer.start)
     tokens = QFormerTokens(tokenizer, settings.data.max_tokens)
     name_long_texts(tokens, captions_of(data), run, progress)
-    write_config(run, settings, model.qformer.sizes)
-    tokens.tokenizer.save_pretrained(run / "tokenizer")
-    if fine_tunes:
-        fine_tune_from(model, settings)
-    else:
-        if settings.warm_start and not resume:
+    if is_first():
+        write_config(run, settings, model.qformer.sizes)
+        tokens.tokenizer.save_pretrained(run / "tokenizer")
+    if not fine_tunes:
+        if settings.warm_start and last is None:
             with in_evaluation(model, settings):
                 r2 = warm_start_stage1(model, tokens, lambda: some_pairs(model, data, settings))
             progress.say(f"stage 1 started in closed form: R2 {r2:.2f} in the shared space, on the training pictures")
         add_adapters(model, settings)
     set_speed(model, settings)
     show_parts(model, progress)
-    batches = one_ahead(data, settings)
+    batches = Remembered(one_ahead(data, settings), settings.train.accumulate)
 
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
@@ -112,57 +141,87 @@ def _stage1(settings: RunSettings, vision: Vision, data: Prepared, run: Path, pr
             settings.train.chunk,
             texts.to(device()),
             valid.to(device()),
-            batch.ids.to(device()),
+            joined_ids(batch, device()),
             **seen(batch),
             objectives=[name for name in settings.stage1.objectives if name != "itm" or matches],
+            generator=joint_draws(settings, number),
         )
 
     def validate() -> dict[str, Any]:
         return measure_stage1(model, tokens, data.held_out(), settings.train.seed)
 
-    fit(model, losses, run, settings.optim, settings.train, validate, progress, resume)
+    sparse = len(settings.stage1.objectives) < len(OBJECTIVES) or settings.stage1.matching_from > 0
+    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse)
 
 
-def _stage2(settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, resume: bool) -> None:
+def _stage2(
+    settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, last: Path | None
+) -> None:
     fine_tunes, dtype = settings.task != "pretraining", compute_dtype(device(), settings.train.precision)
     sizes = sizes_to_start(settings) if fine_tunes else None
-    model = build_stage2(settings, vision, sizes, dtype=dtype, place=device()).to(device())
+    model = build_stage2(settings, vision, sizes, dtype=dtype, place=device())
+    if fine_tunes:
+        fine_tune_from(model, settings)
+    shard(model, settings, device())
+    model.to(device())
     tokens = None
     if settings.qformer.reads_question:
         tokens = QFormerTokens(tokenizer_to_start(settings), settings.data.max_tokens)
         name_long_texts(tokens, questions_of(data), run, progress)
-        tokens.tokenizer.save_pretrained(run / "tokenizer")
-    if fine_tunes:
-        fine_tune_from(model, settings)
-    else:
+        if is_first():
+            tokens.tokenizer.save_pretrained(run / "tokenizer")
+    if not fine_tunes:
         if settings.start:
             start_from_stage1(model, Path(settings.start))
-        if settings.warm_start and not resume:
+        if settings.warm_start and last is None:
             with in_evaluation(model, settings):
                 r2 = warm_start_stage2(model, some_pairs(model, data, settings))
             progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
         add_adapters(model, settings)
     set_speed(model, settings)
-    write_config(run, settings, model.qformer.sizes)
+    if is_first():
+        write_config(run, settings, model.qformer.sizes)
     show_parts(model, progress)
     prompts, form = settings.language.prompts, settings.language.question
-    batches = one_ahead(data, settings)
+    batches = Remembered(one_ahead(data, settings), settings.train.accumulate)
 
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
+        draws = joint_draws(settings, number)
         if batch.questions is None:
-            given = [prompts[int(torch.randint(len(prompts), ()))] for _ in batch.captions]
+            given = drawn_prompts(prompts, len(batch.captions), draws)
         else:
             given = [form.replace("{}", question) for question in batch.questions]
-        asked = question_tokens(tokens, batch.questions, device())
-        return stage2_losses(model, settings.train.chunk, given, batch.captions, **seen(batch), question=asked)
+        return stage2_losses(
+            model,
+            settings.train.chunk,
+            given,
+            batch.captions,
+            **seen(batch),
+            question=question_tokens(tokens, batch.questions, device()),
+            generator=draws,
+        )
 
     def validate() -> dict[str, Any]:
         if settings.task == "vqa":
             return measure_answers(model, tokens, data.held_out(), form, settings.train.seed)
         return grounding(model, data.held_out(), settings.train.seed, prompts[0]).as_log()
 
-    fit(model, losses, run, settings.optim, settings.train, validate, progress, resume)
+    sparse = settings.qformer.reads_question  # its last layer's text is read by nobody
+    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse)
+
+
+def joint_draws(settings: RunSettings, number: int) -> torch.Generator:
+    """What is drawn for a batch of all processes, alike in each: negatives, prompts, where captions are split."""
+    return torch.Generator().manual_seed(settings.train.seed * 1_000_003 + number + 2**60)
+
+
+def drawn_prompts(prompts: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
+    """One of the prompts for each of our `count` captions, drawn for the joined batch."""
+    if len(prompts) == 1:
+        return [prompts[0]] * count
+    shared = share(count)
+    return [prompts[n] for n in torch.randint(len(prompts), (shared.total,), generator=generator)[shared.own].tolist()]
 
 
 def one_ahead(data: Prepared, settings: RunSettings) -> Callable[[int], PairBatch]:
@@ -185,8 +244,8 @@ def some_pairs(
     model: Stage1 | Stage2, data: Prepared, settings: RunSettings, most: int = 4000
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
-    for number in range(-(-min(most, len(data.records)) // settings.train.batch)):
-        batch = data.batches(number)
+    for number in range(-(-min(most, data.pictures) // settings.train.batch)):
+        batch = data.joined(number)
         yield see_batch(model, batch), batch.captions
 
 
@@ -225,12 +284,3 @@ def show_parts(model: nn.Module, progress: Progress) -> None:
     """Prints part, parameters, trained or frozen."""
     for name, count, state in parts_table(model):
         progress.say(f"{name:12} {count:>13,} {state}")
-
-
-def _require_same(settings: RunSettings, run: Path) -> None:
-    last_checkpoint(run)
-    before = from_dict(read_config(run)["settings"])
-    if change(before, {}) != settings:
-        raise UserError(
-            f"--resume: {run / 'config.json'} was trained with other settings; give the same ones, or a new --out"
-        )

@@ -1,0 +1,68 @@
+"""The command that plans a run: memory, time, disk and network before anything is paid for."""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openblip2.commands.shared import Settings, read_changes
+from openblip2.errors import UserError
+
+_TIMES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def plan(
+    preset: Annotated[str, typer.Option(help="stage1-vit-g, for one: a stage, a dash, and a preset of `train`.")],
+    gpus: Annotated[
+        str, typer.Option(help="16xA100-40G; A100-80G, H100, H200, V100-32G, L40S, 4090, T4, ...; or cpu.")
+    ],
+    efficiency: Annotated[float | None, typer.Option(help="Share of the peak; else what runs reach.")] = None,
+    measured: Annotated[Path | None, typer.Option(help="Efficiency from a file that `bench --out` wrote.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pairs over all GPUs; else the preset's.")] = None,
+    images: Annotated[str, typer.Option(help="In the data: 129M, 14.5K or a number.")] = "129M",
+    parallel: Annotated[str | None, typer.Option(help="ddp or fsdp2: frozen layers in pieces over the GPUs.")] = None,
+    cached: Annotated[
+        bool | None, typer.Option("--cached/--no-cached", help="Features from a cache; else as data.augment has it.")
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Captions are padded to so many; else data.max_tokens.")
+    ] = None,
+    per_machine: Annotated[int, typer.Option(min=1, help="GPUs of a machine.")] = 8,
+    network: Annotated[float, typer.Option(min=0.001, help="Between machines, Gbit a second of each.")] = 100.0,
+    as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
+    changes: Settings = None,
+) -> None:
+    """Say what a run will need before it is paid for: memory, FLOPs, days, a cache, network. Nothing is downloaded."""
+    from openblip2.config import change
+    from openblip2.plan.gpus import read_cluster
+    from openblip2.plan.measured import measured_efficiency
+    from openblip2.plan.plan import make_plan
+    from openblip2.plan.words import as_values, in_words
+    from openblip2.presets import PRESETS
+    from openblip2.presets import preset as named
+
+    stage, _, name = preset.partition("-")
+    if stage not in PRESETS or not name:
+        known = ", ".join(f"{stage}-{name}" for stage, names in PRESETS.items() for name in names)
+        raise UserError(f"--preset {preset!r}: give one of {known}")
+    given = {"train.batch": batch, "train.parallel": parallel}
+    settings = change(
+        named(stage, name), {**read_changes(changes), **{k: v for k, v in given.items() if v is not None}}
+    )
+    if measured is not None and efficiency is not None:
+        raise UserError("--efficiency and --measured: give one of them")
+    if measured is not None:
+        efficiency, _ = measured_efficiency(measured, stage)
+    cluster = read_cluster(gpus, per_machine, network)
+    found = make_plan(settings, cluster, efficiency, _count(images), cached, text_tokens, measured is not None)
+    typer.echo(json.dumps(as_values(found, preset), indent=2) if as_json else "\n".join(in_words(found, preset)))
+
+
+def _count(text: str) -> int:
+    """129M, 14.5K, 100."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip().replace(",", ""), re.IGNORECASE)
+    if not found:
+        raise UserError(f"--images {text!r}: write it as 129M, 14.5K or 100")
+    return round(float(found[1]) * _TIMES[found[2].upper()])

@@ -1,0 +1,49 @@
+"""`log.jsonl`: what happened in a run, one JSON object a line."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    """Lines appended as things happen. A resumed run drops what came after its step.
+
+    Args:
+        keep_steps: keep what is there up to this step; None = begin anew.
+        writes: False for processes that only read along: one of a run's processes writes.
+
+    Attributes:
+        validated: the steps that were validated. torn: how many lines were no JSON and were dropped: a process that is
+            killed may leave half a line.
+    """
+
+    def __init__(self, path: Path, keep_steps: int | None = None, writes: bool = True) -> None:
+        self.path, self.writes, self.torn = path, writes, 0
+        rows = []
+        if keep_steps is not None and path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict):
+                    self.torn += 1
+                elif row.get("step", 0) <= keep_steps:
+                    rows.append(row)
+        self.validated = {row["step"] for row in rows if "validation" in row}
+        if writes:
+            fresh = path.with_name(path.name + ".new")
+            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            os.replace(fresh, path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def to_disk(self) -> None:
+        """Sees to it that what was written outlives a power cut, as the checkpoint that counts on it does."""
+        if self.writes:
+            with self.path.open("ab") as file:
+                os.fsync(file.fileno())

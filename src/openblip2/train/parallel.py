@@ -1,0 +1,127 @@
+"""What the processes of a run share: the work of a batch, and what does not fit into one GPU.
+
+What trains is whole in every process, and `DistributedDataParallel` takes the mean of its gradients (Q-Former, heads,
+adapters: 0.2 billion parameters). `train.parallel=fsdp2` lays the layers of the image encoder and of the language model
+in pieces over the processes, by FSDP2, and each layer comes together while it computes: frozen billions need not fit
+into one GPU. An encoder that trains (`vision.trained`) then has its gradients and moments in pieces, too.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from openblip2.config import RunSettings
+from openblip2.distributed import world_size
+from openblip2.errors import UserError
+from openblip2.train.checkpoint import trained_parameters
+from openblip2.train.whole import full_tensor, in_pieces
+
+Losses = Callable[[int], dict[str, Tensor]]
+
+
+class Together:
+    """`losses(number)` in all processes, whose backward pass leaves the mean gradient in each. One process: as it is.
+
+    Starts with the first process' trained parameters in all.
+
+    Args:
+        model: what trains in it is found by `requires_grad`.
+        losses: batch number -> losses by name, as `Stage1.losses` gives them in several processes.
+        sparse: whether there are batches whose losses do not depend on all that trains; each step then looks which.
+    """
+
+    def __init__(self, model: nn.Module, losses: Losses, sparse: bool = False) -> None:
+        self.losses, self.whole = losses, None
+        self.pieces: list[nn.Module] = []
+        if world_size() == 1:
+            return
+        from torch.distributed.fsdp import FSDPModule
+
+        whole = [parameter for parameter in trained_parameters(model).values() if not in_pieces(parameter)]
+        self.whole = nn.parallel.DistributedDataParallel(
+            _Step(whole, losses), find_unused_parameters=sparse, gradient_as_bucket_view=True
+        )
+        self.pieces = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+    def __call__(self, number: int) -> dict[str, Tensor]:
+        return self.losses(number) if self.whole is None else self.whole(number)
+
+    @contextmanager
+    def batch(self, last: bool) -> Iterator[None]:
+        """Around one batch and its backward pass: gradients travel with the last batch of a step alone."""
+        with ExitStack() as stack:
+            if self.whole is not None and not last:
+                stack.enter_context(self.whole.no_sync())
+            for module in self.pieces:
+                module.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
+            yield
+
+
+class _Step(nn.Module):
+    """Losses as a module with nothing but what trains: data parallelism has no business with the rest."""
+
+    def __init__(self, trained: list[nn.Parameter], losses: Losses) -> None:
+        super().__init__()
+        self.trained, self.losses = nn.ParameterList(trained), losses
+
+    def forward(self, number: int) -> dict[str, Tensor]:
+        return self.losses(number)
+
+
+def shard(model: nn.Module, settings: RunSettings, place: torch.device) -> None:
+    """With `train.parallel=fsdp2`, lays the layers of the large parts in pieces over the processes, on `place`.
+
+    The parts may be on the CPU, each layer whole: it goes to `place` in pieces. In one process nothing happens: a run
+    may go on with fewer than it began.
+
+    Raises:
+        UserError: there is nothing to lay in pieces, or weights that cannot be.
+    """
+    if settings.train.parallel != "fsdp2" or world_size() == 1:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if settings.stage == "stage2" and settings.language.weights in ("int8", "int4"):
+        raise UserError(
+            f"train.parallel=fsdp2 takes no weights of language.weights={settings.language.weights}: leave it at auto, "
+            "or train.parallel at ddp"
+        )
+    mesh = init_device_mesh(place.type, (world_size(),))
+    parts = [part for part in (getattr(model, "vision", None), getattr(model, "language", None)) if part is not None]
+    layers = [layer for part in parts for layer in layers_of(part)]
+    if not layers:
+        raise UserError("train.parallel=fsdp2: this image encoder has no layers to lay in pieces: leave it at ddp")
+    for layer in layers:
+        trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
+        mixed = len(trained) < len(list(layer.parameters()))  # adapters: few, and whole everywhere
+        # Each layer is a root of its own, for embeddings and heads are used outside of a model's `forward`; a root
+        # would stay whole unless told otherwise.
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained if mixed else None)
+    language = getattr(model, "language", None)
+    if language is not None:
+        language.sharded = True
+
+
+def layers_of(part: nn.Module) -> list[nn.Module]:
+    """The layers of a transformer: the members of its outermost lists."""
+    found: list[nn.Module] = []
+    for child in part.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else layers_of(child)
+    return found
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:
+    """The norm of all gradients, in pieces or whole; where it is larger than `most` they are scaled to that."""
+    given = [parameter for parameter in parameters if parameter.grad is not None]
+    whole, pieces = ([p for p in given if in_pieces(p) == cut] for cut in (False, True))
+    gradients = [[p.grad for p in kind if p.grad is not None] for kind in (whole, pieces) if kind]
+    norms = [full_tensor(nn.utils.get_total_norm(kind, foreach=True)) for kind in gradients]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    nn.utils.clip_grads_with_norm_(whole, most, norm, foreach=True)
+    for parameter in pieces:
+        assert parameter.grad is not None
+        parameter.grad.to_local().mul_((most / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore
+    return float(norm)

@@ -1,0 +1,129 @@
+"""The processes of one training run: how they find each other, wait for the first, and end when one of them fails.
+
+torchrun, and accelerate launch, start them with the variables that `torch.distributed` reads (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them there is one process, and nothing here does anything.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from openblip2.distributed import is_first, patient_group, world_size
+from openblip2.errors import Stopped, UserError, one_line
+from openblip2.train.hardware import device
+
+LOOKS = 1.0  # seconds between two looks whether another process has failed
+GRACE = 2.0  # seconds that it gets to say why, before the others end
+_FAILED = "failed"  # key in the processes' common store: the rank of the first that failed
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Joins the processes that a launcher has started; each gets the GPU of its LOCAL_RANK.
+
+    An error in one of them ends all: the first that fails raises it, the others end silently with exit code 2, also
+    where they wait for a message that will never come. What stops all (`Stopped`) is raised in the first alone.
+
+    Raises:
+        UserError: the variables do not fit together, or another process is gone.
+    """
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    store, number, count = _meet()
+    watch = _Watch(store)
+    try:
+        watch.start()
+        dist.init_process_group(_backend(), store=PrefixStore("training", store), rank=number, world_size=count)
+        yield
+        watch.over.set()  # before anybody leaves: the store may leave with the first
+        dist.barrier(group=patient_group())
+    except Stopped as stopped:
+        watch.over.set()
+        if number:
+            raise SystemExit(stopped.code) from None
+        raise
+    except Exception as error:
+        if not watch.claim(number):
+            time.sleep(GRACE)
+            raise SystemExit(2) from None
+        if _is_lost(error):
+            raise UserError(
+                f"process {number} lost the connection to another one, which was killed or ran out of memory "
+                f"({one_line(error)}): start again with --resume"
+            ) from error
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """What runs within is done by the first process while the others wait, hours if need be; then by them."""
+    if world_size() == 1:
+        yield
+        return
+    if not is_first():
+        dist.barrier(group=patient_group())
+    yield
+    if is_first():
+        dist.barrier(group=patient_group())
+
+
+def _meet() -> tuple[Store, int, int]:
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, number, count = next(rendezvous("env://"))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"RANK={os.environ['RANK']} is set, but the processes cannot meet ({one_line(error)}): start them with "
+            "torchrun or accelerate launch (docs/clusters.md)"
+        ) from error
+    return store, number, count
+
+
+def _backend() -> str:
+    if device().type != "cuda":
+        return "gloo"
+    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= gpus:
+        raise UserError(f"LOCAL_RANK={local}, and this machine has {gpus} GPUs: start one process for each GPU")
+    torch.cuda.set_device(local)
+    return "cpu:gloo,cuda:nccl"
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether it is gloo's, NCCL's or the store's word that another process is not there any more."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in lost)
+
+
+class _Watch(threading.Thread):
+    """Looks whether another process has failed, for this one may be waiting for it in a call that never returns."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.store, self.over = store, threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(LOOKS):
+            try:
+                failed = self.store.check([_FAILED])
+            except Exception:  # whatever it is, the process that keeps the store is gone
+                failed = True
+            if failed and not self.over.wait(GRACE):
+                os._exit(2)
+
+    def claim(self, number: int) -> bool:
+        """Whether this process is the first that failed, which says so."""
+        self.over.set()
+        try:
+            return self.store.compare_set(_FAILED, "", str(number)) == str(number).encode()
+        except RuntimeError:  # the store is gone, with the process that failed
+            return False

@@ -1,0 +1,245 @@
+"""Checkpoints of an unfinished run, from which it goes on with the same steps that it would have taken.
+
+RUN/resume/step-00000123/      one of the last `train.keep_checkpoints`
+    model.safetensors          the kept parameters, whole and by name, however many processes there were
+    optimizer.safetensors      the optimizer's moments, by parameter and name
+    progress.json              `Done`: how far the run is
+    manifest.json              bytes and SHA-256 of each file; written last
+
+A folder gets its name when all of it is on the disk: one under another name was never finished. No state of a random
+generator, sampler or scheduler is in it, for they have none: a run's draws are functions of (seed, number of the
+batch), its learning rate one of the step.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from openblip2.config import RunSettings, from_dict
+from openblip2.distributed import is_first
+from openblip2.errors import UserError, one_line
+from openblip2.train.agree import from_first, wait_for_all
+from openblip2.train.checkpoint import (
+    load_trained,
+    read_config,
+    read_json,
+    read_tensors,
+    save_trained,
+    sync,
+    trained_parameters,
+    write_json,
+    write_tensors,
+)
+from openblip2.train.whole import full_tensor, like
+
+# Settings of `train` that may be others when a run goes on: how its steps are computed and kept, not what they are.
+MAY_CHANGE = (
+    "parallel",
+    "checkpoint_activations",
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "most_bad_steps",
+)
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_MANIFEST = "manifest.json"
+_FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
+
+
+@dataclass(frozen=True)
+class Done:
+    """How far a run is: steps, batches drawn (the sampler's whole position), and `bad_*`: see `train/bad_steps.py`."""
+
+    step: int = 0
+    batches: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+
+
+def write_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, done: Done, keep: int) -> None:
+    """Writes a checkpoint and removes all but the last `keep`. All processes must call; the first one writes.
+
+    Raises:
+        UserError: it cannot be written, for want of room, say; the last one is untouched.
+    """
+    final = run / "resume" / f"step-{done.step:08}"
+    fresh = final.with_name(final.name + ".new")
+    try:
+        if is_first():
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+        save_trained(model, fresh / "model.safetensors")
+        moments = _moments(model, optimizer)
+        if is_first():
+            write_tensors(moments, fresh / "optimizer.safetensors")
+            write_json(asdict(done), fresh / "progress.json")
+            files = {path.name: _digest(path) for path in sorted(fresh.iterdir())}
+            write_json({"format": FORMAT, "step": done.step, "files": files}, fresh / _MANIFEST)
+            sync(fresh)
+            fresh.rename(final)
+            sync(final.parent)
+            keep_last(run, keep)
+            for path in final.parent.glob("step-*.damaged"):
+                shutil.rmtree(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{fresh}: the checkpoint of step {done.step} cannot be written ({one_line(error)}); the one before it is "
+            "whole: make room, and go on with --resume"
+        ) from error
+    wait_for_all()
+
+
+def find_checkpoint(run: Path, say: Callable[[str], object]) -> Path | None:
+    """The last checkpoint that is as it was written, or None where there is none. All processes must call.
+
+    What was never finished is removed. A damaged checkpoint is named, put aside as `step-00000123.damaged`, and the one
+    before it is taken.
+
+    Raises:
+        UserError: there are checkpoints, and not one of them is whole; or they are of another version.
+    """
+    found = from_first(_find(run / "resume", say) if is_first() else -1)
+    return None if found < 0 else run / "resume" / f"step-{found:08}"
+
+
+def read_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Done:
+    """Puts model and optimizer back where `write_checkpoint` found them. Every process reads the whole.
+
+    Raises:
+        UserError: it does not fit the model.
+    """
+    load_trained(model, folder / "model.safetensors")
+    parameters = trained_parameters(model)
+    for key, value in read_tensors(folder / "optimizer.safetensors").items():
+        name, _, part = key.rpartition(":")
+        if name not in parameters:
+            raise UserError(f"{folder / 'optimizer.safetensors'}: {name} is not trained by this model")
+        target = parameters[name]
+        # What is as large as the parameter lies as it does; a count of steps is a number of its own.
+        optimizer.state[target][part] = like(target, value) if part != "step" else value.to(target.device)
+    return Done(**read_json(folder / "progress.json"))
+
+
+def forget_checkpoints(run: Path) -> None:
+    """Removes the weights and checkpoints that an older run left in the folder of one that begins."""
+    if is_first():
+        for name in ("model.safetensors", "bad_batch.json"):
+            (run / name).unlink(missing_ok=True)
+        if (run / "resume").exists():
+            shutil.rmtree(_aside(run / "resume", "old"))
+
+
+def keep_last(run: Path, keep: int) -> None:
+    """Removes all but the last `keep` checkpoints. The first process does."""
+    if is_first():
+        for path in list(_steps(run / "resume").values())[:-keep]:
+            shutil.rmtree(_aside(path, "old"))
+
+
+def unfinished(run: Path) -> bool:
+    """Whether the folder holds a checkpoint of a run that is not finished."""
+    return not (run / "model.safetensors").exists() and bool(_steps(run / "resume"))
+
+
+def require_same(settings: RunSettings, run: Path) -> None:
+    """Whether a run may go on with these settings.
+
+    Raises:
+        UserError: it was begun with others, which say what its steps are.
+    """
+    before = from_dict(read_config(run)["settings"])
+    same = {name: getattr(settings.train, name) for name in MAY_CHANGE}
+    if replace(before, train=replace(before.train, **same)) != settings:
+        raise UserError(
+            f"--resume: {run / 'config.json'} was trained with other settings; give the same ones, or a new --out "
+            f"(only {', '.join(f'train.{name}' for name in MAY_CHANGE)} may change)"
+        )
+
+
+def _find(folder: Path, say: Callable[[str], object]) -> int:
+    """The step of the last whole checkpoint; -1 = there is none."""
+    if (folder / "progress.json").exists():
+        raise UserError(
+            f"{folder} holds a checkpoint of an older openblip2, without a manifest: finish the run with that one, or "
+            "start without --resume"
+        )
+    for left in [*folder.parent.glob("resume.old"), *folder.glob("step-*.new"), *folder.glob("step-*.old")]:
+        shutil.rmtree(left)
+    damaged: dict[Path, str] = {}
+    for step, path in reversed(_steps(folder).items()):
+        problem = _problem(path)
+        if problem is None:
+            for other, its in damaged.items():
+                say(f"{other} is damaged ({its}): it is put aside and {path.name} is taken")
+                _aside(other, "damaged")
+            return step
+        damaged[path] = problem
+    if damaged:
+        path, problem = next(iter(damaged.items()))
+        raise UserError(f"{path} is damaged ({problem}), and no checkpoint before it is whole: start without --resume")
+    return -1
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """The finished checkpoints by step, the oldest first."""
+    if not folder.is_dir():
+        return {}
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return dict(sorted((int(match[1]), path) for match, path in named if match))
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = read_json(folder / _MANIFEST)
+    except UserError as error:
+        return str(error)
+    if not isinstance(manifest, dict) or not isinstance(files := manifest.get("files"), dict):
+        return f"{_MANIFEST} names no files"
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{folder / _MANIFEST}: format {manifest.get('format')!r}, this openblip2 reads {FORMAT}; go on with the "
+            "version that wrote it"
+        )
+    if files.keys() != _FILES:
+        return f"{_MANIFEST} names {', '.join(sorted(files))}"
+    for name, written in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _digest(folder / name) != written:
+            return f"{name} is not as it was written"
+    return None
+
+
+def _aside(path: Path, why: str) -> Path:
+    """Gives a folder another name, at once, so that one that is half removed is not taken for a whole one."""
+    other = path.with_name(f"{path.name}.{why}")
+    if other.exists():
+        shutil.rmtree(other)
+    return path.rename(other)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's state by "parameter:name"; empty but in the first process, which gathers them one by one."""
+    moments = {}
+    for name, parameter in trained_parameters(model).items():
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            whole = full_tensor(value).cpu().contiguous()
+            if is_first():
+                moments[f"{name}:{key}"] = whole
+    return moments
