@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from openblip2 import convert, load
 from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
 from openblip2.data.batches import Sampler, pair_ids
 from openblip2.data.records import Question, Record, read_records
-from openblip2.data.samples import Answers, Captions
+from openblip2.data.samples import Answers, Captions, fewer_negations
 from openblip2.errors import UserError
 from openblip2.presets import preset
 from openblip2.train.checkpoint import load_trained, save_trained, trained_parameters
@@ -156,6 +157,32 @@ def test_answers_are_drawn_by_how_often_they_were_given() -> None:
     assert {tuple(drawn.questions or ()) for drawn in found} == {("a dog?", "what is it?")}
     assert {drawn.texts[0] for drawn in found} == {"no"}
     assert 0.69 < sum(drawn.texts[1] == "cat" for drawn in found) / 400 < 0.81
+
+
+def test_balanced_questions_have_yes_as_often_as_no() -> None:
+    asked = [("is it red?", "no")] * 6 + [("is it red?", "Yes")] * 2 + [("is it big?", "yes")] + [("what?", "a")] * 3
+    asked += [("is it new?", "no")] * 40 + [("is it new?", "yes")]
+    records = [
+        Record(str(n), Path("a.png"), (), (Question(text, answer, "open" if text == "what?" else "yes/no"),))
+        for n, (text, answer) in enumerate(asked)
+    ]
+    assert len(Answers(records).asked) == len(asked)
+    counts = Counter((q.text, q.answer) for _, q in Answers(records, balanced=True).asked)
+    assert counts == {
+        **{("is it red?", "no"): 6, ("is it red?", "Yes"): 6},  # 2 pictures, three times each
+        **{("is it big?", "yes"): 1, ("what?", "a"): 3},  # nothing to balance with
+        **{("is it new?", "no"): 40, ("is it new?", "yes"): 10},  # one picture, ten times at most
+    }
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 0), (0.25, 3), (0.5, 6), (1.0, 12)])
+def test_questions_with_negations_can_be_left_out(share: float, kept: int) -> None:
+    plain, turned = ("is it red?", "what note is it?"), ("is it not red?", "is no dog there?", "Isn't it big?")
+    questions = tuple(Question(text, "yes", "yes/no") for text in (*plain, *turned))
+    found = fewer_negations([Record(str(n), Path("a.png"), (), questions) for n in range(4)], share)
+    texts = [q.text for record in found for q in record.questions]
+    assert [text for text in texts if text in plain] == 4 * list(plain)
+    assert sum(text in turned for text in texts) == kept
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,8 @@
 
 Nothing heavy is imported before one runs, so that `--help` answers at once.
 
-Exit codes: 0 done, 2 something handed in cannot be used (one line says what), 130 interrupted, 143 told to stop (SIGTERM).
+Exit codes: 0 done, 2 something handed in cannot be used (one line says what), 130 interrupted, 143 told to stop
+(SIGTERM).
 """
 
 import sys

@@ -138,6 +138,8 @@ class DataSettings:
     # samples within their shard. Processes whose number divides this one read no shard twice (data/shard_order.py).
     open_shards: Count = 16
     augment: bool = True  # random crop and flip each step; False: frozen features are computed once and reused
+    negations: Annotated[float, Field(ge=0, le=1)] = 1.0  # ours, of vqa: share of the questions with "not" that is kept
+    balance: bool = False  # ours, of vqa: yes and no come equally often to the same words (data/samples.py)
     features: str = ""  # ours: a cache that `openblip2 features` wrote; `--features` sets it
     max_tokens: Annotated[int, Field(ge=4)] = 32  # of the Q-Former's text; longer captions are cut, counted, named
 

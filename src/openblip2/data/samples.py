@@ -3,13 +3,19 @@
 A row is a picture with a text that may be drawn anew each time: one of its captions, or an answer to a question.
 """
 
+import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from openblip2.data.records import Record
+from openblip2.data.records import Question, Record
 from openblip2.data.text import clean_question
+
+MOST_TIMES = 10  # that balancing shows one question in an epoch
+NEGATION = re.compile(r"\b(no|not|never|none)\b|n't\b", re.IGNORECASE)
 
 
 class Drawn(NamedTuple):
@@ -38,11 +44,17 @@ class Captions:
 class Answers:
     """One row for each question: one of the answers that annotators gave, drawn by how often it was given (paper 4.3).
 
+    `balanced`: of yes/no questions in the same words, those with the rarer answer are shown as often as the others,
+    each up to `MOST_TIMES` in an epoch. "Is there a red shape?" is mostly to be answered with no, and a model that has
+    learned so much from the words alone has little reason left to look. Ours; VQA v2 adds pictures to the same end.
+
     Attributes: as of `Captions`.
     """
 
-    def __init__(self, records: Sequence[Record]) -> None:
-        self.asked = [(n, question) for n, record in enumerate(records) for question in record.questions]
+    def __init__(self, records: Sequence[Record], balanced: bool = False) -> None:
+        asked = [(n, question) for n, record in enumerate(records) for question in record.questions]
+        times = _times([question for _, question in asked]) if balanced else [1] * len(asked)
+        self.asked = [one for one, count in zip(asked, times, strict=True) for _ in range(count)]
         self.pictures = [n for n, _ in self.asked]
         self.lengths = [len(question.text.split()) for _, question in self.asked]
 
@@ -53,6 +65,32 @@ class Answers:
 
 
 Samples = Captions | Answers
+
+
+def fewer_negations(records: Sequence[Record], share: float) -> list[Record]:
+    """The records with no more than `share` in [0, 1] of the questions that are asked with "not" or "no", evenly taken.
+
+    A first course for a model that is to compare. Where half of the questions are turned round, a match of words and
+    picture means yes as often as no, and nothing pulls the Q-Former to look for one. Ours (docs/decisions.md).
+    """
+    met = 0
+
+    def is_kept(question: Question) -> bool:
+        nonlocal met
+        if not NEGATION.search(question.text):
+            return True
+        met += 1
+        return int(met * share) > int((met - 1) * share)
+
+    return [replace(r, questions=tuple(q for q in r.questions if is_kept(q))) for r in records]
+
+
+def _times(questions: Sequence[Question]) -> list[int]:
+    """How often each question is to be shown for yes and no to come equally often, to the nearest whole number."""
+    cells = [(q.text, q.answer.strip().lower()) if q.kind == "yes/no" else None for q in questions]
+    counts = Counter(cell for cell in cells if cell)
+    most = {text: max(counts[text, "yes"], counts[text, "no"]) for text, _ in counts}
+    return [min(MOST_TIMES, max(1, round(most[cell[0]] / counts[cell]))) if cell else 1 for cell in cells]
 
 
 def _draw(choices: Sequence[Sequence[str]], generator: torch.Generator) -> list[str]:

@@ -212,8 +212,8 @@ class Layer(nn.Module):
             looking, rows = rows[:, :count], rows[:, count:]
             if self.cross is not None and image is not None:
                 # All queries that look at one image stand side by side: its keys and values are never copied.
-                images = image[0].shape[0]  # 0 where one of several processes has none, and -1 is ambiguous then
-                beside = looking.reshape(images, len(looking) // max(1, images) * count, looking.shape[2])
+                each = -1 if looking.shape[0] else count  # a process without images: -1 would be ambiguous
+                beside = looking.reshape(image[0].shape[0], each, looking.shape[2])
                 looking = self.cross(beside, image).reshape(looking.shape)
             queries = self.query_ffn(looking)
         if text is not None:

@@ -15,7 +15,7 @@ from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
 from openblip2.data.cache import Cache
 from openblip2.data.features import Features, StoredFeatures, find_records
 from openblip2.data.records import Record
-from openblip2.data.samples import Answers, Captions
+from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
 from openblip2.data.text import clean_caption, clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.distributed import is_first, rank, world_size
@@ -72,7 +72,7 @@ def prepare(
     `held_out`: the pictures to validate on, instead of a share of the records.
     """
     asks = settings.task == "vqa"
-    records, given = ([cleaned(r) for r in part if r.questions or not asks] for part in (records, held_out or ()))
+    records, given = (_usable(part, settings) for part in (records, held_out or ()))
     held, trained = hold_out(records, settings) if held_out is None else (given, records)
     if len(held) < 2 or len(trained) < 2:
         raise UserError(
@@ -83,7 +83,9 @@ def prepare(
     for line in skipped:
         problem(line)
 
-    samples_of = Answers if asks else Captions
+    def samples_of(part: Sequence[Record]) -> Samples:
+        return Answers(part, settings.data.balance) if asks else Captions(part)
+
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
     part = (rank(), world_size())
     if batch < world_size():
@@ -134,6 +136,14 @@ def hold_out(records: Sequence[Record], settings: RunSettings) -> tuple[list[Rec
     count = min(int(len(records) * settings.data.held_out), settings.data.most_held_out)
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
     return [records[n] for n in sorted(order[:count])], [records[n] for n in sorted(order[count:])]
+
+
+def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
+    """The records with their texts cleaned; for VQA those with questions that are to be asked."""
+    records = [cleaned(record) for record in records]
+    if settings.task != "vqa":
+        return records
+    return [record for record in fewer_negations(records, settings.data.negations) if record.questions]
 
 
 def cleaned(record: Record) -> Record:
