@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
-SECONDS = 300  # a machine may be busy
+SECONDS = 1200  # a machine may be very busy; what waits for ever ends all the same
 
 
 def run(world: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:

@@ -69,7 +69,7 @@ def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
     def counted(output: Tensor, given: Tensor, *sizes: list[int]) -> object:
         mine = sizes[1][process] * given[:1].nbytes
         sent.append(given.nbytes - mine)
-        return real(output, given, *sizes)
+        return real(output, given, *sizes)  # pyright: ignore[reportArgumentType]
 
     with patch.object(dist, "all_to_all_single", counted):
         found = fetch(rows, route)
@@ -77,7 +77,8 @@ def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
         forth = list(sent)
         (at_hand * (process + 1)).sum().backward()
         frozen = rows.detach().half()
-        rivals = Rivals(torch.tensor(wanted[process]), torch.tensor(wanted[process]))
+        mine = torch.tensor(wanted[process], dtype=torch.int64)  # of nothing it would be float
+        rivals = Rivals(mine, mine)
         tokens = torch.full((len(rows), 4 + process), process)
         texts = Share(counts, process, (), (4 + len(counts) - 1,))
         brought = bring(rivals, frozen, tokens, tokens >= 0, texts)

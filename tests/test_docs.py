@@ -23,7 +23,7 @@ GROUND = {"errors", "config", "distributed"}
 BELOW = {
     "errors": set(),
     "config": {"errors"},
-    "distributed": set(),
+    "distributed": {"errors"},
     "model": GROUND,
     "data": GROUND,
     "presets": {"config", "errors"},

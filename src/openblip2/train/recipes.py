@@ -221,7 +221,8 @@ def drawn_prompts(prompts: Sequence[str], count: int, generator: torch.Generator
     if len(prompts) == 1:
         return [prompts[0]] * count
     shared = share(count)
-    return [prompts[n] for n in torch.randint(len(prompts), (shared.total,), generator=generator)[shared.own].tolist()]
+    drawn = torch.randint(len(prompts), (shared.total,), generator=generator)[shared.own]
+    return [prompts[int(n)] for n in drawn]
 
 
 def one_ahead(data: Prepared, settings: RunSettings) -> Callable[[int], PairBatch]:
