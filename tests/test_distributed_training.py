@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import tiny
 import tiny_models
@@ -97,6 +98,7 @@ def trained(
 
     together = Together(model, losses, sparse=itm_from > 0)
     seen: list[list[float]] = []
+    grads: dict[str, Tensor] = {}
     for step in range(STEPS):
         parts = torch.zeros(3)
         for number in range(step * BATCHES, (step + 1) * BATCHES):
@@ -108,6 +110,8 @@ def trained(
             dist.all_reduce(parts)
         unused = [name for name, p in parameters.items() if p.grad is None]
         assert bool(unused) == (step < itm_from), unused
+        if step == 0:
+            grads = {name: full_tensor(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
         norm = clip_gradients(parameters.values(), 0.5)
         assert norm > 0.5  # so that it is clipped
         seen.append([*(parts / world_size()).tolist(), norm])
@@ -115,7 +119,7 @@ def trained(
         optimizer.zero_grad()
     pieces = [name for name, p in model.named_parameters() if in_pieces(p)]
     weights = {name: full_tensor(p).clone() for name, p in parameters.items()}
-    return {"steps": torch.tensor(seen), "weights": weights, "pieces": pieces}
+    return {"steps": torch.tensor(seen), "gradients": grads, "weights": weights, "pieces": pieces}
 
 
 def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
@@ -138,9 +142,9 @@ def messages(own: slice) -> list[dict[str, int]]:
     together = Together(model, losses)
     assert together.whole is not None
 
-    def hook(state: object, bucket: Any) -> Any:
+    def hook(state, bucket):  # torch refuses every annotation but its own private one
         calls["gradients"] += 1
-        return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])  # pyright: ignore
+        return allreduce_hook(dist.group.WORLD, bucket)
 
     together.whole.register_comm_hook(None, hook)
     found = []
@@ -167,7 +171,11 @@ def test_steps_are_those_of_one_process(results: list[dict[str, Any]], case: str
     expected = _expected[case]
     assert not expected["pieces"]
     for result in results:
-        torch.testing.assert_close(result[case]["steps"], expected["steps"], rtol=1e-5, atol=1e-5)
+        # Of the tiny T5 one process differs from itself by 4e-6 when it computes in chunks; of OPT by 6e-7.
+        tolerance = 2e-5 if "t5" in case else 1e-5
+        tiny.assert_same_gradients(result[case]["gradients"], expected["gradients"], tolerance)
+        torch.testing.assert_close(result[case]["steps"][0], expected["steps"][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result[case]["steps"], expected["steps"], rtol=1e-4, atol=1e-5)
         for name, weight in expected["weights"].items():
             # What has hardly a gradient is moved by Adam as far as all else, and which way rounding says.
             torch.testing.assert_close(result[case]["weights"][name], weight, rtol=0, atol=2.1e-5, msg=name)

@@ -117,7 +117,7 @@ def stage1_losses(
         gradients.add(outputs, [*[None] * len(parts), *(part[rows] for part in kept)])
         for name, part in parts.items():
             sums[name] += part.detach()
-    return gradients.attach(sums)
+    return gradients.attach(sums, every=count == 0)
 
 
 def stage2_losses(
@@ -189,15 +189,15 @@ class Gradients:
                 self.sums[n] = part * times if before is None else before.add_(part, alpha=times)
         return list(found[: len(at)])
 
-    def attach(self, losses: dict[str, Tensor], over: float = 1.0) -> dict[str, Tensor]:
+    def attach(self, losses: dict[str, Tensor], over: float = 1.0, every: bool = False) -> dict[str, Tensor]:
         """The losses, scalars without a graph, as if they had one that leads to the gradients added, divided by `over`.
 
-        A parameter that nothing depended on gets none, as from a graph, and is not in theirs. Asserts that `backward`
-        is asked once, and for the losses' sum, however scaled.
+        A parameter that nothing depended on gets none, as from a graph, and is not in theirs; with `every` all are: of
+        no rows nothing depends on any, and yet other processes wait for their gradients. Asserts that `backward` is
+        asked once, and for the losses' sum, however scaled.
         """
-        used = [(p, total) for p, total in zip(self.parameters, self.sums, strict=True) if total is not None]
-        # Where there is nothing to hand out, `backward` still has a graph to go through.
-        parameters, sums = zip(*used, strict=True) if used else (self.parameters, self.sums)
+        pairs = zip(self.parameters, self.sums, strict=True)
+        parameters, sums = zip(*((p, total) for p, total in pairs if every or total is not None), strict=True)
         values: Any = _Ready.apply(list(sums), over, torch.stack(list(losses.values())), *parameters)
         return dict(zip(losses, values.unbind(), strict=True))
 

@@ -227,4 +227,6 @@ def see(vision: Vision | None, images: Tensor | None, features: Tensor | None) -
         return features
     if vision is None:
         raise ValueError("this model was built without an image encoder: give features, or build it with one")
+    if images is not None and not len(images):  # one of several processes may have none, and encoders must have one
+        return vision(images.new_zeros(1, *images.shape[1:]))[:0]
     return vision(images)

@@ -4,6 +4,7 @@ torchrun, and accelerate launch, start them with the variables that `torch.distr
 LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them there is one process, and nothing here does anything.
 """
 
+import atexit
 import os
 import threading
 import time
@@ -53,6 +54,7 @@ def processes() -> Iterator[None]:
         if not watch.claim(number):
             time.sleep(GRACE)
             raise SystemExit(2) from None
+        atexit.register(_stay, store)  # and the line is out before
         if _is_lost(error):
             raise UserError(
                 f"process {number} lost the connection to another one, which was killed or ran out of memory "
@@ -96,6 +98,12 @@ def _backend() -> str:
         raise UserError(f"LOCAL_RANK={local}, and this machine has {gpus} GPUs: start one process for each GPU")
     torch.cuda.set_device(local)
     return "cpu:gloo,cuda:nccl"
+
+
+def _stay(store: Store) -> None:
+    """Keeps the store, which may live in this process, until the others have read there that it failed."""
+    time.sleep(LOOKS + GRACE + 1.0)
+    del store
 
 
 def _is_lost(error: Exception) -> bool:
