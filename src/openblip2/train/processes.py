@@ -42,6 +42,7 @@ def processes() -> Iterator[None]:
     try:
         watch.start()
         dist.init_process_group(_backend(), store=PrefixStore("training", store), rank=number, world_size=count)
+        patient_group()  # while all are there to make it
         yield
         watch.over.set()  # before anybody leaves: the store may leave with the first
         dist.barrier(group=patient_group())
@@ -117,7 +118,8 @@ class _Watch(threading.Thread):
 
     def __init__(self, store: Store) -> None:
         super().__init__(name="watch", daemon=True)
-        self.store, self.over = store, threading.Event()
+        # A connection of its own: the other one is taken while the process waits for something in the store.
+        self.store, self.over = store.clone(), threading.Event()
 
     def run(self) -> None:
         while not self.over.wait(LOOKS):
