@@ -119,7 +119,8 @@ class _Watch(threading.Thread):
     def __init__(self, store: Store) -> None:
         super().__init__(name="watch", daemon=True)
         # A connection of its own: the other one is taken while the process waits for something in the store.
-        self.store, self.over = store.clone(), threading.Event()
+        self.store: Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue] # its stub forgets it
+        self.over = threading.Event()
 
     def run(self) -> None:
         while not self.over.wait(LOOKS):
