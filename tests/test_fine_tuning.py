@@ -352,6 +352,9 @@ def test_what_only_fine_tuning_may_is_refused_elsewhere(home: Path, tmp_path: Pa
         train_stage(recipe(home, "stage1", vision__trained="true"), records, tmp_path / "run", quiet())
     with pytest.raises(UserError, match="is for vqa, here is caption"):
         train_stage(tuning(home, "caption", "two", qformer__reads_question="true"), records, tmp_path / "run", quiet())
+    for extra in ({"data__balance": "true"}, {"data__negations": "0.5"}):
+        with pytest.raises(UserError, match="choose questions, for vqa; caption has none"):
+            train_stage(tuning(home, "caption", "two", **extra), records, tmp_path / "run", quiet())
     train_stage(tuning(home, "retrieval", "one", vision__trained="true"), records, tmp_path / "tuned", quiet())
     with pytest.raises(UserError, match="which stage 2 would not use"):
         train_stage(recipe(home, "stage2", start=str(tmp_path / "tuned")), records, tmp_path / "run", quiet())

@@ -177,7 +177,7 @@ def test_balanced_questions_have_yes_as_often_as_no() -> None:
 
 @pytest.mark.parametrize(("share", "kept"), [(0.0, 0), (0.25, 3), (0.5, 6), (1.0, 12)])
 def test_questions_with_negations_can_be_left_out(share: float, kept: int) -> None:
-    plain, turned = ("is it red?", "what note is it?"), ("is it not red?", "is no dog there?", "Isn't it big?")
+    plain, turned = ("is it red?", "what note is it?"), ("is it not red?", "is no dog there?", "Isn\u2019t it big?")
     questions = tuple(Question(text, "yes", "yes/no") for text in (*plain, *turned))
     found = fewer_negations([Record(str(n), Path("a.png"), (), questions) for n in range(4)], share)
     texts = [q.text for record in found for q in record.questions]

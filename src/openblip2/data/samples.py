@@ -15,7 +15,7 @@ from openblip2.data.records import Question, Record
 from openblip2.data.text import clean_question
 
 MOST_TIMES = 10  # that balancing shows one question in an epoch
-NEGATION = re.compile(r"\b(no|not|never|none)\b|n't\b", re.IGNORECASE)
+NEGATION = re.compile(r"\b(no|not|never|none)\b|n['\u2019]t\b", re.IGNORECASE)
 
 
 class Drawn(NamedTuple):

@@ -150,6 +150,10 @@ def require_extras(settings: RunSettings) -> None:
             f"qformer.reads_question=true is for vqa, here is {settings.task}, which has no question to read; a run "
             "fine-tuned for vqa cannot be fine-tuned for anything else"
         )
+    if (settings.data.balance or settings.data.negations < 1) and settings.task != "vqa":
+        raise UserError(
+            f"data.balance and data.negations choose questions, for vqa; {settings.task} has none: leave them out"
+        )
     if settings.vision.trained and settings.train.chunk:
         raise UserError("train.chunk goes with a frozen image encoder: set train.chunk=0, or vision.trained=false")
     generative = settings.stage == "stage2"

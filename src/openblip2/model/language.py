@@ -9,7 +9,6 @@ Shapes: B images, Q queries, T tokens, L LLM width, W vocabulary.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +21,8 @@ from openblip2.model import prompt_cache
 from openblip2.model.decoding import Decoding, generate
 from openblip2.model.output_head import ends_in_head, gather_head_input, loss_at
 from openblip2.model.precision import own_precision
-from openblip2.model.rows import SOFT, common_text, embed_rows, text_ids
 from openblip2.model.template import PAPER_TEMPLATE, resolve_template
+from openblip2.model.token_rows import SOFT, common_start, common_text, embed_rows, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -194,8 +193,7 @@ class DecoderLM(FrozenLM):
             return 0, 0
         most = min(map(len, rows)) - 1  # `generate` computes the last token itself
         text = min(len(common_text(rows)), most)
-        columns = zip(*rows, strict=False)  # the shortest row ends it
-        shared = min(sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, columns)), most)
+        shared = min(len(common_start(rows)), most)
         return text, shared if len(set(pictures)) < len(rows) and SOFT in rows[0][:shared] else text
 
     def _read(self, text: list[int], count: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openblip2.model.language import IGNORED, DecoderLM, LanguageModel
-from openblip2.model.rows import common_text, embed_rows, text_ids
+from openblip2.model.token_rows import common_text, embed_rows, text_ids
 
 
 @torch.no_grad()

@@ -20,10 +20,15 @@ def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []  # pyright: ignore
 
 
-def common_text(heads: list[list[int]]) -> list[int]:
+def common_start(rows: list[list[int]]) -> list[int]:
+    """What all rows begin with, soft tokens included."""
+    columns = zip(*rows, strict=False)  # the shortest row ends it
+    return [first for first, *_ in takewhile(lambda ids: len(set(ids)) == 1, columns)]
+
+
+def common_text(rows: list[list[int]]) -> list[int]:
     """The ids that all rows begin with, up to the first soft token."""
-    columns = zip(*heads, strict=False)  # the shortest row ends it
-    return [first for first, *_ in takewhile(lambda ids: ids[0] != SOFT and len(set(ids)) == 1, columns)]
+    return list(takewhile(lambda token: token != SOFT, common_start(rows)))
 
 
 def embed_rows(llm: Any, rows: list[list[int]], soft: Tensor, left: bool, fixed: int = 0) -> tuple[Tensor, Tensor]:
