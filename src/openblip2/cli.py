@@ -16,7 +16,7 @@ from openblip2.commands.measure import bench, bench_real, compare, evaluate
 from openblip2.commands.planning import plan
 from openblip2.commands.scale import prepare
 from openblip2.commands.study import ablate
-from openblip2.commands.use import answer, caption, chat, rank
+from openblip2.commands.use import answer, attend, caption, chat, rank
 from openblip2.errors import UserError
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ for command in (
     answer,
     chat,
     rank,
+    attend,
     evaluate,
     compare,
     convert,

@@ -43,7 +43,7 @@ class Matcher(Pretrained):
         Raises:
             UserError: a picture that cannot be opened, an empty text, or one longer than the run's text limit.
         """
-        tokens, valid = (t.to(self.model.temperature.device) for t in self._tokenise(texts))
+        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             rows = [similarities(self.model, part, tokens, valid) for part in features_of(self.model, images)]
         return torch.cat(rows).float().cpu()
@@ -55,7 +55,7 @@ class Matcher(Pretrained):
             UserError: as `similarity`; or not as many texts as pictures.
         """
         require_pairs(images, texts, "texts")
-        tokens, valid = (t.to(self.model.temperature.device) for t in self._tokenise(texts))
+        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
         found, done = [], 0
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             for part in features_of(self.model, images):
@@ -74,14 +74,19 @@ class Matcher(Pretrained):
         Raises:
             UserError: as `similarity`.
         """
-        tokens, valid = (t.to(self.model.temperature.device) for t in self._tokenise(texts))
+        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             features = torch.cat(list(features_of(self.model, images)))
             scores = similarities(self.model, features, tokens, valid)
             by_image, by_text = rerank(self.model, features, tokens, valid, scores, best)
         return by_image.float().cpu(), by_text.float().cpu()
 
-    def _tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The texts as the Q-Former reads them, `[M, T]` int64, and which tokens are real, `[M, T]` bool.
+
+        Raises:
+            UserError: an empty text, or one longer than the run's text limit.
+        """
         cleaned = clean_texts(texts, clean_caption)
         for n in self.tokens.too_long(cleaned):
             raise UserError(f"text {texts[n][:40]!r}... is longer than the {self.tokens.longest} tokens of this run")

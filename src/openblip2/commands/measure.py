@@ -9,7 +9,7 @@ from openblip2.commands.shared import Images, Questions, Run, Split
 
 
 def evaluate(
-    task: Annotated[str, typer.Argument(help="caption, vqa or retrieval.")],
+    task: Annotated[str, typer.Argument(help="caption, vqa, retrieval or pointing.")],
     run: Run,
     data: Annotated[str, typer.Option(help="As for train; or an official .json, or easy-vqa.")],
     out: Annotated[Path, typer.Option(help="A JSON file; one line for each sample goes beside it.")],
@@ -23,6 +23,7 @@ def evaluate(
     slow: Annotated[bool, typer.Option("--slow", help="caption: METEOR and SPICE, too; they need Java.")] = False,
     rerank: Annotated[int | None, typer.Option(min=0, help="retrieval: candidates for ITM; 128, 0 = none.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="retrieval: only a picture's own captions count.")] = False,
+    by: Annotated[str | None, typer.Option(help="pointing: itc (default) or itm.")] = None,
     features: Annotated[Path | None, typer.Option(help="retrieval: a cache that `features` wrote.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many pictures, the first ones.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the confidence intervals.")] = 0,
@@ -33,10 +34,10 @@ def evaluate(
     from openblip2.score.run import evaluate as score
     from openblip2.train.progress import Progress
 
-    options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, features, limit, seed)
+    options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed)
     require_task(task, options)
     wanted = "questions" if task == "vqa" else "captions"
-    source = read_source(data, wanted, images, split, questions, withheld=task != "retrieval")
+    source = read_source(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
     result = score(task, run, source, out, options, Progress())
     for line in result.in_words():
         typer.echo(line)

@@ -1,4 +1,4 @@
-"""Commands that use a trained run on pictures: caption, answer, chat, rank."""
+"""Commands that use a trained run on pictures: caption, answer, chat, rank, attend."""
 
 import sys
 from pathlib import Path
@@ -81,3 +81,32 @@ def rank(
     scores = model.similarity(images, [text])[:, 0].tolist()
     for score, image in sorted(zip(scores, images, strict=True), key=lambda pair: -pair[0]):
         typer.echo(f"{score:.3f}\t{image}")
+
+
+def attend(
+    run: Run,
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    out: Annotated[Path, typer.Option(help="Folder for the drawn maps.")],
+    text: Annotated[str | None, typer.Option(help="What is explained; a stage 2 writes it itself.")] = None,
+    by: Annotated[str, typer.Option(help="Of a stage 1: the score of the text, itc or itm.")] = "itc",
+) -> None:
+    """Draw where the queries look, and what a text rests on: `attend RUN a.jpg --text "a cat" --out maps`."""
+    from openblip2.attend import BY, look, overlay, sheet
+    from openblip2.inference import load
+    from openblip2.train.checkpoint import make_folder
+
+    if by not in BY:
+        raise UserError(f"--by {by}: it must be one of {', '.join(BY)}")
+    make_folder(out)
+    found = look(load(run), image, text, by)
+    drawn = {
+        "attention.png": overlay(image, found.average),
+        "queries.png": sheet(image, [(f"query {n}", one) for n, one in enumerate(found.queries)]),
+    }
+    if found.words:
+        drawn["text.png"] = sheet(image, found.words, side=320, columns=4, one_scale=False)
+    for name, picture in drawn.items():
+        picture.save(out / name)
+        typer.echo(str(out / name))
+    if found.text is not None:
+        typer.echo(found.text)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from openblip2.data.records import Question
 from openblip2.data.text import clean_caption
@@ -21,13 +21,17 @@ from openblip2.data.vocabulary import COLOURS, NOUNS, NUMBERS, OPPOSITE, PLACES,
 
 
 class Thing(TypedDict):
-    """The objects of one noun in a scene. `size` and `place` are None where nothing is said about them."""
+    """The objects of one noun in a scene. `size` and `place` are None where nothing is said about them.
+
+    `boxes`: of each object, once it is drawn: left, top, right, bottom as shares of the picture's sides.
+    """
 
     noun: str
     colour: str
     size: str | None
     place: str | None
     number: int
+    boxes: NotRequired[list[list[float]]]
 
 
 class Facts(TypedDict):
@@ -54,10 +58,10 @@ def sentences(facts: Facts) -> list[str]:
         some = f"{NUMBERS[first['number'] - 1]} {first['colour']} {plural(first['noun'])}"
         return [some, f"there are {some}"]
     if others:
-        a, b, relation = _bare(first), _bare(others[0]), str(facts["relation"])
+        a, b, relation = named(first), named(others[0]), str(facts["relation"])
         # In reading order, as people describe pictures; the mirrored relation is left to the questions.
         return [f"{a} {relation} {b}", f"{a} and {b}"]
-    bare, place = _bare(first), first["place"] or ""
+    bare, place = named(first), first["place"] or ""
     sized = with_article(f"{first['size'] or ''} {first['colour']} {first['noun']}".strip())
     every = [
         f"{sized} {place}".strip(),
@@ -142,7 +146,8 @@ def _yes(true: bool) -> str:
     return "yes" if true else "no"
 
 
-def _bare(thing: Thing) -> str:
+def named(thing: Thing) -> str:
+    """One of the objects: "a red cat"."""
     return with_article(f"{thing['colour']} {thing['noun']}")
 
 

@@ -120,12 +120,16 @@ def draw_facts(random: Random, split: Split, shares: Sequence[float] = SHARES) -
 
 
 def draw_picture(facts: Facts, random: Random, size: int) -> Image.Image:
-    """A picture of `size` x `size` px that shows `facts` (of `draw_facts`); its other looks are random."""
+    """A picture of `size` x `size` px that shows `facts` (of `draw_facts`); its other looks are random.
+
+    Where each object came to stand is written into the facts.
+    """
     paper = random.choice(((255, 255, 255), tuple(random.randint(230, 255) for _ in "rgb")))
     picture = Image.new("RGB", (size, size), paper)
     for thing, boxes in zip(facts["objects"], _boxes(facts, random), strict=True):
         ink, ratio = _ink(thing["colour"], random), random.uniform(0.4, 1.0)
         upright = random.random() < 0.5
+        thing["boxes"] = []
         for x, y, side in boxes:
             # To steps of 2 px, so that scaled icons are met again in the cache.
             mask = _mask(thing["noun"], max(2, 2 * round(side * size / 2)))
@@ -134,6 +138,8 @@ def draw_picture(facts: Facts, random: Random, size: int) -> Image.Image:
                 mask = mask.resize((short, long) if upright else (long, short))
             left, top = round(x * size - mask.width / 2), round(y * size - mask.height / 2)
             picture.paste(ink, (left, top), mask)
+            corners = (left, top, left + mask.width, top + mask.height)
+            thing["boxes"].append([round(min(max(edge / size, 0), 1), 4) for edge in corners])
     return picture
 
 

@@ -1,4 +1,4 @@
-"""How likely a language model finds given texts behind a soft prompt: what multiple-choice benchmarks compare.
+"""How likely a language model finds given texts behind a soft prompt, whole or word by word.
 
 Shapes: Q queries, T tokens, L LLM width, N texts, W vocabulary.
 """
@@ -18,9 +18,6 @@ from openblip2.model.token_rows import common_text, embed_rows, text_ids
 def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """How likely each of N texts is behind a picture and the prompt, its end counted.
 
-    An encoder-decoder writes a text whole: nothing of it stands in the encoder. A decoder reads the text in front of
-    the pictures once.
-
     Args:
         soft: `[1, Q, L]`, all texts are about that picture, or `[N, Q, L]`, each about its own.
 
@@ -28,7 +25,37 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
         Mean negative log-likelihood of a text's tokens, `[N]`; and whether each is the likeliest at its place, `[N]`
         bool: whether greedy decoding would write this text.
     """
-    tails = [_tail(language, prompt, text) for text in texts]
+    logits, labels = _read(language, soft, prompt, [_tail(language, prompt, text) for text in texts])
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
+    likeliest = (logits.argmax(2) == labels) | (labels == IGNORED)
+    return losses / (labels != IGNORED).sum(1), likeliest.all(1)
+
+
+def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -> list[tuple[str, Tensor]]:
+    """The words of a text, each with its log-likelihood behind all that stands in front of it: in nats, a scalar.
+
+    Args:
+        soft: `[1, Q, L]`; gradients lead back to it.
+    """
+    tail = _tail(language, prompt, text)
+    logits, labels = _read(language, soft, prompt, [tail])
+    scores = -F.cross_entropy(logits[0], labels[0], reduction="none")
+    found: list[tuple[str, Tensor]] = []
+    for place in range(len(tail) - len(language.end)):
+        words = str(language.tokenizer.decode(tail[: place + 1], skip_special_tokens=True)).split()
+        if len(words) > len(found):
+            found.append((words[-1], scores[place]))
+        elif found:  # a further piece of the word
+            found[-1] = (words[-1], found[-1][1] + scores[place])
+    return found
+
+
+def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+    """Logits `[N, T, W]` at the places of N texts, and their tokens `[N, T]`, `IGNORED` where there is none.
+
+    An encoder-decoder writes a text whole: nothing of it stands in the encoder. A decoder reads the text in front of
+    the pictures once.
+    """
     labels = torch.full((len(tails), max(map(len, tails))), IGNORED)
     for row, tail in enumerate(tails):
         labels[row, : len(tail)] = torch.tensor(tail)
@@ -49,10 +76,7 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
         else:
             written = llm.prepare_decoder_input_ids_from_labels(labels=labels)
             given = {"inputs_embeds": before, "attention_mask": mask, "decoder_input_ids": written, "use_cache": False}
-        logits = llm(**given).logits.float()
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
-    likeliest = (logits.argmax(2) == labels) | (labels == IGNORED)
-    return losses / (labels != IGNORED).sum(1), likeliest.all(1)
+        return llm(**given).logits.float(), labels
 
 
 def _tail(language: LanguageModel, prompt: str, text: str) -> list[int]:

@@ -232,6 +232,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, source_width: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.drop = heads, dropout
+        self.watched: list[Tensor] | None = None  # a list collects the weights of each pass (model/relevance.py)
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(source_width, width)
         self.value = nn.Linear(source_width, width)
@@ -243,14 +244,19 @@ class Attention(nn.Module):
         return self._split(self.key(source)), self._split(self.value(source))
 
     def forward(self, rows: Tensor, source: KeysValues, mask: Tensor | None = None) -> Tensor:
-        found = F.scaled_dot_product_attention(
-            self._split(self.query(rows)),
-            *source,
-            attn_mask=mask,
-            dropout_p=self.drop if self.training else 0.0,
-        )
+        queries = self._split(self.query(rows))
+        if self.watched is None:
+            dropped = self.drop if self.training else 0.0
+            found = F.scaled_dot_product_attention(queries, *source, attn_mask=mask, dropout_p=dropped)
+        else:
+            found = self._watched(queries, *source, self.watched)
         found = self.out(found.transpose(1, 2).flatten(2))
         return self.norm(rows + self.dropout(found))
+
+    def _watched(self, queries: Tensor, keys: Tensor, values: Tensor, weights: list[Tensor]) -> Tensor:
+        """The same, unmasked and without dropout, by weights `[B, H, rows, source rows]` that are kept."""
+        weights.append((queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5).float().softmax(dim=-1))
+        return weights[-1].to(values.dtype) @ values
 
     def _split(self, rows: Tensor) -> Tensor:
         return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -107,6 +107,11 @@ class Vision(nn.Module):
         layers = {id(p): n for n, layer in enumerate(_stack(self.encoder), 1) for p in layer.parameters()}
         return {name: layers.get(id(parameter), 0) for name, parameter in self.named_parameters()}
 
+    @property
+    def grid(self) -> int:
+        """Patches along a side; they are the last `grid * grid` tokens, row by row."""
+        return self.image_size // side_of(self.encoder.config.patch_size)
+
     def checkpoint_activations(self) -> None:
         """From now on the backward pass computes each layer again instead of keeping what is in it."""
         for layer in _stack(self.encoder):

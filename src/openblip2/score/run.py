@@ -1,11 +1,12 @@
-"""`openblip2 evaluate`: a run, data, and one of three tasks in; scores, protocol and samples out."""
+"""`openblip2 evaluate`: a run, data, and one of four tasks in; scores, protocol and samples out."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
+from openblip2.attend import BY, By
 from openblip2.captioner import ANSWER, CAPTION, Captioner
 from openblip2.data.corpora import easy_vqa_records
 from openblip2.data.images import open_picture
@@ -17,12 +18,14 @@ from openblip2.matcher import Matcher
 from openblip2.score.answers import METRICS, score_answers, usual_metric
 from openblip2.score.captions import score_captions
 from openblip2.score.card import card, overlap
+from openblip2.score.pointing import score_pointing
 from openblip2.score.result import Result
 from openblip2.score.retrieval import score_retrieval
 from openblip2.train.checkpoint import make_folder
 from openblip2.train.progress import Progress
 
-Task = Literal["caption", "vqa", "retrieval"]
+Task = Literal["caption", "vqa", "retrieval", "pointing"]
+MATCHING = ("retrieval", "pointing")  # of a stage 1
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Options:
         prompt: of captions; None = the run's own. beams: of text; None = the paper's 5. metric: of answers; None = the
             data's usual one. lemmatised: answers' nouns and verbs in dictionary form. slow: METEOR and SPICE.
         rerank: candidates that ITM looks at; None = the paper's 128. strict: see `score_retrieval`.
-        features: a cache of these pictures. limit: so many pictures, the first ones; None = all.
-        seed: of the bootstrap.
+        by: of pointing: itc or itm. features: a cache of these pictures.
+        limit: so many pictures, the first ones; None = all. seed: of the bootstrap.
     """
 
     prompt: str | None = None
@@ -44,6 +47,7 @@ class Options:
     slow: bool = False
     rerank: int | None = None
     strict: bool = False
+    by: str | None = None
     features: Path | None = None
     limit: int | None = None
     seed: int = 0
@@ -58,6 +62,7 @@ _BELONGS = {
     "slow": ("caption",),
     "rerank": ("retrieval",),
     "strict": ("retrieval",),
+    "by": ("pointing",),
     "features": ("retrieval",),
 }
 
@@ -72,12 +77,14 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     make_folder(out.parent)
     began = time.perf_counter()
     model = load(run)
-    wanted = Matcher if task == "retrieval" else Captioner
+    wanted = Matcher if task in MATCHING else Captioner
     if not isinstance(model, wanted):
-        stage = "stage-1" if task == "retrieval" else "stage-2"
+        stage = "stage-1" if task in MATCHING else "stage-2"
         raise UserError(f"{run} is a {type(model).__name__}: {task} needs a {stage} run, or one fine-tuned from one")
     records, bad = _openable(source.records[: options.limit], progress)
-    if isinstance(model, Matcher):
+    if isinstance(model, Matcher) and task == "pointing":
+        result = score_pointing(model, records, cast(By, options.by or "itc"), progress, options.seed)
+    elif isinstance(model, Matcher):
         best = 128 if options.rerank is None else options.rerank
         result = score_retrieval(model, records, best, progress, options.features, options.strict, options.seed)
     elif task == "caption":
@@ -110,6 +117,8 @@ def require_task(task: str, options: Options) -> None:
             raise UserError(f"--{name} belongs to {' and '.join(tasks)}, not to {task}")
     if options.metric is not None and options.metric not in METRICS:
         raise UserError(f"unknown metric {options.metric!r}: it must be one of {', '.join(METRICS)}")
+    if options.by not in (None, *BY):
+        raise UserError(f"--by {options.by}: it must be one of {', '.join(BY)}")
 
 
 def _openable(records: Sequence[Record], progress: Progress) -> tuple[list[Record], list[str]]:
