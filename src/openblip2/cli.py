@@ -11,6 +11,7 @@ import sys
 import typer
 
 from openblip2.commands.convert import convert
+from openblip2.commands.find import index, search
 from openblip2.commands.learn import demo, features, train
 from openblip2.commands.measure import bench, bench_real, compare, evaluate
 from openblip2.commands.planning import plan
@@ -36,6 +37,8 @@ for command in (
     chat,
     rank,
     attend,
+    index,
+    search,
     evaluate,
     compare,
     convert,

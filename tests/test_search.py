@@ -1,0 +1,211 @@
+"""Finding pictures: against exact search, through changes of the folder, interruptions and bad files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import tiny_runs
+from openblip2.cli import app
+from openblip2.errors import UserError
+from openblip2.inference import load
+from openblip2.matcher import Matcher
+from openblip2.search.find import Finder
+from openblip2.search.index import open_index, recall_of, update_index
+from openblip2.search.vectors import Vectors
+from openblip2.train.progress import Progress
+
+pytest.importorskip("faiss")
+
+
+def unit(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    rows = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def test_the_best_are_those_of_exact_search() -> None:
+    pictures, asked = unit(300, 5, 64), unit(20, 64, seed=1)
+    vectors = Vectors(5, 64)
+    vectors.add(np.arange(300), pictures)
+    assert len(vectors) == 300
+    stored = np.stack([vectors.of(n) for n in range(300)])
+    assert np.abs(stored - pictures).max() < 0.01
+    for one in asked:
+        scores = (stored @ one).max(axis=1)
+        found = vectors.best(one, 10)
+        assert [number for number, _ in found] == np.argsort(-scores)[:10].tolist()
+        np.testing.assert_allclose([score for _, score in found], np.sort(scores)[::-1][:10], atol=1e-4)
+    assert recall_of(vectors, np.arange(300), pictures) > 0.95
+
+
+def test_more_are_asked_for_than_there_are() -> None:
+    vectors = Vectors(2, 8)
+    assert vectors.best(unit(8), 3) == []
+    vectors.add(np.array([7]), unit(1, 2, 8))
+    assert [number for number, _ in vectors.best(unit(8), 3)] == [7]
+
+
+def test_a_picture_is_most_like_itself_and_what_is_removed_is_gone() -> None:
+    pictures = unit(50, 4, 16)
+    vectors = Vectors(4, 16)
+    vectors.add(np.arange(100, 150), pictures)
+    assert vectors.alike(pictures[20], 3)[0][0] == 120
+    vectors.remove(np.array([120]))
+    assert 120 not in vectors.numbers()
+    assert vectors.alike(pictures[20], 3)[0][0] != 120
+    assert len(vectors) == 49
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("search")
+    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
+        build(root / build.__name__)
+    tiny_runs.pictures(root / "data")
+    given = ["train", "stage1", "--data", str(root / "data"), "--out", str(root / "stage1"), *tiny_runs.options(root)]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    return root / "stage1"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Ten pictures, two of them in a folder below."""
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for n in range(10):
+        path = tmp_path / "photos" / ("more" if n > 7 else ".") / f"{n}.png"
+        Image.fromarray(random.integers(0, 255, (20, 30, 3), np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+def quiet() -> Progress:
+    return Progress(quiet=True)
+
+
+def test_search_is_the_matchers_similarity(run: Path, folder: Path, tmp_path: Path) -> None:
+    done = update_index(folder, str(run), tmp_path / "index", quiet())
+    assert (done.pictures, done.added, done.gone, done.skipped) == (10, 10, 0, [])
+    finder = Finder(tmp_path / "index")
+    matcher = load(run)
+    assert isinstance(matcher, Matcher)
+    paths = sorted(folder.rglob("*.png"))
+    scores = matcher.similarity(paths, ["a red dog"])[:, 0]
+    hits = finder.by_text("a red dog", best=10)
+    assert {hit.path for hit in hits} == set(paths)
+    for hit in hits:
+        assert hit.similarity == pytest.approx(float(scores[paths.index(hit.path)]), abs=0.02)
+    reranked = finder.by_text("a red dog", best=3, rerank=5)
+    few = [hit.path for hit in hits[:5]]
+    matches = matcher.match(few, ["a red dog"] * 5)
+    assert [hit.path for hit in reranked] == [few[n] for n in matches.argsort(descending=True)[:3]]
+    alike = {hit.path: hit.similarity for hit in finder.by_picture(paths[4], best=10)}
+    assert alike[paths[4]] == pytest.approx(1, abs=0.02)  # of so small a model all pictures are much alike
+    assert max(alike.values()) <= 1
+    assert Image.open(finder.index.thumbnail(hits[0].number)).size == (30, 20)
+
+
+def test_an_index_follows_its_folder(run: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    update_index(folder, str(run), out, quiet())
+    (folder / "0.png").unlink()
+    Image.new("RGB", (9, 9), "red").save(folder / "1.png")
+    Image.new("RGB", (9, 9), "blue").save(folder / "new.jpg")
+    (folder / "broken.png").write_bytes(b"no picture")
+    done = update_index(folder, str(run), out, quiet())
+    assert (done.pictures, done.added, done.gone) == (10, 2, 2)
+    assert len(done.skipped) == 1
+    assert "broken.png" in done.skipped[0]
+    index = open_index(out)
+    assert {row.path for row in index.rows.values()} == {
+        *(f"{n}.png" for n in range(1, 8)),
+        "more/8.png",
+        "more/9.png",
+        "new.jpg",
+    }
+    assert index.vectors.numbers() == index.rows.keys()
+    assert sorted(int(p.stem) for p in (out / "thumbnails").iterdir()) == sorted(index.rows)
+    assert update_index(folder, str(run), out, quiet()).added == 0
+
+
+def test_an_interruption_between_two_files_is_healed(run: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    update_index(folder, str(run), out, quiet())
+    rows = (out / "pictures.jsonl").read_text().splitlines()
+    # Vectors without a row, a row without vectors, and a number that is behind.
+    (out / "pictures.jsonl").write_text(
+        "\n".join([*rows[:-2], json.dumps(json.loads(rows[-1]) | {"number": 77})]) + "\n"
+    )
+    about = json.loads((out / "index.json").read_text())
+    (out / "index.json").write_text(json.dumps(about | {"next": 0}))
+    done = update_index(folder, str(run), out, quiet())
+    assert (done.pictures, done.added) == (10, 2)
+    index = open_index(out)
+    assert index.vectors.numbers() == index.rows.keys()
+    assert len(index.vectors) == 10
+
+
+def test_links_that_lead_out_are_not_followed(run: Path, folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    os.symlink(tmp_path / "secret.png", folder / "link.png")
+    update_index(folder, str(run), tmp_path / "index", quiet())
+    index = open_index(tmp_path / "index")
+    assert "link.png" not in {row.path for row in index.rows.values()}
+    number = next(n for n, row in index.rows.items() if row.path == "0.png")
+    (folder / "0.png").unlink()
+    os.symlink(tmp_path / "secret.png", folder / "0.png")
+    with pytest.raises(UserError, match="is gone since"):
+        index.path(number)
+    # A file that went keeps its place by similarity behind those that ITM has seen.
+    assert len(Finder(index).by_text("a dog", best=10, rerank=10)) == 10
+
+
+def test_what_cannot_be_used_is_refused(run: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    with pytest.raises(UserError, match="is no folder"):
+        update_index(tmp_path / "none", str(run), out, quiet())
+    with pytest.raises(UserError, match="no such file"):
+        open_index(out)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not one picture"):
+        update_index(tmp_path / "empty", str(run), tmp_path / "other", quiet())
+    update_index(folder, str(run), out, quiet())
+    with pytest.raises(UserError, match="is an index of"):
+        update_index(tmp_path / "empty", str(run), out, quiet())
+    with pytest.raises(UserError, match="is not empty and no index"):
+        update_index(folder, str(run), folder, quiet())
+    (out / "vectors.faiss").write_bytes(b"broken")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_index(out)
+
+
+def test_an_index_of_other_weights_is_refused(run: Path, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    update_index(folder, str(run), out, quiet())
+    matcher: Any = load(run)
+    with torch.no_grad():
+        matcher.model.temperature += 1
+    with pytest.raises(UserError, match="these weights are others"):
+        Finder(out, matcher)
+
+
+def test_the_commands(run: Path, folder: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "index")
+    done = CliRunner().invoke(app, ["index", str(folder), "--run", str(run), "--out", out])
+    assert done.exit_code == 0, done.output
+    assert "10 pictures; 10 read, 0 gone" in done.stdout
+    assert "recall@10 of 8 bits against exact search, among 10 pictures" in done.output
+    found = CliRunner().invoke(app, ["search", out, "a red dog", "--best", "3", "--rerank", "4", "--json"])
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    assert len(rows) == 3
+    assert all(0 <= row["match"] <= 1 for row in rows)
+    alike = CliRunner().invoke(app, ["search", out, str(folder / "3.png"), "--best", "1"])
+    (row,) = alike.stdout.splitlines()
+    similarity, path = row.split("\t")
+    assert float(similarity) == pytest.approx(1, abs=0.02)
+    assert Path(path).parent in (folder, folder / "more")
