@@ -20,6 +20,62 @@ from openblip2.model.template import dialogue
 from openblip2.train.hardware import computing
 
 
+class Form:
+    """How questions are put to a language model, one behind the other, and how many turns it has room for.
+
+    Args:
+        question: how a question is put, `{}` being it ("{}": the words alone); None = the run's `language.question`.
+        context: tokens that the language model takes at once, the Q soft ones and the answer's counted; None = its
+            own limit, which is the most.
+
+    Raises:
+        UserError: `question` without `{}`, a run whose template has no place for a question, or a context beyond the
+            language model's own.
+    """
+
+    def __init__(self, captioner: Captioner, question: str | None = None, context: int | None = None) -> None:
+        self.language, settings = captioner.model.language, captioner.settings.language
+        self.queries = captioner.model.qformer.queries.shape[1]
+        self.question = settings.question if question is None else question
+        if "{}" not in self.question:
+            raise UserError(f"question {self.question!r}: it must hold {{}}, in whose place a question goes")
+        if "{prompt}" not in self.language.template:
+            raise UserError(f"template {settings.template!r}: without {{prompt}} it has no place for a question")
+        most = context_of(self.language)
+        if context is not None and most is not None and context > most:
+            raise UserError(f"context {context}: this language model takes {most} tokens at once")
+        self.context = most if context is None else context
+
+    def prompt(self, turns: Sequence[tuple[str, str]], question: str, longest: int) -> str:
+        """The text in the template's `{prompt}` that asks this now: as many of the latest turns as fit, then it.
+
+        Args:
+            turns: questions and their answers. longest: new tokens that the answer may take.
+
+        Raises:
+            UserError: an empty question, or one too long even alone.
+        """
+        question = question.strip()
+        if not question:
+            raise UserError("an empty question: ask something in words")
+        room = room_for_prompt(self.language, self.context, self.queries, longest)
+        found = self._written([], question)
+        if room is not None and (length := self.language.length(found)) > room:
+            raise UserError(
+                f"question {question[:40]!r}... takes {length} tokens with the template around it: {max(room, 0)} fit "
+                f"beside the picture and the answer (the language model takes {self.context})"
+            )
+        for start in reversed(range(len(turns))):
+            longer = self._written(turns[start:], question)
+            if room is not None and self.language.length(longer) > room:
+                break
+            found = longer
+        return found
+
+    def _written(self, turns: Sequence[tuple[str, str]], question: str) -> str:
+        return dialogue(turns, question, self.question, self.language.template, self.language.tokenizer)
+
+
 class Chat:
     """Questions about one picture. The encoder and the Q-Former see it once, when the chat is made.
 
@@ -27,17 +83,13 @@ class Chat:
     it plain, as the authors do for VQA. A Q-Former that reads questions looks anew for each one, made plain.
 
     Args:
-        captioner: a trained stage 2. image: the picture. decoding: of the answers.
-        question: how a question is put, `{}` being it ("{}": the words alone); None = the run's `language.question`.
-        context: tokens that the language model takes at once, the Q soft ones and the answer's counted; None = its
-            own limit, which is the most.
+        captioner: a trained stage 2. image: the picture. decoding: of the answers. question, context: see `Form`.
 
     Attributes:
         turns: every question and its answer, the first one first.
 
     Raises:
-        UserError: a picture that cannot be opened, `question` without `{}`, a run whose template has no place for a
-            question, or a context beyond the language model's own.
+        UserError: as `Form`; or a picture that cannot be opened.
     """
 
     def __init__(
@@ -48,17 +100,8 @@ class Chat:
         question: str | None = None,
         context: int | None = None,
     ) -> None:
-        language, settings = captioner.model.language, captioner.settings.language
+        self.form = Form(captioner, question, context)
         self.captioner, self.decoding = captioner, decoding
-        self.form = settings.question if question is None else question
-        if "{}" not in self.form:
-            raise UserError(f"question {self.form!r}: it must hold {{}}, in whose place a question goes")
-        if "{prompt}" not in language.template:
-            raise UserError(f"template {settings.template!r}: without {{prompt}} it has no place for a question")
-        most = context_of(language)
-        if context is not None and most is not None and context > most:
-            raise UserError(f"context {context}: this language model takes {most} tokens at once")
-        self.context = most if context is None else context
         self.turns: list[tuple[str, str]] = []
         with torch.inference_mode(), computing(captioner.model, captioner.settings.train.precision):
             (self.features,) = features_of(captioner.model, [image])  # [1, P, V]
@@ -77,32 +120,8 @@ class Chat:
         return answer
 
     def prompt(self, question: str) -> str:
-        """The text in the template's `{prompt}` that asks this now: as many of the latest turns as fit, then it.
-
-        Raises:
-            UserError: as `ask`.
-        """
-        question = question.strip()
-        if not question:
-            raise UserError("an empty question: ask something in words")
-        language, queries = self.captioner.model.language, self.captioner.model.qformer.queries.shape[1]
-        room = room_for_prompt(language, self.context, queries, self.decoding.max_new_tokens)
-        found = self._written([], question)
-        if room is not None and (length := language.length(found)) > room:
-            raise UserError(
-                f"question {question[:40]!r}... takes {length} tokens with the template around it: {max(room, 0)} fit "
-                f"beside the picture and the answer (the language model takes {self.context})"
-            )
-        for start in reversed(range(len(self.turns))):
-            longer = self._written(self.turns[start:], question)
-            if room is not None and language.length(longer) > room:
-                break
-            found = longer
-        return found
-
-    def _written(self, turns: Sequence[tuple[str, str]], question: str) -> str:
-        language = self.captioner.model.language
-        return dialogue(turns, question, self.form, language.template, language.tokenizer)
+        """What the language model is given to ask this now; see `Form.prompt`."""
+        return self.form.prompt(self.turns, question, self.decoding.max_new_tokens)
 
     def _soft_prompt(self, question: str) -> Tensor:
         """`[1, Q, L]`."""

@@ -16,6 +16,7 @@ from openblip2.commands.learn import demo, features, train
 from openblip2.commands.measure import bench, bench_real, compare, evaluate
 from openblip2.commands.planning import plan
 from openblip2.commands.scale import prepare
+from openblip2.commands.serving import serve
 from openblip2.commands.study import ablate
 from openblip2.commands.use import answer, attend, caption, chat, rank
 from openblip2.errors import UserError
@@ -39,6 +40,7 @@ for command in (
     attend,
     index,
     search,
+    serve,
     evaluate,
     compare,
     convert,

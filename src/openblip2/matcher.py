@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from openblip2.config import RunSettings
 from openblip2.data.images import Picture
@@ -64,6 +65,28 @@ class Matcher(Pretrained):
                 found.append(logits.float().softmax(dim=1)[:, 1])
                 done += len(part)
         return torch.cat(found).cpu()
+
+    def embed_image(self, image: Picture) -> list[float]:
+        """One direction for a picture: E numbers, of length 1. The mean of its queries', so cosines with it are lower
+        than `similarity`, which takes the best query's.
+
+        Raises:
+            UserError: a picture that cannot be opened.
+        """
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            (features,) = features_of(self.model, [image])
+            vectors = self.model.image_vectors(self.model.qformer(self.model.qformer.look(features)))
+        return F.normalize(vectors.float().mean(dim=1), dim=-1)[0].tolist()
+
+    def embed_text(self, text: str) -> list[float]:
+        """The direction of a text: E numbers, of length 1.
+
+        Raises:
+            UserError: an empty text, or one longer than the run's text limit.
+        """
+        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise([text]))
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            return self.model.text_vectors(tokens, valid)[0].float().tolist()
 
     def rerank(self, images: Sequence[Picture], texts: Sequence[str], best: int = 128) -> tuple[Tensor, Tensor]:
         """Scores of N pictures and M texts that rank as in the paper's retrieval: two `[N, M]`.

@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, L LLM width.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,14 @@ class Decoding:
 
 
 def generate(
-    llm: Any, tokenizer: Any, embeds: Tensor, mask: Tensor, how: Decoding, stop: int, cache: Any = None
+    llm: Any,
+    tokenizer: Any,
+    embeds: Tensor,
+    mask: Tensor,
+    how: Decoding,
+    stop: int,
+    cache: Any = None,
+    watched: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """One text for each row, by the language model's own `generate`.
 
@@ -38,6 +46,7 @@ def generate(
         embeds: `[B, T, L]`. mask: `[B, T]`.
         stop: the id that ends a text.
         cache: what has been read of the rows, once for each beam; None = nothing.
+        watched: by what it is followed while it writes: `streamer`, `stopping_criteria` as transformers has them.
     """
     # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut here.
     sampling = {"top_p": how.top_p, "temperature": how.temperature, "top_k": 0} if how.sample else {}
@@ -56,5 +65,6 @@ def generate(
         **sampling,
         **beams,
         **known,
+        **(watched or {}),
     )
     return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]

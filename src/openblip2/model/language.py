@@ -58,6 +58,7 @@ class FrozenLM(nn.Module):
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
         self.end, self.checkpointed = _end_ids(tokenizer, end), False
         self.sharded = False  # over processes (train/parallel.py), which then must run the model equally often
+        self.watched: dict[str, Any] = {}  # by what `generate` is followed while it writes: see `decoding.generate`
         self.reuse = prompt_cache.find_reuse(llm)
 
     def train(self, mode: bool = True) -> "FrozenLM":
@@ -182,7 +183,7 @@ class DecoderLM(FrozenLM):
             room = embeds.shape[1] + decoding.max_new_tokens
             if self.reuse.cache:
                 cache = prompt_cache.with_room(self.llm, cache, decoding.beams, room)
-            return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache)
+            return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache, self.watched)
 
     def _shared(self, rows: list[list[int]], pictures: Sequence[int]) -> tuple[int, int]:
         """How many ids all rows begin with: those in front of the pictures, and those that end behind them.
@@ -261,7 +262,7 @@ class EncoderDecoderLM(FrozenLM):
         embeds, mask = self.embed(soft if pictures is None else soft[list(pictures)], prompts)
         cache = prompt_cache.encoder_decoder_cache(self.llm, decoding.max_new_tokens) if self.reuse.cache else None
         with self.own_precision():
-            return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache)
+            return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache, self.watched)
 
 
 LanguageModel = DecoderLM | EncoderDecoderLM

@@ -1,0 +1,188 @@
+"""Requests that come together run together: against a worker that only writes down what it is given."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from openblip2.model.decoding import Decoding
+from openblip2.serve.batcher import Batcher, Full, Late
+from openblip2.serve.jobs import Embed, Failed, Job, Write, Written
+from openblip2.serve.limits import Limits
+
+
+class Recorder:
+    """Answers each job with its text; waits for `go` before each batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Job]] = []
+        self.go = threading.Event()
+        self.go.set()
+        self.cancelled = 0
+        self.does: Callable[[list[Job]], list[Any]] = lambda jobs: [vars(job).get("text") for job in jobs]
+
+    def run(self, jobs: list[Job]) -> list[Any]:
+        self.batches.append(jobs)
+        assert self.go.wait(10)
+        return self.does(jobs)
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+        self.go.set()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if true():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never came true")
+
+
+async def in_turn(batcher: Batcher, worker: Recorder, jobs: list[Job]) -> list[Any]:
+    """While one batch runs, all others come."""
+    worker.go.clear()
+    first = asyncio.create_task(batcher.do(Embed(text="first")))
+    await until(lambda: bool(worker.batches))
+    others = [asyncio.create_task(batcher.do(job)) for job in jobs]
+    await until(lambda: len(batcher.waiting) == len(jobs))
+    worker.go.set()
+    return [await task for task in (first, *others)]
+
+
+def test_what_waits_runs_together() -> None:
+    async def body() -> None:
+        worker = Recorder()
+        batcher = Batcher(worker, Limits(batch=4, wait=0))
+        found = await in_turn(batcher, worker, [Embed(text=str(n)) for n in range(6)])
+        assert found == ["first", *map(str, range(6))]
+        assert [len(batch) for batch in worker.batches] == [1, 4, 2]
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+def test_only_what_fits_runs_together() -> None:
+    async def body() -> None:
+        worker = Recorder()
+        worker.does = lambda jobs: [0] * len(jobs)
+        batcher = Batcher(worker, Limits(wait=0))
+        greedy, beams = Decoding(beams=1), Decoding(beams=3)
+        jobs: list[Job] = [Write(b"a", greedy), Write(b"b", beams), Write(b"c", greedy), Embed(text="x")]
+        await in_turn(batcher, worker, jobs)
+        assert worker.batches[1:] == [[jobs[0], jobs[2]], [jobs[1]], [jobs[3]]]
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+def test_a_full_queue_says_so_and_empties_again() -> None:
+    async def body() -> None:
+        worker = Recorder()
+        worker.go.clear()
+        batcher = Batcher(worker, Limits(queue=3, wait=0))
+        tasks = [asyncio.create_task(batcher.do(Embed(text=str(n)))) for n in range(3)]
+        await until(lambda: bool(worker.batches))
+        with pytest.raises(Full):
+            await batcher.do(Embed(text="one too many"))
+        worker.go.set()
+        assert [await task for task in tasks] == ["0", "1", "2"]
+        assert await batcher.do(Embed(text="later")) == "later"
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+def test_who_goes_away_is_taken_out() -> None:
+    async def body() -> None:
+        worker = Recorder()
+        worker.go.clear()
+        batcher = Batcher(worker, Limits(wait=0))
+        first = asyncio.create_task(batcher.do(Embed(text="first")))
+        await until(lambda: bool(worker.batches))
+        second = asyncio.create_task(batcher.do(Embed(text="second")))
+        await until(lambda: len(batcher.waiting) == 1)
+        second.cancel()
+        await until(lambda: not batcher.waiting)
+        assert worker.cancelled == 0
+        first.cancel()  # nobody waits for the batch that runs
+        await until(lambda: worker.cancelled == 1)
+        assert len(worker.batches) == 1
+        assert await batcher.do(Embed(text="third")) == "third"
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+def test_a_batch_goes_on_while_anybody_waits() -> None:
+    async def body() -> None:
+        worker = Recorder()
+        batcher = Batcher(worker, Limits(wait=0.05))
+        worker.go.clear()
+        tasks = [asyncio.create_task(batcher.do(Embed(text=str(n)))) for n in range(2)]
+        await until(lambda: len(batcher.running) == 2)
+        tasks[0].cancel()
+        await asyncio.sleep(0.02)
+        assert worker.cancelled == 0
+        worker.go.set()
+        assert await tasks[1] == "1"
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+def test_what_takes_too_long_is_late() -> None:
+    async def body() -> None:
+        worker = Recorder()
+        worker.go.clear()
+        batcher = Batcher(worker, Limits(seconds=0.05, wait=0))
+        with pytest.raises(Late):
+            await batcher.do(Embed(text="a"))
+        assert worker.cancelled == 1
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+def test_an_error_is_the_batchs_alone() -> None:
+    async def body() -> None:
+        worker = Recorder()
+        batcher = Batcher(worker, Limits(wait=0))
+
+        def breaks(jobs: list[Job]) -> list[Any]:
+            raise RuntimeError("broken")
+
+        right, worker.does = worker.does, breaks
+        with pytest.raises(RuntimeError, match="broken"):
+            await batcher.do(Embed(text="a"))
+        worker.does = right
+        assert await batcher.do(Embed(text="b")) == "b"
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("end", [Written("a cat", 3, 2), Failed("no")])
+def test_pieces_come_before_the_result(end: Any) -> None:
+    async def body() -> None:
+        worker = Recorder()
+        batcher = Batcher(worker, Limits(wait=0))
+
+        def says(jobs: list[Job]) -> list[Any]:
+            (job,) = jobs
+            assert isinstance(job, Write)
+            for piece in ("a ", "cat"):
+                batcher.said(job.stream, piece)
+            if isinstance(end, Written):  # a process that failed sends no end
+                batcher.said(job.stream, None)
+            return [end]
+
+        worker.does = says
+        found = [piece async for piece in await batcher.stream(Write(b"x", Decoding()))]
+        assert found == ["a ", "cat", end]
+        batcher.said(99, "to nobody")
+        await batcher.close()
+
+    asyncio.run(body())

@@ -1,0 +1,397 @@
+"""The server: what it answers is what the models say, and nothing that a client sends brings it down."""
+
+import base64
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
+
+import tiny_runs
+from openblip2.captioner import ANSWER, CAPTION, Captioner, greedy
+from openblip2.chat import Chat
+from openblip2.cli import app as cli
+from openblip2.errors import UserError
+from openblip2.inference import load
+from openblip2.matcher import Matcher
+from openblip2.search.index import update_index
+from openblip2.serve.jobs import Embed
+from openblip2.serve.limits import Limits
+from openblip2.serve.start import runs_of
+from openblip2.serve.worker import DIED, LATE, Worker
+from openblip2.train.progress import Progress
+
+pytest.importorskip("fastapi")
+pytest.importorskip("faiss")
+from starlette.testclient import TestClient
+
+from openblip2.serve.app import make_app
+
+MAX = 300_000  # bytes of a request, here
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each stage and an index of the pictures."""
+    root = tmp_path_factory.mktemp("serve")
+    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
+        build(root / build.__name__)
+    tiny_runs.pictures(root / "data")
+    options = tiny_runs.options(root)
+    for stage, more in (("stage1", []), ("stage2", ["--start", str(root / "stage1")])):
+        command = ["train", stage, "--data", str(root / "data"), "--out", str(root / stage), *options, *more]
+        assert CliRunner().invoke(cli, command).exit_code == 0
+    update_index(root / "data", str(root / "stage1"), root / "index", Progress(quiet=True))
+    return root
+
+
+@pytest.fixture(scope="module")
+def client(home: Path) -> Iterator[TestClient]:
+    app = make_app(
+        str(home / "stage2"), str(home / "stage1"), home / "index", Limits(bytes=MAX, texts=4), None, ["testserver"], 1
+    )
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+def picture(home: Path, number: int = 0) -> dict[str, bytes]:
+    return {"image": (home / "data" / f"{number}.png").read_bytes()}
+
+
+def data_url(home: Path, number: int = 0) -> str:
+    return "data:image/png;base64," + base64.b64encode(picture(home, number)["image"]).decode()
+
+
+def test_it_says_what_the_models_say(home: Path, client: TestClient) -> None:
+    captioner, matcher = load(home / "stage2"), load(home / "stage1")
+    assert isinstance(captioner, Captioner)
+    assert isinstance(matcher, Matcher)
+    path = home / "data" / "0.png"
+    said = client.post("/caption", files=picture(home)).json()
+    assert said == {"caption": captioner.caption([path], decoding=greedy(CAPTION))[0]}
+    prompted = client.post("/caption", files=picture(home), data={"prompt": "a red", "beams": 2}).json()
+    from dataclasses import replace
+
+    assert prompted["caption"] == captioner.caption([path], "a red", replace(CAPTION, beams=2))[0]
+    asked = client.post("/answer", files=picture(home), data={"question": "what colour is it?"}).json()
+    assert asked == {"answer": captioner.answer([path], ["what colour is it?"], greedy(ANSWER))[0]}
+    found = client.post("/match", files=picture(home), data={"text": ["a red dog", "a blue bus"]}).json()["texts"]
+    cosines = matcher.similarity([path], ["a red dog", "a blue bus"])[0].tolist()
+    assert [row["similarity"] for row in found] == pytest.approx(sorted(cosines, reverse=True), abs=1e-5)
+    drawn = client.post("/attend", files=picture(home), data={"text": "a red dog", "by": "itm"})
+    assert Image.open(io.BytesIO(drawn.content)).size == (20, 16)
+
+
+def chat(home: Path, *texts: str, **more: Any) -> dict[str, Any]:
+    """A dialogue: questions and answers in turn; the picture stands with the first."""
+    messages: list[dict[str, Any]] = [
+        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)
+    ]
+    url = {"type": "image_url", "image_url": {"url": data_url(home)}}
+    messages[0]["content"] = [{"type": "text", "text": texts[0]}, url]
+    return {"model": "any", "messages": messages, **more}
+
+
+def test_a_dialogue_is_the_chats(home: Path, client: TestClient) -> None:
+    captioner = load(home / "stage2")
+    assert isinstance(captioner, Captioner)
+    talk = Chat(captioner, home / "data" / "0.png", greedy(ANSWER))
+    first = client.post("/v1/chat/completions", json=chat(home, "what is it?")).json()
+    assert first["choices"][0]["message"]["content"] == talk.ask("what is it?")
+    talk.turns[-1] = ("what is it?", "a dog")
+    second = client.post("/v1/chat/completions", json=chat(home, "what is it?", "a dog", "what colour is it?")).json()
+    prompt = talk.prompt("what colour is it?")
+    assert second["choices"][0]["message"]["content"] == talk.ask("what colour is it?")
+    length = captioner.model.language.length(prompt) + 5
+    assert second["usage"]["prompt_tokens"] == length
+    assert second["object"] == "chat.completion"
+
+
+def test_a_stream_is_the_whole_in_pieces(home: Path, client: TestClient) -> None:
+    whole = client.post("/v1/chat/completions", json=chat(home, "what is it?", max_tokens=12)).json()
+    asked = chat(home, "what is it?", max_tokens=12, stream=True, stream_options={"include_usage": True})
+    lines = client.post("/v1/chat/completions", json=asked).text.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    text = "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
+    assert text.split() == whole["choices"][0]["message"]["content"].split()
+    assert events[-1]["usage"] == whole["usage"]
+    assert events[-2]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
+
+
+def test_embeddings_as_numbers_and_as_base64(home: Path, client: TestClient) -> None:
+    asked = {"input": ["a red dog", data_url(home)], "model": "any"}
+    plain = client.post("/v1/embeddings", json=asked).json()["data"]
+    coded = client.post("/v1/embeddings", json=asked | {"encoding_format": "base64"}).json()["data"]
+    for one, other in zip(plain, coded, strict=True):
+        assert np.linalg.norm(one["embedding"]) == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(
+            np.frombuffer(base64.b64decode(other["embedding"]), "<f4"), one["embedding"], atol=1e-6
+        )
+
+
+def test_the_openai_client_speaks_to_it(home: Path, client: TestClient) -> None:
+    openai = pytest.importorskip("openai")
+    theirs = openai.OpenAI(base_url="http://testserver/v1", api_key="any", http_client=client)
+    given = chat(home, "what is it?")
+    whole = theirs.chat.completions.create(**given).choices[0].message.content
+    pieces = theirs.chat.completions.create(**given, stream=True)
+    assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices).split() == whole.split()
+    assert len(theirs.embeddings.create(model="any", input="a red dog").data[0].embedding) == 9
+    assert [model.id for model in theirs.models.list()] == ["stage2"]
+
+
+def test_search_by_text_and_by_picture(home: Path, client: TestClient) -> None:
+    found = client.post("/search", data={"text": "a red dog", "best": 3, "rerank": 4}).json()["pictures"]
+    assert len(found) == 3
+    assert all(0 <= row["match"] <= 1 for row in found)
+    alike = client.post("/search", files=picture(home), data={"best": 16}).json()["pictures"]
+    assert len(alike) == 16
+    small = client.get(f"/pictures/{found[0]['id']}")
+    assert Image.open(io.BytesIO(small.content)).format == "JPEG"
+    whole = client.get(f"/pictures/{found[0]['id']}?whole=true")
+    assert whole.content == (home / "data" / found[0]["path"]).read_bytes()
+    for wrong in ("99999", "-1"):
+        assert client.get(f"/pictures/{wrong}").status_code == 404
+    for wrong in ("..%2f..%2findex.json", "0/../../index.json"):
+        assert client.get(f"/pictures/{wrong}").status_code in (404, 422)
+    assert client.get("/assets/..%2fapp.py").status_code == 404
+    assert client.post("/search", data={}).status_code == 400
+
+
+def test_the_page_brings_its_own_and_nothing_runs(client: TestClient) -> None:
+    page = client.get("/")
+    assert page.status_code == 200
+    assert "script-src 'self'" in page.headers["content-security-policy"]
+    for name in ("page.js", "page.css"):
+        assert f"assets/{name}" in page.text
+        asset = client.get(f"/assets/{name}")
+        assert asset.headers["x-content-type-options"] == "nosniff"
+        for outside in ("http://", "https://", "innerHTML", "eval("):
+            assert outside not in page.text + asset.text
+
+
+def cmyk(home: Path) -> bytes:
+    stream = io.BytesIO()
+    Image.new("CMYK", (9, 9), (0, 200, 200, 0)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+def animated(home: Path) -> bytes:
+    stream = io.BytesIO()
+    frames = [Image.new("RGB", (9, 9), colour) for colour in ("red", "blue")]
+    frames[0].save(stream, "GIF", save_all=True, append_images=frames[1:])
+    return stream.getvalue()
+
+
+def bomb(home: Path) -> bytes:
+    stream = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+
+
+@pytest.mark.parametrize("make", [cmyk, animated])
+def test_all_kinds_of_pictures_are_taken(home: Path, client: TestClient, make: Any) -> None:
+    assert client.post("/caption", files={"image": make(home)}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "is not a picture"), (SVG, "is not a picture"), (b"GIF89a", "is not a picture"), (bomb, "pixels")],
+)
+def test_what_is_no_picture_is_refused(home: Path, client: TestClient, content: Any, says: str) -> None:
+    content = content(home) if callable(content) else content
+    for path, data in (("/caption", {}), ("/attend", {}), ("/match", {"text": "a"}), ("/search", {})):
+        answer = client.post(path, files={"image": ("a.png", content)}, data=data)
+        assert answer.status_code == 400
+        assert says in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "says"),
+    [
+        ({"messages": []}, 422, "messages"),
+        ({"messages": [{"role": "user", "content": "hello"}]}, 400, "0 pictures"),
+        ({"n": 2}, 422, "n:"),
+        ({"max_tokens": 0}, 422, "max_tokens"),
+        ({"temperature": 9}, 422, "temperature"),
+    ],
+)
+def test_what_is_wrong_is_said(home: Path, client: TestClient, change: dict[str, Any], status: int, says: str) -> None:
+    answer = client.post("/v1/chat/completions", json=chat(home, "what is it?") | change)
+    assert answer.status_code == status
+    assert says in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1/a.png", "file:///etc/passwd", "data:image/png;base64,%%%", "data:text/html,x"]
+)
+def test_addresses_are_not_fetched(home: Path, client: TestClient, url: str) -> None:
+    asked = chat(home, "what is it?")
+    asked["messages"][0]["content"][1]["image_url"]["url"] = url
+    assert client.post("/v1/chat/completions", json=asked).status_code == 400
+
+
+def test_sizes_are_limited(home: Path, client: TestClient) -> None:
+    assert client.post("/caption", files={"image": b"x" * (MAX + 1)}).status_code == 413
+
+    def pieces() -> Iterator[bytes]:  # without a length that could be looked at
+        for _ in range(100):
+            yield b"x" * 10_000
+
+    assert client.post("/v1/embeddings", content=pieces()).status_code == 413
+    assert client.post("/match", files=picture(home), data={"text": ["a"] * 5}).status_code == 400
+    assert client.post("/v1/embeddings", json={"input": ["a"] * 5}).status_code == 400
+
+
+def test_metrics_count(client: TestClient) -> None:
+    client.get("/nowhere")
+    text = client.get("/metrics").text
+    assert 'openblip2_requests_total{path="/caption",status="200"}' in text
+    assert 'path="none",status="404"' in text
+    assert "openblip2_batch_jobs_count" in text
+
+
+def test_a_token_and_a_name_are_asked_for(home: Path) -> None:
+    app = make_app(None, str(home / "stage1"), None, Limits(), "secret", ["testserver"], 1)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert client.get("/").status_code == client.get("/health").status_code == 200
+        for shown in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Bearer ü".encode("latin-1").decode("latin-1")},
+        ):
+            assert (
+                client.post("/match", files=picture(home), data={"text": "a"}, headers=_raw(shown)).status_code == 401
+            )
+        right = {"Authorization": "Bearer secret"}
+        assert client.post("/match", files=picture(home), data={"text": "a dog"}, headers=right).status_code == 200
+        # A page of another name that leads here (DNS rebinding) is turned away.
+        assert client.get("/health", headers={"Host": "evil.example"}).status_code == 400
+        # What this server cannot do is said, not an error of its own.
+        for path in ("/caption", "/answer"):
+            answer = client.post(path, files=picture(home), data={"question": "a"}, headers=right)
+            assert "no stage-2 run" in answer.json()["error"]["message"]
+
+
+def _raw(headers: dict[str, str]) -> Any:
+    return {name: value.encode("latin-1") for name, value in headers.items()}
+
+
+class Killer:
+    """Ends the process that unpacks it."""
+
+    together = ("killer",)
+
+    def __reduce__(self) -> Any:
+        return os._exit, (1,)
+
+
+class Sleeper:
+    """Takes longer than anybody waits."""
+
+    together = ("sleeper",)
+
+    def __reduce__(self) -> Any:
+        import time
+
+        return time.sleep, (60,)
+
+
+def test_a_process_that_dies_is_started_anew_and_others_are_served(home: Path) -> None:
+    restarts: list[int] = []
+    worker = Worker((None, str(home / "stage1"), None), 1, 20.0, lambda *given: None, lambda: restarts.append(1))
+    try:
+        killer: Any = Killer()
+        first, second, third = worker.run([Embed(text="a dog"), killer, Embed(text="a cat")])
+        assert second == DIED
+        assert len(first) == len(third) == 9
+        assert len(restarts) == 2
+        worker.seconds = 0.5
+        sleeper: Any = Sleeper()
+        assert worker.run([sleeper]) == [LATE]
+        worker.seconds = 20.0
+        assert len(worker.run([Embed(text="a dog")])[0]) == 9
+    finally:
+        worker.close()
+
+
+def test_models_that_cannot_be_loaded_are_one_line(home: Path) -> None:
+    with pytest.raises(UserError, match="is a Matcher, not a Captioner"):
+        Worker((str(home / "stage1"), None, None), 1, 20.0, lambda *given: None, lambda: None)
+
+
+def test_which_run_is_which(home: Path, tmp_path: Path) -> None:
+    one, two = str(home / "stage1"), str(home / "stage2")
+    assert runs_of(one, None) == (None, one)
+    assert runs_of(two, None) == (two, one)
+    assert runs_of(two, one) == (two, one)
+    with pytest.raises(UserError, match="is a stage-1 run already"):
+        runs_of(one, one)
+    with pytest.raises(UserError, match="is a stage-2 run; a stage-1 run"):
+        runs_of(two, two)
+    refused = CliRunner().invoke(cli, ["serve", two, "--host", "0.0.0.0"])
+    assert "wants a --token" in str(refused.exception)
+
+
+PATHS = ["/caption", "/answer", "/match", "/attend", "/search", "/v1/chat/completions", "/v1/embeddings", "/v1/models"]
+PATHS += ["/", "/health", "/metrics", "/openapi.json", "/pictures/0", "/assets/page.js", "/nowhere"]
+TEXTS = st.one_of(st.text(max_size=40), st.sampled_from(["", "itc", "a dog", "user", "\x00", "../..", "9" * 400, "-1"]))
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), TEXTS),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
+    max_leaves=8,
+)
+NAMES = st.sampled_from(["image", "text", "question", "prompt", "beams", "best", "rerank", "by", "messages", "input"])
+
+
+@pytest.fixture(scope="module")
+def tries() -> int:
+    return int(os.environ.get("OPENBLIP2_FUZZ", "150"))
+
+
+def test_nothing_that_is_sent_is_an_error_of_the_servers(home: Path, client: TestClient, tries: int) -> None:
+    """OPENBLIP2_FUZZ=2000 for more."""
+    image = picture(home)["image"]
+
+    @settings(
+        max_examples=tries,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+        database=None,
+        derandomize=True,
+    )
+    @given(st.data())
+    def one(data: st.DataObject) -> None:
+        path, method = data.draw(st.sampled_from(PATHS)), data.draw(st.sampled_from(["POST", "POST", "GET", "PUT"]))
+        kind = data.draw(st.sampled_from(["json", "chat", "form", "bytes"]))
+        sent: dict[str, Any] = {}
+        if kind == "json":
+            sent["json"] = data.draw(VALUES)
+        elif kind == "chat":
+            sent["json"] = chat(home, *data.draw(st.lists(TEXTS, min_size=1, max_size=4)))
+            sent["json"] |= data.draw(st.dictionaries(st.sampled_from(["max_tokens", "stream", "top_p", "n"]), VALUES))
+        elif kind == "form":
+            sent["data"] = data.draw(st.dictionaries(NAMES, st.one_of(TEXTS, st.lists(TEXTS, max_size=3)), max_size=4))
+            sent["files"] = {"image": data.draw(st.one_of(st.just(image), st.binary(max_size=50)))}
+        else:
+            sent["content"] = data.draw(st.binary(max_size=200))
+            sent["headers"] = {
+                "Content-Type": data.draw(st.sampled_from(["application/json", "multipart/form-data; boundary=x", "a"]))
+            }
+        answer = client.request(method, path, **sent)
+        assert answer.status_code < 500, (method, path, sent, answer.text)
+
+    one()
+    assert client.get("/health").status_code == 200
