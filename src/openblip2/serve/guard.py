@@ -1,5 +1,6 @@
 """What a request passes before any of it is read, the token and the size of its body; and what is counted of it."""
 
+import contextlib
 import hmac
 import json
 import time
@@ -49,10 +50,8 @@ class Guard:
                 answered = True
                 await send(message)
 
-        try:
+        with contextlib.suppress(TooLarge):
             await self.app(scope, counted, sent)
-        except TooLarge:
-            pass
         if large and not answered:
             await _refuse(send, 413, f"a request of at most {self.limits.bytes:,} bytes")
 
