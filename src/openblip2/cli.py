@@ -14,7 +14,7 @@ from openblip2.commands.convert import convert
 from openblip2.commands.learn import demo, features, train
 from openblip2.commands.measure import bench, bench_real, compare, evaluate
 from openblip2.commands.planning import plan
-from openblip2.commands.scale import prepare
+from openblip2.commands.scale import capfilt, prepare
 from openblip2.commands.study import ablate
 from openblip2.commands.use import answer, caption, chat, rank
 from openblip2.errors import UserError
@@ -31,6 +31,7 @@ for command in (
     train,
     features,
     prepare,
+    capfilt,
     caption,
     answer,
     chat,
