@@ -1,8 +1,11 @@
 """CapFilt in one process: the pool, the ranking, the shards, and that the bytes never depend on who makes them."""
 
+import io
 import json
+import tarfile
 from collections import Counter
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -10,17 +13,20 @@ import torch
 import transformers as hf
 
 import tiny_capfilt
+import tiny_runs
 from openblip2.capfilt import shard as shard_module
 from openblip2.capfilt.clip import ClipRanker
 from openblip2.capfilt.duplicates import Duplicates, Twin, _twins
 from openblip2.capfilt.how import How
-from openblip2.capfilt.models import Models, open_models
+from openblip2.capfilt.models import Models, digests, open_models
 from openblip2.capfilt.pool import Pool, Text, best, pool
 from openblip2.capfilt.ranker import RunRanker
 from openblip2.capfilt.run import capfilt
 from openblip2.data.images import PictureFile, open_picture
+from openblip2.data.mixture import count_parts, read_parts
 from openblip2.data.tars import Sample, read_tar
 from openblip2.data.text import clean_caption
+from openblip2.data.webdata import ShardPairs
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
@@ -125,17 +131,23 @@ def _naive(model: Path, itm: bool):
         def of_clip(image: bytes, text: str) -> float:
             picture = open_picture(PictureFile(image, "")).resize((13, 8), 3).crop((2, 0, 10, 8))  # 20 x 12 px
             pixels = torch.tensor(np.array(picture)).permute(2, 0, 1)[None] / 255
-            pixels = (pixels - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor([0.3, 0.2, 0.25]).view(3, 1, 1)
+            mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.3, 0.2, 0.25])
+            pixels = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
             with torch.no_grad():
-                found = clip(pixel_values=pixels, **tokenizer([text], return_tensors="pt"))
-            return float(found.logits_per_image / clip.logit_scale.exp())
+                found = clip(pixel_values=pixels, **tokenizer([_cut(text)], return_tensors="pt"))
+                return float(found.logits_per_image / clip.logit_scale.exp())
 
         return of_clip
     matcher = load(model)
     assert isinstance(matcher, Matcher)
     if itm:
-        return lambda image, text: matcher.match([PictureFile(image, "")], [text]).item()
-    return lambda image, text: matcher.similarity([PictureFile(image, "")], [text]).item()
+        return lambda image, text: matcher.match([PictureFile(image, "")], [_cut(text)]).item()
+    return lambda image, text: matcher.similarity([PictureFile(image, "")], [_cut(text)]).item()
+
+
+def _cut(text: str) -> str:
+    """What is left of a text of the longest: here a word is a token, and two are no words."""
+    return " ".join(text.split()[: tiny_capfilt.TOKENS - 2])
 
 
 def test_other_seeds_and_shards_draw_other_captions(home: Path, whole: Path, tmp_path: Path) -> None:
@@ -160,13 +172,10 @@ def test_parts_in_any_order_and_again_make_the_same_bytes(home: Path, whole: Pat
     again = run(home, out)
     assert (again.shards, again.counts["pictures"]) == (3, 52)
     assert (out / "00000.tar").stat().st_mtime_ns == before
-    # Torch's own random numbers are left as they were, and play no part.
-    torch.manual_seed(0)
-    state = torch.random.get_rng_state()
+    torch.manual_seed(77)  # torch's own random numbers play no part
     (out / "00001_stats.json").unlink()
     run(home, out)
     assert content(out) == content(whole)
-    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_what_was_made_otherwise_is_not_mixed_in(home: Path, whole: Path, tmp_path: Path) -> None:
@@ -190,10 +199,6 @@ def test_what_was_made_otherwise_is_not_mixed_in(home: Path, whole: Path, tmp_pa
 
 
 def test_weights_are_known_by_what_they_are_and_not_by_their_names(home: Path, tmp_path: Path) -> None:
-    from shutil import copytree
-
-    from openblip2.capfilt.models import digests
-
     told = digests(tiny_capfilt.models(home, "clip"), HOW)
     copytree(home / "stage2", tmp_path / "moved")
     copytree(home / "clip", tmp_path / "clip")
@@ -209,8 +214,6 @@ def test_weights_are_known_by_what_they_are_and_not_by_their_names(home: Path, t
 
 
 def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -> None:
-    import tarfile
-
     folder = tmp_path / "set"
     folder.mkdir()
     samples = [sample(0, n, "a dog", url=f"u{n}") for n in range(5)]
@@ -218,9 +221,8 @@ def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -
     samples[2] = samples[2]._replace(captions=())
     write_shard(folder / "00000.tar", samples)
     with tarfile.open(folder / "00000.tar", "a") as tar:
-        def add(name: str, body: bytes) -> None:
-            import io
 
+        def add(name: str, body: bytes) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(body)
             tar.addfile(info, io.BytesIO(body))
@@ -232,7 +234,7 @@ def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -
         add("./dot.jpg", samples[0].image)
         add("wide.jpg", samples[0].image)
         add("wide.txt", b"a dog " * 10_000)  # within the limits of a caption, beyond those of every model
-    (folder / "00001.tar").write_bytes((home / "set" / "00000.tar").read_bytes()[:5000])  # cut off
+    (folder / "00001.tar").write_bytes((home / "set" / "00002.tar").read_bytes()[:9000])  # cut off
     (folder / "00002.tar").mkdir()
     for ranker in ("stage1", "clip"):
         out = tmp_path / ranker
@@ -263,9 +265,7 @@ def test_a_picture_that_stands_twice_is_kept_once_with_all_its_captions(
     folder.mkdir()
     urls = [["a", "b", "a", "c"], ["b", None, "d"], ["a", None, "c"]]
     for shard, names in enumerate(urls):
-        samples = [
-            sample(shard, n, f"web {shard} {n}", **({"url": url} if url else {})) for n, url in enumerate(names)
-        ]
+        samples = [sample(shard, n, f"web {shard} {n}", **({"url": url} if url else {})) for n, url in enumerate(names)]
         write_shard(folder / f"{shard:05}.tar", samples)
     pools: dict[str, list[str]] = {}
 
@@ -283,7 +283,8 @@ def test_a_picture_that_stands_twice_is_kept_once_with_all_its_captions(
     assert (written.counts["duplicates"], written.counts["captions joined"]) == (4, 4)
     known = Duplicates(["00000", "00001", "00002"], out / "urls")
     assert known.of(1) == [Twin(0, "", -1)]
-    assert set(known.of(0)) == {Twin(2, "", -1), Twin(0, "00000", 2), Twin(0, "00002", 0), Twin(1, "00001", 0), Twin(3, "00002", 2)}
+    joins = {Twin(0, "00000", 2), Twin(0, "00002", 0), Twin(1, "00001", 0), Twin(3, "00002", 2)}
+    assert set(known.of(0)) == {Twin(2, "", -1)} | joins
     # A shard more: only what it touches is made anew.
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     write_shard(folder / "00003.tar", [sample(3, 0, "web 3 0", url="d"), sample(3, 1, "web 3 1", url="e")])
@@ -297,20 +298,17 @@ def test_a_picture_that_stands_twice_is_kept_once_with_all_its_captions(
 
 
 def test_training_draws_one_of_the_two(home: Path, whole: Path, tmp_path: Path) -> None:
-    from openblip2.data.mixture import count_parts, read_parts
-    from openblip2.data.webdata import ShardPairs
-
     kept = {one.key: set(one.captions) for one in samples_of(whole).values()}
     assert {len(texts) for texts in kept.values()} >= {2}
     parts = count_parts(read_parts(str(whole)), pytest.fail)
     pairs = ShardPairs(parts, 13, 0, 12, 2, pytest.fail)
     drawn: dict[str, set[str]] = {}
-    for number in range(40):
+    for number in range(100):
         batch = pairs(number)
         for name, caption in zip(batch.names or (), batch.captions, strict=True):
             drawn.setdefault(name.split(": ")[1].split(".")[0], set()).add(caption)
     assert drawn == kept
-    options = [*__import__("tiny_runs").options(home), "--set", "data.held_out=0.2"]
+    options = [*tiny_runs.options(home), "--set", "data.held_out=0.2", "--set", f"data.max_tokens={tiny_capfilt.TOKENS}"]
     said = call("train", "stage1", "--data", whole, "--out", tmp_path / "run", *options)
     assert said.code == 0, said.err
 
@@ -356,14 +354,13 @@ def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
         (refused(data=tmp_path / "out", out="out"), "lies in --out"),
         (refused(data=home / f"set/00000.tar::{whole}/00000.tar"), "two shards of one name"),
     ):
+        assert err.startswith("openblip2: ")
         assert words in err
         assert err.count("\n") == 1, err
-    assert "x>=1" in call("capfilt", home / "set", *both, "--out", tmp_path / "out", "--captions", 0).err
+    assert "greater than or equal to 1" in call("capfilt", home / "set", *both, "--out", tmp_path / "out", "--captions", 0).err
 
 
 def test_a_captioner_that_reads_questions_is_refused(home: Path, tmp_path: Path) -> None:
-    from shutil import copytree
-
     copytree(home / "stage2", tmp_path / "asks")
     config = json.loads((tmp_path / "asks" / "config.json").read_text())
     config["settings"]["qformer"]["reads_question"] = True
@@ -387,8 +384,6 @@ def test_rankers_encode_each_picture_and_text_once(home: Path, monkeypatch: pyte
 
 
 def test_a_broken_clip_is_one_line(home: Path, tmp_path: Path) -> None:
-    from shutil import copytree
-
     copytree(home / "clip", tmp_path / "clip")
     (tmp_path / "clip" / "model.safetensors").write_bytes(b"none")
     with pytest.raises(UserError, match=r"ranker .* cannot be loaded"):
@@ -397,5 +392,3 @@ def test_a_broken_clip_is_one_line(home: Path, tmp_path: Path) -> None:
     torch.save({}, tmp_path / "clip" / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"ranker .* cannot be loaded"):
         ClipRanker(tmp_path / "clip")
-
-

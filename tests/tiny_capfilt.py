@@ -15,6 +15,7 @@ from openblip2.train.progress import Progress
 from test_cli import call
 from tiny_shards import sample, write_shard
 
+TOKENS = 14  # of a text, for all rankers
 HOW = How(captions=3, reader="web")
 
 
@@ -25,7 +26,7 @@ def clip(folder: Path) -> Path:
     ids = {"eos_token_id": words["[SEP]"], "bos_token_id": words["[CLS]"], "pad_token_id": 0}
     eye = tiny_runs.named(width=16, layers=2, heads=2, ffn=24)
     config = hf.CLIPConfig(
-        text_config={**text, **ids, "vocab_size": len(words), "max_position_embeddings": 14},
+        text_config={**text, **ids, "vocab_size": len(words), "max_position_embeddings": TOKENS},
         vision_config={**eye, "image_size": 8, "patch_size": 4},
         projection_dim=10,
     )
@@ -55,7 +56,7 @@ def build(root: Path) -> Path:
         make(root / make.__name__)
     clip(root / "clip")
     tiny_runs.pictures(root / "data")
-    common = ["--data", root / "data", *tiny_runs.options(root)]
+    common = ["--data", root / "data", *tiny_runs.options(root), "--set", f"data.max_tokens={TOKENS}"]
     assert call("train", "stage1", "--out", root / "stage1", *common).code == 0
     assert call("train", "stage2", "--start", root / "stage1", "--out", root / "stage2", *common).code == 0
     shards(root / "set")

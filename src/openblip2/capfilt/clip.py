@@ -46,10 +46,7 @@ class ClipRanker:
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(f"ranker {folder} cannot be loaded: {one_line(error)}") from error
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-            raise UserError(
-                f"ranker {folder} is a {model.config.model_type!r}, which does not compare pictures with texts: "
-                "give a CLIP, or a stage-1 run"
-            )
+            raise UserError(f"ranker {folder} is a {model.config.model_type!r}; a CLIP, or a stage-1 run")
         if missing := sorted(report["missing_keys"]):  # drawn at random
             raise UserError(f"ranker {folder} cannot be loaded: {len(missing)} weights are not in it, {missing[0]}")
         self.model: Any = model.to(device()).eval().requires_grad_(False)  # pyright: ignore

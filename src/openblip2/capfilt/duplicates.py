@@ -67,13 +67,9 @@ class Duplicates:
         left_out = self.later[slice(*np.searchsorted(self.later, (start, end)))] - start
         gets = self._by_first[slice(*np.searchsorted(self._firsts, (start, end)))]
         owners = np.searchsorted(self.starts, self.later[gets], side="right") - 1
-        places = zip(
-            (self.first[gets] - start).tolist(),
-            owners.tolist(),
-            (self.later[gets] - self.starts[owners]).tolist(),
-            strict=True,
-        )
-        return [*(Twin(n, "", -1) for n in left_out.tolist()), *(Twin(n, self.names[s], m) for n, s, m in places)]
+        places = (self.later[gets] - self.starts[owners]).tolist()
+        joins = zip((self.first[gets] - start).tolist(), owners.tolist(), places, strict=True)
+        return [*(Twin(n, "", -1) for n in left_out.tolist()), *(Twin(n, self.names[int(s)], m) for n, s, m in joins)]
 
 
 def write_index(

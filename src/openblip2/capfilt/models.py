@@ -41,6 +41,10 @@ def digests(models: Models, how: How) -> tuple[str | None, str]:
     if not _is_run(models.ranker):
         if how.filter == "itm":
             raise UserError(f"--ranker {models.ranker} is no run of ours: --filter itm needs a stage-1 run")
+        if not {"text_config", "vision_config"} <= read_json(_folder(models.ranker) / "config.json").keys():
+            raise UserError(
+                f"--ranker {models.ranker} does not compare pictures with texts: give a stage-1 run or a CLIP"
+            )
         return captioner, _of_files(_folder(models.ranker))
     checkpoint = read_checkpoint(models.ranker)
     if checkpoint.settings.stage != "stage1":
