@@ -308,7 +308,13 @@ def test_training_draws_one_of_the_two(home: Path, whole: Path, tmp_path: Path) 
         for name, caption in zip(batch.names or (), batch.captions, strict=True):
             drawn.setdefault(name.split(": ")[1].split(".")[0], set()).add(caption)
     assert drawn == kept
-    options = [*tiny_runs.options(home), "--set", "data.held_out=0.2", "--set", f"data.max_tokens={tiny_capfilt.TOKENS}"]
+    options = [
+        *tiny_runs.options(home),
+        "--set",
+        "data.held_out=0.2",
+        "--set",
+        f"data.max_tokens={tiny_capfilt.TOKENS}",
+    ]
     said = call("train", "stage1", "--data", whole, "--out", tmp_path / "run", *options)
     assert said.code == 0, said.err
 
@@ -357,7 +363,10 @@ def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
         assert err.startswith("openblip2: ")
         assert words in err
         assert err.count("\n") == 1, err
-    assert "greater than or equal to 1" in call("capfilt", home / "set", *both, "--out", tmp_path / "out", "--captions", 0).err
+    assert (
+        "greater than or equal to 1"
+        in call("capfilt", home / "set", *both, "--out", tmp_path / "out", "--captions", 0).err
+    )
 
 
 def test_a_captioner_that_reads_questions_is_refused(home: Path, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ would give it one.
 """
 
 import json
+import logging
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -52,8 +54,8 @@ def on_ray(tasks: Iterable[Task], models: Models, how: How, workers: int) -> Ite
     if began:
         _start(ray, workers)
     try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # how its own plan goes: ours is said by us
         gpus = ray.cluster_resources().get("GPU", 0)
         options: dict[str, Any] = {"num_gpus": min(1, gpus / workers)} if gpus else {"num_cpus": _share(ray, workers)}
         rows = [{"task": json.dumps(task)} for task in tasks]
@@ -62,7 +64,7 @@ def on_ray(tasks: Iterable[Task], models: Models, how: How, workers: int) -> Ite
             Worker,
             fn_constructor_args=(models, how, torch.get_num_threads()),
             batch_size=1,
-            concurrency=min(workers, len(rows)),
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows))),
             **options,
         )
         for row in made.iter_rows():
@@ -77,9 +79,6 @@ def on_ray(tasks: Iterable[Task], models: Models, how: How, workers: int) -> Ite
 
 def _start(ray: Any, workers: int) -> None:
     """Joins the cluster that the environment names, or starts Ray here with more CPUs than the workers take."""
-    import logging
-    import os
-
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if "RAY_ADDRESS" not in os.environ:
         options |= {"num_cpus": max(os.cpu_count() or 1, workers + 1), "include_dashboard": False}
