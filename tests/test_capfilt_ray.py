@@ -21,6 +21,7 @@ from tiny_capfilt import content, run
 from tiny_shards import sample, write_shard
 
 pytestmark = pytest.mark.slow  # each test starts a Ray
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - else they wait for all others
 
 
 @pytest.fixture(scope="module")
