@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -376,6 +377,29 @@ def test_a_captioner_that_reads_questions_is_refused(home: Path, tmp_path: Path)
     (tmp_path / "asks" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="answers questions, which its Q-Former reads"):
         capfilt(str(home / "set"), Models(str(tmp_path / "asks"), str(home / "clip")), tmp_path / "out", HOW, QUIET)
+
+
+def test_ray_that_is_missing_is_one_line(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'openblip2\[ray\]'"):
+        run(home, tmp_path / "out", workers=2)
+
+
+def test_a_json_that_grew_too_long_leaves_the_captions(home: Path, tmp_path: Path) -> None:
+    samples = [sample(0, 0, "a dog", alt="é" * 400_000), sample(0, 1, "a cat", alt="short")]
+    (tmp_path / "set").mkdir()
+    with tarfile.open(write_shard(tmp_path / "set" / "00000.tar", samples[1:]), "a") as tar:
+        bodies = {"jpg": samples[0].image, "txt": b"a dog", "json": json.dumps(samples[0].about, ensure_ascii=False)}
+        for suffix, body in bodies.items():
+            content = body.encode() if isinstance(body, str) else body
+            info = tarfile.TarInfo(f"{samples[0].key}.{suffix}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    capfilt(str(tmp_path / "set"), tiny_capfilt.models(home), tmp_path / "out", HOW, QUIET)
+    found = samples_of(tmp_path / "out")
+    assert found[samples[0].key].about.keys() == {"captions"}
+    assert found[samples[1].key].about["alt"] == "short"
+    assert "its .json would be too long" in (tmp_path / "out" / "00000_log.jsonl").read_text()
 
 
 def test_rankers_encode_each_picture_and_text_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from uuid import uuid4
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def _read(path: Path, mapped: Literal["r"] | None = None) -> np.ndarray[Any, Any
 def _write(url: str, path: Path, how: Reader) -> None:
     shard = Shard(url, lambda line: None)  # what is wrong in it is said when it is captioned
     rows, place = [], 0
-    fresh = path.with_name(f"{path.stem}.{os.getpid()}.new")  # another process may be at the same shard
+    fresh = path.with_name(f"{path.stem}.{uuid4().hex}.new")  # another process may be at the same shard
     try:
         with fresh.open("wb") as file:
             for number in range(len(shard)):

@@ -32,7 +32,7 @@ from openblip2.captioner import Captioner
 from openblip2.data.images import PictureFile, to_pixels
 from openblip2.data.readers import captions, reader
 from openblip2.data.shard_file import stats_path, write_stats
-from openblip2.data.tars import Sample, Shard, TarWriter
+from openblip2.data.tars import MAX_JSON, Sample, Shard, TarWriter
 from openblip2.data.views import THREADS
 from openblip2.errors import UserError
 from openblip2.model.decoding import Decoding
@@ -138,7 +138,9 @@ class Maker:
             writer.close()
             write_stats(task.path, writer.count, counts=dict(counts), settings=task.settings, of=task.of)
         except OSError as error:
-            raise UserError(f"{task.path}: cannot be written ({error.strerror}); room in a folder of ours") from error
+            raise UserError(
+                f"{error.filename or task.path}: {error.strerror}; a folder that can be read and written, with room"
+            ) from error
         finally:
             shard.close()
         return Made(task.name, dict(counts))
@@ -194,6 +196,9 @@ class Maker:
             kept = [(pools[n].texts[m], scores[n][m]) for m in best(scores.get(n, ()), self.how.keep, threshold)]
             if kept:
                 samples.append(_with(one.sample, kept))
+                if len(json.dumps(samples[-1].about)) > MAX_JSON:  # no reader would take it
+                    samples[-1] = samples[-1]._replace(about={"captions": samples[-1].about["captions"]})
+                    lines.append(f"{task.url}: {one.sample.key}: its .json would be too long; the captions alone")
                 counts["captions"] += len(kept)
                 counts["captions by the captioner"] += sum(text.origin == "captioner" for text, _ in kept)
             else:
@@ -209,7 +214,7 @@ class Maker:
         pictures = [one.seen for one in group for _ in range(count)]  # the same object: it is looked at once
         prompts = [self.captioner.settings.language.prompts[0]] * len(pictures)
         decoding = Decoding(beams=1, sample=True, top_p=self.how.top_p)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             torch.manual_seed(_seed(self.how.seed, task.name, number))
             texts = self.captioner.generate(pictures, prompts, decoding, at_once=AT_ONCE)  # pyright: ignore
         return [texts[start : start + count] for start in range(0, len(texts), count)]

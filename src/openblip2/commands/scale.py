@@ -64,7 +64,11 @@ def capfilt(
         reader=reader,
     )
     progress = Progress()
-    written = run(shards, Models(captioner, ranker), out, how, progress, _part(part), ray)
+    try:
+        written = run(shards, Models(captioner, ranker), out, how, progress, _part(part), ray)
+    except KeyboardInterrupt:
+        progress.say(f"openblip2: interrupted; finished shards are in {out}, the same command goes on")
+        raise typer.Exit(130) from None
     counts = written.counts
     if written.dead:
         progress.say(f"{len(written.dead):,} shards could not be read: the same command tries them again")
