@@ -34,6 +34,7 @@ BELOW = {
 HANDS = {"inference", "captioner", "matcher", "pretrained", "inputs", "chat"}
 for name in HANDS:
     BELOW[name] = BELOW["weights"] | {"weights"} | HANDS
+BELOW["capfilt"] = BELOW["weights"] | {"weights"} | HANDS
 BELOW["score"] = BELOW["weights"] | {"weights"} | HANDS
 
 

@@ -108,6 +108,7 @@ class Captioner(Pretrained):
         prompts: Sequence[str],
         decoding: Decoding,
         questions: Sequence[str] | None = None,
+        at_once: int = GROUP,
     ) -> list[str]:
         """The language model's text for picture n behind prompt n.
 
@@ -117,6 +118,7 @@ class Captioner(Pretrained):
         Args:
             questions: one for each picture, where the Q-Former reads them: then a picture that repeats goes through
                 the encoder once in each group of 32, and through the Q-Former with each question.
+            at_once: texts that are written together, where no questions are read.
 
         Raises:
             UserError: a picture that cannot be opened; no questions where they are read, or some where they are not.
@@ -135,8 +137,8 @@ class Captioner(Pretrained):
         )
         found, soft = [""] * len(names), dict[str | int, Tensor]()
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            for start in range(0, len(order), GROUP):
-                rows = order[start : start + GROUP]
+            for start in range(0, len(order), at_once):
+                rows = order[start : start + at_once]
                 here = {names[n]: n for n in rows}
                 unseen = [n for name, n in here.items() if name not in soft]
                 for features in features_of(self.model, [images[n] for n in unseen]):

@@ -15,7 +15,7 @@ from openblip2.commands.find import index, search
 from openblip2.commands.learn import demo, features, train
 from openblip2.commands.measure import bench, bench_real, compare, evaluate
 from openblip2.commands.planning import plan
-from openblip2.commands.scale import prepare
+from openblip2.commands.scale import capfilt, prepare
 from openblip2.commands.serving import serve
 from openblip2.commands.study import ablate
 from openblip2.commands.use import answer, attend, caption, chat, rank
@@ -33,6 +33,7 @@ for command in (
     train,
     features,
     prepare,
+    capfilt,
     caption,
     answer,
     chat,

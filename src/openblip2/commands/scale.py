@@ -1,11 +1,13 @@
-"""Commands for data of web scale: prepare."""
+"""Commands for data of web scale: prepare, capfilt."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from openblip2.commands.shared import Images, Split
+from openblip2.errors import UserError
 
 
 def prepare(
@@ -27,3 +29,59 @@ def prepare(
     for line in [*source.skipped, *written.skipped]:
         progress.say(f"skipped: {line}")
     typer.echo(f"{out}: {written.samples:,} samples in {written.shards:,} shards")
+
+
+def capfilt(
+    shards: Annotated[str, typer.Argument(help="A folder of .tar files, 'web/{00000..00099}.tar', or URLs.")],
+    captioner: Annotated[str, typer.Option(help="A stage-2 run.")],
+    ranker: Annotated[str, typer.Option(help="A stage-1 run, or a CLIP of transformers: a folder or hub name.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new shards; an interrupted run is gone on with.")],
+    captions: Annotated[int | None, typer.Option(min=1, help="Sampled for each picture; else 10, for itm 1.")] = None,
+    top_p: Annotated[float, typer.Option(help="Of the nucleus that words are sampled from.")] = 0.9,
+    keep: Annotated[int, typer.Option(min=1, help="Captions of a picture that are kept.")] = 2,
+    filter: Annotated[str, typer.Option(help="similarity; or itm, BLIP's: drops what does not match.")] = "similarity",
+    threshold: Annotated[float | None, typer.Option(help="itm: of the probability of a match; else 0.5.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the captions.")] = 0,
+    reader: Annotated[str, typer.Option(help="Of the shards: web, coco, vg, cc3m, cc12m, sbu or laion.")] = "web",
+    part: Annotated[str, typer.Option(help="K/N: every Nth shard from the Kth on, for job arrays.")] = "1/1",
+    ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 = this process.")] = 0,
+) -> None:
+    """Caption the pictures of shards anew and keep the captions that fit best: CapFilt, for `train --data`."""
+    from openblip2.capfilt.how import How
+    from openblip2.capfilt.models import Models
+    from openblip2.capfilt.run import capfilt as run
+    from openblip2.train.progress import Progress
+
+    if threshold is not None and filter != "itm":
+        raise UserError("--threshold: is for --filter itm; similarity drops nothing by a threshold")
+    how = How(
+        captions=(1 if filter == "itm" else 10) if captions is None else captions,
+        top_p=top_p,
+        keep=keep,
+        filter=filter,  # pyright: ignore[reportArgumentType]
+        threshold=0.5 if threshold is None else threshold,
+        seed=seed,
+        reader=reader,
+    )
+    progress = Progress()
+    try:
+        written = run(shards, Models(captioner, ranker), out, how, progress, _part(part), ray)
+    except KeyboardInterrupt:
+        progress.say(f"openblip2: interrupted; finished shards are in {out}, the same command goes on")
+        raise typer.Exit(130) from None
+    counts = written.counts
+    if written.dead:
+        progress.say(f"{len(written.dead):,} shards could not be read: the same command tries them again")
+    typer.echo(
+        f"{out}: {counts['pictures']:,} pictures in {written.shards:,} shards, "
+        f"{counts['captions by the captioner']:,} of {counts['captions']:,} captions by the captioner"
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    """K and N of "K/N", 1 <= K <= N."""
+    if match := re.fullmatch(r"(\d{1,6})/(\d{1,6})", text):
+        number, parts = int(match[1]), int(match[2])
+        if 1 <= number <= parts:
+            return number, parts
+    raise UserError(f"--part {text!r}: K/N, from 1/N to N/N")

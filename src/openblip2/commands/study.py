@@ -11,7 +11,7 @@ from openblip2.errors import UserError
 
 
 def ablate(
-    name: Annotated[str, typer.Argument(help="stage1, itg, queries, encoder or warm-start.")],
+    name: Annotated[str, typer.Argument(help="stage1, itg, queries, encoder, warm-start or capfilt.")],
     out: Annotated[Path, typer.Option(help="Folder for runs, ablation.json, ablation.md and ablation.svg.")],
     seeds: Annotated[str, typer.Option(help="Of training, with commas: each way is trained with each.")] = "0",
     scenes: Annotated[int | None, typer.Option(min=8, help="Pictures to train on; else the study's own.")] = None,

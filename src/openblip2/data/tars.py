@@ -64,24 +64,32 @@ class Shard:
     def read(self, number: int) -> Sample | None:
         """Sample `number` from 0; None where its picture cannot be had, which was said."""
         key, suffix = self._keys[number], self._suffixes[number]
-        image, text, about = (
-            Member(f"{key}.{kind}", offset, size) if size >= 0 else None
-            for kind, (offset, size) in zip((suffix, "txt", "json"), self._places[number].tolist(), strict=True)
-        )
+        image = self._member(number, 0, suffix)
         assert image is not None
         if not 0 < image.size <= MAX_BYTES:
             self.problem(f"{shown(image.name)}: has {image.size:,} bytes; a picture of 1 to {MAX_BYTES:,}")
             return None
         picture = self._bytes(image)
-        if picture is None:
-            return None
+        return None if picture is None else Sample(key, picture, suffix, *self.texts(number))
+
+    def texts(self, number: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """The captions and the .json of sample `number`; its picture is not read."""
+        key, text, about = self._keys[number], self._member(number, 1, "txt"), self._member(number, 2, "json")
         known = self._about(about) if about else {}
         captions = self._captions(key, known) if "captions" in known else ()
         if not captions and text:
             captions = self._text(text)
         if not captions and isinstance(known.get("caption"), str):
             captions = self._usable(key, [known["caption"]])
-        return Sample(key, picture, suffix, captions, known)
+        return captions, known
+
+    def _member(self, number: int, kind: int, suffix: str) -> Member | None:
+        offset, size = self._places[number, kind].tolist()
+        return Member(f"{self._keys[number]}.{suffix}", offset, size) if size >= 0 else None
+
+    def key(self, number: int) -> str:
+        """The name of sample `number`."""
+        return self._keys[number]
 
     def close(self) -> None:
         self._file.close()

@@ -4,13 +4,14 @@ OUT/data, OUT/features       scenes, and their frozen features by each encoder
 OUT/seed-N/STAGE-WAY         a run; ways that share a stage-1 run name its first
     trained.json             that it is finished, and of what; without it, or of something else, it is trained anew
     scores.json              the figures of every test picture
+OUT/web, OUT/seed-N/web-WAY  of the study `capfilt` (studies/web.py)
 """
 
 import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.score.retrieval import score_retrieval
+from openblip2.studies import web
 from openblip2.studies.design import BOTH, GAP, LOSS, OTHER, SCORES, WAYS, Plan, Study, Way
 from openblip2.train.checkpoint import read_json, write_json
 from openblip2.train.encode import make_cache, whitened
@@ -93,7 +95,7 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
         for record in _scenes(out / "data" / "test", plan.test_scenes, "test")
     ]
     work = Work(study, plan, out, train, test, {}, progress)
-    for way in study.ways:
+    for way in (*study.ways, *filter(None, [study.helper])):
         for stage in ("stage1", "stage2"):
             settings = _settings(work, way, stage)
             if settings is not None and settings.vision not in work.features:
@@ -112,18 +114,21 @@ def run_trial(work: Work, way: Way, seed: int) -> Trial:
     settings: dict[str, RunSettings] = {}
     seconds: dict[str, float] = {}
     scoring: dict[str, float] = {}
+    half = _web(work, way, seed, scoring) if way.web else None
     for stage in ("stage1", "stage2"):
         found = _settings(work, way, stage)
         if found is None:
             continue
-        owner = next(w for w in work.study.ways if w.stage1 == way.stage1) if stage == "stage1" else way
+        same = (w for w in work.study.ways if (w.stage1, w.web) == (way.stage1, way.web))
+        owner = next(same, way) if stage == "stage1" else way
         run = folder / f"{stage}-{_slug(owner.name)}"
         found = change(found, {"train.seed": seed, "data.features": str(work.features[found.vision])})
         records = work.train if stage == "stage1" else work.train[: way.pictures]
+        records = records if half is None else half
         if before is not None:
             found = change(found, {"start": str(before[0])})
         work.progress.say(f"{run}: {way.name}, seed {seed}")
-        done = _trained(work, found, records, run, before[1] if before else None)
+        done = _trained(work, found, records, run, before[1] if before else None, half is not None)
         before = (run, done["of"])
         settings[stage], seconds[str(run)], curves = found, done["seconds"], _curves(run)
         if stage in work.study.scored:
@@ -151,9 +156,40 @@ def _settings(work: Work, way: Way, stage: str) -> RunSettings | None:
     return change(base, {**common, **joins, **work.plan.changes, **changes})
 
 
-def _trained(work: Work, settings: RunSettings, records: Sequence[Record], run: Path, start: Any) -> dict[str, Any]:
-    """`run/trained.json`, after training if it is not there or of something else; `start`: what the start is of."""
-    of = {"settings": to_dict(settings), "pictures": _named(records), "validated": work.plan.validated, "start": start}
+def _web(work: Work, way: Way, seed: int, seconds: dict[str, float]) -> list[Record]:
+    """The web's half of the pictures with the captions that a way is trained on; `seconds` grows by what that took."""
+    right, swapped, how = web.right_half(work.train), web.web_half(work.train), web.WAYS[way.web]
+    if how is None:
+        return right if way.web == "right" else swapped
+    assert work.study.helper is not None
+    folder, of, runs = work.out / f"seed-{seed}", None, list[Path]()
+    for stage in ("stage1", "stage2"):
+        found = _settings(work, work.study.helper, stage)
+        assert found is not None
+        start = {"start": str(runs[0])} if runs else {}
+        found = change(found, {"train.seed": seed, "data.features": str(work.features[found.vision]), **start})
+        runs.append(folder / f"{stage}-{_slug(work.study.helper.name)}")
+        done = _trained(work, found, web.clean_half(work.train), runs[-1], of, True)
+        of, seconds[str(runs[-1])] = done["of"], done["seconds"]
+    out = folder / f"web-{way.web}"
+    made = kept(
+        folder / f"web-{way.web}.json",
+        {"captioner": of, "how": asdict(how), "captions": web.named(swapped)},
+        lambda: web.filtered(swapped, work.out / "web", out, runs[1], runs[0], how, work.progress),
+    )
+    seconds[str(out)] = made["seconds"]
+    return web.with_captions(swapped, made["captions"])
+
+
+def _trained(
+    work: Work, settings: RunSettings, records: Sequence[Record], run: Path, start: Any, captions: bool = False
+) -> dict[str, Any]:
+    """`run/trained.json`, after training if it is not there or of something else.
+
+    `start`: what the start is of. `captions`: whether these records are told from others by their captions, too.
+    """
+    pictures = [*_named(records), *([web.named(records)] if captions else [])]
+    of = {"settings": to_dict(settings), "pictures": pictures, "validated": work.plan.validated, "start": start}
 
     def train() -> dict[str, Any]:
         train_stage(settings, records, run, work.progress, held_out=work.test[: work.plan.validated])

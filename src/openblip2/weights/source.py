@@ -31,7 +31,7 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
         if path.suffix not in LAVIS_SUFFIXES:
             raise UserError(f"{path} is not a run, nor a .pth: give {KINDS}")
         return read_lavis(path, parts)
-    folder = path if path.is_dir() else _fetch(str(source), revision)
+    folder = path if path.is_dir() else fetch(str(source), revision)
     if not (folder / "config.json").is_file():
         raise UserError(f"{source} is not a run (no config.json in it): give {KINDS}")
     config = read_json(folder / "config.json")
@@ -46,7 +46,12 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
     )
 
 
-def _fetch(name: str, revision: str | None) -> Path:
+def fetch(name: str, revision: str | None = None) -> Path:
+    """The folder of a repository of the hub, downloaded unless it is here: no pickles, no code.
+
+    Raises:
+        UserError: it is not here and cannot be had.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

@@ -1,0 +1,121 @@
+"""All shards, in one process, in several of a job array, or on a Ray cluster: the captions are the same."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from openblip2.capfilt.duplicates import FOLDER, Duplicates, write_index
+from openblip2.capfilt.how import How, claim, digest, settings_of
+from openblip2.capfilt.models import Models, digests, open_models
+from openblip2.capfilt.shard import Made, Maker, Task, finished
+from openblip2.data.shard_file import is_url
+from openblip2.data.shard_names import expand
+from openblip2.errors import UserError
+from openblip2.train.progress import Progress
+
+
+class Written(NamedTuple):
+    """What there is now of the shards asked for: how many, the sum of their counts, and those that are dead."""
+
+    shards: int
+    counts: Counter[str]
+    dead: list[str]
+
+
+def capfilt(
+    shards: str,
+    models: Models,
+    out: Path,
+    how: How,
+    progress: Progress,
+    part: tuple[int, int] = (1, 1),
+    workers: int = 0,
+) -> Written:
+    """Captions and filters shards into `out`. An interrupted run is gone on with: what is done is not made again.
+
+    Args:
+        shards: as `expand` takes them. part: (K, N): every Nth shard, from the Kth on; all N parts, in any order or at
+            once, make what one process makes. workers: of Ray; 0 = this process.
+
+    Raises:
+        UserError: no shards, two of one name, models of the wrong kind, an `out` that is of other settings or holds
+            the shards themselves, Ray is missing, or not one shard can be read.
+    """
+    names = named(expand(shards), out)
+    settings = settings_of(how, *digests(models, how))
+    claim(out, settings)
+    if others := sorted({path.stem for path in out.glob("*.tar") if path.name[0] != "."} - {name for name, _ in names}):
+        raise UserError(f"{out} holds other shards ({others[0]}.tar): give another --out, or remove them")
+    mine = range(part[0] - 1, len(names), part[1])
+    if not mine:
+        raise UserError(f"--part {part[0]}/{part[1]}: there are {len(names)} shards, it has none; fewer parts")
+    progress.say(f"looking for pictures that stand twice in {len(names):,} shards")
+    write_index(names, out / FOLDER, how.reader, lambda line: progress.say(f"skipped: {line}"), mine)
+    known = Duplicates([name for name, _ in names], out / FOLDER)
+
+    def task(number: int) -> Task:
+        return Task(*names[number], str(out.resolve()), digest(settings), known.of(number))
+
+    found = {n: finished(task(n)) for n in mine}
+    done = [made for made in found.values() if made]
+    left = (task(n) for n, made in found.items() if made is None)
+    if done:
+        progress.say(f"{len(done):,} of {len(mine):,} shards are done")
+    if len(done) < len(mine):
+        began = time.perf_counter()
+        for made in _making(left, models, how, workers):
+            done.append(made)
+            progress.say(_line(made, len(done), len(mine), time.perf_counter() - began))
+    dead = [made.dead for made in done if made.dead]
+    if len(dead) == len(mine):
+        raise UserError(f"not one of {len(mine)} shards can be read; the first: {dead[0]}")
+    counts = sum((Counter(made.counts) for made in done), Counter[str]())
+    return Written(len(done) - len(dead), counts, dead)
+
+
+def named(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
+    """Each shard's name, which its captioned one has too, and its path or URL.
+
+    Raises:
+        UserError: no .tar, two of one name, or one that lies in `out`.
+    """
+    found: dict[str, str] = {}
+    for url in shards:
+        file = url.split("?", 1)[0].rsplit("/", 1)[-1] if is_url(url) else Path(url).name
+        name = file.removesuffix(".tar")
+        if name in ("", file) or name.startswith("."):
+            raise UserError(f"{url}: is no shard by its name; one that ends in .tar")
+        if name in found:
+            raise UserError(
+                f"{found[name]} and {url}: two shards of one name; one folder at a time, each its own --out"
+            )
+        if not is_url(url) and Path(url).resolve().parent == out.resolve():
+            raise UserError(f"{url} lies in --out, where the captioned one would be written over it: another folder")
+        found[name] = url if is_url(url) else str(Path(url).resolve())
+    return list(found.items())
+
+
+def _making(tasks: Iterable[Task], models: Models, how: How, workers: int) -> Iterator[Made]:
+    if workers:
+        from openblip2.capfilt.ray_data import on_ray
+
+        yield from on_ray(tasks, models, how, workers)
+        return
+    maker = Maker(*open_models(models, how), how)
+    for task in tasks:
+        yield maker(task)
+
+
+def _line(made: Made, number: int, total: int, seconds: float) -> str:
+    if made.dead:
+        return f"skipped: {made.dead}"
+    pictures, kept = made.counts["pictures"], made.counts["captions"]
+    left_out = ", ".join(
+        f"{made.counts[name]:,} {name}" for name in ("broken", "duplicates", "without captions") if made.counts[name]
+    )
+    return (
+        f"{number}/{total} {made.name}: {pictures:,} pictures, {made.counts['captions by the captioner']:,} of "
+        f"{kept:,} captions are the captioner's{f', left out: {left_out}' if left_out else ''} ({seconds:.0f} s so far)"
+    )

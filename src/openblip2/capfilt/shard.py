@@ -1,0 +1,276 @@
+"""One shard captioned and filtered: a shard in, a shard out, a function of the shard and the settings alone.
+
+OUT/NAME.tar         its pictures, their captions the best of the pool: "captions" of each .json is
+                     [{"text": ..., "score": ..., "from": "web" or "captioner"}, ...], the best first; all else that
+                     the .json held is carried along
+OUT/NAME_log.jsonl   what was left out and why, a line each
+OUT/NAME_stats.json  that it is done, by what settings, and the counts
+
+Pictures are captioned in groups of 32 samples as they stand in the shard, and each group draws from random numbers of
+its own: so the bytes are the same whichever process makes which shard when.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openblip2.capfilt.duplicates import FOLDER, Twin, captions_of
+from openblip2.capfilt.how import How, digest
+from openblip2.capfilt.models import Ranker
+from openblip2.capfilt.pool import Text, best, pool
+from openblip2.captioner import Captioner
+from openblip2.data.images import PictureFile, to_pixels
+from openblip2.data.readers import captions, reader
+from openblip2.data.shard_file import stats_path, write_stats
+from openblip2.data.tars import MAX_JSON, Sample, Shard, TarWriter
+from openblip2.data.views import THREADS
+from openblip2.errors import UserError
+from openblip2.model.decoding import Decoding
+
+GROUP = 32  # pictures at once
+AT_ONCE = 320  # captions at once: of 32 pictures ten each
+
+
+class Task(NamedTuple):
+    """A shard to make.
+
+    Attributes:
+        name: of the shard, without .tar. url: where it is read. out: the folder it is written to.
+        settings: their digest. twins: which of its pictures stand elsewhere, too.
+    """
+
+    name: str
+    url: str
+    out: str
+    settings: str
+    twins: list[Twin]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.out) / f"{self.name}.tar"
+
+    @property
+    def of(self) -> str:
+        """What the outcome depends on beyond the settings."""
+        return digest([self.name, self.twins])
+
+
+class Made(NamedTuple):
+    """What came of a shard: the counts that its stats hold; `dead`: why it could not be read at all, "" = it could."""
+
+    name: str
+    counts: dict[str, int]
+    dead: str = ""
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A sample whose picture could be opened: what captioner and ranker see of it, and the captions it has."""
+
+    sample: Sample
+    seen: np.ndarray[Any, Any] | None
+    look: Tensor
+    web: tuple[str, ...]
+
+
+def finished(task: Task) -> Made | None:
+    """What an earlier run made of the same; None where it made nothing, or of another set of shards.
+
+    Raises:
+        UserError: the shard there was made with other settings.
+    """
+    stats = Path(stats_path(str(task.path)))
+    if not task.path.exists() or not stats.exists():
+        return None
+    try:
+        told = json.loads(stats.read_text(encoding="utf-8"))
+        if told["settings"] == task.settings:
+            return Made(task.name, told["counts"]) if told["of"] == task.of else None
+    except (ValueError, KeyError, TypeError):
+        pass  # another program's stats: then so is the shard
+    raise UserError(f"{task.path}: was made with other settings: give another --out, or remove it")
+
+
+class Maker:
+    """Captions and filters shards. `captioner` None: the ranker alone."""
+
+    def __init__(self, captioner: Captioner | None, ranker: Ranker, how: How) -> None:
+        self.captioner, self.ranker, self.how, self.reader = captioner, ranker, how, reader(how.reader)
+
+    def __call__(self, task: Task) -> Made:
+        """Makes a shard.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        lines: list[str] = []
+        try:
+            shard = Shard(task.url, lines.append)
+        except UserError as error:
+            return Made(task.name, {}, str(error))
+        counts = Counter(dict.fromkeys(COUNTS, 0))
+        counts["samples"] = len(shard)
+        try:
+            writer = TarWriter(task.path)
+            try:
+                for number, group in enumerate(self._groups(task, shard, counts, lines)):
+                    for sample in self._best(task, number, group, counts, lines):
+                        try:
+                            writer.add(sample)
+                        except UserError as error:  # a key that no reader would take
+                            lines.append(str(error))
+                            counts["broken"] += 1
+            except BaseException:
+                writer.abandon()
+                raise
+            counts["pictures"] = writer.count
+            _write_log(task, lines)
+            writer.close()
+            write_stats(task.path, writer.count, counts=dict(counts), settings=task.settings, of=task.of)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or task.path}: {error.strerror}; a folder that can be read and written, with room"
+            ) from error
+        finally:
+            shard.close()
+        return Made(task.name, dict(counts))
+
+    def _groups(self, task: Task, shard: Shard, counts: Counter[str], lines: list[str]) -> Iterator[list[_Ready]]:
+        """The pictures that can be opened, group by group; the next group is opened while the models are at one."""
+        later = {twin.position for twin in task.twins if twin.other < 0}
+        joined = _joined(task)
+        counts["duplicates"] = len(later)
+        counts["captions joined"] = sum(map(len, joined.values()))
+        numbers = [number for number in range(len(shard)) if number not in later]
+        with ThreadPoolExecutor(THREADS) as threads:
+            groups = [numbers[start : start + GROUP] for start in range(0, len(numbers), GROUP)]
+            ahead = [threads.submit(self._open, shard, n, joined.get(n, ())) for n in (groups[0] if groups else ())]
+            for following in [*groups[1:], []]:
+                found = [one.result() for one in ahead]
+                ahead = [threads.submit(self._open, shard, n, joined.get(n, ())) for n in following]
+                lines += [one for one in found if isinstance(one, str) and one]
+                ready = [one for one in found if isinstance(one, _Ready)]
+                counts["broken"] += len(found) - len(ready)
+                yield ready
+
+    def _open(self, shard: Shard, number: int, joined: tuple[str, ...]) -> _Ready | str:
+        """A sample made ready, or why it cannot be; "" where that was said."""
+        sample = shard.read(number)
+        if sample is None:
+            return ""
+        picture = PictureFile(sample.image, f"{shard.url}: {sample.key}.{sample.suffix}")
+        try:
+            seen = None
+            if self.captioner is not None:
+                vision = self.captioner.model.vision
+                assert vision is not None
+                seen = to_pixels([picture], vision.image_size)[0].permute(1, 2, 0).contiguous().numpy()
+            return _Ready(sample, seen, self.ranker.look(picture), (*captions(sample, self.reader), *joined))
+        except UserError as error:
+            return str(error)
+
+    def _best(
+        self, task: Task, number: int, group: Sequence[_Ready], counts: Counter[str], lines: list[str]
+    ) -> list[Sample]:
+        """The samples of a group with their best captions."""
+        written = self._write(task, number, group)
+        pools = [pool(one.web, texts) for one, texts in zip(group, written, strict=True)]
+        for found in pools:
+            counts["captions folded"] += found.folded
+            counts["captions empty"] += found.empty
+        some = [n for n, found in enumerate(pools) if found.texts]
+        scores = dict(zip(some, self._scores([group[n] for n in some], [pools[n].texts for n in some]), strict=True))
+        samples: list[Sample] = []
+        for n, one in enumerate(group):
+            threshold = self.how.threshold if self.how.filter == "itm" else None
+            kept = [(pools[n].texts[m], scores[n][m]) for m in best(scores.get(n, ()), self.how.keep, threshold)]
+            if kept:
+                samples.append(_with(one.sample, kept))
+                if len(json.dumps(samples[-1].about)) > MAX_JSON:  # no reader would take it
+                    samples[-1] = samples[-1]._replace(about={"captions": samples[-1].about["captions"]})
+                    lines.append(f"{task.url}: {one.sample.key}: its .json would be too long; the captions alone")
+                counts["captions"] += len(kept)
+                counts["captions by the captioner"] += sum(text.origin == "captioner" for text, _ in kept)
+            else:
+                counts["without captions"] += 1
+                lines.append(f"{task.url}: {one.sample.key}: has no caption that is kept, of {len(pools[n].texts)}")
+        return samples
+
+    def _write(self, task: Task, number: int, group: Sequence[_Ready]) -> list[list[str]]:
+        """The captioner's texts for each picture."""
+        if self.captioner is None or not group:
+            return [[] for _ in group]
+        count = self.how.captions
+        pictures = [one.seen for one in group for _ in range(count)]  # the same object: it is looked at once
+        prompts = [self.captioner.settings.language.prompts[0]] * len(pictures)
+        decoding = Decoding(beams=1, sample=True, top_p=self.how.top_p)
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            torch.manual_seed(_seed(self.how.seed, task.name, number))
+            texts = self.captioner.generate(pictures, prompts, decoding, at_once=AT_ONCE)  # pyright: ignore
+        return [texts[start : start + count] for start in range(0, len(texts), count)]
+
+    def _scores(self, group: Sequence[_Ready], texts: Sequence[Sequence[Text]]) -> list[list[float]]:
+        if not group:
+            return []
+        found = self.ranker.scores([one.look for one in group], [[text.text for text in own] for own in texts])
+        return [[round(score, 6) for score in scores] for scores in found]
+
+
+# What is counted of a shard; "pictures" are in it, and "broken", "duplicates" and "without captions" are not.
+COUNTS: tuple[str, ...] = (
+    "samples",
+    "pictures",
+    "broken",
+    "duplicates",
+    "without captions",
+    "captions",
+    "captions by the captioner",
+    "captions joined",
+    "captions folded",
+    "captions empty",
+)
+
+
+def _with(sample: Sample, kept: Sequence[tuple[Text, float]]) -> Sample:
+    """The sample with other captions. "./000017" of tar's own making is the name 000017."""
+    listed = [{"text": text.text, "score": score, "from": text.origin} for text, score in kept]
+    key = "/".join(part for part in sample.key.split("/") if part not in ("", "."))
+    return sample._replace(
+        key=key, captions=tuple(text.text for text, _ in kept), about=sample.about | {"captions": listed}
+    )
+
+
+def _joined(task: Task) -> dict[int, tuple[str, ...]]:
+    """The captions of later copies, by the position of the first one."""
+    by_shard: dict[str, list[Twin]] = {}
+    for twin in task.twins:
+        if twin.other >= 0:
+            by_shard.setdefault(twin.shard, []).append(twin)
+    found: dict[int, tuple[str, ...]] = {}
+    for shard, twins in by_shard.items():
+        texts = captions_of(Path(task.out) / FOLDER, shard, [twin.other for twin in twins])
+        for twin, more in zip(twins, texts, strict=True):
+            found[twin.position] = found.get(twin.position, ()) + more
+    return found
+
+
+def _seed(seed: int, name: str, group: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name} {group}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _write_log(task: Task, lines: Sequence[str]) -> None:
+    path = task.path.with_name(f"{task.name}_log.jsonl")
+    fresh = path.with_name(path.name + ".new")
+    # Sorted: they come from several threads.
+    fresh.write_text("".join(json.dumps({"skipped": line}) + "\n" for line in sorted(lines)), encoding="utf-8")
+    os.replace(fresh, path)

@@ -1,0 +1,90 @@
+"""The halves of the study `capfilt`: clean pictures, and pictures as the web has them, before and after CapFilt.
+
+OUT/web                       the second half, in which some captions are another picture's, as shards
+OUT/seed-N/stage2-captioner   trained on the clean half, from stage1-captioner, which is the ranker, too
+OUT/seed-N/web-WAY            the shards after CapFilt, by the code that does it at any scale
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from shutil import rmtree
+from typing import Any
+
+from openblip2.capfilt.how import How
+from openblip2.capfilt.models import Models
+from openblip2.capfilt.run import capfilt
+from openblip2.data.records import Record
+from openblip2.data.tars import read_tar
+from openblip2.data.write_shards import write_shards
+from openblip2.errors import UserError
+from openblip2.train.progress import Progress
+
+NOISE = 0.5  # of the web's pictures have another picture's caption
+SHARD = 250  # pictures of a shard
+WAYS: dict[str, How | None] = {
+    "right": None,
+    "swapped": None,
+    "capfilt": How(),
+    "itm": How(captions=1, filter="itm"),
+}
+
+
+def clean_half(records: Sequence[Record]) -> list[Record]:
+    """What captioner and ranker are trained on."""
+    return list(records[: len(records) // 2])
+
+
+def web_half(records: Sequence[Record], seed: int = 0) -> list[Record]:
+    """The other pictures, each with one caption; of `NOISE` of them the captions went round among them."""
+    half = [replace(record, captions=record.captions[:1]) for record in records[len(records) // 2 :]]
+    swapped = Random(f"{seed}/swapped").sample(range(len(half)), round(NOISE * len(half)))
+    given = [half[n].captions for n in [*swapped[1:], *swapped[:1]]]
+    for n, texts in zip(swapped, given, strict=True):
+        half[n] = replace(half[n], captions=texts)
+    return half
+
+
+def right_half(records: Sequence[Record]) -> list[Record]:
+    """The same pictures with their own captions, one each."""
+    return [replace(record, captions=record.captions[:1]) for record in records[len(records) // 2 :]]
+
+
+def filtered(
+    records: Sequence[Record], shards: Path, out: Path, captioner: Path, ranker: Path, how: How, progress: Progress
+) -> dict[str, Any]:
+    """The captions after CapFilt, by picture, "captions", and the counts of it: plain values.
+
+    Args:
+        records: the web's half. shards: where they are written. out: what becomes of them. Both are made anew.
+
+    Raises:
+        UserError: as `capfilt`; or no picture has a caption left.
+    """
+    for folder in (shards, out):
+        rmtree(folder, ignore_errors=True)
+    write_shards(records, shards, SHARD, 0, progress.say)
+    models = Models(str(captioner), str(ranker))
+    written = capfilt(str(shards), models, out, how, progress)
+    found = {
+        sample.about["image_id"]: list(sample.captions)
+        for path in sorted(out.glob("*.tar"))
+        for sample in read_tar(str(path), progress.say)
+    }
+    if not found:
+        raise UserError(f"{out}: CapFilt left no picture: train captioner and ranker for longer (--stage1-steps)")
+    return {"captions": found, "counts": dict(written.counts)}
+
+
+def with_captions(records: Sequence[Record], captions: Mapping[str, Sequence[str]]) -> list[Record]:
+    """The records that have captions left, with these."""
+    return [replace(record, captions=tuple(captions[record.id])) for record in records if record.id in captions]
+
+
+def named(records: Sequence[Record]) -> str:
+    """What tells one list of pictures and captions from another."""
+    rows = json.dumps([(record.id, record.captions) for record in records])
+    return hashlib.sha256(rows.encode()).hexdigest()

@@ -1,0 +1,427 @@
+"""CapFilt in one process: the pool, the ranking, the shards, and that the bytes never depend on who makes them."""
+
+import io
+import json
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+from shutil import copytree
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+import tiny_capfilt
+import tiny_runs
+from openblip2.capfilt import shard as shard_module
+from openblip2.capfilt.clip import ClipRanker
+from openblip2.capfilt.duplicates import Duplicates, Twin, _twins
+from openblip2.capfilt.how import How
+from openblip2.capfilt.models import Models, digests, open_models
+from openblip2.capfilt.pool import Pool, Text, best, pool
+from openblip2.capfilt.ranker import RunRanker
+from openblip2.capfilt.run import capfilt
+from openblip2.data.images import PictureFile, open_picture
+from openblip2.data.mixture import count_parts, read_parts
+from openblip2.data.tars import Sample, read_tar
+from openblip2.data.text import clean_caption
+from openblip2.data.webdata import ShardPairs
+from openblip2.errors import UserError
+from openblip2.inference import load
+from openblip2.matcher import Matcher
+from openblip2.train.progress import Progress
+from test_cli import call
+from tiny_capfilt import HOW, content, run
+from tiny_shards import sample, write_shard
+
+QUIET = Progress(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_capfilt.build(tmp_path_factory.mktemp("capfilt"))
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Path:
+    """The set, made in one go."""
+    written = run(home, home / "whole")
+    assert (written.shards, written.counts["pictures"], written.dead) == (3, 52, [])
+    return home / "whole"
+
+
+def samples_of(folder: Path) -> dict[str, Sample]:
+    return {one.key: one for path in sorted(folder.glob("*.tar")) for one in read_tar(str(path), pytest.fail)}
+
+
+def test_the_pool_holds_each_caption_once_and_the_webs_first() -> None:
+    found = pool(["A Dog.", "...", "a  dog"], ["a dog!", "the cat", "", "THE CAT", "a bus"])
+    assert found == Pool((Text("a dog", "web"), Text("the cat", "captioner"), Text("a bus", "captioner")), 3, 2)
+    assert pool([], []) == Pool((), 0, 0)
+
+
+def test_the_best_are_kept() -> None:
+    assert best([0.1, 0.5, 0.3, 0.5], 2) == [1, 3], "of equal ones the earlier"
+    assert best([0.1, 0.5, 0.3, 0.5], 3, threshold=0.3) == [1, 3, 2]
+    assert best([0.1], 2, threshold=0.3) == []
+    with pytest.raises(UserError, match="no numbers"):
+        best([0.1, float("nan")], 2)
+
+
+def test_twins_are_those_of_a_naive_search() -> None:
+    drawn = np.random.default_rng(0)
+    for count in (0, 1, 2, 50, 300):
+        hashes = drawn.integers(0, max(2, count // 2), count).astype(np.uint64)
+        seen: dict[int, int] = {}
+        expected = []
+        for n, one in enumerate(hashes.tolist()):
+            if one and one in seen:
+                expected.append((n, seen[one]))
+            seen.setdefault(one, n)
+        later, first = _twins(hashes)
+        assert list(zip(later.tolist(), first.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize(("ranker", "how"), [("stage1", HOW), ("stage1", How(captions=1, filter="itm")), ("clip", HOW)])
+def test_each_picture_keeps_the_best_of_its_own_pool(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranker: str, how: How
+) -> None:
+    """One picture and one text at a time; how many texts there are, and what became of them, is noted on the way."""
+    pools: list[Pool] = []
+    monkeypatch.setattr(shard_module, "pool", lambda web, written: pools.append(pool(web, written)) or pools[-1])
+    written = run(home, tmp_path / "out", how, ranker)
+    given = samples_of(home / "set")
+    found = samples_of(tmp_path / "out")
+    naive = _naive(home / ranker, how.filter == "itm")
+    assert len(pools) == len(given)
+    kept, matched = Counter[str](), 0
+    for (key, one), texts in zip(given.items(), pools, strict=True):
+        assert texts.texts[0] == Text(clean_caption(one.captions[0]), "web")
+        assert len(texts.texts) + texts.folded + texts.empty == 1 + how.captions
+        scores = [naive(one.image, text.text) for text in texts.texts]
+        order = sorted(range(len(scores)), key=lambda n: -scores[n])
+        if how.filter == "itm":
+            order = [n for n in order if scores[n] >= 0.5]
+        if not order:
+            assert key not in found
+            continue
+        matched += 1
+        listed = found[key].about["captions"]
+        assert len(listed) == min(2, len(order))
+        assert [entry["score"] for entry in listed] == pytest.approx([scores[n] for n in order[:2]], abs=2e-5)
+        names = {text.text: text.origin for text in texts.texts}
+        for entry in listed:
+            assert names[entry["text"]] == entry["from"]
+            assert entry["score"] == pytest.approx(naive(one.image, entry["text"]), abs=2e-5)
+            kept[entry["from"]] += 1
+        assert found[key].image == one.image
+        assert {name: value for name, value in found[key].about.items() if name != "captions"} == one.about
+    assert len(found) == matched == written.counts["pictures"]
+    assert kept["captioner"] == written.counts["captions by the captioner"] > 0
+    assert written.counts["captions"] == kept.total()
+    assert written.counts["without captions"] == len(given) - matched
+
+
+def _naive(model: Path, itm: bool):
+    if model.name == "clip":
+        clip = hf.CLIPModel.from_pretrained(model)
+        tokenizer = hf.AutoTokenizer.from_pretrained(model)
+
+        def of_clip(image: bytes, text: str) -> float:
+            picture = open_picture(PictureFile(image, "")).resize((13, 8), 3).crop((2, 0, 10, 8))  # 20 x 12 px
+            pixels = torch.tensor(np.array(picture)).permute(2, 0, 1)[None] / 255
+            mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.3, 0.2, 0.25])
+            pixels = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+            with torch.no_grad():
+                found = clip(pixel_values=pixels, **tokenizer([_cut(text)], return_tensors="pt"))
+                return float(found.logits_per_image / clip.logit_scale.exp())
+
+        return of_clip
+    matcher = load(model)
+    assert isinstance(matcher, Matcher)
+    if itm:
+        return lambda image, text: matcher.match([PictureFile(image, "")], [_cut(text)]).item()
+    return lambda image, text: matcher.similarity([PictureFile(image, "")], [_cut(text)]).item()
+
+
+def _cut(text: str) -> str:
+    """What is left of a text of the longest: here a word is a token, and two are no words."""
+    return " ".join(text.split()[: tiny_capfilt.TOKENS - 2])
+
+
+def test_other_seeds_and_shards_draw_other_captions(home: Path, whole: Path, tmp_path: Path) -> None:
+    run(home, tmp_path / "other", How(captions=3, seed=1))
+    texts = [{n: one.captions for n, one in samples_of(folder).items()} for folder in (whole, tmp_path / "other")]
+    assert texts[0] != texts[1]
+    # The same pictures under another shard's name.
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "00009.tar").write_bytes((home / "set" / "00000.tar").read_bytes())
+    capfilt(str(tmp_path / "set"), tiny_capfilt.models(home), tmp_path / "renamed", HOW, QUIET)
+    renamed = {n: one.captions for n, one in samples_of(tmp_path / "renamed").items()}
+    assert renamed != {n: one for n, one in texts[0].items() if n in renamed}
+
+
+def test_parts_in_any_order_and_again_make_the_same_bytes(home: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(home, out, part=(2, 2)).shards == 1
+    assert not (out / "00000.tar").exists()
+    assert run(home, out, part=(1, 2)).shards == 2
+    assert content(out) == content(whole)
+    before = (out / "00000.tar").stat().st_mtime_ns
+    again = run(home, out)
+    assert (again.shards, again.counts["pictures"]) == (3, 52)
+    assert (out / "00000.tar").stat().st_mtime_ns == before
+    torch.manual_seed(77)  # torch's own random numbers play no part
+    (out / "00001_stats.json").unlink()
+    run(home, out)
+    assert content(out) == content(whole)
+
+
+def test_what_was_made_otherwise_is_not_mixed_in(home: Path, whole: Path, tmp_path: Path) -> None:
+    for how, ranker, name in ((How(captions=4), "stage1", "captions"), (HOW, "clip", "ranker")):
+        with pytest.raises(UserError, match=f"was made with another {name}: give the same"):
+            run(home, whole, how, ranker)
+    stats = json.loads((whole / "00001_stats.json").read_text())
+    out = tmp_path / "out"
+    run(home, out)
+    (out / "00001_stats.json").write_text(json.dumps(stats | {"settings": "others"}))
+    with pytest.raises(UserError, match=r"00001.tar: was made with other settings"):
+        run(home, out)
+    (out / "00001_stats.json").unlink()
+    (out / "00077.tar").touch()
+    with pytest.raises(UserError, match=r"holds other shards \(00077.tar\)"):
+        run(home, out)
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "1.tar").touch()
+    with pytest.raises(UserError, match="holds other shards"):
+        run(home, tmp_path / "strange")
+
+
+def test_weights_are_known_by_what_they_are_and_not_by_their_names(home: Path, tmp_path: Path) -> None:
+    told = digests(tiny_capfilt.models(home, "clip"), HOW)
+    copytree(home / "stage2", tmp_path / "moved")
+    copytree(home / "clip", tmp_path / "clip")
+    moved = Models(str(tmp_path / "moved"), str(tmp_path / "clip"))
+    assert digests(moved, HOW) == told
+    copytree(home / "stage1", tmp_path / "other")
+    tensors = bytearray((tmp_path / "moved" / "model.safetensors").read_bytes())
+    tensors[-1] ^= 1
+    (tmp_path / "moved" / "model.safetensors").write_bytes(tensors)
+    assert digests(moved, HOW)[0] != told[0]
+    (tmp_path / "clip" / "preprocessor_config.json").write_text("{}")
+    assert digests(moved, HOW)[1] != told[1]
+
+
+def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    samples = [sample(0, n, "a dog", url=f"u{n}") for n in range(5)]
+    samples[1] = samples[1]._replace(image=b"no picture")
+    samples[2] = samples[2]._replace(captions=())
+    write_shard(folder / "00000.tar", samples)
+    with tarfile.open(folder / "00000.tar", "a") as tar:
+
+        def add(name: str, body: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+
+        add("odd.jpg", samples[0].image)
+        add("odd.json", b"{not json")
+        add("long.jpg", samples[0].image)
+        add("long.txt", b"word " * 200_000)
+        add("./dot.jpg", samples[0].image)
+        add("wide.jpg", samples[0].image)
+        add("wide.txt", b"a dog " * 10_000)  # within the limits of a caption, beyond those of every model
+    (folder / "00001.tar").write_bytes((home / "set" / "00002.tar").read_bytes()[:9000])  # cut off
+    (folder / "00002.tar").mkdir()
+    for ranker in ("stage1", "clip"):
+        out = tmp_path / ranker
+        written = capfilt(str(folder), tiny_capfilt.models(home, ranker), out, HOW, QUIET)
+        assert written.shards == 2
+        assert len(written.dead) == 1
+        assert "00002.tar: cannot be opened" in written.dead[0]
+        found = samples_of(out)
+        assert {"000000000", "000000002", "odd", "long", "dot", "wide"} <= found.keys()
+        assert "000000001" not in found
+        assert all(one.about["captions"][0]["from"] == "captioner" for one in (found["000000002"], found["long"]))
+        assert written.counts["broken"] == 1
+        log = (out / "00000_log.jsonl").read_text()
+        for words in ("not a picture that can be read", "odd.json: is not JSON", "long.txt: has 1,000,000 bytes"):
+            assert words in log
+        assert "cut off" in (out / "00001_log.jsonl").read_text()
+        stats = json.loads((out / "00000_stats.json").read_text())
+        assert stats["successes"] == stats["counts"]["pictures"] == len(list(read_tar(str(out / "00000.tar"), print)))
+    (folder / "00002.tar").rmdir()
+    with pytest.raises(UserError, match="not one of 1 shards can be read"):
+        capfilt(str(folder / "00009.tar"), tiny_capfilt.models(home), tmp_path / "none", HOW, QUIET)
+
+
+def test_a_picture_that_stands_twice_is_kept_once_with_all_its_captions(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "set", tmp_path / "out"
+    folder.mkdir()
+    urls = [["a", "b", "a", "c"], ["b", None, "d"], ["a", None, "c"]]
+    for shard, names in enumerate(urls):
+        samples = [sample(shard, n, f"web {shard} {n}", **({"url": url} if url else {})) for n, url in enumerate(names)]
+        write_shard(folder / f"{shard:05}.tar", samples)
+    pools: dict[str, list[str]] = {}
+
+    def noted(web, written):
+        web = list(web)
+        pools[web[0]] = web
+        return pool(web, written)
+
+    monkeypatch.setattr(shard_module, "pool", noted)
+    written = capfilt(str(folder), tiny_capfilt.models(home), out, HOW, QUIET)
+    assert samples_of(out).keys() == {"000000000", "000000001", "000000003", "001000001", "001000002", "002000001"}
+    assert pools["web 0 0"] == ["web 0 0", "web 0 2", "web 2 0"]
+    assert pools["web 0 1"] == ["web 0 1", "web 1 0"]
+    assert pools["web 0 3"] == ["web 0 3", "web 2 2"]
+    assert (written.counts["duplicates"], written.counts["captions joined"]) == (4, 4)
+    known = Duplicates(["00000", "00001", "00002"], out / "urls")
+    assert known.of(1) == [Twin(0, "", -1)]
+    joins = {Twin(0, "00000", 2), Twin(0, "00002", 0), Twin(1, "00001", 0), Twin(3, "00002", 2)}
+    assert set(known.of(0)) == {Twin(2, "", -1)} | joins
+    # A shard more: only what it touches is made anew.
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    write_shard(folder / "00003.tar", [sample(3, 0, "web 3 0", url="d"), sample(3, 1, "web 3 1", url="e")])
+    written = capfilt(str(folder), tiny_capfilt.models(home), out, HOW, QUIET)
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert [name for name in before if before[name] != after[name]] == ["00001.tar"]
+    assert pools["web 1 2"] == ["web 1 2", "web 3 0"]
+    (out / "urls" / "00001.npy").write_bytes(b"half")
+    with pytest.raises(UserError, match=r"00001.npy: is damaged: remove it"):
+        capfilt(str(folder), tiny_capfilt.models(home), out, HOW, QUIET)
+
+
+def test_training_draws_one_of_the_two(home: Path, whole: Path, tmp_path: Path) -> None:
+    kept = {one.key: set(one.captions) for one in samples_of(whole).values()}
+    assert {len(texts) for texts in kept.values()} >= {2}
+    parts = count_parts(read_parts(str(whole)), pytest.fail)
+    pairs = ShardPairs(parts, 13, 0, 12, 2, pytest.fail)
+    drawn: dict[str, set[str]] = {}
+    for number in range(100):
+        batch = pairs(number)
+        for name, caption in zip(batch.names or (), batch.captions, strict=True):
+            drawn.setdefault(name.split(": ")[1].split(".")[0], set()).add(caption)
+    assert drawn == kept
+    options = [
+        *tiny_runs.options(home),
+        "--set",
+        "data.held_out=0.2",
+        "--set",
+        f"data.max_tokens={tiny_capfilt.TOKENS}",
+    ]
+    said = call("train", "stage1", "--data", whole, "--out", tmp_path / "run", *options)
+    assert said.code == 0, said.err
+
+
+def test_the_ranker_alone(home: Path, tmp_path: Path) -> None:
+    written = capfilt(str(home / "set"), Models(None, str(home / "clip")), tmp_path, How(captions=0), QUIET)
+    assert written.counts["captions"] == written.counts["pictures"] == 52
+    assert written.counts["captions by the captioner"] == 0
+
+
+def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
+    both = ["--captioner", home / "stage2", "--ranker", home / "stage1"]
+    said = call("capfilt", home / "set", *both, "--out", tmp_path / "out", "--captions", 3)
+    assert said.code == 0, said.err
+    assert said.out.startswith(f"{tmp_path / 'out'}: 52 pictures in 3 shards, ")
+    assert content(tmp_path / "out") == content(whole)
+
+    def refused(*words: object, data: Path = home / "set", out: str = "refused", **models: object) -> str:
+        named = {"captioner": home / "stage2", "ranker": home / "stage1"} | models
+        given = [word for name, model in named.items() for word in (f"--{name}", model)]
+        said = call("capfilt", data, *given, "--out", tmp_path / out, *words)
+        assert said.code == 2, (said.out, said.err)
+        return said.err
+
+    (tmp_path / "empty").mkdir()
+    for err, words in (
+        (refused(captioner=home / "stage1"), "is a stage-1 run, which cannot write text"),
+        (refused(captioner=home / "clip"), "another architecture"),
+        (refused(ranker=home / "stage2"), "is a stage-2 run, which cannot rank"),
+        (refused(ranker=home / "vision"), "does not compare pictures with texts"),
+        (refused(ranker=home / "data"), "no config.json in it"),
+        (refused(ranker=home / "nothing"), "nothing by that name"),
+        (refused("--filter", "itm", ranker=home / "clip"), "--filter itm needs a stage-1 run"),
+        (refused("--filter", "best"), "--filter best: similarity or itm"),
+        (refused("--threshold", 0.3), "--threshold: is for --filter itm"),
+        (refused("--filter", "itm", "--threshold", 1.5), "--threshold 1.5: a probability"),
+        (refused("--top-p", 0), "--top-p 0.0: above 0"),
+        (refused("--reader", "flickr"), "unknown reader 'flickr'"),
+        (refused("--part", "3/2"), "--part '3/2': K/N"),
+        (refused("--part", "4/4"), "there are 3 shards, it has none"),
+        (refused(data=tmp_path / "empty"), "holds no .tar file"),
+        (refused(data=home / "set" / "00000.jpg"), "one that ends in .tar"),
+        (refused(data=tmp_path / "out", out="out"), "lies in --out"),
+        (refused(data=home / f"set/00000.tar::{whole}/00000.tar"), "two shards of one name"),
+    ):
+        assert err.startswith("openblip2: ")
+        assert words in err
+        assert err.count("\n") == 1, err
+    assert (
+        "greater than or equal to 1"
+        in call("capfilt", home / "set", *both, "--out", tmp_path / "out", "--captions", 0).err
+    )
+
+
+def test_a_captioner_that_reads_questions_is_refused(home: Path, tmp_path: Path) -> None:
+    copytree(home / "stage2", tmp_path / "asks")
+    config = json.loads((tmp_path / "asks" / "config.json").read_text())
+    config["settings"]["qformer"]["reads_question"] = True
+    (tmp_path / "asks" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="answers questions, which its Q-Former reads"):
+        capfilt(str(home / "set"), Models(str(tmp_path / "asks"), str(home / "clip")), tmp_path / "out", HOW, QUIET)
+
+
+def test_ray_that_is_missing_is_one_line(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"pip install 'openblip2\[ray\]'"):
+        run(home, tmp_path / "out", workers=2)
+
+
+def test_a_json_that_grew_too_long_leaves_the_captions(home: Path, tmp_path: Path) -> None:
+    samples = [sample(0, 0, "a dog", alt="é" * 400_000), sample(0, 1, "a cat", alt="short")]
+    (tmp_path / "set").mkdir()
+    with tarfile.open(write_shard(tmp_path / "set" / "00000.tar", samples[1:]), "a") as tar:
+        bodies = {"jpg": samples[0].image, "txt": b"a dog", "json": json.dumps(samples[0].about, ensure_ascii=False)}
+        for suffix, body in bodies.items():
+            content = body.encode() if isinstance(body, str) else body
+            info = tarfile.TarInfo(f"{samples[0].key}.{suffix}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    capfilt(str(tmp_path / "set"), tiny_capfilt.models(home), tmp_path / "out", HOW, QUIET)
+    found = samples_of(tmp_path / "out")
+    assert found[samples[0].key].about.keys() == {"captions"}
+    assert found[samples[1].key].about["alt"] == "short"
+    assert "its .json would be too long" in (tmp_path / "out" / "00000_log.jsonl").read_text()
+
+
+def test_rankers_encode_each_picture_and_text_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ranker = open_models(tiny_capfilt.models(home), HOW)
+    assert isinstance(ranker, RunRanker)
+    vision = ranker.matcher.model.vision
+    assert vision is not None
+    rows: list[int] = []
+    vision.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
+    picture = PictureFile(next(read_tar(str(home / "set" / "00000.tar"), pytest.fail)).image, "")
+    scores = ranker.scores([ranker.look(picture)] * 3, [["a dog"], ["a cat", "a bus", "a dog"], ["a dog"]])
+    assert rows == [3]
+    assert [len(own) for own in scores] == [1, 3, 1]
+    assert scores[0][0] == pytest.approx(scores[1][2], abs=1e-5)
+
+
+def test_a_broken_clip_is_one_line(home: Path, tmp_path: Path) -> None:
+    copytree(home / "clip", tmp_path / "clip")
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"none")
+    with pytest.raises(UserError, match=r"ranker .* cannot be loaded"):
+        ClipRanker(tmp_path / "clip")
+    (tmp_path / "clip" / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "clip" / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"ranker .* cannot be loaded"):
+        ClipRanker(tmp_path / "clip")
