@@ -13,7 +13,7 @@ import typer
 from openblip2.commands.convert import convert
 from openblip2.commands.find import index, search
 from openblip2.commands.learn import demo, features, train
-from openblip2.commands.measure import bench, bench_real, compare, evaluate
+from openblip2.commands.measure import bench, bench_real, compare, doctor, evaluate
 from openblip2.commands.planning import plan
 from openblip2.commands.scale import capfilt, prepare
 from openblip2.commands.serving import serve
@@ -44,6 +44,7 @@ for command in (
     serve,
     evaluate,
     compare,
+    doctor,
     convert,
     bench,
     bench_real,

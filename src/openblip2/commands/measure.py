@@ -1,4 +1,4 @@
-"""Commands that measure: evaluate, compare, bench."""
+"""Commands that measure: evaluate, compare, doctor, bench."""
 
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +54,27 @@ def compare(
     for name, found in differences(first, second).items():
         verdict = "no more than luck" if not found.excludes(0) else "first" if found.score > 0 else "second"
         typer.echo(f"{name:24} {100 * found.score:+7.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]  {verdict}")
+
+
+def doctor(
+    run: Annotated[Path, typer.Argument(help="A run, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="An HTML file with findings and curves.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """Say how a run is doing and what to try: `openblip2 doctor RUN --out doctor.html`."""
+    import json
+    from dataclasses import asdict
+
+    from openblip2.report.doctor import examine, write_page
+    from openblip2.train.checkpoint import make_folder
+
+    settings, rows, found = examine(run)
+    for one in found:
+        typer.echo(json.dumps(asdict(one), ensure_ascii=False) if as_json else one.in_words())
+    if out is not None:
+        make_folder(out.parent)
+        write_page(out, str(run), settings, rows, found)
+        typer.echo(str(out), err=as_json)
 
 
 def bench_real(

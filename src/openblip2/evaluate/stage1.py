@@ -7,7 +7,7 @@ import torch
 from openblip2.data.batches import pair_ids
 from openblip2.data.features import Features
 from openblip2.data.tokens import QFormerTokens
-from openblip2.evaluate.retrieval import recalls, similarities
+from openblip2.evaluate.retrieval import image_vectors, recalls, similarities, text_vectors
 from openblip2.model.objectives import Rivals
 from openblip2.model.stage1 import Stage1, pair_up
 
@@ -15,12 +15,14 @@ GROUP = 48  # pairs at once: the losses' in-batch negatives, as many as a small 
 
 
 def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, seed: int) -> dict[str, Any]:
-    """Held-out ITC, ITM and ITG, ITM accuracy on 1 true and 2 hard false pairs each, and recall@1 both ways."""
+    """Held-out ITC, ITM and ITG; ITM accuracy on 1 true and 2 hard false pairs each, and on 1 true and 1 easy one (the
+    next picture's text, chance is a half); recall@1 both ways; how many queries texts find their pictures by.
+    """
     device = model.temperature.device
     captions = [record.captions[0] for record in held_out.records]
     texts, valid = (t.to(device) for t in tokens(captions))
     sums = {"itc": 0.0, "itm": 0.0, "itg": 0.0}
-    right = count = 0
+    right = count = easy_right = easy_count = 0
     for rows in torch.arange(len(captions)).split(GROUP):
         features = held_out.values[rows].to(device)
         longest = int(valid[rows].sum(1).max())
@@ -31,10 +33,38 @@ def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, see
             sums[name] += float(value) * len(rows) / len(captions)
         hits, pairs = matching_hits(model, features, part, real, ids)
         right, count = right + hits, count + pairs
+        hits, pairs = easy_hits(model, features, part, real, ids)
+        easy_right, easy_count = easy_right + hits, easy_count + pairs
     scores = similarities(model, held_out.values.to(device), texts, valid)
     same = torch.tensor([[a == b for b in captions] for a in captions], device=device)
     found = recalls(scores, scores, same, ks=(1,))
-    return {"n": len(captions), **sums, "itm_accuracy": right / max(1, count), **found}
+    return {
+        "n": len(captions),
+        **sums,
+        "itm_accuracy": right / max(1, count),
+        "itm_easy_accuracy": easy_right / max(1, easy_count),
+        **found,
+        "queries_used": queries_used(model, held_out.values.to(device), texts, valid),
+    }
+
+
+def easy_hits(
+    model: Stage1, features: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor, ids: torch.Tensor
+) -> tuple[int, int]:
+    """As `matching_hits`, with each picture's own text and the next picture's."""
+    other = torch.arange(len(ids), device=ids.device).roll(-1)
+    wrong = ids != ids[other]
+    memory = model.qformer.look(features)
+    own = model.match(memory, tokens, valid).argmax(1).bool()[wrong]
+    next_one = model.match(memory, tokens[other], valid[other]).argmax(1).bool()[wrong]
+    return int(own.sum() + (~next_one).sum()), 2 * int(wrong.sum())
+
+
+def queries_used(model: Stage1, features: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor) -> float:
+    """By how many queries texts find their own pictures, in effect (1 to Q): e to the entropy of which is nearest."""
+    cosines = torch.einsum("nqe,ne->nq", image_vectors(model, features), text_vectors(model, tokens, valid))
+    shares = torch.bincount(cosines.argmax(1), minlength=cosines.shape[1]).double() / len(cosines)
+    return float(torch.special.entr(shares).sum().exp())
 
 
 def matching_hits(

@@ -13,12 +13,12 @@ from string import Template
 from typing import Any
 
 from openblip2.data.records import QUESTION_KINDS
+from openblip2.evaluate.levels import ITM_CHANCE
 from openblip2.report.curves import Series, chart, smooth
 from openblip2.report.examples import shown_answers, shown_captions, shown_retrieval
 from openblip2.report.headline import goals_table, opening
 from openblip2.report.markup import bar, duration, percent, table
 
-ITM_CHANCE = 0.6365  # nats: ln 3 - 2/3 ln 2, of one match in three pairs, without looking
 LOSSES = {
     "itc": "Image-text contrast (ITC)",
     "itm": "Image-text matching (ITM)",

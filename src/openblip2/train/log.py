@@ -42,6 +42,10 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All that is there now."""
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
     def to_disk(self) -> None:
         """Sees to it that what was written outlives a power cut, as the checkpoint that counts on it does."""
         if self.writes:

@@ -35,6 +35,7 @@ def fit(
     last: Path | None = None,
     samples: Callable[[], list[dict[str, Any]]] = list,
     sparse: bool = False,
+    advise: Callable[[list[dict[str, Any]]], list[str]] = lambda rows: [],
 ) -> None:
     """Trains what requires a gradient in `model` and writes `run`.
 
@@ -47,6 +48,7 @@ def fit(
         validate: measured every `validate_every` steps and at the end; called in eval mode without gradients.
         last: the checkpoint to go on from (`resume.find_checkpoint`); None = begin, and remove what an older run left.
         samples: what the last step was made of, in this process, for the case that it is bad.
+        advise: what is to be said of the log's rows after a validation.
         sparse: whether there are batches whose losses do not depend on all that trains (`parallel.Together`).
 
     Raises:
@@ -85,6 +87,8 @@ def fit(
                 raise
             log.write({"step": done.step, "validation": found})
             progress.say(f"step {done.step}: " + _in_words(found))
+            for line in advise(log.rows()):
+                progress.say(line)
 
         unseen = done.step > 0 and done.step not in log.validated
         if from_first(unseen) and _due(done.step, settings.validate_every, settings.steps):

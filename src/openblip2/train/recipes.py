@@ -5,6 +5,7 @@ Retrieval is fine-tuned as stage 1 is trained, captioning and VQA as stage 2 is.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from openblip2.data.tokens import QFormerTokens
 from openblip2.distributed import is_first, share
 from openblip2.evaluate.answering import measure_answers, question_tokens
 from openblip2.evaluate.grounding import grounding
+from openblip2.evaluate.health import findings
 from openblip2.evaluate.stage1 import measure_stage1
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.build import (
@@ -151,7 +153,8 @@ def _stage1(
         return measure_stage1(model, tokens, data.held_out(), settings.train.seed)
 
     sparse = len(settings.stage1.objectives) < len(OBJECTIVES) or settings.stage1.matching_from > 0
-    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse)
+    advise = partial(bad_signs, settings)
+    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse, advise)
 
 
 def _stage2(
@@ -208,7 +211,13 @@ def _stage2(
         return grounding(model, data.held_out(), settings.train.seed, prompts[0]).as_log()
 
     sparse = settings.qformer.reads_question  # its last layer's text is read by nobody
-    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse)
+    advise = partial(bad_signs, settings)
+    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse, advise)
+
+
+def bad_signs(settings: RunSettings, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What of a run's log is worth a line while it trains: what the doctor finds bad."""
+    return [one.in_words() for one in findings(settings, rows) if one.level == "bad"]
 
 
 def joint_draws(settings: RunSettings, number: int) -> torch.Generator:

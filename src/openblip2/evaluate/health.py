@@ -1,0 +1,221 @@
+"""What a run's settings and log say of its health. Pure functions of plain values; nothing is loaded."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any, Literal
+
+from openblip2.config import RunSettings
+from openblip2.evaluate.levels import (
+    ITM_ACCURACY_CHANCE,
+    ITM_CHANCE,
+    itc_chance,
+    smoothed_floor,
+    word_chance,
+)
+
+Row = Mapping[str, Any]
+Level = Literal["good", "note", "bad"]
+
+EARLY = 0.1  # share of the steps before which a loss may still lie at chance
+NEAR = 0.02  # of chance: a loss this near has learned nothing
+ITM_NEAR = 0.06  # and of ITM's, which creeps below it by telling easy pairs and little else
+FEW_QUERIES = 0.25  # of the queries: fewer are used, in effect
+SPIKE = 10.0  # times the median norm of the gradient
+MEMORISED = 1.0  # nats between training and held-out loss
+LAST = 20  # steps whose mean is "now"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of what is seen, and one of what to try. `about`: what of the run it is about."""
+
+    about: str
+    level: Level
+    seen: str
+    advice: str = ""
+
+    def in_words(self) -> str:
+        mark = {"good": "ok  ", "note": "note", "bad": "BAD "}[self.level]
+        return f"{mark}  {self.about}: {self.seen}{f'. Try: {self.advice}' if self.advice else ''}"
+
+
+def findings(settings: RunSettings, rows: Sequence[Row], vocabulary: int = 30523) -> list[Finding]:
+    """Everything that a run's log tells, the losses first.
+
+    Args:
+        rows: of `log.jsonl`. vocabulary: words of the Q-Former's text path.
+    """
+    steps = [row for row in rows if "loss" in row]
+    looks = [row["validation"] | {"step": row["step"]} for row in rows if "validation" in row]
+    bad = [row for row in rows if "bad" in row]
+    found: list[Finding] = []
+    if settings.stage == "stage1":
+        found += _stage1(settings, steps, looks, vocabulary)
+    else:
+        found += _stage2(steps, looks)
+    found += _memorises(steps, looks)
+    found += _overfits(looks, "stage1" if settings.stage == "stage1" else "stage2")
+    found += _gradients(settings, steps, bad)
+    found += _settings(settings)
+    return found
+
+
+def _stage1(settings: RunSettings, steps: Sequence[Row], looks: Sequence[Row], vocabulary: int) -> Iterator[Finding]:
+    own, batch = settings.stage1, settings.train.batch
+    early = _share_done(settings, steps) < EARLY
+    last = looks[-1] if looks else {}
+    if own.contrast == "softmax" and (itc := _now(steps, "itc")) is not None:
+        chance, floor = itc_chance(batch), smoothed_floor(own.label_smoothing, batch)
+        recall = [last[name] for name in ("tr@1", "ir@1") if name in last]
+        of = f", {100 * fmean(recall):.0f} % of {last['n']} held-out pairs are found first" if recall else ""
+        yield _loss(
+            "ITC",
+            itc,
+            chance,
+            floor,
+            early,
+            "a higher rate, warm_start=true, or look whether the captions fit their pictures",
+            of,
+        )
+    matched = [row for row in steps if "itm" in row]
+    if (itm := _now(matched, "itm")) is not None:
+        few = len(matched) < EARLY * settings.train.steps
+        hard = last.get("itm_accuracy")
+        of = ""
+        if hard is not None:
+            blind = 100 * ITM_ACCURACY_CHANCE
+            of = f", {100 * hard:.0f} % of held-out pairs are told right (saying no each time: {blind:.0f} %)"
+            if "itm_easy_accuracy" in last:
+                of += f", with easy negatives {100 * last['itm_easy_accuracy']:.0f} %"
+        yield _loss(
+            "ITM",
+            itm,
+            ITM_CHANCE,
+            0.0,
+            few,
+            "more steps, for ITM begins last, or fine-tuning for retrieval on pictures that differ in little",
+            of,
+            ITM_NEAR,
+        )
+    if (itg := _now(steps, "itg")) is not None:
+        floor = smoothed_floor(own.label_smoothing, vocabulary)
+        yield _loss("ITG", itg, word_chance(vocabulary), floor, early, "a higher rate, or more steps")
+    if "queries_used" in last:
+        used, of = last["queries_used"], settings.qformer.queries
+        share = f"held-out texts find their pictures by {used:.1f} of {of} queries, in effect"
+        if used < FEW_QUERIES * of:
+            yield Finding("queries", "note", share, "fewer queries (qformer.queries) would do, or train longer")
+        else:
+            yield Finding("queries", "good", share)
+
+
+def _stage2(steps: Sequence[Row], looks: Sequence[Row]) -> Iterator[Finding]:
+    if (lm := _now(steps, "lm")) is not None:
+        yield Finding("caption loss", "good", f"{lm:.2f} nats a token now, {steps[0].get('lm', lm):.2f} at first")
+    if looks and "loss_right" in looks[-1]:
+        right, other = looks[-1]["loss_right"], looks[-1]["loss_shuffled"]
+        gap = f"held-out captions cost {right:.2f} with the right picture and {other:.2f} with another"
+        if other - right < NEAR * right:
+            yield Finding(
+                "grounding",
+                "bad",
+                f"{gap}: the model does NOT look at the picture",
+                "a start from stage 1, warm_start=true, more steps, or more pictures",
+            )
+        else:
+            yield Finding("grounding", "good", f"{gap}: it looks at the picture")
+
+
+def _loss(
+    name: str, now: float, chance: float, floor: float, early: bool, advice: str, more: str = "", near: float = NEAR
+) -> Finding:
+    between = f"{now:.3f}, between {floor:.2f} (the least there can be) and {chance:.2f} (chance){more}"
+    if now < chance * (1 - near):
+        return Finding(name, "good", between)
+    if early:
+        return Finding(name, "note", f"{now:.3f}, at chance ({chance:.2f}) still; it is early{more}")
+    return Finding(name, "bad", f"{now:.3f}, next to chance ({chance:.2f}): next to nothing is learned{more}", advice)
+
+
+def _memorises(steps: Sequence[Row], looks: Sequence[Row]) -> Iterator[Finding]:
+    for name, held in (("itc", "itc"), ("itg", "itg"), ("lm", "loss_right")):
+        now = _now(steps, name)
+        if now is not None and looks and looks[-1].get(held, 0.0) > now + MEMORISED:
+            yield Finding(
+                f"{name}, seen and unseen",
+                "note",
+                f"{now:.2f} in training, {looks[-1][held]:.2f} on held-out pictures: it learns those by heart",
+                "more pictures, data.augment=true, or fewer steps",
+            )
+
+
+def _overfits(looks: Sequence[Row], stage: str) -> Iterator[Finding]:
+    names = ("itc", "itg") if stage == "stage1" else ("loss_right",)
+    for name in names:
+        seen = [(row["step"], row[name]) for row in looks if name in row]
+        if len(seen) < 3:
+            continue
+        step, best = min(seen, key=lambda pair: pair[1])
+        now = seen[-1][1]
+        if now > 1.05 * best and step < seen[-2][0]:
+            yield Finding(
+                f"held-out {name}",
+                "note",
+                f"{now:.2f} now, {best:.2f} at step {step}: it has been rising since",
+                f"fewer steps (train.steps={step}), more pictures, or data.augment=true",
+            )
+
+
+def _gradients(settings: RunSettings, steps: Sequence[Row], bad: Sequence[Row]) -> Iterator[Finding]:
+    norms = [row["grad_norm"] for row in steps if "grad_norm" in row]
+    if bad:
+        first = ", ".join(bad[0]["bad"])
+        yield Finding(
+            "steps left out",
+            "bad" if len(bad) > 3 else "note",
+            f"{len(bad)}, the first at step {bad[0]['step']} ({first})",
+            "train.precision=fp32, optim.clip=1, or a lower rate",
+        )
+    if len(norms) >= 5:
+        usual, most = median(norms), max(norms)
+        told = f"median {usual:.2f}, largest {most:.2f}"
+        if most > SPIKE * usual and settings.optim.clip == 0:
+            yield Finding("gradient norm", "note", told, "optim.clip=1")
+        elif usual < 1e-6:
+            yield Finding(
+                "gradient norm", "bad", f"{told}: nothing reaches what trains", "look whether anything trains"
+            )
+        else:
+            yield Finding("gradient norm", "good", told)
+
+
+def _settings(settings: RunSettings) -> Iterator[Finding]:
+    batch, optim, steps = settings.train.batch, settings.optim, settings.train.steps
+    if settings.stage == "stage1" and batch < 16:
+        yield Finding(
+            "batch",
+            "note",
+            f"{batch} pairs: ITC has {batch - 1} negatives",
+            "train.batch of 32 or more; train.chunk for memory",
+        )
+    if optim.warmup >= steps:
+        yield Finding(
+            "rate",
+            "bad",
+            f"{optim.warmup} steps of warm-up in a run of {steps}: optim.lr is never reached",
+            f"optim.warmup={max(1, steps // 20)}",
+        )
+    if optim.lr > 3e-3:
+        yield Finding("rate", "note", f"optim.lr={optim.lr:g} is far above the paper's 1e-4", "1e-4 to 1e-3")
+    if optim.min_lr > optim.lr:
+        yield Finding("rate", "bad", f"optim.min_lr={optim.min_lr:g} is above optim.lr={optim.lr:g}", "a tenth of it")
+
+
+def _now(steps: Sequence[Row], name: str) -> float | None:
+    values = [row[name] for row in steps[-LAST:] if name in row]
+    return fmean(values) if values else None
+
+
+def _share_done(settings: RunSettings, steps: Sequence[Row]) -> float:
+    return steps[-1]["step"] / settings.train.steps if steps else 0.0

@@ -1,0 +1,157 @@
+"""The doctor: levels in closed form, and what it finds in logs that were made ill on purpose."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+import tiny
+from openblip2.cli import app
+from openblip2.config import RunSettings, change
+from openblip2.evaluate.health import Finding, findings
+from openblip2.evaluate.levels import ITM_CHANCE, itc_chance, smoothed_floor, word_chance
+from openblip2.evaluate.stage1 import easy_hits, queries_used
+from openblip2.train.checkpoint import write_config
+
+
+@pytest.mark.parametrize(("choices", "smoothing"), [(32, 0.1), (1024, 0.1), (30523, 0.1), (7, 0.5), (5, 0.0), (1, 0.1)])
+def test_floors_are_what_a_perfect_model_has(choices: int, smoothing: float) -> None:
+    """Against the loss itself, its logits the very targets' logarithms."""
+    target = torch.full((choices,), smoothing / choices, dtype=torch.float64)
+    target[0] += 1 - smoothing
+    logits = target.clamp(min=1e-300).log()[None]
+    least = F.cross_entropy(logits, torch.zeros(1, dtype=torch.long), label_smoothing=smoothing)
+    assert smoothed_floor(smoothing, choices) == pytest.approx(float(least), abs=1e-9)
+
+
+def test_chances() -> None:
+    assert itc_chance(1024) == pytest.approx(6.931, abs=1e-3)
+    assert word_chance(30523) == pytest.approx(10.326, abs=1e-3)
+    # One match in three: the loss of saying a third each time.
+    pairs = torch.tensor([1, 0, 0])
+    logits = torch.tensor([[2.0, 1.0]]).log().expand(3, 2)
+    assert pytest.approx(float(F.cross_entropy(logits, pairs)), abs=1e-6) == ITM_CHANCE
+
+
+def settings(stage: str = "stage1", **changes: Any) -> RunSettings:
+    plain = {
+        "stage": stage,
+        "train.steps": 100,
+        "train.batch": 32,
+        "optim.warmup": 5,
+        "optim.lr": 3e-4,
+        "optim.min_lr": 1e-5,
+    }
+    return change(RunSettings(), plain | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def log(steps: int = 100, **losses: float) -> list[dict[str, Any]]:
+    return [{"step": n + 1, "loss": 1.0, **losses, "grad_norm": 2.0 + n % 3} for n in range(steps)]
+
+
+def look(step: int = 100, **values: float) -> dict[str, Any]:
+    return {"step": step, "validation": {"n": 64, **values}}
+
+
+def told(rows: list[dict[str, Any]], of: RunSettings | None = None) -> dict[str, Finding]:
+    return {one.about: one for one in findings(of or settings(), rows)}
+
+
+def test_a_healthy_run_has_nothing_bad() -> None:
+    rows = [*log(itc=0.9, itm=0.3, itg=2.5), look(itc=1.0, itm=0.35, itg=2.6, itm_accuracy=0.9, queries_used=12.0)]
+    rows[-1]["validation"] |= {"tr@1": 0.9, "ir@1": 0.8}
+    found = told(rows)
+    assert {one.level for one in found.values()} == {"good"}
+    assert "85 % of 64 held-out pairs are found first" in found["ITC"].seen
+
+
+@pytest.mark.parametrize(
+    ("losses", "about"),
+    [({"itc": math.log(32)}, "ITC"), ({"itc": 1.0, "itm": 0.62}, "ITM"), ({"itc": 1.0, "itg": math.log(30523)}, "ITG")],
+)
+def test_a_loss_at_chance_is_bad_but_not_at_once(losses: dict[str, float], about: str) -> None:
+    assert told(log(100, **losses))[about].level == "bad"
+    assert told(log(100, **losses))[about].advice
+    assert told(log(5, **losses))[about].level == "note"
+
+
+def test_what_else_can_be_ill() -> None:
+    assert told([*log(itc=0.5), look(itc=3.0)])["itc, seen and unseen"].level == "note"
+    rows = [*log(itc=1.0), *(look(n, itc=value) for n, value in ((25, 1.0), (50, 1.2), (75, 1.3), (100, 1.5)))]
+    assert "at step 25" in told(rows)["held-out itc"].seen
+    assert told([*log(itc=1.0), look(queries_used=1.5)])["queries"].level == "note"
+    spiky = log(itc=1.0)
+    spiky[50]["grad_norm"] = 500.0
+    assert told(spiky)["gradient norm"].advice == "optim.clip=1"
+    assert told(spiky, settings(optim__clip=1.0))["gradient norm"].level == "good"
+    bad = [*log(50, itc=1.0), {"step": 51, "bad": ["itc is nan"], "bad_steps": 1}]
+    assert "the first at step 51 (itc is nan)" in told(bad)["steps left out"].seen
+    assert "never reached" in told(log(itc=1.0), settings(optim__warmup=100))["rate"].seen
+    assert told(log(itc=1.0), settings(train__batch=4))["batch"].level == "note"
+
+
+def test_a_stage_2_that_does_not_look_is_told() -> None:
+    two = settings("stage2")
+    blind = told([*log(lm=2.0), look(loss_right=2.0, loss_shuffled=2.01)], two)
+    assert blind["grounding"].level == "bad"
+    seeing = told([*log(lm=2.0), look(loss_right=2.0, loss_shuffled=3.0)], two)
+    assert {one.level for one in seeing.values()} == {"good"}
+
+
+def test_queries_used_is_e_to_the_entropy() -> None:
+    model = tiny.stage1()
+    features, (tokens, valid) = tiny.features(), tiny.texts()
+    with torch.no_grad():
+        used = queries_used(model, features, tokens, valid)
+        images = model.image_vectors(model.qformer(model.qformer.look(features)))
+        texts = model.text_vectors(tokens, valid)
+    nearest = [int((images[n] @ texts[n]).argmax()) for n in range(tiny.B)]
+    shares = [nearest.count(query) / tiny.B for query in set(nearest)]
+    assert used == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))
+    assert 1 <= used <= tiny.Q
+
+
+def test_easy_negatives_are_the_next_pictures_texts() -> None:
+    model = tiny.stage1()
+    features, (tokens, valid) = tiny.features(), tiny.texts()
+    ids = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])  # the first two are one picture: no negatives of each other
+    with torch.no_grad():
+        right, count = easy_hits(model, features, tokens, valid, ids)
+        expected = 0
+        for n in range(tiny.B):
+            other = (n + 1) % tiny.B
+            if ids[n] == ids[other]:
+                continue
+            for m, is_match in ((n, True), (other, False)):
+                memory = model.qformer.look(features[n : n + 1])
+                logits = model.match(memory, tokens[m : m + 1], valid[m : m + 1])[0]
+                expected += int((logits[1] > logits[0]) == is_match)
+    assert (right, count) == (expected, 14)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    sizes = {"width": 30, "layers": 2, "heads": 3, "ffn": 28, "vocabulary": 41, "positions": 20}
+    write_config(run, settings(), sizes)
+    refused = CliRunner().invoke(app, ["doctor", str(run)])
+    assert "a run that has begun" in str(refused.exception)
+    rows = [*log(itc=math.log(32), itm=0.3, itg=1.5), look(itc=3.4)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (run / "log.jsonl").write_text(text + '{"step": 101, "lo')  # it is running
+    done = CliRunner().invoke(app, ["doctor", str(run), "--out", str(tmp_path / "out" / "page.html")])
+    assert done.exit_code == 0, done.output
+    assert "BAD   ITC: 3.466, next to chance" in done.output
+    page = (tmp_path / "out" / "page.html").read_text()
+    assert "1 of " in page
+    assert page.count("<svg viewBox") == 4
+    assert "http" not in page.replace("http://www.w3.org", "")
+    machine = CliRunner().invoke(app, ["doctor", str(run), "--json"])
+    assert {json.loads(line)["level"] for line in machine.stdout.splitlines()} == {"good", "bad"}
+    (run / "log.jsonl").write_text("not json\n" + text)
+    assert "line 1 is no row" in str(CliRunner().invoke(app, ["doctor", str(run)]).exception)
