@@ -23,7 +23,7 @@ from openblip2.serve.guard import Counted, Guard
 from openblip2.serve.jobs import Attend, Match, Search, Write
 from openblip2.serve.limits import Limits
 from openblip2.serve.metrics import Metrics
-from openblip2.serve.service import Died, Service
+from openblip2.serve.service import Died, Gone, Service
 from openblip2.serve.worker import Worker
 
 ASSETS = {"page.js": "text/javascript", "page.css": "text/css"}
@@ -207,6 +207,6 @@ def _errors(app: FastAPI) -> None:
         where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
         return JSONResponse({"error": {"message": f"{where}: {first['msg']}", "type": "invalid_request_error"}}, 422)
 
-    for kind in (UserError, Full, Late, Died, Exception):
+    for kind in (UserError, Full, Late, Died, Gone, Exception):
         app.add_exception_handler(kind, told)
     app.add_exception_handler(RequestValidationError, invalid)

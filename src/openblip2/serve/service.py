@@ -64,6 +64,7 @@ class Service:
         """As `do`, of several; if one fails or the client goes away, the others are taken back."""
         tasks = [asyncio.create_task(self.batcher.do(job)) for job in jobs]
         every, left = asyncio.gather(*tasks), asyncio.create_task(_leaves(request))
+        every.add_done_callback(lambda done: done.cancelled() or done.exception())  # looked at, whoever still waits
         try:
             await asyncio.wait((every, left), return_when=asyncio.FIRST_COMPLETED)
             if not every.done():
