@@ -1,6 +1,8 @@
 """From what a user names to a running server."""
 
+import signal
 import socket
+import sys
 from pathlib import Path
 
 import torch
@@ -50,6 +52,8 @@ def serve(
     app = make_app(captioner, matcher, index, limits, token, hosts, threads or torch.get_num_threads())
     shown = f"[{host}]" if ":" in host else host
     print(f"openblip2: http://{shown}:{line.getsockname()[1]}/ when the models are loaded; Ctrl-C ends it", flush=True)
+    # uvicorn gives a signal on to who had it before, once all is closed: then we end as other commands do.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False))
     server.run(sockets=[line])
 
