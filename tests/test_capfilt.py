@@ -24,10 +24,10 @@ from openblip2.capfilt.pool import Pool, Text, best, pool
 from openblip2.capfilt.ranker import RunRanker
 from openblip2.capfilt.run import capfilt
 from openblip2.data.images import PictureFile, open_picture
-from openblip2.data.mixture import count_parts, read_parts
-from openblip2.data.tars import Sample, read_tar
 from openblip2.data.text import clean_caption
-from openblip2.data.webdata import ShardPairs
+from openblip2.data.web.mixture import count_parts, read_parts
+from openblip2.data.web.pairs import ShardPairs
+from openblip2.data.web.tars import Sample, read_tar
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher

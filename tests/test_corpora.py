@@ -11,10 +11,10 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 
 from openblip2.data.corpora import STAMPS, easy_vqa_records, stamps_records
-from openblip2.data.grammar import Judgement, judge
-from openblip2.data.groups import joined
 from openblip2.data.images import open_picture
+from openblip2.data.real.groups import joined
 from openblip2.data.records import Record
+from openblip2.data.scenes.grammar import Judgement, judge
 from openblip2.errors import UserError
 
 # --- easy-VQA

@@ -16,16 +16,16 @@ from torch import Tensor
 
 import tiny_runs
 from openblip2.config import RunSettings, change
-from openblip2.data import features as features_module
-from openblip2.data import shards
 from openblip2.data.batches import FeaturePairs
-from openblip2.data.cache import Cache
-from openblip2.data.features import StoredFeatures, build_cache, find_records, remove_cache
+from openblip2.data.cache import features as features_module
+from openblip2.data.cache import shards
+from openblip2.data.cache.features import StoredFeatures, build_cache, find_records, remove_cache
+from openblip2.data.cache.folder import Cache
+from openblip2.data.cache.shards import Layout
+from openblip2.data.cache.views import CROPS, view_generator
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Captions
-from openblip2.data.shards import Layout
-from openblip2.data.views import CROPS, view_generator
 from openblip2.errors import UserError
 from openblip2.model.build import build_vision
 from openblip2.presets import preset

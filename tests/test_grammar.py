@@ -7,10 +7,10 @@ from typing import Literal
 
 import pytest
 
-from openblip2.data.grammar import Facts, Judgement, Thing, captions, judge, questions, sentences
 from openblip2.data.records import Question
-from openblip2.data.scenes import colours_of, draw_facts
-from openblip2.data.vocabulary import COLOURS, NOUNS, NUMBERS, OPPOSITE, PLACES, SIZES, plural, with_article
+from openblip2.data.scenes.draw import colours_of, draw_facts
+from openblip2.data.scenes.grammar import Facts, Judgement, Thing, captions, judge, questions, sentences
+from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, NUMBERS, OPPOSITE, PLACES, SIZES, plural, with_article
 
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
 

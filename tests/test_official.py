@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from openblip2.data.annotations import Pictures
-from openblip2.data.official import KINDS, official_kind, read_official
+from openblip2.data.official.annotations import Pictures
+from openblip2.data.official.read import KINDS, official_kind, read_official
 from openblip2.data.records import Question, Record
 from openblip2.errors import UserError
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from openblip2.data import scenes
-from openblip2.data.grammar import Facts, Thing, judge, questions
 from openblip2.data.records import read_records
-from openblip2.data.scenes import colours_of, draw_facts, draw_picture, draw_scenes
-from openblip2.data.vocabulary import COLOURS, NOUNS, PLACES, SIZES, plural
+from openblip2.data.scenes import draw as scenes
+from openblip2.data.scenes.draw import colours_of, draw_facts, draw_picture, draw_scenes
+from openblip2.data.scenes.grammar import Facts, Thing, judge, questions
+from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, PLACES, SIZES, plural
 from openblip2.errors import UserError
 
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")

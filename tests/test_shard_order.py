@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from openblip2.data.shard_order import Order, Turns
+from openblip2.data.web.shard_order import Order, Turns
 from openblip2.errors import UserError
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from openblip2.data.tar_members import MOST_HEADER, tar_members
-from openblip2.data.tars import MAX_CAPTION, Sample, TarWriter, expand, read_tar
+from openblip2.data.web.tar_members import MOST_HEADER, tar_members
+from openblip2.data.web.tars import MAX_CAPTION, Sample, TarWriter, expand, read_tar
 from openblip2.errors import UserError
 
 Entry = tuple[str, bytes]

@@ -11,10 +11,10 @@ from torch import distributed as dist
 import processes
 import tiny_runs
 from openblip2.data.batches import joined_ids
-from openblip2.data.mixture import count_parts, read_parts
 from openblip2.data.records import read_records
 from openblip2.data.seen import seen_before
-from openblip2.data.webdata import ShardPairs
+from openblip2.data.web.mixture import count_parts, read_parts
+from openblip2.data.web.pairs import ShardPairs
 from openblip2.train import loop
 from test_cli import call
 from tiny_shards import sample, write_shard

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from openblip2.data.batches import PairBatch
-from openblip2.data.mixture import (
+from openblip2.data.web.mixture import (
     Part,
     count_parts,
     hold_out,
@@ -17,8 +17,8 @@ from openblip2.data.mixture import (
     read_parts,
     write_parts,
 )
-from openblip2.data.tars import read_tar
-from openblip2.data.webdata import ShardPairs
+from openblip2.data.web.pairs import ShardPairs
+from openblip2.data.web.tars import read_tar
 from openblip2.errors import UserError
 from tiny_shards import jpeg, sample, write_shard, write_shards
 

@@ -7,8 +7,8 @@ from PIL import Image
 import tiny_runs
 from openblip2.data.records import Record, read_records
 from openblip2.data.sources import read_corpus
-from openblip2.data.tars import expand, read_tar
-from openblip2.data.write_shards import write_shards
+from openblip2.data.web.tars import expand, read_tar
+from openblip2.data.web.write_shards import write_shards
 from openblip2.errors import UserError
 from test_cli import call
 

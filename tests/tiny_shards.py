@@ -6,8 +6,8 @@ from typing import Any
 
 from PIL import Image
 
-from openblip2.data.shard_file import write_stats
-from openblip2.data.tars import Sample, TarWriter
+from openblip2.data.web.shard_file import write_stats
+from openblip2.data.web.tars import Sample, TarWriter
 
 
 def jpeg(colour: tuple[int, int, int], width: int = 20, height: int = 12) -> bytes:

@@ -135,7 +135,7 @@ class DataSettings:
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02  # share of the pictures kept for validation
     most_held_out: Count = 500  # and never more pictures than this
     # Shards of a set that are read side by side, a sample from each in turn: shards are shuffled over the whole set,
-    # samples within their shard. Processes whose number divides this one read no shard twice (data/shard_order.py).
+    # samples within their shard. Processes whose number divides this one read no shard twice (data/web/shard_order.py).
     open_shards: Count = 16
     augment: bool = True  # random crop and flip each step; False: frozen features are computed once and reused
     negations: Annotated[float, Field(ge=0, le=1)] = 1.0  # ours, of vqa: share of the questions with "not" that is kept

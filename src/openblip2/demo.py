@@ -17,10 +17,10 @@ from torch import Tensor
 
 from openblip2.captioner import ANSWER, CAPTION, Captioner, greedy
 from openblip2.config import RunSettings, change
+from openblip2.data.cache.features import Features
 from openblip2.data.corpora import easy_vqa_records, stamps_records
-from openblip2.data.features import Features
 from openblip2.data.records import Question, Record
-from openblip2.data.scenes import draw_scenes
+from openblip2.data.scenes.draw import draw_scenes
 from openblip2.data.text import clean_caption
 from openblip2.evaluate.captions import caption_scores
 from openblip2.evaluate.grounding import grounding

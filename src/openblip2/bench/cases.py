@@ -17,8 +17,8 @@ from openblip2.bench.loader import loader_case
 from openblip2.bench.models import BOS, EOS, IMAGE, Pair, normalised, pictures, sentences, texts
 from openblip2.bench.naive import naive_losses, naive_rerank
 from openblip2.bench.sizes import Size
-from openblip2.data.cache import Cache, write_head
-from openblip2.data.shards import Layout, Picture, ShardWriter
+from openblip2.data.cache.folder import Cache, write_head
+from openblip2.data.cache.shards import Layout, Picture, ShardWriter
 from openblip2.evaluate.retrieval import rerank
 from openblip2.model.decoding import Decoding
 from openblip2.train.hardware import computing

@@ -9,10 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from openblip2.bench.case import NAIVE, OURS, Case
-from openblip2.data.mixture import count_parts, read_parts
-from openblip2.data.shard_file import write_stats
-from openblip2.data.tars import Sample, TarWriter
-from openblip2.data.webdata import ShardPairs
+from openblip2.data.web.mixture import count_parts, read_parts
+from openblip2.data.web.pairs import ShardPairs
+from openblip2.data.web.shard_file import write_stats
+from openblip2.data.web.tars import Sample, TarWriter
 
 SIDE = 256  # px, as img2dataset stores pictures by default
 SIZE = 224  # px, what the paper trains on

@@ -23,8 +23,8 @@ from uuid import uuid4
 
 import numpy as np
 
-from openblip2.data.readers import Reader, captions, picture, reader
-from openblip2.data.tars import Sample, Shard
+from openblip2.data.web.readers import Reader, captions, picture, reader
+from openblip2.data.web.tars import Sample, Shard
 from openblip2.errors import UserError
 
 FOLDER = "urls"

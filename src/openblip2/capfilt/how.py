@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from openblip2.data.readers import reader
+from openblip2.data.web.readers import reader
 from openblip2.errors import UserError
 from openblip2.train.checkpoint import make_folder, read_json
 
@@ -26,7 +26,7 @@ class How:
         keep: captions of a picture that are kept, the best ones.
         filter: "similarity", by which captions are ranked; or "itm", BLIP's older form: by the probability of a
             match, and what is below `threshold` is dropped.
-        seed: of the captions. reader: of the shards (data/readers.py).
+        seed: of the captions. reader: of the shards (data/web/readers.py).
 
     Raises:
         UserError: a number out of its range, an unknown filter or reader.

@@ -10,8 +10,8 @@ from openblip2.capfilt.duplicates import FOLDER, Duplicates, write_index
 from openblip2.capfilt.how import How, claim, digest, settings_of
 from openblip2.capfilt.models import Models, digests, open_models
 from openblip2.capfilt.shard import Made, Maker, Task, finished
-from openblip2.data.shard_file import is_url
-from openblip2.data.shard_names import expand
+from openblip2.data.web.shard_file import is_url
+from openblip2.data.web.shard_names import expand
 from openblip2.errors import UserError
 from openblip2.train.progress import Progress
 

@@ -20,7 +20,7 @@ def prepare(
 ) -> None:
     """Turn pictures with captions into shards for `train --data`: `openblip2 prepare pictures/ --out shards/`."""
     from openblip2.data.sources import read_corpus
-    from openblip2.data.write_shards import write_shards
+    from openblip2.data.web.write_shards import write_shards
     from openblip2.train.progress import Progress
 
     progress = Progress()

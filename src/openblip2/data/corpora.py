@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from openblip2.data.grammar import Facts, Thing, sentences
-from openblip2.data.groups import alike, drawn, joined, thumbnail
 from openblip2.data.images import open_picture
+from openblip2.data.real.groups import alike, drawn, joined, thumbnail
 from openblip2.data.records import Question, Record
+from openblip2.data.scenes.grammar import Facts, Thing, sentences
 from openblip2.errors import UserError
 
 STAMPS = Path("/usr/share/tuxpaint/stamps")

@@ -9,8 +9,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from openblip2.data.mixture import FILE as SHARDS
 from openblip2.data.records import Record
+from openblip2.data.web.mixture import FILE as SHARDS
 
 FILE = "trained_on.txt"
 _HEAD = 64 * 2**10  # bytes that are read: with the size they tell pictures apart

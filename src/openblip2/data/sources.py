@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from openblip2.data.corpora import easy_vqa_records, stamps_records
-from openblip2.data.mixture import Part, names_shards, read_parts
-from openblip2.data.official import official_kind, read_official
+from openblip2.data.official.read import official_kind, read_official
 from openblip2.data.records import Record, Wanted, read_records
+from openblip2.data.web.mixture import Part, names_shards, read_parts
 from openblip2.errors import UserError
 
 EASY_VQA = "easy-vqa"
@@ -34,7 +34,7 @@ def read_source(
     withheld: bool = False,
     shards: bool = False,
 ) -> Source:
-    """The records of `data`: "easy-vqa", an official `.json` (`data/official.py`), or one's own (`data/records.py`).
+    """The records of `data`: "easy-vqa", an official `.json` (data/official/read.py), or one's own (data/records.py).
 
     Args:
         wanted: what every record must have. images: the folder of an official file's pictures.

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from openblip2.data.grammar import judge
 from openblip2.data.records import Record
+from openblip2.data.scenes.grammar import judge
 
 
 def caption_scores(captions: Sequence[str], records: Sequence[Record]) -> dict[str, Any]:

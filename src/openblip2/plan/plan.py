@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass
 
 from openblip2.config import RunSettings, change
-from openblip2.data.features import bytes_of
-from openblip2.data.shards import Layout
+from openblip2.data.cache.features import bytes_of
+from openblip2.data.cache.shards import Layout
 from openblip2.errors import UserError
 from openblip2.plan.former import Former
 from openblip2.plan.frozen import Encoder, Language, count_encoder, count_language

@@ -8,8 +8,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from openblip2.data.grammar import judge
 from openblip2.data.images import open_picture
+from openblip2.data.scenes.grammar import judge
 from openblip2.evaluate.vqa import normalise
 
 FIRST = 9  # shown at once; the others unfold

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from openblip2.config import change
-from openblip2.data.features import StoredFeatures, find_records
+from openblip2.data.cache.features import StoredFeatures, find_records
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
 from openblip2.data.tokens import QFormerTokens

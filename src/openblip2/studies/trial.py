@@ -19,11 +19,11 @@ import torch
 
 from openblip2.captioner import Captioner
 from openblip2.config import RunSettings, VisionSettings, change, to_dict
-from openblip2.data.cache import Cache
-from openblip2.data.features import find_records
+from openblip2.data.cache.features import find_records
+from openblip2.data.cache.folder import Cache
 from openblip2.data.records import Record, read_records
 from openblip2.data.rows import RECORDS
-from openblip2.data.scenes import Split, draw_scenes
+from openblip2.data.scenes.draw import Split, draw_scenes
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
 from openblip2.evaluate.grounding import caption_losses

@@ -18,8 +18,8 @@ from openblip2.capfilt.how import How
 from openblip2.capfilt.models import Models
 from openblip2.capfilt.run import capfilt
 from openblip2.data.records import Record
-from openblip2.data.tars import read_tar
-from openblip2.data.write_shards import write_shards
+from openblip2.data.web.tars import read_tar
+from openblip2.data.web.write_shards import write_shards
 from openblip2.errors import UserError
 from openblip2.train.progress import Progress
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
-from openblip2.data.cache import Cache
-from openblip2.data.features import (
+from openblip2.data.cache.features import (
     Features,
     build_cache,
     bytes_of,
@@ -24,9 +23,10 @@ from openblip2.data.features import (
     require_room,
     require_same,
 )
+from openblip2.data.cache.folder import Cache
+from openblip2.data.cache.shards import STORED, Layout
+from openblip2.data.cache.views import BATCH, CROPS, PLAIN, encode_pictures, open_pictures
 from openblip2.data.records import Record
-from openblip2.data.shards import STORED, Layout
-from openblip2.data.views import BATCH, CROPS, PLAIN, encode_pictures, open_pictures
 from openblip2.errors import UserError
 from openblip2.model.precision import DTYPES
 from openblip2.model.vision import Vision

@@ -12,8 +12,8 @@ import torch
 
 from openblip2.config import RunSettings
 from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
-from openblip2.data.cache import Cache
-from openblip2.data.features import Features, StoredFeatures, find_records
+from openblip2.data.cache.features import Features, StoredFeatures, find_records
+from openblip2.data.cache.folder import Cache
 from openblip2.data.records import Record
 from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
 from openblip2.data.text import clean_caption, clean_question

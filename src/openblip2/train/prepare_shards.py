@@ -1,7 +1,7 @@
 """From shards to batches: samples counted, some held out as a data folder of the run, pictures encoded as they come.
 
 RUN/shards.json   which shards, with how many samples each: by it the order of samples is the same in every process and
-                  after every start (data/mixture.py)
+                  after every start (data/web/mixture.py)
 RUN/held_out/     the pictures to validate on, a data folder that `evaluate --data` takes too
 """
 
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from openblip2.config import RunSettings
-from openblip2.data.mixture import Part, count_parts, hold_out, kept_parts, write_parts
-from openblip2.data.readers import captions, reader
 from openblip2.data.records import Record, read_records, write_records
-from openblip2.data.tars import Shard
 from openblip2.data.text import clean_caption
-from openblip2.data.webdata import ShardPairs
+from openblip2.data.web.mixture import Part, count_parts, hold_out, kept_parts, write_parts
+from openblip2.data.web.pairs import ShardPairs
+from openblip2.data.web.readers import captions, reader
+from openblip2.data.web.tars import Shard
 from openblip2.distributed import is_first, rank, world_size
 from openblip2.errors import UserError
 from openblip2.model.vision import Vision

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from openblip2.config import RunSettings
 from openblip2.data.batches import PairBatch, joined_ids
-from openblip2.data.mixture import Part
 from openblip2.data.records import Record
 from openblip2.data.seen import write_seen
 from openblip2.data.tokens import QFormerTokens
+from openblip2.data.web.mixture import Part
 from openblip2.distributed import is_first, share
 from openblip2.evaluate.answering import measure_answers, question_tokens
 from openblip2.evaluate.grounding import grounding

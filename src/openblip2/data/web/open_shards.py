@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from openblip2.data.mixture import Part
-from openblip2.data.shard_order import Order, Spot
-from openblip2.data.tars import Shard
+from openblip2.data.web.mixture import Part
+from openblip2.data.web.shard_order import Order, Spot
+from openblip2.data.web.tars import Shard
 from openblip2.errors import UserError
 
 THREADS = 4  # that open shards: they wait for disks and networks, and get in each other's way where they need not

@@ -16,8 +16,8 @@ from random import Random
 from typing import Any, Literal, NotRequired, TypedDict
 
 from openblip2.data.records import Question
+from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, NUMBERS, OPPOSITE, PLACES, SIZES, plural, with_article
 from openblip2.data.text import clean_caption
-from openblip2.data.vocabulary import COLOURS, NOUNS, NUMBERS, OPPOSITE, PLACES, SIZES, plural, with_article
 
 
 class Thing(TypedDict):

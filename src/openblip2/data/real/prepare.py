@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from openblip2.data.corpora import read_stamps
-from openblip2.data.groups import alike, folds, joined, thumbnail
 from openblip2.data.images import open_picture
-from openblip2.data.openclipart import read_openclipart
+from openblip2.data.real.groups import alike, folds, joined, thumbnail
+from openblip2.data.real.openclipart import read_openclipart
 from openblip2.data.records import Record, write_records
 from openblip2.errors import UserError
 

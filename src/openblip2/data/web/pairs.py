@@ -1,6 +1,6 @@
 """Batches from shards: pictures decoded as they are needed, batch n a function of (seed, n).
 
-What order the samples come in says `data/shard_order.py`, what stands in for bad ones `data/open_shards.py`. A batch
+What order the samples come in says shard_order.py, what stands in for bad ones open_shards.py. A batch
 is that of all processes together; each has the rows that `distributed.part_of` gives it, and reads no others. The
 rows stand by lane: where the number of processes divides that of the lanes, and that the batch, no two processes open
 the same shard.
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from openblip2.data.batches import PairBatch, pair_ids
 from openblip2.data.images import PictureFile, augment, to_pixels
-from openblip2.data.mixture import Part
-from openblip2.data.open_shards import OpenShards
-from openblip2.data.readers import captions, picture, reader
-from openblip2.data.shard_order import Order, Spot, Turns, generator
 from openblip2.data.text import clean_caption
+from openblip2.data.web.mixture import Part
+from openblip2.data.web.open_shards import OpenShards
+from openblip2.data.web.readers import captions, picture, reader
+from openblip2.data.web.shard_order import Order, Spot, Turns, generator
 from openblip2.distributed import part_of
 from openblip2.errors import UserError
 

@@ -5,7 +5,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openblip2.data.annotations import Pictures, each, identity, numbered, read_json, repeated_keys, shown, text
+from openblip2.data.official.annotations import (
+    Pictures,
+    each,
+    identity,
+    numbered,
+    read_json,
+    repeated_keys,
+    shown,
+    text,
+)
 from openblip2.data.records import Question, Record, kind_of
 from openblip2.errors import UserError
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from openblip2.data.cache import Cache, read_head, write_head
+from openblip2.data.cache.folder import Cache, read_head, write_head
+from openblip2.data.cache.shards import Layout, Picture, Shard, ShardWriter, shard_path, writing
+from openblip2.data.cache.views import BATCH, encode_pictures, open_pictures
 from openblip2.data.records import Record
-from openblip2.data.shards import Layout, Picture, Shard, ShardWriter, shard_path, writing
-from openblip2.data.views import BATCH, encode_pictures, open_pictures
 from openblip2.errors import UserError
 
 # What made a cache, in words for whoever has another one. Depth and precision change what the weights are and go first.

@@ -1,6 +1,6 @@
 """Records as shards: what `openblip2 prepare` writes, in the form of img2dataset.
 
-OUT/00000.tar         pictures as their files are, each with its captions (data/tars.py) and its record's id, "image_id"
+OUT/00000.tar         pictures as their files are, each with its captions (tars.py) and its record's id, "image_id"
 OUT/00000_stats.json  "successes": how many; "count": of how many records; "skipped": why the others are not in it
 
 A shard is there when its stats are. An interrupted run is gone on with: shards of the same records are not made again.
@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import torch
 
+from openblip2.data.cache.views import THREADS
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record
-from openblip2.data.shard_file import stats_path, write_stats
-from openblip2.data.tars import PICTURES, Sample, TarWriter
-from openblip2.data.views import THREADS
+from openblip2.data.web.shard_file import stats_path, write_stats
+from openblip2.data.web.tars import PICTURES, Sample, TarWriter
 from openblip2.errors import UserError
 
 

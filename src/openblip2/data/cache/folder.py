@@ -1,7 +1,7 @@
 """A cache of frozen features: a folder of shards and what made them.
 
 CACHE/cache.json               what made it, the layout of its rows, how many pictures and shards it has
-CACHE/shard-00000.safetensors  the rows of up to 512 pictures (data/shards.py)
+CACHE/shard-00000.safetensors  the rows of up to 512 pictures (data/cache/shards.py)
 CACHE/shard-00000.json         whose they are, what was skipped and why, checksums
 
 The rows' owners stand with their shard and not in cache.json, which would grow and be written anew with every shard.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openblip2.data.shards import STORED, Layout, Picture, Shard, shard_path, write_whole
+from openblip2.data.cache.shards import STORED, Layout, Picture, Shard, shard_path, write_whole
 from openblip2.errors import UserError
 
 VERSION = 1

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from openblip2.data.images import MAX_BYTES
-from openblip2.data.shard_file import open_shard
-from openblip2.data.shard_names import expand as expand  # part of this module's interface
-from openblip2.data.tar_members import Member, shown, tar_members
+from openblip2.data.web.shard_file import open_shard
+from openblip2.data.web.shard_names import expand as expand  # part of this module's interface
+from openblip2.data.web.tar_members import Member, shown, tar_members
 from openblip2.errors import UserError, one_line
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"})

@@ -2,7 +2,7 @@
 
     [[part]]
     shards = "coco/{00000..00056}.tar"   # as `expand` takes it; relative to the .toml's folder
-    reader = "coco"                      # one of data/readers.py; else "web"
+    reader = "coco"                      # one of data/web/readers.py; else "web"
     weight = 3
 
     [[part]]
@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from openblip2.data.readers import reader
-from openblip2.data.shard_file import is_url, told_samples
-from openblip2.data.shard_names import expand
-from openblip2.data.tars import Shard
+from openblip2.data.web.readers import reader
+from openblip2.data.web.shard_file import is_url, told_samples
+from openblip2.data.web.shard_names import expand
+from openblip2.data.web.tars import Shard
 from openblip2.errors import UserError, one_line
 
 FILE = "shards.json"

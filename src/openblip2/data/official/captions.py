@@ -5,7 +5,7 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
-from openblip2.data.annotations import Pictures, each, identity, numbered, shown, text
+from openblip2.data.official.annotations import Pictures, each, identity, numbered, shown, text
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from openblip2.data.tars import Sample
+from openblip2.data.web.tars import Sample
 from openblip2.errors import UserError
 
 
@@ -17,7 +17,7 @@ class Reader(NamedTuple):
     """How the samples of one data set are read.
 
     Attributes:
-        captions: fields that hold a caption where the sample has none in the usual places (`data/tars.py`).
+        captions: fields that hold a caption where the sample has none in the usual places (`data/web/tars.py`).
         pictures: fields that say which picture it is, each with the collection whose numbers they are.
         address: what finds that number in a picture's url, and the collection.
         urls: fields with the picture's address.

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from openblip2.data.int8 import channel_tables, dequantise, quantise
+from openblip2.data.cache.int8 import channel_tables, dequantise, quantise
 from openblip2.errors import UserError
 
 # A change of these is a new `cache.VERSION`.

@@ -5,7 +5,7 @@ import itertools
 import re
 from pathlib import Path
 
-from openblip2.data.shard_file import is_url
+from openblip2.data.web.shard_file import is_url
 from openblip2.errors import UserError
 
 MOST_SHARDS = 1_000_000

@@ -15,10 +15,10 @@ from typing import Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
-from openblip2.data.grammar import Facts, Thing, captions, questions
 from openblip2.data.records import Record, write_records
 from openblip2.data.rows import RECORDS
-from openblip2.data.vocabulary import COLOURS, NOUNS, NUMBERS, PLACES, SHAPES, SIZES
+from openblip2.data.scenes.grammar import Facts, Thing, captions, questions
+from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, NUMBERS, PLACES, SHAPES, SIZES
 from openblip2.errors import UserError
 
 Split = Literal["train", "test"]

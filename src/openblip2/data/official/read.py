@@ -22,9 +22,9 @@ name without its suffix; the question's own.
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from openblip2.data.annotations import Pictures, first_entry, read_json, uncollected
-from openblip2.data.official_captions import COCO_NAME, karpathy, listed, nocaps
-from openblip2.data.official_questions import gqa, vqa
+from openblip2.data.official.annotations import Pictures, first_entry, read_json, uncollected
+from openblip2.data.official.captions import COCO_NAME, karpathy, listed, nocaps
+from openblip2.data.official.questions import gqa, vqa
 from openblip2.data.records import Record
 from openblip2.errors import UserError
 

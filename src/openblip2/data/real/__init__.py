@@ -1,0 +1,1 @@
+"""Real pictures that ordinary packages carry, in groups of look-alikes."""

@@ -1,0 +1,1 @@
+"""Drawn scenes: pictures of which everything is known."""
