@@ -17,7 +17,7 @@ from openblip2.attend import Looked, look, overlay, sheet, text_relevance
 from openblip2.captioner import CAPTION, greedy
 from openblip2.cli import app
 from openblip2.data.records import Record
-from openblip2.data.scenes import draw_scenes
+from openblip2.data.scenes.draw import draw_scenes
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher

@@ -102,7 +102,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
                 self.end_headers()
                 self.wfile.write(b"x" * int(self.path[1:]))
 
-        def log_message(self, *given: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)

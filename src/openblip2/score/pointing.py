@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from openblip2.attend import By, text_relevance
-from openblip2.data.grammar import named
 from openblip2.data.images import to_pixels
 from openblip2.data.records import Record
+from openblip2.data.scenes.grammar import named
 from openblip2.errors import UserError
 from openblip2.inputs import GROUP
 from openblip2.matcher import Matcher
