@@ -31,7 +31,7 @@ BELOW = {
     "train": GROUND | {"model", "data", "evaluate"},
     "weights": GROUND | {"model", "data", "evaluate", "train", "presets"},
 }
-HANDS = {"inference", "captioner", "matcher", "pretrained", "inputs", "chat"}
+HANDS = {"inference", "captioner", "matcher", "pretrained", "inputs", "chat", "attend"}
 for name in HANDS:
     BELOW[name] = BELOW["weights"] | {"weights"} | HANDS
 BELOW["capfilt"] = BELOW["weights"] | {"weights"} | HANDS
