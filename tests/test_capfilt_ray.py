@@ -39,7 +39,7 @@ def whole(home: Path) -> Path:
 @pytest.fixture
 def cluster() -> Iterator[None]:
     """A Ray that is there already, as on a cluster: it has no CPU more than the workers would like."""
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield

@@ -46,8 +46,8 @@ def on_ray(tasks: Iterable[Task], models: Models, how: How, workers: int) -> Ite
         UserError: Ray is missing, the cluster has no room for the workers, or what they raise.
     """
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]  (not among what the developers install)
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError("--ray needs Ray Data: pip install 'openblip2[ray]'") from error
     began = not ray.is_initialized()
