@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,21 @@ class Log:
     Args:
         keep_steps: keep what is there up to this step; None = begin anew.
         writes: False for processes that only read along: one of a run's processes writes.
+        tell: is called with each row that is written.
 
     Attributes:
         validated: the steps that were validated. torn: how many lines were no JSON and were dropped: a process that is
             killed may leave half a line.
     """
 
-    def __init__(self, path: Path, keep_steps: int | None = None, writes: bool = True) -> None:
-        self.path, self.writes, self.torn = path, writes, 0
+    def __init__(
+        self,
+        path: Path,
+        keep_steps: int | None = None,
+        writes: bool = True,
+        tell: Callable[[Mapping[str, Any]], object] = lambda row: None,
+    ) -> None:
+        self.path, self.writes, self.tell, self.torn = path, writes, tell, 0
         rows = []
         if keep_steps is not None and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -41,6 +49,7 @@ class Log:
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            self.tell(row)
 
     def rows(self) -> list[dict[str, Any]]:
         """All that is there now."""

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from openblip2.train.parallel import Together, clip_gradients
 from openblip2.train.progress import Progress
 from openblip2.train.resume import Done, forget_checkpoints, keep_last, read_checkpoint, write_checkpoint
 from openblip2.train.stopping import stop_requests
+from openblip2.train.tracking import tell
 
 
 def fit(
@@ -63,7 +65,8 @@ def fit(
     done = Done() if last is None else read_checkpoint(last, model, optimizer)
     keep_last(run, settings.keep_checkpoints)  # a process may have ended between writing one and this
     together = Together(model, losses, sparse)
-    log = Log(run / "log.jsonl", None if last is None else done.step, writes=is_first())
+    told = tell(settings.track if is_first() else "", run, asdict(settings) | asdict(optim))
+    log = Log(run / "log.jsonl", None if last is None else done.step, is_first(), told)
     if log.torn:
         progress.say(f"{log.path}: {log.torn} lines were no JSON and are dropped")
 

@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "checkpoint_every",
     "keep_checkpoints",
     "most_bad_steps",
+    "track",
 )
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
