@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tools: Path, tmp_path: Path
 # --- archives
 
 
-@pytest.mark.parametrize("name", ["../outside", "package/../../outside", "/tmp/outside"])
+@pytest.mark.parametrize("name", ["../outside", "package/../../outside", "/absolute/outside"])
 def test_a_path_outside_is_refused(name: str, tmp_path: Path) -> None:
     archives = (
         tgz(tmp_path / "a.tgz", {"fine": b"1", name: b"2"}),

@@ -21,7 +21,7 @@ def ablate(
     stage2_steps: Annotated[int | None, typer.Option(min=1, help="Else the study's own.")] = None,
     changes: Settings = None,
 ) -> None:
-    """Run one of the paper's ablations, or of ours, on drawn scenes: about ten minutes, and it goes on where it was."""
+    """Run one of the paper's ablations, or of ours, on drawn scenes; interrupted, it goes on where it was."""
     from openblip2.studies.ablations import ablate as run
     from openblip2.studies.design import Plan
     from openblip2.train.progress import Progress
