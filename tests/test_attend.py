@@ -100,9 +100,7 @@ def test_words_share_out_the_texts_likelihood(kind: str) -> None:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of each stage."""
     root = tmp_path_factory.mktemp("attend")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
-    tiny_runs.pictures(root / "data")
+    tiny_runs.home(root, count=16)
     options = tiny_runs.options(root)
     for stage, more in (("stage1", []), ("stage2", ["--start", str(root / "stage1")])):
         given = ["train", stage, "--data", str(root / "data"), "--out", str(root / stage), *options, *more]

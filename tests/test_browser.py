@@ -32,9 +32,7 @@ EVIL = "<img src=x onerror=\"document.title='run'\">"
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A server of tiny runs with an index, in its own process, as the command starts it."""
     root = tmp_path_factory.mktemp("browser")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
-    tiny_runs.pictures(root / "data")
+    tiny_runs.home(root, count=16)
     options = tiny_runs.options(root)
     for stage, more in (("stage1", []), ("stage2", ["--start", str(root / "stage1")])):
         given = ["train", stage, "--data", str(root / "data"), "--out", str(root / stage), *options, *more]

@@ -24,8 +24,7 @@ QUIET = Progress(quiet=True)
 @pytest.fixture
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     root = tmp_path_factory.mktemp("models")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
+    tiny_runs.home(root)
     words = dict(word.split("=", 1) for word in tiny_runs.options(root)[1::2]) | {"data.max_tokens": "18"}
     tiny: dict[str, Any] = {stage: change(preset(stage, "laptop"), words) for stage in ("stage1", "stage2")}
     return Plan(scenes=24, test_scenes=8, validated=4, steps={"stage1": 3, "stage2": 2}, **tiny)

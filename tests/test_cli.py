@@ -97,9 +97,7 @@ class Home(NamedTuple):
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     root = tmp_path_factory.mktemp("home")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
-    tiny_runs.pictures(root / "data")
+    tiny_runs.home(root, count=16)
     home = Home(root, tiny_runs.options(root), [])
     home.said.append(call(*home.train("stage1", "stage1")))
     home.said.append(call(*home.train("stage2", "stage2", "--start", home.stage1)))

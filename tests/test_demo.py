@@ -17,8 +17,7 @@ LITTLE = Plan(train_scenes=24, test_scenes=8, train_easy_vqa=6, asked=6, reranke
 
 
 def test_demo_writes_report_metrics_and_both_runs(tmp_path: Path) -> None:
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(tmp_path / build.__name__)
+    tiny_runs.home(tmp_path)
     words = dict(word.split("=", 1) for word in tiny_runs.options(tmp_path)[1::2])
     tiny = {stage: change(preset(stage, "laptop"), words) for stage in ("stage1", "stage2")}
     metrics = run_demo(tmp_path / "out", replace(LITTLE, **tiny), Progress(quiet=True))

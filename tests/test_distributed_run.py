@@ -37,11 +37,7 @@ def python(words: Sequence[object]) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("training")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
-    tiny_runs.pictures(root / "data", count=24)
-    return root
+    return tiny_runs.home(tmp_path_factory.mktemp("training"), count=24)
 
 
 def train(home: Path, launcher: list[str], stage: str, out: Path, *more: str) -> subprocess.CompletedProcess[str]:

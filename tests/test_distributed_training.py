@@ -156,7 +156,7 @@ def messages(own: slice) -> list[dict[str, int]]:
     return found
 
 
-@pytest.fixture(scope="module", params=COUNTS, ids="{} processes".format)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} processes".format)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run(request.param, work, tmp_path_factory.mktemp("gloo"), COUNTS[request.param])
 

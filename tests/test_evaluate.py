@@ -104,9 +104,7 @@ def test_candidates_have_the_scores_of_their_pairs_and_each_picture_is_asked_onc
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, pictures with captions and questions, runs of both stages and of all three tasks."""
     root = tmp_path_factory.mktemp("evaluation")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
-    tiny_runs.pictures(root / "data", count=24)
+    tiny_runs.home(root, count=24)
     rows = [json.loads(line) for line in (root / "data" / "records.jsonl").read_text().splitlines()]
     for row in rows:
         colour = row["caption"].split()[1]

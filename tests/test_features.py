@@ -377,9 +377,7 @@ class Home(NamedTuple):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     root = tmp_path_factory.mktemp("features")
-    for make in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        make(root / make.__name__)
-    tiny_runs.pictures(root / "data")
+    tiny_runs.home(root, count=16)
     for n in range(16):  # no longer plain: a crop is then another picture
         own = np.random.default_rng(n).integers(0, 255, (16, 20, 3), dtype=np.uint8)
         Image.fromarray(own).save(root / "data" / f"{n}.png")

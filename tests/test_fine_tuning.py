@@ -172,9 +172,7 @@ def test_fine_tuning_an_encoder_decoder_makes_the_whole_text_the_target() -> Non
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, pictures with captions and questions, a stage-1 run and a stage-2 run."""
     root = tmp_path_factory.mktemp("fine-tuning")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
-    tiny_runs.pictures(root / "data", count=24)
+    tiny_runs.home(root, count=24)
     rows = [json.loads(line) for line in (root / "data" / "records.jsonl").read_text().splitlines()]
     for row in rows:
         _, colour, noun = row["caption"].split()

@@ -101,9 +101,7 @@ def batches_taken(folder: Path) -> tuple[dict[int, Any], int]:
 def test_random_kills_lose_nothing(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(home / build.__name__)
-    tiny_runs.pictures(home / "data", count=PICTURES)
+    tiny_runs.home(home, count=PICTURES)
     assert Sampler.WINDOW * BATCH == PICTURES - HELD
     drawn = random.Random(6)
     fell: Counter[str] = Counter()
@@ -154,9 +152,7 @@ def check_run(folder: Path, whole: Path) -> int:
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both_and_one_goes_on(tmp_path: Path) -> None:
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(tmp_path / build.__name__)
-    tiny_runs.pictures(tmp_path / "data", count=PICTURES)
+    tiny_runs.home(tmp_path, count=PICTURES)
     run, steps = tmp_path / "run", 400
     words = ["train", "stage1", "--data", tmp_path / "data", "--out", run, "--resume", *tiny_runs.options(tmp_path)]
     words += ["--set", f"train.steps={steps}", "--set", "train.checkpoint_every=0", "--set", "train.validate_every=0"]

@@ -18,8 +18,7 @@ from openblip2.train.progress import Progress
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("real")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
+    tiny_runs.home(root)
     records = []
     for source, count in (("stamps", 24), ("emoji", 16)):
         for n in range(count):

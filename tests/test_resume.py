@@ -27,6 +27,7 @@ from openblip2.train.resume import find_checkpoint
 from test_training import OPTIM, Line, log_of, quiet, settings
 
 Losses = Callable[[int], dict[str, Tensor]]
+EVERY = 3  # operation on files that a run is killed at by default; the others are slow tests
 
 
 class Heard(Progress):
@@ -342,10 +343,13 @@ def life(folder: str, operation: int) -> None:
     go(Path(folder))
 
 
-def test_killed_at_each_operation_on_files_it_ends_in_the_same_run(whole: Path, tmp_path: Path, lives: Lives) -> None:
-    operation, codes, folder = -1, [-9], tmp_path
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, EVERY))])
+def test_killed_at_each_operation_on_files_it_ends_in_the_same_run(
+    whole: Path, tmp_path: Path, lives: Lives, first: int
+) -> None:
+    operation, codes, folder = first - EVERY, [-9], tmp_path
     while codes == [-9]:
-        operation += 1
+        operation += EVERY
         folder = tmp_path / str(operation)
         folder.mkdir()
         codes, _ = lives.live(life, folder, operation)

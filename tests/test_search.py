@@ -65,9 +65,7 @@ def test_a_picture_is_most_like_itself_and_what_is_removed_is_gone() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("search")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
-    tiny_runs.pictures(root / "data")
+    tiny_runs.home(root, count=16)
     given = ["train", "stage1", "--data", str(root / "data"), "--out", str(root / "stage1"), *tiny_runs.options(root)]
     assert CliRunner().invoke(app, given).exit_code == 0
     return root / "stage1"

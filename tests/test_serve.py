@@ -42,9 +42,7 @@ MAX = 300_000  # bytes of a request, here
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of each stage and an index of the pictures."""
     root = tmp_path_factory.mktemp("serve")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
-    tiny_runs.pictures(root / "data")
+    tiny_runs.home(root, count=16)
     options = tiny_runs.options(root)
     for stage, more in (("stage1", []), ("stage2", ["--start", str(root / "stage1")])):
         command = ["train", stage, "--data", str(root / "data"), "--out", str(root / stage), *options, *more]

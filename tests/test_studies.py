@@ -32,8 +32,7 @@ QUIET = Progress(quiet=True)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
+    tiny_runs.home(root)
     torch.manual_seed(3)
     stages = [(1, 3, 2, 2, 6)]
     config = EfficientNetLiteConfig(hidden_size=10, stem=4, stages=stages, image_size=tiny_runs.SIDE, patch_size=4)

@@ -187,11 +187,7 @@ def test_questions_with_negations_can_be_left_out(share: float, kept: int) -> No
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("training")
-    for build in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        build(root / build.__name__)
-    tiny_runs.pictures(root / "data", count=24)
-    return root
+    return tiny_runs.home(tmp_path_factory.mktemp("training"), count=24)
 
 
 def recipe(home: Path, stage: str, **changes: Any) -> RunSettings:

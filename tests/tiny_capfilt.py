@@ -52,10 +52,8 @@ def clip(folder: Path) -> Path:
 
 def build(root: Path) -> Path:
     """ROOT/stage1, ROOT/stage2, ROOT/clip, and ROOT/set with three shards of 40, 5 and 7 samples."""
-    for make in (tiny_runs.vision, tiny_runs.bert, tiny_runs.language):
-        make(root / make.__name__)
+    tiny_runs.home(root, count=16)
     clip(root / "clip")
-    tiny_runs.pictures(root / "data")
     common = ["--data", root / "data", *tiny_runs.options(root), "--set", f"data.max_tokens={TOKENS}"]
     assert call("train", "stage1", "--out", root / "stage1", *common).code == 0
     assert call("train", "stage2", "--start", root / "stage1", "--out", root / "stage2", *common).code == 0

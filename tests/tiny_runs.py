@@ -77,6 +77,15 @@ def pictures(folder: Path, count: int = 16) -> Path:
     return folder
 
 
+def home(root: Path, count: int = 0) -> Path:
+    """The three models in a folder, each under its builder's name, and so many pictures in its `data`."""
+    for build in (vision, bert, language):
+        build(root / build.__name__)
+    if count:
+        pictures(root / "data", count)
+    return root
+
+
 def options(models: Path) -> list[str]:
     """`--set` for tiny runs of 3 steps on the models in `models`, where the three builders have put them."""
     settings = {
