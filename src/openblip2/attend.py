@@ -29,9 +29,8 @@ from openblip2.train.hardware import computing
 
 By = Literal["itc", "itm"]
 BY: tuple[By, ...] = get_args(By)
-Map = np.ndarray[
-    Any, Any
-]  # float32 [g, g], 0 or more, from the top left; it covers the whole picture, whatever its aspect
+# float32 [g, g], 0 or more, from the top left; it covers the whole picture, whatever its aspect.
+Map = np.ndarray[Any, Any]
 SIDE = 768  # px, longest of what is drawn
 
 

@@ -15,12 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from openblip2.attend import look, overlay
 from openblip2.captioner import ANSWER, CAPTION, Captioner, greedy
 from openblip2.config import RunSettings, change
 from openblip2.data.cache.features import Features
 from openblip2.data.corpora import easy_vqa_records, stamps_records
 from openblip2.data.records import Question, Record
 from openblip2.data.scenes.draw import draw_scenes
+from openblip2.data.scenes.grammar import named
 from openblip2.data.text import clean_caption
 from openblip2.evaluate.captions import caption_scores
 from openblip2.evaluate.grounding import grounding
@@ -32,6 +34,7 @@ from openblip2.model.build import build_vision
 from openblip2.model.language import Decoding
 from openblip2.presets import preset
 from openblip2.report import write_report
+from openblip2.score.pointing import score_pointing
 from openblip2.train.checkpoint import make_folder, write_json
 from openblip2.train.encode import encode_all
 from openblip2.train.hardware import compute_dtype, computing, device, keep_freed_memory
@@ -66,6 +69,8 @@ class Plan:
     train_easy_vqa: int = 400  # of its 4,000 training pictures, as captions; its questions are never trained on
     asked: int = 400  # questions of each data set, drawn from its test part
     reranked: int = 16  # ITM looks at this many candidates
+    pointed: int = 100  # test pictures of the pointing game
+    looked: int = 9  # pictures whose maps are drawn
     stage1: RunSettings = field(default_factory=lambda: preset("stage1", "laptop"))
     stage2: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
 
@@ -124,7 +129,9 @@ def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
                 for name, (known, _) in corpus.questions.items()
             },
             "grounding": _grounding(captioner, test, plan),
+            "pointing": _pointing(matcher, corpus.test, plan, progress),
         }
+        examples["maps"] = _maps(matcher, corpus.test[: plan.looked], out / "maps")
     metrics["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     metrics["seconds"]["total"] = round(sum(seconds.values()), 1)
     metrics["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
@@ -281,6 +288,29 @@ def _grounding(captioner: Captioner, test: Features, plan: Plan) -> dict[str, An
     model = captioner.model
     with torch.inference_mode(), computing(model, captioner.settings.train.precision):
         return grounding(model, test, plan.seed, captioner.settings.language.prompts[0]).as_log()
+
+
+def _pointing(matcher: Matcher, test: Sequence[Record], plan: Plan, progress: Progress) -> dict[str, Any] | None:
+    if plan.corpus != "scenes":  # nobody has said where things are
+        return None
+    found = score_pointing(matcher, test[: plan.pointed], "itc", progress, plan.seed)
+    return {"n": found.pictures, "texts": found.protocol["texts"]} | {k: v.score for k, v in found.scores.items()}
+
+
+def _maps(matcher: Matcher, records: Sequence[Record], folder: Path) -> list[dict[str, str]]:
+    """What a text of each picture depends on, and where the queries look, drawn into a folder."""
+    make_folder(folder)
+    examples: list[dict[str, str]] = []
+    for record in records:
+        text = named(record.facts["objects"][0]) if record.facts else clean_caption(record.captions[0])
+        found = look(matcher, record.image, text)
+        example = {"image": str(record.image), "text": text}
+        for kind, drawn in (("relevance", found.words[0][1]), ("attention", found.average)):
+            path = folder / f"{record.image.stem}-{kind}.png"
+            overlay(record.image, drawn).save(path)
+            example[kind] = str(path)
+        examples.append(example)
+    return examples
 
 
 @contextmanager

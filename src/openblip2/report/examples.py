@@ -66,6 +66,21 @@ def shown_retrieval(examples: Mapping[str, Sequence[Example]]) -> str:
     )
 
 
+def shown_maps(examples: Sequence[Example]) -> str:
+    """Pictures, what the score of a text depends on in each, and where the queries look."""
+    told = "Brighter is more: what the text's score depends on, and where all queries look on average. "
+    items = [
+        f'<li class="tall"><p class="said">{escape(example["text"])}</p><div class="row">'
+        + "".join(
+            _ranked(example[kind], f"{example['text']}, {label}", "", label)
+            for kind, label in (("image", "picture"), ("relevance", "for the text"), ("attention", "all queries"))
+        )
+        + "</div></li>"
+        for example in examples
+    ]
+    return _unchosen(len(items), told) + _shots(items)
+
+
 def _found_captions(example: Example) -> str:
     right, hit = example["reference"], ' <span class="tag good">✓ right</span>'
     found = "".join(f"<li>{escape(text)}{hit if text == right else ''}</li>" for text in example["found"])

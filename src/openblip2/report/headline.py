@@ -118,8 +118,16 @@ def _scenes_goals(metrics: Mapping[str, Any]) -> list[Goal]:
             f"{right:.2f} and {other:.2f}",
             right < other / 2,
         ),
+        _pointing_goal(metrics["pointing"]),
         *[_blind_goal(name, metrics["vqa"][name]) for name in ("easy-vqa",) if name in metrics["vqa"]],
     ]
+
+
+def _pointing_goal(found: Mapping[str, Any]) -> Goal:
+    mine, centre = found["pointing"], found["centre"]
+    return Goal(
+        "points at what a text names", f"twice the centre's {percent(centre)}", percent(mine), mine >= 2 * centre
+    )
 
 
 def _blind_goal(name: str, found: Mapping[str, Any]) -> Goal:

@@ -15,7 +15,7 @@ from typing import Any
 from openblip2.data.records import QUESTION_KINDS
 from openblip2.evaluate.levels import ITM_CHANCE
 from openblip2.report.curves import Series, chart, smooth
-from openblip2.report.examples import shown_answers, shown_captions, shown_retrieval
+from openblip2.report.examples import shown_answers, shown_captions, shown_maps, shown_retrieval
 from openblip2.report.headline import goals_table, opening
 from openblip2.report.markup import bar, duration, percent, table
 
@@ -59,6 +59,7 @@ def write_report(
         "Captions": _captions(metrics["caption"], examples["captions"]),
         "Questions and answers": _questions(metrics, examples),
         "Retrieval": _retrieval(metrics["retrieval"], examples["retrieval"]),
+        "Where it looks": _looks(metrics["pointing"]) + shown_maps(examples["maps"]),
         "Loss curves": _curves(stage1_log, stage2_log),
         "Does it look at the picture?": _grounding(metrics["grounding"]),
         "Time and memory": _time(metrics),
@@ -136,6 +137,22 @@ def _retrieval(found: Mapping[str, Any], examples: Mapping[str, Any]) -> str:
     return (
         f"<p>{found['n']} held-out pictures and the first caption of each: find one by the other. Pictures "
         "of the very same caption count as right.</p>" + table(head, rows) + shown_retrieval(examples)
+    )
+
+
+def _looks(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "<p>The pointing game was not played: nobody has said where things are in these pictures.</p>"
+    names = {
+        "pointing": "this run",
+        "chance": "any place at random",
+        "centre": "the picture's middle",
+        "best fixed place": "the one place that is right most often, which nobody could know",
+    }
+    return (
+        f"<p>The pointing game: what the ITC score of {found['texts']} texts such as \u201ca red cat\u201d depends on "
+        f"most, in {found['n']} held-out pictures: does it lie on what is named?</p>"
+        + table(["", "on the object"], [[what, percent(found[name])] for name, what in names.items()])
     )
 
 
