@@ -7,13 +7,14 @@ PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help check test demo bench-real clean
+.PHONY: help check test browser demo bench-real clean
 
 help:
 	@echo "make demo    train both stages on pictures it draws, score them, write $(OUT)/report.html"
 	@echo "             (OUT=folder puts it elsewhere)"
 	@echo "make bench-real  the whole way on real pictures, 5 folds: hours; its table goes into docs/results.md"
 	@echo "make test    the tests, without the slow ones"
+	@echo "make browser the page in Debian's chromium; what it looked like: screens/"
 	@echo "make check   format, lint and types"
 	@echo "make clean   remove .venv and the caches; runs stay"
 	@echo "PYTHON=python3.12 uses another Python than python3 (3.11 or later)"
@@ -28,6 +29,14 @@ test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: .venv/.dev-stamp .venv/.models-stamp
 	@.venv/bin/python -m pytest --numprocesses 2 --quiet
+
+# Not among the tests: a browser is no Python package. What it looked like is kept in screens/.
+browser: export HF_HUB_OFFLINE = 1
+browser: export OMP_NUM_THREADS = 1
+browser: export OPENBLIP2_SCREENS = screens
+browser: .venv/.dev-stamp
+	@command -v chromium >/dev/null || { echo "no chromium here: apt-get install chromium" >&2; exit 1; }
+	@.venv/bin/python -m pytest --quiet -m slow tests/test_browser.py
 
 demo: .venv/.demo-stamp .venv/.models-stamp
 	.venv/bin/openblip2 demo --out "$(OUT)"

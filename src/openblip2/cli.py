@@ -16,7 +16,7 @@ from openblip2.commands.learn import demo, features, train
 from openblip2.commands.measure import bench, bench_real, compare, doctor, evaluate
 from openblip2.commands.planning import plan
 from openblip2.commands.scale import capfilt, prepare
-from openblip2.commands.serving import serve
+from openblip2.commands.serving import bench_serve, serve
 from openblip2.commands.study import ablate
 from openblip2.commands.use import answer, attend, caption, chat, rank
 from openblip2.errors import UserError
@@ -48,6 +48,7 @@ for command in (
     convert,
     bench,
     bench_real,
+    bench_serve,
     plan,
     ablate,
 ):

@@ -1,4 +1,4 @@
-"""The command that puts a run behind a page and an API: serve."""
+"""Commands that put a run behind a page and an API, and press it: serve, bench-serve."""
 
 import os
 from pathlib import Path
@@ -36,3 +36,27 @@ def serve(
         )
     limits = Limits(int(megabytes * 2**20), queue, batch, seconds=seconds, remote=remote)
     start(run, matcher, index, host, port, token, name or [], limits, int(os.environ.get("OMP_NUM_THREADS", 0)))
+
+
+def bench_serve(
+    run: Run,
+    pictures: Annotated[Path, typer.Argument(help="A folder of them.")],
+    clients: Annotated[int, typer.Option(min=1, help="Each asks again as soon as it is answered.")] = 200,
+    seconds: Annotated[float, typer.Option(min=1, help="Of each batch size.")] = 120.0,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="As for serve; may be repeated; 16.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the figures.")] = None,
+) -> None:
+    """Press a server with many clients: throughput, latency, memory, with requests run together and one at a time."""
+    from openblip2.bench.load import bench_serve as press
+    from openblip2.train.checkpoint import write_json
+    from openblip2.train.progress import Progress
+
+    found = press(run, pictures, clients, seconds, batch or [16], Progress())
+    for one in found:
+        typer.echo(
+            f"batches of {one['batch']:2}: {one['per_second']:.1f} answers a second, half within {one['p50']:.1f} s, "
+            f"95 % within {one['p95']:.1f} s; {one['statuses'].get('429', 0):,} told to wait, {one['errors']} errors; "
+            f"{one['memory'] / 2**30:.2f} GiB, grew by {100 * one['memory_grew']:.1f} % after warming up"
+        )
+    if out is not None:
+        write_json(found, out)

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from openblip2.model.nucleus import NucleusSampling
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -48,8 +50,11 @@ def generate(
         cache: what has been read of the rows, once for each beam; None = nothing.
         watched: by what it is followed while it writes: `streamer`, `stopping_criteria` as transformers has them.
     """
-    # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut here.
-    sampling = {"top_p": how.top_p, "temperature": how.temperature, "top_k": 0} if how.sample else {}
+    sampling: dict[str, Any] = {"do_sample": how.sample}
+    if how.sample and how.beams == 1:
+        sampling = {"do_sample": False, "logits_processor": [NucleusSampling(how.top_p, how.temperature)]}
+    elif how.sample:  # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut
+        sampling |= {"top_p": how.top_p, "temperature": how.temperature, "top_k": 0}
     beams = {"length_penalty": how.length_penalty} if how.beams > 1 else {}  # without beams it is unknown there
     known = {} if cache is None else {"past_key_values": cache}
     found = llm.generate(
@@ -58,7 +63,6 @@ def generate(
         max_new_tokens=how.max_new_tokens,
         min_new_tokens=how.min_new_tokens,
         num_beams=how.beams,
-        do_sample=how.sample,
         repetition_penalty=how.repetition_penalty,
         eos_token_id=stop,
         pad_token_id=stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

@@ -1,0 +1,144 @@
+"""A server under load: many clients, each of which asks again as soon as it has its answer.
+
+The server is started as a user starts it, in processes of its own; the clients are one asyncio loop here.
+"""
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from openblip2.data.rows import PICTURE_SUFFIXES
+from openblip2.errors import UserError
+from openblip2.train.progress import Bar, Progress
+
+QUESTION = "what is in the picture?"
+STARTS = 300  # seconds that a server may take to load its models
+WARM = 0.25  # share of the time in which memory may still grow
+
+
+@dataclass
+class Load:
+    """What clients saw. `statuses`: answers by HTTP status, or by error's name; `seconds`: of each answered request."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)
+    memory: list[tuple[float, int]] = field(default_factory=list)  # (seconds since the begin, bytes)
+
+    def figures(self, duration: float) -> dict[str, Any]:
+        """Requests a second, latencies in seconds, memory in bytes and the most that it grew after warming up."""
+        took = np.array(self.seconds or [np.nan])
+        later = [size for at, size in self.memory if at >= WARM * duration] or [0]
+        return {
+            "answered": len(self.seconds),
+            "per_second": len(self.seconds) / duration,
+            "p50": float(np.percentile(took, 50)),
+            "p95": float(np.percentile(took, 95)),
+            "statuses": dict(self.statuses),
+            "errors": sum(count for status, count in self.statuses.items() if status not in ("200", "429")),
+            "memory": max(later),
+            "memory_grew": max(later) / max(1, later[0]) - 1,
+        }
+
+
+def bench_serve(
+    run: str, folder: Path, clients: int, seconds: float, batches: Sequence[int], progress: Progress
+) -> list[dict[str, Any]]:
+    """Figures of a server for each size of batch, `Load.figures` with `batch`.
+
+    Half of the requests want a caption, half an answer, each about one of the pictures, drawn at random. Who is told
+    429 asks again when the server said that it may.
+
+    Args:
+        folder: of pictures. seconds: of each size. batches: `--batch` of the server; 1 = one request at a time.
+
+    Raises:
+        UserError: no pictures, a server that does not start, a missing package.
+    """
+    try:
+        import httpx  # noqa: F401
+        import psutil  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"bench-serve needs {error.name}: pip install {error.name}") from error
+    pictures = [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
+    if not pictures:
+        raise UserError(f"{folder}: no pictures in it")
+    found = []
+    for batch in batches:
+        command = [sys.executable, "-m", "openblip2", "serve", run, "--port", "0", "--batch", str(batch)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                assert server.stdout is not None
+                told = server.stdout.readline()
+                if "http://" not in told:
+                    raise UserError(f"{run}: the server did not start")
+                with progress.steps(f"{clients} clients, batches of {batch}", round(seconds)) as bar:
+                    load = asyncio.run(_press(told.split()[1], server.pid, pictures, clients, seconds, bar))
+            finally:
+                server.terminate()
+        found.append({"batch": batch, "clients": clients, "seconds": seconds} | load.figures(seconds))
+    return found
+
+
+async def _press(address: str, server: int, pictures: list[bytes], clients: int, seconds: float, bar: Bar) -> Load:
+    import httpx
+
+    load = Load()
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=120, trust_env=False) as http:
+        await _ready(http)
+        until = time.monotonic() + seconds
+        asking = [_client(http, n, pictures, until, load) for n in range(clients)]
+        await asyncio.gather(_watch(server, until, seconds, load, bar), *asking)
+    return load
+
+
+async def _ready(http: Any) -> None:
+    import httpx
+
+    for _ in range(STARTS):
+        try:
+            if (await http.get("/health")).status_code == 200:
+                return
+        except httpx.TransportError:  # not yet
+            await asyncio.sleep(1)
+    raise UserError(f"the server is not ready after {STARTS} s")
+
+
+async def _client(http: Any, number: int, pictures: list[bytes], until: float, load: Load) -> None:
+    import httpx
+
+    random = Random(number)
+    while time.monotonic() < until:
+        content = random.choice(pictures)
+        path, data = random.choice((("/caption", {}), ("/answer", {"question": QUESTION})))
+        began = time.monotonic()
+        try:
+            answer = await http.post(path, files={"image": content}, data=data)
+        except httpx.HTTPError as error:
+            load.statuses[type(error).__name__] += 1
+            continue
+        load.statuses[str(answer.status_code)] += 1
+        if answer.status_code == 200 and time.monotonic() <= until:
+            load.seconds.append(time.monotonic() - began)
+        elif answer.status_code == 429:
+            await asyncio.sleep(float(answer.headers["retry-after"]))
+
+
+async def _watch(server: int, until: float, seconds: float, load: Load, bar: Bar) -> None:
+    import psutil
+
+    process = psutil.Process(server)
+    while (left := until - time.monotonic()) > 0:
+        every = [process, *process.children(recursive=True)]
+        load.memory.append((seconds - left, sum(one.memory_info().rss for one in every)))
+        await asyncio.sleep(min(1.0, left))
+        bar.advance()
