@@ -1,8 +1,12 @@
 """How `make docs` builds the site: Sphinx reads the Markdown, runs the notebook, and warns of every broken link."""
 
+import re
+from pathlib import Path
+
 import typer.main
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 
 import openblip2
@@ -34,6 +38,8 @@ nitpick_ignore_regex = [("py:class", ".*")]
 
 html_theme = "furo"
 html_title = "openblip2"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
 
@@ -45,7 +51,7 @@ class CommandLine(SphinxDirective):
         """One section for each command."""
         found: list[nodes.Node] = []
         for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
-            context = command.context_class(command, info_name=f"openblip2 {name}", terminal_width=96)
+            context = command.context_class(command, info_name=f"openblip2 {name}", terminal_width=88)
             section = nodes.section(ids=[nodes.make_id(name)])
             section += nodes.title(text=name)
             section += nodes.literal_block(text=command.get_help(context), language="text")
@@ -53,6 +59,15 @@ class CommandLine(SphinxDirective):
         return found
 
 
+def require_no_outside(app: Sphinx, error: Exception | None) -> None:
+    """A page that a browser would fetch anything for from elsewhere ends the build."""
+    outside = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"')
+    for page in [] if error else Path(app.outdir).rglob("*.html"):
+        if found := outside.search(page.read_text(encoding="utf-8")):
+            raise ExtensionError(f"{page.name} fetches from elsewhere: {found[0]}")
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.add_directive("command-line", CommandLine)
+    app.connect("build-finished", require_no_outside)
