@@ -6,7 +6,7 @@ from pathlib import Path
 import typer.main
 from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.errors import ExtensionError
+from sphinx.errors import SphinxError
 from sphinx.util.docutils import SphinxDirective
 
 import openblip2
@@ -30,7 +30,8 @@ nb_merge_streams = True
 # Docstrings: plain sentences with code in single backticks, "Args:" and "Raises:".
 default_role = "code"
 autodoc_member_order = "bysource"
-autodoc_default_options = {"members": True, "undoc-members": False, "inherited-members": False}
+autodoc_default_options = {"members": True}
+autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 napoleon_use_ivar = True
 # The types in signatures: those of other packages, and of ours that no user meets, have no page here.
@@ -64,7 +65,7 @@ def require_no_outside(app: Sphinx, error: Exception | None) -> None:
     outside = re.compile(r'<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*"')
     for page in [] if error else Path(app.outdir).rglob("*.html"):
         if found := outside.search(page.read_text(encoding="utf-8")):
-            raise ExtensionError(f"{page.name} fetches from elsewhere: {found[0]}")
+            raise SphinxError(f"{page.name} fetches from elsewhere: {found[0]}")
 
 
 def setup(app: Sphinx) -> None:

@@ -45,11 +45,19 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def test_readme_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
-    trained, published, untrained = blocks(ROOT / "README.md", "python")
+    trained, untrained = blocks(ROOT / "README.md", "python")
     compile(trained, "README.md", "exec")  # it needs the demo's runs
-    compile(published, "README.md", "exec")  # and this the hub
     exec(compile(untrained, "README.md", "exec"), {})
     assert set(re.findall(r"'(\w+)': ", capsys.readouterr().out)) == {"itc", "itm", "itg"}
+
+
+def test_snippets_of_the_pages_name_what_exists() -> None:
+    found = [(document.name, block) for document in DOCUMENTS for block in blocks(document, "python")]
+    assert len(found) > 4
+    for name, block in found:
+        for node in ast.walk(ast.parse(block, name)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "openblip2":
+                assert node.attr in openblip2.__all__, (name, node.attr)
 
 
 def test_notebook_is_kept_without_what_it_printed() -> None:
@@ -67,7 +75,7 @@ def test_every_page_is_in_the_site() -> None:
 
 def test_public_names_are_in_the_reference() -> None:
     reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    missing = [name for name in openblip2.__all__ if not re.search(rf":: openblip2\.{name}\n", reference)]
+    missing = [name for name in openblip2.__all__ if not re.search(rf":: openblip2\.{name}\b", reference)]
     assert not missing
 
 
