@@ -7,7 +7,7 @@ PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help check test browser demo bench-real clean
+.PHONY: help check test browser docs demo bench-real clean
 
 help:
 	@echo "make demo    train both stages on pictures it draws, score them, write $(OUT)/report.html"
@@ -16,6 +16,7 @@ help:
 	@echo "make test    the tests, without the slow ones"
 	@echo "make browser the page in Debian's chromium; what it looked like: screens/"
 	@echo "make check   format, lint and types"
+	@echo "make docs    the site, in site/: runs the notebook; a broken link is an error"
 	@echo "make clean   remove .venv and the caches; runs stay"
 	@echo "PYTHON=python3.12 uses another Python than python3 (3.11 or later)"
 
@@ -38,6 +39,10 @@ browser: .venv/.dev-stamp
 	@command -v chromium >/dev/null || { echo "no chromium here: apt-get install chromium" >&2; exit 1; }
 	@.venv/bin/python -m pytest --quiet -m slow tests/test_browser.py
 
+docs: export HF_HUB_OFFLINE = 1
+docs: .venv/.docs-stamp .venv/.models-stamp
+	.venv/bin/python -m sphinx --fail-on-warning --nitpicky --keep-going --quiet -b html docs site/html
+
 demo: .venv/.demo-stamp .venv/.models-stamp
 	.venv/bin/openblip2 demo --out "$(OUT)"
 
@@ -46,7 +51,7 @@ bench-real: .venv/.dev-stamp .venv/.models-stamp
 	.venv/bin/openblip2 bench-real --out runs/real --table docs/results.md
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv site screens .pytest_cache .ruff_cache .hypothesis dist
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: what is installed, as of the files that say so. A failed step leaves none and is done again.
@@ -62,6 +67,10 @@ clean:
 
 .venv/.dev-stamp: pyproject.toml requirements/constraints.txt .venv/.python-stamp
 	$(PIP) --editable '.[demo,dev]'
+	@touch $@ .venv/.demo-stamp
+
+.venv/.docs-stamp: pyproject.toml requirements/constraints.txt .venv/.python-stamp
+	$(PIP) --editable '.[demo,docs]'
 	@touch $@ .venv/.demo-stamp
 
 .venv/.models-stamp: requirements/models.txt .venv/.python-stamp

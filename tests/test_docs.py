@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -43,11 +45,44 @@ def blocks(document: Path, language: str) -> list[str]:
 
 
 def test_readme_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
-    trained, published, untrained = blocks(ROOT / "README.md", "python")
+    trained, untrained = blocks(ROOT / "README.md", "python")
     compile(trained, "README.md", "exec")  # it needs the demo's runs
-    compile(published, "README.md", "exec")  # and this the hub
     exec(compile(untrained, "README.md", "exec"), {})
     assert set(re.findall(r"'(\w+)': ", capsys.readouterr().out)) == {"itc", "itm", "itg"}
+
+
+def test_snippets_of_the_pages_name_what_exists() -> None:
+    found = [(document.name, block) for document in DOCUMENTS for block in blocks(document, "python")]
+    assert len(found) > 4
+    for name, block in found:
+        for node in ast.walk(ast.parse(block, name)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "openblip2":
+                assert node.attr in openblip2.__all__, (name, node.attr)
+
+
+def test_notebook_is_kept_without_what_it_printed() -> None:
+    notebook = json.loads((ROOT / "docs" / "first-steps.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert len(cells) > 5
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+
+
+def test_every_page_is_in_the_site() -> None:
+    listed = set(re.findall(r"^([a-z-]+)$", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.MULTILINE))
+    pages = {file.stem for file in (ROOT / "docs").iterdir() if file.suffix in (".md", ".ipynb")}
+    assert pages - {"index"} == listed
+
+
+def test_public_names_are_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    missing = [name for name in openblip2.__all__ if not re.search(rf":: openblip2\.{name}\b", reference)]
+    assert not missing
+
+
+def test_every_section_of_settings_is_shown() -> None:
+    shown = re.findall(r":pyobject: (\w+)", (ROOT / "docs" / "settings.md").read_text(encoding="utf-8"))
+    sections = {type(getattr(RunSettings(), field.name)).__name__ for field in fields(RunSettings)}
+    assert set(shown) == {"RunSettings"} | {name for name in sections if name.endswith("Settings")}
 
 
 def test_commands_of_the_documents_exist_with_their_options() -> None:
@@ -69,8 +104,8 @@ def test_settings_named_in_the_documents_exist() -> None:
     known = set(_names(RunSettings))
     one_of = "|".join({name.split(".")[0] for name in known if "." in name})
     for document in DOCUMENTS:
-        for name in re.findall(rf"\b((?:{one_of})\.[a-z_]+)\b(?!\()", document.read_text("utf-8")):
-            assert name in known or (SOURCE / name.replace(".", "/")).exists() or name.endswith(".py"), name
+        for name in re.findall(rf"(?<!openblip2\.)\b((?:{one_of})\.[a-z_]+)\b(?!\()", document.read_text("utf-8")):
+            assert name in known or (SOURCE / name.replace(".", "/")).exists() or name.endswith((".py", ".md")), name
 
 
 def test_paper_map_names_what_exists() -> None:
