@@ -1,0 +1,48 @@
+"""bench-serve: what the figures are made of, and (slow) a real server under it."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny_runs
+from openblip2.bench.load import Load
+from openblip2.cli import app
+
+
+def test_figures() -> None:
+    load = Load(Counter({"200": 4, "429": 3, "503": 1, "ReadError": 2}), [0.1, 0.2, 0.3, 4.0])
+    load.memory += [(0, 10), (2, 100), (6, 104), (9, 102)]
+    found = load.figures(8.0)
+    assert (found["answered"], found["per_second"], found["errors"]) == (4, 0.5, 3)
+    assert found["p50"] == pytest.approx(0.25)
+    assert found["p95"] == pytest.approx(3.445)
+    assert (found["memory"], found["memory_grew"]) == (104, pytest.approx(0.04))
+
+
+def test_nothing_to_ask_about_is_one_line(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["bench-serve", "none", str(tmp_path)])
+    assert str(found.exception) == f"{tmp_path}: no pictures in it"
+
+
+@pytest.mark.slow
+def test_a_server_under_load(tmp_path: Path) -> None:
+    tiny_runs.home(tmp_path, count=16)
+    for stage, more in (("stage1", []), ("stage2", ["--start", tmp_path / "stage1"])):
+        words = ["train", stage, "--data", tmp_path / "data", "--out", tmp_path / stage, *more]
+        assert CliRunner().invoke(app, [*map(str, words), *tiny_runs.options(tmp_path)]).exit_code == 0
+    words = ["bench-serve", tmp_path / "stage2", tmp_path / "data", "--clients", 80, "--seconds", 4]
+    found = CliRunner().invoke(
+        app, [*map(str, words), "--batch", "1", "--batch", "8", "--out", str(tmp_path / "a.json")]
+    )
+    assert found.exit_code == 0, found.output
+    one, many = json.loads((tmp_path / "a.json").read_text())
+    assert (one["batch"], many["batch"]) == (1, 8)
+    for figures in (one, many):
+        assert figures["errors"] == 0
+        assert figures["answered"] > 10
+        assert figures["statuses"].keys() == {"200", "429"}  # 64 wait, the others are told to
+        assert 0 < figures["p50"] <= figures["p95"] < 4
+        assert figures["memory"] > 10**8
