@@ -26,7 +26,7 @@ def serve(
     megabytes: Annotated[float, typer.Option(min=0.01, max=64, help="Of a request.")] = 16.0,
     remote: Annotated[bool, typer.Option("--remote-images", help="Fetch pictures from public addresses.")] = False,
 ) -> None:
-    """A page and an API before a run, on this machine: `openblip2 serve runs/demo/stage2`."""
+    """A page and an API before a run, on this machine."""
     from openblip2.serve.limits import Limits
     from openblip2.serve.start import serve as start
 

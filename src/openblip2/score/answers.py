@@ -8,9 +8,9 @@ from openblip2.data.records import Question, Record
 from openblip2.evaluate.vqa import baselines
 from openblip2.evaluate.vqa_metrics import exact_scores, gqa_scores, lemmas, vqa_scores
 from openblip2.model.decoding import Decoding
+from openblip2.progress import Progress
 from openblip2.score.card import decoding_card
 from openblip2.score.result import Result
-from openblip2.train.progress import Progress
 
 Metric = Literal["vqa", "vqa-lavis", "gqa", "exact"]
 METRICS = {
@@ -52,11 +52,12 @@ def score_answers(
     asked = [(n, question) for n, record in enumerate(records) for question in record.questions]
     questions = [question for _, question in asked]
     said: list[str] = []
-    with progress.steps("answers", len(asked)) as bar:
+    with progress.steps("answers", len(asked), unit="questions") as bar:
         for start in range(0, len(asked), GROUP):
             part = asked[start : start + GROUP]
             said += captioner.answer([records[n].image for n, _ in part], [q.text for _, q in part], decoding)
             bar.advance(count=len(part))
+    progress.doing("scoring")
     result = Result("vqa", len(records), seed)
     result.protocol |= decoding_card(decoding) | {
         "questions": len(questions),

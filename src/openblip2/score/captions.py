@@ -18,10 +18,10 @@ from openblip2.evaluate.caption_metrics import (
 )
 from openblip2.model.decoding import Decoding
 from openblip2.model.extras import require
+from openblip2.progress import Progress
 from openblip2.score.answers import WITHHELD
 from openblip2.score.card import decoding_card
 from openblip2.score.result import Result
-from openblip2.train.progress import Progress
 
 GROUP = 64  # pictures between two looks at the progress
 # Of these the corpus score is the mean of the pictures', and so its interval that of a mean.
@@ -53,6 +53,7 @@ def score_captions(
             part = records[start : start + GROUP]
             written += captioner.caption([record.image for record in part], prompt, decoding)
             bar.advance(count=len(part))
+    progress.doing("scoring")
     result = Result("caption", len(records), seed)
     result.protocol |= decoding_card(decoding) | {"prompt": prompt}
     if not all(record.captions for record in records):
