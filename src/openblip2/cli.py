@@ -56,7 +56,7 @@ for command, example in (
     (train, "stage1 --data pictures/ --out runs/stage1"),
     (features, "pictures/ --out cache --dry-run"),
     (prepare, "pictures/ --out shards/"),
-    (capfilt, "shards/ --captioner runs/stage2 --ranker runs/stage1 --out new/"),
+    (capfilt, "shards/ --captioner runs/two --ranker runs/one --out new/"),
     (caption, "runs/demo/stage2 a.jpg b.jpg"),
     (answer, 'runs/demo/stage2 a.jpg "what colour is the cat?"'),
     (chat, "runs/demo/stage2 a.jpg"),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Images, Questions, Run, Split, among, keeping, progress, put
+from openblip2.commands.shared import AsJson, Images, Questions, Run, Split, among, keeping, progress, put, tell
 
 TASKS = ("caption", "vqa", "retrieval", "pointing")
 METRICS = ("vqa", "vqa-lavis", "gqa", "exact")
@@ -49,7 +49,8 @@ def evaluate(
     require_task(task, options)
     wanted = "questions" if task == "vqa" else "captions"
     source = read_source(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
-    with keeping(f"nothing is in {out}: a result is written whole"):
+    texts = f"texts written so far are beside {out}, the same command goes on"
+    with keeping(texts if task in ("caption", "vqa") else f"nothing is kept of {task}"):
         result = score(task, run, source, out, options, says)
     if as_json:
         put({"out": str(out), **result.as_json()})
@@ -134,6 +135,6 @@ def bench(
     from openblip2.bench.run import run_bench
 
     with keeping(f"the cases timed so far are in {out}" if out else "nothing is kept without --out"):
-        found = run_bench(size, case or [], out, repeats, precision, says.doing if as_json else typer.echo, says)
+        found = run_bench(size, case or [], out, repeats, precision, says.doing if as_json else tell, says)
     if as_json:
         put(found)

@@ -57,7 +57,12 @@ def progress(first: bool = True) -> "Progress":
 
 def put(values: dict[str, Any]) -> None:
     """One object, one line, on standard output."""
-    typer.echo(json.dumps(values, ensure_ascii=False))
+    tell(json.dumps(values, ensure_ascii=False))
+
+
+def tell(line: str) -> None:
+    """A line of the result, at once. Not `typer.echo`: it writes past a running bar, into its line."""
+    print(line, flush=True)
 
 
 @contextmanager

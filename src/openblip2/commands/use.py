@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Run, among, load_captioner, progress, put
+from openblip2.commands.shared import AsJson, Run, among, load_captioner, progress, put, tell
 from openblip2.errors import UserError
 
 
@@ -28,7 +28,7 @@ def caption(
         for start in range(0, len(images), GROUP):
             part = images[start : start + GROUP]
             for image, text in zip(part, model.caption(part, prompt, replace(CAPTION, beams=beams)), strict=True):
-                put({"path": str(image), "caption": text}) if as_json else typer.echo(f"{image}\t{text}")
+                put({"path": str(image), "caption": text}) if as_json else tell(f"{image}\t{text}")
             bar.advance(count=len(part))
 
 
