@@ -24,8 +24,8 @@ from openblip2.matcher import Matcher
 from openblip2.model import masks
 from openblip2.model.likelihood import likelihoods, word_scores
 from openblip2.model.relevance import attention, relevance, watching
+from openblip2.progress import Progress
 from openblip2.score import pointing
-from openblip2.train.progress import Progress
 
 
 def invoke_quietly(given: list[str]) -> Done:

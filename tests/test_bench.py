@@ -9,13 +9,16 @@ from openblip2.bench.cases import Bench
 from openblip2.bench.measure import alternate, peak_memory
 from openblip2.bench.run import run_bench
 from openblip2.errors import UserError
+from openblip2.progress import Progress
+
+QUIET = Progress(quiet=True)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, list[str]]:
     out = tmp_path_factory.mktemp("bench") / "bench.json"
     said: list[str] = []
-    figures = run_bench("tiny", [], out, 1, "fp32", said.append)
+    figures = run_bench("tiny", [], out, 1, "fp32", said.append, QUIET)
     return figures, json.loads(out.read_text()), said
 
 
@@ -36,13 +39,13 @@ def test_unequal_outputs_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cases, "naive_rerank", lambda model, features, *rest: (torch.ones(1, 8), None))
     with pytest.raises(UserError, match="rerank: outputs differ"):
-        run_bench("tiny", ["rerank"], None, 1, "fp32", lambda line: None)
+        run_bench("tiny", ["rerank"], None, 1, "fp32", lambda line: None, QUIET)
 
 
 def test_what_is_unknown_is_named() -> None:
     for size, case, word in (("huge", [], "'huge'"), ("tiny", ["chat"], "'chat'")):
         with pytest.raises(UserError, match=word):
-            run_bench(size, case, None, 1, "fp32", lambda line: None)
+            run_bench(size, case, None, 1, "fp32", lambda line: None, QUIET)
 
 
 def test_peak_memory_is_what_a_run_takes() -> None:

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 import tiny_runs
 from openblip2.cli import app
+from openblip2.progress import Progress
 from openblip2.search.index import update_index
-from openblip2.train.progress import Progress
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -31,7 +31,7 @@ from openblip2.data.web.tars import Sample, read_tar
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
-from openblip2.train.progress import Progress
+from openblip2.progress import Progress
 from test_cli import call
 from tiny_capfilt import HOW, content, run
 from tiny_shards import sample, write_shard

@@ -15,7 +15,7 @@ from openblip2.capfilt.how import How
 from openblip2.capfilt.models import Models
 from openblip2.capfilt.run import capfilt
 from openblip2.errors import UserError
-from openblip2.train.progress import Progress
+from openblip2.progress import Progress
 from test_cli import call
 from tiny_capfilt import content, run
 from tiny_shards import sample, write_shard

@@ -13,10 +13,10 @@ from openblip2.config import change
 from openblip2.data.records import Record
 from openblip2.errors import UserError
 from openblip2.presets import preset
+from openblip2.progress import Progress
 from openblip2.studies import trial, web
 from openblip2.studies.ablations import ablate
 from openblip2.studies.design import Plan
-from openblip2.train.progress import Progress
 
 QUIET = Progress(quiet=True)
 

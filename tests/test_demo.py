@@ -11,7 +11,7 @@ from openblip2.config import change
 from openblip2.demo import Plan, run_demo
 from openblip2.errors import UserError
 from openblip2.presets import preset
-from openblip2.train.progress import Progress
+from openblip2.progress import Progress
 
 LITTLE = Plan(train_scenes=24, test_scenes=8, train_easy_vqa=6, asked=6, reranked=3)
 

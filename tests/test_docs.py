@@ -21,11 +21,12 @@ SOURCE = ROOT / "src" / "openblip2"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Folder or module -> what it may import, besides itself: CONTRIBUTING.md's table.
-GROUND = {"errors", "config", "distributed"}
+GROUND = {"errors", "config", "distributed", "progress"}
 BELOW = {
     "errors": set(),
     "config": {"errors"},
     "distributed": {"errors"},
+    "progress": set(),
     "model": GROUND,
     "data": GROUND,
     "presets": {"config", "errors"},

@@ -22,12 +22,12 @@ from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.objectives import similarity
 from openblip2.model.stage1 import Stage1
+from openblip2.progress import Progress
 from openblip2.score.card import overlap, weights_digest
 from openblip2.score.compare import compare
 from openblip2.score.result import Result
 from openblip2.score.run import Options, evaluate
 from openblip2.train.encode import write_features
-from openblip2.train.progress import Progress
 from openblip2.train.recipes import train_stage
 from test_fine_tuning import recipe, tuning
 

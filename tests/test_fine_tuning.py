@@ -24,9 +24,9 @@ from openblip2.model.language import DecoderLM, EncoderDecoderLM
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.presets import FINE_TUNING, fine_tuning, preset
+from openblip2.progress import Progress
 from openblip2.train.loop import fit
 from openblip2.train.optim import adamw, layer_rates
-from openblip2.train.progress import Progress
 from openblip2.train.recipes import train_stage
 from openblip2.weights.convert import convert
 

@@ -11,8 +11,8 @@ from openblip2.config import change
 from openblip2.data.records import Record, write_records
 from openblip2.errors import UserError
 from openblip2.presets import preset
+from openblip2.progress import Progress
 from openblip2.studies import real
-from openblip2.train.progress import Progress
 
 
 @pytest.fixture(scope="module")

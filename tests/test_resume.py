@@ -19,10 +19,10 @@ from torch.distributed.fsdp import fully_shard
 from lives import SLOW_IMPORTS, Lives, die_at
 from openblip2.config import TrainSettings
 from openblip2.errors import Stopped, UserError
+from openblip2.progress import Progress
 from openblip2.train import resume
 from openblip2.train.log import Log
 from openblip2.train.loop import fit
-from openblip2.train.progress import Progress
 from openblip2.train.resume import find_checkpoint
 from test_training import OPTIM, Line, log_of, quiet, settings
 

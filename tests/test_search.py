@@ -16,10 +16,10 @@ from openblip2.cli import app
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
+from openblip2.progress import Progress
 from openblip2.search.find import Finder
 from openblip2.search.index import open_index, recall_of, update_index
 from openblip2.search.vectors import Vectors
-from openblip2.train.progress import Progress
 
 pytest.importorskip("faiss")
 

@@ -22,12 +22,12 @@ from openblip2.cli import app as cli
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
+from openblip2.progress import Progress
 from openblip2.search.index import update_index
 from openblip2.serve.jobs import Embed
 from openblip2.serve.limits import Limits
 from openblip2.serve.start import runs_of
 from openblip2.serve.worker import DIED, LATE, Worker
-from openblip2.train.progress import Progress
 
 pytest.importorskip("fastapi")
 pytest.importorskip("faiss")

@@ -16,6 +16,7 @@ from openblip2.config import change, from_dict
 from openblip2.errors import UserError
 from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from openblip2.presets import preset
+from openblip2.progress import Progress
 from openblip2.studies import trial
 from openblip2.studies.ablations import ablate
 from openblip2.studies.design import GAP, LOSS, OTHER, STUDIES, Claim, Plan, sentence, study_of
@@ -24,7 +25,6 @@ from openblip2.studies.trial import Trial
 from openblip2.studies.verdict import figure, judge
 from openblip2.studies.words import in_words
 from openblip2.train.checkpoint import read_config
-from openblip2.train.progress import Progress
 
 QUIET = Progress(quiet=True)
 

@@ -20,10 +20,10 @@ from openblip2.data.records import Question, Record, read_records
 from openblip2.data.samples import Answers, Captions, fewer_negations
 from openblip2.errors import UserError
 from openblip2.presets import preset
+from openblip2.progress import Progress
 from openblip2.train.checkpoint import load_trained, save_trained, trained_parameters
 from openblip2.train.loop import fit
 from openblip2.train.optim import learning_rate, parameter_groups
-from openblip2.train.progress import Progress
 from openblip2.train.recipes import train_stage
 
 

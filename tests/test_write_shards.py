@@ -13,10 +13,6 @@ from openblip2.errors import UserError
 from test_cli import call
 
 
-def silent(line: str) -> None:
-    pass
-
-
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -24,7 +20,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_records_become_shards_and_nothing_of_them_is_lost(tmp_path: Path) -> None:
     records, _ = read_records(tiny_runs.pictures(tmp_path / "data", 11))
     records[3] = Record("twice", records[3].image, ("one", "two"))
-    written = write_shards(records, tmp_path / "out", size=4, say=silent)
+    written = write_shards(records, tmp_path / "out", size=4)
     assert written == (3, 11, [])
     shards = expand(str(tmp_path / "out"))
     samples = [sample for shard in shards for sample in read_tar(shard, pytest.fail)]
@@ -41,22 +37,27 @@ def test_records_become_shards_and_nothing_of_them_is_lost(tmp_path: Path) -> No
 
 def test_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
     records, _ = read_records(tiny_runs.pictures(tmp_path / "data", 9))
-    whole = write_shards(records, tmp_path / "whole", size=4, say=silent)
+    whole = write_shards(records, tmp_path / "whole", size=4)
     out = tmp_path / "out"
 
-    def dies(line: str) -> None:
-        raise KeyboardInterrupt
+    behind = 0
+
+    def dies(count: int) -> None:
+        nonlocal behind
+        behind += count
+        if behind == 6:  # the second in the second shard
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shards(records, out, size=4, say=dies)
+        write_shards(records, out, size=4, advance=dies)
     before = (out / "00000.tar").stat().st_mtime_ns
     (out / ".00001.tar.new").write_bytes(b"half")
-    assert write_shards(records, out, size=4, say=silent) == whole
+    assert write_shards(records, out, size=4) == whole
     assert (out / "00000.tar").stat().st_mtime_ns == before
     assert content(out) == content(tmp_path / "whole")
     for others, size in ((records[1:], 4), (records, 5), (records[:2], 1)):
         with pytest.raises(UserError, match="other records"):
-            write_shards(others, out, size=size, say=silent)
+            write_shards(others, out, size=size)
 
 
 def test_what_cannot_be_taken_is_named(tmp_path: Path) -> None:
@@ -65,14 +66,14 @@ def test_what_cannot_be_taken_is_named(tmp_path: Path) -> None:
     records[1].image.write_bytes(b"no picture")
     (folder / "odd.xyz").write_bytes(records[0].image.read_bytes())
     records.append(Record("odd", folder / "odd.xyz", ("odd",)))
-    written = write_shards(records, tmp_path / "out", say=silent)
+    written = write_shards(records, tmp_path / "out")
     assert written.samples == 4
     assert sorted(line.split(":")[0] for line in written.skipped) == [str(records[1].image), str(folder / "odd.xyz")]
     with pytest.raises(UserError, match="not one picture"):
-        write_shards([records[1]], tmp_path / "none", say=silent)
+        write_shards([records[1]], tmp_path / "none")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made"):
-        write_shards(records, tmp_path / "file", say=silent)
+        write_shards(records, tmp_path / "file")
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import tiny_runs
 from openblip2.capfilt.how import How
 from openblip2.capfilt.models import Models
 from openblip2.capfilt.run import Written, capfilt
-from openblip2.train.progress import Progress
+from openblip2.progress import Progress
 from test_cli import call
 from tiny_shards import sample, write_shard
 

@@ -1,12 +1,16 @@
-"""The command line: the list of its commands.
+"""The command line: the list of its commands, each with an example.
 
 Nothing heavy is imported before one runs, so that `--help` answers at once.
 
-Exit codes: 0 done, 2 something handed in cannot be used (one line says what), 130 interrupted, 143 told to stop
-(SIGTERM).
+Standard output is for results, standard error for progress and what is wrong. Exit codes: 0 done; 1 an error of ours
+(a traceback), or nobody reads the output any more; 2 something handed in cannot be used (one line says what); 130
+interrupted (one line says what is kept); 143 told to stop (SIGTERM).
 """
 
+import functools
 import sys
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -17,42 +21,62 @@ from openblip2.commands.measure import bench, bench_real, compare, doctor, evalu
 from openblip2.commands.planning import plan
 from openblip2.commands.scale import capfilt, prepare
 from openblip2.commands.serving import bench_serve, serve
+from openblip2.commands.shared import be_quiet
 from openblip2.commands.study import ablate
 from openblip2.commands.use import answer, attend, caption, chat, rank
-from openblip2.errors import UserError
+from openblip2.errors import Stopped, UserError
 
-app = typer.Typer(
-    help="Give any language model eyes: BLIP-2, both stages, any image encoder, any language model.",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-for command in (
-    demo,
-    train,
-    features,
-    prepare,
-    capfilt,
-    caption,
-    answer,
-    chat,
-    rank,
-    attend,
-    index,
-    search,
-    serve,
-    evaluate,
-    compare,
-    doctor,
-    convert,
-    bench,
-    bench_real,
-    bench_serve,
-    plan,
-    ablate,
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback()
+def everywhere(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Before a command: no progress, errors alone.")] = False,
+) -> None:
+    """Give any language model eyes: BLIP-2, both stages, any image encoder, any language model."""
+    be_quiet(quiet)
+
+
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that ends in one line when it is interrupted, with what it has noted (`shared.keeping`)."""
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        try:
+            command(**given)
+        except KeyboardInterrupt as stop:
+            print("; ".join(["openblip2: interrupted", *getattr(stop, "__notes__", [])]), file=sys.stderr)
+            raise typer.Exit(stop.code if isinstance(stop, Stopped) else 130) from None
+
+    return run
+
+
+for command, example in (
+    (demo, "--out runs/demo"),
+    (train, "stage1 --data pictures/ --out runs/stage1"),
+    (features, "pictures/ --out cache --dry-run"),
+    (prepare, "pictures/ --out shards/"),
+    (capfilt, "shards/ --captioner runs/two --ranker runs/one --out new/"),
+    (caption, "runs/demo/stage2 a.jpg b.jpg"),
+    (answer, 'runs/demo/stage2 a.jpg "what colour is the cat?"'),
+    (chat, "runs/demo/stage2 a.jpg"),
+    (rank, 'runs/demo/stage1 "a red cat" a.jpg b.jpg'),
+    (attend, 'runs/demo/stage1 a.jpg --text "a red cat" --out maps'),
+    (index, "photos/ --run runs/demo/stage1 --out photos-index"),
+    (search, 'photos-index "a red cat" --best 5 --json'),
+    (serve, "runs/demo/stage2 --port 8000"),
+    (evaluate, "vqa runs/vqa --data easy-vqa --split test --out vqa.json"),
+    (compare, "first.json second.json"),
+    (doctor, "runs/demo/stage1 --out doctor.html"),
+    (convert, "runs/demo/stage2 exported --to hf"),
+    (bench, "--size tiny --case rerank"),
+    (bench_real, "--out runs/real --fold 0"),
+    (bench_serve, "runs/demo/stage2 pictures/ --clients 200 --batch 16 --batch 1"),
+    (plan, "--preset stage1-vit-g --gpus 16xA100-40G"),
+    (ablate, "queries --out runs/queries --values 4,16,32"),
 ):
-    app.command()(command)
+    name = command.__name__.replace("_", "-")
+    app.command(epilog=f"\b\nExample:\n  openblip2 {name} {example}")(interruptible(command))
 
 
 def main() -> None:
@@ -62,7 +86,7 @@ def main() -> None:
     # A bomb-sized picture is refused by its header; Pillow's own warning would only stand before that line.
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
     try:
-        app()
+        app(prog_name="openblip2")  # also of `python -m openblip2`
     except UserError as error:
         print(f"openblip2: {error}", file=sys.stderr)
         sys.exit(2)

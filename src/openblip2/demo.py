@@ -33,13 +33,13 @@ from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.model.language import Decoding
 from openblip2.presets import preset
+from openblip2.progress import Progress
 from openblip2.report import write_report
 from openblip2.score.pointing import score_pointing
 from openblip2.train.checkpoint import make_folder, write_json
 from openblip2.train.encode import encode_all
 from openblip2.train.hardware import compute_dtype, computing, device, keep_freed_memory
 from openblip2.train.prepare import prepare
-from openblip2.train.progress import Progress
 from openblip2.train.recipes import train_stage
 
 SHOWN = 24  # held-out pictures in the report: the first ones, not chosen
@@ -128,7 +128,7 @@ def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
                 name: _vqa(captioner, asked[name], known, plan, name, examples, progress)
                 for name, (known, _) in corpus.questions.items()
             },
-            "grounding": _grounding(captioner, test, plan),
+            "grounding": _grounding(captioner, test, plan, progress),
             "pointing": _pointing(matcher, corpus.test, plan, progress),
         }
         examples["maps"] = _maps(matcher, corpus.test[: plan.looked], out / "maps")
@@ -284,7 +284,8 @@ def _generate(
     return found
 
 
-def _grounding(captioner: Captioner, test: Features, plan: Plan) -> dict[str, Any]:
+def _grounding(captioner: Captioner, test: Features, plan: Plan, progress: Progress) -> dict[str, Any]:
+    progress.doing("grounding")
     model = captioner.model
     with torch.inference_mode(), computing(model, captioner.settings.train.precision):
         return grounding(model, test, plan.seed, captioner.settings.language.prompts[0]).as_log()

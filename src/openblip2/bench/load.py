@@ -18,7 +18,7 @@ import numpy as np
 
 from openblip2.data.rows import PICTURE_SUFFIXES
 from openblip2.errors import UserError
-from openblip2.train.progress import Bar, Progress
+from openblip2.progress import Bar, Progress
 
 QUESTION = "what is in the picture?"
 STARTS = 300  # seconds that a server may take to load its models
@@ -80,7 +80,7 @@ def bench_serve(
                 told = server.stdout.readline()
                 if "http://" not in told:
                     raise UserError(f"{run}: the server did not start")
-                with progress.steps(f"{clients} clients, batches of {batch}", round(seconds)) as bar:
+                with progress.steps(f"{clients} clients, batches of {batch}", round(seconds), unit="s") as bar:
                     load = asyncio.run(_press(told.split()[1], server.pid, pictures, clients, seconds, bar))
             finally:
                 server.terminate()

@@ -16,6 +16,7 @@ from openblip2.bench.measure import Timing, alternate, matmul_peak
 from openblip2.bench.models import build_pair
 from openblip2.bench.sizes import SIZES
 from openblip2.errors import UserError
+from openblip2.progress import Progress
 from openblip2.train.checkpoint import write_json
 from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
 
@@ -29,12 +30,13 @@ def run_bench(
     repeats: int,
     precision: str,
     say: Callable[[str], None],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Times the cases of a size.
 
     Args:
-        names: of cases; none = all. out: where the figures go as JSON. repeats: timed runs of each candidate.
-        precision: "bf16", "fp32" or "auto", as `train.precision`.
+        names: of cases; none = all. out: where the figures go as JSON, case by case.
+        repeats: timed runs of each candidate. precision: "bf16", "fp32" or "auto", as `train.precision`.
 
     Raises:
         UserError: an unknown size or case, or outputs that are not equal.
@@ -58,25 +60,32 @@ def run_bench(
         "cases": {},
     }
     say(f"{found['machine']['name']}, {precision}, matrix products at {peak / 1e12:.2f} TFLOP/s")
-    for name in names or known:
-        case = bench.cases()[name]()
-        if case.difference > case.equal:
-            raise UserError(
-                f"{name}: outputs differ by {case.difference:.1e} (allowed {case.equal:.0e}): nothing timed"
-            )
-        timings = alternate(case.candidates, repeats, place)
-        figures = _figures(case, timings)
-        if name == COUNTED:
-            with FlopCounterMode(display=False) as counted:
-                case.candidates[OURS]()
-            figures["share_of_matmul_peak"] = counted.get_total_flops() / timings[OURS].seconds / peak
-        found["cases"][name] = figures
-        say(_in_words(name, case, timings, figures))
-        del case
-        gc.collect()
-    if out is not None:
-        write_json(found, out)
+    wanted = names or known
+    with progress.steps("cases", len(wanted), unit="cases") as bar:
+        for name in wanted:
+            say(_time(bench, name, found, repeats, place, peak))
+            if out is not None:  # what is timed is not lost with what follows
+                write_json(found, out)
+            bar.advance()
     return found
+
+
+def _time(bench: Bench, name: str, found: dict[str, Any], repeats: int, place: torch.device, peak: float) -> str:
+    """Puts a case's figures among those found, and says them."""
+    case = bench.cases()[name]()
+    if case.difference > case.equal:
+        raise UserError(f"{name}: outputs differ by {case.difference:.1e} (allowed {case.equal:.0e}): nothing timed")
+    timings = alternate(case.candidates, repeats, place)
+    figures = _figures(case, timings)
+    if name == COUNTED:
+        with FlopCounterMode(display=False) as counted:
+            case.candidates[OURS]()
+        figures["share_of_matmul_peak"] = counted.get_total_flops() / timings[OURS].seconds / peak
+    found["cases"][name] = figures
+    words = _in_words(name, case, timings, figures)
+    del case
+    gc.collect()
+    return words
 
 
 def _figures(case: Case, timings: dict[str, Timing]) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class Duplicates:
         self._by_first = np.argsort(self.first, kind="stable")
         self._firsts = self.first[self._by_first]
 
+    def pictures(self, shard: int) -> int:
+        """How many samples of a shard are to be captioned: those that are no later copies."""
+        start, end = self.starts[shard], self.starts[shard + 1]
+        return int(end - start - np.diff(np.searchsorted(self.later, (start, end)))[0])
+
     def of(self, shard: int) -> list[Twin]:
         """What concerns the samples of a shard, by its number: first what is left out, then who gets captions."""
         start, end = self.starts[shard], self.starts[shard + 1]
@@ -74,7 +79,12 @@ class Duplicates:
 
 
 def write_index(
-    shards: Sequence[tuple[str, str]], folder: Path, how: str, problem: Callable[[str], object], first: Sequence[int]
+    shards: Sequence[tuple[str, str]],
+    folder: Path,
+    how: str,
+    problem: Callable[[str], object],
+    first: Sequence[int],
+    advance: Callable[[], object],
 ) -> None:
     """The first pass: the index of each shard that has none yet, a pair of name and address each.
 
@@ -82,7 +92,7 @@ def write_index(
 
     Args:
         how: the reader. problem: is told which shards cannot be opened: they are tried again the next time.
-        first: the numbers of the shards to begin with.
+        first: the numbers of the shards to begin with. advance: is called behind each shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
     order = [*first, *sorted(set(range(len(shards))) - set(first))]
@@ -100,6 +110,7 @@ def write_index(
         for wrong in threads.map(index, order):
             if wrong:
                 problem(wrong)
+            advance()
 
 
 def captions_of(folder: Path, shard: str, numbers: Sequence[int]) -> list[tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from openblip2.capfilt.shard import Made, Maker, Task, finished
 from openblip2.data.web.shard_file import is_url
 from openblip2.data.web.shard_names import expand
 from openblip2.errors import UserError
-from openblip2.train.progress import Progress
+from openblip2.progress import Progress
 
 
 class Written(NamedTuple):
@@ -51,8 +51,8 @@ def capfilt(
     mine = range(part[0] - 1, len(names), part[1])
     if not mine:
         raise UserError(f"--part {part[0]}/{part[1]}: there are {len(names)} shards, it has none; fewer parts")
-    progress.say(f"looking for pictures that stand twice in {len(names):,} shards")
-    write_index(names, out / FOLDER, how.reader, lambda line: progress.say(f"skipped: {line}"), mine)
+    with progress.steps("looking for pictures that stand twice", len(names), unit="shards") as bar:
+        write_index(names, out / FOLDER, how.reader, lambda line: progress.say(f"skipped: {line}"), mine, bar.advance)
     known = Duplicates([name for name, _ in names], out / FOLDER)
 
     def task(number: int) -> Task:
@@ -64,10 +64,11 @@ def capfilt(
     if done:
         progress.say(f"{len(done):,} of {len(mine):,} shards are done")
     if len(done) < len(mine):
-        began = time.perf_counter()
-        for made in _making(left, models, how, workers):
-            done.append(made)
-            progress.say(_line(made, len(done), len(mine), time.perf_counter() - began))
+        began, total = time.perf_counter(), sum(known.pictures(n) for n, made in found.items() if made is None)
+        with progress.steps("captions for pictures", total) as bar:
+            for made in _making(left, models, how, workers, lambda count: bar.advance(count=count)):
+                done.append(made)
+                progress.say(_line(made, len(done), len(mine), time.perf_counter() - began))
     dead = [made.dead for made in done if made.dead]
     if len(dead) == len(mine):
         raise UserError(f"not one of {len(mine)} shards can be read; the first: {dead[0]}")
@@ -97,13 +98,18 @@ def named(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def _making(tasks: Iterable[Task], models: Models, how: How, workers: int) -> Iterator[Made]:
+def _making(
+    tasks: Iterable[Task], models: Models, how: How, workers: int, advance: Callable[[int], object]
+) -> Iterator[Made]:
+    """What comes of each task. `advance`: is told how many more pictures are behind."""
     if workers:
         from openblip2.capfilt.ray_data import on_ray
 
-        yield from on_ray(tasks, models, how, workers)
+        for made in on_ray(tasks, models, how, workers):
+            advance(0 if made.dead else made.counts["samples"] - made.counts["duplicates"])
+            yield made
         return
-    maker = Maker(*open_models(models, how), how)
+    maker = Maker(*open_models(models, how), how, advance)
     for task in tasks:
         yield maker(task)
 

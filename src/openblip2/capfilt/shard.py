@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +102,17 @@ def finished(task: Task) -> Made | None:
 
 
 class Maker:
-    """Captions and filters shards. `captioner` None: the ranker alone."""
+    """Captions and filters shards. `captioner` None: the ranker alone. `advance`: is told of pictures behind."""
 
-    def __init__(self, captioner: Captioner | None, ranker: Ranker, how: How) -> None:
+    def __init__(
+        self,
+        captioner: Captioner | None,
+        ranker: Ranker,
+        how: How,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> None:
         self.captioner, self.ranker, self.how, self.reader = captioner, ranker, how, reader(how.reader)
+        self.advance = advance
 
     def __call__(self, task: Task) -> Made:
         """Makes a shard.
@@ -162,6 +169,7 @@ class Maker:
                 ready = [one for one in found if isinstance(one, _Ready)]
                 counts["broken"] += len(found) - len(ready)
                 yield ready
+                self.advance(len(found))
 
     def _open(self, shard: Shard, number: int, joined: tuple[str, ...]) -> _Ready | str:
         """A sample made ready, or why it cannot be; "" where that was said."""

@@ -1,50 +1,76 @@
 """Commands that train: demo, train, features."""
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import Images, Questions, Settings, Split, read_changes
-from openblip2.errors import Stopped, UserError
+from openblip2.commands.shared import (
+    AsJson,
+    Images,
+    Questions,
+    Settings,
+    Split,
+    among,
+    keeping,
+    presets,
+    progress,
+    put,
+    read_changes,
+)
+from openblip2.errors import UserError
+
+CORPORA = ("scenes", "stamps")
+TRAININGS = ("stage1", "stage2", "caption", "vqa", "retrieval")
+STORED = ("fp16", "bf16", "int8")
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for runs, metrics.json and report.html.")],
-    corpus: Annotated[str, typer.Option(help="scenes (drawn here) or stamps (Tux Paint's, if installed).")] = "scenes",
+    corpus: Annotated[
+        str,
+        typer.Option(help="scenes (drawn here) or stamps (Tux Paint's, if installed).", autocompletion=among(CORPORA)),
+    ] = "scenes",
     seed: Annotated[int, typer.Option(min=0, help="Of the scenes and of training.")] = 0,
 ) -> None:
     """Train both stages on small real models and score them on pictures they have never seen (about 20 minutes)."""
-    if corpus not in ("scenes", "stamps"):
-        raise UserError(f"unknown corpus {corpus!r}: it must be scenes or stamps")
+    if corpus not in CORPORA:
+        raise UserError(f"unknown corpus {corpus!r}: it must be {' or '.join(CORPORA)}")
+    says = progress()
+    says.doing("gathering pictures")
     from openblip2.demo import Plan, run_demo
-    from openblip2.train.progress import Progress
 
-    with _interruptible(out):
-        run_demo(out, Plan(corpus, seed), Progress())  # pyright: ignore[reportArgumentType]
+    with keeping(f"features and finished runs are in {out}; the same command takes the features and trains anew"):
+        run_demo(out, Plan(corpus, seed), says)  # pyright: ignore[reportArgumentType]
     typer.echo(f"report: {out / 'report.html'}\nmetrics: {out / 'metrics.json'}")
 
 
 def train(
-    what: Annotated[str, typer.Argument(help="stage1 or stage2; or caption, vqa, retrieval: fine-tune a run.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="stage1 or stage2; or caption, vqa, retrieval: fine-tune a run.", autocompletion=among(TRAININGS)
+        ),
+    ],
     data: Annotated[str, typer.Option(help="Pictures with captions (vqa: questions): a folder, .csv, shards, ...")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     images: Images = None,
     split: Split = None,
     questions: Questions = None,
-    preset: Annotated[str, typer.Option(help="Whole settings to begin with.")] = "laptop",
+    preset: Annotated[
+        str, typer.Option(help="Whole settings to begin with.", autocompletion=among(presets))
+    ] = "laptop",
     start: Annotated[Path | None, typer.Option(help="The run to start from: all but stage1 need one.")] = None,
     changes: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
     features: Annotated[Path | None, typer.Option(help="A cache that `features` wrote of the same pictures.")] = None,
     held_out: Annotated[Path | None, typer.Option(help="Pictures to validate on; else a share of --data.")] = None,
 ) -> None:
-    """Train one stage, or fine-tune: `openblip2 train stage1 --data pictures/ --out runs/stage1`."""
-    with _interruptible(out), _others():  # in this order: processes know `Stopped`, not the exit code
+    """Train one stage, or fine-tune a run."""
+    # In this order: processes know `Stopped`, not the exit code.
+    with keeping(f"what was finished is in {out}, training goes on with --resume"), _others():
         from openblip2.config import change
         from openblip2.presets import FINE_TUNING, PRESETS, fine_tuning
         from openblip2.presets import preset as find
@@ -63,9 +89,11 @@ def train(
         settings = change(settings, read_changes(changes))
         settings = change(settings, {"data.source": data} | ({"start": str(start)} if start else {}))
         settings = change(settings, {"data.features": str(features)} if features else {})
-        from openblip2.data.sources import read_source
         from openblip2.distributed import is_first
-        from openblip2.train.progress import Progress
+
+        says = progress(first=is_first())
+        says.doing("loading data and models")
+        from openblip2.data.sources import read_source
         from openblip2.train.recipes import train_stage
         from openblip2.train.resume import unfinished
 
@@ -73,14 +101,13 @@ def train(
             raise UserError(
                 f"{out} holds a checkpoint of an unfinished run: add --resume to go on, or give another --out"
             )
-        progress = Progress(quiet=not is_first())
         wanted = "questions" if what == "vqa" else "captions"
         source = read_source(data, wanted, images, split, questions, shards=True)
         skipped, kept = source.skipped, None
         if held_out is not None:
             kept, more, _, _ = read_source(held_out, wanted)
             skipped = skipped + more
-        train_stage(settings, source.records, out, progress, resume, None, skipped, kept, source.shards)
+        train_stage(settings, source.records, out, says, resume, None, skipped, kept, source.shards)
         if is_first():
             typer.echo(str(out))
 
@@ -88,11 +115,16 @@ def train(
 def features(
     data: Annotated[Path, typer.Argument(help="A folder, .jsonl or .csv of pictures with captions.")],
     out: Annotated[Path, typer.Option(help="Folder of the cache; an interrupted one is gone on with.")],
-    preset: Annotated[str, typer.Option(help="Settings that vision.* comes from.")] = "laptop",
+    preset: Annotated[
+        str, typer.Option(help="Settings that vision.* comes from.", autocompletion=among(presets))
+    ] = "laptop",
     changes: Settings = None,
-    precision: Annotated[str, typer.Option(help="fp16, bf16 or int8 (half the size).")] = "fp16",
+    precision: Annotated[
+        str, typer.Option(help="fp16, bf16 or int8 (half the size).", autocompletion=among(STORED))
+    ] = "fp16",
     views: Annotated[int, typer.Option(min=1, help="2 and more: random crops of each picture, beside it.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run the frozen image encoder over pictures once, for any number of `train --features`."""
     from openblip2.config import change
@@ -105,24 +137,24 @@ def features(
             raise UserError(f"--set {name}: features depend on vision.*, train.precision and train.seed alone")
     stage = next((stage for stage in PRESETS if preset in PRESETS[stage]), "stage1")
     settings = change(find(stage, preset), changed)
+    says = progress()
+    says.doing("loading data and the image encoder")
     from openblip2.data.records import read_records
     from openblip2.model.build import build_vision
     from openblip2.train.encode import write_features
     from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
-    from openblip2.train.progress import Progress
 
-    progress = Progress()
     records, skipped = read_records(data)
     for line in skipped:
-        progress.say(f"skipped: {line}")
+        says.say(f"skipped: {line}")
     keep_freed_memory()
     vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
-    try:
-        write_features(vision, records, settings, out, precision, views, progress, dry_run)
-    except KeyboardInterrupt:
-        print(f"openblip2: interrupted; whole shards are in {out}, the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
-    typer.echo(str(out))
+    with keeping(f"whole shards are in {out}, the same command goes on"):
+        takes = write_features(vision, records, settings, out, precision, views, says, dry_run)
+    if as_json:
+        put({"out": str(out), **takes})
+    else:
+        typer.echo(str(out))
 
 
 def _others() -> AbstractContextManager[None]:
@@ -132,15 +164,3 @@ def _others() -> AbstractContextManager[None]:
     from openblip2.train.processes import processes
 
     return processes()
-
-
-@contextmanager
-def _interruptible(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        print(
-            f"openblip2: interrupted; what was finished is in {out}, training goes on with --resume",
-            file=sys.stderr,
-        )
-        raise typer.Exit(error.code if isinstance(error, Stopped) else 130) from None

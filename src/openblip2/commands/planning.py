@@ -1,6 +1,5 @@
 """The command that plans a run: memory, time, disk and network before anything is paid for."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +7,21 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import Settings, read_changes
+from openblip2.commands.shared import AsJson, Settings, among, presets, progress, put, read_changes
 from openblip2.errors import UserError
 
+STAGES = ("stage1", "stage2")
 _TIMES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def plan(
-    preset: Annotated[str, typer.Option(help="stage1-vit-g, for one: a stage, a dash, and a preset of `train`.")],
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="stage1-vit-g, for one: a stage, a dash, and a preset of `train`.",
+            autocompletion=among(lambda: [f"{stage}-{name}" for stage in STAGES for name in presets(stage)]),
+        ),
+    ],
     gpus: Annotated[
         str, typer.Option(help="16xA100-40G; A100-80G, H100, H200, V100-32G, L40S, 4090, T4, ...; or cpu.")
     ],
@@ -23,7 +29,12 @@ def plan(
     measured: Annotated[Path | None, typer.Option(help="Efficiency from a file that `bench --out` wrote.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pairs over all GPUs; else the preset's.")] = None,
     images: Annotated[str, typer.Option(help="In the data: 129M, 14.5K or a number.")] = "129M",
-    parallel: Annotated[str | None, typer.Option(help="ddp or fsdp2: frozen layers in pieces over the GPUs.")] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="ddp or fsdp2: frozen layers in pieces over the GPUs.", autocompletion=among(("ddp", "fsdp2"))
+        ),
+    ] = None,
     cached: Annotated[
         bool | None, typer.Option("--cached/--no-cached", help="Features from a cache; else as data.augment has it.")
     ] = None,
@@ -32,10 +43,11 @@ def plan(
     ] = None,
     per_machine: Annotated[int, typer.Option(min=1, help="GPUs of a machine.")] = 8,
     network: Annotated[float, typer.Option(min=0.001, help="Between machines, Gbit a second of each.")] = 100.0,
-    as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
+    as_json: AsJson = False,
     changes: Settings = None,
 ) -> None:
     """Say what a run will need before it is paid for: memory, FLOPs, days, a cache, network. Nothing is downloaded."""
+    progress().doing("planning")
     from openblip2.config import change
     from openblip2.plan.gpus import CPU, read_cluster
     from openblip2.plan.measured import measured_efficiency
@@ -60,7 +72,10 @@ def plan(
         if cluster.kind.name == CPU:  # the peak that it was a share of
             cluster = replace(cluster, kind=replace(cluster.kind, flops=peak))
     found = make_plan(settings, cluster, efficiency, _count(images), cached, text_tokens, measured is not None)
-    typer.echo(json.dumps(as_values(found, preset), indent=2) if as_json else "\n".join(in_words(found, preset)))
+    if as_json:
+        put(as_values(found, preset))
+    else:
+        typer.echo("\n".join(in_words(found, preset)))
 
 
 def _count(text: str) -> int:

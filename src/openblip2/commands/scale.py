@@ -6,8 +6,11 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import Images, Split
+from openblip2.commands.shared import AsJson, Images, Split, among, keeping, progress, put
 from openblip2.errors import UserError
+
+FILTERS = ("similarity", "itm")
+READERS = ("web", "coco", "vg", "cc3m", "cc12m", "sbu", "laion")
 
 
 def prepare(
@@ -17,17 +20,26 @@ def prepare(
     split: Split = None,
     size: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the samples.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
-    """Turn pictures with captions into shards for `train --data`: `openblip2 prepare pictures/ --out shards/`."""
+    """Turn pictures with captions into shards for `train --data`."""
+    says = progress()
+    says.doing(f"reading {data}")
     from openblip2.data.sources import read_corpus
     from openblip2.data.web.write_shards import write_shards
-    from openblip2.train.progress import Progress
 
-    progress = Progress()
     source = read_corpus(data, images, split)
-    written = write_shards(source.records, out, size, seed, progress.say)
-    for line in [*source.skipped, *written.skipped]:
-        progress.say(f"skipped: {line}")
+    with (
+        keeping(f"whole shards are in {out}, the same command goes on"),
+        says.steps("pictures", len(source.records)) as bar,
+    ):
+        written = write_shards(source.records, out, size, seed, lambda count: bar.advance(count=count))
+    skipped = [*source.skipped, *written.skipped]
+    for line in skipped:
+        says.say(f"skipped: {line}")
+    if as_json:
+        put({"out": str(out), "samples": written.samples, "shards": written.shards, "skipped": skipped})
+        return
     typer.echo(f"{out}: {written.samples:,} samples in {written.shards:,} shards")
 
 
@@ -39,18 +51,26 @@ def capfilt(
     captions: Annotated[int | None, typer.Option(min=1, help="Sampled for each picture; else 10, for itm 1.")] = None,
     top_p: Annotated[float, typer.Option(help="Of the nucleus that words are sampled from.")] = 0.9,
     keep: Annotated[int, typer.Option(min=1, help="Captions of a picture that are kept.")] = 2,
-    filter: Annotated[str, typer.Option(help="similarity; or itm, BLIP's: drops what does not match.")] = "similarity",
+    filter: Annotated[
+        str,
+        typer.Option(help="similarity; or itm, BLIP's: drops what does not match.", autocompletion=among(FILTERS)),
+    ] = "similarity",
     threshold: Annotated[float | None, typer.Option(help="itm: of the probability of a match; else 0.5.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the captions.")] = 0,
-    reader: Annotated[str, typer.Option(help="Of the shards: web, coco, vg, cc3m, cc12m, sbu or laion.")] = "web",
+    reader: Annotated[
+        str,
+        typer.Option(help="Of the shards: web, coco, vg, cc3m, cc12m, sbu or laion.", autocompletion=among(READERS)),
+    ] = "web",
     part: Annotated[str, typer.Option(help="K/N: every Nth shard from the Kth on, for job arrays.")] = "1/1",
     ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 = this process.")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Caption the pictures of shards anew and keep the captions that fit best: CapFilt, for `train --data`."""
+    says = progress()
+    says.doing(f"loading {captioner} and {ranker}")
     from openblip2.capfilt.how import How
     from openblip2.capfilt.models import Models
     from openblip2.capfilt.run import capfilt as run
-    from openblip2.train.progress import Progress
 
     if threshold is not None and filter != "itm":
         raise UserError("--threshold: is for --filter itm; similarity drops nothing by a threshold")
@@ -63,15 +83,14 @@ def capfilt(
         seed=seed,
         reader=reader,
     )
-    progress = Progress()
-    try:
-        written = run(shards, Models(captioner, ranker), out, how, progress, _part(part), ray)
-    except KeyboardInterrupt:
-        progress.say(f"openblip2: interrupted; finished shards are in {out}, the same command goes on")
-        raise typer.Exit(130) from None
+    with keeping(f"finished shards are in {out}, the same command goes on"):
+        written = run(shards, Models(captioner, ranker), out, how, says, _part(part), ray)
     counts = written.counts
+    if as_json:
+        put({"out": str(out), "shards": written.shards, "counts": counts, "dead": written.dead})
+        return
     if written.dead:
-        progress.say(f"{len(written.dead):,} shards could not be read: the same command tries them again")
+        says.say(f"{len(written.dead):,} shards could not be read: the same command tries them again")
     typer.echo(
         f"{out}: {counts['pictures']:,} pictures in {written.shards:,} shards, "
         f"{counts['captions by the captioner']:,} of {counts['captions']:,} captions by the captioner"

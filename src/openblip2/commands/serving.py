@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import Run
+from openblip2.commands.shared import AsJson, Run, progress, put, tell
 from openblip2.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -26,7 +26,7 @@ def serve(
     megabytes: Annotated[float, typer.Option(min=0.01, max=64, help="Of a request.")] = 16.0,
     remote: Annotated[bool, typer.Option("--remote-images", help="Fetch pictures from public addresses.")] = False,
 ) -> None:
-    """A page and an API before a run, on this machine: `openblip2 serve runs/demo/stage2`."""
+    """A page and an API before a run, on this machine."""
     from openblip2.serve.limits import Limits
     from openblip2.serve.start import serve as start
 
@@ -45,15 +45,18 @@ def bench_serve(
     seconds: Annotated[float, typer.Option(min=1, help="Of each batch size.")] = 120.0,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="As for serve; may be repeated; 16.")] = None,
     out: Annotated[Path | None, typer.Option(help="A JSON file for the figures.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Press a server with many clients: throughput, latency, memory, with requests run together and one at a time."""
     from openblip2.bench.load import bench_serve as press
     from openblip2.train.checkpoint import write_json
-    from openblip2.train.progress import Progress
 
-    found = press(run, pictures, clients, seconds, batch or [16], Progress())
+    found = press(run, pictures, clients, seconds, batch or [16], progress())
     for one in found:
-        typer.echo(
+        if as_json:
+            put(one)
+            continue
+        tell(
             f"batches of {one['batch']:2}: {one['per_second']:.1f} answers a second, half within {one['p50']:.1f} s, "
             f"95 % within {one['p95']:.1f} s; {one['statuses'].get('429', 0):,} told to wait, {one['errors']} errors; "
             f"{one['memory'] / 2**30:.2f} GiB, grew by {100 * one['memory_grew']:.1f} % after warming up"

@@ -1,11 +1,17 @@
-"""What several commands take, and how they refuse it."""
+"""What several commands take, how they refuse it, and how all of them speak."""
 
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from openblip2.errors import UserError
+
+if TYPE_CHECKING:
+    from openblip2.progress import Progress
 
 Run = Annotated[str, typer.Argument(help="A run that `train` or `demo` wrote, or published weights; see `convert`.")]
 Images = Annotated[Path | None, typer.Option(help="The pictures' folder, where --data is an official .json.")]
@@ -15,6 +21,58 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="section.field=value; may be given many times.", metavar="NAME=VALUE"),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Standard output is JSON, one object a line.")]
+
+_asked = {"quiet": False}
+
+
+def among(known: Sequence[str] | Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
+    """Completes a value that is one of these; a function is only called when a shell asks."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in (known() if callable(known) else known) if name.startswith(incomplete)]
+
+    return complete
+
+
+def presets(stage: str | None = None) -> list[str]:
+    """Names of presets, of all stages or of one."""
+    from openblip2.presets import FINE_TUNING, PRESETS
+
+    every = PRESETS | FINE_TUNING
+    return list(dict.fromkeys(name for one in ([stage] if stage else every) for name in every[one]))
+
+
+def be_quiet(asked: bool) -> None:
+    """What `openblip2 --quiet` asks of the command that follows."""
+    _asked["quiet"] = asked
+
+
+def progress(first: bool = True) -> "Progress":
+    """Where a command says how it is doing. `first`: whether this is the process that speaks."""
+    from openblip2.progress import Progress
+
+    return Progress(quiet=_asked["quiet"] or not first)
+
+
+def put(values: dict[str, Any]) -> None:
+    """One object, one line, on standard output."""
+    tell(json.dumps(values, ensure_ascii=False))
+
+
+def tell(line: str) -> None:
+    """A line of the result, at once. Not `typer.echo`: it writes past a running bar, into its line."""
+    print(line, flush=True)
+
+
+@contextmanager
+def keeping(what: str) -> Iterator[None]:
+    """Within, an interruption's one line says `what`: what is kept, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(what)
+        raise
 
 
 def read_changes(pairs: list[str] | None) -> dict[str, str]:
@@ -27,6 +85,7 @@ def read_changes(pairs: list[str] | None) -> dict[str, str]:
 
 def load_captioner(run: str) -> Any:
     """A run that can write text: a `Captioner`."""
+    progress().doing(f"loading {run}")
     from openblip2.captioner import Captioner
     from openblip2.inference import load
 

@@ -1,17 +1,21 @@
 """The command that runs studies of how training works."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import Settings, read_changes
+from openblip2.commands.shared import Settings, among, keeping, progress, read_changes
 from openblip2.errors import UserError
+
+STUDIES = ("stage1", "itg", "queries", "encoder", "warm-start", "capfilt")
 
 
 def ablate(
-    name: Annotated[str, typer.Argument(help="stage1, itg, queries, encoder, warm-start or capfilt.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="stage1, itg, queries, encoder, warm-start or capfilt.", autocompletion=among(STUDIES)),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for runs, ablation.json, ablation.md and ablation.svg.")],
     seeds: Annotated[str, typer.Option(help="Of training, with commas: each way is trained with each.")] = "0",
     scenes: Annotated[int | None, typer.Option(min=8, help="Pictures to train on; else the study's own.")] = None,
@@ -22,9 +26,10 @@ def ablate(
     changes: Settings = None,
 ) -> None:
     """Run one of the paper's ablations, or of ours, on drawn scenes; interrupted, it goes on where it was."""
+    says = progress()
+    says.doing("drawing scenes")
     from openblip2.studies.ablations import ablate as run
     from openblip2.studies.design import Plan
-    from openblip2.train.progress import Progress
 
     steps = {stage: n for stage, n in (("stage1", stage1_steps), ("stage2", stage2_steps)) if n}
     plan = Plan(
@@ -35,11 +40,8 @@ def ablate(
         steps=steps,
         changes=read_changes(changes),
     )
-    try:
-        run(name, out, plan, Progress())
-    except KeyboardInterrupt:
-        print(f"openblip2: interrupted; finished runs are in {out}, the same command goes on", file=sys.stderr)
-        raise typer.Exit(130) from None
+    with keeping(f"finished runs are in {out}, the same command goes on"):
+        run(name, out, plan, says)
     typer.echo((out / "ablation.md").read_text(encoding="utf-8"))
 
 

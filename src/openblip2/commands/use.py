@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import Run, load_captioner
+from openblip2.commands.shared import AsJson, Run, among, load_captioner, progress, put, tell
 from openblip2.errors import UserError
 
 
@@ -15,24 +15,32 @@ def caption(
     images: Annotated[list[Path], typer.Argument(help="Pictures.")],
     prompt: Annotated[str | None, typer.Option(help="How the caption shall begin, or what is asked for.")] = None,
     beams: Annotated[int, typer.Option(min=1, help="1 = greedy.")] = 5,
+    as_json: AsJson = False,
 ) -> None:
     """Describe pictures: one line each, `path<TAB>caption`."""
     from dataclasses import replace
 
-    from openblip2.captioner import CAPTION
-
     model = load_captioner(run)
-    for image, text in zip(images, model.caption(images, prompt, replace(CAPTION, beams=beams)), strict=True):
-        typer.echo(f"{image}\t{text}")
+    from openblip2.captioner import CAPTION
+    from openblip2.inputs import GROUP
+
+    with progress().steps("captions", len(images)) as bar:
+        for start in range(0, len(images), GROUP):
+            part = images[start : start + GROUP]
+            for image, text in zip(part, model.caption(part, prompt, replace(CAPTION, beams=beams)), strict=True):
+                put({"path": str(image), "caption": text}) if as_json else tell(f"{image}\t{text}")
+            bar.advance(count=len(part))
 
 
 def answer(
     run: Run,
     image: Annotated[Path, typer.Argument(help="A picture.")],
     question: Annotated[str, typer.Argument(help="A question about it.")],
+    as_json: AsJson = False,
 ) -> None:
     """Answer a question about a picture."""
-    typer.echo(load_captioner(run).answer([image], [question])[0])
+    (text,) = load_captioner(run).answer([image], [question])
+    put({"path": str(image), "question": question, "answer": text}) if as_json else typer.echo(text)
 
 
 def chat(
@@ -44,10 +52,11 @@ def chat(
     """Talk about a picture: a line in, an answer out, each behind the earlier ones, until the input ends."""
     from dataclasses import replace
 
+    model = load_captioner(run)
     from openblip2.captioner import ANSWER
     from openblip2.chat import Chat
 
-    talk = Chat(load_captioner(run), image, replace(ANSWER, max_new_tokens=tokens), question)
+    talk = Chat(model, image, replace(ANSWER, max_new_tokens=tokens), question)
     terminal = sys.stdin.isatty()
     while True:
         try:
@@ -70,17 +79,26 @@ def rank(
     run: Run,
     text: Annotated[str, typer.Argument(help="What to look for.")],
     images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    as_json: AsJson = False,
 ) -> None:
     """Order pictures by how well they fit a text, the best first: `similarity<TAB>path`."""
+    says = progress()
+    says.doing(f"loading {run}")
     from openblip2.inference import load
+    from openblip2.inputs import GROUP
     from openblip2.matcher import Matcher
 
     model = load(run)
     if not isinstance(model, Matcher):
         raise UserError(f"{run} is a stage-2 run; rank needs a stage-1 run")
-    scores = model.similarity(images, [text])[:, 0].tolist()
+    scores: list[float] = []
+    with says.steps("pictures", len(images)) as bar:
+        for start in range(0, len(images), GROUP):
+            part = images[start : start + GROUP]
+            scores += model.similarity(part, [text])[:, 0].tolist()
+            bar.advance(count=len(part))
     for score, image in sorted(zip(scores, images, strict=True), key=lambda pair: -pair[0]):
-        typer.echo(f"{score:.3f}\t{image}")
+        put({"path": str(image), "similarity": score}) if as_json else typer.echo(f"{score:.3f}\t{image}")
 
 
 def attend(
@@ -88,9 +106,14 @@ def attend(
     image: Annotated[Path, typer.Argument(help="A picture.")],
     out: Annotated[Path, typer.Option(help="Folder for the drawn maps.")],
     text: Annotated[str | None, typer.Option(help="What is explained; a stage 2 writes it itself.")] = None,
-    by: Annotated[str, typer.Option(help="Of a stage 1: the score of the text, itc or itm.")] = "itc",
+    by: Annotated[
+        str,
+        typer.Option(help="Of a stage 1: the score of the text, itc or itm.", autocompletion=among(("itc", "itm"))),
+    ] = "itc",
+    as_json: AsJson = False,
 ) -> None:
-    """Draw where the queries look, and what a text rests on: `attend RUN a.jpg --text "a cat" --out maps`."""
+    """Draw where the queries look, and what a text rests on."""
+    progress().doing(f"loading {run}")
     from openblip2.attend import BY, look, overlay, sheet
     from openblip2.inference import load
     from openblip2.train.checkpoint import make_folder
@@ -107,6 +130,10 @@ def attend(
         drawn["text.png"] = sheet(image, found.words, side=320, columns=4, one_scale=False)
     for name, picture in drawn.items():
         picture.save(out / name)
+    if as_json:
+        put({"files": [str(out / name) for name in drawn], "text": found.text})
+        return
+    for name in drawn:
         typer.echo(str(out / name))
     if found.text is not None:
         typer.echo(found.text)

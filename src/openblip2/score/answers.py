@@ -8,9 +8,10 @@ from openblip2.data.records import Question, Record
 from openblip2.evaluate.vqa import baselines
 from openblip2.evaluate.vqa_metrics import exact_scores, gqa_scores, lemmas, vqa_scores
 from openblip2.model.decoding import Decoding
+from openblip2.progress import Progress
 from openblip2.score.card import decoding_card
 from openblip2.score.result import Result
-from openblip2.train.progress import Progress
+from openblip2.score.resume import Kept
 
 Metric = Literal["vqa", "vqa-lavis", "gqa", "exact"]
 METRICS = {
@@ -39,24 +40,28 @@ def score_answers(
     lemmatised: bool = False,
     known: Sequence[Record] = (),
     seed: int = 0,
+    kept: Kept | None = None,
 ) -> Result:
     """Accuracy over all questions and for each kind of question; intervals over pictures, not over questions.
 
     Args:
         lemmatised: nouns and verbs of the answers in their dictionary form, as OK-VQA is scored.
         known: training pictures with questions, for the scores of blind guessers; () = those are not measured.
+        kept: where answers are kept until they are scored; None = nowhere.
 
     Raises:
         UserError: VQA accuracy of questions that one person answered; no lemmatiser; a question that cannot be asked.
     """
     asked = [(n, question) for n, record in enumerate(records) for question in record.questions]
     questions = [question for _, question in asked]
-    said: list[str] = []
-    with progress.steps("answers", len(asked)) as bar:
-        for start in range(0, len(asked), GROUP):
-            part = asked[start : start + GROUP]
-            said += captioner.answer([records[n].image for n, _ in part], [q.text for _, q in part], decoding)
-            bar.advance(count=len(part))
+
+    def write(rows: slice) -> list[str]:
+        part = asked[rows]
+        return captioner.answer([records[n].image for n, _ in part], [q.text for _, q in part], decoding)
+
+    names = [(str(records[n].image), question.text) for n, question in asked]
+    said = (kept or Kept()).texts("answers", "questions", names, GROUP, write, progress, decoding_card(decoding))
+    progress.doing("scoring")
     result = Result("vqa", len(records), seed)
     result.protocol |= decoding_card(decoding) | {
         "questions": len(questions),

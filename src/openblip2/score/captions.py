@@ -18,10 +18,11 @@ from openblip2.evaluate.caption_metrics import (
 )
 from openblip2.model.decoding import Decoding
 from openblip2.model.extras import require
+from openblip2.progress import Progress
 from openblip2.score.answers import WITHHELD
 from openblip2.score.card import decoding_card
 from openblip2.score.result import Result
-from openblip2.train.progress import Progress
+from openblip2.score.resume import Kept
 
 GROUP = 64  # pictures between two looks at the progress
 # Of these the corpus score is the mean of the pictures', and so its interval that of a mean.
@@ -36,23 +37,26 @@ def score_captions(
     progress: Progress,
     slow: bool = False,
     seed: int = 0,
+    kept: Kept | None = None,
 ) -> Result:
     """Scores of the captions of all pictures; of NoCaps also of each domain.
 
     Args:
         prompt: behind the soft prompt; None = the one of training. slow: METEOR and SPICE, too, which need Java.
+        kept: where captions are kept until they are scored; None = nowhere.
 
     Raises:
         UserError: pycocoevalcap is missing, or a picture cannot be opened.
     """
     require("scoring captions", "eval", "pycocoevalcap")  # before minutes are spent on writing them
     prompt = captioner.settings.language.prompts[0] if prompt is None else prompt
-    written: list[str] = []
-    with progress.steps("captions", len(records)) as bar:
-        for start in range(0, len(records), GROUP):
-            part = records[start : start + GROUP]
-            written += captioner.caption([record.image for record in part], prompt, decoding)
-            bar.advance(count=len(part))
+
+    def write(rows: slice) -> list[str]:
+        return captioner.caption([record.image for record in records[rows]], prompt, decoding)
+
+    names, how = [str(record.image) for record in records], [prompt, decoding_card(decoding)]
+    written = (kept or Kept()).texts("captions", "pictures", names, GROUP, write, progress, how)
+    progress.doing("scoring")
     result = Result("caption", len(records), seed)
     result.protocol |= decoding_card(decoding) | {"prompt": prompt}
     if not all(record.captions for record in records):

@@ -15,9 +15,9 @@ from openblip2.data.scenes.grammar import named
 from openblip2.errors import UserError
 from openblip2.inputs import GROUP
 from openblip2.matcher import Matcher
+from openblip2.progress import Progress
 from openblip2.score.result import Result
 from openblip2.train.hardware import computing
-from openblip2.train.progress import Progress
 
 Boxes = Sequence[Sequence[float]]  # left, top, right, bottom as shares of the picture's sides
 
@@ -38,7 +38,10 @@ def score_pointing(matcher: Matcher, records: Sequence[Record], by: By, progress
     vision = matcher.model.vision
     assert vision is not None
     place = next(matcher.model.parameters()).device
-    with progress.steps("pointing", len(asked)) as bar, computing(matcher.model, matcher.settings.train.precision):
+    with (
+        progress.steps("pointing", len(asked), unit="texts") as bar,
+        computing(matcher.model, matcher.settings.train.precision),
+    ):
         for start in range(0, len(asked), GROUP):
             part = asked[start : start + GROUP]
             pixels = to_pixels([record.image for record, _, _ in part], vision.image_size).to(place)
@@ -46,6 +49,7 @@ def score_pointing(matcher: Matcher, records: Sequence[Record], by: By, progress
                 features = vision(pixels)
             found.extend(text_relevance(matcher, features, [text for _, text, _ in part], by))
             bar.advance(count=len(part))
+    progress.doing("scoring")
     side = vision.grid
     hits = np.array([[_inside(boxes, x, y) for y in _middles(side) for x in _middles(side)] for _, _, boxes in asked])
     places = [int(one.argmax()) for one in found]

@@ -17,10 +17,10 @@ from openblip2.data.tokens import QFormerTokens
 from openblip2.evaluate.ranking import Matches, Ranking, best_images, best_texts, hits_at, log_odds
 from openblip2.evaluate.retrieval import image_vectors, text_vectors
 from openblip2.matcher import Matcher
+from openblip2.progress import Progress
 from openblip2.score.result import Result
 from openblip2.train.encode import make_cache, open_cache, whitened
 from openblip2.train.hardware import computing, device
-from openblip2.train.progress import Progress
 
 KS = (1, 5, 10)
 TOKENS = 35  # the authors' longest text in evaluation; 32 in training
@@ -80,6 +80,7 @@ def _score(
     captions = [caption for _, caption in written]
     k = min(max(best, max(KS)), len(captions))
     with torch.inference_mode(), computing(model, matcher.settings.train.precision):
+        progress.doing(f"reading {len(captions):,} texts")
         ids, valid = (t.to(place) for t in tokens(captions))
         texts = text_vectors(model, ids, valid)
         images = []
@@ -104,6 +105,7 @@ def _score(
                 ("itm+itc, the authors'", lambda logits, cosine: logits[..., 1] + cosine),
             ):
                 rankings[name] = tuple(r.by(score(p, r.scores.float())) for r, p in zip(few, pairs, strict=True))  # pyright: ignore
+    progress.doing("scoring")
     right = _accepted(records, written, strict)
     result = Result("retrieval", len(records), seed)
     result.protocol |= {

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from openblip2 import __version__
 from openblip2.attend import BY, By
 from openblip2.captioner import ANSWER, CAPTION, Captioner
 from openblip2.data.corpora import easy_vqa_records
@@ -15,14 +16,15 @@ from openblip2.data.sources import EASY_VQA, Source
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
+from openblip2.progress import Progress
 from openblip2.score.answers import METRICS, score_answers, usual_metric
 from openblip2.score.captions import score_captions
-from openblip2.score.card import card, overlap
+from openblip2.score.card import card, overlap, weights_digest
 from openblip2.score.pointing import score_pointing
 from openblip2.score.result import Result
+from openblip2.score.resume import Kept
 from openblip2.score.retrieval import score_retrieval
 from openblip2.train.checkpoint import make_folder
-from openblip2.train.progress import Progress
 
 Task = Literal["caption", "vqa", "retrieval", "pointing"]
 MATCHING = ("retrieval", "pointing")  # of a stage 1
@@ -70,6 +72,8 @@ _BELONGS = {
 def evaluate(task: str, run: str, source: Source, out: Path, options: Options, progress: Progress) -> Result:
     """Scores a run on data and writes `out` and, beside it, one line for each sample.
 
+    Interrupted, it keeps the texts written so far beside `out`, and goes on behind them.
+
     Raises:
         UserError: an unknown task, a run of the other stage, an option of another task, or nothing to score.
     """
@@ -81,6 +85,7 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     if not isinstance(model, wanted):
         stage = "stage-1" if task in MATCHING else "stage-2"
         raise UserError(f"{run} is a {type(model).__name__}: {task} needs a {stage} run, or one fine-tuned from one")
+    kept = Kept(out.with_suffix(".partial.jsonl"), [task, run, __version__, weights_digest(model)])
     records, bad = _openable(source.records[: options.limit], progress)
     if isinstance(model, Matcher) and task == "pointing":
         result = score_pointing(model, records, cast(By, options.by or "itc"), progress, options.seed)
@@ -89,18 +94,19 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
         result = score_retrieval(model, records, best, progress, options.features, options.strict, options.seed)
     elif task == "caption":
         how = CAPTION if options.beams is None else replace(CAPTION, beams=options.beams)
-        result = score_captions(model, records, how, options.prompt, progress, options.slow, options.seed)
+        result = score_captions(model, records, how, options.prompt, progress, options.slow, options.seed, kept)
     else:
         how = ANSWER if options.beams is None else replace(ANSWER, beams=options.beams)
         metric: Any = options.metric or usual_metric(source.kind, records)
         known = easy_vqa_records("train") if source.kind == EASY_VQA else ()
-        result = score_answers(model, records, how, metric, progress, options.lemmatised, known, options.seed)
+        result = score_answers(model, records, how, metric, progress, options.lemmatised, known, options.seed, kept)
     result.skipped[:0] = [*source.skipped, *bad]
     result.protocol = card(model, run, options.seed) | {"data": source.kind} | result.protocol
     result.protocol["zero_shot"] = model.settings.task == "pretraining"
     _warn(result, records, run)
     result.beside["seconds"] = round(time.perf_counter() - began, 1)
     result.write(out)
+    kept.forget()
     return result
 
 

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +27,11 @@ from openblip2.evaluate.retrieval import image_vectors
 from openblip2.inference import load
 from openblip2.inputs import features_of
 from openblip2.matcher import Matcher
+from openblip2.progress import Progress
 from openblip2.score.card import weights_digest
 from openblip2.search.vectors import Array, Vectors, require_faiss
 from openblip2.train.checkpoint import make_folder, read_json, write_json
 from openblip2.train.hardware import computing
-from openblip2.train.progress import Progress
 
 SIDE = 256  # px, a thumbnail's longer side
 GROUP = 64  # pictures at once
@@ -129,7 +130,7 @@ def open_index(folder: Path) -> Index:
 def update_index(root: Path, run: str, folder: Path, progress: Progress) -> Updated:
     """Makes an index of all pictures below `root`, or brings one up to date: only new and changed files are read.
 
-    Interrupted, it goes on where it was at its last `SAVED` groups.
+    Interrupted, it goes on where it was; killed, at its last `SAVED` groups.
 
     Raises:
         UserError: no folder, no stage-1 run, an index of another folder or of other weights, not one picture.
@@ -154,7 +155,11 @@ def update_index(root: Path, run: str, folder: Path, progress: Progress) -> Upda
     skipped: list[str] = []
     exact: list[Array] = []
     numbers: list[int] = []
-    with progress.steps("pictures", len(fresh)) as bar, ThreadPoolExecutor(THREADS) as threads:
+    with (
+        _saved_on_interrupt(index),
+        progress.steps("pictures", len(fresh)) as bar,
+        ThreadPoolExecutor(THREADS) as threads,
+    ):
         for n, start in enumerate(range(0, len(fresh), GROUP), 1):
             part = fresh[start : start + GROUP]
             rows, vectors = _read(index, matcher, [(path, there[path]) for path in part], threads, skipped.append)
@@ -172,6 +177,15 @@ def update_index(root: Path, run: str, folder: Path, progress: Progress) -> Upda
     index.save()
     recall = recall_of(index.vectors, np.array(numbers), np.concatenate(exact)) if exact else None
     return Updated(len(index.rows), len(fresh) - len(skipped), len(gone), skipped, recall, len(numbers))
+
+
+@contextmanager
+def _saved_on_interrupt(index: Index) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        index.save()  # what is not yet in both of its files is dropped and read again
+        raise
 
 
 def recall_of(vectors: Vectors, numbers: Array, exact: Array, seed: int = 0) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openblip2.config import RunSettings, to_dict
+from openblip2.progress import Progress
 from openblip2.studies.design import Plan, study_of
 from openblip2.studies.plot import can_plot, plot
 from openblip2.studies.trial import OWN, Trial, Work, prepare_work, run_trial
@@ -16,7 +17,6 @@ from openblip2.studies.verdict import curve, figure, judge
 from openblip2.studies.words import in_words
 from openblip2.train.checkpoint import make_folder, write_json
 from openblip2.train.hardware import keep_freed_memory
-from openblip2.train.progress import Progress
 
 
 def ablate(name: str, out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:

@@ -26,13 +26,13 @@ from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.presets import fine_tuning, preset
+from openblip2.progress import Progress
 from openblip2.score.captions import score_captions
 from openblip2.score.retrieval import score_retrieval
 from openblip2.studies.trial import kept
 from openblip2.train.checkpoint import read_json, write_json
 from openblip2.train.encode import make_cache
 from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
-from openblip2.train.progress import Progress
 from openblip2.train.recipes import train_stage
 from openblip2.train.start import settings_of
 
@@ -98,6 +98,7 @@ def gather(out: Path, progress: Progress) -> list[Record]:
     if not (out / "data" / "records.jsonl").is_file():
         for line in fetch(out / "packages", say=progress.say):
             progress.say(f"left out: {line}")
+        progress.doing("preparing pictures")
         found = prepare(out / "packages", out / "data")
         progress.say(f"{len(found.records)} pictures; {len(found.skipped)} were skipped")
     records, skipped = read_records(out / "data")

@@ -30,13 +30,13 @@ from openblip2.evaluate.grounding import caption_losses
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
+from openblip2.progress import Progress
 from openblip2.score.retrieval import score_retrieval
 from openblip2.studies import web
 from openblip2.studies.design import BOTH, GAP, LOSS, OTHER, SCORES, WAYS, Plan, Study, Way
 from openblip2.train.checkpoint import read_json, write_json
 from openblip2.train.encode import make_cache, whitened
 from openblip2.train.hardware import compute_dtype, computing, device
-from openblip2.train.progress import Progress
 from openblip2.train.recipes import train_stage
 
 DATA_SEED = 0
@@ -100,6 +100,7 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
             settings = _settings(work, way, stage)
             if settings is not None and settings.vision not in work.features:
                 folder = out / "features" / f"{len(work.features)}-{_slug(settings.vision.name.split('/')[-1])}"
+                progress.doing(f"loading {settings.vision.name}")
                 vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
                 make_cache(vision, [*train, *test], settings, folder, progress, settings.vision.name, replace=True)
                 work.features[settings.vision] = folder
@@ -203,6 +204,7 @@ def _scored(work: Work, run: Path, of: Any, features: Path) -> dict[str, Any]:
     best = work.plan.reranked if work.study.reranks else 0
 
     def score() -> dict[str, Any]:
+        work.progress.doing(f"scoring {run}")
         model = load(run)
         if isinstance(model, Matcher):
             return {"values": retrieval_values(model, work.test, best, features, work.progress)}

@@ -21,7 +21,7 @@ from openblip2.data.records import Record
 from openblip2.data.web.tars import read_tar
 from openblip2.data.web.write_shards import write_shards
 from openblip2.errors import UserError
-from openblip2.train.progress import Progress
+from openblip2.progress import Progress
 
 NOISE = 0.5  # of the web's pictures have another picture's caption
 SHARD = 250  # pictures of a shard
@@ -66,7 +66,8 @@ def filtered(
     """
     for folder in (shards, out):
         rmtree(folder, ignore_errors=True)
-    write_shards(records, shards, SHARD, 0, progress.say)
+    with progress.steps("shards", len(records)) as bar:
+        write_shards(records, shards, SHARD, 0, lambda count: bar.advance(count=count))
     models = Models(str(captioner), str(ranker))
     written = capfilt(str(shards), models, out, how, progress)
     found = {

@@ -30,8 +30,8 @@ from openblip2.data.records import Record
 from openblip2.errors import UserError
 from openblip2.model.precision import DTYPES
 from openblip2.model.vision import Vision
+from openblip2.progress import Progress
 from openblip2.train.hardware import device
-from openblip2.train.progress import Progress
 
 # Of the encoder's configuration, what changes features and does not show in the weights.
 _SHAPING = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "rope_theta")
@@ -46,8 +46,10 @@ def write_features(
     views: int,
     progress: Progress,
     dry_run: bool = False,
-) -> None:
+) -> dict[str, int | float]:
     """What `openblip2 features` does: says what it will take, then makes the cache, or goes on making it.
+
+    Returns what it takes: pictures, bytes, free bytes, seconds; behind a cache also how many pictures were skipped.
 
     Args:
         views: 1: the plain picture. More: so many random crops of each picture beside it.
@@ -63,7 +65,8 @@ def write_features(
     entry = f"{layout.tokens} tokens x {layout.width}"
     kinds = "the plain picture" if views == 1 else f"the plain picture and {views} views"
     progress.say(f"{len(records):,} pictures, {kinds} of each: {entry} in {precision}")
-    progress.say(f"{room / 1e9:.3g} GB in {folder}, of {free_bytes(folder) / 1e9:,.3g} GB free")
+    free = free_bytes(folder)
+    progress.say(f"{room / 1e9:.3g} GB in {folder}, of {free / 1e9:,.3g} GB free")
     if not folder.exists():  # else some of it may be there; the build counts what is not
         require_room(folder, layout, len(records))
     encode, began = _encode(vision), time.monotonic()
@@ -79,11 +82,13 @@ def write_features(
         f"and not once an epoch: a step of {step} pictures reads {step * layout.row_bytes / 1e6:.3g} MB, where it "
         f"encoded for {_duration(a_picture / entries * step)}"
     )
+    takes = {"pictures": len(records), "bytes": room, "free_bytes": free, "seconds": a_picture * len(records)}
     if dry_run:
-        return
+        return takes
     cache = make_cache(vision, records, settings, folder, progress, "all", precision, views)
     for number, problem in enumerate(cache.skipped.values(), 1):
         progress.say(f"skipped ({number} so far): {problem}")
+    return takes | {"skipped": len(cache.skipped)}
 
 
 def make_cache(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from openblip2.config import OptimSettings, TrainSettings
 from openblip2.distributed import alone, is_first, mean_over_processes, rank
 from openblip2.errors import Stopped
+from openblip2.progress import Progress
 from openblip2.train.agree import from_all, from_first, highest
 from openblip2.train.bad_steps import count_step, give_up, not_finite
 from openblip2.train.checkpoint import save_trained, trained_parameters
@@ -20,7 +21,6 @@ from openblip2.train.hardware import attention_kernel, computing, keep_freed_mem
 from openblip2.train.log import Log
 from openblip2.train.optim import adamw, layer_rates, learning_rate
 from openblip2.train.parallel import Together, clip_gradients
-from openblip2.train.progress import Progress
 from openblip2.train.resume import Done, forget_checkpoints, keep_last, read_checkpoint, write_checkpoint
 from openblip2.train.stopping import stop_requests
 from openblip2.train.tracking import tell
@@ -79,7 +79,7 @@ def fit(
             write_checkpoint(run, model, optimizer, done, settings.keep_checkpoints)
             saved = done.step
 
-    with progress.steps("training", settings.steps, done.step) as bar, stop_requests() as stops:
+    with progress.steps("training", settings.steps, done.step, "steps") as bar, stop_requests() as stops:
 
         def look() -> None:
             try:

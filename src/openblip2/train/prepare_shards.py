@@ -22,11 +22,11 @@ from openblip2.distributed import is_first, rank, world_size
 from openblip2.errors import UserError
 from openblip2.model.vision import Vision
 from openblip2.model.whitening import fit_whitening
+from openblip2.progress import Progress
 from openblip2.train.checkpoint import read_whitening, save_whitening
 from openblip2.train.encode import encode_now, openable
 from openblip2.train.hardware import device
 from openblip2.train.prepare import WHITENING_PICTURES, Prepared, cleaned
-from openblip2.train.progress import Progress
 from openblip2.train.skipped import Skipped
 
 HELD_OUT = "held_out"
@@ -60,7 +60,8 @@ def prepare_shards(
     problem = Skipped(run, progress)
     counted = kept_parts(run, parts) if resume or not is_first() else None
     if counted is None:
-        counted = count_parts(parts, problem)
+        with progress.steps("counting shards", sum(len(part.shards) for part in parts), unit="shards") as bar:
+            counted = count_parts(parts, problem, bar.advance)
         if held_out is None:
             wanted = min(int(counted[0].samples * settings.data.held_out), settings.data.most_held_out)
             counted = hold_out(counted, wanted)
@@ -69,6 +70,7 @@ def prepare_shards(
     if held_out is None:
         held_out, _ = read_records(run / HELD_OUT)
     progress.say(f"{sum(part.samples for part in counted):,} samples of {sum(len(p.shards) for p in counted):,} shards")
+    progress.doing("encoding what is held out")
     good, problems = openable([cleaned(record) for record in held_out], settings.vision.image_size)
     for line in problems:
         problem(line)

@@ -36,6 +36,7 @@ from openblip2.model.gradient_cache import stage1_losses, stage2_losses
 from openblip2.model.stage1 import OBJECTIVES, Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
+from openblip2.progress import Progress
 from openblip2.train.ahead import Ahead
 from openblip2.train.bad_steps import Remembered
 from openblip2.train.checkpoint import make_folder, write_config
@@ -46,7 +47,6 @@ from openblip2.train.parallel import shard
 from openblip2.train.prepare import Prepared, captions_of, name_long_texts, prepare, questions_of
 from openblip2.train.prepare_shards import prepare_shards
 from openblip2.train.processes import first_process_first
-from openblip2.train.progress import Progress
 from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same
 from openblip2.train.start import (
     fine_tune_from,
@@ -95,6 +95,7 @@ def train_stage(
         forget_checkpoints(run)  # before config.json is another one
     torch.manual_seed(settings.train.seed)
     recipe = _stage1 if settings.stage == "stage1" else _stage2
+    progress.doing(f"loading {settings.vision.name}")
     trains = settings.vision.trained  # then its weights are fp32
     vision = build_vision(settings, torch.float32 if trains else compute_dtype(device(), settings.train.precision))
     vision = vision.to(device())
@@ -113,6 +114,7 @@ def _stage1(
 ) -> None:
     fine_tunes = settings.task != "pretraining"
     sizes = sizes_to_start(settings) if fine_tunes else None
+    progress.doing(f"loading {settings.qformer.start}")
     model = build_stage1(settings, vision, sizes)
     if fine_tunes:
         fine_tune_from(model, settings)
@@ -126,6 +128,7 @@ def _stage1(
         tokens.tokenizer.save_pretrained(run / "tokenizer")
     if not fine_tunes:
         if settings.warm_start and last is None:
+            progress.doing("starting in closed form")
             with in_evaluation(model, settings):
                 r2 = warm_start_stage1(model, tokens, lambda: some_pairs(model, data, settings))
             progress.say(f"stage 1 started in closed form: R2 {r2:.2f} in the shared space, on the training pictures")
@@ -162,6 +165,7 @@ def _stage2(
 ) -> None:
     fine_tunes, dtype = settings.task != "pretraining", compute_dtype(device(), settings.train.precision)
     sizes = sizes_to_start(settings) if fine_tunes else None
+    progress.doing(f"loading {settings.language.name}")
     model = build_stage2(settings, vision, sizes, dtype=dtype, place=device())
     if fine_tunes:
         fine_tune_from(model, settings)
@@ -177,6 +181,7 @@ def _stage2(
         if settings.start:
             start_from_stage1(model, Path(settings.start))
         if settings.warm_start and last is None:
+            progress.doing("starting in closed form")
             with in_evaluation(model, settings):
                 r2 = warm_start_stage2(model, some_pairs(model, data, settings))
             progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")

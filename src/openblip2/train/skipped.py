@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from openblip2.distributed import is_first, rank
+from openblip2.progress import Progress
 from openblip2.train.log import Log
-from openblip2.train.progress import Progress
 
 SAID = 20  # lines that are said; of the later ones every thousandth
 

@@ -89,8 +89,12 @@ def read_parts(data: str) -> list[Part]:
     return [_part(row, f"{path}: part {n}", path.parent) for n, row in enumerate(rows, start=1)]
 
 
-def count_parts(parts: Sequence[Part], problem: Callable[[str], object]) -> list[Part]:
+def count_parts(
+    parts: Sequence[Part], problem: Callable[[str], object], advance: Callable[[], object] = lambda: None
+) -> list[Part]:
     """The parts with the samples of each shard counted. A shard that cannot be opened counts 0 and is named.
+
+    `advance` is called behind each shard.
 
     Raises:
         UserError: a part has no sample at all.
@@ -98,12 +102,15 @@ def count_parts(parts: Sequence[Part], problem: Callable[[str], object]) -> list
     counted: list[Part] = []
     with ThreadPoolExecutor(_THREADS) as threads:
         for part in parts:
-            counts = tuple(threads.map(lambda shard: count(shard, problem), part.shards))
+            counts: list[int] = []
+            for samples in threads.map(lambda shard: count(shard, problem), part.shards):
+                counts.append(samples)
+                advance()
             if not any(counts):
                 raise UserError(
                     f"{part.name}: not one of its {len(counts)} shards holds a sample; shards with pictures"
                 )
-            counted.append(replace(part, counts=counts, held_out=(0,) * len(counts)))
+            counted.append(replace(part, counts=tuple(counts), held_out=(0,) * len(counts)))
     return counted
 
 

@@ -32,11 +32,18 @@ class Written(NamedTuple):
 
 
 def write_shards(
-    records: Sequence[Record], out: Path, size: int = 10_000, seed: int = 0, say: Callable[[str], object] = print
+    records: Sequence[Record],
+    out: Path,
+    size: int = 10_000,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda count: None,
 ) -> Written:
     """Writes shards of up to `size` records each, in an order that `seed` draws.
 
     Every picture is opened before it is taken; one that cannot be is skipped and named.
+
+    Args:
+        advance: is told how many more records are behind.
 
     Raises:
         UserError: `out` cannot be written to, or holds shards of other records; or no picture can be opened.
@@ -54,16 +61,20 @@ def write_shards(
     with ThreadPoolExecutor(THREADS) as threads:
         for number, path in enumerate(paths):
             part = [records[n] for n in order[number * size : (number + 1) * size]]
-            good, bad = _finished(path, part) or _write(path, part, f"{number:05}", threads)
+            done = _finished(path, part)
+            if done:
+                advance(len(part))
+            good, bad = done or _write(path, part, f"{number:05}", threads, advance)
             samples += good
             skipped += bad
-            say(f"{path}: {good:,} samples, {len(bad):,} skipped")
     if not samples:
         raise UserError(f"{out}: not one picture could be taken; the first: {skipped[0]}")
     return Written(shards, samples, skipped)
 
 
-def _write(path: Path, records: Sequence[Record], shard: str, threads: ThreadPoolExecutor) -> tuple[int, list[str]]:
+def _write(
+    path: Path, records: Sequence[Record], shard: str, threads: ThreadPoolExecutor, advance: Callable[[int], object]
+) -> tuple[int, list[str]]:
     writer, skipped = TarWriter(path), list[str]()
     digits = max(4, len(str(len(records) - 1)))  # img2dataset's keys: the shard's number, then the sample's
     try:
@@ -72,6 +83,7 @@ def _write(path: Path, records: Sequence[Record], shard: str, threads: ThreadPoo
                 skipped.append(found)
             else:
                 writer.add(found._replace(key=f"{shard}{number:0{digits}}"))
+            advance(1)
     except BaseException:
         writer.abandon()
         raise
