@@ -71,7 +71,7 @@ for command, example in (
     (convert, "runs/demo/stage2 exported --to hf"),
     (bench, "--size tiny --case rerank"),
     (bench_real, "--out runs/real --fold 0"),
-    (bench_serve, "runs/demo/stage2 pictures/ --clients 200 --batch 16 --batch 1"),
+    (bench_serve, "runs/demo/stage2 pictures/ --batch 16 --batch 1"),
     (plan, "--preset stage1-vit-g --gpus 16xA100-40G"),
     (ablate, "queries --out runs/queries --values 4,16,32"),
 ):
