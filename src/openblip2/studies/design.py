@@ -84,7 +84,7 @@ class Study:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything; the defaults take about ten minutes on two cores.
+    """How much of everything; the defaults take ten to sixty minutes on two cores.
 
     Attributes:
         seeds: of training; pictures are the same for all. scenes: to train on; None = the study's own.
