@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -85,11 +86,29 @@ def test_a_full_queue_says_so_and_empties_again() -> None:
         batcher = Batcher(worker, Limits(queue=3, wait=0))
         tasks = [asyncio.create_task(batcher.do(Embed(text=str(n)))) for n in range(3)]
         await until(lambda: bool(worker.batches))
+        assert batcher.full
         with pytest.raises(Full):
             await batcher.do(Embed(text="one too many"))
         worker.go.set()
         assert [await task for task in tasks] == ["0", "1", "2"]
+        assert not batcher.full
         assert await batcher.do(Embed(text="later")) == "later"
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+def test_when_to_ask_again_is_what_half_the_queue_takes() -> None:
+    async def body() -> None:
+        batcher = Batcher(Recorder(), Limits(queue=400, wait=0, seconds=30))
+        assert batcher.patience == 1
+        batcher.worker.run = lambda jobs: time.sleep(0.05) or ["done"] * len(jobs)
+        for _ in range(3):
+            await batcher.do(Embed(text="one"))
+        assert 10 <= batcher.patience <= 20  # 200 of 0.05 s, on a machine that may be busy
+        batcher.worker.run = lambda jobs: time.sleep(0.6) or ["done"] * len(jobs)
+        await batcher.do(Embed(text="slow"))
+        assert batcher.patience == 30
         await batcher.close()
 
     asyncio.run(body())

@@ -253,6 +253,20 @@ def test_sizes_are_limited(home: Path, client: TestClient) -> None:
     assert client.post("/v1/embeddings", json={"input": ["a"] * 5}).status_code == 400
 
 
+def test_a_full_queue_is_told_before_anything_is_read(home: Path, client: TestClient) -> None:
+    service = client.app.state.service  # pyright: ignore
+    full, service.batcher.limits = service.batcher.limits, Limits(queue=0)
+    try:
+        refused = client.post("/caption", files=picture(home))
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        assert client.get("/health").status_code == 200
+    finally:
+        service.batcher.limits = full
+    assert client.post("/caption", files=picture(home)).status_code == 200
+
+
 def test_metrics_count(client: TestClient) -> None:
     client.get("/nowhere")
     text = client.get("/metrics").text

@@ -84,7 +84,12 @@ def make_app(
         redoc_url=None,
     )
     app.include_router(openai.router)
-    app.add_middleware(Guard, limits=limits, token=token)
+
+    def wait() -> int:
+        batcher = app.state.service.batcher
+        return batcher.patience if batcher.full else 0
+
+    app.add_middleware(Guard, limits=limits, token=token, wait=wait)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     app.add_middleware(Counted, metrics=metrics)
     _errors(app)
@@ -198,7 +203,8 @@ def _errors(app: FastAPI) -> None:
     async def told(request: Request, error: Exception) -> JSONResponse:
         status = Service.status_of(error)
         kind = {400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
-        headers = {"Retry-After": "1"} if status in (429, 503) else {}
+        wait = {429: request.app.state.service.batcher.patience, 503: 1}.get(status)
+        headers = {"Retry-After": str(wait)} if wait else {}
         return JSONResponse({"error": {"message": Service.said_of(error), "type": kind}}, status, headers)
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:

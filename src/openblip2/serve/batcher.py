@@ -54,12 +54,23 @@ class Batcher:
         self.worker, self.limits, self.told = worker, limits, told
         self.waiting: list[Waiting] = []
         self.running: list[Waiting] = []
+        self._pace = 0.0  # seconds of a job lately
         self._streams: dict[int, Waiting] = {}
         self._numbers = itertools.count(1)
         self._thread = ThreadPoolExecutor(1, "batches")
         self._some = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._serve())
+
+    @property
+    def full(self) -> bool:
+        """Whether a further job would be told `Full`."""
+        return len(self.waiting) + len(self.running) >= self.limits.queue
+
+    @property
+    def patience(self) -> int:
+        """Seconds until half of a full queue will be done, by what jobs took lately: when to ask again."""
+        return max(1, round(min(self._pace * self.limits.queue / 2, self.limits.seconds)))
 
     async def do(self, job: Job) -> Any:
         """A job's result.
@@ -115,7 +126,7 @@ class Batcher:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _enter(self, job: Job) -> Waiting:
-        if len(self.waiting) + len(self.running) >= self.limits.queue:
+        if self.full:
             raise Full
         mine = Waiting(job, self._loop.create_future())
         self.waiting.append(mine)
@@ -138,11 +149,14 @@ class Batcher:
                 self.running = batch
                 self.told(len(batch))
                 jobs = [one.job for one in batch]
+                began = self._loop.time()
                 try:
                     results = await self._loop.run_in_executor(self._thread, self.worker.run, jobs)
                 except Exception as error:  # whatever it is, these clients learn of it and the others are served
                     results = [error] * len(batch)
                 self.running = []
+                took = (self._loop.time() - began) / len(batch)
+                self._pace = took if not self._pace else 0.7 * self._pace + 0.3 * took
                 for one, result in zip(batch, results, strict=True):
                     if one.result.done():
                         continue

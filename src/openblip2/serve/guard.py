@@ -1,22 +1,29 @@
-"""What a request passes before any of it is read, the token and the size of its body; and what is counted of it."""
+"""What a request passes before any of it is read: token, length, a place in the queue; and what is counted of it."""
 
 import contextlib
 import hmac
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from openblip2.serve.limits import Limits
 from openblip2.serve.metrics import Metrics
 
+BUSY = "the server is busy; try again in a moment"
 OPEN = ("/", "/health")  # and /assets/: the page asks for the token
 
 
 class Guard:
-    """ASGI middleware: 401 without the token, 413 beyond `Limits.bytes`, whatever a client says of its length."""
+    """ASGI middleware: 401 without the token, 413 beyond `Limits.bytes`, whatever a client says of its length, and 429.
 
-    def __init__(self, app: Any, limits: Limits, token: str | None) -> None:
-        self.app, self.limits, self.token = app, limits, token
+    Args:
+        wait: seconds after which to ask again where the queue is full, else 0. A request that will be refused is not
+            read first: clients that ask again and again would take the time that answers need.
+    """
+
+    def __init__(self, app: Any, limits: Limits, token: str | None, wait: Callable[[], int]) -> None:
+        self.app, self.limits, self.token, self.wait = app, limits, token, wait
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -32,6 +39,9 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self.limits.bytes:
             await _refuse(send, 413, f"a request of at most {self.limits.bytes:,} bytes")
+            return
+        if scope["method"] == "POST" and (wait := self.wait()):
+            await _refuse(send, 429, BUSY, "rate_limit_error", wait)
             return
         seen, answered, large = 0, False, False
 
@@ -90,9 +100,11 @@ class TooLarge(Exception):
     """More bytes came than are allowed."""
 
 
-async def _refuse(send: Any, status: int, message: str) -> None:
-    body = json.dumps({"error": {"message": message, "type": "invalid_request_error"}}).encode()
+async def _refuse(
+    send: Any, status: int, message: str, kind: str = "invalid_request_error", wait: int | None = None
+) -> None:
+    body = json.dumps({"error": {"message": message, "type": kind}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers.append((b"connection", b"close"))
+    headers.append((b"connection", b"close") if wait is None else (b"retry-after", str(wait).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

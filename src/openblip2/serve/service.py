@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from openblip2.errors import UserError
 from openblip2.serve.batcher import Batcher, Full, Late
+from openblip2.serve.guard import BUSY
 from openblip2.serve.jobs import Failed, Job, Write
 from openblip2.serve.limits import Limits
 from openblip2.serve.metrics import Metrics
@@ -98,7 +99,7 @@ class Service:
     def said_of(error: Exception) -> str:
         """What a client is told of it."""
         if isinstance(error, Full):
-            return "the server is busy; try again in a moment"
+            return BUSY
         if isinstance(error, Late):
             return "this took longer than the server allows"
         return str(error) if isinstance(error, UserError | Died) else "an error of the server's own; see its log"
