@@ -20,6 +20,7 @@ def test_figures() -> None:
     assert found["p50"] == pytest.approx(0.25)
     assert found["p95"] == pytest.approx(3.445)
     assert (found["memory"], found["memory_grew"]) == (104, pytest.approx(0.04))
+    assert found["memory_over_time"] == [[0, 10]]
 
 
 def test_nothing_to_ask_about_is_one_line(tmp_path: Path) -> None:

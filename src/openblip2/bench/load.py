@@ -46,6 +46,7 @@ class Load:
             "errors": sum(count for status, count in self.statuses.items() if status not in ("200", "429")),
             "memory": max(later),
             "memory_grew": max(later) / max(1, later[0]) - 1,
+            "memory_over_time": [[round(at), size] for at, size in self.memory[::10]],
         }
 
 
