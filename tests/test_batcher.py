@@ -109,6 +109,26 @@ def test_when_to_ask_again_is_what_half_the_queue_takes() -> None:
         batcher.worker.run = lambda jobs: time.sleep(0.6) or ["done"] * len(jobs)
         await batcher.do(Embed(text="slow"))
         assert batcher.patience == 30
+        assert not batcher.full
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+def test_who_could_not_be_served_in_time_is_told_at_once() -> None:
+    async def body() -> None:
+        worker = Recorder()
+        batcher = Batcher(worker, Limits(queue=400, batch=1, wait=0, seconds=1))
+        batcher.worker.run = lambda jobs: time.sleep(0.4) or ["done"]
+        tasks = [asyncio.create_task(batcher.do(Embed(text="one")))]
+        await tasks[0]
+        tasks += [asyncio.create_task(batcher.do(Embed(text="one"))) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        assert batcher.full  # three of 0.4 s and more are before it
+        with pytest.raises(Full):
+            await batcher.do(Embed(text="one too many"))
+        for task in tasks:
+            task.cancel()
         await batcher.close()
 
     asyncio.run(body())

@@ -22,7 +22,6 @@ from openblip2.progress import Bar, Progress
 
 QUESTION = "what is in the picture?"
 STARTS = 300  # seconds that a server may take to load its models
-WARM = 0.25  # share of the time in which memory may still grow
 
 
 @dataclass
@@ -34,9 +33,15 @@ class Load:
     memory: list[tuple[float, int]] = field(default_factory=list)  # (seconds since the begin, bytes)
 
     def figures(self, duration: float) -> dict[str, Any]:
-        """Requests a second, latencies in seconds, memory in bytes and the most that it grew after warming up."""
+        """Requests a second, latencies in seconds, memory in bytes, and how much it grew once it was warm.
+
+        That is the mean of its last quarter against that of its second one: one batch takes more than another.
+        """
         took = np.array(self.seconds or [np.nan])
-        later = [size for at, size in self.memory if at >= WARM * duration] or [0]
+        second, last = (
+            np.mean([size for at, size in self.memory if begin * duration <= at < end * duration] or [np.nan])
+            for begin, end in ((0.25, 0.5), (0.75, 1))
+        )
         return {
             "answered": len(self.seconds),
             "per_second": len(self.seconds) / duration,
@@ -44,8 +49,8 @@ class Load:
             "p95": float(np.percentile(took, 95)),
             "statuses": dict(self.statuses),
             "errors": sum(count for status, count in self.statuses.items() if status not in ("200", "429")),
-            "memory": max(later),
-            "memory_grew": max(later) / max(1, later[0]) - 1,
+            "memory": max((size for _, size in self.memory), default=0),
+            "memory_grew": float(last / second - 1),
             "memory_over_time": [[round(at), size] for at, size in self.memory[::10]],
         }
 
@@ -65,10 +70,10 @@ def bench_serve(
         UserError: no pictures, a server that does not start, a missing package.
     """
     try:
-        import httpx  # noqa: F401
+        import httpx2  # noqa: F401
         import psutil  # noqa: F401
     except ImportError as error:
-        raise UserError(f"bench-serve needs {error.name}: pip install {error.name}") from error
+        raise UserError(f"bench-serve needs {error.name}: pip install 'openblip2[load]'") from error
     pictures = [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
     if not pictures:
         raise UserError(f"{folder}: no pictures in it")
@@ -90,11 +95,11 @@ def bench_serve(
 
 
 async def _press(address: str, server: int, pictures: list[bytes], clients: int, seconds: float, bar: Bar) -> Load:
-    import httpx
+    import httpx2
 
     load = Load()
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=address, limits=limits, timeout=120, trust_env=False) as http:
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx2.AsyncClient(base_url=address, limits=limits, timeout=120, trust_env=False) as http:
         await _ready(http)
         until = time.monotonic() + seconds
         asking = [_client(http, n, pictures, until, load) for n in range(clients)]
@@ -103,19 +108,19 @@ async def _press(address: str, server: int, pictures: list[bytes], clients: int,
 
 
 async def _ready(http: Any) -> None:
-    import httpx
+    import httpx2
 
     for _ in range(STARTS):
         try:
             if (await http.get("/health")).status_code == 200:
                 return
-        except httpx.TransportError:  # not yet
+        except httpx2.TransportError:  # not yet
             await asyncio.sleep(1)
     raise UserError(f"the server is not ready after {STARTS} s")
 
 
 async def _client(http: Any, number: int, pictures: list[bytes], until: float, load: Load) -> None:
-    import httpx
+    import httpx2
 
     random = Random(number)
     while time.monotonic() < until:
@@ -124,7 +129,7 @@ async def _client(http: Any, number: int, pictures: list[bytes], until: float, l
         began = time.monotonic()
         try:
             answer = await http.post(path, files={"image": content}, data=data)
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             load.statuses[type(error).__name__] += 1
             continue
         load.statuses[str(answer.status_code)] += 1

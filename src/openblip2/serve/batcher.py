@@ -24,7 +24,7 @@ class Runs(Protocol):
 
 
 class Full(Exception):
-    """The queue is full."""
+    """The queue is full, or too slow for another."""
 
 
 class Late(Exception):
@@ -64,8 +64,9 @@ class Batcher:
 
     @property
     def full(self) -> bool:
-        """Whether a further job would be told `Full`."""
-        return len(self.waiting) + len(self.running) >= self.limits.queue
+        """Whether a further job would be told `Full`: too many wait, or it could not be done in time."""
+        before = len(self.waiting) + len(self.running)
+        return before >= self.limits.queue or before * self._pace > self.limits.seconds
 
     @property
     def patience(self) -> int:
