@@ -1,19 +1,21 @@
 # Everything here does its own set-up in .venv: a fresh clone needs Python (3.11 or later) and make, nothing else.
 PYTHON ?= python3
 OUT    ?= runs/demo
+SLOW   := bench capfilt_kill distributed distributed_training load resume serve
 
 PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help check test browser docs demo bench-real clean
+.PHONY: help check test test-slow browser docs demo bench-real clean
 
 help:
 	@echo "make demo    train both stages on pictures it draws, score them, write $(OUT)/report.html"
 	@echo "             (OUT=folder puts it elsewhere)"
 	@echo "make bench-real  the whole way on real pictures, 5 folds: hours; its table goes into docs/results.md"
 	@echo "make test    the tests, without the slow ones"
+	@echo "make test-slow  the slow ones that end within minutes: several processes, kills, a server under load"
 	@echo "make browser the page in Debian's chromium; what it looked like: screens/"
 	@echo "make check   format, lint and types"
 	@echo "make docs    the site, in site/: runs the notebook; a broken link is an error"
@@ -30,6 +32,11 @@ test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: .venv/.dev-stamp .venv/.models-stamp
 	@.venv/bin/python -m pytest --numprocesses 2 --quiet
+
+test-slow: export HF_HUB_OFFLINE = 1
+test-slow: export OMP_NUM_THREADS = 1
+test-slow: .venv/.dev-stamp .venv/.models-stamp
+	@.venv/bin/python -m pytest --numprocesses 2 --quiet -m slow $(SLOW:%=tests/test_%.py)
 
 # Not among the tests: a browser is no Python package. What it looked like is kept in screens/.
 browser: export HF_HUB_OFFLINE = 1

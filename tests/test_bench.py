@@ -22,6 +22,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, list[st
     return figures, json.loads(out.read_text()), said
 
 
+@pytest.mark.slow
 def test_every_case_is_equal_before_it_is_timed(found: tuple[dict, dict, list[str]]) -> None:
     figures, written, said = found
     assert figures == written

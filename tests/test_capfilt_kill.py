@@ -49,6 +49,7 @@ def settled(out: Path) -> dict[str, bytes]:
     return {name: body for name, body in content(out).items() if not name.endswith(".new")}
 
 
+@pytest.mark.slow
 def test_killed_at_an_operation_on_its_files(root: Path, tmp_path: Path) -> None:
     drawn = random.Random(3)
     with Lives(*MODULES) as server:

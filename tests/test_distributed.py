@@ -135,7 +135,7 @@ def check_transpose(process: int, counts: tuple[int, ...]) -> None:
     assert torch.equal(mine.grad, weights.T[shared.own])
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4], ids="{} processes".format)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} processes".format)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run(request.param, work, tmp_path_factory.mktemp("gloo"), COUNTS[request.param])
 

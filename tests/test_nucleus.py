@@ -8,7 +8,7 @@ from transformers import TopPLogitsWarper
 
 from openblip2.model.nucleus import LIKELY, NucleusSampling
 
-DRAWS = 40_000
+DRAWS = 20_000
 NOTHING: Any = torch.empty(0)  # has been written before
 
 

@@ -321,6 +321,7 @@ class Sleeper:
         return time.sleep, (60,)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_started_anew_and_others_are_served(home: Path) -> None:
     restarts: list[int] = []
     worker = Worker((None, str(home / "stage1"), None), 1, 20.0, lambda *given: None, lambda: restarts.append(1))
