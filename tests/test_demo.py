@@ -41,7 +41,7 @@ def test_demo_writes_report_metrics_and_both_runs(tmp_path: Path) -> None:
 
 
 def test_stamps_that_are_not_installed_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import openblip2.demo as module
+    import openblip2.demo.plan as module
     from openblip2.data.corpora import stamps_records
 
     monkeypatch.setattr(module, "stamps_records", lambda seed: stamps_records(tmp_path / "none", seed=seed))

@@ -1,0 +1,102 @@
+"""The main job, whole: two frozen models learn to talk to each other, and are scored on what they have never seen.
+
+pictures -> frozen features -> stage 1 -> stage 2 -> metrics.json and report.html
+"""
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from openblip2.captioner import Captioner
+from openblip2.config import RunSettings
+from openblip2.data.cache.features import Features
+from openblip2.data.records import Record
+from openblip2.data.text import clean_caption
+from openblip2.demo.plan import Plan, gather_corpus, settings_of
+from openblip2.demo.scores import score
+from openblip2.inference import load
+from openblip2.matcher import Matcher
+from openblip2.model.build import build_vision
+from openblip2.progress import Progress
+from openblip2.report import write_report
+from openblip2.train.checkpoint import make_folder, write_json
+from openblip2.train.encode import encode_all
+from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
+from openblip2.train.prepare import prepare
+from openblip2.train.recipes import train_stage
+
+
+def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
+    """Runs it all into `out` and returns what `out/metrics.json` holds.
+
+    Raises:
+        UserError: a package that the corpus or the models need is missing; the message says how to get it.
+    """
+    make_folder(out)
+    keep_freed_memory()
+    seconds: dict[str, float] = {}
+    stage1, stage2 = settings_of(plan, out)
+    with _timed(seconds, "data"):
+        corpus = gather_corpus(plan, out / "data")
+        for line in corpus.skipped:
+            progress.say(f"skipped: {line}")
+        progress.say(f"{len(corpus.train)} pictures to train on, {len(corpus.test)} held out")
+    with _timed(seconds, "features"):
+        vision = build_vision(stage1, compute_dtype(device(), stage1.train.precision)).to(device())
+        prepare(stage1, corpus.train, vision, out / "stage1", out / "features", progress)
+        test = _cleaned(_encode(vision, corpus.test, stage1, out, "test", progress))
+        asked = {
+            name: (_encode(vision, _asked_pictures(records, plan), stage1, out, f"asked-{name}", progress))
+            for name, (_, records) in corpus.questions.items()
+        }
+        del vision
+    with _timed(seconds, "stage1"):
+        train_stage(stage1, corpus.train, out / "stage1", progress, features=out / "features")
+    with _timed(seconds, "stage2"):
+        train_stage(stage2, corpus.train, out / "stage2", progress, features=out / "features")
+    with _timed(seconds, "evaluation"):
+        progress.say("scoring on held-out pictures")
+        matcher, captioner = load(out / "stage1"), load(out / "stage2")
+        assert isinstance(matcher, Matcher)
+        assert isinstance(captioner, Captioner)
+        found, examples = score(matcher, captioner, test, asked, corpus, plan, out / "maps", progress)
+    pictures = {"train": len(corpus.train), "test": len(test)}
+    metrics: dict[str, Any] = {"corpus": plan.corpus, "pictures": pictures} | found
+    metrics["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    metrics["seconds"]["total"] = round(sum(seconds.values()), 1)
+    metrics["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    write_json(metrics, out / "metrics.json")
+    write_report(out / "report.html", metrics, examples, out / "stage1" / "log.jsonl", out / "stage2" / "log.jsonl")
+    return metrics
+
+
+def _encode(vision, records: list[Record], settings: RunSettings, out: Path, name: str, progress: Progress) -> Features:
+    found, problems = encode_all(vision, records, settings, out / "features" / name, name, progress)
+    for line in problems:
+        progress.say(f"skipped: {line}")
+    return found
+
+
+def _cleaned(features: Features) -> Features:
+    """Captions as the models are given them."""
+    records = [replace(r, captions=tuple(clean_caption(c) for c in r.captions)) for r in features.records]
+    return Features(records, features.values)
+
+
+def _asked_pictures(records: Sequence[Record], plan: Plan) -> list[Record]:
+    """Pictures with one question each, enough for `plan.asked` questions."""
+    random = Random(plan.seed)
+    chosen = random.sample(list(records), min(plan.asked, len(records)))
+    return [replace(record, questions=(random.choice(record.questions),)) for record in chosen]
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - began

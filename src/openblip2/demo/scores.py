@@ -1,0 +1,189 @@
+"""What the demo's two runs reach on pictures that neither has seen, and what of it the report shows."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openblip2.attend import look, overlay
+from openblip2.captioner import ANSWER, CAPTION, Captioner, greedy
+from openblip2.data.cache.features import Features
+from openblip2.data.records import Question, Record
+from openblip2.data.scenes.grammar import named
+from openblip2.data.text import clean_caption
+from openblip2.demo.plan import Corpus, Plan
+from openblip2.evaluate.captions import caption_scores
+from openblip2.evaluate.grounding import grounding
+from openblip2.evaluate.retrieval import recalls, rerank, similarities
+from openblip2.evaluate.vqa import accuracy, baselines
+from openblip2.matcher import Matcher
+from openblip2.model.language import Decoding
+from openblip2.progress import Progress
+from openblip2.score.pointing import score_pointing
+from openblip2.train.checkpoint import make_folder
+from openblip2.train.hardware import computing, device
+
+SHOWN = 24  # held-out pictures in the report: the first ones, not chosen
+
+
+def score(
+    matcher: Matcher,
+    captioner: Captioner,
+    test: Features,
+    asked: Mapping[str, Features],
+    corpus: Corpus,
+    plan: Plan,
+    maps: Path,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures, as `metrics.json` holds them, and examples for the report.
+
+    Args:
+        test: the held-out pictures. asked: by data set, pictures with one question each. maps: the folder they go to.
+    """
+    examples: dict[str, Any] = {}
+    metrics: dict[str, Any] = {
+        "retrieval": _retrieval(matcher, test, plan, examples, progress),
+        "caption": _captions(captioner, test, examples, progress),
+        "vqa": {
+            name: _vqa(captioner, asked[name], known, plan, name, examples, progress)
+            for name, (known, _) in corpus.questions.items()
+        },
+        "grounding": _grounding(captioner, test, plan, progress),
+        "pointing": _pointing(matcher, corpus.test, plan, progress),
+    }
+    examples["maps"] = _maps(matcher, corpus.test[: plan.looked], maps)
+    return metrics, examples
+
+
+def _retrieval(
+    matcher: Matcher, test: Features, plan: Plan, examples: dict[str, Any], progress: Progress
+) -> dict[str, Any]:
+    model, place = matcher.model, device()
+    captions = [record.captions[0] for record in test.records]
+    tokens, valid = (t.to(place) for t in matcher.tokens(captions))
+    correct = torch.tensor([[a == b for b in captions] for a in captions], device=place)
+    features = test.values.to(place)
+    with torch.inference_mode(), computing(model, matcher.settings.train.precision):
+        scores = similarities(model, features, tokens, valid)
+        with progress.steps("re-ranking", len(captions)) as bar:
+            by_image, by_text = rerank(model, features, tokens, valid, scores, plan.reranked, bar.advance)
+    # The authors' code adds ITC's score to ITM's; as log-odds the two are of one kind. Candidates stay in front, for
+    # none of the others has a higher ITC score.
+    likeness = scores / model.temperature.detach()
+    examples["retrieval"] = _retrieval_examples(test.records, captions, by_image, by_text)
+    return {
+        "n": len(captions),
+        "chance": 1 / len(captions),
+        "itc": recalls(scores, scores, correct),
+        "itm": recalls(by_image, by_text, correct) | {"reranked": plan.reranked},
+        "itm+itc": recalls(by_image + likeness, by_text + likeness, correct) | {"reranked": plan.reranked},
+    }
+
+
+def _retrieval_examples(
+    records: Sequence[Record], captions: Sequence[str], by_image: Tensor, by_text: Tensor
+) -> dict[str, Any]:
+    best_texts = by_image[:SHOWN].topk(3, dim=1).indices.tolist()
+    best_images = by_text.T[:SHOWN].topk(3, dim=1).indices.tolist()
+    return {
+        "image_to_text": [
+            {"image": str(records[n].image), "reference": captions[n], "found": [captions[m] for m in row]}
+            for n, row in enumerate(best_texts)
+        ],
+        "text_to_image": [
+            {
+                "text": captions[n],
+                "image": str(records[n].image),
+                "found": [str(records[m].image) for m in row],
+                "captions": [captions[m] for m in row],
+            }
+            for n, row in enumerate(best_images)
+        ],
+    }
+
+
+def _captions(captioner: Captioner, test: Features, examples: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    prompts = [captioner.settings.language.prompts[0]] * len(test)
+    written = _generate(captioner, test.values, prompts, greedy(CAPTION), "captions", progress)
+    examples["captions"] = [
+        {"image": str(r.image), "caption": caption, "references": list(r.captions), "facts": r.facts}
+        for r, caption in list(zip(test.records, written, strict=True))[:SHOWN]
+    ]
+    # What the same captions are worth on other pictures: what is right of them by chance.
+    others = [*test.records[1:], *test.records[:1]]
+    return caption_scores(written, test.records) | {"chance": caption_scores(written, others)}
+
+
+def _vqa(
+    captioner: Captioner,
+    asked: Features,
+    known: Sequence[Record],
+    plan: Plan,
+    name: str,
+    examples: dict[str, Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    questions: list[Question] = [record.questions[0] for record in asked.records]
+    form = captioner.settings.language.question
+    prompts = [form.replace("{}", question.text) for question in questions]
+    answers = _generate(captioner, asked.values, prompts, greedy(ANSWER), f"answers ({name})", progress)
+    examples.setdefault("answers", {})[name] = [
+        {"image": str(r.image), "question": q.text, "answer": answer, "reference": q.answer}
+        for r, q, answer in list(zip(asked.records, questions, answers, strict=True))[:SHOWN]
+    ]
+    blind = baselines([question for record in known for question in record.questions], questions)
+    return accuracy(answers, questions) | {"zero_shot": True, "prompt": form, "baselines": blind}
+
+
+def _generate(
+    captioner: Captioner,
+    values: Tensor,
+    prompts: Sequence[str],
+    decoding: Decoding,
+    what: str,
+    progress: Progress,
+) -> list[str]:
+    found: list[str] = []
+    with (
+        torch.inference_mode(),
+        computing(captioner.model, captioner.settings.train.precision),
+        progress.steps(what, len(values)) as bar,
+    ):
+        for features in values.split(50):
+            part = prompts[len(found) : len(found) + len(features)]
+            found += captioner.model.generate(part, decoding, features=features.to(device()))
+            bar.advance(count=len(features))
+    return found
+
+
+def _grounding(captioner: Captioner, test: Features, plan: Plan, progress: Progress) -> dict[str, Any]:
+    progress.doing("grounding")
+    model = captioner.model
+    with torch.inference_mode(), computing(model, captioner.settings.train.precision):
+        return grounding(model, test, plan.seed, captioner.settings.language.prompts[0]).as_log()
+
+
+def _pointing(matcher: Matcher, test: Sequence[Record], plan: Plan, progress: Progress) -> dict[str, Any] | None:
+    if plan.corpus != "scenes":  # nobody has said where things are
+        return None
+    found = score_pointing(matcher, test[: plan.pointed], "itc", progress, plan.seed)
+    return {"n": found.pictures, "texts": found.protocol["texts"]} | {k: v.score for k, v in found.scores.items()}
+
+
+def _maps(matcher: Matcher, records: Sequence[Record], folder: Path) -> list[dict[str, str]]:
+    """What a text of each picture depends on, and where the queries look, drawn into a folder."""
+    make_folder(folder)
+    examples: list[dict[str, str]] = []
+    for record in records:
+        text = named(record.facts["objects"][0]) if record.facts else clean_caption(record.captions[0])
+        found = look(matcher, record.image, text)
+        example = {"image": str(record.image), "text": text}
+        for kind, drawn in (("relevance", found.words[0][1]), ("attention", found.average)):
+            path = folder / f"{record.image.stem}-{kind}.png"
+            overlay(record.image, drawn).save(path)
+            example[kind] = str(path)
+        examples.append(example)
+    return examples
