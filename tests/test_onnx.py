@@ -79,11 +79,11 @@ def in_onnx(file: Path, images: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("family", "build", "side", "whiten"),
     [
-        ("blip2", stage2, 12, False),
         ("clip", stage1, 20, False),  # positions interpolated from 3 x 3 to 5 x 5
         ("siglip", stage2, 12, True),
-        ("dinov2_with_registers", stage1, 12, False),
-        ("vit", stage1, 12, True),
+        pytest.param("blip2", stage2, 12, False, marks=pytest.mark.slow),
+        pytest.param("dinov2_with_registers", stage1, 12, False, marks=pytest.mark.slow),
+        pytest.param("vit", stage1, 12, True, marks=pytest.mark.slow),
     ],
 )
 def test_the_graph_equals_torch_at_every_batch_size(

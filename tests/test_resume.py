@@ -27,7 +27,7 @@ from openblip2.train.resume import find_checkpoint
 from test_training import OPTIM, Line, log_of, quiet, settings
 
 Losses = Callable[[int], dict[str, Tensor]]
-EVERY = 3  # operation on files that a run is killed at by default; the others are slow tests
+EVERY = 6  # operation on files that a run is killed at by default; the others are slow tests
 
 
 class Heard(Progress):
