@@ -1,7 +1,7 @@
 # Everything here does its own set-up in .venv: a fresh clone needs Python (3.11 or later) and make, nothing else.
 PYTHON ?= python3
 OUT    ?= runs/demo
-SLOW   := bench capfilt_kill distributed distributed_training load onnx resume serve
+SLOW   := bench capfilt_kill distributed distributed_training load onnx plan resume serve
 
 PIP    := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt
 

@@ -147,6 +147,7 @@ def test_the_model_stays_as_it_is_and_the_graph_is_float32(tmp_path: Path) -> No
     assert (rough - expected).abs().max() > 1e-3, "bf16 rounds too little here for this test to tell"
 
 
+@pytest.mark.slow
 def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openblip2.weights.onnx.INLINE", 1000)
     model, file = stage2(vision("blip2")), tmp_path / "model.onnx"

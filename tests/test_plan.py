@@ -249,6 +249,7 @@ def test_what_is_kept_is_what_autograd_saves(compute: int, fused: bool, dropout:
     assert found == pytest.approx(wanted, rel=0.02)
 
 
+@pytest.mark.slow
 def test_predicted_memory_of_a_real_step() -> None:
     """As `openblip2 bench` measures it: what a step takes beyond the weights. An allocator adds a fifth to it."""
     torch.manual_seed(0)
