@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import tiny_runs
-from openblip2.cli import app
 from openblip2.progress import Progress
 from openblip2.search.index import update_index
 
@@ -31,12 +29,7 @@ EVIL = "<img src=x onerror=\"document.title='run'\">"
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A server of tiny runs with an index, in its own process, as the command starts it."""
-    root = tmp_path_factory.mktemp("browser")
-    tiny_runs.home(root, count=16)
-    options = tiny_runs.options(root)
-    for stage, more in (("stage1", []), ("stage2", ["--start", str(root / "stage1")])):
-        given = ["train", stage, "--data", str(root / "data"), "--out", str(root / stage), *options, *more]
-        assert CliRunner().invoke(app, given).exit_code == 0
+    root = tiny_runs.trained(tmp_path_factory.mktemp("browser"))
     update_index(root / "data", str(root / "stage1"), root / "index", Progress(quiet=True))
     with socket.create_server(("127.0.0.1", 0)) as line:
         port = line.getsockname()[1]

@@ -30,10 +30,7 @@ def test_nothing_to_ask_about_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_server_under_load(tmp_path: Path) -> None:
-    tiny_runs.home(tmp_path, count=16)
-    for stage, more in (("stage1", []), ("stage2", ["--start", tmp_path / "stage1"])):
-        words = ["train", stage, "--data", tmp_path / "data", "--out", tmp_path / stage, *more]
-        assert CliRunner().invoke(app, [*map(str, words), *tiny_runs.options(tmp_path)]).exit_code == 0
+    tiny_runs.trained(tmp_path)
     words = ["bench-serve", tmp_path / "stage2", tmp_path / "data", "--clients", 80, "--seconds", 4]
     found = CliRunner().invoke(
         app, [*map(str, words), "--batch", "1", "--batch", "8", "--out", str(tmp_path / "a.json")]

@@ -41,12 +41,7 @@ MAX = 300_000  # bytes of a request, here
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of each stage and an index of the pictures."""
-    root = tmp_path_factory.mktemp("serve")
-    tiny_runs.home(root, count=16)
-    options = tiny_runs.options(root)
-    for stage, more in (("stage1", []), ("stage2", ["--start", str(root / "stage1")])):
-        command = ["train", stage, "--data", str(root / "data"), "--out", str(root / stage), *options, *more]
-        assert CliRunner().invoke(cli, command).exit_code == 0
+    root = tiny_runs.trained(tmp_path_factory.mktemp("serve"))
     update_index(root / "data", str(root / "stage1"), root / "index", Progress(quiet=True))
     return root
 

@@ -8,6 +8,9 @@ import torch
 import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
+from typer.testing import CliRunner
+
+from openblip2.cli import app
 
 SIDE = 12  # px; 3 x 3 patches
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
@@ -83,6 +86,16 @@ def home(root: Path, count: int = 0) -> Path:
         build(root / build.__name__)
     if count:
         pictures(root / "data", count)
+    return root
+
+
+def trained(root: Path) -> Path:
+    """A home with 16 pictures and a run of each stage, as the command line trains them: `stage1`, `stage2`."""
+    home(root, count=16)
+    for stage, more in (("stage1", []), ("stage2", ["--start", str(root / "stage1")])):
+        words = ["train", stage, "--data", str(root / "data"), "--out", str(root / stage), *options(root), *more]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
     return root
 
 
