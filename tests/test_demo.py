@@ -52,7 +52,7 @@ def test_stamps_that_are_not_installed_are_one_clear_line(tmp_path: Path, monkey
 @pytest.mark.slow
 @pytest.mark.wheels
 def test_demo_on_the_real_models(tmp_path: Path) -> None:
-    few = {"train.steps": 3, "train.batch": 4, "train.validate_every": 0}
+    few = {"train.steps": 3, "train.batch": 4, "train.validate_every": 0, "data.held_out": 0.25}
     real = {stage: change(preset(stage, "laptop"), few) for stage in ("stage1", "stage2")}
     metrics = run_demo(tmp_path, replace(LITTLE, **real), Progress(quiet=True))
     assert metrics["caption"]["n"] == 8
