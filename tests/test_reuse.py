@@ -136,9 +136,29 @@ def test_texts_are_those_of_transformers_alone(kind: str, how: Decoding) -> None
     assert len(texts) > 4, "neither prompts nor pictures say anything"
 
 
-def test_what_is_reused_of_whom() -> None:
+def test_what_is_reused_of_whom(caplog: pytest.LogCaptureFixture) -> None:
     for kind in DECODERS:
-        assert decoder(kind).reuse == (kind not in READ_AGAIN, kind not in (*READ_AGAIN, *NO_GAPS)), kind
+        caplog.clear()
+        reuse = decoder(kind).reuse
+        assert reuse[:2] == (kind not in READ_AGAIN, kind not in (*READ_AGAIN, *NO_GAPS)), kind
+        said = [record.getMessage() for record in caplog.records if "prompt reuse is off" in record.getMessage()]
+        assert len(said) == (kind in READ_AGAIN), kind
+        assert all("recurrent states" in line for line in said)
+
+
+def test_a_fast_path_that_is_off_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Gemma 2 caps its logits, so the loss cannot stop in front of the output embedding."""
+    soft = soft_prompts(2)
+    assert decoder("opt").slow_paths() == []
+    lm = decoder("gemma2")
+    assert len(lm.slow_paths()) == 1
+    caplog.clear()
+    lm.loss(soft, ["", ""], ["a dog", "it is red"])
+    lm.loss(soft, ["", ""], ["a dog", "it is red"])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"openblip2: {lm.slow_paths()[0]}"
+    assert line.startswith("openblip2: chunked loss is off: Gemma2ForCausalLM ")
+    assert [line.split(":")[0] for line in decoder("mamba").slow_paths()] == ["prompt reuse is off"]
 
 
 @pytest.mark.parametrize("kind", ["opt", "llama", "gemma2"])

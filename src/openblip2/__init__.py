@@ -13,6 +13,8 @@ Nothing heavy is imported until a name below is used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from openblip2.compat import warn_of_versions
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -91,3 +93,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'openblip2' has no attribute {name!r}")
     return getattr(importlib.import_module(f"openblip2.{_HOME[name]}"), name)
+
+
+warn_of_versions()

@@ -59,6 +59,8 @@ def run_bench(
         "repeats": repeats,
         "cases": {},
     }
+    for line in bench.pair.stage2.language.slow_paths():
+        say(line)
     say(f"{found['machine']['name']}, {precision}, matrix products at {peak / 1e12:.2f} TFLOP/s")
     wanted = names or known
     with progress.steps("cases", len(wanted), unit="cases") as bar:

@@ -1,6 +1,7 @@
 """What several commands take, how they refuse it, and how all of them speak."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from openblip2.compat import log
 from openblip2.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ def presets(stage: str | None = None) -> list[str]:
 def be_quiet(asked: bool) -> None:
     """What `openblip2 --quiet` asks of the command that follows."""
     _asked["quiet"] = asked
+    if asked:
+        log.setLevel(logging.ERROR)
 
 
 def progress(first: bool = True) -> "Progress":

@@ -3,6 +3,7 @@
 Shapes: Q queries.
 """
 
+from openblip2.compat import unlimited_length
 from openblip2.model.language import LanguageModel
 
 
@@ -11,13 +12,11 @@ def context_of(language: LanguageModel) -> int | None:
 
     By its configuration, or where that knows no limit (T5 tells places by distance) by its tokenizer.
     """
-    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
-
     places = getattr(language.llm.config.get_text_config(), "max_position_embeddings", None)
     if places is not None and places > 0:
         return places
     most = language.tokenizer.model_max_length
-    return None if most >= VERY_LARGE_INTEGER else most
+    return None if most >= unlimited_length() else most
 
 
 def room_for_prompt(language: LanguageModel, context: int | None, queries: int, new: int) -> int | None:

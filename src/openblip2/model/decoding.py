@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from openblip2.compat import cache_name
 from openblip2.model.nucleus import NucleusSampling
 
 
@@ -56,7 +57,7 @@ def generate(
     elif how.sample:  # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut
         sampling |= {"top_p": how.top_p, "temperature": how.temperature, "top_k": 0}
     beams = {"length_penalty": how.length_penalty} if how.beams > 1 else {}  # without beams it is unknown there
-    known = {} if cache is None else {"past_key_values": cache}
+    known = {} if cache is None else {str(cache_name(llm)): cache}
     found = llm.generate(
         inputs_embeds=embeds,
         attention_mask=mask,

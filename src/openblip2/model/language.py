@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from openblip2.compat import cache_name, cache_of, checkpointable_layers, log
 from openblip2.errors import UserError
 from openblip2.model import prompt_cache
 from openblip2.model.decoding import Decoding, generate
@@ -60,6 +61,8 @@ class FrozenLM(nn.Module):
         self.sharded = False  # over processes (train/parallel.py), which then must run the model equally often
         self.watched: dict[str, Any] = {}  # by what `generate` is followed while it writes: see `decoding.generate`
         self.reuse = prompt_cache.find_reuse(llm)
+        if self.reuse.reason:
+            log.warning("openblip2: %s", self._reuse_is_off())
 
     def train(self, mode: bool = True) -> "FrozenLM":
         """Frozen parts stay in eval mode: the language model's own dropout is off (the authors leave it on)."""
@@ -73,9 +76,7 @@ class FrozenLM(nn.Module):
         Raises:
             UserError: a model whose layers transformers does not mark as fit for it.
         """
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        layers = [layer for layer in self.llm.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        layers = checkpointable_layers(self.llm)
         if not layers:
             raise UserError(f"train.checkpoint_activations=true: {type(self.llm).__name__} has no layers fit for it")
         for layer in layers:
@@ -84,7 +85,24 @@ class FrozenLM(nn.Module):
 
     @cached_property
     def _ends_in_head(self) -> bool:
-        return ends_in_head(self.llm)
+        found = ends_in_head(self.llm)
+        if not found:
+            log.warning("openblip2: %s", self._chunked_loss_is_off())
+        return found
+
+    def slow_paths(self) -> list[str]:
+        """One sentence for each fast path that this language model cannot take; none of them changes a result."""
+        reuse = [self._reuse_is_off()] if self.reuse.reason else []
+        return reuse + ([] if ends_in_head(self.llm) else [self._chunked_loss_is_off()])
+
+    def _reuse_is_off(self) -> str:
+        return f"prompt reuse is off: {self.reuse.reason}; each beam and each question reads its whole prompt again"
+
+    def _chunked_loss_is_off(self) -> str:
+        return (
+            f"chunked loss is off: {type(self.llm).__name__} does not return its output embedding's logits unchanged; "
+            "training keeps the logits of all positions in memory"
+        )
 
     @property
     def adapted(self) -> bool:
@@ -202,9 +220,9 @@ class DecoderLM(FrozenLM):
         # Nothing in it trains, unless adapters read it.
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.adapted):
             ids = torch.tensor([text], device=self.llm.device)
-            cache = self.llm(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+            cache = cache_of(self.llm(input_ids=ids, use_cache=True, logits_to_keep=1))
             cache.batch_repeat_interleave(count)
-        return {"past_key_values": cache, "use_cache": True}
+        return {str(cache_name(self.llm)): cache, "use_cache": True}
 
     def _caption(self, prompt: str, caption: str) -> list[int]:
         spaced = self.template.endswith("{prompt}") and prompt and not prompt[-1].isspace()

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from openblip2.compat import keep_4bit_gradients
 from openblip2.errors import UserError, one_line
 from openblip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
 from openblip2.model.mapped import load_in
-from openblip2.model.quantised import keep_gradients, quantised_options
+from openblip2.model.quantised import quantised_options
 from openblip2.model.quiet import quiet_transformers
 from openblip2.model.template import PAPER_TEMPLATE
 from openblip2.model.wheels import locate
@@ -84,7 +85,7 @@ def load_language(
             f"{words}: are the tokenizer's files there?"
         )
     if bits is not None:
-        keep_gradients(llm)
+        keep_4bit_gradients(llm)
     kind = EncoderDecoderLM if config.is_encoder_decoder else DecoderLM
     return kind(llm, tokenizer, template, end)
 

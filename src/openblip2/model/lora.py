@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from openblip2.compat import LORA_BASE, LORA_FIRST, LORA_PARTS, forget_adapters, lora_layers
 from openblip2.errors import UserError
 from openblip2.model.extras import require
 from openblip2.model.qformer import QFormer
@@ -65,15 +66,13 @@ def adapt_qformer(qformer: QFormer, rank: int) -> None:
 
 def has_lora(module: nn.Module) -> bool:
     """Whether a module holds adapters."""
-    return any(".lora_A." in name for name, _ in module.named_parameters())
+    return any(LORA_FIRST in name for name, _ in module.named_parameters())
 
 
 def plain_state(module: nn.Module) -> dict[str, Any]:
     """A module's own weights by the names that they have without adapters; the adapters' are left out."""
     return {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in module.state_dict().items()
-        if ".lora_" not in name
+        name.replace(LORA_BASE, "."): tensor for name, tensor in module.state_dict().items() if LORA_PARTS not in name
     }
 
 
@@ -88,10 +87,7 @@ def merge_lora(module: nn.Module) -> nn.Module:
     """
     if not has_lora(module):
         return module
-    from peft.tuners.lora import LoraLayer
-
-    adapted = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
-    plain: list[tuple[str, Any, Any]] = [(name, layer, layer.get_base_layer()) for name, layer in adapted]
+    plain: list[tuple[str, Any, Any]] = [(name, layer, layer.get_base_layer()) for name, layer in lora_layers(module)]
     for name, _, base in plain:
         if not base.weight.is_floating_point():
             raise UserError(
@@ -100,6 +96,5 @@ def merge_lora(module: nn.Module) -> nn.Module:
     for name, layer, base in plain:
         layer.merge()
         module.set_submodule(name, base)
-    for part in module.modules():
-        vars(part).pop("peft_config", None)  # peft's note of which adapters there are
+    forget_adapters(module)
     return module

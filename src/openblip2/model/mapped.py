@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from openblip2.compat import kept_in_fp32
+
 _DONTNEED = 4  # madvise(2): forget these pages; of a file they can be read again
 
 
@@ -61,9 +63,7 @@ def _stored_dtype(folder: Path | None, prefix: str) -> torch.dtype | None:
 @torch.no_grad()
 def _cast(model: Any, dtype: torch.dtype) -> None:
     """To a dtype, tensor by tensor; what transformers keeps in fp32 for safety is kept so."""
-    kept = set(model._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
+    kept = kept_in_fp32(model, half=dtype == torch.float16)
     stored = model.state_dict().keys()  # not the buffers that are computed: they have their own precision
     mapped = _mapped_files()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

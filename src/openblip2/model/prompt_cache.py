@@ -8,36 +8,52 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+
+from openblip2.compat import cache_classes, cache_name, cache_of, is_stateful
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+else:
+    _classes = cache_classes()
+    DynamicCache, EncoderDecoderCache = _classes.DynamicCache, _classes.EncoderDecoderCache
+    DynamicLayer, DynamicSlidingWindowLayer = _classes.DynamicLayer, _classes.DynamicSlidingWindowLayer
 
 
 class Reuse(NamedTuple):
-    """What can be reused of what a language model has read.
+    """Whether what a language model has read of a prompt can be reused.
 
     Attributes:
-        cache: keys and values are all that it keeps, so rows may be repeated and gone on with. Recurrent states are
-            not handed on: a model with any reads every prompt whole.
-        gaps: padding may stand behind what has been read: places are told by `position_ids` and not by distance,
-            and no window counts the padding.
+        cache: its state is keys and values alone, so the rows of the cache can be repeated and continued. A model with
+            recurrent states reads every prompt from the start.
+        gaps: padding is allowed after the part that was read: positions are given by `position_ids`, not by
+            distance, and no attention window counts the padding.
+        reason: why `cache` is False; empty where it is True.
     """
 
     cache: bool
     gaps: bool
+    reason: str = ""
 
 
 def find_reuse(llm: "PreTrainedModel") -> Reuse:
-    """What can be reused of this one, by its configuration."""
-    known = signature(llm.forward).parameters
-    own: Any = llm.generation_config  # a cache that the model's own settings ask for admits no other beside it
-    stateful = llm._is_stateful  # transformers' word for recurrent states, which not all versions keep in the cache
-    if stateful or "past_key_values" not in known or own is None or own.cache_implementation not in (None, "hybrid"):
-        return Reuse(cache=False, gaps=False)
+    """What can be reused for this language model, read from its class and its configuration."""
+    name, own = type(llm).__name__, llm.generation_config
+    if is_stateful(llm):
+        return Reuse(False, False, f"{name} keeps recurrent states")
+    if cache_name(llm) is None:
+        return Reuse(False, False, f"{name}.forward takes no key-value cache")
+    if own is None:
+        return Reuse(False, False, f"{name} has no generation_config")
+    if own.cache_implementation not in (None, "hybrid"):  # `generate` would refuse a second cache
+        return Reuse(False, False, f"generation_config.cache_implementation={own.cache_implementation!r} sets its own")
     kinds = {type(layer) for layer in _empty(llm).layers}
-    cache = bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-    return Reuse(cache, cache and "position_ids" in known and DynamicSlidingWindowLayer not in kinds)
+    if others := sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}):
+        return Reuse(False, False, f"{name} caches more than keys and values ({', '.join(others)})")
+    if not kinds:
+        return Reuse(False, False, f"the cache of {name} has no layers")
+    known = signature(llm.forward).parameters
+    return Reuse(True, "position_ids" in known and DynamicSlidingWindowLayer not in kinds)
 
 
 def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[int]]], pad: int) -> DynamicCache | None:
@@ -55,17 +71,19 @@ def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[in
             continue
         rows = sorted(set(standing))
         cache = _empty(llm) if cache is None else _select(cache, [held[row] for row in rows])
-        # By the model's own `generate`, which knows what else its forward pass wants; the word it finds is dropped.
-        cache = llm.generate(
+        # By the model's own `generate`, which knows what else its forward pass needs; the token it finds is dropped.
+        named: dict[str, Any] = {str(cache_name(llm)): cache}
+        output = llm.generate(
             inputs_embeds=embeds[rows, :end],
             attention_mask=mask[rows, :end],
-            past_key_values=cache,
             max_new_tokens=1,
             num_beams=1,
             do_sample=False,
             pad_token_id=pad,
             return_dict_in_generate=True,
-        ).past_key_values
+            **named,
+        )
+        cache = cache_of(output)
         done, held = end, [rows.index(row) for row in standing]
     return None if cache is None else _select(cache, held)
 

@@ -4,15 +4,12 @@
 the dtype of all else. Embeddings, norms and the output embedding stay as they are.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from openblip2.model.extras import require
 from openblip2.model.quiet import quiet_bitsandbytes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 BITS = {"int8": 8, "int4": 4}  # by the setting's name
 
@@ -42,16 +39,3 @@ def quantised_options(bits: int, dtype: torch.dtype, place: torch.device | None)
         how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     # Quantised where it is to run: 8-bit weights leave their scales behind when they are moved later.
     return {"quantization_config": how} | ({} if place is None else {"device_map": {"": str(place)}})
-
-
-def keep_gradients(llm: "PreTrainedModel") -> None:
-    """Keeps 4-bit layers in the form that has a backward pass.
-
-    On CPUs with bf16 instructions a layer repacks its weights for inference in the first pass without gradients, for
-    good: every gradient behind it is then cut off, without a word.
-    """
-    from bitsandbytes.nn.modules import Linear4bit
-
-    for layer in llm.modules():
-        if isinstance(layer, Linear4bit):
-            layer.support_avx512bf16_for_cpu = False

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from openblip2.compat import keep_first_stages
 from openblip2.errors import UserError
 from openblip2.model.precision import own_precision
 from openblip2.model.whitening import Whitening
@@ -68,8 +69,6 @@ class Vision(nn.Module):
         std: Triple = CLIP_STD,
     ) -> None:
         super().__init__()
-        from transformers.backbone_utils import BackboneConfigMixin
-
         config: Any = encoder.config
         self.width: int = config.hidden_size
         self.image_size, self.mean, self.std = image_size, mean, std
@@ -78,9 +77,7 @@ class Vision(nn.Module):
         self.layers = _count(layer, len(stack), config.model_type)
         del stack[self.layers :]
         config.num_hidden_layers = self.layers
-        if issubclass(type(config), BackboneConfigMixin):  # it names its layers, and would name those that are gone
-            config.stage_names = config.stage_names[: self.layers + 1]
-            config.set_output_features_output_indices(out_features=None, out_indices=None)
+        keep_first_stages(config, self.layers)
         self.encoder = encoder.requires_grad_(False)
         self.whitening: Whitening | None = None
         self.trained = False

@@ -7,6 +7,7 @@ many, and which pass they serve does not matter to them.
 import torch
 from torch import nn
 
+from openblip2.compat import allow_recompiles
 from openblip2.errors import UserError, one_line
 from openblip2.model.qformer import Attention, FeedForward, QFormer
 
@@ -27,7 +28,7 @@ def compile_blocks(qformer: QFormer) -> None:
             f"train.compile=true: torch.compile does not work here ({one_line(error)}): a CPU needs a C++ compiler, a "
             "GPU triton"
         ) from error
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KINDS)
+    allow_recompiles(KINDS)
     for block in qformer.modules():
         if isinstance(block, Attention | FeedForward):
             block.compile(dynamic=True)

@@ -1,0 +1,159 @@
+"""Names of other libraries that are not part of their documented interface, or that changed between versions.
+
+The rest of the package uses documented names only (`tests/test_compat.py` checks it), so when a new release of
+transformers, peft or bitsandbytes breaks something, this is the file to change. Every entry says in which version a
+name appeared or changed. Checked with transformers 5.17 to 5.24; `make test-versions` runs the tests against them.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+log = logging.getLogger("openblip2")
+
+# transformers 5.24 renamed `past_key_values` to `cache`: the argument of `forward` and `generate` and the field of
+# their outputs. The old argument still works there, with a FutureWarning, until 5.40.
+CACHE_NAMES = ("cache", "past_key_values")
+
+# peft (0.18 to 0.21): in an adapted layer the original one is `base_layer`, and adapters have these name parts.
+LORA_BASE = ".base_layer."
+LORA_PARTS = ".lora_"
+LORA_FIRST = ".lora_A."
+
+
+def cache_name(llm: "PreTrainedModel") -> str | None:
+    """The name of the argument of `llm.forward` and `llm.generate` that takes a key-value cache.
+
+    Returns:
+        The name, or None for a model whose `forward` takes no key-value cache.
+    """
+    known = signature(llm.forward).parameters
+    return next((name for name in CACHE_NAMES if name in known), None)
+
+
+def cache_of(output: Mapping[str, Any]) -> Any:
+    """The key-value cache in the output of a language model's `forward` or `generate`."""
+    return next(output[name] for name in CACHE_NAMES if name in output)
+
+
+def is_stateful(llm: "PreTrainedModel") -> bool:
+    """Whether a language model keeps recurrent states (Mamba, RecurrentGemma, ...): private in transformers 5.x."""
+    return llm._is_stateful
+
+
+def cache_classes() -> Any:
+    """The module of transformers with the cache and its layers.
+
+    Used of it: `DynamicCache`, `EncoderDecoderCache`, `DynamicLayer`, `DynamicSlidingWindowLayer`; of a cache `layers`,
+    `batch_repeat_interleave` and `batch_select_indices`; of a layer `keys`, `values`, `update`, `reorder_cache` and
+    `lazy_initialization`. The layers appeared in transformers 4.56 and are not documented.
+    """
+    from transformers import cache_utils
+
+    return cache_utils
+
+
+def checkpointable_layers(model: "PreTrainedModel") -> list[Any]:
+    """The layers that transformers marks as fit for activation checkpointing (the marker class: since 4.53)."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+
+
+def keep_first_stages(config: Any, layers: int) -> None:
+    """Removes the names of removed layers from the configuration of an encoder that is also a backbone.
+
+    Args:
+        config: of the encoder, changed in place.
+        layers: number of layers that are kept.
+    """
+    from transformers.backbone_utils import BackboneConfigMixin  # since 5.0; before in `utils.backbone_utils`
+
+    if issubclass(type(config), BackboneConfigMixin):
+        config.stage_names = config.stage_names[: layers + 1]
+        config.set_output_features_output_indices(out_features=None, out_indices=None)
+
+
+def kept_in_fp32(model: "PreTrainedModel", half: bool) -> set[str]:
+    """Names of the modules that transformers keeps in fp32 when it loads a model in lower precision.
+
+    Args:
+        half: True for fp16, for which more modules are kept than for bf16.
+    """
+    kept = set(model._keep_in_fp32_modules_strict or ())
+    return kept | set(model._keep_in_fp32_modules or ()) if half else kept
+
+
+def unlimited_length() -> int:
+    """What `tokenizer.model_max_length` is at least where a tokenizer has no limit."""
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+    return VERY_LARGE_INTEGER
+
+
+def lora_layers(module: "nn.Module") -> list[tuple[str, Any]]:
+    """Name and layer of everything in a module that has a LoRA adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def forget_adapters(module: "nn.Module") -> None:
+    """Removes the attribute in which peft notes a module's adapters."""
+    for part in module.modules():
+        vars(part).pop("peft_config", None)
+
+
+def keep_4bit_gradients(llm: "PreTrainedModel") -> None:
+    """Keeps 4-bit layers in the form that has a backward pass.
+
+    On CPUs with bf16 instructions a layer of bitsandbytes (since 0.49) repacks its weights for inference in the first
+    pass without gradients. After that no gradient passes through it, and nothing says so.
+    """
+    from bitsandbytes.nn.modules import Linear4bit
+
+    for layer in llm.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def allow_recompiles(count: int) -> None:
+    """Lets torch.compile keep so many compiled forms of one function (`recompile_limit`: so named since torch 2.6)."""
+    import torch
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
+
+
+def versions_out_of_range(requirements: Iterable[str]) -> list[str]:
+    """One sentence for each installed package whose version is outside its range.
+
+    Args:
+        requirements: as in `pyproject.toml`, "transformers>=5.17,<6" for one, with or without a marker.
+    """
+    from packaging.requirements import Requirement
+
+    found: dict[str, str] = {}
+    for requirement in map(Requirement, requirements):
+        try:
+            installed = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:  # of an extra that is not installed
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            found[requirement.name] = f"{requirement.name} {installed} is not supported: {requirement.specifier}"
+    return list(found.values())
+
+
+def warn_of_versions() -> None:
+    """Logs one warning if libraries are outside the ranges of this package; silent where it is not installed."""
+    try:
+        requirements = metadata.requires("openblip2") or []
+    except metadata.PackageNotFoundError:  # used from a source folder: no ranges are known
+        return
+    if found := versions_out_of_range(requirements):
+        log.warning("openblip2: %s; install a version in the range, or expect failures", "; ".join(found))
