@@ -175,6 +175,46 @@ def test_memory_is_taken_in_any_order() -> None:
     close(rows(taken), rows(model(model.look(patches[order])).queries))
 
 
+def scaled(factor: float, std: float = 0.02) -> QFormer:
+    model = QFormer(
+        D, LAYERS, tiny.HEADS, tiny.FFN, Q, V, WORDS, POSITIONS, self_attention_scale=factor, cross_attention_std=std
+    )
+    return tiny.redraw(model).eval()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_the_scale_is_on_the_query_rows_of_self_attention_alone(kind: str) -> None:
+    """Against the paper's layers with a hook that scales the rows by hand; with 1 every bit is the paper's."""
+    patches, (tokens, valid) = tiny.features(), tiny.texts()
+    mask = MASKS[kind](Q, valid)
+    paper = tiny.qformer(dropout=0.0)
+    expected = joint(paper, patches, tokens, mask)
+    for mine, theirs in zip(joint(scaled(1.0), patches, tokens, mask), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+    def by_hand(module: Any, given: Any, output: Tensor) -> Tensor:
+        return torch.cat([0.3 * output[:, :Q], output[:, Q:]], dim=1)
+
+    for layer in paper.layers:
+        layer.attention.out.register_forward_hook(by_hand)  # pyright: ignore
+    by_hand_rows = joint(paper, patches, tokens, mask)
+    model = scaled(0.3)
+    for n, (mine, theirs) in enumerate(zip(joint(model, patches, tokens, mask), by_hand_rows, strict=True)):
+        close(mine, theirs)
+        moved = float((mine - expected[n]).detach().abs().max())
+        assert moved == 0.0 if (kind, n) == ("unimodal", 1) else moved > 0.01
+    if kind == "causal":  # the pass from the cache of a query pass is the joint one, as without a scale
+        close(model.write(see(model, patches), tokens, mask), by_hand_rows[1])
+
+
+def test_the_start_of_cross_attention_is_as_wide_as_asked() -> None:
+    torch.manual_seed(0)
+    model = QFormer(96, 2, 4, 64, 3, 80, 50, 20, cross_attention_std=0.1)
+    cross: Any = model.layers[0].cross
+    for weight, std in ((cross.query.weight, 0.1), (cross.key.weight, 0.1), (cross.value.weight, 0.02)):
+        assert float(weight.detach().std()) == pytest.approx(std, rel=0.05)
+
+
 @pytest.mark.parametrize(("every", "crossing"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4]), (3, [0, 3])])
 def test_which_layers_cross(every: int, crossing: list[int]) -> None:
     model = tiny.qformer(layers=6, cross_every=every)

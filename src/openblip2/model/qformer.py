@@ -59,6 +59,10 @@ class QFormer(nn.Module):
         positions: longest text. cross_every: cross-attention in layers 0, n, 2n, ...
         dropout: share of units and of attention weights dropped in training.
         image_norm_eps: of the LayerNorm on the image features.
+        self_attention_scale: factor on what self-attention adds to the query rows; text rows are never scaled. Ours;
+            1 = the paper. Below 1 it keeps the queries different (docs/decisions.md).
+        cross_attention_std: standard deviation of the first query and key weights of cross-attention. Ours; 0.02 = the
+            paper. With 0.02 a narrow Q-Former begins with uniform attention: all queries see the mean patch.
 
     Raises:
         ValueError: `width` is not a multiple of `heads`.
@@ -77,6 +81,8 @@ class QFormer(nn.Module):
         cross_every: int = 2,
         dropout: float = 0.1,
         image_norm_eps: float = 1e-5,
+        self_attention_scale: float = 1.0,
+        cross_attention_std: float = INIT_STD,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -92,7 +98,15 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(
-            Layer(width, heads, ffn, image_width if n % cross_every == 0 else 0, bool(vocabulary), dropout)
+            Layer(
+                width,
+                heads,
+                ffn,
+                image_width if n % cross_every == 0 else 0,
+                bool(vocabulary),
+                dropout,
+                self_attention_scale,
+            )
             for n in range(layers)
         )
         for module in self.modules():
@@ -100,6 +114,10 @@ class QFormer(nn.Module):
                 nn.init.normal_(module.weight, std=INIT_STD)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        for layer in self.layers:
+            if isinstance(layer, Layer) and layer.cross is not None and cross_attention_std != INIT_STD:
+                nn.init.normal_(layer.cross.query.weight, std=cross_attention_std)
+                nn.init.normal_(layer.cross.key.weight, std=cross_attention_std)
 
     def look(self, patches: Tensor) -> Memory:
         """Image keys and values, once for each image: `patches [B, P, V]`, as the frozen encoder gives them."""
@@ -182,8 +200,18 @@ class QFormer(nn.Module):
 class Layer(nn.Module):
     """Self-attention over all rows, cross-attention and one FFN for the queries, another FFN for the text."""
 
-    def __init__(self, width: int, heads: int, ffn: int, image_width: int, text: bool, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        ffn: int,
+        image_width: int,
+        text: bool,
+        dropout: float,
+        self_attention_scale: float = 1.0,
+    ) -> None:
         super().__init__()
+        self.self_attention_scale = self_attention_scale
         self.attention = Attention(width, heads, width, dropout)
         self.cross = Attention(width, heads, image_width, dropout) if image_width else None
         self.query_ffn = FeedForward(width, ffn, dropout)
@@ -206,7 +234,13 @@ class Layer(nn.Module):
             text = text[:, :keep_text] if keep_text else None
             rows = _join(queries, text)
             mask = None if mask is None else mask[:, :, : rows.shape[1]]
-        rows = self.attention(rows, (keys, values), mask)
+        scale = None
+        if queries is not None and self.self_attention_scale != 1.0:
+            # Queries attend to each other almost uniformly, so self-attention adds the same large vector to all of
+            # them. Scaled down, it cannot replace what each query has read from the image.
+            scale = rows.new_ones(rows.shape[1], 1)
+            scale[: queries.shape[1]] = self.self_attention_scale
+        rows = self.attention(rows, (keys, values), mask, scale)
         if queries is not None:
             count = queries.shape[1]
             looking, rows = rows[:, :count], rows[:, count:]
@@ -243,7 +277,10 @@ class Attention(nn.Module):
     def keys_values(self, source: Tensor) -> KeysValues:
         return self._split(self.key(source)), self._split(self.value(source))
 
-    def forward(self, rows: Tensor, source: KeysValues, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, rows: Tensor, source: KeysValues, mask: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """`rows [B, N, D]` -> the same; `scale [N, 1]` multiplies what attention adds to each row, None = 1."""
         queries = self._split(self.query(rows))
         if self.watched is None:
             dropped = self.drop if self.training else 0.0
@@ -251,6 +288,8 @@ class Attention(nn.Module):
         else:
             found = self._watched(queries, *source, self.watched)
         found = self.out(found.transpose(1, 2).flatten(2))
+        if scale is not None:
+            found = found * scale
         return self.norm(rows + self.dropout(found))
 
     def _watched(self, queries: Tensor, keys: Tensor, values: Tensor, weights: list[Tensor]) -> Tensor:

@@ -45,7 +45,15 @@ def require_start(settings: RunSettings) -> None:
                 f"start={settings.start}: stage 1 starts from qformer.start; only stage 2 starts from a run"
             )
         _require_stage(settings.start, "stage1")
-        if settings_of(Path(settings.start)).vision.trained:
+        before = settings_of(Path(settings.start))
+        if before.qformer.self_attention_scale != settings.qformer.self_attention_scale:
+            raise UserError(
+                f"start={settings.start} was trained with qformer.self_attention_scale="
+                f"{before.qformer.self_attention_scale:g}, these settings have "
+                f"{settings.qformer.self_attention_scale:g}: add --set qformer.self_attention_scale="
+                f"{before.qformer.self_attention_scale:g}"
+            )
+        if before.vision.trained:
             raise UserError(
                 f"start={settings.start} holds an image encoder of its own, which stage 2 would not use: start from a "
                 "stage-1 run with a frozen one"
