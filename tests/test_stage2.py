@@ -117,7 +117,7 @@ def test_it_learns_to_look(kind: str) -> None:
     """Loss falls, and the right image gives a lower one than the other: the grounding gap."""
     torch.manual_seed(0)
     model, patches, captions = stage2(kind, dropout=0.0), tiny.features(2), CAPTIONS[:2]
-    trace = train(model, patches, captions, steps=60, lr=1e-2)
+    trace = train(model, patches, captions, steps=160, lr=3e-3)
     with torch.no_grad():
         right = model.losses(["", ""], captions, features=patches)["lm"].item()
         other = model.losses(["", ""], captions, features=patches.flip(0))["lm"].item()
