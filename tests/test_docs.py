@@ -21,9 +21,10 @@ SOURCE = ROOT / "src" / "openblip2"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Folder or module -> what it may import, besides itself: CONTRIBUTING.md's table.
-GROUND = {"errors", "config", "distributed", "progress"}
+GROUND = {"compat", "errors", "config", "distributed", "progress"}
 BELOW = {
     "errors": set(),
+    "compat": set(),
     "config": {"errors"},
     "distributed": {"errors"},
     "progress": set(),
