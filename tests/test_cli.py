@@ -276,6 +276,15 @@ SETTINGS: dict[str, Bad] = {
     "range": (lambda h: h.train("stage1", "x", "--set", "train.batch=0"), ("train.batch=0", "greater than")),
     "no value": (lambda h: h.train("stage1", "x", "--set", "train.steps"), ("'train.steps'", "section.field=value")),
     "corpus": (lambda h: ("demo", "--out", h.root / "x", "--corpus", "coco"), ("'coco'", "scenes or stamps")),
+    "world": (lambda h: ("demo", "--out", h.root / "x", "--world", "tiny"), ("'tiny'", "small or full")),
+    "world of stamps": (
+        lambda h: ("demo", "--out", h.root / "x", "--world", "small", "--corpus", "stamps"),
+        ("--world small", "--corpus stamps", "leave one of them out"),
+    ),
+    "budget of nothing": (lambda h: ("demo", "--out", h.root / "x", "--budget", 0), ("--budget 0", "above 0")),
+    "budget below nothing": (lambda h: ("demo", "--out", h.root / "x", "--budget", "-2"), ("--budget -2", "above 0")),
+    "budget of no number": (lambda h: ("demo", "--out", h.root / "x", "--budget", "nan"), ("--budget nan", "above 0")),
+    "endless budget": (lambda h: ("demo", "--out", h.root / "x", "--budget", "inf"), ("--budget inf", "above 0")),
     "data": (
         lambda h: ("train", "stage1", "--data", h.root / "nowhere", "--out", h.root / "x"),
         ("{}/nowhere", "does not exist"),

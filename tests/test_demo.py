@@ -3,24 +3,35 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import tiny_runs
+from openblip2.cli import app
 from openblip2.config import change
-from openblip2.demo import Plan, run_demo
+from openblip2.data.records import read_records
+from openblip2.data.scenes.vocabulary import WORLDS
+from openblip2.demo import Plan, plan_for, run_demo
+from openblip2.demo.plan import announcement
 from openblip2.errors import UserError
 from openblip2.presets import preset
 from openblip2.progress import Progress
 
 LITTLE = Plan(train_scenes=24, test_scenes=8, train_easy_vqa=6, asked=6, reranked=3)
+FEWER: dict[str, Any] = {"train_scenes": 24, "test_scenes": 8, "asked": 6, "reranked": 3, "pointed": 4, "looked": 2}
+
+
+def tiny(root: Path) -> dict[str, Any]:
+    """Settings of both stages with tiny models that are made in `root`."""
+    tiny_runs.home(root)
+    words = dict(word.split("=", 1) for word in tiny_runs.options(root)[1::2])
+    return {stage: change(preset(stage, "laptop"), words) for stage in ("stage1", "stage2")}
 
 
 def test_demo_writes_report_metrics_and_both_runs(tmp_path: Path) -> None:
-    tiny_runs.home(tmp_path)
-    words = dict(word.split("=", 1) for word in tiny_runs.options(tmp_path)[1::2])
-    tiny = {stage: change(preset(stage, "laptop"), words) for stage in ("stage1", "stage2")}
-    metrics = run_demo(tmp_path / "out", replace(LITTLE, **tiny), Progress(quiet=True))
+    metrics = run_demo(tmp_path / "out", replace(LITTLE, **tiny(tmp_path)), Progress(quiet=True))
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     assert set(metrics["seconds"]) == {"data", "features", "stage1", "stage2", "evaluation", "total"}
     assert metrics["retrieval"]["n"] == 8
@@ -38,6 +49,67 @@ def test_demo_writes_report_metrics_and_both_runs(tmp_path: Path) -> None:
     assert "<html" in (tmp_path / "out" / "report.html").read_text()
     for stage in ("stage1", "stage2"):
         assert (tmp_path / "out" / stage / "model.safetensors").is_file()
+        health = metrics["health"][stage]
+        assert health["queries"] == 5
+        assert all(line.startswith("BAD") for line in health["bad"])
+
+
+@pytest.fixture
+def little_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where `openblip2 demo` trains tiny models on few pictures, whatever its options say of world and seed."""
+    import openblip2.demo as module
+
+    models = tiny(tmp_path)
+    monkeypatch.setattr(module, "plan_for", lambda *given: replace(plan_for(*given), **FEWER, **models))
+    return tmp_path / "out"
+
+
+def test_demo_shows_the_first_five_test_pictures_and_the_report(little_demo: Path) -> None:
+    said = CliRunner().invoke(app, ["demo", "--out", str(little_demo)])
+    assert said.exit_code == 0, said.output
+    first = read_records(little_demo / "data" / "test")[0][:5]
+    examples = json.loads((little_demo / "metrics.json").read_text())["examples"]
+    assert [example["image"] for example in examples] == [str(record.image) for record in first]
+    assert [example["reference"] for example in examples] == [record.captions[0] for record in first]
+    shown = [f"{e['image']}\n  caption:   {e['caption']}\n  reference: {e['reference']}" for e in examples]
+    told = f"report: {little_demo / 'report.html'}\nmetrics: {little_demo / 'metrics.json'}\n"
+    assert said.stdout.split("\n\n")[1:] == [*shown, told]
+    assert said.stderr.startswith("Teaches a frozen language model")
+    drawn = {thing["noun"] for r in read_records(little_demo / "data" / "train")[0] for thing in r.facts["objects"]}  # pyright: ignore[reportOptionalSubscript]
+    assert drawn <= set(WORLDS["small"])
+
+
+def test_demo_as_json_is_one_object_a_line(little_demo: Path) -> None:
+    said = CliRunner().invoke(app, ["demo", "--out", str(little_demo), "--json"])
+    assert said.exit_code == 0, said.output
+    *examples, files = [json.loads(line) for line in said.stdout.splitlines()]
+    assert examples == json.loads((little_demo / "metrics.json").read_text())["examples"]
+    assert len(examples) == 5
+    assert files == {"report": str(little_demo / "report.html"), "metrics": str(little_demo / "metrics.json")}
+
+
+def test_worlds_and_budgets_are_plans() -> None:
+    usual = {stage: preset(stage, "laptop") for stage in ("stage1", "stage2")}
+    full = plan_for("scenes", "full", 3)
+    assert full == Plan(world="full", seed=3)
+    assert {"stage1": full.stage1, "stage2": full.stage2} == usual
+    longer = plan_for("scenes", "full", budget=2.5)
+    assert (longer.stage1.train.steps, longer.stage2.train.steps) == (350, 330)
+    assert longer.stage1.stage1 == full.stage1.stage1
+    small, shorter = plan_for("scenes"), plan_for("scenes", budget=0.1)
+    assert small.world == "small"
+    assert small.stage1.vision == small.stage2.vision  # stage 2 starts from stage 1 and reads the same features
+    assert shorter.stage1.train.steps == round(0.1 * small.stage1.train.steps)
+    assert shorter.stage1.stage1.matching_from < shorter.stage1.train.steps
+    assert plan_for("stamps").stage1.train.steps == 60
+
+
+def test_the_announcement_has_the_plan_in_it() -> None:
+    told = announcement(plan_for("scenes"), Path("runs/x"))
+    for part in ("12 things", "cat, dog, fish", "at 112 px", "runs/x/report.html", "wheel:dinov2-small"):
+        assert part in told
+    assert "222 things" in announcement(plan_for("scenes", "full"), Path("x"))
+    assert "stamps" in announcement(plan_for("stamps"), Path("x"))
 
 
 def test_stamps_that_are_not_installed_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

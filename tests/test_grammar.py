@@ -10,7 +10,17 @@ import pytest
 from openblip2.data.records import Question
 from openblip2.data.scenes.draw import colours_of, draw_facts
 from openblip2.data.scenes.grammar import Facts, Judgement, Thing, captions, judge, questions, sentences
-from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, NUMBERS, OPPOSITE, PLACES, SIZES, plural, with_article
+from openblip2.data.scenes.vocabulary import (
+    COLOURS,
+    NOUNS,
+    NUMBERS,
+    OPPOSITE,
+    PLACES,
+    SIZES,
+    WORLDS,
+    plural,
+    with_article,
+)
 
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
 
@@ -34,6 +44,14 @@ PAIR: Facts = {
     "objects": [thing("ice cream", "red"), thing("bus", "blue")],
     "relation": "to the left of",
 }
+
+
+def test_a_noun_of_the_full_world_is_read_and_wrong_in_the_small_one() -> None:
+    facts = draw_facts(Random(0), "train", (1, 0, 0), WORLDS["small"])
+    said = f"a {facts['objects'][0]['colour']} lighthouse"
+    assert judge(said, facts) == Judgement(objects=False, attributes=False, relation=None)
+    facts["objects"][0]["noun"] = "lighthouse"
+    assert judge(said, facts).attributes  # so it was read
 
 
 # --- words

@@ -77,6 +77,7 @@ def test_what_is_completed_is_what_there_is() -> None:
         return get_args(kind.__annotations__[name])
 
     assert values(Plan, "corpus") == learn.CORPORA
+    assert values(Plan, "world") == tuple(learn.WORLDS)
     assert (*PRESETS, *FINE_TUNING) == learn.TRAININGS
     assert tuple(STORED) == learn.STORED
     assert get_args(Task) == measure.TASKS

@@ -1,6 +1,7 @@
 """Drawn scenes: each shows its facts, the splits share no combination, a seed gives the same again."""
 
 import collections
+import hashlib
 import importlib.util
 import json
 import re
@@ -17,7 +18,7 @@ from openblip2.data.records import read_records
 from openblip2.data.scenes import draw as scenes
 from openblip2.data.scenes.draw import colours_of, draw_facts, draw_picture, draw_scenes
 from openblip2.data.scenes.grammar import Facts, Thing, judge, questions
-from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, PLACES, SIZES, plural
+from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, PLACES, SIZES, WORLDS, plural
 from openblip2.errors import UserError
 
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
@@ -67,6 +68,27 @@ def test_kinds_come_in_their_shares() -> None:
     assert kinds["group"] / 4000 == pytest.approx(0.20, abs=0.03)
     assert kinds["pair"] / 4000 == pytest.approx(0.55, abs=0.03)
     assert {draw_facts(Random(i), "train", (0, 1, 0))["kind"] for i in range(20)} == {"group"}
+
+
+def test_the_small_world_shows_and_asks_about_its_own_nouns(tmp_path: Path) -> None:
+    nouns = set(WORLDS["small"])
+    assert len(nouns) == 12
+    assert nouns < set(NOUNS)
+    for split in SPLITS:
+        records = draw_scenes(tmp_path / split, 150, split, seed=0, size=32, world="small")
+        things = [each for record in records for each in (record.facts or {})["objects"]]
+        assert {each["noun"] for each in things} == nouns
+        assert all(each["colour"] in colours_of(each["noun"], split) for each in things)
+        asked = [re.fullmatch(r"is there an? (.+)\?", q.text) for record in records for q in record.questions]
+        assert {match[1] for match in asked if match} == nouns
+
+
+def test_the_full_world_is_what_it_was(tmp_path: Path) -> None:
+    """Texts and facts of the scenes of a seed, as they were before there were worlds; boxes are the font's affair."""
+    records = draw_scenes(tmp_path, 40, "train", seed=7, size=32)
+    told = [[r.captions, [(q.text, q.answer) for q in r.questions]] for r in records]
+    assert hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] == "93591f53d38c7b70"
+    assert records == draw_scenes(tmp_path, 40, "train", seed=7, size=32, world="full")
 
 
 # --- pictures
@@ -237,6 +259,7 @@ def test_without_the_font_one_line_says_how_to_get_it(tmp_path: Path, monkeypatc
         ({"shares": (0, 0, 0)}, "three weights"),
         ({"shares": (1, 1)}, "three weights"),
         ({"shares": (1, -1, 3)}, "three weights"),
+        ({"world": "tiny"}, "'tiny': it must be small or full"),
     ],
 )
 def test_numbers_that_make_no_sense(settings: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -3,40 +3,78 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 from openblip2.config import RunSettings, change
 from openblip2.data.corpora import easy_vqa_records, stamps_records
 from openblip2.data.records import Record
 from openblip2.data.scenes.draw import draw_scenes
+from openblip2.data.scenes.vocabulary import WORLDS, World
 from openblip2.presets import preset
 
-# The stamps are 667 pictures to train on: the scenes' steps would show each of them dozens of times.
-STAMPS = {
-    "stage1": {
-        "train.steps": 60,
-        "stage1.matching_from": 20,
-        "train.validate_every": 20,
-        "optim.lr": 2e-4,
-        "qformer.dropout": 0.1,
+# How long it takes, for the first lines in the terminal. In words until the small world has been measured.
+DURATION = "docs/results.md has measured times"
+
+# What differs from the laptop preset and from the fields of `Plan`: of the small world, the full world, the stamps.
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "small": {
+        # Its questions are about its own dozen nouns; those of easy-VQA are about shapes it never draws.
+        "plan": {"train_scenes": 3000, "test_scenes": 500, "train_easy_vqa": 0, "pointed": 40},
+        "stage1": {
+            "vision.image_size": 112,
+            "warm_start": False,
+            "optim.lr": 5e-4,
+            "train.steps": 300,
+            "stage1.matching_from": 100,
+        },
+        "stage2": {"vision.image_size": 112, "train.steps": 200},
     },
-    "stage2": {"train.steps": 60, "train.validate_every": 20, "qformer.dropout": 0.1},
+    "full": {"plan": {}, "stage1": {}, "stage2": {}},
+    # 667 pictures to train on: the scenes' steps would show each of them dozens of times.
+    "stamps": {
+        "plan": {},
+        "stage1": {
+            "train.steps": 60,
+            "stage1.matching_from": 20,
+            "train.validate_every": 20,
+            "optim.lr": 2e-4,
+            "qformer.dropout": 0.1,
+        },
+        "stage2": {"train.steps": 60, "train.validate_every": 20, "qformer.dropout": 0.1},
+    },
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything. The defaults are the laptop's."""
+    """How much of everything; `plan_for` makes one.
+
+    Attributes:
+        corpus: drawn scenes, or Tux Paint's stamps.
+        world: of the scenes.
+        seed: of the scenes and of training.
+        train_scenes: pictures drawn for training.
+        test_scenes: pictures drawn for the test.
+        train_easy_vqa: of easy-VQA's 4,000 training pictures, as captions; its questions are never trained on. 0:
+            nothing of easy-VQA, no questions of its test either.
+        asked: questions of each data set, drawn from its test part.
+        reranked: how many candidates ITM ranks again.
+        pointed: test pictures of the pointing game.
+        looked: pictures whose maps are drawn.
+        stage1: settings of stage 1.
+        stage2: settings of stage 2.
+    """
 
     corpus: Literal["scenes", "stamps"] = "scenes"
+    world: World = "full"
     seed: int = 0
     train_scenes: int = 4000
     test_scenes: int = 500
-    train_easy_vqa: int = 400  # of its 4,000 training pictures, as captions; its questions are never trained on
-    asked: int = 400  # questions of each data set, drawn from its test part
-    reranked: int = 16  # ITM looks at this many candidates
-    pointed: int = 100  # test pictures of the pointing game
-    looked: int = 9  # pictures whose maps are drawn
+    train_easy_vqa: int = 400
+    asked: int = 400
+    reranked: int = 16
+    pointed: int = 100
+    looked: int = 9
     stage1: RunSettings = field(default_factory=lambda: preset("stage1", "laptop"))
     stage2: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
 
@@ -51,14 +89,59 @@ class Corpus:
     skipped: list[str]
 
 
+def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: int = 0, budget: float = 1) -> Plan:
+    """The plan of a demo.
+
+    Args:
+        corpus: what the pictures are.
+        world: of the scenes; the stamps have none.
+        seed: of the scenes and of training.
+        budget: both stages take so many times their usual steps.
+    """
+    recipe = RECIPES[world if corpus == "scenes" else corpus]
+    stages = {stage: change(preset(stage, "laptop"), recipe[stage]) for stage in ("stage1", "stage2")}
+    steps = {stage: max(1, round(budget * settings.train.steps)) for stage, settings in stages.items()}
+    # Fewer steps than usual leave matching its share of them.
+    matching = round(min(1, budget) * stages["stage1"].stage1.matching_from)
+    return Plan(
+        corpus,
+        world,
+        seed,
+        stage1=change(stages["stage1"], {"train.steps": steps["stage1"], "stage1.matching_from": matching}),
+        stage2=change(stages["stage2"], {"train.steps": steps["stage2"]}),
+        **recipe["plan"],
+    )
+
+
+def announcement(plan: Plan, out: Path) -> str:
+    """What the demo will do, in the order in which it does it, and how long that takes."""
+    first, second = plan.stage1, plan.stage2
+    pictures = "find Tux Paint's stamps, pictures with sentences, and hold some of them out"
+    if plan.corpus == "scenes":
+        nouns = WORLDS[plan.world]
+        things = ", ".join(nouns) if len(nouns) < 20 else f"{', '.join(nouns[:6])}, ..."
+        pictures = (
+            f"draw {plan.train_scenes:,} pictures of {len(nouns)} things ({things}), and {plan.test_scenes:,} more as "
+            "a test, in which no thing has a colour that it has in training"
+        )
+    steps = [f"{s.train.steps:,} steps of {s.train.batch} pictures" for s in (first, second)]
+    lines = (
+        f"Teaches a frozen language model ({second.language.name}) to read the features of a frozen image encoder "
+        f"({first.vision.name}). It will",
+        f"  1. {pictures}",
+        f"  2. run the image encoder over each picture once, at {first.vision.image_size} px",
+        f"  3. train the Q-Former on pictures and captions (stage 1): {steps[0]}",
+        f"  4. train it to write captions with the language model (stage 2): {steps[1]}",
+        f"  5. caption, ask about and search the test pictures, and write {out / 'report.html'}",
+        f"How long that takes: {DURATION}.",
+    )
+    return "\n".join(lines)
+
+
 def settings_of(plan: Plan, out: Path) -> tuple[RunSettings, RunSettings]:
     """The settings of both stages, bound to this demo's folders and seed."""
     common = {"data.source": str(out / "data"), "train.seed": plan.seed}
-    own = STAMPS if plan.corpus == "stamps" else {"stage1": {}, "stage2": {}}
-    return (
-        change(plan.stage1, {**common, **own["stage1"]}),
-        change(plan.stage2, {**common, **own["stage2"], "start": str(out / "stage1")}),
-    )
+    return change(plan.stage1, common), change(plan.stage2, {**common, "start": str(out / "stage1")})
 
 
 def gather_corpus(plan: Plan, folder: Path) -> Corpus:
@@ -66,8 +149,10 @@ def gather_corpus(plan: Plan, folder: Path) -> Corpus:
     if plan.corpus == "stamps":
         stamps = stamps_records(seed=plan.seed)
         return Corpus(stamps.train, stamps.test, {}, stamps.skipped)
-    scenes = draw_scenes(folder / "train", plan.train_scenes, "train", plan.seed)
-    test = draw_scenes(folder / "test", plan.test_scenes, "test", plan.seed)
+    scenes = draw_scenes(folder / "train", plan.train_scenes, "train", plan.seed, world=plan.world)
+    test = draw_scenes(folder / "test", plan.test_scenes, "test", plan.seed, world=plan.world)
+    if not plan.train_easy_vqa:
+        return Corpus(scenes, test, {"scenes": (scenes, test)}, [])
     easy, easy_test = easy_vqa_records("train"), easy_vqa_records("test")
     captioned = Random(plan.seed).sample(easy, min(plan.train_easy_vqa, len(easy)))
     questions = {"scenes": (scenes, test), "easy-vqa": (easy, easy_test)}

@@ -17,18 +17,21 @@ from openblip2.config import RunSettings
 from openblip2.data.cache.features import Features
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
-from openblip2.demo.plan import Plan, gather_corpus, settings_of
+from openblip2.demo.plan import Plan, announcement, gather_corpus, settings_of
 from openblip2.demo.scores import score
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.progress import Progress
 from openblip2.report import write_report
+from openblip2.report.doctor import examine
 from openblip2.train.checkpoint import make_folder, write_json
 from openblip2.train.encode import encode_all
 from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
 from openblip2.train.prepare import prepare
 from openblip2.train.recipes import train_stage
+
+EXAMPLES = 5  # captions in `metrics.json`, of the first test pictures
 
 
 def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
@@ -38,6 +41,7 @@ def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
         UserError: a package that the corpus or the models need is missing; the message says how to get it.
     """
     make_folder(out)
+    progress.say(announcement(plan, out))
     keep_freed_memory()
     seconds: dict[str, float] = {}
     stage1, stage2 = settings_of(plan, out)
@@ -51,7 +55,9 @@ def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
         prepare(stage1, corpus.train, vision, out / "stage1", out / "features", progress)
         test = _cleaned(_encode(vision, corpus.test, stage1, out, "test", progress))
         asked = {
-            name: (_encode(vision, _asked_pictures(records, plan), stage1, out, f"asked-{name}", progress))
+            name: _of_test(test, _asked_pictures(test.records, plan))
+            if records is corpus.test
+            else _encode(vision, _asked_pictures(records, plan), stage1, out, f"asked-{name}", progress)
             for name, (_, records) in corpus.questions.items()
         }
         del vision
@@ -66,7 +72,13 @@ def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
         assert isinstance(captioner, Captioner)
         found, examples = score(matcher, captioner, test, asked, corpus, plan, out / "maps", progress)
     pictures = {"train": len(corpus.train), "test": len(test)}
-    metrics: dict[str, Any] = {"corpus": plan.corpus, "pictures": pictures} | found
+    world = {"world": plan.world} if plan.corpus == "scenes" else {}
+    metrics: dict[str, Any] = {"corpus": plan.corpus} | world | {"pictures": pictures} | found
+    metrics["health"] = {stage: _health(out / stage) for stage in ("stage1", "stage2")}
+    metrics["examples"] = [
+        {"image": one["image"], "caption": one["caption"], "reference": one["references"][0]}
+        for one in examples["captions"][:EXAMPLES]
+    ]
     metrics["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     metrics["seconds"]["total"] = round(sum(seconds.values()), 1)
     metrics["peak_memory_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
@@ -93,6 +105,23 @@ def _asked_pictures(records: Sequence[Record], plan: Plan) -> list[Record]:
     random = Random(plan.seed)
     chosen = random.sample(list(records), min(plan.asked, len(records)))
     return [replace(record, questions=(random.choice(record.questions),)) for record in chosen]
+
+
+def _of_test(test: Features, asked: Sequence[Record]) -> Features:
+    """Features of some of the test pictures, which have been computed already."""
+    rows = {record.id: row for row, record in enumerate(test.records)}
+    return Features(list(asked), test.values[[rows[record.id] for record in asked]])
+
+
+def _health(run: Path) -> dict[str, Any]:
+    """What the doctor finds bad about a run, and the effective rank of its queries in the last validation, if known."""
+    settings, rows, found = examine(run)
+    ranks = [row["validation"]["effective_rank"] for row in rows if "effective_rank" in row.get("validation", {})]
+    return {
+        "bad": [one.in_words() for one in found if one.level == "bad"],
+        "effective_rank": ranks[-1] if ranks else None,
+        "queries": settings.qformer.queries,
+    }
 
 
 @contextmanager

@@ -21,7 +21,7 @@ Example = Mapping[str, Any]
 def shown_captions(examples: Sequence[Example]) -> str:
     """Picture, caption, the fullest reference, and what of the caption is true, where that is known."""
     verdicts = [_verdict(example) for example in examples]
-    told = "Nothing but sentences is known of these pictures: compare for yourself. "
+    told = "Only sentences are known of these pictures: compare for yourself. "
     if all(example["facts"] is not None for example in examples):
         right = sum(all(mark for _, mark in verdict) for verdict in verdicts)
         told = f"{right} of these {len(examples)} are right in everything. "

@@ -55,12 +55,12 @@ def write_report(
         UserError: a picture of the examples can no longer be opened.
     """
     parts = {
-        "Goals": goals_table(metrics),
         "Captions": _captions(metrics["caption"], examples["captions"]),
         "Questions and answers": _questions(metrics, examples),
         "Retrieval": _retrieval(metrics["retrieval"], examples["retrieval"]),
+        "Goals": goals_table(metrics),
         "Where it looks": _looks(metrics["pointing"]) + shown_maps(examples["maps"]),
-        "Loss curves": _curves(stage1_log, stage2_log),
+        "Training": _health(metrics["health"]) + _curves(stage1_log, stage2_log),
         "Does it look at the picture?": _grounding(metrics["grounding"]),
         "Time and memory": _time(metrics),
     }
@@ -154,6 +154,18 @@ def _looks(found: Mapping[str, Any] | None) -> str:
         f"most, in {found['n']} held-out pictures: does it lie on what is named?</p>"
         + table(["", "on the object"], [[what, percent(found[name])] for name, what in names.items()])
     )
+
+
+def _health(found: Mapping[str, Any]) -> str:
+    ranks = [
+        f"<p>Effective rank of the {run['queries']} queries after {stage.replace('stage', 'stage ')}: "
+        f"{run['effective_rank']:.1f} (1: all queries say the same).</p>"
+        for stage, run in found.items()
+        if run["effective_rank"] is not None
+    ]
+    bad = [f"<li>{stage}: {escape(line)}</li>" for stage, run in found.items() for line in run["bad"]]
+    told = f"<p>What <code>openblip2 doctor</code> finds bad:</p><ul>{''.join(bad)}</ul>"
+    return "".join(ranks) + (told if bad else "<p><code>openblip2 doctor</code> finds nothing bad in either run.</p>")
 
 
 def _curves(stage1_log: Path, stage2_log: Path) -> str:

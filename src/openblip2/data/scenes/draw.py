@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from openblip2.data.records import Record, write_records
 from openblip2.data.rows import RECORDS
 from openblip2.data.scenes.grammar import Facts, Thing, captions, questions
-from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, NUMBERS, PLACES, SHAPES, SIZES
+from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, NUMBERS, PLACES, SHAPES, SIZES, WORLDS, World
 from openblip2.errors import UserError
 
 Split = Literal["train", "test"]
@@ -64,15 +64,23 @@ def draw_scenes(
     seed: int,
     size: int = 224,
     shares: Sequence[float] = SHARES,
+    world: World = "full",
 ) -> list[Record]:
     """Draw `count` scenes of `size` x `size` px into `folder`: `images/NNNNN.png` and `records.jsonl`.
 
-    Scene i depends on (seed, split, i), `size` and `shares` alone: fewer scenes are the first of more.
-    `shares` weighs the kinds one, group and pair. The facts of each record are `grammar.Facts`.
+    Scene i depends on (seed, split, i), `size`, `shares` and `world` alone: fewer scenes are the first of more.
+    The facts of each record are `grammar.Facts`.
+
+    Args:
+        shares: the weights of the kinds one, group and pair.
+        world: which nouns are drawn: a dozen ("small") or all ("full").
 
     Raises:
-        UserError: the icon font is missing, `folder` cannot be written, or a number makes no sense.
+        UserError: the icon font is missing, `folder` cannot be written, a number makes no sense, or there is no such
+            world.
     """
+    if world not in WORLDS:
+        raise UserError(f"unknown world {world!r}: it must be {' or '.join(WORLDS)}")
     if count < 1 or size < 32:
         raise UserError(f"scenes: {count} of {size} px; at least 1 scene and at least 32 px")
     if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
@@ -82,7 +90,7 @@ def draw_scenes(
         images.mkdir(parents=True, exist_ok=True)
         # Else a run cut short would leave an earlier list over pictures of this one.
         (Path(folder) / RECORDS).unlink(missing_ok=True)
-        records = [_record(images, i, split, seed, size, shares) for i in range(count)]
+        records = [_record(images, i, split, seed, size, shares, WORLDS[world]) for i in range(count)]
         write_records(records, Path(folder))
     except OSError as error:
         raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror}); a folder") from error
@@ -96,10 +104,11 @@ def colours_of(noun: str, split: Split) -> tuple[str, ...]:
     return tuple(ranked[:HELD_OUT_COLOURS] if split == "test" else ranked[HELD_OUT_COLOURS:])
 
 
-def draw_facts(random: Random, split: Split, shares: Sequence[float] = SHARES) -> Facts:
+def draw_facts(
+    random: Random, split: Split, shares: Sequence[float] = SHARES, nouns: Sequence[str] = WORLDS["full"]
+) -> Facts:
     """What one scene of `split` is to show, at random."""
     kind = random.choices(("one", "group", "pair"), weights=shares)[0]
-    nouns = random.sample(list(NOUNS), 2 if kind == "pair" else 1)
     objects: list[Thing] = [
         {
             "noun": noun,
@@ -108,7 +117,7 @@ def draw_facts(random: Random, split: Split, shares: Sequence[float] = SHARES) -
             "place": None,
             "number": 1,
         }
-        for noun in nouns
+        for noun in random.sample(nouns, 2 if kind == "pair" else 1)
     ]
     if kind == "pair":
         return {"kind": "pair", "objects": objects, "relation": random.choice(("to the left of", "above"))}
@@ -143,16 +152,18 @@ def draw_picture(facts: Facts, random: Random, size: int) -> Image.Image:
     return picture
 
 
-def _record(images: Path, index: int, split: Split, seed: int, size: int, shares: Sequence[float]) -> Record:
+def _record(
+    images: Path, index: int, split: Split, seed: int, size: int, shares: Sequence[float], nouns: Sequence[str]
+) -> Record:
     random = Random(f"{seed}/{split}/{index}")  # seeded with text: the same on every machine and Python
-    facts = draw_facts(random, split, shares)
+    facts = draw_facts(random, split, shares, nouns)
     path = images / f"{index:05d}.png"
     draw_picture(facts, random, size).save(path, compress_level=1)
     return Record(
         id=f"{split}-{seed}-{index:05d}",
         image=path,
         captions=captions(facts, random),
-        questions=questions(facts, random, lambda noun: colours_of(noun, split)),
+        questions=questions(facts, random, lambda noun: colours_of(noun, split), nouns),
         facts=dict(facts),
     )
 

@@ -16,7 +16,17 @@ from random import Random
 from typing import Any, Literal, NotRequired, TypedDict
 
 from openblip2.data.records import Question
-from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, NUMBERS, OPPOSITE, PLACES, SIZES, plural, with_article
+from openblip2.data.scenes.vocabulary import (
+    COLOURS,
+    NOUNS,
+    NUMBERS,
+    OPPOSITE,
+    PLACES,
+    SIZES,
+    WORLDS,
+    plural,
+    with_article,
+)
 from openblip2.data.text import clean_caption
 
 
@@ -80,15 +90,17 @@ def captions(facts: Facts, random: Random) -> tuple[str, ...]:
     return (first, second, *random.sample(more, random.randint(0, min(2, len(more)))))
 
 
-def questions(facts: Facts, random: Random, colours: Callable[[str], Sequence[str]]) -> tuple[Question, ...]:
+def questions(
+    facts: Facts, random: Random, colours: Callable[[str], Sequence[str]], nouns: Sequence[str] = WORLDS["full"]
+) -> tuple[Question, ...]:
     """Four or five questions about a scene, in a fixed order of forms.
 
-    The answer to a yes/no question is drawn. What the question then names could as well have been there, any
-    noun and one of `colours(noun)`, so that no answer shows from the question alone.
+    The answer to a yes/no question is drawn. What the question then names could as well have been there, one
+    of `nouns` and one of `colours(noun)`, so that no answer shows from the question alone.
     """
     asked = {"one": _about_one, "group": _about_group, "pair": _about_pair}[facts["kind"]](facts, random)
     thing = random.choice(facts["objects"])
-    return (*asked, _is_there(facts, random), _is_coloured(thing, random, colours))
+    return (*asked, _is_there(facts, random, nouns), _is_coloured(thing, random, colours))
 
 
 def _about_one(facts: Facts, random: Random) -> list[Question]:
@@ -127,10 +139,10 @@ def _about_pair(facts: Facts, random: Random) -> list[Question]:
     ]
 
 
-def _is_there(facts: Facts, random: Random) -> Question:
+def _is_there(facts: Facts, random: Random, nouns: Sequence[str]) -> Question:
     here = [thing["noun"] for thing in facts["objects"]]
     true = random.random() < 0.5
-    noun = random.choice(here if true else [noun for noun in NOUNS if noun not in here])
+    noun = random.choice(here if true else [noun for noun in nouns if noun not in here])
     return Question(f"is there {with_article(noun)}?", _yes(true), "yes/no")
 
 

@@ -1,5 +1,7 @@
 """The words of the drawn scenes: nouns and their icons, colours and their values, sizes, numbers, places."""
 
+from typing import Literal
+
 # Concrete things whose icons a person names at sight and does not take for one another: "noun" or, where the
 # icon font has another name for it, "noun:icon". A noun of two words is written with an underscore.
 _ICONS = """
@@ -43,6 +45,16 @@ SHAPES = ("circle", "triangle", "rectangle")
 NOUNS: dict[str, str] = {
     noun.replace("_", " "): icon or noun for noun, _, icon in (entry.partition(":") for entry in _ICONS.split())
 } | {shape: shape for shape in SHAPES}
+
+# The nouns of each world that scenes are drawn of. A dozen things can be learned within minutes on a CPU.
+World = Literal["small", "full"]
+WORLDS: dict[World, tuple[str, ...]] = {
+    "small": (
+        *("cat", "dog", "fish", "horse", "airplane", "bicycle"),
+        *("car", "bus", "tree", "house", "apple", "key"),
+    ),
+    "full": tuple(NOUNS),
+}
 
 # Colour -> RGB: the eight of easy-VQA by its names, near its values, and two more.
 COLOURS: dict[str, tuple[int, int, int]] = {
