@@ -17,7 +17,7 @@ from openblip2.data.text import clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.answering import question_tokens
-from openblip2.inputs import GROUP, clean_texts, features_of, rank_over, require_pairs, same_pictures
+from openblip2.inputs import GROUP, clean_texts, features_of, require_pairs, same_pictures
 from openblip2.model.language import Decoding
 from openblip2.model.stage2 import Stage2
 from openblip2.pretrained import Pretrained
@@ -84,22 +84,6 @@ class Captioner(Pretrained):
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             outputs = self._query_output(images, questions)
             return torch.cat([self.model.projection(part).float().cpu() for part in outputs])
-
-    def effective_rank(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> float:
-        """How many directions the query outputs of a picture span, in effect: 1 to `min(Q, D)`, the mean over pictures.
-
-        Near 1 all queries of a picture hold one and the same vector: the language model reads one soft token Q times.
-
-        Args:
-            images: at least two, the more the better: each query's mean over them is subtracted first.
-            questions: one for each picture, where the Q-Former reads them.
-
-        Raises:
-            UserError: there are fewer than two pictures, one cannot be opened, or the questions do not fit.
-        """
-        asked = None if questions is None else clean_texts(questions, clean_question)
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            return rank_over(images, self._query_output(images, asked))
 
     def embed(
         self, images: Sequence[Picture], prompts: Sequence[str], questions: Sequence[str] | None = None

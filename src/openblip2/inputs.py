@@ -3,13 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from openblip2.data.images import Picture, to_pixels
 from openblip2.data.text import MAX_WORDS
 from openblip2.errors import UserError
-from openblip2.evaluate.effective_rank import effective_rank
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 
@@ -22,22 +20,6 @@ def features_of(model: Stage1 | Stage2, images: Sequence[Picture]) -> Iterator[T
     device = next(model.parameters()).device
     for start in range(0, len(images), GROUP):
         yield model.vision(to_pixels(images[start : start + GROUP], model.vision.image_size).to(device))
-
-
-def rank_over(images: Sequence[Picture], outputs: Iterator[Tensor]) -> float:
-    """The effective rank of the query outputs of these pictures, `[<= GROUP, Q, D]` at a time.
-
-    Raises:
-        UserError: there are fewer than two pictures.
-    """
-    require_two(images)
-    return effective_rank(torch.cat([part.float().cpu() for part in outputs]))
-
-
-def require_two(images: Sequence[Picture]) -> None:
-    """Two pictures or more, or a `UserError`."""
-    if len(images) < 2:
-        raise UserError(f"effective rank compares pictures: give at least two, not {len(images)}")
 
 
 def same_pictures(images: Sequence[Picture]) -> list[str | int]:

@@ -3,7 +3,7 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); everything below this module works on tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from openblip2.data.text import clean_caption
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.retrieval import rerank, similarities
-from openblip2.inputs import clean_texts, features_of, rank_over, require_pairs
+from openblip2.inputs import clean_texts, features_of, require_pairs
 from openblip2.model.stage1 import Stage1
 from openblip2.pretrained import Pretrained
 from openblip2.train.hardware import computing
@@ -104,19 +104,10 @@ class Matcher(Pretrained):
             by_image, by_text = rerank(self.model, features, tokens, valid, scores, best)
         return by_image.float().cpu(), by_text.float().cpu()
 
-    def effective_rank(self, images: Sequence[Picture]) -> float:
-        """How many directions the query outputs of a picture span, in effect: 1 to `min(Q, D)`, the mean over pictures.
-
-        Near 1 all queries of a picture hold one and the same vector.
-
-        Args:
-            images: at least two, the more the better: each query's mean over them is subtracted first.
-
-        Raises:
-            UserError: there are fewer than two pictures, or one cannot be opened.
-        """
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            return rank_over(images, map(self.model.qformer.query_output, features_of(self.model, images)))
+    def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
+        if questions is not None:
+            raise UserError("a stage-1 run's queries read no questions: leave them out")
+        return map(self.model.qformer.query_output, features_of(self.model, images))
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The texts as the Q-Former reads them, `[M, T]` int64, and which tokens are real, `[M, T]` bool.

@@ -119,22 +119,16 @@ def doctor(
 
 def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Finding, dict[str, Any]]":
     """What the effective rank of a loaded model says, and its value."""
+    if len(images) < 2:
+        raise UserError("one picture has no effective rank: give at least two")
     says = progress()
     says.doing(f"loading {run}")
     from openblip2.evaluate.health import rank_finding
     from openblip2.inference import load
-    from openblip2.inputs import require_two
-    from openblip2.matcher import Matcher
 
-    require_two(images)
     model = load(run)
     says.doing(f"looking at {len(images)} pictures")
-    if question is None:
-        rank = model.effective_rank(images)
-    elif isinstance(model, Matcher):
-        raise UserError(f"--question: {run} is a stage-1 run, which reads none")
-    else:
-        rank = model.effective_rank(images, [question] * len(images))
+    rank = model.effective_rank(images, None if question is None else [question] * len(images))
     queries = model.model.qformer.queries.shape[1]
     return rank_finding(rank, queries), {"effective_rank": rank, "queries": queries, "pictures": len(images)}
 
