@@ -64,7 +64,7 @@ def told(rows: list[dict[str, Any]], of: RunSettings | None = None) -> dict[str,
 
 def test_a_healthy_run_has_nothing_bad() -> None:
     rows = [*log(itc=0.9, itm=0.3, itg=2.5), look(itc=1.0, itm=0.35, itg=2.6, itm_accuracy=0.9, queries_used=12.0)]
-    rows[-1]["validation"] |= {"tr@1": 0.9, "ir@1": 0.8}
+    rows[-1]["validation"] |= {"tr@1": 0.9, "ir@1": 0.8, "effective_rank": 8.5}
     found = told(rows)
     assert {one.level for one in found.values()} == {"good"}
     assert "85 % of 64 held-out pairs are found first" in found["ITC"].seen
@@ -103,13 +103,24 @@ def test_a_stage_2_that_does_not_look_is_told() -> None:
     assert {one.level for one in seeing.values()} == {"good"}
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_queries_that_are_copies_are_told(stage: str) -> None:
+    name = "itc" if stage == "stage1" else "lm"
+    late, early = ([{**row, name: 1.0} for row in log(steps)] for steps in (100, 5))
+    found = told([*late, look(50, effective_rank=9.0), look(effective_rank=1.04)], settings(stage))
+    assert found["effective rank"].level == "bad"
+    assert "1.04 of 32: the 32 queries of a picture hold nearly one and the same" in found["effective rank"].seen
+    assert told([*early, look(5, effective_rank=1.04)], settings(stage))["effective rank"].level == "note"
+    assert "not finite" in told([*late, look(effective_rank=math.nan)], settings(stage))["effective rank"].seen
+
+
 def test_queries_used_is_e_to_the_entropy() -> None:
     model = tiny.stage1()
     features, (tokens, valid) = tiny.features(), tiny.texts()
     with torch.no_grad():
-        used = queries_used(model, features, tokens, valid)
         images = model.image_vectors(model.qformer(model.qformer.look(features)))
         texts = model.text_vectors(tokens, valid)
+        used = queries_used(images, texts)
     nearest = [int((images[n] @ texts[n]).argmax()) for n in range(tiny.B)]
     shares = [nearest.count(query) / tiny.B for query in set(nearest)]
     assert used == pytest.approx(math.exp(-sum(share * math.log(share) for share in shares)))

@@ -4,7 +4,7 @@ Pictures are paths, PIL images or arrays (see `data/images.py`); everything belo
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,13 +81,9 @@ class Captioner(Pretrained):
 
         `questions`: one for each picture, where the Q-Former reads them.
         """
-        self._require_questions(images, questions)
-        rows: list[Tensor] = []
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            for n, part in enumerate(features_of(self.model, images)):
-                read = self._read(questions[n * GROUP : (n + 1) * GROUP] if questions else None)
-                rows.append(self.model.soft_prompt(features=part, question=read).float().cpu())
-        return torch.cat(rows)
+            outputs = self._query_output(images, questions)
+            return torch.cat([self.model.projection(part).float().cpu() for part in outputs])
 
     def embed(
         self, images: Sequence[Picture], prompts: Sequence[str], questions: Sequence[str] | None = None
@@ -171,13 +167,19 @@ class Captioner(Pretrained):
                     found[n] = text
         return found
 
+    def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
+        self._require_questions(images, questions)
+        for n, part in enumerate(features_of(self.model, images)):
+            read = self._read(questions[n * GROUP : (n + 1) * GROUP] if questions else None)
+            yield self.model.query_output(features=part, question=read)
+
     def _read(self, questions: Sequence[str] | None) -> tuple[Tensor, Tensor] | None:
         return question_tokens(self.tokens, questions, self.model.projection.weight.device)
 
     def _require_questions(self, images: Sequence[Picture], questions: Sequence[str] | None) -> None:
         if (questions is None) != (self.tokens is None):
             raise UserError(
-                "this run answers questions, which its Q-Former reads: ask one (`answer`)"
+                "this run answers questions, which its Q-Former reads: give one with each picture, as for `answer`"
                 if questions is None
                 else "this run's Q-Former reads no questions: give them in the prompts alone"
             )

@@ -3,7 +3,7 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); everything below this module works on tensors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,11 @@ class Matcher(Pretrained):
             scores = similarities(self.model, features, tokens, valid)
             by_image, by_text = rerank(self.model, features, tokens, valid, scores, best)
         return by_image.float().cpu(), by_text.float().cpu()
+
+    def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
+        if questions is not None:
+            raise UserError("a stage-1 run's queries read no questions: leave them out")
+        return map(self.model.qformer.query_output, features_of(self.model, images))
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The texts as the Q-Former reads them, `[M, T]` int64, and which tokens are real, `[M, T]` bool.

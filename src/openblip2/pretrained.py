@@ -1,20 +1,29 @@
 """Trained models saved, loaded and published as the ecosystem expects."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+
 from openblip2.config import RunSettings
+from openblip2.data.images import Picture
+from openblip2.data.text import clean_question
 from openblip2.errors import UserError, one_line
+from openblip2.evaluate.effective_rank import effective_rank
+from openblip2.inputs import clean_texts
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.train.checkpoint import kept_parameters
+from openblip2.train.hardware import computing
 from openblip2.weights.card import model_card, usage
 from openblip2.weights.run import fresh_folder, write_run
 
 
-class Pretrained:
+class Pretrained(ABC):
     """What both kinds of trained model share: they are saved, loaded and published as the ecosystem expects.
 
     Args:
@@ -48,6 +57,29 @@ class Pretrained:
                 f"{source} is a {type(found).__name__}, not a {cls.__name__}: openblip2.load tells them apart"
             )
         return found
+
+    def effective_rank(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> float:
+        """How many directions the query outputs of a picture span, in effect: 1 to `min(Q, D)`, the mean over pictures.
+
+        Near 1 all queries of a picture hold one and the same vector. See `evaluate.effective_rank`.
+
+        Args:
+            images: at least two, the more the better: each query's mean over them is subtracted first.
+            questions: one for each picture, where the Q-Former reads them.
+
+        Raises:
+            UserError: there are fewer than two pictures, one cannot be opened, or the questions do not fit.
+        """
+        if len(images) < 2:
+            raise UserError(f"effective rank compares pictures: give at least two, not {len(images)}")
+        asked = None if questions is None else clean_texts(questions, clean_question)
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            outputs = [part.float().cpu() for part in self._query_output(images, asked)]
+        return effective_rank(torch.cat(outputs))
+
+    @abstractmethod
+    def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
+        """The query outputs of these pictures, `[<= GROUP, Q, D]` at a time."""
 
     def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
         """Writes a run of ours with a model card: the trained parts, and by name the frozen ones.

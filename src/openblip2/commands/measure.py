@@ -1,11 +1,16 @@
 """Commands that measure: evaluate, compare, doctor, bench."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from openblip2.commands.shared import AsJson, Images, Questions, Run, Split, among, keeping, progress, put, tell
+from openblip2.errors import UserError
+
+if TYPE_CHECKING:
+    from openblip2.evaluate.health import Finding
 
 TASKS = ("caption", "vqa", "retrieval", "pointing")
 METRICS = ("vqa", "vqa-lavis", "gqa", "exact")
@@ -78,25 +83,54 @@ def compare(
 
 
 def doctor(
-    run: Annotated[Path, typer.Argument(help="A run, finished or not.")],
-    out: Annotated[Path | None, typer.Option(help="An HTML file with findings and curves.")] = None,
+    run: Annotated[str, typer.Argument(help="A run, finished or not; with pictures, published weights, too.")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Two pictures or more: the model is loaded, and its effective rank on them is measured."),
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="With pictures: for a Q-Former that reads questions.")] = None,
+    out: Annotated[Path | None, typer.Option(help="An HTML file with findings and curves, without pictures.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how a run is doing and what to try."""
+    """Say how a run is doing and what to try, by its log; or whether its queries differ, on pictures."""
     from dataclasses import asdict
 
+    if images:
+        if out is not None:
+            raise UserError("--out draws the log of a run: leave the pictures out")
+        one, measured = _rank(run, images, question)
+        put(asdict(one) | measured) if as_json else typer.echo(one.in_words())
+        return
+    if question is not None:
+        raise UserError("--question is for pictures: give them after the run")
     progress().doing(f"reading {run}")
     from openblip2.report.doctor import examine, write_page
     from openblip2.train.checkpoint import make_folder
 
-    settings, rows, found = examine(run)
+    settings, rows, found = examine(Path(run))
     for one in found:
         put(asdict(one)) if as_json else typer.echo(one.in_words())
     if out is not None:
         make_folder(out.parent)
-        write_page(out, str(run), settings, rows, found)
+        write_page(out, run, settings, rows, found)
         if not as_json:
             typer.echo(str(out))
+
+
+def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Finding, dict[str, Any]]":
+    """What the effective rank of a loaded model says, and its value."""
+    if len(images) < 2:
+        raise UserError("one picture has no effective rank: give at least two")
+    says = progress()
+    says.doing(f"loading {run}")
+    from openblip2.evaluate.health import rank_finding
+    from openblip2.inference import load
+
+    model = load(run)
+    says.doing(f"looking at {len(images)} pictures")
+    rank = model.effective_rank(images, None if question is None else [question] * len(images))
+    queries = model.model.qformer.queries.shape[1]
+    return rank_finding(rank, queries), {"effective_rank": rank, "queries": queries, "pictures": len(images)}
 
 
 def bench_real(

@@ -9,6 +9,7 @@ from torch import Tensor
 from openblip2.data.cache.features import Features
 from openblip2.data.records import Question
 from openblip2.data.tokens import QFormerTokens
+from openblip2.evaluate.effective_rank import effective_rank
 from openblip2.evaluate.grounding import GROUP, Grounding
 from openblip2.evaluate.vqa import accuracy
 from openblip2.model.decoding import Decoding
@@ -22,6 +23,7 @@ def measure_answers(
 ) -> dict[str, Any]:
     """Exact match of greedy answers, by kind of question, and the answers' loss with the right and another picture.
 
+    The effective rank is that of the query outputs; where the Q-Former reads questions they depend on those, too.
     One question of each picture, at most `most`: which one depends on the seed alone.
     """
     device = model.projection.weight.device
@@ -30,6 +32,7 @@ def measure_answers(
     for record in held_out.records[:most]:
         asked.append(record.questions[int(torch.randint(len(record.questions), (), generator=draw))])
     answers: list[str] = []
+    queries: list[Tensor] = []
     right = shuffled = 0.0
     rows = [part for part in torch.arange(len(asked)).split(GROUP) if len(part) > 1]
     for part in rows:
@@ -37,16 +40,18 @@ def measure_answers(
         questions = [asked[n] for n in part.tolist()]
         prompts = [form.replace("{}", question.text) for question in questions]
         read = question_tokens(tokens, [question.text for question in questions], device)
-        answers += model.generate(prompts, SHORT, features=features, question=read)
-        another = features[torch.arange(len(features)).roll(1)]
+        queries.append(model.query_output(features=features, question=read))
+        soft = model.projection(queries[-1])
+        answers += model.language.generate(soft, prompts, SHORT)
+        another = model.soft_prompt(features=features.roll(1, dims=0), question=read)
         targets = [question.answer for question in questions]
-        for kind, seen in (("right", features), ("shuffled", another)):
-            loss = float(model.losses(prompts, targets, features=seen, question=read)["lm"]) * len(part)
+        for kind, seen in (("right", soft), ("shuffled", another)):
+            loss = float(model.language.scored(seen, prompts, targets)[0]) * len(part)
             right, shuffled = (right + loss, shuffled) if kind == "right" else (right, shuffled + loss)
     count = len(answers)
     found = accuracy(answers, asked[:count])
     kinds = {f"accuracy_{kind}": found[kind]["accuracy"] for kind in found if kind not in ("n", "accuracy")}
-    looks = Grounding(right / count, shuffled / count, count)
+    looks = Grounding(right / count, shuffled / count, count, effective_rank(torch.cat(queries)))
     return {"n": count, "accuracy": found["accuracy"], **kinds, **looks.as_log()}
 
 

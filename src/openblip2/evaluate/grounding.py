@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from openblip2.data.cache.features import Features
+from openblip2.evaluate.effective_rank import effective_rank
 from openblip2.model.likelihood import likelihoods
 from openblip2.model.stage2 import Stage2
 
@@ -15,11 +16,16 @@ GROUP = 32  # pictures at once
 
 @dataclass(frozen=True)
 class Grounding:
-    """Caption loss (nats a token) with the right picture and with another one, over `n` pictures."""
+    """Caption loss (nats a token) with the right picture and with another one, over `n` pictures.
+
+    Attributes:
+        effective_rank: of the query outputs of the same pictures.
+    """
 
     right: float
     shuffled: float
     n: int
+    effective_rank: float
 
     @property
     def gap(self) -> float:
@@ -39,6 +45,7 @@ class Grounding:
             "n": self.n,
             "loss_right": self.right,
             "loss_shuffled": self.shuffled,
+            "effective_rank": self.effective_rank,
             "verdict": self.verdict(),
         }
 
@@ -51,18 +58,20 @@ def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", mo
     """
     device = model.projection.weight.device
     right = shuffled = 0.0
+    queries: list[torch.Tensor] = []
     rows = [rows for rows in torch.arange(min(most, len(held_out))).split(GROUP) if len(rows) > 1]
     for part in rows:
         features = held_out.values[part].to(device)
         captions = [held_out.records[n].captions[0] for n in part.tolist()]
         prompts = [prompt] * len(captions)
-        another = features[torch.arange(len(features)).roll(1)]
-        for kind, seen in (("right", features), ("shuffled", another)):
-            torch.manual_seed(seed)
-            loss = float(model.losses(prompts, captions, features=seen)["lm"]) * len(part)
+        queries.append(model.query_output(features=features))
+        soft = model.projection(queries[-1])
+        draws = torch.rand(len(part), generator=torch.Generator().manual_seed(seed)).tolist()
+        for kind, seen in (("right", soft), ("shuffled", soft.roll(1, dims=0))):
+            loss = float(model.language.scored(seen, prompts, captions, draws)[0]) * len(part)
             right, shuffled = (right + loss, shuffled) if kind == "right" else (right, shuffled + loss)
     count = sum(map(len, rows))
-    return Grounding(right / count, shuffled / count, count)
+    return Grounding(right / count, shuffled / count, count, effective_rank(torch.cat(queries)))
 
 
 def caption_losses(model: Stage2, held_out: Features, prompt: str = "") -> tuple[list[float], list[float]]:

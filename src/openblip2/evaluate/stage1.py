@@ -7,8 +7,10 @@ import torch
 from openblip2.data.batches import pair_ids
 from openblip2.data.cache.features import Features
 from openblip2.data.tokens import QFormerTokens
-from openblip2.evaluate.retrieval import image_vectors, recalls, similarities, text_vectors
-from openblip2.model.objectives import Rivals
+from openblip2.evaluate.effective_rank import effective_rank
+from openblip2.evaluate.retrieval import recalls, similarities, text_vectors
+from openblip2.model.objectives import Rivals, similarity
+from openblip2.model.qformer import Seen
 from openblip2.model.stage1 import Stage1, pair_up
 
 GROUP = 48  # pairs at once: the losses' in-batch negatives, as many as a small batch has
@@ -16,13 +18,15 @@ GROUP = 48  # pairs at once: the losses' in-batch negatives, as many as a small 
 
 def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, seed: int) -> dict[str, Any]:
     """Held-out ITC, ITM and ITG; ITM accuracy on 1 true and 2 hard false pairs each, and on 1 true and 1 easy one (the
-    next picture's text, chance is a half); recall@1 both ways; how many queries texts find their pictures by.
+    next picture's text, chance is a half); recall@1 both ways; how many queries texts find their pictures by; the
+    effective rank of a picture's query outputs.
     """
     device = model.temperature.device
     captions = [record.captions[0] for record in held_out.records]
     texts, valid = (t.to(device) for t in tokens(captions))
     sums = {"itc": 0.0, "itm": 0.0, "itg": 0.0}
     right = count = easy_right = easy_count = 0
+    outputs: list[torch.Tensor] = []
     for rows in torch.arange(len(captions)).split(GROUP):
         features = held_out.values[rows].to(device)
         longest = int(valid[rows].sum(1).max())
@@ -35,7 +39,10 @@ def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, see
         right, count = right + hits, count + pairs
         hits, pairs = easy_hits(model, features, part, real, ids)
         easy_right, easy_count = easy_right + hits, easy_count + pairs
-    scores = similarities(model, held_out.values.to(device), texts, valid)
+        outputs.append(model.qformer.query_output(features))
+    queries = torch.cat(outputs)
+    images, words = model.image_vectors(Seen(queries, None, ())), text_vectors(model, texts, valid)
+    scores = torch.cat([similarity(part, words) for part in images.split(GROUP)])
     same = torch.tensor([[a == b for b in captions] for a in captions], device=device)
     found = recalls(scores, scores, same, ks=(1,))
     return {
@@ -44,7 +51,8 @@ def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, see
         "itm_accuracy": right / max(1, count),
         "itm_easy_accuracy": easy_right / max(1, easy_count),
         **found,
-        "queries_used": queries_used(model, held_out.values.to(device), texts, valid),
+        "queries_used": queries_used(images, words),
+        "effective_rank": effective_rank(queries),
     }
 
 
@@ -60,9 +68,14 @@ def easy_hits(
     return int(own.sum() + (~next_one).sum()), 2 * int(wrong.sum())
 
 
-def queries_used(model: Stage1, features: torch.Tensor, tokens: torch.Tensor, valid: torch.Tensor) -> float:
-    """By how many queries texts find their own pictures, in effect (1 to Q): e to the entropy of which is nearest."""
-    cosines = torch.einsum("nqe,ne->nq", image_vectors(model, features), text_vectors(model, tokens, valid))
+def queries_used(images: torch.Tensor, texts: torch.Tensor) -> float:
+    """By how many queries texts find their own pictures, in effect (1 to Q): e to the entropy of which is nearest.
+
+    Args:
+        images: `[N, Q, E]`, the query directions of N pictures.
+        texts: `[N, E]`, the directions of their texts.
+    """
+    cosines = torch.einsum("nqe,ne->nq", images, texts)
     shares = torch.bincount(cosines.argmax(1), minlength=cosines.shape[1]).double() / len(cosines)
     return float(torch.special.entr(shares).sum().exp())
 

@@ -147,6 +147,10 @@ class QFormer(nn.Module):
         text = self.embed_text(tokens) if tokens is not None else None
         return self._run(queries, text, memory, mask, None, keep_text)
 
+    def query_output(self, patches: Tensor) -> Tensor:
+        """What the queries read from the images alone: `patches [B, P, V]` -> `[B, Q, D]`."""
+        return self(self.look(patches)).queries
+
     def write(self, alone: Seen, tokens: Tensor, mask: Tensor, keep_text: int | None = None) -> Tensor:
         """The text rows of a pass under the causal mask, from a query pass done before: `[B, T, D]`.
 

@@ -95,7 +95,13 @@ class Stage2(nn.Module):
     def soft_prompt(
         self, *, images: Tensor | None = None, features: Tensor | None = None, question: Question | None = None
     ) -> Tensor:
-        """What the language model sees of the images, `[B, Q, L]`: uint8 `[B, 3, S, S]` or features `[B, P, V]`.
+        """What the language model sees of the images, `[B, Q, L]`: the projection of `query_output`."""
+        return self.projection(self.query_output(images=images, features=features, question=question))
+
+    def query_output(
+        self, *, images: Tensor | None = None, features: Tensor | None = None, question: Question | None = None
+    ) -> Tensor:
+        """What the queries read from the images, `[B, Q, D]`: uint8 `[B, 3, S, S]` or features `[B, P, V]`.
 
         Args:
             question: what the queries look for, where the Q-Former reads questions: of B rows, or of a multiple of
@@ -106,12 +112,12 @@ class Stage2(nn.Module):
         """
         if (question is None) == self.reads_question:
             raise ValueError("a question belongs to a Q-Former with a text path, and such a Q-Former to a question")
-        memory = self.qformer.look(see(self.vision, images, features))
+        patches = see(self.vision, images, features)
         if question is None:
-            return self.projection(self.qformer(memory).queries)
+            return self.qformer.query_output(patches)
         tokens, valid = question
         mask = masks.bidirectional(self.qformer.queries.shape[1], valid)
-        return self.projection(self.qformer(memory, tokens, mask, keep_text=0).queries)
+        return self.qformer(self.qformer.look(patches), tokens, mask, keep_text=0).queries
 
     def generate(
         self,
