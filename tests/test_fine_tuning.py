@@ -278,8 +278,10 @@ def test_vqa_reads_the_question_with_stage_1s_text_path(home: Path, tmp_path: Pa
 
     settings = tuning(home, "vqa", "two", train__steps=120, optim__lr=3e-3, train__validate_every=60)
     train_stage(settings, records, tmp_path / "run", quiet())
-    validated = [row["validation"] for row in log_of(tmp_path / "run") if "validation" in row]
-    assert validated[-1]["loss_right"] < validated[0]["loss_right"]
+    rows = log_of(tmp_path / "run")
+    losses = [row["lm"] for row in rows if "lm" in row]  # in training: two held-out pictures say little
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    validated = [row["validation"] for row in rows if "validation" in row]
     assert {"accuracy", "accuracy_open", "loss_shuffled", "verdict"} <= validated[-1].keys()
     model = load(str(tmp_path / "run"), device="cpu", precision="fp32")
     assert isinstance(model, Captioner)
