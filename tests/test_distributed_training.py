@@ -177,6 +177,10 @@ def test_steps_are_those_of_one_process(results: list[dict[str, Any]], case: str
         torch.testing.assert_close(result[case]["steps"][0], expected["steps"][0], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(result[case]["steps"], expected["steps"], rtol=1e-4, atol=1e-5)
         for name, weight in expected["weights"].items():
+            if name.endswith(
+                "key.bias"
+            ):  # softmax ignores it: its gradient is rounding, but Adam moves it a whole step
+                continue
             # What has hardly a gradient is moved by Adam as far as all else, and which way rounding says.
             torch.testing.assert_close(result[case]["weights"][name], weight, rtol=0, atol=2.1e-5, msg=name)
             assert torch.equal(result[case]["weights"][name], results[0][case]["weights"][name])

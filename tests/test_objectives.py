@@ -264,7 +264,7 @@ def test_generation_at_chance_and_at_its_floor() -> None:
     smooth = torch.full((1, words), SMOOTHING / words)
     smooth[0, 17] += 1 - SMOOTHING
     loss = generation(smooth.log(), target).item()
-    assert loss == pytest.approx(floor(words), abs=1e-4)
+    assert loss == pytest.approx(floor(words), abs=5e-4)  # fp32 sums of 30,523 terms differ from CPU to CPU
     assert loss == pytest.approx(1.36, abs=0.01)
     certain = torch.zeros(1, words)
     certain[0, 17] = 30.0

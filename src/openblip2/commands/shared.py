@@ -48,8 +48,7 @@ def presets(stage: str | None = None) -> list[str]:
 def be_quiet(asked: bool) -> None:
     """What `openblip2 --quiet` asks of the command that follows."""
     _asked["quiet"] = asked
-    if asked:
-        log.setLevel(logging.ERROR)
+    log.setLevel(logging.ERROR if asked else logging.NOTSET)
 
 
 def progress(first: bool = True) -> "Progress":
