@@ -17,6 +17,7 @@ from openblip2.config import RunSettings, change
 from openblip2.evaluate.health import Finding, findings
 from openblip2.evaluate.levels import ITM_CHANCE, itc_chance, smoothed_floor, word_chance
 from openblip2.evaluate.stage1 import easy_hits, queries_used
+from openblip2.report.pages import write_findings
 from openblip2.train.checkpoint import write_config
 
 
@@ -144,6 +145,15 @@ def test_easy_negatives_are_the_next_pictures_texts() -> None:
                 logits = model.match(memory, tokens[m : m + 1], valid[m : m + 1])[0]
                 expected += int((logits[1] > logits[0]) == is_match)
     assert (right, count) == (expected, 14)
+
+
+def test_a_page_runs_nothing_that_a_log_or_a_name_says(tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    found = [Finding(evil, "bad", evil, evil)]
+    write_findings(tmp_path / "page.html", evil, settings(), log(itc=1.0), found)
+    page = (tmp_path / "page.html").read_text()
+    assert "<img src=x" not in page
+    assert page.count("&lt;img src=x") == 5  # title, heading, finding, what is seen, advice
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -373,6 +373,13 @@ def test_chance_is_the_entropy_of_one_match_in_three() -> None:
     assert b"chance: 0.6365" in chart("ITM", "loss", {"a": [(1, 0.0)]}, ITM_CHANCE)["svg"]
 
 
+def test_values_that_are_not_finite_are_left_out_of_a_chart() -> None:
+    drawn = chart("Norm", "norm", {"a": [(1, 2.0), (2, math.inf), (3, math.nan)], "b": [(3, math.nan)]})
+    assert b"<svg" in drawn["svg"]
+    assert "a: 2 at step 1, nan at step 3" in drawn["alt"]
+    assert b"<svg" in chart("Norm", "norm", {"a": [(1, math.nan)]})["svg"]
+
+
 def test_smoothing_is_a_mean_of_neighbours() -> None:
     points = [(float(n), float(n % 2)) for n in range(6)]
     assert smooth(points, 0) == points

@@ -75,7 +75,8 @@ def chart(title: str, axis: str, lines: Mapping[str, Sequence[Point]], chance: f
             said.append(f"chance: {chance:.4g}")
             axes.axhline(chance, color="black", linestyle="--", linewidth=1, label=said[-1])
         axes.set_xlim(left=0)
-        axes.set_ylim(0, 1.05 * axes.dataLim.y1 or 1)
+        heights = [y for points in lines.values() for _, y in points if math.isfinite(y)]
+        axes.set_ylim(0, 1.05 * max([*heights, chance or 0]) or 1)
         axes.grid(axis="y", alpha=0.3)
         figure.legend(loc="outside lower left", frameon=False)
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
