@@ -19,6 +19,7 @@ from openblip2.model.objectives import (
     Rivals,
     chunked_cross_entropy,
     contrastive,
+    decorrelation,
     hard_negatives,
     matching,
     same_image,
@@ -41,6 +42,7 @@ class Stage1(nn.Module):
         label_smoothing: of ITC and ITG. one_sided: see `objectives.contrastive`.
         writes: False leaves out the head of ITG, as transformers' checkpoints do: good for scores, not for training.
         contrast: ITC by `objectives.contrastive`, or (not the paper's) by `sigmoid_contrastive`, with a learned bias.
+        decorrelation: weight of `objectives.decorrelation`, which is not in the paper; 0 = without it.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Stage1(nn.Module):
         one_sided: bool = False,
         writes: bool = True,
         contrast: Literal["softmax", "sigmoid"] = "softmax",
+        decorrelation: float = 0.0,
     ) -> None:
         super().__init__()
         assert qformer.words is not None, "stage 1 needs the Q-Former's text path"
@@ -65,7 +68,7 @@ class Stage1(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(temperature))
         # None is no parameter: a checkpoint of the paper's ITC does not have it.
         self.contrast_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if contrast == "sigmoid" else None
-        self.label_smoothing, self.one_sided = label_smoothing, one_sided
+        self.label_smoothing, self.one_sided, self.decorrelation = label_smoothing, one_sided, decorrelation
 
     def losses(
         self,
@@ -104,6 +107,8 @@ class Stage1(nn.Module):
         alone = self.qformer(memory)
         itc = self.contrast(self.image_vectors(alone), self.text_vectors(tokens, valid), positives, shared)
         found = {"itc": itc.loss}
+        if self.decorrelation:
+            found["decorrelation"] = self.decorrelation * decorrelation(alone.queries)
         if "itg" in objectives:
             found["itg"] = shared.weigh(self.writing_loss(alone, tokens, valid), *words)
         if "itm" in objectives:
@@ -114,7 +119,11 @@ class Stage1(nn.Module):
                 memory = memory.join(self.qformer.look(at_hand.fetched))
             loss = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
             found["itm"] = shared.weigh(loss, len(pairs.images), at_hand.pairs)
-        return {name: found[name] for name in OBJECTIVES if name in objectives}
+        return {
+            name: found[name]
+            for name in (*OBJECTIVES, "decorrelation")
+            if name in (*objectives, "decorrelation") and name in found
+        }
 
     def contrast(self, image: Tensor, text: Tensor, positives: Tensor, shared: Share | None = None) -> Contrast:
         """ITC of image vectors `[B, Q, E]` and text vectors `[B, E]`; `positives [B, G]` from `same_image`."""
