@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from openblip2.model.objectives import (
     contrastive,
+    decorrelation,
     generation,
     hard_negatives,
     matching,
@@ -276,3 +277,27 @@ def test_losses_are_float32_for_half_precision_logits() -> None:
     logits = torch.randn(4, 2).bfloat16()
     assert matching(logits, torch.ones(4).bool()).dtype == torch.float32
     assert generation(logits, torch.ones(4).long()).dtype == torch.float32
+
+
+def test_decorrelation_equals_loops() -> None:
+    queries = torch.randn(B, Q, E, generator=torch.Generator().manual_seed(3), dtype=torch.float64).float()
+    queries.requires_grad_()
+    total = torch.tensor(0.0)
+    for picture in range(B):
+        for one in range(Q):
+            for other in range(Q):
+                if one != other:
+                    rows = [queries[picture, n] - queries[:, n].detach().mean(0) for n in (one, other)]
+                    total = total + F.cosine_similarity(rows[0], rows[1], dim=0) ** 2
+    close(decorrelation(queries), total / (B * Q * (Q - 1)))
+
+
+def test_decorrelation_of_equal_orthogonal_and_single_queries() -> None:
+    equal = torch.randn(B, 1, E, generator=torch.Generator().manual_seed(4)).expand(B, Q, E)
+    constants = torch.randn(Q, E, generator=torch.Generator().manual_seed(5))  # what is alike for all pictures
+    assert float(decorrelation(equal)) == pytest.approx(1, abs=1e-5)
+    assert float(decorrelation(equal + 9 * constants)) == pytest.approx(1, abs=1e-4)
+    axes = torch.eye(Q, E) * torch.tensor([-1.0, 1.0]).view(2, 1, 1)  # two pictures, the mean is zero
+    assert float(decorrelation(axes)) == 0
+    assert float(decorrelation(equal[:, :1])) == 0
+    assert float(decorrelation(equal[:1])) == 0  # one picture differs from no other

@@ -151,17 +151,16 @@ def decorrelation(queries: Tensor) -> Tensor:
     by a constant alone hold the same about a picture.
 
     Args:
-        queries: `[B, Q, D]`, query outputs; Q >= 2.
+        queries: `[B, Q, D]`, query outputs.
 
     Returns:
-        A scalar in [0, 1]; 0 if the queries of each picture are orthogonal.
+        A scalar in [0, 1]; 0 if the queries of each picture are orthogonal, or if there is only one.
     """
     rows = F.normalize(queries.float() - queries.detach().float().mean(dim=0), dim=-1)
     cosines = rows @ rows.mT
     count = cosines.shape[-1]
-    # The diagonal is 1 except for a row of zeros; the sum without it has count * (count - 1) terms.
-    off = cosines.square().sum(dim=(1, 2)) - cosines.diagonal(dim1=1, dim2=2).square().sum(dim=1)
-    return (off / (count * (count - 1))).mean()
+    others = cosines.square().sum(dim=(1, 2)) - cosines.diagonal(dim1=1, dim2=2).square().sum(dim=1)
+    return (others / max(1, count * (count - 1))).mean()
 
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits at a time
