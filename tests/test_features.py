@@ -182,7 +182,7 @@ def test_nothing_half_written_is_read(records: list[Record], tmp_path: Path) -> 
     (values,) = [name for name in whole if name.startswith("features-")]
     lines = whole["features.jsonl"].splitlines(keepends=True)
     size = picture_bytes((1, P, V))
-    for cut in range(0, len(whole["features.jsonl"]), 7):
+    for cut in range(0, len(whole["features.jsonl"]), 29):
         folder = tmp_path / f"cut-{cut}"
         folder.mkdir()
         index = whole["features.jsonl"][:cut]
