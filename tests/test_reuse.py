@@ -357,7 +357,7 @@ def test_texts_of_one_image_share_its_memory() -> None:
     """Images whose memory stands once for several texts in a row, against a copy for each."""
     model, features = tiny.stage1(), tiny.features(2)
     tokens, valid = tiny.texts(6)
-    memory = model.qformer.look(features)
+    memory = model.qformer.encode_image(features)
     copied = memory.take(torch.tensor([0, 0, 0, 1, 1, 1]))
     torch.testing.assert_close(model.match(memory, tokens, valid), model.match(copied, tokens, valid))
     assert not torch.allclose(model.match(memory, tokens, valid)[:3], model.match(memory, tokens, valid)[3:], atol=1e-3)

@@ -32,7 +32,7 @@ def stage2(kind: str = "llama", vision: Vision | None = None, dropout: float = 0
 
 def test_the_soft_prompt_is_the_projection_of_the_queries() -> None:
     model, patches = stage2(), tiny.features()
-    queries = model.qformer(model.qformer.look(patches)).queries
+    queries = model.qformer.query_output(patches)
     assert queries is not None
     soft = model.soft_prompt(features=patches)
     assert soft.shape == (B, Q, L)

@@ -41,10 +41,13 @@ def qformer(
 
 
 def stage1(
-    one_sided: bool = False, dropout: float = 0.1, seed: int = 0, contrast: Literal["softmax", "sigmoid"] = "softmax"
+    detach_gathered: bool = False,
+    dropout: float = 0.1,
+    seed: int = 0,
+    contrast: Literal["softmax", "sigmoid"] = "softmax",
 ) -> Stage1:
     """A redrawn stage 1 in eval mode, without an image encoder."""
-    model = redraw(Stage1(qformer(dropout=dropout), None, E, one_sided=one_sided, contrast=contrast), seed)
+    model = redraw(Stage1(qformer(dropout=dropout), None, E, detach_gathered=detach_gathered, contrast=contrast), seed)
     nn.init.constant_(model.temperature, 0.2)
     return model
 
