@@ -84,13 +84,7 @@ def sigmoid_contrastive(
     Summed over an image's `G` texts, mean over images. A pair's logit is its similarity over the temperature, plus a
     bias that starts low, since nearly all pairs are no match. Every pair trains both sides: there are no directions.
 
-    Args:
-        image: `[B, Q, E]`, normalised.
-        text: `[G, E]`, normalised.
-        temperature: scalar.
-        bias: scalar.
-        positives: `[B, G]` from `same_image`; each of a row's positives counts in full.
-        transpose: as for `contrastive`.
+    Arguments as for `contrastive`, and `bias`, a scalar; each of a row's positives counts in full.
     """
     image_to_text = similarity(image, text) / temperature
     signs = positives.float() * 2 - 1

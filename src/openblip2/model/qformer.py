@@ -42,17 +42,14 @@ def unimodal_mask(queries: int, valid: Tensor) -> Tensor:
     Returns:
         `[B, 1, Q + T, Q + T]` bool, to be broadcast over attention heads.
     """
-    mask = _text_columns(queries, valid)
-    mask[:, :queries, :queries] = True
-    mask[:, :queries, queries:] = False
-    return mask[:, None]
+    rows, columns, real = _grid(queries, valid)
+    return real & ((rows < queries) == (columns < queries))
 
 
 def bidirectional_mask(queries: int, valid: Tensor) -> Tensor:
     """ITM: every row attends to every row but padding; arguments and shape as for `unimodal_mask`."""
-    mask = _text_columns(queries, valid)
-    mask[:, :, :queries] = True
-    return mask[:, None]
+    rows, _, real = _grid(queries, valid)
+    return real & (rows >= 0)
 
 
 def causal_mask(queries: int, valid: Tensor) -> Tensor:
@@ -60,19 +57,15 @@ def causal_mask(queries: int, valid: Tensor) -> Tensor:
 
     Arguments and shape as for `unimodal_mask`.
     """
-    mask = _text_columns(queries, valid)
-    mask[:, :, :queries] = True
-    mask[:, :queries, queries:] = False
-    mask[:, queries:, queries:] &= mask.new_ones(mask.shape[1] - queries, mask.shape[1] - queries).tril()
-    return mask[:, None]
+    rows, columns, real = _grid(queries, valid)
+    return real & ((columns < queries) | (columns <= rows))
 
 
-def _text_columns(queries: int, valid: Tensor) -> Tensor:
-    """Every row attends to the real tokens, none to a query yet: `[B, Q + T, Q + T]`."""
-    batch, length = valid.shape
-    mask = valid.new_zeros(batch, queries + length, queries + length, dtype=torch.bool)
-    mask[:, :, queries:] = valid[:, None, :].bool()
-    return mask
+def _grid(queries: int, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers `[Q + T, 1]`, column numbers `[Q + T]`, and which columns are no padding: `[B, 1, 1, Q + T]`."""
+    numbers = torch.arange(queries + valid.shape[1], device=valid.device)
+    real = torch.cat([valid.new_ones(len(valid), queries), valid], dim=1).bool()
+    return numbers[:, None], numbers, real[:, None, None]
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
-    return {_renamed(name): tensor for name, tensor in tensors.items()}
+    for old, new in RENAMED.items():
+        tensors = {new + name[len(old) :] if name.startswith(old) else name: part for name, part in tensors.items()}
+    return tensors
 
 
 def save_whitening(whitening: Whitening, run: Path) -> None:
@@ -225,11 +227,6 @@ def sync(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def _renamed(name: str) -> str:
-    old = next((old for old in RENAMED if name.startswith(old)), "")
-    return RENAMED[old] + name.removeprefix(old) if old else name
 
 
 def _put(fresh: Path, path: Path) -> None:

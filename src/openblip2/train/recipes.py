@@ -33,7 +33,7 @@ from openblip2.model.build import (
     require_extras,
 )
 from openblip2.model.fast.step import step_losses
-from openblip2.model.stage1 import OBJECTIVES, Stage1
+from openblip2.model.stage1 import OBJECTIVES, Stage1, see
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.progress import Progress
@@ -259,14 +259,7 @@ def some_pairs(
     """Features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
     for number in range(-(-min(most, data.pictures) // settings.train.batch)):
         batch = data.joined(number)
-        yield see_batch(model, batch), batch.captions
-
-
-def see_batch(model: Stage1 | Stage2, batch: PairBatch) -> Tensor:
-    """The features of a batch, given or encoded now: `[B, P, V]`."""
-    from openblip2.model.stage1 import see
-
-    return see(model.vision, **seen(batch))
+        yield see(model.vision, **seen(batch)), batch.captions
 
 
 def seen(batch: PairBatch) -> dict[str, Any]:

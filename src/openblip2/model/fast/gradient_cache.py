@@ -57,18 +57,11 @@ def stage1_losses(
         images: the encoder sees each once; its features of all `B` are kept for the step.
     """
     count, device = len(tokens), tokens.device
-    shared, targets = joined_batch.share_texts(valid)
+    shared, _, targets = joined_batch.share_texts(valid)
     if chunk >= max(shared.counts):  # the same in all processes, which wait for each other
+        given: dict[str, Any] = {"images": images, "features": features, "negatives": negatives}
         return joined_batch.stage1_losses(
-            model,
-            tokens,
-            valid,
-            ids,
-            images=images,
-            features=features,
-            negatives=negatives,
-            objectives=objectives,
-            generator=generator,
+            model, tokens, valid, ids, objectives=objectives, generator=generator, **given
         )
     patches = _see(model, -(-max(shared.counts) // chunk), images, features)
     positives = joined_batch.joined_positives(ids, tokens, shared)
@@ -109,7 +102,7 @@ def stage1_losses(
         parts = {}
         if "itg" in objectives:
             loss = model.generation_loss(cache, tokens[rows], valid[rows])
-            parts["itg"] = loss * (valid[rows, 1:].sum() / targets.total * len(shared.counts))
+            parts["itg"] = loss * (valid[rows, 1:].sum() / targets * len(shared.counts))
         if pairs is not None and local is not None:
             logits = model.match(memory.take(index[pairs.images]), pairs.tokens, pairs.valid)
             parts["itm"] = matching(logits, pairs.is_match) * (len(logits) / local.pairs * len(shared.counts))

@@ -46,7 +46,7 @@ def stage1_losses(
         negatives: indices into the joined batch.
         generator: in the same state in all processes, so that the draw is one of the joined batch.
     """
-    shared, targets = share_texts(valid)
+    shared, *targets = share_texts(valid)
     positives = joined_positives(ids, tokens, shared)
     patches = see(model.vision, images, features)
     memory = model.qformer.encode_image(patches)
@@ -67,20 +67,13 @@ def stage1_losses(
     return {name: losses[name] for name in OBJECTIVES if name in objectives}
 
 
-class Targets(NamedTuple):
-    """How many tokens have a target in ITG: here, and over all processes."""
-
-    here: Tensor
-    total: int | Tensor
-
-
-def share_texts(valid: Tensor) -> tuple[Share, Targets]:
-    """How the joined batch is shared out, `most[0]` of it being the longest T; `valid [B, T]`."""
+def share_texts(valid: Tensor) -> tuple[Share, Tensor, int | Tensor]:
+    """How the joined batch is shared out, `most[0]` being the longest T; tokens with a target here, and in all."""
     count = valid[:, 1:].sum()
     if world_size() == 1:  # `int(count)` would wait for a GPU
-        return share(len(valid)), Targets(count, count)
+        return share(len(valid)), count, count
     shared = share(len(valid), valid.shape[1], count)
-    return shared, Targets(count, shared.sums[1])
+    return shared, count, shared.sums[1]
 
 
 def joined_positives(ids: Tensor | None, tokens: Tensor, shared: Share) -> Tensor:
