@@ -1,5 +1,6 @@
 """The demo, whole: with tiny models in seconds, and (slow) with the real ones it ships with."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,15 @@ def test_demo_writes_report_metrics_and_both_runs(tmp_path: Path) -> None:
         health = metrics["health"][stage]
         assert health["queries"] == 5
         assert all(line.startswith("BAD") for line in health["bad"])
+
+
+def test_a_missing_plotting_library_is_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"the report needs matplotlib: pip install 'openblip2\[demo\]'"):
+        run_demo(tmp_path / "out", Plan(), Progress(quiet=True))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

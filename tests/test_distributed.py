@@ -40,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "without itg": {"objectives": ("itc", "itm")},
     "itc alone": {"objectives": ("itc",)},
     "trained encoder": {"encoder_trains": True},
+    "decorrelation": {"decorrelation": 0.5},
+    "decorrelation chunks": {"decorrelation": 0.5, "chunk": 2},
     "no ids": {"named": False, "found": True},
 }
 
@@ -58,10 +60,11 @@ def gradients(
     chunk: int = 0,
     encoder_trains: bool = False,
     named: bool = True,
+    decorrelation: float = 0.0,
     objectives: tuple[str, ...] = ("itc", "itm", "itg"),
 ) -> Found:
     """Losses and gradients, means over processes, of some rows of the joined batch."""
-    model = tiny.stage1(detach_gathered, 0.0, contrast=contrast).train()
+    model = tiny.stage1(detach_gathered, 0.0, contrast=contrast, decorrelation=decorrelation).train()
     tokens, valid = (part[own] for part in tiny.texts())
     longest = max(3, int(valid.sum(dim=1).max())) if len(valid) else 4  # each process pads to its own longest text
     features = tiny.features()[own].requires_grad_(encoder_trains)

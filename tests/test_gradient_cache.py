@@ -106,6 +106,14 @@ def test_what_no_loss_reads_has_no_gradient(left: list[str]) -> None:
     assert_same_step(stepped(model, stage1_losses(model, 3, *inputs(), **options)), whole)
 
 
+def test_decorrelation_is_that_of_the_whole_batch() -> None:
+    model, options = tiny.stage1(dropout=0.0, decorrelation=0.5).train(), given()
+    whole = stepped(model, model.losses(*inputs(), **options))
+    assert list(whole[0]) == ["itc", "itm", "itg", "decorrelation"]
+    assert whole[0]["decorrelation"] > 1e-3
+    assert_same_step(stepped(model, stage1_losses(model, 3, *inputs(), **options)), whole)
+
+
 def test_detach_gathered() -> None:
     """In one process, too, it is another gradient."""
     model, options = stage1(detach_gathered=True), given()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from openblip2.model.objectives import (
     contrastive,
+    decorrelation,
     generation,
     hard_negatives,
     matching,
@@ -270,6 +271,26 @@ def test_generation_at_chance_and_at_its_floor() -> None:
     certain[0, 17] = 30.0
     assert generation(certain, target).item() > 2.0, "certainty is punished"
     assert generation(certain, target, 0.0).item() < 1e-6
+
+
+def test_decorrelation_equals_loops() -> None:
+    queries = torch.randn(B, Q, E, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    rows = queries - queries.detach().mean(dim=0)
+    naive = torch.tensor(0.0)
+    for picture in rows:
+        pairs = [(i, j) for i in range(Q) for j in range(Q) if i != j]
+        cosines = [picture[i] @ picture[j] / (picture[i].norm() * picture[j].norm()) for i, j in pairs]
+        naive = naive + torch.stack(cosines).square().mean() / B
+    ours = decorrelation(queries)
+    close(ours, naive)
+    close(torch.autograd.grad(ours, queries)[0], torch.autograd.grad(naive, queries)[0])
+    close(
+        decorrelation(queries[:2], queries.detach().mean(dim=0))
+        + 2 * decorrelation(queries[2:], queries.detach().mean(dim=0)),
+        3 * ours,
+    )
+    assert decorrelation(torch.eye(Q).expand(B, -1, -1), torch.zeros(Q, Q)).item() == 0
+    assert decorrelation(torch.ones(B, Q, E), torch.zeros(Q, E)).item() == pytest.approx(1)
 
 
 def test_losses_are_float32_for_half_precision_logits() -> None:

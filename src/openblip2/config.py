@@ -77,6 +77,8 @@ class Stage1Settings:
     temperature: Positive = 0.07
     label_smoothing: Share = 0.1
     detach_gathered: bool = False  # the authors' code: gathered features carry no gradient
+    # Ours, 0 = the paper: weight of a fourth loss that keeps a picture's queries different (model/objectives.py).
+    decorrelation: NonNegative = 0.0
     itm_start_step: Natural = 0  # ours: ITM joins after so many steps; it learns nothing before ITC has (0 = paper)
 
 

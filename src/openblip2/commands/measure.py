@@ -103,8 +103,12 @@ def doctor(
         return
     if question is not None:
         raise UserError("--question is for pictures: give them after the run")
+    if out is not None:
+        from openblip2.model.extras import require
+
+        require("--out", "plots", "matplotlib")  # before the findings are printed
     progress().doing(f"reading {run}")
-    from openblip2.report.doctor import examine, write_page
+    from openblip2.report.pages import examine, write_findings
     from openblip2.train.checkpoint import make_folder
 
     settings, rows, found = examine(Path(run))
@@ -112,7 +116,7 @@ def doctor(
         put(asdict(one)) if as_json else typer.echo(one.in_words())
     if out is not None:
         make_folder(out.parent)
-        write_page(out, run, settings, rows, found)
+        write_findings(out, run, settings, rows, found)
         if not as_json:
             typer.echo(str(out))
 

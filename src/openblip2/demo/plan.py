@@ -30,6 +30,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "optim.lr": 5e-4,
             "train.steps": 300,
             "stage1.itm_start_step": 100,
+            "stage1.decorrelation": 1.0,
         },
         "stage2": {**APART, "vision.image_size": 112, "train.steps": 200},
     },

@@ -33,7 +33,7 @@ def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, see
         ids = pair_ids(rows.tolist(), [captions[row] for row in rows.tolist()]).to(device)
         parts = model.losses(part, real, ids, features=features)
         for name, value in parts.items():
-            sums[name] += float(value) * len(rows) / len(captions)
+            sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(captions)
         hits, pairs = matching_hits(model, features, part, real, ids)
         right, count = right + hits, count + pairs
         hits, pairs = easy_hits(model, features, part, real, ids)

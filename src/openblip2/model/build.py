@@ -74,6 +74,7 @@ def build_stage1(
         settings.stage1.detach_gathered,
         writes,
         settings.stage1.contrast,
+        settings.stage1.decorrelation,
     )
     if sizes is None:
         start_from_bert(model.qformer, qformer.start, model.lm_head)

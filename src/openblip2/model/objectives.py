@@ -143,3 +143,25 @@ def matching(logits: Tensor, is_match: Tensor) -> Tensor:
 def generation(logits: Tensor, targets: Tensor, label_smoothing: float = 0.1) -> Tensor:
     """Image-grounded text generation loss: word logits `[N, W]` at the `N` positions with a target, `targets [N]`."""
     return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+
+
+def decorrelation(queries: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Mean squared cosine between the outputs of two queries of one picture, in what differs between pictures.
+
+    Not in the paper. ITC, ITM and ITG are content if each query holds the whole picture, and then all queries become
+    one vector. Each query's mean over the batch is subtracted first, without a gradient, because outputs that differ
+    by a constant alone hold the same about a picture.
+
+    Args:
+        queries: `[B, Q, D]`, query outputs; Q >= 2.
+        mean: `[Q, D]`, over the whole batch; None = over these B.
+
+    Returns:
+        A scalar in [0, 1]; 0 if the queries of each picture are orthogonal.
+    """
+    rows = F.normalize(queries.float() - (queries.detach().float().mean(dim=0) if mean is None else mean), dim=-1)
+    cosines = rows @ rows.mT
+    count = cosines.shape[-1]
+    # The diagonal is 1 except for a row of zeros; the sum without it has count * (count - 1) terms.
+    off = cosines.square().sum(dim=(1, 2)) - cosines.diagonal(dim1=1, dim2=2).square().sum(dim=1)
+    return (off / (count * (count - 1))).mean()

@@ -16,6 +16,7 @@ from openblip2.model.objectives import (
     Contrast,
     HardNegatives,
     contrastive,
+    decorrelation,
     hard_negatives,
     matching,
     same_image,
@@ -40,6 +41,7 @@ class Stage1(nn.Module):
         detach_gathered: see `objectives.contrastive`.
         writes: False leaves out the head of ITG, as transformers' checkpoints do: good for scores, not for training.
         contrast: ITC by `objectives.contrastive`, or (not the paper's) by `sigmoid_contrastive`, with a learned bias.
+        decorrelation: weight of `objectives.decorrelation`, which is not in the paper; 0 = without it.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Stage1(nn.Module):
         detach_gathered: bool = False,
         writes: bool = True,
         contrast: Literal["softmax", "sigmoid"] = "softmax",
+        decorrelation: float = 0.0,
     ) -> None:
         super().__init__()
         assert qformer.word_embeddings is not None, "stage 1 needs the Q-Former's text path"
@@ -65,6 +68,7 @@ class Stage1(nn.Module):
         # None is no parameter: a checkpoint of the paper's ITC does not have it.
         self.contrast_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if contrast == "sigmoid" else None
         self.label_smoothing, self.detach_gathered = label_smoothing, detach_gathered
+        self.decorrelation = decorrelation
 
     def losses(
         self,
@@ -112,7 +116,9 @@ class Stage1(nn.Module):
                 negatives = hard_negatives(itc.image_to_text, itc.text_to_image, positives, draws)
             pairs = itm_pairs(tokens, valid, HardNegatives(*negatives))
             losses["itm"] = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
-        return {name: losses[name] for name in OBJECTIVES if name in objectives}
+        if self.decorrelation:
+            losses["decorrelation"] = self.decorrelation * decorrelation(queries)
+        return in_order(losses, objectives)
 
     def contrast(
         self, image: Tensor, text: Tensor, positives: Tensor, transpose: Callable[[Tensor], Tensor] = torch.t
@@ -186,6 +192,12 @@ def itm_pairs(tokens: Tensor, valid: Tensor, negatives: HardNegatives, rows: Ten
     images = torch.cat([own, wrong_images[with_image], own[with_text]])
     texts = torch.cat([own, own[with_image], wrong_texts[with_text]])
     return Pairs(images, tokens[texts], valid[texts], torch.arange(len(images), device=tokens.device) < len(own))
+
+
+def in_order(losses: dict[str, Tensor], objectives: Collection[str]) -> dict[str, Tensor]:
+    """The wanted losses, always in the same order: the paper's `objectives`, and decorrelation where there is one."""
+    wanted = (*objectives, "decorrelation")
+    return {name: losses[name] for name in (*OBJECTIVES, "decorrelation") if name in losses and name in wanted}
 
 
 def see(vision: Vision | None, images: Tensor | None, features: Tensor | None) -> Tensor:

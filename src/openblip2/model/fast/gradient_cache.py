@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from openblip2.distributed import part_of, share
 from openblip2.model.fast import joined_batch
-from openblip2.model.objectives import HardNegatives, matching
+from openblip2.model.objectives import HardNegatives, decorrelation, matching
 from openblip2.model.qformer import Cache, Memory
 from openblip2.model.stage1 import OBJECTIVES, Pairs, Stage1, itm_pairs, see
 from openblip2.model.stage2 import Stage2
@@ -67,18 +67,23 @@ def stage1_losses(
     positives = joined_batch.joined_positives(ids, tokens, shared)
     chunks = torch.arange(count, device=device).split(chunk)
 
-    states, vectors = [], []
+    states, outputs, vectors = [], [], []
     with torch.no_grad():
         for rows in chunks:
             states.append(_random_state(device))
-            vectors.append(_vectors(model, model.qformer.encode_image(patches[rows]), tokens[rows], valid[rows])[1:])
+            memory = model.qformer.encode_image(patches[rows])
+            queries, _, *found = _vectors(model, memory, tokens[rows], valid[rows])
+            outputs.append(queries)
+            vectors.append(found)
     # Autocast keeps the weights that it has cast; older torch would go on with those that were cast without a graph.
     torch.clear_autocast_cache()
     image, text = (torch.cat(side).requires_grad_() for side in zip(*vectors, strict=True))
 
     gradients = Gradients(model)
     itc = joined_batch.joined_contrast(model, image, text, positives, shared)
-    sums = {name: torch.zeros((), device=device) for name in OBJECTIVES if name in objectives}
+    mean = joined_batch.joined_mean(torch.cat(outputs), shared) if model.decorrelation else None
+    names = [name for name in OBJECTIVES if name in objectives] + ["decorrelation"] * (mean is not None)
+    sums = {name: torch.zeros((), device=device) for name in names}
     kept: list[Tensor] = []
     if "itc" in objectives:
         sums["itc"] = itc.loss.detach()
@@ -98,7 +103,7 @@ def stage1_losses(
         needed, index = _needed(rows, pairs, len(patches))
         memory = model.qformer.encode_image(patches[needed])
         with _replayed(state, device):
-            cache, *found = _vectors(model, _first(memory, len(rows)), tokens[rows], valid[rows])
+            queries, cache, *found = _vectors(model, _first(memory, len(rows)), tokens[rows], valid[rows])
         parts = {}
         if "itg" in objectives:
             loss = model.generation_loss(cache, tokens[rows], valid[rows])
@@ -106,9 +111,12 @@ def stage1_losses(
         if pairs is not None and local is not None:
             logits = model.match(memory.take(index[pairs.images]), pairs.tokens, pairs.valid)
             parts["itm"] = matching(logits, pairs.is_match) * (len(logits) / local.pairs * len(shared.counts))
+        if mean is not None:
+            share_of_batch = len(rows) / shared.total * len(shared.counts)
+            parts["decorrelation"] = model.decorrelation * decorrelation(queries, mean) * share_of_batch
         # The gradient at each part of the sum is 1; those at the vectors were kept.
-        outputs = [*parts.values(), *(found if kept else ())]
-        gradients.add(outputs, [*[None] * len(parts), *(part[rows] for part in kept)])
+        ends = [*parts.values(), *(found if kept else ())]
+        gradients.add(ends, [*[None] * len(parts), *(part[rows] for part in kept)])
         for name, part in parts.items():
             sums[name] += part.detach()
     return gradients.attach(sums, every=count == 0)
@@ -223,10 +231,10 @@ def _see(model: Stage1, chunks: int, images: Tensor | None, features: Tensor | N
     return torch.cat([see(model.vision, part, None) for part in images.tensor_split(chunks)])
 
 
-def _vectors(model: Stage1, memory: Memory, tokens: Tensor, valid: Tensor) -> tuple[Cache, Tensor, Tensor]:
-    """The query pass' cache, image vectors `[n, Q, E]` and text vectors `[n, E]`, which are made in both passes."""
+def _vectors(model: Stage1, memory: Memory, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Cache, Tensor, Tensor]:
+    """The query pass, image vectors `[n, Q, E]` and text vectors `[n, E]`: what is computed in both passes."""
     queries, cache = model.qformer.query_pass(memory)
-    return cache, model.image_vectors(queries), model.text_vectors(tokens, valid)
+    return queries, cache, model.image_vectors(queries), model.text_vectors(tokens, valid)
 
 
 def _needed(rows: Tensor, pairs: Pairs | None, count: int) -> tuple[Tensor, Tensor]:

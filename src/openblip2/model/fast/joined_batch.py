@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openblip2.distributed import Share, fetch, gather, plan, share, transpose, world_size
-from openblip2.model.objectives import Contrast, HardNegatives, hard_negatives, matching, same_image
-from openblip2.model.stage1 import OBJECTIVES, Stage1, itm_pairs, see
+from openblip2.model.objectives import Contrast, HardNegatives, decorrelation, hard_negatives, matching, same_image
+from openblip2.model.stage1 import OBJECTIVES, Stage1, in_order, itm_pairs, see
 from openblip2.model.stage2 import Stage2
 
 
@@ -64,7 +64,10 @@ def stage1_losses(
             memory = memory.join(model.qformer.encode_image(local.fetched))
         loss = matching(model.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
         losses["itm"] = shared.weigh(loss, len(pairs.images), local.pairs)
-    return {name: losses[name] for name in OBJECTIVES if name in objectives}
+    if model.decorrelation:
+        loss = model.decorrelation * decorrelation(queries, joined_mean(queries, shared))
+        losses["decorrelation"] = shared.weigh(loss, len(queries), shared.total)
+    return in_order(losses, objectives)
 
 
 def share_texts(valid: Tensor) -> tuple[Share, Tensor, int | Tensor]:
@@ -86,6 +89,11 @@ def joined_contrast(model: Stage1, image: Tensor, text: Tensor, positives: Tenso
     """ITC of our image vectors `[B, Q, E]`, our text vectors `[B, E]` and those of the other processes."""
     itc = model.contrast(image, gather(text, shared), positives, partial(transpose, shared=shared))
     return itc._replace(loss=shared.weigh(itc.loss, len(image), shared.total))
+
+
+def joined_mean(rows: Tensor, shared: Share) -> Tensor:
+    """The mean over the joined batch, without gradient: `[B, ...]` -> `[...]`, fp32."""
+    return gather(rows.detach().float().sum(dim=0, keepdim=True)).sum(dim=0) / shared.total
 
 
 def joined_negatives(
