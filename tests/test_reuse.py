@@ -153,8 +153,8 @@ def test_a_fast_path_that_is_off_says_so(caplog: pytest.LogCaptureFixture) -> No
     lm = decoder("gemma2")
     assert len(lm.slow_paths()) == 1
     caplog.clear()
-    lm.loss(soft, ["", ""], ["a dog", "it is red"])
-    lm.loss(soft, ["", ""], ["a dog", "it is red"])
+    lm.scored(soft, ["", ""], ["a dog", "it is red"])[0]
+    lm.scored(soft, ["", ""], ["a dog", "it is red"])[0]
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == f"openblip2: {lm.slow_paths()[0]}"
     assert line.startswith("openblip2: chunked loss is off: Gemma2ForCausalLM ")
