@@ -273,27 +273,38 @@ def test_generation_at_chance_and_at_its_floor() -> None:
     assert generation(certain, target, 0.0).item() < 1e-6
 
 
-def test_decorrelation_equals_loops() -> None:
-    queries = torch.randn(B, Q, E, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    rows = queries - queries.detach().mean(dim=0)
-    naive = torch.tensor(0.0)
-    for picture in rows:
-        pairs = [(i, j) for i in range(Q) for j in range(Q) if i != j]
-        cosines = [picture[i] @ picture[j] / (picture[i].norm() * picture[j].norm()) for i, j in pairs]
-        naive = naive + torch.stack(cosines).square().mean() / B
-    ours = decorrelation(queries)
-    close(ours, naive)
-    close(torch.autograd.grad(ours, queries)[0], torch.autograd.grad(naive, queries)[0])
-    close(
-        decorrelation(queries[:2], queries.detach().mean(dim=0))
-        + 2 * decorrelation(queries[2:], queries.detach().mean(dim=0)),
-        3 * ours,
-    )
-    assert decorrelation(torch.eye(Q).expand(B, -1, -1), torch.zeros(Q, Q)).item() == 0
-    assert decorrelation(torch.ones(B, Q, E), torch.zeros(Q, E)).item() == pytest.approx(1)
+def test_decorrelation_of_parts_with_the_mean_of_all_is_that_of_all() -> None:
+    queries = torch.randn(B, Q, E, generator=torch.Generator().manual_seed(0))
+    few, many = (decorrelation(part, queries.mean(dim=0)) for part in (queries[:2], queries[2:]))
+    close((2 * few + (B - 2) * many) / B, decorrelation(queries))
+    assert (decorrelation(queries[:2]) - few).abs() > 1e-3
 
 
 def test_losses_are_float32_for_half_precision_logits() -> None:
     logits = torch.randn(4, 2).bfloat16()
     assert matching(logits, torch.ones(4).bool()).dtype == torch.float32
     assert generation(logits, torch.ones(4).long()).dtype == torch.float32
+
+
+def test_decorrelation_equals_loops() -> None:
+    queries = torch.randn(B, Q, E, generator=torch.Generator().manual_seed(3), dtype=torch.float64).float()
+    queries.requires_grad_()
+    total = torch.tensor(0.0)
+    for picture in range(B):
+        for one in range(Q):
+            for other in range(Q):
+                if one != other:
+                    rows = [queries[picture, n] - queries[:, n].detach().mean(0) for n in (one, other)]
+                    total = total + F.cosine_similarity(rows[0], rows[1], dim=0) ** 2
+    close(decorrelation(queries), total / (B * Q * (Q - 1)))
+
+
+def test_decorrelation_of_equal_orthogonal_and_single_queries() -> None:
+    equal = torch.randn(B, 1, E, generator=torch.Generator().manual_seed(4)).expand(B, Q, E)
+    constants = torch.randn(Q, E, generator=torch.Generator().manual_seed(5))  # what is alike for all pictures
+    assert float(decorrelation(equal)) == pytest.approx(1, abs=1e-5)
+    assert float(decorrelation(equal + 9 * constants)) == pytest.approx(1, abs=1e-4)
+    axes = torch.eye(Q, E) * torch.tensor([-1.0, 1.0]).view(2, 1, 1)  # two pictures, the mean is zero
+    assert float(decorrelation(axes)) == 0
+    assert float(decorrelation(equal[:, :1])) == 0
+    assert float(decorrelation(equal[:1])) == 0  # one picture differs from no other

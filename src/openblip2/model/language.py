@@ -288,7 +288,17 @@ def split_caption(caption: str, draw: float | None = None) -> tuple[str, str]:
 
 
 def _end_ids(tokenizer: Any, end: str | None) -> list[int]:
-    end = tokenizer.eos_token if end is None else end
-    if not end:
-        raise UserError("this tokenizer has no end-of-sequence token: set language.end to the text that ends a caption")
-    return text_ids(tokenizer, end)
+    if end is None:
+        if not tokenizer.eos_token:
+            raise UserError(
+                "this tokenizer has no end-of-sequence token: set language.end to the text that ends a caption"
+            )
+        return text_ids(tokenizer, tokenizer.eos_token)
+    ids = text_ids(tokenizer, end)
+    # T5's tokenizers, for one, drop line breaks: no text would ever end before the limit.
+    if not ids or tokenizer.unk_token_id in ids:
+        raise UserError(
+            f"language.end={end!r} is no token of this language model's tokenizer: set language.end to another text, "
+            "or to null for its end-of-sequence token"
+        )
+    return ids

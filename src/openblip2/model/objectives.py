@@ -153,15 +153,14 @@ def decorrelation(queries: Tensor, mean: Tensor | None = None) -> Tensor:
     by a constant alone hold the same about a picture.
 
     Args:
-        queries: `[B, Q, D]`, query outputs; Q >= 2.
+        queries: `[B, Q, D]`, query outputs.
         mean: `[Q, D]`, over the whole batch; None = over these B.
 
     Returns:
-        A scalar in [0, 1]; 0 if the queries of each picture are orthogonal.
+        A scalar in [0, 1]; 0 if the queries of each picture are orthogonal, or if there is only one.
     """
     rows = F.normalize(queries.float() - (queries.detach().float().mean(dim=0) if mean is None else mean), dim=-1)
     cosines = rows @ rows.mT
     count = cosines.shape[-1]
-    # The diagonal is 1 except for a row of zeros; the sum without it has count * (count - 1) terms.
-    off = cosines.square().sum(dim=(1, 2)) - cosines.diagonal(dim1=1, dim2=2).square().sum(dim=1)
-    return (off / (count * (count - 1))).mean()
+    others = cosines.square().sum(dim=(1, 2)) - cosines.diagonal(dim1=1, dim2=2).square().sum(dim=1)
+    return (others / max(1, count * (count - 1))).mean()
