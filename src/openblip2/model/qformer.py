@@ -4,8 +4,8 @@ One BERT-shaped stack, two streams of rows that share its self-attention: `Q` le
 by cross-attention in every second layer and have a feed-forward network of their own, and `T` text tokens, which
 never read the image directly and keep BERT's feed-forward network.
 
-Who may attend to whom is what tells the three objectives apart. Figure 2, for Q = 2, T = 4 and a last token that is
-padding; rows attend to columns, the query rows come before the text rows, 1 = may attend:
+Who may attend to whom tells the three objectives apart. Figure 2 with Q = 2, T = 4 and a last token that is padding;
+rows attend to columns, query rows come before text rows, 1 = may attend. Below it are the passes that use each mask:
 
     uni-modal (ITC)      bi-directional (ITM)   multimodal causal (ITG)
     1 1 . . . .          1 1 1 1 1 .            1 1 . . . .
@@ -13,14 +13,12 @@ padding; rows attend to columns, the query rows come before the text rows, 1 = m
     . . 1 1 1 .          1 1 1 1 1 .            1 1 1 . . .
     . . 1 1 1 .          1 1 1 1 1 .            1 1 1 1 . .
     . . 1 1 1 .          1 1 1 1 1 .            1 1 1 1 1 .
-
     query_pass           joint_pass             causal_pass
     text_pass
 
 Shapes: B images, P patch tokens, V encoder width, Q queries, T text tokens, D width, H heads, W vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -53,10 +51,7 @@ def bidirectional_mask(queries: int, valid: Tensor) -> Tensor:
 
 
 def causal_mask(queries: int, valid: Tensor) -> Tensor:
-    """ITG: queries attend to queries, a token to all queries, to itself and to the tokens before it.
-
-    Arguments and shape as for `unimodal_mask`.
-    """
+    """ITG: a query attends to queries, a token to queries, itself and what is before it; as for `unimodal_mask`."""
     rows, columns, real = _grid(queries, valid)
     return real & ((columns < queries) | (columns <= rows))
 
@@ -68,8 +63,7 @@ def _grid(queries: int, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return numbers[:, None], numbers, real[:, None, None]
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Cross-attention keys and values of images, one pair for each layer that has cross-attention.
 
     They depend on the image only, so they are computed once and shared by every pass over that image.
@@ -149,17 +143,9 @@ class QFormer(nn.Module):
         self.positions = nn.Embedding(positions, width) if vocabulary else None
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
+        crossing = [image_width if n % cross_every == 0 else 0 for n in range(layers)]
         self.layers = nn.ModuleList(
-            Layer(
-                width,
-                heads,
-                ffn,
-                image_width if n % cross_every == 0 else 0,
-                bool(vocabulary),
-                dropout,
-                self_attention_scale,
-            )
-            for n in range(layers)
+            Layer(width, heads, ffn, image, bool(vocabulary), dropout, self_attention_scale) for image in crossing
         )
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
