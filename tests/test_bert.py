@@ -73,7 +73,7 @@ def test_the_text_stream_is_bert(start: str) -> None:
 
 
 @torch.no_grad()
-def test_the_word_head_is_berts(start: str) -> None:
+def test_the_lm_head_is_berts(start: str) -> None:
     model, head = fresh()
     assert head is not None
     assert model.word_embeddings is not None
@@ -118,7 +118,7 @@ def test_stage_2_starts_without_a_text_path(start: str) -> None:
             assert torch.equal(value, expected[name])
 
 
-def test_a_sentence_encoder_has_no_word_head(tmp_path: Path) -> None:
+def test_a_sentence_encoder_has_no_lm_head(tmp_path: Path) -> None:
     source = bert(head=False)
     source.save_pretrained(tmp_path)
     model, head = fresh()

@@ -380,7 +380,7 @@ def test_joint_pass_equals_that_of_transformers(kind: str) -> None:
     close(text[valid], expected[:, Q:][valid])
 
 
-def test_the_word_head_is_tied_to_the_words() -> None:
+def test_the_lm_head_is_tied_to_the_words() -> None:
     model = tiny.qformer()
     assert model.word_embeddings is not None
     head = tiny.redraw(LMHead(D, model.word_embeddings))
