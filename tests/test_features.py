@@ -415,7 +415,7 @@ def test_records_are_found_by_their_ids(records: list[Record], tmp_path: Path) -
     assert len(problems) == 1
     assert torch.equal(found.load().values, truth([part[0], part[1], part[3]]).half() * 2)
     shutil.rmtree(tmp_path / "data")  # no picture is needed any more
-    assert len(find_records(part, cache, lambda features: features)[0]) == 3
+    assert len(find_records(part, cache, lambda features: features)[0].records) == 3
     stranger = Record("new", tmp_path / "new.png", ("a",))
     with pytest.raises(UserError, match=r"^1 of 2 pictures are not in .*cache, the first is .*new\.png \(id 'new'\)"):
         find_records([records[0], stranger], cache, lambda features: features)
