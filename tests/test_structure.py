@@ -7,8 +7,8 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "openblip2"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-LINES = 28_400  # goal: 18,000
-MODULES = 233  # goal: 150
+LINES = 28_000  # goal: 18,000
+MODULES = 230  # goal: 150
 TRAIN_FILES = 22  # goal: 12
 LONGEST = 300  # lines of one module
 # Too long already, with their lines today. Remove an entry when its module fits.

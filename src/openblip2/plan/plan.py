@@ -8,8 +8,7 @@ import math
 from dataclasses import dataclass
 
 from openblip2.config import RunSettings, change
-from openblip2.data.cache.features import bytes_of
-from openblip2.data.cache.shards import Layout
+from openblip2.data.features import picture_bytes
 from openblip2.errors import UserError
 from openblip2.plan.former import Former
 from openblip2.plan.frozen import Encoder, Language, count_encoder, count_language
@@ -144,7 +143,7 @@ def make_plan(
     if language is not None:
         streamed += 2 * chunks * language_bytes(whole, language, load.half, cluster)
     floor = (streamed + ADAM_BYTES * trained) / cluster.kind.bandwidth
-    layouts = {kind: Layout(kind, encoder.tokens, encoder.width, 1) for kind in ("fp16", "int8")}
+    kept = picture_bytes((1, encoder.tokens, encoder.width))
     return Plan(
         settings=settings,
         cluster=cluster,
@@ -164,9 +163,9 @@ def make_plan(
         flows=flows_of(settings, former, encoder, language, load, cluster, chunks, cached),
         seconds=max(compute, floor),
         bound="compute" if compute >= floor else "memory bandwidth",
-        cache={kind: bytes_of(layout, images) for kind, layout in layouts.items()},
+        cache={"fp16": images * kept},
         cache_seconds=images * 2 * encoder.multiply_adds / (n * cluster.kind.flops * efficiency),
-        reads=train.batch * train.accumulate * layouts["fp16"].row_bytes if cached else 0,
+        reads=train.batch * train.accumulate * kept if cached else 0,
     )
 
 

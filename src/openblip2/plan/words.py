@@ -66,8 +66,8 @@ def _time(plan: Plan) -> list[str]:
         f"a step takes {_number(plan.seconds)} s, bound by {plan.bound}, at {100 * plan.efficiency:.3g} % of the peak "
         f"({source}): {_number(1 / plan.seconds)} steps and {_number(rate)} pairs a second",
         f"{plan.settings.train.steps:,} steps take {_duration(plan.days * DAY)}",
-        f"features of {plan.images:,} images in a cache: {_size(plan.cache['fp16'])} in fp16, "
-        f"{_size(plan.cache['int8'])} in int8; to write it takes {_duration(plan.cache_seconds)}",
+        f"features of {plan.images:,} images in a cache: {_size(plan.cache['fp16'])} in fp16; "
+        f"to write it takes {_duration(plan.cache_seconds)}",
     ]
     if plan.cached:
         lines.append(
