@@ -218,6 +218,7 @@ def test_what_chunks_checkpoints_and_objectives_cost(small: dict[str, str]) -> N
     assert again[1] > 1.2 * plain[1]
     assert again[2] < plain[2]
     fewer = planned(stage1__objectives=["itc"])
+    assert planned(qformer__lora=2)[1] < plain[1]
     assert fewer[0] < plain[0] / 2
 
 
