@@ -24,7 +24,7 @@ import tiny_runs
 from openblip2 import cli
 from openblip2.errors import Stopped
 
-HEAVY = {"torch", "transformers", "numpy", "PIL", "safetensors", "pydantic"}
+HEAVY = {"jinja2", "matplotlib", "torch", "transformers", "numpy", "PIL", "safetensors", "pydantic"}
 SOURCE = str(Path(openblip2.__file__).parents[1])
 
 

@@ -1,5 +1,6 @@
 """The demo, whole: with tiny models in seconds, and (slow) with the real ones it ships with."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_demo_writes_report_metrics_and_both_runs(tmp_path: Path) -> None:
         assert all(line.startswith("BAD") for line in health["bad"])
 
 
+def test_a_missing_plotting_library_is_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"the report needs matplotlib: pip install 'openblip2\[demo\]'"):
+        run_demo(tmp_path / "out", Plan(), Progress(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def little_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where `openblip2 demo` trains tiny models on few pictures, whatever its options say of world and seed."""
@@ -100,7 +110,7 @@ def test_worlds_and_budgets_are_plans() -> None:
     assert small.world == "small"
     assert small.stage1.vision == small.stage2.vision  # stage 2 starts from stage 1 and reads the same features
     assert shorter.stage1.train.steps == round(0.1 * small.stage1.train.steps)
-    assert shorter.stage1.stage1.matching_from < shorter.stage1.train.steps
+    assert shorter.stage1.stage1.itm_start_step < shorter.stage1.train.steps
     assert plan_for("stamps").stage1.train.steps == 60
 
 

@@ -1,5 +1,6 @@
 """The doctor: levels in closed form, and what it finds in logs that were made ill on purpose."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from openblip2.config import RunSettings, change
 from openblip2.evaluate.health import Finding, findings
 from openblip2.evaluate.levels import ITM_CHANCE, itc_chance, smoothed_floor, word_chance
 from openblip2.evaluate.stage1 import easy_hits, queries_used
+from openblip2.report.pages import write_findings
 from openblip2.train.checkpoint import write_config
 
 
@@ -118,7 +120,7 @@ def test_queries_used_is_e_to_the_entropy() -> None:
     model = tiny.stage1()
     features, (tokens, valid) = tiny.features(), tiny.texts()
     with torch.no_grad():
-        images = model.image_vectors(model.qformer(model.qformer.look(features)))
+        images = model.image_vectors(model.qformer.query_output(features))
         texts = model.text_vectors(tokens, valid)
         used = queries_used(images, texts)
     nearest = [int((images[n] @ texts[n]).argmax()) for n in range(tiny.B)]
@@ -139,13 +141,22 @@ def test_easy_negatives_are_the_next_pictures_texts() -> None:
             if ids[n] == ids[other]:
                 continue
             for m, is_match in ((n, True), (other, False)):
-                memory = model.qformer.look(features[n : n + 1])
+                memory = model.qformer.encode_image(features[n : n + 1])
                 logits = model.match(memory, tokens[m : m + 1], valid[m : m + 1])[0]
                 expected += int((logits[1] > logits[0]) == is_match)
     assert (right, count) == (expected, 14)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_a_page_runs_nothing_that_a_log_or_a_name_says(tmp_path: Path) -> None:
+    evil = "<img src=x onerror=alert(1)>"
+    found = [Finding(evil, "bad", evil, evil)]
+    write_findings(tmp_path / "page.html", evil, settings(), log(itc=1.0), found)
+    page = (tmp_path / "page.html").read_text()
+    assert "<img src=x" not in page
+    assert page.count("&lt;img src=x") == 5  # title, heading, finding, what is seen, advice
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     run.mkdir()
     sizes = {"width": 30, "layers": 2, "heads": 3, "ffn": 28, "vocabulary": 41, "positions": 20}
@@ -160,9 +171,15 @@ def test_the_command(tmp_path: Path) -> None:
     assert "BAD   ITC: 3.466, next to chance" in done.output
     page = (tmp_path / "out" / "page.html").read_text()
     assert "1 of " in page
-    assert page.count("<svg viewBox") == 4
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert page.count('src="data:image/svg+xml') == 4
+    assert "http" not in page
     machine = CliRunner().invoke(app, ["doctor", str(run), "--json"])
     assert {json.loads(line)["level"] for line in machine.stdout.splitlines()} == {"good", "bad"}
     (run / "log.jsonl").write_text("not json\n" + text)
     assert "line 1 is no row" in str(CliRunner().invoke(app, ["doctor", str(run)]).exception)
+    (run / "log.jsonl").write_text(text)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    without = CliRunner().invoke(app, ["doctor", str(run), "--out", str(tmp_path / "page.html")])
+    assert str(without.exception) == "--out needs matplotlib: pip install 'openblip2[plots]'"
+    assert without.stdout == ""
+    assert CliRunner().invoke(app, ["doctor", str(run)]).exit_code == 0

@@ -79,37 +79,58 @@ LAPTOP_DATA = DataSettings(augment=False, held_out=0.05, most_held_out=128)
 
 
 def behind_examples(template: str, examples: Sequence[tuple[str, str, str]], end: str) -> str:
-    """The template behind text-only examples of it: (words in the image's place, prompt, what is to be written).
+    """The template, preceded by text-only examples of it: (text in the image's place, prompt, what is to be written).
 
-    A frozen language model shown how the words of a picture become a caption needs no steps to learn that much.
-    `end` closes each example. Braces in the examples are doubled, as `model/template.py` reads them.
+    They show a frozen language model how to answer from what stands in the image's place.
+
+    Args:
+        template: with `{image}` and `{prompt}`, as in `model/template.py`.
+        examples: plain text; braces are doubled here, as the template needs it.
+        end: closes each example.
     """
 
     def escaped(text: str) -> str:
         return text.replace("{", "{{").replace("}", "}}")
 
     shown = (
-        template.replace("{image}", escaped(words)).replace("{prompt}", escaped(prompt)) + escaped(written) + end
-        for words, prompt, written in examples
+        template.replace("{image}", escaped(text)).replace("{prompt}", escaped(prompt)) + escaped(written) + end
+        for text, prompt, written in examples
     )
     return "".join(shown) + template
 
 
-# Text alone, no picture: how words become a caption, and how a question about them is answered.
+# A language model of 135M parameters needs examples before it answers a question from a sentence that it has read:
+# docs/decisions.md, "What the language model can answer". The captions among them have the prompt of training.
+LAPTOP_QUESTION = " Question: {} Answer:"
+LAPTOP_PROMPT = LAPTOP_QUESTION.replace("{}", "what is in the picture?")
 LAPTOP_EXAMPLES = (
-    ("bus red cup green", "", "a red bus above a green cup"),
-    ("tree small orange top", "", "a small orange tree at the top"),
-    ("key blue three", "", "three blue keys"),
-    ("bus red", " Question: what color is the bus? Answer:", "red"),
-    ("key blue three", " Question: is there a red key? Answer:", "no"),
+    ("a green car above a pink fish", "what is in the picture?", "a green car above a pink fish"),
+    ("a green car above a pink fish", "what is below the car?", "fish"),
+    ("a white apple above a red dog", "is the apple red?", "no"),
+    ("an orange airplane and a gray tree", "is there a tree?", "yes"),
+    ("a teal horse below a purple key", "what is in the picture?", "a teal horse below a purple key"),
+    ("a teal horse below a purple key", "is the horse teal?", "yes"),
+    ("four yellow bicycles", "what objects are in the picture?", "bicycles"),
+    ("a black dog to the right of a brown fish", "what color is the dog?", "black"),
+    ("two pink apples", "what is in the picture?", "two pink apples"),
+    ("two pink apples", "are the apples pink?", "yes"),
+    ("a white house to the left of a red car", "what is to the left of the car?", "house"),
+    ("a big gray cat in the middle", "what object is in the picture?", "cat"),
+    ("a small orange tree at the top", "what is in the picture?", "a small orange tree at the top"),
+    ("a small orange tree at the top", "is there a cup?", "no"),
+    ("three blue keys", "how many keys are there?", "three"),
+    ("a red bus above a green cup", "what color is the cup?", "green"),
 )
 LAPTOP_LANGUAGE = LanguageSettings(
     name="wheel:smollm2-135m-instruct",
     template=behind_examples(
-        "<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n", LAPTOP_EXAMPLES, "<|im_end|>\n"
+        "Picture: {image}.{prompt}",
+        [(text, LAPTOP_QUESTION.replace("{}", asked), f" {written}") for text, asked, written in LAPTOP_EXAMPLES],
+        "\n",
     ),
-    # Without the first words it answers in sentences ("the triangle is yellow"): docs/decisions.md.
-    question=" Answer with yes, no or one word. Question: {} Answer:",
+    end="\n",
+    prompts=(LAPTOP_PROMPT,),
+    question=LAPTOP_QUESTION,
 )
 
 PRESETS: dict[str, dict[str, RunSettings]] = {
@@ -119,7 +140,7 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             vision=LAPTOP_VISION,
             qformer=LAPTOP_QFORMER,
             data=LAPTOP_DATA,
-            stage1=Stage1Settings(matching_from=20),
+            stage1=Stage1Settings(itm_start_step=20),
             optim=OptimSettings(lr=3e-4, min_lr=2.5e-5, warmup=10, clip=1.0),
             train=TrainSettings(steps=140, batch=32, validate_every=50, checkpoint_every=50),
             warm_start=True,
@@ -207,7 +228,7 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
         "vit-g-opt-6.7b": _VQA | {"optim.layer_decay": 0.9},
     },
     "retrieval": {
-        "laptop": _LAPTOP | {"stage1.matching_from": 0, "optim.lr": 1e-4, "train.steps": 100, "train.batch": 32},
+        "laptop": _LAPTOP | {"stage1.itm_start_step": 0, "optim.lr": 1e-4, "train.steps": 100, "train.batch": 32},
         "vit-l": _RETRIEVAL | {"optim.lr": 5e-6, "optim.betas": (0.9, 0.98)},
         "vit-g": _RETRIEVAL | {"optim.layer_decay": 0.95},
     },

@@ -21,10 +21,10 @@ def plan(
             autocompletion=among(lambda: [f"{stage}-{name}" for stage in STAGES for name in presets(stage)]),
         ),
     ],
-    gpus: Annotated[str, typer.Option(help="16xA100-40G; A100-80G, H100, H200, L40S, 4090.")],
-    efficiency: Annotated[float, typer.Option(help="The share of the GPU's peak that the run reaches.")] = 0.15,
-    batch: Annotated[int | None, typer.Option(min=1, help="Pairs over all GPUs; else the preset's.")] = None,
-    images: Annotated[str, typer.Option(help="In the data: 129M, 14.5K or a number.")] = "129M",
+    gpus: Annotated[str, typer.Option(help="For example 16xA100-40G; A100-80G, H100, H200, L40S, 4090.")],
+    efficiency: Annotated[float, typer.Option(help="Fraction of the GPU's peak that the run reaches.")] = 0.15,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pairs over all GPUs; default: the preset's.")] = None,
+    images: Annotated[str, typer.Option(help="Number of images in the data, for example 129M or 14.5K.")] = "129M",
     parallel: Annotated[
         str | None,
         typer.Option(
@@ -32,10 +32,10 @@ def plan(
         ),
     ] = None,
     cached: Annotated[
-        bool | None, typer.Option("--cached/--no-cached", help="Features from a cache; else as data.augment has it.")
+        bool | None, typer.Option("--cached/--no-cached", help="Read features from a cache; default: by data.augment.")
     ] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(help="Captions are padded to so many; else data.max_tokens.")
+        int | None, typer.Option(help="Tokens that captions are padded to; default: data.max_tokens.")
     ] = None,
     as_json: AsJson = False,
     changes: Settings = None,

@@ -22,9 +22,9 @@ from openblip2.demo.scores import score
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
+from openblip2.model.extras import require
 from openblip2.progress import Progress
-from openblip2.report import write_report
-from openblip2.report.doctor import examine
+from openblip2.report.pages import examine, write_report
 from openblip2.train.checkpoint import make_folder, write_json
 from openblip2.train.encode import encode_all
 from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
@@ -40,6 +40,7 @@ def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
     Raises:
         UserError: a package that the corpus or the models need is missing; the message says how to get it.
     """
+    require("the report", "demo", "matplotlib")  # said now, not after the training
     make_folder(out)
     progress.say(announcement(plan, out))
     keep_freed_memory()

@@ -28,8 +28,8 @@ COLLAPSED = 1.5
 DISTINCT = 2.0  # two directions of equal size; with more than 8 queries FEW_QUERIES of them, as `queries_used`
 FEWEST_JUDGED = 4  # queries: fewer can hardly be far above 1.5
 SPREAD = (
-    "stage 1 with qformer.self_attention_scale=0.1, qformer.cross_attention_std=0.08: stage 2 cannot separate "
-    "equal queries; or fewer queries, which then lose nothing"
+    "stage 1 with stage1.decorrelation=1, because stage 2 cannot separate equal queries; or fewer queries, which then "
+    "lose nothing"
 )
 SPIKE = 10.0  # times the median norm of the gradient
 MEMORISED = 1.0  # nats between training and held-out loss

@@ -1,5 +1,1 @@
-"""The demo's report: one HTML file that needs nothing beside it."""
-
-from openblip2.report.page import write_report
-
-__all__ = ["write_report"]
+"""Reports on runs: the demo's and the doctor's, each one HTML file that needs nothing beside it."""

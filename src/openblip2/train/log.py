@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from openblip2.errors import UserError
+
 
 class Log:
     """Lines appended as things happen. A resumed run drops what came after its step.
@@ -60,3 +62,28 @@ class Log:
         if self.writes:
             with self.path.open("ab") as file:
                 os.fsync(file.fileno())
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, which may be that of a run that is still training: half a line at its end is left out.
+
+    Raises:
+        UserError: no log, no step yet, or a line that is no row.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): give a run that has begun") from error
+    rows: list[dict[str, Any]] = []
+    for n, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif n < len(lines) - 1:
+            raise UserError(f"{path}: line {n + 1} is no row of a log; what `openblip2 train` wrote")
+    if not rows:
+        raise UserError(f"{path}: has no step yet; look again later")
+    return rows

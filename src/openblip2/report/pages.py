@@ -1,0 +1,131 @@
+"""The two pages, made from the templates beside this file: the demo's report, and the doctor's findings."""
+
+import base64
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from openblip2.config import RunSettings, from_dict
+from openblip2.data.images import open_picture
+from openblip2.data.records import QUESTION_KINDS
+from openblip2.data.scenes.grammar import judge
+from openblip2.data.scenes.vocabulary import WORLDS
+from openblip2.evaluate.health import Finding, findings
+from openblip2.evaluate.levels import itc_chance
+from openblip2.evaluate.vqa import normalise
+from openblip2.report.curves import charts
+from openblip2.report.goals import goals, percent
+from openblip2.train.checkpoint import read_config, read_json
+from openblip2.train.log import read_log
+
+
+def write_report(
+    path: Path, metrics: Mapping[str, Any], examples: Mapping[str, Any], stage1_log: Path, stage2_log: Path
+) -> None:
+    """Writes the report of a demo, whole or not at all; it needs matplotlib.
+
+    Args:
+        path: the HTML file.
+        metrics: what `metrics.json` holds.
+        examples: captions, answers, retrieval and maps, as `demo.scores.score` gathers them.
+        stage1_log: the `log.jsonl` of stage 1, beside its `config.json`.
+        stage2_log: that of stage 2.
+
+    Raises:
+        UserError: a picture of the examples can no longer be opened.
+    """
+    _write(
+        path,
+        "report.html",
+        m=metrics,
+        captions=[_caption(one) for one in examples["captions"]],
+        answers={name: [_answer(one) for one in answers] for name, answers in examples["answers"].items()},
+        kinds=QUESTION_KINDS,
+        found=examples["retrieval"],
+        maps=examples["maps"],
+        goals=goals(metrics),
+        things=len(WORLDS[metrics["world"]]) if "world" in metrics else None,
+        settings=[read_json(log.with_name("config.json"))["settings"] for log in (stage1_log, stage2_log)],
+        charts={
+            "Stage 1": charts(read_log(stage1_log), ("itc", "itm", "itg")),
+            "Stage 2": charts(read_log(stage2_log), ("lm",)),
+        },
+    )
+
+
+def examine(run: Path) -> tuple[RunSettings, list[dict[str, Any]], list[Finding]]:
+    """Settings, rows of the log, and what they say of the run's health.
+
+    Raises:
+        UserError: no run, or one that has not begun.
+    """
+    config = read_config(run)
+    settings, rows = from_dict(config["settings"]), read_log(run / "log.jsonl")
+    return settings, rows, findings(settings, rows, config.get("sizes", {}).get("vocabulary") or 30523)
+
+
+def write_findings(
+    path: Path, run: str, settings: RunSettings, rows: Sequence[Mapping[str, Any]], found: Sequence[Finding]
+) -> None:
+    """Writes what `examine` found, and curves, as a page, whole or not at all; it needs matplotlib."""
+    chance = itc_chance(settings.train.batch) if settings.stage1.contrast == "softmax" else None
+    _write(path, "doctor.html", run=run, findings=found, charts=charts(rows, itc_chance=chance))
+
+
+def duration(seconds: float) -> str:
+    """75.2 -> "1 min 15 s"."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{round(seconds) // 60} min {round(seconds) % 60} s"
+
+
+def _write(path: Path, template: str, **values: Any) -> None:
+    # Autoescaping: captions, questions, names of runs and settings are other people's text.
+    templates = FileSystemLoader(Path(__file__).with_name("templates"))
+    pages = Environment(
+        loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    pages.filters |= {"percent": percent, "duration": duration, "data_url": _data_url}
+    pages.globals["thumbnail"] = _thumbnail
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(pages.get_template(template).render(values), encoding="utf-8")
+    os.replace(fresh, path)
+
+
+@lru_cache(maxsize=512)
+def _thumbnail(image: str, side: int) -> dict[str, Any]:
+    """A picture with `side` px on its longer side, as PNG or JPEG, whichever is smaller."""
+    picture = open_picture(Path(image))
+    picture.thumbnail((side, side))
+    forms = []
+    for kind in ("png", "jpeg"):
+        stream = BytesIO()
+        picture.save(stream, kind, optimize=True, quality=85)
+        forms.append(_data_url(stream.getvalue(), f"image/{kind}"))
+    return {"src": min(forms, key=len), "width": picture.width, "height": picture.height}
+
+
+def _data_url(data: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _caption(example: Mapping[str, Any]) -> dict[str, Any]:
+    """A caption as the report shows it: `marks` say what is right or wrong about it."""
+    caption, references, facts = example["caption"], example["references"], example["facts"]
+    marks = [("one of its own captions", True)] if caption in references else []
+    if facts is not None:
+        judged = judge(caption, facts)
+        marks += [("objects", judged.objects), ("attributes", judged.attributes)]
+        marks += [] if judged.relation is None else [("relation", judged.relation)]
+    shown = {"image": example["image"], "alt": references[0], "said": caption, "reference": references[0]}
+    return shown | {"marks": marks, "right": all(mark for _, mark in marks)}
+
+
+def _answer(example: Mapping[str, Any]) -> dict[str, Any]:
+    """An answer as the report shows it, in the form of a caption."""
+    right = normalise(example["answer"]) == normalise(example["reference"])
+    shown = {"alt": f"what is asked about: {example['question']}", "said": example["answer"]}
+    return {**example, **shown, "marks": [("right" if right else "wrong", right)], "right": right}
