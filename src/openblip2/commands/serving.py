@@ -1,4 +1,4 @@
-"""Commands that put a run behind a page and an API, and press it: serve, bench-serve."""
+"""Commands that serve a run and measure the server: serve, bench-serve."""
 
 import os
 from pathlib import Path
@@ -14,20 +14,24 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def serve(
     run: Run,
-    matcher: Annotated[str | None, typer.Option(help="A stage-1 run, too; else the one that RUN came from.")] = None,
-    index: Annotated[Path | None, typer.Option(help="A folder that `index` wrote, to search.")] = None,
-    host: Annotated[str, typer.Option(help="An address other than this machine's own wants a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any that is free.")] = 8000,
-    token: Annotated[str | None, typer.Option(envvar="OPENBLIP2_TOKEN", help="What clients must show.")] = None,
-    name: Annotated[list[str] | None, typer.Option(help="A name the server is called by; may be repeated.")] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are told 429.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Requests that run together, at most.")] = 16,
-    seconds: Annotated[float, typer.Option(min=1, help="That a request may take.")] = 60.0,
-    megabytes: Annotated[float, typer.Option(min=0.01, max=64, help="Of a request.")] = 16.0,
+    matcher: Annotated[
+        str | None, typer.Option(help="A stage-1 run to serve as well; default: the one RUN was trained from.")
+    ] = None,
+    index: Annotated[Path | None, typer.Option(help="A folder that `openblip2 index` wrote.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own needs --token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free port.")] = 8000,
+    token: Annotated[str | None, typer.Option(envvar="OPENBLIP2_TOKEN", help="Token that clients must send.")] = None,
+    name: Annotated[list[str] | None, typer.Option(help="Host name of the server; may be repeated.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Most requests that wait or run; others get status 429.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Most requests in one batch.")] = 16,
+    seconds: Annotated[float, typer.Option(min=1, help="Time limit of a request.")] = 60.0,
+    megabytes: Annotated[float, typer.Option(min=0.01, max=64, help="Size limit of a request.")] = 16.0,
     remote: Annotated[bool, typer.Option("--remote-images", help="Fetch pictures from public addresses.")] = False,
 ) -> None:
-    """A page and an API before a run, on this machine."""
-    from openblip2.serve.limits import Limits
+    """Serve a run as a web page and an OpenAI-compatible API."""
+    from openblip2.serve.batcher import Limits
     from openblip2.serve.start import serve as start
 
     if host not in LOOPBACK and not token:
