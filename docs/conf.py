@@ -18,7 +18,7 @@ project_copyright = "The openblip2 authors, Apache-2.0"
 version = release = openblip2.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "decisions.md"]  # the latter is a lab notebook, kept in the repository only
 
 # Markdown, as GitHub shows it too.
 myst_heading_anchors = 3

@@ -21,8 +21,8 @@ from openblip2.data.scenes.draw import draw_scenes
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
-from openblip2.model import masks
 from openblip2.model.likelihood import likelihoods, word_scores
+from openblip2.model.qformer import bidirectional_mask
 from openblip2.model.relevance import attention, relevance, watching
 from openblip2.progress import Progress
 from openblip2.score import pointing
@@ -35,8 +35,8 @@ def invoke_quietly(given: list[str]) -> Done:
 def test_watched_passes_are_the_same_and_their_weights_sum_to_one() -> None:
     model, features = tiny.stage1(), tiny.features()
     tokens, valid = tiny.texts()
-    mask = masks.bidirectional(tiny.Q, valid)
-    memory = model.qformer.look(features)
+    mask = bidirectional_mask(tiny.Q, valid)
+    memory = model.qformer.encode_image(features)
     plain = model.qformer(memory, tokens, mask)
     with watching(model.qformer) as weights:
         seen = model.qformer(memory, tokens, mask)
@@ -54,7 +54,7 @@ def test_watching_ends_with_an_error_too() -> None:
     model = tiny.stage1()
     with pytest.raises(RuntimeError, match="stop"), watching(model.qformer) as weights:
         raise RuntimeError("stop")
-    model.qformer(model.qformer.look(tiny.features()))
+    model.qformer.query_output(tiny.features())
     assert weights == []
 
 
@@ -75,7 +75,7 @@ def test_relevance_is_of_each_picture_by_itself() -> None:
 
     def found(rows: slice) -> torch.Tensor:
         with watching(model.qformer) as weights:
-            logits = model.match(model.qformer.look(features[rows]), tokens[rows], valid[rows])
+            logits = model.match(model.qformer.encode_image(features[rows]), tokens[rows], valid[rows])
         return relevance((logits[:, 1] - logits[:, 0]).sum(), weights)
 
     torch.testing.assert_close(found(slice(None))[2:3], found(slice(2, 3)), atol=1e-5, rtol=1e-4)

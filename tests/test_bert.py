@@ -9,9 +9,9 @@ from torch import Tensor
 
 import tiny
 from openblip2.errors import UserError
-from openblip2.model import masks
 from openblip2.model.bert import bert_sizes, start_from_bert
-from openblip2.model.qformer import QFormer, WordHead
+from openblip2.model.blocks import LMHead
+from openblip2.model.qformer import QFormer, unimodal_mask
 from tiny import LAYERS, POSITIONS, WORDS, B, D, Q, T, V
 
 SIZES: dict[str, Any] = {
@@ -41,14 +41,14 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def fresh(vocabulary: int = WORDS) -> tuple[QFormer, WordHead | None]:
+def fresh(vocabulary: int = WORDS) -> tuple[QFormer, LMHead | None]:
     torch.manual_seed(0)
     model = QFormer(D, LAYERS, tiny.HEADS, tiny.FFN, Q, V, vocabulary, POSITIONS).eval()
-    return model, WordHead(D, model.words) if model.words is not None else None
+    return model, LMHead(D, model.word_embeddings) if model.word_embeddings is not None else None
 
 
 def text_rows(model: QFormer, tokens: Tensor, valid: Tensor) -> Tensor:
-    text = model(tokens=tokens, mask=masks.padding(valid)).text
+    text = model(tokens=tokens, mask=unimodal_mask(0, valid)).text
     assert text is not None
     return text
 
@@ -73,13 +73,13 @@ def test_the_text_stream_is_bert(start: str) -> None:
 
 
 @torch.no_grad()
-def test_the_word_head_is_berts(start: str) -> None:
+def test_the_lm_head_is_berts(start: str) -> None:
     model, head = fresh()
     assert head is not None
-    assert model.words is not None
+    assert model.word_embeddings is not None
     start_from_bert(model, start, head)
     tokens, valid = tiny.texts()
-    logits = head(text_rows(model, tokens, valid), model.words)
+    logits = head(text_rows(model, tokens, valid), model.word_embeddings)
     expected = bert()(input_ids=tokens, attention_mask=valid.long()).logits
     assert logits.shape == (B, T, WORDS)
     torch.testing.assert_close(logits[valid][:, : WORDS - 1], expected[valid], rtol=1e-5, atol=1e-5)
@@ -93,8 +93,8 @@ def test_what_bert_has_not_keeps_its_random_start(start: str) -> None:
     after = model.state_dict()
     kept = [name for name in after if torch.equal(before[name], after[name])]
     assert sorted(kept) == sorted(n for n in after if ".cross." in n or n == "queries" or "image_norm" in n)
-    assert model.words is not None
-    assert torch.equal(model.words.weight[-1], before["words.weight"][-1])
+    assert model.word_embeddings is not None
+    assert torch.equal(model.word_embeddings.weight[-1], before["word_embeddings.weight"][-1])
 
 
 def test_the_query_ffn_starts_as_berts(start: str) -> None:
@@ -118,7 +118,7 @@ def test_stage_2_starts_without_a_text_path(start: str) -> None:
             assert torch.equal(value, expected[name])
 
 
-def test_a_sentence_encoder_has_no_word_head(tmp_path: Path) -> None:
+def test_a_sentence_encoder_has_no_lm_head(tmp_path: Path) -> None:
     source = bert(head=False)
     source.save_pretrained(tmp_path)
     model, head = fresh()

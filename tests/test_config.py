@@ -20,6 +20,19 @@ def refusal(changes: dict[str, Any]) -> str:
     return str(caught.value)
 
 
+def test_old_names_of_settings_are_read_in_a_run_and_refused_in_a_command() -> None:
+    values = to_dict(RunSettings())
+    del values["stage1"]["detach_gathered"], values["stage1"]["itm_start_step"]
+    values["stage1"] |= {"one_sided": True, "matching_from": 7}
+    found = from_dict(values)
+    assert (found.stage1.detach_gathered, found.stage1.itm_start_step) == (True, 7)
+    assert values["stage1"]["matching_from"] == 7  # what was given is left as it was
+    assert (
+        refusal({"stage1.matching_from": 7}) == "setting 'stage1.matching_from' is now called 'stage1.itm_start_step'"
+    )
+    assert refusal({"stage1.one_sided": True}) == "setting 'stage1.one_sided' is now called 'stage1.detach_gathered'"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [

@@ -16,30 +16,32 @@ import tiny
 from openblip2 import distributed
 from openblip2.distributed import Share, gather, rank, transpose, world_size
 from openblip2.errors import UserError
-from openblip2.model.gradient_cache import stage1_losses
-from openblip2.model.objectives import Rivals, same_image
-from openblip2.model.stage1 import share_texts
+from openblip2.model.fast.joined_batch import share_texts
+from openblip2.model.fast.step import step_losses
+from openblip2.model.objectives import HardNegatives, same_image
 from processes import mean, mean_gradients, run
 from tiny import E
 
 COUNTS = {2: (5, 3), 4: (3, 0, 4, 1)}
 IDS = torch.tensor([5, 3, 5, 8, 2, 3, 11, 5])  # 5 and 3 have captions in several processes
 # Negatives of other ids, mostly of another process, 1 and 6 several times; one is missing of each kind.
-NEGATIVES = Rivals(torch.tensor([1, 6, 4, -1, 3, 6, 1, 6]), torch.tensor([6, 2, 6, 1, 0, -1, 1, 3]))
+NEGATIVES = HardNegatives(torch.tensor([1, 6, 4, -1, 3, 6, 1, 6]), torch.tensor([6, 2, 6, 1, 0, -1, 1, 3]))
 
 # What must not depend on the number of processes: arguments of `gradients`.
 CASES: dict[str, dict[str, Any]] = {
     "given": {},
     "found": {"found": True},
-    "one-sided": {"one_sided": True},
+    "detached": {"detach_gathered": True},
     "chunks": {"chunk": 2},
     "found in chunks": {"chunk": 2, "found": True},
-    "one-sided chunks": {"one_sided": True, "chunk": 2},
+    "detached chunks": {"detach_gathered": True, "chunk": 2},
     "sigmoid": {"contrast": "sigmoid", "found": True},
     "sigmoid chunks": {"contrast": "sigmoid", "chunk": 2},
     "without itg": {"objectives": ("itc", "itm")},
     "itc alone": {"objectives": ("itc",)},
     "trained encoder": {"encoder_trains": True},
+    "decorrelation": {"decorrelation": 0.5},
+    "decorrelation chunks": {"decorrelation": 0.5, "chunk": 2},
     "no ids": {"named": False, "found": True},
 }
 
@@ -53,27 +55,26 @@ class Found(NamedTuple):
 def gradients(
     own: slice,
     found: bool = False,
-    one_sided: bool = False,
+    detach_gathered: bool = False,
     contrast: Any = "softmax",
     chunk: int = 0,
     encoder_trains: bool = False,
     named: bool = True,
+    decorrelation: float = 0.0,
     objectives: tuple[str, ...] = ("itc", "itm", "itg"),
 ) -> Found:
     """Losses and gradients, means over processes, of some rows of the joined batch."""
-    model = tiny.stage1(one_sided, 0.0, contrast=contrast).train()
+    model = tiny.stage1(detach_gathered, 0.0, contrast=contrast, decorrelation=decorrelation).train()
     tokens, valid = (part[own] for part in tiny.texts())
     longest = max(3, int(valid.sum(dim=1).max())) if len(valid) else 4  # each process pads to its own longest text
     features = tiny.features()[own].requires_grad_(encoder_trains)
     torch.manual_seed(rank())  # of no consequence
-    losses = stage1_losses(
-        model,
-        chunk,
+    losses = step_losses(model, chunk)(
         tokens[:, :longest],
         valid[:, :longest],
         IDS[own] if named else None,
         features=features,
-        negatives=None if found else Rivals(*(rows[own] for rows in NEGATIVES)),
+        negatives=None if found else HardNegatives(*(rows[own] for rows in NEGATIVES)),
         objectives=objectives,
         generator=torch.Generator().manual_seed(3),
     )
@@ -106,7 +107,7 @@ def check_share(process: int, counts: tuple[int, ...]) -> None:
     assert shared.total == 8
     ranks = range(len(counts))
     assert (shared.sums, shared.most) == ((sum(ranks), sum(7 - n for n in ranks)), (ranks[-1], 7))
-    assert torch.equal(same_image(IDS[shared.own], shared), IDS[shared.own][:, None] == IDS)
+    assert torch.equal(same_image(IDS[shared.own], gather(IDS[shared.own], shared)), IDS[shared.own][:, None] == IDS)
     assert distributed.mean_over_processes([process, 2.0]) == [ranks[-1] / 2, 2.0]
     with pytest.raises(UserError, match="no process can open"):
         distributed.share(0)
@@ -151,15 +152,15 @@ def test_processes_are_one_with_the_joined_batch(results: list[dict[str, Any]], 
         tiny.assert_same_gradients(found, expected.gradients)
     at_features = torch.cat([result[case][2] for result in results])
     torch.testing.assert_close(at_features, expected.at_features, rtol=1e-5, atol=1e-5)
-    assert expected.gradients["text_head.weight"].abs().max() > 1e-3
+    assert expected.gradients["text_proj.weight"].abs().max() > 1e-3
     assert (expected.at_features.abs().max() > 1e-3) == (case == "trained encoder")
 
 
 def test_both_directions_differ(results: list[dict[str, Any]]) -> None:
     """The setting is no other name for the same thing, in several processes either."""
-    full, half = results[0]["given"], results[0]["one-sided"]
+    full, half = results[0]["given"], results[0]["detached"]
     torch.testing.assert_close(full[0]["itc"], half[0]["itc"])
-    assert (full[1]["image_head.weight"] - half[1]["image_head.weight"]).abs().max() > 1e-3
+    assert (full[1]["vision_proj.weight"] - half[1]["vision_proj.weight"]).abs().max() > 1e-3
 
 
 def test_negatives_found_are_not_those_given(results: list[dict[str, Any]]) -> None:

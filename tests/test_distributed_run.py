@@ -62,7 +62,7 @@ def assert_same_log(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def stage1(home: Path) -> Path:
     """One process' run."""
-    said = train(home, ALONE, "stage1", home / "one", "--set", "stage1.matching_from=0", "--set", "data.augment=true")
+    said = train(home, ALONE, "stage1", home / "one", "--set", "stage1.itm_start_step=0", "--set", "data.augment=true")
     assert said.returncode == 0, said.stderr
     return home / "one"
 
@@ -70,7 +70,7 @@ def stage1(home: Path) -> Path:
 @pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
 def test_stage1_logs_what_one_process_logs(home: Path, stage1: Path, tmp_path: Path, launcher: list[str]) -> None:
     out = tmp_path / "two"
-    said = train(home, launcher, "stage1", out, "--set", "stage1.matching_from=0", "--set", "data.augment=true")
+    said = train(home, launcher, "stage1", out, "--set", "stage1.itm_start_step=0", "--set", "data.augment=true")
     assert said.returncode == 0, said.stderr
     assert_same_log(stage1, out)
     assert said.stdout.splitlines().count(str(out)) == 1

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from openblip2.distributed import Share, fetch, plan
-from openblip2.model.exchange import bring
-from openblip2.model.objectives import Rivals, hard_negatives
+from openblip2.model.fast.joined_batch import bring
+from openblip2.model.objectives import HardNegatives, hard_negatives
 from processes import run
 
 P, V, WIDTH, CROSSING, BYTES = 257, 1408, 768, 6, 2  # ViT-g at 224 px; Q-Former; cross-attending layers; fp16
@@ -78,7 +78,7 @@ def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
         (at_hand * (process + 1)).sum().backward()
         frozen = rows.detach().half()
         mine = torch.tensor(wanted[process], dtype=torch.int64)  # of nothing it would be float
-        rivals = Rivals(mine, mine)
+        rivals = HardNegatives(mine, mine)
         tokens = torch.full((len(rows), 4 + process), process)
         texts = Share(counts, process, (), (4 + len(counts) - 1,))
         brought = bring(rivals, frozen, tokens, tokens >= 0, texts)
@@ -88,8 +88,8 @@ def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
         "sent": [*forth, sum(route.sends) * rows[:1].nbytes],
         "wanted": wanted[process],
         "fp16": brought.fetched.dtype == torch.float16 and torch.equal(brought.fetched.float(), found.detach()),
-        "texts": [int(brought.tokens[n, 0]) for n in brought.rivals.texts],
-        "lengths": [int(brought.valid[n].sum()) for n in brought.rivals.texts],
+        "texts": [int(brought.tokens[n, 0]) for n in brought.negatives.texts],
+        "lengths": [int(brought.valid[n].sum()) for n in brought.negatives.texts],
     }
 
 

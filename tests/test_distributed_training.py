@@ -16,7 +16,7 @@ import tiny_models
 from openblip2.config import RunSettings, change
 from openblip2.distributed import Share, world_size
 from openblip2.errors import UserError
-from openblip2.model.gradient_cache import stage1_losses, stage2_losses
+from openblip2.model.fast.step import step_losses
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
@@ -90,11 +90,11 @@ def trained(
         draws = torch.Generator().manual_seed(number)
         if isinstance(model, Stage2):
             given = (PROMPTS[own], CAPTIONS[own])
-            return stage2_losses(model, chunk, *given, images=pictures, generator=draws)
+            return step_losses(model, chunk)(*given, images=pictures, generator=draws)
         tokens, valid = (part[own] for part in tiny.texts(seed=number))
         wanted = ["itc", "itm", "itg"] if number >= itm_from * BATCHES else ["itc", "itg"]
         options: dict[str, Any] = {"images": pictures, "generator": draws, "objectives": wanted}
-        return stage1_losses(model, chunk, tokens, valid, **options)
+        return step_losses(model, chunk)(tokens, valid, **options)
 
     together = Together(model, losses, sparse=itm_from > 0)
     seen: list[list[float]] = []
@@ -137,7 +137,7 @@ def messages(own: slice) -> list[dict[str, int]]:
 
     def losses(number: int) -> dict[str, Tensor]:
         images = tiny_models.pictures()[own]
-        return stage2_losses(model, 0, PROMPTS[own], CAPTIONS[own], images=images)  # pyright: ignore
+        return step_losses(model, 0)(PROMPTS[own], CAPTIONS[own], images=images)  # pyright: ignore
 
     together = Together(model, losses)
     assert together.whole is not None

@@ -120,7 +120,7 @@ def test_queries_used_is_e_to_the_entropy() -> None:
     model = tiny.stage1()
     features, (tokens, valid) = tiny.features(), tiny.texts()
     with torch.no_grad():
-        images = model.image_vectors(model.qformer(model.qformer.look(features)))
+        images = model.image_vectors(model.qformer.query_output(features))
         texts = model.text_vectors(tokens, valid)
         used = queries_used(images, texts)
     nearest = [int((images[n] @ texts[n]).argmax()) for n in range(tiny.B)]
@@ -141,7 +141,7 @@ def test_easy_negatives_are_the_next_pictures_texts() -> None:
             if ids[n] == ids[other]:
                 continue
             for m, is_match in ((n, True), (other, False)):
-                memory = model.qformer.look(features[n : n + 1])
+                memory = model.qformer.encode_image(features[n : n + 1])
                 logits = model.match(memory, tokens[m : m + 1], valid[m : m + 1])[0]
                 expected += int((logits[1] > logits[0]) == is_match)
     assert (right, count) == (expected, 14)

@@ -106,7 +106,7 @@ class Tokens:
 
 
 def outputs(qformer: torch.nn.Module, features: Tensor) -> Tensor:
-    return qformer(qformer.look(features)).queries  # pyright: ignore
+    return qformer.query_output(features)  # pyright: ignore
 
 
 def test_validation_of_stage_1_reports_it() -> None:

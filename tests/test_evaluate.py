@@ -78,7 +78,7 @@ def test_candidates_have_the_scores_of_their_pairs_and_each_picture_is_asked_onc
         for n in range(4):
             for m in range(6):
                 length = int(valid[m].sum())
-                memory = model.qformer.look(features[n : n + 1])
+                memory = model.qformer.encode_image(features[n : n + 1])
                 alone = model.match(memory, tokens[m : m + 1, :length], valid[m : m + 1, :length])[0]
                 for place in (by_image.places[n] == m).nonzero().flatten().tolist():
                     assert torch.allclose(matches.of_images(by_image)[n, place], alone, atol=1e-5)

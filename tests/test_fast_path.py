@@ -17,12 +17,13 @@ from openblip2.bench.naive import naive_losses
 from openblip2.config import RunSettings, change
 from openblip2.data.batches import PairBatch
 from openblip2.errors import UserError
-from openblip2.model import masks, objectives, output_head
+from openblip2.model import output_head
 from openblip2.model.decoding import Decoding
+from openblip2.model.fast import chunked_loss
+from openblip2.model.fast.chunked_loss import chunked_cross_entropy
 from openblip2.model.lora import add_lora
-from openblip2.model.objectives import chunked_cross_entropy
 from openblip2.model.output_head import ends_in_head
-from openblip2.model.qformer import QFormer
+from openblip2.model.qformer import QFormer, bidirectional_mask
 from openblip2.model.stage1 import Stage1
 from openblip2.train import compiling, recipes
 from openblip2.train.ahead import Ahead
@@ -72,7 +73,7 @@ def test_the_plain_way_pads_to_32_and_reads_every_image_five_times(monkeypatch: 
 @pytest.mark.parametrize("keep", [0, 1, 3, T])
 def test_rows_that_are_read_are_the_same_whatever_is_left_out(keep: int) -> None:
     model, patches, (tokens, valid) = tiny.qformer(), tiny.features(), tiny.texts()
-    memory, mask = model.look(patches), masks.bidirectional(Q, valid)
+    memory, mask = model.encode_image(patches), bidirectional_mask(Q, valid)
     whole, part = model(memory, tokens, mask), model(memory, tokens, mask, keep_text=keep)
     assert whole.queries is not None
     assert whole.text is not None
@@ -85,9 +86,9 @@ def test_rows_that_are_read_are_the_same_whatever_is_left_out(keep: int) -> None
         torch.testing.assert_close(part.text, whole.text[:, :keep], rtol=1e-6, atol=1e-6)
         mine = mine + (part.text * weights[:, Q : Q + keep]).sum()
         theirs = theirs + (whole.text[:, :keep] * weights[:, Q : Q + keep]).sum()
-        alone = model(memory)
-        written = model.write(alone, tokens, masks.causal(Q, valid))
-        kept = model.write(alone, tokens, masks.causal(Q, valid), keep_text=keep)
+        _, cache = model.query_pass(memory)
+        written = model.causal_pass(cache, tokens, valid)
+        kept = model.causal_pass(cache, tokens, valid, keep_text=keep)
         torch.testing.assert_close(kept, written[:, :keep], rtol=1e-6, atol=1e-6)
     else:
         assert part.text is None
@@ -174,8 +175,8 @@ def test_never_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> N
         chunked_cross_entropy(hidden, weight, bias, targets, 0.1, 10).backward()
     assert sizes == [10] * 6 + [4]
     assert set(kept) <= {(64, D), (WORDS, D)}
-    monkeypatch.setattr(objectives, "CHUNK_BYTES", 4 * WORDS * 20)
-    monkeypatch.setattr(objectives, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * WORDS * 20)
+    monkeypatch.setattr(chunked_loss, "FEWEST_ROWS", 1)
     sizes.clear()
     chunked_cross_entropy(hidden, weight, bias, targets, 0.1)
     assert sizes == [20, 20, 20, 4]

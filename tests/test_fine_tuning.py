@@ -274,7 +274,7 @@ def test_vqa_reads_the_question_with_stage_1s_text_path(home: Path, tmp_path: Pa
     for name, tensor in stored.items():
         expected = two[name] if name in two else one[name]
         assert torch.allclose(tensor, expected, atol=1e-9), name
-    assert "qformer.words.weight" in stored
+    assert "qformer.word_embeddings.weight" in stored
 
     settings = tuning(home, "vqa", "two", train__steps=120, optim__lr=3e-3, train__validate_every=60)
     train_stage(settings, records, tmp_path / "run", quiet())

@@ -9,23 +9,24 @@ from torch import Tensor, nn
 
 import tiny
 import tiny_models
-from openblip2.model.gradient_cache import stage1_losses, stage2_losses
-from openblip2.model.objectives import Rivals, matching, same_image
-from openblip2.model.stage1 import Stage1, pair_up
+from openblip2.model.fast.gradient_cache import stage1_losses, stage2_losses
+from openblip2.model.fast.step import step_losses
+from openblip2.model.objectives import HardNegatives, matching, same_image
+from openblip2.model.stage1 import Stage1, itm_pairs
 from openblip2.model.stage2 import Stage2
 from tiny import B
 
 IDS = torch.tensor([5, 3, 5, 8, 2, 3, 11, 5])
 # For most chunk sizes many of these are of another chunk; two rows have none.
-NEGATIVES = Rivals(torch.tensor([1, 0, 4, -1, 3, 6, 2, 5]), torch.tensor([6, 2, -1, 7, 0, 4, 1, 3]))
+NEGATIVES = HardNegatives(torch.tensor([1, 0, 4, -1, 3, 6, 2, 5]), torch.tensor([6, 2, -1, 7, 0, 4, 1, 3]))
 CAPTIONS = ["a red dog", "the blue bus", "two small cat", "a bird sits", "it", "no tree is", "yes it is on grass"]
 CAPTIONS += ["what is it"]
 PROMPTS = ["", "a photo of"] * 4
 
 
-def stage1(contrast: Any = "softmax", dropout: float = 0.0, one_sided: bool = False) -> Stage1:
+def stage1(contrast: Any = "softmax", dropout: float = 0.0, detach_gathered: bool = False) -> Stage1:
     """The tiny one, in training mode."""
-    return tiny.stage1(one_sided, dropout, contrast=contrast).train()
+    return tiny.stage1(detach_gathered, dropout, contrast=contrast).train()
 
 
 def stepped(model: nn.Module, losses: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
@@ -61,6 +62,15 @@ def given() -> dict[str, Any]:
     return {"features": tiny.features(), "negatives": NEGATIVES}
 
 
+def test_losses_are_the_models_own_unless_chunks_are_asked_for() -> None:
+    first, second = stage1(), Stage2(tiny.qformer(vocabulary=0), tiny_models.language("llama"), None)
+    assert step_losses(first, 0) == first.losses
+    assert step_losses(second, 0) == second.losses
+    for model, wanted in ((first, stage1_losses), (second, stage2_losses)):
+        chosen: Any = step_losses(model, 3)
+        assert (chosen.func, chosen.args) == (wanted, (model, 3))
+
+
 @pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 7, B, 100])
@@ -91,14 +101,22 @@ def test_what_no_loss_reads_has_no_gradient(left: list[str]) -> None:
     options: dict[str, Any] = {"features": tiny.features(), "negatives": NEGATIVES, "objectives": left}
     whole = stepped(model, model.losses(*inputs(), **options))
     assert list(whole[0]) == left
-    for name, head in (("itc", "image_head.weight"), ("itm", "match_head.weight"), ("itg", "word_head.bias")):
+    for name, head in (("itc", "vision_proj.weight"), ("itm", "itm_head.weight"), ("itg", "lm_head.bias")):
         assert (whole[1][head] is None) == (name not in left)
     assert_same_step(stepped(model, stage1_losses(model, 3, *inputs(), **options)), whole)
 
 
-def test_one_sided() -> None:
+def test_decorrelation_is_that_of_the_whole_batch() -> None:
+    model, options = tiny.stage1(dropout=0.0, decorrelation=0.5).train(), given()
+    whole = stepped(model, model.losses(*inputs(), **options))
+    assert list(whole[0]) == ["itc", "itm", "itg", "decorrelation"]
+    assert whole[0]["decorrelation"] > 1e-3
+    assert_same_step(stepped(model, stage1_losses(model, 3, *inputs(), **options)), whole)
+
+
+def test_detach_gathered() -> None:
     """In one process, too, it is another gradient."""
-    model, options = stage1(one_sided=True), given()
+    model, options = stage1(detach_gathered=True), given()
     whole = stepped(model, model.losses(*inputs(), **options))
     assert_same_step(stepped(model, stage1_losses(model, 3, *inputs(), **options)), whole)
 
@@ -172,18 +190,19 @@ def test_with_dropout_it_is_the_step_that_keeps_every_graph(again: bool) -> None
     model, patches, (tokens, valid, ids) = stage1(dropout=0.3), tiny.features(), inputs()
     chunks = torch.arange(B).split(3)
     torch.manual_seed(7)
-    alone, image, text = [], [], []
+    caches, image, text = [], [], []
     for rows in chunks:
-        alone.append(model.qformer(model.qformer.look(patches[rows])))
-        image.append(model.image_vectors(alone[-1]))
+        queries, cache = model.qformer.query_pass(model.qformer.encode_image(patches[rows]))
+        caches.append(cache)
+        image.append(model.image_vectors(queries))
         text.append(model.text_vectors(tokens[rows], valid[rows]))
     whole = {"itc": model.contrast(torch.cat(image), torch.cat(text), same_image(ids)).loss}
     whole |= {"itm": torch.tensor(0.0), "itg": torch.tensor(0.0)}
-    for rows, queries in zip(chunks, alone, strict=True):
+    for rows, cache in zip(chunks, caches, strict=True):
         share = valid[rows, 1:].sum() / valid[:, 1:].sum()
-        whole["itg"] = whole["itg"] + model.writing_loss(queries, tokens[rows], valid[rows]) * share
-        pairs = pair_up(tokens, valid, NEGATIVES, rows)
-        logits = model.match(model.qformer.look(patches[pairs.images]), pairs.tokens, pairs.valid)
+        whole["itg"] = whole["itg"] + model.generation_loss(cache, tokens[rows], valid[rows]) * share
+        pairs = itm_pairs(tokens, valid, NEGATIVES, rows)
+        logits = model.match(model.qformer.encode_image(patches[pairs.images]), pairs.tokens, pairs.valid)
         whole["itm"] = whole["itm"] + matching(logits, pairs.is_match) * len(logits) / (3 * B - 2)
     expected = stepped(model, whole)
     torch.manual_seed(7)
@@ -195,7 +214,7 @@ def test_with_dropout_it_is_the_step_that_keeps_every_graph(again: bool) -> None
 def test_autocast_keeps_every_gradient() -> None:
     """A weight that was cast without a graph must not stand in for the parameter; on the way back nothing is cast."""
     model, cast = stage1(), []
-    handle = model.text_head.weight.register_hook(lambda _: cast.append(torch.is_autocast_enabled("cpu")))
+    handle = model.text_proj.weight.register_hook(lambda _: cast.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         chunked = stage1_losses(model, 3, *inputs(), **given())
     handle.remove()
@@ -240,7 +259,7 @@ def test_graphs_take_the_memory_of_a_chunk() -> None:
     for size in (0, chunk):
         torch.manual_seed(7)
         found[size] = most_saved(
-            lambda size=size: stepped(model, stage1_losses(model, size, tokens, valid, ids, features=patches))
+            lambda size=size: stepped(model, step_losses(model, size)(tokens, valid, ids, features=patches))
         )
     assert found[0] > 1_000_000
     assert found[chunk] < 0.2 * found[0]

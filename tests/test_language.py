@@ -67,23 +67,23 @@ def assert_same_loss(mine: Tensor, naive: Tensor, soft: Tensor) -> None:
 def test_loss_is_the_models_own(kind: str) -> None:
     lm, soft = language(kind), soft_prompts().requires_grad_()
     rows = ENCODER_ROWS if kind == "t5" else DECODER_ROWS
-    assert_same_loss(lm.loss(soft, PROMPTS, CAPTIONS), weighted_mean(lm.llm, soft, rows), soft)
+    assert_same_loss(lm.scored(soft, PROMPTS, CAPTIONS)[0], weighted_mean(lm.llm, soft, rows), soft)
 
 
 @pytest.mark.parametrize("kind", tiny_models.MODELS)
 def test_right_padding_changes_nothing(kind: str) -> None:
     """A short caption loses the same alone and beside long ones."""
     lm, soft = language(kind), soft_prompts().requires_grad_()
-    together = lm.loss(soft, PROMPTS, CAPTIONS)
+    together = lm.scored(soft, PROMPTS, CAPTIONS)[0]
     tails = [len(ids(row[1])) for row in (ENCODER_ROWS if kind == "t5" else DECODER_ROWS)]
-    alone = [lm.loss(soft[n : n + 1], [PROMPTS[n]], [CAPTIONS[n]]) * tails[n] for n in range(3)]
+    alone = [lm.scored(soft[n : n + 1], [PROMPTS[n]], [CAPTIONS[n]])[0] * tails[n] for n in range(3)]
     assert_same_loss(together, torch.stack(alone).sum() / sum(tails), soft)
 
 
 def test_text_in_front_of_the_image() -> None:
     lm, soft = language("llama", template="{bos}user{image} {prompt}"), soft_prompts(2).requires_grad_()
     rows = [(" a| photo| of", " small| bird|</s>"), (" what| is| it", " tree|</s>")]
-    ours = lm.loss(soft, ["a photo of", "what is it"], CAPTIONS[1:])
+    ours = lm.scored(soft, ["a photo of", "what is it"], CAPTIONS[1:])[0]
     assert_same_loss(ours, weighted_mean(lm.llm, soft, rows, heads="<s>|user"), soft)
 
 
@@ -98,7 +98,7 @@ def test_text_that_all_rows_begin_with_is_read_once(
         if not shared:
             monkeypatch.setattr("openblip2.model.language.common_text", lambda heads: [])
         soft = soft_prompts(2).requires_grad_()
-        losses.append(lm.loss(soft, prompts, captions))
+        losses.append(lm.scored(soft, prompts, captions)[0])
         gradients.append(torch.autograd.grad(losses[-1], soft)[0])
         texts.append([lm.generate(soft, prompts, Decoding(max_new_tokens=8, beams=beams)) for beams in (1, 3)])
     assert texts[0] == texts[1]
@@ -114,14 +114,14 @@ def test_examples_stand_in_front_of_the_template() -> None:
 
 def test_a_prompt_that_ends_in_space_adds_none() -> None:
     lm, soft = language("gpt2"), soft_prompts(1).requires_grad_()
-    ours = lm.loss(soft, ["it\n"], ["a dog"])
+    ours = lm.scored(soft, ["it\n"], ["a dog"])[0]
     assert_same_loss(ours, weighted_mean(lm.llm, soft, [("<s>|it|\n", "a| dog|</s>")]), soft)
 
 
 def test_opt_ends_captions_with_a_new_line() -> None:
     lm, soft = language("opt", end="\n"), soft_prompts(2).requires_grad_()
     rows = [("<s>", "a| dog|\n"), ("<s>", "tree|\n")]
-    assert_same_loss(lm.loss(soft, ["", ""], ["a dog", "tree"]), weighted_mean(lm.llm, soft, rows), soft)
+    assert_same_loss(lm.scored(soft, ["", ""], ["a dog", "tree"])[0], weighted_mean(lm.llm, soft, rows), soft)
     stops = constant("opt", ("\n", 9.0), (" dog", 5.0), ("</s>", 7.0), end="\n")
     assert stops.generate(soft, ["", "a photo of"], Decoding(beams=1, min_new_tokens=0)) == ["", ""]
     stops = constant("opt", ("\n", 9.0), (" dog", 5.0), end="\n")
@@ -144,7 +144,7 @@ def test_chat_template() -> None:
         ("a| photo| it|</s>|\n|<s>|turn|<unk>|\n", "tree|</s>"),
         (" it|</s>|\n|<s>|turn|<unk>|\n", "a| dog|</s>"),
     ]
-    ours = lm.loss(soft, ["a photo", ""], ["tree", "a dog"])
+    ours = lm.scored(soft, ["a photo", ""], ["tree", "a dog"])[0]
     naive = weighted_mean(lm.llm, soft, rows, heads="<s>|user|<unk>")
     assert_same_loss(ours, naive, soft)
 
@@ -167,7 +167,7 @@ def test_braces_may_stand_in_a_template() -> None:
     assert resolve_template("{{it}} {image}{bos}", lm.tokenizer) == "{{it}} {image}<s>"
     # "{it}" is no word of this tokenizer, neither in the template nor in a prompt.
     naive = weighted_mean(lm.llm, soft, [("<unk>", " tree|</s>")], heads="<unk>")
-    assert_same_loss(lm.loss(soft, ["{it}"], ["tree"]), naive, soft)
+    assert_same_loss(lm.scored(soft, ["{it}"], ["tree"])[0], naive, soft)
 
 
 def test_chat_without_a_chat_template_is_refused() -> None:
@@ -182,6 +182,14 @@ def test_chat_without_a_chat_template_is_refused() -> None:
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     with pytest.raises(UserError, match=r"no end-of-sequence token: set language\.end"):
         DecoderLM(tiny_models.gpt2(), tiny_models.tokenizer(eos=None))
+
+
+def test_an_end_that_the_tokenizer_drops_is_refused() -> None:
+    # Sentence-piece tokenizers drop line breaks: without an end, texts would be generated to the limit.
+    with pytest.raises(
+        UserError, match=r"language\.end='\\u2028' is no token .* set language\.end to another text, or to null"
+    ):
+        DecoderLM(tiny_models.MODELS["gpt2"](), tiny_models.tokenizer(), end="\u2028")
 
 
 @pytest.mark.parametrize("kind", tiny_models.MODELS)
@@ -202,7 +210,7 @@ def test_load_language(kind: str, tmp_path: Path) -> None:
     lm.tokenizer.save_pretrained(tmp_path)
     loaded = load_language(str(tmp_path))
     assert type(loaded) is type(lm)
-    assert torch.equal(loaded.loss(soft, PROMPTS, CAPTIONS), lm.loss(soft, PROMPTS, CAPTIONS))
+    assert torch.equal(loaded.scored(soft, PROMPTS, CAPTIONS)[0], lm.scored(soft, PROMPTS, CAPTIONS)[0])
     half = load_language(str(tmp_path), "{image}{prompt}", "\n", torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert (half.template, half.end) == ("{image}{prompt}", [NEWLINE])

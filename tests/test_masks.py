@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from openblip2.model import masks
+from openblip2.model import qformer
+from openblip2.model.qformer import bidirectional_mask, causal_mask, unimodal_mask
 
 # Q = 2, T = 4, the last token is padding: uni-modal, bi-directional, multimodal causal.
 DRAWING = """
@@ -14,7 +15,7 @@ DRAWING = """
     . . 1 1 1 .          1 1 1 1 1 .            1 1 1 1 . .
     . . 1 1 1 .          1 1 1 1 1 .            1 1 1 1 1 .
 """
-KINDS = {"unimodal": masks.unimodal, "bidirectional": masks.bidirectional, "causal": masks.causal}
+KINDS = {"unimodal": unimodal_mask, "bidirectional": bidirectional_mask, "causal": causal_mask}
 
 
 def parse(text: str) -> dict[str, Tensor]:
@@ -39,7 +40,7 @@ def test_masks_are_as_drawn(kind: str) -> None:
 
 
 def test_the_documented_drawing_is_this_one() -> None:
-    written = parse(masks.__doc__ or "")
+    written = parse(qformer.__doc__ or "")
     for kind, drawn in parse(DRAWING).items():
         assert torch.equal(written[kind], drawn)
 
@@ -65,14 +66,14 @@ def test_every_cell_of_a_batch(kind: str) -> None:
 
 
 def test_query_rows_are_the_same_in_itc_and_itg() -> None:
-    assert torch.equal(masks.causal(2, several())[:, :, :2], masks.unimodal(2, several())[:, :, :2])
-    assert not masks.causal(2, several())[:, :, :2, 2:].any()
+    assert torch.equal(causal_mask(2, several())[:, :, :2], unimodal_mask(2, several())[:, :, :2])
+    assert not causal_mask(2, several())[:, :, :2, 2:].any()
 
 
-def test_padding_is_the_text_rows_of_unimodal() -> None:
-    rows = masks.unimodal(2, several())[:, :, 2:]
+def test_without_queries_unimodal_is_its_text_rows() -> None:
+    rows = unimodal_mask(2, several())[:, :, 2:]
     assert not rows[..., :2].any()
-    assert torch.equal(masks.padding(several()).expand(-1, -1, 4, -1), rows[..., 2:])
+    assert torch.equal(unimodal_mask(0, several()).expand(-1, -1, 4, -1), rows[..., 2:])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from openblip2.model.objectives import (
     contrastive,
+    decorrelation,
     generation,
     hard_negatives,
     matching,
@@ -46,8 +47,8 @@ def cross_entropy(scores: Tensor, target: list[float]) -> Tensor:
     return -sum((p * log for p, log in zip(target, logs, strict=True)), start=torch.tensor(0.0))
 
 
-def loops(image: Tensor, text: Tensor, temperature: Tensor, ids: Tensor, one_sided: bool) -> Tensor:
-    texts, images = (text.detach(), image.detach()) if one_sided else (text, image)
+def loops(image: Tensor, text: Tensor, temperature: Tensor, ids: Tensor, detach_gathered: bool) -> Tensor:
+    texts, images = (text.detach(), image.detach()) if detach_gathered else (text, image)
     count = len(ids)
     total = torch.tensor(0.0)
     for n in range(count):
@@ -82,12 +83,12 @@ def test_similarity_is_not_rounded_under_autocast() -> None:
     assert torch.equal(found, similarity(image.bfloat16().float(), text.bfloat16().float()))
 
 
-@pytest.mark.parametrize("one_sided", [False, True])
+@pytest.mark.parametrize("detach_gathered", [False, True])
 @pytest.mark.parametrize("ids", [IDS, torch.arange(B)], ids=["several captions", "one caption"])
-def test_contrastive_equals_loops(ids: Tensor, one_sided: bool) -> None:
+def test_contrastive_equals_loops(ids: Tensor, detach_gathered: bool) -> None:
     inputs = vectors()
-    ours = contrastive(*inputs, same_image(ids), SMOOTHING, one_sided)
-    naive = loops(*inputs, ids, one_sided)
+    ours = contrastive(*inputs, same_image(ids), SMOOTHING, detach_gathered)
+    naive = loops(*inputs, ids, detach_gathered)
     close(ours.loss, naive)
     for mine, theirs in zip(torch.autograd.grad(ours.loss, inputs), torch.autograd.grad(naive, inputs), strict=True):
         assert theirs.abs().max() > 1e-3
@@ -97,10 +98,10 @@ def test_contrastive_equals_loops(ids: Tensor, one_sided: bool) -> None:
     close(ours.text_to_image, scores.T)
 
 
-def test_one_sided_is_another_gradient_of_the_same_loss() -> None:
+def test_detach_gathered_is_another_gradient_of_the_same_loss() -> None:
     inputs = vectors()
-    full = contrastive(*inputs, same_image(IDS), SMOOTHING, one_sided=False).loss
-    half = contrastive(*inputs, same_image(IDS), SMOOTHING, one_sided=True).loss
+    full = contrastive(*inputs, same_image(IDS), SMOOTHING, detach_gathered=False).loss
+    half = contrastive(*inputs, same_image(IDS), SMOOTHING, detach_gathered=True).loss
     assert torch.equal(full, half)
     for whole, part in zip(
         torch.autograd.grad(full, inputs[:2]),
@@ -272,7 +273,38 @@ def test_generation_at_chance_and_at_its_floor() -> None:
     assert generation(certain, target, 0.0).item() < 1e-6
 
 
+def test_decorrelation_of_parts_with_the_mean_of_all_is_that_of_all() -> None:
+    queries = torch.randn(B, Q, E, generator=torch.Generator().manual_seed(0))
+    few, many = (decorrelation(part, queries.mean(dim=0)) for part in (queries[:2], queries[2:]))
+    close((2 * few + (B - 2) * many) / B, decorrelation(queries))
+    assert (decorrelation(queries[:2]) - few).abs() > 1e-3
+
+
 def test_losses_are_float32_for_half_precision_logits() -> None:
     logits = torch.randn(4, 2).bfloat16()
     assert matching(logits, torch.ones(4).bool()).dtype == torch.float32
     assert generation(logits, torch.ones(4).long()).dtype == torch.float32
+
+
+def test_decorrelation_equals_loops() -> None:
+    queries = torch.randn(B, Q, E, generator=torch.Generator().manual_seed(3), dtype=torch.float64).float()
+    queries.requires_grad_()
+    total = torch.tensor(0.0)
+    for picture in range(B):
+        for one in range(Q):
+            for other in range(Q):
+                if one != other:
+                    rows = [queries[picture, n] - queries[:, n].detach().mean(0) for n in (one, other)]
+                    total = total + F.cosine_similarity(rows[0], rows[1], dim=0) ** 2
+    close(decorrelation(queries), total / (B * Q * (Q - 1)))
+
+
+def test_decorrelation_of_equal_orthogonal_and_single_queries() -> None:
+    equal = torch.randn(B, 1, E, generator=torch.Generator().manual_seed(4)).expand(B, Q, E)
+    constants = torch.randn(Q, E, generator=torch.Generator().manual_seed(5))  # what is alike for all pictures
+    assert float(decorrelation(equal)) == pytest.approx(1, abs=1e-5)
+    assert float(decorrelation(equal + 9 * constants)) == pytest.approx(1, abs=1e-4)
+    axes = torch.eye(Q, E) * torch.tensor([-1.0, 1.0]).view(2, 1, 1)  # two pictures, the mean is zero
+    assert float(decorrelation(axes)) == 0
+    assert float(decorrelation(equal[:, :1])) == 0
+    assert float(decorrelation(equal[:1])) == 0  # one picture differs from no other

@@ -46,7 +46,7 @@ def vision(family: str, side: int = 12) -> Vision:
 def stage1(encoder: Vision) -> Stage1:
     qformer = QFormer(tiny.D, LAYERS, tiny.HEADS, tiny.FFN, tiny.Q, encoder.width, tiny.WORDS, tiny.POSITIONS)
     model = Stage1(tiny.redraw(qformer), None, tiny.E)
-    tiny.redraw(model.image_head)
+    tiny.redraw(model.vision_proj)
     model.vision = encoder
     return model.eval()
 
@@ -68,7 +68,7 @@ def in_torch(model: Stage1 | Stage2, images: Tensor) -> Tensor:
     if isinstance(model, Stage2):
         return model.soft_prompt(images=images)
     assert model.vision is not None
-    return model.image_vectors(model.qformer(model.qformer.look(model.vision(images))))
+    return model.image_vectors(model.qformer.query_output(model.vision(images)))
 
 
 def in_onnx(file: Path, images: Tensor) -> Tensor:

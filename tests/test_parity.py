@@ -23,8 +23,8 @@ import tiny_models
 from openblip2.captioner import Captioner
 from openblip2.data.images import to_pixels
 from openblip2.matcher import Matcher
+from openblip2.model.blocks import LMHead
 from openblip2.model.language import Decoding
-from openblip2.model.qformer import WordHead
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from test_qformer import their_name
@@ -106,15 +106,15 @@ def parameter_name(name: str) -> str:
     name = name.removeprefix("qformer.")
     whole = {
         "queries": "query_tokens",
-        "words.weight": "embeddings.word_embeddings.weight",
+        "word_embeddings.weight": "embeddings.word_embeddings.weight",
         "positions.weight": "embeddings.position_embeddings.weight",
     }
     heads = {
         "image_norm": "vision_model.post_layernorm",
         "projection": "language_projection",
-        "image_head": "vision_projection",
-        "text_head": "text_projection",
-        "match_head": "itm_head",
+        "vision_proj": "vision_projection",
+        "text_proj": "text_projection",
+        "itm_head": "itm_head",
     }
     first, _, rest = name.partition(".")
     if name in whole:
@@ -165,7 +165,7 @@ def test_features_queries_and_soft_prompts(both: Generators) -> None:
     tower = theirs.vision_model(pixel_values(PICTURES), output_hidden_states=True)
     seen = theirs.get_image_features(pixel_values(PICTURES))
     patches = ours.vision(PICTURES)
-    queries = ours.qformer(ours.qformer.look(patches)).queries
+    queries = ours.qformer.query_output(patches)
     assert queries is not None
     assert (patches.shape, queries.shape) == ((B, P, V), (B, Q, D))
     close(patches, tower.hidden_states[-1])
@@ -294,7 +294,7 @@ def test_contrastive_scores(retrievers: Retrievers) -> None:
     assert torch.equal(mine_valid, valid.bool())
     found = theirs(pixel_values(PICTURES), input_ids=ids, attention_mask=valid, use_image_text_matching_head=False)
     assert ours.vision is not None
-    close(ours.image_vectors(ours.qformer(ours.qformer.look(ours.vision(PICTURES)))), found.image_embeds)
+    close(ours.image_vectors(ours.qformer.query_output(ours.vision(PICTURES))), found.image_embeds)
     close(ours.text_vectors(mine, mine_valid), found.text_embeds)
     close(matcher.similarity(list(PICTURES.permute(0, 2, 3, 1).numpy()), TEXTS), found.logits_per_image)
     assert found.logits_per_image.std(dim=0).min() > 1e-3, "all pictures look alike"
@@ -308,13 +308,13 @@ def test_matching_scores(retrievers: Retrievers) -> None:
         pixel_values(PICTURES), input_ids=ids, attention_mask=valid, use_image_text_matching_head=True
     ).logits_per_image
     assert ours.vision is not None
-    close(ours.match(ours.qformer.look(ours.vision(PICTURES)), ids, valid.bool()), found)
+    close(ours.match(ours.qformer.encode_image(ours.vision(PICTURES)), ids, valid.bool()), found)
     chances = matcher.match(list(PICTURES.permute(0, 2, 3, 1).numpy()), TEXTS)
     close(chances, found.softmax(dim=1)[:, 1])
     assert chances.std() > 1e-2, "all pairs match alike"
 
 
-def word_head(theirs: Any) -> Any:
+def lm_head(theirs: Any) -> Any:
     """BERT's, tied to the words, redrawn: transformers has none for BLIP-2."""
     sizes: dict[str, Any] = {"hidden_size": D, "vocab_size": RETRIEVER_WORDS, "num_attention_heads": tiny.HEADS}
     head = tiny.redraw(BertOnlyMLMHead(hf.BertConfig(**sizes)), seed=5).predictions
@@ -361,17 +361,17 @@ def oracle(retrievers: Retrievers, head: Any, temperature: Tensor) -> dict[str, 
 def test_stage1_losses_and_gradients(retrieval_folder: Path, retrievers: Retrievers) -> None:
     loaded = openblip2.load(retrieval_folder, device="cpu", precision="fp32")  # one of its own: it gets a head
     assert isinstance(loaded, Matcher)
-    ours, head = loaded.model, word_head(retrievers.theirs)
-    assert ours.qformer.words is not None
-    ours.word_head = WordHead(D, ours.qformer.words)
+    ours, head = loaded.model, lm_head(retrievers.theirs)
+    assert ours.qformer.word_embeddings is not None
+    ours.lm_head = LMHead(D, ours.qformer.word_embeddings)
     heads = {
-        "word_head.bias": head.bias,
-        "word_head.dense.weight": head.transform.dense.weight,
-        "word_head.dense.bias": head.transform.dense.bias,
-        "word_head.norm.weight": head.transform.LayerNorm.weight,
-        "word_head.norm.bias": head.transform.LayerNorm.bias,
+        "lm_head.bias": head.bias,
+        "lm_head.dense.weight": head.transform.dense.weight,
+        "lm_head.dense.bias": head.transform.dense.bias,
+        "lm_head.norm.weight": head.transform.LayerNorm.weight,
+        "lm_head.norm.bias": head.transform.LayerNorm.bias,
     }
-    ours.word_head.load_state_dict({name.removeprefix("word_head."): value for name, value in heads.items()})
+    ours.lm_head.load_state_dict({name.removeprefix("lm_head."): value for name, value in heads.items()})
     nn.init.constant_(ours.temperature, TEMPERATURE)
     temperature = torch.tensor(TEMPERATURE, requires_grad=True)
     outside = {**heads, "temperature": temperature}

@@ -129,7 +129,7 @@ def loss_and_gradient(lm: LanguageModel, autocast: bool = False) -> tuple[Tensor
     soft.requires_grad_()
     torch.manual_seed(0)
     with bf16(autocast):
-        loss = lm.loss(soft, ["", "a photo of", ""], ["a red dog", "two small cat", "a bird sits"])
+        loss = lm.scored(soft, ["", "a photo of", ""], ["a red dog", "two small cat", "a bird sits"])[0]
     return loss.detach(), torch.autograd.grad(loss, soft)[0].flatten()
 
 
@@ -165,7 +165,7 @@ def test_adapters_train_on_quantised_weights_and_are_not_folded(tmp_path: Path, 
     assert torch.equal(before, loss_and_gradient(lm)[0])
     trained = [p for p in lm.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
-    lm.loss(torch.zeros(1, tiny.Q, 64), [""], ["a red dog"]).backward()
+    lm.scored(torch.zeros(1, tiny.Q, 64), [""], ["a red dog"])[0].backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
     with pytest.raises(UserError, match=r"weights are quantised; load the run with language\.weights=bf16$"):
         merge_lora(lm)

@@ -7,22 +7,22 @@ import torch
 from torch import Tensor
 
 import tiny
-from openblip2.model import masks
-from openblip2.model.qformer import QFormer, Seen, WordHead
+from openblip2.model.blocks import LMHead
+from openblip2.model.qformer import Cache, QFormer, bidirectional_mask, causal_mask, unimodal_mask
 from tiny import DEC, LAYERS, POSITIONS, WORDS, B, D, E, P, Q, T, V
 
-MASKS = {"unimodal": masks.unimodal, "bidirectional": masks.bidirectional, "causal": masks.causal}
+MASKS = {"unimodal": unimodal_mask, "bidirectional": bidirectional_mask, "causal": causal_mask}
 
 
 def joint(model: QFormer, patches: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Query rows and text rows of one pass over both."""
-    seen = model(model.look(patches), tokens, mask)
-    return rows(seen.queries), rows(seen.text)
+    output = model(model.encode_image(patches), tokens, mask)
+    return rows(output.queries), rows(output.text)
 
 
-def see(model: QFormer, patches: Tensor) -> Seen:
+def seen(model: QFormer, patches: Tensor) -> tuple[Tensor, Cache]:
     """The pass of queries alone."""
-    return model(model.look(patches))
+    return model.query_pass(model.encode_image(patches))
 
 
 def rows(part: Tensor | None) -> Tensor:
@@ -49,9 +49,9 @@ def test_text_moves_no_query_row_by_one_bit(kind: str) -> None:
     with_other_text, other_text = joint(model, patches, others, mask)
     assert torch.equal(queries, with_other_text)
     assert (text - other_text).abs().mean() > 0.1
-    close(queries, rows(model(model.look(patches)).queries))
+    close(queries, model.query_output(patches))
     gradients = tiny.gradients(queries.square().sum(), model)
-    for name in ("words.weight", "positions.weight", "layers.0.text_ffn.widen.weight"):
+    for name in ("word_embeddings.weight", "positions.weight", "layers.0.text_ffn.widen.weight"):
         assert not gradients[name].any()
 
 
@@ -60,24 +60,26 @@ def test_bidirectional_lets_queries_see_text() -> None:
     tokens, valid = tiny.texts()
     changed = tokens.clone()
     changed[:, 1] = changed[:, 1] % 30 + 5
-    mask = masks.bidirectional(Q, valid)
-    difference = joint(model, patches, tokens, mask)[0] - joint(model, patches, changed, mask)[0]
+    mask = bidirectional_mask(Q, valid)
+    queries = joint(model, patches, tokens, mask)[0]
+    close(model.joint_pass(model.encode_image(patches), tokens, valid), queries)
+    difference = queries - joint(model, patches, changed, mask)[0]
     assert difference.abs().amax(dim=(1, 2)).min() > 1e-2
 
 
 def test_a_token_moves_no_text_row_before_it() -> None:
     model, patches = tiny.qformer(), tiny.features()
     tokens, valid = tiny.texts(shortest=T)
-    memory = model.look(patches)
-    mask = masks.causal(Q, valid)
-    alone = model(memory)
-    written = model.write(alone, tokens, mask)
+    memory = model.encode_image(patches)
+    mask = causal_mask(Q, valid)
+    _, cache = model.query_pass(memory)
+    written = model.causal_pass(cache, tokens, valid)
     in_joint = rows(model(memory, tokens, mask).text)
     for t in range(T):
         changed = tokens.clone()
         changed[:, t] = changed[:, t] % 30 + 5
         for before, after in (
-            (written, model.write(alone, changed, mask)),
+            (written, model.causal_pass(cache, changed, valid)),
             (in_joint, rows(model(memory, changed, mask).text)),
         ):
             assert torch.equal(before[:, :t], after[:, :t])
@@ -88,13 +90,14 @@ def test_a_token_moves_no_text_row_before_it() -> None:
 def test_under_unimodal_text_sees_no_image() -> None:
     model = tiny.qformer()
     tokens, valid = tiny.texts()
-    mask = masks.unimodal(Q, valid)
+    mask = unimodal_mask(Q, valid)
     queries, text = joint(model, tiny.features(), tokens, mask)
     other_queries, other_text = joint(model, tiny.features(seed=5), tokens, mask)
     assert torch.equal(text, other_text)
     assert (queries - other_queries).abs().mean() > 0.1
-    alone = rows(model(tokens=tokens, mask=masks.padding(valid)).text)
+    alone = rows(model(tokens=tokens, mask=unimodal_mask(0, valid)).text)
     close(text, alone)
+    close(model.text_pass(tokens, valid), text[:, 0])
     gradients = tiny.gradients(text.square().sum(), model)
     for name in (
         "queries",
@@ -108,19 +111,19 @@ def test_under_unimodal_text_sees_no_image() -> None:
 def test_under_causal_text_sees_the_image() -> None:
     model = tiny.qformer()
     tokens, valid = tiny.texts()
-    mask = masks.causal(Q, valid)
+    mask = causal_mask(Q, valid)
     difference = joint(model, tiny.features(), tokens, mask)[1] - joint(model, tiny.features(seed=5), tokens, mask)[1]
     assert difference.abs().amax(dim=-1).min() > 1e-3
 
 
-def test_write_equals_the_joint_pass_forward_and_backward() -> None:
+def test_causal_pass_equals_the_joint_pass_forward_and_backward() -> None:
     model, patches = tiny.qformer(), tiny.features().requires_grad_()
     tokens, valid = tiny.texts()
-    mask = masks.causal(Q, valid)
+    mask = causal_mask(Q, valid)
     weight = torch.randn(B, Q + T, D, generator=torch.Generator().manual_seed(4)) / (Q + T)
 
-    alone = see(model, patches)
-    fast = torch.cat([rows(alone.queries), model.write(alone, tokens, mask)], dim=1)
+    queries, cache = seen(model, patches)
+    fast = torch.cat([queries, model.causal_pass(cache, tokens, valid)], dim=1)
     slow = torch.cat(joint(model, patches, tokens, mask), dim=1)
     close(fast, slow, 2e-6)  # float32 rounding of values up to 4
 
@@ -128,7 +131,7 @@ def test_write_equals_the_joint_pass_forward_and_backward() -> None:
     slow_gradients = tiny.gradients((slow * weight).sum(), model)
     tiny.assert_same_gradients(fast_gradients, slow_gradients)
     # The text rows alone must teach the queries too: the cache is not detached.
-    through_the_cache = tiny.gradients(model.write(see(model, patches), tokens, mask).square().sum(), model)
+    through_the_cache = tiny.gradients(model.causal_pass(seen(model, patches)[1], tokens, valid).square().sum(), model)
     assert through_the_cache["queries"].abs().max() > 1e-3
     assert through_the_cache["image_norm.weight"].abs().max() > 1e-3
 
@@ -156,7 +159,7 @@ def test_a_row_is_the_same_alone_and_in_any_batch(kind: str) -> None:
     model, patches = tiny.qformer(), tiny.features()
     tokens, valid = tiny.texts()
     queries, text = joint(model, patches, tokens, MASKS[kind](Q, valid))
-    written = model.write(see(model, patches), tokens, masks.causal(Q, valid))
+    written = model.causal_pass(seen(model, patches)[1], tokens, valid)
     for n in (0, 3, B - 1):
         one, length = slice(n, n + 1), int(valid[n].sum())
         single, single_valid = tokens[one, :length], valid[one, :length]
@@ -164,15 +167,15 @@ def test_a_row_is_the_same_alone_and_in_any_batch(kind: str) -> None:
         assert own_queries.shape == (1, Q, D)
         close(own_queries, queries[one])
         close(own_text, text[one, :length])
-        own = model.write(see(model, patches[one]), single, masks.causal(Q, single_valid))
+        own = model.causal_pass(seen(model, patches[one])[1], single, single_valid)
         close(own, written[one, :length])
 
 
 def test_memory_is_taken_in_any_order() -> None:
     model, patches = tiny.qformer(), tiny.features()
     order = torch.tensor([3, 0, 3, 7])
-    taken = model(model.look(patches).take(order)).queries
-    close(rows(taken), rows(model(model.look(patches[order])).queries))
+    taken, _ = model.query_pass(model.encode_image(patches).take(order))
+    close(taken, rows(model.query_output(patches[order])))
 
 
 def scaled(factor: float, std: float = 0.02) -> QFormer:
@@ -204,7 +207,7 @@ def test_the_scale_is_on_the_query_rows_of_self_attention_alone(kind: str) -> No
         moved = float((mine - expected[n]).detach().abs().max())
         assert moved == 0.0 if (kind, n) == ("unimodal", 1) else moved > 0.01
     if kind == "causal":  # the pass from the cache of a query pass is the joint one, as without a scale
-        close(model.write(see(model, patches), tokens, mask), by_hand_rows[1])
+        close(model.causal_pass(seen(model, patches)[1], tokens, valid), by_hand_rows[1])
 
 
 def test_the_start_of_cross_attention_is_as_wide_as_asked() -> None:
@@ -220,7 +223,7 @@ def test_which_layers_cross(every: int, crossing: list[int]) -> None:
     model = tiny.qformer(layers=6, cross_every=every)
     names = {name for name, _ in model.named_parameters()}
     assert [n for n in range(6) if f"layers.{n}.cross.key.weight" in names] == crossing
-    memory = model.look(tiny.features())
+    memory = model.encode_image(tiny.features())
     assert len(memory.layers) == len(crossing)
     assert memory.layers[0][0].shape == (B, tiny.HEADS, P, D // tiny.HEADS)
     # Each of them reads its own keys and values of the image.
@@ -231,7 +234,7 @@ def test_which_layers_cross(every: int, crossing: list[int]) -> None:
 
 def test_dropout_is_on_in_training_alone() -> None:
     tokens, valid = tiny.texts()
-    mask = masks.bidirectional(Q, valid)
+    mask = bidirectional_mask(Q, valid)
     model, patches = tiny.qformer(dropout=0.2), tiny.features()
     quiet = torch.cat(joint(model, patches, tokens, mask), dim=1)
     assert torch.equal(quiet, torch.cat(joint(model, patches, tokens, mask), dim=1))
@@ -254,26 +257,26 @@ def test_every_kind_of_dropout_is_there() -> None:
         "layers.3.query_ffn.dropout",
     ):
         model = tiny.qformer(dropout=0.2)
-        quiet = model(model.look(patches)).queries
+        quiet = model.query_output(patches)
         model.get_submodule(place).train()
-        assert not torch.equal(model(model.look(patches)).queries, quiet)
+        assert not torch.equal(model.query_output(patches), quiet)
     model = tiny.qformer(dropout=0.0)
-    quiet = model(model.look(patches)).queries
+    quiet = model.query_output(patches)
     attention: Any = model.layers[0].attention
     attention.drop = 0.2
-    assert torch.equal(model(model.look(patches)).queries, quiet)
+    assert torch.equal(model.query_output(patches), quiet)
     attention.training = True
-    assert not torch.equal(model(model.look(patches)).queries, quiet)
+    assert not torch.equal(model.query_output(patches), quiet)
 
 
 def test_half_precision_features_are_normalised_in_float32() -> None:
     model, patches = tiny.qformer(), tiny.features().bfloat16()
     seen: list[torch.dtype] = []
     model.image_norm.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
-    exact = model.look(patches.float()).layers[0][0]
-    assert torch.equal(model.look(patches).layers[0][0], exact)
+    exact = model.encode_image(patches.float()).layers[0][0]
+    assert torch.equal(model.encode_image(patches).layers[0][0], exact)
     with torch.autocast("cpu", torch.bfloat16):
-        model.look(patches)
+        model.encode_image(patches)
     assert seen == [torch.float32] * 3
 
 
@@ -285,7 +288,7 @@ def test_heads_must_divide_the_width() -> None:
 def test_without_a_text_path_text_is_refused() -> None:
     model = tiny.qformer(vocabulary=0)
     assert not any("text" in name or "words" in name or "positions" in name for name in model.state_dict())
-    assert model(model.look(tiny.features())).queries.shape == (B, Q, D)
+    assert model.query_output(tiny.features()).shape == (B, Q, D)
     with pytest.raises(ValueError, match="no text path"):
         model(tokens=tiny.texts()[0])
 
@@ -343,7 +346,7 @@ def theirs(model: QFormer) -> Any:
     )
     other = Blip2QFormerModel(config).eval()
     own = model.state_dict()
-    outside = {"queries", "words.weight", "positions.weight", "image_norm.weight", "image_norm.bias"}
+    outside = {"queries", "word_embeddings.weight", "positions.weight", "image_norm.weight", "image_norm.bias"}
     other.load_state_dict({their_name(name): own[name] for name in own if name not in outside})
     return other
 
@@ -354,7 +357,7 @@ def test_queries_equal_those_of_transformers() -> None:
     expected = theirs(model)(
         query_embeds=model.queries.expand(B, -1, -1), encoder_hidden_states=model.image_norm(patches)
     ).last_hidden_state
-    close(rows(model(model.look(patches)).queries), expected)
+    close(model.query_output(patches), expected)
 
 
 @torch.no_grad()
@@ -363,7 +366,7 @@ def test_joint_pass_equals_that_of_transformers(kind: str) -> None:
     model, patches = tiny.qformer(), tiny.features()
     tokens, valid = tiny.texts()
     tokens[:, 0] = DEC
-    words, positions = model.get_submodule("words"), model.get_parameter("positions.weight")
+    words, positions = model.get_submodule("word_embeddings"), model.get_parameter("positions.weight")
     embeds = torch.cat([model.queries.expand(B, -1, -1), words(tokens) + positions[:T]], dim=1)
     mask = MASKS[kind](Q, valid)
     expected = theirs(model)(
@@ -377,12 +380,12 @@ def test_joint_pass_equals_that_of_transformers(kind: str) -> None:
     close(text[valid], expected[:, Q:][valid])
 
 
-def test_the_word_head_is_tied_to_the_words() -> None:
+def test_the_lm_head_is_tied_to_the_words() -> None:
     model = tiny.qformer()
-    assert model.words is not None
-    head = tiny.redraw(WordHead(D, model.words))
+    assert model.word_embeddings is not None
+    head = tiny.redraw(LMHead(D, model.word_embeddings))
     assert sum(p.numel() for p in head.parameters()) == D * D + D + 2 * D + WORDS
-    logits = head(torch.randn(B, D), model.words)
+    logits = head(torch.randn(B, D), model.word_embeddings)
     assert logits.shape == (B, WORDS)
     logits.sum().backward()
-    assert model.words.weight.grad is not None
+    assert model.word_embeddings.weight.grad is not None

@@ -153,8 +153,8 @@ def test_a_fast_path_that_is_off_says_so(caplog: pytest.LogCaptureFixture) -> No
     lm = decoder("gemma2")
     assert len(lm.slow_paths()) == 1
     caplog.clear()
-    lm.loss(soft, ["", ""], ["a dog", "it is red"])
-    lm.loss(soft, ["", ""], ["a dog", "it is red"])
+    lm.scored(soft, ["", ""], ["a dog", "it is red"])[0]
+    lm.scored(soft, ["", ""], ["a dog", "it is red"])[0]
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == f"openblip2: {lm.slow_paths()[0]}"
     assert line.startswith("openblip2: chunked loss is off: Gemma2ForCausalLM ")
@@ -357,7 +357,7 @@ def test_texts_of_one_image_share_its_memory() -> None:
     """Images whose memory stands once for several texts in a row, against a copy for each."""
     model, features = tiny.stage1(), tiny.features(2)
     tokens, valid = tiny.texts(6)
-    memory = model.qformer.look(features)
+    memory = model.qformer.encode_image(features)
     copied = memory.take(torch.tensor([0, 0, 0, 1, 1, 1]))
     torch.testing.assert_close(model.match(memory, tokens, valid), model.match(copied, tokens, valid))
     assert not torch.allclose(model.match(memory, tokens, valid)[:3], model.match(memory, tokens, valid)[3:], atol=1e-3)

@@ -9,36 +9,35 @@ from torch.nn import functional as F
 
 import tiny
 import tiny_models
-from openblip2.model import masks
-from openblip2.model.objectives import Rivals, hard_negatives, same_image, similarity
-from openblip2.model.qformer import QFormer
-from openblip2.model.stage1 import Stage1, pair_up, see
+from openblip2.model.objectives import HardNegatives, hard_negatives, same_image, similarity
+from openblip2.model.qformer import QFormer, bidirectional_mask, causal_mask, unimodal_mask
+from openblip2.model.stage1 import Stage1, itm_pairs, see
 from tiny import CLS, DEC, WORDS, B, D, E, P, Q, T, V
 
 IDS = torch.tensor([5, 3, 5, 8, 2, 3, 11, 5])
 # For each image a text and for each text an image of another id; two rows have none.
-NEGATIVES = Rivals(torch.tensor([1, 0, 4, -1, 3, 6, 2, 5]), torch.tensor([6, 2, -1, 7, 0, 4, 1, 3]))
+NEGATIVES = HardNegatives(torch.tensor([1, 0, 4, -1, 3, 6, 2, 5]), torch.tensor([6, 2, -1, 7, 0, 4, 1, 3]))
 
 
 def one_pass(model: Stage1, patches: Tensor, tokens: Tensor, mask: Any, start: int = CLS) -> tuple[Tensor, Tensor]:
     """Queries `[Q, D]` and text `[n, D]` of one image and one text in one joint pass."""
     tokens = torch.cat([torch.tensor([start]), tokens[1:]])[None]
-    seen = model.qformer(model.qformer.look(patches[None]), tokens, mask(Q, torch.ones_like(tokens).bool()))
+    seen = model.qformer(model.qformer.encode_image(patches[None]), tokens, mask(Q, torch.ones_like(tokens).bool()))
     assert seen.queries is not None
     assert seen.text is not None
     return seen.queries[0], seen.text[0]
 
 
 def oracle(
-    model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor, ids: Tensor, negatives: Rivals
+    model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor, ids: Tensor, negatives: HardNegatives
 ) -> dict[str, Tensor]:
     """The three losses of METHOD section 3, term by term."""
     count = len(ids)
     texts = [tokens[n][valid[n]] for n in range(count)]
 
-    apart = [one_pass(model, patches[n], texts[n], masks.unimodal) for n in range(count)]
-    image = [F.normalize(model.image_head(queries), dim=-1) for queries, _ in apart]
-    text = [F.normalize(model.text_head(rows[0]), dim=-1) for _, rows in apart]
+    apart = [one_pass(model, patches[n], texts[n], unimodal_mask) for n in range(count)]
+    image = [F.normalize(model.vision_proj(queries), dim=-1) for queries, _ in apart]
+    text = [F.normalize(model.text_proj(rows[0]), dim=-1) for _, rows in apart]
     scores = torch.stack([torch.stack([(i @ t).max() for t in text]) for i in image]) / model.temperature
     same = (ids[:, None] == ids).float()
     targets = 0.9 * same / same.sum(1, keepdim=True) + 0.1 / count
@@ -50,30 +49,30 @@ def oracle(
     pairs += [(int(m), n, False) for n, m in enumerate(negatives.images) if m >= 0]
     itm = torch.tensor(0.0)
     for i, t, match in pairs:
-        queries, _ = one_pass(model, patches[i], texts[t], masks.bidirectional)
-        logits = torch.stack([model.match_head(query) for query in queries]).mean(dim=0)
+        queries, _ = one_pass(model, patches[i], texts[t], bidirectional_mask)
+        logits = torch.stack([model.itm_head(query) for query in queries]).mean(dim=0)
         itm = itm - logits.log_softmax(dim=0)[int(match)] / len(pairs)
 
     terms = []
-    assert model.qformer.words is not None
-    assert model.word_head is not None
+    assert model.qformer.word_embeddings is not None
+    assert model.lm_head is not None
     for n in range(count):
-        _, rows = one_pass(model, patches[n], texts[n], masks.causal, start=DEC)
-        logs = model.word_head(rows, model.qformer.words).log_softmax(dim=-1)
+        _, rows = one_pass(model, patches[n], texts[n], causal_mask, start=DEC)
+        logs = model.lm_head(rows, model.qformer.word_embeddings).log_softmax(dim=-1)
         for place, word in enumerate(texts[n][1:].tolist()):
             terms.append(-0.9 * logs[place, word] - 0.1 * logs[place].mean())
     return {"itc": itc, "itm": itm, "itg": torch.stack(terms).mean()}
 
 
 def word_logits(model: Stage1, rows: Tensor) -> Tensor:
-    assert model.word_head is not None
-    return rows @ model.qformer.get_parameter("words.weight").T + model.word_head.bias
+    assert model.lm_head is not None
+    return rows @ model.qformer.get_parameter("word_embeddings.weight").T + model.lm_head.bias
 
 
 def test_the_tiny_model_tells_images_queries_and_texts_apart() -> None:
     """Otherwise what follows would hold of anything."""
     model = tiny.stage1()
-    image = model.image_vectors(model.qformer(model.qformer.look(tiny.features())))
+    image = model.image_vectors(model.qformer.query_output(tiny.features()))
     text = model.text_vectors(*tiny.texts())
     for spread in (image.std(dim=0), image.std(dim=1), text.std(dim=0)):
         assert spread.mean() > 0.03
@@ -119,7 +118,7 @@ def test_drawn_negatives_are_those_of_hard_negatives() -> None:
     patches, (tokens, valid) = tiny.features(), tiny.texts()
     torch.manual_seed(3)
     drawn = model.losses(tokens, valid, IDS, features=patches)
-    image = model.image_vectors(model.qformer(model.qformer.look(patches)))
+    image = model.image_vectors(model.qformer.query_output(patches))
     scores = similarity(image, model.text_vectors(tokens, valid)) / model.temperature
     torch.manual_seed(3)
     given = model.losses(
@@ -143,7 +142,7 @@ def test_a_batch_of_one() -> None:
     model = tiny.stage1()
     patches, (tokens, valid) = tiny.features(1), tiny.texts(1)
     losses = model.losses(tokens, valid, features=patches)
-    nobody = Rivals(torch.tensor([-1]), torch.tensor([-1]))
+    nobody = HardNegatives(torch.tensor([-1]), torch.tensor([-1]))
     naive = oracle(model, patches, tokens, valid, torch.zeros(1), nobody)
     for name, loss in losses.items():
         assert loss.shape == ()
@@ -158,7 +157,7 @@ def test_captions_of_one_image_alone_in_a_batch() -> None:
     patches, (tokens, valid) = tiny.features(1).expand(B, -1, -1), tiny.texts()
     ids = torch.full((B,), 7)
     losses = model.losses(tokens, valid, ids, features=patches)
-    nobody = Rivals(torch.full((B,), -1), torch.full((B,), -1))
+    nobody = HardNegatives(torch.full((B,), -1), torch.full((B,), -1))
     naive = oracle(model, patches, tokens, valid, ids, nobody)
     for name, loss in losses.items():
         torch.testing.assert_close(loss, naive[name], rtol=1e-5, atol=1e-5)
@@ -178,7 +177,7 @@ def test_more_padding_and_junk_in_it_change_no_loss() -> None:
 def test_pairs() -> None:
     tokens = torch.arange(15).view(3, 5)
     valid = torch.ones(3, 5).bool()
-    pairs = pair_up(tokens, valid, Rivals(texts=torch.tensor([2, -1, 1]), images=torch.tensor([-1, 0, 0])))
+    pairs = itm_pairs(tokens, valid, HardNegatives(texts=torch.tensor([2, -1, 1]), images=torch.tensor([-1, 0, 0])))
     assert pairs.images.tolist() == [0, 1, 2, 0, 0, 0, 2]
     assert (pairs.tokens[:, 0] // 5).tolist() == [0, 1, 2, 1, 2, 2, 1]
     assert pairs.is_match.tolist() == [True, True, True, False, False, False, False]
@@ -188,10 +187,10 @@ def test_pairs() -> None:
 def test_a_token_moves_no_word_logit_before_it() -> None:
     model = tiny.stage1()
     patches, (tokens, valid) = tiny.features(), tiny.texts(shortest=T)
-    alone = model.qformer(model.qformer.look(patches))
+    _, cache = model.qformer.query_pass(model.qformer.encode_image(patches))
 
     def logits(tokens: Tensor) -> Tensor:
-        return word_logits(model, model.write(alone, tokens, valid)[0]).view(B, T - 1, WORDS)
+        return word_logits(model, model.write(cache, tokens, valid)[0]).view(B, T - 1, WORDS)
 
     before = logits(tokens)
     assert torch.equal(before, logits(tokens.index_fill(1, torch.tensor([0]), 20))), "[DEC] stands there"
@@ -207,8 +206,8 @@ def test_what_is_written() -> None:
     """`[SEP]` is a target, `[DEC]` and padding are not."""
     model = tiny.stage1()
     tokens, valid = tiny.texts()
-    alone = model.qformer(model.qformer.look(tiny.features()))
-    rows, targets = model.write(alone, tokens, valid)
+    _, cache = model.qformer.query_pass(model.qformer.encode_image(tiny.features()))
+    rows, targets = model.write(cache, tokens, valid)
     expected = torch.cat([row[real][1:] for row, real in zip(tokens, valid, strict=True)])
     assert torch.equal(targets, expected)
     assert rows.shape == (len(targets), D)
@@ -217,20 +216,20 @@ def test_what_is_written() -> None:
 
 def test_vectors_have_length_one() -> None:
     model = tiny.stage1()
-    image = model.image_vectors(model.qformer(model.qformer.look(tiny.features())))
+    image = model.image_vectors(model.qformer.query_output(tiny.features()))
     text = model.text_vectors(*tiny.texts())
     assert (image.shape, text.shape) == ((B, Q, E), (B, E))
     torch.testing.assert_close(image.norm(dim=-1), torch.ones(B, Q))
     torch.testing.assert_close(text.norm(dim=-1), torch.ones(B))
 
 
-def test_one_sided_reaches_the_loss() -> None:
+def test_detach_gathered_reaches_the_loss() -> None:
     tokens, valid = tiny.texts()
     found = []
-    for one_sided in (False, True):
-        model = tiny.stage1(one_sided=one_sided)
+    for detach_gathered in (False, True):
+        model = tiny.stage1(detach_gathered=detach_gathered)
         loss = model.losses(tokens, valid, IDS, features=tiny.features(), negatives=NEGATIVES)["itc"]
-        found.append((loss.detach(), tiny.gradients(loss, model)["image_head.weight"]))
+        found.append((loss.detach(), tiny.gradients(loss, model)["vision_proj.weight"]))
     assert torch.equal(found[0][0], found[1][0])
     assert (found[0][1] - found[1][1]).abs().max() > 1e-4
 

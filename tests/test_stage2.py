@@ -32,7 +32,7 @@ def stage2(kind: str = "llama", vision: Vision | None = None, dropout: float = 0
 
 def test_the_soft_prompt_is_the_projection_of_the_queries() -> None:
     model, patches = stage2(), tiny.features()
-    queries = model.qformer(model.qformer.look(patches)).queries
+    queries = model.qformer.query_output(patches)
     assert queries is not None
     soft = model.soft_prompt(features=patches)
     assert soft.shape == (B, Q, L)
@@ -47,7 +47,7 @@ def test_losses_and_texts_are_those_of_the_language_model(kind: str) -> None:
     soft, how = model.soft_prompt(features=patches), Decoding(max_new_tokens=5, beams=2)
     losses = model.losses(PROMPTS, CAPTIONS, features=patches)
     assert list(losses) == ["lm"]
-    assert torch.equal(losses["lm"], model.language.loss(soft, PROMPTS, CAPTIONS))
+    assert torch.equal(losses["lm"], model.language.scored(soft, PROMPTS, CAPTIONS)[0])
     texts = model.generate(PROMPTS, how, features=patches)
     assert texts == model.language.generate(soft, PROMPTS, how)
     assert len(texts) == B

@@ -39,11 +39,11 @@ def test_the_heads_are_whitening_and_ridge_regression() -> None:
     model = tiny.stage1()
     queries, texts = torch.randn(60, tiny.D) @ torch.randn(tiny.D, tiny.D) + 2, torch.randn(60, tiny.D) * 3 - 1
     r2 = align_heads(model, queries, texts, penalty=6.0)
-    white = model.text_head(texts).detach()
+    white = model.text_proj(texts).detach()
     assert torch.allclose(torch.cov(white.T, correction=0), torch.eye(tiny.E), atol=0.02)  # the widest directions
     variance = queries.double().var(0, correction=0).mean()
     weight, bias = ridge(queries, white, 6.0 * float(variance))
-    found = model.image_head(queries).detach()
+    found = model.vision_proj(queries).detach()
     wanted = (queries.double() @ weight + bias).float()
     assert torch.allclose(found, wanted, atol=1e-4)
     assert abs(r2 - float(1 - (white - wanted).square().sum() / white.square().sum())) < 1e-4
@@ -52,9 +52,9 @@ def test_the_heads_are_whitening_and_ridge_regression() -> None:
 def test_a_shared_space_wider_than_the_text_is_filled_with_zeros() -> None:
     torch.manual_seed(0)
     model = tiny.stage1()
-    model.text_head, model.image_head = torch.nn.Linear(tiny.D, tiny.D + 2), torch.nn.Linear(tiny.D, tiny.D + 2)
+    model.text_proj, model.vision_proj = torch.nn.Linear(tiny.D, tiny.D + 2), torch.nn.Linear(tiny.D, tiny.D + 2)
     align_heads(model, torch.randn(80, tiny.D), torch.randn(80, tiny.D))
-    assert int((model.text_head.weight.abs().sum(1) == 0).sum()) == 2
+    assert int((model.text_proj.weight.abs().sum(1) == 0).sum()) == 2
 
 
 def test_every_second_layer_hands_on_what_the_caption_looks_like_there() -> None:
@@ -113,7 +113,7 @@ def test_stage_1_finds_unseen_pictures_before_its_first_step() -> None:
     model = tiny.stage1(dropout=0.0)
     tokens, valid = tiny.texts(400, shortest=tiny.T)
     with torch.no_grad():
-        hidden = model.text_row(tokens, valid)
+        hidden = model.qformer.text_pass(tokens, valid)
         content = torch.nn.functional.normalize(hidden - hidden.mean(0), dim=1) @ torch.randn(tiny.D, tiny.V)
         pictures = 2 * content[:, None] + 0.3 * torch.randn(400, tiny.P, tiny.V)
 
@@ -168,6 +168,6 @@ def test_stage_2_reads_the_mean_query_output() -> None:
     with torch.no_grad():
         found = warm_start_stage2(model, [(features[:4], captions[:4]), (features[4:], captions[4:])])
         started = model.projection.weight.clone()
-        queries = model.qformer(model.qformer.look(features)).queries.mean(1)
+        queries = model.qformer.query_output(features).mean(1)
         assert abs(found - align_projection(model, queries, captions)) < 1e-5
     assert torch.allclose(started, model.projection.weight, atol=1e-6)

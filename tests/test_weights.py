@@ -264,7 +264,7 @@ def test_ours_to_transformers_names_what_has_no_place(home: Path, tmp_path: Path
     notes = openblip2.convert(home / "stage1.pth", tmp_path / "out", "hf", **parts(home, "stage1"))
     told = "\n".join(notes)
     assert "temperature: transformers has no place" in told
-    assert "word_head: transformers has no place" in told
+    assert "lm_head: transformers has no place" in told
     assert "image_norm_eps=1e-05" in told
     expected, found = (
         load_file(home / "retriever" / "model.safetensors"),

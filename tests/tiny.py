@@ -41,10 +41,15 @@ def qformer(
 
 
 def stage1(
-    one_sided: bool = False, dropout: float = 0.1, seed: int = 0, contrast: Literal["softmax", "sigmoid"] = "softmax"
+    detach_gathered: bool = False,
+    dropout: float = 0.1,
+    seed: int = 0,
+    contrast: Literal["softmax", "sigmoid"] = "softmax",
+    decorrelation: float = 0.0,
 ) -> Stage1:
     """A redrawn stage 1 in eval mode, without an image encoder."""
-    model = redraw(Stage1(qformer(dropout=dropout), None, E, one_sided=one_sided, contrast=contrast), seed)
+    options = {"detach_gathered": detach_gathered, "contrast": contrast, "decorrelation": decorrelation}
+    model = redraw(Stage1(qformer(dropout=dropout), None, E, **options), seed)  # pyright: ignore[reportArgumentType]
     nn.init.constant_(model.temperature, 0.2)
     return model
 

@@ -110,6 +110,8 @@ def options(models: Path) -> list[str]:
         "stage1.shared_width": 9,
         "language.name": models / "language",
         "language.template": "{image}{bos}{prompt}",
+        "language.end": "null",
+        "language.prompts": '[""]',
         "train.steps": 3,
         "train.batch": 4,
         "train.precision": "fp32",

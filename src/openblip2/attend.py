@@ -87,7 +87,7 @@ def text_relevance(model: Matcher, features: Tensor, texts: Sequence[str], by: B
 
 def _of_matcher(model: Matcher, vision: Vision, features: Tensor, text: str | None, by: By) -> Looked:
     with torch.no_grad(), watching(model.model.qformer) as weights:
-        model.model.qformer(model.model.qformer.look(features))
+        model.model.qformer.query_output(features)
     queries = _maps(vision, attention(weights)[0])
     if text is None:
         return Looked(queries, None, ())
@@ -100,9 +100,9 @@ def _scored(model: Matcher, features: Tensor, texts: Sequence[str], by: By) -> t
     with torch.no_grad():
         vectors = stage1.text_vectors(tokens, valid)
     with watching(stage1.qformer) as weights:
-        memory = stage1.qformer.look(features)
+        memory = stage1.qformer.encode_image(features)
         if by == "itc":  # of the query that fits best, as the similarity is
-            cosines = (stage1.image_vectors(stage1.qformer(memory)) @ vectors.unsqueeze(-1)).squeeze(-1)
+            cosines = (stage1.image_vectors(stage1.qformer.query_pass(memory)[0]) @ vectors.unsqueeze(-1)).squeeze(-1)
             return weights, cosines.max(dim=1).values.sum()
         logits = stage1.match(memory, tokens, valid).float()
         return weights, (logits[:, 1] - logits[:, 0]).sum()

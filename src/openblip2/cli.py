@@ -31,9 +31,9 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 
 @app.callback()
 def everywhere(
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Before a command: no progress, errors alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only; put it before the command.")] = False,
 ) -> None:
-    """Give any language model eyes: BLIP-2, both stages, any image encoder, any language model."""
+    """BLIP-2: connect a frozen image encoder to a frozen language model. Train, evaluate and use it."""
     be_quiet(quiet)
 
 

@@ -15,6 +15,12 @@ from pydantic.dataclasses import dataclass
 
 from openblip2.errors import UserError
 
+# Settings that had another name when a run wrote its config.json: old name -> today's.
+RENAMED = {
+    "stage1.one_sided": "stage1.detach_gathered",
+    "stage1.matching_from": "stage1.itm_start_step",
+}
+
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
 Count = Annotated[int, Field(ge=1)]
@@ -70,10 +76,10 @@ class Stage1Settings:
     contrast: Literal["softmax", "sigmoid"] = "softmax"
     temperature: Positive = 0.07
     label_smoothing: Share = 0.1
-    one_sided: bool = False  # the authors' code: gathered features carry no gradient
+    detach_gathered: bool = False  # the authors' code: gathered features carry no gradient
     # Ours, 0 = the paper: weight of a fourth loss that keeps a picture's queries different (model/objectives.py).
     decorrelation: NonNegative = 0.0
-    matching_from: Natural = 0  # ours: ITM joins after so many steps; it learns nothing before ITC has (0 = paper)
+    itm_start_step: Natural = 0  # ours: ITM joins after so many steps; it learns nothing before ITC has (0 = paper)
 
 
 @dataclass(config=STRICT)
@@ -116,7 +122,7 @@ class TrainSettings:
     accumulate: Count = 1  # batches to one step; ITC's negatives stay within one batch
     # Ours: pairs that go through the model at once, in each process; 0 = all it has. The same losses and gradients in
     # less memory, and unlike with `accumulate` ITC's and ITM's negatives come from the whole batch
-    # (model/gradient_cache.py).
+    # (model/fast/gradient_cache.py).
     chunk: Natural = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     # Ours, the same results: layers of the Q-Former and of the language model are computed again in the backward pass
@@ -186,6 +192,8 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
     values = asdict(config)
     known = sorted(_names(RunSettings))
     for name, value in changes.items():
+        if name in RENAMED:
+            raise UserError(f"setting {name!r} is now called {RENAMED[name]!r}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(known)}"
@@ -199,11 +207,17 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
 
 
 def from_dict(values: Mapping[str, Any]) -> RunSettings:
-    """Settings from plain values, as `to_dict` or a run's `config.json` gives them.
+    """Settings from plain values, as `to_dict` or a run's `config.json` gives them; names in `RENAMED` are read, too.
 
     Raises:
         UserError: a missing, unknown or unfitting value, named.
     """
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        part = values.get(section) if isinstance(values, Mapping) else None
+        if isinstance(part, Mapping) and name in part:
+            others = {other: value for other, value in part.items() if other != name}
+            values = {**values, section: {new.split(".")[1]: part[name], **others}}
     try:
         return TypeAdapter(RunSettings).validate_python(values)
     except ValidationError as error:

@@ -61,7 +61,7 @@ class Matcher(Pretrained):
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             for part in features_of(self.model, images):
                 rows = slice(done, done + len(part))
-                logits = self.model.match(self.model.qformer.look(part), tokens[rows], valid[rows])
+                logits = self.model.match(self.model.qformer.encode_image(part), tokens[rows], valid[rows])
                 found.append(logits.float().softmax(dim=1)[:, 1])
                 done += len(part)
         return torch.cat(found).cpu()
@@ -75,7 +75,7 @@ class Matcher(Pretrained):
         """
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             (features,) = features_of(self.model, [image])
-            vectors = self.model.image_vectors(self.model.qformer(self.model.qformer.look(features)))
+            vectors = self.model.image_vectors(self.model.qformer.query_output(features))
         return F.normalize(vectors.float().mean(dim=1), dim=-1)[0].tolist()
 
     def embed_text(self, text: str) -> list[float]:

@@ -140,7 +140,7 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             vision=LAPTOP_VISION,
             qformer=LAPTOP_QFORMER,
             data=LAPTOP_DATA,
-            stage1=Stage1Settings(matching_from=20),
+            stage1=Stage1Settings(itm_start_step=20),
             optim=OptimSettings(lr=3e-4, min_lr=2.5e-5, warmup=10, clip=1.0),
             train=TrainSettings(steps=140, batch=32, validate_every=50, checkpoint_every=50),
             warm_start=True,
@@ -228,7 +228,7 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
         "vit-g-opt-6.7b": _VQA | {"optim.layer_decay": 0.9},
     },
     "retrieval": {
-        "laptop": _LAPTOP | {"stage1.matching_from": 0, "optim.lr": 1e-4, "train.steps": 100, "train.batch": 32},
+        "laptop": _LAPTOP | {"stage1.itm_start_step": 0, "optim.lr": 1e-4, "train.steps": 100, "train.batch": 32},
         "vit-l": _RETRIEVAL | {"optim.lr": 5e-6, "optim.betas": (0.9, 0.98)},
         "vit-g": _RETRIEVAL | {"optim.layer_decay": 0.95},
     },

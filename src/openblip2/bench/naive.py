@@ -3,19 +3,16 @@
 Three kinds of pass over all layers, as the paper and its code describe them: image and text apart (ITC), image and
 text together (ITM, the true pairs and the two kinds of wrong ones), image and text under the causal mask (ITG). Each
 computes its image's keys and values anew and pads its text to 32 tokens; word logits are of every position.
-Only the weights and the blocks are the model's. Any size will do.
+The weights and `QFormer.forward`, one pass under a given mask, are the model's. Any size will do.
 
 Shapes: B images, P patch tokens, V encoder width, Q queries, T text tokens, D width, E shared space, W vocabulary.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openblip2.model import masks
-from openblip2.model.qformer import QFormer
+from openblip2.model.qformer import bidirectional_mask, causal_mask, unimodal_mask
 from openblip2.model.stage1 import Stage1
 
 LONGEST = 32  # the authors' `max_txt_len`
@@ -32,20 +29,18 @@ def naive_losses(
         negatives: hard negatives `(texts [B], images [B])`, -1 for none.
     """
     former, smoothing = model.qformer, model.label_smoothing
-    assert former.words is not None
+    assert former.word_embeddings is not None
     assert former.positions is not None
-    assert model.word_head is not None
-    count, queries = former.queries.shape[1], former.queries
+    assert model.lm_head is not None
+    count = former.queries.shape[1]
     longest = min(LONGEST, former.positions.num_embeddings)
     more = longest - tokens.shape[1]
     tokens, valid = F.pad(tokens, (0, more)), F.pad(valid, (0, more))
 
-    image, _ = one_pass(former, features, None, None)
-    _, text = one_pass(former, None, tokens, masks.padding(valid))
-    assert image is not None
-    assert text is not None
-    image = F.normalize(model.image_head(image).float(), dim=-1)
-    text = F.normalize(model.text_head(text[:, 0]).float(), dim=-1)
+    image = former(former.encode_image(features)).queries
+    text = former(tokens=tokens, mask=unimodal_mask(0, valid)).text
+    image = F.normalize(model.vision_proj(image).float(), dim=-1)
+    text = F.normalize(model.text_proj(text[:, 0]).float(), dim=-1)
     with torch.autocast(image.device.type, enabled=False):
         scores = torch.einsum("bqe,ne->bqn", image, text).amax(dim=1) / model.temperature
     same = (ids[:, None] == ids).float()
@@ -61,50 +56,22 @@ def naive_losses(
         (images[with_image], own[with_image]),
         (own[with_text], texts[with_text]),
     ):
-        mask = masks.bidirectional(count, valid[of_text])
-        seen, _ = one_pass(former, features[of_image], tokens[of_text], mask)
-        logits.append(model.match_head(seen).mean(dim=1))
+        mask = bidirectional_mask(count, valid[of_text])
+        seen = former(former.encode_image(features[of_image]), tokens[of_text], mask).queries
+        logits.append(model.itm_head(seen).mean(dim=1))
         matches.append(torch.full_like(of_image, int(of_image is own and of_text is own)))
     itm = F.cross_entropy(torch.cat(logits).float(), torch.cat(matches))
 
-    written = torch.cat([torch.full_like(tokens[:, :1], former.words.num_embeddings - 1), tokens[:, 1:]], dim=1)
-    _, rows = one_pass(former, features, written, masks.causal(queries.shape[1], valid))
-    words = model.word_head(rows, former.words)[:, :-1]
+    written = torch.cat(
+        [torch.full_like(tokens[:, :1], former.word_embeddings.num_embeddings - 1), tokens[:, 1:]], dim=1
+    )
+    rows = former(former.encode_image(features), written, causal_mask(count, valid)).text
+    words = model.lm_head(rows, former.word_embeddings)[:, :-1]
     following = tokens[:, 1:].masked_fill(~valid[:, 1:], NO_TARGET)
     itg = F.cross_entropy(
         words.flatten(0, 1).float(), following.flatten(), ignore_index=NO_TARGET, label_smoothing=smoothing
     )
     return {"itc": itc, "itm": itm, "itg": itg}
-
-
-def one_pass(
-    former: QFormer, features: Tensor | None, tokens: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Queries `[B, Q, D]` and text `[B, T, D]` behind all layers; without features or tokens the other alone."""
-    parts, count, patches = [], 0, None
-    if features is not None:
-        with torch.autocast(features.device.type, enabled=False):
-            patches = former.image_norm(features.float())
-        count = former.queries.shape[1]
-        parts.append(former.dropout(former.norm(former.queries)).expand(len(features), -1, -1))
-    if tokens is not None:
-        assert former.words is not None
-        assert former.positions is not None
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        parts.append(former.dropout(former.norm(former.words(tokens) + former.positions(places))))
-    rows = torch.cat(parts, dim=1)
-    layers: Any = former.layers
-    for layer in layers:
-        rows = layer.attention(rows, layer.attention.keys_values(rows), mask)
-        queries, text = rows[:, :count], rows[:, count:]
-        if patches is not None:
-            if layer.cross is not None:
-                queries = layer.cross(queries, layer.cross.keys_values(patches))
-            queries = layer.query_ffn(queries)
-        if tokens is not None:
-            text = layer.text_ffn(text)
-        rows = torch.cat([queries, text], dim=1)
-    return rows[:, :count] if count else None, rows[:, count:] if tokens is not None else None
 
 
 def naive_match(model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
@@ -117,9 +84,7 @@ def naive_match(model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor) -
     assert positions is not None
     missing = min(missing, positions.num_embeddings - tokens.shape[1])
     tokens, valid = F.pad(tokens, (0, missing)), F.pad(valid, (0, missing))
-    memory = model.qformer.look(patches.repeat(len(tokens), 1, 1))
-    seen = model.qformer(memory, tokens, masks.bidirectional(model.qformer.queries.shape[1], valid))
-    logits = model.match_head(seen.queries).mean(dim=1).float()
+    logits = model.match(model.qformer.encode_image(patches.repeat(len(tokens), 1, 1)), tokens, valid).float()
     return logits[:, 1] - logits[:, 0]
 
 

@@ -11,16 +11,16 @@ TARGETS = ("openblip2", "hf", "lavis", "onnx")
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A run of ours, a LAVIS .pth, or transformers' BLIP-2 (folder, hub).")],
-    out: Annotated[Path, typer.Argument(help="A new folder (openblip2, hf) or file (lavis: .pth, onnx: .onnx).")],
-    to: Annotated[str, typer.Option(help="openblip2, hf, lavis or onnx.", autocompletion=among(TARGETS))],
-    heads: Annotated[int | None, typer.Option(help="Heads of the Q-Former, if not BERT's 12.")] = None,
-    vision: Annotated[str | None, typer.Option(help="The image encoder, instead of the source's.")] = None,
-    language: Annotated[str | None, typer.Option(help="The language model, instead of the source's.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="The Q-Former's tokenizer, if the source has none.")] = None,
+    source: Annotated[str, typer.Argument(help="A run, a LAVIS .pth, or transformers' BLIP-2 (folder or hub name).")],
+    out: Annotated[Path, typer.Argument(help="New folder (openblip2, hf) or new file (lavis: .pth, onnx: .onnx).")],
+    to: Annotated[str, typer.Option(help="Format: openblip2, hf, lavis or onnx.", autocompletion=among(TARGETS))],
+    heads: Annotated[int | None, typer.Option(help="Attention heads of the Q-Former, if not 12 as in BERT.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Image encoder to use instead of the source's.")] = None,
+    language: Annotated[str | None, typer.Option(help="Language model to use instead of the source's.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the Q-Former, if the source has none.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write published weights as ours, ours as transformers' or LAVIS', or an image path as an ONNX graph."""
+    """Convert weights between openblip2, transformers and LAVIS, or export the image path to ONNX."""
     progress().doing(f"converting {source}")
     from openblip2.weights.convert import convert as write
 

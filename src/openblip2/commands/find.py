@@ -10,12 +10,12 @@ from openblip2.commands.shared import AsJson, keeping, progress, put
 
 
 def index(
-    folder: Annotated[Path, typer.Argument(help="Pictures, in sub-folders too.")],
-    run: Annotated[str, typer.Option(help="A stage-1 run.")],
-    out: Annotated[Path, typer.Option(help="Folder of the index; one that is there is brought up to date.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of images; subfolders are included.")],
+    run: Annotated[str, typer.Option(help="Stage-1 run that encodes the images.")],
+    out: Annotated[Path, typer.Option(help="Folder of the index; an existing index is updated.")],
     as_json: AsJson = False,
 ) -> None:
-    """Make a folder searchable, or bring its index up to date."""
+    """Index a folder of images for search, or update its index."""
     says = progress()
     says.doing(f"loading {run}")
     from openblip2.search.index import update_index
@@ -35,13 +35,13 @@ def index(
 
 
 def search(
-    index: Annotated[Path, typer.Argument(help="A folder that `index` wrote.")],
-    query: Annotated[str, typer.Argument(help="A text, or the path of a picture.")],
-    best: Annotated[int, typer.Option(min=1, max=1000, help="So many pictures.")] = 10,
-    rerank: Annotated[int, typer.Option(min=0, max=1000, help="By text: ITM looks at so many of the best.")] = 0,
+    index: Annotated[Path, typer.Argument(help="Folder written by `index`.")],
+    query: Annotated[str, typer.Argument(help="Text, or path of an image.")],
+    best: Annotated[int, typer.Option(min=1, max=1000, help="Number of images to print.")] = 10,
+    rerank: Annotated[int, typer.Option(min=0, max=1000, help="Text only: best images to re-rank by ITM.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Find pictures by a text, or by a picture like them: `similarity<TAB>path`, the best first."""
+    """Search an index by a text or an image: prints `similarity<TAB>path`, best first."""
     progress().doing(f"loading the model of {index}")
     from openblip2.errors import UserError
     from openblip2.search.find import Finder

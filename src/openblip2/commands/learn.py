@@ -31,24 +31,24 @@ STORED = ("fp16", "bf16", "int8")
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for runs, metrics.json and report.html.")],
+    out: Annotated[Path, typer.Option(help="Output folder for the runs, metrics.json and report.html.")],
     corpus: Annotated[
         str,
-        typer.Option(help="scenes (drawn here) or stamps (Tux Paint's, if installed).", autocompletion=among(CORPORA)),
+        typer.Option(help="scenes (drawn) or stamps (of Tux Paint, if installed).", autocompletion=among(CORPORA)),
     ] = "scenes",
     world: Annotated[
         str | None,
         typer.Option(
-            help=f"Of the scenes: small ({len(WORLDS['small'])} nouns) or full ({len(WORLDS['full'])} nouns).",
+            help=f"Kind of scenes: small ({len(WORLDS['small'])} nouns) or full ({len(WORLDS['full'])} nouns).",
             autocompletion=among(tuple(WORLDS)),
             show_default="small",
         ),
     ] = None,
-    budget: Annotated[float, typer.Option(help="Train both stages for so many times their usual steps.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the scenes and of training.")] = 0,
+    budget: Annotated[float, typer.Option(help="Factor on the usual number of steps of both stages.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes and of training.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Train both stages on small real models and score them on pictures they have never seen."""
+    """Train both stages with small real models, and evaluate them on new images."""
     if corpus not in CORPORA:
         raise UserError(f"unknown corpus {corpus!r}: it must be {' or '.join(CORPORA)}")
     if world is not None and corpus != "scenes":
@@ -82,22 +82,22 @@ def train(
     what: Annotated[
         str,
         typer.Argument(
-            help="stage1 or stage2; or caption, vqa, retrieval: fine-tune a run.", autocompletion=among(TRAININGS)
+            help="stage1 or stage2; or fine-tuning: caption, vqa or retrieval.", autocompletion=among(TRAININGS)
         ),
     ],
-    data: Annotated[str, typer.Option(help="Pictures with captions (vqa: questions): a folder, .csv, shards, ...")],
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    data: Annotated[str, typer.Option(help="Images with captions (vqa: questions): a folder, .csv, shards, ...")],
+    out: Annotated[Path, typer.Option(help="Output folder of the run.")],
     images: Images = None,
     split: Split = None,
     questions: Questions = None,
     preset: Annotated[
-        str, typer.Option(help="Whole settings to begin with.", autocompletion=among(presets))
+        str, typer.Option(help="Name of a complete set of settings.", autocompletion=among(presets))
     ] = "laptop",
-    start: Annotated[Path | None, typer.Option(help="The run to start from: all but stage1 need one.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Run to start from (not for stage1).")] = None,
     changes: Settings = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, if there is one.")] = False,
-    features: Annotated[Path | None, typer.Option(help="A cache that `features` wrote of the same pictures.")] = None,
-    held_out: Annotated[Path | None, typer.Option(help="Pictures to validate on; else a share of --data.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, if any.")] = False,
+    features: Annotated[Path | None, typer.Option(help="Cache of the same images, written by `features`.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Images for validation; default: a part of --data.")] = None,
 ) -> None:
     """Train one stage, or fine-tune a run."""
     # In this order: processes know `Stopped`, not the exit code.
@@ -144,20 +144,20 @@ def train(
 
 
 def features(
-    data: Annotated[Path, typer.Argument(help="A folder, .jsonl or .csv of pictures with captions.")],
-    out: Annotated[Path, typer.Option(help="Folder of the cache; an interrupted one is gone on with.")],
+    data: Annotated[Path, typer.Argument(help="Images with captions: a folder, .jsonl or .csv.")],
+    out: Annotated[Path, typer.Option(help="Folder of the cache; an unfinished cache is continued.")],
     preset: Annotated[
-        str, typer.Option(help="Settings that vision.* comes from.", autocompletion=among(presets))
+        str, typer.Option(help="Preset whose vision.* settings are used.", autocompletion=among(presets))
     ] = "laptop",
     changes: Settings = None,
     precision: Annotated[
         str, typer.Option(help="fp16, bf16 or int8 (half the size).", autocompletion=among(STORED))
     ] = "fp16",
-    views: Annotated[int, typer.Option(min=1, help="2 and more: random crops of each picture, beside it.")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    views: Annotated[int, typer.Option(min=1, help="If above 1: random crops to add to each image.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the required space and time, and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the frozen image encoder over pictures once, for any number of `train --features`."""
+    """Compute the features of images once, for any number of `train --features` runs."""
     from openblip2.config import change
     from openblip2.presets import PRESETS
     from openblip2.presets import preset as find

@@ -20,30 +20,32 @@ SIZES = ("tiny", "laptop", "vit-l", "vit-g")
 def evaluate(
     task: Annotated[str, typer.Argument(help="caption, vqa, retrieval or pointing.", autocompletion=among(TASKS))],
     run: Run,
-    data: Annotated[str, typer.Option(help="As for train; or an official .json, or easy-vqa.")],
-    out: Annotated[Path, typer.Option(help="A JSON file; one line for each sample goes beside it.")],
+    data: Annotated[str, typer.Option(help="Test data: as for `train`, an official .json, or easy-vqa.")],
+    out: Annotated[Path, typer.Option(help="JSON file for the scores; also writes a .jsonl of the samples.")],
     images: Images = None,
     split: Split = None,
     questions: Questions = None,
-    prompt: Annotated[str | None, typer.Option(help="caption: how it shall begin.")] = None,
-    beams: Annotated[int | None, typer.Option(min=1, help="caption, vqa: 1 = greedy; the paper's 5 otherwise.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="caption: text that every caption begins with.")] = None,
+    beams: Annotated[int | None, typer.Option(min=1, help="caption, vqa: beam width, 1 = greedy; default: 5.")] = None,
     metric: Annotated[
         str | None,
-        typer.Option(help="vqa: vqa, vqa-lavis, gqa or exact; else the data's own.", autocompletion=among(METRICS)),
+        typer.Option(help="vqa: vqa, vqa-lavis, gqa or exact; default: by data set.", autocompletion=among(METRICS)),
     ] = None,
-    lemmatised: Annotated[bool, typer.Option("--lemmatised", help="vqa: as OK-VQA is scored.")] = False,
-    slow: Annotated[bool, typer.Option("--slow", help="caption: METEOR and SPICE, too; they need Java.")] = False,
-    rerank: Annotated[int | None, typer.Option(min=0, help="retrieval: candidates for ITM; 128, 0 = none.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="retrieval: only a picture's own captions count.")] = False,
+    lemmatised: Annotated[bool, typer.Option("--lemmatised", help="vqa: compare dictionary forms, as OK-VQA.")] = False,
+    slow: Annotated[bool, typer.Option("--slow", help="caption: also METEOR and SPICE, which need Java.")] = False,
+    rerank: Annotated[
+        int | None, typer.Option(min=0, help="retrieval: ITM candidates, 0 = none; default: 128.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="retrieval: only own captions are correct.")] = False,
     by: Annotated[
         str | None, typer.Option(help="pointing: itc (default) or itm.", autocompletion=among(("itc", "itm")))
     ] = None,
-    features: Annotated[Path | None, typer.Option(help="retrieval: a cache that `features` wrote.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="So many pictures, the first ones.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the confidence intervals.")] = 0,
+    features: Annotated[Path | None, typer.Option(help="retrieval: feature cache written by `features`.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many images, from the beginning.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the confidence intervals.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run: every score with its 95 % interval, and what it depends on."""
+    """Evaluate a run: scores with 95 % confidence intervals, and the protocol."""
     says = progress()
     says.doing(f"loading {run}")
     from openblip2.data.sources import read_source
@@ -66,11 +68,11 @@ def evaluate(
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="What `evaluate` wrote of one run.")],
-    second: Annotated[Path, typer.Argument(help="And of another, on the same data.")],
+    first: Annotated[Path, typer.Argument(help="JSON file that `evaluate` wrote for the first run.")],
+    second: Annotated[Path, typer.Argument(help="JSON file for the second run, on the same data.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say which of two results is better, and whether by more than luck: differences with 95 % intervals."""
+    """Compare two evaluation results: differences with 95 % confidence intervals."""
     progress().doing("comparing")
     from openblip2.score.compare import compare as differences
 
@@ -83,16 +85,16 @@ def compare(
 
 
 def doctor(
-    run: Annotated[str, typer.Argument(help="A run, finished or not; with pictures, published weights, too.")],
+    run: Annotated[str, typer.Argument(help="A run, finished or not; with images also published weights.")],
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="Two pictures or more: the model is loaded, and its effective rank on them is measured."),
+        typer.Argument(help="At least two images, to measure the effective rank of the model's queries."),
     ] = None,
-    question: Annotated[str | None, typer.Option(help="With pictures: for a Q-Former that reads questions.")] = None,
-    out: Annotated[Path | None, typer.Option(help="An HTML file with findings and curves, without pictures.")] = None,
+    question: Annotated[str | None, typer.Option(help="For a Q-Former that reads questions, with images.")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file for findings and curves; not with images.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how a run is doing and what to try, by its log; or whether its queries differ, on pictures."""
+    """Diagnose a run from its log, or measure on images whether its queries differ."""
     from dataclasses import asdict
 
     if images:
@@ -138,12 +140,12 @@ def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Find
 
 
 def bench_real(
-    out: Annotated[Path, typer.Option(help="Folder for pictures, runs, real.json and real.md.")],
-    fold: Annotated[list[int] | None, typer.Option(help="One of the folds 0 to 4; may be given many times.")] = None,
-    table: Annotated[Path | None, typer.Option(help="A document to put the table into, between its marks.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the folds and of training.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output folder for images, runs, real.json and real.md.")],
+    fold: Annotated[list[int] | None, typer.Option(help="Fold to run, 0 to 4; can be repeated; default: all.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Markdown file whose marked table is replaced.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the folds and of training.")] = 0,
 ) -> None:
-    """Train and score on real pictures of four sources, fold by fold: hours on a laptop; it goes on where it was."""
+    """Train and evaluate on real images of four sources; takes hours and can be resumed."""
     says = progress()
     says.doing("gathering pictures")
     from openblip2.studies.real import Plan
@@ -159,15 +161,15 @@ def bench(
     size: Annotated[
         str, typer.Option(help="tiny, laptop, vit-l or vit-g; weights are random.", autocompletion=among(SIZES))
     ] = "laptop",
-    case: Annotated[list[str] | None, typer.Option(help="Of one comparison; may be given many times.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the figures.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each way, in turn.")] = 3,
+    case: Annotated[list[str] | None, typer.Option(help="Comparison to run; can be repeated; default: all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed runs of each implementation.")] = 3,
     precision: Annotated[
-        str, typer.Option(help="auto, bf16 or fp32.", autocompletion=among(("auto", "bf16", "fp32")))
+        str, typer.Option(help="Precision: auto, bf16 or fp32.", autocompletion=among(("auto", "bf16", "fp32")))
     ] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Time our way beside the naive one and transformers' BLIP-2: same weights, same inputs, outputs checked equal."""
+    """Compare speed and memory with naive implementations and transformers' BLIP-2."""
     says = progress()
     says.doing("loading torch and transformers")
     from openblip2.bench.run import run_bench

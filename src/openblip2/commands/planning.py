@@ -18,35 +18,35 @@ def plan(
     preset: Annotated[
         str,
         typer.Option(
-            help="stage1-vit-g, for one: a stage, a dash, and a preset of `train`.",
+            help="Stage and preset of `train`, for example stage1-vit-g.",
             autocompletion=among(lambda: [f"{stage}-{name}" for stage in STAGES for name in presets(stage)]),
         ),
     ],
     gpus: Annotated[
-        str, typer.Option(help="16xA100-40G; A100-80G, H100, H200, V100-32G, L40S, 4090, T4, ...; or cpu.")
+        str, typer.Option(help="For example 16xA100-40G; A100-80G, H100, H200, V100-32G, L40S, 4090, T4, ...; or cpu.")
     ],
-    efficiency: Annotated[float | None, typer.Option(help="Share of the peak; else what runs reach.")] = None,
-    measured: Annotated[Path | None, typer.Option(help="Efficiency from a file that `bench --out` wrote.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Pairs over all GPUs; else the preset's.")] = None,
-    images: Annotated[str, typer.Option(help="In the data: 129M, 14.5K or a number.")] = "129M",
+    efficiency: Annotated[float | None, typer.Option(help="Fraction of the peak; default: of published runs.")] = None,
+    measured: Annotated[Path | None, typer.Option(help="File of `bench --out` to take the efficiency from.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pairs over all GPUs; default: the preset's.")] = None,
+    images: Annotated[str, typer.Option(help="Number of images in the data, for example 129M or 14.5K.")] = "129M",
     parallel: Annotated[
         str | None,
         typer.Option(
-            help="ddp or fsdp2: frozen layers in pieces over the GPUs.", autocompletion=among(("ddp", "fsdp2"))
+            help="ddp or fsdp2 (shards the frozen layers over the GPUs).", autocompletion=among(("ddp", "fsdp2"))
         ),
     ] = None,
     cached: Annotated[
-        bool | None, typer.Option("--cached/--no-cached", help="Features from a cache; else as data.augment has it.")
+        bool | None, typer.Option("--cached/--no-cached", help="Read features from a cache; default: by data.augment.")
     ] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(help="Captions are padded to so many; else data.max_tokens.")
+        int | None, typer.Option(help="Tokens that captions are padded to; default: data.max_tokens.")
     ] = None,
-    per_machine: Annotated[int, typer.Option(min=1, help="GPUs of a machine.")] = 8,
-    network: Annotated[float, typer.Option(min=0.001, help="Between machines, Gbit a second of each.")] = 100.0,
+    per_machine: Annotated[int, typer.Option(min=1, help="GPUs per machine.")] = 8,
+    network: Annotated[float, typer.Option(min=0.001, help="Gbit per second of each machine's network.")] = 100.0,
     as_json: AsJson = False,
     changes: Settings = None,
 ) -> None:
-    """Say what a run will need before it is paid for: memory, FLOPs, days, a cache, network. Nothing is downloaded."""
+    """Estimate memory, time, disk and network of a run. Downloads nothing."""
     progress().doing("planning")
     from openblip2.config import change
     from openblip2.plan.gpus import CPU, read_cluster

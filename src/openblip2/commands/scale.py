@@ -15,14 +15,14 @@ READERS = ("web", "coco", "vg", "cc3m", "cc12m", "sbu", "laion")
 
 def prepare(
     data: Annotated[str, typer.Argument(help="A folder, .jsonl or .csv, an official .json, easy-vqa or stamps.")],
-    out: Annotated[Path, typer.Option(help="Folder of the shards; an interrupted run is gone on with.")],
+    out: Annotated[Path, typer.Option(help="Output folder of the shards; an interrupted run is continued.")],
     images: Images = None,
     split: Split = None,
-    size: Annotated[int, typer.Option(min=1, help="Samples of a shard.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of the samples.")] = 0,
+    size: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the samples.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Turn pictures with captions into shards for `train --data`."""
+    """Convert images with captions into shards for `train --data`."""
     says = progress()
     says.doing(f"reading {data}")
     from openblip2.data.sources import read_corpus
@@ -44,28 +44,28 @@ def prepare(
 
 
 def capfilt(
-    shards: Annotated[str, typer.Argument(help="A folder of .tar files, 'web/{00000..00099}.tar', or URLs.")],
-    captioner: Annotated[str, typer.Option(help="A stage-2 run.")],
-    ranker: Annotated[str, typer.Option(help="A stage-1 run, or a CLIP of transformers: a folder or hub name.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new shards; an interrupted run is gone on with.")],
-    captions: Annotated[int | None, typer.Option(min=1, help="Sampled for each picture; else 10, for itm 1.")] = None,
-    top_p: Annotated[float, typer.Option(help="Of the nucleus that words are sampled from.")] = 0.9,
-    keep: Annotated[int, typer.Option(min=1, help="Captions of a picture that are kept.")] = 2,
+    shards: Annotated[str, typer.Argument(help="Folder of .tar files, 'web/{00000..00099}.tar', or URLs.")],
+    captioner: Annotated[str, typer.Option(help="Stage-2 run that writes captions.")],
+    ranker: Annotated[str, typer.Option(help="Stage-1 run, or a CLIP of transformers (folder or hub name).")],
+    out: Annotated[Path, typer.Option(help="Output folder of the new shards; an interrupted run is continued.")],
+    captions: Annotated[int | None, typer.Option(min=1, help="Captions to sample; default: 10, with itm 1.")] = None,
+    top_p: Annotated[float, typer.Option(help="Probability mass for nucleus sampling.")] = 0.9,
+    keep: Annotated[int, typer.Option(min=1, help="Captions to keep per image.")] = 2,
     filter: Annotated[
         str,
-        typer.Option(help="similarity; or itm, BLIP's: drops what does not match.", autocompletion=among(FILTERS)),
+        typer.Option(help="similarity; or itm: drop captions that do not match.", autocompletion=among(FILTERS)),
     ] = "similarity",
-    threshold: Annotated[float | None, typer.Option(help="itm: of the probability of a match; else 0.5.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the captions.")] = 0,
+    threshold: Annotated[float | None, typer.Option(help="itm: minimum match probability; default: 0.5.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled captions.")] = 0,
     reader: Annotated[
         str,
-        typer.Option(help="Of the shards: web, coco, vg, cc3m, cc12m, sbu or laion.", autocompletion=among(READERS)),
+        typer.Option(help="Kind of data: web, coco, vg, cc3m, cc12m, sbu or laion.", autocompletion=among(READERS)),
     ] = "web",
-    part: Annotated[str, typer.Option(help="K/N: every Nth shard from the Kth on, for job arrays.")] = "1/1",
-    ray: Annotated[int, typer.Option(min=0, help="Workers on a Ray cluster; 0 = this process.")] = 0,
+    part: Annotated[str, typer.Option(help="K/N: process every Nth shard from the Kth on, for job arrays.")] = "1/1",
+    ray: Annotated[int, typer.Option(min=0, help="Number of workers on a Ray cluster; 0 = this process.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Caption the pictures of shards anew and keep the captions that fit best: CapFilt, for `train --data`."""
+    """CapFilt: sample new captions for the images of shards, and keep the captions that fit best."""
     says = progress()
     says.doing(f"loading {captioner} and {ranker}")
     from openblip2.capfilt.how import How

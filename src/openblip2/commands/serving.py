@@ -1,4 +1,4 @@
-"""Commands that serve a run and measure the server: serve, bench-serve."""
+"""Commands that put a run behind a page and an API, and press it: serve, bench-serve."""
 
 import os
 from pathlib import Path
@@ -14,21 +14,17 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def serve(
     run: Run,
-    matcher: Annotated[
-        str | None, typer.Option(help="A stage-1 run to serve as well; default: the one RUN was trained from.")
-    ] = None,
-    index: Annotated[Path | None, typer.Option(help="A folder that `openblip2 index` wrote.")] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; any but this machine's own needs --token.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any free port.")] = 8000,
+    matcher: Annotated[str | None, typer.Option(help="Stage-1 run; default: the one RUN started from.")] = None,
+    index: Annotated[Path | None, typer.Option(help="Folder written by `index`, for search.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; all but 127.0.0.1 need --token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 = any free port.")] = 8000,
     token: Annotated[str | None, typer.Option(envvar="OPENBLIP2_TOKEN", help="Token that clients must send.")] = None,
-    name: Annotated[list[str] | None, typer.Option(help="Host name of the server; may be repeated.")] = None,
-    queue: Annotated[int, typer.Option(min=1, help="Most requests that wait or run; others get status 429.")] = 64,
-    batch: Annotated[int, typer.Option(min=1, help="Most requests in one batch.")] = 16,
-    seconds: Annotated[float, typer.Option(min=1, help="Time limit of a request.")] = 60.0,
-    megabytes: Annotated[float, typer.Option(min=0.01, max=64, help="Size limit of a request.")] = 16.0,
-    remote: Annotated[bool, typer.Option("--remote-images", help="Fetch pictures from public addresses.")] = False,
+    name: Annotated[list[str] | None, typer.Option(help="Host name of the server; can be repeated.")] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Maximum number of waiting requests; more get status 429.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Maximum number of requests in one batch.")] = 16,
+    seconds: Annotated[float, typer.Option(min=1, help="Time limit for one request, in seconds.")] = 60.0,
+    megabytes: Annotated[float, typer.Option(min=0.01, max=64, help="Size limit for one request, in MiB.")] = 16.0,
+    remote: Annotated[bool, typer.Option("--remote-images", help="Allow images from public URLs.")] = False,
 ) -> None:
     """Serve a run as a web page and an OpenAI-compatible API."""
     from openblip2.serve.batcher import Limits
@@ -44,14 +40,14 @@ def serve(
 
 def bench_serve(
     run: Run,
-    pictures: Annotated[Path, typer.Argument(help="A folder of them.")],
-    clients: Annotated[int, typer.Option(min=1, help="Each asks again as soon as it is answered.")] = 200,
-    seconds: Annotated[float, typer.Option(min=1, help="Of each batch size.")] = 120.0,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="As for serve; may be repeated; 16.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the figures.")] = None,
+    pictures: Annotated[Path, typer.Argument(help="Folder of images for the requests.")],
+    clients: Annotated[int, typer.Option(min=1, help="Number of clients that send requests at once.")] = 200,
+    seconds: Annotated[float, typer.Option(min=1, help="Duration for each batch size, in seconds.")] = 120.0,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; can be repeated; default: 16.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Press a server with many clients: throughput, latency, memory, with requests run together and one at a time."""
+    """Load test of the server: throughput, latency and memory with many clients."""
     from openblip2.bench.load import bench_serve as press
     from openblip2.train.checkpoint import write_json
 

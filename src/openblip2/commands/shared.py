@@ -15,15 +15,15 @@ from openblip2.errors import UserError
 if TYPE_CHECKING:
     from openblip2.progress import Progress
 
-Run = Annotated[str, typer.Argument(help="A run that `train` or `demo` wrote, or published weights; see `convert`.")]
-Images = Annotated[Path | None, typer.Option(help="The pictures' folder, where --data is an official .json.")]
-Split = Annotated[str | None, typer.Option(help="Of an official file with many, or of easy-vqa.")]
-Questions = Annotated[Path | None, typer.Option(help="The second file of VQAv2 and OK-VQA.")]
+Run = Annotated[str, typer.Argument(help="Run written by `train` or `demo`, or published weights (see `convert`).")]
+Images = Annotated[Path | None, typer.Option(help="Folder of the images, if --data is an official .json.")]
+Split = Annotated[str | None, typer.Option(help="Split of an official file with several splits, or of easy-vqa.")]
+Questions = Annotated[Path | None, typer.Option(help="File of the questions, for VQAv2 and OK-VQA.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="section.field=value; may be given many times.", metavar="NAME=VALUE"),
+    typer.Option("--set", help="Change a setting, for example optim.lr=2e-4; can be repeated.", metavar="NAME=VALUE"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Standard output is JSON, one object a line.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, one object per line.")]
 
 _asked = {"quiet": False}
 

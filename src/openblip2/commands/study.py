@@ -16,16 +16,16 @@ def ablate(
         str,
         typer.Argument(help="stage1, itg, queries, encoder, warm-start or capfilt.", autocompletion=among(STUDIES)),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for runs, ablation.json, ablation.md and ablation.svg.")],
-    seeds: Annotated[str, typer.Option(help="Of training, with commas: each way is trained with each.")] = "0",
-    scenes: Annotated[int | None, typer.Option(min=8, help="Pictures to train on; else the study's own.")] = None,
-    test_scenes: Annotated[int, typer.Option(min=8, help="Pictures to score on.")] = 200,
-    values: Annotated[str | None, typer.Option(help="queries: how many; warm-start: pictures; with commas.")] = None,
-    stage1_steps: Annotated[int | None, typer.Option(min=1, help="Else the study's own.")] = None,
-    stage2_steps: Annotated[int | None, typer.Option(min=1, help="Else the study's own.")] = None,
+    out: Annotated[Path, typer.Option(help="Output folder for runs, ablation.json, ablation.md and ablation.svg.")],
+    seeds: Annotated[str, typer.Option(help="Training seeds, separated by commas.")] = "0",
+    scenes: Annotated[int | None, typer.Option(min=8, help="Training images; default: set by the study.")] = None,
+    test_scenes: Annotated[int, typer.Option(min=8, help="Number of test images.")] = 200,
+    values: Annotated[str | None, typer.Option(help="Numbers of queries or images, with commas.")] = None,
+    stage1_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 1; default: by study.")] = None,
+    stage2_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 2; default: by study.")] = None,
     changes: Settings = None,
 ) -> None:
-    """Run one of the paper's ablations, or of ours, on drawn scenes; interrupted, it goes on where it was."""
+    """Run one of the ablation studies on drawn scenes; can be resumed."""
     says = progress()
     says.doing("drawing scenes")
     from openblip2.studies.ablations import ablate as run

@@ -12,12 +12,12 @@ from openblip2.errors import UserError
 
 def caption(
     run: Run,
-    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
-    prompt: Annotated[str | None, typer.Option(help="How the caption shall begin, or what is asked for.")] = None,
-    beams: Annotated[int, typer.Option(min=1, help="1 = greedy.")] = 5,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    prompt: Annotated[str | None, typer.Option(help="Text that the caption begins with, or an instruction.")] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beam width; 1 = greedy.")] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Describe pictures: one line each, `path<TAB>caption`."""
+    """Write captions for images: prints `path<TAB>caption` for each."""
     from dataclasses import replace
 
     model = load_captioner(run)
@@ -34,22 +34,22 @@ def caption(
 
 def answer(
     run: Run,
-    image: Annotated[Path, typer.Argument(help="A picture.")],
-    question: Annotated[str, typer.Argument(help="A question about it.")],
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    question: Annotated[str, typer.Argument(help="Question about the image.")],
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question about a picture."""
+    """Answer a question about an image."""
     (text,) = load_captioner(run).answer([image], [question])
     put({"path": str(image), "question": question, "answer": text}) if as_json else typer.echo(text)
 
 
 def chat(
     run: Run,
-    image: Annotated[Path, typer.Argument(help="A picture.")],
-    question: Annotated[str | None, typer.Option(help="How a line is put, {} being it, if not the run's way.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Of an answer, at most.")] = 30,
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    question: Annotated[str | None, typer.Option(help="Form of a question, with {} for the text.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 30,
 ) -> None:
-    """Talk about a picture: a line in, an answer out, each behind the earlier ones, until the input ends."""
+    """Chat about an image: reads questions line by line and answers them in context."""
     from dataclasses import replace
 
     model = load_captioner(run)
@@ -77,11 +77,11 @@ def chat(
 
 def rank(
     run: Run,
-    text: Annotated[str, typer.Argument(help="What to look for.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    text: Annotated[str, typer.Argument(help="Text to compare the images with.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
     as_json: AsJson = False,
 ) -> None:
-    """Order pictures by how well they fit a text, the best first: `similarity<TAB>path`."""
+    """Rank images by similarity to a text: prints `similarity<TAB>path`, best first."""
     says = progress()
     says.doing(f"loading {run}")
     from openblip2.inference import load
@@ -103,16 +103,16 @@ def rank(
 
 def attend(
     run: Run,
-    image: Annotated[Path, typer.Argument(help="A picture.")],
-    out: Annotated[Path, typer.Option(help="Folder for the drawn maps.")],
-    text: Annotated[str | None, typer.Option(help="What is explained; a stage 2 writes it itself.")] = None,
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    out: Annotated[Path, typer.Option(help="Output folder for the attention maps.")],
+    text: Annotated[str | None, typer.Option(help="Text to explain; default for stage 2: its own caption.")] = None,
     by: Annotated[
         str,
-        typer.Option(help="Of a stage 1: the score of the text, itc or itm.", autocompletion=among(("itc", "itm"))),
+        typer.Option(help="Stage-1 runs: score to explain, itc or itm.", autocompletion=among(("itc", "itm"))),
     ] = "itc",
     as_json: AsJson = False,
 ) -> None:
-    """Draw where the queries look, and what a text rests on."""
+    """Draw attention maps of the queries, and which image regions a text depends on."""
     progress().doing(f"loading {run}")
     from openblip2.attend import BY, look, overlay, sheet
     from openblip2.inference import load

@@ -29,7 +29,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "warm_start": False,
             "optim.lr": 5e-4,
             "train.steps": 300,
-            "stage1.matching_from": 100,
+            "stage1.itm_start_step": 100,
             "stage1.decorrelation": 1.0,
         },
         "stage2": {**APART, "vision.image_size": 112, "train.steps": 200},
@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "plan": {},
         "stage1": {
             "train.steps": 60,
-            "stage1.matching_from": 20,
+            "stage1.itm_start_step": 20,
             "train.validate_every": 20,
             "optim.lr": 2e-4,
             "qformer.dropout": 0.1,
@@ -107,12 +107,12 @@ def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: 
     stages = {stage: change(preset(stage, "laptop"), recipe[stage]) for stage in ("stage1", "stage2")}
     steps = {stage: max(1, round(budget * settings.train.steps)) for stage, settings in stages.items()}
     # Fewer steps than usual leave matching its share of them.
-    matching = round(min(1, budget) * stages["stage1"].stage1.matching_from)
+    matching = round(min(1, budget) * stages["stage1"].stage1.itm_start_step)
     return Plan(
         corpus,
         world,
         seed,
-        stage1=change(stages["stage1"], {"train.steps": steps["stage1"], "stage1.matching_from": matching}),
+        stage1=change(stages["stage1"], {"train.steps": steps["stage1"], "stage1.itm_start_step": matching}),
         stage2=change(stages["stage2"], {"train.steps": steps["stage2"]}),
         **recipe["plan"],
     )

@@ -27,7 +27,10 @@ FEW_QUERIES = 0.25  # of the queries: fewer are used, in effect
 COLLAPSED = 1.5
 DISTINCT = 2.0  # two directions of equal size; with more than 8 queries FEW_QUERIES of them, as `queries_used`
 FEWEST_JUDGED = 4  # queries: fewer can hardly be far above 1.5
-SPREAD = "stage 1 with stage1.decorrelation=1: stage 2 cannot separate equal queries; or fewer queries, which then lose nothing"
+SPREAD = (
+    "stage 1 with stage1.decorrelation=1, because stage 2 cannot separate equal queries; or fewer queries, which then "
+    "lose nothing"
+)
 SPIKE = 10.0  # times the median norm of the gradient
 MEMORISED = 1.0  # nats between training and held-out loss
 LAST = 20  # steps whose mean is "now"

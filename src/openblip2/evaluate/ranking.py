@@ -84,7 +84,7 @@ class Matches:
         lengths = valid.sum(dim=1)
         bounds = torch.searchsorted(self.codes, torch.arange(self.images + 1, device=self.codes.device) * self.texts)
         for n, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-            memory = model.qformer.look(features(n))
+            memory = model.qformer.encode_image(features(n))
             texts = self.codes[first:last] - n * self.texts
             for part in lengths[texts].argsort(stable=True).split(CHUNK):
                 rows = texts[part]

@@ -17,7 +17,7 @@ CHUNK = 64  # images, texts or pairs at once
 
 def image_vectors(model: Stage1, features: Tensor) -> Tensor:
     """Query directions of all images: `features [N, P, V]` -> `[N, Q, E]`."""
-    parts = [model.image_vectors(model.qformer(model.qformer.look(part))) for part in features.split(CHUNK)]
+    parts = [model.image_vectors(model.qformer.query_output(part)) for part in features.split(CHUNK)]
     return torch.cat(parts)
 
 

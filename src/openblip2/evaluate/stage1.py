@@ -9,9 +9,8 @@ from openblip2.data.cache.features import Features
 from openblip2.data.tokens import QFormerTokens
 from openblip2.evaluate.effective_rank import effective_rank
 from openblip2.evaluate.retrieval import recalls, similarities, text_vectors
-from openblip2.model.objectives import Rivals, similarity
-from openblip2.model.qformer import Seen
-from openblip2.model.stage1 import Stage1, pair_up
+from openblip2.model.objectives import HardNegatives, similarity
+from openblip2.model.stage1 import Stage1, itm_pairs
 
 GROUP = 48  # pairs at once: the losses' in-batch negatives, as many as a small batch has
 
@@ -34,14 +33,14 @@ def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, see
         ids = pair_ids(rows.tolist(), [captions[row] for row in rows.tolist()]).to(device)
         parts = model.losses(part, real, ids, features=features)
         for name, value in parts.items():
-            sums[name] += float(value) * len(rows) / len(captions)
+            sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(captions)
         hits, pairs = matching_hits(model, features, part, real, ids)
         right, count = right + hits, count + pairs
         hits, pairs = easy_hits(model, features, part, real, ids)
         easy_right, easy_count = easy_right + hits, easy_count + pairs
         outputs.append(model.qformer.query_output(features))
     queries = torch.cat(outputs)
-    images, words = model.image_vectors(Seen(queries, None, ())), text_vectors(model, texts, valid)
+    images, words = model.image_vectors(queries), text_vectors(model, texts, valid)
     scores = torch.cat([similarity(part, words) for part in images.split(GROUP)])
     same = torch.tensor([[a == b for b in captions] for a in captions], device=device)
     found = recalls(scores, scores, same, ks=(1,))
@@ -62,7 +61,7 @@ def easy_hits(
     """As `matching_hits`, with each picture's own text and the next picture's."""
     other = torch.arange(len(ids), device=ids.device).roll(-1)
     wrong = ids != ids[other]
-    memory = model.qformer.look(features)
+    memory = model.qformer.encode_image(features)
     own = model.match(memory, tokens, valid).argmax(1).bool()[wrong]
     next_one = model.match(memory, tokens[other], valid[other]).argmax(1).bool()[wrong]
     return int(own.sum() + (~next_one).sum()), 2 * int(wrong.sum())
@@ -87,8 +86,8 @@ def matching_hits(
     scores = similarities(model, features, tokens, valid)
     same = ids[:, None] == ids[None, :]
     hardest, none = scores.masked_fill(same, -torch.inf), same.all(dim=1)
-    rivals = Rivals(hardest.argmax(1).masked_fill(none, -1), hardest.argmax(0).masked_fill(none, -1))
-    pairs = pair_up(tokens, valid, rivals)
-    memory = model.qformer.look(features).take(pairs.images)
+    rivals = HardNegatives(hardest.argmax(1).masked_fill(none, -1), hardest.argmax(0).masked_fill(none, -1))
+    pairs = itm_pairs(tokens, valid, rivals)
+    memory = model.qformer.encode_image(features).take(pairs.images)
     logits = model.match(memory, pairs.tokens, pairs.valid)
     return int((logits.argmax(1).bool() == pairs.is_match).sum()), len(pairs.is_match)

@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 
 from openblip2.errors import UserError, one_line
-from openblip2.model.qformer import Attention, FeedForward, QFormer, WordHead
+from openblip2.model.blocks import Attention, FeedForward, LMHead
+from openblip2.model.qformer import QFormer
 
 
 def bert_sizes(start: str) -> dict[str, int]:
@@ -52,11 +53,11 @@ def bert_tokenizer(start: str, vocabulary: int | None = None) -> Any:
     return tokenizer
 
 
-def start_from_bert(qformer: QFormer, start: str, head: WordHead | None = None) -> None:
+def start_from_bert(qformer: QFormer, start: str, head: LMHead | None = None) -> None:
     """Copies BERT into a Q-Former of its sizes, in place.
 
     The text stream becomes BERT's own (less its token types, which the Q-Former has not); the query FFN starts as
-    a copy of BERT's FFN; cross-attention, queries and the row of `[DEC]` keep their random start. The word head
+    a copy of BERT's FFN; cross-attention, queries and the row of `[DEC]` keep their random start. The LM head
     takes BERT's masked-language-model head; a checkpoint without one (a sentence encoder) leaves it random.
 
     Raises:
@@ -75,9 +76,9 @@ def start_from_bert(qformer: QFormer, start: str, head: WordHead | None = None) 
         )
     bert = source.bert
     _copy(qformer.norm, bert.embeddings.LayerNorm)
-    if qformer.words is not None and qformer.positions is not None:
+    if qformer.word_embeddings is not None and qformer.positions is not None:
         vocabulary = bert.embeddings.word_embeddings.weight.shape[0]
-        qformer.words.weight.data[:vocabulary] = bert.embeddings.word_embeddings.weight.data
+        qformer.word_embeddings.weight.data[:vocabulary] = bert.embeddings.word_embeddings.weight.data
         _copy(qformer.positions, bert.embeddings.position_embeddings)
     for mine, theirs in zip(qformer.layers, bert.encoder.layer, strict=True):
         _copy_attention(mine.attention, theirs.attention)  # pyright: ignore[reportArgumentType]

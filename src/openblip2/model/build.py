@@ -71,13 +71,13 @@ def build_stage1(
         settings.stage1.shared_width,
         settings.stage1.temperature,
         settings.stage1.label_smoothing,
-        settings.stage1.one_sided,
+        settings.stage1.detach_gathered,
         writes,
         settings.stage1.contrast,
         settings.stage1.decorrelation,
     )
     if sizes is None:
-        start_from_bert(model.qformer, qformer.start, model.word_head)
+        start_from_bert(model.qformer, qformer.start, model.lm_head)
     else:
         add_adapters(model, settings)
     return model
@@ -130,15 +130,15 @@ def require_extras(settings: RunSettings) -> None:
         UserError: they do not, or one is not.
     """
     language = settings.language
-    if settings.stage1.one_sided and settings.stage1.contrast == "sigmoid":
+    if settings.stage1.detach_gathered and settings.stage1.contrast == "sigmoid":
         raise UserError(
-            "stage1.one_sided=true belongs to the two directions of stage1.contrast=softmax; sigmoid has one: leave "
-            "one_sided out"
+            "stage1.detach_gathered=true belongs to the two directions of stage1.contrast=softmax; sigmoid has one: "
+            "leave detach_gathered out"
         )
     objectives = settings.stage1.objectives
-    if not objectives or (set(objectives) == {"itm"} and settings.stage1.matching_from):
+    if not objectives or (set(objectives) == {"itm"} and settings.stage1.itm_start_step):
         raise UserError(
-            f"stage1.objectives={list(objectives)}, stage1.matching_from={settings.stage1.matching_from}: there are "
+            f"stage1.objectives={list(objectives)}, stage1.itm_start_step={settings.stage1.itm_start_step}: there are "
             "steps with nothing to train; name one more of itc, itm, itg"
         )
     if settings.vision.trained and settings.vision.weights not in ("auto", "fp32"):

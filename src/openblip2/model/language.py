@@ -141,18 +141,13 @@ class FrozenLM(nn.Module):
 class DecoderLM(FrozenLM):
     """A frozen causal language model: `[before] [Q soft tokens] [after, prompt] caption END`."""
 
-    def loss(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> Tensor:
-        """Mean cross-entropy of the captions' tokens and END; the prompt, soft tokens and padding have no target.
-
-        Args:
-            soft: `[B, Q, L]`. prompts, captions: B texts each.
-        """
-        return self.scored(soft, prompts, captions)[0]
-
     def scored(
         self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str], draws: Sequence[float] | None = None
     ) -> tuple[Tensor, int]:
-        """`loss`, and how many positions it is the mean of; `draws` is for the other kind: nothing is split here."""
+        """Mean cross-entropy of the captions' tokens and END, `soft [B, Q, L]`, and how many positions these are.
+
+        The prompt, soft tokens and padding have no target. `draws` is for encoder-decoders: nothing is split here.
+        """
         heads = [self._head(prompt, soft.shape[1]) for prompt in prompts]
         tails = [self._caption(prompt, caption) for prompt, caption in zip(prompts, captions, strict=True)]
         # What a layer computes again would be put into the cache again: then all rows are read whole.
@@ -237,17 +232,10 @@ class EncoderDecoderLM(FrozenLM):
 
     splits = True
 
-    def loss(self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str]) -> Tensor:
-        """Prefix language modelling: mean cross-entropy of each caption's suffix, `soft [B, Q, L]`, B texts each.
-
-        The split points come from torch's global generator.
-        """
-        return self.scored(soft, prompts, captions)[0]
-
     def scored(
         self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str], draws: Sequence[float] | None = None
     ) -> tuple[Tensor, int]:
-        """`loss`, and how many positions it is the mean of.
+        """Prefix language modelling: mean cross-entropy of each caption's suffix, and how many positions these are.
 
         `draws`: B in [0, 1), where each caption is split; None = from torch's generator.
         """
@@ -300,7 +288,17 @@ def split_caption(caption: str, draw: float | None = None) -> tuple[str, str]:
 
 
 def _end_ids(tokenizer: Any, end: str | None) -> list[int]:
-    end = tokenizer.eos_token if end is None else end
-    if not end:
-        raise UserError("this tokenizer has no end-of-sequence token: set language.end to the text that ends a caption")
-    return text_ids(tokenizer, end)
+    if end is None:
+        if not tokenizer.eos_token:
+            raise UserError(
+                "this tokenizer has no end-of-sequence token: set language.end to the text that ends a caption"
+            )
+        return text_ids(tokenizer, tokenizer.eos_token)
+    ids = text_ids(tokenizer, end)
+    # T5's tokenizers, for one, drop line breaks: no text would ever end before the limit.
+    if not ids or tokenizer.unk_token_id in ids:
+        raise UserError(
+            f"language.end={end!r} is no token of this language model's tokenizer: set language.end to another text, "
+            "or to null for its end-of-sequence token"
+        )
+    return ids

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip2.model.objectives import chunked_cross_entropy
+from openblip2.model.fast.chunked_loss import chunked_cross_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,31 +1,72 @@
-"""The Querying Transformer (paper, section 3.1).
+"""The Querying Transformer (paper, section 3.1 and figure 2).
 
-One BERT-shaped stack, two streams of rows that share its self-attention: `Q` learned queries, which look at
-the image by cross-attention in every second layer and have a feed-forward network of their own, and `T` text
-tokens, which never see the image directly and keep BERT's feed-forward network.
+One BERT-shaped stack, two streams of rows that share its self-attention: `Q` learned queries, which read the image
+by cross-attention in every second layer and have a feed-forward network of their own, and `T` text tokens, which
+never read the image directly and keep BERT's feed-forward network.
+
+Who may attend to whom tells the three objectives apart. Figure 2 with Q = 2, T = 4 and a last token that is padding;
+rows attend to columns, query rows come before text rows, 1 = may attend. Below it are the passes that use each mask:
+
+    uni-modal (ITC)      bi-directional (ITM)   multimodal causal (ITG)
+    1 1 . . . .          1 1 1 1 1 .            1 1 . . . .
+    1 1 . . . .          1 1 1 1 1 .            1 1 . . . .
+    . . 1 1 1 .          1 1 1 1 1 .            1 1 1 . . .
+    . . 1 1 1 .          1 1 1 1 1 .            1 1 1 1 . .
+    . . 1 1 1 .          1 1 1 1 1 .            1 1 1 1 1 .
+    query_pass           joint_pass             causal_pass
+    text_pass
 
 Shapes: B images, P patch tokens, V encoder width, Q queries, T text tokens, D width, H heads, W vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-INIT_STD = 0.02  # BERT's, and the paper's for the queries
-NORM_EPS = 1e-12  # BERT's
+from openblip2.model.blocks import INIT_STD, NORM_EPS, Attention, FeedForward, KeysValues
 
-KeysValues = tuple[Tensor, Tensor]  # each [B, H, rows, D / H]
+Cache = tuple[KeysValues, ...]  # self-attention keys and values, one pair for each layer
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What the Q-Former may know of the images: cross-attention keys and values, one pair for each crossing layer.
+def unimodal_mask(queries: int, valid: Tensor) -> Tensor:
+    """ITC: queries attend to queries and text to text.
 
-    They depend on the image alone, so they are computed once and shared by every pass over that image.
+    Args:
+        queries: Q; 0 gives the mask of a pass over text alone.
+        valid: `[B, T]` bool, True = a real token, not padding.
+
+    Returns:
+        `[B, 1, Q + T, Q + T]` bool, to be broadcast over attention heads.
+    """
+    rows, columns, real = _grid(queries, valid)
+    return real & ((rows < queries) == (columns < queries))
+
+
+def bidirectional_mask(queries: int, valid: Tensor) -> Tensor:
+    """ITM: every row attends to every row but padding; arguments and shape as for `unimodal_mask`."""
+    rows, _, real = _grid(queries, valid)
+    return real & (rows >= 0)
+
+
+def causal_mask(queries: int, valid: Tensor) -> Tensor:
+    """ITG: a query attends to queries, a token to queries, itself and what is before it; as for `unimodal_mask`."""
+    rows, columns, real = _grid(queries, valid)
+    return real & ((columns < queries) | (columns <= rows))
+
+
+def _grid(queries: int, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row numbers `[Q + T, 1]`, column numbers `[Q + T]`, and which columns are no padding: `[B, 1, 1, Q + T]`."""
+    numbers = torch.arange(queries + valid.shape[1], device=valid.device)
+    real = torch.cat([valid.new_ones(len(valid), queries), valid], dim=1).bool()
+    return numbers[:, None], numbers, real[:, None, None]
+
+
+class Memory(NamedTuple):
+    """Cross-attention keys and values of images, one pair for each layer that has cross-attention.
+
+    They depend on the image only, so they are computed once and shared by every pass over that image.
     """
 
     layers: tuple[KeysValues, ...]
@@ -41,22 +82,27 @@ class Memory:
         return Memory(tuple((torch.cat([k, more_k]), torch.cat([v, more_v])) for (k, v), (more_k, more_v) in both))
 
 
-class Seen(NamedTuple):
-    """The outcome of one pass."""
+class QFormerOutput(NamedTuple):
+    """The output of one pass."""
 
-    queries: Tensor | None  # [B, Q, D]
-    text: Tensor | None  # [B, T, D]; with `keep_text` the first rows only, None without any
-    cache: tuple[KeysValues, ...]  # self-attention keys and values of all rows, for `QFormer.write`
+    queries: Tensor | None  # [B, Q, D]; None in a pass over text alone
+    text: Tensor | None  # [B, T, D], or the first `keep_text` rows; None without any
+    cache: Cache  # of all rows
 
 
 class QFormer(nn.Module):
     """`Q` learned queries that read an image, and BERT's text stream beside them.
 
     Args:
-        width: D. layers: depth. heads: attention heads, a divisor of `width`. ffn: inner width of the FFNs.
-        queries: Q. image_width: V of the frozen encoder.
+        width: D.
+        layers: depth.
+        heads: attention heads, a divisor of `width`.
+        ffn: inner width of the feed-forward networks.
+        queries: Q.
+        image_width: V, of the frozen encoder.
         vocabulary: W, `[DEC]` included; 0 leaves out the text path (stage 2).
-        positions: longest text. cross_every: cross-attention in layers 0, n, 2n, ...
+        positions: length of the longest text.
+        cross_every: n, for cross-attention in layers 0, n, 2n, ...
         dropout: share of units and of attention weights dropped in training.
         image_norm_eps: of the LayerNorm on the image features.
         self_attention_scale: factor on what self-attention adds to the query rows; text rows are never scaled. Ours;
@@ -93,21 +139,13 @@ class QFormer(nn.Module):
         self.sizes["positions"] = positions
         self.image_norm = nn.LayerNorm(image_width, eps=image_norm_eps)  # "ln_vision": trained in both stages
         self.queries = nn.Parameter(torch.randn(1, queries, width) * INIT_STD)
-        self.words = nn.Embedding(vocabulary, width) if vocabulary else None
+        self.word_embeddings = nn.Embedding(vocabulary, width) if vocabulary else None
         self.positions = nn.Embedding(positions, width) if vocabulary else None
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
+        crossing = [image_width if n % cross_every == 0 else 0 for n in range(layers)]
         self.layers = nn.ModuleList(
-            Layer(
-                width,
-                heads,
-                ffn,
-                image_width if n % cross_every == 0 else 0,
-                bool(vocabulary),
-                dropout,
-                self_attention_scale,
-            )
-            for n in range(layers)
+            Layer(width, heads, ffn, image, bool(vocabulary), dropout, self_attention_scale) for image in crossing
         )
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -119,12 +157,39 @@ class QFormer(nn.Module):
                 nn.init.normal_(layer.cross.query.weight, std=cross_attention_std)
                 nn.init.normal_(layer.cross.key.weight, std=cross_attention_std)
 
-    def look(self, patches: Tensor) -> Memory:
-        """Image keys and values, once for each image: `patches [B, P, V]`, as the frozen encoder gives them."""
+    def encode_image(self, patches: Tensor) -> Memory:
+        """Cross-attention keys and values of images: `patches [B, P, V]`, as the frozen encoder gives them."""
+        # The encoder may give half precision, whose sums over V numbers are too coarse for a mean and a variance.
         with torch.autocast(patches.device.type, enabled=False):
             patches = self.image_norm(patches.float())
         crossing = [layer.cross for layer in self.layers if isinstance(layer, Layer) and layer.cross is not None]
         return Memory(tuple(cross.keys_values(patches) for cross in crossing))
+
+    def query_pass(self, memory: Memory) -> tuple[Tensor, Cache]:
+        """Uni-modal mask, the queries alone: `[B, Q, D]`, and the cache that `causal_pass` continues."""
+        output = self(memory)
+        return output.queries, output.cache
+
+    def text_pass(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Uni-modal mask, the text alone: tokens `[B, T]` -> the output at `[CLS]`, `[B, D]`."""
+        return self(tokens=tokens, mask=unimodal_mask(0, valid), keep_text=1).text[:, 0]
+
+    def joint_pass(self, memory: Memory, tokens: Tensor, valid: Tensor) -> Tensor:
+        """Bi-directional mask: images and tokens `[B, T]` -> the queries, which have read both, `[B, Q, D]`."""
+        return self(memory, tokens, bidirectional_mask(self.queries.shape[1], valid), keep_text=0).queries
+
+    def causal_pass(self, cache: Cache, tokens: Tensor, valid: Tensor, keep_text: int | None = None) -> Tensor:
+        """Multimodal causal mask: tokens `[B, T]` -> the text rows, `[B, T, D]`, or the first `keep_text` of them.
+
+        Under this mask query rows never attend to text, so they are those of `query_pass`, whose `cache` is used. It
+        is not detached: gradients reach the queries.
+        """
+        mask = causal_mask(self.queries.shape[1], valid)[:, :, -tokens.shape[1] :]
+        return self(tokens=tokens, mask=mask, keep_text=keep_text, past=cache).text
+
+    def query_output(self, patches: Tensor) -> Tensor:
+        """What the queries read from images, without text: `patches [B, P, V]` -> `[B, Q, D]`."""
+        return self.query_pass(self.encode_image(patches))[0]
 
     def forward(
         self,
@@ -132,61 +197,21 @@ class QFormer(nn.Module):
         tokens: Tensor | None = None,
         mask: Tensor | None = None,
         keep_text: int | None = None,
-    ) -> Seen:
-        """One pass over queries (if `memory` is given), text (if `tokens` are given), or both.
+        past: Cache | None = None,
+    ) -> QFormerOutput:
+        """One pass over queries (if `memory` is given), text (if `tokens` are given), or both, under any mask.
 
         Args:
-            memory: what `look` gave for the `B` images; or of fewer that divide `B`, each for `B / images` texts in
-                a row, which then share its keys and values.
+            memory: of `B` images; or of fewer, a divisor of `B`, each for `B / images` texts in a row, which then
+                share its keys and values.
             tokens: `[B, T]` int64.
-            mask: one of `masks`, broadcastable to `[B, H, rows, rows]`; None = everybody looks at everybody.
+            mask: broadcastable to `[B, H, rows, rows]`; None = every row attends to every row.
             keep_text: how many text rows the caller reads, from the first on; None = all. The last layer computes
                 the others as keys and values only.
+            past: keys and values of rows that come before, from an earlier pass; `mask` has columns for them.
         """
         queries = self._embed_queries(memory, tokens) if memory is not None else None
         text = self.embed_text(tokens) if tokens is not None else None
-        return self._run(queries, text, memory, mask, None, keep_text)
-
-    def query_output(self, patches: Tensor) -> Tensor:
-        """What the queries read from the images alone: `patches [B, P, V]` -> `[B, Q, D]`."""
-        return self(self.look(patches)).queries
-
-    def write(self, alone: Seen, tokens: Tensor, mask: Tensor, keep_text: int | None = None) -> Tensor:
-        """The text rows of a pass under the causal mask, from a query pass done before: `[B, T, D]`.
-
-        Query rows never look at text under that mask, so their keys and values are those of queries alone.
-
-        Args:
-            alone: what `forward(memory)` gave. Its cache is not detached: gradients reach the queries.
-            tokens: `[B, T]`. mask: `masks.causal(Q, valid)`, the rows of queries included.
-            keep_text: as in `forward`.
-        """
-        text = self.embed_text(tokens)
-        seen = self._run(None, text, None, mask[:, :, -tokens.shape[1] :], alone.cache, keep_text)
-        assert seen.text is not None
-        return seen.text
-
-    def _embed_queries(self, memory: Memory, tokens: Tensor | None) -> Tensor:
-        rows = self.dropout(self.norm(self.queries))
-        return rows.expand((memory.layers[0][0] if tokens is None else tokens).shape[0], -1, -1)
-
-    def embed_text(self, tokens: Tensor) -> Tensor:
-        """Text rows as they enter the first layer: `[B, T]` -> `[B, T, D]`."""
-        # Positions start at 0 whether or not queries stand in front; there is no token-type embedding.
-        if self.words is None or self.positions is None:
-            raise ValueError("this Q-Former has no text path (stage 2 leaves it out); load a stage-1 run for text")
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        return self.dropout(self.norm(self.words(tokens) + self.positions(places)))
-
-    def _run(
-        self,
-        queries: Tensor | None,
-        text: Tensor | None,
-        memory: Memory | None,
-        mask: Tensor | None,
-        past: tuple[KeysValues, ...] | None,
-        keep_text: int | None,
-    ) -> Seen:
         cache: list[KeysValues] = []
         images = iter(memory.layers) if memory is not None else iter(())
         for n, layer in enumerate(self.layers):
@@ -198,7 +223,19 @@ class QFormer(nn.Module):
             else:
                 queries, text, own = layer(*given)
             cache.append(own)
-        return Seen(queries, text, tuple(cache))
+        return QFormerOutput(queries, text, tuple(cache))
+
+    def _embed_queries(self, memory: Memory, tokens: Tensor | None) -> Tensor:
+        rows = self.dropout(self.norm(self.queries))
+        return rows.expand((memory.layers[0][0] if tokens is None else tokens).shape[0], -1, -1)
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """Text rows as they enter the first layer: `[B, T]` -> `[B, T, D]`."""
+        # Positions start at 0 whether or not queries come before; there is no token-type embedding.
+        if self.word_embeddings is None or self.positions is None:
+            raise ValueError("this Q-Former has no text path (stage 2 leaves it out); load a stage-1 run for text")
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return self.dropout(self.norm(self.word_embeddings(tokens) + self.positions(places)))
 
 
 class Layer(nn.Module):
@@ -262,78 +299,3 @@ class Layer(nn.Module):
 
 def _join(queries: Tensor | None, text: Tensor | None) -> Tensor:
     return torch.cat([part for part in (queries, text) if part is not None], dim=1)
-
-
-class Attention(nn.Module):
-    """BERT's attention block, LayerNorm behind the residual sum; keys and values may come from elsewhere."""
-
-    def __init__(self, width: int, heads: int, source_width: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.drop = heads, dropout
-        self.watched: list[Tensor] | None = None  # a list collects the weights of each pass (model/relevance.py)
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(source_width, width)
-        self.value = nn.Linear(source_width, width)
-        self.out = nn.Linear(width, width)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-
-    def keys_values(self, source: Tensor) -> KeysValues:
-        return self._split(self.key(source)), self._split(self.value(source))
-
-    def forward(
-        self, rows: Tensor, source: KeysValues, mask: Tensor | None = None, scale: Tensor | None = None
-    ) -> Tensor:
-        """`rows [B, N, D]` -> the same; `scale [N, 1]` multiplies what attention adds to each row, None = 1."""
-        queries = self._split(self.query(rows))
-        if self.watched is None:
-            dropped = self.drop if self.training else 0.0
-            found = F.scaled_dot_product_attention(queries, *source, attn_mask=mask, dropout_p=dropped)
-        else:
-            found = self._watched(queries, *source, self.watched)
-        found = self.out(found.transpose(1, 2).flatten(2))
-        if scale is not None:
-            found = found * scale
-        return self.norm(rows + self.dropout(found))
-
-    def _watched(self, queries: Tensor, keys: Tensor, values: Tensor, weights: list[Tensor]) -> Tensor:
-        """The same, unmasked and without dropout, by weights `[B, H, rows, source rows]` that are kept."""
-        weights.append((queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5).float().softmax(dim=-1))
-        return weights[-1].to(values.dtype) @ values
-
-    def _split(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-
-class FeedForward(nn.Module):
-    """BERT's feed-forward block: erf-GELU between two linear maps, LayerNorm behind the residual sum."""
-
-    def __init__(self, width: int, inner: int, dropout: float) -> None:
-        super().__init__()
-        self.widen = nn.Linear(width, inner)
-        self.narrow = nn.Linear(inner, width)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.norm(rows + self.dropout(self.narrow(F.gelu(self.widen(rows)))))
-
-
-class WordHead(nn.Module):
-    """BERT's masked-language-model head, which ITG uses to write; its decoder is tied to the word embedding."""
-
-    def __init__(self, width: int, words: nn.Embedding) -> None:
-        super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
-        nn.init.normal_(self.dense.weight, std=INIT_STD)
-        nn.init.zeros_(self.dense.bias)
-
-    def forward(self, rows: Tensor, words: nn.Embedding) -> Tensor:
-        """`rows [..., D]` -> word logits `[..., W]`."""
-        return F.linear(self.hidden(rows), words.weight, self.bias)
-
-    def hidden(self, rows: Tensor) -> Tensor:
-        """What the decoder reads: `rows [..., D]` -> `[..., D]`."""
-        return self.norm(F.gelu(self.dense(rows)))

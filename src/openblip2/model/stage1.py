@@ -3,21 +3,18 @@
 Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, T text tokens, D width, E shared space.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip2 import distributed
-from openblip2.distributed import Share
-from openblip2.model import masks
-from openblip2.model.exchange import bring
+from openblip2.model.blocks import LMHead
+from openblip2.model.fast.chunked_loss import chunked_cross_entropy
 from openblip2.model.objectives import (
     Contrast,
-    Rivals,
-    chunked_cross_entropy,
+    HardNegatives,
     contrastive,
     decorrelation,
     hard_negatives,
@@ -25,11 +22,11 @@ from openblip2.model.objectives import (
     same_image,
     sigmoid_contrastive,
 )
-from openblip2.model.qformer import Memory, QFormer, Seen, WordHead
+from openblip2.model.qformer import Cache, Memory, QFormer
 from openblip2.model.vision import Vision
 
 OBJECTIVES = ("itc", "itm", "itg")
-SIGMOID_BIAS = -10.0  # SigLIP's start: so low that nearly all pairs, which are no match, begin as none
+SIGMOID_BIAS = -10.0  # SigLIP's start: nearly all pairs are no match, and begin as none
 
 
 class Stage1(nn.Module):
@@ -38,8 +35,10 @@ class Stage1(nn.Module):
     Args:
         qformer: with its text path; the last id of its vocabulary is `[DEC]`.
         vision: the frozen encoder; None when only ready-made features are given.
-        shared_width: E. temperature: the start of the learned temperature.
-        label_smoothing: of ITC and ITG. one_sided: see `objectives.contrastive`.
+        shared_width: E.
+        temperature: the start of the learned temperature.
+        label_smoothing: of ITC and ITG.
+        detach_gathered: see `objectives.contrastive`.
         writes: False leaves out the head of ITG, as transformers' checkpoints do: good for scores, not for training.
         contrast: ITC by `objectives.contrastive`, or (not the paper's) by `sigmoid_contrastive`, with a learned bias.
         decorrelation: weight of `objectives.decorrelation`, which is not in the paper; 0 = without it.
@@ -52,23 +51,24 @@ class Stage1(nn.Module):
         shared_width: int = 256,
         temperature: float = 0.07,
         label_smoothing: float = 0.1,
-        one_sided: bool = False,
+        detach_gathered: bool = False,
         writes: bool = True,
         contrast: Literal["softmax", "sigmoid"] = "softmax",
         decorrelation: float = 0.0,
     ) -> None:
         super().__init__()
-        assert qformer.words is not None, "stage 1 needs the Q-Former's text path"
-        assert not (one_sided and contrast == "sigmoid"), "the sigmoid loss has one direction: nothing to leave out"
+        assert qformer.word_embeddings is not None, "stage 1 needs the Q-Former's text path"
+        assert not (detach_gathered and contrast == "sigmoid"), "the sigmoid loss has one direction"
         self.vision, self.qformer = vision, qformer
-        self.image_head = nn.Linear(qformer.width, shared_width)
-        self.text_head = nn.Linear(qformer.width, shared_width)
-        self.match_head = nn.Linear(qformer.width, 2)
-        self.word_head = WordHead(qformer.width, qformer.words) if writes else None
+        self.vision_proj = nn.Linear(qformer.width, shared_width)
+        self.text_proj = nn.Linear(qformer.width, shared_width)
+        self.itm_head = nn.Linear(qformer.width, 2)
+        self.lm_head = LMHead(qformer.width, qformer.word_embeddings) if writes else None
         self.temperature = nn.Parameter(torch.tensor(temperature))
         # None is no parameter: a checkpoint of the paper's ITC does not have it.
         self.contrast_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if contrast == "sigmoid" else None
-        self.label_smoothing, self.one_sided, self.decorrelation = label_smoothing, one_sided, decorrelation
+        self.label_smoothing, self.detach_gathered = label_smoothing, detach_gathered
+        self.decorrelation = decorrelation
 
     def losses(
         self,
@@ -78,150 +78,126 @@ class Stage1(nn.Module):
         *,
         images: Tensor | None = None,
         features: Tensor | None = None,
-        negatives: Rivals | tuple[Tensor, Tensor] | None = None,
+        negatives: HardNegatives | tuple[Tensor, Tensor] | None = None,
         objectives: Collection[str] = OBJECTIVES,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """The three losses, or those of them in `objectives`, by name, unweighted; their sum is what the paper trains.
+        """The three losses, or those of them in `objectives`, by name, unweighted; the paper trains their sum.
 
-        In several processes each gives its part of the joined batch. Their losses' mean over processes, and their
-        gradients', are those of one process with the joined batch.
+        The loss of one process. `fast/` has the same loss over several processes, or in chunks.
 
         Args:
-            tokens: `[B, T]`, `[CLS] words [SEP]`, right-padded. valid: `[B, T]` bool, False on padding. B and T may
-                differ from process to process, and B may be 0.
+            tokens: `[B, T]`, `[CLS] words [SEP]`, right-padded.
+            valid: `[B, T]` bool, False on padding.
             ids: `[B]` int64, equal for captions of the same image; None = all images differ.
-            images: `[B, 3, S, S]` uint8, or features: `[B, P, V]` from the frozen encoder; one of the two.
-            negatives: given hard negatives `(texts [B], images [B])` instead of drawn ones, -1 for none. They are
-                places in the joined batch.
-            objectives: what is wanted. Without ITM more than half of a step's work is spared; ITC is always computed,
-                for ITM's negatives come from it.
-            generator: what negatives are drawn by, on the CPU; None = torch's own. Alike in all processes it makes the
-                draw one of the joined batch, however many there are.
+            images: `[B, 3, S, S]` uint8; either these or features.
+            features: `[B, P, V]`, from the frozen encoder.
+            negatives: given hard negatives `(texts [B], images [B])` instead of drawn ones, -1 for none.
+            objectives: which losses. Without ITM more than half of a step's work is saved; ITC is always computed,
+                since ITM's negatives come from it.
+            generator: draws the negatives, on the CPU; None = torch's own.
         """
-        shared, words = share_texts(valid)
-        ids = shared.first + torch.arange(len(tokens), device=tokens.device) if ids is None else ids
-        positives = same_image(ids, shared)
-        patches = see(self.vision, images, features)
-        memory = self.qformer.look(patches)
-        alone = self.qformer(memory)
-        itc = self.contrast(self.image_vectors(alone), self.text_vectors(tokens, valid), positives, shared)
-        found = {"itc": itc.loss}
-        if self.decorrelation:
-            found["decorrelation"] = self.decorrelation * decorrelation(alone.queries)
+        memory = self.qformer.encode_image(see(self.vision, images, features))
+        positives = same_image(torch.arange(len(tokens), device=tokens.device) if ids is None else ids)
+
+        # Uni-modal mask: queries and text do not attend to each other, so `query_pass` and `text_pass` are two passes.
+        queries, cache = self.qformer.query_pass(memory)
+        itc = self.contrast(self.image_vectors(queries), self.text_vectors(tokens, valid), positives)
+        losses = {"itc": itc.loss}
+
+        # Multimodal causal mask: the queries are as in the query pass, so `causal_pass` computes text rows only.
         if "itg" in objectives:
-            found["itg"] = shared.weigh(self.writing_loss(alone, tokens, valid), *words)
+            losses["itg"] = self.generation_loss(cache, tokens, valid)
+
+        # Bi-directional mask: matched pairs, wrong images and wrong texts in one `joint_pass`.
         if "itm" in objectives:
-            rivals = self.rivals(itc, positives, shared, generator) if negatives is None else Rivals(*negatives)
-            at_hand = bring(rivals, patches, tokens, valid, shared)
-            pairs = pair_up(at_hand.tokens, at_hand.valid, at_hand.rivals)
-            if len(at_hand.fetched) or at_hand.fetched.requires_grad:  # gradients' way back leads through all processes
-                memory = memory.join(self.qformer.look(at_hand.fetched))
-            loss = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
-            found["itm"] = shared.weigh(loss, len(pairs.images), at_hand.pairs)
-        return {
-            name: found[name]
-            for name in (*OBJECTIVES, "decorrelation")
-            if name in (*objectives, "decorrelation") and name in found
-        }
+            if negatives is None:
+                draws = torch.rand(2, len(tokens), dtype=torch.float64, generator=generator)
+                negatives = hard_negatives(itc.image_to_text, itc.text_to_image, positives, draws)
+            pairs = itm_pairs(tokens, valid, HardNegatives(*negatives))
+            losses["itm"] = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
+        if self.decorrelation:
+            losses["decorrelation"] = self.decorrelation * decorrelation(queries)
+        return in_order(losses, objectives)
 
-    def contrast(self, image: Tensor, text: Tensor, positives: Tensor, shared: Share | None = None) -> Contrast:
-        """ITC of image vectors `[B, Q, E]` and text vectors `[B, E]`; `positives [B, G]` from `same_image`."""
+    def contrast(
+        self, image: Tensor, text: Tensor, positives: Tensor, transpose: Callable[[Tensor], Tensor] = torch.t
+    ) -> Contrast:
+        """ITC of image vectors `[B, Q, E]` and text vectors `[G, E]`; the rest as for `objectives.contrastive`."""
         if self.contrast_bias is not None:
-            return sigmoid_contrastive(image, text, self.temperature, self.contrast_bias, positives, shared)
-        return contrastive(image, text, self.temperature, positives, self.label_smoothing, self.one_sided, shared)
+            return sigmoid_contrastive(image, text, self.temperature, self.contrast_bias, positives, transpose)
+        smoothing, detach = self.label_smoothing, self.detach_gathered
+        return contrastive(image, text, self.temperature, positives, smoothing, detach, transpose)
 
-    def rivals(
-        self, itc: Contrast, positives: Tensor, shared: Share, generator: torch.Generator | None = None
-    ) -> Rivals:
-        """Hard negatives from the joined batch, `positives [B, G]`, by as many draws as it has rows: ours are ours."""
-        draws = torch.rand(2, shared.total, dtype=torch.float64, generator=generator)[:, shared.own]
-        return hard_negatives(itc.image_to_text, itc.text_to_image, positives, draws.to(positives.device))
-
-    def writing_loss(self, alone: Seen, tokens: Tensor, valid: Tensor) -> Tensor:
-        """ITG of the images of a query pass and their texts: the mean over all positions with a target."""
-        rows, targets = self.write(alone, tokens, valid)
-        assert self.word_head is not None
-        assert self.qformer.words is not None
-        weight, bias = self.qformer.words.weight, self.word_head.bias
+    def generation_loss(self, cache: Cache, tokens: Tensor, valid: Tensor) -> Tensor:
+        """ITG of texts `[B, T]` and of the images of a query pass: the mean over all positions with a target."""
+        rows, targets = self.write(cache, tokens, valid)
+        assert self.lm_head is not None
+        assert self.qformer.word_embeddings is not None
+        weight, bias = self.qformer.word_embeddings.weight, self.lm_head.bias
         return chunked_cross_entropy(rows, weight, bias, targets, self.label_smoothing)
 
-    def image_vectors(self, alone: Seen) -> Tensor:
-        """Each query's direction in the shared space: `[B, Q, E]`, of length 1."""
-        assert alone.queries is not None
-        return F.normalize(self.image_head(alone.queries).float(), dim=-1)
+    def image_vectors(self, queries: Tensor) -> Tensor:
+        """Each query's direction in the shared space: query outputs `[B, Q, D]` -> `[B, Q, E]`, of length 1."""
+        return F.normalize(self.vision_proj(queries).float(), dim=-1)
 
     def text_vectors(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        """The text's direction in the shared space, read off `[CLS]`: `[B, T]` -> `[B, E]`, of length 1."""
-        return F.normalize(self.text_head(self.text_row(tokens, valid)).float(), dim=-1)
-
-    def text_row(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        """What the text stream makes of a text alone, read off `[CLS]`: `[B, T]` -> `[B, D]`."""
-        seen = self.qformer(tokens=tokens, mask=masks.padding(valid), keep_text=1)
-        assert seen.text is not None
-        return seen.text[:, 0]
+        """The text's direction in the shared space, from its `[CLS]`: `[B, T]` -> `[B, E]`, of length 1."""
+        return F.normalize(self.text_proj(self.qformer.text_pass(tokens, valid)).float(), dim=-1)
 
     def match(self, memory: Memory, tokens: Tensor, valid: Tensor) -> Tensor:
         """Match logits of N pairs, averaged over the queries: `[N, 2]`, class 1 = match."""
-        count = self.qformer.queries.shape[1]
-        seen = self.qformer(memory, tokens, masks.bidirectional(count, valid), keep_text=0)
-        return self.match_head(seen.queries).mean(dim=1)
+        return self.itm_head(self.qformer.joint_pass(memory, tokens, valid)).mean(dim=1)
 
-    def write(self, alone: Seen, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """What the word decoder reads, `[N, D]`, and targets `[N]` at every position whose next token is real.
+    def write(self, cache: Cache, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """What the word decoder reads, `[N, D]`, and targets `[N]`, at every position whose next token is real.
 
-        `[DEC]` stands where `[CLS]` stood; it is never a target, `[SEP]` is one.
+        `[DEC]` takes the place of `[CLS]`; it is never a target, `[SEP]` is one.
+
+        Raises:
+            ValueError: the model has no head for ITG.
         """
-        assert self.qformer.words is not None
-        if self.word_head is None:
+        assert self.qformer.word_embeddings is not None
+        if self.lm_head is None:
             raise ValueError("this stage 1 has no head for ITG (it came from transformers, which has none): no losses")
-        queries = self.qformer.queries.shape[1]
-        start = tokens.new_full((len(tokens), 1), self.qformer.words.num_embeddings - 1)
+        start = tokens.new_full((len(tokens), 1), self.qformer.word_embeddings.num_embeddings - 1)
         tokens = torch.cat([start, tokens[:, 1:]], dim=1)
-        # The last token has no next one. What is never scored is left out where nothing else looks at it any more.
-        hidden = self.qformer.write(alone, tokens, masks.causal(queries, valid), keep_text=tokens.shape[1] - 1)
+        # The last token has no next one to predict: its row is not computed.
+        hidden = self.qformer.causal_pass(cache, tokens, valid, keep_text=tokens.shape[1] - 1)
         scored = valid[:, 1:]
-        return self.word_head.hidden(hidden[scored]), tokens[:, 1:][scored]
+        return self.lm_head.hidden(hidden[scored]), tokens[:, 1:][scored]
 
 
 class Pairs(NamedTuple):
     """The pairs of image-text matching: the true ones, then those with a wrong image, then those with a wrong text."""
 
-    images: Tensor  # [N] int64, rows of the batch, or of what stands behind it
+    images: Tensor  # [N] int64, indices of images
     tokens: Tensor  # [N, T]
     valid: Tensor  # [N, T]
     is_match: Tensor  # [N] bool
 
 
-def pair_up(tokens: Tensor, valid: Tensor, rivals: Rivals, rows: Tensor | None = None) -> Pairs:
+def itm_pairs(tokens: Tensor, valid: Tensor, negatives: HardNegatives, rows: Tensor | None = None) -> Pairs:
     """N = 3B pairs, less those for which a row had no negative.
 
     Args:
-        tokens, valid: `[M, T]`, the texts of the batch's B rows, and behind them others that may be rivals.
-        rows: `[n]` int64: the pairs of these rows of the batch alone, at most 3n; None = of all.
+        tokens: `[M, T]`, the texts of the batch's B rows, then others that may be negatives.
+        valid: `[M, T]` bool.
+        negatives: of the B rows.
+        rows: `[n]` int64: only the pairs of these rows of the batch, at most 3n; None = of all.
     """
-    own = torch.arange(len(rivals.texts), device=tokens.device) if rows is None else rows
-    rival_images, rival_texts = rivals.images[own], rivals.texts[own]
-    with_image, with_text = rival_images >= 0, rival_texts >= 0
-    images = torch.cat([own, rival_images[with_image], own[with_text]])
-    texts = torch.cat([own, own[with_image], rival_texts[with_text]])
+    own = torch.arange(len(negatives.texts), device=tokens.device) if rows is None else rows
+    wrong_images, wrong_texts = negatives.images[own], negatives.texts[own]
+    with_image, with_text = wrong_images >= 0, wrong_texts >= 0
+    images = torch.cat([own, wrong_images[with_image], own[with_text]])
+    texts = torch.cat([own, own[with_image], wrong_texts[with_text]])
     return Pairs(images, tokens[texts], valid[texts], torch.arange(len(images), device=tokens.device) < len(own))
 
 
-class Words(NamedTuple):
-    """How many tokens have a target in ITG: here, and over all processes."""
-
-    here: Tensor
-    total: int | Tensor
-
-
-def share_texts(valid: Tensor) -> tuple[Share, Words]:
-    """How the joined batch is shared out, `most[0]` of it being the longest T; `valid [B, T]`."""
-    words = valid[:, 1:].sum()
-    if distributed.world_size() == 1:  # and nothing waits for a GPU
-        return distributed.share(len(valid)), Words(words, words)
-    shared = distributed.share(len(valid), valid.shape[1], words)
-    return shared, Words(words, shared.sums[1])
+def in_order(losses: dict[str, Tensor], objectives: Collection[str]) -> dict[str, Tensor]:
+    """The wanted losses, always in the same order: the paper's `objectives`, and decorrelation where there is one."""
+    wanted = (*objectives, "decorrelation")
+    return {name: losses[name] for name in (*OBJECTIVES, "decorrelation") if name in losses and name in wanted}
 
 
 def see(vision: Vision | None, images: Tensor | None, features: Tensor | None) -> Tensor:

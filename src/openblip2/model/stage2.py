@@ -6,12 +6,11 @@ Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, D Q-
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from openblip2.distributed import Share, share
-from openblip2.model import masks
 from openblip2.model.language import Decoding, LanguageModel
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import see
@@ -36,7 +35,7 @@ class Stage2(nn.Module):
     @property
     def reads_question(self) -> bool:
         """Whether a question goes into the Q-Former, too."""
-        return self.qformer.words is not None
+        return self.qformer.word_embeddings is not None
 
     def losses(
         self,
@@ -48,49 +47,28 @@ class Stage2(nn.Module):
         question: Question | None = None,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """Language-modelling loss of `captions` behind the soft visual prompt and the text `prompts`, B of each.
+        """Language-modelling loss of `captions` after the soft visual prompt and the text `prompts`, B of each.
 
-        The mean over all tokens with a target. In several processes each gives its part of the joined batch, which may
-        be nothing. Their losses' mean over processes, and their gradients', are those of one process with that batch.
+        The mean over all tokens with a target. The loss of one process; `fast/` has it over several, or in chunks.
 
         Args:
-            generator: where an encoder-decoder's captions are split is drawn by it, on the CPU; None = torch's own.
+            prompts: B texts.
+            captions: B texts.
+            images: uint8 `[B, 3, S, S]`; either these or features.
+            features: `[B, P, V]`.
+            question: see `query_output`.
+            generator: draws where an encoder-decoder's captions are split, on the CPU; None = torch's own.
         """
-        draws = self.split_draws(share(len(captions)), generator)
-        loss, count = self.scored(prompts, captions, images=images, features=features, question=question, draws=draws)
-        shared = share(1, count)
-        return {"lm": loss if shared.one else shared.weigh(loss, count, shared.sums[0])}
+        draws = torch.rand(len(captions), generator=generator).tolist()
+        return {
+            "lm": self.scored(prompts, captions, draws, images=images, features=features, question=question)[0],
+        }
 
     def scored(
-        self,
-        prompts: Sequence[str],
-        captions: Sequence[str],
-        *,
-        images: Tensor | None = None,
-        features: Tensor | None = None,
-        question: Question | None = None,
-        draws: Sequence[float] | None = None,
+        self, prompts: Sequence[str], captions: Sequence[str], draws: Sequence[float] | None = None, **given: Any
     ) -> tuple[Tensor, int]:
-        """The mean over the tokens with a target, and how many they are; `draws` as in `EncoderDecoderLM.scored`.
-
-        Of no pairs it is the loss of a blank picture, of which 0 tokens count: a language model that lies in pieces
-        over processes must run in all of them.
-        """
-        if captions:
-            soft = self.soft_prompt(images=images, features=features, question=question)
-            return self.language.scored(soft, prompts, captions, draws)
-        blank = [None if given is None else given.new_zeros(1, *given.shape[1:]) for given in (images, features)]
-        asked = None
-        if question is not None:
-            token = torch.zeros(1, 1, dtype=torch.int64, device=self.projection.weight.device)
-            asked = (token, torch.ones_like(token, dtype=torch.bool))
-        soft = self.soft_prompt(images=blank[0], features=blank[1], question=asked)
-        return self.language.scored(soft, [""], ["a"], [0.0])[0] * 0.0, 0
-
-    @staticmethod
-    def split_draws(shared: Share, generator: torch.Generator | None) -> list[float]:
-        """A number in [0, 1) for each of our captions: as many are drawn as the joined batch has, and ours are ours."""
-        return torch.rand(shared.total, generator=generator)[shared.own].tolist()
+        """The mean over the tokens with a target, and how many they are; `draws` as in `EncoderDecoderLM.scored`."""
+        return self.language.scored(self.soft_prompt(**given), prompts, captions, draws)
 
     def soft_prompt(
         self, *, images: Tensor | None = None, features: Tensor | None = None, question: Question | None = None
@@ -115,9 +93,7 @@ class Stage2(nn.Module):
         patches = see(self.vision, images, features)
         if question is None:
             return self.qformer.query_output(patches)
-        tokens, valid = question
-        mask = masks.bidirectional(self.qformer.queries.shape[1], valid)
-        return self.qformer(self.qformer.look(patches), tokens, mask, keep_text=0).queries
+        return self.qformer.joint_pass(self.qformer.encode_image(patches), *question)
 
     def generate(
         self,

@@ -78,7 +78,7 @@ class Former:
 
         Args:
             text: T. together: G. far: share of ITM's wrong images that have to be looked at once more, for they come
-                from other processes or chunks, as features. one_sided: `stage1.one_sided`.
+                from other processes or chunks, as features. one_sided: `stage1.detach_gathered`.
         """
         d, q, e = self.width, self.queries, self.shared
         return {

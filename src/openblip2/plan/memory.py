@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from openblip2.config import RunSettings
-from openblip2.model.objectives import CHUNK_BYTES, FEWEST_ROWS
+from openblip2.model.fast.chunked_loss import CHUNK_BYTES, FEWEST_ROWS
 from openblip2.plan.former import Former
 from openblip2.plan.frozen import Encoder, Language
 from openblip2.plan.gpus import GIB, Cluster
@@ -169,7 +169,7 @@ def ways_out(
 
 
 def _loss_buffers(f: Former, load: Load, language: Language | None, at_once: int, how: Arithmetic) -> float:
-    """Of the cross-entropy over words (`objectives.chunked_cross_entropy`), with three pieces of logits at a time."""
+    """Of the cross-entropy over words (`chunked_cross_entropy`), with three pieces of logits at a time."""
     words, width = (f.vocabulary, f.width) if language is None else (language.vocabulary, language.width)
     rows = at_once * (load.text - 1 if language is None else language.scored)
     piece = max(FEWEST_ROWS, CHUNK_BYTES // (4 * words))

@@ -194,7 +194,7 @@ def work_of(
         of = {"ITM, 3 pairs": "itm", "ITG": "itg"}  # ITC is always computed: negatives come from it
         objectives = settings.stage1.objectives
         far = 1 - at_once / train.batch if "itm" in objectives else 0.0
-        parts = former.stage1(text, train.batch, far, settings.stage1.one_sided)
+        parts = former.stage1(text, train.batch, far, settings.stage1.detach_gathered)
         parts = {name: count for name, count in parts.items() if name not in of or of[name] in objectives}
         before = former.stage1(text, train.batch) if at_once < pairs else {}
     else:

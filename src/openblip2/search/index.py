@@ -224,7 +224,7 @@ def _opened_or_new(root: Path, run: str, folder: Path, matcher: Matcher) -> Inde
         if index.about["weights"] != weights:
             raise UserError(f"{folder}: was made by other weights ({index.about['run']}); give another --out")
         return index
-    queries, width = matcher.model.qformer.queries.shape[1], matcher.model.image_head.out_features
+    queries, width = matcher.model.qformer.queries.shape[1], matcher.model.vision_proj.out_features
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: is not empty and no index; give a new folder")
     make_folder(folder / "thumbnails")

@@ -49,8 +49,8 @@ class Plan:
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
     seed: int = 0
     reranked: int = 16
-    joint: dict[str, Any] = field(default_factory=lambda: {"train.steps": 240, "stage1.matching_from": 40})
-    alone: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60, "stage1.matching_from": 20})
+    joint: dict[str, Any] = field(default_factory=lambda: {"train.steps": 240, "stage1.itm_start_step": 40})
+    alone: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60, "stage1.itm_start_step": 20})
     retrieval: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60, "optim.lr": 1e-4})
     stage2: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60})
     stage1: RunSettings = field(default_factory=lambda: preset("stage1", "laptop"))

@@ -152,7 +152,7 @@ def _settings(work: Work, way: Way, stage: str) -> RunSettings | None:
         "train.validate_every": -(-steps // LOOKS) if last else 0,
         "train.checkpoint_every": 0,
     }
-    joins = {"stage1.matching_from": steps * 3 // 7} if stage == "stage1" else {}  # as in the laptop preset, 60 of 140
+    joins = {"stage1.itm_start_step": steps * 3 // 7} if stage == "stage1" else {}  # as in the laptop preset, 60 of 140
     base = work.plan.stage1 if stage == "stage1" else work.plan.stage2
     return change(base, {**common, **joins, **work.plan.changes, **changes})
 

@@ -27,6 +27,15 @@ from openblip2.errors import UserError
 from openblip2.model.whitening import Whitening
 from openblip2.train.whole import fill, full_tensor
 
+# Parts that had another name when a run wrote its weights: old name -> today's.
+RENAMED = {
+    "qformer.words.": "qformer.word_embeddings.",
+    "image_head.": "vision_proj.",
+    "text_head.": "text_proj.",
+    "match_head.": "itm_head.",
+    "word_head.": "lm_head.",
+}
+
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name; a tied one stands once."""
@@ -87,7 +96,7 @@ def fill_trained(model: nn.Module, found: Mapping[str, Tensor], source: str) -> 
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """All tensors of a safetensors file; names in `RENAMED` are given as today's.
 
     Raises:
         UserError: no such file, or not a whole safetensors file.
@@ -95,9 +104,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run holds model.safetensors (has its training finished?)")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
+    for old, new in RENAMED.items():
+        tensors = {new + name[len(old) :] if name.startswith(old) else name: part for name, part in tensors.items()}
+    return tensors
 
 
 def save_whitening(whitening: Whitening, run: Path) -> None:

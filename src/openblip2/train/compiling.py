@@ -9,7 +9,8 @@ from torch import nn
 
 from openblip2.compat import allow_recompiles
 from openblip2.errors import UserError, one_line
-from openblip2.model.qformer import Attention, FeedForward, QFormer
+from openblip2.model.blocks import Attention, FeedForward
+from openblip2.model.qformer import QFormer
 
 KINDS = 64  # compiled forms of a block: with and without mask, gradient, text, dropout; torch stops at 8
 

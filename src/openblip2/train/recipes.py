@@ -32,8 +32,8 @@ from openblip2.model.build import (
     parts_table,
     require_extras,
 )
-from openblip2.model.gradient_cache import stage1_losses, stage2_losses
-from openblip2.model.stage1 import OBJECTIVES, Stage1
+from openblip2.model.fast.step import step_losses
+from openblip2.model.stage1 import OBJECTIVES, Stage1, see
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.progress import Progress
@@ -136,14 +136,13 @@ def _stage1(
     set_speed(model, settings)
     show_parts(model, progress)
     batches = Remembered(one_ahead(data, settings), settings.train.accumulate)
+    losses_of = step_losses(model, settings.train.chunk)
 
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
         texts, valid = tokens(batch.captions)
-        matches = number >= settings.stage1.matching_from * settings.train.accumulate
-        return stage1_losses(
-            model,
-            settings.train.chunk,
+        matches = number >= settings.stage1.itm_start_step * settings.train.accumulate
+        return losses_of(
             texts.to(device()),
             valid.to(device()),
             joined_ids(batch, device()),
@@ -155,7 +154,7 @@ def _stage1(
     def validate() -> dict[str, Any]:
         return measure_stage1(model, tokens, data.held_out(), settings.train.seed)
 
-    sparse = len(settings.stage1.objectives) < len(OBJECTIVES) or settings.stage1.matching_from > 0
+    sparse = len(settings.stage1.objectives) < len(OBJECTIVES) or settings.stage1.itm_start_step > 0
     advise = partial(bad_signs, settings)
     fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse, advise)
 
@@ -192,6 +191,7 @@ def _stage2(
     show_parts(model, progress)
     prompts, form = settings.language.prompts, settings.language.question
     batches = Remembered(one_ahead(data, settings), settings.train.accumulate)
+    losses_of = step_losses(model, settings.train.chunk)
 
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
@@ -200,9 +200,7 @@ def _stage2(
             given = drawn_prompts(prompts, len(batch.captions), draws)
         else:
             given = [form.replace("{}", question) for question in batch.questions]
-        return stage2_losses(
-            model,
-            settings.train.chunk,
+        return losses_of(
             given,
             batch.captions,
             **seen(batch),
@@ -261,14 +259,7 @@ def some_pairs(
     """Features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
     for number in range(-(-min(most, data.pictures) // settings.train.batch)):
         batch = data.joined(number)
-        yield see_batch(model, batch), batch.captions
-
-
-def see_batch(model: Stage1 | Stage2, batch: PairBatch) -> Tensor:
-    """The features of a batch, given or encoded now: `[B, P, V]`."""
-    from openblip2.model.stage1 import see
-
-    return see(model.vision, **seen(batch))
+        yield see(model.vision, **seen(batch)), batch.captions
 
 
 def seen(batch: PairBatch) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.train.checkpoint import fill_trained, kept_parameters, read_config, read_tensors
 
-TEXT_PATH = ("qformer.words.", "qformer.positions.", ".text_ffn.")  # of a stage-1 run; stage 2 leaves it out
-HEADS = ("image_head.", "text_head.", "match_head.", "word_head.", "temperature", "contrast_bias")
+TEXT_PATH = ("qformer.word_embeddings.", "qformer.positions.", ".text_ffn.")  # of a stage-1 run; stage 2 leaves it out
+HEADS = ("vision_proj.", "text_proj.", "itm_head.", "lm_head.", "temperature", "contrast_bias")
 STARTS = {"retrieval": "stage1", "caption": "stage2", "vqa": "stage2"}  # what each task starts from
 
 

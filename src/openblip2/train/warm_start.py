@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip2.data.tokens import QFormerTokens
-from openblip2.model import masks
-from openblip2.model.qformer import Layer, QFormer
+from openblip2.model.qformer import Layer, QFormer, unimodal_mask
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.whitening import RIDGE, fit_whitening
@@ -63,7 +62,7 @@ def warm_start_stage1(model: Stage1, tokens: QFormerTokens, pairs: Callable[[], 
     for patches, captions in pairs():
         queries.append(mean_query_output(model.qformer, patches))
         ids, valid = (t.to(patches.device) for t in tokens(list(captions)))
-        texts.append(model.text_row(ids, valid).float())
+        texts.append(model.qformer.text_pass(ids, valid).float())
     return align_heads(model, torch.cat(queries), torch.cat(texts))
 
 
@@ -92,7 +91,7 @@ def mean_text_rows(qformer: QFormer, tokens: Tensor, valid: Tensor) -> Tensor:
     text, found = qformer.embed_text(tokens), []
     for layer in qformer.layers:
         found.append((text.float() * share[..., None]).sum(1))
-        _, text, _ = layer(None, text, None, masks.padding(valid), None)
+        _, text, _ = layer(None, text, None, unimodal_mask(0, valid), None)
     return torch.stack(found)
 
 
@@ -130,12 +129,12 @@ def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 
     mean_text = texts.double().mean(0)
     centred = texts.double() - mean_text
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(texts))
-    wanted = model.text_head.out_features
+    wanted = model.text_proj.out_features
     whiten = (axes * (variances + RIDGE * variances.mean()).rsqrt())[:, -wanted:]
     whiten = F.pad(whiten, (0, wanted - whiten.shape[1]))  # [D, E], zeros where the text is narrower than that
-    set_linear(model.text_head, whiten, -mean_text @ whiten)
+    set_linear(model.text_proj, whiten, -mean_text @ whiten)
     variance = float(queries.double().var(0, correction=0).mean())
-    return fit_linear(model.image_head, queries, centred @ whiten, penalty * variance)
+    return fit_linear(model.vision_proj, queries, centred @ whiten, penalty * variance)
 
 
 def fit_linear(layer: nn.Linear, x: Tensor, y: Tensor, penalty: float) -> float:
@@ -157,9 +156,7 @@ def set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
 
 def mean_query_output(qformer: QFormer, patches: Tensor) -> Tensor:
     """The query outputs of each picture, averaged over the queries: `[B, P, V]` -> `[B, D]`."""
-    queries = qformer(qformer.look(patches)).queries
-    assert queries is not None
-    return queries.float().mean(1)
+    return qformer.query_output(patches).float().mean(1)
 
 
 def warm_start_stage2(model: Stage2, pairs: Iterable[Pair]) -> float:

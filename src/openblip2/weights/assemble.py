@@ -39,7 +39,7 @@ def assemble(checkpoint: Checkpoint, place: torch.device, precision: str) -> tup
     dtype = compute_dtype(place, precision)
     vision, settings = find_vision(checkpoint, settings, dtype)
     if settings.stage == "stage1":
-        writes = "word_head.bias" in checkpoint.trained
+        writes = "lm_head.bias" in checkpoint.trained
         stage1 = build_stage1(settings, vision, checkpoint.sizes, writes)
         fill_trained(stage1, _with_temperature(checkpoint.trained, settings), checkpoint.source)
         return stage1.to(place).eval(), settings

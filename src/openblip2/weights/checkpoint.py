@@ -113,13 +113,13 @@ def sizes_of(trained: Mapping[str, Tensor], heads: int | None, source: str) -> d
         raise UserError(
             f"{source}: the Q-Former's width {width} is not a multiple of {heads} heads: give the right heads"
         )
-    text = "qformer.words.weight" in trained
+    text = "qformer.word_embeddings.weight" in trained
     return {
         "width": width,
         "layers": layers,
         "heads": heads,
         "ffn": shape("qformer.layers.0.query_ffn.widen.weight")[0],
-        "vocabulary": shape("qformer.words.weight")[0] if text else 0,
+        "vocabulary": shape("qformer.word_embeddings.weight")[0] if text else 0,
         "positions": shape("qformer.positions.weight")[0] if text else 512,
     }
 
@@ -137,8 +137,8 @@ def settings_of(trained: Mapping[str, Tensor], start: RunSettings, source: str) 
         raise UserError(f"{source}: cross-attention is in layers {crossing}; it must be in 0, n, 2n, ...")
     qformer: QFormerSettings = replace(start.qformer, queries=trained["qformer.queries"].shape[1], cross_every=every)
     stage1: Stage1Settings = start.stage1
-    if "image_head.weight" in trained:
-        stage1 = replace(stage1, shared_width=trained["image_head.weight"].shape[0])
+    if "vision_proj.weight" in trained:
+        stage1 = replace(stage1, shared_width=trained["vision_proj.weight"].shape[0])
     return replace(start, qformer=qformer, stage1=stage1)
 
 
@@ -173,7 +173,7 @@ def _shapes(trained: Mapping[str, Tensor], settings: RunSettings, sizes: Mapping
     with torch.device("meta"):
         qformer = build_qformer(settings, image_width, sizes)
         if settings.stage == "stage1":
-            writes = "temperature" in trained or any(name.startswith("word_head.") for name in trained)
+            writes = "temperature" in trained or any(name.startswith("lm_head.") for name in trained)
             stage1 = settings.stage1
             model: nn.Module = Stage1(qformer, None, stage1.shared_width, writes=writes, contrast=stage1.contrast)
             if not writes:

@@ -74,7 +74,9 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
     settings = settings_of(trained, _settings(path, model, trained, bool(tower), parts), str(path))
     if settings.stage == "stage2":
         text = [
-            name for name in trained if name.startswith(("qformer.words.", "qformer.positions.")) or ".text_" in name
+            name
+            for name in trained
+            if name.startswith(("qformer.word_embeddings.", "qformer.positions.")) or ".text_" in name
         ]
         if text:
             left_out.append(f"the text path of the Q-Former, {len(text)} tensors: stage 2 does not read it")

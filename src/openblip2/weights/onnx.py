@@ -47,7 +47,7 @@ class ImagePath(nn.Module):
     def __init__(self, model: Stage1 | Stage2) -> None:
         super().__init__()
         self.name = "image_vectors" if isinstance(model, Stage1) else "soft_prompt"
-        head = model.image_head if isinstance(model, Stage1) else model.projection
+        head = model.vision_proj if isinstance(model, Stage1) else model.projection
         # Name by name, for a copy of the whole model would be one of the language model too.
         for name, part in (("vision", model.vision), ("qformer", model.qformer), ("head", head)):
             self.add_module(name, copy.deepcopy(part))
@@ -55,7 +55,7 @@ class ImagePath(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 `[B, 3, S, S]` RGB -> `[B, Q, E]` or `[B, Q, L]`."""
-        queries = self.qformer(self.qformer.look(self.vision(images))).queries
+        queries = self.qformer.query_output(self.vision(images))
         found = self.head(queries)
         return F.normalize(found, dim=-1) if self.name == "image_vectors" else found
 

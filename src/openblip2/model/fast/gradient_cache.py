@@ -4,31 +4,30 @@ Ours and not the paper's; `train.chunk` asks for it. Stage 1 uses a gradient cac
 Contrastive Learning Batch Size under Memory Limited Setup"), in three passes:
 
 1. image and text vectors of all chunks, without a graph;
-2. ITC of all vectors, over all processes as ever: its gradient at each vector is kept, and hard negatives are drawn;
-3. chunk by chunk: the vectors once more, now with a graph, which hand the kept gradients on to the parameters, and
-   the chunk's share of ITM and ITG, whose sum over the chunks is the mean over the whole batch.
+2. ITC of all vectors, over all processes: its gradient at each vector is kept, and hard negatives are drawn;
+3. chunk by chunk: the vectors once more, now with a graph, through which the kept gradients go back to the parameters,
+   and the chunk's share of ITM and ITG, whose sum over the chunks is the mean over the whole batch.
 
-So only one chunk's graph is in memory at a time, for one more pass of images and texts without a graph. What
-`train.accumulate` adds up are batches that know nothing of each other: there negatives stay within one batch.
+So only one chunk's graph is in memory at a time, for one more pass of images and texts without a graph. The batches
+that `train.accumulate` adds up are separate: there negatives stay within one batch.
 
-Shapes: B pairs, S side in px, P patch tokens, V encoder width, Q queries, T text tokens, E shared space.
+Shapes: B pairs, S side in px, P patch tokens, V encoder width, Q queries, T text tokens, D Q-Former width, E shared
+space.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from openblip2.distributed import part_of, share
-from openblip2.model.exchange import bring
-from openblip2.model.objectives import Rivals, matching, same_image
-from openblip2.model.qformer import Memory, Seen
-from openblip2.model.stage1 import OBJECTIVES, Pairs, Stage1, pair_up, see, share_texts
-
-if TYPE_CHECKING:
-    from openblip2.model.stage2 import Question, Stage2
+from openblip2.model.fast import joined_batch
+from openblip2.model.objectives import HardNegatives, decorrelation, matching
+from openblip2.model.qformer import Cache, Memory
+from openblip2.model.stage1 import OBJECTIVES, Pairs, Stage1, itm_pairs, see
+from openblip2.model.stage2 import Stage2
 
 
 def stage1_losses(
@@ -40,119 +39,124 @@ def stage1_losses(
     *,
     images: Tensor | None = None,
     features: Tensor | None = None,
-    negatives: Rivals | tuple[Tensor, Tensor] | None = None,
+    negatives: HardNegatives | tuple[Tensor, Tensor] | None = None,
     objectives: Collection[str] = OBJECTIVES,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """`Stage1.losses`, at most `chunk` pairs at a time; 0 = all at once. For training: gradients must be enabled.
+    """`Stage1.losses` of the joined batch, at most `chunk` pairs at a time; gradients must be enabled.
 
-    Gradients are those of the sum of the losses, and are there when this returns: `backward` hands them out, once.
+    Gradients are those of the sum of the losses. They are computed when this returns; `backward` adds them to the
+    parameters, once.
 
-    With dropout a chunk draws the same masks in both of its passes, by which the kept gradients are those of the very
-    vectors that were contrasted. The masks are not those of the whole batch at once, as they are not with another seed.
+    With dropout a chunk draws the same masks in both of its passes, so the kept gradients are those of the vectors that
+    were contrasted. The masks are not those of the whole batch at once, as they are not with another seed.
 
     Args:
-        tokens, valid, ids, negatives, objectives, generator: as for `Stage1.losses`.
-        images: `[B, 3, S, S]` uint8; the encoder sees each once, its features of all `B` are kept for the step.
-            features: `[B, P, V]`.
+        chunk: pairs at a time, at least 1; as many in all processes.
+        tokens: this and the other arguments are as for `joined_batch.stage1_losses`.
+        images: the encoder sees each once; its features of all `B` are kept for the step.
     """
     count, device = len(tokens), tokens.device
-    shared, words = share_texts(valid)
-    if not 0 < chunk < max(shared.counts):  # all processes go the same way, for they meet on it
-        return model.losses(
-            tokens,
-            valid,
-            ids,
-            images=images,
-            features=features,
-            negatives=negatives,
-            objectives=objectives,
-            generator=generator,
+    shared, _, targets = joined_batch.share_texts(valid)
+    if chunk >= max(shared.counts):  # the same in all processes, which wait for each other
+        given: dict[str, Any] = {"images": images, "features": features, "negatives": negatives}
+        return joined_batch.stage1_losses(
+            model, tokens, valid, ids, objectives=objectives, generator=generator, **given
         )
     patches = _see(model, -(-max(shared.counts) // chunk), images, features)
-    positives = same_image(shared.first + torch.arange(count, device=device) if ids is None else ids, shared)
+    positives = joined_batch.joined_positives(ids, tokens, shared)
     chunks = torch.arange(count, device=device).split(chunk)
 
-    states, vectors = [], []
+    states, outputs, vectors = [], [], []
     with torch.no_grad():
         for rows in chunks:
-            states.append(_draws(device))
-            _, *found = _vectors(model, model.qformer.look(patches[rows]), tokens[rows], valid[rows])
+            states.append(_random_state(device))
+            memory = model.qformer.encode_image(patches[rows])
+            queries, _, *found = _vectors(model, memory, tokens[rows], valid[rows])
+            outputs.append(queries)
             vectors.append(found)
     # Autocast keeps the weights that it has cast; older torch would go on with those that were cast without a graph.
     torch.clear_autocast_cache()
     image, text = (torch.cat(side).requires_grad_() for side in zip(*vectors, strict=True))
 
     gradients = Gradients(model)
-    itc = model.contrast(image, text, positives, shared)
-    sums = {name: torch.zeros((), device=device) for name in OBJECTIVES if name in objectives}
+    itc = joined_batch.joined_contrast(model, image, text, positives, shared)
+    mean = joined_batch.joined_mean(torch.cat(outputs), shared) if model.decorrelation else None
+    names = [name for name in OBJECTIVES if name in objectives] + ["decorrelation"] * (mean is not None)
+    sums = {name: torch.zeros((), device=device) for name in names}
     kept: list[Tensor] = []
     if "itc" in objectives:
         sums["itc"] = itc.loss.detach()
         kept = gradients.add([itc.loss], at=[image, text])
-    at_hand = None
+    local = None
     if "itm" in objectives:
-        rivals = model.rivals(itc, positives, shared, generator) if negatives is None else Rivals(*negatives)
-        at_hand = bring(rivals, patches, tokens, valid, shared)
-        patches = torch.cat([patches, at_hand.fetched]) if len(at_hand.fetched) else patches
+        if negatives is None:
+            negatives = joined_batch.joined_negatives(itc, positives, shared, generator)
+        local = joined_batch.bring(HardNegatives(*negatives), patches, tokens, valid, shared)
+        patches = torch.cat([patches, local.fetched]) if len(local.fetched) else patches
 
     for rows, state in zip(chunks, states, strict=True):
         if count == 0:
             break  # none of the joined batch's rows is ours
-        # A rival may be an image of another chunk, which is then looked at again, with a graph.
-        pairs = None if at_hand is None else pair_up(at_hand.tokens, at_hand.valid, at_hand.rivals, rows)
-        needed, place = _needed(rows, pairs, len(patches))
-        memory = model.qformer.look(patches[needed])
-        with _drawing(state, device):
-            alone, *found = _vectors(model, _first(memory, len(rows)), tokens[rows], valid[rows])
+        # A negative may be an image of another chunk, which is then encoded again, with a graph.
+        pairs = None if local is None else itm_pairs(local.tokens, local.valid, local.negatives, rows)
+        needed, index = _needed(rows, pairs, len(patches))
+        memory = model.qformer.encode_image(patches[needed])
+        with _replayed(state, device):
+            queries, cache, *found = _vectors(model, _first(memory, len(rows)), tokens[rows], valid[rows])
         parts = {}
         if "itg" in objectives:
-            loss = model.writing_loss(alone, tokens[rows], valid[rows])
-            parts["itg"] = loss * (valid[rows, 1:].sum() / words.total * len(shared.counts))
-        if pairs is not None and at_hand is not None:
-            logits = model.match(memory.take(place[pairs.images]), pairs.tokens, pairs.valid)
-            parts["itm"] = matching(logits, pairs.is_match) * (len(logits) / at_hand.pairs * len(shared.counts))
-        # Sums' gradients are 1, those of the vectors were kept.
-        outputs = [*parts.values(), *(found if kept else ())]
-        gradients.add(outputs, [*[None] * len(parts), *(part[rows] for part in kept)])
+            loss = model.generation_loss(cache, tokens[rows], valid[rows])
+            parts["itg"] = loss * (valid[rows, 1:].sum() / targets * len(shared.counts))
+        if pairs is not None and local is not None:
+            logits = model.match(memory.take(index[pairs.images]), pairs.tokens, pairs.valid)
+            parts["itm"] = matching(logits, pairs.is_match) * (len(logits) / local.pairs * len(shared.counts))
+        if mean is not None:
+            share_of_batch = len(rows) / shared.total * len(shared.counts)
+            parts["decorrelation"] = model.decorrelation * decorrelation(queries, mean) * share_of_batch
+        # The gradient at each part of the sum is 1; those at the vectors were kept.
+        ends = [*parts.values(), *(found if kept else ())]
+        gradients.add(ends, [*[None] * len(parts), *(part[rows] for part in kept)])
         for name, part in parts.items():
             sums[name] += part.detach()
     return gradients.attach(sums, every=count == 0)
 
 
 def stage2_losses(
-    model: "Stage2",
+    model: Stage2,
     chunk: int,
     prompts: Sequence[str],
     captions: Sequence[str],
     *,
     images: Tensor | None = None,
     features: Tensor | None = None,
-    question: "Question | None" = None,
+    question: tuple[Tensor, Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """`Stage2.losses`, at most `chunk` pairs at a time; 0 = all at once. For training: gradients must be enabled.
+    """`Stage2.losses` of the joined batch, at most `chunk` pairs at a time; gradients must be enabled.
 
     The mean over all tokens with a target, wherever the batch is cut; `train.accumulate` takes the mean of the
-    batches' means. `backward` as for `stage1_losses`. Arguments as for `Stage2.losses`.
+    batches' means. `chunk` and `backward` as for `stage1_losses`, the other arguments as for `Stage2.losses`.
     """
     shared = share(len(captions))
     most = max(shared.counts)
-    if not 0 < chunk < most:
-        return model.losses(prompts, captions, images=images, features=features, question=question, generator=generator)
-    draws = model.split_draws(shared, generator)
+    if chunk >= most:
+        options: dict[str, Any] = {"images": images, "features": features, "question": question}
+        return joined_batch.stage2_losses(model, prompts, captions, generator=generator, **options)
+    draws = joined_batch.joined_splits(shared, generator)
     gradients = Gradients(model)
     total, scored = torch.zeros((), device=model.projection.weight.device), 0
-    chunks = -(-most // chunk)  # as many in every process: a model in pieces over them runs in all or in none
+    chunks = -(-most // chunk)  # as many in every process: a sharded model runs in all of them or in none
     for number in range(chunks):
         rows = part_of(len(captions), number, chunks)
-        loss, count = model.scored(
+        loss, count = joined_batch.scored(
+            model,
             prompts[rows],
             captions[rows],
+            draws[rows],
             images=None if images is None else images[rows],
             features=None if features is None else features[rows],
             question=None if question is None else (question[0][rows], question[1][rows]),
-            draws=draws[rows],
         )
         gradients.add([loss], times=count)  # and not the gradient of their sum, which fp16 might not hold
         total, scored = total + loss.detach() * count, scored + count
@@ -227,19 +231,19 @@ def _see(model: Stage1, chunks: int, images: Tensor | None, features: Tensor | N
     return torch.cat([see(model.vision, part, None) for part in images.tensor_split(chunks)])
 
 
-def _vectors(model: Stage1, memory: Memory, tokens: Tensor, valid: Tensor) -> tuple[Seen, Tensor, Tensor]:
-    """The query pass, image vectors `[n, Q, E]` and text vectors `[n, E]`: all that both passes of a chunk draw for."""
-    alone = model.qformer(memory)
-    return alone, model.image_vectors(alone), model.text_vectors(tokens, valid)
+def _vectors(model: Stage1, memory: Memory, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Cache, Tensor, Tensor]:
+    """The query pass, image vectors `[n, Q, E]` and text vectors `[n, E]`: what is computed in both passes."""
+    queries, cache = model.qformer.query_pass(memory)
+    return queries, cache, model.image_vectors(queries), model.text_vectors(tokens, valid)
 
 
 def _needed(rows: Tensor, pairs: Pairs | None, count: int) -> tuple[Tensor, Tensor]:
-    """Which of `count` images at hand a chunk needs, its own first, and each one's place there: `[n]`, `[count]`."""
+    """Which of `count` images a chunk needs, its own first, and the index of each among these: `[n]`, `[count]`."""
     others = rows[:0] if pairs is None else pairs.images[~torch.isin(pairs.images, rows)].unique()
     needed = torch.cat([rows, others])
-    place = needed.new_full((count,), -1)
-    place[needed] = torch.arange(len(needed), device=needed.device)
-    return needed, place
+    index = needed.new_full((count,), -1)
+    index[needed] = torch.arange(len(needed), device=needed.device)
+    return needed, index
 
 
 def _first(memory: Memory, count: int) -> Memory:
@@ -247,14 +251,14 @@ def _first(memory: Memory, count: int) -> Memory:
     return Memory(tuple((keys[:count], values[:count]) for keys, values in memory.layers))
 
 
-def _draws(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Where torch's random generators stand."""
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The state of torch's random generators."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 @contextmanager
-def _drawing(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Draws what was drawn from `state` on; behind it, draws go on from where they stood before."""
+def _replayed(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    """Inside it the draws are those that were made from `state` on; after it they go on from where they were."""
     cpu, gpu = state
     with torch.random.fork_rng([] if gpu is None else [device]):
         torch.set_rng_state(cpu)

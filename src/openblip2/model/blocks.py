@@ -1,0 +1,88 @@
+"""BERT's building blocks, of which the Q-Former is made: attention, feed-forward network, language-modelling head.
+
+Shapes: B rows of a batch, N positions, D width, H heads, W vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+INIT_STD = 0.02  # BERT's, and the paper's for the queries
+NORM_EPS = 1e-12  # BERT's
+
+KeysValues = tuple[Tensor, Tensor]  # each [B, H, N, D / H]
+
+
+class Attention(nn.Module):
+    """BERT's attention block, LayerNorm after the residual sum; keys and values may come from elsewhere."""
+
+    def __init__(self, width: int, heads: int, source_width: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.drop = heads, dropout
+        self.watched: list[Tensor] | None = None  # a list collects the weights of each pass (model/relevance.py)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+
+    def keys_values(self, source: Tensor) -> KeysValues:
+        return self._split(self.key(source)), self._split(self.value(source))
+
+    def forward(
+        self, rows: Tensor, source: KeysValues, mask: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """`rows [B, N, D]` -> the same; `scale [N, 1]` multiplies what attention adds to each row, None = 1."""
+        queries = self._split(self.query(rows))
+        if self.watched is None:
+            dropped = self.drop if self.training else 0.0
+            found = F.scaled_dot_product_attention(queries, *source, attn_mask=mask, dropout_p=dropped)
+        else:
+            found = self._watched(queries, *source, self.watched)
+        found = self.out(found.transpose(1, 2).flatten(2))
+        if scale is not None:
+            found = found * scale
+        return self.norm(rows + self.dropout(found))
+
+    def _watched(self, queries: Tensor, keys: Tensor, values: Tensor, weights: list[Tensor]) -> Tensor:
+        """The same, unmasked and without dropout, by weights `[B, H, rows, source rows]` that are kept."""
+        weights.append((queries @ keys.transpose(-1, -2) / queries.shape[-1] ** 0.5).float().softmax(dim=-1))
+        return weights[-1].to(values.dtype) @ values
+
+    def _split(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """BERT's feed-forward block: erf-GELU between two linear maps, LayerNorm after the residual sum."""
+
+    def __init__(self, width: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.widen = nn.Linear(width, inner)
+        self.narrow = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.norm(rows + self.dropout(self.narrow(F.gelu(self.widen(rows)))))
+
+
+class LMHead(nn.Module):
+    """BERT's masked-language-model head, which ITG predicts words with; its decoder is tied to the word embeddings."""
+
+    def __init__(self, width: int, words: nn.Embedding) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
+        nn.init.normal_(self.dense.weight, std=INIT_STD)
+        nn.init.zeros_(self.dense.bias)
+
+    def forward(self, rows: Tensor, words: nn.Embedding) -> Tensor:
+        """`rows [..., D]` -> word logits `[..., W]`."""
+        return F.linear(self.hidden(rows), words.weight, self.bias)
+
+    def hidden(self, rows: Tensor) -> Tensor:
+        """What the decoder reads: `rows [..., D]` -> `[..., D]`."""
+        return self.norm(F.gelu(self.dense(rows)))

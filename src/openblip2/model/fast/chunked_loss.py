@@ -1,0 +1,102 @@
+"""Cross-entropy over a vocabulary without all of its logits in memory.
+
+N positions times W words are more numbers than all else in a step; here they exist for a chunk of positions at a time.
+
+Shapes: N positions with a target, D width, W vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from openblip2.model.objectives import generation
+
+CHUNK_BYTES = 64 * 2**20  # of fp32 logits at a time
+FEWEST_ROWS = 256  # below that a product is bound by reading the weight
+
+
+def chunked_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Mean cross-entropy of the logits `hidden @ weight.T + bias` without ever holding all of them.
+
+    The gradient is computed chunk by chunk along with the loss, for the inputs that require one; not twice
+    differentiable. Products are in autocast's dtype, as `F.linear`'s; sums over chunks in fp32.
+
+    Args:
+        hidden: `[N, D]`, N >= 1.
+        weight: `[W, D]`.
+        bias: `[W]`.
+        targets: `[N]` int64.
+        label_smoothing: share of each target that is spread evenly over all `W`.
+        chunk: rows at a time; None = what fits `CHUNK_BYTES`. All N in one chunk are computed the plain way.
+    """
+    if chunk is None:
+        chunk = max(FEWEST_ROWS, CHUNK_BYTES // (4 * len(weight)))
+    if len(targets) <= chunk:
+        return generation(F.linear(hidden, weight, bias), targets, label_smoothing)
+    place = hidden.device.type
+    dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else weight.dtype
+    with torch.autocast(place, enabled=False):
+        loss = _ChunkedCrossEntropy.apply(
+            hidden, weight, bias, targets, label_smoothing, chunk, dtype, torch.is_grad_enabled()
+        )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        smoothing: float,
+        chunk: int,
+        dtype: torch.dtype,
+        trains: bool,
+    ) -> Tensor:
+        of_hidden, of_weight, of_bias = (
+            torch.zeros_like(given, dtype=torch.float32) if trains and wanted and given is not None else None
+            for given, wanted in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
+        )
+        factor, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        loss = torch.zeros((), device=hidden.device)
+        for first in range(0, len(targets), chunk):
+            part = slice(first, first + chunk)
+            rows, wanted = hidden[part].to(dtype), targets[part, None]
+            logs = F.linear(rows, factor, offset).float().log_softmax(dim=1)
+            loss -= (1 - smoothing) * logs.gather(1, wanted).sum() + smoothing * logs.mean(dim=1).sum()
+            if of_hidden is None and of_weight is None and of_bias is None:
+                continue
+            # The gradient at the logits, but for the mean's 1 / N: what is likely less what is wanted.
+            error = logs.exp_().sub_(smoothing / len(weight))
+            error.scatter_add_(1, wanted, torch.full_like(error[:, :1], smoothing - 1))
+            if of_bias is not None:
+                of_bias += error.sum(dim=0)
+            error = error.to(dtype)
+            if of_hidden is not None:
+                of_hidden[part] = error @ factor
+            if of_weight is not None:
+                of_weight += error.T @ rows
+        gradients = (of_hidden, of_weight, of_bias)
+        given = (hidden, weight, bias)
+        ctx.save_for_backward(
+            *(None if g is None else g.div_(len(targets)).to(x.dtype) for g, x in zip(gradients, given, strict=True))  # pyright: ignore
+        )
+        return loss / len(targets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *(None if g is None else g * upstream[0] for g in ctx.saved_tensors), *[None] * 5
