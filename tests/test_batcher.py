@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from openblip2.errors import UserError
 from openblip2.model.decoding import Decoding
-from openblip2.serve.batcher import Batcher, Full, Late
-from openblip2.serve.jobs import Embed, Failed, Job, Write, Written
-from openblip2.serve.limits import Limits
+from openblip2.serve.batcher import Batcher, Full, Late, Limits
+from openblip2.serve.jobs import Embed, Job, Write, Written
 
 
 class Recorder:
@@ -24,8 +24,9 @@ class Recorder:
         self.cancelled = 0
         self.does: Callable[[list[Job]], list[Any]] = lambda jobs: [vars(job).get("text") for job in jobs]
 
-    def run(self, jobs: list[Job]) -> list[Any]:
+    def run(self, jobs: list[Job], on_text: Callable[[str], object]) -> list[Any]:
         self.batches.append(jobs)
+        self.on_text = on_text
         assert self.go.wait(10)
         return self.does(jobs)
 
@@ -101,14 +102,14 @@ def test_a_full_queue_says_so_and_empties_again() -> None:
 def test_when_to_ask_again_is_what_half_the_queue_takes() -> None:
     async def body() -> None:
         batcher = Batcher(Recorder(), Limits(queue=400, wait=0, seconds=30))
-        assert batcher.patience == 1
-        batcher.worker.run = lambda jobs: time.sleep(0.05) or ["done"] * len(jobs)
+        assert batcher.retry_after == 1
+        batcher.worker.run = lambda jobs, on_text: time.sleep(0.05) or ["done"] * len(jobs)
         for _ in range(3):
             await batcher.do(Embed(text="one"))
-        assert 10 <= batcher.patience <= 20  # 200 of 0.05 s, on a machine that may be busy
-        batcher.worker.run = lambda jobs: time.sleep(0.6) or ["done"] * len(jobs)
+        assert 10 <= batcher.retry_after <= 20  # 200 of 0.05 s, on a machine that may be busy
+        batcher.worker.run = lambda jobs, on_text: time.sleep(0.6) or ["done"] * len(jobs)
         await batcher.do(Embed(text="slow"))
-        assert batcher.patience == 30
+        assert batcher.retry_after == 30
         assert not batcher.full
         await batcher.close()
 
@@ -119,7 +120,7 @@ def test_who_could_not_be_served_in_time_is_told_at_once() -> None:
     async def body() -> None:
         worker = Recorder()
         batcher = Batcher(worker, Limits(queue=400, batch=1, wait=0, seconds=1))
-        batcher.worker.run = lambda jobs: time.sleep(0.4) or ["done"]
+        batcher.worker.run = lambda jobs, on_text: time.sleep(0.4) or ["done"]
         tasks = [asyncio.create_task(batcher.do(Embed(text="one")))]
         await tasks[0]
         tasks += [asyncio.create_task(batcher.do(Embed(text="one"))) for _ in range(3)]
@@ -203,25 +204,39 @@ def test_an_error_is_the_batchs_alone() -> None:
     asyncio.run(body())
 
 
-@pytest.mark.parametrize("end", [Written("a cat", 3, 2), Failed("no")])
+@pytest.mark.parametrize("end", [Written("a cat", 3, 2), UserError("no")])
 def test_pieces_come_before_the_result(end: Any) -> None:
     async def body() -> None:
         worker = Recorder()
         batcher = Batcher(worker, Limits(wait=0))
 
         def says(jobs: list[Job]) -> list[Any]:
-            (job,) = jobs
-            assert isinstance(job, Write)
             for piece in ("a ", "cat"):
-                batcher.said(job.stream, piece)
-            if isinstance(end, Written):  # a process that failed sends no end
-                batcher.said(job.stream, None)
+                worker.on_text(piece)
             return [end]
 
         worker.does = says
-        found = [piece async for piece in await batcher.stream(Write(b"x", Decoding()))]
+        found: list[Any] = []
+        try:
+            async for piece in batcher.stream(Write(b"x", Decoding(), stream=True)):
+                found.append(piece)
+        except UserError as error:
+            found.append(error)
         assert found == ["a ", "cat", end]
-        batcher.said(99, "to nobody")
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+def test_a_stream_runs_alone() -> None:
+    async def body() -> None:
+        worker = Recorder()
+        worker.does = lambda jobs: [0] * len(jobs)
+        batcher = Batcher(worker, Limits(wait=0.01))
+        streams = [batcher.stream(Write(b"x", Decoding(), stream=True)) for _ in range(2)]
+        for stream in streams:
+            assert [piece async for piece in stream] == [0]
+        assert [len(batch) for batch in worker.batches] == [1, 1]
         await batcher.close()
 
     asyncio.run(body())

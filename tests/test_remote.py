@@ -74,7 +74,7 @@ def test_public_addresses_are_taken(number: str, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_other_addresses_are_refused(address: str) -> None:
-    with pytest.raises(UserError, match=r"is no address"):
+    with pytest.raises(UserError, match="not an address"):
         remote.fetch(address, 1000)
 
 

@@ -24,10 +24,11 @@ from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.search.index import update_index
+from openblip2.serve.batcher import Limits
+from openblip2.serve.errors import ServeError
 from openblip2.serve.jobs import Embed
-from openblip2.serve.limits import Limits
 from openblip2.serve.start import runs_of
-from openblip2.serve.worker import DIED, LATE, Worker
+from openblip2.serve.worker import Worker
 
 pytest.importorskip("fastapi")
 pytest.importorskip("faiss")
@@ -48,9 +49,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(home: Path) -> Iterator[TestClient]:
-    app = make_app(
-        str(home / "stage2"), str(home / "stage1"), home / "index", Limits(bytes=MAX, texts=4), None, ["testserver"], 1
-    )
+    worker = Worker(str(home / "stage2"), str(home / "stage1"), str(home / "index"), 1, 120.0)
+    app = make_app(worker, home / "index", Limits(bytes=MAX, texts=4), None, ["testserver"])
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
@@ -90,7 +90,7 @@ def chat(home: Path, *texts: str, **more: Any) -> dict[str, Any]:
     ]
     url = {"type": "image_url", "image_url": {"url": data_url(home)}}
     messages[0]["content"] = [{"type": "text", "text": texts[0]}, url]
-    return {"model": "any", "messages": messages, **more}
+    return {"model": "stage2", "messages": messages, **more}
 
 
 def test_a_dialogue_is_the_chats(home: Path, client: TestClient) -> None:
@@ -121,7 +121,7 @@ def test_a_stream_is_the_whole_in_pieces(home: Path, client: TestClient) -> None
 
 
 def test_embeddings_as_numbers_and_as_base64(home: Path, client: TestClient) -> None:
-    asked = {"input": ["a red dog", data_url(home)], "model": "any"}
+    asked = {"input": ["a red dog", data_url(home)], "model": "stage1"}
     plain = client.post("/v1/embeddings", json=asked).json()["data"]
     coded = client.post("/v1/embeddings", json=asked | {"encoding_format": "base64"}).json()["data"]
     for one, other in zip(plain, coded, strict=True):
@@ -138,8 +138,9 @@ def test_the_openai_client_speaks_to_it(home: Path, client: TestClient) -> None:
     whole = theirs.chat.completions.create(**given).choices[0].message.content
     pieces = theirs.chat.completions.create(**given, stream=True)
     assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices).split() == whole.split()
-    assert len(theirs.embeddings.create(model="any", input="a red dog").data[0].embedding) == 9
-    assert [model.id for model in theirs.models.list()] == ["stage2"]
+    assert len(theirs.embeddings.create(model="stage1", input="a red dog").data[0].embedding) == 9
+    assert [model.id for model in theirs.models.list()] == ["stage2", "stage1"]
+    assert theirs.models.retrieve("stage1").created > 10**9
 
 
 def test_search_by_text_and_by_picture(home: Path, client: TestClient) -> None:
@@ -155,7 +156,7 @@ def test_search_by_text_and_by_picture(home: Path, client: TestClient) -> None:
     for wrong in ("99999", "-1"):
         assert client.get(f"/pictures/{wrong}").status_code == 404
     for wrong in ("..%2f..%2findex.json", "0/../../index.json"):
-        assert client.get(f"/pictures/{wrong}").status_code in (404, 422)
+        assert client.get(f"/pictures/{wrong}").status_code in (400, 404)
     assert client.get("/assets/..%2fapp.py").status_code == 404
     assert client.post("/search", data={}).status_code == 400
 
@@ -214,11 +215,11 @@ def test_what_is_no_picture_is_refused(home: Path, client: TestClient, content: 
 @pytest.mark.parametrize(
     ("change", "status", "says"),
     [
-        ({"messages": []}, 422, "messages"),
+        ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "hello"}]}, 400, "0 pictures"),
-        ({"n": 2}, 422, "n:"),
-        ({"max_tokens": 0}, 422, "max_tokens"),
-        ({"temperature": 9}, 422, "temperature"),
+        ({"n": 2}, 400, "n:"),
+        ({"max_tokens": 0}, 400, "max_tokens"),
+        ({"temperature": 9}, 400, "temperature"),
     ],
 )
 def test_what_is_wrong_is_said(home: Path, client: TestClient, change: dict[str, Any], status: int, says: str) -> None:
@@ -249,8 +250,8 @@ def test_sizes_are_limited(home: Path, client: TestClient) -> None:
 
 
 def test_a_full_queue_is_told_before_anything_is_read(home: Path, client: TestClient) -> None:
-    service = client.app.state.service  # pyright: ignore
-    full, service.batcher.limits = service.batcher.limits, Limits(queue=0)
+    batcher = client.app.state.batcher  # pyright: ignore
+    full, batcher.limits = batcher.limits, Limits(queue=0)
     try:
         refused = client.post("/caption", files=picture(home))
         assert refused.status_code == 429
@@ -258,7 +259,7 @@ def test_a_full_queue_is_told_before_anything_is_read(home: Path, client: TestCl
         assert refused.json()["error"]["type"] == "rate_limit_error"
         assert client.get("/health").status_code == 200
     finally:
-        service.batcher.limits = full
+        batcher.limits = full
     assert client.post("/caption", files=picture(home)).status_code == 200
 
 
@@ -271,7 +272,7 @@ def test_metrics_count(client: TestClient) -> None:
 
 
 def test_a_token_and_a_name_are_asked_for(home: Path) -> None:
-    app = make_app(None, str(home / "stage1"), None, Limits(), "secret", ["testserver"], 1)
+    app = make_app(Worker(None, str(home / "stage1"), None, 1, 120.0), None, Limits(), "secret", ["testserver"])
     with TestClient(app, raise_server_exceptions=False) as client:
         assert client.get("/").status_code == client.get("/health").status_code == 200
         for shown in (
@@ -319,16 +320,18 @@ class Sleeper:
 @pytest.mark.slow
 def test_a_process_that_dies_is_started_anew_and_others_are_served(home: Path) -> None:
     restarts: list[int] = []
-    worker = Worker((None, str(home / "stage1"), None), 1, 20.0, lambda *given: None, lambda: restarts.append(1))
+    worker = Worker(None, str(home / "stage1"), None, 1, 20.0)
+    worker.on_restart = lambda: restarts.append(1)
     try:
         killer: Any = Killer()
         first, second, third = worker.run([Embed(text="a dog"), killer, Embed(text="a cat")])
-        assert second == DIED
+        assert isinstance(second, ServeError)
+        assert "died" in second.detail
         assert len(first) == len(third) == 9
         assert len(restarts) == 2
         worker.seconds = 0.5
         sleeper: Any = Sleeper()
-        assert worker.run([sleeper]) == [LATE]
+        assert "longer than" in worker.run([sleeper])[0].detail
         worker.seconds = 20.0
         assert len(worker.run([Embed(text="a dog")])[0]) == 9
     finally:
@@ -337,7 +340,7 @@ def test_a_process_that_dies_is_started_anew_and_others_are_served(home: Path) -
 
 def test_models_that_cannot_be_loaded_are_one_line(home: Path) -> None:
     with pytest.raises(UserError, match="is a Matcher, not a Captioner"):
-        Worker((str(home / "stage1"), None, None), 1, 20.0, lambda *given: None, lambda: None)
+        Worker(str(home / "stage1"), None, None, 1, 20.0)
 
 
 def test_which_run_is_which(home: Path, tmp_path: Path) -> None:
@@ -345,9 +348,9 @@ def test_which_run_is_which(home: Path, tmp_path: Path) -> None:
     assert runs_of(one, None) == (None, one)
     assert runs_of(two, None) == (two, one)
     assert runs_of(two, one) == (two, one)
-    with pytest.raises(UserError, match="is a stage-1 run already"):
+    with pytest.raises(UserError, match="is a stage-1 run: leave out --matcher"):
         runs_of(one, one)
-    with pytest.raises(UserError, match="is a stage-2 run; a stage-1 run"):
+    with pytest.raises(UserError, match="is a stage-2 run: give a stage-1 run"):
         runs_of(two, two)
     refused = CliRunner().invoke(cli, ["serve", two, "--host", "0.0.0.0"])
     assert "wants a --token" in str(refused.exception)
@@ -403,3 +406,67 @@ def test_nothing_that_is_sent_is_an_error_of_the_servers(home: Path, client: Tes
 
     one()
     assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "param"),
+    [
+        ({"model": "gpt-4o"}, 404, "model"),
+        ({"logprobs": True}, 400, "logprobs"),
+        ({"top_k": 5}, 400, "top_k"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"seed": 1, "temperature": 1}, 400, "seed"),
+        ({"max_tokens": 10_000}, 400, "max_tokens"),
+        ({"n": 1, "presence_penalty": 0.0, "tools": [], "user": "a", "seed": 1, "logprobs": False}, 200, None),
+    ],
+)
+def test_parameters_are_honoured_or_refused(
+    home: Path, client: TestClient, change: dict[str, Any], status: int, param: str | None
+) -> None:
+    answer = client.post("/v1/chat/completions", json=chat(home, "what is it?") | change)
+    assert answer.status_code == status
+    assert answer.json().get("error", {}).get("param") == param
+
+
+def test_stop_ends_the_text_and_the_stream(home: Path, client: TestClient) -> None:
+    whole = client.post("/v1/chat/completions", json=chat(home, "what is it?")).json()["choices"][0]["message"][
+        "content"
+    ]
+    stop = whole[len(whole) // 2 :][:3]
+    asked = chat(home, "what is it?", stop=[stop])
+    choice = client.post("/v1/chat/completions", json=asked).json()["choices"][0]
+    assert choice["message"]["content"] == whole.split(stop)[0]
+    assert choice["finish_reason"] == "stop"
+    lines = client.post("/v1/chat/completions", json=asked | {"stream": True}).text.split("\n\n")[:-2]
+    events = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+    text = "".join(event["delta"].get("content", "") for event in events)
+    assert stop not in text
+    assert text.strip() == whole.split(stop)[0].strip()
+
+
+def test_errors_have_openais_shape(home: Path, client: TestClient) -> None:
+    answers = [client.get("/nowhere"), client.put("/caption"), client.post("/caption"), client.get("/v1/models/none")]
+    answers.append(client.post("/caption", files=picture(home), data={"beam": 2}))
+    answers.append(client.post("/v1/embeddings", content=b"{", headers={"Content-Type": "application/json"}))
+    assert [answer.status_code for answer in answers] == [404, 405, 400, 404, 400, 400]
+    for answer in answers:
+        assert answer.json().keys() == {"error"}
+        assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert answers[4].json()["error"]["param"] == "beam"
+    assert client.get("/v1/models/stage1").json()["id"] == "stage1"
+
+
+@pytest.mark.parametrize(
+    "form", ["data:;base64,{}", "data:image/png;charset=utf-8;base64,{}", "data:image/png;base64,\n{}"]
+)
+def test_data_urls_of_real_clients_are_taken(home: Path, client: TestClient, form: str) -> None:
+    asked = chat(home, "what is it?", "a dog", "what colour is it?")
+    url = form.format(data_url(home).partition(",")[2].rstrip("="))
+    part = {"type": "image_url", "image_url": {"url": url, "detail": "auto"}}
+    asked["messages"][0]["content"][1] = part
+    asked["messages"][2]["content"] = [{"type": "text", "text": "what colour is it?"}, part]  # the same picture again
+    assert client.post("/v1/chat/completions", json=asked).status_code == 200
+    asked["messages"][2]["content"][1] = {"type": "image_url", "image_url": {"url": data_url(home, 1)}}
+    refused = client.post("/v1/chat/completions", json=asked)
+    assert "2 pictures: send one" in refused.json()["error"]["message"]

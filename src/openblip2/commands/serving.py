@@ -27,7 +27,7 @@ def serve(
     remote: Annotated[bool, typer.Option("--remote-images", help="Allow images from public URLs.")] = False,
 ) -> None:
     """Serve a run as a web page and an OpenAI-compatible API."""
-    from openblip2.serve.limits import Limits
+    from openblip2.serve.batcher import Limits
     from openblip2.serve.start import serve as start
 
     if host not in LOOPBACK and not token:

@@ -1,1 +1,1 @@
-"""`openblip2 serve`: a page and an API before a trained model, and the process that runs it."""
+"""Serve trained runs as a web page and an OpenAI-compatible API (`openblip2 serve`)."""

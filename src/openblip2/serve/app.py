@@ -1,101 +1,126 @@
-"""The web application: routes, limits and errors around a `Service`."""
+"""The web application: the page, the routes beside OpenAI's, and how errors are answered."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, File, Form, Query, Request, UploadFile
+from fastapi import FastAPI, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from fastapi.responses import FileResponse, Response
+from prometheus_client import generate_latest
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 import openblip2
 from openblip2.captioner import ANSWER, CAPTION, greedy
 from openblip2.errors import UserError
 from openblip2.search.index import open_index
 from openblip2.serve import openai
-from openblip2.serve.batcher import Batcher, Full, Late
-from openblip2.serve.guard import Counted, Guard
+from openblip2.serve.batcher import Batcher, Full, Limits
+from openblip2.serve.errors import ServeError, error_response
 from openblip2.serve.jobs import Attend, Match, Search, Write
-from openblip2.serve.limits import Limits
-from openblip2.serve.metrics import Metrics
-from openblip2.serve.service import Died, Gone, Service
+from openblip2.serve.middleware import Guard, Metrics
 from openblip2.serve.worker import Worker
 
 ASSETS = {"page.js": "text/javascript", "page.css": "text/css"}
-# Nothing comes from elsewhere and nothing that is shown can run.
+# The page loads nothing from elsewhere, and no text that it shows can run.
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
 POLICY += "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 
-Picture = Annotated[UploadFile, File(description="A picture's file.")]
-Words = Annotated[str, Form(max_length=4000)]
+MULTIPART = Form(media_type="multipart/form-data")
+Text = Annotated[str, Field(max_length=4000)]
 
 
-def make_app(
-    captioner: str | None,
-    matcher: str | None,
-    index: Path | None,
-    limits: Limits,
-    token: str | None,
-    hosts: list[str],
-    threads: int,
-) -> FastAPI:
-    """The application. Models are loaded when it starts.
+class Fields(BaseModel):
+    """Fields of a form. Others are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class CaptionForm(Fields):
+    """POST /caption."""
+
+    image: UploadFile
+    prompt: Annotated[str, Field(max_length=1000)] | None = None
+    beams: Annotated[int, Field(ge=1, le=5)] = 1
+
+
+class AnswerForm(Fields):
+    """POST /answer."""
+
+    image: UploadFile
+    question: Text
+
+
+class MatchForm(Fields):
+    """POST /match."""
+
+    image: UploadFile
+    text: list[str]
+
+
+class AttendForm(Fields):
+    """POST /attend."""
+
+    image: UploadFile
+    text: Text | None = None
+    by: Literal["itc", "itm"] = "itc"
+
+
+class SearchForm(Fields):
+    """POST /search."""
+
+    text: Text | None = None
+    image: UploadFile | None = None
+    best: Annotated[int, Field(ge=1, le=100)] = 12
+    rerank: Annotated[int, Field(ge=0, le=64)] = 0
+
+
+def make_app(worker: Worker, index: Path | None, limits: Limits, token: str | None, hosts: list[str]) -> FastAPI:
+    """The application.
 
     Args:
-        captioner, matcher: runs, one of them at least. token: that clients must show; None = none. hosts: names by
-            which the server may be called. threads: of torch.
+        worker: with the models loaded; it is closed with the application.
+        index: the index that the worker searches, whose pictures are shown.
+        limits: of requests.
+        token: that clients must send; None = none.
+        hosts: names by which clients may call the server.
     """
     metrics = Metrics()
     folder = open_index(index) if index is not None else None
+    models = openai.Models(*(run and (Path(run).name or "openblip2") for run in worker.models[:2]))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        told: list[Callable[[int, str | None], object]] = []
-        worker = await asyncio.get_running_loop().run_in_executor(
-            None,
-            lambda: Worker(
-                (captioner, matcher, str(index) if index is not None else None),
-                threads,
-                2 * limits.seconds,
-                lambda number, text: told[0](number, text),
-                metrics.restarts.inc,
-            ),
-        )
-        batcher = Batcher(worker, limits, metrics.batch.observe)
-        told.append(batcher.said)
+        batcher = app.state.batcher = Batcher(worker, limits, metrics.batch.observe)
+        worker.on_restart = metrics.restarts.inc
         metrics.queue.set_function(lambda: len(batcher.waiting) + len(batcher.running))
-        name = Path(captioner or matcher or "").name or "openblip2"
-        has = (captioner is not None, matcher is not None, folder is not None)
-        app.state.service = Service(batcher, limits, metrics, name, *has)
         yield
         await batcher.close()
         worker.close()
 
-    app = FastAPI(
-        title="openblip2",
-        version=openblip2.__version__,
-        lifespan=lifespan,
-        docs_url=None,  # their pages fetch scripts from elsewhere; the document itself is at /openapi.json
-        redoc_url=None,
-    )
+    # The pages at docs_url and redoc_url load scripts from elsewhere; /openapi.json is served.
+    app = FastAPI(title="openblip2", version=openblip2.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.models = models
     app.include_router(openai.router)
 
-    def wait() -> int:
-        batcher = app.state.service.batcher
-        return batcher.patience if batcher.full else 0
+    def busy() -> ServeError | None:
+        batcher = app.state.batcher
+        return Full(batcher.retry_after) if batcher.full else None
 
-    app.add_middleware(Guard, limits=limits, token=token, wait=wait)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
-    app.add_middleware(Counted, metrics=metrics)
-    _errors(app)
+    app.add_middleware(Guard, hosts=hosts, token=token, limit=limits.bytes, busy=busy, metrics=metrics)
 
-    def service() -> Service:
-        return app.state.service
+    async def answer_error(request: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    for kind in (UserError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, answer_error)
+
+    async def do(request: Request, job: Any) -> Any:
+        return (await app.state.batcher.answer(request, job))[0]
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -105,114 +130,75 @@ def make_app(
     @app.get("/assets/{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
         if name not in ASSETS:
-            return JSONResponse({"error": {"message": "no such file"}}, 404)
+            raise ServeError("no such file", 404)
         return Response((files("openblip2.serve") / name).read_bytes(), media_type=ASSETS[name])
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """That the server is up, and what it can do."""
-        found = service()
-        can = {"write": found.writes, "match": found.matches, "search": found.searches}
-        return {"status": "ok", "model": found.name, "can": can, "version": openblip2.__version__}
+        """That the server is ready, and what it can do."""
+        can = {"write": models.writer is not None, "match": models.matcher is not None, "search": folder is not None}
+        model = models.writer or models.matcher
+        return {"status": "ok", "model": model, "can": can, "version": openblip2.__version__}
 
     @app.get("/metrics")
-    async def counters() -> Response:
-        """Prometheus metrics."""
-        return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def prometheus() -> Response:
+        """Metrics for Prometheus."""
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.post("/caption")
-    async def caption(
-        request: Request,
-        image: Picture,
-        prompt: Annotated[str | None, Form(max_length=1000)] = None,
-        beams: Annotated[int, Form(ge=1, le=5)] = 1,
-    ) -> dict[str, str]:
-        """One sentence about a picture; `prompt`: how it begins."""
-        service().require_writer()
-        how = replace(CAPTION, beams=beams)
-        written = await service().do(Write(await image.read(), how, prompt=prompt), request)
-        return {"caption": written.text}
+    async def caption(request: Request, form: Annotated[CaptionForm, MULTIPART]) -> dict[str, str]:
+        """A caption of a picture, which begins with `prompt`."""
+        models.require("writer")
+        job = Write(await form.image.read(), replace(CAPTION, beams=form.beams), prompt=form.prompt)
+        return {"caption": (await do(request, job)).text}
 
     @app.post("/answer")
-    async def answer(request: Request, image: Picture, question: Words) -> dict[str, str]:
+    async def answer(request: Request, form: Annotated[AnswerForm, MULTIPART]) -> dict[str, str]:
         """A short answer to a question about a picture."""
-        service().require_writer()
-        written = await service().do(Write(await image.read(), greedy(ANSWER), question, plain=True), request)
-        return {"answer": written.text}
+        models.require("writer")
+        job = Write(await form.image.read(), greedy(ANSWER), form.question, plain=True)
+        return {"answer": (await do(request, job)).text}
 
     @app.post("/match")
-    async def match(request: Request, image: Picture, text: Annotated[list[str], Form()]) -> dict[str, Any]:
-        """How well texts fit a picture: the cosine of ITC, the probability of ITM; the best first by the cosine."""
-        if not 0 < len(text) <= limits.texts:
-            raise UserError(f"{len(text)} texts; 1 to {limits.texts}")
-        found = await service().do(Match(await image.read(), tuple(text)), request)
+    async def match(request: Request, form: Annotated[MatchForm, MULTIPART]) -> dict[str, Any]:
+        """How well texts fit a picture: the cosine of ITC and the probability of ITM, sorted by the cosine."""
+        if not 0 < len(form.text) <= limits.texts:
+            raise ServeError(f"{len(form.text)} texts: send 1 to {limits.texts}", param="text")
+        scores = await do(request, Match(await form.image.read(), tuple(form.text)))
         rows = [
-            {"text": one, "similarity": cosine, "match": chance}
-            for one, (cosine, chance) in zip(text, found, strict=True)
+            {"text": text, "similarity": cosine, "match": probability}
+            for text, (cosine, probability) in zip(form.text, scores, strict=True)
         ]
         return {"texts": sorted(rows, key=lambda row: -row["similarity"])}
 
     @app.post("/attend")
-    async def attend(
-        request: Request,
-        image: Picture,
-        text: Annotated[str | None, Form(max_length=4000)] = None,
-        by: Annotated[str, Form(pattern="^(itc|itm)$")] = "itc",
-    ) -> Response:
-        """The picture with a map over it, as PNG: what a text rests on, or where all queries look."""
-        job = Attend(await image.read(), text or None, "itm" if by == "itm" else "itc")
-        return Response(await service().do(job, request), media_type="image/png")
+    async def attend(request: Request, form: Annotated[AttendForm, MULTIPART]) -> Response:
+        """The picture with an attention map over it, as PNG: for a text, or of all queries."""
+        job = Attend(await form.image.read(), form.text or None, form.by)
+        return Response(await do(request, job), media_type="image/png")
 
     @app.post("/search")
-    async def search(
-        request: Request,
-        text: Annotated[str | None, Form(max_length=4000)] = None,
-        image: Annotated[UploadFile | None, File()] = None,
-        best: Annotated[int, Form(ge=1, le=100)] = 12,
-        rerank: Annotated[int, Form(ge=0, le=64)] = 0,
-    ) -> dict[str, Any]:
-        """Pictures of the index by a text, or by one like them."""
-        if (text is None) == (image is None):
-            raise UserError("give a text or an image, one of the two")
-        picture = await image.read() if image is not None else None
-        found = await service().do(Search(text, picture, best, rerank), request)
-        rows = [
-            {"id": number, "path": path, "similarity": cosine, "match": chance}
-            for number, path, cosine, chance in found
-        ]
-        return {"pictures": rows}
+    async def search(request: Request, form: Annotated[SearchForm, MULTIPART]) -> dict[str, Any]:
+        """Pictures of the index that fit a text, or that are like a picture."""
+        if (form.text is None) == (form.image is None):
+            raise ServeError("give either a text or an image")
+        picture = None if form.image is None else await form.image.read()
+        hits = await do(request, Search(form.text, picture, form.best, form.rerank))
+        names = ("id", "path", "similarity", "match")
+        return {"pictures": [dict(zip(names, hit, strict=True)) for hit in hits]}
 
     @app.get("/pictures/{number}")
-    async def picture(number: int, whole: Annotated[bool, Query()] = False) -> Response:
-        """A picture of the index: its thumbnail, or `whole`, the file itself."""
+    async def picture(number: int, whole: bool = False) -> Response:
+        """A picture of the index: its thumbnail, or with `whole` the file itself."""
         if folder is None or number not in folder.rows:
-            return JSONResponse({"error": {"message": "no such picture"}}, 404)
+            raise ServeError("no such picture", 404)
         try:
             path = folder.path(number) if whole else folder.thumbnail(number)
         except UserError as error:
-            return JSONResponse({"error": {"message": str(error)}}, 404)
+            raise ServeError(str(error), 404) from error
         if not path.is_file():
-            return JSONResponse({"error": {"message": "no such picture"}}, 404)
-        # Never as what a browser would run: the policy forbids it, and a download has no page.
+            raise ServeError("no such picture", 404)
+        # A file of the folder could be HTML or SVG: nothing in it may run.
         return FileResponse(path, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
 
     return app
-
-
-def _errors(app: FastAPI) -> None:
-    async def told(request: Request, error: Exception) -> JSONResponse:
-        status = Service.status_of(error)
-        kind = {400: "invalid_request_error", 429: "rate_limit_error"}.get(status, "server_error")
-        wait = {429: request.app.state.service.batcher.patience, 503: 1}.get(status)
-        headers = {"Retry-After": str(wait)} if wait else {}
-        return JSONResponse({"error": {"message": Service.said_of(error), "type": kind}}, status, headers)
-
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:]) or "the body"
-        return JSONResponse({"error": {"message": f"{where}: {first['msg']}", "type": "invalid_request_error"}}, 422)
-
-    for kind in (UserError, Full, Late, Died, Gone, Exception):
-        app.add_exception_handler(kind, told)
-    app.add_exception_handler(RequestValidationError, invalid)

@@ -1,39 +1,72 @@
-"""Requests that come at the same time run together: a bounded queue before one worker.
+"""Run requests in batches: a bounded queue in front of one worker.
 
-A request waits for others that it may run with, `Limits.wait` at most, or as long as the worker is busy. Who goes away
-is taken out; what runs for nobody is ended.
+A job waits for others that can share its batch, for `Limits.wait` seconds or as long as the worker is busy. Jobs of
+disconnected clients leave the queue, and a batch is stopped when all of its clients have disconnected.
 """
 
 import asyncio
-import itertools
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from openblip2.serve.jobs import Failed, Job, Write
-from openblip2.serve.limits import Limits
+from starlette.requests import Request
+
+from openblip2.serve.errors import ServeError
+from openblip2.serve.jobs import Job, Write
 
 
-class Runs(Protocol):
-    """What runs batches: a `Worker`."""
+@dataclass(frozen=True)
+class Limits:
+    """What one server allows.
 
-    def run(self, jobs: list[Job]) -> list[Any]: ...
+    Attributes:
+        bytes: size of a request's body.
+        queue: requests that wait or run; others get status 429.
+        batch: requests in one batch.
+        wait: seconds to wait for others to fill a batch.
+        seconds: time for one request; after it the status is 504.
+        tokens: new tokens of one answer.
+        texts: texts of one request, to match or to embed.
+        remote: whether pictures are fetched from http(s) addresses.
+    """
+
+    bytes: int = 16 * 2**20
+    queue: int = 64
+    batch: int = 16
+    wait: float = 0.01
+    seconds: float = 60.0
+    tokens: int = 256
+    texts: int = 64
+    remote: bool = False
+
+
+class Runner(Protocol):
+    """What runs the batches: a `Worker`."""
+
+    def run(self, jobs: list[Job], on_text: Callable[[str], object]) -> list[Any]: ...
 
     def cancel(self) -> None: ...
 
 
-class Full(Exception):
-    """The queue is full, or too slow for another."""
+class Full(ServeError):
+    """The queue is full, or too slow for one more request."""
+
+    def __init__(self, retry_after: int) -> None:
+        headers = {"Retry-After": str(retry_after)}
+        super().__init__("the server is busy: try again later", 429, "rate_limit_exceeded", headers=headers)
 
 
-class Late(Exception):
-    """The time for a request is over."""
+class Late(ServeError):
+    """A request took longer than `Limits.seconds`."""
+
+    def __init__(self) -> None:
+        super().__init__("the request took longer than the server allows", 504)
 
 
 @dataclass(eq=False)
 class Waiting:
-    """A job and the client who waits for its result."""
+    """A job whose client waits; `pieces` of a streamed text end with None."""
 
     job: Job
     result: "asyncio.Future[Any]"
@@ -43,138 +76,144 @@ class Waiting:
 class Batcher:
     """Made and used in one event loop.
 
-    Attributes:
-        waiting: jobs that no batch has taken yet. running: those of the batch that runs.
-
     Args:
-        told: is called with the size of each batch.
+        worker: runs the batches.
+        limits: of queue, batch and time.
+        on_batch: called with the size of each batch.
+
+    Attributes:
+        waiting: jobs that are in no batch yet.
+        running: jobs of the batch that runs.
     """
 
-    def __init__(self, worker: Runs, limits: Limits, told: Callable[[int], object] = lambda size: None) -> None:
-        self.worker, self.limits, self.told = worker, limits, told
+    def __init__(self, worker: Runner, limits: Limits, on_batch: Callable[[int], object] = lambda size: None) -> None:
+        self.worker, self.limits, self.on_batch = worker, limits, on_batch
         self.waiting: list[Waiting] = []
         self.running: list[Waiting] = []
-        self._pace = 0.0  # seconds of a job lately
-        self._streams: dict[int, Waiting] = {}
-        self._numbers = itertools.count(1)
+        self._seconds_per_job = 0.0  # moving average
         self._thread = ThreadPoolExecutor(1, "batches")
-        self._some = asyncio.Event()
+        self._arrived = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.create_task(self._serve())
+        self._task = asyncio.create_task(self._run_batches())
 
     @property
     def full(self) -> bool:
-        """Whether a further job would be told `Full`: too many wait, or it could not be done in time."""
-        before = len(self.waiting) + len(self.running)
-        return before >= self.limits.queue or before * self._pace > self.limits.seconds
+        """Whether one more job would be refused: too many wait, or it could not be done in time."""
+        ahead = len(self.waiting) + len(self.running)
+        return ahead >= self.limits.queue or ahead * self._seconds_per_job > self.limits.seconds
 
     @property
-    def patience(self) -> int:
-        """Seconds until half of a full queue will be done, by what jobs took lately: when to ask again."""
-        return max(1, round(min(self._pace * self.limits.queue / 2, self.limits.seconds)))
+    def retry_after(self) -> int:
+        """Seconds in which half of a full queue will be done, from the time that recent jobs took."""
+        return max(1, round(min(self._seconds_per_job * self.limits.queue / 2, self.limits.seconds)))
 
     async def do(self, job: Job) -> Any:
-        """A job's result.
+        """The job's result.
 
         Raises:
-            Full: too many wait. Late: it took longer than `Limits.seconds`.
+            Full: the queue is full.
+            Late: the job took too long.
+            UserError: the request is wrong.
         """
-        mine = self._enter(job)
+        waiting = self._enter(job)
         try:
             async with asyncio.timeout(self.limits.seconds):
-                return await mine.result
+                return await waiting.result
         except TimeoutError as error:
             raise Late from error
         finally:
-            self._leave(mine)
+            self._leave(waiting)
 
-    async def stream(self, job: Write) -> AsyncIterator[Any]:
-        """Pieces of the text as they are written, and last the result.
+    async def answer(self, request: Request, *jobs: Job) -> list[Any]:
+        """The results of a request's jobs; see `do`. All are cancelled if one fails or the client disconnects."""
+        tasks = [asyncio.create_task(self.do(job)) for job in jobs]
+        results, disconnect = asyncio.gather(*tasks), asyncio.create_task(_disconnect(request))
+        results.add_done_callback(lambda done: done.cancelled() or done.exception())  # so that asyncio logs nothing
+        try:
+            await asyncio.wait((results, disconnect), return_when=asyncio.FIRST_COMPLETED)
+            if not results.done():
+                raise ServeError("the client disconnected", 499)
+            return results.result()
+        finally:
+            for task in (disconnect, results, *tasks):
+                task.cancel()
 
-        Raises:
-            Full, Late: as `do`, the first before anything is given.
-        """
-        number = next(self._numbers)
-        mine = self._enter(Write(**{**vars(job), "stream": number}))
-        self._streams[number] = mine
-        return self._pieces(mine, number)
+    def stream(self, job: Write) -> AsyncIterator[Any]:
+        """Pieces of the text while it is written, then the result. Raises as `do` does, `Full` immediately."""
+        return self._stream(self._enter(job))
 
-    async def _pieces(self, mine: Waiting, number: int) -> AsyncIterator[Any]:
-        # The pieces end with None, which the process sends; where it failed, nothing may come from it any more.
-        mine.result.add_done_callback(lambda done: _failed(done) and mine.pieces.put_nowait(None))
+    async def _stream(self, waiting: Waiting) -> AsyncIterator[Any]:
         try:
             async with asyncio.timeout(self.limits.seconds):
-                while (piece := await mine.pieces.get()) is not None:
+                while (piece := await waiting.pieces.get()) is not None:
                     yield piece
-                yield await mine.result
+                yield await waiting.result
         except TimeoutError as error:
             raise Late from error
         finally:
-            del self._streams[number]
-            self._leave(mine)
-
-    def said(self, number: int, text: str | None) -> None:
-        """A piece of what is being written, None at its end; from any thread."""
-
-        def give() -> None:
-            if mine := self._streams.get(number):
-                mine.pieces.put_nowait(text)
-
-        self._loop.call_soon_threadsafe(give)
+            self._leave(waiting)
 
     async def close(self) -> None:
+        """Stops taking jobs."""
         self._task.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _enter(self, job: Job) -> Waiting:
         if self.full:
-            raise Full
-        mine = Waiting(job, self._loop.create_future())
-        self.waiting.append(mine)
-        self._some.set()
-        return mine
+            raise Full(self.retry_after)
+        waiting = Waiting(job, self._loop.create_future())
+        self.waiting.append(waiting)
+        self._arrived.set()
+        return waiting
 
-    def _leave(self, mine: Waiting) -> None:
-        mine.result.cancel()
-        if mine in self.waiting:
-            self.waiting.remove(mine)
+    def _leave(self, waiting: Waiting) -> None:
+        waiting.result.cancel()
+        if waiting in self.waiting:
+            self.waiting.remove(waiting)
         elif self.running and all(one.result.cancelled() for one in self.running):
             self.worker.cancel()
 
-    async def _serve(self) -> None:
+    async def _run_batches(self) -> None:
         while True:
-            await self._some.wait()
+            await self._arrived.wait()
             await asyncio.sleep(self.limits.wait)
-            self._some.clear()
-            while batch := self._take():
-                self.running = batch
-                self.told(len(batch))
-                jobs = [one.job for one in batch]
-                began = self._loop.time()
+            self._arrived.clear()
+            while self.waiting:
+                self.running = batch = self._take()
+                self.on_batch(len(batch))
+                start = self._loop.time()
                 try:
-                    results = await self._loop.run_in_executor(self._thread, self.worker.run, jobs)
-                except Exception as error:  # whatever it is, these clients learn of it and the others are served
+                    jobs = [one.job for one in batch]
+                    results = await self._loop.run_in_executor(self._thread, self.worker.run, jobs, self._send_text)
+                except Exception as error:  # these clients get it, and the others are served
                     results = [error] * len(batch)
                 self.running = []
-                took = (self._loop.time() - began) / len(batch)
-                self._pace = took if not self._pace else 0.7 * self._pace + 0.3 * took
+                seconds = (self._loop.time() - start) / len(batch)
+                average = self._seconds_per_job
+                self._seconds_per_job = 0.7 * average + 0.3 * seconds if average else seconds
                 for one, result in zip(batch, results, strict=True):
-                    if one.result.done():
-                        continue
-                    if isinstance(result, Exception):
-                        one.result.set_exception(result)
-                    else:
-                        one.result.set_result(result)
+                    if not one.result.done():
+                        (one.result.set_exception if isinstance(result, Exception) else one.result.set_result)(result)
+                        one.pieces.put_nowait(None)
+
+    def _send_text(self, text: str) -> None:
+        # Called in the worker's thread. A streamed job runs alone, so the text is the first job's.
+        self._loop.call_soon_threadsafe(lambda: [one.pieces.put_nowait(text) for one in self.running])
 
     def _take(self) -> list[Waiting]:
-        """The first that waits, and those behind it that run with it."""
-        if not self.waiting:
-            return []
-        kind = self.waiting[0].job.together
-        batch = [one for one in self.waiting if one.job.together == kind][: self.limits.batch]
+        """Takes the first job that waits, and later ones that can share its batch."""
+        first, kind = self.waiting[0], _kind(self.waiting[0].job)
+        batch = [one for one in self.waiting if one is first or (_kind(one.job) == kind and kind[2] is False)]
+        batch = batch[: self.limits.batch]
         self.waiting = [one for one in self.waiting if one not in batch]
         return batch
 
 
-def _failed(done: "asyncio.Future[Any]") -> bool:
-    return done.cancelled() or done.exception() is not None or isinstance(done.result(), Failed)
+def _kind(job: Job) -> tuple[type, Any, bool]:
+    return type(job), getattr(job, "decoding", None), getattr(job, "stream", False)
+
+
+async def _disconnect(request: Request) -> None:
+    """Returns when the client disconnects. The request's body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,19 +1,18 @@
-"""The process that holds the models: batches of jobs in, results out. Nothing of HTTP is known here.
+"""The models and the index in the worker process: batches of jobs in, results out. Nothing of HTTP is known here.
 
-Shapes: B pictures, Q queries, L LLM width.
+Shapes: L LLM width, Q queries.
 """
 
 import hashlib
 import io
-import signal
 from collections import OrderedDict
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from openblip2.attend import look, overlay
 from openblip2.captioner import Captioner
@@ -24,149 +23,129 @@ from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.inputs import clean_texts
 from openblip2.matcher import Matcher
+from openblip2.model.decoding import Decoding
 from openblip2.search.find import Finder
-from openblip2.serve.jobs import Attend, Embed, Failed, Job, Match, Search, Write, Written
+from openblip2.serve.jobs import Attend, Embed, Job, Match, Search, Write, Written
 from openblip2.train.hardware import computing
 
-SEEN = 256  # pictures whose soft prompts are kept
+CACHED = 256  # soft prompts of recent pictures
 
 
 class Engine:
-    """Models of both kinds, of which one may be missing, and an index.
+    """Models of both stages, of which one may be missing, and an index.
 
     Args:
-        pieces: a queue that takes (stream, text) while a text is written; None = nothing is streamed.
-        stop: is set while what is being written is wanted by nobody any more.
+        captioner: a stage-2 run.
+        matcher: a stage-1 run.
+        index: a folder that `openblip2 index` wrote.
+        send_text: called with each piece of a streamed text.
+        stopped: whether writing should stop, because all clients have disconnected.
     """
 
     def __init__(
-        self, captioner: str | None, matcher: str | None, index: str | None, pieces: Any = None, stop: Any = None
+        self,
+        captioner: str | None,
+        matcher: str | None,
+        index: str | None,
+        send_text: Callable[[str], object],
+        stopped: Callable[[], bool],
     ) -> None:
-        self.pieces, self.stop = pieces, stop
         self.captioner, self.matcher = _load(captioner, Captioner), _load(matcher, Matcher)
         self.finder = Finder(Path(index), self.matcher) if index is not None else None
         self.form = Form(self.captioner) if self.captioner is not None else None
+        self._send_text, self._stop = send_text, StoppingCriteriaList([_Stop(stopped)])
         self._soft: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
-        """Results in the jobs' order, `Failed` where one cannot be done. All are `together`."""
-        first = jobs[0]
-        if isinstance(first, Write):
-            return self._write([job for job in jobs if isinstance(job, Write)])
-        return [self._one(job) for job in jobs]
+        """Results in the jobs' order, a `UserError` where a job cannot be done. All jobs are of one kind."""
+        if isinstance(jobs[0], Write):
+            return self._write(cast(Sequence[Write], jobs))
+        return [self._run_one(job) for job in jobs]
 
-    def _one(self, job: Job) -> Any:
+    def _run_one(self, job: Job) -> Any:
         try:
-            if isinstance(job, Search):
-                return self._search(job)
-            if isinstance(job, Match):
-                return self._match(job)
-            if isinstance(job, Embed):
-                return self._embed(job)
-            assert isinstance(job, Attend)
-            return self._attend(job)
+            match job:
+                case Match():
+                    return self._match(job)
+                case Embed():
+                    matcher = self._matcher()
+                    if job.picture is not None:
+                        return matcher.embed_image(_opened(job.picture))
+                    return matcher.embed_text(job.text or "")
+                case Search():
+                    return self._search(job)
+                case Attend():
+                    return self._attend(job)
         except UserError as error:
-            return Failed(str(error))
+            return error
+        raise AssertionError(job)
 
-    def _write(self, jobs: list[Write]) -> list[Any]:
+    def _write(self, jobs: Sequence[Write]) -> list[Any]:
+        captioner = self.captioner
         results: list[Any] = [None] * len(jobs)
-        ready: list[tuple[int, str, PictureFile, str]] = []
-        captioner, form = self.captioner, self.form
-        assert captioner is not None
-        assert form is not None
+        ready: list[tuple[int, PictureFile, str, str]] = []
         for n, job in enumerate(jobs):
             try:
-                picture = _opened(job.picture)
-                prompt, asked = self._prompt(job)
+                ready.append((n, _opened(job.picture), *self._prompt(job)))
             except UserError as error:
-                results[n] = Failed(str(error))
-            else:
-                ready.append((n, prompt, picture, asked))
-        if not ready:  # then there is no end of pieces to be sent either
+                results[n] = error
+        if not ready:
             return results
-        how = jobs[0].decoding
-        with self._followed(jobs[0].stream):
+        numbers, pictures, prompts, questions = map(list, zip(*ready, strict=True))
+        language, how = captioner.model.language, jobs[0].decoding
+        language.watched["stopping_criteria"] = self._stop
+        if jobs[0].stream:
+            language.watched["streamer"] = _Streamer(language.tokenizer, self._send_text)
+        try:
             if captioner.tokens is None:
-                texts = self._write_cached([(prompt, picture) for _, prompt, picture, _ in ready], how)
+                texts = self._write_cached(pictures, prompts, how)
             else:
-                texts = captioner.generate(
-                    [p for *_, p, _ in ready], [p for _, p, *_ in ready], how, [a for *_, a in ready]
-                )
-        language, queries = captioner.model.language, captioner.model.qformer.queries.shape[1]
-        for (n, prompt, _, _), text in zip(ready, texts, strict=True):
-            count = len(language.tokenizer(text, add_special_tokens=False)["input_ids"])  # pyright: ignore
+                texts = captioner.generate(pictures, prompts, how, questions)
+        finally:
+            language.watched.clear()
+        queries = captioner.model.qformer.queries.shape[1]
+        for n, prompt, text in zip(numbers, prompts, texts, strict=True):
+            count = len(language.tokenizer(text, add_special_tokens=False)["input_ids"])
             results[n] = Written(text, language.length(prompt) + queries, count)
         return results
 
     def _prompt(self, job: Write) -> tuple[str, str]:
-        """What the language model reads behind the picture, and what a Q-Former that reads questions does."""
-        assert self.captioner is not None
+        """The prompt of the language model, and the question for a Q-Former that reads questions."""
         assert self.form is not None
-        settings = self.captioner.settings.language
+        settings, reads_question = self.captioner.settings.language, self.captioner.tokens is not None
         if job.question is None:
-            if self.captioner.tokens is not None:
-                raise UserError("this model answers questions, and needs one")
+            if reads_question:
+                raise UserError("this model answers questions: ask one")
             return settings.prompts[0] if job.prompt is None else job.prompt, ""
-        if job.plain or self.captioner.tokens is not None:
-            (asked,) = clean_texts([job.question], clean_question)
-            if job.plain:
-                return settings.question.replace("{}", asked), asked
-        else:
-            asked = ""
-        return self.form.prompt(job.turns, job.question, job.decoding.max_new_tokens), asked
+        question = ""
+        if job.plain or reads_question:
+            (question,) = clean_texts([job.question], clean_question)
+        if job.plain:
+            return settings.question.replace("{}", question), question
+        return self.form.prompt(job.turns, job.question, job.decoding.max_new_tokens), question
 
-    def _write_cached(self, asked: list[tuple[str, PictureFile]], how: Any) -> list[str]:
-        """Pictures that were seen before are not looked at again."""
-        captioner = self.captioner
-        assert captioner is not None
-        names = [hashlib.sha256(picture.content).digest() for _, picture in asked]
-        unseen = {name: picture for name, (_, picture) in zip(names, asked, strict=True) if name not in self._soft}
-        if unseen:
-            found = captioner.soft_prompt(list(unseen.values()))
-            self._soft |= zip(unseen, found, strict=True)
-        order = list(dict.fromkeys(names))
-        device = captioner.model.projection.weight.device
-        soft = torch.stack([self._soft[name] for name in order]).to(device)
-        for name in order:
-            self._soft.move_to_end(name)
-        while len(self._soft) > SEEN:
+    def _write_cached(self, pictures: list[PictureFile], prompts: list[str], how: Decoding) -> list[str]:
+        """Writes one text for each prompt; pictures that were encoded lately are not encoded again."""
+        model = self.captioner.model
+        keys = [hashlib.sha256(picture.content).digest() for picture in pictures]
+        new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self._soft}
+        if new:
+            self._soft |= zip(new, self.captioner.soft_prompt(list(new.values())), strict=True)
+        distinct = list(dict.fromkeys(keys))
+        soft = torch.stack([self._soft[key] for key in distinct]).to(model.projection.weight.device)  # [N, Q, L]
+        for key in distinct:
+            self._soft.move_to_end(key)
+        while len(self._soft) > CACHED:
             self._soft.popitem(last=False)
-        with torch.inference_mode(), computing(captioner.model, captioner.settings.train.precision):
-            about = [order.index(name) for name in names]
-            return captioner.model.language.generate(soft, [prompt for prompt, _ in asked], how, about)
+        with torch.inference_mode(), computing(model, self.captioner.settings.train.precision):
+            return model.language.generate(soft, prompts, how, [distinct.index(key) for key in keys])
 
-    @contextmanager
-    def _followed(self, stream: int):
-        """While it writes: pieces are sent, and it ends where nobody waits."""
-        from transformers import StoppingCriteriaList
-
-        assert self.captioner is not None
-        language = self.captioner.model.language
-        if self.stop is not None:
-            language.watched["stopping_criteria"] = StoppingCriteriaList([_until(self.stop)])
-        if stream and self.pieces is not None:
-            language.watched["streamer"] = _streamer(language.tokenizer, lambda text: self.pieces.put((stream, text)))
-        try:
-            yield
-        finally:
-            language.watched.clear()
-            if stream and self.pieces is not None:
-                self.pieces.put((stream, None))
-
-    def _match(self, job: Match) -> Any:
-        matcher = _require(self.matcher)
-        picture, texts = _opened(job.picture), list(job.texts)
+    def _match(self, job: Match) -> list[tuple[float, float]]:
+        matcher, picture, texts = self._matcher(), _opened(job.picture), list(job.texts)
         cosines = matcher.similarity([picture], texts)[0].tolist()
-        chances = matcher.match([picture] * len(texts), texts).tolist()
-        return list(zip(cosines, chances, strict=True))
+        return list(zip(cosines, matcher.match([picture] * len(texts), texts).tolist(), strict=True))
 
-    def _embed(self, job: Embed) -> Any:
-        matcher = _require(self.matcher)
-        if job.picture is not None:
-            return matcher.embed_image(_opened(job.picture))
-        return matcher.embed_text(job.text or "")
-
-    def _search(self, job: Search) -> Any:
+    def _search(self, job: Search) -> list[tuple[int, str, float, float | None]]:
         if self.finder is None:
             raise UserError("this server has no index: start it with --index")
         if job.picture is not None:
@@ -176,75 +155,47 @@ class Engine:
         rows = self.finder.index.rows
         return [(hit.number, rows[hit.number].path, hit.similarity, hit.match) for hit in hits]
 
-    def _attend(self, job: Attend) -> Any:
-        model = self.matcher or self.captioner
-        assert model is not None
+    def _attend(self, job: Attend) -> bytes:
         picture = open_picture(_opened(job.picture))
-        found = look(model, picture, job.text, job.by)
-        maps = [one for _, one in found.words]
-        drawn = overlay(picture, sum(maps[1:], maps[0]) if maps else found.average)
-        stream = io.BytesIO()
-        drawn.save(stream, "PNG")
-        return stream.getvalue()
+        attention = look(self.matcher or self.captioner, picture, job.text, job.by)
+        maps = [one for _, one in attention.words]
+        png = io.BytesIO()
+        overlay(picture, sum(maps[1:], maps[0]) if maps else attention.average).save(png, "PNG")
+        return png.getvalue()
+
+    def _matcher(self) -> Matcher:
+        if self.matcher is None:
+            raise UserError("this server has no stage-1 run: start it with --matcher")
+        return self.matcher
 
 
 def _load(run: str | None, kind: type) -> Any:
-    if run is None:
-        return None
-    model = load(run)
-    if not isinstance(model, kind):
+    model = None if run is None else load(run)
+    if model is not None and not isinstance(model, kind):
         raise UserError(f"{run} is a {type(model).__name__}, not a {kind.__name__}")
     return model
 
 
-def _require(matcher: Matcher | None) -> Matcher:
-    if matcher is None:
-        raise UserError("this server has no stage-1 run: start it with --matcher")
-    return matcher
-
-
 def _opened(content: bytes) -> PictureFile:
-    """A picture that can be opened, or a `UserError`."""
+    """The picture, which has been opened once to see that it can be. Raises `UserError` if not."""
     picture = PictureFile(content, "the picture")
     open_picture(picture)
     return picture
 
 
-def _until(stop: Any) -> Any:
-    from transformers import StoppingCriteria
+class _Stop(StoppingCriteria):
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.stopped = stopped
 
-    class Until(StoppingCriteria):
-        def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
-            return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
-
-    return Until()
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
+        return torch.full((len(input_ids),), self.stopped(), device=input_ids.device)
 
 
-def _streamer(tokenizer: Any, put: Any) -> Any:
-    from transformers import TextStreamer
+class _Streamer(TextStreamer):
+    def __init__(self, tokenizer: Any, send_text: Callable[[str], object]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.send_text = send_text
 
-    class Pieces(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if text:
-                put(text)
-
-    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-_engine: Engine | None = None
-
-
-def start(captioner: str | None, matcher: str | None, index: str | None, pieces: Any, stop: Any, threads: int) -> None:
-    """Makes this process one that holds the models. Ctrl-C is the server's business."""
-    global _engine
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(threads)
-    _engine = Engine(captioner, matcher, index, pieces, stop)
-
-
-def run(jobs: Sequence[Job]) -> list[Any]:
-    """In such a process: what `Engine.run` makes of the jobs; nothing for none, which tells that it has started."""
-    assert _engine is not None
-    if _engine.stop is not None:
-        _engine.stop.clear()
-    return _engine.run(jobs) if jobs else []
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.send_text(text)

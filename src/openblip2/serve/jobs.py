@@ -1,4 +1,4 @@
-"""What the server asks of the process that holds the models: plain values, so that they can be sent."""
+"""What the server asks of the process that holds the models: plain values, which can be sent to it."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -6,20 +6,18 @@ from typing import Literal, NamedTuple
 from openblip2.model.decoding import Decoding
 
 
-class Failed(NamedTuple):
-    """A job that cannot be done, as the client is told."""
-
-    message: str
-
-
 @dataclass(frozen=True)
 class Write:
-    """A text about a picture.
+    """Write a text about a picture; the result is a `Written`.
 
     Attributes:
-        turns: questions and their answers before this one. question: None = describe it, behind `prompt` or the run's.
-        plain: the question is put as for VQA (`Captioner.answer`), else as it is written.
-        stream: under which pieces are sent while it writes; 0 = not at all.
+        picture: content of a picture file.
+        decoding: jobs with equal settings can share a batch.
+        question: None = a caption.
+        turns: earlier questions and their answers.
+        prompt: how a caption begins; None = the run's own prompt.
+        plain: whether the question is asked as in VQA (`Captioner.answer`), else as it is written.
+        stream: whether the text is sent while it is written; such a job runs alone.
     """
 
     picture: bytes
@@ -28,71 +26,50 @@ class Write:
     turns: tuple[tuple[str, str], ...] = ()
     prompt: str | None = None
     plain: bool = False
-    stream: int = 0
-
-    @property
-    def together(self) -> tuple[object, ...]:
-        """Jobs of equal value here run in one batch; a streamed one by itself."""
-        return ("write", self.decoding, self.stream)
+    stream: bool = False
 
 
 class Written(NamedTuple):
-    """The text, how many tokens were read for it (soft ones too), and how many it has."""
+    """A text, the number of tokens read for it (soft tokens included), and the number of tokens in it."""
 
     text: str
-    read: int
-    wrote: int
+    prompt_tokens: int
+    completion_tokens: int
 
 
 @dataclass(frozen=True)
 class Match:
-    """How well texts fit a picture: `[(cosine, probability)]`, of ITC and of ITM."""
+    """Compare texts with a picture: `[(cosine of ITC, probability of ITM)]`."""
 
     picture: bytes
     texts: tuple[str, ...]
 
-    @property
-    def together(self) -> tuple[object, ...]:
-        return ("match",)
-
 
 @dataclass(frozen=True)
 class Embed:
-    """One vector `[E]` of length 1 for a picture, or for a text."""
+    """Embed a picture or a text: one vector `[E]` of length 1."""
 
     picture: bytes | None = None
     text: str | None = None
 
-    @property
-    def together(self) -> tuple[object, ...]:
-        return ("embed", self.picture is None)
-
 
 @dataclass(frozen=True)
 class Search:
-    """Pictures of the index: `[(number, path below its root, cosine, probability or None)]`."""
+    """Search the index: `[(number, path, cosine, ITM probability or None)]`."""
 
     text: str | None = None
     picture: bytes | None = None
     best: int = 12
     rerank: int = 0
 
-    @property
-    def together(self) -> tuple[object, ...]:
-        return ("search",)
-
 
 @dataclass(frozen=True)
 class Attend:
-    """A picture with a map over it, as PNG: of a text by ITC or ITM, or without one what all queries look at."""
+    """Draw the attention map of a text, or of all queries, over a picture: a PNG file."""
 
     picture: bytes
     text: str | None = None
     by: Literal["itc", "itm"] = "itc"
-
-    @property
-    def together(self) -> tuple[object, ...]:
-        return ("attend",)
 
 
 Job = Write | Match | Embed | Search | Attend

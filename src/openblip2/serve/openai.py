@@ -1,154 +1,303 @@
-"""The part of the API that OpenAI's clients speak: /v1/chat/completions, /v1/embeddings, /v1/models."""
+"""The part of the API that OpenAI's clients use: /v1/chat/completions, /v1/embeddings, /v1/models."""
 
+import asyncio
 import base64
 import json
 import struct
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from openblip2.captioner import ANSWER
-from openblip2.errors import UserError
 from openblip2.model.decoding import Decoding
+from openblip2.serve.batcher import Limits
+from openblip2.serve.errors import ServeError, error_response
 from openblip2.serve.jobs import Embed, Write, Written
-from openblip2.serve.limits import Limits
-from openblip2.serve.pictures import from_url, is_picture
-from openblip2.serve.schemas import ChatRequest, EmbeddingRequest, Message
-from openblip2.serve.service import Service, in_thread
+from openblip2.serve.remote import is_data_url, read_url
+
+Text = Annotated[str, Field(max_length=20_000)]
+Url = Annotated[str, Field(max_length=2**27)]  # the limit of the body is lower
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+# Parameters that we do not have, with the value that changes nothing; None and {} or [] change nothing either.
+UNSUPPORTED = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False, "top_logprobs": 0}
+UNSUPPORTED |= {"response_format": {"type": "text"}, "modalities": ["text"], "tool_choice": "none", "echo": False}
+NO_EFFECT = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+)
+NO_EFFECT += ("detail", "include_obfuscation")  # `detail`: an image encoder has one resolution
+
+
+class Strict(BaseModel):
+    """A body or a part of one. Parameters that could change the answer and are not declared are refused."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def refuse_unsupported(self) -> "Strict":
+        """Raises `ServeError` for a parameter that this server cannot honour."""
+        for name, value in (self.model_extra or {}).items():
+            if name not in NO_EFFECT and value not in (None, {}, [], UNSUPPORTED.get(name)):
+                message = f"this server does not support {name[:100]!r}: leave it out"
+                raise ServeError(message, code="unsupported_parameter", param=name[:100])
+        return self
+
+
+class ImageUrl(Strict):
+    """Where a picture is."""
+
+    url: Url
+
+
+class Part(Strict):
+    """A part of a message."""
+
+    type: Literal["text", "image_url"]
+    text: Text | None = None
+    image_url: ImageUrl | Url | None = None
+
+
+class Message(Strict):
+    """A message of a dialogue."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[Part] | None = None
+
+
+class StreamOptions(Strict):
+    """What a stream ends with."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(Strict):
+    """POST /v1/chat/completions."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=200)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    seed: int | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+
+class EmbeddingRequest(Strict):
+    """POST /v1/embeddings. An input is a text, or a picture as a data URL."""
+
+    model: str | None = None
+    input: Url | Annotated[list[Url], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
+
+
+@dataclass
+class Models:
+    """What a server's models are called; None where there is none.
+
+    Attributes:
+        writer: the stage-2 run.
+        matcher: the stage-1 run.
+    """
+
+    writer: str | None
+    matcher: str | None
+
+    def __post_init__(self) -> None:
+        self.created = int(time.time())
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        """The models as OpenAI lists them, by name."""
+        about = {"object": "model", "created": self.created, "owned_by": "openblip2"}
+        return {name: {"id": name, **about} for name in (self.writer, self.matcher) if name is not None}
+
+    def require(self, name: str | None, asked: str | None = None) -> str:
+        """The name of a model that is needed, `writer` or `matcher`.
+
+        Args:
+            name: `writer` or `matcher`.
+            asked: the model that the client asks for; None or empty = any.
+
+        Raises:
+            ServeError: there is none, or the client asks for another.
+        """
+        stage, option = ("stage-2", "one as RUN") if name == "writer" else ("stage-1", "--matcher")
+        model = self.writer if name == "writer" else self.matcher
+        if model is None:
+            raise ServeError(f"this server has no {stage} run: start it with {option}")
+        if asked and asked != model:
+            raise ServeError(f"no model {asked[:100]!r} here: use {model!r}", 404, "model_not_found", "model")
+        return model
+
 
 router = APIRouter(prefix="/v1")
 
 
 @router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
-    """The one model that is served."""
-    return {"object": "list", "data": [{"id": _service(request).name, "object": "model", "owned_by": "openblip2"}]}
+    """The models that are served."""
+    return {"object": "list", "data": list(request.app.state.models.listed().values())}
+
+
+@router.get("/models/{name:path}")
+async def model(request: Request, name: str) -> dict[str, Any]:
+    """One of the models."""
+    listed = request.app.state.models.listed()
+    if name not in listed:
+        raise ServeError(f"no model {name[:100]!r} here: see /v1/models", 404, "model_not_found", "model")
+    return listed[name]
 
 
 @router.post("/chat/completions")
-async def chat(request: Request, asked: ChatRequest) -> Any:
-    """An answer behind a dialogue about one picture, whole or as it is written."""
-    service = _service(request)
-    service.require_writer()
-    job = await in_thread(_job, asked, service.limits)
-    about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.name}
-    if not asked.stream:
-        written = await service.do(job, request)
-        message = {"role": "assistant", "content": written.text}
-        choice = {"index": 0, "message": message, "finish_reason": _reason(written, job), "logprobs": None}
-        return {**about, "object": "chat.completion", "choices": [choice], "usage": _usage(written)}
-    pieces = await service.stream(job)
-    usage = asked.stream_options is not None and asked.stream_options.include_usage
-    events = _events(service, pieces, job, {**about, "object": "chat.completion.chunk"}, usage)
-    return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+async def chat(request: Request, body: ChatRequest) -> Any:
+    """An answer in a dialogue about one picture, as a whole or as a stream."""
+    model, batcher = request.app.state.models.require("writer", body.model), request.app.state.batcher
+    job = await asyncio.to_thread(write_job, body, batcher.limits)  # a picture may have to be fetched
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    if body.stream:
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        events = _events(batcher.stream(job), job, stop, {**about, "object": "chat.completion.chunk"}, usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    (written,) = await batcher.answer(request, job)
+    text = before(written.text, stop)
+    message = {"role": "assistant", "content": text, "refusal": None}
+    choice = {"index": 0, "message": message, "finish_reason": _reason(written, text, job), "logprobs": None}
+    return {**about, "object": "chat.completion", "choices": [choice], "usage": _usage(written)}
 
 
 @router.post("/embeddings")
-async def embeddings(request: Request, asked: EmbeddingRequest) -> dict[str, Any]:
-    """One direction of length 1 for each text or picture."""
-    service = _service(request)
-    inputs = [asked.input] if isinstance(asked.input, str) else asked.input
-    if len(inputs) > service.limits.texts:
-        raise UserError(f"{len(inputs)} inputs; at most {service.limits.texts} at once")
-    jobs = [Embed(picture=from_url(one, service.limits)) if is_picture(one) else Embed(text=one) for one in inputs]
-    vectors = await service.do_all(jobs, request)
+async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
+    """One vector of length 1 for each text or picture."""
+    model, batcher = request.app.state.models.require("matcher", body.model), request.app.state.batcher
+    inputs = [body.input] if isinstance(body.input, str) else body.input
+    if len(inputs) > batcher.limits.texts:
+        raise ServeError(f"{len(inputs)} inputs: send at most {batcher.limits.texts}", param="input")
+    jobs = [Embed(picture=read_url(one, False, 0)) if is_data_url(one) else Embed(text=one) for one in inputs]
     data = [
-        {"object": "embedding", "index": n, "embedding": _encoded(vector, asked.encoding_format)}
-        for n, vector in enumerate(vectors)
+        {"object": "embedding", "index": n, "embedding": vector if body.encoding_format == "float" else _base64(vector)}
+        for n, vector in enumerate(await batcher.answer(request, *jobs))
     ]
-    return {"object": "list", "model": service.name, "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
+    return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
 
 
-def _service(request: Request) -> Service:
-    return request.app.state.service
+def write_job(body: ChatRequest, limits: Limits) -> Write:
+    """The job of a chat request: the last user message is the question, and system messages are put in front of it.
 
+    Args:
+        body: the request. Its picture may be in any message, and the same one in several.
+        limits: of tokens and of pictures' addresses.
 
-def _job(asked: ChatRequest, limits: Limits) -> Write:
-    """Turns before the last question, which is the last user message; one picture, wherever it stands.
-
-    What a system message says is put in front of the question.
+    Raises:
+        ServeError: no picture or several ones, no question, or a parameter that cannot be honoured.
+        UserError: a picture that cannot be fetched.
     """
-    pictures: list[str] = []
-    said = [(message.role, _text(message, pictures)) for message in asked.messages]
-    if len(pictures) != 1:
-        raise UserError(f"{len(pictures)} pictures; a dialogue about one: a part of type image_url")
-    if said[-1][0] != "user":
-        raise UserError(f"the last message is the {said[-1][0]}'s; a question of the user's")
-    first = " ".join(text for role, text in said if role in ("system", "developer") and text)
+    urls: list[str] = []
+    messages = [(message.role, _text(message, urls)) for message in body.messages]
+    if len(set(urls)) != 1:
+        message = f"{len(set(urls))} pictures: send one, in a part of type image_url; the same one may come repeatedly"
+        raise ServeError(message, param="messages")
+    if messages[-1][0] != "user":
+        raise ServeError(
+            f"the last message has the role {messages[-1][0]}: end with the user's question", param="messages"
+        )
+    system = " ".join(text for role, text in messages if role in ("system", "developer"))
     turns: list[tuple[str, str]] = []
     question = ""
-    for role, text in said[:-1]:
+    for role, text in messages:
         if role == "user":
             question = f"{question} {text}".strip()
         elif role == "assistant":
             turns.append((question, text))
             question = ""
-    question = f"{first} {question} {said[-1][1]}".strip()
-    most = asked.max_completion_tokens or asked.max_tokens or ANSWER.max_new_tokens
-    how = replace(decoding(asked.temperature, asked.top_p), max_new_tokens=min(most, limits.tokens))
-    return Write(from_url(pictures[0], limits), how, question, tuple(turns))
+    name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    tokens = getattr(body, name) or ANSWER.max_new_tokens
+    if tokens > limits.tokens:
+        raise ServeError(f"{name} {tokens}: this server writes at most {limits.tokens} tokens", param=name)
+    how = replace(decoding(body.temperature, body.top_p), max_new_tokens=tokens)
+    if body.seed is not None and how.sample:
+        raise ServeError(
+            "seed: answers cannot be repeated when sampling; use temperature 0", 400, "unsupported_parameter", "seed"
+        )
+    picture = read_url(urls[0], limits.remote, limits.bytes)
+    return Write(picture, how, f"{system} {question}".strip(), tuple(turns), stream=bool(body.stream))
 
 
 def decoding(temperature: float | None, top_p: float | None) -> Decoding:
-    """Greedy unless a temperature above 0 or a nucleus is asked for."""
-    plain = Decoding(beams=1)
-    if not temperature and (top_p is None or top_p == 1):
-        return plain
-    return replace(plain, sample=True, temperature=temperature or 1.0, top_p=top_p or 1.0)
+    """Greedy, or sampling if a temperature above 0 or a nucleus is asked for."""
+    if temperature == 0 or (temperature is None and top_p in (None, 1)):
+        return Decoding(beams=1)
+    return Decoding(beams=1, sample=True, temperature=temperature or 1.0, top_p=top_p or 1.0)
 
 
-def _text(message: Message, pictures: list[str]) -> str:
+def before(text: str, stop: tuple[str, ...]) -> str:
+    """The text before the first of the stop sequences."""
+    return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=None)]
+
+
+def _text(message: Message, urls: list[str]) -> str:
     if message.content is None or isinstance(message.content, str):
         return (message.content or "").strip()
-    texts: list[str] = []
     for part in message.content:
-        if part.type == "text":
-            texts.append(part.text or "")
-        elif part.image_url is None:
-            raise UserError("a part of type image_url has no image_url")
-        else:
-            pictures.append(part.image_url if isinstance(part.image_url, str) else part.image_url.url)
-    return " ".join(texts).strip()
+        if part.type == "image_url":
+            if part.image_url is None:
+                raise ServeError("a part of type image_url has no image_url", param="messages")
+            urls.append(part.image_url if isinstance(part.image_url, str) else part.image_url.url)
+    return " ".join(part.text or "" for part in message.content if part.type == "text").strip()
 
 
 async def _events(
-    service: Service, pieces: AsyncIterator[Any], job: Write, about: dict[str, Any], usage: bool
+    pieces: AsyncIterator[Any], job: Write, stop: tuple[str, ...], about: dict[str, Any], usage: bool
 ) -> AsyncIterator[str]:
     def event(delta: dict[str, Any], reason: str | None = None) -> str:
         return _line({**about, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
 
     yield event({"role": "assistant", "content": ""})
+    text, sent = "", 0
+    held = max(map(len, stop), default=1) - 1  # characters that may be the beginning of a stop sequence
     try:
         async for piece in pieces:
-            if isinstance(piece, str):
-                yield event({"content": piece})
-            else:
-                written = service.checked(piece)
-                yield event({}, _reason(written, job))
+            written = None if isinstance(piece, str) else piece
+            text += piece if written is None else ""
+            shown = before(text, stop)
+            end = len(shown) if written is not None or len(shown) < len(text) else len(text) - held
+            if end > sent:
+                yield event({"content": text[sent:end]})
+                sent = end
+            if written is not None:
+                yield event({}, _reason(written, before(written.text, stop), job))
                 if usage:
                     yield _line({**about, "choices": [], "usage": _usage(written)})
-    except Exception as error:  # the status is sent already: what went wrong is told as an event
-        yield _line({"error": {"message": service.said_of(error), "type": "server_error"}})
+    except Exception as error:  # the status is sent already, so the error is an event
+        yield f"data: {bytes(error_response(error).body).decode()}\n\n"
     yield "data: [DONE]\n\n"
 
 
-def _line(found: dict[str, Any]) -> str:
-    return f"data: {json.dumps(found, ensure_ascii=False)}\n\n"
+def _line(event: dict[str, Any]) -> str:
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
 
 
-def _reason(written: Written, job: Write) -> str:
-    return "length" if written.wrote >= job.decoding.max_new_tokens else "stop"
+def _reason(written: Written, text: str, job: Write) -> str:
+    return "length" if text == written.text and written.completion_tokens >= job.decoding.max_new_tokens else "stop"
 
 
 def _usage(written: Written) -> dict[str, int]:
-    total = written.read + written.wrote
-    return {"prompt_tokens": written.read, "completion_tokens": written.wrote, "total_tokens": total}
+    counts = {"prompt_tokens": written.prompt_tokens, "completion_tokens": written.completion_tokens}
+    return {**counts, "total_tokens": sum(counts.values())}
 
 
-def _encoded(vector: list[float], form: str) -> list[float] | str:
-    return vector if form == "float" else base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+def _base64(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,52 +1,87 @@
-"""Pictures from other servers, where that is switched on: never from this machine or a network behind it.
+"""Pictures by URL: data URLs, and http(s) addresses where that is switched on.
 
-A name is looked up once, every address that it has must be a public one, and the connection goes to the very address
-that was looked at: a second look-up could answer otherwise. Each redirect is a new address and held to the same.
+An address must not lead to this machine or its network. A host is resolved once, all of its addresses must be public,
+and the connection goes to one of these: a second look-up could give another. The same holds for each redirect.
 """
 
+import base64
+import binascii
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import time
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 
 from openblip2.errors import UserError
 
 REDIRECTS = 3
-SECONDS = 10.0  # for all of it
+SECONDS = 10.0  # for all of a picture
+DATA_URL = re.compile(r"data:(image/[\w.+-]{1,40}|application/octet-stream)?(;[\w-]{1,40}=[\w.-]{1,40})*;base64,", re.I)
 
 
-def fetch(address: str, most: int) -> bytes:
-    """The bytes at an http or https address, `most` at most.
+def is_data_url(text: str) -> bool:
+    """Whether a text is the data URL of a picture."""
+    return DATA_URL.match(text[:300]) is not None
+
+
+def read_url(url: str, remote: bool, limit: int) -> bytes:
+    """The bytes of a data URL, or of an address.
+
+    Args:
+        url: of a picture. White space, URL-safe and percent-encoded base64, and missing padding are accepted.
+        remote: whether addresses are fetched.
+        limit: bytes that an address may have.
+
+    Raises:
+        UserError: neither of them, or the picture cannot be fetched.
+    """
+    if found := DATA_URL.match(url[:300]):
+        data = re.sub(r"\s", "", unquote(url[found.end() :])).translate(str.maketrans("-_", "+/")).rstrip("=")
+        try:
+            return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise UserError("the data URL of the picture is not valid base64: use data:image/png;base64,...") from error
+    if not remote:
+        raise UserError("this server does not fetch addresses of pictures: send a data URL, data:image/png;base64,...")
+    return fetch(url, limit)
+
+
+def fetch(address: str, limit: int) -> bytes:
+    """The bytes at an http(s) address.
+
+    Args:
+        address: of a picture.
+        limit: bytes that it may have.
 
     Raises:
         UserError: another kind of address, one that is not public, an error of the other server, too many bytes, too
             many redirects, or too much time.
     """
-    until = time.monotonic() + SECONDS
+    deadline = time.monotonic() + SECONDS
     for _ in range(REDIRECTS + 1):
-        found = _get(address, most, until)
-        if isinstance(found, bytes):
-            return found
-        address = found
-    raise UserError(f"{address[:100]}: more than {REDIRECTS} redirects; the picture's own address")
+        body_or_redirect = _get(address, limit, deadline)
+        if isinstance(body_or_redirect, bytes):
+            return body_or_redirect
+        address = body_or_redirect
+    raise UserError(f"{address[:100]}: more than {REDIRECTS} redirects: give the address of the picture itself")
 
 
 def public_address(host: str, port: int) -> tuple[str, int]:
-    """The address of a host, as a number and its family.
+    """The numeric address of a host, and its family.
 
     Raises:
-        UserError: it has none, or one that is not public.
+        UserError: the host has no address, or one that is not public.
     """
     try:
-        found = {(info[4][0], info[0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        resolved = {(info[4][0], info[0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
-        raise UserError(f"{host[:100]}: no such host; a public one") from error
-    for number, _ in found:
+        raise UserError(f"{host[:100]}: no such host: give a public one") from error
+    for number, _ in resolved:
         if not _is_public(str(number)):
-            raise UserError(f"{host[:100]}: is not a public address; one on the open internet")
-    number, family = sorted(found)[0]
+            raise UserError(f"{host[:100]}: not a public address: give one on the internet")
+    number, family = sorted(resolved)[0]
     return str(number), family
 
 
@@ -58,53 +93,56 @@ def _is_public(number: str) -> bool:
     return address.is_global and not address.is_multicast and (inner is None or inner.is_global)
 
 
-def _get(address: str, most: int, until: float) -> bytes | str:
-    """The body, or where a redirect leads."""
+def _get(address: str, limit: int, deadline: float) -> bytes | str:
+    """The body, or the address of a redirect."""
     try:
         parts = urlsplit(address)
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
     except ValueError as error:
-        raise UserError(f"{address[:100]}: is no address; http://... or https://...") from error
+        raise UserError(f"{address[:100]}: not an address: use http://... or https://...") from error
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
-        raise UserError(f"{address[:100]}: is no address that is fetched; http://... or https://...")
+        raise UserError(f"{address[:100]}: not an address that is fetched: use http://... or https://...")
     number, family = public_address(parts.hostname, port)
     try:
-        plain = socket.socket(family, socket.SOCK_STREAM)
-        with plain:
-            plain.settimeout(_left(until))
+        with socket.socket(family, socket.SOCK_STREAM) as plain:
+            plain.settimeout(_left(deadline))
             plain.connect((number, port))
-            secure = parts.scheme == "https"
-            line = ssl.create_default_context().wrap_socket(plain, server_hostname=parts.hostname) if secure else plain
-            with line:
+            secure = ssl.create_default_context() if parts.scheme == "https" else None
+            with secure.wrap_socket(plain, server_hostname=parts.hostname) if secure else plain as connected:
                 connection = http.client.HTTPConnection(parts.hostname, port)
-                connection.sock = line
+                connection.sock = connected
                 path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
                 connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "openblip2"})
-                return _read(connection.getresponse(), line, address, most, until)
+                return _read(connection.getresponse(), connected, address, limit, deadline)
     except UserError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UserError(f"{address[:100]}: cannot be fetched ({type(error).__name__}); a picture's address") from error
+        problem = type(error).__name__
+        raise UserError(
+            f"{address[:100]}: cannot be fetched ({problem}): check the address, or send the file"
+        ) from error
 
 
-def _read(answer: http.client.HTTPResponse, line: socket.socket, address: str, most: int, until: float) -> bytes | str:
-    if answer.status in (301, 302, 303, 307, 308) and (to := answer.getheader("Location")):
-        return urljoin(address, to)
-    if answer.status != 200:
-        raise UserError(f"{address[:100]}: answers {answer.status}; a picture's address")
-    found = bytearray()
+def _read(
+    response: http.client.HTTPResponse, connected: socket.socket, address: str, limit: int, deadline: float
+) -> bytes | str:
+    if response.status in (301, 302, 303, 307, 308) and (target := response.getheader("Location")):
+        return urljoin(address, target)
+    if response.status != 200:
+        raise UserError(f"{address[:100]}: its server answers {response.status}: check the address")
+    body = bytearray()
     while True:
-        line.settimeout(_left(until))
-        piece = answer.read1(2**16)
+        connected.settimeout(_left(deadline))
+        piece = response.read1(2**16)
         if not piece:
-            return bytes(found)
-        found += piece
-        if len(found) > most:
-            raise UserError(f"{address[:100]}: has more than {most:,} bytes; a picture of at most that")
+            return bytes(body)
+        body += piece
+        if len(body) > limit:
+            raise UserError(f"{address[:100]}: more than {limit:,} bytes: use a smaller picture")
 
 
-def _left(until: float) -> float:
-    left = until - time.monotonic()
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError
     return left

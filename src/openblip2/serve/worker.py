@@ -1,118 +1,129 @@
-"""The process with the models, seen from the server: batches are run in it, and it is started anew when it dies."""
+"""The process that holds the models, as the server sees it: it runs batches, and is started again when it dies."""
 
 import multiprocessing
-import threading
+import signal
+import time
+import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from openblip2.errors import UserError
-from openblip2.serve import engine
-from openblip2.serve.jobs import Failed, Job
-
-DIED = Failed("the model's process ended while it worked on this")
-LATE = Failed("this took longer than the server allows")
+from openblip2.serve.errors import ServeError
+from openblip2.serve.jobs import Job
 
 
 class Worker:
-    """One process; its calls come from one thread at a time.
+    """One process. `run` must not be called by two threads at once.
 
     Args:
-        given: captioner, matcher, index, as `engine.start` takes them. threads: of torch there.
-        seconds: that a batch may take before the process is ended. say: is told a piece of what is being written.
-        restarted: is called when the process had to be started anew.
+        captioner: a stage-2 run; None = nothing can be written.
+        matcher: a stage-1 run; None = nothing can be compared or searched.
+        index: an index to search.
+        threads: of torch; 0 = torch's default.
+        seconds: time for one batch; after it the process is killed.
+
+    Attributes:
+        on_restart: called when the process is started again.
+
+    Raises:
+        UserError: the models cannot be loaded.
     """
 
-    def __init__(
-        self,
-        given: tuple[str | None, str | None, str | None],
-        threads: int,
-        seconds: float,
-        say: Callable[[int, str | None], object],
-        restarted: Callable[[], object],
-    ) -> None:
-        self.given, self.threads, self.seconds, self.say, self.restarted = given, threads, seconds, say, restarted
+    def __init__(self, captioner: str | None, matcher: str | None, index: str | None, threads: int, seconds: float):
+        self.models, self.threads, self.seconds = (captioner, matcher, index), threads, seconds
+        self.on_restart: Callable[[], object] = lambda: None
         self._start()
 
-    def run(self, jobs: Sequence[Job]) -> list[Any]:
-        """Results in the jobs' order.
+    def run(self, jobs: Sequence[Job], on_text: Callable[[str], object] = lambda text: None) -> list[Any]:
+        """Results in the jobs' order; an exception in place of the result of a job that failed.
 
-        Where the process dies, each job of the batch is tried once more, alone: the one that it dies of is `DIED`,
-        the others are done.
+        If the process dies, each job of the batch is tried again alone, so that only the one that kills it fails.
+
+        Args:
+            jobs: one batch.
+            on_text: called with each piece of a streamed text.
         """
         try:
-            return self._pool.submit(engine.run, list(jobs)).result(self.seconds)
-        except BrokenProcessPool:
-            self._restart()
-            return [DIED] if len(jobs) == 1 else [self.run([job])[0] for job in jobs]
+            return self._exchange(jobs, on_text)
         except TimeoutError:
             self._restart()
-            return [LATE] * len(jobs)
+            return [ServeError("the request took longer than the server allows", 503)] * len(jobs)
+        except (EOFError, OSError):  # the process died
+            self._restart()
+            if len(jobs) == 1:
+                return [ServeError("the process with the models died while it worked on this request", 503)]
+            return [self.run([job], on_text)[0] for job in jobs]
 
     def cancel(self) -> None:
-        """Nobody waits any more for what is being written: it ends with the next word."""
-        self._stop.set()
+        """Stops the batch that runs, after the token that is being written."""
+        self._stop.value = 1
 
     def close(self) -> None:
-        self._end()
+        """Kills the process."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def _exchange(self, jobs: Sequence[Job], on_text: Callable[[str], object]) -> list[Any]:
+        deadline = time.monotonic() + self.seconds
+        self._stop.value = 0
+        self._pipe.send(list(jobs))
+        while self._pipe.poll(max(0.0, deadline - time.monotonic())):
+            kind, value = self._pipe.recv()
+            if kind == "results":
+                return value
+            if kind == "error":
+                raise RuntimeError(f"in the process with the models:\n{value}")
+            on_text(value)
+        raise TimeoutError
 
     def _start(self) -> None:
-        """Loads the models in a new process and waits for it.
-
-        Raises:
-            UserError: they cannot be loaded.
-        """
         context = multiprocessing.get_context("spawn")
-        # A queue of its own for each process: one that died may have left half a message in it.
-        self._pieces, self._stop = context.SimpleQueue(), context.Event()
-        given = (*self.given, self._pieces, self._stop, self.threads)
-        self._pool = ProcessPoolExecutor(1, context, _begin, given)
-        threading.Thread(target=_tell, args=(self._pieces, self.say), daemon=True).start()
+        self._pipe, child_pipe = context.Pipe()
+        self._stop: Any = context.Value("b", 0, lock=False)  # a process that is killed can hold no lock of it
+        args = (self.models, self.threads, child_pipe, self._stop)
+        self._process = context.Process(target=_main, args=args, daemon=True)
+        self._process.start()
+        child_pipe.close()  # else the end of the process would not end the pipe
         try:
-            problem = self._pool.submit(_begun).result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "the process with the models ended while it loaded them: is there memory enough?"
-            ) from error
+            problem = self._pipe.recv()
+        except EOFError:
+            problem = "the process with the models ended while loading them: is there enough memory?"
         if problem is not None:
-            self._end()
+            self.close()
             raise UserError(problem)
 
     def _restart(self) -> None:
-        self._end()
-        self.restarted()
-        self._start()
-
-    def _end(self) -> None:
-        for process in list((self._pool._processes or {}).values()):
-            process.kill()
-        self._pool.shutdown(cancel_futures=True)
-        self._pieces.put(None)
+        self.close()
+        self.on_restart()
+        try:
+            self._start()
+        except UserError as error:  # not the client's fault; the next batch tries again
+            raise ServeError(f"the models cannot be loaded again: {error}", 503) from error
 
 
-_problem: str | None = None
+def _main(models: tuple[str | None, str | None, str | None], threads: int, pipe: Any, stop: Any) -> None:
+    """The process: loads the models, sends None or what is wrong, then answers each batch that it receives."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the server ends this one
+    import torch
 
+    from openblip2.serve.engine import Engine
 
-def _begin(*given: Any) -> None:
-    """An initializer that raises would only be a broken pool: the reason is kept to be asked for."""
-    global _problem
+    if threads:
+        torch.set_num_threads(threads)
     try:
-        engine.start(*given)
+        engine = Engine(*models, send_text=lambda text: pipe.send(("text", text)), stopped=lambda: bool(stop.value))
     except UserError as error:
-        _problem = str(error)
-
-
-def _begun() -> str | None:
-    return _problem
-
-
-def _tell(pieces: Any, say: Callable[[int, str | None], object]) -> None:
+        pipe.send(str(error))
+        return
+    pipe.send(None)
     while True:
         try:
-            piece = pieces.get()
-        except (EOFError, OSError):
+            jobs = pipe.recv()
+        except EOFError:  # the server has ended
             return
-        if piece is None:
-            return
-        say(*piece)
+        try:
+            reply = ("results", engine.run(jobs))
+        except Exception:  # the server logs it and answers 500
+            reply = ("error", traceback.format_exc())
+        pipe.send(reply)
