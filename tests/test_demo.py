@@ -138,19 +138,3 @@ def test_demo_on_the_real_models(tmp_path: Path) -> None:
     real = {stage: change(preset(stage, "laptop"), few) for stage in ("stage1", "stage2")}
     metrics = run_demo(tmp_path, replace(LITTLE, **real), Progress(quiet=True))
     assert metrics["caption"]["n"] == 8
-
-
-@pytest.mark.wheels
-def test_readme_shows_what_the_demo_prints(tmp_path: Path) -> None:
-    """The first lines are those of the plan; the captions shown are judged by the pictures, drawn here again."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    first, last = (readme.split(fence)[1].split("```")[0] for fence in ("```console\n$ make demo\n", "```console\n...\n"))
-    assert first.rstrip("\n.") == announcement(plan_for("scenes"), Path("runs/demo")).rstrip("\n.")
-    shown = re.findall(r"images/(\d+)\.png\n  caption:   (.+)\n  reference: (.+)\n", last)
-    assert [int(number) for number, *_ in shown] == list(range(EXAMPLES))
-    scenes = draw_scenes(tmp_path, EXAMPLES, "test", 0, world="small")
-    for record, (_, caption, reference) in zip(scenes, shown, strict=True):
-        assert reference == record.captions[0]
-        judged = judge(caption, record.facts)
-        assert judged.objects, caption
-        assert judged.attributes, caption
