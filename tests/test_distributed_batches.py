@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
-from openblip2.data.cache.features import StoredFeatures
+from openblip2.data.features import StoredFeatures
 from openblip2.data.records import Question, Record
 from openblip2.data.samples import Answers, Captions
 from openblip2.distributed import part_of

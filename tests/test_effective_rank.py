@@ -17,7 +17,7 @@ import tiny_models
 import tiny_runs
 from openblip2 import Captioner, Matcher, UserError, load
 from openblip2.cli import app
-from openblip2.data.cache.features import Features
+from openblip2.data.features import Features
 from openblip2.data.images import to_pixels
 from openblip2.data.records import Question, Record
 from openblip2.evaluate.answering import measure_answers

@@ -1,10 +1,13 @@
-"""The feature cache: what is read is what was written, and whatever is not as it should be is named in one line."""
+"""The feature cache: what is read is what was encoded, and nothing is encoded twice or read half-written."""
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,29 +20,26 @@ from torch import Tensor
 import tiny_runs
 from openblip2.config import RunSettings, change
 from openblip2.data.batches import FeaturePairs
-from openblip2.data.cache import features as features_module
-from openblip2.data.cache import shards
-from openblip2.data.cache.features import StoredFeatures, build_cache, find_records, remove_cache
-from openblip2.data.cache.folder import Cache
-from openblip2.data.cache.shards import Layout
-from openblip2.data.cache.views import CROPS, view_generator
+from openblip2.data.features import FeatureCache, StoredFeatures, find_records, picture_bytes, writing
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Captions
+from openblip2.data.scenes.draw import draw_scenes
 from openblip2.errors import UserError
 from openblip2.model.build import build_vision
 from openblip2.presets import preset
 from openblip2.progress import Progress
+from openblip2.train import encode
 from openblip2.train.checkpoint import read_tensors
-from openblip2.train.encode import encode_all, maker, open_cache
+from openblip2.train.encode import CROPS, crop_generator, encode_all, maker, open_cache
 from openblip2.train.recipes import train_stage
 from test_cli import Said, call
 
 P, V, S = 3, 10, 8
-MADE_BY = {"encoder": "a", "weights": "w", "image_size": S, "precision": "fp16", "seed": 5}
+SETTINGS = change(preset("stage1", "laptop"), {"train.seed": 5})
 
 
-def encode(pixels: Tensor) -> Tensor:
+def features_of(pixels: Tensor) -> Tensor:
     """`[n, P, V]`: like a vision transformer's, a wide channel, a shifted one, and each picture its own."""
     flat = pixels.flatten(1).float() / 255
     weights = torch.randn(flat.shape[1], P * V, generator=torch.Generator().manual_seed(0)) / 4
@@ -47,6 +47,26 @@ def encode(pixels: Tensor) -> Tensor:
     values[..., 4] *= 40
     values[..., 7] += 9
     return values
+
+
+class Encoder:
+    """An image encoder that counts the entries it encodes; `factor` scales its features, `dies` is a batch."""
+
+    image_size, layers, mean, std, whitening = S, 2, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), None
+
+    def __init__(self, factor: float = 1, dies: int = -1, weight: float = 0) -> None:
+        self.factor, self.dies, self.batches, self.encoded = factor, dies, 0, 0
+        config = SimpleNamespace(to_dict=dict)
+        weights = {"weight": torch.tensor([weight])}
+        self.encoder = SimpleNamespace(dtype=torch.float32, config=config, state_dict=lambda: weights)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        if not torch.equal(pixels, torch.full_like(pixels, 128)):  # of a gray picture the shape is wanted
+            self.batches += 1
+            if self.batches == self.dies:
+                raise KeyboardInterrupt
+            self.encoded += len(pixels)
+        return features_of(pixels) * self.factor
 
 
 @pytest.fixture
@@ -64,140 +84,149 @@ def records(tmp_path: Path) -> list[Record]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _small_shards() -> Iterator[None]:
-    """21 pictures are six shards, the last of one picture."""
+def _small_batches() -> Iterator[None]:
+    """21 pictures are six batches, the last of one picture."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_PICTURES", 4)
+        patch.setattr(encode, "BATCH", 4)
         yield
 
 
-def build(records: Sequence[Record], folder: Path, precision: str = "fp16", views: int = 0, **options: Any) -> Cache:
-    made_by = {**MADE_BY, "precision": precision, **options.pop("made_by", {})}
-    layout = Layout(precision, P, V, views + 1)
-    run = options.pop("encode", encode)
-    return build_cache(records, run, S, folder, made_by, layout, lambda count: None, **options)
+class Told(Progress):
+    """Keeps the lines that are said."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def build(
+    records: Sequence[Record],
+    folder: Path,
+    precision: str = "fp16",
+    crops: int = 0,
+    vision: Any = None,
+    told: Progress | None = None,
+    settings: RunSettings = SETTINGS,
+    replace: bool = False,
+) -> FeatureCache:
+    vision, told = vision or Encoder(), told or Told()
+    return encode.make_cache(vision, records, settings, folder, told, "x", precision, crops, replace)
+
+
+def ids(records: Sequence[Record]) -> list[str]:
+    return [record.id for record in records if record.id != "r5"]
 
 
 def truth(records: Sequence[Record]) -> Tensor:
     """Features of plain pictures in fp32, without a cache."""
-    return encode(to_pixels([record.image for record in records if record.id != "r5"], S))
+    return features_of(to_pixels([record.image for record in records if record.id != "r5"], S))
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize(("precision", "digits"), [("fp16", 11), ("bf16", 8)])
-def test_floats_come_back_to_the_last_digit(records: list[Record], tmp_path: Path, precision: str, digits: int) -> None:
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_what_is_read_is_what_was_encoded(records: list[Record], tmp_path: Path, precision: str) -> None:
     cache, wanted = build(records, tmp_path / "cache", precision), truth(records)
-    found = cache.read(list(range(20)))
-    assert found.dtype == shards.STORED[precision]
+    found = cache.read(ids(records))
+    assert found.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     assert torch.equal(found, wanted.to(found.dtype))
-    assert ((found.float() - wanted).abs() <= wanted.abs() * 2.0**-digits).all()
-    assert list(cache.rows) == [r.id for r in records if r.id != "r5"]
+    rows = [19, 0, 7, 7, 12, 3]
+    assert torch.equal(FeatureCache(tmp_path / "cache").read([ids(records)[n] for n in rows]), found[rows])
+    assert cache.read([]).shape == (0, P, V)
+    assert cache.path.stat().st_size == 20 * picture_bytes((1, P, V))
 
 
-def test_int8_is_off_by_half_a_step(records: list[Record], tmp_path: Path) -> None:
-    cache, wanted = build(records, tmp_path / "cache", "int8"), truth(records)
-    found = cache.read(list(range(20))).float()
-    for number in range(6):  # as any program reads the file
-        stored = load_file(tmp_path / "cache" / f"shard-{number:05}.safetensors")
-        part = slice(*[sum(len(cache._shards[n]._checksums) for n in range(m)) for m in (number, number + 1)])
-        exact = stored["centre"] + stored["width"] * stored["scales"] * stored["values"].float()
-        assert ((exact - wanted[part]).abs() <= stored["scales"] * stored["width"] / 2 * 1.001).all()
-        assert ((exact - found[part]).abs() <= exact.abs() * 2.0**-8).all()
-        assert int(stored["values"].abs().amax(-1).min()) == 127
-    spread = wanted - wanted.mean((0, 1))
-    assert (
-        0 < ((found - wanted).square().mean((0, 1)) / spread.square().mean((0, 1))).sqrt().max() < 0.03
-    )  # of it 0.02 bf16's
-
-
-def test_int8_of_channels_that_rest_or_are_zero() -> None:
-    for features in (torch.zeros(2, P, V), torch.full((2, P, V), 3.0)):
-        tables = shards.channel_tables(features)
-        assert torch.allclose(shards.dequantise(*shards.quantise(features, *tables), *tables), features)
-    tables = shards.channel_tables(torch.zeros(2, P, V))
-    later = torch.randn(2, P, V)
-    assert torch.allclose(shards.dequantise(*shards.quantise(later, *tables), *tables), later, atol=0.02)
+def test_only_the_rows_asked_for_are_read(records: list[Record], tmp_path: Path) -> None:
+    stored, _ = find_records(records, build(records, tmp_path / "cache"), lambda features: features)
+    assert isinstance(stored, StoredFeatures)
+    assert isinstance(stored.cache._values, np.memmap)
+    taken = stored.take([3, 4])
+    assert not np.shares_memory(taken.numpy(), stored.cache._values)
+    assert taken.untyped_storage().nbytes() == 2 * picture_bytes((1, P, V))
+    held = (*vars(stored).values(), *vars(stored.cache).values())
+    assert not any(isinstance(value, Tensor) for value in held)
 
 
 def test_a_value_that_fits_no_fp16_is_named(records: list[Record], tmp_path: Path) -> None:
-    def huge(pixels: Tensor) -> Tensor:
-        return encode(pixels) * 1e5
-
     with pytest.raises(UserError, match=r"cannot be kept in fp16; .*--precision bf16"):
-        build(records, tmp_path / "cache", encode=huge)
-    assert build(records, tmp_path / "bf16", "bf16", encode=huge).read([0]).isfinite().all()
-    for precision in ("bf16", "int8"):
-        with pytest.raises(UserError, match=r"cannot be kept|not finite"):
-            build(records, tmp_path / f"nan-{precision}", precision, encode=lambda pixels: encode(pixels) * torch.nan)
+        build(records, tmp_path / "cache", vision=Encoder(1e5))
+    assert build(records, tmp_path / "bf16", "bf16", vision=Encoder(1e5)).read(["r0"]).isfinite().all()
+    with pytest.raises(UserError, match="cannot be kept"):
+        build(records, tmp_path / "nan", "bf16", vision=Encoder(torch.nan))
 
 
-def test_any_rows_in_any_order_are_those_of_the_whole(records: list[Record], tmp_path: Path) -> None:
-    for precision in ("fp16", "bf16", "int8"):
-        folder = tmp_path / precision
-        whole = build(records, folder, precision).read(range(20))
-        rows = [19, 0, 7, 7, 12, 3]
-        assert torch.equal(Cache(folder).read(rows), whole[rows])
-        assert Cache(folder).read([]).shape == (0, P, V)
-
-
-def test_a_read_touches_its_own_rows_only(records: list[Record], tmp_path: Path) -> None:
-    """A neighbour in the same shard is broken, and that does not show until it is read."""
-    cache = build(records, tmp_path / "cache")
-    spoil(tmp_path / "cache" / "shard-00000.safetensors", shards.HEADER + 2 * P * V + 3)
-    cache.read([0, 2, 3])
-    with pytest.raises(UserError, match=r"shard-00000\.safetensors: is damaged \(row 1 of 4\)"):
-        cache.read([1])
-
-
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_an_interrupted_build_goes_on_and_ends_alike(records: list[Record], tmp_path: Path, precision: str) -> None:
-    build(records, tmp_path / "whole", precision, views=2)
-    calls = 0
-
-    def dies(pixels: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return encode(pixels)
-
+def test_an_interrupted_build_goes_on_and_ends_alike(records: list[Record], tmp_path: Path) -> None:
+    whole = build(records, tmp_path / "whole", crops=2)
     with pytest.raises(KeyboardInterrupt):
-        build(records, tmp_path / "parts", precision, views=2, encode=dies)
-    assert [name for name in files(tmp_path / "parts") if "shard" in name] == [
-        f"shard-0000{n}.{kind}" for n in (0, 1) for kind in ("json", "safetensors")
-    ]
-    with pytest.raises(UserError, match=r"is unfinished \(2 of 6 shards are there\)"):
-        Cache(tmp_path / "parts")
-    calls = 10
-    build(records, tmp_path / "parts", precision, views=2, encode=dies)
-    assert calls == 14  # two shards were there
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+        build(records, tmp_path / "parts", crops=2, vision=Encoder(dies=8))  # in the third batch of pictures
+    before = FeatureCache(tmp_path / "parts")
+    assert list(before.pictures) == [record.id for record in records[:8]]
+    with pytest.raises(UserError, match="13 of 21 pictures are not in"):
+        find_records(records, before, lambda features: features)
+    again = Encoder()
+    parts = build(records, tmp_path / "parts", crops=2, vision=again)
+    assert again.encoded == 13 * 3
+    assert parts.pictures == whole.pictures
+    assert parts.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_nothing_half_written_is_read(records: list[Record], tmp_path: Path) -> None:
+    """Wherever a process was killed: features are written first, then the lines that name them."""
+    records = records[4:11]
+    whole = files(build(records, tmp_path / "whole").folder)
+    (values,) = [name for name in whole if name.startswith("features-")]
+    lines = whole["features.jsonl"].splitlines(keepends=True)
+    size = picture_bytes((1, P, V))
+    for cut in range(0, len(whole["features.jsonl"]), 29):
+        folder = tmp_path / f"cut-{cut}"
+        folder.mkdir()
+        index = whole["features.jsonl"][:cut]
+        (folder / "features.jsonl").write_bytes(index)
+        complete = index.count(b"\n")
+        named = [line for line in lines[1 : max(1, complete)] if b"r5" not in line]
+        for torn in (0, 11):  # and the next features had been begun
+            kept = size * len(named) + torn
+            (folder / values).write_bytes(whole[values][:kept])
+            if complete:
+                cache = FeatureCache(folder)
+                assert len(cache.pictures) == complete - 1
+                found = [record for record in records if record.id in cache.pictures and record.id != "r5"]
+                if found:
+                    assert torch.equal(cache.read(ids(found)), truth(found).half())
+        cache = build(records, folder)
+        assert torch.equal(cache.read(ids(records)), truth(records).half())
+        assert len(list(folder.iterdir())) == 2
 
 
 def test_views_are_random_crops_that_do_not_change(records: list[Record], tmp_path: Path) -> None:
-    cache = build(records, tmp_path / "cache", "fp16", views=3)
+    cache = build(records, tmp_path / "cache", crops=3)
     stored, problems = find_records(records, cache, lambda features: features)
     assert stored.views == 3
-    assert problems == [cache.skipped["r5"]]
+    assert problems == [cache.pictures["r5"].problem]
     assert str(records[5].image) in problems[0]
     plain = truth(records).half()
     assert torch.equal(stored.take(range(20)), plain)
     numbers, views = [17, 2, 2], [1, 0, 2]
     drawn = [
-        augment(stored.records[n].image, S, view_generator(5, stored.records[n].id, v))
+        augment(stored.records[n].image, S, crop_generator(5, stored.records[n].id, v))
         for n, v in zip(numbers, views, strict=True)
     ]
-    assert torch.allclose(stored.take(numbers, views).float(), encode(torch.stack(drawn)), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(stored.take(numbers, views).float(), features_of(torch.stack(drawn)), rtol=1e-3, atol=1e-3)
     assert len({bytes(pixels.numpy().data) for pixels in drawn}) == 3
 
 
 def test_a_batch_draws_a_view_of_each_picture_by_its_number(records: list[Record], tmp_path: Path) -> None:
-    cache = build(records, tmp_path / "cache", "fp16", views=3)
+    cache = build(records, tmp_path / "cache", crops=3)
     stored, _ = find_records(records, cache, lambda features: features)
-    owners = {stored.cache.read([row])[0].numpy().tobytes(): divmod(row, 4) for row in range(80)}
+    owners = {}
+    for entry in range(4):
+        values = stored.take(range(20), [entry - 1] * 20 if entry else None)
+        owners |= {row.numpy().tobytes(): (picture, entry) for picture, row in enumerate(values)}
     pairs, again = (FeaturePairs(stored, Captions(stored.records), 6, seed=2, drawn=True) for _ in range(2))
     seen = []
     for number in (0, 9, 4):
@@ -214,132 +243,168 @@ def test_a_batch_draws_a_view_of_each_picture_by_its_number(records: list[Record
     assert {owners[row.numpy().tobytes()][1] for row in plain} == {0}
 
 
-def spoil(path: Path, place: int) -> None:
-    """Turns one bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[place] ^= 16
-    path.write_bytes(data)
-
-
-def cut_off(path: Path) -> None:
+def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-SHARD = "shard-00002.safetensors"
+def edit(folder: Path, old: str, new: str) -> None:
+    path = folder / "features.jsonl"
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "cut": (lambda f: cut_off(f / SHARD), rf"{SHARD}: has [\d,]+ bytes and not [\d,]+, it is cut short"),
-    "gone": (lambda f: (f / SHARD).unlink(), rf"{SHARD}: has 0 bytes"),
-    "values": (lambda f: spoil(f / SHARD, shards.HEADER + 8 * V + 5), rf"{SHARD}: is damaged \(row 0 of 4\)"),
-    "scales": (lambda f: spoil(f / SHARD, -3), rf"{SHARD}: is damaged \(row 3 of 4\)"),
-    "widths": (lambda f: spoil(f / SHARD, shards.HEADER + 4 * V + 2), rf"{SHARD}: is damaged \(row 0 of 4\)"),
-    "names": (lambda f: spoil(f / "shard-00002.json", 20), r"shard-00002\.json: is damaged"),
-    "index": (lambda f: cut_off(f / "cache.json"), r"cache\.json: is damaged or another program's"),
-    "version": (
-        lambda f: (f / "cache.json").write_text((f / "cache.json").read_text().replace('"version": 1', '"version": 7')),
-        r"cache\.json: is of version 7, this program reads 1",
-    ),
-    "no cache": (lambda f: (f / "cache.json").unlink(), "is no feature cache"),
+    "cut": (lambda f: shorten(next(f.glob("*.bin"))), r"\.bin has 1,199 bytes instead of 1,200: remove"),
+    "gone": (lambda f: next(f.glob("*.bin")).unlink(), r"\.bin has 0 bytes"),
+    "index": (lambda f: edit(f, '"r3", ', '"r3", , '), r"features\.jsonl is damaged: remove"),
+    "version": (lambda f: edit(f, '"version": 2', '"version": 7'), "has version 7 and this program reads 2"),
+    "no cache": (lambda f: (f / "features.jsonl").unlink(), "is no feature cache"),
+    "old": (lambda f: (f / "cache.json").write_text('{"version": 1}'), "was written by an older version: run"),
 }
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_named_and_mended(what: str, records: list[Record], tmp_path: Path) -> None:
+def test_damage_is_named(what: str, records: list[Record], tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    build(records, folder, "int8")
-    whole = files(folder)
+    build(records, folder)
     change, said = DAMAGE[what]
     change(folder)
     with pytest.raises(UserError, match=said) as caught:
-        Cache(folder).read(range(20))
+        FeatureCache(folder)
     assert "\n" not in str(caught.value)
-    build(records, folder, "int8", replace=what in ("index", "version"))
-    assert files(folder) == whole
+
+
+def test_a_cache_of_an_older_version_is_made_anew(records: list[Record], tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    for name in ("cache.json", "shard-00000.json", "shard-00000.safetensors"):
+        (folder / name).write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+    told = Told()
+    cache = build(records, folder, told=told)
+    assert told.lines == [f"{folder} was written by an older version: its features are computed again"]
+    assert torch.equal(cache.read(ids(records)), truth(records).half())
+    assert sorted(files(folder)) == sorted([cache.path.name, "features.jsonl", "notes.txt"])
 
 
 def test_a_disk_that_fills_up_ends_in_one_line(
     records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "cache"
-    whole = files(build(records, tmp_path / "whole").folder)
-    add, written = shards.ShardWriter.add, 0
+    real, written = os.fsync, 0
 
-    def full(self: shards.ShardWriter, features: Tensor) -> None:
+    def full(descriptor: int) -> None:
         nonlocal written
         written += 1
-        if written == 4:
+        if written == 6:
             raise OSError(errno.ENOSPC, "No space left on device")
-        add(self, features)
+        real(descriptor)
 
     with monkeypatch.context() as broken:
-        broken.setattr(shards.ShardWriter, "add", full)
-        with pytest.raises(UserError, match=r"the disk is full; whole shards are kept: make room"):
-            build(records, folder)
-    there = files(folder)
-    assert len(there) == 1 + 2 * 3  # cache.json and three shards, nothing half
-    assert all(whole[name] == data for name, data in there.items())
-    close = shards.os.fsync
-
-    def late(descriptor: int) -> None:
-        nonlocal written
-        written += 1
-        if written == 10:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        close(descriptor)
-
-    with monkeypatch.context() as broken:
-        broken.setattr(shards.os, "fsync", late)
-        with pytest.raises(UserError, match="the disk is full"):
-            build(records, folder)
-    assert not [name for name in files(folder) if name.endswith(".new")]
-    build(records, folder)
-    assert files(folder) == whole
+        broken.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"the disk is full; what is encoded is kept: make room"):
+            build(records, tmp_path / "cache")
+    again = Encoder()
+    cache = build(records, tmp_path / "cache", vision=again)
+    assert again.encoded == 20 - 7  # two batches were there, in one of them number 5
+    assert torch.equal(cache.read(ids(records)), truth(records).half())
 
 
-def test_too_little_room_is_said_before_anything_is_computed(
+def test_too_little_room_is_said_before_anything_is_encoded(
     records: list[Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features_module, "free_bytes", lambda folder: 1000)
-
-    def never(pixels: Tensor) -> Tensor:
-        raise AssertionError
-
+    monkeypatch.setattr(encode, "free_bytes", lambda folder: 1000)
+    vision = Encoder()
     with pytest.raises(UserError, match=r"GB are needed and 0\.0 GB are free"):
-        build(records, tmp_path / "cache", encode=never)
-    assert files(tmp_path / "cache") == {}
+        build(records, tmp_path / "cache", vision=vision)
+    assert vision.encoded == 0
 
 
-def test_the_plan_is_the_size_on_the_disk(records: list[Record], tmp_path: Path) -> None:
-    records.pop(5)
-    for precision in ("fp16", "int8"):
-        build(records, tmp_path / precision, precision, views=2)
-        size = sum(path.stat().st_size for path in (tmp_path / precision).glob("*.safetensors"))
-        assert features_module.bytes_of(Layout(precision, P, V, 3), 20) == size
+def test_what_is_there_is_not_encoded_again(records: list[Record], tmp_path: Path) -> None:
+    folder, told = tmp_path / "cache", Told()
+
+    def encoded(records: Sequence[Record]) -> int:
+        vision = Encoder()
+        cache = build(records, folder, vision=vision, told=told, replace=True)
+        assert torch.equal(cache.read(ids(records)), truth(records).half())
+        return vision.encoded
+
+    assert encoded(records[:10]) == 9
+    assert encoded(records[2:9]) == 0  # pictures are left out
+    assert encoded([*records[12:], *records[:2]]) == 9  # and added
+    for record in records:  # as drawing the demo's scenes again does
+        content = record.image.read_bytes()
+        record.image.unlink()
+        record.image.write_bytes(content)
+        os.utime(record.image, ns=(1, 1))
+    assert encoded(records) == 2
+    shutil.copy(records[0].image, records[1].image)
+    assert encoded(records) == 1
+    shutil.copy(records[0].image, records[5].image)
+    assert encoded([replace(record, id=f"s{record.id}") for record in records]) == 21  # nothing of it is there
+    assert len(FeatureCache(folder).pictures) == 21
+    assert told.lines == []
 
 
-def test_a_cache_of_something_else_is_not_gone_on_with(records: list[Record], tmp_path: Path) -> None:
+def test_scenes_that_are_drawn_again_are_not_encoded_again(tmp_path: Path) -> None:
+    for expected in (6, 0):
+        vision = Encoder()
+        build(draw_scenes(tmp_path / "scenes", 6, "train", 0), tmp_path / "cache", vision=vision, replace=True)
+        assert vision.encoded == expected
+
+
+def test_a_cache_of_something_else_is_refused_or_replaced(records: list[Record], tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    build(records, folder)
+    build(records, folder, crops=1)
     before = files(folder)
+    larger = Encoder()
+    larger.image_size = 16
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"made_by": {"weights": "v"}}, "weights of the image encoder w there, v here; give another"),
-        ({"made_by": {"image_size": 16}}, "image size 8 there, 16 here"),
+        ({"vision": Encoder(weight=1)}, r"encoder weights \w+ there, \w+ here; give another"),
+        ({"vision": larger}, "image size 8 there, 16 here"),
         ({"precision": "bf16"}, "precision fp16 there, bf16 here"),
-        ({"made_by": {"seed": 6}}, "seed of the views 5 there, 6 here"),
+        ({"crops": 2}, "views 1 there, 2 here"),
+        ({"settings": change(SETTINGS, {"train.seed": 6})}, "seed 5 there, 6 here"),
     ]
     for other, said in cases:
         with pytest.raises(UserError, match=said):
-            build(records, folder, **other)
-    with pytest.raises(UserError, match="is of 21 pictures, here are 20"):
-        build(records[1:], folder)
-    with pytest.raises(UserError, match=r"the picture 'other' is another one"):
-        build([Record("other", records[0].image, ("a",)), *records[1:]], folder)
+            build(records, folder, **{"crops": 1, **other})
     with pytest.raises(UserError, match="two pictures have one id"):
         build([*records[:3], records[0]], tmp_path / "twice")
     assert files(folder) == before
-    replaced = build(records[8:], folder, replace=True)
-    assert torch.equal(replaced.read(range(13)), truth(records[8:]).half())
-    remove_cache(folder)
-    assert files(folder) == {}
+    told = Told()
+    cache = build(records, folder, vision=Encoder(2, weight=1), told=told, replace=True)
+    assert len(told.lines) == 1
+    assert told.lines[0].endswith("its features are computed again")
+    assert torch.equal(cache.read(ids(records)), (truth(records) * 2).half())
+    assert len(files(folder)) == 2
+
+
+def test_two_processes_write_one_after_the_other(records: list[Record], tmp_path: Path) -> None:
+    vision = Encoder()
+    made_by = maker(vision, SETTINGS) | {"precision": "fp16", "views": 1, "crops": "none", "seed": 0}  # pyright: ignore
+    first = writing(tmp_path / "cache", made_by, (1, P, V), print)
+    writer = first.__enter__()
+    writer.add(records[:3], [None] * 3, truth(records[:3])[:, None])
+    waited: list[str] = []
+
+    class Waits(Told):
+        def say(self, text: str) -> None:
+            waited.append(text)
+            writer.add(records[3:4], [None], truth(records[3:4])[:, None])
+            first.__exit__(None, None, None)
+
+    cache = build(records, tmp_path / "cache", vision=vision, told=Waits())
+    assert waited == [f"{tmp_path / 'cache'} is being written by another process: waiting until it is done"]
+    assert vision.encoded == 16
+    assert torch.equal(cache.read(ids(records)), truth(records).half())
+
+
+def test_a_reader_keeps_what_is_replaced(records: list[Record], tmp_path: Path) -> None:
+    old = build(records, tmp_path / "cache")
+    wanted = old.read(["r1"])
+    late = FeatureCache(tmp_path / "cache")  # reads nothing before it is replaced
+    build(records, tmp_path / "cache", vision=Encoder(2, weight=1), replace=True)
+    assert torch.equal(old.read(["r1"]), wanted)
+    assert torch.equal(late.read(["r1"]), wanted)
 
 
 def test_records_are_found_by_their_ids(records: list[Record], tmp_path: Path) -> None:
@@ -350,13 +415,13 @@ def test_records_are_found_by_their_ids(records: list[Record], tmp_path: Path) -
     assert len(problems) == 1
     assert torch.equal(found.load().values, truth([part[0], part[1], part[3]]).half() * 2)
     shutil.rmtree(tmp_path / "data")  # no picture is needed any more
-    assert len(find_records(part, cache, lambda features: features)[0]) == 3
+    assert len(find_records(part, cache, lambda features: features)[0].records) == 3
     stranger = Record("new", tmp_path / "new.png", ("a",))
     with pytest.raises(UserError, match=r"^1 of 2 pictures are not in .*cache, the first is .*new\.png \(id 'new'\)"):
         find_records([records[0], stranger], cache, lambda features: features)
     (tmp_path / "data").mkdir()
     records[3].image.write_bytes(b"another")
-    with pytest.raises(UserError, match=r"3\.png: has 7 bytes, and had [\d,]+ when .*cache was made"):
+    with pytest.raises(UserError, match=r"3\.png has 7 bytes, and had [\d,]+ when .*cache was made"):
         find_records(part, cache, lambda features: features)
 
 
@@ -384,7 +449,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     (root / "data" / "5.png").write_bytes(b"")
     home = Home(root, tiny_runs.options(root), [])
     home.said.append(make_cache(home, "plain"))
-    home.said.append(make_cache(home, "crops", "--views", 2, "--precision", "int8"))
+    home.said.append(make_cache(home, "crops", "--views", 2, "--precision", "bf16"))
     return home
 
 
@@ -403,15 +468,15 @@ def test_the_command_says_what_it_will_take(home: Home, tmp_path: Path) -> None:
     assert (plain.code, plain.out) == (0, f"{home.root / 'plain'}\n"), plain.err
     assert (crops.code, crops.out) == (0, f"{home.root / 'crops'}\n"), crops.err
     assert "16 pictures, the plain picture of each: 10 tokens x 24 in fp16" in plain.err
-    assert "16 pictures, the plain picture and 2 views of each: 10 tokens x 24 in int8" in crops.err
-    for words in ("GB free", "by the first 15 pictures", "once and not once an epoch", "5.png"):
+    assert "16 pictures, the plain picture and 2 views of each: 10 tokens x 24 in bf16" in crops.err
+    for words in ("GB free", "by the first 4 pictures", "once and not once an epoch", "5.png"):
         assert words in plain.err
     said = call(
         *("features", home.root / "data", "--out", tmp_path / "dry", "--dry-run"),
         *("--set", f"vision.name={home.root / 'vision'}", "--set", "vision.image_size=12", "--set", "vision.layer=-2"),
     )
     assert said.code == 0, said.err
-    assert "by the first 15 pictures" in said.err
+    assert "by the first 4 pictures" in said.err
     assert not (tmp_path / "dry").exists()
     before = files(home.root / "plain")
     assert make_cache(home, "plain").code == 0  # all of it is there
@@ -470,12 +535,12 @@ def test_a_cache_of_another_encoder_is_named(home: Home, tmp_path: Path) -> None
     for changes, said in (
         (
             {"vision__name": str(tmp_path / "tuned")},
-            r"weights of the image encoder \w+ there, \w+ here \(enc.*tuned here\)",
+            r"encoder weights \w+ there, \w+ here \(encoder .*tuned here\)",
         ),
-        ({"vision__name": str(tmp_path / "darker")}, r"mean of the pixels \[0\.5, 0\.5, 0\.5\] there, \[0\.4"),
+        ({"vision__name": str(tmp_path / "darker")}, r"mean \[0\.5, 0\.5, 0\.5\] there, \[0\.4"),
         ({"vision__image_size": 16}, "image size 12 there, 16 here"),
-        ({"vision__layer": -3}, "layers of the image encoder 2 there, 1 here; train"),
-        ({"vision__weights": "bf16"}, r"vision\.weights\) fp32 there, bf16 here"),
+        ({"vision__layer": -3}, "encoder layers 2 there, 1 here; train"),
+        ({"vision__weights": "bf16"}, "encoder precision fp32 there, bf16 here"),
     ):
         other = settings(home, **changes)
         with pytest.raises(UserError, match=said) as caught:
@@ -484,22 +549,19 @@ def test_a_cache_of_another_encoder_is_named(home: Home, tmp_path: Path) -> None
         assert "train with the settings of the cache, or make one with these" in str(caught.value)
     vision = build_vision(settings(home))
     theirs = maker(vision, settings(home))
-    head = json.loads((folder / "cache.json").read_text())
-    assert theirs.items() <= head["made_by"].items()
-    crops = json.loads((home.root / "crops" / "cache.json").read_text())
-    assert crops["made_by"]["crops"] == CROPS
+    assert theirs.items() <= FeatureCache(folder).made_by.items()
+    assert FeatureCache(home.root / "crops").made_by["crops"] == CROPS
     shutil.copytree(home.root / "crops", tmp_path / "old")
-    crops["made_by"]["crops"] = "crops of another kind"
-    (tmp_path / "old" / "cache.json").write_text(json.dumps(crops))
+    edit(tmp_path / "old", CROPS, "crops of another kind")
     wants = settings(home, data__augment="true")
-    with pytest.raises(UserError, match="transform of the views crops of another kind there"):
+    with pytest.raises(UserError, match="crops crops of another kind there"):
         open_cache(vision, wants, tmp_path / "old")
 
 
 def test_a_renamed_encoder_is_the_same(home: Home, tmp_path: Path) -> None:
     shutil.copytree(home.root / "vision", tmp_path / "elsewhere")
     moved = settings(home, vision__name=str(tmp_path / "elsewhere"))
-    assert open_cache(build_vision(moved), moved, home.root / "plain").layout.tokens == 10
+    assert open_cache(build_vision(moved), moved, home.root / "plain").shape == (1, 10, 24)
 
 
 def test_features_are_what_the_encoder_gives(home: Home, tmp_path: Path) -> None:
@@ -519,7 +581,7 @@ def test_features_are_what_the_encoder_gives(home: Home, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--precision", "fp8"], "'fp8' is none of fp16, bf16, int8"),
+        (["--precision", "int8"], "'int8' is none of fp16, bf16; int8 was removed"),
         (["--set", "optim.lr=1"], "optim.lr: features depend on vision.*"),
         (["--preset", "lapdog"], "preset 'lapdog'"),
         (["--precision", "bf16"], "precision fp16 there, bf16 here; give another --out"),
@@ -548,29 +610,22 @@ def test_train_names_a_picture_that_the_cache_has_not(home: Home, tmp_path: Path
 
 
 def test_a_run_makes_its_own_cache_once(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second stage finds the first one's features; another picture makes them anew."""
+    """The second stage finds the first one's features; pictures left out cost nothing, another one is encoded alone."""
     records, _ = read_records(home.root / "data")
     quiet = Progress(quiet=True)
     train_stage(settings(home), records, tmp_path / "one", quiet, features=tmp_path / "shared")
     encoded: list[int] = []
-    real = features_module.encode_pictures
+    real = encode.encode_raw
 
-    def counted(encode: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> Any:
-        encoded.append(len(pictures))
-        return real(encode, pictures)
+    def counted(vision: Any, opened: Sequence[Any], shape: tuple[int, int, int]) -> Tensor:
+        encoded.append(len(opened))
+        return real(vision, opened, shape)
 
-    monkeypatch.setattr(features_module, "encode_pictures", counted)
+    monkeypatch.setattr(encode, "encode_raw", counted)
     train_stage(settings(home), records, tmp_path / "two", quiet, features=tmp_path / "shared")
-    assert encoded == []
     train_stage(settings(home), records[1:], tmp_path / "three", quiet, features=tmp_path / "shared")
-    assert sum(encoded) == 14
-
-
-def test_stored_features_are_no_tensors_in_memory(records: list[Record], tmp_path: Path) -> None:
-    stored, _ = find_records(records, build(records, tmp_path / "cache"), lambda features: features)
-    assert isinstance(stored, StoredFeatures)
-    assert not any(isinstance(value, Tensor) for value in vars(stored).values())
-    assert not any(isinstance(value, Tensor) for value in vars(stored.cache).values())
-    assert all(shard._map is None for shard in stored.cache._shards)
-    stored.take([0])
-    assert [shard._map is not None for shard in stored.cache._shards] == [True] + 5 * [False]
+    assert encoded == []
+    Image.new("RGB", (9, 9)).save(tmp_path / "more.png")
+    more = [*records, Record("more", tmp_path / "more.png", ("a red cat",))]
+    train_stage(settings(home), more, tmp_path / "four", quiet, features=tmp_path / "shared")
+    assert sum(encoded) == 1

@@ -15,6 +15,7 @@ import tiny
 import tiny_models
 import tiny_runs
 from openblip2.config import RunSettings, change
+from openblip2.data.features import FeatureCache
 from openblip2.errors import UserError
 from openblip2.model.build import build_stage2, build_vision, parts_table
 from openblip2.model.language import Decoding, LanguageModel
@@ -219,10 +220,10 @@ def test_a_run_trains_and_loads_in_these_precisions(
 
 
 def test_kept_features_are_of_one_precision(home: Home) -> None:  # noqa: F811
-    def made_by(*more: str) -> str:
+    def made_by(*more: str) -> dict[str, Any]:
         said = call(*home.train("stage1", "kept", "--set", "data.augment=false", *more))
         assert said.code == 0, said.err
-        return (home.root / "kept" / "features" / "pictures" / "cache.json").read_text()
+        return FeatureCache(home.root / "kept" / "features" / "pictures").made_by
 
     assert made_by("--set", "vision.weights=fp16") != made_by()
 

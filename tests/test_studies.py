@@ -108,8 +108,7 @@ def test_stage1_is_left_out_or_started_as_the_paper_does(plan: Plan, tmp_path: P
 def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -> None:
     """One picture at a time, by the loss that is trained; another picture is the one before."""
     from openblip2.captioner import Captioner
-    from openblip2.data.cache.features import find_records
-    from openblip2.data.cache.folder import Cache
+    from openblip2.data.features import FeatureCache, find_records
     from openblip2.inference import load
     from openblip2.train.encode import whitened
 
@@ -122,7 +121,7 @@ def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -
     assert captioner.model.vision is not None
     values = json.loads((run / "scores.json").read_text())["values"]
     (cache,) = work.features.values()
-    features = find_records(work.test, Cache(cache), whitened(captioner.model.vision))[0].load()
+    features = find_records(work.test, FeatureCache(cache), whitened(captioner.model.vision))[0].load()
     for n, record in enumerate(work.test):
         for name, seen in ((LOSS, n), (OTHER, n - 1)):
             with torch.no_grad():

@@ -17,8 +17,8 @@ from openblip2.bench.loader import loader_case
 from openblip2.bench.models import BOS, EOS, IMAGE, Pair, normalised, pictures, sentences, texts
 from openblip2.bench.naive import naive_losses, naive_rerank
 from openblip2.bench.sizes import Size
-from openblip2.data.cache.folder import Cache, write_head
-from openblip2.data.cache.shards import Layout, Picture, ShardWriter
+from openblip2.data.features import FeatureCache, StoredFeatures, writing
+from openblip2.data.records import Record
 from openblip2.evaluate.retrieval import rerank
 from openblip2.model.decoding import Decoding
 from openblip2.train.hardware import computing
@@ -68,7 +68,7 @@ class Bench:
         kept = self._keep(self._encode(images))
 
         def ours() -> Tensor:
-            return kept.read(range(len(images))).to(self.place)
+            return kept.take(range(len(images))).to(self.place)
 
         return self._case("cache", {OURS: ours, NAIVE: lambda: self._encode(images)}, len(images), "pictures")
 
@@ -98,7 +98,7 @@ class Bench:
         kept = self._keep(features) if from_images else None
 
         def ours() -> dict[str, Tensor]:
-            seen = features if kept is None else kept.read(range(len(images))).to(self.place)
+            seen = features if kept is None else kept.take(range(len(images))).to(self.place)
             return self._step(model, lambda: model.losses(tokens, valid, ids, features=seen, negatives=negatives))
 
         def naive() -> dict[str, Tensor]:
@@ -120,7 +120,7 @@ class Bench:
         def ours() -> dict[str, Tensor]:
             given: dict[str, Any] = {"images": images}
             if cache is not None:
-                given = {"features": cache.read(range(len(images))).to(self.place)}
+                given = {"features": cache.take(range(len(images))).to(self.place)}
             return self._step(model, lambda: model.losses(prompts, captions, **given))
 
         def transformers() -> dict[str, Tensor]:
@@ -215,16 +215,12 @@ class Bench:
         with torch.inference_mode(), computing(model, self.precision):
             yield
 
-    def _keep(self, features: Tensor) -> Cache:
+    def _keep(self, features: Tensor) -> StoredFeatures:
         """These features in a cache on the disk, as a run finds them."""
-        place, layout = self._folder(), Layout("fp16", features.shape[1], features.shape[2], 1)
-        write_head(place, {}, layout, len(features))
-        for number, rows in enumerate(features.split(layout.shard_pictures)):
-            writer = ShardWriter(place, number, layout)
-            writer.add(rows)
-            first = number * layout.shard_pictures
-            writer.close([Picture(str(first + n), 0, 0) for n in range(len(rows))], {})
-        return Cache(place)
+        folder, records = self._folder(), [Record(str(n), Path(f"{n}.png"), ()) for n in range(len(features))]
+        with writing(folder, {"precision": "fp16"}, (1, *features.shape[1:]), print) as writer:
+            writer.add(records, [None] * len(records), features[:, None])
+        return StoredFeatures(records, FeatureCache(folder), lambda values: values)
 
     def _folder(self) -> Path:
         folder = tempfile.TemporaryDirectory(prefix="openblip2-bench-")

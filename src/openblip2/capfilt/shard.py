@@ -29,8 +29,7 @@ from openblip2.capfilt.how import How, digest
 from openblip2.capfilt.models import Ranker
 from openblip2.capfilt.pool import Text, best, pool
 from openblip2.captioner import Captioner
-from openblip2.data.cache.views import THREADS
-from openblip2.data.images import PictureFile, to_pixels
+from openblip2.data.images import THREADS, PictureFile, to_pixels
 from openblip2.data.web.readers import captions, reader
 from openblip2.data.web.shard_file import stats_path, write_stats
 from openblip2.data.web.tars import MAX_JSON, Sample, Shard, TarWriter

@@ -27,7 +27,7 @@ from openblip2.errors import UserError
 
 CORPORA = ("scenes", "stamps")
 TRAININGS = ("stage1", "stage2", "caption", "vqa", "retrieval")
-STORED = ("fp16", "bf16", "int8")
+STORED = ("fp16", "bf16")
 
 
 def demo(
@@ -150,9 +150,7 @@ def features(
         str, typer.Option(help="Preset whose vision.* settings are used.", autocompletion=among(presets))
     ] = "laptop",
     changes: Settings = None,
-    precision: Annotated[
-        str, typer.Option(help="fp16, bf16 or int8 (half the size).", autocompletion=among(STORED))
-    ] = "fp16",
+    precision: Annotated[str, typer.Option(help="fp16 or bf16.", autocompletion=among(STORED))] = "fp16",
     views: Annotated[int, typer.Option(min=1, help="If above 1: random crops to add to each image.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the required space and time, and stop.")] = False,
     as_json: AsJson = False,
@@ -180,7 +178,7 @@ def features(
         says.say(f"skipped: {line}")
     keep_freed_memory()
     vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
-    with keeping(f"whole shards are in {out}, the same command goes on"):
+    with keeping(f"what is encoded is in {out}, the same command goes on"):
         takes = write_features(vision, records, settings, out, precision, views, says, dry_run)
     if as_json:
         put({"out": str(out), **takes})

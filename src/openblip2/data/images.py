@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +33,8 @@ Picture = str | Path | PictureFile | Image.Image | np.ndarray[Any, Any]
 # A file is judged by its header before anything is decoded: a few kilobytes can unfold to gigabytes.
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 64 * 2**20
+
+THREADS = min(8, os.cpu_count() or 1)  # that open pictures side by side
 
 # What pictures of a data set come in. Pillow reads more (documents, scientific formats, PostScript through an
 # outside program), none of which should be run on a file from the web.

@@ -14,7 +14,7 @@ from typing import Any
 
 from openblip2.captioner import Captioner
 from openblip2.config import RunSettings
-from openblip2.data.cache.features import Features
+from openblip2.data.features import Features
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
 from openblip2.demo.plan import Plan, announcement, gather_corpus, settings_of

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openblip2.attend import look, overlay
 from openblip2.captioner import ANSWER, CAPTION, Captioner, greedy
-from openblip2.data.cache.features import Features
+from openblip2.data.features import Features
 from openblip2.data.records import Question, Record
 from openblip2.data.scenes.grammar import named
 from openblip2.data.text import clean_caption

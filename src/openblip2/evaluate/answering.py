@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openblip2.data.cache.features import Features
+from openblip2.data.features import Features
 from openblip2.data.records import Question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.evaluate.effective_rank import effective_rank

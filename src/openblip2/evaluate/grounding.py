@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from openblip2.data.cache.features import Features
+from openblip2.data.features import Features
 from openblip2.evaluate.effective_rank import effective_rank
 from openblip2.model.likelihood import likelihoods
 from openblip2.model.stage2 import Stage2

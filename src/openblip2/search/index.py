@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from openblip2.data.cache.views import THREADS
-from openblip2.data.images import open_picture
+from openblip2.data.images import THREADS, open_picture
 from openblip2.data.web.tars import PICTURES
 from openblip2.errors import UserError
 from openblip2.evaluate.retrieval import image_vectors

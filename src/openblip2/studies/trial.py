@@ -19,8 +19,7 @@ import torch
 
 from openblip2.captioner import Captioner
 from openblip2.config import RunSettings, VisionSettings, change, to_dict
-from openblip2.data.cache.features import find_records
-from openblip2.data.cache.folder import Cache
+from openblip2.data.features import FeatureCache, find_records
 from openblip2.data.records import Record, read_records
 from openblip2.data.rows import RECORDS
 from openblip2.data.scenes.draw import Split, draw_scenes
@@ -250,7 +249,7 @@ def caption_values(captioner: Captioner, test: Sequence[Record], features: Path)
     """By figure, for each test picture: the loss of its caption, nats a token, and how much another picture adds."""
     model = captioner.model
     assert model.vision is not None
-    stored, problems = find_records(test, Cache(features), whitened(model.vision))
+    stored, problems = find_records(test, FeatureCache(features), whitened(model.vision))
     assert not problems, problems
     with torch.inference_mode(), computing(model, captioner.settings.train.precision):
         right, other = caption_losses(model, stored.load(), captioner.settings.language.prompts[0])

@@ -1,12 +1,18 @@
-"""Frozen features: what makes a cache of them, how long and large it gets, and the encoder run over pictures.
+"""Runs the frozen image encoder over pictures, into a feature cache (`data/features.py`) or into memory.
 
-Shapes: B images, P patch tokens, V encoder width, S image side in px.
+Shapes: E entries of a picture (the plain one, then random crops of it), P patch tokens, V encoder width, B images,
+S image side in px.
 """
 
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +20,9 @@ import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
-from openblip2.data.cache.features import (
-    Features,
-    build_cache,
-    bytes_of,
-    find_records,
-    free_bytes,
-    require_room,
-    require_same,
-)
-from openblip2.data.cache.folder import Cache
-from openblip2.data.cache.shards import STORED, Layout
-from openblip2.data.cache.views import BATCH, CROPS, PLAIN, encode_pictures, open_pictures
+from openblip2.data import features as stored
+from openblip2.data.features import FeatureCache, Features, find_records, picture_bytes, require_same
+from openblip2.data.images import CROP_AREA, CROP_RATIO, THREADS, augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.errors import UserError
 from openblip2.model.precision import DTYPES
@@ -33,8 +30,91 @@ from openblip2.model.vision import Vision
 from openblip2.progress import Progress
 from openblip2.train.hardware import device
 
-# Of the encoder's configuration, what changes features and does not show in the weights.
+BATCH = 32  # pictures that are opened together, and entries that the encoder takes together
+PLAIN = "resized to a square, bicubic"
+CROPS = f"crops of {CROP_AREA} of the area, ratio {CROP_RATIO[0]:.2f} to {CROP_RATIO[1]:.2f}, half of them mirrored"
+# What of the encoder's configuration changes its features without showing in its weights.
 _SHAPING = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "rope_theta")
+
+
+def make_cache(
+    vision: Vision,
+    records: Sequence[Record],
+    settings: RunSettings,
+    folder: Path,
+    progress: Progress,
+    name: str,
+    precision: str = "fp16",
+    crops: int = 0,
+    replace: bool = False,
+) -> FeatureCache:
+    """Encodes the pictures that a cache does not have yet, without `vision.whiten`, so that it serves any whitening.
+
+    Pictures that cannot be opened are skipped and named in the cache.
+
+    Args:
+        vision: The frozen encoder.
+        records: The pictures.
+        settings: Of `vision`, and the seed of the crops.
+        folder: The cache, which is made if it is not there.
+        progress: Where it says how far it is.
+        name: What it calls the pictures.
+        precision: fp16 or bf16.
+        crops: How many random crops of each picture are encoded beside it.
+        replace: Whether a cache that something else made, or that has none of the pictures, gives way to a new one.
+
+    Raises:
+        UserError: The cache was made by something else; it is damaged; not one picture can be opened; the disk is or
+            would be full.
+    """
+    if len({record.id for record in records}) < len(records):
+        raise UserError(f"{folder}: two pictures have one id; give each its own (`id` in records.jsonl)")
+    seed = settings.train.seed if crops else 0
+    made_by = maker(vision, settings) | {
+        "precision": precision,
+        "views": crops or 1,
+        "crops": CROPS if crops else "none",
+    }
+    made_by |= {"seed": seed}
+    shape = shape_of(vision, crops)
+    with (
+        stored.writing(folder, made_by, shape, progress.say, records, replace) as writer,
+        progress.steps(f"features ({name})", len(records)) as bar,
+    ):
+        missing = [record for record in records if not writer.cache.has(record)]
+        bar.advance(count=len(records) - len(missing))
+        needed, free = len(missing) * writer.cache.picture_bytes, free_bytes(folder)
+        if needed > free:
+            raise UserError(
+                f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; take another disk or "
+                "fewer views"
+            )
+        for part, opened in open_batches(missing, vision.image_size, crops, seed):
+            problems = [picture if isinstance(picture, str) else None for picture in opened]
+            writer.add(part, problems, encode_raw(vision, opened, shape))
+            bar.advance(count=len(part))
+    cache = FeatureCache(folder)
+    if all(cache.pictures[record.id].problem for record in records):
+        problem = cache.pictures[records[0].id].problem
+        raise UserError(f"none of the {len(records)} pictures can be opened; the first: {problem}")
+    return cache
+
+
+def open_cache(vision: Vision, settings: RunSettings, folder: Path) -> FeatureCache:
+    """The cache that the user gave, if the settings' encoder made it and it has the crops that `data.augment` needs.
+
+    Raises:
+        UserError: It does not fit; see also `FeatureCache`.
+    """
+    cache, ours = FeatureCache(folder), maker(vision, settings)
+    if settings.data.augment and cache.shape[0] == 1:
+        raise UserError(
+            f"data.augment=true, and {folder} has the plain pictures alone: set data.augment=false, or make a cache "
+            "with `openblip2 features --views 4`"
+        )
+    ours |= {"crops": CROPS} if settings.data.augment else {}
+    require_same(folder, cache.made_by, ours, "train with the settings of the cache, or make one with these")
+    return cache
 
 
 def write_features(
@@ -47,107 +127,91 @@ def write_features(
     progress: Progress,
     dry_run: bool = False,
 ) -> dict[str, int | float]:
-    """What `openblip2 features` does: says what it will take, then makes the cache, or goes on making it.
+    """What `openblip2 features` does: says what it takes, then makes the cache (`make_cache`) unless it is a dry run.
 
-    Returns what it takes: pictures, bytes, free bytes, seconds; behind a cache also how many pictures were skipped.
+    Returns the pictures, bytes, free bytes and seconds; with a cache also how many pictures were skipped.
 
     Args:
-        views: 1: the plain picture. More: so many random crops of each picture beside it.
-
-    Raises:
-        UserError: see `build_cache`; or an unknown precision.
+        views: 1 for the plain pictures; more for so many random crops of each beside it.
     """
-    if precision not in STORED:
-        raise UserError(f"precision {precision!r} is none of {', '.join(STORED)}")
-    entries = 1 if views == 1 else views + 1
-    layout = layout_of(vision, precision, entries)
-    room, size = bytes_of(layout, len(records)), settings.vision.image_size
-    entry = f"{layout.tokens} tokens x {layout.width}"
-    kinds = "the plain picture" if views == 1 else f"the plain picture and {views} views"
-    progress.say(f"{len(records):,} pictures, {kinds} of each: {entry} in {precision}")
-    free = free_bytes(folder)
-    progress.say(f"{room / 1e9:.3g} GB in {folder}, of {free / 1e9:,.3g} GB free")
-    if not folder.exists():  # else some of it may be there; the build counts what is not
-        require_room(folder, layout, len(records))
-    encode, began = _encode(vision), time.monotonic()
-    first = next(open_pictures(records[:BATCH], size, entries - 1, settings.train.seed))
-    good = [picture for picture in first if isinstance(picture, Tensor)]
-    with torch.no_grad():
-        for _ in encode_pictures(encode, good):
-            pass
-    a_picture = (time.monotonic() - began) / max(1, len(good))
-    step = settings.train.batch
+    if precision not in stored.CACHE_DTYPES:
+        raise UserError(f"precision {precision!r} is none of {', '.join(stored.CACHE_DTYPES)}; int8 was removed")
+    crops = 0 if views == 1 else views
+    shape = shape_of(vision, crops)
+    size, free = len(records) * picture_bytes(shape), free_bytes(folder)
+    kinds = "the plain picture" if not crops else f"the plain picture and {crops} views"
+    progress.say(f"{len(records):,} pictures, {kinds} of each: {shape[1]} tokens x {shape[2]} in {precision}")
+    progress.say(f"{size / 1e9:.3g} GB in {folder}, of {free / 1e9:,.3g} GB free")
+    began = time.monotonic()
+    first, opened = next(open_batches(records[:BATCH], vision.image_size, crops, settings.train.seed))
+    encode_raw(vision, opened, shape)
+    seconds = (time.monotonic() - began) / len(first) * len(records)
     progress.say(
-        f"about {_duration(a_picture * len(records))} by the first {len(good)} pictures; the encoder then runs once "
-        f"and not once an epoch: a step of {step} pictures reads {step * layout.row_bytes / 1e6:.3g} MB, where it "
-        f"encoded for {_duration(a_picture / entries * step)}"
+        f"about {timedelta(seconds=round(seconds))} by the first {len(first)} pictures; the encoder then runs once and "
+        "not once an epoch"
     )
-    takes = {"pictures": len(records), "bytes": room, "free_bytes": free, "seconds": a_picture * len(records)}
+    takes = {"pictures": len(records), "bytes": size, "free_bytes": free, "seconds": seconds}
     if dry_run:
         return takes
-    cache = make_cache(vision, records, settings, folder, progress, "all", precision, views)
-    for number, problem in enumerate(cache.skipped.values(), 1):
+    cache = make_cache(vision, records, settings, folder, progress, "all", precision, crops)
+    problems = [problem for record in records if (problem := cache.pictures[record.id].problem)]
+    for number, problem in enumerate(problems, 1):
         progress.say(f"skipped ({number} so far): {problem}")
-    return takes | {"skipped": len(cache.skipped)}
+    return takes | {"skipped": len(problems)}
 
 
-def make_cache(
-    vision: Vision,
-    records: Sequence[Record],
-    settings: RunSettings,
-    folder: Path,
-    progress: Progress,
-    name: str,
-    precision: str = "fp16",
-    views: int = 1,
-    replace: bool = False,
-) -> Cache:
-    """The raw features of records (`vision.whitening` is left out), in a cache; see `build_cache`."""
-    entries = 1 if views == 1 else views + 1
-    made_by = maker(vision, settings) | {
-        "precision": precision,
-        "views": views,
-        "crops": "none" if views == 1 else CROPS,
-        "seed": settings.train.seed if views > 1 else 0,
-    }
-    layout = layout_of(vision, precision, entries)
-    with progress.steps(f"features ({name})", len(records)) as bar, torch.no_grad():
+def open_batches(
+    records: Sequence[Record], size: int, crops: int = 0, seed: int = 0
+) -> Iterator[tuple[Sequence[Record], list[Tensor | str]]]:
+    """Opens pictures batch by batch: `[E, 3, S, S]` uint8 each, or one line that says why one cannot be opened.
 
-        def advance(count: int) -> None:
-            bar.advance(count=count)
-
-        encode, size = _encode(vision), settings.vision.image_size
-        return build_cache(records, encode, size, folder, made_by, layout, advance, replace)
-
-
-def open_cache(vision: Vision, settings: RunSettings, folder: Path) -> Cache:
-    """A cache that the settings' encoder made, and that has what their training wants.
-
-    Raises:
-        UserError: see `Cache`; it is of another encoder, or has no views where `data.augment` wants them.
+    The next batch is opened while the caller works on this one.
     """
-    cache = Cache(folder)
-    way_out = "train with the settings of the cache, or make one with these"
-    require_same(folder, cache.made_by, maker(vision, settings), way_out)
-    if settings.data.augment and cache.layout.entries == 1:
-        raise UserError(
-            f"data.augment=true, and {folder} has the plain pictures alone: set data.augment=false, or make a cache "
-            "with `openblip2 features --views 4`"
-        )
-    if settings.data.augment:
-        require_same(folder, cache.made_by, {"crops": CROPS}, "make the cache anew")
-    return cache
+    open_one = partial(_open, size=size, crops=crops, seed=seed)
+    ahead: deque[tuple[Sequence[Record], Iterator[Tensor | str]]] = deque()
+    with ThreadPoolExecutor(THREADS) as threads:
+        for start in range(0, len(records), BATCH):
+            part = records[start : start + BATCH]
+            ahead.append((part, threads.map(open_one, part)))
+            if len(ahead) > 1:
+                first, opened = ahead.popleft()
+                yield first, list(opened)
+        for part, opened in ahead:
+            yield part, list(opened)
+
+
+def _open(record: Record, size: int, crops: int, seed: int) -> Tensor | str:
+    try:
+        drawn = [augment(record.image, size, crop_generator(seed, record.id, n))[None] for n in range(crops)]
+        return torch.cat([to_pixels([record.image], size), *drawn])
+    except UserError as problem:
+        return str(problem)
+
+
+def crop_generator(seed: int, picture: str, number: int) -> torch.Generator:
+    """What a random crop is drawn with: always the same for a picture, and another for each picture."""
+    digest = hashlib.sha256(f"{seed} {number} {picture}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def encode_raw(vision: Vision, opened: Sequence[Tensor | str], shape: tuple[int, int, int]) -> Tensor:
+    """Features `[n, E, P, V]`, not whitened, of the n pictures that could be opened."""
+    pixels = [picture for picture in opened if isinstance(picture, Tensor)]
+    if not pixels:
+        return torch.empty(0, *shape)
+    whitening, vision.whitening = vision.whitening, None
+    try:
+        with torch.no_grad():
+            found = [vision(part.to(device())) for part in torch.cat(pixels).split(BATCH)]
+            return torch.cat(found).unflatten(0, (-1, shape[0]))
+    finally:
+        vision.whitening = whitening
 
 
 def encode_all(
-    vision: Vision,
-    records: Sequence[Record],
-    settings: RunSettings,
-    folder: Path,
-    name: str,
-    progress: Progress,
+    vision: Vision, records: Sequence[Record], settings: RunSettings, folder: Path, name: str, progress: Progress
 ) -> tuple[Features, list[str]]:
-    """The features of records as the models see them, by a cache in `folder`; and one line for each bad picture."""
+    """The features of records as the models get them, by a cache in `folder`; and one line for each bad picture."""
     cache = make_cache(vision, records, settings, folder, progress, name, replace=True)
     found, problems = find_records(records, cache, whitened(vision))
     return found.load(), problems
@@ -155,50 +219,56 @@ def encode_all(
 
 def openable(records: Sequence[Record], size: int) -> tuple[list[Record], list[str]]:
     """The records whose pictures can be opened, and one line for each other."""
-    opened = [picture for batch in open_pictures(records, size, 0, 0) for picture in batch]
-    good = [record for record, picture in zip(records, opened, strict=True) if isinstance(picture, Tensor)]
-    return good, [picture for picture in opened if isinstance(picture, str)]
+    good: list[Record] = []
+    problems: list[str] = []
+    for part, opened in open_batches(records, size):
+        problems += [picture for picture in opened if isinstance(picture, str)]
+        good += [record for record, picture in zip(part, opened, strict=True) if isinstance(picture, Tensor)]
+    return good, problems
 
 
 def encode_now(vision: Vision, records: Sequence[Record]) -> Features:
-    """The features of plain pictures that can be opened, as the encoder now is, without a cache."""
-    place, found = device(), []
-    for batch in open_pictures(records, vision.image_size, 0, 0):
-        found.append(vision(torch.cat([picture for picture in batch if isinstance(picture, Tensor)]).to(place)).cpu())
+    """The features of plain pictures that can be opened, by the encoder as it now is, without a cache."""
+    found = [
+        vision(torch.cat([picture for picture in opened if isinstance(picture, Tensor)]).to(device())).cpu()
+        for _, opened in open_batches(records, vision.image_size)
+    ]
     return Features(list(records), torch.cat(found))
 
 
 def whitened(vision: Vision) -> Callable[[Tensor], Tensor]:
-    """What turns cached features into what the models see: the encoder's whitening, if it has one.
-
-    A cache is raw: it serves runs with any whitening, and whitenings are fitted to it.
-    """
+    """What turns cached features into what the models get: the encoder's whitening, if it has one."""
     if vision.whitening is None:
         return lambda features: features
     on_cpu = type(vision.whitening)(vision.whitening.mean.cpu(), vision.whitening.matrix.cpu())
     return on_cpu.forward
 
 
+def shape_of(vision: Vision, crops: int) -> tuple[int, int, int]:
+    """The shape (E, P, V) of a picture's features, from one gray picture."""
+    side = vision.image_size
+    with torch.no_grad():
+        _, tokens, width = vision(torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=device())).shape
+    return 1 + crops, tokens, width
+
+
 def maker(vision: Vision, settings: RunSettings) -> dict[str, Any]:
-    """What decides about the features of plain pictures, by the names of `data.features.LABELS`."""
+    """What determines the features of plain pictures."""
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     return {
         "encoder": settings.vision.name,
-        "weights": weights_of(vision),
-        "layer": vision.layers,
         "image_size": vision.image_size,
+        "encoder_layers": vision.layers,  # this and the precision change what the weights are: they are compared first
+        "encoder_precision": dtypes[vision.encoder.dtype],
+        "encoder_weights": weights_of(vision),
         "mean": list(vision.mean),
         "std": list(vision.std),
-        "computed_in": dtypes[vision.encoder.dtype],
         "transform": PLAIN,
     }
 
 
 def weights_of(vision: Vision) -> str:
-    """The first 16 digits of the SHA-256 of the encoder's weights and of what else shapes its features.
-
-    All weights: 1.2 GB/s, less than reading them takes; a fine-tuned copy may differ in any layer.
-    """
+    """The first 16 digits of the SHA-256 of all weights of the encoder, and of what else shapes its features."""
     config: Any = vision.encoder.config
     shaping = {name: value for name, value in config.to_dict().items() if name in _SHAPING}
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
@@ -208,29 +278,7 @@ def weights_of(vision: Vision) -> str:
     return digest.hexdigest()[:16]
 
 
-def layout_of(vision: Vision, precision: str, entries: int) -> Layout:
-    """What rows of this encoder look like, by what it makes of one gray picture."""
-    side = vision.image_size
-    with torch.no_grad():
-        _, tokens, width = vision(torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=device())).shape
-    return Layout(precision, tokens, width, entries)
-
-
-def _encode(vision: Vision) -> Callable[[Tensor], Tensor]:
-    """The encoder without its whitening."""
-
-    def encode(pixels: Tensor) -> Tensor:
-        whitening, vision.whitening = vision.whitening, None
-        try:
-            return vision(pixels.to(device()))
-        finally:
-            vision.whitening = whitening
-
-    return encode
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder that need not exist yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free

@@ -12,8 +12,7 @@ import torch
 
 from openblip2.config import RunSettings
 from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
-from openblip2.data.cache.features import Features, StoredFeatures, find_records
-from openblip2.data.cache.folder import Cache
+from openblip2.data.features import FeatureCache, Features, StoredFeatures, find_records
 from openblip2.data.records import Record
 from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
 from openblip2.data.text import clean_caption, clean_question
@@ -108,7 +107,7 @@ def prepare(
     if settings.data.features:
         cache = open_cache(vision, settings, Path(settings.data.features))
     elif not is_first():
-        cache = Cache(kept / "pictures")
+        cache = FeatureCache(kept / "pictures")
     else:
         encoded = [*held, *sample] if settings.data.augment else [*records, *given]
         cache = make_cache(vision, encoded, settings, kept / "pictures", progress, "pictures", replace=True)
@@ -155,7 +154,7 @@ def cleaned(record: Record) -> Record:
     return replace(record, captions=tuple(clean_caption(c) for c in record.captions), questions=questions)
 
 
-def whitening_for(settings: RunSettings, cache: Cache, sample: Sequence[Record], run: Path) -> Whitening:
+def whitening_for(settings: RunSettings, cache: FeatureCache, sample: Sequence[Record], run: Path) -> Whitening:
     """The run's whitening: the stage-1 run's if there is one to start from, else fitted to some training pictures."""
     if not is_first():
         return read_whitening(run)

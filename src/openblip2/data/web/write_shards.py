@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from openblip2.data.cache.views import THREADS
-from openblip2.data.images import open_picture
+from openblip2.data.images import THREADS, open_picture
 from openblip2.data.records import Record
 from openblip2.data.web.shard_file import stats_path, write_stats
 from openblip2.data.web.tars import PICTURES, Sample, TarWriter

@@ -1,1 +1,0 @@
-"""Frozen features kept on the disk."""
