@@ -93,6 +93,7 @@ class LengthTokenizer:
     """Stands in for a tokenizer that is not there: a token for every four characters, about as many as in English."""
 
     bos_token = eos_token = "</s>"
+    unk_token_id = None
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [1] * -(-len(text) // 4)}

@@ -5,7 +5,10 @@ The tensors are fake: torch's meta kernels compute their shapes, so billions of 
 
 import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +74,8 @@ def make_plan(
     if not settings.stage1.objectives:
         raise UserError("stage1.objectives=[]: there is nothing to train; name at least one of itc, itm, itg")
     model = build_model(settings, torch.float32 if train.precision == "fp32" else torch.bfloat16)
-    if not 4 <= text <= (longest := model.qformer.sizes["positions"]):
+    longest = model.qformer.sizes["positions"]
+    if not 4 <= text <= longest:
         raise UserError(f"--text-tokens {text}: give 4 to {longest}, the most that the Q-Former takes")
     frozen: dict[str, Any] = {"image encoder": model.vision}
     if isinstance(model, Stage2):
@@ -121,7 +125,7 @@ def _run_step(
         if isinstance(model, Stage2):
             model.language.checkpoint_activations()
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
-    with FakeTensorMode(allow_non_fake_inputs=True), GpuAttention(), autocast:
+    with FakeTensorMode(allow_non_fake_inputs=True), gpu_attention(), autocast:
         model.to_empty(device="cpu")  # in name alone: there is no autocast for "meta"
         with Meter(model) as meter:
             features = vision(torch.empty(pairs, 3, vision.image_size, vision.image_size, dtype=torch.uint8))
@@ -212,12 +216,16 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 
-class GpuAttention(TorchFunctionMode):
+@contextmanager
+def gpu_attention() -> Iterator[None]:
     """Attention by a GPU's kernel, which keeps no probabilities; masks have no values and are taken to be True."""
+    # Replaced by name: checkpoints compute attention again in the backward pass, where no function mode is on.
+    with _TrueMasks(), patch.object(F, "scaled_dot_product_attention", _attention):
+        yield
 
+
+class _TrueMasks(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **(kwargs or {}))
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
             return args[0].flatten(0, args[1].ndim - 1)
         return 1 if func is Tensor.__int__ else func(*args, **(kwargs or {}))
