@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from openblip2.apps.serve.batcher import Batcher, Full, Late, Limits
+from openblip2.apps.serve.jobs import Embed, Job, Write, Written
 from openblip2.errors import UserError
 from openblip2.model.decoding import Decoding
-from openblip2.serve.batcher import Batcher, Full, Late, Limits
-from openblip2.serve.jobs import Embed, Job, Write, Written
 
 
 class Recorder:

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from openblip2.bench.cases import Bench
-from openblip2.bench.measure import alternate, peak_memory
-from openblip2.bench.run import run_bench
+from openblip2.apps.bench.cases import Bench
+from openblip2.apps.bench.measure import alternate, peak_memory
+from openblip2.apps.bench.run import run_bench
 from openblip2.errors import UserError
 from openblip2.progress import Progress
 
@@ -36,7 +36,7 @@ def test_every_case_is_equal_before_it_is_timed(found: tuple[dict, dict, list[st
 
 
 def test_unequal_outputs_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import openblip2.bench.cases as cases
+    import openblip2.apps.bench.cases as cases
 
     monkeypatch.setattr(cases, "naive_rerank", lambda model, features, *rest: (torch.ones(1, 8), None))
     with pytest.raises(UserError, match="rerank: outputs differ"):

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 import tiny_runs
+from openblip2.apps.search.index import update_index
 from openblip2.progress import Progress
-from openblip2.search.index import update_index
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 import tiny_runs
+from openblip2.apps.studies import trial, web
+from openblip2.apps.studies.ablations import ablate
+from openblip2.apps.studies.design import Plan
 from openblip2.capfilt.how import How
 from openblip2.config import change
 from openblip2.data.records import Record
 from openblip2.errors import UserError
 from openblip2.presets import preset
 from openblip2.progress import Progress
-from openblip2.studies import trial, web
-from openblip2.studies.ablations import ablate
-from openblip2.studies.design import Plan
 
 QUIET = Progress(quiet=True)
 

@@ -10,12 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_runs
+from openblip2.apps.demo import Plan, plan_for, run_demo
+from openblip2.apps.demo.plan import announcement
 from openblip2.cli import app
 from openblip2.config import change
 from openblip2.data.records import read_records
 from openblip2.data.scenes.vocabulary import WORLDS
-from openblip2.demo import Plan, plan_for, run_demo
-from openblip2.demo.plan import announcement
 from openblip2.errors import UserError
 from openblip2.presets import preset
 from openblip2.progress import Progress
@@ -67,7 +67,7 @@ def test_a_missing_plotting_library_is_said_before_anything_is_trained(
 @pytest.fixture
 def little_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where `openblip2 demo` trains tiny models on few pictures, whatever its options say of world and seed."""
-    import openblip2.demo as module
+    import openblip2.apps.demo as module
 
     models = tiny(tmp_path)
     monkeypatch.setattr(module, "plan_for", lambda *given: replace(plan_for(*given), **FEWER, **models))
@@ -123,7 +123,7 @@ def test_the_announcement_has_the_plan_in_it() -> None:
 
 
 def test_stamps_that_are_not_installed_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import openblip2.demo.plan as module
+    import openblip2.apps.demo.plan as module
     from openblip2.data.corpora import stamps_records
 
     monkeypatch.setattr(module, "stamps_records", lambda seed: stamps_records(tmp_path / "none", seed=seed))

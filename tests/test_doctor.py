@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import tiny
+from openblip2.apps.report.pages import write_findings
 from openblip2.cli import app
 from openblip2.config import RunSettings, change
 from openblip2.evaluate.health import Finding, findings
 from openblip2.evaluate.levels import ITM_CHANCE, itc_chance, smoothed_floor, word_chance
 from openblip2.evaluate.stage1 import easy_hits, queries_used
-from openblip2.report.pages import write_findings
 from openblip2.train.checkpoint import write_config
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import tiny
 import tiny_models
-from openblip2.bench.naive import naive_losses
+from openblip2.apps.bench.naive import naive_losses
 from openblip2.config import RunSettings, change
 from openblip2.data.batches import PairBatch
 from openblip2.errors import UserError

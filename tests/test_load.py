@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_runs
-from openblip2.bench.load import Load
+from openblip2.apps.bench.load import Load
 from openblip2.cli import app
 
 

@@ -61,16 +61,16 @@ def test_shells_complete_commands_and_values(shell: str) -> None:
 
 
 def test_what_is_completed_is_what_there_is() -> None:
+    from openblip2.apps.bench.sizes import SIZES
+    from openblip2.apps.demo import Plan
+    from openblip2.apps.studies.design import STUDIES
     from openblip2.attend import BY
-    from openblip2.bench.sizes import SIZES
     from openblip2.capfilt.how import How
     from openblip2.data.features import CACHE_DTYPES
     from openblip2.data.web.readers import READERS
-    from openblip2.demo import Plan
     from openblip2.presets import FINE_TUNING, PRESETS
     from openblip2.score.answers import METRICS
     from openblip2.score.run import Task
-    from openblip2.studies.design import STUDIES
     from openblip2.weights.convert import Target
 
     def values(kind: type, name: str) -> tuple[str, ...]:
@@ -215,10 +215,10 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
         "out",
     ),
     "evaluate": ("score.run.evaluate", ("caption", "{stage2}", "--data", "{data}", "--out", "{out}"), "out"),
-    "bench": ("bench.run.build_pair", ("--size", "tiny", "--out", "{out}"), "out"),
-    "bench-real": ("studies.real.bench_real", ("--out", "{out}"), "out"),
-    "ablate": ("studies.ablations.ablate", ("itg", "--out", "{out}"), "out"),
-    "demo": ("demo.run_demo", ("--out", "{out}"), "out"),
+    "bench": ("apps.bench.run.build_pair", ("--size", "tiny", "--out", "{out}"), "out"),
+    "bench-real": ("apps.studies.real.bench_real", ("--out", "{out}"), "out"),
+    "ablate": ("apps.studies.ablations.ablate", ("itg", "--out", "{out}"), "out"),
+    "demo": ("apps.demo.run_demo", ("--out", "{out}"), "out"),
     "plan": ("plan.plan.make_plan", ("--preset", "stage1-vit-g", "--gpus", "H100"), ""),
 }
 
@@ -259,7 +259,7 @@ def test_an_interrupted_index_keeps_the_pictures_it_has_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("faiss")
-    from openblip2.search import index
+    from openblip2.apps.search import index
 
     monkeypatch.setattr(index, "GROUP", 4)
     words = ("index", home.data, "--run", home.stage1, "--out", tmp_path / "index")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import test_presets as sizes
 import tiny
-from openblip2.bench.measure import peak_memory
+from openblip2.apps.bench.measure import peak_memory
 from openblip2.cli import app
 from openblip2.commands.planning import read_gpus
 from openblip2.config import change
@@ -194,12 +194,7 @@ def test_any_encoder_and_language_model_from_a_directory(tmp_path: Path) -> None
 # A small stage 2, so that many settings can be planned.
 @pytest.fixture
 def small(tmp_path: Path) -> dict[str, str]:
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 2,
-        "intermediate_size": 96,
-    }
+    sizes: Any = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 96}
     hf.CLIPVisionConfig(**sizes, image_size=32, patch_size=8).save_pretrained(tmp_path / "vit")
     hf.BertConfig(**sizes, vocab_size=80, max_position_embeddings=40).save_pretrained(tmp_path / "bert")
     hf.LlamaConfig(**sizes, vocab_size=90).save_pretrained(tmp_path / "llm")

@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 import tiny_runs
+from openblip2.apps.studies import real
 from openblip2.config import change
 from openblip2.data.records import Record, write_records
 from openblip2.errors import UserError
 from openblip2.presets import preset
 from openblip2.progress import Progress
-from openblip2.studies import real
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from openblip2.apps.serve import remote
 from openblip2.errors import UserError
-from openblip2.serve import remote
 
 INNER = [
     "127.0.0.1",

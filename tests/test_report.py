@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from openblip2.apps.report.curves import chart, smooth
+from openblip2.apps.report.goals import goals, percent
+from openblip2.apps.report.pages import duration, write_report
 from openblip2.config import to_dict
 from openblip2.evaluate.levels import ITM_CHANCE
 from openblip2.presets import preset
-from openblip2.report.curves import chart, smooth
-from openblip2.report.goals import goals, percent
-from openblip2.report.pages import duration, write_report
 
 EVIL = "<script>alert('a & \"b\"')</script>"
 VOID = {"meta", "img", "link", "br", "hr", "input"}

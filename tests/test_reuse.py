@@ -15,7 +15,7 @@ import openblip2
 import tiny
 import tiny_blip2
 import tiny_models
-from openblip2.bench.naive import naive_rerank
+from openblip2.apps.bench.naive import naive_rerank
 from openblip2.captioner import Captioner
 from openblip2.errors import UserError
 from openblip2.evaluate.retrieval import rerank

@@ -12,14 +12,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiny_runs
+from openblip2.apps.search.find import Finder
+from openblip2.apps.search.index import open_index, recall_of, update_index
+from openblip2.apps.search.vectors import Vectors
 from openblip2.cli import app
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
-from openblip2.search.find import Finder
-from openblip2.search.index import open_index, recall_of, update_index
-from openblip2.search.vectors import Vectors
 
 pytest.importorskip("faiss")
 

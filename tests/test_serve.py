@@ -16,6 +16,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiny_runs
+from openblip2.apps.search.index import update_index
+from openblip2.apps.serve.batcher import Limits
+from openblip2.apps.serve.errors import ServeError
+from openblip2.apps.serve.jobs import Embed
+from openblip2.apps.serve.start import runs_of
+from openblip2.apps.serve.worker import Worker
 from openblip2.captioner import ANSWER, CAPTION, Captioner, greedy
 from openblip2.chat import Chat
 from openblip2.cli import app as cli
@@ -23,18 +29,12 @@ from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
-from openblip2.search.index import update_index
-from openblip2.serve.batcher import Limits
-from openblip2.serve.errors import ServeError
-from openblip2.serve.jobs import Embed
-from openblip2.serve.start import runs_of
-from openblip2.serve.worker import Worker
 
 pytest.importorskip("fastapi")
 pytest.importorskip("faiss")
 from starlette.testclient import TestClient
 
-from openblip2.serve.app import make_app
+from openblip2.apps.serve.app import make_app
 
 MAX = 300_000  # bytes of a request, here
 

@@ -12,18 +12,18 @@ from typer.testing import CliRunner
 
 import tiny_runs
 from openblip2 import cli
+from openblip2.apps.studies import trial
+from openblip2.apps.studies.ablations import ablate
+from openblip2.apps.studies.design import GAP, LOSS, OTHER, STUDIES, Claim, Plan, sentence, study_of
+from openblip2.apps.studies.plot import can_plot, plot
+from openblip2.apps.studies.trial import Trial
+from openblip2.apps.studies.verdict import figure, judge
+from openblip2.apps.studies.words import in_words
 from openblip2.config import change, from_dict
 from openblip2.errors import UserError
 from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from openblip2.presets import preset
 from openblip2.progress import Progress
-from openblip2.studies import trial
-from openblip2.studies.ablations import ablate
-from openblip2.studies.design import GAP, LOSS, OTHER, STUDIES, Claim, Plan, sentence, study_of
-from openblip2.studies.plot import can_plot, plot
-from openblip2.studies.trial import Trial
-from openblip2.studies.verdict import figure, judge
-from openblip2.studies.words import in_words
 from openblip2.train.checkpoint import read_config
 
 QUIET = Progress(quiet=True)
@@ -318,7 +318,7 @@ def test_the_plot_draws_every_way(tmp_path: Path) -> None:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from openblip2.studies import ablations
+    from openblip2.apps.studies import ablations
 
     asked: list[Any] = []
 

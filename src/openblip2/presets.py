@@ -70,7 +70,7 @@ def paper_stage2(vision: VisionSettings, language: LanguageSettings, train: Trai
     )
 
 
-# A laptop without a GPU: what `openblip2 demo --world full` runs; `demo/plan.py` has what its other demos change.
+# A laptop without a GPU: what `openblip2 demo --world full` runs; `apps/demo/plan.py` has what its other demos change.
 # Ours; docs/decisions.md says what was tried.
 LAPTOP_VISION = VisionSettings(name="wheel:dinov2-small", layer=-5, image_size=168, whiten=True)
 # MiniLM has 6 layers: with cross-attention in each, the queries look at the picture six times, as in the paper's 12.

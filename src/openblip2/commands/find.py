@@ -18,7 +18,7 @@ def index(
     """Index a folder of images for search, or update its index."""
     says = progress()
     says.doing(f"loading {run}")
-    from openblip2.search.index import update_index
+    from openblip2.apps.search.index import update_index
 
     with keeping(f"the pictures read so far are in {out}, the same command goes on"):
         done = update_index(folder, run, out, says)
@@ -43,8 +43,8 @@ def search(
 ) -> None:
     """Search an index by a text or an image: prints `similarity<TAB>path`, best first."""
     progress().doing(f"loading the model of {index}")
+    from openblip2.apps.search.find import Finder
     from openblip2.errors import UserError
-    from openblip2.search.find import Finder
 
     finder = Finder(index)
     is_picture = Path(query).is_file()

@@ -61,7 +61,7 @@ def demo(
         raise UserError(f"--budget {budget:g}: it must be a number above 0; 4 trains for four times the usual steps")
     says = progress()
     says.doing("loading the libraries")
-    from openblip2.demo import plan_for, run_demo
+    from openblip2.apps.demo import plan_for, run_demo
 
     plan = plan_for(corpus, world or "small", seed, budget)  # pyright: ignore[reportArgumentType]
     with keeping(f"features and finished runs are in {out}; the same command takes the features and trains anew"):

@@ -110,7 +110,7 @@ def doctor(
 
         require("--out", "plots", "matplotlib")  # before the findings are printed
     progress().doing(f"reading {run}")
-    from openblip2.report.pages import examine, write_findings
+    from openblip2.apps.report.pages import examine, write_findings
     from openblip2.train.checkpoint import make_folder
 
     settings, rows, found = examine(Path(run))
@@ -148,8 +148,8 @@ def bench_real(
     """Train and evaluate on real images of four sources; takes hours and can be resumed."""
     says = progress()
     says.doing("gathering pictures")
-    from openblip2.studies.real import Plan
-    from openblip2.studies.real import bench_real as run
+    from openblip2.apps.studies.real import Plan
+    from openblip2.apps.studies.real import bench_real as run
 
     plan = Plan(seed=seed) if not fold else Plan(seed=seed, folds=tuple(sorted(set(fold))))
     with keeping(f"finished runs are in {out}, the same command goes on"):
@@ -172,7 +172,7 @@ def bench(
     """Compare speed and memory with naive implementations and transformers' BLIP-2."""
     says = progress()
     says.doing("loading torch and transformers")
-    from openblip2.bench.run import run_bench
+    from openblip2.apps.bench.run import run_bench
 
     with keeping(f"the cases timed so far are in {out}" if out else "nothing is kept without --out"):
         found = run_bench(size, case or [], out, repeats, precision, says.doing if as_json else tell, says)

@@ -58,8 +58,8 @@ def plan(
         named(stage, name), {**read_changes(changes), **{k: v for k, v in given.items() if v is not None}}
     )
     number, (gpu, count) = _read_count(images), read_gpus(gpus)
-    figures = make_plan(settings, gpu, count, efficiency, cached, text_tokens)
-    figures = {"preset": preset} | figures
+    figures: dict[str, Any] = {"preset": preset}
+    figures |= make_plan(settings, gpu, count, efficiency, cached, text_tokens)
     figures["features"] |= {"images": number, "bytes": number * figures["features"]["bytes_of_an_image"]}
     if as_json:
         put(figures)

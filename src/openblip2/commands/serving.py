@@ -27,8 +27,8 @@ def serve(
     remote: Annotated[bool, typer.Option("--remote-images", help="Allow images from public URLs.")] = False,
 ) -> None:
     """Serve a run as a web page and an OpenAI-compatible API."""
-    from openblip2.serve.batcher import Limits
-    from openblip2.serve.start import serve as start
+    from openblip2.apps.serve.batcher import Limits
+    from openblip2.apps.serve.start import serve as start
 
     if host not in LOOPBACK and not token:
         raise UserError(
@@ -48,7 +48,7 @@ def bench_serve(
     as_json: AsJson = False,
 ) -> None:
     """Load test of the server: throughput, latency and memory with many clients."""
-    from openblip2.bench.load import bench_serve as press
+    from openblip2.apps.bench.load import bench_serve as press
     from openblip2.train.checkpoint import write_json
 
     found = press(run, pictures, clients, seconds, batch or [16], progress())

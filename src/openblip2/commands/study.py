@@ -28,8 +28,8 @@ def ablate(
     """Run one of the ablation studies on drawn scenes; can be resumed."""
     says = progress()
     says.doing("drawing scenes")
-    from openblip2.studies.ablations import ablate as run
-    from openblip2.studies.design import Plan
+    from openblip2.apps.studies.ablations import ablate as run
+    from openblip2.apps.studies.design import Plan
 
     steps = {stage: n for stage, n in (("stage1", stage1_steps), ("stage2", stage2_steps)) if n}
     plan = Plan(

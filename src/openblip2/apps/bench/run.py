@@ -11,10 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from openblip2 import __version__
-from openblip2.bench.cases import OURS, Bench, Case
-from openblip2.bench.measure import Timing, alternate, matmul_peak
-from openblip2.bench.models import build_pair
-from openblip2.bench.sizes import SIZES
+from openblip2.apps.bench.cases import OURS, Bench, Case
+from openblip2.apps.bench.measure import Timing, alternate, matmul_peak
+from openblip2.apps.bench.models import build_pair
+from openblip2.apps.bench.sizes import SIZES
 from openblip2.errors import UserError
 from openblip2.progress import Progress
 from openblip2.train.checkpoint import write_json

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openblip2.bench.case import NAIVE, OURS, THEIRS, Case
-from openblip2.bench.loader import loader_case
-from openblip2.bench.models import BOS, EOS, IMAGE, Pair, normalised, pictures, sentences, texts
-from openblip2.bench.naive import naive_losses, naive_rerank
-from openblip2.bench.sizes import Size
+from openblip2.apps.bench.case import NAIVE, OURS, THEIRS, Case
+from openblip2.apps.bench.loader import loader_case
+from openblip2.apps.bench.models import BOS, EOS, IMAGE, Pair, normalised, pictures, sentences, texts
+from openblip2.apps.bench.naive import naive_losses, naive_rerank
+from openblip2.apps.bench.sizes import Size
 from openblip2.data.features import FeatureCache, StoredFeatures, writing
 from openblip2.data.records import Record
 from openblip2.evaluate.retrieval import rerank

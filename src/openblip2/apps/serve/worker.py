@@ -7,9 +7,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from openblip2.apps.serve.errors import ServeError
+from openblip2.apps.serve.jobs import Job
 from openblip2.errors import UserError
-from openblip2.serve.errors import ServeError
-from openblip2.serve.jobs import Job
 
 
 class Worker:
@@ -107,7 +107,7 @@ def _main(models: tuple[str | None, str | None, str | None], threads: int, pipe:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the server ends this one
     import torch
 
-    from openblip2.serve.engine import Engine
+    from openblip2.apps.serve.engine import Engine
 
     if threads:
         torch.set_num_threads(threads)

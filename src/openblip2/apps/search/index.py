@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from openblip2.apps.search.vectors import Array, Vectors, require_faiss
 from openblip2.data.images import THREADS, open_picture
 from openblip2.data.web.tars import PICTURES
 from openblip2.errors import UserError
@@ -28,7 +29,6 @@ from openblip2.inputs import features_of
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.score.card import weights_digest
-from openblip2.search.vectors import Array, Vectors, require_faiss
 from openblip2.train.checkpoint import make_folder, read_json, write_json
 from openblip2.train.hardware import computing
 

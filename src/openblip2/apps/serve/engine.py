@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from openblip2.apps.search.find import Finder
+from openblip2.apps.serve.jobs import Attend, Embed, Job, Match, Search, Write, Written
 from openblip2.attend import look, overlay
 from openblip2.captioner import Captioner
 from openblip2.chat import Form
@@ -24,8 +26,6 @@ from openblip2.inference import load
 from openblip2.inputs import clean_texts
 from openblip2.matcher import Matcher
 from openblip2.model.decoding import Decoding
-from openblip2.search.find import Finder
-from openblip2.serve.jobs import Attend, Embed, Job, Match, Search, Write, Written
 from openblip2.train.hardware import computing
 
 CACHED = 256  # soft prompts of recent pictures

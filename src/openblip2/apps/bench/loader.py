@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openblip2.bench.case import NAIVE, OURS, Case
+from openblip2.apps.bench.case import NAIVE, OURS, Case
 from openblip2.data.web.mixture import count_parts, read_parts
 from openblip2.data.web.pairs import ShardPairs
 from openblip2.data.web.shard_file import write_stats

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from starlette.requests import Request
 
-from openblip2.serve.errors import ServeError
-from openblip2.serve.jobs import Job, Write
+from openblip2.apps.serve.errors import ServeError
+from openblip2.apps.serve.jobs import Job, Write
 
 
 @dataclass(frozen=True)

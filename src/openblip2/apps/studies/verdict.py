@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from openblip2.apps.studies.design import LOSS, LOWER, Claim
+from openblip2.apps.studies.trial import Points, Trial
 from openblip2.evaluate.intervals import difference_interval, mean_interval
-from openblip2.studies.design import LOSS, LOWER, Claim
-from openblip2.studies.trial import Points, Trial
 
 
 def figure(trials: Sequence[Trial], name: str) -> dict[str, Any]:

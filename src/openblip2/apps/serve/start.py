@@ -5,8 +5,8 @@ import socket
 import sys
 from pathlib import Path
 
+from openblip2.apps.serve.batcher import Limits
 from openblip2.errors import UserError
-from openblip2.serve.batcher import Limits
 from openblip2.weights.source import read_checkpoint
 
 
@@ -41,8 +41,8 @@ def serve(
         import multipart  # noqa: F401
         import uvicorn
 
-        from openblip2.serve.app import make_app
-        from openblip2.serve.worker import Worker
+        from openblip2.apps.serve.app import make_app
+        from openblip2.apps.serve.worker import Worker
     except ImportError as error:
         raise UserError(f"the server needs {error.name}: pip install 'openblip2[serve]'") from error
     captioner, matcher = runs_of(run, matcher)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openblip2.bench.sizes import Size
+from openblip2.apps.bench.sizes import Size
 from openblip2.model.language import DecoderLM
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1

@@ -14,12 +14,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from openblip2.apps.serve.batcher import Limits
+from openblip2.apps.serve.errors import ServeError, error_response
+from openblip2.apps.serve.jobs import Embed, Write, Written
+from openblip2.apps.serve.remote import is_data_url, read_url
 from openblip2.captioner import ANSWER
 from openblip2.model.decoding import Decoding
-from openblip2.serve.batcher import Limits
-from openblip2.serve.errors import ServeError, error_response
-from openblip2.serve.jobs import Embed, Write, Written
-from openblip2.serve.remote import is_data_url, read_url
 
 Text = Annotated[str, Field(max_length=20_000)]
 Url = Annotated[str, Field(max_length=2**27)]  # the limit of the body is lower

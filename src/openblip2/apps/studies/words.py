@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from openblip2.studies.design import is_share, sentence
+from openblip2.apps.studies.design import is_share, sentence
 
 
 def in_words(result: Mapping[str, Any]) -> str:

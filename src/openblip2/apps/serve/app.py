@@ -15,15 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 import openblip2
+from openblip2.apps.search.index import open_index
+from openblip2.apps.serve import openai
+from openblip2.apps.serve.batcher import Batcher, Full, Limits
+from openblip2.apps.serve.errors import ServeError, error_response
+from openblip2.apps.serve.jobs import Attend, Match, Search, Write
+from openblip2.apps.serve.middleware import Guard, Metrics
+from openblip2.apps.serve.worker import Worker
 from openblip2.captioner import ANSWER, CAPTION, greedy
 from openblip2.errors import UserError
-from openblip2.search.index import open_index
-from openblip2.serve import openai
-from openblip2.serve.batcher import Batcher, Full, Limits
-from openblip2.serve.errors import ServeError, error_response
-from openblip2.serve.jobs import Attend, Match, Search, Write
-from openblip2.serve.middleware import Guard, Metrics
-from openblip2.serve.worker import Worker
 
 ASSETS = {"page.js": "text/javascript", "page.css": "text/css"}
 # The page loads nothing from elsewhere, and no text that it shows can run.
@@ -124,14 +124,14 @@ def make_app(worker: Worker, index: Path | None, limits: Limits, token: str | No
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        text = (files("openblip2.serve") / "page.html").read_text(encoding="utf-8")
+        text = (files("openblip2.apps.serve") / "page.html").read_text(encoding="utf-8")
         return Response(text, media_type="text/html", headers={"Content-Security-Policy": POLICY})
 
     @app.get("/assets/{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
         if name not in ASSETS:
             raise ServeError("no such file", 404)
-        return Response((files("openblip2.serve") / name).read_bytes(), media_type=ASSETS[name])
+        return Response((files("openblip2.apps.serve") / name).read_bytes(), media_type=ASSETS[name])
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

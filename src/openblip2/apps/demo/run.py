@@ -12,19 +12,19 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from openblip2.apps.demo.plan import Plan, announcement, gather_corpus, settings_of
+from openblip2.apps.demo.scores import score
+from openblip2.apps.report.pages import examine, write_report
 from openblip2.captioner import Captioner
 from openblip2.config import RunSettings
 from openblip2.data.features import Features
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
-from openblip2.demo.plan import Plan, announcement, gather_corpus, settings_of
-from openblip2.demo.scores import score
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.model.extras import require
 from openblip2.progress import Progress
-from openblip2.report.pages import examine, write_report
 from openblip2.train.checkpoint import make_folder, write_json
 from openblip2.train.encode import encode_all
 from openblip2.train.hardware import compute_dtype, device, keep_freed_memory

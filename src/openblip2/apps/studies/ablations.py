@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from openblip2.apps.studies.design import Plan, study_of
+from openblip2.apps.studies.plot import can_plot, plot
+from openblip2.apps.studies.trial import OWN, Trial, Work, prepare_work, run_trial
+from openblip2.apps.studies.verdict import curve, figure, judge
+from openblip2.apps.studies.words import in_words
 from openblip2.config import RunSettings, to_dict
 from openblip2.progress import Progress
-from openblip2.studies.design import Plan, study_of
-from openblip2.studies.plot import can_plot, plot
-from openblip2.studies.trial import OWN, Trial, Work, prepare_work, run_trial
-from openblip2.studies.verdict import curve, figure, judge
-from openblip2.studies.words import in_words
 from openblip2.train.checkpoint import make_folder, write_json
 from openblip2.train.hardware import keep_freed_memory
 

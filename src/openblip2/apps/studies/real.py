@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from openblip2.apps.studies.trial import kept
 from openblip2.captioner import CAPTION, Captioner, greedy
 from openblip2.config import RunSettings, change, to_dict
 from openblip2.data.real.fetch import fetch
@@ -29,7 +30,6 @@ from openblip2.presets import fine_tuning, preset
 from openblip2.progress import Progress
 from openblip2.score.captions import score_captions
 from openblip2.score.retrieval import score_retrieval
-from openblip2.studies.trial import kept
 from openblip2.train.checkpoint import read_json, write_json
 from openblip2.train.encode import make_cache
 from openblip2.train.hardware import compute_dtype, device, keep_freed_memory

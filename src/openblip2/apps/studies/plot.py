@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openblip2.studies.design import is_share, sentence
+from openblip2.apps.studies.design import is_share, sentence
 
 # Told apart by people with any colour vision (Okabe and Ito 2008), in print too: lines differ in marks as well.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from openblip2.apps.studies import web
+from openblip2.apps.studies.design import BOTH, GAP, LOSS, OTHER, SCORES, WAYS, Plan, Study, Way
 from openblip2.captioner import Captioner
 from openblip2.config import RunSettings, VisionSettings, change, to_dict
 from openblip2.data.features import FeatureCache, find_records
@@ -31,8 +33,6 @@ from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.progress import Progress
 from openblip2.score.retrieval import score_retrieval
-from openblip2.studies import web
-from openblip2.studies.design import BOTH, GAP, LOSS, OTHER, SCORES, WAYS, Plan, Study, Way
 from openblip2.train.checkpoint import read_json, write_json
 from openblip2.train.encode import make_cache, whitened
 from openblip2.train.hardware import compute_dtype, computing, device

@@ -8,7 +8,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from openblip2.serve.errors import ServeError, error_response
+from openblip2.apps.serve.errors import ServeError, error_response
 
 OPEN = ("/", "/health")  # and /assets/: the page asks the user for the token
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))

@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from openblip2.apps.report.curves import charts
+from openblip2.apps.report.goals import goals, percent
 from openblip2.config import RunSettings, from_dict
 from openblip2.data.images import open_picture
 from openblip2.data.records import QUESTION_KINDS
@@ -18,8 +20,6 @@ from openblip2.data.scenes.vocabulary import WORLDS
 from openblip2.evaluate.health import Finding, findings
 from openblip2.evaluate.levels import itc_chance
 from openblip2.evaluate.vqa import normalise
-from openblip2.report.curves import charts
-from openblip2.report.goals import goals, percent
 from openblip2.train.checkpoint import read_config, read_json
 from openblip2.train.log import read_log
 
