@@ -21,7 +21,7 @@ from openblip2.config import change
 from openblip2.errors import UserError
 from openblip2.model.qformer import QFormer, bidirectional_mask, unimodal_mask
 from openblip2.model.stage1 import Stage1
-from openblip2.plan.plan import Meter, gpu_attention, make_plan
+from openblip2.plan.plan import Meter, make_plan
 from openblip2.presets import preset
 
 G = 1e9
@@ -58,7 +58,7 @@ def test_published_figures_of_stage_1(vit_g: dict[str, Any]) -> None:
 def test_the_papers_passes(text: int, whole: float, shared: float, vit_g: dict[str, Any]) -> None:
     """Published: GMAC of the paper's passes, forward; and with keys and values computed once for each image."""
     pairs, found = 4, {}
-    with FakeTensorMode(), gpu_attention(), torch.no_grad():
+    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model = Stage1(QFormer(image_width=1408))
         features, tokens = torch.empty(pairs, 257, 1408), torch.zeros(pairs, text, dtype=torch.long)
         valid, former = torch.ones(pairs, text, dtype=torch.bool), model.qformer

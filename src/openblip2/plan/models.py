@@ -92,8 +92,7 @@ def _build_language(settings: RunSettings, dtype: torch.dtype) -> LanguageModel:
 class LengthTokenizer:
     """Stands in for a tokenizer that is not there: a token for every four characters, about as many as in English."""
 
-    bos_token = eos_token = "</s>"
-    unk_token_id = None
+    bos_token, eos_token, unk_token_id = "</s>", "</s>", None
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [1] * -(-len(text) // 4)}

@@ -1,12 +1,7 @@
-"""The plan of a run: one real training step on tensors without data, and what follows from it.
-
-The tensors are fake: torch's meta kernels compute their shapes, so billions of weights take neither memory nor time.
-"""
+"""The plan of a run: one real training step on fake tensors, of which torch's meta kernels compute only the shapes."""
 
 import math
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -54,8 +49,7 @@ def make_plan(
         settings: The settings of the run; `train.batch` is the number of pairs over all GPUs.
         gpu: One of `GPUS`.
         count: The number of GPUs.
-        efficiency: The share of the GPU's peak that the run reaches.
-            Published BLIP-2 runs reach 0.12 to 0.18.
+        efficiency: The share of the GPU's peak that the run reaches; published BLIP-2 runs: 0.12 to 0.18.
         cached: Whether features come from a cache; None = as the settings have it.
         text: The number of tokens that captions are padded to; None = `data.max_tokens`.
 
@@ -81,7 +75,7 @@ def make_plan(
     if isinstance(model, Stage2):
         frozen["language model"] = model.language
     share = math.ceil(train.batch / count)  # of one GPU
-    pairs = min(train.chunk or share, share)  # that go through the models at once
+    pairs = min(train.chunk or share, share)  # go through the models at once
     shards = count if train.parallel == "fsdp2" else 1
     parameters: dict[str, int] = {}
     memory: dict[str, float] = {}
@@ -124,10 +118,11 @@ def _run_step(
         model.qformer.checkpoint_activations = True
         if isinstance(model, Stage2):
             model.language.checkpoint_activations()
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
-    with FakeTensorMode(allow_non_fake_inputs=True), gpu_attention(), autocast:
+    # A patch and not a mode, which would be off where the backward pass computes a layer again.
+    attention = patch.object(F, "scaled_dot_product_attention", _attention)
+    with FakeTensorMode(allow_non_fake_inputs=True), _AllTrue(), attention:
         model.to_empty(device="cpu")  # in name alone: there is no autocast for "meta"
-        with Meter(model) as meter:
+        with Meter(model) as meter, torch.autocast("cpu", torch.bfloat16, enabled=half):
             features = vision(torch.empty(pairs, 3, vision.image_size, vision.image_size, dtype=torch.uint8))
             flops = {"image encoder": (meter.lap(), 0)}
             if cached:
@@ -216,15 +211,9 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 
-@contextmanager
-def gpu_attention() -> Iterator[None]:
-    """Attention by a GPU's kernel, which keeps no probabilities; masks have no values and are taken to be True."""
-    # Replaced by name: checkpoints compute attention again in the backward pass, where no function mode is on.
-    with _TrueMasks(), patch.object(F, "scaled_dot_product_attention", _attention):
-        yield
+class _AllTrue(TorchFunctionMode):
+    """Masks, which have no values, are taken to be True everywhere: captions are all of one length."""
 
-
-class _TrueMasks(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
             return args[0].flatten(0, args[1].ndim - 1)
@@ -234,6 +223,7 @@ class _TrueMasks(TorchFunctionMode):
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **_: Any
 ) -> Tensor:
+    """Attention by a kernel of GPUs, which keeps no probabilities."""
     if (heads := query.shape[1] // key.shape[1]) > 1:  # that share keys and values
         key, value = (side.repeat_interleave(heads, dim=1) for side in (key, value))
     if attn_mask is not None:
