@@ -31,6 +31,7 @@ SPREAD = (
     "stage 1 with stage1.decorrelation=1, because stage 2 cannot separate equal queries; or fewer queries, which then "
     "lose nothing"
 )
+MORE_SPREAD = "a larger stage1.decorrelation in stage 1, or fewer queries, which then lose nothing"
 SPIKE = 10.0  # times the median norm of the gradient
 MEMORISED = 1.0  # nats between training and held-out loss
 LAST = 20  # steps whose mean is "now"
@@ -66,7 +67,8 @@ def findings(settings: RunSettings, rows: Sequence[Row], vocabulary: int = 30523
         found += _stage2(steps, looks)
     if looks and "effective_rank" in looks[-1]:
         early = _share_done(settings, steps) < EARLY
-        found.append(rank_finding(looks[-1]["effective_rank"], settings.qformer.queries, early))
+        advice = MORE_SPREAD if settings.stage1.decorrelation else SPREAD
+        found.append(rank_finding(looks[-1]["effective_rank"], settings.qformer.queries, early, advice))
     found += _memorises(steps, looks)
     found += _overfits(looks, "stage1" if settings.stage == "stage1" else "stage2")
     found += _gradients(settings, steps, bad)
@@ -74,7 +76,7 @@ def findings(settings: RunSettings, rows: Sequence[Row], vocabulary: int = 30523
     return found
 
 
-def rank_finding(rank: float, queries: int, early: bool = False) -> Finding:
+def rank_finding(rank: float, queries: int, early: bool = False, advice: str = SPREAD) -> Finding:
     """What an effective rank says of a model with so many queries. `early`: nothing is called bad yet."""
     about, seen = "effective rank", f"{rank:.2f} of {queries}"
     if math.isnan(rank):
@@ -84,9 +86,9 @@ def rank_finding(rank: float, queries: int, early: bool = False) -> Finding:
     if rank >= max(DISTINCT, FEW_QUERIES * queries):
         return Finding(about, "good", f"{seen}: the queries of a picture hold different things")
     if rank >= COLLAPSED:
-        return Finding(about, "note", f"{seen}: the queries of a picture hold much the same", SPREAD)
+        return Finding(about, "note", f"{seen}: the queries of a picture hold much the same", advice)
     seen += f": the {queries} queries of a picture hold nearly one and the same vector"
-    return Finding(about, "note" if early else "bad", seen, SPREAD)
+    return Finding(about, "note" if early else "bad", seen, advice)
 
 
 def _stage1(settings: RunSettings, steps: Sequence[Row], looks: Sequence[Row], vocabulary: int) -> Iterator[Finding]:
