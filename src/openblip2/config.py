@@ -56,8 +56,8 @@ class QFormerSettings:
     # is asked. The text path comes from stage 1.
     reads_question: bool = False
     image_norm_eps: Positive = 1e-5  # of the LayerNorm on the image features; transformers' checkpoints have 1e-6
-    # Ours, 1 = the paper: factor on what self-attention adds to the queries. Below 1 it keeps them from becoming one
-    # vector (docs/decisions.md). A run has one value in both stages.
+    # Ours, 1 = the paper: factor on what self-attention adds to the queries in a pass without text. Below 1 it keeps
+    # them from becoming one vector (docs/decisions.md). A run has one value in both stages.
     self_attention_scale: Positive = 1.0
     # Ours, 0.02 = the paper: standard deviation of the first query and key weights of cross-attention.
     cross_attention_std: Positive = 0.02

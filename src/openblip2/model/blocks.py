@@ -31,9 +31,9 @@ class Attention(nn.Module):
         return self._split(self.key(source)), self._split(self.value(source))
 
     def forward(
-        self, rows: Tensor, source: KeysValues, mask: Tensor | None = None, scale: Tensor | None = None
+        self, rows: Tensor, source: KeysValues, mask: Tensor | None = None, scale: float = 1.0
     ) -> Tensor:
-        """`rows [B, N, D]` -> the same; `scale [N, 1]` multiplies what attention adds to each row, None = 1."""
+        """`rows [B, N, D]` -> the same; `scale` multiplies what attention adds to each row."""
         queries = self._split(self.query(rows))
         if self.watched is None:
             dropped = self.drop if self.training else 0.0
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         else:
             found = self._watched(queries, *source, self.watched)
         found = self.out(found.transpose(1, 2).flatten(2))
-        if scale is not None:
+        if scale != 1.0:
             found = found * scale
         return self.norm(rows + self.dropout(found))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from openblip2.compat import cache_name, cache_of, checkpointable_layers, log
+from openblip2.compat import cache_name, checkpointable_layers, log
 from openblip2.errors import UserError
 from openblip2.model import prompt_cache
 from openblip2.model.decoding import Decoding, generate
@@ -60,6 +60,7 @@ class FrozenLM(nn.Module):
         self.end, self.checkpointed = _end_ids(tokenizer, end), False
         self.sharded = False  # over processes (train/parallel.py), which then must run the model equally often
         self.watched: dict[str, Any] = {}  # by what `generate` is followed while it writes: see `decoding.generate`
+        self.last_read = prompt_cache.LastRead()
         self.reuse = prompt_cache.find_reuse(llm)
         if self.reuse.reason:
             log.warning("openblip2: %s", self._reuse_is_off())
@@ -211,12 +212,9 @@ class DecoderLM(FrozenLM):
         return text, shared if len(set(pictures)) < len(rows) and SOFT in rows[0][:shared] else text
 
     def _read(self, text: list[int], count: int) -> dict[str, Any]:
-        """The keys and values of a text that `count` rows begin with. No picture is in it, so it is read once."""
-        # Nothing in it trains, unless adapters read it.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.adapted):
-            ids = torch.tensor([text], device=self.llm.device)
-            cache = cache_of(self.llm(input_ids=ids, use_cache=True, logits_to_keep=1))
-            cache.batch_repeat_interleave(count)
+        """The keys and values of a text that `count` rows begin with; adapters change them with every step."""
+        cache = prompt_cache.read_text(self.llm, text) if self.adapted else self.last_read(self.llm, text)
+        cache.batch_repeat_interleave(count)
         return {str(cache_name(self.llm)): cache, "use_cache": True}
 
     def _caption(self, prompt: str, caption: str) -> list[int]:

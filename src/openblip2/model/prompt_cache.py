@@ -3,6 +3,7 @@
 Shapes: N rows, H heads, T tokens, d width of a head.
 """
 
+from copy import deepcopy
 from inspect import signature
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,6 +87,28 @@ def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[in
         cache = cache_of(output)
         done, held = end, [rows.index(row) for row in standing]
     return None if cache is None else _select(cache, held)
+
+
+def read_text(llm: Any, text: list[int]) -> DynamicCache:
+    """Keys and values of a text without a picture in it, in one row."""
+    return cache_of(llm(input_ids=torch.tensor([text], device=llm.device), use_cache=True, logits_to_keep=1))
+
+
+class LastRead:
+    """Keeps the keys and values of the text that a frozen model read last, because every step begins with it."""
+
+    def __init__(self) -> None:
+        self.text: tuple[object, ...] = ()
+        self.cache: DynamicCache | None = None
+
+    def __call__(self, llm: Any, text: list[int]) -> DynamicCache:
+        """As `read_text`. The caller may change what it gets."""
+        if self.cache is None or self.text != (*text, llm.device, llm.dtype):
+            # Validation runs in inference mode, and what is made there cannot take part in training.
+            with torch.inference_mode(False), torch.no_grad():
+                self.cache = read_text(llm, text)
+            self.text = (*text, llm.device, llm.dtype)
+        return deepcopy(self.cache)
 
 
 def with_room(llm: "PreTrainedModel", cache: DynamicCache | None, beams: int, room: int) -> DynamicCache:

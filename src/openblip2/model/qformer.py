@@ -105,8 +105,8 @@ class QFormer(nn.Module):
         cross_every: n, for cross-attention in layers 0, n, 2n, ...
         dropout: share of units and of attention weights dropped in training.
         image_norm_eps: of the LayerNorm on the image features.
-        self_attention_scale: factor on what self-attention adds to the query rows; text rows are never scaled. Ours;
-            1 = the paper. Below 1 it keeps the queries different (docs/decisions.md).
+        self_attention_scale: factor on what self-attention adds to the query rows in a pass without text (ITC, ITG,
+            stage 2). Ours; 1 = the paper. Below 1 it keeps the queries different (docs/decisions.md).
         cross_attention_std: standard deviation of the first query and key weights of cross-attention. Ours; 0.02 = the
             paper. With 0.02 a narrow Q-Former begins with uniform attention: all queries see the mean patch.
 
@@ -267,6 +267,10 @@ class Layer(nn.Module):
         past: KeysValues | None,
         keep_text: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None, KeysValues]:
+        # Queries attend to each other almost uniformly, so self-attention adds the same large vector to all of them.
+        # Scaled down, it cannot replace what each query has read from the image. Where there is text beside them, they
+        # have to read it in full: with a scale of 0.1 there, matching does not leave chance.
+        scale = self.self_attention_scale if text is None else 1.0
         rows = _join(queries, text)
         keys, values = self.attention.keys_values(rows)
         if past is not None:
@@ -275,12 +279,6 @@ class Layer(nn.Module):
             text = text[:, :keep_text] if keep_text else None
             rows = _join(queries, text)
             mask = None if mask is None else mask[:, :, : rows.shape[1]]
-        scale = None
-        if queries is not None and self.self_attention_scale != 1.0:
-            # Queries attend to each other almost uniformly, so self-attention adds the same large vector to all of
-            # them. Scaled down, it cannot replace what each query has read from the image.
-            scale = rows.new_ones(rows.shape[1], 1)
-            scale[: queries.shape[1]] = self.self_attention_scale
         rows = self.attention(rows, (keys, values), mask, scale)
         if queries is not None:
             count = queries.shape[1]
