@@ -30,9 +30,7 @@ class Attention(nn.Module):
     def keys_values(self, source: Tensor) -> KeysValues:
         return self._split(self.key(source)), self._split(self.value(source))
 
-    def forward(
-        self, rows: Tensor, source: KeysValues, mask: Tensor | None = None, scale: float = 1.0
-    ) -> Tensor:
+    def forward(self, rows: Tensor, source: KeysValues, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
         """`rows [B, N, D]` -> the same; `scale` multiplies what attention adds to each row."""
         queries = self._split(self.query(rows))
         if self.watched is None:
