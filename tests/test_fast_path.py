@@ -17,6 +17,7 @@ from openblip2.apps.bench.naive import naive_losses
 from openblip2.config import RunSettings, change
 from openblip2.data.batches import PairBatch
 from openblip2.errors import UserError
+from openblip2.hardware import attention_kernel, computing
 from openblip2.model import output_head
 from openblip2.model.decoding import Decoding
 from openblip2.model.fast import chunked_loss
@@ -27,7 +28,6 @@ from openblip2.model.qformer import QFormer, bidirectional_mask
 from openblip2.model.stage1 import Stage1
 from openblip2.train import compiling, recipes
 from openblip2.train.ahead import Ahead
-from openblip2.train.hardware import attention_kernel, computing
 from test_stage1 import IDS, NEGATIVES
 from test_stage2 import CAPTIONS, PROMPTS, stage2
 from tiny import WORDS, B, D, E, P, Q, T, V

@@ -17,11 +17,11 @@ from openblip2.data.text import clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.answering import question_tokens
+from openblip2.hardware import computing
 from openblip2.inputs import GROUP, clean_texts, features_of, require_pairs, same_pictures
 from openblip2.model.language import Decoding
 from openblip2.model.stage2 import Stage2
 from openblip2.pretrained import Pretrained
-from openblip2.train.hardware import computing
 
 CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short

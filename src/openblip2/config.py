@@ -131,7 +131,7 @@ class TrainSettings:
     # Ours: the Q-Former's blocks by torch.compile. Other dropout masks, else the same to rounding.
     compile: bool = False
     # In several processes. ddp: each holds all. fsdp2: the layers of the frozen parts lie in pieces over the processes,
-    # for language models that do not fit into one GPU (train/parallel.py).
+    # for language models that do not fit into one GPU (distributed/data_parallel.py).
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     seed: Natural = 0
     validate_every: Natural = 1000  # steps; 0 = only at the end

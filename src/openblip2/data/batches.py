@@ -13,7 +13,7 @@ from openblip2.data.features import StoredFeatures
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.data.samples import Samples
-from openblip2.distributed import gather, part_of, share, world_size
+from openblip2.distributed.collectives import gather, part_of, share, world_size
 from openblip2.errors import UserError
 
 

@@ -58,7 +58,7 @@ class FrozenLM(nn.Module):
         self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
         self.end, self.checkpointed = _end_ids(tokenizer, end), False
-        self.sharded = False  # over processes (train/parallel.py), which then must run the model equally often
+        self.sharded = False  # over processes, which then must run the model equally often
         self.watched: dict[str, Any] = {}  # by what `generate` is followed while it writes: see `decoding.generate`
         self.last_read = prompt_cache.LastRead()
         self.reuse = prompt_cache.find_reuse(llm)

@@ -12,10 +12,10 @@ import torch
 from openblip2.captioner import Captioner
 from openblip2.data.records import Record
 from openblip2.data.seen import seen_before
+from openblip2.hardware import compute_dtype, device
 from openblip2.matcher import Matcher
 from openblip2.model.decoding import Decoding
 from openblip2.train.checkpoint import kept_parameters, read_config
-from openblip2.train.hardware import compute_dtype, device
 
 PACKAGES = ("openblip2", "torch", "transformers", "tokenizers", "pillow", "numpy", "pycocoevalcap", "spacy")
 

@@ -18,11 +18,14 @@ from openblip2.data.records import Record
 from openblip2.data.seen import write_seen
 from openblip2.data.tokens import QFormerTokens
 from openblip2.data.web.mixture import Part
-from openblip2.distributed import is_first, share
+from openblip2.distributed.collectives import is_first, share
+from openblip2.distributed.data_parallel import shard
+from openblip2.distributed.launch import first_process_first
 from openblip2.evaluate.answering import measure_answers, question_tokens
 from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.health import findings
 from openblip2.evaluate.stage1 import measure_stage1
+from openblip2.hardware import compute_dtype, computing, device
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.build import (
     add_adapters,
@@ -41,12 +44,9 @@ from openblip2.train.ahead import Ahead
 from openblip2.train.bad_steps import Remembered
 from openblip2.train.checkpoint import make_folder, write_config
 from openblip2.train.compiling import compile_blocks
-from openblip2.train.hardware import compute_dtype, computing, device
 from openblip2.train.loop import fit
-from openblip2.train.parallel import shard
 from openblip2.train.prepare import Prepared, captions_of, name_long_texts, prepare, questions_of
 from openblip2.train.prepare_shards import prepare_shards
-from openblip2.train.processes import first_process_first
 from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same
 from openblip2.train.start import (
     fine_tune_from,

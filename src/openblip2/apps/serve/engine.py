@@ -22,11 +22,11 @@ from openblip2.chat import Form
 from openblip2.data.images import PictureFile, open_picture
 from openblip2.data.text import clean_question
 from openblip2.errors import UserError
+from openblip2.hardware import computing
 from openblip2.inference import load
 from openblip2.inputs import clean_texts
 from openblip2.matcher import Matcher
 from openblip2.model.decoding import Decoding
-from openblip2.train.hardware import computing
 
 CACHED = 256  # soft prompts of recent pictures
 
