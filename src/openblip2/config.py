@@ -137,7 +137,7 @@ class TrainSettings:
     validate_every: Natural = 1000  # steps; 0 = only at the end
     checkpoint_every: Natural = 1000  # steps; 0 = only when asked to stop (docs/resuming.md)
     keep_checkpoints: Count = 2  # of the last ones; older ones go when a new one is whole
-    # Whom the log is told, too: train/tracking.py.
+    # A tracker that gets the rows of log.jsonl, too (train/log.py).
     track: Literal["", "tensorboard", "wandb", "trackio"] = ""
     most_bad_steps: Count = 5  # in a row with losses or gradients that are not finite; then the run stops
 

@@ -4,7 +4,8 @@ Shapes: B pairs, P patch tokens, V encoder width, S side in px.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -211,3 +212,35 @@ def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
     # Distinct streams for distinct purposes; the factor keeps (seed, number) pairs apart.
     salt = {"epoch": 0, "caption": 1, "crop": 2, "window": 3}[purpose]
     return torch.Generator().manual_seed((seed * 4 + salt) * 1_000_000_007 + number)
+
+
+class Prefetcher:
+    """`batches(number)`, made one ahead: while the model works on batch n, a thread reads batch n + 1.
+
+    A thread is enough, because decoding and copying release Python's lock. A batch depends on its number alone, so the
+    batches are the same. An error in making one is raised where it is asked for. For GPUs, batches are in pinned
+    memory, from which they are copied while the model computes.
+
+    Args:
+        batches: number -> batch; called from one thread at a time.
+        count: batches of the run; none is made after them.
+    """
+
+    def __init__(self, batches: Callable[[int], PairBatch], count: int) -> None:
+        self.batches, self.count = batches, count
+        self.thread = ThreadPoolExecutor(1, "batches")
+        self.number, self.next = -1, Future[PairBatch]()  # what is being made
+
+    def __call__(self, number: int) -> PairBatch:
+        batch = (self.next if number == self.number else self.thread.submit(self._make, number)).result()
+        self.number = number + 1
+        if self.number < self.count:
+            self.next = self.thread.submit(self._make, self.number)
+        return batch
+
+    def _make(self, number: int) -> PairBatch:
+        batch = self.batches(number)
+        if not torch.cuda.is_available():
+            return batch
+        images, features = (None if part is None else part.pin_memory() for part in (batch.images, batch.features))
+        return replace(batch, images=images, features=features)

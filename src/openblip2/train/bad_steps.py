@@ -18,7 +18,7 @@ from openblip2.train.checkpoint import write_json
 from openblip2.train.resume import Done
 
 
-class Remembered:
+class RecordingBatches:
     """`batches(number)`, with the names of what was in the last `count` of them, for the case that they are bad."""
 
     def __init__(self, batches: Callable[[int], PairBatch], count: int) -> None:
