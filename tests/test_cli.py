@@ -297,7 +297,7 @@ SETTINGS: dict[str, Bad] = {
     "start of stage 1": (lambda h: h.train("stage1", "x", "--start", h.stage1), ("{}/stage1", "only stage 2")),
     "damaged checkpoint": (
         lambda h: h.train("stage1", h.broken("spoilt-checkpoint", spoil_checkpoint, "stage1").name, "--resume"),
-        ("{}/spoilt-checkpoint/resume/step-00000002", "model.safetensors", "start without --resume"),
+        ("{}/spoilt-checkpoint/resume/step-00000002", "model.safetensors", "--overwrite"),
     ),
     "other settings": (
         lambda h: h.train("stage1", "stage1", "--set", "train.steps=4", "--resume"),

@@ -163,6 +163,18 @@ def test_links_that_lead_out_are_not_followed(run: Path, folder: Path, tmp_path:
     assert len(Finder(index).by_text("a dog", best=10, rerank=10)) == 10
 
 
+def test_a_folder_that_is_suddenly_empty_costs_nothing(run: Path, folder: Path, tmp_path: Path) -> None:
+    """As where a disk is not mounted: the index and its thumbnails stay."""
+    out = tmp_path / "index"
+    update_index(folder, str(run), out, quiet())
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    folder.rename(tmp_path / "away")
+    folder.mkdir()
+    with pytest.raises(UserError, match="not one picture"):
+        update_index(folder, str(run), out, quiet())
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_what_cannot_be_used_is_refused(run: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "index"
     with pytest.raises(UserError, match="is no folder"):

@@ -11,6 +11,7 @@ import typer
 from openblip2.commands.shared import (
     AsJson,
     Images,
+    Overwrite,
     Questions,
     Settings,
     Split,
@@ -46,6 +47,7 @@ def demo(
     ] = None,
     budget: Annotated[float, typer.Option(help="Factor on the usual number of steps of both stages.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes and of training.")] = 0,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Train both stages with small real models, and evaluate them on new images."""
@@ -64,8 +66,8 @@ def demo(
     from openblip2.apps.demo import plan_for, run_demo
 
     plan = plan_for(corpus, world or "small", seed, budget)  # pyright: ignore[reportArgumentType]
-    with keeping(f"features and finished runs are in {out}; the same command takes the features and trains anew"):
-        metrics = run_demo(out, plan, says)
+    with keeping(f"checkpoints and finished runs are in {out}, the same command goes on"):
+        metrics = run_demo(out, plan, says, overwrite)
     report, figures = str(out / "report.html"), str(out / "metrics.json")
     if as_json:
         for example in metrics["examples"]:
@@ -98,8 +100,11 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, if any.")] = False,
     features: Annotated[Path | None, typer.Option(help="Cache of the same images, written by `features`.")] = None,
     held_out: Annotated[Path | None, typer.Option(help="Images for validation; default: a part of --data.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train one stage, or fine-tune a run."""
+    if resume and overwrite:
+        raise UserError("--resume continues a run and --overwrite replaces it: leave one of them out")
     # In this order: processes know `Stopped`, not the exit code.
     with keeping(f"what was finished is in {out}, training goes on with --resume"), _others():
         from openblip2.config import change
@@ -126,12 +131,10 @@ def train(
         says.doing("loading data and models")
         from openblip2.data.sources import read_source
         from openblip2.train.recipes import train_stage
-        from openblip2.train.resume import unfinished
+        from openblip2.train.resume import require_new
 
-        if not resume and unfinished(out):
-            raise UserError(
-                f"{out} holds a checkpoint of an unfinished run: add --resume to go on, or give another --out"
-            )
+        if not resume:
+            require_new(out, overwrite)
         wanted = "questions" if what == "vqa" else "captions"
         source = read_source(data, wanted, images, split, questions, shards=True)
         skipped, kept = source.skipped, None

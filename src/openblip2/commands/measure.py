@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openblip2.commands.shared import AsJson, Images, Questions, Run, Split, among, keeping, progress, put, tell
+from openblip2.commands.shared import (
+    AsJson,
+    Images,
+    Overwrite,
+    Questions,
+    Run,
+    Split,
+    among,
+    keeping,
+    progress,
+    put,
+    tell,
+)
 from openblip2.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,6 +55,7 @@ def evaluate(
     features: Annotated[Path | None, typer.Option(help="retrieval: feature cache written by `features`.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many images, from the beginning.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the confidence intervals.")] = 0,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run: scores with 95 % confidence intervals, and the protocol."""
@@ -51,9 +64,11 @@ def evaluate(
     from openblip2.data.sources import read_source
     from openblip2.score.run import Options, require_task
     from openblip2.score.run import evaluate as score
+    from openblip2.train.checkpoint import require_absent
 
     options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed)
     require_task(task, options)
+    require_absent(out, overwrite)
     wanted = "questions" if task == "vqa" else "captions"
     source = read_source(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
     texts = f"texts written so far are beside {out}, the same command goes on"

@@ -148,6 +148,16 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made ({error.strerror}): give a folder that can be written to") from error
 
 
+def require_absent(path: Path, overwrite: bool) -> None:
+    """Checks that a result would replace no other one.
+
+    Raises:
+        UserError: `path` exists, and `overwrite` is False.
+    """
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already: give another --out, or add --overwrite to replace it")
+
+
 def write_config(run: Path, settings: RunSettings, sizes: Mapping[str, int]) -> None:
     """`config.json`: the resolved settings, the sizes read off the checkpoints, and the versions."""
     import transformers

@@ -21,6 +21,7 @@ from openblip2.data.web.mixture import Part
 from openblip2.distributed.collectives import is_first, share
 from openblip2.distributed.data_parallel import shard
 from openblip2.distributed.launch import first_process_first
+from openblip2.errors import UserError
 from openblip2.evaluate.answering import measure_answers, question_tokens
 from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.health import findings
@@ -80,6 +81,8 @@ def train_stage(
     make_folder(run)
     require_extras(settings)
     require_start(settings)
+    if run.resolve() in [Path(start).resolve() for start in (settings.start, settings.text_start) if start]:
+        raise UserError(f"{run} is the run that training starts from: give another --out")
     last = None
     if resume:
         last = find_checkpoint(run, progress.say)

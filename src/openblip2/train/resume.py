@@ -147,9 +147,29 @@ def keep_last(run: Path, keep: int) -> None:
             shutil.rmtree(_aside(path, "old"))
 
 
-def unfinished(run: Path) -> bool:
-    """Whether the folder holds a checkpoint of a run that is not finished."""
-    return not (run / "model.safetensors").exists() and bool(_steps(run / "resume"))
+def require_new(run: Path, overwrite: bool) -> None:
+    """Checks that a training that begins in this folder destroys no earlier work.
+
+    Args:
+        run: The output folder, which need not exist.
+        overwrite: Whether a run in the folder may be replaced.
+
+    Raises:
+        UserError: The folder holds a run and `overwrite` is False, or it holds another program's model.
+    """
+    finished, begun = (run / "model.safetensors").exists(), bool(_steps(run / "resume"))
+    if finished or (run / "config.json").exists():
+        try:
+            read_config(run)
+        except UserError as error:
+            raise UserError(f"{run} holds files that are not of a run: give another --out") from error
+    if finished and not overwrite:
+        raise UserError(f"{run} holds a finished run: give another --out, or add --overwrite to replace it")
+    if begun and not overwrite:
+        raise UserError(
+            f"{run} holds a checkpoint of an unfinished run: add --resume to continue it, give another --out, or add "
+            "--overwrite to begin again"
+        )
 
 
 def require_same(settings: RunSettings, run: Path) -> None:
@@ -172,7 +192,7 @@ def _find(folder: Path, say: Callable[[str], object]) -> int:
     if (folder / "progress.json").exists():
         raise UserError(
             f"{folder} holds a checkpoint of an older openblip2, without a manifest: finish the run with that one, or "
-            "start without --resume"
+            "begin again with --overwrite"
         )
     for left in [*folder.parent.glob("resume.old"), *folder.glob("step-*.new"), *folder.glob("step-*.old")]:
         shutil.rmtree(left)
@@ -187,7 +207,9 @@ def _find(folder: Path, say: Callable[[str], object]) -> int:
         damaged[path] = problem
     if damaged:
         path, problem = next(iter(damaged.items()))
-        raise UserError(f"{path} is damaged ({problem}), and no checkpoint before it is whole: start without --resume")
+        raise UserError(
+            f"{path} is damaged ({problem}), and no checkpoint before it is whole: begin again with --overwrite"
+        )
     return -1
 
 

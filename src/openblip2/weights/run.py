@@ -4,6 +4,7 @@ RUN/vision/, RUN/language/   frozen parts in transformers' layout, where `vision
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -128,8 +129,7 @@ def fresh_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: give a new name, or an empty folder")
-    draft = out.with_name(out.name + ".new")
-    rmtree(draft, ignore_errors=True)
+    draft = out.with_name(f".{out.name}.{os.getpid()}.new")
     make_folder(draft)
     try:
         yield draft

@@ -26,7 +26,7 @@ from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.model.extras import require
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import make_folder, write_json
+from openblip2.train.checkpoint import make_folder, require_absent, write_json
 from openblip2.train.encode import encode_all
 from openblip2.train.prepare import prepare
 from openblip2.train.recipes import train_stage
@@ -34,13 +34,18 @@ from openblip2.train.recipes import train_stage
 EXAMPLES = 5  # captions in `metrics.json`, of the first test pictures
 
 
-def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
-    """Runs it all into `out` and returns what `out/metrics.json` holds.
+def run_demo(out: Path, plan: Plan, progress: Progress, overwrite: bool = False) -> dict[str, Any]:
+    """Runs it all into `out` and returns what `out/metrics.json` holds. An interrupted demo is continued.
+
+    Args:
+        overwrite: Whether to begin again where a demo is finished or interrupted.
 
     Raises:
-        UserError: a package that the corpus or the models need is missing; the message says how to get it.
+        UserError: a package that the corpus or the models need is missing; the message says how to get it. Or `out`
+            holds a finished demo, or runs with other settings, and `overwrite` is False.
     """
     require("the report", "demo", "matplotlib")  # said now, not after the training
+    require_absent(out / "metrics.json", overwrite)
     make_folder(out)
     progress.say(announcement(plan, out))
     keep_freed_memory()
@@ -63,9 +68,11 @@ def run_demo(out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
         }
         del vision
     with _timed(seconds, "stage1"):
-        train_stage(stage1, corpus.train, out / "stage1", progress, features=out / "features")
+        resume = not overwrite and (out / "stage1" / "config.json").exists()
+        train_stage(stage1, corpus.train, out / "stage1", progress, resume, out / "features")
     with _timed(seconds, "stage2"):
-        train_stage(stage2, corpus.train, out / "stage2", progress, features=out / "features")
+        resume = not overwrite and (out / "stage2" / "config.json").exists()
+        train_stage(stage2, corpus.train, out / "stage2", progress, resume, out / "features")
     with _timed(seconds, "evaluation"):
         progress.say("scoring on held-out pictures")
         matcher, captioner = load(out / "stage1"), load(out / "stage2")

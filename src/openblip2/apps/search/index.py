@@ -142,6 +142,8 @@ def update_index(root: Path, run: str, folder: Path, progress: Progress) -> Upda
         raise UserError(f"{run} is a stage-2 run; an index needs a stage-1 run")
     index = _opened_or_new(root, run, folder, matcher)
     there = {path: index_stat(root / path) for path in _pictures(root, folder)}
+    if not there:  # a disk that is not mounted, perhaps: an existing index stays as it is
+        raise UserError(f"{root}: not one picture in it")
     known = {row.path: row for row in index.rows.values()}
     gone = [row for path, row in known.items() if there.get(path) != (row.bytes, row.time)]
     kept = {row.path for row in index.rows.values()} - {row.path for row in gone}
@@ -172,7 +174,7 @@ def update_index(root: Path, run: str, folder: Path, progress: Progress) -> Upda
                 index.save()
             bar.advance(count=len(part))
     if not index.rows:
-        raise UserError(f"{root}: not one picture in it{f'; the first: {skipped[0]}' if skipped else ''}")
+        raise UserError(f"{root}: not one picture in it can be read; the first: {skipped[0]}")
     index.save()
     recall = recall_of(index.vectors, np.array(numbers), np.concatenate(exact)) if exact else None
     return Updated(len(index.rows), len(fresh) - len(skipped), len(gone), skipped, recall, len(numbers))
