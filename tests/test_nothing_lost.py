@@ -71,3 +71,25 @@ def test_a_finished_demo_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{}")
     one_line(call("demo", "--out", tmp_path), tmp_path / "metrics.json", "--overwrite")
     require_absent(tmp_path / "metrics.json", overwrite=True)
+
+
+# --- data that changed
+
+
+def test_resume_with_other_data_is_refused(home: Home) -> None:
+    run = home.broken("other-data", lambda folder: (folder / "model.safetensors").unlink(), "stage1")
+    rows = home.data / "records.jsonl"
+    before = rows.read_text()
+    try:
+        rows.write_text(before.replace("a red dog", "a red bus", 1))
+        said = call(*home.train("stage1", "other-data", "--resume"))
+        one_line(said, run, "the data have changed", "16 pictures", "a new --out")
+        rows.write_text("".join(before.splitlines(keepends=True)[1:]))
+        one_line(call(*home.train("stage1", "other-data", "--resume")), "15 pictures")
+        held = call(*home.train("stage1", "other-data", "--resume", "--held-out", home.data))
+        one_line(held, "31 pictures")
+    finally:
+        rows.write_text(before)
+    said = call(*home.train("stage1", "other-data", "--resume"))
+    assert said.code == 0, said.err
+    assert (run / "model.safetensors").read_bytes() == (home.stage1 / "model.safetensors").read_bytes()

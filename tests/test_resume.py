@@ -131,7 +131,7 @@ def test_the_last_checkpoints_are_kept_and_say_what_is_in_them(tmp_path: Path) -
     assert steps(tmp_path) == ["step-00000003", "step-00000004", "step-00000005"]
     last = tmp_path / "resume" / "step-00000005"
     progress = json.loads((last / "progress.json").read_text())
-    assert progress == {"step": 5, "batches": 15, "bad_steps": 0, "bad_in_a_row": 0}
+    assert progress == {"step": 5, "batches": 15, "bad_steps": 0, "bad_in_a_row": 0, "data": ""}
     manifest = json.loads((last / "manifest.json").read_text())
     assert manifest["step"] == 5
     assert sorted(manifest["files"]) == sorted(path.name for path in last.iterdir() if path.name != "manifest.json")

@@ -37,6 +37,7 @@ def fit(
     samples: Callable[[], list[dict[str, Any]]] = list,
     sparse: bool = False,
     advise: Callable[[list[dict[str, Any]]], list[str]] = lambda rows: [],
+    data: str = "",
 ) -> None:
     """Trains what requires a gradient in `model` and writes `run`.
 
@@ -50,6 +51,7 @@ def fit(
         last: the checkpoint to go on from (`resume.find_checkpoint`); None = begin, and remove what an older run left.
         samples: what the last step was made of, in this process, for the case that it is bad.
         advise: what is to be said of the log's rows after a validation.
+        data: what is trained on (`resume.data_digest`), kept in the checkpoints.
         sparse: whether there are batches whose losses do not depend on all that trains (see `DataParallelLosses`).
 
     Raises:
@@ -61,7 +63,7 @@ def fit(
     optimizer = adamw(trained, optim, layer_rates(model, optim.layer_decay))
     if last is None:
         forget_checkpoints(run)
-    done = Done() if last is None else read_checkpoint(last, model, optimizer)
+    done = Done(data=data) if last is None else read_checkpoint(last, model, optimizer)
     keep_last(run, settings.keep_checkpoints)  # a process may have ended between writing one and this
     together = DataParallelLosses(model, losses, sparse)
     told = tell(settings.track if is_first() else "", run, asdict(settings) | asdict(optim))

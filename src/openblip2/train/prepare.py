@@ -44,6 +44,7 @@ class Prepared:
     features: StoredFeatures | None  # of the training pictures, when they are computed once
     joined: Callable[[int], PairBatch]  # the batches of all processes together
     samples: int = 0  # of shards, which have no records
+    digest: str = ""  # `resume.data_digest`
 
     @property
     def pictures(self) -> int:

@@ -5,6 +5,7 @@ Retrieval is fine-tuned as stage 1 is trained, captioning and VQA as stage 2 is.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from openblip2.train.checkpoint import make_folder, write_config
 from openblip2.train.loop import fit
 from openblip2.train.prepare import Prepared, captions_of, name_long_texts, prepare, questions_of
 from openblip2.train.prepare_shards import prepare_shards
-from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same
+from openblip2.train.resume import find_checkpoint, data_digest, find_checkpoint, forget_checkpoints, require_same, require_same_data
 from openblip2.train.start import (
     fine_tune_from,
     require_start,
@@ -83,7 +84,7 @@ def train_stage(
     require_start(settings)
     if run.resolve() in [Path(start).resolve() for start in (settings.start, settings.text_start) if start]:
         raise UserError(f"{run} is the run that training starts from: give another --out")
-    last = None
+    last, digest = None, data_digest(records, held_out or ())
     if resume:
         last = find_checkpoint(run, progress.say)
         finished = (run / "model.safetensors").exists()
@@ -92,6 +93,8 @@ def train_stage(
         if finished:
             progress.say(f"{run} is finished: there is nothing to resume")
             return
+        if last:
+            require_same_data(last, digest)
         progress.say(f"going on from {last}" if last else f"{run} has no checkpoint: training begins at the beginning")
     else:
         forget_checkpoints(run)  # before config.json is another one
@@ -108,7 +111,7 @@ def train_stage(
             data = prepare(settings, records, vision, run, features or run / "features", progress, skipped, held_out)
     if is_first():
         write_seen(None if shards else data.records, run)
-    recipe(settings, vision, data, run, progress, last)
+    recipe(settings, vision, replace(data, digest=digest), run, progress, last)
 
 
 def _stage1(
@@ -158,7 +161,7 @@ def _stage1(
 
     sparse = len(settings.stage1.objectives) < len(OBJECTIVES) or settings.stage1.itm_start_step > 0
     advise = partial(bad_signs, settings)
-    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse, advise)
+    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse, advise, data.digest)
 
 
 def _stage2(
@@ -217,7 +220,7 @@ def _stage2(
 
     sparse = settings.qformer.reads_question  # its last layer's text is read by nobody
     advise = partial(bad_signs, settings)
-    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse, advise)
+    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse, advise, data.digest)
 
 
 def bad_signs(settings: RunSettings, rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -12,10 +12,11 @@ batch), its learning rate one of the step.
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from openblip2.config import RunSettings, from_dict
+from openblip2.data.records import Record
 from openblip2.distributed.collectives import is_first
 from openblip2.distributed.full_tensor import full_tensor, like
 from openblip2.distributed.launch import from_first, wait_for_all
@@ -59,12 +61,21 @@ _FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 @dataclass(frozen=True)
 class Done:
-    """How far a run is: steps, batches drawn (the sampler's whole position), and `bad_*`: see `train/bad_steps.py`."""
+    """How far a run is.
+
+    Attributes:
+        step: Steps taken.
+        batches: Batches drawn, which is the sampler's whole state.
+        bad_steps: Steps that were not finite (`train/bad_steps.py`).
+        bad_in_a_row: How many of the last steps were not finite.
+        data: What it is trained on (`data_digest`); "" in checkpoints of older versions.
+    """
 
     step: int = 0
     batches: int = 0
     bad_steps: int = 0
     bad_in_a_row: int = 0
+    data: str = ""
 
 
 def write_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, done: Done, keep: int) -> None:
@@ -184,6 +195,30 @@ def require_same(settings: RunSettings, run: Path) -> None:
         raise UserError(
             f"--resume: {run / 'config.json'} was trained with other settings; give the same ones, or a new --out "
             f"(only {', '.join(f'train.{name}' for name in MAY_CHANGE)} may change)"
+        )
+
+
+def data_digest(*parts: Sequence[Record]) -> str:
+    """The number of pictures and a digest of ids and texts of what a run is trained and validated on, in order.
+
+    Held-out pictures and batches are drawn by number, so one picture more or less changes all of them.
+    """
+    rows = [[(r.id, r.captions, [(q.text, q.given) for q in r.questions]) for r in records] for records in parts]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return f"{sum(map(len, parts)):,} pictures, digest {digest[:16]}"
+
+
+def require_same_data(folder: Path, data: str) -> None:
+    """Whether a run may go on from a checkpoint with this data.
+
+    Raises:
+        UserError: It was begun with other data.
+    """
+    before = read_json(folder / "progress.json").get("data", "")
+    if before and before != data:
+        raise UserError(
+            f"--resume: the data have changed since {folder.parent.parent} was begun ({before} then; {data} now): give "
+            "the same pictures and captions, or a new --out"
         )
 
 
