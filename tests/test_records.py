@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openblip2.data.records import Question, Record, read_records, write_records
+from openblip2.data.rows import MOST_SWALLOWED, read_rows
 from openblip2.errors import UserError
 
 
@@ -230,17 +231,77 @@ def test_bad_table_rows_are_skipped_and_named(folder: Path) -> None:
         b"cat.jpg,\n"  # 7
         b"cat.jpg,a cat\n"
         b'dog.PNG,"never closed\n'  # 9: swallows what follows, and says so
-        b"dog.PNG,a dog\n"
+        b"dog.PNG,a dog\n"  # 10
     )
     (record,), skipped = read_records(path)
     assert record.captions == ("a cat",)
-    assert [line.removeprefix(f"{path}:").split(":")[0] for line in skipped] == list("2345679")
+    assert [line.removeprefix(f"{path}:").split(":")[0] for line in skipped] == [*"2345679", "10"]
     for line, what in zip(
         skipped,
-        ["3 cells", "1 cells", "not a table row", "not Unicode", "outside", "is empty", "not a table row"],
+        [
+            "3 cells",
+            "1 cells",
+            "not a table row",
+            "not Unicode",
+            "outside",
+            "is empty",
+            "mark is not closed",
+            "a part of line 9",
+        ],
         strict=True,
     ):
         assert what in line
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_quotation_mark_that_swallows_many_rows_is_refused(folder: Path, closed: bool) -> None:
+    rows = [f"cat.jpg,a cat {n}" for n in range(500)]
+    rows[20] = 'dog.PNG,"a dog'
+    if closed:  # without this, all later rows would become one caption
+        rows[400] += '"'
+    (folder / "rows.csv").write_text("image,caption\n" + "\n".join(rows) + "\n")
+    with pytest.raises(UserError, match=rf"rows\.csv:22: .*not closed: lines 22 to {402 if closed else 501} were"):
+        read_records(folder / "rows.csv")
+
+
+def test_a_text_of_many_lines_is_refused_where_no_line_looks_like_a_row(folder: Path) -> None:
+    (folder / "rows.csv").write_text('image,caption\ncat.jpg,a cat\ncat.jpg,"a' + "\nnothing" * 200)
+    with pytest.raises(UserError, match=r"rows\.csv:3: .*lines 3 to 203"):
+        read_records(folder / "rows.csv")
+
+
+CAPTIONS = st.text(st.sampled_from("ab ,"), min_size=1, max_size=6).filter(str.strip)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    captions=st.lists(CAPTIONS, min_size=1, max_size=30),
+    missing=st.sets(st.integers(0, 29)),
+    open_at=st.none() | st.integers(0, 29),
+    image_first=st.booleans(),
+)
+def test_every_row_is_used_or_named(
+    captions: list[str], missing: set[int], open_at: int | None, image_first: bool
+) -> None:
+    """Or the table is refused, which only a quotation mark that is not closed brings about."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.csv")
+        Path(folder, "here.png").write_bytes(b"")
+        lines = ["image,caption" if image_first else "caption,image"]
+        for n, caption in enumerate(captions):
+            text = f'"{caption}' if n == open_at else f'"{caption}"' if "," in caption else caption
+            image = "gone.png" if n in missing else "here.png"
+            lines.append(f"{image},{text}" if image_first else f"{text},{image}")
+        path.write_text("\n".join(lines) + "\n")
+        rows = list(read_rows(path)) if open_at is None or len(captions) - open_at <= MOST_SWALLOWED else None
+        if rows is not None:
+            assert len(rows) == len(captions)
+        try:
+            records, skipped = read_records(path)
+        except UserError as error:
+            assert "not closed" in str(error) or "rows cannot be used" in str(error)
+        else:
+            assert sum(len(record.captions) for record in records) + len(skipped) == len(captions)
 
 
 # --- sources that are no data

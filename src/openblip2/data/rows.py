@@ -15,6 +15,8 @@ ACCEPTED = (
     f"a folder with {RECORDS}, a .jsonl file, a .csv or .tsv file with the columns image and caption "
     "(or image, question and answer), or a folder of pictures each with a .txt of the same name"
 )
+MOST_SWALLOWED = 10  # rows inside the text of another one, above which a table is refused
+MOST_LINES = 100  # of one row; a caption has 50 words
 _ROW = 'one {"image": "cat.jpg", "caption": "a cat"} a line'
 
 # The keys and values of one row, or why the row could not even be read.
@@ -64,25 +66,53 @@ def _parsed(line: bytes) -> Row:
 def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
     # Bytes that are not UTF-8 come through as lone surrogates: they cost their own row and not the file.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        # strict: else a quotation mark never closed would swallow the rest of the file without a word.
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        taken: list[str] = []  # the lines of the row that is being read
+
+        def lines() -> Iterator[str]:
+            for line in file:
+                taken.append(line)
+                yield line
+
+        # strict: with a quotation mark at the wrong place, the reader would guess where a text ends.
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
         header: list[str] = []
         while True:
-            where = f"{path}:{reader.line_num + 1}"
+            first = reader.line_num + 1
+            where = f"{path}:{first}"
+            taken.clear()
             try:
-                cells = next(reader)
+                cells: list[str] | UserError = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield (
-                    where,
-                    UserError(f'not a table row ({error}); text with quotation marks as "so ""said"""'),
+                cells = UserError(f'not a table row ({error}); text with quotation marks as "so ""said"""')
+            swallowed = [n for n, line in enumerate(taken[1:], first + 1) if _is_row(line, header, delimiter, path)]
+            if len(swallowed) > MOST_SWALLOWED or len(taken) > MOST_LINES:
+                raise UserError(
+                    f"{where}: a quotation mark is not closed: lines {first} to {reader.line_num} were read as one row; "
+                    "close it, or write it twice if it belongs to the text"
                 )
-                continue
-            if not header:
+            if swallowed:
+                cells = UserError("a quotation mark is not closed, so later rows were read as a part of this one")
+            if isinstance(cells, UserError):
+                yield where, cells
+                yield from ((f"{path}:{n}", UserError(f"read as a part of line {first}")) for n in swallowed)
+            elif not header:
                 header = _header(cells, where, delimiter)
             elif cells:
                 yield where, _table_row(cells, header)
+
+
+def _is_row(line: str, header: list[str], delimiter: str, path: Path) -> bool:
+    """Whether a line in the middle of a text is a row of the table: as many cells, and one of them an image."""
+    try:
+        cells = next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:
+        return False
+    if not header or len(cells) != len(header):
+        return False
+    image = cells[header.index("image")].strip('" \r\n')
+    return Path(image).suffix.lower() in PICTURE_SUFFIXES or os.path.isfile(path.parent / image)
 
 
 def _header(cells: list[str], where: str, delimiter: str) -> list[str]:

@@ -48,7 +48,14 @@ from openblip2.train.checkpoint import make_folder, write_config
 from openblip2.train.loop import fit
 from openblip2.train.prepare import Prepared, captions_of, name_long_texts, prepare, questions_of
 from openblip2.train.prepare_shards import prepare_shards
-from openblip2.train.resume import find_checkpoint, data_digest, find_checkpoint, forget_checkpoints, require_same, require_same_data
+from openblip2.train.resume import (
+    find_checkpoint,
+    data_digest,
+    find_checkpoint,
+    forget_checkpoints,
+    require_same,
+    require_same_data,
+)
 from openblip2.train.start import (
     fine_tune_from,
     require_start,
@@ -161,7 +168,20 @@ def _stage1(
 
     sparse = len(settings.stage1.objectives) < len(OBJECTIVES) or settings.stage1.itm_start_step > 0
     advise = partial(bad_signs, settings)
-    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse, advise, data.digest)
+    fit(
+        model,
+        losses,
+        run,
+        settings.optim,
+        settings.train,
+        validate,
+        progress,
+        last,
+        batches.samples,
+        sparse,
+        advise,
+        data.digest,
+    )
 
 
 def _stage2(
@@ -220,7 +240,20 @@ def _stage2(
 
     sparse = settings.qformer.reads_question  # its last layer's text is read by nobody
     advise = partial(bad_signs, settings)
-    fit(model, losses, run, settings.optim, settings.train, validate, progress, last, batches.samples, sparse, advise, data.digest)
+    fit(
+        model,
+        losses,
+        run,
+        settings.optim,
+        settings.train,
+        validate,
+        progress,
+        last,
+        batches.samples,
+        sparse,
+        advise,
+        data.digest,
+    )
 
 
 def bad_signs(settings: RunSettings, rows: Sequence[dict[str, Any]]) -> list[str]:
