@@ -4,10 +4,20 @@ import json
 from pathlib import Path
 
 import pytest
+import transformers as hf
 
+import openblip2
+from openblip2.config import change
+from openblip2.data.records import Record
+from openblip2.data.tokens import only_unknown
 from openblip2.errors import UserError
+from openblip2.matcher import Matcher
+from openblip2.presets import preset
+from openblip2.progress import Progress
 from openblip2.train.checkpoint import require_absent
+from openblip2.train.prepare import _require_enough, hold_out
 from openblip2.train.resume import require_new
+from openblip2.train.skipped import Skipped
 from test_cli import Home, Said, call, home
 
 __all__ = ["home"]
@@ -93,3 +103,67 @@ def test_resume_with_other_data_is_refused(home: Home) -> None:
     said = call(*home.train("stage1", "other-data", "--resume"))
     assert said.code == 0, said.err
     assert (run / "model.safetensors").read_bytes() == (home.stage1 / "model.safetensors").read_bytes()
+
+
+# --- what is left out
+
+
+def test_too_few_pictures_name_what_was_skipped_and_settings_that_work(home: Home, tmp_path: Path) -> None:
+    rows = (home.data / "records.jsonl").read_text().splitlines()
+    data = tmp_path / "data"
+    data.mkdir()
+    for n in range(3):
+        (data / f"{n}.png").write_bytes(home.picture(n).read_bytes())
+    (data / "records.jsonl").write_text("\n".join(rows))
+    said = call("train", "stage1", "--data", data, "--out", tmp_path / "run", *home.options)
+    assert said.code == 2
+    *skipped, last = said.err.splitlines()
+    assert [line.split(": ")[0] for line in skipped] == [f"skipped ({n + 1} so far)" for n in range(13)]
+    assert "3 pictures (13 more were skipped) are too few" in last
+    assert len((tmp_path / "run" / "skipped.jsonl").read_text().splitlines()) == 13
+
+
+@pytest.mark.parametrize("count", [*range(4, 60), 67, 99])
+def test_the_settings_that_are_suggested_work(count: int, tmp_path: Path) -> None:
+    settings = change(preset("stage1", "laptop"), {"data.held_out": 0.001})
+    records = [Record(str(n), Path(f"{n}.png"), ("a dog",)) for n in range(count)]
+    skipped = Skipped(tmp_path, Progress(quiet=True))
+    with pytest.raises(UserError) as refused:
+        _require_enough(*hold_out(records, settings), settings, skipped, share=True)
+    suggested = str(refused.value).partition("; add --set ")[2].split(" --set ")
+    settings = change(settings, dict(one.split("=") for one in suggested))
+    held, trained = hold_out(records, settings)
+    _require_enough(held, trained, settings, skipped, share=True)
+    assert settings.train.batch <= len(trained)
+
+
+def test_texts_that_are_cut_or_unknown_are_counted_and_named_in_stage_2(home: Home, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (home.data / "records.jsonl").read_text().splitlines()]
+    rows[3]["caption"] = "a red dog " * 20
+    rows[5]["caption"] = "Schnee"
+    data = tmp_path / "data"
+    data.mkdir()
+    for row in rows:
+        (data / row["image"]).write_bytes((home.data / row["image"]).read_bytes())
+    (data / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("train", "stage2", "--data", data, "--start", home.stage1, "--out", tmp_path / "run", *home.options)
+    said = call(*words, "--set", "train.batch=64")
+    assert said.code == 0, said.err
+    assert "1 texts have more than 50 words and are cut there; the first is of 3.png" in said.err
+    assert "1 texts of 16 (6.2 %) have no word that the tokenizer knows and become only <unk>" in said.err
+    assert "train.batch=64: there are 12 training pictures" in said.err
+    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [next(iter(line.items())) for line in lines] == [
+        ("cut", f"3.png: {rows[3]['caption']}"),
+        ("unknown", "5.png: schnee"),
+    ]
+
+
+def test_an_unknown_text_in_use_is_named(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+    matcher = openblip2.load(home.stage1)
+    assert isinstance(matcher, Matcher)
+    matcher.similarity([home.picture()], ["a dog in the Schnee", "Schnee"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "text 'schnee': the model's tokenizer knows no word of it and reads only [UNK]"
+    ]
+    assert only_unknown(hf.AutoTokenizer.from_pretrained(home.root / "bert"), ["", "a", "x y", "x a"]) == [2]

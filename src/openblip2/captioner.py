@@ -18,7 +18,7 @@ from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.answering import question_tokens
 from openblip2.hardware import computing
-from openblip2.inputs import GROUP, clean_texts, features_of, require_pairs, same_pictures
+from openblip2.inputs import GROUP, clean_texts, features_of, require_pairs, same_pictures, warn_unknown
 from openblip2.model.language import Decoding
 from openblip2.model.stage2 import Stage2
 from openblip2.pretrained import Pretrained
@@ -64,6 +64,9 @@ class Captioner(Pretrained):
         """
         require_pairs(images, questions, "questions")
         asked = clean_texts(questions, clean_question)
+        warn_unknown(
+            self.tokens.tokenizer if self.tokens else self.model.language.tokenizer, list(dict.fromkeys(asked))
+        )
         form = self.settings.language.question
         prompts = [form.replace("{}", question) for question in asked]
         return self.generate(images, prompts, decoding, asked if self.tokens else None)

@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from openblip2.compat import log
 from openblip2.data.images import Picture, to_pixels
 from openblip2.data.text import MAX_WORDS
+from openblip2.data.tokens import only_unknown
 from openblip2.errors import UserError
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -39,6 +42,14 @@ def clean_texts(texts: Sequence[str], clean: Callable[[str, int], str]) -> list[
         if (count := len(cleaned.split())) > MAX_WORDS:
             raise UserError(f"text {text[:40]!r}... has {count} words: at most {MAX_WORDS}")
     return found
+
+
+def warn_unknown(tokenizer: Any, texts: Sequence[str]) -> None:
+    """Warns of the texts of which a tokenizer knows no word."""
+    for n in only_unknown(tokenizer, texts):
+        log.warning(
+            "text %r: the model's tokenizer knows no word of it and reads only %s", texts[n], tokenizer.unk_token
+        )
 
 
 def require_pairs(images: Sequence[Picture], texts: Sequence[str], what: str) -> None:

@@ -17,7 +17,7 @@ from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.retrieval import rerank, similarities
 from openblip2.hardware import computing
-from openblip2.inputs import clean_texts, features_of, require_pairs
+from openblip2.inputs import clean_texts, features_of, require_pairs, warn_unknown
 from openblip2.model.stage1 import Stage1
 from openblip2.pretrained import Pretrained
 
@@ -118,4 +118,5 @@ class Matcher(Pretrained):
         cleaned = clean_texts(texts, clean_caption)
         for n in self.tokens.too_long(cleaned):
             raise UserError(f"text {texts[n][:40]!r}... is longer than the {self.tokens.longest} tokens of this run")
+        warn_unknown(self.tokens.tokenizer, cleaned)
         return self.tokens(cleaned)

@@ -86,11 +86,14 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
                 return
             except csv.Error as error:
                 cells = UserError(f'not a table row ({error}); text with quotation marks as "so ""said"""')
-            swallowed = [n for n, line in enumerate(taken[1:], first + 1) if _is_row(line, header, delimiter, path)]
+            several = enumerate(taken, first) if len(taken) > 1 else ()
+            rows = [n for n, line in several if _is_row(line, header, delimiter, path.parent)]
+            # A text of several lines has an image in one line at most, the first or the last.
+            swallowed = [n for n in rows if n > first] if len(rows) > 1 or isinstance(cells, UserError) else []
             if len(swallowed) > MOST_SWALLOWED or len(taken) > MOST_LINES:
                 raise UserError(
-                    f"{where}: a quotation mark is not closed: lines {first} to {reader.line_num} were read as one row; "
-                    "close it, or write it twice if it belongs to the text"
+                    f"{where}: a quotation mark is not closed: lines {first} to {reader.line_num} were read as one "
+                    "row; close it, or write it twice if it belongs to the text"
                 )
             if swallowed:
                 cells = UserError("a quotation mark is not closed, so later rows were read as a part of this one")
@@ -103,16 +106,17 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
                 yield where, _table_row(cells, header)
 
 
-def _is_row(line: str, header: list[str], delimiter: str, path: Path) -> bool:
-    """Whether a line in the middle of a text is a row of the table: as many cells, and one of them an image."""
-    try:
-        cells = next(csv.reader([line], delimiter=delimiter), [])
-    except csv.Error:
+def _is_row(line: str, header: list[str], delimiter: str, folder: Path) -> bool:
+    """Whether a line, whatever its quotation marks, has as many cells as a row, and an image where a row has one."""
+    cells = [cell.strip() for cell in line.replace('"', "").split(delimiter)]
+    if not header or len(cells) < len(header):
         return False
-    if not header or len(cells) != len(header):
-        return False
-    image = cells[header.index("image")].strip('" \r\n')
-    return Path(image).suffix.lower() in PICTURE_SUFFIXES or os.path.isfile(path.parent / image)
+    at = header.index("image")
+    return any(
+        Path(image).suffix.lower() in PICTURE_SUFFIXES or os.path.isfile(folder / image)
+        for image in (cells[at], cells[at - len(header)])
+        if image
+    )
 
 
 def _header(cells: list[str], where: str, delimiter: str) -> list[str]:

@@ -5,6 +5,7 @@ A run on shards has none: RUN/shards.json names the shards, and whether a pictur
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,16 @@ def picture_digest(image: Path) -> str | None:
             return hashlib.blake2b(b"%d " % size + file.read(_HEAD), digest_size=8).hexdigest()
     except OSError:
         return None  # its training has said so
+
+
+def data_digest(*parts: Sequence[Record]) -> str:
+    """The number of pictures and a digest of ids and texts of what a run is trained and validated on, in order.
+
+    Held-out pictures and batches are drawn by number, so one picture more or less changes all of them.
+    """
+    rows = [[(r.id, r.captions, [(q.text, q.given) for q in r.questions]) for r in records] for records in parts]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return f"{sum(map(len, parts)):,} pictures, digest {digest[:16]}"
 
 
 def write_seen(records: Sequence[Record] | None, run: Path) -> None:

@@ -33,6 +33,14 @@ class QFormerTokens:
         return [n for n, length in enumerate(lengths) if length > self.longest]
 
 
+def only_unknown(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Which of the texts become only the tokenizer's unknown token (`[UNK]`), so that nothing is left of them."""
+    if tokenizer.unk_token_id is None or not texts:
+        return []
+    rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [n for n, ids in enumerate(rows) if ids and set(ids) == {tokenizer.unk_token_id}]
+
+
 def stack(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Joins tokenised batches of different lengths, padding the shorter ones."""
     longest = max(tokens.shape[1] for tokens, _ in batches)

@@ -13,7 +13,7 @@ from openblip2.config import change
 from openblip2.data.features import StoredFeatures, find_records
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.tokens import QFormerTokens, only_unknown
 from openblip2.evaluate.ranking import Matches, Ranking, best_images, best_texts, hits_at, log_odds
 from openblip2.evaluate.retrieval import image_vectors, text_vectors
 from openblip2.hardware import computing, device
@@ -78,6 +78,7 @@ def _score(
     tokens = QFormerTokens(matcher.tokens.tokenizer, TOKENS)
     written = [(n, clean_caption(caption)) for n, record in enumerate(records) for caption in record.captions]
     captions = [caption for _, caption in written]
+    unknown = only_unknown(tokens.tokenizer, captions)
     k = min(max(best, max(KS)), len(captions))
     with torch.inference_mode(), computing(model, matcher.settings.train.precision):
         progress.doing(f"reading {len(captions):,} texts")
@@ -108,6 +109,10 @@ def _score(
     progress.doing("scoring")
     right = _accepted(records, written, strict)
     result = Result("retrieval", len(records), seed)
+    for which, what in ((tokens.too_long(captions), f"are cut at {TOKENS} tokens"), (unknown, "become only [UNK]")):
+        if which:
+            first = records[written[which[0]][0]].id
+            result.warnings.append(f"{len(which):,} of {len(captions):,} captions {what}; the first is of {first}")
     result.protocol |= {
         "texts": len(captions),
         "longest_text": f"{TOKENS} tokens",

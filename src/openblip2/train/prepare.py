@@ -4,9 +4,11 @@ Shapes: B pairs, P patch tokens, V encoder width, S image side in px.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,8 +17,8 @@ from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
 from openblip2.data.features import FeatureCache, Features, StoredFeatures, find_records
 from openblip2.data.records import Record
 from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
-from openblip2.data.text import clean_caption, clean_question
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.text import MAX_WORDS, clean_caption, clean_question
+from openblip2.data.tokens import QFormerTokens, only_unknown
 from openblip2.distributed.collectives import is_first, rank, world_size
 from openblip2.errors import UserError
 from openblip2.hardware import device
@@ -44,7 +46,7 @@ class Prepared:
     features: StoredFeatures | None  # of the training pictures, when they are computed once
     joined: Callable[[int], PairBatch]  # the batches of all processes together
     samples: int = 0  # of shards, which have no records
-    digest: str = ""  # `resume.data_digest`
+    digest: str = ""  # `data.seen.data_digest`
 
     @property
     def pictures(self) -> int:
@@ -72,16 +74,14 @@ def prepare(
     `held_out`: the pictures to validate on, instead of a share of the records.
     """
     asks = settings.task == "vqa"
+    whole = [*records, *(held_out or ())]
     records, given = (_usable(part, settings) for part in (records, held_out or ()))
     held, trained = hold_out(records, settings) if held_out is None else (given, records)
-    if len(held) < 2 or len(trained) < 2:
-        raise UserError(
-            f"{len(records)} pictures are too few: at least 2 to train on and 2 held out (data.held_out = "
-            f"{settings.data.held_out}) are needed"
-        )
     problem = Skipped(run, progress)
     for line in skipped:
         problem(line)
+    _require_enough(held, trained, settings, problem, held_out is None)
+    _name_cut_texts(whole, run, progress)
 
     def samples_of(part: Sequence[Record]) -> Samples:
         return Answers(part, settings.data.balance) if asks else Captions(part)
@@ -100,6 +100,7 @@ def prepare(
         good, problems = openable(held, size)
         for line in problems:
             problem(line)
+        _require_enough(good, trained, settings, problem)
         augment = settings.data.augment
         pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, problem.in_training, augment, part)
         return Prepared(pairs, trained, good, lambda: encode_now(vision, good), None, pairs.joined)
@@ -123,10 +124,14 @@ def prepare(
         return found
 
     seen = once(held).load()
+    _require_enough(seen.records, trained, settings, problem)
     if settings.data.augment and not settings.data.features:
         pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, problem.in_training, part=part)
         return Prepared(pairs, trained, seen.records, lambda: seen, None, pairs.joined)
     features = once(trained)
+    _require_enough(seen.records, features.records, settings, problem)
+    if batch > len(features.records) and not asks:
+        progress.say(f"train.batch={batch}: there are {len(features.records)} training pictures, a batch has no more")
     pairs = FeaturePairs(features, samples_of(features.records), batch, seed, settings.data.augment, part)
     return Prepared(pairs, features.records, seen.records, lambda: seen, features, pairs.joined)
 
@@ -136,6 +141,32 @@ def hold_out(records: Sequence[Record], settings: RunSettings) -> tuple[list[Rec
     count = min(int(len(records) * settings.data.held_out), settings.data.most_held_out)
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
     return [records[n] for n in sorted(order[:count])], [records[n] for n in sorted(order[count:])]
+
+
+def _require_enough(
+    held: Sequence[Record], trained: Sequence[Record], settings: RunSettings, skipped: Skipped, share: bool = False
+) -> None:
+    """Checks that there are two pictures to train on and two to validate on.
+
+    Args:
+        share: Whether the held-out pictures are a share of all, so that another share may help.
+
+    Raises:
+        UserError: There are not; the message names settings that work, if there are any.
+    """
+    if len(held) >= 2 and len(trained) >= 2:
+        return
+    count, left_out = len(held) + len(trained), f" ({skipped.count:,} more were skipped)" if skipped.count else ""
+    remedy = "give more pictures"
+    if share and count >= 4:
+        held_out = math.ceil(200 / count) / 100
+        batch = min(settings.train.batch, count - int(count * held_out))
+        remedy = f"add --set data.held_out={held_out}"
+        remedy += f" --set train.batch={batch}" if batch < settings.train.batch else ""
+    raise UserError(
+        f"{count:,} pictures{left_out} are too few: {len(trained)} to train on and {len(held)} held out (data.held_out="
+        f"{settings.data.held_out}), at least 2 of each are needed; {remedy}"
+    )
 
 
 def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
@@ -178,14 +209,31 @@ def questions_of(data: Prepared) -> list[tuple[str, str]]:
     return [(record.id, q.text) for record in (*data.records, *data.kept_back) for q in record.questions]
 
 
+def name_texts(tokenizer: Any, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
+    """Counts and names the texts of which a tokenizer leaves nothing; (id of a picture, text)."""
+    unknown = [texts[n] for n in only_unknown(tokenizer, [text for _, text in texts])]
+    share = f"of {len(texts):,} ({100 * len(unknown) / max(1, len(texts)):.1f} %) have no word that the tokenizer knows"
+    _name("unknown", unknown, f"{share} and become only {tokenizer.unk_token}", run, progress)
+
+
 def name_long_texts(tokens: QFormerTokens, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
-    """Counts and names the texts that are cut at the token limit, as the paper cuts them; (id of a picture, text)."""
+    """Counts and names the texts that are cut at the token limit, as the paper cuts them, and those of `name_texts`."""
     long = [texts[n] for n in tokens.too_long([text for _, text in texts])]
-    if long and is_first():
-        with (run / "skipped.jsonl").open("a", encoding="utf-8") as file:
-            for picture, text in long:
-                file.write(json.dumps({"cut": f"{picture}: {text}"}) + "\n")
-        progress.say(
-            f"{len(long)} texts have more than {tokens.longest} tokens and are cut there (data.max_tokens); the "
-            f"first is of {long[0][0]}; all are in {run / 'skipped.jsonl'}"
-        )
+    _name("cut", long, f"have more than {tokens.longest} tokens and are cut there (data.max_tokens)", run, progress)
+    name_texts(tokens.tokenizer, texts, run, progress)
+
+
+def _name_cut_texts(records: Sequence[Record], run: Path, progress: Progress) -> None:
+    """Counts and names the texts of which `cleaned` leaves the first 50 words."""
+    texts = [(r.id, clean_caption(text, len(text)), text) for r in records for text in r.captions]
+    texts += [(r.id, clean_question(q.text, len(q.text)), q.text) for r in records for q in r.questions]
+    long = [(picture, text) for picture, whole, text in texts if len(whole.split()) > MAX_WORDS]
+    _name("cut", long, f"have more than {MAX_WORDS} words and are cut there", run, progress)
+
+
+def _name(key: str, texts: Sequence[tuple[str, str]], what: str, run: Path, progress: Progress) -> None:
+    if not texts or not is_first():
+        return
+    with (run / "skipped.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({key: f"{picture}: {text}"}) + "\n" for picture, text in texts)
+    progress.say(f"{len(texts):,} texts {what}; the first is of {texts[0][0]}; all are in {run / 'skipped.jsonl'}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from openblip2.config import RunSettings
 from openblip2.data.batches import PairBatch, Prefetcher, joined_ids
 from openblip2.data.records import Record
-from openblip2.data.seen import write_seen
+from openblip2.data.seen import data_digest, write_seen
 from openblip2.data.tokens import QFormerTokens
 from openblip2.data.web.mixture import Part
 from openblip2.distributed.collectives import is_first, share
@@ -46,16 +46,9 @@ from openblip2.progress import Progress
 from openblip2.train.bad_steps import RecordingBatches
 from openblip2.train.checkpoint import make_folder, write_config
 from openblip2.train.loop import fit
-from openblip2.train.prepare import Prepared, captions_of, name_long_texts, prepare, questions_of
+from openblip2.train.prepare import Prepared, captions_of, name_long_texts, name_texts, prepare, questions_of
 from openblip2.train.prepare_shards import prepare_shards
-from openblip2.train.resume import (
-    find_checkpoint,
-    data_digest,
-    find_checkpoint,
-    forget_checkpoints,
-    require_same,
-    require_same_data,
-)
+from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same, require_same_data
 from openblip2.train.start import (
     fine_tune_from,
     require_start,
@@ -167,21 +160,8 @@ def _stage1(
         return measure_stage1(model, tokens, data.held_out(), settings.train.seed)
 
     sparse = len(settings.stage1.objectives) < len(OBJECTIVES) or settings.stage1.itm_start_step > 0
-    advise = partial(bad_signs, settings)
-    fit(
-        model,
-        losses,
-        run,
-        settings.optim,
-        settings.train,
-        validate,
-        progress,
-        last,
-        batches.samples,
-        sparse,
-        advise,
-        data.digest,
-    )
+    advise, optim, train = partial(bad_signs, settings), settings.optim, settings.train
+    fit(model, losses, run, optim, train, validate, progress, last, batches.samples, sparse, advise, data.digest)
 
 
 def _stage2(
@@ -201,6 +181,7 @@ def _stage2(
         name_long_texts(tokens, questions_of(data), run, progress)
         if is_first():
             tokens.tokenizer.save_pretrained(run / "tokenizer")
+    name_texts(model.language.tokenizer, [*captions_of(data), *questions_of(data)], run, progress)
     if not fine_tunes:
         if settings.start:
             start_from_stage1(model, Path(settings.start))
@@ -239,21 +220,8 @@ def _stage2(
         return grounding(model, data.held_out(), settings.train.seed, prompts[0]).as_log()
 
     sparse = settings.qformer.reads_question  # its last layer's text is read by nobody
-    advise = partial(bad_signs, settings)
-    fit(
-        model,
-        losses,
-        run,
-        settings.optim,
-        settings.train,
-        validate,
-        progress,
-        last,
-        batches.samples,
-        sparse,
-        advise,
-        data.digest,
-    )
+    advise, optim, train = partial(bad_signs, settings), settings.optim, settings.train
+    fit(model, losses, run, optim, train, validate, progress, last, batches.samples, sparse, advise, data.digest)
 
 
 def bad_signs(settings: RunSettings, rows: Sequence[dict[str, Any]]) -> list[str]:

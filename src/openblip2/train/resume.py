@@ -12,11 +12,10 @@ batch), its learning rate one of the step.
 """
 
 import hashlib
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from openblip2.config import RunSettings, from_dict
-from openblip2.data.records import Record
 from openblip2.distributed.collectives import is_first
 from openblip2.distributed.full_tensor import full_tensor, like
 from openblip2.distributed.launch import from_first, wait_for_all
@@ -68,7 +66,7 @@ class Done:
         batches: Batches drawn, which is the sampler's whole state.
         bad_steps: Steps that were not finite (`train/bad_steps.py`).
         bad_in_a_row: How many of the last steps were not finite.
-        data: What it is trained on (`data_digest`); "" in checkpoints of older versions.
+        data: What it is trained on (`data.seen.data_digest`); "" in checkpoints of older versions.
     """
 
     step: int = 0
@@ -196,16 +194,6 @@ def require_same(settings: RunSettings, run: Path) -> None:
             f"--resume: {run / 'config.json'} was trained with other settings; give the same ones, or a new --out "
             f"(only {', '.join(f'train.{name}' for name in MAY_CHANGE)} may change)"
         )
-
-
-def data_digest(*parts: Sequence[Record]) -> str:
-    """The number of pictures and a digest of ids and texts of what a run is trained and validated on, in order.
-
-    Held-out pictures and batches are drawn by number, so one picture more or less changes all of them.
-    """
-    rows = [[(r.id, r.captions, [(q.text, q.given) for q in r.questions]) for r in records] for records in parts]
-    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return f"{sum(map(len, parts)):,} pictures, digest {digest[:16]}"
 
 
 def require_same_data(folder: Path, data: str) -> None:
