@@ -10,6 +10,7 @@ from torch import Tensor
 
 import tiny_models
 from openblip2.errors import UserError
+from openblip2.model import prompt_cache
 from openblip2.model.language import (
     IGNORED,
     DecoderLM,
@@ -104,6 +105,27 @@ def test_text_that_all_rows_begin_with_is_read_once(
     assert texts[0] == texts[1]
     assert torch.allclose(losses[0], losses[1], atol=1e-5)
     assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
+
+
+def test_one_reading_of_the_text_in_front_serves_validation_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, captions = language("llama", template="a cat on {prompt}{image}"), ["cat", "a red mat"]
+    read: list[list[int]] = []
+    read_text = prompt_cache.read_text
+    monkeypatch.setattr(prompt_cache, "read_text", lambda llm, text: read.append(text) or read_text(llm, text))
+    with torch.inference_mode():
+        validated = lm.scored(soft_prompts(2), ["it", "it"], captions)[0]
+    for _ in range(2):  # the second step must not see what the first has appended
+        soft = soft_prompts(2).requires_grad_()
+        loss = lm.scored(soft, ["it", "it"], captions)[0]
+        assert torch.equal(loss, validated)
+        assert torch.autograd.grad(loss, soft)[0].abs().max() > 1e-3
+    assert len(read) == 1
+    lm.scored(soft_prompts(2), ["red", "red"], captions)
+    assert len(read) == 2
+    assert read[0] != read[1]
+    lm.llm.load_state_dict(lm.llm.state_dict())
+    lm.scored(soft_prompts(2), ["red", "red"], captions)
+    assert read[1] == read[2]
 
 
 def test_examples_stand_in_front_of_the_template() -> None:
