@@ -388,7 +388,7 @@ def seen(content: Callable[[bytes], bytes]) -> Callable[[Home], tuple[object, ..
         noise = Image.effect_noise((40, 40), 50)
         noise.save(h.root / "bad.png")
         (h.root / "bad.png").write_bytes(content((h.root / "bad.png").read_bytes()))
-        return "caption", h.stage2, h.picture(), h.root / "bad.png"
+        return "caption", h.stage2, h.root / "bad.png"
 
     return arguments
 

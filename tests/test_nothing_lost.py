@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as hf
 
 import openblip2
+from openblip2.captioner import Captioner
 from openblip2.config import change
 from openblip2.data.records import Record
 from openblip2.data.tokens import only_unknown
@@ -167,3 +169,73 @@ def test_an_unknown_text_in_use_is_named(home: Home, caplog: pytest.LogCaptureFi
         "text 'schnee': the model's tokenizer knows no word of it and reads only [UNK]"
     ]
     assert only_unknown(hf.AutoTokenizer.from_pretrained(home.root / "bert"), ["", "a", "x y", "x a"]) == [2]
+
+
+# --- bad pictures in a batch
+
+
+def test_a_bad_picture_does_not_end_a_batch(home: Home, tmp_path: Path) -> None:
+    bad, gone = tmp_path / "bad.png", tmp_path / "gone.png"
+    bad.write_bytes(b"not a picture")
+    given = [home.picture(0), bad, home.picture(1), gone, home.picture(2)]
+    for command, key in ((("caption", home.stage2), "caption"), (("rank", home.stage1, "a red dog"), "similarity")):
+        said = call(*command, *given, "--json")
+        rows = {row["path"]: row[key] for row in map(json.loads, said.out.splitlines())}
+        assert said.code == 2
+        assert [path for path, value in rows.items() if value is None] == [str(bad), str(gone)]
+        alone = call(*command, given[2], "--json")
+        assert alone.code == 0
+        assert rows[str(given[2])] == pytest.approx(json.loads(alone.out)[key])
+        *_, last = said.err.splitlines()
+        assert last == f"openblip2: 2 of 5 pictures cannot be read and have no result: {bad}, {gone}"
+        plain = call(*command, *given)
+        assert (plain.code, len(plain.out.splitlines())) == (2, 3)
+
+
+def test_lists_in_python_have_none_for_a_bad_picture(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+    given = [home.root / "gone.png", home.picture(1), home.root / "gone.png", home.picture(0)]
+    captioner, matcher = openblip2.load(home.stage2), openblip2.load(home.stage1)
+    assert isinstance(captioner, Captioner)
+    assert isinstance(matcher, Matcher)
+    good, texts = [given[1], given[3]], ["a red dog", "a blue bus", "a cat"]
+    assert captioner.caption(given) == [None, *captioner.caption(good)[:1], None, *captioner.caption(good)[1:]]
+    questions = ["what colour is it", "is it a dog"] * 2
+    answers = captioner.answer(good, [questions[1], questions[3]])
+    assert captioner.answer(given, questions) == [None, answers[0], None, answers[1]]
+    assert captioner.caption(given[:1]) == [None]
+    assert [record.getMessage() for record in caplog.records].count(
+        f"{given[0]}: does not exist; the path of a picture"
+    ) == 3
+    for found, expected in (
+        (matcher.similarity(given, texts), matcher.similarity(good, texts)),
+        (matcher.match(given, [*texts, "a dog"]), matcher.match(good, [texts[1], "a dog"])),
+        *zip(matcher.rerank(given, texts), matcher.rerank(good, texts), strict=True),
+    ):
+        assert found[[0, 2]].isnan().all()
+        torch.testing.assert_close(found[[1, 3]], expected)
+    with pytest.raises(UserError, match="an empty text"):
+        captioner.answer(given, ["."] * 4)
+
+
+def test_one_bad_picture_alone_is_one_line_and_null(home: Home) -> None:
+    gone = home.root / "gone.png"
+    for words in (
+        ("caption", home.stage2, gone),
+        ("answer", home.stage2, gone, "what"),
+        ("rank", home.stage1, "a", gone),
+    ):
+        one_line(call(*words), gone, "does not exist")
+        said = call(*words, "--json")
+        one_line(said, gone)
+        assert None in json.loads(said.out).values()
+
+
+def test_a_line_break_in_a_file_name_breaks_no_line(home: Home, tmp_path: Path) -> None:
+    odd = [tmp_path / "a\nb\t.png", tmp_path / "c.png"]
+    for path in odd:
+        path.write_bytes(home.picture().read_bytes())
+    for words in (("caption", home.stage2), ("rank", home.stage1, "a dog")):
+        said = call(*words, *odd)
+        assert (said.code, len(said.out.splitlines())) == (0, 2)
+        assert f"{tmp_path}/a\\nb\\t.png" in said.out
+    one_line(call("caption", home.stage2, tmp_path / "x\ny.png"), f"{tmp_path}/x\\ny.png: does not exist")

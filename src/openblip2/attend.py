@@ -117,9 +117,9 @@ def _of_captioner(model: Captioner, vision: Vision, features: Tensor, picture: P
         (asked,) = clean_texts([text], clean_question)
         prompt, (tokens, valid) = language.question.replace("{}", asked), model.tokens([asked])
         question = tokens.to(features.device), valid.to(features.device)
-        text = model.answer([picture], [text])[0]
+        (text,) = model.ask(picture, [text])
     elif text is None:
-        text = model.caption([picture], decoding=greedy(CAPTION))[0]
+        (text,) = model.generate([picture], [prompt], greedy(CAPTION))
     else:
         (text,) = clean_texts([text], clean_caption)
     with watching(stage2.qformer) as weights:

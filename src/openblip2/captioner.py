@@ -18,7 +18,7 @@ from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.answering import question_tokens
 from openblip2.hardware import computing
-from openblip2.inputs import GROUP, clean_texts, features_of, require_pairs, same_pictures, warn_unknown
+from openblip2.inputs import GROUP, clean_texts, each_readable, features_of, require_pairs, same_pictures, warn_unknown
 from openblip2.model.language import Decoding
 from openblip2.model.stage2 import Stage2
 from openblip2.pretrained import Pretrained
@@ -44,40 +44,58 @@ class Captioner(Pretrained):
         super().__init__(model, settings, carries, measured, tokens.tokenizer if tokens else None)
         self.tokens = tokens
 
-    def caption(self, images: Sequence[Picture], prompt: str | None = None, decoding: Decoding = CAPTION) -> list[str]:
-        """One caption for each picture. `prompt`: text behind the soft prompt; None = the one of training.
+    def caption(
+        self, images: Sequence[Picture], prompt: str | None = None, decoding: Decoding = CAPTION
+    ) -> list[str | None]:
+        """One caption for each picture; None for a picture that cannot be opened, which a warning names.
 
-        Raises:
-            UserError: a picture that cannot be opened.
+        Args:
+            prompt: Text behind the soft prompt; None = the one of training.
         """
         prompt = self.settings.language.prompts[0] if prompt is None else prompt
-        return self.generate(images, [prompt] * len(images), decoding)
+        return each_readable(images, lambda some, numbers: self.generate(some, [prompt] * len(some), decoding))
 
-    def answer(self, images: Sequence[Picture], questions: Sequence[str], decoding: Decoding = ANSWER) -> list[str]:
+    def answer(
+        self, images: Sequence[Picture], questions: Sequence[str], decoding: Decoding = ANSWER
+    ) -> list[str | None]:
         """The answer to question n about picture n, asked in the run's own form (`language.question`).
 
-        A picture that repeats is looked at once, as in `generate`.
+        A picture that repeats is looked at once, as in `generate`. The answer is None for a picture that cannot be
+        opened, which a warning names.
 
         Raises:
-            UserError: a picture that cannot be opened, an empty question, one of more than 50 words, or not as
-                many as pictures.
+            UserError: an empty question, one of more than 50 words, or not as many as pictures.
         """
         require_pairs(images, questions, "questions")
+        prompts, asked = self.read_questions(questions)
+
+        def write(some: Sequence[Picture], numbers: Sequence[int]) -> list[str]:
+            read = None if asked is None else [asked[n] for n in numbers]
+            return self.generate(some, [prompts[n] for n in numbers], decoding, read)
+
+        return each_readable(images, write)
+
+    def read_questions(self, questions: Sequence[str]) -> tuple[list[str], list[str] | None]:
+        """Prompts that ask the questions, and the questions for a Q-Former that reads them, as `generate` takes them.
+
+        Raises:
+            UserError: an empty question, or one of more than 50 words.
+        """
         asked = clean_texts(questions, clean_question)
         warn_unknown(
             self.tokens.tokenizer if self.tokens else self.model.language.tokenizer, list(dict.fromkeys(asked))
         )
         form = self.settings.language.question
-        prompts = [form.replace("{}", question) for question in asked]
-        return self.generate(images, prompts, decoding, asked if self.tokens else None)
+        return [form.replace("{}", question) for question in asked], asked if self.tokens else None
 
     def ask(self, image: Picture, questions: Sequence[str], decoding: Decoding = ANSWER) -> list[str]:
         """Answers to many questions about one picture, which is looked at once.
 
         Raises:
-            UserError: as `answer`.
+            UserError: as `answer`; or the picture cannot be opened.
         """
-        return self.answer([image] * len(questions), questions, decoding)
+        prompts, asked = self.read_questions(questions)
+        return self.generate([image] * len(questions), prompts, decoding, asked)
 
     def soft_prompt(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> Tensor:
         """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU.

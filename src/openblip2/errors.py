@@ -1,12 +1,20 @@
 """The exceptions that are part of the interface."""
 
+import re
+
 
 class UserError(ValueError):
     """What the user handed in cannot be used.
 
     The message is one line: what was wrong, where, and what would be right. The command line prints it
     without a traceback and ends with exit code 2; from Python it is an ordinary `ValueError`.
+
+    Args:
+        message: Control characters in it, of file names say, are written as in Python's strings.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Stopped(KeyboardInterrupt):
@@ -19,6 +27,11 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, kind: int) -> None:
         super().__init__(f"stopped by signal {kind}")
         self.code = 128 + kind
+
+
+def printable(text: str) -> str:
+    """The text with line breaks and other control characters written as in Python's strings: "a\\nb.png"."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def one_line(error: Exception) -> str:

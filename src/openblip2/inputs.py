@@ -1,13 +1,13 @@
 """What people hand in for inference, checked and made ready: pictures and sentences."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from openblip2.compat import log
-from openblip2.data.images import Picture, to_pixels
+from openblip2.data.images import Picture, open_picture, to_pixels
 from openblip2.data.text import MAX_WORDS
 from openblip2.data.tokens import only_unknown
 from openblip2.errors import UserError
@@ -23,6 +23,43 @@ def features_of(model: Stage1 | Stage2, images: Sequence[Picture]) -> Iterator[T
     device = next(model.parameters()).device
     for start in range(0, len(images), GROUP):
         yield model.vision(to_pixels(images[start : start + GROUP], model.vision.image_size).to(device))
+
+
+T = TypeVar("T")
+
+
+def each_readable(
+    images: Sequence[Picture], use: Callable[[Sequence[Picture], Sequence[int]], Iterable[T]]
+) -> list[T | None]:
+    """One result for each picture; None for those that cannot be opened, each named in a warning.
+
+    Bad pictures are only looked for when `use` has failed, so that good ones are not opened twice.
+
+    Args:
+        use: Takes pictures and their numbers in `images`, and returns a result for each of them.
+
+    Raises:
+        UserError: `use` failed for another reason.
+    """
+    try:
+        return list(use(images, range(len(images))))
+    except UserError:
+        bad = {n: problem for n, image in enumerate(images) if (problem := _problem(image))}
+        if not bad:
+            raise
+    for problem in dict.fromkeys(bad.values()):
+        log.warning("%s", problem)
+    good = [n for n in range(len(images)) if n not in bad]
+    found = dict(zip(good, use([images[n] for n in good], good) if good else (), strict=True))
+    return [found.get(n) for n in range(len(images))]
+
+
+def _problem(image: Picture) -> str | None:
+    try:
+        open_picture(image)
+    except UserError as problem:
+        return str(problem)
+    return None
 
 
 def same_pictures(images: Sequence[Picture]) -> list[str | int]:

@@ -17,7 +17,7 @@ from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.retrieval import rerank, similarities
 from openblip2.hardware import computing
-from openblip2.inputs import clean_texts, features_of, require_pairs, warn_unknown
+from openblip2.inputs import clean_texts, each_readable, features_of, require_pairs, warn_unknown
 from openblip2.model.stage1 import Stage1
 from openblip2.pretrained import Pretrained
 
@@ -41,30 +41,42 @@ class Matcher(Pretrained):
     def similarity(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
         """The best query's cosine for N pictures and M texts: `[N, M]`, in [-1, 1].
 
+        The row of a picture that cannot be opened is NaN, and a warning names it.
+
         Raises:
-            UserError: a picture that cannot be opened, an empty text, or one longer than the run's text limit.
+            UserError: an empty text, or one longer than the run's text limit.
         """
         tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            rows = [similarities(self.model, part, tokens, valid) for part in features_of(self.model, images)]
-        return torch.cat(rows).float().cpu()
+
+        def score(some: Sequence[Picture], numbers: Sequence[int]) -> Tensor:
+            with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+                rows = [similarities(self.model, part, tokens, valid) for part in features_of(self.model, some)]
+            return torch.cat(rows).float().cpu()
+
+        return _stacked(each_readable(images, score), len(texts))
 
     def match(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
         """The probability, by the image-text matching head, that text n belongs to picture n: `[N]`.
+
+        It is NaN for a picture that cannot be opened, and a warning names it.
 
         Raises:
             UserError: as `similarity`; or not as many texts as pictures.
         """
         require_pairs(images, texts, "texts")
         tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
-        found, done = [], 0
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            for part in features_of(self.model, images):
-                rows = slice(done, done + len(part))
-                logits = self.model.match(self.model.qformer.encode_image(part), tokens[rows], valid[rows])
-                found.append(logits.float().softmax(dim=1)[:, 1])
-                done += len(part)
-        return torch.cat(found).cpu()
+
+        def score(some: Sequence[Picture], numbers: Sequence[int]) -> Tensor:
+            found, done = [], 0
+            with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+                for part in features_of(self.model, some):
+                    rows = list(numbers[done : done + len(part)])
+                    logits = self.model.match(self.model.qformer.encode_image(part), tokens[rows], valid[rows])
+                    found.append(logits.float().softmax(dim=1)[:, 1])
+                    done += len(part)
+            return torch.cat(found).cpu()
+
+        return _stacked(each_readable(images, score))
 
     def embed_image(self, image: Picture) -> list[float]:
         """One direction for a picture: E numbers, of length 1. The mean of its queries', so cosines with it are lower
@@ -93,16 +105,22 @@ class Matcher(Pretrained):
 
         By the first each picture finds its texts, by the second each text its pictures: the `best` by `similarity`
         have the matching head's log-odds, and all others stand behind them. All pictures' features are in memory.
+        The rows of a picture that cannot be opened are NaN, and a warning names it.
 
         Raises:
             UserError: as `similarity`.
         """
         tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            features = torch.cat(list(features_of(self.model, images)))
-            scores = similarities(self.model, features, tokens, valid)
-            by_image, by_text = rerank(self.model, features, tokens, valid, scores, best)
-        return by_image.float().cpu(), by_text.float().cpu()
+
+        def score(some: Sequence[Picture], numbers: Sequence[int]) -> Tensor:
+            with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+                features = torch.cat(list(features_of(self.model, some)))
+                scores = similarities(self.model, features, tokens, valid)
+                both = rerank(self.model, features, tokens, valid, scores, best)
+            return torch.stack(both, dim=1).float().cpu()
+
+        by_image, by_text = _stacked(each_readable(images, score), 2, len(texts)).unbind(dim=1)
+        return by_image, by_text
 
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
         if questions is not None:
@@ -120,3 +138,9 @@ class Matcher(Pretrained):
             raise UserError(f"text {texts[n][:40]!r}... is longer than the {self.tokens.longest} tokens of this run")
         warn_unknown(self.tokens.tokenizer, cleaned)
         return self.tokens(cleaned)
+
+
+def _stacked(rows: Sequence[Tensor | None], *shape: int) -> Tensor:
+    """The rows, of one shape; NaN for those that are None."""
+    missing = torch.full(shape, torch.nan)
+    return torch.stack([missing if row is None else row for row in rows])

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from openblip2.commands.shared import AsJson, keeping, progress, put
+from openblip2.errors import UserError, printable
 
 
 def index(
@@ -44,7 +45,6 @@ def search(
     """Search an index by a text or an image: prints `similarity<TAB>path`, best first."""
     progress().doing(f"loading the model of {index}")
     from openblip2.apps.search.find import Finder
-    from openblip2.errors import UserError
 
     finder = Finder(index)
     is_picture = Path(query).is_file()
@@ -56,4 +56,4 @@ def search(
             put({"path": str(hit.path), "similarity": hit.similarity, "match": hit.match})
         else:
             match = "" if hit.match is None else f"\t{hit.match:.3f}"
-            typer.echo(f"{hit.similarity:.3f}{match}\t{hit.path}")
+            typer.echo(f"{hit.similarity:.3f}{match}\t{printable(str(hit.path))}")

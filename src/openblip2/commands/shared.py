@@ -66,7 +66,7 @@ def put(values: dict[str, Any]) -> None:
 
 def tell(line: str) -> None:
     """A line of the result, at once. Not `typer.echo`: it writes past a running bar, into its line."""
-    print(line, flush=True)
+    print(line.encode(errors="backslashreplace").decode(), flush=True)  # bytes of a file name that are no text
 
 
 @contextmanager
@@ -85,6 +85,27 @@ def read_changes(pairs: list[str] | None) -> dict[str, str]:
         if "=" not in pair:
             raise UserError(f"--set {pair!r}: write it as section.field=value, for example optim.lr=2e-4")
     return dict(pair.split("=", 1) for pair in pairs or ())  # pyright: ignore[reportReturnType]
+
+
+def open_single(images: Sequence[Path], empty: dict[str, Any] | None) -> None:
+    """Ends a command on one picture that cannot be read with its one line, after `empty` as its result in JSON."""
+    from openblip2.data.images import open_picture
+
+    try:
+        if len(images) == 1:
+            open_picture(images[0])
+    except UserError:
+        if empty:
+            put(empty)
+        raise
+
+
+def require_all(images: Sequence[Path], bad: Sequence[Path]) -> None:
+    """Ends a command that has done all other pictures, with exit code 2 if there are bad ones."""
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        names = ", ".join(map(str, bad[:3])) + more
+        raise UserError(f"{len(bad):,} of {len(images):,} pictures cannot be read and have no result: {names}")
 
 
 def load_captioner(run: str) -> Any:

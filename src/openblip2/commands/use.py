@@ -1,13 +1,14 @@
 """Commands that use a trained run on pictures: caption, answer, chat, rank, attend."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Run, among, load_captioner, progress, put, tell
-from openblip2.errors import UserError
+from openblip2.commands.shared import AsJson, Run, among, load_captioner, open_single, progress, put, require_all, tell
+from openblip2.errors import UserError, printable
 
 
 def caption(
@@ -24,12 +25,19 @@ def caption(
     from openblip2.captioner import CAPTION
     from openblip2.inputs import GROUP
 
+    open_single(images, {"path": str(images[0]), "caption": None} if as_json else None)
+    bad: list[Path] = []
     with progress().steps("captions", len(images)) as bar:
         for start in range(0, len(images), GROUP):
             part = images[start : start + GROUP]
             for image, text in zip(part, model.caption(part, prompt, replace(CAPTION, beams=beams)), strict=True):
-                put({"path": str(image), "caption": text}) if as_json else tell(f"{image}\t{text}")
+                bad += [image] if text is None else []
+                if as_json:
+                    put({"path": str(image), "caption": text})
+                elif text is not None:
+                    tell(f"{printable(str(image))}\t{text}")
             bar.advance(count=len(part))
+    require_all(images, bad)
 
 
 def answer(
@@ -39,8 +47,11 @@ def answer(
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about an image."""
-    (text,) = load_captioner(run).answer([image], [question])
-    put({"path": str(image), "question": question, "answer": text}) if as_json else typer.echo(text)
+    model = load_captioner(run)
+    row = {"path": str(image), "question": question}
+    open_single([image], row | {"answer": None} if as_json else None)
+    (text,) = model.ask(image, [question])
+    put(row | {"answer": text}) if as_json else typer.echo(text)
 
 
 def chat(
@@ -91,14 +102,20 @@ def rank(
     model = load(run)
     if not isinstance(model, Matcher):
         raise UserError(f"{run} is a stage-2 run; rank needs a stage-1 run")
+    open_single(images, {"path": str(images[0]), "similarity": None} if as_json else None)
     scores: list[float] = []
     with says.steps("pictures", len(images)) as bar:
         for start in range(0, len(images), GROUP):
             part = images[start : start + GROUP]
             scores += model.similarity(part, [text])[:, 0].tolist()
             bar.advance(count=len(part))
-    for score, image in sorted(zip(scores, images, strict=True), key=lambda pair: -pair[0]):
-        put({"path": str(image), "similarity": score}) if as_json else typer.echo(f"{score:.3f}\t{image}")
+    bad = [image for score, image in zip(scores, images, strict=True) if math.isnan(score)]
+    for score, image in sorted(zip(scores, images, strict=True), key=lambda pair: (math.isnan(pair[0]), -pair[0])):
+        if as_json:
+            put({"path": str(image), "similarity": None if math.isnan(score) else score})
+        elif not math.isnan(score):
+            typer.echo(f"{score:.3f}\t{printable(str(image))}")
+    require_all(images, bad)
 
 
 def attend(

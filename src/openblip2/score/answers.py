@@ -57,7 +57,8 @@ def score_answers(
 
     def write(rows: slice) -> list[str]:
         part = asked[rows]
-        return captioner.answer([records[n].image for n, _ in part], [q.text for _, q in part], decoding)
+        prompts, read = captioner.read_questions([question.text for _, question in part])
+        return captioner.generate([records[n].image for n, _ in part], prompts, decoding, read)
 
     names = [(str(records[n].image), question.text) for n, question in asked]
     said = (kept or Kept()).texts("answers", "questions", names, GROUP, write, progress, decoding_card(decoding))

@@ -52,7 +52,8 @@ def score_captions(
     prompt = captioner.settings.language.prompts[0] if prompt is None else prompt
 
     def write(rows: slice) -> list[str]:
-        return captioner.caption([record.image for record in records[rows]], prompt, decoding)
+        images = [record.image for record in records[rows]]
+        return captioner.generate(images, [prompt] * len(images), decoding)
 
     names, how = [str(record.image) for record in records], [prompt, decoding_card(decoding)]
     written = (kept or Kept()).texts("captions", "pictures", names, GROUP, write, progress, how)

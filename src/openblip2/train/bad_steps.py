@@ -51,6 +51,7 @@ def count_step(done: Done, batches: int, bad: bool) -> Done:
         batches=done.batches + batches,
         bad_steps=done.bad_steps + bad,
         bad_in_a_row=done.bad_in_a_row + 1 if bad else 0,
+        data=done.data,
     )
 
 
