@@ -1,6 +1,12 @@
 """Finished work is never replaced, and nothing is left out, without a word."""
 
 import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +18,8 @@ from openblip2.captioner import Captioner
 from openblip2.config import change
 from openblip2.data.records import Record
 from openblip2.data.tokens import only_unknown
+from openblip2.data.web.tars import TarWriter
+from openblip2.distributed.launch import locked
 from openblip2.errors import UserError
 from openblip2.matcher import Matcher
 from openblip2.presets import preset
@@ -20,7 +28,7 @@ from openblip2.train.checkpoint import require_absent
 from openblip2.train.prepare import _require_enough, hold_out
 from openblip2.train.resume import require_new
 from openblip2.train.skipped import Skipped
-from test_cli import Home, Said, call, home
+from test_cli import SOURCE, Home, Said, call, home
 
 __all__ = ["home"]
 
@@ -239,3 +247,64 @@ def test_a_line_break_in_a_file_name_breaks_no_line(home: Home, tmp_path: Path) 
         assert (said.code, len(said.out.splitlines())) == (0, 2)
         assert f"{tmp_path}/a\\nb\\t.png" in said.out
     one_line(call("caption", home.stage2, tmp_path / "x\ny.png"), f"{tmp_path}/x\\ny.png: does not exist")
+
+
+# --- two processes and one folder
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from openblip2.distributed.launch import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_has_one_writer_whose_lock_ends_with_it(home: Home, tmp_path: Path) -> None:
+    run, photos = tmp_path / "run", tmp_path / "index"
+    for out in (run, photos):
+        environment = os.environ | {"PYTHONPATH": SOURCE}
+        holder = subprocess.Popen([sys.executable, "-c", HOLD, str(out)], stdout=subprocess.PIPE, env=environment)
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            words = home.train("stage1", str(run)) if out == run else ("index", home.data, "--run", home.stage1)
+            said = call(*words, *(() if out == run else ("--out", out)))
+            one_line(said, out, f"process {holder.pid} on {platform.node()}", "another --out")
+            assert [path.name for path in out.iterdir()] == [".lock"]
+        finally:
+            holder.kill()
+            holder.wait()
+        with locked(out):  # although the file of the dead process is still there
+            assert (out / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
+        assert list(out.iterdir()) == []
+
+
+def test_two_writers_of_a_shard_do_not_mix(tmp_path: Path) -> None:
+    first = TarWriter(tmp_path / "00000.tar")
+    with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on"):
+        TarWriter(tmp_path / "00000.tar")
+    TarWriter(tmp_path / "00001.tar").abandon()
+    first.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]
+
+
+def test_a_waiting_writer_goes_on_when_the_first_one_is_done(tmp_path: Path) -> None:
+    order: list[str] = []
+    first = locked(tmp_path)
+    first.__enter__()
+
+    def wait() -> None:
+        with locked(tmp_path, say=lambda line: order.append(line.partition(": ")[2])):
+            order.append("second")
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    while not order:
+        time.sleep(0.01)
+    order.append("first is done")
+    first.__exit__(None, None, None)
+    thread.join(60)
+    assert order == ["waiting until it is done", "first is done", "second"]

@@ -20,8 +20,9 @@ def index(
     says = progress()
     says.doing(f"loading {run}")
     from openblip2.apps.search.index import update_index
+    from openblip2.distributed.launch import locked
 
-    with keeping(f"the pictures read so far are in {out}, the same command goes on"):
+    with keeping(f"the pictures read so far are in {out}, the same command goes on"), locked(out):
         done = update_index(folder, run, out, says)
     for line in done.skipped:
         says.say(f"skipped: {line}")

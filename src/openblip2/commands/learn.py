@@ -64,9 +64,10 @@ def demo(
     says = progress()
     says.doing("loading the libraries")
     from openblip2.apps.demo import plan_for, run_demo
+    from openblip2.distributed.launch import locked
 
     plan = plan_for(corpus, world or "small", seed, budget)  # pyright: ignore[reportArgumentType]
-    with keeping(f"checkpoints and finished runs are in {out}, the same command goes on"):
+    with keeping(f"checkpoints and finished runs are in {out}, the same command goes on"), locked(out):
         metrics = run_demo(out, plan, says, overwrite)
     report, figures = str(out / "report.html"), str(out / "metrics.json")
     if as_json:
@@ -126,6 +127,7 @@ def train(
         settings = change(settings, {"data.source": data} | ({"start": str(start)} if start else {}))
         settings = change(settings, {"data.features": str(features)} if features else {})
         from openblip2.distributed.collectives import is_first
+        from openblip2.distributed.launch import locked
 
         says = progress(first=is_first())
         says.doing("loading data and models")
@@ -133,15 +135,16 @@ def train(
         from openblip2.train.recipes import train_stage
         from openblip2.train.resume import require_new
 
-        if not resume:
-            require_new(out, overwrite)
-        wanted = "questions" if what == "vqa" else "captions"
-        source = read_source(data, wanted, images, split, questions, shards=True)
-        skipped, kept = source.skipped, None
-        if held_out is not None:
-            kept, more, _, _ = read_source(held_out, wanted)
-            skipped = skipped + more
-        train_stage(settings, source.records, out, says, resume, None, skipped, kept, source.shards)
+        with locked(out):
+            if not resume:
+                require_new(out, overwrite)
+            wanted = "questions" if what == "vqa" else "captions"
+            source = read_source(data, wanted, images, split, questions, shards=True)
+            skipped, kept = source.skipped, None
+            if held_out is not None:
+                kept, more, _, _ = read_source(held_out, wanted)
+                skipped = skipped + more
+            train_stage(settings, source.records, out, says, resume, None, skipped, kept, source.shards)
         if is_first():
             typer.echo(str(out))
 

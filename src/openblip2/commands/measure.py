@@ -165,9 +165,10 @@ def bench_real(
     says.doing("gathering pictures")
     from openblip2.apps.studies.real import Plan
     from openblip2.apps.studies.real import bench_real as run
+    from openblip2.distributed.launch import locked
 
     plan = Plan(seed=seed) if not fold else Plan(seed=seed, folds=tuple(sorted(set(fold))))
-    with keeping(f"finished runs are in {out}, the same command goes on"):
+    with keeping(f"finished runs are in {out}, the same command goes on"), locked(out):
         run(out, plan, says, table)
     typer.echo((out / "real.md").read_text(encoding="utf-8"))
 

@@ -30,6 +30,7 @@ def ablate(
     says.doing("drawing scenes")
     from openblip2.apps.studies.ablations import ablate as run
     from openblip2.apps.studies.design import Plan
+    from openblip2.distributed.launch import locked
 
     steps = {stage: n for stage, n in (("stage1", stage1_steps), ("stage2", stage2_steps)) if n}
     plan = Plan(
@@ -40,7 +41,7 @@ def ablate(
         steps=steps,
         changes=read_changes(changes),
     )
-    with keeping(f"finished runs are in {out}, the same command goes on"):
+    with keeping(f"finished runs are in {out}, the same command goes on"), locked(out):
         run(name, out, plan, says)
     typer.echo((out / "ablation.md").read_text(encoding="utf-8"))
 

@@ -9,14 +9,13 @@ leaves at most an unfinished last line, or features that no line names; the next
 Shapes: E entries of a picture (the plain one, then random crops of it), P patch tokens, V encoder width, B pictures.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import ENOSPC, ENOSYS
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from openblip2.data.records import Record
+from openblip2.distributed.launch import locked
 from openblip2.errors import UserError
 
 VERSION = 2
@@ -139,9 +139,7 @@ def writing(
         UserError: It was made by something else, or is damaged; or the disk is full.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "features.jsonl").open("ab") as index:
-            _lock(index, lambda: say(f"{folder} is being written by another process: waiting until it is done"))
+        with locked(folder, say=say), (folder / "features.jsonl").open("ab") as index:
             if _outdated(folder, made_by, say, records, replace):
                 index.truncate(0)
                 for old in folder.glob("features-*.bin"):
@@ -260,18 +258,6 @@ def _index_lines(folder: Path) -> list[bytes]:
     path = folder / "features.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
-
-
-def _lock(file: BinaryIO, waits: Callable[[], object]) -> None:
-    """Keeps other processes out until the file is closed, by us or by the system when we are killed."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        waits()
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno != ENOSYS:  # clusters may mount Lustre without locks: let one process at a time write there
-            raise
 
 
 def _append(file: BinaryIO, content: bytes) -> None:

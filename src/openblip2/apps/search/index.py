@@ -226,7 +226,7 @@ def _opened_or_new(root: Path, run: str, folder: Path, matcher: Matcher) -> Inde
             raise UserError(f"{folder}: was made by other weights ({index.about['run']}); give another --out")
         return index
     queries, width = matcher.model.qformer.queries.shape[1], matcher.model.vision_proj.out_features
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and no index; give a new folder")
     make_folder(folder / "thumbnails")
     about = {"root": str(root.resolve()), "run": str(Path(run).resolve()) if Path(run).exists() else run}

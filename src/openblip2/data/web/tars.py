@@ -15,7 +15,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from openblip2.data.images import MAX_BYTES
 from openblip2.data.web.shard_file import open_shard
 from openblip2.data.web.shard_names import expand as expand  # part of this module's interface
 from openblip2.data.web.tar_members import Member, shown, tar_members
+from openblip2.distributed.launch import locked
 from openblip2.errors import UserError, one_line
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"})
@@ -186,6 +187,8 @@ class TarWriter:
         self.path, self.count = Path(path), 0
         self._draft = self.path.with_name(f".{self.path.name}.new")
         self._keys: set[str] = set()
+        self._held = ExitStack()  # two parts of one job may have the same shard
+        self._held.enter_context(locked(self.path.parent, f".{self.path.name}.lock"))
         try:
             self._file = self._draft.open("wb")
         except OSError as error:
@@ -233,12 +236,14 @@ class TarWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._draft, self.path)
+        self._held.close()
 
     def abandon(self) -> None:
         """Leaves nothing behind."""
         self._file.close()
         with suppress(FileNotFoundError):
             self._draft.unlink()
+        self._held.close()
 
     def _write(self, name: str, content: bytes) -> None:
         member = tarfile.TarInfo(name)
