@@ -127,6 +127,8 @@ def test_caption_writes_a_line_for_each_picture(home: Home) -> None:
     from openblip2.model.language import Decoding
 
     assert [line[1] for line in lines] == model.caption(pictures, decoding=Decoding(beams=2))
+    default = call("caption", home.stage2, pictures[0])
+    assert default.out.strip().split("\t")[1:] == model.caption(pictures[:1])
     begun = call("caption", home.stage2, pictures[0], "--beams", "1", "--prompt", "the red dog is")
     assert begun.out.strip().split("\t")[1:] == model.caption(pictures[:1], "the red dog is", Decoding(beams=1))
 

@@ -25,6 +25,7 @@ from openblip2.train.hardware import computing
 
 CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short
+CHAT = replace(ANSWER, max_new_tokens=30)  # these three are the defaults of the command line, Python and the server
 
 
 class Captioner(Pretrained):

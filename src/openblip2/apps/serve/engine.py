@@ -94,7 +94,7 @@ class Engine:
         numbers, pictures, prompts, questions = map(list, zip(*ready, strict=True))
         language, how = captioner.model.language, jobs[0].decoding
         language.watched["stopping_criteria"] = self._stop
-        if jobs[0].stream:
+        if jobs[0].stream and how.beams == 1:
             language.watched["streamer"] = _Streamer(language.tokenizer, self._send_text)
         try:
             if captioner.tokens is None:
@@ -103,6 +103,8 @@ class Engine:
                 texts = captioner.generate(pictures, prompts, how, questions)
         finally:
             language.watched.clear()
+        if jobs[0].stream and how.beams > 1:  # beam search knows its text at the end only
+            self._send_text(texts[0])
         queries = captioner.model.qformer.queries.shape[1]
         for n, prompt, text in zip(numbers, prompts, texts, strict=True):
             count = len(language.tokenizer(text, add_special_tokens=False)["input_ids"])
