@@ -18,13 +18,18 @@ def convert(
     vision: Annotated[str | None, typer.Option(help="Image encoder to use instead of the source's.")] = None,
     language: Annotated[str | None, typer.Option(help="Language model to use instead of the source's.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the Q-Former, if the source has none.")] = None,
+    vision_heads: Annotated[
+        int | None, typer.Option(help="Attention heads of the image encoder in a .pth, if it is not ViT-g.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert weights between openblip2, transformers and LAVIS, or export the image path to ONNX."""
     progress().doing(f"converting {source}")
     from openblip2.weights.convert import convert as write
 
-    notes = write(source, out, to, heads=heads, vision=vision, language=language, tokenizer=tokenizer)
+    notes = write(
+        source, out, to, heads=heads, vision=vision, language=language, tokenizer=tokenizer, vision_heads=vision_heads
+    )
     if as_json:
         put({"out": str(out), "notes": notes})
         return

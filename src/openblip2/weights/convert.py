@@ -42,12 +42,13 @@ def convert(
     language: str | LanguageModel | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
+    vision_heads: int | None = None,
 ) -> list[str]:
     """Writes a checkpoint in another format; returns one line for each thing that was left out or changed.
 
     Args:
-        source, heads, vision, language, tokenizer, revision: as for `load`. Parts handed in ready are used up: for hf,
-            `<image>` joins the tokenizer, and the encoder takes the size of its pictures.
+        source, heads, vision, language, tokenizer, revision, vision_heads: as for `load`. Parts handed in ready are
+            used up: for hf, `<image>` joins the tokenizer, and the encoder takes the size of its pictures.
         out: a new folder (openblip2, hf), or a file (lavis: .pth; onnx: .onnx).
         to: "openblip2", "hf", "lavis" or "onnx".
 
@@ -59,7 +60,7 @@ def convert(
     out = Path(out)
     if to in ("lavis", "onnx"):
         _require_file(out, ".pth" if to == "lavis" else ".onnx")
-    parts = Parts(heads, vision, language, tokenizer)
+    parts = Parts(heads, vision, language, tokenizer, vision_heads)
     checkpoint = read_checkpoint(source, parts, revision)
     if checkpoint.settings.qformer.reads_question and to != "openblip2":
         raise UserError(f"{source}: its Q-Former reads questions, for which --to {to} has no place")
