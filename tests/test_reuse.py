@@ -308,6 +308,24 @@ def test_many_questions_about_one_picture(captioner: Captioner, how: Decoding) -
     assert len(set(found)) > 2, "the questions say nothing"
 
 
+@pytest.mark.parametrize("how", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_in_bf16_on_a_cpu_texts_do_not_depend_on_the_batch(captioner: Captioner, tmp_path: Path, how: Decoding) -> None:
+    captioner.save_pretrained(tmp_path / "run", merge=True)
+    half: Any = openblip2.load(tmp_path / "run", device="cpu", precision="bf16")
+    pictures, questions = arrays(24), QUESTIONS * 4
+    soft = torch.cat([half.soft_prompt([picture]) for picture in pictures])
+    alone = [half.answer([picture], [asked], how)[0] for picture, asked in zip(pictures, questions, strict=True)]
+    assert len(set(alone)) > 4, "neither pictures nor questions say anything"
+    for size in (2, 7, 24):
+        parts = [slice(start, start + size) for start in range(0, len(pictures), size)]
+        assert torch.equal(torch.cat([half.soft_prompt(pictures[part]) for part in parts]), soft)
+        assert [text for part in parts for text in half.answer(pictures[part], questions[part], how)] == alone
+    for model, expected in ((half, [1, 1, 1]), (captioner, [3])):
+        with seeing(model.model) as seen:
+            model.caption(pictures[:3], decoding=how)
+        assert seen == expected
+
+
 def test_repeated_pictures_are_seen_once(captioner: Captioner, tmp_path: Path) -> None:
     first, second, third = arrays(3)
     path = tmp_path / "a.png"

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 import tiny_runs
 from openblip2.apps.search.index import update_index
 from openblip2.apps.serve.batcher import Limits
+from openblip2.apps.serve.engine import Engine
 from openblip2.apps.serve.errors import ServeError
-from openblip2.apps.serve.jobs import Embed
+from openblip2.apps.serve.jobs import Embed, Write
 from openblip2.apps.serve.start import runs_of
 from openblip2.apps.serve.worker import Worker
 from openblip2.captioner import CAPTION, CHAT, Captioner, greedy
@@ -109,6 +110,19 @@ def test_a_dialogue_is_the_chats(home: Path, client: TestClient) -> None:
     plain = client.post("/v1/chat/completions", json=chat(home, "what is it?", temperature=0)).json()
     talk = Chat(captioner, home / "data" / "0.png", greedy(CHAT))
     assert plain["choices"][0]["message"]["content"] == talk.ask("what is it?")
+
+
+def test_in_bf16_on_a_cpu_an_answer_does_not_depend_on_other_requests(home: Path) -> None:
+    engine = Engine(str(home / "stage2"), None, None, send_text=print, stopped=lambda: False)
+    engine.captioner = load(home / "stage2", "cpu", precision="bf16")
+    language, rows = engine.captioner.model.language, []
+    generate = language.generate
+    language.generate = lambda soft, prompts, *more: rows.append(len(prompts)) or generate(soft, prompts, *more)
+    jobs = [Write(picture(home, n)["image"], CAPTION, question="what is it?") for n in range(5)]
+    together = engine.run(jobs)
+    assert rows == [1] * len(jobs)
+    engine._soft.clear()
+    assert together == [engine.run([job])[0] for job in jobs]
 
 
 @pytest.mark.parametrize("more", [{}, {"temperature": 0}])

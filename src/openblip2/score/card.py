@@ -12,10 +12,11 @@ import torch
 from openblip2.captioner import Captioner
 from openblip2.data.records import Record
 from openblip2.data.seen import seen_before
+from openblip2.inputs import group_of
 from openblip2.matcher import Matcher
 from openblip2.model.decoding import Decoding
 from openblip2.train.checkpoint import kept_parameters, read_config
-from openblip2.train.hardware import compute_dtype, device
+from openblip2.train.hardware import compute_dtype, computing, device
 
 PACKAGES = ("openblip2", "torch", "transformers", "tokenizers", "pillow", "numpy", "pycocoevalcap", "spacy")
 
@@ -39,6 +40,8 @@ def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
         | {"python": platform.python_version()},
     }
     if isinstance(model, Captioner):
+        with computing(model.model, settings.train.precision):
+            found["pictures_at_once"] = group_of(model.model)
         found |= {
             "language_model": settings.language.name,
             "language_weights": settings.language.weights,

@@ -23,7 +23,7 @@ from openblip2.data.images import PictureFile, open_picture
 from openblip2.data.text import clean_question
 from openblip2.errors import UserError
 from openblip2.inference import load
-from openblip2.inputs import clean_texts
+from openblip2.inputs import clean_texts, group_of
 from openblip2.matcher import Matcher
 from openblip2.model.decoding import Decoding
 from openblip2.train.hardware import computing
@@ -140,7 +140,11 @@ class Engine:
         while len(self._soft) > CACHED:
             self._soft.popitem(last=False)
         with torch.inference_mode(), computing(model, self.captioner.settings.train.precision):
-            return model.language.generate(soft, prompts, how, [distinct.index(key) for key in keys])
+            pictures = [distinct.index(key) for key in keys]
+            if group_of(model) > 1:
+                return model.language.generate(soft, prompts, how, pictures)
+            parts = zip(prompts, pictures, strict=True)
+            return [model.language.generate(soft, [prompt], how, [picture])[0] for prompt, picture in parts]
 
     def _match(self, job: Match) -> list[tuple[float, float]]:
         matcher, picture, texts = self._matcher(), _opened(job.picture), list(job.texts)
