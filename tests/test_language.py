@@ -182,6 +182,17 @@ def test_chat_without_a_chat_template_is_refused() -> None:
         resolve_template("chat", words)
 
 
+@pytest.mark.parametrize("says", ["{{ raise_exception('a system message first') }}", "{{ nothing.in_it }}", "{% if %}"])
+def test_a_chat_template_that_raises_is_one_line(says: str) -> None:
+    words = tiny_models.tokenizer()
+    words.chat_template = says
+    with pytest.raises(
+        UserError, match=r"chat template fails on a dialogue of length 1 .*language\.template"
+    ) as caught:
+        resolve_template("chat", words)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     with pytest.raises(UserError, match=r"no end-of-sequence token: set language\.end"):
         DecoderLM(tiny_models.gpt2(), tiny_models.tokenizer(eos=None))

@@ -360,9 +360,10 @@ def test_a_vocabulary_without_room_grows_by_the_image_token(home: Path, tmp_path
 def test_an_encoder_without_a_place_gets_the_way_of_projected_queries(home: Path, tmp_path: Path) -> None:
     vision = tiny_models.vision()
     stage2 = run_of(vision, home, tmp_path / "run")
-    notes = openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
-    assert "'dinov2_with_registers'" in notes[0]
-    assert "image_embeds.py" in notes[0]
+    with pytest.raises(UserError, match=r"no place for .*'dinov2_with_registers'.*--to projected"):
+        openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+    assert openblip2.convert(tmp_path / "run", tmp_path / "out", "projected") == []
     Image.fromarray(pictures(1)[0]).save(tmp_path / "picture.png")
     said = subprocess.run(
         [sys.executable, tmp_path / "out" / "image_embeds.py", tmp_path / "picture.png"],
@@ -403,8 +404,10 @@ def test_stage_1_with_an_encoder_without_a_place_is_refused(home: Path, tmp_path
     write_run(
         tmp_path / "run", settings, tiny.qformer().sizes, trained, vision, tokenizer=bert, carries=frozenset({"vision"})
     )
-    with pytest.raises(UserError, match=r"no place for the image encoder 'dinov2_with_registers'.*--to onnx"):
+    with pytest.raises(UserError, match=r"no place for the image encoder 'dinov2_with_registers'.*--to onnx$"):
         openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
+    with pytest.raises(UserError, match="stage-1 run: --to projected needs a language model"):
+        openblip2.convert(tmp_path / "run", tmp_path / "out", "projected")
     assert not (tmp_path / "out").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing half-written
 
@@ -607,6 +610,15 @@ def test_targets_that_cannot_be_written(home: Path, tmp_path: Path) -> None:
     told("is there already", home / "opt", tmp_path / "full", "hf")
     told("ends in .pth", home / "opt", tmp_path / "x", "lavis")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_what_a_lavis_file_repeats_is_not_left_out_of_another(home: Path, tmp_path: Path) -> None:
+    more = {"heads": HEADS, "vision": str(home / "retriever")}
+    notes = openblip2.convert(home / "stage1.pth", tmp_path / "copy.pth", "lavis", **more)
+    written = read_pth(tmp_path / "copy.pth")
+    same(dict(written), dict(read_pth(home / "stage1.pth")))
+    assert not [note for note in notes if note.split(":")[0] in written]
+    assert len(notes) == 1, "the image encoder alone"
 
 
 def test_left_out_is_named(home: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from openblip2.captioner import Captioner
+from openblip2.data.images import RESIZE
 from openblip2.data.records import Record
 from openblip2.data.seen import seen_before
 from openblip2.inputs import group_of
@@ -33,7 +34,7 @@ def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
         "image_encoder": settings.vision.name,
         "image_encoder_layer": settings.vision.layer,
         "image_size": settings.vision.image_size,
-        "resize": "to a square, bicubic, without keeping the aspect",
+        "resize": RESIZE,
         "precision": str(compute_dtype(device(), settings.train.precision)).removeprefix("torch."),
         "seed": seed,
         "versions": {name: known for name in PACKAGES if (known := _version(name))}

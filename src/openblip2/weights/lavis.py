@@ -103,7 +103,7 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
 
 
 def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: Path) -> list[str]:
-    """Writes `out`, a `.pth`; returns one line for each thing that it cannot hold.
+    """Writes `out`, a `.pth`; returns one line for each thing that it cannot hold, or that reading left out.
 
     Args:
         tower: the image encoder, if it is to stand in the file. to_t5: the language model is an encoder-decoder.
@@ -146,7 +146,8 @@ def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: 
         raise UserError(f"{out} cannot be written: {one_line(error)}") from error
     finally:
         fresh.unlink(missing_ok=True)
-    return notes
+    # What is left out of a LAVIS file that is read is in the one that is written.
+    return [line for line in checkpoint.left_out if line.partition(":")[0] not in model] + notes
 
 
 def projection_name(language: str) -> str | None:
