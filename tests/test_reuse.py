@@ -83,7 +83,7 @@ OTHERS = {kind.__name__: kind for kind in (mistral, gemma2, gemma3, bloom, mpt, 
 DECODERS = {**tiny_models.DECODERS, **OTHERS}
 READ_AGAIN = ("mamba", "recurrent_gemma")  # what they keep of a prompt cannot be handed on
 NO_GAPS = ("mistral", "gemma2", "gemma3", "bloom", "mpt", "bart")
-NO_PADDING = ("bloom", "mpt", "mamba", "recurrent_gemma", "bart")  # written in groups of equal length
+NO_PADDING = ("bloom", "mpt", "mamba", "recurrent_gemma", "bart")  # prompts of unequal length go one by one
 
 
 def decoder(kind: str, template: str = TEMPLATE) -> DecoderLM:

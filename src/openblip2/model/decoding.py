@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens, L LLM width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,33 +75,6 @@ def generate(
         **(watched or {}),
     )
     return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
-
-
-def by_length(
-    language: Any,
-    lengths: Sequence[int],
-    soft: Tensor,
-    prompts: Sequence[str],
-    decoding: Decoding,
-    pictures: Sequence[int],
-) -> list[str]:
-    """As `DecoderLM.generate`, with prompts of equal length together, for a model that cannot be padded.
-
-    Args:
-        language: the `DecoderLM`.
-        lengths: tokens of each prompt.
-        soft: `[N, Q, L]`.
-        prompts: B texts.
-        decoding: of the texts.
-        pictures: which of the N each prompt is about, `[B]`.
-    """
-    texts = [""] * len(prompts)
-    for length in sorted(set(lengths)):
-        rows = [row for row, other in enumerate(lengths) if other == length]
-        part = language.generate(soft, [prompts[row] for row in rows], decoding, [pictures[row] for row in rows])
-        for row, text in zip(rows, part, strict=True):
-            texts[row] = text
-    return texts
 
 
 @torch.no_grad()

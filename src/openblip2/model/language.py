@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from openblip2.compat import cache_name, checkpointable_layers, log
 from openblip2.errors import UserError
 from openblip2.model import prompt_cache
-from openblip2.model.decoding import Decoding, by_length, generate
+from openblip2.model.decoding import Decoding, generate
 from openblip2.model.output_head import ends_in_head, gather_head_input, loss_at
 from openblip2.model.precision import own_precision
 from openblip2.model.template import PAPER_TEMPLATE, resolve_template
@@ -173,7 +173,7 @@ class DecoderLM(FrozenLM):
     def generate(
         self, soft: Tensor, prompts: Sequence[str], decoding: Decoding, pictures: Sequence[int] | None = None
     ) -> list[str]:
-        """One text for each of B prompts. A batch equals its single images: padded on the left, or split by length.
+        """One text for each of B prompts. A batch equals its single images: padded on the left, or one by one.
 
         Nothing is read twice: the text in front of all pictures once, a picture once for all prompts about it, and
         all but the last token of a prompt once for all beams.
@@ -185,7 +185,7 @@ class DecoderLM(FrozenLM):
         pictures = range(len(soft)) if pictures is None else pictures
         rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
         if len(set(map(len, rows))) > 1 and not prompt_cache.can_pad(self.llm):
-            return by_length(self, list(map(len, rows)), soft, prompts, decoding, pictures)
+            return [self.generate(soft, [p], decoding, [n])[0] for p, n in zip(prompts, pictures, strict=True)]
         text, shared = self._shared(rows, pictures)
         embeds, mask = embed_rows(self.llm, rows, soft[list(pictures)], left=True, fixed=shared)
         every = list(range(len(rows)))

@@ -50,8 +50,8 @@ def convert(
         source, heads, vision, language, tokenizer, revision, vision_heads: as for `load`. Parts handed in ready are
             used up: for hf, `<image>` joins the tokenizer, and the encoder takes the size of its pictures.
         out: a new folder (openblip2, hf, projected), or a file (lavis: .pth; onnx: .onnx).
-        to: "openblip2", "hf", "lavis", "onnx", or "projected": a run with the language model beside it, and a script that
-            hands projected queries to transformers or vLLM.
+        to: "openblip2", "hf", "lavis", "onnx", or "projected": a run with the language model beside it, and a script
+            that hands projected queries to transformers or vLLM.
 
     Raises:
         UserError: as `load`; or the target is unknown, is there already, or cannot hold this model at all.
@@ -114,8 +114,8 @@ def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     if not has_home(vision) or (language is not None and not fits_projection(language)):
         raise UserError(
             f"transformers' BLIP-2 has no place for the image encoder {vision.encoder.config.model_type!r}"
-            f"{' with whitening' * settings.vision.whiten}, or for the width of the language model: openblip2 can serve "
-            f"it, or take --to onnx{' or --to projected' * (language is not None)}"
+            f"{' with whitening' * settings.vision.whiten}, or for the width of the language model: openblip2 can "
+            f"serve it, or take --to onnx{' or --to projected' * (language is not None)}"
         )
     with fresh_folder(out) as folder:
         checkpoint = replace(checkpoint, settings=settings)
