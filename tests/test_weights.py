@@ -613,7 +613,7 @@ def test_targets_that_cannot_be_written(home: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_lavis_file_repeats_is_not_left_out_of_another(home: Path, tmp_path: Path) -> None:
-    more = {"heads": HEADS, "vision": str(home / "retriever")}
+    more: dict[str, Any] = {"heads": HEADS, "vision": str(home / "retriever")}
     notes = openblip2.convert(home / "stage1.pth", tmp_path / "copy.pth", "lavis", **more)
     written = read_pth(tmp_path / "copy.pth")
     same(dict(written), dict(read_pth(home / "stage1.pth")))
