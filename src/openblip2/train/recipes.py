@@ -35,6 +35,7 @@ from openblip2.model.build import (
     parts_table,
     require_extras,
 )
+from openblip2.model.decoding import try_generation
 from openblip2.model.fast.compiled import compile_blocks
 from openblip2.model.fast.step import step_losses
 from openblip2.model.stage1 import OBJECTIVES, Stage1, see
@@ -169,6 +170,8 @@ def _stage2(
         fine_tune_from(model, settings)
     shard(model, settings, device())
     model.to(device())
+    with in_evaluation(model, settings):
+        try_generation(model.language, settings.qformer.queries, settings.language.prompts[0])
     tokens = None
     if settings.qformer.reads_question:
         tokens = QFormerTokens(tokenizer_to_start(settings), settings.data.max_tokens)
