@@ -101,7 +101,7 @@ def test_what_all_reject_is_said_once(home: Path, tmp_path: Path) -> None:
 
 PROGRAM = """
 import sys, os, time
-from openblip2.distributed.collectives import collectives
+from openblip2.distributed import collectives
 from openblip2.errors import UserError
 from openblip2.distributed.launch import first_process_first, processes
 def main():
