@@ -13,7 +13,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 import tiny
-from openblip2.distributed.collectives import Share, collectives, gather, rank, transpose, world_size
+from openblip2.distributed import collectives
+from openblip2.distributed.collectives import Share, gather, rank, transpose, world_size
 from openblip2.errors import UserError
 from openblip2.model.fast.joined_batch import share_texts
 from openblip2.model.fast.step import step_losses
