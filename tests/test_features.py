@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -393,7 +394,8 @@ def test_two_processes_write_one_after_the_other(records: list[Record], tmp_path
             first.__exit__(None, None, None)
 
     cache = build(records, tmp_path / "cache", vision=vision, told=Waits())
-    assert waited == [f"{tmp_path / 'cache'} is being written by another process: waiting until it is done"]
+    holder = f"process {os.getpid()} on {platform.node()}"
+    assert waited == [f"{tmp_path / 'cache'} is being written by {holder}: waiting until it is done"]
     assert vision.encoded == 16
     assert torch.equal(cache.read(ids(records)), truth(records).half())
 

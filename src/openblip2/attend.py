@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from openblip2.captioner import CAPTION, Captioner, greedy
+from openblip2.captioner import Captioner
 from openblip2.data.images import Picture, open_picture, to_pixels
 from openblip2.data.text import clean_caption, clean_question
 from openblip2.errors import UserError
@@ -119,7 +119,7 @@ def _of_captioner(model: Captioner, vision: Vision, features: Tensor, picture: P
         question = tokens.to(features.device), valid.to(features.device)
         (text,) = model.ask(picture, [text])
     elif text is None:
-        (text,) = model.generate([picture], [prompt], greedy(CAPTION))
+        (text,) = model.generate([picture], [prompt], CAPTION)
     else:
         (text,) = clean_texts([text], clean_caption)
     with watching(stage2.qformer) as weights:

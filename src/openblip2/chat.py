@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from openblip2.captioner import ANSWER, Captioner
+from openblip2.captioner import CHAT, Captioner
 from openblip2.data.images import Picture
 from openblip2.data.text import clean_question
 from openblip2.errors import UserError
@@ -96,7 +96,7 @@ class Chat:
         self,
         captioner: Captioner,
         image: Picture,
-        decoding: Decoding = ANSWER,
+        decoding: Decoding = CHAT,
         question: str | None = None,
         context: int | None = None,
     ) -> None:

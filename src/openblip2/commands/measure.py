@@ -6,19 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openblip2.commands.shared import (
-    AsJson,
-    Images,
-    Overwrite,
-    Questions,
-    Run,
-    Split,
-    among,
-    keeping,
-    progress,
-    put,
-    tell,
-)
+from openblip2.commands.shared import AsJson, Images, Questions, Run, Split, among, keeping, progress, put, tell
 from openblip2.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +43,7 @@ def evaluate(
     features: Annotated[Path | None, typer.Option(help="retrieval: feature cache written by `features`.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many images, from the beginning.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the confidence intervals.")] = 0,
-    overwrite: Overwrite = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run: scores with 95 % confidence intervals, and the protocol."""

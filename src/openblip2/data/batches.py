@@ -185,18 +185,24 @@ class _Pairs:
 
 
 def pair_ids(pictures: Sequence[Hashable], captions: Sequence[Hashable]) -> Tensor:
-    """Which pairs of a batch belong together: `[B]` int64, equal for the same picture and for the same caption.
+    """Which pairs of a batch belong together: `[B]` int64, the first row of each group.
 
-    Two pictures of a red circle are no negatives of each other's "a red circle".
+    Rows with the same picture or the same caption are in one group, and so are rows that other rows connect. The order
+    of the rows does not matter. Two pictures of a red circle are no negatives of each other's "a red circle".
     """
-    of_picture: dict[Hashable, int] = {}
-    of_caption: dict[Hashable, int] = {}
-    ids: list[int] = []
-    for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        own = of_picture.get(picture, of_caption.get(caption, n))
-        of_picture[picture] = of_caption[caption] = own
-        ids.append(own)
-    return torch.tensor(ids, dtype=torch.int64)
+    above = list(range(len(pictures)))  # a tree for each group, with its first row at the root
+
+    def root(row: int) -> int:
+        while above[row] != row:
+            above[row] = row = above[above[row]]  # a shorter way for the next search
+        return row
+
+    seen: dict[Hashable, int] = {}
+    for n, pair in enumerate(zip(pictures, captions, strict=True)):
+        for key in enumerate(pair):  # (0, picture) and (1, caption)
+            first, own = sorted((root(seen.setdefault(key, n)), root(n)))
+            above[own] = first
+    return torch.tensor([root(n) for n in range(len(above))], dtype=torch.int64)
 
 
 def joined_ids(batch: PairBatch, place: torch.device) -> Tensor:

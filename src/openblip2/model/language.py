@@ -173,7 +173,7 @@ class DecoderLM(FrozenLM):
     def generate(
         self, soft: Tensor, prompts: Sequence[str], decoding: Decoding, pictures: Sequence[int] | None = None
     ) -> list[str]:
-        """One text for each of B prompts; left padding, so a batch equals its single images.
+        """One text for each of B prompts. A batch equals its single images: padded on the left, or one by one.
 
         Nothing is read twice: the text in front of all pictures once, a picture once for all prompts about it, and
         all but the last token of a prompt once for all beams.
@@ -184,6 +184,8 @@ class DecoderLM(FrozenLM):
         """
         pictures = range(len(soft)) if pictures is None else pictures
         rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
+        if len(set(map(len, rows))) > 1 and not prompt_cache.can_pad(self.llm):
+            return [self.generate(soft, [p], decoding, [n])[0] for p, n in zip(prompts, pictures, strict=True)]
         text, shared = self._shared(rows, pictures)
         embeds, mask = embed_rows(self.llm, rows, soft[list(pictures)], left=True, fixed=shared)
         every = list(range(len(rows)))

@@ -57,6 +57,14 @@ def find_reuse(llm: "PreTrainedModel") -> Reuse:
     return Reuse(True, "position_ids" in known and DynamicSlidingWindowLayer not in kinds)
 
 
+def can_pad(llm: "PreTrainedModel") -> bool:
+    """Whether padding in front of a prompt is known to change nothing.
+
+    Recurrent states may take in the padding, and a model that is not given `position_ids` may count it as places.
+    """
+    return not is_stateful(llm) and "position_ids" in signature(llm.forward).parameters
+
+
 def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[int]]], pad: int) -> DynamicCache | None:
     """Keys and values of the beginnings of B prompts, read in stages; None where no stage reads anything.
 

@@ -10,7 +10,7 @@ from itertools import chain
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,9 +78,17 @@ def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
     """The chat template around texts of the user and the assistant in turn, up to where the assistant writes."""
+    from jinja2 import TemplateError
+
     roles = ("user", "assistant")
     turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise UserError(
+            f"this tokenizer's chat template fails on a dialogue of length {len(texts)} ({one_line(error)}): set "
+            f"language.template to another one, {PAPER_TEMPLATE!r} for example"
+        ) from error
 
 
 def _takes_turns(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:

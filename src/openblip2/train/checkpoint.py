@@ -149,11 +149,7 @@ def make_folder(folder: Path) -> None:
 
 
 def require_absent(path: Path, overwrite: bool) -> None:
-    """Checks that a result would replace no other one.
-
-    Raises:
-        UserError: `path` exists, and `overwrite` is False.
-    """
+    """A result that exists is only replaced where the user asks for it; else, a `UserError`."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: give another --out, or add --overwrite to replace it")
 

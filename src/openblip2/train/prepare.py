@@ -146,14 +146,7 @@ def hold_out(records: Sequence[Record], settings: RunSettings) -> tuple[list[Rec
 def _require_enough(
     held: Sequence[Record], trained: Sequence[Record], settings: RunSettings, skipped: Skipped, share: bool = False
 ) -> None:
-    """Checks that there are two pictures to train on and two to validate on.
-
-    Args:
-        share: Whether the held-out pictures are a share of all, so that another share may help.
-
-    Raises:
-        UserError: There are not; the message names settings that work, if there are any.
-    """
+    """Two pictures to train on and two to validate on, or an error. `share`: whether `data.held_out` may help."""
     if len(held) >= 2 and len(trained) >= 2:
         return
     count, left_out = len(held) + len(trained), f" ({skipped.count:,} more were skipped)" if skipped.count else ""

@@ -37,6 +37,7 @@ from openblip2.model.build import (
     parts_table,
     require_extras,
 )
+from openblip2.model.decoding import try_generation
 from openblip2.model.fast.compiled import compile_blocks
 from openblip2.model.fast.step import step_losses
 from openblip2.model.stage1 import OBJECTIVES, Stage1, see
@@ -48,7 +49,7 @@ from openblip2.train.checkpoint import make_folder, write_config
 from openblip2.train.loop import fit
 from openblip2.train.prepare import Prepared, captions_of, name_long_texts, name_texts, prepare, questions_of
 from openblip2.train.prepare_shards import prepare_shards
-from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same, require_same_data
+from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same
 from openblip2.train.start import (
     fine_tune_from,
     require_start,
@@ -89,12 +90,10 @@ def train_stage(
         last = find_checkpoint(run, progress.say)
         finished = (run / "model.safetensors").exists()
         if last or finished:
-            require_same(settings, run)
+            require_same(settings, run, last, digest)
         if finished:
             progress.say(f"{run} is finished: there is nothing to resume")
             return
-        if last:
-            require_same_data(last, digest)
         progress.say(f"going on from {last}" if last else f"{run} has no checkpoint: training begins at the beginning")
     else:
         forget_checkpoints(run)  # before config.json is another one
@@ -175,6 +174,8 @@ def _stage2(
         fine_tune_from(model, settings)
     shard(model, settings, device())
     model.to(device())
+    with in_evaluation(model, settings):
+        try_generation(model.language, settings.qformer.queries, settings.language.prompts[0])
     tokens = None
     if settings.qformer.reads_question:
         tokens = QFormerTokens(tokenizer_to_start(settings), settings.data.max_tokens)

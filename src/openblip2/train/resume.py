@@ -59,14 +59,9 @@ _FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 @dataclass(frozen=True)
 class Done:
-    """How far a run is.
+    """How far a run is: steps, batches drawn (the sampler's whole position), and `bad_*`: see `train/bad_steps.py`.
 
-    Attributes:
-        step: Steps taken.
-        batches: Batches drawn, which is the sampler's whole state.
-        bad_steps: Steps that were not finite (`train/bad_steps.py`).
-        bad_in_a_row: How many of the last steps were not finite.
-        data: What it is trained on (`data.seen.data_digest`); "" in checkpoints of older versions.
+    `data`: the digest of what it is trained on (`data/seen.py`); "" in checkpoints of older versions.
     """
 
     step: int = 0
@@ -181,32 +176,24 @@ def require_new(run: Path, overwrite: bool) -> None:
         )
 
 
-def require_same(settings: RunSettings, run: Path) -> None:
-    """Whether a run may go on with these settings.
+def require_same(settings: RunSettings, run: Path, last: Path | None, data: str) -> None:
+    """Whether a run may go on from its checkpoint `last` with these settings, and with data of this digest.
 
     Raises:
         UserError: it was begun with others, which say what its steps are.
     """
+    then = read_json(last / "progress.json").get("data", "") if last else ""
+    if then not in ("", data):
+        raise UserError(
+            f"--resume: the data have changed since {run} was begun ({then} then; {data} now): give the same pictures "
+            "and captions, or a new --out"
+        )
     before = from_dict(read_config(run)["settings"])
     same = {name: getattr(settings.train, name) for name in MAY_CHANGE}
     if replace(before, train=replace(before.train, **same)) != settings:
         raise UserError(
             f"--resume: {run / 'config.json'} was trained with other settings; give the same ones, or a new --out "
             f"(only {', '.join(f'train.{name}' for name in MAY_CHANGE)} may change)"
-        )
-
-
-def require_same_data(folder: Path, data: str) -> None:
-    """Whether a run may go on from a checkpoint with this data.
-
-    Raises:
-        UserError: It was begun with other data.
-    """
-    before = read_json(folder / "progress.json").get("data", "")
-    if before and before != data:
-        raise UserError(
-            f"--resume: the data have changed since {folder.parent.parent} was begun ({before} then; {data} now): give "
-            "the same pictures and captions, or a new --out"
         )
 
 
