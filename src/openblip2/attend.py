@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from openblip2.captioner import Captioner
+from openblip2.captioner import CAPTION, Captioner
 from openblip2.data.images import Picture, open_picture, to_pixels
 from openblip2.data.text import clean_caption, clean_question
 from openblip2.errors import UserError
