@@ -197,7 +197,7 @@ def test_the_commands(run: Path, folder: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["index", str(folder), "--run", str(run), "--out", out])
     assert done.exit_code == 0, done.output
     assert "10 pictures; 10 read, 0 gone" in done.stdout
-    assert "recall@10 of 8 bits against exact search, among 10 pictures" in done.output
+    assert "% of the 10 best images of an exact search are found (measured on 10)" in done.output
     found = CliRunner().invoke(app, ["search", out, "a red dog", "--best", "3", "--rerank", "4", "--json"])
     rows = [json.loads(line) for line in found.stdout.splitlines()]
     assert len(rows) == 3

@@ -29,7 +29,7 @@ def index(
         return
     if done.recall is not None:
         typer.echo(
-            f"recall@10 of 8 bits against exact search, among {done.among:,} pictures: {100 * done.recall:.1f} %"
+            f"{100 * done.recall:.1f} % of the 10 best images of an exact search are found (measured on {done.among:,})"
         )
     typer.echo(f"{out}: {done.pictures:,} pictures; {done.added:,} read, {done.gone:,} gone or changed")
 
