@@ -16,6 +16,7 @@ from openblip2.apps.search.find import Finder
 from openblip2.apps.search.index import open_index, recall_of, update_index
 from openblip2.apps.search.vectors import Vectors
 from openblip2.cli import app
+from openblip2.commands.find import _like_a_path
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
@@ -190,6 +191,16 @@ def test_an_index_of_other_weights_is_refused(run: Path, folder: Path, tmp_path:
         matcher.model.temperature += 1
     with pytest.raises(UserError, match="these weights are others"):
         Finder(out, matcher)
+
+
+@pytest.mark.parametrize(
+    "query", ["photos/nope.png", "nope.png", "./nope", "my photos/a cat.jpg", "a\\b.heic", "{}/no"]
+)
+def test_what_looks_like_a_path_is_not_searched_for_as_a_text(tmp_path: Path, query: str) -> None:
+    done = CliRunner().invoke(app, ["search", str(tmp_path / "index"), query.replace("{}", str(tmp_path))])
+    assert "looks like a path, but there is no such image file" in str(done.exception)
+    assert not _like_a_path("a black/white photo of 1.5 cats in the U.S.")
+    assert not _like_a_path("a dog " * 2000)
 
 
 def test_the_commands(run: Path, folder: Path, tmp_path: Path) -> None:

@@ -31,9 +31,13 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 
 @app.callback()
 def everywhere(
+    context: typer.Context,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only; put it before the command.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", hidden=True)] = False,
 ) -> None:
     """BLIP-2: connect a frozen image encoder to a frozen language model. Train, evaluate and use it."""
+    if as_json:
+        raise UserError(f"put --json after the command: openblip2 {context.invoked_subcommand} ... --json")
     be_quiet(quiet)
 
 
@@ -85,6 +89,8 @@ def main() -> None:
 
     # A bomb-sized picture is refused by its header; Pillow's own warning would only stand before that line.
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
+    # These are for developers of other libraries' callers; tests still show them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app(prog_name="openblip2")  # also of `python -m openblip2`
     except UserError as error:
