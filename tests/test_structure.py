@@ -16,7 +16,7 @@ MODULES = 218  # goal: 150
 TRAIN_FILES = 23  # goal: 12
 LONGEST = 300  # lines of one module
 # Too long already, with their lines today. Remove an entry when its module fits.
-TOO_LONG = {"model/language.py": 304, "model/qformer.py": 301, "apps/serve/openai.py": 303}
+TOO_LONG = {"model/language.py": 304, "model/qformer.py": 301}
 
 
 def lines(file: Path) -> int:
