@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -377,12 +376,6 @@ def test_a_captioner_that_reads_questions_is_refused(home: Path, tmp_path: Path)
     (tmp_path / "asks" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="answers questions, which its Q-Former reads"):
         capfilt(str(home / "set"), Models(str(tmp_path / "asks"), str(home / "clip")), tmp_path / "out", HOW, QUIET)
-
-
-def test_ray_that_is_missing_is_one_line(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"pip install 'openblip2\[ray\]'"):
-        run(home, tmp_path / "out", workers=2)
 
 
 def test_a_json_that_grew_too_long_leaves_the_captions(home: Path, tmp_path: Path) -> None:

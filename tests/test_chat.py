@@ -321,6 +321,7 @@ def test_lines_in_answers_out(
     chat = Chat(model, dog, Decoding(max_new_tokens=30, length_penalty=-1.0))
     assert (code, err) == (0, "")
     assert out == "".join(chat.ask(question) + "\n" for question in ("What is it?", "is it red"))
+    assert chat.decoding == Chat(model, dog).decoding
     _, out, _ = talk(model, StringIO("a dog"), monkeypatch, capsys, "--question", "{} it", "--tokens", "2")
     assert out == Chat(model, dog, Decoding(max_new_tokens=2, length_penalty=-1.0), "{} it").ask("a dog") + "\n"
 

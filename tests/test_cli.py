@@ -118,6 +118,19 @@ def test_both_stages_train(home: Home) -> None:
     assert "started in closed form" in home.said[1].err
 
 
+def test_a_language_model_that_cannot_generate_is_refused_before_the_first_step(home: Home) -> None:
+    import transformers as hf
+
+    folder = home.root / "gpt1"
+    shutil.copytree(home.root / "language", folder)  # for its tokenizer
+    config = hf.OpenAIGPTConfig(vocab_size=len(tiny_runs.LLM_WORDS), n_embd=20, n_layer=2, n_head=5, n_positions=50)
+    hf.OpenAIGPTLMHeadModel(config).save_pretrained(folder)
+    said = call(*home.train("stage2", "gpt1-run", "--start", home.stage1, "--set", f"language.name={folder}"))
+    assert said.code == 2
+    assert "OpenAIGPTLMHeadModel cannot generate text" in said.err.splitlines()[-1]
+    assert not (home.root / "gpt1-run" / "log.jsonl").exists()
+
+
 def test_caption_writes_a_line_for_each_picture(home: Home) -> None:
     pictures = [home.picture(n) for n in range(3)]
     said = call("caption", home.stage2, *pictures, "--beams", "2")
@@ -128,6 +141,8 @@ def test_caption_writes_a_line_for_each_picture(home: Home) -> None:
     from openblip2.model.language import Decoding
 
     assert [line[1] for line in lines] == model.caption(pictures, decoding=Decoding(beams=2))
+    default = call("caption", home.stage2, pictures[0])
+    assert default.out.strip().split("\t")[1:] == model.caption(pictures[:1])
     begun = call("caption", home.stage2, pictures[0], "--beams", "1", "--prompt", "the red dog is")
     assert begun.out.strip().split("\t")[1:] == model.caption(pictures[:1], "the red dog is", Decoding(beams=1))
 

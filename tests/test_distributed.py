@@ -13,8 +13,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 import tiny
-from openblip2 import distributed
-from openblip2.distributed import Share, gather, rank, transpose, world_size
+from openblip2.distributed import collectives
+from openblip2.distributed.collectives import Share, gather, rank, transpose, world_size
 from openblip2.errors import UserError
 from openblip2.model.fast.joined_batch import share_texts
 from openblip2.model.fast.step import step_losses
@@ -94,23 +94,23 @@ def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
     check_share(process, counts)
     check_gather(process, counts)
     check_transpose(process, counts)
-    with distributed.alone():
-        assert (world_size(), rank(), distributed.is_first()) == (1, 0, process == 0)
+    with collectives.alone():
+        assert (world_size(), rank(), collectives.is_first()) == (1, 0, process == 0)
         assert gather(IDS) is IDS
     assert world_size() == len(counts)
     return {case: tuple(gradients(own, **options)) for case, options in CASES.items()}
 
 
 def check_share(process: int, counts: tuple[int, ...]) -> None:
-    shared = distributed.share(counts[process], process, torch.tensor(7 - process))
+    shared = collectives.share(counts[process], process, torch.tensor(7 - process))
     assert shared.counts == counts
     assert shared.total == 8
     ranks = range(len(counts))
     assert (shared.sums, shared.most) == ((sum(ranks), sum(7 - n for n in ranks)), (ranks[-1], 7))
     assert torch.equal(same_image(IDS[shared.own], gather(IDS[shared.own], shared)), IDS[shared.own][:, None] == IDS)
-    assert distributed.mean_over_processes([process, 2.0]) == [ranks[-1] / 2, 2.0]
+    assert collectives.mean_over_processes([process, 2.0]) == [ranks[-1] / 2, 2.0]
     with pytest.raises(UserError, match="no process can open"):
-        distributed.share(0)
+        collectives.share(0)
 
 
 def check_gather(process: int, counts: tuple[int, ...]) -> None:
@@ -171,5 +171,5 @@ def test_one_process_needs_no_group(tmp_path: Path) -> None:
     rows = torch.randn(3, E, requires_grad=True)
     assert not dist.is_initialized()
     assert gather(rows) is rows
-    assert (world_size(), rank(), distributed.is_first()) == (1, 0, True)
+    assert (world_size(), rank(), collectives.is_first()) == (1, 0, True)
     assert share_texts(torch.ones(3, 5, dtype=torch.bool))[0] == Share((3,), 0)

@@ -14,7 +14,7 @@ from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
 from openblip2.data.features import StoredFeatures
 from openblip2.data.records import Question, Record
 from openblip2.data.samples import Answers, Captions
-from openblip2.distributed import part_of
+from openblip2.distributed.collectives import part_of
 
 SIDE, VIEWS = 12, 3
 

@@ -101,14 +101,14 @@ def test_what_all_reject_is_said_once(home: Path, tmp_path: Path) -> None:
 
 PROGRAM = """
 import sys, os, time
-from openblip2 import distributed
+from openblip2.distributed import collectives
 from openblip2.errors import UserError
-from openblip2.train.processes import first_process_first, processes
+from openblip2.distributed.launch import first_process_first, processes
 def main():
     how, number = sys.argv[1], int(os.environ["RANK"])
     with processes():
         with first_process_first():
-            print("ready", distributed.share(1 + number).counts if number == 9 else "", flush=True)
+            print("ready", collectives.share(1 + number).counts if number == 9 else "", flush=True)
             if how == "first fails" and number == 0:
                 raise UserError("the disk is full")
         if how == "second fails" and number == 1:
@@ -119,7 +119,7 @@ def main():
             raise UserError("the shard is gone")
         if how == "stuck":
             time.sleep(1000)
-        print("met", distributed.share(1 + number).counts, flush=True)
+        print("met", collectives.share(1 + number).counts, flush=True)
 try:
     main()
 except UserError as error:

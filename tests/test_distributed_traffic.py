@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from openblip2.distributed import Share, fetch, plan
+from openblip2.distributed.collectives import Share, fetch, plan
 from openblip2.model.fast.joined_batch import bring
 from openblip2.model.objectives import HardNegatives, hard_negatives
 from processes import run

@@ -14,15 +14,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import tiny
 import tiny_models
 from openblip2.config import RunSettings, change
-from openblip2.distributed import Share, world_size
+from openblip2.distributed.collectives import Share, world_size
+from openblip2.distributed.data_parallel import DataParallelLosses, clip_gradients, layers_of, shard
+from openblip2.distributed.full_tensor import full_tensor, in_pieces
 from openblip2.errors import UserError
 from openblip2.model.fast.step import step_losses
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.train.optim import adamw
-from openblip2.train.parallel import Together, clip_gradients, layers_of, shard
-from openblip2.train.whole import full_tensor, in_pieces
 from processes import run
 
 COUNTS = {2: (5, 3), 4: (3, 0, 4, 1)}
@@ -96,7 +96,7 @@ def trained(
         options: dict[str, Any] = {"images": pictures, "generator": draws, "objectives": wanted}
         return step_losses(model, chunk)(tokens, valid, **options)
 
-    together = Together(model, losses, sparse=itm_from > 0)
+    together = DataParallelLosses(model, losses, sparse=itm_from > 0)
     seen: list[list[float]] = []
     grads: dict[str, Tensor] = {}
     for step in range(STEPS):
@@ -139,7 +139,7 @@ def messages(own: slice) -> list[dict[str, int]]:
         images = tiny_models.pictures()[own]
         return step_losses(model, 0)(PROMPTS[own], CAPTIONS[own], images=images)  # pyright: ignore
 
-    together = Together(model, losses)
+    together = DataParallelLosses(model, losses)
     assert together.whole is not None
 
     def hook(state, bucket):  # torch refuses every annotation but its own private one
@@ -224,7 +224,10 @@ def test_one_process_shards_nothing() -> None:
 
 def test_fsdp2_refuses_quantised_weights() -> None:
     settings = change(settings_of("opt", "fsdp2"), {"language.weights": "int8"})
-    with patch("openblip2.train.parallel.world_size", return_value=2), pytest.raises(UserError, match="int8"):
+    with (
+        patch("openblip2.distributed.data_parallel.world_size", return_value=2),
+        pytest.raises(UserError, match="int8"),
+    ):
         shard(nn.Module(), settings, torch.device("cpu"))
 
 

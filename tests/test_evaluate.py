@@ -210,6 +210,7 @@ def test_captions_and_their_protocol(home: Path, tmp_path: Path) -> None:
     assert found["scores"]["CIDEr-D"]["score"] == pytest.approx(mean)
     assert set(found["protocol"]["not_measured"]) == {"METEOR", "SPICE"}
     assert "PTBTokenizer" in found["protocol"]["tokeniser"]
+    assert found["protocol"]["pictures_at_once"] == (32 if found["protocol"]["precision"] == "float32" else 1)
     assert any(line.startswith("CIDEr-D") for line in result.in_words())
     with pytest.raises(UserError, match="Q-Former reads"):
         scored(home, "caption", "vqa", tmp_path)

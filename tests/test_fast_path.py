@@ -15,8 +15,9 @@ import tiny
 import tiny_models
 from openblip2.apps.bench.naive import naive_losses
 from openblip2.config import RunSettings, change
-from openblip2.data.batches import PairBatch
+from openblip2.data.batches import PairBatch, Prefetcher
 from openblip2.errors import UserError
+from openblip2.hardware import attention_kernel, computing
 from openblip2.model import output_head
 from openblip2.model.decoding import Decoding
 from openblip2.model.fast import chunked_loss
@@ -26,8 +27,6 @@ from openblip2.model.output_head import ends_in_head
 from openblip2.model.qformer import QFormer, bidirectional_mask
 from openblip2.model.stage1 import Stage1
 from openblip2.train import compiling, recipes
-from openblip2.train.ahead import Ahead
-from openblip2.train.hardware import attention_kernel, computing
 from test_stage1 import IDS, NEGATIVES
 from test_stage2 import CAPTIONS, PROMPTS, stage2
 from tiny import WORDS, B, D, E, P, Q, T, V
@@ -372,7 +371,7 @@ def test_batches_made_ahead_are_the_same_and_end_with_the_run() -> None:
         made.append((number, threading.current_thread().name))
         return batch_of(number)
 
-    ahead = Ahead(batches, 7)
+    ahead = Prefetcher(batches, 7)
     for number in (2, 3, 4, 0, 1, 6):  # resumed at 2, then some out of turn
         batch = ahead(number)
         assert batch.captions == [f"caption {number}"]
@@ -392,7 +391,7 @@ def test_the_next_batch_is_made_while_the_model_works() -> None:
             begun.set()
         return batch_of(number)
 
-    ahead = Ahead(batches, 3)
+    ahead = Prefetcher(batches, 3)
     ahead(0)
     assert begun.wait(10), "batch 1 is not made before it is asked for"
 
@@ -403,7 +402,7 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for() -> None:
             raise UserError("batch 1: not one of its pictures can be opened")
         return batch_of(number)
 
-    ahead = Ahead(batches, 3)
+    ahead = Prefetcher(batches, 3)
     assert ahead(0).captions == ["caption 0"]
     with pytest.raises(UserError, match="batch 1"):
         ahead(1)

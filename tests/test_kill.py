@@ -24,7 +24,7 @@ from lives import AT, PHASE, SLOW_IMPORTS, Lives
 from openblip2.data.batches import PairBatch, Sampler
 from openblip2.data.records import read_records
 from openblip2.train import loop
-from openblip2.train.bad_steps import Remembered
+from openblip2.train.bad_steps import RecordingBatches
 from openblip2.train.recipes import train_stage
 from test_training import log_of, quiet, recipe
 
@@ -46,15 +46,15 @@ def life(folder: str, home: str, stage: str) -> None:
     torch.set_num_threads(1)
     show_phases()
     taken = Path(folder) / "taken.jsonl"
-    call = Remembered.__call__
+    call = RecordingBatches.__call__
 
-    def noted(self: Remembered, number: int) -> PairBatch:
+    def noted(self: RecordingBatches, number: int) -> PairBatch:
         batch = call(self, number)
         with taken.open("a") as file:
             file.write(json.dumps([number, batch.names, batch.captions]) + "\n")
         return batch
 
-    Remembered.__call__ = noted
+    RecordingBatches.__call__ = noted
     changes = {
         "data__augment": "true",
         "data__held_out": HELD / PICTURES,

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor
 
 import tiny_models
 from openblip2.errors import UserError
+from openblip2.model import prompt_cache
+from openblip2.model.decoding import try_generation
 from openblip2.model.language import (
     IGNORED,
     DecoderLM,
@@ -19,7 +22,8 @@ from openblip2.model.language import (
 from openblip2.model.load_language import load_language
 from openblip2.model.template import resolve_template
 from openblip2.presets import behind_examples
-from tiny_models import NEWLINE, L, constant, embed, ids, language, soft_prompts
+from tiny import Q
+from tiny_models import LM_HEADS, NEWLINE, L, W, constant, embed, ids, language, soft_prompts
 
 # Captions so short that an encoder-decoder can split them in one way only.
 PROMPTS = ["", "a photo of", "question: what is it answer:"]
@@ -106,6 +110,27 @@ def test_text_that_all_rows_begin_with_is_read_once(
     assert torch.allclose(gradients[0], gradients[1], atol=1e-5)
 
 
+def test_one_reading_of_the_text_in_front_serves_validation_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, captions = language("llama", template="a cat on {prompt}{image}"), ["cat", "a red mat"]
+    read: list[list[int]] = []
+    read_text = prompt_cache.read_text
+    monkeypatch.setattr(prompt_cache, "read_text", lambda llm, text: read.append(text) or read_text(llm, text))
+    with torch.inference_mode():
+        validated = lm.scored(soft_prompts(2), ["it", "it"], captions)[0]
+    for _ in range(2):  # the second step must not see what the first has appended
+        soft = soft_prompts(2).requires_grad_()
+        loss = lm.scored(soft, ["it", "it"], captions)[0]
+        assert torch.equal(loss, validated)
+        assert torch.autograd.grad(loss, soft)[0].abs().max() > 1e-3
+    assert len(read) == 1
+    lm.scored(soft_prompts(2), ["red", "red"], captions)
+    assert len(read) == 2
+    assert read[0] != read[1]
+    lm.llm.load_state_dict(lm.llm.state_dict())
+    lm.scored(soft_prompts(2), ["red", "red"], captions)
+    assert read[1] == read[2]
+
+
 def test_examples_stand_in_front_of_the_template() -> None:
     template = behind_examples("U {image}{prompt} A ", [("cat {red}", "", "a cat"), ("mat", " Q", "no")], ".")
     assert template == "U cat {{red}} A a cat.U mat Q A no.U {image}{prompt} A "
@@ -179,6 +204,17 @@ def test_chat_without_a_chat_template_is_refused() -> None:
         resolve_template("chat", words)
 
 
+@pytest.mark.parametrize("says", ["{{ raise_exception('a system message first') }}", "{{ nothing.in_it }}", "{% if %}"])
+def test_a_chat_template_that_raises_is_one_line(says: str) -> None:
+    words = tiny_models.tokenizer()
+    words.chat_template = says
+    with pytest.raises(
+        UserError, match=r"chat template fails on a dialogue of length 1 .*language\.template"
+    ) as caught:
+        resolve_template("chat", words)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     with pytest.raises(UserError, match=r"no end-of-sequence token: set language\.end"):
         DecoderLM(tiny_models.gpt2(), tiny_models.tokenizer(eos=None))
@@ -239,6 +275,29 @@ def test_what_is_no_language_model_is_refused_in_one_line(tmp_path: Path) -> Non
             load_language(name)
         assert repr(name) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(tmp_path: Path) -> None:
+    words = tiny_models.tokenizer()
+    words.add_tokens(["zebra"])
+    tiny_models.gpt2().save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"has {W + 1} tokens and its embedding {W} rows: .*resize_token_embeddings"):
+        load_language(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", tiny_models.MODELS)
+def test_models_that_generate_from_embeddings_pass_the_trial(kind: str) -> None:
+    try_generation(language(kind), Q, PROMPTS[0])
+
+
+def test_a_model_that_cannot_generate_from_embeddings_is_refused() -> None:
+    config = hf.OpenAIGPTConfig(**tiny_models.SHARED, n_embd=L, n_layer=2, n_head=LM_HEADS, n_positions=50)
+    lm = DecoderLM(hf.OpenAIGPTLMHeadModel(config), tiny_models.tokenizer())
+    assert lm.scored(soft_prompts(), PROMPTS, CAPTIONS)[0] > 0, "it can be trained with"
+    with pytest.raises(UserError, match=r"OpenAIGPTLMHeadModel cannot generate .*language\.name") as caught:
+        try_generation(lm, Q, PROMPTS[0])
+    assert "\n" not in str(caught.value)
 
 
 def test_captions_are_split_from_the_first_word_to_the_middle() -> None:

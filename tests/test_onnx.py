@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import tiny
 import tiny_models
+from openblip2.data.images import RESIZE
 from openblip2.errors import UserError
 from openblip2.model.lora import adapt_qformer, has_lora
 from openblip2.model.qformer import QFormer
@@ -119,6 +121,10 @@ def test_the_graph_equals_torch_at_every_batch_size(
     (given,), (made,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.type, given.shape) == ("images", "tensor(uint8)", ["B", 3, side, side])
     assert (made.name, made.type, made.shape) == (name, "tensor(float)", ["B", *SHAPES[name]])
+    about = session.get_modelmeta().custom_metadata_map
+    assert json.loads(about["image_mean"]) == list(encoder.mean)
+    assert json.loads(about["image_std"]) == list(encoder.std)
+    assert (about["resize"], about["image_size"], about["normalization"]) == (RESIZE, str(side), "in the graph")
     # Neither the text path nor the language model is in it.
     graph = onnx.load(file).graph
     used = {name for node in graph.node for name in node.input}
@@ -158,6 +164,7 @@ def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "model.onnx.data").stat().st_size > 3 * weights  # 4 bytes each, the smallest ones inline
     expected = in_torch(model, pictures(12, 2))
     torch.testing.assert_close(in_onnx(file, pictures(12, 2)), expected, rtol=1e-5, atol=1e-5)
+    assert "image_mean" in {entry.key for entry in onnx.load(file, load_external_data=False).metadata_props}
 
 
 def parameters(part: nn.Module | None) -> list[nn.Parameter]:

@@ -21,7 +21,7 @@ from openblip2.errors import UserError
 from openblip2.evaluate.retrieval import rerank
 from openblip2.matcher import Matcher
 from openblip2.model.language import DecoderLM, Decoding, LanguageModel
-from openblip2.model.prompt_cache import Growing
+from openblip2.model.prompt_cache import Growing, can_pad
 from tiny import Q
 from tiny_models import BOS, EOS, INNER, LM_HEADS, PAD, SHARED, L, language, soft_prompts
 
@@ -72,10 +72,18 @@ def recurrent_gemma() -> Any:
     return hf.RecurrentGemmaForCausalLM(config)
 
 
-OTHERS = {kind.__name__: kind for kind in (mistral, gemma2, gemma3, bloom, mpt, mamba, recurrent_gemma)}
+def bart() -> Any:
+    """Counts places by itself, padding too."""
+    sizes: dict[str, Any] = {"d_model": L, "decoder_layers": 2, "decoder_ffn_dim": INNER}
+    config = hf.BartConfig(**SHARED, **sizes, decoder_attention_heads=LM_HEADS, max_position_embeddings=50)
+    return hf.BartForCausalLM(config)
+
+
+OTHERS = {kind.__name__: kind for kind in (mistral, gemma2, gemma3, bloom, mpt, mamba, recurrent_gemma, bart)}
 DECODERS = {**tiny_models.DECODERS, **OTHERS}
 READ_AGAIN = ("mamba", "recurrent_gemma")  # what they keep of a prompt cannot be handed on
-NO_GAPS = ("mistral", "gemma2", "gemma3", "bloom", "mpt")
+NO_GAPS = ("mistral", "gemma2", "gemma3", "bloom", "mpt", "bart")
+NO_PADDING = ("bloom", "mpt", "mamba", "recurrent_gemma", "bart")  # prompts of unequal length go one by one
 
 
 def decoder(kind: str, template: str = TEMPLATE) -> DecoderLM:
@@ -120,8 +128,7 @@ def reading(lm: LanguageModel) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
-# RecurrentGemma's own forward pass lets padding into its state: no batch of different lengths is right with it.
-@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind != "recurrent_gemma"])
+@pytest.mark.parametrize("kind", DECODERS)
 @pytest.mark.parametrize("how", [GREEDY, BEAMS], ids=["greedy", "beams"])
 def test_texts_are_those_of_transformers_alone(kind: str, how: Decoding) -> None:
     """Of prompts of different lengths and of equal ones, each picture for itself and pictures that repeat."""
@@ -134,6 +141,35 @@ def test_texts_are_those_of_transformers_alone(kind: str, how: Decoding) -> None
             assert lm.generate(soft[about], prompts, how) == expected
             texts |= set(expected)
     assert len(texts) > 4, "neither prompts nor pictures say anything"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind not in NO_PADDING])
+def test_padding_changes_nothing_where_prompts_are_padded(kind: str) -> None:
+    """In numbers, not only in texts; of one that must not be padded, they differ."""
+    assert padding_changes(decoder(kind)) < 1e-4
+
+
+def padding_changes(lm: DecoderLM) -> float:
+    """The largest change of the first token's logits in a batch with a longer prompt, in their standard deviations."""
+    llm: Any = lm.llm
+
+    def logits(prompts: list[str]) -> Tensor:
+        embeds, mask = lm.embed(soft_prompts(1).repeat(len(prompts), 1, 1), prompts)
+        how: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": PAD}
+        found = llm.generate(
+            inputs_embeds=embeds, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **how
+        )
+        return found.logits[0][0]
+
+    alone = logits(["what"])
+    return float((logits(["what", "is it red and small"]) - alone).abs().max() / alone.std())
+
+
+@torch.no_grad()
+def test_who_is_not_padded() -> None:
+    assert [kind for kind in DECODERS if not can_pad(decoder(kind).llm)] == list(NO_PADDING)
+    assert all(padding_changes(decoder(kind)) > 0.01 for kind in ("recurrent_gemma", "bart"))
 
 
 def test_what_is_reused_of_whom(caplog: pytest.LogCaptureFixture) -> None:
@@ -270,6 +306,24 @@ def test_many_questions_about_one_picture(captioner: Captioner, how: Decoding) -
     assert read[0] == Q + 2  # the picture, "<s>" and "question:", in one row
     assert found == [captioner.answer([picture], [question], how)[0] for question in QUESTIONS]
     assert len(set(found)) > 2, "the questions say nothing"
+
+
+@pytest.mark.parametrize("how", [GREEDY, BEAMS], ids=["greedy", "beams"])
+def test_in_bf16_on_a_cpu_texts_do_not_depend_on_the_batch(captioner: Captioner, tmp_path: Path, how: Decoding) -> None:
+    captioner.save_pretrained(tmp_path / "run", merge=True)
+    half: Any = openblip2.load(tmp_path / "run", device="cpu", precision="bf16")
+    pictures, questions = arrays(24), QUESTIONS * 4
+    soft = torch.cat([half.soft_prompt([picture]) for picture in pictures])
+    alone = [half.answer([picture], [asked], how)[0] for picture, asked in zip(pictures, questions, strict=True)]
+    assert len(set(alone)) > 4, "neither pictures nor questions say anything"
+    for size in (2, 7, 24):
+        parts = [slice(start, start + size) for start in range(0, len(pictures), size)]
+        assert torch.equal(torch.cat([half.soft_prompt(pictures[part]) for part in parts]), soft)
+        assert [text for part in parts for text in half.answer(pictures[part], questions[part], how)] == alone
+    for model, expected in ((half, [1, 1, 1]), (captioner, [3])):
+        with seeing(model.model) as seen:
+            model.caption(pictures[:3], decoding=how)
+        assert seen == expected
 
 
 def test_repeated_pictures_are_seen_once(captioner: Captioner, tmp_path: Path) -> None:

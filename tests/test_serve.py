@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 import tiny_runs
 from openblip2.apps.search.index import update_index
 from openblip2.apps.serve.batcher import Limits
+from openblip2.apps.serve.engine import Engine
 from openblip2.apps.serve.errors import ServeError
-from openblip2.apps.serve.jobs import Embed
+from openblip2.apps.serve.jobs import Embed, Write
 from openblip2.apps.serve.start import runs_of
 from openblip2.apps.serve.worker import Worker
-from openblip2.captioner import ANSWER, CAPTION, Captioner, greedy
+from openblip2.captioner import CAPTION, CHAT, Captioner, greedy
 from openblip2.chat import Chat
 from openblip2.cli import app as cli
 from openblip2.errors import UserError
@@ -71,13 +72,13 @@ def test_it_says_what_the_models_say(home: Path, client: TestClient) -> None:
     assert isinstance(matcher, Matcher)
     path = home / "data" / "0.png"
     said = client.post("/caption", files=picture(home)).json()
-    assert said == {"caption": captioner.caption([path], decoding=greedy(CAPTION))[0]}
+    assert said == {"caption": captioner.caption([path])[0]}
     prompted = client.post("/caption", files=picture(home), data={"prompt": "a red", "beams": 2}).json()
     from dataclasses import replace
 
     assert prompted["caption"] == captioner.caption([path], "a red", replace(CAPTION, beams=2))[0]
     asked = client.post("/answer", files=picture(home), data={"question": "what colour is it?"}).json()
-    assert asked == {"answer": captioner.answer([path], ["what colour is it?"], greedy(ANSWER))[0]}
+    assert asked == {"answer": captioner.answer([path], ["what colour is it?"])[0]}
     found = client.post("/match", files=picture(home), data={"text": ["a red dog", "a blue bus"]}).json()["texts"]
     cosines = matcher.similarity([path], ["a red dog", "a blue bus"])[0].tolist()
     assert [row["similarity"] for row in found] == pytest.approx(sorted(cosines, reverse=True), abs=1e-5)
@@ -98,7 +99,7 @@ def chat(home: Path, *texts: str, **more: Any) -> dict[str, Any]:
 def test_a_dialogue_is_the_chats(home: Path, client: TestClient) -> None:
     captioner = load(home / "stage2")
     assert isinstance(captioner, Captioner)
-    talk = Chat(captioner, home / "data" / "0.png", greedy(ANSWER))
+    talk = Chat(captioner, home / "data" / "0.png")
     first = client.post("/v1/chat/completions", json=chat(home, "what is it?")).json()
     assert first["choices"][0]["message"]["content"] == talk.ask("what is it?")
     talk.turns[-1] = ("what is it?", "a dog")
@@ -108,11 +109,28 @@ def test_a_dialogue_is_the_chats(home: Path, client: TestClient) -> None:
     length = captioner.model.language.length(prompt) + 5
     assert second["usage"]["prompt_tokens"] == length
     assert second["object"] == "chat.completion"
+    plain = client.post("/v1/chat/completions", json=chat(home, "what is it?", temperature=0)).json()
+    talk = Chat(captioner, home / "data" / "0.png", greedy(CHAT))
+    assert plain["choices"][0]["message"]["content"] == talk.ask("what is it?")
 
 
-def test_a_stream_is_the_whole_in_pieces(home: Path, client: TestClient) -> None:
-    whole = client.post("/v1/chat/completions", json=chat(home, "what is it?", max_tokens=12)).json()
-    asked = chat(home, "what is it?", max_tokens=12, stream=True, stream_options={"include_usage": True})
+def test_in_bf16_on_a_cpu_an_answer_does_not_depend_on_other_requests(home: Path) -> None:
+    engine = Engine(str(home / "stage2"), None, None, send_text=print, stopped=lambda: False)
+    engine.captioner = load(home / "stage2", "cpu", precision="bf16")
+    language, rows = engine.captioner.model.language, []
+    generate = language.generate
+    language.generate = lambda soft, prompts, *more: rows.append(len(prompts)) or generate(soft, prompts, *more)
+    jobs = [Write(picture(home, n)["image"], CAPTION, question="what is it?") for n in range(5)]
+    together = engine.run(jobs)
+    assert rows == [1] * len(jobs)
+    engine._soft.clear()
+    assert together == [engine.run([job])[0] for job in jobs]
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 0}])
+def test_a_stream_is_the_whole_in_pieces(home: Path, client: TestClient, more: dict[str, Any]) -> None:
+    whole = client.post("/v1/chat/completions", json=chat(home, "what is it?", max_tokens=12, **more)).json()
+    asked = chat(home, "what is it?", max_tokens=12, stream=True, stream_options={"include_usage": True}, **more)
     lines = client.post("/v1/chat/completions", json=asked).text.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]

@@ -11,12 +11,12 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "openblip2"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-LINES = 26_400  # goal: 18,000
-MODULES = 218  # goal: 150
-TRAIN_FILES = 23  # goal: 12
+LINES = 26_270  # goal: 18,000
+MODULES = 215  # goal: 150
+TRAIN_FILES = 15  # goal: 12
 LONGEST = 300  # lines of one module
 # Too long already, with their lines today. Remove an entry when its module fits.
-TOO_LONG = {"model/language.py": 304, "model/qformer.py": 301}
+TOO_LONG = {"model/language.py": 302}
 
 
 def lines(file: Path) -> int:

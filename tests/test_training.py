@@ -142,6 +142,19 @@ def test_the_same_picture_and_the_same_caption_are_no_negatives() -> None:
     assert ids == [0, 1, 0, 1, 4]
 
 
+def test_rows_that_other_rows_connect_are_one_group_in_any_order() -> None:
+    assert pair_ids([1, 2, 3, 2], ["a", "b", "a", "a"]).tolist() == [0, 0, 0, 0]
+    random = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        count = int(torch.randint(1, 9, (), generator=random))
+        pictures, captions = torch.randint(5, (2, count), generator=random)
+        joined = (pictures[:, None] == pictures) | (captions[:, None] == captions)
+        closure = torch.linalg.matrix_power(joined.double(), count) > 0  # paths of up to `count` steps
+        ids = pair_ids(pictures.tolist(), captions.tolist())
+        assert torch.equal(ids[:, None] == ids, closure)
+        assert torch.equal(ids, closure.int().argmax(dim=1))  # the first row of each group
+
+
 def test_every_caption_of_a_picture_is_drawn() -> None:
     samples = Captions([Record("0", Path("0.png"), ("a", "b", "c"))])
     drawn = [samples.draw([0], torch.Generator().manual_seed(number)).texts[0] for number in range(60)]

@@ -175,29 +175,40 @@ def test_parts_may_be_handed_in_ready(home: Path) -> None:
 
 
 def test_a_tower_in_the_file_is_used(home: Path, tmp_path: Path) -> None:
-    """A fine-tuned model of LAVIS holds its image encoder, at the size it was tuned at; 16 heads there."""
-    encoder = tower(side=24)
+    """A fine-tuned model of LAVIS holds its image encoder, at the size it was tuned at; its heads have to be given."""
+    encoder = tower(side=24, heads=4)
     theirs = load_file(home / "opt" / "model.safetensors")
     theirs = {n: t for n, t in theirs.items() if not n.startswith("vision_model.") and "crossattention" not in n}
     theirs |= {f"vision_model.{name}": tensor for name, tensor in encoder.state_dict().items()}
     theirs |= {n: t for n, t in wide_cross_attention(encoder.config.hidden_size).items()}
     torch.save({"model": as_lavis(theirs, "opt", tower=True)}, tmp_path / "tuned.pth")
-    model = load(tmp_path / "tuned.pth", heads=HEADS, language=str(home / "opt"))
+    given: dict[str, Any] = {"heads": HEADS, "language": str(home / "opt")}
+    for wrong in (None, 0, 5):
+        with pytest.raises(UserError, match=r"tuned.pth: its image encoder is 32 wide, .*give vision_heads"):
+            load(tmp_path / "tuned.pth", **given, vision_heads=wrong)
+    given["vision_heads"] = 4
+    model = load(tmp_path / "tuned.pth", **given)
     assert model.model.vision.image_size == 24
     images = torch.randint(256, (2, 3, 24, 24), dtype=torch.uint8)
     expected = encoder(tiny_blip2.pixel_values(images), output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(model.model.vision(images), expected, rtol=1e-5, atol=1e-5)
 
-    openblip2.convert(tmp_path / "tuned.pth", tmp_path / "run", "openblip2", heads=HEADS, language=str(home / "opt"))
+    openblip2.convert(tmp_path / "tuned.pth", tmp_path / "run", "openblip2", **given)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["vision"]["name"] == "./vision"
     again = load(tmp_path / "run")
     torch.testing.assert_close(again.model.vision(images), expected, rtol=1e-5, atol=1e-5)
-    openblip2.convert(tmp_path / "run", tmp_path / "back.pth", "lavis", language=str(home / "opt"))
+    notes = openblip2.convert(tmp_path / "run", tmp_path / "back.pth", "lavis", language=str(home / "opt"))
+    assert any("4 attention heads" in note and "vision_heads=4" in note for note in notes)
     same(read_pth(tmp_path / "back.pth"), dict(read_pth(tmp_path / "tuned.pth")))
 
 
-def tower(side: int) -> Any:
-    sizes = tiny_runs.named(width=32, layers=2, heads=16, ffn=40)
+def test_heads_of_an_image_encoder_that_is_not_in_a_lavis_file_are_refused(home: Path) -> None:
+    assert "no image encoder in it" in refused(home / "opt.pth", **parts(home, "opt"), vision_heads=4)
+    assert "vision_heads is for a LAVIS .pth" in refused(home / "opt", vision_heads=4)
+
+
+def tower(side: int, heads: int) -> Any:
+    sizes = tiny_runs.named(width=32, layers=2, heads=heads, ffn=40)
     return tiny.redraw(hf.Blip2VisionModel(hf.Blip2VisionConfig(**sizes, image_size=side, patch_size=6)))
 
 
@@ -349,9 +360,10 @@ def test_a_vocabulary_without_room_grows_by_the_image_token(home: Path, tmp_path
 def test_an_encoder_without_a_place_gets_the_way_of_projected_queries(home: Path, tmp_path: Path) -> None:
     vision = tiny_models.vision()
     stage2 = run_of(vision, home, tmp_path / "run")
-    notes = openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
-    assert "'dinov2_with_registers'" in notes[0]
-    assert "image_embeds.py" in notes[0]
+    with pytest.raises(UserError, match=r"no place for .*'dinov2_with_registers'.*--to projected"):
+        openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+    assert openblip2.convert(tmp_path / "run", tmp_path / "out", "projected") == []
     Image.fromarray(pictures(1)[0]).save(tmp_path / "picture.png")
     said = subprocess.run(
         [sys.executable, tmp_path / "out" / "image_embeds.py", tmp_path / "picture.png"],
@@ -392,8 +404,10 @@ def test_stage_1_with_an_encoder_without_a_place_is_refused(home: Path, tmp_path
     write_run(
         tmp_path / "run", settings, tiny.qformer().sizes, trained, vision, tokenizer=bert, carries=frozenset({"vision"})
     )
-    with pytest.raises(UserError, match=r"no place for the image encoder 'dinov2_with_registers'.*--to onnx"):
+    with pytest.raises(UserError, match=r"no place for the image encoder 'dinov2_with_registers'.*--to onnx$"):
         openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
+    with pytest.raises(UserError, match="stage-1 run: --to projected needs a language model"):
+        openblip2.convert(tmp_path / "run", tmp_path / "out", "projected")
     assert not (tmp_path / "out").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing half-written
 
@@ -596,6 +610,15 @@ def test_targets_that_cannot_be_written(home: Path, tmp_path: Path) -> None:
     told("is there already", home / "opt", tmp_path / "full", "hf")
     told("ends in .pth", home / "opt", tmp_path / "x", "lavis")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_what_a_lavis_file_repeats_is_not_left_out_of_another(home: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"heads": HEADS, "vision": str(home / "retriever")}
+    notes = openblip2.convert(home / "stage1.pth", tmp_path / "copy.pth", "lavis", **more)
+    written = read_pth(tmp_path / "copy.pth")
+    same(dict(written), dict(read_pth(home / "stage1.pth")))
+    assert not [note for note in notes if note.split(":")[0] in written]
+    assert len(notes) == 1, "the image encoder alone"
 
 
 def test_left_out_is_named(home: Path) -> None:

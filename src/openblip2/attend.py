@@ -16,16 +16,16 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from openblip2.captioner import CAPTION, Captioner, greedy
+from openblip2.captioner import Captioner
 from openblip2.data.images import Picture, open_picture, to_pixels
 from openblip2.data.text import clean_caption, clean_question
 from openblip2.errors import UserError
+from openblip2.hardware import computing
 from openblip2.inputs import clean_texts
 from openblip2.matcher import Matcher
 from openblip2.model.likelihood import word_scores
 from openblip2.model.relevance import attention, relevance, watching
 from openblip2.model.vision import Vision
-from openblip2.train.hardware import computing
 
 By = Literal["itc", "itm"]
 BY: tuple[By, ...] = get_args(By)
@@ -119,7 +119,7 @@ def _of_captioner(model: Captioner, vision: Vision, features: Tensor, picture: P
         question = tokens.to(features.device), valid.to(features.device)
         text = model.answer([picture], [text])[0]
     elif text is None:
-        text = model.caption([picture], decoding=greedy(CAPTION))[0]
+        text = model.caption([picture])[0]
     else:
         (text,) = clean_texts([text], clean_caption)
     with watching(stage2.qformer) as weights:

@@ -17,14 +17,15 @@ from openblip2.data.text import clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.answering import question_tokens
-from openblip2.inputs import GROUP, clean_texts, features_of, require_pairs, same_pictures
+from openblip2.hardware import computing
+from openblip2.inputs import GROUP, clean_texts, features_of, group_of, require_pairs, same_pictures
 from openblip2.model.language import Decoding
 from openblip2.model.stage2 import Stage2
 from openblip2.pretrained import Pretrained
-from openblip2.train.hardware import computing
 
 CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short
+CHAT = replace(ANSWER, max_new_tokens=30)  # these three are the defaults of the command line, Python and the server
 
 
 class Captioner(Pretrained):
@@ -114,7 +115,7 @@ class Captioner(Pretrained):
         Args:
             questions: one for each picture, where the Q-Former reads them: then a picture that repeats goes through
                 the encoder once in each group of 32, and through the Q-Former with each question.
-            at_once: texts that are written together, where no questions are read.
+            at_once: texts that are written together, where no questions are read and `inputs.group_of` is not 1.
 
         Raises:
             UserError: a picture that cannot be opened; no questions where they are read, or some where they are not.
@@ -133,6 +134,7 @@ class Captioner(Pretrained):
         )
         found, soft = [""] * len(names), dict[str | int, Tensor]()
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            at_once = at_once if group_of(self.model) > 1 else 1
             for start in range(0, len(order), at_once):
                 rows = order[start : start + at_once]
                 here = {names[n]: n for n in rows}
@@ -155,8 +157,9 @@ class Captioner(Pretrained):
         first = {name: n for n, name in reversed(list(enumerate(names)))}
         order = sorted(range(len(names)), key=lambda n: (first[names[n]], len(prompts[n])))
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            for start in range(0, len(order), GROUP):
-                rows = order[start : start + GROUP]
+            group = group_of(self.model)
+            for start in range(0, len(order), group):
+                rows = order[start : start + group]
                 here = {names[n]: n for n in rows}
                 features = torch.cat(list(features_of(self.model, [images[n] for n in here.values()])))
                 about = [list(here).index(names[n]) for n in rows]
@@ -169,9 +172,11 @@ class Captioner(Pretrained):
 
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
         self._require_questions(images, questions)
-        for n, part in enumerate(features_of(self.model, images)):
-            read = self._read(questions[n * GROUP : (n + 1) * GROUP] if questions else None)
+        start = 0
+        for part in features_of(self.model, images):
+            read = self._read(questions[start : start + len(part)] if questions else None)
             yield self.model.query_output(features=part, question=read)
+            start += len(part)
 
     def _read(self, questions: Sequence[str] | None) -> tuple[Tensor, Tensor] | None:
         return question_tokens(self.tokens, questions, self.model.projection.weight.device)

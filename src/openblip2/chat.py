@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from openblip2.captioner import ANSWER, Captioner
+from openblip2.captioner import CHAT, Captioner
 from openblip2.data.images import Picture
 from openblip2.data.text import clean_question
 from openblip2.errors import UserError
 from openblip2.evaluate.answering import question_tokens
+from openblip2.hardware import computing
 from openblip2.inputs import features_of
 from openblip2.model.context import context_of, room_for_prompt
 from openblip2.model.language import Decoding
 from openblip2.model.template import dialogue
-from openblip2.train.hardware import computing
 
 
 class Form:
@@ -96,7 +96,7 @@ class Chat:
         self,
         captioner: Captioner,
         image: Picture,
-        decoding: Decoding = ANSWER,
+        decoding: Decoding = CHAT,
         question: str | None = None,
         context: int | None = None,
     ) -> None:

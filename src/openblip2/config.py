@@ -131,13 +131,13 @@ class TrainSettings:
     # Ours: the Q-Former's blocks by torch.compile. Other dropout masks, else the same to rounding.
     compile: bool = False
     # In several processes. ddp: each holds all. fsdp2: the layers of the frozen parts lie in pieces over the processes,
-    # for language models that do not fit into one GPU (train/parallel.py).
+    # for language models that do not fit into one GPU (distributed/data_parallel.py).
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     seed: Natural = 0
     validate_every: Natural = 1000  # steps; 0 = only at the end
     checkpoint_every: Natural = 1000  # steps; 0 = only when asked to stop (docs/resuming.md)
     keep_checkpoints: Count = 2  # of the last ones; older ones go when a new one is whole
-    # Whom the log is told, too: train/tracking.py.
+    # A tracker that gets the rows of log.jsonl, too (train/log.py).
     track: Literal["", "tensorboard", "wandb", "trackio"] = ""
     most_bad_steps: Count = 5  # in a row with losses or gradients that are not finite; then the run stops
 

@@ -30,6 +30,7 @@ def load(
     tokenizer: Any = None,
     revision: str | None = None,
     language_weights: str | None = None,
+    vision_heads: int | None = None,
 ) -> "Matcher | Captioner":
     """A trained model: a `Matcher` from stage 1, a `Captioner` from stage 2.
 
@@ -42,11 +43,13 @@ def load(
             ready, instead of those that the source names.
         revision: branch, tag or commit on the hub.
         language_weights: as the setting `language.weights`, "int8" for one, instead of the source's own.
+        vision_heads: attention heads of an image encoder in a LAVIS file, which does not tell them; None = ViT-g's 16,
+            if it is as wide as ViT-g.
 
     Raises:
         UserError: none of these, an unfinished or damaged one, or keys, sizes or parts that do not fit.
     """
-    parts = Parts(heads, vision, language, tokenizer)
+    parts = Parts(heads, vision, language, tokenizer, vision_heads)
     checkpoint = read_checkpoint(source, parts, revision)
     if language_weights is not None:
         if checkpoint.settings.stage == "stage1" or isinstance(language, LanguageModel):

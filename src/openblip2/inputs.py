@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from openblip2.data.images import Picture, to_pixels
@@ -14,12 +15,23 @@ from openblip2.model.stage2 import Stage2
 GROUP = 32  # pictures at once
 
 
+def group_of(model: Stage1 | Stage2) -> int:
+    """How many pictures, and texts about them, are computed together: `GROUP`, or 1 on a CPU that computes in less
+    than fp32.
+
+    There, rounding depends on the number of rows, so that a caption would depend on which pictures share its batch.
+    That is so on a GPU, too, where one by one would take many times as long. Ask within `train.hardware.computing`.
+    """
+    half = torch.is_autocast_enabled("cpu") or any(p.dtype != torch.float32 for p in model.parameters())
+    return 1 if half and next(model.parameters()).device.type == "cpu" else GROUP
+
+
 def features_of(model: Stage1 | Stage2, images: Sequence[Picture]) -> Iterator[Tensor]:
-    """Their features from the frozen encoder, `[<= GROUP, P, V]` at a time."""
+    """Their features from the frozen encoder, `[<= group_of(model), P, V]` at a time."""
     assert model.vision is not None
-    device = next(model.parameters()).device
-    for start in range(0, len(images), GROUP):
-        yield model.vision(to_pixels(images[start : start + GROUP], model.vision.image_size).to(device))
+    device, group = next(model.parameters()).device, group_of(model)
+    for start in range(0, len(images), group):
+        yield model.vision(to_pixels(images[start : start + group], model.vision.image_size).to(device))
 
 
 def same_pictures(images: Sequence[Picture]) -> list[str | int]:

@@ -16,10 +16,10 @@ from openblip2.data.text import clean_caption
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.retrieval import rerank, similarities
+from openblip2.hardware import computing
 from openblip2.inputs import clean_texts, features_of, require_pairs
 from openblip2.model.stage1 import Stage1
 from openblip2.pretrained import Pretrained
-from openblip2.train.hardware import computing
 
 
 class Matcher(Pretrained):

@@ -14,11 +14,11 @@ from openblip2.data.images import Picture
 from openblip2.data.text import clean_question
 from openblip2.errors import UserError, one_line
 from openblip2.evaluate.effective_rank import effective_rank
+from openblip2.hardware import computing
 from openblip2.inputs import clean_texts
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.train.checkpoint import kept_parameters
-from openblip2.train.hardware import computing
 from openblip2.weights.card import model_card, usage
 from openblip2.weights.run import fresh_folder, write_run
 

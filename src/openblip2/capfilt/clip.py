@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from openblip2.capfilt.ranker import by_picture
 from openblip2.data.images import PictureFile, open_picture
 from openblip2.errors import UserError, one_line
+from openblip2.hardware import device
 from openblip2.model.mapped import load_in
 from openblip2.model.quiet import quiet_transformers
-from openblip2.train.hardware import device
 
 CHUNK = 64  # texts at once
 

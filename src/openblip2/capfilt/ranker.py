@@ -10,9 +10,9 @@ from torch import Tensor
 
 from openblip2.data.images import PictureFile, to_pixels
 from openblip2.evaluate.retrieval import text_vectors
+from openblip2.hardware import computing
 from openblip2.matcher import Matcher
 from openblip2.model.objectives import similarity
-from openblip2.train.hardware import computing
 
 CHUNK = 64  # pairs that ITM looks at at once
 

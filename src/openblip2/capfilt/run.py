@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,17 +31,17 @@ def capfilt(
     how: How,
     progress: Progress,
     part: tuple[int, int] = (1, 1),
-    workers: int = 0,
 ) -> Written:
     """Captions and filters shards into `out`. An interrupted run is gone on with: what is done is not made again.
 
     Args:
-        shards: as `expand` takes them. part: (K, N): every Nth shard, from the Kth on; all N parts, in any order or at
-            once, make what one process makes. workers: of Ray; 0 = this process.
+        shards: as `expand` takes them.
+        part: (K, N): every Nth shard, from the Kth on; all N parts, in any order or at once, make what one process
+            makes.
 
     Raises:
         UserError: no shards, two of one name, models of the wrong kind, an `out` that is of other settings or holds
-            the shards themselves, Ray is missing, or not one shard can be read.
+            the shards themselves, or not one shard can be read.
     """
     names = named(expand(shards), out)
     settings = settings_of(how, *digests(models, how))
@@ -66,7 +66,8 @@ def capfilt(
     if len(done) < len(mine):
         began, total = time.perf_counter(), sum(known.pictures(n) for n, made in found.items() if made is None)
         with progress.steps("captions for pictures", total) as bar:
-            for made in _making(left, models, how, workers, lambda count: bar.advance(count=count)):
+            maker = Maker(*open_models(models, how), how, lambda count: bar.advance(count=count))
+            for made in map(maker, left):
                 done.append(made)
                 progress.say(_line(made, len(done), len(mine), time.perf_counter() - began))
     dead = [made.dead for made in done if made.dead]
@@ -96,22 +97,6 @@ def named(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
             raise UserError(f"{url} lies in --out, where the captioned one would be written over it: another folder")
         found[name] = url if is_url(url) else str(Path(url).resolve())
     return list(found.items())
-
-
-def _making(
-    tasks: Iterable[Task], models: Models, how: How, workers: int, advance: Callable[[int], object]
-) -> Iterator[Made]:
-    """What comes of each task. `advance`: is told how many more pictures are behind."""
-    if workers:
-        from openblip2.capfilt.ray_data import on_ray
-
-        for made in on_ray(tasks, models, how, workers):
-            advance(0 if made.dead else made.counts["samples"] - made.counts["duplicates"])
-            yield made
-        return
-    maker = Maker(*open_models(models, how), how, advance)
-    for task in tasks:
-        yield maker(task)
 
 
 def _line(made: Made, number: int, total: int, seconds: float) -> str:

@@ -120,7 +120,7 @@ def train(
         settings = change(settings, read_changes(changes))
         settings = change(settings, {"data.source": data} | ({"start": str(start)} if start else {}))
         settings = change(settings, {"data.features": str(features)} if features else {})
-        from openblip2.distributed import is_first
+        from openblip2.distributed.collectives import is_first
 
         says = progress(first=is_first())
         says.doing("loading data and models")
@@ -169,9 +169,9 @@ def features(
     says = progress()
     says.doing("loading data and the image encoder")
     from openblip2.data.records import read_records
+    from openblip2.hardware import compute_dtype, device, keep_freed_memory
     from openblip2.model.build import build_vision
     from openblip2.train.encode import write_features
-    from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
 
     records, skipped = read_records(data)
     for line in skipped:
@@ -190,6 +190,6 @@ def _others() -> AbstractContextManager[None]:
     """The other processes of the run, where torchrun or accelerate launch has started this one (docs/clusters.md)."""
     if "RANK" not in os.environ:
         return nullcontext()  # and torch is not imported yet
-    from openblip2.train.processes import processes
+    from openblip2.distributed.launch import processes
 
     return processes()

@@ -62,7 +62,6 @@ def capfilt(
         typer.Option(help="Kind of data: web, coco, vg, cc3m, cc12m, sbu or laion.", autocompletion=among(READERS)),
     ] = "web",
     part: Annotated[str, typer.Option(help="K/N: process every Nth shard from the Kth on, for job arrays.")] = "1/1",
-    ray: Annotated[int, typer.Option(min=0, help="Number of workers on a Ray cluster; 0 = this process.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """CapFilt: sample new captions for the images of shards, and keep the captions that fit best."""
@@ -84,7 +83,7 @@ def capfilt(
         reader=reader,
     )
     with keeping(f"finished shards are in {out}, the same command goes on"):
-        written = run(shards, Models(captioner, ranker), out, how, says, _part(part), ray)
+        written = run(shards, Models(captioner, ranker), out, how, says, _part(part))
     counts = written.counts
     if as_json:
         put({"out": str(out), "shards": written.shards, "counts": counts, "dead": written.dead})

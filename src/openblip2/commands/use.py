@@ -14,7 +14,7 @@ def caption(
     run: Run,
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     prompt: Annotated[str | None, typer.Option(help="Text that the caption begins with, or an instruction.")] = None,
-    beams: Annotated[int, typer.Option(min=1, help="Beam width; 1 = greedy.")] = 5,
+    beams: Annotated[int | None, typer.Option(min=1, help="Beam width; 1 = greedy; default: 5.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write captions for images: prints `path<TAB>caption` for each."""
@@ -24,10 +24,11 @@ def caption(
     from openblip2.captioner import CAPTION
     from openblip2.inputs import GROUP
 
+    how = CAPTION if beams is None else replace(CAPTION, beams=beams)
     with progress().steps("captions", len(images)) as bar:
         for start in range(0, len(images), GROUP):
             part = images[start : start + GROUP]
-            for image, text in zip(part, model.caption(part, prompt, replace(CAPTION, beams=beams)), strict=True):
+            for image, text in zip(part, model.caption(part, prompt, how), strict=True):
                 put({"path": str(image), "caption": text}) if as_json else tell(f"{image}\t{text}")
             bar.advance(count=len(part))
 
@@ -47,16 +48,16 @@ def chat(
     run: Run,
     image: Annotated[Path, typer.Argument(help="Image file.")],
     question: Annotated[str | None, typer.Option(help="Form of a question, with {} for the text.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens in an answer.")] = 30,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens in an answer; default: 30.")] = None,
 ) -> None:
     """Chat about an image: reads questions line by line and answers them in context."""
     from dataclasses import replace
 
     model = load_captioner(run)
-    from openblip2.captioner import ANSWER
+    from openblip2.captioner import CHAT
     from openblip2.chat import Chat
 
-    talk = Chat(model, image, replace(ANSWER, max_new_tokens=tokens), question)
+    talk = Chat(model, image, CHAT if tokens is None else replace(CHAT, max_new_tokens=tokens), question)
     terminal = sys.stdin.isatty()
     while True:
         try:

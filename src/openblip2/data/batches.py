@@ -4,7 +4,8 @@ Shapes: B pairs, P patch tokens, V encoder width, S side in px.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from openblip2.data.features import StoredFeatures
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.data.samples import Samples
-from openblip2.distributed import gather, part_of, share, world_size
+from openblip2.distributed.collectives import gather, part_of, share, world_size
 from openblip2.errors import UserError
 
 
@@ -184,18 +185,24 @@ class _Pairs:
 
 
 def pair_ids(pictures: Sequence[Hashable], captions: Sequence[Hashable]) -> Tensor:
-    """Which pairs of a batch belong together: `[B]` int64, equal for the same picture and for the same caption.
+    """Which pairs of a batch belong together: `[B]` int64, the first row of each group.
 
-    Two pictures of a red circle are no negatives of each other's "a red circle".
+    Rows with the same picture or the same caption are in one group, and so are rows that other rows connect. The order
+    of the rows does not matter. Two pictures of a red circle are no negatives of each other's "a red circle".
     """
-    of_picture: dict[Hashable, int] = {}
-    of_caption: dict[Hashable, int] = {}
-    ids: list[int] = []
-    for n, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        own = of_picture.get(picture, of_caption.get(caption, n))
-        of_picture[picture] = of_caption[caption] = own
-        ids.append(own)
-    return torch.tensor(ids, dtype=torch.int64)
+    above = list(range(len(pictures)))  # a tree for each group, with its first row at the root
+
+    def root(row: int) -> int:
+        while above[row] != row:
+            above[row] = row = above[above[row]]  # a shorter way for the next search
+        return row
+
+    seen: dict[Hashable, int] = {}
+    for n, pair in enumerate(zip(pictures, captions, strict=True)):
+        for key in enumerate(pair):  # (0, picture) and (1, caption)
+            first, own = sorted((root(seen.setdefault(key, n)), root(n)))
+            above[own] = first
+    return torch.tensor([root(n) for n in range(len(above))], dtype=torch.int64)
 
 
 def joined_ids(batch: PairBatch, place: torch.device) -> Tensor:
@@ -211,3 +218,35 @@ def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
     # Distinct streams for distinct purposes; the factor keeps (seed, number) pairs apart.
     salt = {"epoch": 0, "caption": 1, "crop": 2, "window": 3}[purpose]
     return torch.Generator().manual_seed((seed * 4 + salt) * 1_000_000_007 + number)
+
+
+class Prefetcher:
+    """`batches(number)`, made one ahead: while the model works on batch n, a thread reads batch n + 1.
+
+    A thread is enough, because decoding and copying release Python's lock. A batch depends on its number alone, so the
+    batches are the same. An error in making one is raised where it is asked for. For GPUs, batches are in pinned
+    memory, from which they are copied while the model computes.
+
+    Args:
+        batches: number -> batch; called from one thread at a time.
+        count: batches of the run; none is made after them.
+    """
+
+    def __init__(self, batches: Callable[[int], PairBatch], count: int) -> None:
+        self.batches, self.count = batches, count
+        self.thread = ThreadPoolExecutor(1, "batches")
+        self.number, self.next = -1, Future[PairBatch]()  # what is being made
+
+    def __call__(self, number: int) -> PairBatch:
+        batch = (self.next if number == self.number else self.thread.submit(self._make, number)).result()
+        self.number = number + 1
+        if self.number < self.count:
+            self.next = self.thread.submit(self._make, self.number)
+        return batch
+
+    def _make(self, number: int) -> PairBatch:
+        batch = self.batches(number)
+        if not torch.cuda.is_available():
+            return batch
+        images, features = (None if part is None else part.pin_memory() for part in (batch.images, batch.features))
+        return replace(batch, images=images, features=features)

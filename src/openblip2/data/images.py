@@ -28,6 +28,7 @@ class PictureFile(NamedTuple):
     name: str
 
 
+RESIZE = "to a square, bicubic (Pillow, reducing_gap=2), without keeping the aspect"  # see `_resized`
 Picture = str | Path | PictureFile | Image.Image | np.ndarray[Any, Any]
 
 # A file is judged by its header before anything is decoded: a few kilobytes can unfold to gigabytes.

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from openblip2.compat import cache_name
+from openblip2.errors import UserError, one_line
 from openblip2.model.nucleus import NucleusSampling
 
 
@@ -73,3 +75,29 @@ def generate(
         **(watched or {}),
     )
     return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+
+
+@torch.no_grad()
+def try_generation(language: Any, queries: int, prompt: str) -> None:
+    """Generates two tokens, greedily and by beam search: better to learn before a training than after it.
+
+    Args:
+        language: a `DecoderLM` or an `EncoderDecoderLM`.
+        queries: of the soft prompt, in whose place stand embeddings of tokens.
+        prompt: a text behind it.
+
+    Raises:
+        UserError: the language model cannot generate from embeddings.
+    """
+    llm = language.llm
+    soft = llm.get_input_embeddings()(
+        torch.arange(2 * queries, device=llm.device).view(2, -1) % len(language.tokenizer)
+    )
+    try:
+        for beams in (1, Decoding.beams):
+            language.generate(soft, [prompt, f"{prompt} a"], Decoding(max_new_tokens=2, beams=beams))
+    except Exception as error:  # whatever it is, it would end every use of the run
+        kind = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(
+            f"{type(llm).__name__} cannot generate text behind a soft prompt ({kind}): choose another language.name"
+        ) from error

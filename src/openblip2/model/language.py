@@ -22,7 +22,7 @@ from openblip2.model import prompt_cache
 from openblip2.model.decoding import Decoding, generate
 from openblip2.model.output_head import ends_in_head, gather_head_input, loss_at
 from openblip2.model.precision import own_precision
-from openblip2.model.template import PAPER_TEMPLATE, Turns, resolve_template, split_control_tokens
+from openblip2.model.template import PAPER_TEMPLATE, resolve_template, split_control_tokens
 from openblip2.model.token_rows import SOFT, common_start, common_text, embed_rows, template_ids, text_ids
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class FrozenLM(nn.Module):
         self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
         self.end, self.checkpointed = _end_ids(tokenizer, end), False
-        self.sharded = False  # over processes (train/parallel.py), which then must run the model equally often
+        self.sharded = False  # over processes, which then must run the model equally often
         self.watched: dict[str, Any] = {}  # by what `generate` is followed while it writes: see `decoding.generate`
         self.last_read = prompt_cache.LastRead()
         self.reuse = prompt_cache.find_reuse(llm)
@@ -130,8 +130,7 @@ class FrozenLM(nn.Module):
 
     def _head(self, prompt: str, queries: int) -> list[int]:
         """Ids in front of what is to be written, `SOFT` in the soft tokens' places."""
-        if not isinstance(prompt, Turns):
-            prompt = split_control_tokens(prompt, self.tokenizer)
+        prompt = split_control_tokens(prompt, self.tokenizer)
         before, after = self.template.split("{image}")
         return [
             *template_ids(self.tokenizer, before.format(prompt=prompt)),
@@ -175,7 +174,7 @@ class DecoderLM(FrozenLM):
     def generate(
         self, soft: Tensor, prompts: Sequence[str], decoding: Decoding, pictures: Sequence[int] | None = None
     ) -> list[str]:
-        """One text for each of B prompts; left padding, so a batch equals its single images.
+        """One text for each of B prompts. A batch equals its single images: padded on the left, or one by one.
 
         Nothing is read twice: the text in front of all pictures once, a picture once for all prompts about it, and
         all but the last token of a prompt once for all beams.
@@ -186,6 +185,8 @@ class DecoderLM(FrozenLM):
         """
         pictures = range(len(soft)) if pictures is None else pictures
         rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
+        if len(set(map(len, rows))) > 1 and not prompt_cache.can_pad(self.llm):
+            return [self.generate(soft, [p], decoding, [n])[0] for p, n in zip(prompts, pictures, strict=True)]
         text, shared = self._shared(rows, pictures)
         embeds, mask = embed_rows(self.llm, rows, soft[list(pictures)], left=True, fixed=shared)
         every = list(range(len(rows)))

@@ -85,6 +85,11 @@ def load_language(
             f"language model {name!r} cannot be loaded: its tokenizer has {len(tokenizer)} tokens and the model "
             f"{words}: are the tokenizer's files there?"
         )
+    if len(tokenizer) > words:
+        raise UserError(
+            f"language model {name!r}: its tokenizer has {len(tokenizer)} tokens and its embedding {words} rows: call "
+            f"resize_token_embeddings({len(tokenizer)}) of the model, save it in a folder, and give that"
+        )
     if bits is not None:
         keep_4bit_gradients(llm)
     kind = EncoderDecoderLM if config.is_encoder_decoder else DecoderLM

@@ -57,6 +57,14 @@ def find_reuse(llm: "PreTrainedModel") -> Reuse:
     return Reuse(True, "position_ids" in known and DynamicSlidingWindowLayer not in kinds)
 
 
+def can_pad(llm: "PreTrainedModel") -> bool:
+    """Whether padding in front of a prompt is known to change nothing.
+
+    Recurrent states may take in the padding, and a model that is not given `position_ids` may count it as places.
+    """
+    return not is_stateful(llm) and "position_ids" in signature(llm.forward).parameters
+
+
 def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[int]]], pad: int) -> DynamicCache | None:
     """Keys and values of the beginnings of B prompts, read in stages; None where no stage reads anything.
 
@@ -98,16 +106,18 @@ class LastRead:
     """Keeps the keys and values of the text that a frozen model read last, because every step begins with it."""
 
     def __init__(self) -> None:
-        self.text: tuple[object, ...] = ()
+        self.key: tuple[object, ...] = ()
         self.cache: DynamicCache | None = None
 
     def __call__(self, llm: Any, text: list[int]) -> DynamicCache:
         """As `read_text`. The caller may change what it gets."""
-        if self.cache is None or self.text != (*text, llm.device, llm.dtype):
+        # The versions count how often weights were written to, for example by `load_state_dict`.
+        key = (*text, llm.device, llm.dtype, sum(weight._version for weight in llm.parameters()))
+        if self.cache is None or self.key != key:
             # Validation runs in inference mode, and what is made there cannot take part in training.
             with torch.inference_mode(False), torch.no_grad():
                 self.cache = read_text(llm, text)
-            self.text = (*text, llm.device, llm.dtype)
+            self.key = key
         return deepcopy(self.cache)
 
 

@@ -12,7 +12,7 @@ from itertools import chain
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,11 +23,13 @@ SLOTS = "{image}, {prompt} and {bos}"
 
 
 class Turns(str):
-    """A prompt whose control tokens are a chat template's own; `FrozenLM` splits those of any other prompt."""
+    """A prompt whose control tokens are a chat template's own, and remain what they are."""
 
 
 def split_control_tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """A user's text that no longer contains control tokens: "</s>" becomes "< /s>", which is read as plain text."""
+    if isinstance(text, Turns):
+        return text
     pattern = _control_tokens(tokenizer)
     while pattern.search(text):  # what is left of one may contain another
         text = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
@@ -104,9 +106,17 @@ def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
     """The chat template around texts of the user and the assistant in turn, up to where the assistant writes."""
+    from jinja2 import TemplateError
+
     roles = ("user", "assistant")
     turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise UserError(
+            f"this tokenizer's chat template fails on a dialogue of length {len(texts)} ({one_line(error)}): set "
+            f"language.template to another one, {PAPER_TEMPLATE!r} for example"
+        ) from error
 
 
 def _takes_turns(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:

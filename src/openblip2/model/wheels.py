@@ -78,6 +78,8 @@ def _find(name: str, wheel: Wheel) -> Path:
 
 def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> None:
     """Fill a folder of another name, then rename it: nobody sees half a model, however many convert."""
+    from openblip2.model.quiet import quiet_transformers
+
     source = _find(name, wheel)
     missing = [package for package in wheel.needs if importlib.util.find_spec(package) is None]
     if missing:
@@ -85,7 +87,8 @@ def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path
     draft = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
         draft.mkdir(parents=True)
-        convert(source, draft)
+        with quiet_transformers():
+            convert(source, draft)
         _publish(draft, target)
     except OSError as error:
         reason = " ".join(str(error).split())

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from openblip2.config import RunSettings
+from openblip2.distributed.data_parallel import layers_of
 from openblip2.errors import UserError
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.plan.models import build_model
-from openblip2.train.parallel import layers_of
 
 GIB = 2**30
 CONTEXT = 0.8 * GIB  # assumed: CUDA's context and the buffers of its libraries

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from openblip2.captioner import Captioner
+from openblip2.data.images import RESIZE
 from openblip2.data.records import Record
 from openblip2.data.seen import seen_before
+from openblip2.hardware import compute_dtype, computing, device
+from openblip2.inputs import group_of
 from openblip2.matcher import Matcher
 from openblip2.model.decoding import Decoding
 from openblip2.train.checkpoint import kept_parameters, read_config
-from openblip2.train.hardware import compute_dtype, device
 
 PACKAGES = ("openblip2", "torch", "transformers", "tokenizers", "pillow", "numpy", "pycocoevalcap", "spacy")
 
@@ -32,13 +34,15 @@ def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
         "image_encoder": settings.vision.name,
         "image_encoder_layer": settings.vision.layer,
         "image_size": settings.vision.image_size,
-        "resize": "to a square, bicubic, without keeping the aspect",
+        "resize": RESIZE,
         "precision": str(compute_dtype(device(), settings.train.precision)).removeprefix("torch."),
         "seed": seed,
         "versions": {name: known for name in PACKAGES if (known := _version(name))}
         | {"python": platform.python_version()},
     }
     if isinstance(model, Captioner):
+        with computing(model.model, settings.train.precision):
+            found["pictures_at_once"] = group_of(model.model)
         found |= {
             "language_model": settings.language.name,
             "language_weights": settings.language.weights,

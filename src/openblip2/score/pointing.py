@@ -13,11 +13,11 @@ from openblip2.data.images import to_pixels
 from openblip2.data.records import Record
 from openblip2.data.scenes.grammar import named
 from openblip2.errors import UserError
+from openblip2.hardware import computing
 from openblip2.inputs import GROUP
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.score.result import Result
-from openblip2.train.hardware import computing
 
 Boxes = Sequence[Sequence[float]]  # left, top, right, bottom as shares of the picture's sides
 

@@ -16,11 +16,11 @@ from openblip2.data.text import clean_caption
 from openblip2.data.tokens import QFormerTokens
 from openblip2.evaluate.ranking import Matches, Ranking, best_images, best_texts, hits_at, log_odds
 from openblip2.evaluate.retrieval import image_vectors, text_vectors
+from openblip2.hardware import computing, device
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.score.result import Result
 from openblip2.train.encode import make_cache, open_cache, whitened
-from openblip2.train.hardware import computing, device
 
 KS = (1, 5, 10)
 TOKENS = 35  # the authors' longest text in evaluation; 32 in training

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from openblip2.data.batches import PairBatch
-from openblip2.distributed import is_first, rank
+from openblip2.distributed.collectives import is_first, rank
 from openblip2.errors import UserError
 from openblip2.train.checkpoint import write_json
 from openblip2.train.resume import Done
 
 
-class Remembered:
+class RecordingBatches:
     """`batches(number)`, with the names of what was in the last `count` of them, for the case that they are bad."""
 
     def __init__(self, batches: Callable[[int], PairBatch], count: int) -> None:

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from openblip2.config import RunSettings, to_dict
-from openblip2.distributed import is_first
+from openblip2.distributed.collectives import is_first
+from openblip2.distributed.full_tensor import fill, full_tensor
 from openblip2.errors import UserError
 from openblip2.model.whitening import Whitening
-from openblip2.train.whole import fill, full_tensor
 
 # Parts that had another name when a run wrote its weights: old name -> today's.
 RENAMED = {

@@ -25,10 +25,10 @@ from openblip2.data.features import FeatureCache, Features, find_records, pictur
 from openblip2.data.images import CROP_AREA, CROP_RATIO, THREADS, augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.errors import UserError
+from openblip2.hardware import device
 from openblip2.model.precision import DTYPES
 from openblip2.model.vision import Vision
 from openblip2.progress import Progress
-from openblip2.train.hardware import device
 
 BATCH = 32  # pictures that are opened together, and entries that the encoder takes together
 PLAIN = "resized to a square, bicubic"

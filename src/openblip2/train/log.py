@@ -1,12 +1,15 @@
-"""`log.jsonl`: what happened in a run, one JSON object a line."""
+"""`log.jsonl`: what happened in a run, one JSON object a line; and the tracker that gets the same rows, if any."""
 
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from openblip2.errors import UserError
+
+Tracker = Literal["", "tensorboard", "wandb", "trackio"]
+PROJECT = "openblip2"
 
 
 class Log:
@@ -87,3 +90,53 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"{path}: has no step yet; look again later")
     return rows
+
+
+def tell(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+    """What is called with each row; "" = nothing listens.
+
+    Args:
+        settings: of the run, for trackers that show them.
+
+    Raises:
+        UserError: the tracker is not installed.
+    """
+    if not kind:
+        return lambda row: None
+    try:
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(run / "tensorboard"))
+
+            def write(row: Mapping[str, Any]) -> None:
+                for name, value in numbers(row).items():
+                    writer.add_scalar(name, value, row["step"])
+                writer.flush()
+
+            return write
+        if kind == "wandb":
+            import wandb as module  # pyright: ignore[reportMissingImports]  (not among what the developers install)
+
+            module.init(
+                project=PROJECT, name=run.name, dir=str(run), id=run.name, resume="allow", config=dict(settings)
+            )
+        else:
+            import trackio as module  # pyright: ignore[reportMissingImports]  (not among what the developers install)
+
+            module.init(project=PROJECT, name=run.name, resume="allow", config=dict(settings))
+    except ImportError as error:
+        raise UserError(f"train.track={kind}: pip install {kind} ({error.name} is missing)") from error
+    return lambda row: module.log(numbers(row), step=row["step"])
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """What of a row is a number, by name: "training/itc", "held out/tr@1"."""
+    held_out = row.get("validation", {})
+    return {f"training/{name}": value for name, value in row.items() if _is_number(value) and name != "step"} | {
+        f"held out/{name}": value for name, value in held_out.items() if _is_number(value)
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

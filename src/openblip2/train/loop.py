@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from openblip2.config import OptimSettings, TrainSettings
-from openblip2.distributed import alone, is_first, mean_over_processes, rank
+from openblip2.distributed.collectives import alone, is_first, mean_over_processes, rank
+from openblip2.distributed.data_parallel import DataParallelLosses, clip_gradients
+from openblip2.distributed.launch import from_all, from_first, highest
 from openblip2.errors import Stopped
+from openblip2.hardware import attention_kernel, computing, keep_freed_memory
 from openblip2.progress import Progress
-from openblip2.train.agree import from_all, from_first, highest
 from openblip2.train.bad_steps import count_step, give_up, not_finite
 from openblip2.train.checkpoint import save_trained, trained_parameters
-from openblip2.train.hardware import attention_kernel, computing, keep_freed_memory
-from openblip2.train.log import Log
+from openblip2.train.log import Log, tell
 from openblip2.train.optim import adamw, layer_rates, learning_rate
-from openblip2.train.parallel import Together, clip_gradients
 from openblip2.train.resume import Done, forget_checkpoints, keep_last, read_checkpoint, write_checkpoint
 from openblip2.train.stopping import stop_requests
-from openblip2.train.tracking import tell
 
 
 def fit(
@@ -51,7 +50,7 @@ def fit(
         last: the checkpoint to go on from (`resume.find_checkpoint`); None = begin, and remove what an older run left.
         samples: what the last step was made of, in this process, for the case that it is bad.
         advise: what is to be said of the log's rows after a validation.
-        sparse: whether there are batches whose losses do not depend on all that trains (`parallel.Together`).
+        sparse: whether there are batches whose losses do not depend on all that trains (see `DataParallelLosses`).
 
     Raises:
         UserError: a checkpoint cannot be read or written, or too many steps in a row were not finite.
@@ -64,7 +63,7 @@ def fit(
         forget_checkpoints(run)
     done = Done() if last is None else read_checkpoint(last, model, optimizer)
     keep_last(run, settings.keep_checkpoints)  # a process may have ended between writing one and this
-    together = Together(model, losses, sparse)
+    together = DataParallelLosses(model, losses, sparse)
     told = tell(settings.track if is_first() else "", run, asdict(settings) | asdict(optim))
     log = Log(run / "log.jsonl", None if last is None else done.step, is_first(), told)
     if log.torn:
@@ -141,7 +140,7 @@ def measure(model: nn.Module, validate: Callable[[], dict[str, Any]], settings: 
         model.train()
 
 
-def _accumulate(model: nn.Module, together: Together, step: int, settings: TrainSettings) -> dict[str, float]:
+def _accumulate(model: nn.Module, together: DataParallelLosses, step: int, settings: TrainSettings) -> dict[str, float]:
     """Adds up the gradients of the step's batches and returns the mean of each loss, over processes too."""
     totals: dict[str, float] = {}
     numbers = range(step * settings.accumulate, (step + 1) * settings.accumulate)

@@ -17,14 +17,14 @@ from openblip2.data.records import Record
 from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
 from openblip2.data.text import clean_caption, clean_question
 from openblip2.data.tokens import QFormerTokens
-from openblip2.distributed import is_first, rank, world_size
+from openblip2.distributed.collectives import is_first, rank, world_size
 from openblip2.errors import UserError
+from openblip2.hardware import device
 from openblip2.model.vision import Vision
 from openblip2.model.whitening import Whitening, fit_whitening
 from openblip2.progress import Progress
 from openblip2.train.checkpoint import read_whitening, save_whitening
 from openblip2.train.encode import encode_now, make_cache, open_cache, openable, whitened
-from openblip2.train.hardware import device
 from openblip2.train.skipped import Skipped
 
 WHITENING_PICTURES = 256  # enough for a covariance: each has a hundred patches and more

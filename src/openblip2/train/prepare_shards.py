@@ -18,14 +18,14 @@ from openblip2.data.web.mixture import Part, count_parts, hold_out, kept_parts, 
 from openblip2.data.web.pairs import ShardPairs
 from openblip2.data.web.readers import captions, reader
 from openblip2.data.web.tars import Shard
-from openblip2.distributed import is_first, rank, world_size
+from openblip2.distributed.collectives import is_first, rank, world_size
 from openblip2.errors import UserError
+from openblip2.hardware import device
 from openblip2.model.vision import Vision
 from openblip2.model.whitening import fit_whitening
 from openblip2.progress import Progress
 from openblip2.train.checkpoint import read_whitening, save_whitening
 from openblip2.train.encode import encode_now, openable
-from openblip2.train.hardware import device
 from openblip2.train.prepare import WHITENING_PICTURES, Prepared, cleaned
 from openblip2.train.skipped import Skipped
 

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from openblip2.config import RunSettings
-from openblip2.data.batches import PairBatch, joined_ids
+from openblip2.data.batches import PairBatch, Prefetcher, joined_ids
 from openblip2.data.records import Record
 from openblip2.data.seen import write_seen
 from openblip2.data.tokens import QFormerTokens
 from openblip2.data.web.mixture import Part
-from openblip2.distributed import is_first, share
+from openblip2.distributed.collectives import is_first, share
+from openblip2.distributed.data_parallel import shard
+from openblip2.distributed.launch import first_process_first
 from openblip2.evaluate.answering import measure_answers, question_tokens
 from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.health import findings
 from openblip2.evaluate.stage1 import measure_stage1
+from openblip2.hardware import compute_dtype, computing, device
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.build import (
     add_adapters,
@@ -32,21 +35,18 @@ from openblip2.model.build import (
     parts_table,
     require_extras,
 )
+from openblip2.model.decoding import try_generation
+from openblip2.model.fast.compiled import compile_blocks
 from openblip2.model.fast.step import step_losses
 from openblip2.model.stage1 import OBJECTIVES, Stage1, see
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.progress import Progress
-from openblip2.train.ahead import Ahead
-from openblip2.train.bad_steps import Remembered
+from openblip2.train.bad_steps import RecordingBatches
 from openblip2.train.checkpoint import make_folder, write_config
-from openblip2.train.compiling import compile_blocks
-from openblip2.train.hardware import compute_dtype, computing, device
 from openblip2.train.loop import fit
-from openblip2.train.parallel import shard
 from openblip2.train.prepare import Prepared, captions_of, name_long_texts, prepare, questions_of
 from openblip2.train.prepare_shards import prepare_shards
-from openblip2.train.processes import first_process_first
 from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same
 from openblip2.train.start import (
     fine_tune_from,
@@ -135,7 +135,7 @@ def _stage1(
         add_adapters(model, settings)
     set_speed(model, settings)
     show_parts(model, progress)
-    batches = Remembered(one_ahead(data, settings), settings.train.accumulate)
+    batches = RecordingBatches(one_ahead(data, settings), settings.train.accumulate)
     losses_of = step_losses(model, settings.train.chunk)
 
     def losses(number: int) -> dict[str, Tensor]:
@@ -170,6 +170,8 @@ def _stage2(
         fine_tune_from(model, settings)
     shard(model, settings, device())
     model.to(device())
+    with in_evaluation(model, settings):
+        try_generation(model.language, settings.qformer.queries, settings.language.prompts[0])
     tokens = None
     if settings.qformer.reads_question:
         tokens = QFormerTokens(tokenizer_to_start(settings), settings.data.max_tokens)
@@ -190,7 +192,7 @@ def _stage2(
         write_config(run, settings, model.qformer.sizes)
     show_parts(model, progress)
     prompts, form = settings.language.prompts, settings.language.question
-    batches = Remembered(one_ahead(data, settings), settings.train.accumulate)
+    batches = RecordingBatches(one_ahead(data, settings), settings.train.accumulate)
     losses_of = step_losses(model, settings.train.chunk)
 
     def losses(number: int) -> dict[str, Tensor]:
@@ -241,7 +243,7 @@ def one_ahead(data: Prepared, settings: RunSettings) -> Callable[[int], PairBatc
     """The batches, made one ahead where a GPU computes; on a CPU the thread would take from the step what it gives."""
     if device().type == "cpu":
         return data.batches
-    return Ahead(data.batches, settings.train.steps * settings.train.accumulate)
+    return Prefetcher(data.batches, settings.train.steps * settings.train.accumulate)
 
 
 @contextmanager

@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from openblip2.config import RunSettings, from_dict
-from openblip2.distributed import is_first
+from openblip2.distributed.collectives import is_first
+from openblip2.distributed.full_tensor import full_tensor, like
+from openblip2.distributed.launch import from_first, wait_for_all
 from openblip2.errors import UserError, one_line
-from openblip2.train.agree import from_first, wait_for_all
 from openblip2.train.checkpoint import (
     load_trained,
     read_config,
@@ -39,7 +40,6 @@ from openblip2.train.checkpoint import (
     write_json,
     write_tensors,
 )
-from openblip2.train.whole import full_tensor, like
 
 # Settings of `train` that may be others when a run goes on: how its steps are computed and kept, not what they are.
 MAY_CHANGE = (

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from openblip2.distributed import is_first, rank
+from openblip2.distributed.collectives import is_first, rank
 from openblip2.progress import Progress
 from openblip2.train.log import Log
 

@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from openblip2.distributed import world_size
+from openblip2.distributed.collectives import world_size
 from openblip2.errors import Stopped
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openblip2.config import LanguageSettings, RunSettings, VisionSettings, change
 from openblip2.errors import UserError, one_line
+from openblip2.hardware import compute_dtype
 from openblip2.model.build import build_language, build_stage1, build_stage2, build_vision
 from openblip2.model.language import LanguageModel
 from openblip2.model.load_vision import last_useful_layer, load_vision
@@ -22,7 +23,6 @@ from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.model.wheels import locate
 from openblip2.train.checkpoint import fill_trained
-from openblip2.train.hardware import compute_dtype
 from openblip2.weights.checkpoint import Checkpoint, width_of
 
 

@@ -33,12 +33,14 @@ class Parts:
         heads: attention heads of the Q-Former, where the source cannot say; None = BERT's 12.
         vision: the image encoder, as a name or ready. language: the language model, as a name or ready.
         tokenizer: the Q-Former's, as a name, a folder, or ready.
+        vision_heads: attention heads of the image encoder in a LAVIS file; None = those of ViT-g.
     """
 
     heads: int | None = None
     vision: str | Vision | None = None
     language: str | LanguageModel | None = None
     tokenizer: Any = None
+    vision_heads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from openblip2.weights.projected import write_projected
 from openblip2.weights.run import fresh_folder, write_run
 from openblip2.weights.source import read_checkpoint
 
-Target = Literal["openblip2", "hf", "lavis", "onnx"]
+Target = Literal["openblip2", "hf", "lavis", "onnx", "projected"]
 CPU = torch.device("cpu")
 
 
@@ -42,14 +42,16 @@ def convert(
     language: str | LanguageModel | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
+    vision_heads: int | None = None,
 ) -> list[str]:
     """Writes a checkpoint in another format; returns one line for each thing that was left out or changed.
 
     Args:
-        source, heads, vision, language, tokenizer, revision: as for `load`. Parts handed in ready are used up: for hf,
-            `<image>` joins the tokenizer, and the encoder takes the size of its pictures.
-        out: a new folder (openblip2, hf), or a file (lavis: .pth; onnx: .onnx).
-        to: "openblip2", "hf", "lavis" or "onnx".
+        source, heads, vision, language, tokenizer, revision, vision_heads: as for `load`. Parts handed in ready are
+            used up: for hf, `<image>` joins the tokenizer, and the encoder takes the size of its pictures.
+        out: a new folder (openblip2, hf, projected), or a file (lavis: .pth; onnx: .onnx).
+        to: "openblip2", "hf", "lavis", "onnx", or "projected": a run with the language model beside it, and a script
+            that hands projected queries to transformers or vLLM.
 
     Raises:
         UserError: as `load`; or the target is unknown, is there already, or cannot hold this model at all.
@@ -59,7 +61,7 @@ def convert(
     out = Path(out)
     if to in ("lavis", "onnx"):
         _require_file(out, ".pth" if to == "lavis" else ".onnx")
-    parts = Parts(heads, vision, language, tokenizer)
+    parts = Parts(heads, vision, language, tokenizer, vision_heads)
     checkpoint = read_checkpoint(source, parts, revision)
     if checkpoint.settings.qformer.reads_question and to != "openblip2":
         raise UserError(f"{source}: its Q-Former reads questions, for which --to {to} has no place")
@@ -73,7 +75,9 @@ def convert(
     checkpoint = _without_adapters(checkpoint)
     if to != "openblip2":
         checkpoint = _with_ready_encoder(_without_scale(checkpoint, f"{source}", to))
-    writer = {"openblip2": _to_openblip2, "hf": _to_huggingface, "lavis": _to_lavis}[to]
+    if to == "lavis":
+        return _to_lavis(checkpoint, out)
+    writer = {"openblip2": _to_openblip2, "hf": _to_huggingface, "projected": _to_projected}[to]
     return [*checkpoint.left_out, *writer(checkpoint, out)]
 
 
@@ -102,25 +106,33 @@ def _to_openblip2(checkpoint: Checkpoint, out: Path) -> list[str]:
 def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     settings = _stored(checkpoint.settings)
     vision, settings = _stored_vision(checkpoint, settings)
-    kind = vision.encoder.config.model_type
+    language = tokenizer = None
     if settings.stage == "stage1":
-        if not has_home(vision):
-            raise UserError(
-                f"transformers' BLIP-2 has no place for the image encoder {kind!r}"
-                f"{' with whitening' * settings.vision.whiten}: openblip2 can serve it, or a graph of it, --to onnx"
-            )
-        with fresh_folder(out) as folder:
-            notes = write_huggingface(checkpoint, vision, None, find_tokenizer(checkpoint), folder)
-            _write_card(folder, out, checkpoint, settings, notes, frozenset({"vision"}), "transformers")
-        return notes
-    language, settings = _stored_language(checkpoint, settings)
-    checkpoint = replace(checkpoint, settings=settings)
+        tokenizer = find_tokenizer(checkpoint)
+    else:
+        language, settings = _stored_language(checkpoint, settings)
+    if not has_home(vision) or (language is not None and not fits_projection(language)):
+        raise UserError(
+            f"transformers' BLIP-2 has no place for the image encoder {vision.encoder.config.model_type!r}"
+            f"{' with whitening' * settings.vision.whiten}, or for the width of the language model: openblip2 can "
+            f"serve it, or take --to onnx{' or --to projected' * (language is not None)}"
+        )
     with fresh_folder(out) as folder:
-        if not has_home(vision) or not fits_projection(language):
-            return write_projected(checkpoint, vision, language, folder)
-        notes = write_huggingface(checkpoint, vision, language, None, folder)
-        _write_card(folder, out, checkpoint, settings, notes, frozenset({"vision", "language"}), "transformers")
+        checkpoint = replace(checkpoint, settings=settings)
+        notes = write_huggingface(checkpoint, vision, language, tokenizer, folder)
+        carries = frozenset({"vision"} if language is None else {"vision", "language"})
+        _write_card(folder, out, checkpoint, settings, notes, carries, "transformers")
     return notes
+
+
+def _to_projected(checkpoint: Checkpoint, out: Path) -> list[str]:
+    if checkpoint.settings.stage == "stage1":
+        raise UserError(f"{checkpoint.source} is a stage-1 run: --to projected needs a language model")
+    vision, settings = _stored_vision(checkpoint, _stored(checkpoint.settings))
+    language, settings = _stored_language(checkpoint, settings)
+    with fresh_folder(out) as folder:
+        write_projected(replace(checkpoint, settings=settings), vision, language, folder)
+    return []
 
 
 def _to_lavis(checkpoint: Checkpoint, out: Path) -> list[str]:

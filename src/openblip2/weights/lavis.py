@@ -26,7 +26,7 @@ from openblip2.weights.names import TOWER, column, rename
 
 OURS, LAVIS = column("openblip2"), column("lavis")
 TOWER_PREFIX = "visual_encoder."
-EVA_HEADS = 16  # of ViT-g; no tensor says how many there are
+EVA_WIDTH, EVA_HEADS = 1408, 16  # of ViT-g; no tensor says how many heads there are
 EVA_EPS = 1e-6
 
 # What is in such a file and not used, and why.
@@ -84,8 +84,10 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
     sizes = sizes_of(trained, parts.heads, str(path))
     require_whole(trained, settings, sizes, str(path), LAVIS)
     encoder = None
+    if parts.vision_heads is not None and not tower:
+        raise UserError(f"{path}: there is no image encoder in it that vision_heads could be for: leave it out")
     if tower:
-        encoder = _build_tower(path, tower, trained)
+        encoder = _build_tower(path, tower, trained, parts.vision_heads)
         settings = replace(settings, vision=replace(settings.vision, layer=-1, image_size=encoder.image_size))
     return Checkpoint(
         source=str(path),
@@ -101,7 +103,7 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
 
 
 def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: Path) -> list[str]:
-    """Writes `out`, a `.pth`; returns one line for each thing that it cannot hold.
+    """Writes `out`, a `.pth`; returns one line for each thing that it cannot hold, or that reading left out.
 
     Args:
         tower: the image encoder, if it is to stand in the file. to_t5: the language model is an encoder-decoder.
@@ -130,6 +132,12 @@ def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: 
         )
     else:
         model |= _tower_as_lavis(tower)
+        config: Any = tower.encoder.config
+        if (config.hidden_size, config.num_attention_heads) != (EVA_WIDTH, EVA_HEADS):
+            notes.append(
+                f"the image encoder's {config.num_attention_heads} attention heads: LAVIS files do not say how many "
+                f"there are; load it with vision_heads={config.num_attention_heads}"
+            )
     fresh = out.with_name(out.name + ".new")
     try:
         torch.save({"model": model}, fresh)
@@ -138,7 +146,8 @@ def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: 
         raise UserError(f"{out} cannot be written: {one_line(error)}") from error
     finally:
         fresh.unlink(missing_ok=True)
-    return notes
+    # What is left out of a LAVIS file that is read is in the one that is written.
+    return [line for line in checkpoint.left_out if line.partition(":")[0] not in model] + notes
 
 
 def projection_name(language: str) -> str | None:
@@ -187,7 +196,7 @@ def _settings(
     return replace(settings, stage="stage2", language=language or default)
 
 
-def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Vision:
+def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, Tensor], heads: int | None) -> Vision:
     """`visual_encoder.*` as `Blip2VisionModel`, on the file's own tensors."""
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
@@ -199,6 +208,13 @@ def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, 
             f"{path}: the image encoder in it is not EVA-CLIP's, the only one that LAVIS trains here: "
             f"{listed([TOWER_PREFIX + name for name in unknown])}"
         )
+    width = len(trained["qformer.image_norm.weight"])
+    heads = EVA_HEADS if heads is None and width == EVA_WIDTH else heads or 0
+    if heads < 1 or width % heads:
+        raise UserError(
+            f"{path}: its image encoder is {width} wide, and no tensor says how many attention heads it has: give "
+            f"vision_heads (--vision-heads of convert), a divisor of {width}"
+        )
     tensors = {ours: plain[theirs] for ours, theirs in names.items()}
     for part in ("weight", "bias"):  # transformers keeps it with the encoder; there it is unused by us
         tensors[f"post_layernorm.{part}"] = trained[f"qformer.image_norm.{part}"]
@@ -209,12 +225,12 @@ def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, 
             tensors[f"encoder.layers.{number}.self_attn.qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
         patch, positions = tensors["embeddings.patch_embedding.weight"], tensors["embeddings.position_embedding"]
         config: Any = Blip2VisionConfig(
-            hidden_size=patch.shape[0],
+            hidden_size=width,
             patch_size=patch.shape[-1],
             image_size=math.isqrt(positions.shape[1] - 1) * patch.shape[-1],
             intermediate_size=tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
             num_hidden_layers=sum(name.endswith(".layer_norm1.weight") for name in tensors),
-            num_attention_heads=EVA_HEADS,
+            num_attention_heads=heads,
             layer_norm_eps=EVA_EPS,
         )
         with torch.device("meta"):

@@ -7,6 +7,7 @@ Shapes: B images (any number), S image side in px, Q queries, D Q-Former width, 
 """
 
 import copy
+import json
 import logging
 import os
 import warnings
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openblip2.data.images import RESIZE
 from openblip2.errors import UserError, one_line
 from openblip2.model.extras import require
 from openblip2.model.lora import merge_lora
@@ -67,7 +69,8 @@ def export_onnx(model: Stage1 | Stage2, path: Path) -> float:
 
     Its input is `images`, uint8 `[B, 3, S, S]` RGB in [0, 255]; its output `soft_prompt [B, Q, L]` of a stage 2, or
     `image_vectors [B, Q, E]` (length 1) of a stage 1. Everything in it is float32: weights that are kept in fewer
-    bits are written as the values they have, adapters folded in. Over 1.5 GB of weights lie beside it, in
+    bits are written as the values they have, adapters folded in. Its metadata say how pictures are resized and
+    normalised. Over 1.5 GB of weights lie beside it, in
     `path` + ".data". What was there under these names is replaced, and only once the new graph has passed.
 
     Returns:
@@ -89,6 +92,7 @@ def export_onnx(model: Stage1 | Stage2, path: Path) -> float:
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as draft:
             file = Path(draft) / path.name
             _write(image_path, side, file)
+            _describe(image_path.vision, file)
             difference = _compare(image_path, side, file)
             for written in sorted(Path(draft).iterdir(), reverse=True):  # the weights first, then the graph
                 os.replace(written, path.parent / written.name)
@@ -118,6 +122,17 @@ def _write(image_path: ImagePath, side: int, file: Path) -> None:
             reason = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
             config: Any = image_path.vision.encoder.config
             raise UserError(f"image encoder {config.model_type!r} cannot be exported to ONNX: {reason}") from error
+
+
+def _describe(vision: Vision, file: Path) -> None:
+    """Adds to the metadata of the graph how pictures become its input, and which normalisation is in it."""
+    import onnx
+
+    graph = onnx.load(file, load_external_data=False)
+    found = {"resize": RESIZE, "image_size": str(vision.image_size), "normalization": "in the graph"}
+    found |= {f"image_{name}": json.dumps(list(getattr(vision, name))) for name in ("mean", "std")}
+    onnx.helper.set_model_props(graph, found)
+    onnx.save(graph, file)
 
 
 def _compare(image_path: ImagePath, side: int, file: Path) -> float:

@@ -62,8 +62,8 @@ VLLM = """
 """
 
 
-def write_projected(checkpoint: Checkpoint, vision: Vision, language: LanguageModel, folder: Path) -> list[str]:
-    """Fills a folder with a run that carries its parts, and an example; returns what to know about it."""
+def write_projected(checkpoint: Checkpoint, vision: Vision, language: LanguageModel, folder: Path) -> None:
+    """Fills a folder with a run that carries its parts, and an example."""
     settings = checkpoint.settings
     run = folder / "openblip2"
     run.mkdir()
@@ -84,9 +84,3 @@ def write_projected(checkpoint: Checkpoint, vision: Vision, language: LanguageMo
         ),
         encoding="utf-8",
     )
-    kind = vision.encoder.config.model_type
-    return [
-        f"transformers' BLIP-2 has no place for this model (image encoder {kind!r}"
-        f"{', whitened features' if vision.whitening is not None else ''}): instead of one folder for its class, "
-        "image_embeds.py shows the way with projected queries"
-    ]

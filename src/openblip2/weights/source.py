@@ -31,6 +31,8 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
         if path.suffix not in LAVIS_SUFFIXES:
             raise UserError(f"{path} is not a run, nor a .pth: give {KINDS}")
         return read_lavis(path, parts)
+    if parts.vision_heads is not None:
+        raise UserError(f"{source}: vision_heads is for a LAVIS .pth with an image encoder in it: leave it out")
     folder = path if path.is_dir() else fetch(str(source), revision)
     if not (folder / "config.json").is_file():
         raise UserError(f"{source} is not a run (no config.json in it): give {KINDS}")

@@ -20,6 +20,7 @@ from openblip2.config import RunSettings
 from openblip2.data.features import Features
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
+from openblip2.hardware import compute_dtype, device, keep_freed_memory
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
@@ -27,7 +28,6 @@ from openblip2.model.extras import require
 from openblip2.progress import Progress
 from openblip2.train.checkpoint import make_folder, write_json
 from openblip2.train.encode import encode_all
-from openblip2.train.hardware import compute_dtype, device, keep_freed_memory
 from openblip2.train.prepare import prepare
 from openblip2.train.recipes import train_stage
 

@@ -18,12 +18,12 @@ from openblip2.evaluate.captions import caption_scores
 from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.retrieval import recalls, rerank, similarities
 from openblip2.evaluate.vqa import accuracy, baselines
+from openblip2.hardware import computing, device
 from openblip2.matcher import Matcher
 from openblip2.model.language import Decoding
 from openblip2.progress import Progress
 from openblip2.score.pointing import score_pointing
 from openblip2.train.checkpoint import make_folder
-from openblip2.train.hardware import computing, device
 
 SHOWN = 24  # held-out pictures in the report: the first ones, not chosen
 

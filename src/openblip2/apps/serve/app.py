@@ -22,7 +22,7 @@ from openblip2.apps.serve.errors import ServeError, error_response
 from openblip2.apps.serve.jobs import Attend, Match, Search, Write
 from openblip2.apps.serve.middleware import Guard, Metrics
 from openblip2.apps.serve.worker import Worker
-from openblip2.captioner import ANSWER, CAPTION, greedy
+from openblip2.captioner import ANSWER, CAPTION
 from openblip2.errors import UserError
 
 ASSETS = {"page.js": "text/javascript", "page.css": "text/css"}
@@ -45,7 +45,7 @@ class CaptionForm(Fields):
 
     image: UploadFile
     prompt: Annotated[str, Field(max_length=1000)] | None = None
-    beams: Annotated[int, Field(ge=1, le=5)] = 1
+    beams: Annotated[int, Field(ge=1, le=5)] = CAPTION.beams
 
 
 class AnswerForm(Fields):
@@ -156,7 +156,7 @@ def make_app(worker: Worker, index: Path | None, limits: Limits, token: str | No
     async def answer(request: Request, form: Annotated[AnswerForm, MULTIPART]) -> dict[str, str]:
         """A short answer to a question about a picture."""
         models.require("writer")
-        job = Write(await form.image.read(), greedy(ANSWER), form.question, plain=True)
+        job = Write(await form.image.read(), ANSWER, form.question, plain=True)
         return {"answer": (await do(request, job)).text}
 
     @app.post("/match")

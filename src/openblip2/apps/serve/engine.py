@@ -22,12 +22,12 @@ from openblip2.chat import Form
 from openblip2.data.images import PictureFile, open_picture
 from openblip2.data.text import clean_question
 from openblip2.errors import UserError
+from openblip2.hardware import computing
 from openblip2.inference import load
-from openblip2.inputs import clean_texts
+from openblip2.inputs import clean_texts, group_of
 from openblip2.matcher import Matcher
 from openblip2.model.decoding import Decoding
 from openblip2.model.likelihood import TokenScore, token_scores
-from openblip2.train.hardware import computing
 
 CACHED = 256  # soft prompts of recent pictures
 
@@ -95,7 +95,7 @@ class Engine:
         numbers, pictures, prompts, questions = map(list, zip(*ready, strict=True))
         language, how = captioner.model.language, jobs[0].decoding
         language.watched["stopping_criteria"] = self._stop
-        if jobs[0].stream:
+        if jobs[0].stream and how.beams == 1:
             language.watched["streamer"] = _Streamer(language.tokenizer, self._send_text)
         try:
             if captioner.tokens is None:
@@ -104,6 +104,8 @@ class Engine:
                 texts = captioner.generate(pictures, prompts, how, questions)
         finally:
             language.watched.clear()
+        if jobs[0].stream and how.beams > 1:  # beam search knows its text at the end only
+            self._send_text(texts[0])
         queries = captioner.model.qformer.queries.shape[1]
         for n, picture, prompt, question, text in zip(numbers, pictures, prompts, questions, texts, strict=True):
             count = len(language.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -147,7 +149,11 @@ class Engine:
         while len(self._soft) > CACHED:
             self._soft.popitem(last=False)
         with torch.inference_mode(), computing(model, self.captioner.settings.train.precision):
-            return model.language.generate(soft, prompts, how, [distinct.index(key) for key in keys])
+            pictures = [distinct.index(key) for key in keys]
+            if group_of(model) > 1:
+                return model.language.generate(soft, prompts, how, pictures)
+            parts = zip(prompts, pictures, strict=True)
+            return [model.language.generate(soft, [prompt], how, [picture])[0] for prompt, picture in parts]
 
     def _match(self, job: Match) -> list[tuple[float, float]]:
         matcher, picture, texts = self._matcher(), _opened(job.picture), list(job.texts)

@@ -18,7 +18,7 @@ from openblip2.apps.serve.errors import ServeError, error_response
 from openblip2.apps.serve.jobs import Embed, Write, Written
 from openblip2.apps.serve.remote import is_data_url, read_url
 from openblip2.apps.serve.requests import ChatRequest, EmbeddingRequest, Message
-from openblip2.captioner import ANSWER
+from openblip2.captioner import CHAT, greedy
 from openblip2.model.decoding import Decoding
 
 
@@ -147,7 +147,7 @@ def write_job(body: ChatRequest, limits: Limits) -> Write:
             turns.append((question, text))
             question = ""
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    tokens = getattr(body, name) or ANSWER.max_new_tokens
+    tokens = getattr(body, name) or CHAT.max_new_tokens
     if tokens > limits.tokens:
         raise ServeError(f"{name} {tokens}: this server writes at most {limits.tokens} tokens", param=name)
     how = replace(decoding(body.temperature, body.top_p), max_new_tokens=tokens)
@@ -163,9 +163,11 @@ def write_job(body: ChatRequest, limits: Limits) -> Write:
 
 
 def decoding(temperature: float | None, top_p: float | None) -> Decoding:
-    """Greedy, or sampling if a temperature above 0 or a nucleus is asked for."""
-    if temperature == 0 or (temperature is None and top_p in (None, 1)):
-        return Decoding(beams=1)
+    """As the command line decodes; greedy at temperature 0; sampling if a higher one or a nucleus is asked for."""
+    if temperature is None and top_p in (None, 1):
+        return CHAT
+    if temperature == 0:
+        return greedy(CHAT)
     return Decoding(beams=1, sample=True, temperature=temperature or 1.0, top_p=top_p or 1.0)
 
 

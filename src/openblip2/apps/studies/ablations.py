@@ -14,9 +14,9 @@ from openblip2.apps.studies.trial import OWN, Trial, Work, prepare_work, run_tri
 from openblip2.apps.studies.verdict import curve, figure, judge
 from openblip2.apps.studies.words import in_words
 from openblip2.config import RunSettings, to_dict
+from openblip2.hardware import keep_freed_memory
 from openblip2.progress import Progress
 from openblip2.train.checkpoint import make_folder, write_json
-from openblip2.train.hardware import keep_freed_memory
 
 
 def ablate(name: str, out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:

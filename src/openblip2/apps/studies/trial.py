@@ -28,6 +28,7 @@ from openblip2.data.scenes.draw import Split, draw_scenes
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
 from openblip2.evaluate.grounding import caption_losses
+from openblip2.hardware import compute_dtype, computing, device
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
@@ -35,7 +36,6 @@ from openblip2.progress import Progress
 from openblip2.score.retrieval import score_retrieval
 from openblip2.train.checkpoint import read_json, write_json
 from openblip2.train.encode import make_cache, whitened
-from openblip2.train.hardware import compute_dtype, computing, device
 from openblip2.train.recipes import train_stage
 
 DATA_SEED = 0

@@ -26,7 +26,7 @@ from openblip2.data.web.mixture import Part
 from openblip2.data.web.open_shards import OpenShards
 from openblip2.data.web.readers import captions, picture, reader
 from openblip2.data.web.shard_order import Order, Spot, Turns, generator
-from openblip2.distributed import part_of
+from openblip2.distributed.collectives import part_of
 from openblip2.errors import UserError
 
 THREADS = min(16, os.cpu_count() or 1)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openblip2.distributed import part_of, share
+from openblip2.distributed.collectives import part_of, share
 from openblip2.model.fast import joined_batch
 from openblip2.model.objectives import HardNegatives, decorrelation, matching
 from openblip2.model.qformer import Cache, Memory

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openblip2.distributed import Share, fetch, gather, plan, share, transpose, world_size
+from openblip2.distributed.collectives import Share, fetch, gather, plan, share, transpose, world_size
 from openblip2.model.objectives import Contrast, HardNegatives, decorrelation, hard_negatives, matching, same_image
 from openblip2.model.stage1 import OBJECTIVES, Stage1, in_order, itm_pairs, see
 from openblip2.model.stage2 import Stage2

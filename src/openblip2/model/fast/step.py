@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor
 
-from openblip2.distributed import world_size
+from openblip2.distributed.collectives import world_size
 from openblip2.model.fast import gradient_cache, joined_batch
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from openblip2.config import RunSettings
-from openblip2.distributed import world_size
+from openblip2.distributed.collectives import world_size
+from openblip2.distributed.full_tensor import full_tensor, in_pieces
 from openblip2.errors import UserError
 from openblip2.train.checkpoint import trained_parameters
-from openblip2.train.whole import full_tensor, in_pieces
 
 Losses = Callable[[int], dict[str, Tensor]]
 
 
-class Together:
+class DataParallelLosses:
     """`losses(number)` in all processes, whose backward pass leaves the mean gradient in each. One process: as it is.
 
     Starts with the first process' trained parameters in all.

@@ -1,23 +1,26 @@
-"""The processes of one training run: how they find each other, wait for the first, and end when one of them fails.
+"""The processes of one training run: how they find each other, what they tell each other beside tensors
+of the model, how they wait, and how all end when one of them fails.
 
 torchrun, and accelerate launch, start them with the variables that `torch.distributed` reads (RANK, WORLD_SIZE,
 LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them there is one process, and nothing here does anything.
 """
 
 import atexit
+import json
 import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from openblip2.distributed import is_first, patient_group, world_size
+from openblip2.distributed.collectives import is_first, patient_group, world_size
 from openblip2.errors import Stopped, UserError, one_line
-from openblip2.train.hardware import device
+from openblip2.hardware import device
 
 LOOKS = 1.0  # seconds between two looks whether another process has failed
 GRACE = 2.0  # seconds that it gets to say why, before the others end
@@ -76,6 +79,42 @@ def first_process_first() -> Iterator[None]:
     yield
     if is_first():
         dist.barrier(group=patient_group())
+
+
+def highest(values: list[int]) -> list[int]:
+    """The largest of each whole number over all processes."""
+    if world_size() == 1:
+        return values
+    found = torch.tensor(values)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=patient_group())
+    return found.tolist()
+
+
+def from_first(value: int) -> int:
+    """The whole number that the first process has."""
+    if world_size() == 1:
+        return value
+    found = torch.tensor([value])
+    dist.broadcast(found, src=0, group=patient_group())
+    return int(found)
+
+
+def from_all(value: Any) -> list[Any]:
+    """What every process has, in the order of ranks: anything that JSON can say, as which it travels."""
+    if world_size() == 1:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode("ascii")), dtype=torch.uint8)
+    (longest,) = highest([len(text)])
+    padded = torch.full((longest,), ord(" "), dtype=torch.uint8)
+    padded[: len(text)] = text
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded, group=patient_group())
+    return [json.loads(bytes(part.tolist())) for part in parts]
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    highest([0])
 
 
 def _meet() -> tuple[Store, int, int]:

@@ -1,0 +1,29 @@
+"""The README shows what the demo prints: the pictures, their references and the count of right captions are true."""
+
+import re
+from pathlib import Path
+
+from openblip2.apps.demo.plan import announcement, plan_for
+from openblip2.data.scenes.draw import draw_scenes
+from openblip2.data.scenes.grammar import judge
+from openblip2.data.text import clean_caption
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+SHOWN = re.compile(r"^(runs/demo/\S+)\n  caption:   (.+)\n  reference: (.+)$", re.MULTILINE)
+
+
+def test_the_demo_begins_with_what_the_readme_shows() -> None:
+    assert announcement(plan_for("scenes"), Path("runs/demo")) in README
+
+
+def test_the_captions_are_of_the_first_test_pictures_and_counted_rightly(tmp_path: Path) -> None:
+    shown = SHOWN.findall(README)
+    scenes = draw_scenes(tmp_path, len(shown), "test", 0, world="small")
+    right = 0
+    for (image, caption, reference), scene in zip(shown, scenes, strict=True):
+        assert image == f"runs/demo/data/test/images/{Path(scene.image).name}"
+        assert reference == clean_caption(scene.captions[0])
+        found = judge(caption, scene.facts)  # pyright: ignore[reportArgumentType]
+        right += found.objects and found.attributes and found.relation is not False
+    assert len(shown) == 5
+    assert f"{right} of these 5 captions are right" in README
