@@ -289,15 +289,11 @@ def split_caption(caption: str, draw: float | None = None) -> tuple[str, str]:
 
 
 def _end_ids(tokenizer: Any, end: str | None) -> list[int]:
-    if end is None:
-        if not tokenizer.eos_token:
-            raise UserError(
-                "this tokenizer has no end-of-sequence token: set language.end to the text that ends a caption"
-            )
-        return template_ids(tokenizer, tokenizer.eos_token)
-    ids = template_ids(tokenizer, end)
+    if end is None and not tokenizer.eos_token:
+        raise UserError("this tokenizer has no end-of-sequence token: set language.end to the end of a caption")
+    ids = template_ids(tokenizer, tokenizer.eos_token if end is None else end)
     # T5's tokenizers, for one, drop line breaks: no text would ever end before the limit.
-    if not ids or tokenizer.unk_token_id in ids:
+    if end is not None and (not ids or tokenizer.unk_token_id in ids):
         raise UserError(
             f"language.end={end!r} is no token of this language model's tokenizer: set language.end to another text, "
             "or to null for its end-of-sequence token"
