@@ -50,7 +50,8 @@ class Form:
         """The text in the template's `{prompt}` that asks this now: as many of the latest turns as fit, then it.
 
         Args:
-            turns: questions and their answers. longest: new tokens that the answer may take.
+            turns: questions and their answers.
+            longest: new tokens that the answer may take.
 
         Raises:
             UserError: an empty question, or one too long even alone.
@@ -83,7 +84,10 @@ class Chat:
     it plain, as the authors do for VQA. A Q-Former that reads questions looks anew for each one, made plain.
 
     Args:
-        captioner: a trained stage 2. image: the picture. decoding: of the answers. question, context: see `Form`.
+        captioner: a trained stage 2.
+        image: the picture.
+        decoding: of the answers.
+        question, context: see `Form`.
 
     Attributes:
         turns: every question and its answer, the first one first.

@@ -49,7 +49,8 @@ class OpenBlip2(lmms):
     """One of our runs as the harness calls it, for tasks of one picture or none.
 
     Args:
-        run: whatever `openblip2.load` takes, a stage 2. batch_size: requests at once.
+        run: whatever `openblip2.load` takes, a stage 2.
+        batch_size: requests at once.
         device, precision: see `openblip2.load`.
         question: how a task's words are put, `{}` being them ("{}": as they are); None = the run's own way
             (`language.question`).

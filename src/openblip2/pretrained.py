@@ -28,7 +28,8 @@ class Pretrained(ABC):
 
     Args:
         carries: frozen parts ("vision", "language") that no name leads to: saving writes them along.
-        measured: what the last validation found, for the model card. tokenizer: the Q-Former's, of a stage 1.
+        measured: what the last validation found, for the model card.
+        tokenizer: the Q-Former's, of a stage 1.
     """
 
     def __init__(
@@ -85,8 +86,9 @@ class Pretrained(ABC):
         """Writes a run of ours with a model card: the trained parts, and by name the frozen ones.
 
         Args:
-            folder: a new one. merge: write the frozen parts along, too. Frozen parts are written in the precision in
-                which they were loaded; `convert` copies them as they lie in their files.
+            folder: a new one.
+            merge: write the frozen parts along, too. Frozen parts are written in the precision in which they were
+                loaded; `convert` copies them as they lie in their files.
 
         Raises:
             UserError: the folder is there already, or a quantised language model would have to be written.

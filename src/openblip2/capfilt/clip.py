@@ -72,7 +72,8 @@ class ClipRanker:
         A text beyond the model's longest is cut.
 
         Args:
-            looks: N pictures. pools: the captions of each, cleaned; one at least.
+            looks: N pictures.
+            pools: the captions of each, cleaned; one at least.
         """
         place = self.model.device
         texts = [text for own in pools for text in own]

@@ -35,8 +35,9 @@ class Twin(NamedTuple):
     """A sample that is not what it was alone.
 
     Attributes:
-        position: in its shard. shard, other: where a later copy stands, whose captions it gets; "", -1: it is itself a
-            later copy, and left out.
+        position: in its shard.
+        shard, other: where a later copy stands, whose captions it gets; "", -1: it is itself a later copy, and left
+            out.
     """
 
     position: int
@@ -91,8 +92,10 @@ def write_index(
     Processes may share the work: each begins with its own, and finds what others have done in the meantime.
 
     Args:
-        how: the reader. problem: is told which shards cannot be opened: they are tried again the next time.
-        first: the numbers of the shards to begin with. advance: is called behind each shard.
+        how: the reader.
+        problem: is told which shards cannot be opened: they are tried again the next time.
+        first: the numbers of the shards to begin with.
+        advance: is called behind each shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
     order = [*first, *sorted(set(range(len(shards))) - set(first))]

@@ -22,11 +22,13 @@ class How:
     """The defaults are the paper's.
 
     Attributes:
-        captions: sampled for each picture; 0 = none, the ranker alone. top_p: of the nucleus, in (0, 1].
+        captions: sampled for each picture; 0 = none, the ranker alone.
+        top_p: of the nucleus, in (0, 1].
         keep: captions of a picture that are kept, the best ones.
         filter: "similarity", by which captions are ranked; or "itm", BLIP's older form: by the probability of a
             match, and what is below `threshold` is dropped.
-        seed: of the captions. reader: of the shards (data/web/readers.py).
+        seed: of the captions.
+        reader: of the shards (data/web/readers.py).
 
     Raises:
         UserError: a number out of its range, an unknown filter or reader.

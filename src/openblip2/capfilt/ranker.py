@@ -43,7 +43,8 @@ class RunRanker:
         A text beyond the run's longest is cut as in training.
 
         Args:
-            looks: N pictures. pools: the captions of each, cleaned; one at least.
+            looks: N pictures.
+            pools: the captions of each, cleaned; one at least.
         """
         model = self.matcher.model
         assert model.vision is not None

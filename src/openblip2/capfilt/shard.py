@@ -44,8 +44,11 @@ class Task(NamedTuple):
     """A shard to make.
 
     Attributes:
-        name: of the shard, without .tar. url: where it is read. out: the folder it is written to.
-        settings: their digest. twins: which of its pictures stand elsewhere, too.
+        name: of the shard, without .tar.
+        url: where it is read.
+        out: the folder it is written to.
+        settings: their digest.
+        twins: which of its pictures stand elsewhere, too.
     """
 
     name: str

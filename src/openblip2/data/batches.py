@@ -40,7 +40,9 @@ class Sampler:
     hence its negatives hard. An epoch's last window is short of nothing: it takes from the next epoch.
 
     Args:
-        lengths: of each row's text, in words. batch: B, at most the number of rows. seed: of the shuffles.
+        lengths: of each row's text, in words.
+        batch: B, at most the number of rows.
+        seed: of the shuffles.
     """
 
     WINDOW = 8
@@ -75,8 +77,9 @@ class FeaturePairs:
     """Batches from frozen features computed beforehand, with the texts of `samples`, which is of the same records.
 
     Args:
-        batch: pairs of the joined batch. part: which of it this process has. What is drawn is drawn for the joined
-            batch, whose parts together are the same whatever N is.
+        batch: pairs of the joined batch.
+        part: which of it this process has. What is drawn is drawn for the joined batch, whose parts together are the
+            same whatever N is.
         drawn: one of a picture's random views, drawn each time, stands in place of the plain picture.
     """
 

@@ -37,7 +37,8 @@ class Question:
 
     Attributes:
         answer: the one that counts as right; where there are many annotators, their most common one.
-        kind: one of `QUESTION_KINDS`. answers: of all annotators, repeats included; empty = `answer` alone.
+        kind: one of `QUESTION_KINDS`.
+        answers: of all annotators, repeats included; empty = `answer` alone.
         id: of the data set's own, by which results are handed in; "" = none.
     """
 

@@ -29,7 +29,8 @@ class Captions:
     """One row for each picture: one of its captions, drawn evenly.
 
     Attributes:
-        pictures: of each row, the number of its record. lengths: of each row's longest text, in words.
+        pictures: of each row, the number of its record.
+        lengths: of each row's longest text, in words.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:

@@ -37,8 +37,10 @@ def read_source(
     """The records of `data`: "easy-vqa", an official `.json` (data/official/read.py), or one's own (data/records.py).
 
     Args:
-        wanted: what every record must have. images: the folder of an official file's pictures.
-        split: of an official file or of easy-VQA ("train", "test"). questions: VQAv2's and OK-VQA's second file.
+        wanted: what every record must have.
+        images: the folder of an official file's pictures.
+        split: of an official file or of easy-VQA ("train", "test").
+        questions: VQAv2's and OK-VQA's second file.
         withheld: pictures without captions and questions without answers are welcome: an official test split, of
             which predictions are made. An answer is "" there.
         shards: are welcome.

@@ -14,7 +14,8 @@ class QFormerTokens:
     """The tokenizer of the BERT that the Q-Former starts from.
 
     Args:
-        tokenizer: a `transformers` tokenizer of the BERT family. longest: tokens kept of a text, specials included.
+        tokenizer: a `transformers` tokenizer of the BERT family.
+        longest: tokens kept of a text, specials included.
     """
 
     def __init__(self, tokenizer: Any, longest: int = 32) -> None:

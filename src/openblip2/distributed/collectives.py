@@ -66,8 +66,10 @@ class Share:
     """Which rows of the joined batch are this process' own.
 
     Attributes:
-        counts: rows of each process. place: this one's rank. sums: over processes, of the other numbers of `share`.
-            most: the largest of each.
+        counts: rows of each process.
+        place: this one's rank.
+        sums: over processes, of the other numbers of `share`.
+        most: the largest of each.
     """
 
     counts: tuple[int, ...]
@@ -159,8 +161,9 @@ class Route:
     """Which rows go from here to each process, and how many come from each.
 
     Attributes:
-        sent: our rows, those for process 0 first. sends, receives: how many to and from each process. places: where
-            each row that was wanted stands in our own rows followed by those received; -1 where none was.
+        sent: our rows, those for process 0 first.
+        sends, receives: how many to and from each process.
+        places: where each row that was wanted stands in our own rows followed by those received; -1 where none was.
         idle: nothing travels, here or anywhere.
     """
 

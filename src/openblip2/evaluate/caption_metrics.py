@@ -47,7 +47,8 @@ class CaptionScores:
 
     Attributes:
         corpus: of all together; BLEU and METEOR are not the mean of their samples.
-        samples: of each picture, [n] in the given order. missing: what was not measured, and why.
+        samples: of each picture, [n] in the given order.
+        missing: what was not measured, and why.
         tokens: what cut the captions.
     """
 
@@ -99,7 +100,8 @@ def domain_scores(tokens: Cut, domains: Sequence[str], wanted: Sequence[str] = M
     that of scripts that score each domain as a data set, stands under `OWN_IDF`, for comparison with them.
 
     Args:
-        domains: of each picture. tokens, wanted: as in `caption_scores`.
+        domains: of each picture.
+        tokens, wanted: as in `caption_scores`.
     """
     assert len(domains) == len(tokens.captions), "a domain for each picture"
     scorers = _scorers(wanted)

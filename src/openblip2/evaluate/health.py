@@ -55,7 +55,8 @@ def findings(settings: RunSettings, rows: Sequence[Row], vocabulary: int = 30523
     """Everything that a run's log tells, the losses first.
 
     Args:
-        rows: of `log.jsonl`. vocabulary: words of the Q-Former's text path.
+        rows: of `log.jsonl`.
+        vocabulary: words of the Q-Former's text path.
     """
     steps = [row for row in rows if "loss" in row]
     looks = [row["validation"] | {"step": row["step"]} for row in rows if "validation" in row]

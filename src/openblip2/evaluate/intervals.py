@@ -21,7 +21,9 @@ class Interval:
     """A score and where it lies in `level` of the draws, all in the score's own unit.
 
     Attributes:
-        n: samples. groups: what was drawn, pictures or the samples themselves. level: in (0, 1).
+        n: samples.
+        groups: what was drawn, pictures or the samples themselves.
+        level: in (0, 1).
     """
 
     score: float
@@ -54,7 +56,8 @@ def mean_interval(
     drawn again. For BLEU, which is no mean, `interval` with `caption_metrics.bleu_counts`.
 
     Args:
-        scores: [n]. groups: the picture of each sample; None = each sample is drawn for itself.
+        scores: [n].
+        groups: the picture of each sample; None = each sample is drawn for itself.
     """
     scores = np.asarray(scores, dtype=np.float64)
     return interval(np.stack([scores, np.ones_like(scores)], axis=1), _ratio, groups, draws, level, seed)
@@ -88,7 +91,8 @@ def interval(
     """Interval of a score that is a function of sums over the samples, as BLEU is of its n-gram counts.
 
     Args:
-        counts: [n, k], what each sample adds. score: sums [draws, k] -> scores [draws].
+        counts: [n, k], what each sample adds.
+        score: sums [draws, k] -> scores [draws].
         groups, draws, level, seed: as above.
     """
     assert len(counts) > 0, "at least one sample"

@@ -56,7 +56,8 @@ class Matches:
     """ITM's logits of the pairs that two rankings ask for, each pair once.
 
     Args:
-        by_image: texts of each image. by_text: images of each text, of the same N and M.
+        by_image: texts of each image.
+        by_text: images of each text, of the same N and M.
     """
 
     def __init__(self, by_image: Ranking, by_text: Ranking) -> None:
@@ -78,7 +79,8 @@ class Matches:
         """Fills the logits, image by image: its keys and values are computed once, texts of like length go together.
 
         Args:
-            features: image number -> `[1, P, V]`; asked once for each, in order. tokens, valid: `[M, T]`.
+            features: image number -> `[1, P, V]`; asked once for each, in order.
+            tokens, valid: `[M, T]`.
             advance: called after each image.
         """
         lengths = valid.sum(dim=1)
@@ -110,7 +112,8 @@ def hits_at(ranking: Ranking, accepted: Sequence[set[Hashable]], names: Sequence
     """Of each row, whether one of its best k candidates is accepted.
 
     Args:
-        accepted: of each row, the names that count as right. names: of each candidate, by its number.
+        accepted: of each row, the names that count as right.
+        names: of each candidate, by its number.
     """
     return [
         any(names[place] in right for place in places)

@@ -95,7 +95,8 @@ def build_stage2(
 
     Args:
         dtype: of the language model's weights where `language.weights` is auto, and of what int8 and int4 leave.
-        place: see `load_language`. language: a ready one, instead of the settings'.
+        place: see `load_language`.
+        language: a ready one, instead of the settings'.
     """
     qformer = settings.qformer
     sizes_of = dict(sizes or bert_sizes(qformer.start))

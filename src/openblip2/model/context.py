@@ -23,7 +23,8 @@ def room_for_prompt(language: LanguageModel, context: int | None, queries: int, 
     """How long a prompt may be, as `language.length` counts it; may be negative; None = however long.
 
     Args:
-        context: tokens that fit at once. queries: Q, soft tokens beside it.
+        context: tokens that fit at once.
+        queries: Q, soft tokens beside it.
         new: tokens that are to be written. An encoder-decoder writes them elsewhere.
     """
     if context is None:

@@ -22,7 +22,8 @@ class Decoding:
     The defaults are the paper's for captions, but for `min_new_tokens`, 8 there: a picture may need fewer words.
 
     Attributes:
-        beams: 1 = greedy, or plain sampling. sample: nucleus sampling with `top_p` and `temperature`.
+        beams: 1 = greedy, or plain sampling.
+        sample: nucleus sampling with `top_p` and `temperature`.
     """
 
     max_new_tokens: int = 30
@@ -48,7 +49,8 @@ def generate(
     """One text for each row, by the language model's own `generate`.
 
     Args:
-        embeds: `[B, T, L]`. mask: `[B, T]`.
+        embeds: `[B, T, L]`.
+        mask: `[B, T]`.
         stop: the id that ends a text.
         cache: what has been read of the rows, once for each beam; None = nothing.
         watched: by what it is followed while it writes: `streamer`, `stopping_criteria` as transformers has them.

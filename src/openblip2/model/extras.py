@@ -9,7 +9,8 @@ def require(what: str, extra: str, *packages: str) -> None:
     """Checks that optional packages are installed, without importing them.
 
     Args:
-        what: the setting that needs them. extra: the extra of this package that brings them.
+        what: the setting that needs them.
+        extra: the extra of this package that brings them.
 
     Raises:
         UserError: one is not installed.

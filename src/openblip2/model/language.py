@@ -37,7 +37,8 @@ class FrozenLM(nn.Module):
     It computes in the precision of its own weights: autocast to another is off inside.
 
     Args:
-        llm: the language model. tokenizer: its own.
+        llm: the language model.
+        tokenizer: its own.
         template: see `model/template.py`; `{bos}` is empty where the tokenizer has no first token.
         end: the text that ends a caption ("\\n" for OPT, as the paper has it); None = the end-of-sequence token.
 
@@ -116,7 +117,8 @@ class FrozenLM(nn.Module):
         Padded on the left for a decoder, on the right for an encoder.
 
         Args:
-            soft: `[B, Q, L]`. prompts: B texts.
+            soft: `[B, Q, L]`.
+            prompts: B texts.
         """
         rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
         return embed_rows(self.llm, rows, soft, left=not self.llm.config.is_encoder_decoder)

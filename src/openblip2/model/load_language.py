@@ -33,7 +33,8 @@ def load_language(
     language part alone is read.
 
     Args:
-        dtype: of its weights. bits: 8 or 4 to quantise its linear layers; all else is `dtype`.
+        dtype: of its weights.
+        bits: 8 or 4 to quantise its linear layers; all else is `dtype`.
         exact_gelu: a T5's feed-forward layers compute GELU itself, not its tanh approximation.
         place: where quantised weights go, None = a GPU if there is one; others are on the CPU until they are moved.
 

@@ -37,8 +37,8 @@ def add_lora(module: nn.Module, rank: int, layers: str = "all-linear") -> None:
     """Freezes a module and puts trainable adapters into its linear layers, in place.
 
     Args:
-        rank: of the adapters. layers: pattern of the layers' names; "all-linear": those of a transformers model, but
-            for its output embedding.
+        rank: of the adapters.
+        layers: pattern of the layers' names; "all-linear": those of a transformers model, but for its output embedding.
 
     Raises:
         UserError: peft is not installed.

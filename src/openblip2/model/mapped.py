@@ -26,7 +26,8 @@ def load_in(loader: Any, source: str, dtype: Any, prefix: str = "", **options: A
     """`loader.from_pretrained(source, dtype=dtype)` and its loading report.
 
     Args:
-        dtype: of the weights, or "auto". prefix: of the names of the model's weights in a larger model's file.
+        dtype: of the weights, or "auto".
+        prefix: of the names of the model's weights in a larger model's file.
     """
     stored = _stored_dtype(local_folder(source), prefix)
     cast = stored is not None and isinstance(dtype, torch.dtype) and stored != dtype

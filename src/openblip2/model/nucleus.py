@@ -16,7 +16,8 @@ class NucleusSampling(LogitsProcessor):
     """Draws each row's next word from the fewest words that together reach `top_p`; all others become impossible.
 
     Args:
-        top_p: in (0, 1]. temperature: > 0, what logits are divided by first.
+        top_p: in (0, 1].
+        temperature: > 0, what logits are divided by first.
     """
 
     def __init__(self, top_p: float, temperature: float) -> None:

@@ -63,7 +63,9 @@ def loss_at(llm: "PreTrainedModel", plain: bool, scored: Tensor, targets: Tensor
 
     Args:
         plain: what `ends_in_head` says of it; False = by the model's own logits.
-        scored: `[B, T]` bool, of the positions that it gives logits of. targets: `[N]`. given: its arguments.
+        scored: `[B, T]` bool, of the positions that it gives logits of.
+        targets: `[N]`.
+        given: its arguments.
     """
     if not plain:
         return F.cross_entropy(llm(**given).logits[scored].float(), targets)

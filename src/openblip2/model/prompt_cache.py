@@ -69,7 +69,8 @@ def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[in
     """Keys and values of the beginnings of B prompts, read in stages; None where no stage reads anything.
 
     Args:
-        embeds: `[B, T, L]`. mask: `[B, T]`.
+        embeds: `[B, T, L]`.
+        mask: `[B, T]`.
         stages: up to which token, and for each row the one that is read in its place.
         pad: an id for rows that have ended.
     """
@@ -151,7 +152,9 @@ class Growing(DynamicLayer):
     row begin with the same prompt, so that part of them stays where it is.
 
     Args:
-        room: tokens to reserve. read: what has been read, or an empty layer. beams: copies of each of its rows.
+        room: tokens to reserve.
+        read: what has been read, or an empty layer.
+        beams: copies of each of its rows.
     """
 
     keys: Tensor

@@ -23,7 +23,8 @@ class Stage2(nn.Module):
     """Frozen image encoder -> Q-Former (its query path only) -> one linear layer -> frozen language model.
 
     Args:
-        qformer: without its text path, unless it is to read questions. language: `DecoderLM` or `EncoderDecoderLM`.
+        qformer: without its text path, unless it is to read questions.
+        language: `DecoderLM` or `EncoderDecoderLM`.
         vision: the frozen encoder; None when only ready-made features are given.
     """
 

@@ -80,7 +80,8 @@ def dialogue(
     the demo where an answer ends a sentence itself: no second full stop.
 
     Args:
-        turns: (question, answer) of each earlier one. form: how each question is put, `{}` being it.
+        turns: (question, answer) of each earlier one.
+        form: how each question is put, `{}` being it.
         template: as `resolve_template` gives it.
 
     Raises:

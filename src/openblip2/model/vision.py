@@ -54,7 +54,10 @@ class Vision(nn.Module):
         mean, std: Of the red, green and blue values that the encoder was trained with, in [0, 1].
 
     Attributes:
-        width: V. image_size: S. layers: how many layers run. whitening: applied to the features, if set.
+        width: V.
+        image_size: S.
+        layers: how many layers run.
+        whitening: applied to the features, if set.
 
     Raises:
         UserError: The encoder is no plain stack of layers, has no such layer, or cannot take that image size.

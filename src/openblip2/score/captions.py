@@ -42,7 +42,8 @@ def score_captions(
     """Scores of the captions of all pictures; of NoCaps also of each domain.
 
     Args:
-        prompt: behind the soft prompt; None = the one of training. slow: METEOR and SPICE, too, which need Java.
+        prompt: behind the soft prompt; None = the one of training.
+        slow: METEOR and SPICE, too, which need Java.
         kept: where captions are kept until they are scored; None = nowhere.
 
     Raises:

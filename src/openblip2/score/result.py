@@ -18,9 +18,15 @@ class Result:
     """Scores of one task, filled piece by piece.
 
     Attributes:
-        task: caption, vqa or retrieval. pictures: how many were scored. seed: of the bootstrap.
-        scores: by name. alone: scores without an interval, by name. beside: what the scores are to be read beside.
-        protocol: what they depend on. skipped: one line for each entry or picture left out. warnings: in words.
+        task: caption, vqa or retrieval.
+        pictures: how many were scored.
+        seed: of the bootstrap.
+        scores: by name.
+        alone: scores without an interval, by name.
+        beside: what the scores are to be read beside.
+        protocol: what they depend on.
+        skipped: one line for each entry or picture left out.
+        warnings: in words.
         samples: one row each.
     """
 

@@ -14,7 +14,8 @@ class Kept:
     """`OUT.partial.jsonl`: a line that says what the texts are of, then a line for each group of them.
 
     Args:
-        path: of the file; None = nothing is kept. of: all that the texts depend on, but the samples.
+        path: of the file; None = nothing is kept.
+        of: all that the texts depend on, but the samples.
     """
 
     def __init__(self, path: Path | None = None, of: Any = None) -> None:

@@ -35,11 +35,17 @@ class Options:
     """How to score; what a task has no use for is refused where the user asked for it.
 
     Attributes:
-        prompt: of captions; None = the run's own. beams: of text; None = the paper's 5. metric: of answers; None = the
-            data's usual one. lemmatised: answers' nouns and verbs in dictionary form. slow: METEOR and SPICE.
-        rerank: candidates that ITM looks at; None = the paper's 128. strict: see `score_retrieval`.
-        by: of pointing: itc or itm. features: a cache of these pictures.
-        limit: so many pictures, the first ones; None = all. seed: of the bootstrap.
+        prompt: of captions; None = the run's own.
+        beams: of text; None = the paper's 5.
+        metric: of answers; None = the data's usual one.
+        lemmatised: answers' nouns and verbs in dictionary form.
+        slow: METEOR and SPICE.
+        rerank: candidates that ITM looks at; None = the paper's 128.
+        strict: see `score_retrieval`.
+        by: of pointing: itc or itm.
+        features: a cache of these pictures.
+        limit: so many pictures, the first ones; None = all.
+        seed: of the bootstrap.
     """
 
     prompt: str | None = None

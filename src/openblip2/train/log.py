@@ -21,8 +21,8 @@ class Log:
         tell: is called with each row that is written.
 
     Attributes:
-        validated: the steps that were validated. torn: how many lines were no JSON and were dropped: a process that is
-            killed may leave half a line.
+        validated: the steps that were validated.
+        torn: how many lines were no JSON and were dropped: a process that is killed may leave half a line.
     """
 
     def __init__(

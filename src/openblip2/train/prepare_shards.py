@@ -44,8 +44,10 @@ def prepare_shards(
     """Counts the shards, holds pictures out, and makes the batches.
 
     Args:
-        parts: not counted yet. held_out: the pictures to validate on; None = the first samples of the first part,
-            `data.held_out` of all its samples and `data.most_held_out` at most. resume: the run's own counts hold.
+        parts: not counted yet.
+        held_out: the pictures to validate on; None = the first samples of the first part, `data.held_out` of all its
+            samples and `data.most_held_out` at most.
+        resume: the run's own counts hold.
 
     Raises:
         UserError: settings that shards cannot have, no sample, or fewer than 2 pictures to validate on.

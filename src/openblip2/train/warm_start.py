@@ -101,7 +101,8 @@ def speak_as_text(qformer: QFormer, means: Tensor, rows: Tensor, penalty: float 
     The prediction is scaled to a variance of 1, as large as what the other layers hand on.
 
     Args:
-        means: `[N, V]`, as for `open_image_path`, which comes first. rows: `[layers, N, D]`, of `mean_text_rows`.
+        means: `[N, V]`, as for `open_image_path`, which comes first.
+        rows: `[layers, N, D]`, of `mean_text_rows`.
         penalty: of the ridge, in pictures.
     """
     whitening = fit_whitening(means)
@@ -123,7 +124,8 @@ def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 
     narrowest). The image head is the ridge regression from the mean query output to that.
 
     Args:
-        queries: `[N, D]`, each picture's query outputs averaged over the queries. texts: `[N, D]`, `[CLS]` outputs.
+        queries: `[N, D]`, each picture's query outputs averaged over the queries.
+        texts: `[N, D]`, `[CLS]` outputs.
         penalty: of the ridge, in pictures: it weighs as much as the variance that so many of them bring.
     """
     mean_text = texts.double().mean(0)
@@ -173,7 +175,8 @@ def align_projection(model: Stage2, queries: Tensor, captions: Sequence[str], pe
 
     Args:
         queries: `[N, D]`, each picture's query outputs averaged over the queries.
-        captions: N captions. penalty: of the ridge, on centred data.
+        captions: N captions.
+        penalty: of the ridge, on centred data.
     """
     return fit_linear(model.projection, queries, content_embeddings(model, captions), penalty)
 

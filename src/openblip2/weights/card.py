@@ -35,9 +35,12 @@ def model_card(
     """Markdown with the hub's metadata in front.
 
     Args:
-        trained: how many parameters are in the file. measured: of the last validation, by name.
-        usage: Python that loads and uses the model. notes: what a conversion left out.
-        carries: frozen parts in the same repository. library: what loads it, in the hub's words.
+        trained: how many parameters are in the file.
+        measured: of the last validation, by name.
+        usage: Python that loads and uses the model.
+        notes: what a conversion left out.
+        carries: frozen parts in the same repository.
+        library: what loads it, in the hub's words.
     """
     generative = settings.stage == "stage2"
     parts = [("image encoder", settings.vision.name, "vision"), ("Q-Former's start", settings.qformer.start, "")]

@@ -31,7 +31,8 @@ class Parts:
 
     Attributes:
         heads: attention heads of the Q-Former, where the source cannot say; None = BERT's 12.
-        vision: the image encoder, as a name or ready. language: the language model, as a name or ready.
+        vision: the image encoder, as a name or ready.
+        language: the language model, as a name or ready.
         tokenizer: the Q-Former's, as a name, a folder, or ready.
         vision_heads: attention heads of the image encoder in a LAVIS file; None = those of ViT-g.
     """
@@ -48,12 +49,14 @@ class Checkpoint:
     """A source, read.
 
     Attributes:
-        source: where the tensors are, for messages. sizes: arguments of `QFormer`.
+        source: where the tensors are, for messages.
+        sizes: arguments of `QFormer`.
         settings: with `vision.name` and `language.name` saying where the frozen parts are.
         trained: tensors by our names, as they lie in the file (memory-mapped, in the file's dtype).
         tower: an image encoder that lies in the same file, ready; None = `settings.vision.name`.
         whitening: of the image features, if the source was trained behind one.
-        parts: what the user handed in. tokenizer: the Q-Former's, a folder or a name; stage 1 alone has one.
+        parts: what the user handed in.
+        tokenizer: the Q-Former's, a folder or a name; stage 1 alone has one.
         carries: frozen parts that the source holds itself ("vision", "language"): a copy must hold them, too.
         measured: what the last validation of a run found, by name.
         left_out: one line for each thing in the source that is not used.

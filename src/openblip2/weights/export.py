@@ -34,7 +34,9 @@ def write_huggingface(
     """Fills an empty folder; returns one line for each thing that it cannot hold. The parts become its own.
 
     Args:
-        vision: an encoder that `has_home`. language: of stage 2. tokenizer: of stage 1. In the dtypes to be written.
+        vision: an encoder that `has_home`.
+        language: of stage 2.
+        tokenizer: of stage 1. In the dtypes to be written.
     """
     from transformers import Blip2Processor, BlipImageProcessorPil
 

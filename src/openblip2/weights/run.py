@@ -91,7 +91,9 @@ def write_run(
     """Writes a run into a folder: settings, trained tensors, tokenizer, and the frozen parts that it `carries`.
 
     Args:
-        vision, language: those that are carried. tokenizer: of stage 1. whitening: of the image features.
+        vision, language: those that are carried.
+        tokenizer: of stage 1.
+        whitening: of the image features.
     """
     for part in sorted(carries):
         named = replace(getattr(settings, part), name=CARRIED[part])

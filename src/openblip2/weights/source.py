@@ -20,7 +20,8 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
     """Reads a run of ours, a LAVIS `.pth`, or transformers' BLIP-2, from a path or by its hub name.
 
     Args:
-        parts: frozen parts instead of those that the source names. revision: branch, tag or commit on the hub.
+        parts: frozen parts instead of those that the source names.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         UserError: it is none of these, or it cannot be read whole.

@@ -12,8 +12,10 @@ class Case:
     """One comparison.
 
     Attributes:
-        candidates: by name, ours among them; each does the same work. samples: of one run, of what `unit` says.
-        difference: the largest relative difference between their outputs, measured before. equal: what is allowed.
+        candidates: by name, ours among them; each does the same work.
+        samples: of one run, of what `unit` says.
+        difference: the largest relative difference between their outputs, measured before.
+        equal: what is allowed.
     """
 
     name: str

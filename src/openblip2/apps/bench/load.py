@@ -64,7 +64,9 @@ def bench_serve(
     429 asks again when the server said that it may.
 
     Args:
-        folder: of pictures. seconds: of each size. batches: `--batch` of the server; 1 = one request at a time.
+        folder: of pictures.
+        seconds: of each size.
+        batches: `--batch` of the server; 1 = one request at a time.
 
     Raises:
         UserError: no pictures, a server that does not start, a missing package.

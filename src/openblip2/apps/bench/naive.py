@@ -25,7 +25,9 @@ def naive_losses(
     """`itc`, `itm` and `itg` as `Stage1.losses` has them, in one process.
 
     Args:
-        tokens, valid: `[B, T]`, T at most 32. ids: `[B]`. features: `[B, P, V]`.
+        tokens, valid: `[B, T]`, T at most 32.
+        ids: `[B]`.
+        features: `[B, P, V]`.
         negatives: hard negatives `(texts [B], images [B])`, -1 for none.
     """
     former, smoothing = model.qformer, model.label_smoothing

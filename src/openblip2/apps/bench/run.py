@@ -35,8 +35,10 @@ def run_bench(
     """Times the cases of a size.
 
     Args:
-        names: of cases; none = all. out: where the figures go as JSON, case by case.
-        repeats: timed runs of each candidate. precision: "bf16", "fp32" or "auto", as `train.precision`.
+        names: of cases; none = all.
+        out: where the figures go as JSON, case by case.
+        repeats: timed runs of each candidate.
+        precision: "bf16", "fp32" or "auto", as `train.precision`.
 
     Raises:
         UserError: an unknown size or case, or outputs that are not equal.

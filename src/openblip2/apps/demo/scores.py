@@ -41,7 +41,9 @@ def score(
     """Figures, as `metrics.json` holds them, and examples for the report.
 
     Args:
-        test: the held-out pictures. asked: by data set, pictures with one question each. maps: the folder they go to.
+        test: the held-out pictures.
+        asked: by data set, pictures with one question each.
+        maps: the folder they go to.
     """
     examples: dict[str, Any] = {}
     metrics: dict[str, Any] = {

@@ -66,7 +66,9 @@ class Study:
     """A question, the ways that answer it, and what is claimed about them.
 
     Attributes:
-        scored: the stages whose runs are scored. steps: of each stage. notes: what the figures cannot say.
+        scored: the stages whose runs are scored.
+        steps: of each stage.
+        notes: what the figures cannot say.
         reranks: whether retrieval is scored re-ranked by ITM, too.
         helper: trained on the clean half of the pictures, for the ways on the web's half; not scored.
     """
@@ -87,10 +89,13 @@ class Plan:
     """How much of everything; the defaults take ten to sixty minutes on two cores.
 
     Attributes:
-        seeds: of training; pictures are the same for all. scenes: to train on; None = the study's own.
-        validated: test scenes that the curves are measured on. reranked: candidates that ITM looks at.
+        seeds: of training; pictures are the same for all.
+        scenes: to train on; None = the study's own.
+        validated: test scenes that the curves are measured on.
+        reranked: candidates that ITM looks at.
         values: numbers of queries, or of pictures in `warm-start`; () = the study's own.
-        steps: of a stage, instead of the study's. changes: to the settings of both stages, which are stage1 and stage2.
+        steps: of a stage, instead of the study's.
+        changes: to the settings of both stages, which are stage1 and stage2.
         weaker: changes that make the image encoder the weaker one.
     """
 

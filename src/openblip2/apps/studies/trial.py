@@ -50,8 +50,10 @@ class Trial:
     """What came of one way with one seed.
 
     Attributes:
-        values: by figure, one for each test picture. curves: by name of a validation, of the last stage trained.
-        settings: by stage. seconds, scoring: of training and of scoring, by run.
+        values: by figure, one for each test picture.
+        curves: by name of a validation, of the last stage trained.
+        settings: by stage.
+        seconds, scoring: of training and of scoring, by run.
     """
 
     values: dict[str, list[float]]

@@ -59,7 +59,9 @@ def filtered(
     """The captions after CapFilt, by picture, "captions", and the counts of it: plain values.
 
     Args:
-        records: the web's half. shards: where they are written. out: what becomes of them. Both are made anew.
+        records: the web's half.
+        shards: where they are written.
+        out: what becomes of them. Both are made anew.
 
     Raises:
         UserError: as `capfilt`; or no picture has a caption left.

@@ -29,7 +29,10 @@ def karpathy(
     """`dataset_coco.json` and `dataset_flickr30k.json`: of each picture its split and its sentences.
 
     Args:
-        path: of the file. data: what it holds. skipped: gets a line per entry left out. split: one of `SPLITS`.
+        path: of the file.
+        data: what it holds.
+        skipped: gets a line per entry left out.
+        split: one of `SPLITS`.
 
     Source: https://cs.stanford.edu/people/karpathy/deepimagesent/
 
@@ -71,7 +74,9 @@ def listed(path: Path, data: object, pictures: Pictures, skipped: list[str]) -> 
     so that a picture has the same one in all of them and in Karpathy's file.
 
     Args:
-        path: of the file. data: what it holds. skipped: gets a line per entry left out.
+        path: of the file.
+        data: what it holds.
+        skipped: gets a line per entry left out.
 
     Source: https://github.com/salesforce/LAVIS, datasets coco and flickr30k
     """
@@ -96,7 +101,9 @@ def nocaps(path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[s
     """NoCaps's file, in COCO's own form: the pictures, and apart from them their captions (a test split has none).
 
     Args:
-        path: of the file. data: what it holds. skipped: gets a line per entry left out.
+        path: of the file.
+        data: what it holds.
+        skipped: gets a line per entry left out.
 
     Source: https://nocaps.org/download. The page does not show an image's "domain", which the file has.
 

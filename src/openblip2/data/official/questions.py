@@ -26,7 +26,7 @@ _GQA = '{"imageId": "2", "question": "what?", "answer": "cat"}'
 
 
 class _Answered(NamedTuple):
-    """What an annotation says of its question. where: it stands. image: its id, as the file gives it."""
+    """What an annotation says of its question, and where in the file; `image` is the id as the file gives it."""
 
     where: str
     image: object
@@ -41,8 +41,10 @@ def vqa(
     """VQAv2's and OK-VQA's annotations and questions, brought together by the question's id.
 
     Args:
-        path: of the annotations, or of the questions of a test split. data: what it holds.
-        skipped: gets a line per entry left out. split: the files', "val2014" or "val", or None.
+        path: of the annotations, or of the questions of a test split.
+        data: what it holds.
+        skipped: gets a line per entry left out.
+        split: the files', "val2014" or "val", or None.
         questions: the file of questions, or None where `path` is that file.
 
     Source: https://visualqa.org/download.html, https://okvqa.allenai.org/download.html
@@ -69,7 +71,9 @@ def gqa(path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[str]
     """GQA's questions, by their ids. Where the file answers none of them, the answers are withheld.
 
     Args:
-        path: of the file. data: what it holds. skipped: gets a line per entry left out.
+        path: of the file.
+        data: what it holds.
+        skipped: gets a line per entry left out.
 
     Source: https://cs.stanford.edu/people/dorarad/gqa/download.html
     """
@@ -152,7 +156,7 @@ def _asked(
     pictures: Pictures,
     skipped: list[str],
 ) -> list[Record]:
-    """The questions with their answers, by picture. answers: by question; None = withheld."""
+    """The questions with their answers, by picture; `answers` are by question, None = withheld."""
     folder = subtype.replace("test-dev", "test")  # test-dev asks of some of the test pictures
     seen: set[str] = set()
     gathered: _Gathered = {}

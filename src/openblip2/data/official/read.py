@@ -54,7 +54,8 @@ def read_official(
     answers. These are the stemmed ones, ten to a question: five annotators', each twice in the file.
 
     Args:
-        kind: one of `KINDS`; None = told by the file's content. annotations: the file.
+        kind: one of `KINDS`; None = told by the file's content.
+        annotations: the file.
         images: the folder in which the file's paths begin (COCO's holds `train2014`, `val2014` and `test2015`), or
             the one in which the pictures themselves lie.
         split: of Karpathy's files, one of `official_captions.SPLITS` ("train" is with restval); needed there. The

@@ -42,8 +42,11 @@ class Part:
     """Shards of one data set.
 
     Attributes:
-        name: as the shards were named. reader: one of `READERS`. weight: its share of a mixture, 1 and more.
-        shards: paths and URLs. counts: samples of each; empty = not counted yet.
+        name: as the shards were named.
+        reader: one of `READERS`.
+        weight: its share of a mixture, 1 and more.
+        shards: paths and URLs.
+        counts: samples of each; empty = not counted yet.
         held_out: of each shard, how many samples at its beginning are not trained on.
     """
 

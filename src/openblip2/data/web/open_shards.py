@@ -32,7 +32,8 @@ class OpenShards:
     """The shards of some parts, opened as they are needed.
 
     Args:
-        orders: of the parts. problem: is told what is wrong, each line once and one at a time, from any thread.
+        orders: of the parts.
+        problem: is told what is wrong, each line once and one at a time, from any thread.
     """
 
     def __init__(self, parts: Sequence[Part], orders: Sequence[Order], problem: Callable[[str], object]) -> None:

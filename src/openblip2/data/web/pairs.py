@@ -45,7 +45,10 @@ class ShardPairs:
     """Batches of pictures with one caption each, out of shards: freshly augmented, or plain.
 
     Args:
-        parts: counted. batch: of all processes together. seed: of everything drawn. size: S.
+        parts: counted.
+        batch: of all processes together.
+        seed: of everything drawn.
+        size: S.
         lanes: shards of a part that are read side by side (`data.open_shards`).
         problem: is told each sample, picture or shard that is skipped, once, from any thread.
         part: (r, N), which rows of a batch are ours. All parts together are the same whatever N is.

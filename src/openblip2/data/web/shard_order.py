@@ -38,8 +38,10 @@ class Order:
     """The endless order of one part: `order(position)` -> `Spot`.
 
     Args:
-        counts: samples of each shard; shards of 0 are passed over. lanes: shards that are read side by side.
-        seed: of the shuffles. name: of the part, so that parts of a mixture are shuffled differently.
+        counts: samples of each shard; shards of 0 are passed over.
+        lanes: shards that are read side by side.
+        seed: of the shuffles.
+        name: of the part, so that parts of a mixture are shuffled differently.
 
     Raises:
         UserError: there is no sample at all.
@@ -112,7 +114,9 @@ class Turns:
     """Whose turn it is in a mixture: `turns(number)` -> part and position in that part's order.
 
     Args:
-        weights: of each part, whole numbers from 1 on. row: samples of one turn. seed: of the order of turns.
+        weights: of each part, whole numbers from 1 on.
+        row: samples of one turn.
+        seed: of the order of turns.
 
     Raises:
         UserError: the weights add up to more than `MOST_WEIGHT`.

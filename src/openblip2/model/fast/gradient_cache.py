@@ -182,7 +182,8 @@ class Gradients:
         """Goes back from `outputs` and frees their graph; returns the gradients at the tensors `at`.
 
         Args:
-            weights: gradients at the outputs; None = 1, for scalars. times: what is added is so many times as much.
+            weights: gradients at the outputs; None = 1, for scalars.
+            times: what is added is so many times as much.
         """
         # Going back has the dtypes of the way there; autocast would round what was kept out of it.
         with torch.autocast(outputs[0].device.type, enabled=False):
