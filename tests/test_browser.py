@@ -79,7 +79,7 @@ def test_a_person_finds_everything(page: Any, address: tuple[str, Path]) -> None
 
     page.get_by_role("button", name="Describe it").click()
     page.get_by_role("textbox", name="Token").fill("secret")  # the server wants it, once
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Continue").click()
     expect(page.locator("#caption")).not_to_be_empty()
 
     for question in ("what is it?", f"and {EVIL}?"):
@@ -88,16 +88,22 @@ def test_a_person_finds_everything(page: Any, address: tuple[str, Path]) -> None
         expect(page.get_by_label("Your question")).to_have_value("")
     expect(page.locator("#turns .q")).to_have_count(2)
     expect(page.locator("#turns .a").last).not_to_be_empty()
-    expect(page.locator("#turns .q").last).to_have_text(f"and {EVIL}?")  # shown, never run
+    expect(page.locator("#turns .q").last).to_have_text(f"Youand {EVIL}?")  # shown, never run
+    expect(page.locator("#turns .a").last).to_contain_text("Model")
+    page.get_by_role("button", name="What is in the picture?").click()  # an example
+    expect(page.locator("#turns .q")).to_have_count(3)
+    expect(page.get_by_label("Your question")).to_have_value("")
 
-    page.get_by_label("Texts, one a line").fill("a red dog\na blue bus")
+    page.get_by_label("Texts, one per line").fill("a red dog\na blue bus")
     page.get_by_role("button", name="Compare").click()
     expect(page.locator("#matches tbody tr")).to_have_count(2)
     expect(page.locator("#matches tbody tr").first).to_contain_text(re.compile(r"\d\.\d{3}\s*\d+\.\d %"))
 
-    page.get_by_label("A text (empty: where all queries look)").fill("a red dog")
-    page.get_by_role("button", name="Show").click()
+    page.get_by_label("Show where the model looks").fill("a red dog")
+    page.get_by_role("button", name="Show map").click()
     expect(page.get_by_alt_text("with a map of where the model looks")).to_be_visible()
+    expect(page.locator("#legend")).to_contain_text("Brighter areas matter more to the model for “a red dog” (ITC)")
+    assert "picture" in page.evaluate("document.querySelector('#attend').parentElement.id")
     shoot(page, "picture")
 
     page.get_by_label("What to look for").fill("a blue bus")
@@ -114,7 +120,7 @@ def test_it_can_be_used_by_keyboard(page: Any, address: tuple[str, Path]) -> Non
     playwright.expect(page.locator("#about")).to_contain_text("stage2")
     page.set_input_files("#file", str(address[1] / "0.png"))
     reached: set[str] = set()
-    for _ in range(30):
+    for _ in range(40):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
     assert {"file", "describe", "question", "texts", "about-text", "by", "wanted", "alike"} <= reached
@@ -126,12 +132,17 @@ def test_what_is_wrong_is_said(page: Any, address: tuple[str, Path], tmp_path: P
     page.set_input_files("#file", str(tmp_path / "no.png"))
     page.get_by_role("button", name="Describe it").click()
     page.get_by_role("textbox", name="Token").fill("wrong")
-    page.get_by_role("button", name="Go on").click()
-    playwright.expect(page.get_by_role("alert")).to_contain_text("token")
+    page.get_by_role("button", name="Continue").click()
+    playwright.expect(page.locator("#describing").get_by_role("alert")).to_contain_text("token")
     page.reload()
     page.evaluate("sessionStorage.setItem('token', 'secret')")
     page.reload()
     playwright.expect(page.locator("#about")).to_contain_text("stage2")
     page.set_input_files("#file", str(tmp_path / "no.png"))
     page.get_by_role("button", name="Describe it").click()
-    playwright.expect(page.get_by_role("alert")).to_contain_text("is not a picture")
+    problem = page.locator("#describing").get_by_role("alert")  # beside the button
+    playwright.expect(problem).to_contain_text("is not a picture")
+    page.set_input_files("#file", str(address[1] / "0.png"))
+    page.get_by_role("button", name="Describe it").click()
+    playwright.expect(page.locator("#caption")).not_to_be_empty()
+    playwright.expect(problem).to_be_hidden()

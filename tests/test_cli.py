@@ -7,6 +7,7 @@ import signal
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -258,6 +259,22 @@ def test_misuse_shows_the_usage(arguments: list[str]) -> None:
     said = CliRunner().invoke(cli.app, arguments)
     assert said.exit_code == 2
     assert "Usage: " in said.output
+
+
+def test_json_before_the_command_gets_a_hint() -> None:
+    said = call("--json", "search", "index", "a dog")
+    assert said == (2, "", "openblip2: put --json after the command: openblip2 search ... --json\n")
+
+
+def test_future_warnings_of_libraries_do_not_reach_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(*, prog_name: str) -> None:
+        warnings.warn("this will change", FutureWarning, stacklevel=1)
+        warnings.warn("this matters", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "app", warned)
+    with warnings.catch_warnings(record=True) as seen:
+        call()
+    assert [str(one.message) for one in seen] == ["this matters"]
 
 
 def test_interruption_says_how_to_go_on(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import typer.main
 import openblip2
 from openblip2 import cli
 from openblip2.config import RunSettings, _names
+from openblip2.data.scenes.draw import colours_of
+from openblip2.data.scenes.vocabulary import WORLDS
 from openblip2.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -146,3 +149,16 @@ def test_public_names_can_be_used() -> None:
         assert callable(getattr(openblip2, name)), name
     with pytest.raises(AttributeError, match="no attribute 'lode'"):
         _ = openblip2.lode
+
+
+def test_texts_that_the_docs_search_for_are_in_the_test_set() -> None:
+    """Of the demo: no noun has a colour there that it has in training."""
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/serving.md"))
+    queries = re.findall(r'^openblip2 search \S+ "(.+?)"', text, re.MULTILINE)
+    queries += re.findall(r'^openblip2 rank \S+ "(.+?)"', text, re.MULTILINE)
+    assert len(queries) >= 3
+    for query in queries:
+        words = query.split()
+        pairs = [(noun, before) for before, noun in pairwise(words) if noun in WORLDS["small"]]
+        assert pairs, query
+        assert all(colour in colours_of(noun, "test") for noun, colour in pairs), query

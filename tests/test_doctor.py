@@ -69,7 +69,7 @@ def test_a_healthy_run_has_nothing_bad() -> None:
     rows[-1]["validation"] |= {"tr@1": 0.9, "ir@1": 0.8, "effective_rank": 8.5}
     found = told(rows)
     assert {one.level for one in found.values()} == {"good"}
-    assert "85 % of 64 held-out pairs are found first" in found["ITC"].seen
+    assert "recall@1 is 85 % among 64 held-out pairs" in found["ITC"].seen
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,22 @@ def test_a_loss_at_chance_is_bad_but_not_at_once(losses: dict[str, float], about
     assert told(log(100, **losses))[about].level == "bad"
     assert told(log(100, **losses))[about].advice
     assert told(log(5, **losses))[about].level == "note"
+
+
+def test_a_loss_far_above_chance_is_not_called_chance() -> None:
+    found = told(log(100, itc=6.478), settings(train__batch=4))["ITC"]
+    assert found.level == "bad"
+    assert "6.478, worse than guessing (1.39)" in found.seen
+    assert "lower optim.lr" in found.advice
+
+
+def test_itm_at_chance_is_said_in_plain_english_with_advice() -> None:
+    rows = [*log(itc=1.0, itm=0.634), look(itm_accuracy=0.67, itm_easy_accuracy=0.5)]
+    assert told(rows)["ITM"].in_words() == (
+        "BAD   ITM: 0.634, no better than guessing (0.64): the model has not learned this; accuracy on held-out pairs "
+        "is 67 % with hard negatives (guessing: 67 %) and 50 % with random negatives (guessing: 50 %). Try: more "
+        "train.steps, because ITM starts to learn after ITC; until it does, rank by ITC alone (--rerank 0)"
+    )
 
 
 def test_what_else_can_be_ill() -> None:
@@ -168,7 +184,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (run / "log.jsonl").write_text(text + '{"step": 101, "lo')  # it is running
     done = CliRunner().invoke(app, ["doctor", str(run), "--out", str(tmp_path / "out" / "page.html")])
     assert done.exit_code == 0, done.output
-    assert "BAD   ITC: 3.466, next to chance" in done.output
+    assert "BAD   ITC: 3.466, no better than guessing (3.47)" in done.output
     page = (tmp_path / "out" / "page.html").read_text()
     assert "1 of " in page
     assert page.count('src="data:image/svg+xml') == 4

@@ -16,6 +16,7 @@ from openblip2.apps.search.find import Finder
 from openblip2.apps.search.index import open_index, recall_of, update_index
 from openblip2.apps.search.vectors import Vectors
 from openblip2.cli import app
+from openblip2.commands.find import _like_a_path
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
@@ -204,12 +205,22 @@ def test_an_index_of_other_weights_is_refused(run: Path, folder: Path, tmp_path:
         Finder(out, matcher)
 
 
+@pytest.mark.parametrize(
+    "query", ["photos/nope.png", "nope.png", "./nope", "my photos/a cat.jpg", "a\\b.heic", "{}/no"]
+)
+def test_what_looks_like_a_path_is_not_searched_for_as_a_text(tmp_path: Path, query: str) -> None:
+    done = CliRunner().invoke(app, ["search", str(tmp_path / "index"), query.replace("{}", str(tmp_path))])
+    assert "looks like a path, but there is no such image file" in str(done.exception)
+    assert not _like_a_path("a black/white photo of 1.5 cats in the U.S.")
+    assert not _like_a_path("a dog " * 2000)
+
+
 def test_the_commands(run: Path, folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "index")
     done = CliRunner().invoke(app, ["index", str(folder), "--run", str(run), "--out", out])
     assert done.exit_code == 0, done.output
     assert "10 pictures; 10 read, 0 gone" in done.stdout
-    assert "recall@10 of 8 bits against exact search, among 10 pictures" in done.output
+    assert "% of the 10 best images of an exact search are found (measured on 10)" in done.output
     found = CliRunner().invoke(app, ["search", out, "a red dog", "--best", "3", "--rerank", "4", "--json"])
     rows = [json.loads(line) for line in found.stdout.splitlines()]
     assert len(rows) == 3

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,6 +30,7 @@ from openblip2.cli import app as cli
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
+from openblip2.model.token_rows import embed_rows
 from openblip2.progress import Progress
 
 pytest.importorskip("fastapi")
@@ -234,7 +236,7 @@ def test_what_is_no_picture_is_refused(home: Path, client: TestClient, content: 
     ("change", "status", "says"),
     [
         ({"messages": []}, 400, "messages"),
-        ({"messages": [{"role": "user", "content": "hello"}]}, 400, "0 pictures"),
+        ({"messages": [{"role": "user", "content": "hello"}]}, 400, "no picture: send one"),
         ({"n": 2}, 400, "does not support 'n'"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"temperature": 9}, 400, "temperature"),
@@ -430,7 +432,9 @@ def test_nothing_that_is_sent_is_an_error_of_the_servers(home: Path, client: Tes
     ("change", "status", "param"),
     [
         ({"model": "gpt-4o"}, 404, "model"),
-        ({"logprobs": True}, 400, "logprobs"),
+        ({"logprobs": True, "stream": True}, 400, "logprobs"),
+        ({"top_logprobs": 2}, 400, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, 400, "top_logprobs"),
         ({"top_k": 5}, 400, "top_k"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
@@ -476,7 +480,16 @@ def test_errors_have_openais_shape(home: Path, client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["data:;base64,{}", "data:image/png;charset=utf-8;base64,{}", "data:image/png;base64,\n{}"]
+    "form",
+    [
+        "data:;base64,{}",
+        "data:image/png;charset=utf-8;base64,{}",
+        'data:image/png; charset="utf-8"; base64,{}',
+        "data:image/png;base64,\n{}",
+        " DATA:Image/PNG;BASE64,{}\n",
+        "data:image/*;base64,{}",
+        "data:text/plain;base64,{}",
+    ],
 )
 def test_data_urls_of_real_clients_are_taken(home: Path, client: TestClient, form: str) -> None:
     asked = chat(home, "what is it?", "a dog", "what colour is it?")
@@ -487,4 +500,76 @@ def test_data_urls_of_real_clients_are_taken(home: Path, client: TestClient, for
     assert client.post("/v1/chat/completions", json=asked).status_code == 200
     asked["messages"][2]["content"][1] = {"type": "image_url", "image_url": {"url": data_url(home, 1)}}
     refused = client.post("/v1/chat/completions", json=asked)
-    assert "2 pictures: send one" in refused.json()["error"]["message"]
+    assert "2 different pictures: a dialogue is about one" in refused.json()["error"]["message"]
+    assert refused.json()["error"]["param"] == "messages"
+
+
+def test_one_picture_in_several_spellings_counts_once(home: Path, client: TestClient) -> None:
+    asked = chat(home, "what is it?", "a dog", "what colour is it?")
+    code = data_url(home).partition(",")[2]
+    for url in (code.rstrip("="), code.replace("+", "-").replace("/", "_"), code[:40] + "\r\n" + code[40:]):
+        part = {"type": "image_url", "image_url": {"url": "data:image/png;name=a.png;base64," + url}}
+        asked["messages"][2]["content"] = [{"type": "text", "text": "what colour is it?"}, part]
+        assert client.post("/v1/chat/completions", json=asked).status_code == 200
+
+
+def test_logprobs_are_the_language_models_own(home: Path, client: TestClient) -> None:
+    captioner = load(home / "stage2")
+    assert isinstance(captioner, Captioner)
+    choice = client.post(
+        "/v1/chat/completions", json=chat(home, "what is it?", logprobs=True, top_logprobs=3, temperature=0)
+    ).json()["choices"][0]
+    tokens, text = choice["logprobs"]["content"], choice["message"]["content"]
+    assert text
+    assert "".join(one["token"] for one in tokens) == text
+    assert all(bytes(one["bytes"]).decode() == one["token"] for one in tokens)
+    # Greedy: each token is the most likely one; the likelihood of the text and its end is theirs and the end's.
+    language = captioner.model.language
+    prompt = Chat(captioner, home / "data" / "0.png").prompt("what is it?")
+    soft = captioner.soft_prompt([home / "data" / "0.png"])
+    ids = language._caption(prompt, text)  # pyright: ignore
+    rows = [[*language._head(prompt, soft.shape[1]), *ids]]
+    embeds, mask = embed_rows(language.llm, rows, soft, left=False)
+    with torch.no_grad():
+        logs = language.llm(inputs_embeds=embeds, attention_mask=mask).logits[0].float().log_softmax(1)
+    first = len(rows[0]) - len(ids)
+    own = [float(logs[first + n - 1, token]) for n, token in enumerate(ids[: len(tokens)])]
+    assert [one["logprob"] for one in tokens] == pytest.approx(own, abs=0.02)
+    for one in tokens:
+        best = [other["logprob"] for other in one["top_logprobs"]]
+        assert len(best) == 3
+        assert best == sorted(best, reverse=True)
+    plain = client.post("/v1/chat/completions", json=chat(home, "what is it?", logprobs=True)).json()["choices"][0]
+    assert all(one["top_logprobs"] == [] for one in plain["logprobs"]["content"])
+    assert client.post("/v1/chat/completions", json=chat(home, "what is it?")).json()["choices"][0]["logprobs"] is None
+    cut = client.post("/v1/chat/completions", json=chat(home, "what is it?", logprobs=True, stop=text[3:6])).json()
+    kept = "".join(one["token"] for one in cut["choices"][0]["logprobs"]["content"])
+    assert kept.startswith(cut["choices"][0]["message"]["content"])
+    assert len(kept) < len(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param", "says"),
+    [
+        ("embeddings", {"input": [15339, 1917]}, "input", "not token ids"),
+        ("embeddings", {"input": [[15339, 1917]]}, "input", "not token ids"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "type", "Field required"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "type",
+            "'image_url'",
+        ),
+    ],
+)
+def test_wrong_parts_are_named(client: TestClient, path: str, change: dict[str, Any], param: str, says: str) -> None:
+    error = client.post(f"/v1/{path}", json=change).json()["error"]
+    assert says in error["message"]
+    assert error["param"] == (param if param == "input" else f"messages.0.content.0.{param}")
+
+
+@pytest.mark.parametrize("url", ["data:image/png,abc", "DATA:text/html,x"])
+def test_data_urls_that_are_not_base64_are_named_as_such(home: Path, client: TestClient, url: str) -> None:
+    asked = chat(home, "what is it?")
+    asked["messages"][0]["content"][1]["image_url"]["url"] = url
+    assert "is not in base64" in client.post("/v1/chat/completions", json=asked).json()["error"]["message"]

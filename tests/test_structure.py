@@ -16,7 +16,7 @@ MODULES = 215  # goal: 150
 TRAIN_FILES = 15  # goal: 12
 LONGEST = 300  # lines of one module
 # Too long already, with their lines today. Remove an entry when its module fits.
-TOO_LONG = {"model/language.py": 302, "apps/serve/openai.py": 303}
+TOO_LONG = {"model/language.py": 302}
 
 
 def lines(file: Path) -> int:

@@ -31,9 +31,13 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 
 @app.callback()
 def everywhere(
+    context: typer.Context,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Errors only; put it before the command.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", hidden=True)] = False,
 ) -> None:
     """BLIP-2: connect a frozen image encoder to a frozen language model. Train, evaluate and use it."""
+    if as_json:
+        raise UserError(f"put --json after the command: openblip2 {context.invoked_subcommand} ... --json")
     be_quiet(quiet)
 
 
@@ -60,10 +64,10 @@ for command, example in (
     (caption, "runs/demo/stage2 a.jpg b.jpg"),
     (answer, 'runs/demo/stage2 a.jpg "what colour is the cat?"'),
     (chat, "runs/demo/stage2 a.jpg"),
-    (rank, 'runs/demo/stage1 "a red cat" a.jpg b.jpg'),
-    (attend, 'runs/demo/stage1 a.jpg --text "a red cat" --out maps'),
+    (rank, 'runs/demo/stage1 "a teal cat" a.jpg b.jpg'),
+    (attend, 'runs/demo/stage1 a.jpg --text "a teal cat" --out maps'),
     (index, "photos/ --run runs/demo/stage1 --out photos-index"),
-    (search, 'photos-index "a red cat" --best 5 --json'),
+    (search, 'photos-index "a teal cat" --best 5 --json'),
     (serve, "runs/demo/stage2 --port 8000"),
     (evaluate, "vqa runs/vqa --data easy-vqa --split test --out vqa.json"),
     (compare, "first.json second.json"),
@@ -85,6 +89,8 @@ def main() -> None:
 
     # A bomb-sized picture is refused by its header; Pillow's own warning would only stand before that line.
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
+    # These are for developers of other libraries' callers; tests still show them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app(prog_name="openblip2")  # also of `python -m openblip2`
     except UserError as error:

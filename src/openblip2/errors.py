@@ -36,4 +36,6 @@ def printable(text: str) -> str:
 
 def one_line(error: Exception) -> str:
     """The first line of what another library says went wrong, or the kind of error where it says nothing."""
+    if "trust_remote_code" in str(error):
+        return "it needs the Python code of its own repository, which openblip2 never runs"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

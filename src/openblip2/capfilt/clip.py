@@ -84,7 +84,12 @@ class ClipRanker:
 
     def _texts(self, texts: list[str]) -> Tensor:
         found = self.tokenizer(
-            texts, padding=self.padding, truncation=True, max_length=self.longest, return_tensors="pt"
+            texts,
+            padding=self.padding,
+            truncation=True,
+            max_length=self.longest,
+            split_special_tokens=True,  # a caption with "<|endoftext|>" in it is read to its end
+            return_tensors="pt",
         ).to(self.model.device)
         names = {"input_ids", "attention_mask"} & found.keys()
         return _directions(self.model.get_text_features(**{name: found[name] for name in names}))

@@ -1,5 +1,7 @@
 """Commands that find pictures in a folder: index, search."""
 
+import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +33,7 @@ def index(
         return
     if done.recall is not None:
         typer.echo(
-            f"recall@10 of 8 bits against exact search, among {done.among:,} pictures: {100 * done.recall:.1f} %"
+            f"{100 * done.recall:.1f} % of the 10 best images of an exact search are found (measured on {done.among:,})"
         )
     typer.echo(f"{out}: {done.pictures:,} pictures; {done.added:,} read, {done.gone:,} gone or changed")
 
@@ -44,11 +46,15 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Search an index by a text or an image: prints `similarity<TAB>path`, best first."""
+    is_picture = os.path.isfile(query)  # unlike Path.is_file, no error for a text longer than a file name
+    if not is_picture and _like_a_path(query):
+        raise UserError(
+            f"{query!r} looks like a path, but there is no such image file; to search for a text, write it as words"
+        )
     progress().doing(f"loading the model of {index}")
     from openblip2.apps.search.find import Finder
 
     finder = Finder(index)
-    is_picture = Path(query).is_file()
     if is_picture and rerank:
         raise UserError("--rerank is for a text: ITM matches texts with pictures")
     hits = finder.by_picture(Path(query), best) if is_picture else finder.by_text(query, best, rerank)
@@ -58,3 +64,11 @@ def search(
         else:
             match = "" if hit.match is None else f"\t{hit.match:.3f}"
             typer.echo(f"{hit.similarity:.3f}{match}\t{printable(str(hit.path))}")
+
+
+def _like_a_path(query: str) -> bool:
+    from openblip2.data.rows import PICTURE_SUFFIXES
+
+    one_word = len(query.split()) == 1 and re.search(r"[/\\]|\.\w{2,5}$", query) is not None
+    folder, suffix = os.path.dirname(query), os.path.splitext(query)[1].lower()
+    return one_word or os.path.isdir(folder) or query.startswith(("./", "../", "~/")) or suffix in PICTURE_SUFFIXES

@@ -24,13 +24,18 @@ class QFormerTokens:
         """`tokens [B, T]` int64 and `valid [B, T]` bool; T is the longest text's length, never more than `longest`."""
         if not texts:  # one of several processes may have none; nothing but [CLS] and [SEP] is as long as that
             return torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.bool)
-        found = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
+        how = {"padding": True, "truncation": True, "max_length": self.longest, "return_tensors": "pt"}
+        found = self._read(texts, **how)
         return found["input_ids"], found["attention_mask"].bool()
 
     def too_long(self, texts: Sequence[str]) -> list[int]:
         """Which of the texts have more than `longest` tokens and would be cut."""
-        lengths = [len(ids) for ids in self.tokenizer(list(texts), verbose=False)["input_ids"]]
+        lengths = [len(ids) for ids in self._read(texts, verbose=False)["input_ids"]]
         return [n for n, length in enumerate(lengths) if length > self.longest]
+
+    def _read(self, texts: Sequence[str], **how: Any) -> Any:
+        """Control tokens in the texts, such as "[SEP]", are read as plain text."""
+        return self.tokenizer(list(texts), split_special_tokens=True, **how)
 
 
 def only_unknown(tokenizer: Any, texts: Sequence[str]) -> list[int]:

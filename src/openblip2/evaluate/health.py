@@ -98,14 +98,14 @@ def _stage1(settings: RunSettings, steps: Sequence[Row], looks: Sequence[Row], v
     if own.contrast == "softmax" and (itc := _now(steps, "itc")) is not None:
         chance, floor = itc_chance(batch), smoothed_floor(own.label_smoothing, batch)
         recall = [last[name] for name in ("tr@1", "ir@1") if name in last]
-        of = f", {100 * fmean(recall):.0f} % of {last['n']} held-out pairs are found first" if recall else ""
+        of = f"; recall@1 is {100 * fmean(recall):.0f} % among {last['n']} held-out pairs" if recall else ""
         yield _loss(
             "ITC",
             itc,
             chance,
             floor,
             early,
-            "a higher rate, warm_start=true, or look whether the captions fit their pictures",
+            "a higher optim.lr or warm_start=true; also check that the captions belong to their images",
             of,
         )
     matched = [row for row in steps if "itm" in row]
@@ -115,22 +115,22 @@ def _stage1(settings: RunSettings, steps: Sequence[Row], looks: Sequence[Row], v
         of = ""
         if hard is not None:
             blind = 100 * ITM_ACCURACY_CHANCE
-            of = f", {100 * hard:.0f} % of held-out pairs are told right (saying no each time: {blind:.0f} %)"
+            of = f"; accuracy on held-out pairs is {100 * hard:.0f} % with hard negatives (guessing: {blind:.0f} %)"
             if "itm_easy_accuracy" in last:
-                of += f", with easy negatives {100 * last['itm_easy_accuracy']:.0f} %"
+                of += f" and {100 * last['itm_easy_accuracy']:.0f} % with random negatives (guessing: 50 %)"
         yield _loss(
             "ITM",
             itm,
             ITM_CHANCE,
             0.0,
             few,
-            "more steps, for ITM begins last, or fine-tuning for retrieval on pictures that differ in little",
+            "more train.steps, because ITM starts to learn after ITC; until it does, rank by ITC alone (--rerank 0)",
             of,
             ITM_NEAR,
         )
     if (itg := _now(steps, "itg")) is not None:
         floor = smoothed_floor(own.label_smoothing, vocabulary)
-        yield _loss("ITG", itg, word_chance(vocabulary), floor, early, "a higher rate, or more steps")
+        yield _loss("ITG", itg, word_chance(vocabulary), floor, early, "a higher optim.lr or more train.steps")
     if "queries_used" in last:
         used, of = last["queries_used"], settings.qformer.queries
         share = f"held-out texts find their pictures by {used:.1f} of {of} queries, in effect"
@@ -160,12 +160,17 @@ def _stage2(steps: Sequence[Row], looks: Sequence[Row]) -> Iterator[Finding]:
 def _loss(
     name: str, now: float, chance: float, floor: float, early: bool, advice: str, more: str = "", near: float = NEAR
 ) -> Finding:
-    between = f"{now:.3f}, between {floor:.2f} (the least there can be) and {chance:.2f} (chance){more}"
     if now < chance * (1 - near):
-        return Finding(name, "good", between)
+        return Finding(
+            name, "good", f"{now:.3f}, better than guessing ({chance:.2f}); the minimum is {floor:.2f}{more}"
+        )
+    if now > chance * (1 + near):
+        seen, advice = f"{now:.3f}, worse than guessing ({chance:.2f})", "a lower optim.lr, or optim.clip=1"
+    else:
+        seen = f"{now:.3f}, no better than guessing ({chance:.2f})"
     if early:
-        return Finding(name, "note", f"{now:.3f}, at chance ({chance:.2f}) still; it is early{more}")
-    return Finding(name, "bad", f"{now:.3f}, next to chance ({chance:.2f}): next to nothing is learned{more}", advice)
+        return Finding(name, "note", f"{seen}, but training has just begun{more}")
+    return Finding(name, "bad", f"{seen}: the model has not learned this{more}", advice)
 
 
 def _memorises(steps: Sequence[Row], looks: Sequence[Row]) -> Iterator[Finding]:

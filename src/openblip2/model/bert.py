@@ -114,7 +114,7 @@ def _load(kind: Any, start: str, **options: Any) -> Any:
 
     try:
         with quiet_transformers():
-            return kind.from_pretrained(locate(start), **options)
+            return kind.from_pretrained(locate(start), trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise

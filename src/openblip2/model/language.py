@@ -22,8 +22,8 @@ from openblip2.model import prompt_cache
 from openblip2.model.decoding import Decoding, generate
 from openblip2.model.output_head import ends_in_head, gather_head_input, loss_at
 from openblip2.model.precision import own_precision
-from openblip2.model.template import PAPER_TEMPLATE, resolve_template
-from openblip2.model.token_rows import SOFT, common_start, common_text, embed_rows, text_ids
+from openblip2.model.template import PAPER_TEMPLATE, resolve_template, split_control_tokens
+from openblip2.model.token_rows import SOFT, common_start, common_text, embed_rows, template_ids, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,11 +130,12 @@ class FrozenLM(nn.Module):
 
     def _head(self, prompt: str, queries: int) -> list[int]:
         """Ids in front of what is to be written, `SOFT` in the soft tokens' places."""
+        prompt = split_control_tokens(prompt, self.tokenizer)
         before, after = self.template.split("{image}")
         return [
-            *text_ids(self.tokenizer, before.format(prompt=prompt)),
+            *template_ids(self.tokenizer, before.format(prompt=prompt)),
             *[SOFT] * queries,
-            *text_ids(self.tokenizer, after.format(prompt=prompt)),
+            *template_ids(self.tokenizer, after.format(prompt=prompt)),
             *(self.end if self.llm.config.is_encoder_decoder else ()),  # as its tokenizer ends every text
         ]
 
@@ -288,15 +289,11 @@ def split_caption(caption: str, draw: float | None = None) -> tuple[str, str]:
 
 
 def _end_ids(tokenizer: Any, end: str | None) -> list[int]:
-    if end is None:
-        if not tokenizer.eos_token:
-            raise UserError(
-                "this tokenizer has no end-of-sequence token: set language.end to the text that ends a caption"
-            )
-        return text_ids(tokenizer, tokenizer.eos_token)
-    ids = text_ids(tokenizer, end)
+    if end is None and not tokenizer.eos_token:
+        raise UserError("this tokenizer has no end-of-sequence token: set language.end to the end of a caption")
+    ids = template_ids(tokenizer, tokenizer.eos_token if end is None else end)
     # T5's tokenizers, for one, drop line breaks: no text would ever end before the limit.
-    if not ids or tokenizer.unk_token_id in ids:
+    if end is not None and (not ids or tokenizer.unk_token_id in ids):
         raise UserError(
             f"language.end={end!r} is no token of this language model's tokenizer: set language.end to another text, "
             "or to null for its end-of-sequence token"

@@ -4,7 +4,7 @@ Shapes: Q queries, T tokens, L LLM width, N texts, W vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,14 @@ from torch.nn import functional as F
 
 from openblip2.model.language import IGNORED, DecoderLM, LanguageModel
 from openblip2.model.token_rows import common_text, embed_rows, text_ids
+
+
+class TokenScore(NamedTuple):
+    """A token's text, its log-probability in nats, and the most likely tokens in its place with theirs."""
+
+    text: str
+    logprob: float
+    best: list[tuple[str, float]]
 
 
 @torch.no_grad()
@@ -47,6 +55,34 @@ def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -
             found.append((words[-1], scores[place]))
         elif found:  # a further piece of the word
             found[-1] = (words[-1], found[-1][1] + scores[place])
+    return found
+
+
+@torch.no_grad()
+def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, best: int = 0) -> list[TokenScore]:
+    """The tokens of a text, without its end, each scored given the picture, the prompt and the tokens before it.
+
+    The scores are those of the model itself: no temperature, nucleus or repetition penalty is applied.
+
+    Args:
+        language: the language model.
+        soft: `[1, Q, L]`.
+        prompt: of the text.
+        text: that is scored; the tokens' texts joined are this text.
+        best: how many of the most likely tokens to list at each position.
+    """
+    tail = _tail(language, prompt, text)
+    logits, _ = _read(language, soft, prompt, [tail])
+    tokens = tail[: len(tail) - len(language.end)]
+    found: list[TokenScore] = []
+    before = ""
+    for n, (token, scores) in enumerate(zip(tokens, logits[0].log_softmax(dim=1), strict=False)):
+        # A character may take several tokens; it belongs to the last of them.
+        whole = str(language.tokenizer.decode(tokens[: n + 1], skip_special_tokens=True)).lstrip().rstrip("\ufffd")
+        top = zip(*(one.tolist() for one in scores.topk(best)), strict=True)
+        likely = [(str(language.tokenizer.decode([other])), score) for score, other in top]
+        found.append(TokenScore(whole[len(before) :], float(scores[token]), likely))
+        before = whole
     return found
 
 

@@ -48,7 +48,7 @@ def load_language(
     source = locate(name)
     try:
         with quiet_transformers():
-            config: Any = AutoConfig.from_pretrained(source)
+            config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
             prefix = BLIP2_PREFIX if "qformer_config" in config.sub_configs else ""
             if prefix:
                 config = config.text_config
@@ -56,12 +56,13 @@ def load_language(
             if exact_gelu:
                 _set_exact_gelu(name, config)
                 options |= {"config": config}
-            tokenizer = AutoTokenizer.from_pretrained(source)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             if bits is None:
                 llm, report = load_in(loader, source, dtype, prefix, **options)
             else:
-                llm, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+                options["output_loading_info"] = True
+                llm, report = loader.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(
             f"language model {name!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
@@ -110,7 +111,7 @@ def is_encoder_decoder(name: str) -> bool:
     from transformers import AutoConfig
 
     try:
-        config: Any = AutoConfig.from_pretrained(locate(name))
+        config: Any = AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"language model {name!r} cannot be found: {one_line(error)}") from error
     return getattr(config, "text_config", config).is_encoder_decoder

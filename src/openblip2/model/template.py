@@ -5,7 +5,9 @@ is `{image}{bos}{prompt}`; `chat` makes one from the tokenizer's chat template. 
 their answers, is the text in the `{prompt}` of any of them: `dialogue` writes it.
 """
 
+import re
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 from string import Formatter
 from typing import TYPE_CHECKING
@@ -16,7 +18,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PAPER_TEMPLATE = "{image}{bos}{prompt}"
+_LIKE_A_CONTROL_TOKEN = re.compile(r"<.+>|\[.+\]")
 SLOTS = "{image}, {prompt} and {bos}"
+
+
+class Turns(str):
+    """A prompt whose control tokens are a chat template's own, and remain what they are."""
+
+
+def split_control_tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A user's text that no longer contains control tokens: "</s>" becomes "< /s>", which is read as plain text."""
+    if isinstance(text, Turns):
+        return text
+    pattern = _control_tokens(tokenizer)
+    while pattern.search(text):  # what is left of one may contain another
+        text = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+    return text
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    added = tokenizer.added_tokens_decoder.values()
+    # Some tokenizers do not mark all of theirs as special: Qwen3's <think>, for one.
+    texts = {one.content for one in added if one.special or _LIKE_A_CONTROL_TOKEN.fullmatch(one.content)}
+    longest_first = sorted((text for text in texts if len(text.strip()) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
 
 
 def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -60,12 +86,14 @@ def dialogue(
     Raises:
         UserError: a chat template without a place for each turn.
     """
+    turns = [(split_control_tokens(text, tokenizer), split_control_tokens(said, tokenizer)) for text, said in turns]
+    question = split_control_tokens(question, tokenizer)
     asked = [form.replace("{}", text) for text in (*(text for text, _ in turns), question)]
     # White space in front of a question parts it from the picture, which only the first one stands behind.
     *earlier, newest = asked[0], *(text.lstrip() for text in asked[1:])
     answered = [(text, answer) for text, (_, answer) in zip(earlier, turns, strict=True)]
     if turns and _takes_turns(template, tokenizer):
-        return _between_turns(tokenizer, [*chain.from_iterable(answered), newest])
+        return Turns(_between_turns(tokenizer, [*chain.from_iterable(answered), newest]))
     return " ".join([*(_spaced(text, answer) + _full_stop(answer) for text, answer in answered), newest])
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from openblip2.model.template import split_control_tokens
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +18,12 @@ SOFT = -1  # stands for one soft token in a row of ids
 
 
 def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The ids of a text, without special tokens."""
+    """The ids of a user's text. Control tokens in it are read as plain text, and none are added."""
+    return template_ids(tokenizer, split_control_tokens(text, tokenizer))
+
+
+def template_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The ids of a text whose control tokens are meant as such; none are added."""
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []  # pyright: ignore
 
 

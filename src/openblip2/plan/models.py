@@ -1,7 +1,7 @@
 """The models of a run on the meta device, from their sizes alone: nothing is downloaded and no weight is read."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -93,6 +93,7 @@ class LengthTokenizer:
     """Stands in for a tokenizer that is not there: a token for every four characters, about as many as in English."""
 
     bos_token, eos_token, unk_token_id = "</s>", "</s>", None
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [1] * -(-len(text) // 4)}

@@ -115,7 +115,7 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
     name = str(given or checkpoint.tokenizer)
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(locate(name))
+            return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name}: no tokenizer ({one_line(error)}): stage 1 needs the one it was trained with; tokenizer= names it"

@@ -27,6 +27,7 @@ from openblip2.inference import load
 from openblip2.inputs import clean_texts, group_of
 from openblip2.matcher import Matcher
 from openblip2.model.decoding import Decoding
+from openblip2.model.likelihood import TokenScore, token_scores
 
 CACHED = 256  # soft prompts of recent pictures
 
@@ -106,10 +107,18 @@ class Engine:
         if jobs[0].stream and how.beams > 1:  # beam search knows its text at the end only
             self._send_text(texts[0])
         queries = captioner.model.qformer.queries.shape[1]
-        for n, prompt, text in zip(numbers, prompts, texts, strict=True):
+        for n, picture, prompt, question, text in zip(numbers, pictures, prompts, questions, texts, strict=True):
             count = len(language.tokenizer(text, add_special_tokens=False)["input_ids"])
-            results[n] = Written(text, language.length(prompt) + queries, count)
+            best = jobs[n].logprobs
+            tokens = [] if best is None else self._token_scores(picture, prompt, question, text, best)
+            results[n] = Written(text, language.length(prompt) + queries, count, tokens)
         return results
+
+    def _token_scores(self, picture: PictureFile, prompt: str, question: str, text: str, best: int) -> list[TokenScore]:
+        model = self.captioner.model
+        soft = self.captioner.soft_prompt([picture], None if self.captioner.tokens is None else [question])
+        with torch.inference_mode(), computing(model, self.captioner.settings.train.precision):
+            return token_scores(model.language, soft.to(model.projection.weight.device), prompt, text, best)
 
     def _prompt(self, job: Write) -> tuple[str, str]:
         """The prompt of the language model, and the question for a Q-Former that reads questions."""

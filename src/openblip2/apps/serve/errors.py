@@ -1,6 +1,7 @@
 """Errors of the server, in the shape of OpenAI's API."""
 
 import json
+import re
 from collections.abc import Mapping
 
 from fastapi.exceptions import RequestValidationError
@@ -54,10 +55,13 @@ def error_response(error: Exception) -> Response:
 
 
 def _validation_error(error: RequestValidationError) -> ServeError:
-    first = error.errors()[0]
+    # Where a field can be of several types, the type that fits best is refused deepest inside.
+    first = max(error.errors(), key=lambda one: len(one["loc"]))
     if first["type"] == "json_invalid":
         return ServeError("the body of the request is not valid JSON")
-    param = ".".join(str(part) for part in first["loc"][1:])[:200]
+    where = [str(part) for part in first["loc"][1:]]
+    where = where[:1] + [part for part in where[1:] if re.fullmatch(r"[a-z0-9_]+", part)]  # without names of types
+    param = ".".join(where)[:200]
     missing = first["type"] in ("missing", "extra_forbidden")
     code = (
         {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}[first["type"]]

@@ -1,9 +1,11 @@
 """What the server asks of the process that holds the models: plain values, which can be sent to it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from openblip2.model.decoding import Decoding
+from openblip2.model.likelihood import TokenScore
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Write:
         prompt: how a caption begins; None = the run's own prompt.
         plain: whether the question is asked as in VQA (`Captioner.answer`), else as it is written.
         stream: whether the text is sent while it is written; such a job runs alone.
+        logprobs: None = no log-probabilities; otherwise those of the text's tokens and of so many of the most likely
+            tokens at each position.
     """
 
     picture: bytes
@@ -27,14 +31,17 @@ class Write:
     prompt: str | None = None
     plain: bool = False
     stream: bool = False
+    logprobs: int | None = None
 
 
 class Written(NamedTuple):
-    """A text, the number of tokens read for it (soft tokens included), and the number of tokens in it."""
+    """A text, the number of tokens read for it (soft tokens included), the number of tokens in it, and these tokens
+    with their log-probabilities where a job asks for them."""
 
     text: str
     prompt_tokens: int
     completion_tokens: int
+    tokens: Sequence[TokenScore] = ()
 
 
 @dataclass(frozen=True)

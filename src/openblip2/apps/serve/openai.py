@@ -8,100 +8,18 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from openblip2.apps.serve.batcher import Limits
 from openblip2.apps.serve.errors import ServeError, error_response
 from openblip2.apps.serve.jobs import Embed, Write, Written
 from openblip2.apps.serve.remote import is_data_url, read_url
+from openblip2.apps.serve.requests import ChatRequest, EmbeddingRequest, Message
 from openblip2.captioner import CHAT, greedy
 from openblip2.model.decoding import Decoding
-
-Text = Annotated[str, Field(max_length=20_000)]
-Url = Annotated[str, Field(max_length=2**27)]  # the limit of the body is lower
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-# Parameters that we do not have, with the value that changes nothing; None and {} or [] change nothing either.
-UNSUPPORTED = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False, "top_logprobs": 0}
-UNSUPPORTED |= {"response_format": {"type": "text"}, "modalities": ["text"], "tool_choice": "none", "echo": False}
-NO_EFFECT = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "parallel_tool_calls",
-)
-NO_EFFECT += ("detail", "include_obfuscation")  # `detail`: an image encoder has one resolution
-
-
-class Strict(BaseModel):
-    """A body or a part of one. Parameters that could change the answer and are not declared are refused."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @model_validator(mode="after")
-    def refuse_unsupported(self) -> "Strict":
-        """Raises `ServeError` for a parameter that this server cannot honour."""
-        for name, value in (self.model_extra or {}).items():
-            if name not in NO_EFFECT and value not in (None, {}, [], UNSUPPORTED.get(name)):
-                message = f"this server does not support {name[:100]!r}: leave it out"
-                raise ServeError(message, code="unsupported_parameter", param=name[:100])
-        return self
-
-
-class ImageUrl(Strict):
-    """Where a picture is."""
-
-    url: Url
-
-
-class Part(Strict):
-    """A part of a message."""
-
-    type: Literal["text", "image_url"]
-    text: Text | None = None
-    image_url: ImageUrl | Url | None = None
-
-
-class Message(Strict):
-    """A message of a dialogue."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part] | None = None
-
-
-class StreamOptions(Strict):
-    """What a stream ends with."""
-
-    include_usage: bool = False
-
-
-class ChatRequest(Strict):
-    """POST /v1/chat/completions."""
-
-    model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=200)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    seed: int | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-
-
-class EmbeddingRequest(Strict):
-    """POST /v1/embeddings. An input is a text, or a picture as a data URL."""
-
-    model: str | None = None
-    input: Url | Annotated[list[Url], Field(min_length=1, max_length=2048)]
-    encoding_format: Literal["float", "base64"] = "float"
 
 
 @dataclass
@@ -175,7 +93,8 @@ async def chat(request: Request, body: ChatRequest) -> Any:
     (written,) = await batcher.answer(request, job)
     text = before(written.text, stop)
     message = {"role": "assistant", "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": _reason(written, text, job), "logprobs": None}
+    choice = {"index": 0, "message": message, "finish_reason": _reason(written, text, job)}
+    choice["logprobs"] = _logprobs(written, text) if body.logprobs else None
     return {**about, "object": "chat.completion", "choices": [choice], "usage": _usage(written)}
 
 
@@ -207,9 +126,13 @@ def write_job(body: ChatRequest, limits: Limits) -> Write:
     """
     urls: list[str] = []
     messages = [(message.role, _text(message, urls)) for message in body.messages]
-    if len(set(urls)) != 1:
-        message = f"{len(set(urls))} pictures: send one, in a part of type image_url; the same one may come repeatedly"
-        raise ServeError(message, param="messages")
+    # The same picture may be written in several ways, so it is compared by content.
+    pictures = {read_url(url, False, 0) if is_data_url(url) else url for url in urls}
+    if not pictures:
+        raise ServeError("no picture: send one in a part of type image_url", param="messages")
+    if len(pictures) > 1:
+        message = f"{len(pictures)} different pictures: a dialogue is about one, which may come in several messages; "
+        raise ServeError(message + "start a new dialogue for another picture", param="messages")
     if messages[-1][0] != "user":
         raise ServeError(
             f"the last message has the role {messages[-1][0]}: end with the user's question", param="messages"
@@ -232,8 +155,11 @@ def write_job(body: ChatRequest, limits: Limits) -> Write:
         raise ServeError(
             "seed: answers cannot be repeated when sampling; use temperature 0", 400, "unsupported_parameter", "seed"
         )
-    picture = read_url(urls[0], limits.remote, limits.bytes)
-    return Write(picture, how, f"{system} {question}".strip(), tuple(turns), stream=bool(body.stream))
+    (picture,) = pictures
+    if isinstance(picture, str):
+        picture = read_url(picture, limits.remote, limits.bytes)
+    best = (body.top_logprobs or 0) if body.logprobs else None
+    return Write(picture, how, f"{system} {question}".strip(), tuple(turns), stream=bool(body.stream), logprobs=best)
 
 
 def decoding(temperature: float | None, top_p: float | None) -> Decoding:
@@ -294,6 +220,22 @@ def _line(event: dict[str, Any]) -> str:
 
 def _reason(written: Written, text: str, job: Write) -> str:
     return "length" if text == written.text and written.completion_tokens >= job.decoding.max_new_tokens else "stop"
+
+
+def _logprobs(written: Written, text: str) -> dict[str, Any]:
+    """The tokens of the part of the text that is sent, as OpenAI lists them."""
+
+    def entry(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": max(logprob, -9999.0), "bytes": list(token.encode())}  # JSON has no -inf
+
+    content, length = [], 0
+    for token in written.tokens:
+        if length >= len(text):  # after a stop sequence
+            break
+        best = [entry(*one) for one in token.best]
+        content.append({**entry(token.text, token.logprob), "top_logprobs": best})
+        length += len(token.text)
+    return {"content": content, "refusal": None}
 
 
 def _usage(written: Written) -> dict[str, int]:

@@ -18,7 +18,8 @@ from openblip2.errors import UserError
 
 REDIRECTS = 3
 SECONDS = 10.0  # for all of a picture
-DATA_URL = re.compile(r"data:(image/[\w.+-]{1,40}|application/octet-stream)?(;[\w-]{1,40}=[\w.-]{1,40})*;base64,", re.I)
+# Any type is accepted, because the content tells what it is: clients also send "image/*" or "application/octet-stream".
+DATA_URL = re.compile(r"\s*data:\s*([\w.+-]+/[\w.+*-]+)?\s*(;\s*[\w-]+=(\"[^\"]*\"|[\w.-]+)\s*)*;\s*base64\s*,", re.I)
 
 
 def is_data_url(text: str) -> bool:
@@ -43,6 +44,8 @@ def read_url(url: str, remote: bool, limit: int) -> bytes:
             return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
         except (binascii.Error, ValueError) as error:
             raise UserError("the data URL of the picture is not valid base64: use data:image/png;base64,...") from error
+    if url[:20].strip().lower().startswith("data:"):
+        raise UserError("the data URL of the picture is not in base64: use data:image/png;base64,...")
     if not remote:
         raise UserError("this server does not fetch addresses of pictures: send a data URL, data:image/png;base64,...")
     return fetch(url, limit)

@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,6 +106,7 @@ class Worker:
 def _main(models: tuple[str | None, str | None, str | None], threads: int, pipe: Any, stop: Any) -> None:
     """The process: loads the models, sends None or what is wrong, then answers each batch that it receives."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the server ends this one
+    warnings.filterwarnings("ignore", category=FutureWarning)  # as `cli.main`
     import torch
 
     from openblip2.apps.serve.engine import Engine

@@ -1,0 +1,110 @@
+"""The bodies of requests that OpenAI's clients send: what is accepted, and which parameters are refused."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from openblip2.apps.serve.errors import ServeError
+
+Text = Annotated[str, Field(max_length=20_000)]
+Url = Annotated[str, Field(max_length=2**27)]  # the limit of the body is lower
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+# Parameters that we do not have, with the value that changes nothing; None and {} or [] change nothing either.
+UNSUPPORTED = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0}
+UNSUPPORTED |= {"response_format": {"type": "text"}, "modalities": ["text"], "tool_choice": "none", "echo": False}
+NO_EFFECT = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+)
+NO_EFFECT += ("detail", "include_obfuscation")  # `detail`: an image encoder has one resolution
+
+
+class Strict(BaseModel):
+    """A body or a part of one. Parameters that could change the answer and are not declared are refused."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def refuse_unsupported(self) -> "Strict":
+        """Raises `ServeError` for a parameter that this server cannot honour."""
+        for name, value in (self.model_extra or {}).items():
+            if name not in NO_EFFECT and value not in (None, {}, [], UNSUPPORTED.get(name)):
+                message = f"this server does not support {name[:100]!r}: leave it out"
+                raise ServeError(message, code="unsupported_parameter", param=name[:100])
+        return self
+
+
+class ImageUrl(Strict):
+    """Where a picture is."""
+
+    url: Url
+
+
+class Part(Strict):
+    """A part of a message."""
+
+    type: Literal["text", "image_url"]
+    text: Text | None = None
+    image_url: ImageUrl | Url | None = None
+
+
+class Message(Strict):
+    """A message of a dialogue."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[Part] | None = None
+
+
+class StreamOptions(Strict):
+    """What a stream ends with."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(Strict):
+    """POST /v1/chat/completions."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=200)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    seed: int | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def check_logprobs(self) -> "ChatRequest":
+        """Raises `ServeError` where log-probabilities are asked for in a way that has no answer."""
+        if self.logprobs and self.stream:
+            raise ServeError("logprobs: a stream has none; use stream=false", 400, "unsupported_parameter", "logprobs")
+        if self.top_logprobs and not self.logprobs:
+            raise ServeError("top_logprobs: set logprobs=true as well", param="top_logprobs")
+        return self
+
+
+class EmbeddingRequest(Strict):
+    """POST /v1/embeddings. An input is a text, or a picture as a data URL."""
+
+    model: str | None = None
+    input: Url | Annotated[list[Url], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] = "float"
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def refuse_token_ids(cls, value: Any) -> Any:
+        """Raises `ServeError` for token ids, which LangChain sends by default."""
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, list) or (isinstance(first, int) and not isinstance(first, bool)):
+            message = "input: send texts, not token ids (LangChain: check_embedding_ctx_length=False)"
+            raise ServeError(message, param="input")
+        return value
