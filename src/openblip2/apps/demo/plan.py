@@ -13,7 +13,7 @@ from openblip2.data.scenes.vocabulary import WORLDS, World
 from openblip2.presets import preset
 
 # How long it takes, for the first lines in the terminal: a measured figure of the small world, which is the default.
-DURATION = "half of the small world's steps took 37 minutes on two slow CPU cores without AVX-512 (docs/results.md)"
+DURATION = "the small world took 90 minutes on two slow CPU cores without AVX-512 (docs/results.md)"
 
 # Keeps the queries of a picture different (docs/decisions.md); one value for both stages.
 APART = {"qformer.self_attention_scale": 0.1, "qformer.cross_attention_std": 0.08}
