@@ -22,11 +22,12 @@ from openblip2.model import output_head
 from openblip2.model.decoding import Decoding
 from openblip2.model.fast import chunked_loss
 from openblip2.model.fast.chunked_loss import chunked_cross_entropy
+from openblip2.model.fast.compiled import compile_blocks
 from openblip2.model.lora import add_lora
 from openblip2.model.output_head import ends_in_head
 from openblip2.model.qformer import QFormer, bidirectional_mask
 from openblip2.model.stage1 import Stage1
-from openblip2.train import compiling, recipes
+from openblip2.train import recipes
 from test_stage1 import IDS, NEGATIVES
 from test_stage2 import CAPTIONS, PROMPTS, stage2
 from tiny import WORDS, B, D, E, P, Q, T, V
@@ -417,7 +418,7 @@ def test_compiled_blocks_are_the_same() -> None:
     """Minutes: a C++ compiler is at work. Texts of two lengths: shapes are no constants."""
     plain, compiled = tiny.stage1(dropout=0.0).train(), tiny.stage1(dropout=0.0).train()
     names = list(compiled.state_dict())
-    compiling.compile_blocks(compiled.qformer)
+    compile_blocks(compiled.qformer)
     assert list(compiled.state_dict()) == names
     blocks = [m for m in compiled.qformer.modules() if type(m).__name__ in ("Attention", "FeedForward")]
     assert len(blocks) == 4 * 3 + 2
@@ -441,5 +442,5 @@ def test_without_a_compiler_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch, "compile", compile_)
     with pytest.raises(UserError, match=r"^train\.compile=true: .*\(no working C\+\+ compiler\): a CPU") as caught:
-        compiling.compile_blocks(tiny.qformer())
+        compile_blocks(tiny.qformer())
     assert "\n" not in str(caught.value)

@@ -117,7 +117,8 @@ def test_a_dialogue_is_the_chats(home: Path, client: TestClient) -> None:
 def test_in_bf16_on_a_cpu_an_answer_does_not_depend_on_other_requests(home: Path) -> None:
     engine = Engine(str(home / "stage2"), None, None, send_text=print, stopped=lambda: False)
     engine.captioner = load(home / "stage2", "cpu", precision="bf16")
-    language, rows = engine.captioner.model.language, []
+    language: Any = engine.captioner.model.language
+    rows: list[int] = []
     generate = language.generate
     language.generate = lambda soft, prompts, *more: rows.append(len(prompts)) or generate(soft, prompts, *more)
     jobs = [Write(picture(home, n)["image"], CAPTION, question="what is it?") for n in range(5)]

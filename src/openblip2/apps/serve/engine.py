@@ -149,10 +149,10 @@ class Engine:
         while len(self._soft) > CACHED:
             self._soft.popitem(last=False)
         with torch.inference_mode(), computing(model, self.captioner.settings.train.precision):
-            pictures = [distinct.index(key) for key in keys]
+            places = [distinct.index(key) for key in keys]
             if group_of(model) > 1:
-                return model.language.generate(soft, prompts, how, pictures)
-            parts = zip(prompts, pictures, strict=True)
+                return model.language.generate(soft, prompts, how, places)
+            parts = zip(prompts, places, strict=True)
             return [model.language.generate(soft, [prompt], how, [picture])[0] for prompt, picture in parts]
 
     def _match(self, job: Match) -> list[tuple[float, float]]:
