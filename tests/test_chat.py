@@ -13,7 +13,7 @@ from PIL import Image
 import tiny
 import tiny_models
 from openblip2 import cli
-from openblip2.captioner import Captioner
+from openblip2.captioner import ANSWER, Captioner
 from openblip2.chat import Chat
 from openblip2.commands import use
 from openblip2.config import RunSettings, change
@@ -146,7 +146,7 @@ def test_a_chat_template_for_one_turn_is_refused() -> None:
 @pytest.mark.parametrize("template", [PAPER_TEMPLATE, "{image}{prompt} it"])
 def test_the_first_turn_is_answer(kind: str, template: str) -> None:
     model = captioner(kind, template)
-    answers = [Chat(model, picture(n)).ask(" what is it ") for n in range(3)]
+    answers = [Chat(model, picture(n), ANSWER).ask(" what is it ") for n in range(3)]
     assert answers == [model.answer([picture(n)], ["what is it"])[0] for n in range(3)]
     assert len(set(answers)) > 1, "the picture says nothing"
 
@@ -154,7 +154,7 @@ def test_the_first_turn_is_answer(kind: str, template: str) -> None:
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_first_turn_is_answer_in_any_frame(template: str) -> None:
     model = captioner("llama", template)
-    assert Chat(model, picture()).ask("what is it") == model.answer([picture()], ["what is it"])[0]
+    assert Chat(model, picture(), ANSWER).ask("what is it") == model.answer([picture()], ["what is it"])[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,7 +192,7 @@ def test_a_qformer_that_reads_questions_reads_each() -> None:
     seen: list[str] = []
     for name in ("vision", "qformer"):
         getattr(model.model, name).register_forward_pre_hook(lambda *_, name=name: seen.append(name))
-    chat = Chat(model, picture())
+    chat = Chat(model, picture(), ANSWER)
     assert chat.ask("what is it") == model.answer([picture()], ["what is it"])[0]
     del seen[:]
     chat.ask("Is it red?")
