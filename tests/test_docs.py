@@ -24,12 +24,13 @@ SOURCE = ROOT / "src" / "openblip2"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Folder or module -> what it may import, besides itself: CONTRIBUTING.md's table.
-GROUND = {"compat", "errors", "config", "distributed", "progress"}
+GROUND = {"compat", "errors", "config", "distributed", "hardware", "progress"}
 BELOW = {
     "errors": set(),
     "compat": set(),
     "config": {"errors"},
-    "distributed": {"errors"},
+    "hardware": set(),
+    "distributed": {"errors", "config", "hardware"},
     "progress": set(),
     "model": GROUND,
     "data": GROUND,

@@ -117,7 +117,7 @@ def test_json_is_all_that_stands_on_standard_output(home: Home, tmp_path: Path) 
     assert takes["pictures"] == 16
     assert takes["bytes"] == 16 * 10 * 24 * 2
     assert takes["seconds"] > 0
-    (converted,) = lines("convert", home.stage2, tmp_path / "exported", "--to", "hf")
+    (converted,) = lines("convert", home.stage2, tmp_path / "exported", "--to", "projected")
     assert Path(converted["out"]).is_dir()
     assert isinstance(converted["notes"], list)
     result = tmp_path / "result.json"
@@ -282,7 +282,7 @@ def test_an_interrupted_evaluation_keeps_its_texts(
     def evaluate(name: str, calls: int = 9) -> tuple[int, list[int]]:
         counted: list[int] = []
         with monkeypatch.context() as patch:
-            patch.setattr(Captioner, "caption", interrupted_after(calls, Captioner.caption, counted))
+            patch.setattr(Captioner, "generate", interrupted_after(calls, Captioner.generate, counted))
             words = ("--data", home.data, "--out", tmp_path / f"{name}.json", "--beams", 1)
             return call("evaluate", "caption", home.stage2, *words).code, counted
 

@@ -221,7 +221,7 @@ def test_a_run_trains_and_loads_in_these_precisions(
 
 def test_kept_features_are_of_one_precision(home: Home) -> None:  # noqa: F811
     def made_by(*more: str) -> dict[str, Any]:
-        said = call(*home.train("stage1", "kept", "--set", "data.augment=false", *more))
+        said = call(*home.train("stage1", "kept", "--set", "data.augment=false", "--overwrite", *more))
         assert said.code == 0, said.err
         return FeatureCache(home.root / "kept" / "features" / "pictures").made_by
 

@@ -285,7 +285,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(tmp_path: Path, kind: str) ->
     assert [text.split(" = ")[0] for text in row["bad"]][-1] == "grad_norm"
     assert json.loads((after / "progress.json").read_text())["bad_in_a_row"] == 1
     assert json.loads((then / "progress.json").read_text()) == {
-        "step": 5, "batches": 10, "bad_steps": 1, "bad_in_a_row": 0,
+        "step": 5, "batches": 10, "bad_steps": 1, "bad_in_a_row": 0, "data": "",
     }  # fmt: skip
     assert [line for line in heard.lines if line.startswith("step 4 is left out (1 so far): ")]
     assert [row["step"] for row in log_of(tmp_path) if "loss" in row] == [1, 2, 3, 5, 6]

@@ -16,7 +16,6 @@ from openblip2.config import RunSettings
 from openblip2.distributed.collectives import world_size
 from openblip2.distributed.full_tensor import full_tensor, in_pieces
 from openblip2.errors import UserError
-from openblip2.train.checkpoint import trained_parameters
 
 Losses = Callable[[int], dict[str, Tensor]]
 
@@ -39,7 +38,7 @@ class DataParallelLosses:
             return
         from torch.distributed.fsdp import FSDPModule
 
-        whole = [parameter for parameter in trained_parameters(model).values() if not in_pieces(parameter)]
+        whole = [one for one in model.parameters() if one.requires_grad and not in_pieces(one)]
         self.whole = nn.parallel.DistributedDataParallel(
             _Step(whole, losses), find_unused_parameters=sparse, gradient_as_bucket_view=True
         )
