@@ -155,8 +155,8 @@ def test_public_names_can_be_used() -> None:
 def test_texts_that_the_docs_search_for_are_in_the_test_set() -> None:
     """Of the demo: no noun has a colour there that it has in training."""
     text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/serving.md"))
-    queries = re.findall(r'^openblip2 search \S+ "(.+?)"', text, re.MULTILINE)
-    queries += re.findall(r'^openblip2 rank \S+ "(.+?)"', text, re.MULTILINE)
+    queries = re.findall(r'^(?:\$ )?openblip2 search \S+ "(.+?)"', text, re.MULTILINE)
+    queries += re.findall(r'^(?:\$ )?openblip2 rank \S+ "(.+?)"', text, re.MULTILINE)
     assert len(queries) >= 3
     for query in queries:
         words = query.split()
