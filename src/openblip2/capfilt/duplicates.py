@@ -95,7 +95,7 @@ def write_index(
         how: the reader.
         problem: is told which shards cannot be opened: they are tried again the next time.
         first: the numbers of the shards to begin with.
-        advance: is called behind each shard.
+        advance: is called after each shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
     order = [*first, *sorted(set(range(len(shards))) - set(first))]

@@ -48,7 +48,7 @@ class Task(NamedTuple):
         url: where it is read.
         out: the folder it is written to.
         settings: their digest.
-        twins: which of its pictures stand elsewhere, too.
+        twins: which of its pictures are in other shards, too.
     """
 
     name: str

@@ -85,8 +85,8 @@ def try_generation(language: Any, queries: int, prompt: str) -> None:
 
     Args:
         language: a `DecoderLM` or an `EncoderDecoderLM`.
-        queries: of the soft prompt, in whose place stand embeddings of tokens.
-        prompt: a text behind it.
+        queries: tokens of the soft prompt; embeddings of words take its place.
+        prompt: the text after it.
 
     Raises:
         UserError: the language model cannot generate from embeddings.
@@ -101,5 +101,5 @@ def try_generation(language: Any, queries: int, prompt: str) -> None:
     except Exception as error:  # whatever it is, it would end every use of the run
         kind = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
-            f"{type(llm).__name__} cannot generate text behind a soft prompt ({kind}): choose another language.name"
+            f"{type(llm).__name__} cannot generate text after a soft prompt ({kind}): choose another language.name"
         ) from error

@@ -76,6 +76,7 @@ def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, 
     tokens = tail[: len(tail) - len(language.end)]
     found: list[TokenScore] = []
     before = ""
+    # There are more logits than tokens: those of the end, which is not scored.
     for n, (token, scores) in enumerate(zip(tokens, logits[0].log_softmax(dim=1), strict=False)):
         # A character may take several tokens; it belongs to the last of them.
         whole = str(language.tokenizer.decode(tokens[: n + 1], skip_special_tokens=True)).lstrip().rstrip("\ufffd")

@@ -106,7 +106,7 @@ def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: 
     """Writes `out`, a `.pth`; returns one line for each thing that it cannot hold, or that reading left out.
 
     Args:
-        tower: the image encoder, if it is to stand in the file.
+        tower: the image encoder, if it is to be in the file.
         to_t5: the language model is an encoder-decoder.
     """
     if checkpoint.settings.vision.whiten:

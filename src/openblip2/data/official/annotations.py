@@ -145,7 +145,7 @@ def each(
     """Call `use(where, entry)` with each of `entries`; one that is no object or that it refuses goes to `skipped`.
 
     Args:
-        entries: where each stands, and the entry.
+        entries: the place of each in the file, and the entry.
         right: what would be right in the place of one that is no object.
     """
     for where, entry in entries:
