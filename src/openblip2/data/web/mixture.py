@@ -16,7 +16,6 @@ img2dataset and `openblip2 prepare` write it; where there is none, the shard's h
 """
 
 import json
-import os
 import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from openblip2.data.web.shard_file import is_url, told_samples
 from openblip2.data.web.shard_names import expand
 from openblip2.data.web.tars import Shard
 from openblip2.errors import UserError, one_line
+from openblip2.runs import write_text
 
 FILE = "shards.json"
 _FORMAT = 1
@@ -142,9 +142,7 @@ def hold_out(parts: Sequence[Part], wanted: int) -> list[Part]:
 
 def write_parts(parts: Sequence[Part], run: Path) -> None:
     """Writes `RUN/shards.json`, whole or not at all."""
-    fresh = run / (FILE + ".new")
-    fresh.write_text(json.dumps({"format": _FORMAT, "parts": [asdict(part) for part in parts]}) + "\n", "utf-8")
-    os.replace(fresh, run / FILE)
+    write_text(json.dumps({"format": _FORMAT, "parts": [asdict(part) for part in parts]}) + "\n", run / FILE)
 
 
 def kept_parts(run: Path, parts: Sequence[Part]) -> list[Part] | None:
