@@ -9,7 +9,6 @@ from openblip2.model.language import LanguageModel
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.pretrained import read_trained
-from openblip2.weights.checkpoint import Parts
 
 
 def load(
@@ -42,6 +41,6 @@ def load(
     Raises:
         UserError: none of these, an unfinished or damaged one, or keys, sizes or parts that do not fit.
     """
-    parts = Parts(heads, vision, language, tokenizer, vision_heads)
-    trained = read_trained(source, parts, device, precision, revision, language_weights)
+    parts = {"heads": heads, "vision": vision, "language": language, "tokenizer": tokenizer}
+    trained = read_trained(source, device, precision, revision, language_weights, vision_heads=vision_heads, **parts)
     return (Captioner if isinstance(trained.model, Stage2) else Matcher)(**trained._asdict())

@@ -42,16 +42,16 @@ class Trained(NamedTuple):
 
 def read_trained(
     source: str | Path,
-    parts: Parts,
     device: str | None,
-    precision: str | None,
-    revision: str | None,
-    language_weights: str | None,
+    precision: str | None = None,
+    revision: str | None = None,
+    language_weights: str | None = None,
+    **parts: Any,
 ) -> Trained:
-    """A trained model from any source; for the arguments see `inference.load`."""
-    checkpoint = read_checkpoint(source, parts, revision)
+    """A trained model from any source; for the arguments see `inference.load`, `parts` are the fields of `Parts`."""
+    checkpoint = read_checkpoint(source, Parts(**parts), revision)
     if language_weights is not None:
-        if checkpoint.settings.stage == "stage1" or isinstance(parts.language, LanguageModel):
+        if checkpoint.settings.stage == "stage1" or isinstance(checkpoint.parts.language, LanguageModel):
             raise UserError("language_weights is for a language model that is yet to be loaded: there is none here")
         settings = change(checkpoint.settings, {"language.weights": language_weights})
         checkpoint = replace(checkpoint, settings=settings)
@@ -85,22 +85,13 @@ class Pretrained(ABC):
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        device: str | None = None,
-        *,
-        precision: str | None = None,
-        revision: str | None = None,
-        language_weights: str | None = None,
-        **parts: Any,
-    ) -> Self:
+    def from_pretrained(cls, source: str | Path, device: str | None = None, **options: Any) -> Self:
         """Like `openblip2.load`, with the same arguments, where the kind of model is known.
 
         Raises:
             UserError: as `load`; or it is the other kind.
         """
-        trained = read_trained(source, Parts(**parts), device, precision, revision, language_weights)
+        trained = read_trained(source, device, **options)
         if not isinstance(trained.model, cls.model_class):
             kind = "Captioner" if isinstance(trained.model, Stage2) else "Matcher"
             raise UserError(f"{source} is a {kind}, not a {cls.__name__}: openblip2.load tells them apart")
