@@ -53,11 +53,8 @@ def make_cache(
     Pictures that cannot be opened are skipped and named in the cache.
 
     Args:
-        vision: The frozen encoder.
-        records: The pictures.
         settings: Of `vision`, and the seed of the crops.
         folder: The cache, which is made if it is not there.
-        progress: Where it says how far it is.
         name: What it calls the pictures.
         precision: fp16 or bf16.
         crops: How many random crops of each picture are encoded beside it.

@@ -16,7 +16,6 @@ class Log:
     """Lines appended as things happen. A resumed run drops what came after its step.
 
     Args:
-        path: The file.
         keep_steps: Keep what is there up to this step; None = begin anew.
         writes: False for processes that only read along: one of a run's processes writes.
         track: Called with each row that is written.
@@ -101,7 +100,6 @@ def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Calla
 
     Args:
         kind: Which one; "" = none.
-        run: The run's folder, whose name is the run's name there.
         settings: Of the run, for trackers that show them.
 
     Raises:

@@ -48,13 +48,8 @@ def fit(
     in any process is taken in none.
 
     Args:
-        model: What requires a gradient in it is trained.
         losses: Batch number 0, 1, ... -> losses by name; their sum is minimised. Called under autocast.
-        run: The run's folder.
-        optim: Of the optimizer and its learning rate.
-        settings: Of the loop.
         validate: Measured every `validate_every` steps and at the end; called in eval mode without gradients.
-        progress: Where it says how far it is.
         last: The checkpoint to go on from (`resume.find_checkpoint`); None = begin, and remove what an older run left.
         samples: The samples of the last step in this process, to be named if it is bad.
         sparse: Whether there are batches whose losses do not depend on all that trains (see `DataParallelLosses`).

@@ -89,12 +89,16 @@ def read_whitening(run: Path) -> Whitening:
     return Whitening(tensors["mean"], tensors["matrix"])
 
 
-def whitening_of_run(settings: RunSettings, run: Path, features: Callable[[], Tensor]) -> Whitening:
-    """The whitening of the run to start from if there is one, else that of some features `[N, P, V]`."""
+def whitening_of_run(settings: RunSettings, run: Path, features: Callable[[], Tensor] | None = None) -> Whitening:
+    """The whitening of the run to start from, which has learned with it; without one, of some features `[N, P, V]`."""
     # Fitted once: in other processes rounding could make it another one.
     if not is_first():
         return read_whitening(run)
-    whitening = read_whitening(Path(settings.start)) if settings.start else fit_whitening(features())
+    if settings.start:
+        whitening = read_whitening(Path(settings.start))
+    else:
+        assert features is not None, "only fine-tuning trains the encoder, and it starts from a run"
+        whitening = fit_whitening(features())
     save_whitening(whitening, run)
     return whitening
 

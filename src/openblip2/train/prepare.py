@@ -30,7 +30,7 @@ from openblip2.hardware import device
 from openblip2.model.vision import Vision
 from openblip2.progress import Progress
 from openblip2.train.encode import encode_now, make_cache, open_cache, openable, whitened
-from openblip2.train.parameters import read_whitening, save_whitening, whitening_of_run
+from openblip2.train.parameters import whitening_of_run
 from openblip2.train.skipped import Skipped, name_wordy_texts
 
 HELD_OUT = "held_out"
@@ -86,12 +86,8 @@ def prepare(
     Of several processes the first one calls this first, and writes; the others then read what it has written.
 
     Args:
-        settings: Of the run.
-        records: The pictures with their texts.
-        vision: The image encoder.
         run: The run's folder; what is left out is named in its `skipped.jsonl` (`train/skipped.py`).
         cache_folder: Where features are kept, in a cache that is made if it is not there; `data.features` goes first.
-        progress: Where it says how far it is.
         skipped: One line for each sample that was left out before.
         held_out: The pictures to validate on; None = a share of the records.
     """
@@ -113,10 +109,7 @@ def prepare(
         if settings.data.features:
             raise UserError(f"data.features={settings.data.features}: an encoder that trains has no features to keep")
         if settings.vision.whiten:
-            # The run that this one starts from has learned behind its whitening.
-            vision.whitening = read_whitening(Path(str(settings.start))).to(device())
-            if is_first():
-                save_whitening(vision.whitening, run)
+            vision.whitening = whitening_of_run(settings, run).to(device())
         held, problems = openable(held, size)
         skip(*problems)
         _require_enough(held, trained, settings, skip)
@@ -171,11 +164,7 @@ def prepare_shards(
     """Counts the samples of shards, holds pictures out, and makes the batches; pictures are encoded in each step.
 
     Args:
-        settings: Of the run.
         parts: The shards, not counted yet.
-        vision: The image encoder.
-        run: The run's folder.
-        progress: Where it says how far it is.
         held_out: The pictures to validate on; None = the first samples of the first part, `data.held_out` of all its
             samples and `data.most_held_out` at most.
         resume: The counts that are in the run's folder hold.

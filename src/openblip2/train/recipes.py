@@ -121,6 +121,9 @@ def train_stage(
     batches = RecordingBatches(prefetched(data, settings), settings.train.accumulate)
     recipe = _stage1 if settings.stage == "stage1" else _stage2
     model, losses, validate, sparse = recipe(settings, vision, data, batches, run, progress, last is None)
+    # Now that all weights are filled: adapters freeze them. In fine-tuning the model was built with its adapters.
+    if settings.task == "pretraining":
+        add_adapters(model, settings)
     set_speed(model, settings)
     show_parts(model, progress)
     advise, optim, train = partial(bad_signs, settings), settings.optim, settings.train
@@ -150,15 +153,12 @@ def _stage1(
     if is_first():
         write_config(run, settings, model.qformer.sizes)
         tokens.tokenizer.save_pretrained(run / "tokenizer")
-    if not fine_tunes:
-        # A checkpoint holds the weights that the closed-form start led to.
-        if settings.warm_start and begins:
-            progress.doing("starting in closed form")
-            with in_evaluation(model, settings):
-                r2 = warm_start_stage1(model, tokens, lambda: some_pairs(model, data, settings))
-            progress.say(f"stage 1 started in closed form: R2 {r2:.2f} in the shared space, on the training pictures")
-        # After the start, which fills the weights that adapters freeze.
-        add_adapters(model, settings)
+    # Not in a resumed run, whose checkpoint has the weights that the closed-form start led to.
+    if settings.warm_start and begins and not fine_tunes:
+        progress.doing("starting in closed form")
+        with in_evaluation(model, settings):
+            r2 = warm_start_stage1(model, tokens, lambda: some_pairs(model, data, settings))
+        progress.say(f"stage 1 started in closed form: R2 {r2:.2f} in the shared space, on the training pictures")
     losses_of = step_losses(model, settings.train.chunk)
 
     def losses(number: int) -> dict[str, Tensor]:
@@ -212,7 +212,6 @@ def _stage2(
             with in_evaluation(model, settings):
                 r2 = warm_start_stage2(model, some_pairs(model, data, settings))
             progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
-        add_adapters(model, settings)
     if is_first():
         write_config(run, settings, model.qformer.sizes)
     prompts, form = settings.language.prompts, settings.language.question
