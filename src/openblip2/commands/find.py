@@ -52,9 +52,9 @@ def search(
             f"{query!r} looks like a path, but there is no such image file; to search for a text, write it as words"
         )
     progress().doing(f"loading the model of {index}")
-    from openblip2.apps.search.find import Finder
+    from openblip2.apps.search.find import ImageSearch
 
-    finder = Finder(index)
+    finder = ImageSearch(index)
     if is_picture and rerank:
         raise UserError("--rerank is for a text: ITM matches texts with pictures")
     hits = finder.by_picture(Path(query), best) if is_picture else finder.by_text(query, best, rerank)
