@@ -3,19 +3,20 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 from openblip2.apps.serve.batcher import Batcher, Limits
 from openblip2.apps.serve.http import ServeError
-from openblip2.apps.serve.worker import Call, Job, Write, Written
+from openblip2.apps.serve.worker import Call, Job, Worker, Write, Written
 from openblip2.errors import UserError
 from openblip2.model.decoding import Decoding
 
 
-class Recorder:
+class Recorder(Worker):
     """Answers each job with its text; waits for `go` before each batch."""
 
     def __init__(self) -> None:
@@ -23,15 +24,13 @@ class Recorder:
         self.go = threading.Event()
         self.go.set()
         self.cancelled = 0
-        self.does: Callable[[list[Job]], list[Any]] = lambda jobs: [
-            getattr(job, "arguments", (None,))[0] for job in jobs
-        ]
+        self.does: Callable[[list[Job]], list[Any]] = texts_of
 
-    def run(self, jobs: list[Job], on_text: Callable[[str], object]) -> list[Any]:
-        self.batches.append(jobs)
+    def run(self, jobs: Sequence[Job], on_text: Callable[[str], object] = print) -> list[Any]:
+        self.batches.append(list(jobs))
         self.on_text = on_text
         assert self.go.wait(10)
-        return self.does(jobs)
+        return self.does(list(jobs))
 
     def cancel(self) -> None:
         self.cancelled += 1
@@ -40,6 +39,10 @@ class Recorder:
 
 def embed(text: str) -> Call:
     return Call("embed", (text,))
+
+
+def texts_of(jobs: list[Job]) -> list[Any]:
+    return [job.arguments[0] if isinstance(job, Call) else None for job in jobs]
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -158,6 +161,24 @@ def test_who_goes_away_is_taken_out() -> None:
         await until(lambda: worker.cancelled == 1)
         assert len(worker.batches) == 1
         assert await batcher.do(embed("third")) == "third"
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+def test_the_batch_of_a_client_that_disconnects_is_stopped() -> None:
+    async def body() -> None:
+        worker = Recorder()
+        worker.go.clear()
+        batcher = Batcher(worker, Limits(wait=0))
+
+        async def receive() -> dict[str, Any]:
+            await until(lambda: bool(worker.batches))
+            return {"type": "http.disconnect"}
+
+        with pytest.raises(ServeError, match="499: the client disconnected"):
+            await batcher.answer(Request({"type": "http"}, receive), embed("a"))
+        await until(lambda: worker.cancelled == 1)
         await batcher.close()
 
     asyncio.run(body())

@@ -148,27 +148,24 @@ async def metrics() -> Response:
 @router.post("/caption")
 async def caption(request: Request, form: Annotated[CaptionForm, MULTIPART]) -> dict[str, str]:
     """A caption of a picture, which begins with `prompt`."""
-    openai.require(request, "captioner")
     job = Write(await form.image.read(), replace(CAPTION, beams=form.beams), prompt=form.prompt)
-    return {"caption": (await _answer(request, job)).text}
+    return {"caption": (await _answer(request, job, "captioner")).text}
 
 
 @router.post("/answer")
 async def answer(request: Request, form: Annotated[AnswerForm, MULTIPART]) -> dict[str, str]:
     """A short answer to a question about a picture."""
-    openai.require(request, "captioner")
     job = Write(await form.image.read(), ANSWER, form.question, plain=True)
-    return {"answer": (await _answer(request, job)).text}
+    return {"answer": (await _answer(request, job, "captioner")).text}
 
 
 @router.post("/match")
 async def match(request: Request, form: Annotated[MatchForm, MULTIPART]) -> dict[str, Any]:
     """How well texts fit a picture: the cosine of ITC and the probability of ITM, sorted by the cosine."""
-    openai.require(request, "matcher")
     most = request.app.state.batcher.limits.texts
     if not 0 < len(form.text) <= most:
         raise ServeError(f"{len(form.text)} texts: send 1 to {most}", param="text")
-    rows = await _answer(request, Call("match", (await form.image.read(), form.text)))
+    rows = await _answer(request, Call("match", (await form.image.read(), form.text)), "matcher")
     return {"texts": sorted(rows, key=lambda row: -row["similarity"])}
 
 
@@ -182,11 +179,10 @@ async def attend(request: Request, form: Annotated[AttendForm, MULTIPART]) -> Re
 @router.post("/search")
 async def search(request: Request, form: Annotated[SearchForm, MULTIPART]) -> dict[str, Any]:
     """Pictures of the index that fit a text, or that are like a picture."""
-    openai.require(request, "index")
     if (form.text is None) == (form.image is None):
         raise ServeError("give either a text or an image")
     query = form.text if form.image is None else await form.image.read()
-    return {"pictures": await _answer(request, Call("find", (query, form.best, form.rerank)))}
+    return {"pictures": await _answer(request, Call("find", (query, form.best, form.rerank)), "index")}
 
 
 @router.get("/pictures/{number}")
@@ -205,5 +201,7 @@ async def picture(request: Request, number: int, whole: bool = False) -> Respons
     return FileResponse(path, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
 
 
-async def _answer(request: Request, job: Job) -> Any:
+async def _answer(request: Request, job: Job, needs: str | None = None) -> Any:
+    if needs is not None:
+        openai.require(request, needs)
     return await request.app.state.batcher.answer(request, job)

@@ -5,16 +5,16 @@ disconnected clients leave the queue, and a batch is stopped when all of its cli
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from prometheus_client import Gauge, Histogram
 from starlette.requests import Request
 
 from openblip2.apps.serve.http import ServeError
-from openblip2.apps.serve.worker import Call, Job, Write
+from openblip2.apps.serve.worker import Call, Job, Worker, Write
 
 BATCH = Histogram("openblip2_batch_jobs", "Jobs in a batch.", buckets=(1, 2, 4, 8, 16, 32))
 QUEUE = Gauge("openblip2_queue_jobs", "Jobs that wait or run.")
@@ -45,14 +45,6 @@ class Limits:
     remote: bool = False
 
 
-class Runner(Protocol):
-    """What runs the batches: a `Worker`."""
-
-    def run(self, jobs: list[Job], on_text: Callable[[str], object]) -> list[Any]: ...
-
-    def cancel(self) -> None: ...
-
-
 @dataclass(eq=False)
 class Waiting:
     """A job whose client waits. `events` are the pieces of a streamed text, then the result or an exception."""
@@ -74,7 +66,7 @@ class Batcher:
         running: jobs of the batch that runs.
     """
 
-    def __init__(self, worker: Runner, limits: Limits) -> None:
+    def __init__(self, worker: Worker, limits: Limits) -> None:
         self.worker, self.limits = worker, limits
         self.waiting: list[Waiting] = []
         self.running: list[Waiting] = []
