@@ -111,13 +111,14 @@ def test_a_full_queue_says_so_and_empties_again() -> None:
 
 def test_when_to_ask_again_is_what_half_the_queue_takes() -> None:
     async def body() -> None:
-        batcher = Batcher(Recorder(), Limits(queue=400, wait=0, seconds=30))
+        worker = Recorder()
+        batcher = Batcher(worker, Limits(queue=400, wait=0, seconds=30))
         assert batcher.retry_after == 1
-        batcher.worker.run = lambda jobs, on_text: time.sleep(0.05) or ["done"] * len(jobs)
+        worker.does = lambda jobs: time.sleep(0.05) or ["done"] * len(jobs)
         for _ in range(3):
             await batcher.do(embed("one"))
         assert 10 <= batcher.retry_after <= 20  # 200 of 0.05 s, on a machine that may be busy
-        batcher.worker.run = lambda jobs, on_text: time.sleep(0.6) or ["done"] * len(jobs)
+        worker.does = lambda jobs: time.sleep(0.6) or ["done"] * len(jobs)
         await batcher.do(embed("slow"))
         assert batcher.retry_after == 30
         assert not batcher.full
@@ -130,7 +131,7 @@ def test_who_could_not_be_served_in_time_is_told_at_once() -> None:
     async def body() -> None:
         worker = Recorder()
         batcher = Batcher(worker, Limits(queue=400, batch=1, wait=0, seconds=1))
-        batcher.worker.run = lambda jobs, on_text: time.sleep(0.4) or ["done"]
+        worker.does = lambda jobs: time.sleep(0.4) or ["done"]
         tasks = [asyncio.create_task(batcher.do(embed("one")))]
         await tasks[0]
         tasks += [asyncio.create_task(batcher.do(embed("one"))) for _ in range(3)]

@@ -338,7 +338,8 @@ def embed(text: str) -> Call:
 
 
 def restarts() -> float:
-    return next(sample.value for sample in RESTARTS.collect()[0].samples if sample.name.endswith("_total"))
+    (metric,) = RESTARTS.collect()
+    return next(sample.value for sample in metric.samples if sample.name.endswith("_total"))
 
 
 @pytest.mark.slow
@@ -376,9 +377,9 @@ def test_models_that_cannot_be_loaded_are_one_line(home: Path) -> None:
 
 def test_which_run_is_which(home: Path, tmp_path: Path) -> None:
     one, two = str(home / "stage1"), str(home / "stage2")
-    assert find_runs(one, None, None) == (None, one, None)
-    assert find_runs(two, None, home / "index") == (two, one, str(home / "index"))
-    assert find_runs(two, one, None) == (two, one, None)
+    assert find_runs(one, None, None) == Served(None, one)
+    assert find_runs(two, None, home / "index") == Served(two, one, str(home / "index"))
+    assert find_runs(two, one, None) == Served(two, one)
     with pytest.raises(UserError, match="is a stage-1 run: leave out --matcher"):
         find_runs(one, one, None)
     with pytest.raises(UserError, match="is a stage-2 run: give a stage-1 run"):

@@ -101,7 +101,7 @@ def make_app(worker: Worker, limits: Limits, token: str | None, hosts: list[str]
     # The pages at docs_url and redoc_url load scripts from elsewhere; /openapi.json is served.
     app = FastAPI(title="openblip2", version=openblip2.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     served = worker.served
-    app.state.served = {kind: Path(path).name or "openblip2" for kind, path in served._asdict().items() if path}
+    app.state.served = {kind: Path(path).name or "openblip2" for kind, path in vars(served).items() if path}
     app.state.created = int(time.time())
     app.state.index = open_index(Path(served.index)) if served.index is not None else None
     app.include_router(router)

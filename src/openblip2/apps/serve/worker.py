@@ -19,7 +19,8 @@ from openblip2.model.likelihood import TokenScore
 RESTARTS = Counter("openblip2_worker_restarts", "Restarts of the models' process.")
 
 
-class Served(NamedTuple):
+@dataclass(frozen=True)
+class Served:
     """What a server serves, each None where there is none: folders of a stage-2 run, a stage-1 run and an index."""
 
     captioner: str | None = None
