@@ -266,7 +266,7 @@ def test_a_question_too_long_alone_is_refused(kind: str) -> None:
     (line,) = str(caught.value).splitlines()
     assert "takes 40 tokens" in line
     assert "39 fit" in line
-    assert "takes 50)" in line
+    assert "has a context of 50" in line
     assert chat.turns == turns
 
 
@@ -277,7 +277,7 @@ def test_what_cannot_be_used_is_refused() -> None:
         Chat(captioner(), picture(), question="what")
     with pytest.raises(UserError, match=r"template 'a\{image\}': without \{prompt\}"):
         Chat(captioner(template="a{image}"), picture())
-    with pytest.raises(UserError, match="context 51: this language model takes 50"):
+    with pytest.raises(UserError, match="context 51: this language model has a context of 50"):
         Chat(captioner("gpt2"), picture(), context=51)
     with pytest.raises(UserError, match="0 fit"):
         Chat(captioner("gpt2"), picture(), context=4).ask("what")
