@@ -66,8 +66,8 @@ def test_what_is_completed_is_what_there_is() -> None:
     from openblip2.apps.studies.design import STUDIES
     from openblip2.attend import BY
     from openblip2.capfilt.how import How
-    from openblip2.data.features import CACHE_DTYPES
-    from openblip2.data.web.readers import READERS
+    from openblip2.data.feature_cache import CACHE_DTYPES
+    from openblip2.data.web.mixture import READERS
     from openblip2.presets import FINE_TUNING, PRESETS
     from openblip2.score.answers import METRICS
     from openblip2.score.run import Task

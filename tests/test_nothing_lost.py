@@ -18,7 +18,7 @@ from openblip2.captioner import Captioner
 from openblip2.config import change
 from openblip2.data.records import Record
 from openblip2.data.tokens import only_unknown
-from openblip2.data.web.tars import TarWriter
+from openblip2.data.web.write_shards import TarWriter
 from openblip2.distributed.launch import locked
 from openblip2.errors import UserError
 from openblip2.matcher import Matcher

@@ -51,7 +51,7 @@ def fit(
         last: the checkpoint to go on from (`resume.find_checkpoint`); None = begin, and remove what an older run left.
         samples: what the last step was made of, in this process, for the case that it is bad.
         advise: what is to be said of the log's rows after a validation.
-        data: what is trained on (`data.seen.data_digest`), kept in the checkpoints.
+        data: what is trained on (`data.trained_on.data_digest`), kept in the checkpoints.
         sparse: whether there are batches whose losses do not depend on all that trains (see `DataParallelLosses`).
 
     Raises:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from openblip2.config import RunSettings
-from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
-from openblip2.data.features import FeatureCache, Features, StoredFeatures, find_records
+from openblip2.data.batches import ImagePairs, PairBatch
+from openblip2.data.feature_cache import FeatureCache
+from openblip2.data.features import FeaturePairs, Features, StoredFeatures, find_records
 from openblip2.data.records import Record
 from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
 from openblip2.data.text import MAX_WORDS, clean_caption, clean_question
@@ -46,7 +47,7 @@ class Prepared:
     features: StoredFeatures | None  # of the training pictures, when they are computed once
     joined: Callable[[int], PairBatch]  # the batches of all processes together
     samples: int = 0  # of shards, which have no records
-    digest: str = ""  # `data.seen.data_digest`
+    digest: str = ""  # `data.trained_on.data_digest`
 
     @property
     def pictures(self) -> int:

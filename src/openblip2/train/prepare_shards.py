@@ -14,9 +14,16 @@ import torch
 from openblip2.config import RunSettings
 from openblip2.data.records import Record, read_records, write_records
 from openblip2.data.text import clean_caption
-from openblip2.data.web.mixture import Part, count_parts, hold_out, kept_parts, write_parts
+from openblip2.data.web.mixture import (
+    Part,
+    count_parts,
+    find_reader,
+    hold_out,
+    kept_parts,
+    sample_captions,
+    write_parts,
+)
 from openblip2.data.web.pairs import ShardPairs
-from openblip2.data.web.readers import captions, reader
 from openblip2.data.web.tars import Shard
 from openblip2.distributed.collectives import is_first, rank, world_size
 from openblip2.errors import UserError
@@ -98,14 +105,14 @@ def _write_held_out(part: Part, wanted: int, folder: Path, problem: Skipped) -> 
     """The first `wanted` samples of a part as a data folder, without those that have no caption."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    how, records = reader(part.reader), list[Record]()
+    reader, records = find_reader(part.reader), list[Record]()
     for url, held in zip(part.shards, part.held_out, strict=True):
         if not held:
             continue
         shard = Shard(url, problem)
         for number in range(min(held, len(shard))):
             sample = shard.read(number)
-            texts = captions(sample, how) if sample else ()
+            texts = sample_captions(sample, reader) if sample else ()
             if sample and any(map(clean_caption, texts)):
                 path = folder / f"{len(records):06}.{sample.suffix}"
                 path.write_bytes(sample.image)

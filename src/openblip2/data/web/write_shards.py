@@ -1,15 +1,19 @@
-"""Records as shards: what `openblip2 prepare` writes, in the form of img2dataset.
+"""Records as shards: what `openblip2 prepare` writes, in the format of img2dataset.
 
-OUT/00000.tar         pictures as their files are, each with its captions (tars.py) and its record's id, "image_id"
-OUT/00000_stats.json  "successes": how many; "count": of how many records; "skipped": why the others are not in it
+OUT/00000.tar         the unchanged image files, each with its captions (tars.py) and the id of its record, "image_id"
+OUT/00000_stats.json  "successes": number of samples; "count": number of records; "skipped": why the others are missing
 
-A shard is there when its stats are. An interrupted run is gone on with: shards of the same records are not made again.
+A shard is complete when its stats exist. An interrupted run continues: complete shards of the same records are kept.
 """
 
 import hashlib
+import io
 import json
+import os
+import tarfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +21,84 @@ import torch
 
 from openblip2.data.images import THREADS, open_picture
 from openblip2.data.records import Record
-from openblip2.data.web.shard_file import stats_path, write_stats
-from openblip2.data.web.tars import PICTURES, Sample, TarWriter
+from openblip2.data.web.shard_files import stats_path, write_stats
+from openblip2.data.web.tars import PICTURES, Sample, shown, texts_of
+from openblip2.distributed.launch import locked
 from openblip2.errors import UserError
 
 
+class TarWriter:
+    """Writes a shard, under a temporary name until it is complete.
+
+    The same samples give the same bytes: members have no time and no owner.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = Path(path), 0
+        self._draft = self.path.with_name(f".{self.path.name}.new")
+        self._keys: set[str] = set()
+        self._held = ExitStack()  # two parts of one job may write the same shard
+        self._held.enter_context(locked(self.path.parent, f".{self.path.name}.lock"))
+        try:
+            self._file = self._draft.open("wb")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); a folder that can be written to") from error
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+
+    def add(self, sample: Sample) -> None:
+        """Appends a sample.
+
+        The first caption is the .txt. The .json is `about`, and has "captions" if `about` lists exactly the sample's
+        captions, or if there are several.
+
+        Raises:
+            UserError: a key that cannot be read back or is already used, or a suffix that is not an image's.
+        """
+        key, suffix, captions = sample.key, sample.suffix, sample.captions
+        parts = key.split("/")
+        unsafe = not key.isprintable() or "\\" in key or "." in parts[-1] or {"", ".", ".."} & set(parts)
+        if unsafe or key in self._keys:
+            raise UserError(f"{self.path}: key {ascii(key)[:80]} is unsafe or used twice; a name without dots")
+        if suffix not in PICTURES:
+            raise UserError(f"{self.path}: {shown(key)}: suffix {suffix!r} is no image's; one of {sorted(PICTURES)}")
+        self._keys.add(key)
+        about = {name: value for name, value in sample.about.items() if name != "captions"}
+        listed = sample.about.get("captions")
+        if captions and isinstance(listed, list) and tuple(texts_of(listed)) == captions:
+            about["captions"] = listed
+        elif len(captions) > 1:
+            about["captions"] = list(captions)
+        self._write(f"{key}.{suffix}", sample.image)
+        if captions:
+            self._write(f"{key}.txt", captions[0].encode())
+        if about:
+            self._write(f"{key}.json", json.dumps(about, sort_keys=True).encode())
+        self.count += 1
+
+    def close(self) -> None:
+        """Completes the file and gives it its name."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._draft, self.path)
+        self._held.close()
+
+    def abandon(self) -> None:
+        """Deletes what was written."""
+        self._file.close()
+        with suppress(FileNotFoundError):
+            self._draft.unlink()
+        self._held.close()
+
+    def _write(self, name: str, content: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        self._tar.addfile(member, io.BytesIO(content))
+
+
 class Written(NamedTuple):
-    """How many shards there are now, and samples in them; one line for each record that was skipped."""
+    """Number of shards and samples; one line for each record that was skipped."""
 
     shards: int
     samples: int
@@ -37,15 +112,19 @@ def write_shards(
     seed: int = 0,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Written:
-    """Writes shards of up to `size` records each, in an order that `seed` draws.
+    """Writes shards of up to `size` records each.
 
-    Every picture is opened before it is taken; one that cannot be is skipped and named.
+    Every image is opened first; one that cannot be opened is skipped and named.
 
     Args:
-        advance: is told how many more records are behind.
+        records: images with captions.
+        out: the folder of the shards.
+        size: records per shard.
+        seed: of the order of the records.
+        advance: called with the number of records that were just processed.
 
     Raises:
-        UserError: `out` cannot be written to, or holds shards of other records; or no picture can be opened.
+        UserError: `out` cannot be written to or contains shards of other records, or no image can be opened.
     """
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     shards = -(-len(records) // size)
@@ -67,7 +146,7 @@ def write_shards(
             samples += good
             skipped += bad
     if not samples:
-        raise UserError(f"{out}: not one picture could be taken; the first: {skipped[0]}")
+        raise UserError(f"{out}: not one picture can be read; the first: {skipped[0]}")
     return Written(shards, samples, skipped)
 
 
@@ -75,7 +154,7 @@ def _write(
     path: Path, records: Sequence[Record], shard: str, threads: ThreadPoolExecutor, advance: Callable[[int], object]
 ) -> tuple[int, list[str]]:
     writer, skipped = TarWriter(path), list[str]()
-    digits = max(4, len(str(len(records) - 1)))  # img2dataset's keys: the shard's number, then the sample's
+    digits = max(4, len(str(len(records) - 1)))  # keys as in img2dataset: number of the shard, then of the sample
     try:
         for number, found in enumerate(threads.map(_take, records)):
             if isinstance(found, str):
@@ -92,11 +171,11 @@ def _write(
 
 
 def _take(record: Record) -> Sample | str:
-    """A record as a sample without a key, or why it cannot be one."""
+    """A record as a sample without a key, or what is wrong with it."""
     suffix = record.image.suffix.lower().removeprefix(".")
     try:
         if suffix not in PICTURES:
-            raise UserError(f"{record.image}: no picture by its name; one of {', '.join(sorted(PICTURES))}")
+            raise UserError(f"{record.image}: not the name of an image; one of {', '.join(sorted(PICTURES))}")
         open_picture(record.image)
         content = record.image.read_bytes()
     except UserError as error:
@@ -107,7 +186,7 @@ def _take(record: Record) -> Sample | str:
 
 
 def _finished(path: Path, records: Sequence[Record]) -> tuple[int, list[str]] | None:
-    """What an earlier run wrote of the same records; None where it wrote nothing."""
+    """Samples and skipped records of a shard that an earlier run completed; None if there is none."""
     stats = Path(stats_path(str(path)))
     if not path.exists() or not stats.exists():
         return None
@@ -116,7 +195,7 @@ def _finished(path: Path, records: Sequence[Record]) -> tuple[int, list[str]] | 
         if told["records"] == _digest(records):
             return told["successes"], told["skipped"]
     except (ValueError, KeyError, TypeError):
-        pass  # another program's stats: then so is the shard
+        pass  # stats, and so a shard, of another program
     raise UserError(f"{path}: is of other records: give another folder, or remove it")
 
 

@@ -1,6 +1,6 @@
-"""openclipart 0.18: drawings as PNG, and English captions from the titles in their SVG twins.
+"""openclipart 0.18: drawings as PNG, with English captions from the titles in the SVG files of the same drawings.
 
-Half of the titles are no captions: they name the collection a drawing came with, or are in Italian or French.
+Half of the titles are not captions: they name the collection of a drawing, or they are in Italian or French.
 """
 
 import html
@@ -17,13 +17,13 @@ _MAX_BYTES = 16 * 2**20  # of an SVG; the package's largest has 1.7 million
 _CHUNK = 64 * 2**10
 _DUBLIN = "http://purl.org/dc/elements/1.1/"
 
-# Folders whose drawings show no thing that a caption could name: toolbar icons, 1,379 stars by their number of
-# points, gradients and patterns. A title of its own does speak for an icon.
+# Folders with drawings that a file name does not describe: toolbar icons, 1,379 stars by their number of points,
+# gradients and patterns. Icons with a title of their own are used.
 _UNNAMED = ("computer/icons/", "shapes/stars/")
 _NO_PICTURES = ("special/",)
-_BELIEVED = 3  # drawings that may have a title in common and each be what it says
+_BELIEVED = 3  # a title that more drawings share is that of a collection
 
-# What stands in titles and is not about the picture: who drew it, what kind of clip art it is, and running numbers.
+# Parts of titles that do not describe the image: who drew it, the kind of clip art, and numbers.
 _NOT_ABOUT_IT = (
     (r"^Clipart by .*? - ", ""),
     (r"(?i)\((b and w|bw)\)", " in black and white"),
@@ -35,14 +35,18 @@ _NOT_ABOUT_IT = (
 
 
 def read_openclipart(pictures: Path, drawings: Path, dictionary: Path) -> tuple[list[Record], list[str]]:
-    """The drawings with an English caption, ids by path, and lines on what was left out.
+    """The drawings with an English caption, with their paths as ids, and lines about those that were left out.
 
-    `pictures` and `drawings` hold the same tree, of `.png` and of `.svg` files. A caption is a drawing's title, or
-    the words of its file's name where the title is shared by more drawings than three and does not agree with the
-    name: then it is a collection's. Every word has to be in `dictionary`, one word a line. A flag is called "flag
-    of ...". Links are passed over: another name of a drawing that is read anyway.
+    A caption is the title of a drawing, or the words of its file name if more than three drawings share the title and
+    it does not agree with the name: then it is the title of a collection. All words must be in the dictionary. A flag
+    is called "flag of ...". Links are ignored: they are other names of drawings that are read anyway.
 
     Licence: public domain (Debian packages openclipart-png and openclipart-svg).
+
+    Args:
+        pictures: folder of the .png files.
+        drawings: folder of the .svg files, with the same subfolders.
+        dictionary: a file with one English word per line.
 
     Raises:
         UserError: a folder or the dictionary is missing, or no drawing has a caption.
@@ -87,7 +91,7 @@ def _words(dictionary: Path) -> frozenset[str]:
 
 
 def _metadata(path: Path) -> tuple[str, bool]:
-    """The title of one drawing, cleaned, "" if it has none; and whether it is tagged as a flag."""
+    """The cleaned title of a drawing, "" if it has none, and whether it is tagged as a flag."""
     title, tags = "", set[str]()
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -103,9 +107,9 @@ def _metadata(path: Path) -> tuple[str, bool]:
 
 
 def _texts(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(element around it, element, text) of what an XML file says up to the end of its metadata.
+    """(outer element, element, text) for the text of an XML file up to the end of its metadata.
 
-    Entities are refused and outside definitions not read: no file is opened and nothing unfolds.
+    Entities are refused and external definitions are not read, so no other file is opened and nothing expands.
     """
     stack = ["", ""]
     texts: list[tuple[str, str, str]] = []
@@ -136,7 +140,7 @@ def _texts(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _caption(name: str, title: str, owners: int) -> str:
-    """What the drawing `name` is called, "" for nothing; its `title` is that of `owners` drawings."""
+    """The caption of the drawing `name`, "" if it has none. Its title is shared by `owners` drawings."""
     folder, _, file = name.rpartition("/")
     called = _plain(re.sub(r"[\d_.-]+", " ", file))
     told = called.lower().split()
@@ -160,7 +164,7 @@ def _split(text: str) -> list[str]:
 
 
 def _is_english(text: str, words: frozenset[str]) -> bool:
-    """Whether all words are English, one of them of more than two letters; of single letters, "a" is a word."""
+    """Whether all words are English and one has more than two letters. The only word of one letter is "a"."""
     found = _split(text)
     return any(len(word) > 2 for word in found) and all(
         word == "a" or (word in words and len(word) > 1) for word in found
