@@ -18,7 +18,7 @@ from openblip2.config import RunSettings, change
 from openblip2.evaluate.health import Finding, findings
 from openblip2.evaluate.levels import ITM_CHANCE, itc_chance, smoothed_floor, word_chance
 from openblip2.evaluate.stage1 import easy_hits, queries_used
-from openblip2.train.checkpoint import write_config
+from openblip2.runs import write_config
 
 
 @pytest.mark.parametrize(("choices", "smoothing"), [(32, 0.1), (1024, 0.1), (30523, 0.1), (7, 0.5), (5, 0.0), (1, 0.1)])

@@ -67,6 +67,12 @@ def test_only_commands_import_apps() -> None:
         assert not [one for one in used if one.startswith("openblip2.apps")], file
 
 
+def test_files_are_written_and_renamed_in_one_place() -> None:
+    """By `runs.atomic_write`; an ONNX graph names the file of its weights, so both get their names in a folder."""
+    renamed = {f.relative_to(SOURCE).as_posix() for f in FILES if "os.replace(" in f.read_text(encoding="utf-8")}
+    assert renamed == {"runs.py", "weights/onnx.py"}
+
+
 def test_the_package_works_without_apps(tmp_path: Path) -> None:
     shutil.copytree(SOURCE, tmp_path / "openblip2", ignore=shutil.ignore_patterns("apps", "__pycache__"))
     names = [file.relative_to(SOURCE).with_suffix("").parts for file in FILES]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from openblip2.data.web.shard_files import write_stats
 from openblip2.data.web.tars import Sample
-from openblip2.data.web.write_shards import TarWriter
+from openblip2.data.web.write_shards import write_tar
 
 
 def jpeg(colour: tuple[int, int, int], width: int = 20, height: int = 12) -> bytes:
@@ -24,10 +24,9 @@ def sample(shard: int, n: int, *captions: str, image: bytes | None = None, **abo
 
 
 def write_shard(path: Path, samples: list[Sample], stats: bool = True) -> Path:
-    writer = TarWriter(path)
-    for one in samples:
-        writer.add(one)
-    writer.close()
+    with write_tar(path) as writer:
+        for one in samples:
+            writer.add(one)
     if stats:
         write_stats(path, len(samples))
     return path

@@ -18,7 +18,7 @@ from openblip2.hardware import computing
 from openblip2.inputs import clean_texts
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.train.checkpoint import kept_parameters
+from openblip2.train.parameters import saved_parameters
 from openblip2.weights.card import model_card, usage
 from openblip2.weights.run import fresh_folder, write_run
 
@@ -127,7 +127,7 @@ class Pretrained(ABC):
             raise UserError(
                 f"a language model in {self.settings.language.weights} is not written: load with language.weights=auto"
             )
-        trained = kept_parameters(model)
+        trained = saved_parameters(model)
         count = sum(p.numel() for p in trained.values())
         assert model.vision is not None
         with fresh_folder(folder) as draft:

@@ -6,16 +6,12 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them there is one process, and no
 """
 
 import atexit
-import fcntl
 import json
 import os
-import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import ENOSYS
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,53 +115,6 @@ def from_all(value: Any) -> list[Any]:
 def wait_for_all() -> None:
     """Returns when every process has come here."""
     highest([0])
-
-
-@contextmanager
-def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | None = None) -> Iterator[None]:
-    """Keeps other processes from writing to a folder, which is made if needed; of one training, the first process does.
-
-    The system frees the lock when the process dies. The file is there while the lock is held, and names its holder.
-
-    Args:
-        say: Called with a line before waiting for another process; None = another process is an error.
-
-    Raises:
-        UserError: Another process holds the lock, or the folder cannot be written to.
-    """
-    if not is_first():
-        yield
-        return
-    path = folder / name
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written to ({error.strerror}): give a folder that can be") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = f"{folder} is being written by {file.read() or 'another process'}"
-            if say is None:
-                raise UserError(f"{holder}: wait until it is done, or give another --out") from None
-            say(f"{holder}: waiting until it is done")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno != ENOSYS:  # clusters may mount Lustre without locks: let one process at a time write there
-                raise
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # its last holder has just removed it
-    try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
 
 
 def _meet() -> tuple[Store, int, int]:

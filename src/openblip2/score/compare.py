@@ -9,7 +9,7 @@ import numpy as np
 
 from openblip2.errors import UserError
 from openblip2.evaluate.intervals import Interval, difference_interval
-from openblip2.train.checkpoint import read_json
+from openblip2.runs import read_json
 
 Row = dict[str, Any]
 

@@ -1,7 +1,6 @@
 """What an evaluation found: scores with intervals, the protocol card, and one line for each sample."""
 
 import json
-import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from openblip2.evaluate.intervals import Interval, interval, mean_interval
-from openblip2.train.checkpoint import write_json
+from openblip2.runs import atomic_write, write_json
 
 
 @dataclass
@@ -80,9 +79,7 @@ class Result:
     def write(self, out: Path) -> Path:
         """Writes `out` and, beside it, `NAME.samples.jsonl`, each whole or not at all; returns the second."""
         beside = out.with_suffix(".samples.jsonl")
-        fresh = beside.with_name(beside.name + ".new")
-        with fresh.open("w", encoding="utf-8") as file:
+        with atomic_write(beside) as draft, draft.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.samples)
-        os.replace(fresh, beside)
         write_json(self.as_json() | {"samples": beside.name}, out)
         return beside

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from openblip2.progress import Progress
+from openblip2.runs import write_text
 
 
 class Kept:
@@ -58,9 +58,7 @@ class Kept:
             return []
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
         whole = lines[:-1] if lines[0] == head else [head]  # behind the last end of a line stands what was torn
-        fresh = self.path.with_name(self.path.name + ".new")
-        fresh.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-        os.replace(fresh, self.path)
+        write_text("".join(f"{line}\n" for line in whole), self.path)
         return [text for line in whole[1:] for text in json.loads(line)]
 
     def _add(self, line: str) -> None:

@@ -16,6 +16,7 @@ from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
+from openblip2.runs import make_folder
 from openblip2.score.answers import METRICS, score_answers, usual_metric
 from openblip2.score.captions import score_captions
 from openblip2.score.card import card, overlap, weights_digest
@@ -23,7 +24,6 @@ from openblip2.score.pointing import score_pointing
 from openblip2.score.result import Result
 from openblip2.score.resume import Kept
 from openblip2.score.retrieval import score_retrieval
-from openblip2.train.checkpoint import make_folder
 
 Task = Literal["caption", "vqa", "retrieval", "pointing"]
 MATCHING = ("retrieval", "pointing")  # of a stage 1

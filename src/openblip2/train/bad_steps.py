@@ -14,7 +14,7 @@ from typing import Any
 from openblip2.data.batches import PairBatch
 from openblip2.distributed.collectives import is_first, rank
 from openblip2.errors import UserError
-from openblip2.train.checkpoint import write_json
+from openblip2.runs import write_json
 from openblip2.train.resume import Done
 
 

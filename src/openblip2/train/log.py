@@ -1,12 +1,12 @@
 """`log.jsonl`: what happened in a run, one JSON object a line; and the tracker that gets the same rows, if any."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from openblip2.errors import UserError
+from openblip2.runs import sync, write_text
 
 Tracker = Literal["", "tensorboard", "wandb", "trackio"]
 PROJECT = "openblip2"
@@ -46,9 +46,7 @@ class Log:
                     rows.append(row)
         self.validated = {row["step"] for row in rows if "validation" in row}
         if writes:
-            fresh = path.with_name(path.name + ".new")
-            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            os.replace(fresh, path)
+            write_text("".join(json.dumps(row) + "\n" for row in rows), path)
 
     def write(self, row: dict[str, Any]) -> None:
         if self.writes:
@@ -63,8 +61,7 @@ class Log:
     def to_disk(self) -> None:
         """Sees to it that what was written outlives a power cut, as the checkpoint that counts on it does."""
         if self.writes:
-            with self.path.open("ab") as file:
-                os.fsync(file.fileno())
+            sync(self.path)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -18,9 +18,9 @@ from openblip2.errors import Stopped
 from openblip2.hardware import attention_kernel, computing, keep_freed_memory
 from openblip2.progress import Progress
 from openblip2.train.bad_steps import count_step, give_up, not_finite
-from openblip2.train.checkpoint import save_trained, trained_parameters
 from openblip2.train.log import Log, tell
 from openblip2.train.optim import adamw, layer_rates, learning_rate
+from openblip2.train.parameters import save_trained, trained_parameters
 from openblip2.train.resume import Done, forget_checkpoints, keep_last, read_checkpoint, write_checkpoint
 from openblip2.train.stopping import stop_requests
 

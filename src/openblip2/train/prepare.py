@@ -26,8 +26,8 @@ from openblip2.hardware import device
 from openblip2.model.vision import Vision
 from openblip2.model.whitening import Whitening, fit_whitening
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import read_whitening, save_whitening
 from openblip2.train.encode import encode_now, make_cache, open_cache, openable, whitened
+from openblip2.train.parameters import read_whitening, save_whitening
 from openblip2.train.skipped import Skipped
 
 WHITENING_PICTURES = 256  # enough for a covariance: each has a hundred patches and more

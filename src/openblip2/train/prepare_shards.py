@@ -31,8 +31,8 @@ from openblip2.hardware import device
 from openblip2.model.vision import Vision
 from openblip2.model.whitening import fit_whitening
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import read_whitening, save_whitening
 from openblip2.train.encode import encode_now, openable
+from openblip2.train.parameters import read_whitening, save_whitening
 from openblip2.train.prepare import WHITENING_PICTURES, Prepared, cleaned
 from openblip2.train.skipped import Skipped
 

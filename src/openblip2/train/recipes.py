@@ -44,8 +44,8 @@ from openblip2.model.stage1 import OBJECTIVES, Stage1, see
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.progress import Progress
+from openblip2.runs import make_folder, write_config
 from openblip2.train.bad_steps import RecordingBatches
-from openblip2.train.checkpoint import make_folder, write_config
 from openblip2.train.loop import fit
 from openblip2.train.prepare import Prepared, captions_of, name_long_texts, name_texts, prepare, questions_of
 from openblip2.train.prepare_shards import prepare_shards

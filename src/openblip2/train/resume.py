@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,22 +25,21 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from openblip2.config import RunSettings, from_dict
+from openblip2.config import RunSettings
 from openblip2.distributed.collectives import is_first
 from openblip2.distributed.full_tensor import full_tensor, like
 from openblip2.distributed.launch import from_first, wait_for_all
 from openblip2.errors import UserError, one_line
-from openblip2.train.checkpoint import (
-    load_trained,
+from openblip2.runs import (
+    atomic_write,
     read_config,
     read_json,
+    read_settings,
     read_tensors,
-    save_trained,
-    sync,
-    trained_parameters,
     write_json,
     write_tensors,
 )
+from openblip2.train.parameters import load_trained, save_trained, trained_parameters
 
 # Settings of `train` that may be others when a run goes on: how its steps are computed and kept, not what they are.
 MAY_CHANGE = (
@@ -78,27 +78,24 @@ def write_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         UserError: it cannot be written, for want of room, say; the last one is untouched.
     """
     final = run / "resume" / f"step-{done.step:08}"
-    fresh = final.with_name(final.name + ".new")
     try:
+        with atomic_write(final) if is_first() else nullcontext(final) as folder:
+            if is_first():
+                folder.mkdir(parents=True)
+            save_trained(model, folder / "model.safetensors")
+            moments = _moments(model, optimizer)
+            if is_first():
+                write_tensors(moments, folder / "optimizer.safetensors")
+                write_json(asdict(done), folder / "progress.json")
+                files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+                write_json({"format": FORMAT, "step": done.step, "files": files}, folder / _MANIFEST)
         if is_first():
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-        save_trained(model, fresh / "model.safetensors")
-        moments = _moments(model, optimizer)
-        if is_first():
-            write_tensors(moments, fresh / "optimizer.safetensors")
-            write_json(asdict(done), fresh / "progress.json")
-            files = {path.name: _digest(path) for path in sorted(fresh.iterdir())}
-            write_json({"format": FORMAT, "step": done.step, "files": files}, fresh / _MANIFEST)
-            sync(fresh)
-            fresh.rename(final)
-            sync(final.parent)
             keep_last(run, keep)
             for path in final.parent.glob("step-*.damaged"):
                 shutil.rmtree(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{fresh}: the checkpoint of step {done.step} cannot be written ({one_line(error)}); the one before it is "
+            f"{final}: the checkpoint of step {done.step} cannot be written ({one_line(error)}); the one before it is "
             "whole: make room, and go on with --resume"
         ) from error
     wait_for_all()
@@ -188,7 +185,7 @@ def require_same(settings: RunSettings, run: Path, last: Path | None, data: str)
             f"--resume: the data have changed since {run} was begun ({then} then; {data} now): give the same pictures "
             "and captions, or a new --out"
         )
-    before = from_dict(read_config(run)["settings"])
+    before = read_settings(run)
     same = {name: getattr(settings.train, name) for name in MAY_CHANGE}
     if replace(before, train=replace(before.train, **same)) != settings:
         raise UserError(
@@ -204,7 +201,7 @@ def _find(folder: Path, say: Callable[[str], object]) -> int:
             f"{folder} holds a checkpoint of an older openblip2, without a manifest: finish the run with that one, or "
             "begin again with --overwrite"
         )
-    for left in [*folder.parent.glob("resume.old"), *folder.glob("step-*.new"), *folder.glob("step-*.old")]:
+    for left in [*folder.parent.glob("resume.old"), *folder.glob("*step-*.new"), *folder.glob("step-*.old")]:
         shutil.rmtree(left)
     damaged: dict[Path, str] = {}
     for step, path in reversed(_steps(folder).items()):

@@ -9,26 +9,18 @@ from typing import Any
 
 from torch import Tensor
 
-from openblip2.config import RunSettings, from_dict
+from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.lora import adapt_qformer, merge_lora
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.train.checkpoint import fill_trained, kept_parameters, read_config, read_tensors
+from openblip2.runs import read_config, read_settings, read_tensors
+from openblip2.train.parameters import fill_trained, saved_parameters
 
 TEXT_PATH = ("qformer.word_embeddings.", "qformer.positions.", ".text_ffn.")  # of a stage-1 run; stage 2 leaves it out
 HEADS = ("vision_proj.", "text_proj.", "itm_head.", "lm_head.", "temperature", "contrast_bias")
 STARTS = {"retrieval": "stage1", "caption": "stage2", "vqa": "stage2"}  # what each task starts from
-
-
-def settings_of(run: Path) -> RunSettings:
-    """The settings of a run, as its config.json has them.
-
-    Raises:
-        UserError: it is not a run.
-    """
-    return from_dict(read_config(run)["settings"])
 
 
 def require_start(settings: RunSettings) -> None:
@@ -45,7 +37,7 @@ def require_start(settings: RunSettings) -> None:
                 f"start={settings.start}: stage 1 starts from qformer.start; only stage 2 starts from a run"
             )
         _require_stage(settings.start, "stage1")
-        before = settings_of(Path(settings.start))
+        before = read_settings(Path(settings.start))
         if before.qformer.self_attention_scale != settings.qformer.self_attention_scale:
             raise UserError(
                 f"start={settings.start} was trained with qformer.self_attention_scale="
@@ -62,7 +54,7 @@ def require_start(settings: RunSettings) -> None:
     if not settings.start:
         raise UserError(f"{settings.task} starts from a run: give --start, a {STARTS[settings.task]} run")
     _require_stage(settings.start, STARTS[settings.task])
-    before = settings_of(Path(settings.start))
+    before = read_settings(Path(settings.start))
     if before.vision.trained and not settings.vision.trained:
         raise UserError(
             f"start={settings.start} holds an image encoder of its own: leave vision.trained at true, or give a run "
@@ -75,7 +67,7 @@ def require_start(settings: RunSettings) -> None:
 def sizes_to_start(settings: RunSettings) -> dict[str, int]:
     """The Q-Former's sizes for fine-tuning; those of a text path are the stage-1 run's."""
     assert settings.start is not None
-    before = settings_of(Path(settings.start))
+    before = read_settings(Path(settings.start))
     run = settings.start
     if settings.qformer.reads_question and not before.qformer.reads_question:
         run = _text_start(settings, before)
@@ -85,7 +77,7 @@ def sizes_to_start(settings: RunSettings) -> dict[str, int]:
 def tokenizer_to_start(settings: RunSettings) -> Any:
     """The Q-Former's tokenizer, for fine-tuning."""
     assert settings.start is not None
-    before = settings_of(Path(settings.start))
+    before = read_settings(Path(settings.start))
     has_one = before.stage == "stage1" or before.qformer.reads_question
     run = Path(settings.start if has_one else _text_start(settings, before))
     return bert_tokenizer(str(run / "tokenizer"), read_config(run)["sizes"]["vocabulary"])
@@ -95,11 +87,11 @@ def fine_tune_from(model: Stage1 | Stage2, settings: RunSettings) -> None:
     """Fills a model with the run that fine-tuning starts from, strictly."""
     assert settings.start is not None
     run = Path(settings.start)
-    before, found = settings_of(run), read_tensors(run / "model.safetensors")
+    before, found = read_settings(run), read_tensors(run / "model.safetensors")
     if settings.qformer.reads_question and not before.qformer.reads_question:
         found |= _text_path(read_tensors(Path(_text_start(settings, before)) / "model.safetensors"))
     if settings.vision.trained and not before.vision.trained:
-        found |= {n: p.data for n, p in kept_parameters(model).items() if n.startswith("vision.")}
+        found |= {n: p.data for n, p in saved_parameters(model).items() if n.startswith("vision.")}
     fill_trained(model, found, str(run))
 
 
@@ -108,7 +100,7 @@ def start_from_stage1(model: Stage2, run: Path) -> None:
 
     Adapters that the stage-1 run trained (`qformer.lora`) are folded into the weights.
     """
-    rank = settings_of(run).qformer.lora
+    rank = read_settings(run).qformer.lora
     if rank:
         adapt_qformer(model.qformer, rank)
     weights = read_tensors(run / "model.safetensors")
@@ -116,7 +108,7 @@ def start_from_stage1(model: Stage2, run: Path) -> None:
     used = {
         name: value for name, value in weights.items() if name not in text and not name.startswith((*HEADS, "vision."))
     }
-    wanted = {name: p for name, p in kept_parameters(model).items() if name.startswith("qformer.")}
+    wanted = {name: p for name, p in saved_parameters(model).items() if name.startswith("qformer.")}
     differing = sorted(used.keys() ^ wanted.keys()) or [n for n in used if used[n].shape != wanted[n].shape]
     if differing:
         raise UserError(
@@ -146,7 +138,7 @@ def _text_start(settings: RunSettings, before: RunSettings) -> str:
 
 
 def _require_stage(run: str, stage: str) -> None:
-    if settings_of(Path(run)).stage != stage:
+    if read_settings(Path(run)).stage != stage:
         raise UserError(
             f"start={run} is no {stage[:-1]}-{stage[-1]} run; give the folder that `train {stage} --out` wrote"
         )

@@ -21,7 +21,6 @@ one image are not negatives of each other.
 """
 
 import json
-import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +34,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from openblip2.data.web.shard_files import expand, is_url, stated_samples
 from openblip2.data.web.tars import Sample, Shard
 from openblip2.errors import UserError, one_line
+from openblip2.runs import write_text
 
 FILE = "shards.json"
 _FORMAT = 1
@@ -237,9 +237,7 @@ def hold_out(parts: Sequence[Part], wanted: int) -> list[Part]:
 
 def write_parts(parts: Sequence[Part], run: Path) -> None:
     """Writes `RUN/shards.json` in one step."""
-    fresh = run / (FILE + ".new")
-    fresh.write_text(json.dumps({"format": _FORMAT, "parts": [asdict(part) for part in parts]}) + "\n", "utf-8")
-    os.replace(fresh, run / FILE)
+    write_text(json.dumps({"format": _FORMAT, "parts": [asdict(part) for part in parts]}) + "\n", run / FILE)
 
 
 def kept_parts(run: Path, parts: Sequence[Part]) -> list[Part] | None:

@@ -4,7 +4,6 @@ import glob
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 import fsspec
 
 from openblip2.errors import UserError, one_line
+from openblip2.runs import write_json
 
 MOST_SHARDS = 1_000_000
 WAITS = (1, 5)  # seconds before a remote file is tried again
@@ -127,7 +127,4 @@ def stated_samples(shard: str) -> int | None:
 
 def write_stats(shard: Path, samples: int, **more: Any) -> None:
     """Writes the file beside a shard in one step: "successes", as img2dataset calls it, and `more`."""
-    path = Path(stats_path(str(shard)))
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps({"successes": samples} | more, indent=4) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    write_json({"successes": samples} | more, Path(stats_path(str(shard))))

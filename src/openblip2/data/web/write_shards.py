@@ -9,11 +9,10 @@ A shard is complete when its stats exist. An interrupted run continues: complete
 import hashlib
 import io
 import json
-import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,27 +22,36 @@ from openblip2.data.images import THREADS, open_picture
 from openblip2.data.records import Record
 from openblip2.data.web.shard_files import stats_path, write_stats
 from openblip2.data.web.tars import PICTURES, Sample, shown, texts_of
-from openblip2.distributed.launch import locked
 from openblip2.errors import UserError
+from openblip2.runs import atomic_write, locked
+
+
+@contextmanager
+def write_tar(path: Path) -> Iterator["TarWriter"]:
+    """Writes a shard, which gets its name when it is complete.
+
+    Raises:
+        UserError: another process writes it, or it cannot be written.
+    """
+    # Locked, because two parts of one job may write the same shard.
+    with locked(path.parent, f".{path.name}.lock"), atomic_write(path) as draft:
+        try:
+            tar = tarfile.open(draft, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); a folder that can be written to") from error
+        with tar:
+            yield TarWriter(path, tar)
 
 
 class TarWriter:
-    """Writes a shard, under a temporary name until it is complete.
+    """A shard that is being written (`write_tar`).
 
     The same samples give the same bytes: members have no time and no owner.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = Path(path), 0
-        self._draft = self.path.with_name(f".{self.path.name}.new")
-        self._keys: set[str] = set()
-        self._held = ExitStack()  # two parts of one job may write the same shard
-        self._held.enter_context(locked(self.path.parent, f".{self.path.name}.lock"))
-        try:
-            self._file = self._draft.open("wb")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); a folder that can be written to") from error
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+    def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
+        self.path, self.count = path, 0
+        self._tar, self._keys = tar, set[str]()
 
     def add(self, sample: Sample) -> None:
         """Appends a sample.
@@ -74,22 +82,6 @@ class TarWriter:
         if about:
             self._write(f"{key}.json", json.dumps(about, sort_keys=True).encode())
         self.count += 1
-
-    def close(self) -> None:
-        """Completes the file and gives it its name."""
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._draft, self.path)
-        self._held.close()
-
-    def abandon(self) -> None:
-        """Deletes what was written."""
-        self._file.close()
-        with suppress(FileNotFoundError):
-            self._draft.unlink()
-        self._held.close()
 
     def _write(self, name: str, content: bytes) -> None:
         member = tarfile.TarInfo(name)
@@ -153,19 +145,15 @@ def write_shards(
 def _write(
     path: Path, records: Sequence[Record], shard: str, threads: ThreadPoolExecutor, advance: Callable[[int], object]
 ) -> tuple[int, list[str]]:
-    writer, skipped = TarWriter(path), list[str]()
+    skipped: list[str] = []
     digits = max(4, len(str(len(records) - 1)))  # keys as in img2dataset: number of the shard, then of the sample
-    try:
+    with write_tar(path) as writer:
         for number, found in enumerate(threads.map(_take, records)):
             if isinstance(found, str):
                 skipped.append(found)
             else:
                 writer.add(found._replace(key=f"{shard}{number:0{digits}}"))
             advance(1)
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.close()
     write_stats(path, writer.count, count=len(records), skipped=skipped, records=_digest(records))
     return writer.count, skipped
 
