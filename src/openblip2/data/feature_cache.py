@@ -1,12 +1,12 @@
-"""Features of a frozen image encoder, computed once for each picture and kept on disk.
+"""The files of a cache with features of a frozen image encoder, which are computed once for each image.
 
-CACHE/features.jsonl  first line: what made the features, their file and shape; then one line for each picture
-CACHE/features-X.bin  the features, one picture after the other
+CACHE/features.jsonl  first line: what the features were made with, their file and shape; then one line for each image
+CACHE/features-X.bin  the features, one image after the other
 
-Both files only grow, and features are on the disk before the index names them. A process that is killed at any moment
-leaves at most an unfinished last line, or features that no line names; the next one overwrites them.
+Both files only grow, and features are on the disk before a line refers to them. A process that is killed at any moment
+leaves at most an unfinished last line, or features without a line; the next process overwrites them.
 
-Shapes: E entries of a picture (the plain one, then random crops of it), P patch tokens, V encoder width, B pictures.
+Shapes: E entries of an image (the plain one, then random crops of it), P patch tokens, V encoder width, B pictures.
 """
 
 import hashlib
@@ -34,28 +34,28 @@ CACHE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class CachedPicture(NamedTuple):
-    """A line of the index: the state of a picture's file, and where its features are or what the problem was."""
+    """A line of the index: the state of an image file, and the row of its features or the problem with it."""
 
     id: str
     bytes: int
     changed: int  # ns
     digest: str  # SHA-256
-    row: int | None  # its place in the features' file; None if the picture was skipped
+    row: int | None  # of the features; None if the image was skipped
     problem: str
 
 
 class FeatureCache:
-    """A cache opened for reading. Only the features that are asked for are read.
+    """A cache that is open for reading. Only requested features are read.
 
     Attributes:
-        made_by: What made the features: encoder, image size and so on, by name.
+        made_by: What the features were made with: encoder, image size and so on, by name.
         path: The file of the features.
-        shape: Of a picture's features, (E, P, V).
-        pictures: The cache's pictures by id.
-        count: How many pictures have features.
+        shape: Of the features of an image, (E, P, V).
+        pictures: The images of the cache, by id.
+        count: Number of images with features.
 
     Raises:
-        UserError: The folder is no cache, is of another version, or is damaged.
+        UserError: The folder is not a cache, has another version, or is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,9 +69,9 @@ class FeatureCache:
         try:
             head = json.loads(lines[0])
             version, self.made_by, self.shape = head["version"], dict(head["made_by"]), tuple(head["shape"])
-            self.path = folder / head["file"]  # of a new name whenever the cache is begun anew
+            self.path = folder / head["file"]  # has a new name whenever the cache is started again
             self.dtype = CACHE_DTYPES[self.made_by["precision"]]
-            # A picture that was encoded again, because its file had changed, has several lines: the last one counts.
+            # An image that was encoded again, because its file had changed, has several lines; the last one is valid.
             self.pictures = {p.id: p for p in (CachedPicture(*json.loads(line)) for line in lines[1:])}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'features.jsonl'} is damaged: {again}") from error
@@ -86,28 +86,28 @@ class FeatureCache:
         self._values = np.memmap(self.path, np.int16, "r", shape=shape) if self.count else np.empty(shape, np.int16)
 
     def read(self, ids: Sequence[str], crops: Sequence[int] | None = None) -> Tensor:
-        """Features `[B, P, V]` of pictures by id, on the CPU: of the plain ones, or of one random crop of each."""
+        """Features `[B, P, V]` of images by id, on the CPU: of the plain images, or of one random crop of each."""
         rows = np.array([self.pictures[id_].row for id_ in ids], dtype=np.int64)
-        # Indexing with arrays copies these rows out of the map, and reads no others.
+        # Indexing a memory map with arrays reads only these rows.
         values = self._values[rows, 0 if crops is None else 1 + np.array(crops, dtype=np.int64)]
         return torch.from_numpy(np.asarray(values)).view(self.dtype)
 
     def has(self, record: Record) -> bool:
-        """Whether the picture of a record is in the cache, with the content it has now."""
+        """Whether the image of a record is in the cache with its current content."""
         known = self.pictures.get(record.id)
         if known is None or known.bytes != (state := file_state(record.image))[0]:
             return False
-        return known.changed == state[1] or known.digest == _digest(record.image)  # a copy has another time
+        return known.changed == state[1] or known.digest == _digest(record.image)  # the time of a copy differs
 
 
 class CacheWriter:
-    """Adds pictures to a cache that is open for writing. `cache`: what was there before."""
+    """Adds images to a cache that is open for writing. `cache` is its state before."""
 
     def __init__(self, cache: FeatureCache, index: BinaryIO, values: BinaryIO) -> None:
         self.cache, self._index, self._values, self._row = cache, index, values, cache.count
 
     def add(self, records: Sequence[Record], problems: Sequence[str | None], features: Tensor) -> None:
-        """Adds pictures: `problems` says why one has no features, `features [n, E, P, V]` has those of the others."""
+        """Adds images. `problems` says why one has no features; `features [n, E, P, V]` are those of the others."""
         stored = features.to(self.cache.dtype).cpu()
         if not bool(stored.sum(dtype=torch.float32).isfinite()):
             precision = self.cache.made_by["precision"]
@@ -129,20 +129,25 @@ class CacheWriter:
 def writing(
     folder: Path, made_by: Made, shape: Sequence[int], say: Say, records: Sequence[Record] = (), replace: bool = False
 ) -> Iterator[CacheWriter]:
-    """Opens a cache for writing, after any other process that writes it.
+    """Opens a cache for writing; waits for other processes that write it.
 
-    A new one is begun if there is none or an older version's; with `replace` also if the cache was made by something
-    else or has none of `records`. `say` is called with a line for the user.
+    Args:
+        folder: Of the cache. A new cache is started if there is none or one of an older version.
+        made_by: What the features are made with.
+        shape: Of the features of an image.
+        say: Called with a line for the user.
+        records: The images.
+        replace: Whether to start a new cache also if it was made with something else or has none of `records`.
 
     Raises:
-        UserError: It was made by something else, or is damaged; or the disk is full.
+        UserError: It was made with something else, or is damaged; or the disk is full.
     """
     try:
         with locked(folder, say=say), (folder / "features.jsonl").open("ab") as index:
             if _outdated(folder, made_by, say, records, replace):
                 index.truncate(0)
                 for old in folder.glob("features-*.bin"):
-                    old.unlink()  # a process that still reads it keeps it
+                    old.unlink()  # processes that still read it can continue
                 head = {"version": VERSION, "made_by": made_by, "shape": shape, "file": f"features-{uuid4().hex}.bin"}
                 _append(index, json.dumps(head).encode() + b"\n")
             cache = FeatureCache(folder)
@@ -172,14 +177,14 @@ def _outdated(folder: Path, made_by: Made, say: Say, records: Sequence[Record], 
     except UserError as difference:
         say(str(difference))
         return True
-    return not any(cache.has(record) for record in records)  # those of other pictures would only take room
+    return not any(cache.has(record) for record in records)  # features of other images would only take space
 
 
 def require_same(folder: Path, theirs: Made, ours: Made, way_out: str) -> None:
-    """Checks that a cache was made by what `ours` names. (The encoder's name may differ: its weights are compared.)
+    """Checks that a cache was made with `ours`. The encoder's name may differ, because its weights are compared.
 
     Raises:
-        UserError: It was not; the message names the first difference.
+        UserError: It was made with something else; the message names the first difference.
     """
     for name, value in ours.items():
         if name != "encoder" and theirs.get(name) != value:
@@ -190,7 +195,7 @@ def require_same(folder: Path, theirs: Made, ours: Made, way_out: str) -> None:
 
 
 def picture_bytes(shape: Sequence[int]) -> int:
-    """Bytes on the disk of a picture's features of shape (E, P, V)."""
+    """Bytes on the disk for the features of one image, of shape (E, P, V)."""
     return 2 * int(np.prod(shape))
 
 
@@ -202,14 +207,14 @@ def _index_lines(folder: Path) -> list[bytes]:
 
 
 def _append(file: BinaryIO, content: bytes) -> None:
-    """Returns when it is on the disk."""
+    """Appends, and returns when the content is on the disk."""
     file.write(content)
     file.flush()
     os.fsync(file.fileno())
 
 
 def file_state(path: Path) -> tuple[int, int]:
-    """Size and time of change (ns) of a file; zeros if there is none or it may not be seen."""
+    """Size and time of change (ns) of a file; zeros if it does not exist or cannot be accessed."""
     try:
         state = path.stat()
     except OSError:
@@ -218,7 +223,7 @@ def file_state(path: Path) -> tuple[int, int]:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file; empty if it cannot be read, which opening the picture reports."""
+    """SHA-256 of a file; empty if it cannot be read, which is reported when the image is opened."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

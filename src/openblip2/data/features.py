@@ -30,7 +30,7 @@ class Features:
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """The features of `records` in a cache. `finish` is applied to features `[B, P, V]` after they are read."""
+    """The features of `records` in a cache. `finish` is applied to features `[B, P, V]` after reading."""
 
     records: list[Record]
     cache: FeatureCache
@@ -38,25 +38,25 @@ class StoredFeatures:
 
     @property
     def views(self) -> int:
-        """How many random crops there are of each picture."""
+        """The number of random crops of each image."""
         return self.cache.shape[0] - 1
 
     def take(self, numbers: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
-        """Features `[B, P, V]` of these records: of the plain pictures, or of one random crop of each (from 0)."""
+        """Features `[B, P, V]` of records by number: of the plain images, or of one random crop of each (from 0)."""
         return self.finish(self.cache.read([self.records[number].id for number in numbers], views))
 
     def load(self) -> Features:
-        """The features of all plain pictures, in memory."""
+        """The features of all plain images, in memory."""
         return Features(self.records, self.take(range(len(self.records))))
 
 
 def find_records(
     records: Sequence[Record], cache: FeatureCache, finish: Callable[[Tensor], Tensor]
 ) -> tuple[StoredFeatures, list[str]]:
-    """The features of records in a cache, and one line for each record that was skipped there.
+    """The features of records in a cache, and one line for each record that was skipped when it was made.
 
     Raises:
-        UserError: A record is not in the cache, or its file has another size. (It may be gone, or be a copy.)
+        UserError: A record is not in the cache, or its file has another size. The file may be missing or a copy.
     """
     unknown = [record for record in records if record.id not in cache.pictures]
     if unknown:

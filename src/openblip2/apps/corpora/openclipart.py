@@ -6,16 +6,15 @@ Half of the titles are not captions: they name the collection of a drawing, or t
 import html
 import re
 from collections import Counter
-from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
-from xml.parsers import expat
+from xml.etree import ElementTree
 
 from openblip2.data.records import Record
 from openblip2.errors import UserError, one_line
 
 _MAX_BYTES = 16 * 2**20  # of an SVG; the package's largest has 1.7 million
-_CHUNK = 64 * 2**10
-_DUBLIN = "http://purl.org/dc/elements/1.1/"
+_DUBLIN = "{http://purl.org/dc/elements/1.1/}"
 
 # Folders with drawings that a file name does not describe: toolbar icons, 1,379 stars by their number of points,
 # gradients and patterns. Icons with a title of their own are used.
@@ -96,47 +95,20 @@ def _metadata(path: Path) -> tuple[str, bool]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise UserError(f"{path}: has more than {_MAX_BYTES:,} bytes; a drawing")
-        for parent, tag, text in _texts(path):
-            if parent.endswith(" Work") and tag == f"{_DUBLIN} title":
-                title += text
-            elif parent.endswith(" Bag"):
-                tags.add(text.strip().lower())
-    except (OSError, expat.ExpatError) as error:
+        content = path.read_bytes()
+        if b"<!ENTITY" in content:
+            raise UserError(f"{path}: defines entities, which are not expanded; a drawing without")
+        for _, element in ElementTree.iterparse(BytesIO(content)):
+            name = element.tag.rpartition("}")[2]
+            if name == "Work":
+                title = element.findtext(f"{_DUBLIN}title") or ""
+            elif name == "li":
+                tags.add((element.text or "").strip().lower())
+            elif name == "metadata":
+                break  # the drawing itself is not parsed
+    except (OSError, ElementTree.ParseError) as error:
         raise UserError(f"{path}: is not SVG that can be read ({one_line(error)}); a drawing") from error
     return _plain(html.unescape(title)), bool(tags & {"flag", "flags"})
-
-
-def _texts(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(outer element, element, text) for the text of an XML file up to the end of its metadata.
-
-    Entities are refused and external definitions are not read, so no other file is opened and nothing expands.
-    """
-    stack = ["", ""]
-    texts: list[tuple[str, str, str]] = []
-    ended = False
-
-    def end(tag: str) -> None:
-        nonlocal ended
-        stack.pop()
-        ended = ended or tag.rpartition(" ")[2] == "metadata"
-
-    def refuse(*_: object) -> None:
-        raise UserError(f"{path}: defines entities, which are not expanded; a drawing without")
-
-    parser = expat.ParserCreate(namespace_separator=" ")
-    parser.buffer_text = True
-    parser.StartElementHandler = lambda tag, _: stack.append(tag)
-    parser.EndElementHandler = end
-    parser.CharacterDataHandler = lambda text: texts.append((stack[-2], stack[-1], text))
-    parser.EntityDeclHandler = refuse
-    with path.open("rb") as file:
-        while not ended:
-            chunk = file.read(_CHUNK)
-            parser.Parse(chunk, not chunk)
-            yield from texts
-            texts.clear()
-            if not chunk:
-                return
 
 
 def _caption(name: str, title: str, owners: int) -> str:
