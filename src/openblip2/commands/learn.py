@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from openblip2.apps.scenes.vocabulary import WORLDS
 from openblip2.commands.shared import (
     AsJson,
     Images,
@@ -28,6 +27,7 @@ from openblip2.commands.shared import (
 from openblip2.errors import UserError
 
 CORPORA = ("scenes", "stamps")
+WORLDS = {"small": 12, "full": 222}  # number of nouns
 TRAININGS = ("stage1", "stage2", "caption", "vqa", "retrieval")
 STORED = ("fp16", "bf16")
 
@@ -41,7 +41,7 @@ def demo(
     world: Annotated[
         str | None,
         typer.Option(
-            help=f"Kind of scenes: small ({len(WORLDS['small'])} nouns) or full ({len(WORLDS['full'])} nouns).",
+            help=f"Kind of scenes: small ({WORLDS['small']} nouns) or full ({WORLDS['full']} nouns).",
             autocompletion=among(tuple(WORLDS)),
             show_default="small",
         ),
