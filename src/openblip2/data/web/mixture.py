@@ -22,6 +22,7 @@ one image are not negatives of each other.
 
 import json
 import re
+import shutil
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from openblip2.data.records import Record, write_records
+from openblip2.data.text import clean_caption
 from openblip2.data.web.shard_files import expand, is_url, stated_samples
 from openblip2.data.web.tars import Sample, Shard
 from openblip2.errors import UserError, one_line
@@ -233,6 +236,31 @@ def hold_out(parts: Sequence[Part], wanted: int) -> list[Part]:
         held.append(min(count, left))
         left -= held[-1]
     return [replace(first, held_out=tuple(held)), *parts[1:]]
+
+
+def write_held_out(part: Part, wanted: int, folder: Path, problem: Callable[[str], object]) -> None:
+    """The first `wanted` samples of a part as a data folder, without those that have no caption."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    reader, records = find_reader(part.reader), list[Record]()
+    for url, held in zip(part.shards, part.held_out, strict=True):
+        if not held:
+            continue
+        shard = Shard(url, problem)
+        for number in range(min(held, len(shard))):
+            sample = shard.read(number)
+            texts = sample_captions(sample, reader) if sample else ()
+            if sample and any(map(clean_caption, texts)):
+                path = folder / f"{len(records):06}.{sample.suffix}"
+                path.write_bytes(sample.image)
+                records.append(Record(f"{Path(url).stem}/{sample.key}", path, texts))
+        shard.close()
+    if len(records) < 2:
+        raise UserError(
+            f"{wanted} samples are held out, {len(records)} of them with a caption: at least 2; give --held-out "
+            "pictures, or a larger data.held_out"
+        )
+    write_records(records, folder)
 
 
 def write_parts(parts: Sequence[Part], run: Path) -> None:
