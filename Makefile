@@ -72,7 +72,7 @@ docs: .venv/.docs-stamp .venv/.models-stamp
 demo: .venv/.demo-stamp .venv/.models-stamp
 	.venv/bin/openblip2 demo --out "$(OUT)"
 
-# Fetches pictures with apt-get and npm (their names: src/openblip2/data/real/fetch.py). Interrupted? The same command goes on.
+# Fetches pictures with apt-get and npm (their names: src/openblip2/apps/corpora/fetch.py). Interrupted? The same command goes on.
 bench-real: .venv/.dev-stamp .venv/.models-stamp
 	.venv/bin/openblip2 bench-real --out runs/real --table docs/results.md
 

@@ -13,10 +13,10 @@ from typer.testing import Result as Done
 import tiny
 import tiny_models
 import tiny_runs
+from openblip2.apps.scenes.draw import draw_scenes
 from openblip2.attend import Looked, look, overlay, sheet, text_relevance
 from openblip2.cli import app
 from openblip2.data.records import Record
-from openblip2.data.scenes.draw import draw_scenes
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher

@@ -15,12 +15,11 @@ import transformers as hf
 import tiny_capfilt
 import tiny_runs
 from openblip2.capfilt import shard as shard_module
-from openblip2.capfilt.clip import ClipRanker
 from openblip2.capfilt.duplicates import Duplicates, Twin, _twins
 from openblip2.capfilt.how import How
 from openblip2.capfilt.models import Models, digests, open_models
 from openblip2.capfilt.pool import Pool, Text, best, pool
-from openblip2.capfilt.ranker import RunRanker
+from openblip2.capfilt.rankers import ClipRanker, RunRanker
 from openblip2.capfilt.run import capfilt
 from openblip2.data.images import PictureFile, open_picture
 from openblip2.data.text import clean_caption

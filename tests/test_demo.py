@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 import tiny_runs
 from openblip2.apps.demo import Plan, plan_for, run_demo
 from openblip2.apps.demo.plan import announcement
+from openblip2.apps.scenes.vocabulary import WORLDS
 from openblip2.cli import app
 from openblip2.config import change
 from openblip2.data.records import read_records
-from openblip2.data.scenes.vocabulary import WORLDS
 from openblip2.errors import UserError
 from openblip2.presets import preset
 from openblip2.progress import Progress
@@ -124,7 +124,7 @@ def test_the_announcement_has_the_plan_in_it() -> None:
 
 def test_stamps_that_are_not_installed_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import openblip2.apps.demo.plan as module
-    from openblip2.data.corpora import stamps_records
+    from openblip2.apps.corpora.stamps import stamps_records
 
     monkeypatch.setattr(module, "stamps_records", lambda seed: stamps_records(tmp_path / "none", seed=seed))
     with pytest.raises(UserError, match="apt-get install tuxpaint-stamps-default"):

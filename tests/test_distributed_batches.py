@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
-from openblip2.data.features import StoredFeatures
+from openblip2.data.batches import ImagePairs, PairBatch
+from openblip2.data.features import FeaturePairs, StoredFeatures
 from openblip2.data.records import Question, Record
 from openblip2.data.samples import Answers, Captions
 from openblip2.distributed.collectives import part_of

@@ -14,9 +14,9 @@ import typer.main
 
 import openblip2
 from openblip2 import cli
+from openblip2.apps.scenes.draw import colours_of
+from openblip2.apps.scenes.vocabulary import WORLDS
 from openblip2.config import RunSettings, _names
-from openblip2.data.scenes.draw import colours_of
-from openblip2.data.scenes.vocabulary import WORLDS
 from openblip2.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]

@@ -13,8 +13,8 @@ from torch import Tensor
 import tiny
 import tiny_runs
 from openblip2.data.records import Record, read_records
-from openblip2.data.seen import picture_digest, seen_before, write_seen
 from openblip2.data.sources import read_source
+from openblip2.data.trained_on import picture_digest, pictures_trained_on, write_trained_on
 from openblip2.errors import UserError
 from openblip2.evaluate.ranking import Matches, best_images, best_texts, hits_at
 from openblip2.evaluate.retrieval import recalls, rerank
@@ -197,8 +197,8 @@ def test_pictures_of_the_training_are_warned_of(home: Path, tmp_path: Path) -> N
     both = [Record("copy", copy, ("a",)), Record("other", other, ("b",))]
     assert overlap(both, str(home / "vqa")) == (1, ["copy"])  # known from the run it started from, too
     assert overlap(both, "somewhere/else") == (None, [])
-    write_seen(both, tmp_path)
-    assert seen_before(both, [tmp_path]) == both
+    write_trained_on(both, tmp_path)
+    assert pictures_trained_on(both, [tmp_path]) == both
 
 
 def test_captions_and_their_protocol(home: Path, tmp_path: Path) -> None:
@@ -291,7 +291,6 @@ def test_what_cannot_be_scored_is_one_line(
 def test_sources_are_told_apart(home: Path, tmp_path: Path) -> None:
     assert read_source(str(home / "data")).kind == "own"
     for data, split, message in (
-        ("easy-vqa", None, "--split train or --split test"),
         (str(home / "data"), "train", "--split belongs to an official"),
         (str(tmp_path / "x.json"), None, "give --images"),
     ):

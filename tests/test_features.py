@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import tiny_runs
+from openblip2.apps.scenes.draw import draw_scenes
 from openblip2.config import RunSettings, change
-from openblip2.data.batches import FeaturePairs
-from openblip2.data.features import FeatureCache, StoredFeatures, find_records, picture_bytes, writing
+from openblip2.data.feature_cache import FeatureCache, picture_bytes, writing
+from openblip2.data.features import FeaturePairs, StoredFeatures, find_records
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Captions
-from openblip2.data.scenes.draw import draw_scenes
 from openblip2.errors import UserError
 from openblip2.model.build import build_vision
 from openblip2.presets import preset

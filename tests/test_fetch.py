@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from openblip2.data.real import fetch as module
-from openblip2.data.real.fetch import PACKAGES, fetch, untar, unzip
+from openblip2.apps.corpora import fetch as module
+from openblip2.apps.corpora.fetch import PACKAGES, fetch, untar, unzip
 from openblip2.errors import UserError
 
 ALL = re.compile(".*", re.DOTALL)

@@ -7,10 +7,9 @@ from typing import Literal
 
 import pytest
 
-from openblip2.data.records import Question
-from openblip2.data.scenes.draw import colours_of, draw_facts
-from openblip2.data.scenes.grammar import Facts, Judgement, Thing, captions, judge, questions, sentences
-from openblip2.data.scenes.vocabulary import (
+from openblip2.apps.scenes.draw import colours_of, draw_facts
+from openblip2.apps.scenes.grammar import Facts, Judgement, Thing, captions, judge, questions, sentences
+from openblip2.apps.scenes.vocabulary import (
     COLOURS,
     NOUNS,
     NUMBERS,
@@ -21,6 +20,7 @@ from openblip2.data.scenes.vocabulary import (
     plural,
     with_article,
 )
+from openblip2.data.records import Question
 
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")
 

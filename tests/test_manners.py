@@ -63,11 +63,12 @@ def test_shells_complete_commands_and_values(shell: str) -> None:
 def test_what_is_completed_is_what_there_is() -> None:
     from openblip2.apps.bench.sizes import SIZES
     from openblip2.apps.demo import Plan
+    from openblip2.apps.scenes.vocabulary import WORLDS
     from openblip2.apps.studies.design import STUDIES
     from openblip2.attend import BY
     from openblip2.capfilt.how import How
-    from openblip2.data.features import CACHE_DTYPES
-    from openblip2.data.web.readers import READERS
+    from openblip2.data.feature_cache import CACHE_DTYPES
+    from openblip2.data.web.mixture import READERS
     from openblip2.presets import FINE_TUNING, PRESETS
     from openblip2.score.answers import METRICS
     from openblip2.score.run import Task
@@ -78,6 +79,7 @@ def test_what_is_completed_is_what_there_is() -> None:
 
     assert values(Plan, "corpus") == learn.CORPORA
     assert values(Plan, "world") == tuple(learn.WORLDS)
+    assert {world: len(nouns) for world, nouns in WORLDS.items()} == learn.WORLDS
     assert (*PRESETS, *FINE_TUNING) == learn.TRAININGS
     assert tuple(CACHE_DTYPES) == learn.STORED
     assert get_args(Task) == measure.TASKS

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from openblip2.apps.demo.plan import announcement, plan_for
-from openblip2.data.scenes.draw import draw_scenes
-from openblip2.data.scenes.grammar import judge
+from openblip2.apps.scenes.draw import draw_scenes
+from openblip2.apps.scenes.grammar import judge
 from openblip2.data.text import clean_caption
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

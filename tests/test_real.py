@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
+from openblip2.apps.corpora import groups, openclipart
+from openblip2.apps.corpora import prepare as real
+from openblip2.apps.corpora.prepare import by_fold, emoji, furniture, prepare
 from openblip2.data.images import open_picture
-from openblip2.data.real import groups, openclipart
-from openblip2.data.real import prepare as real
-from openblip2.data.real.prepare import by_fold, emoji, furniture, prepare
 from openblip2.data.records import Record, read_records
 from openblip2.errors import UserError
 

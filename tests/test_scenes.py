@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from openblip2.apps.scenes import draw as scenes
+from openblip2.apps.scenes.draw import colours_of, draw_facts, draw_picture, draw_scenes
+from openblip2.apps.scenes.grammar import Facts, Thing, judge, questions
+from openblip2.apps.scenes.vocabulary import COLOURS, NOUNS, PLACES, SIZES, WORLDS, plural
 from openblip2.data.records import read_records
-from openblip2.data.scenes import draw as scenes
-from openblip2.data.scenes.draw import colours_of, draw_facts, draw_picture, draw_scenes
-from openblip2.data.scenes.grammar import Facts, Thing, judge, questions
-from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, PLACES, SIZES, WORLDS, plural
 from openblip2.errors import UserError
 
 SPLITS: tuple[Literal["train"], Literal["test"]] = ("train", "test")

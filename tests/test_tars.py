@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from openblip2.data.web.tar_members import MOST_HEADER, tar_members
-from openblip2.data.web.tars import MAX_CAPTION, Sample, expand, read_tar, write_tar
+from openblip2.data.web.shard_files import expand
+from openblip2.data.web.tars import MAX_CAPTION, MOST_HEADER, Sample, read_tar, tar_members
+from openblip2.data.web.write_shards import write_tar
 from openblip2.errors import UserError
 
 Entry = tuple[str, bytes]

@@ -12,7 +12,7 @@ import processes
 import tiny_runs
 from openblip2.data.batches import joined_ids
 from openblip2.data.records import read_records
-from openblip2.data.seen import seen_before
+from openblip2.data.trained_on import pictures_trained_on
 from openblip2.data.web.mixture import count_parts, read_parts
 from openblip2.data.web.pairs import ShardPairs
 from openblip2.train import loop
@@ -61,7 +61,7 @@ def test_a_run_on_shards_and_the_same_run_interrupted(home: Home, monkeypatch: p
     assert len(skipped) == 1
     assert "002000004.jpg" in skipped[0]
     assert not (whole / "trained_on.txt").exists()
-    assert seen_before(held, [whole]) is None  # not known
+    assert pictures_trained_on(held, [whole]) is None  # not known
 
     step = loop.learning_rate
 

@@ -258,8 +258,8 @@ def test_counts_are_kept_with_the_run(tmp_path: Path) -> None:
     [
         ("", "mixture"),
         ("part = 3", "mixture"),
-        ("[[part]]\nshards = 3", "is none"),
-        ('[[part]]\nshards = "a.tar"\nweights = 3', "is none"),
+        ("[[part]]\nshards = 3", r"part\.0\.shards: .*string"),
+        ('[[part]]\nshards = "a.tar"\nweights = 3', r"part\.0\.weights: .*not permitted"),
         ('[[part]]\nshards = "a.tar"\nweight = 0.5', "whole number"),
         ('[[part]]\nshards = "a.tar"\nreader = "cocos"', "unknown reader"),
         ("[[part", "not TOML"),

@@ -6,8 +6,8 @@ from PIL import Image
 
 import tiny_runs
 from openblip2.data.records import Record, read_records
-from openblip2.data.sources import read_corpus
-from openblip2.data.web.tars import expand, read_tar
+from openblip2.data.web.shard_files import expand
+from openblip2.data.web.tars import read_tar
 from openblip2.data.web.write_shards import write_shards
 from openblip2.errors import UserError
 from test_cli import call
@@ -90,8 +90,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert (said.code, said.err.count("\n")) == (2, 1)
 
 
-def test_corpora_that_packages_carry(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--split"):
-        read_corpus("stamps")
-    with pytest.raises(UserError, match="--split"):
-        read_corpus("easy-vqa")
+@pytest.mark.parametrize("name", ["stamps", "easy-vqa"])
+def test_corpora_that_packages_carry_need_a_split(name: str, tmp_path: Path) -> None:
+    said = call("prepare", name, "--out", tmp_path / "out")
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "--split train or --split test" in said.err
+    assert not (tmp_path / "out").exists()

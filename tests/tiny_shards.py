@@ -6,8 +6,9 @@ from typing import Any
 
 from PIL import Image
 
-from openblip2.data.web.shard_file import write_stats
-from openblip2.data.web.tars import Sample, write_tar
+from openblip2.data.web.shard_files import write_stats
+from openblip2.data.web.tars import Sample
+from openblip2.data.web.write_shards import write_tar
 
 
 def jpeg(colour: tuple[int, int, int], width: int = 20, height: int = 12) -> bytes:

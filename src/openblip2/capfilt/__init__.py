@@ -1,1 +1,1 @@
-"""CapFilt: the web's captions and a captioner's, ranked by a model that sees the picture; the best are kept."""
+"""CapFilt: captions from the web and from a captioner are ranked by how well they fit the image; the best are kept."""

@@ -1,15 +1,15 @@
-"""Pictures that stand in the shards more than once: by their url, or what else the reader knows a picture by.
+"""Images that occur more than once in the shards, by their url or another identity that the reader knows.
 
-The first in the order of (shard, position) is kept. The others are left out, and their captions join its own.
+The first one in the order of (shard, position) is kept. The others are left out, and it gets their captions.
 
-OUT/urls/NAME.npy    uint64 [N + 1, 2], of each of the N samples a hash of its address, 0 = none, and where its captions
-                     begin
-OUT/urls/NAME.jsonl  the captions of each, a line of JSON
+OUT/urls/NAME.npy    uint64 [N + 1, 2]: for each of N samples a hash of its identity, 0 = none, and the position of its
+                     captions in NAME.jsonl
+OUT/urls/NAME.jsonl  the captions of each sample, a line of JSON
 
-A first pass over the headers and the texts of all shards writes these, once. No picture is read, though a remote shard
-is copied whole. Then one sort finds what is double: 100 million samples take 2.6 GB, their hashes, the order and the
-sorted hashes (measured: 20 million, 0.52 GB). The chance that any two of so many addresses share a hash of 64 bits is 3
-in 10,000.
+A first pass over the headers and texts of all shards writes these files. No image is read, but a remote shard is copied
+completely. One sort then finds the duplicates: 100 million samples take 2.6 GB for their hashes, the order and the
+sorted hashes (measured: 20 million, 0.52 GB). The probability that any two of so many identities have the same 64-bit
+hash is 3 in 10,000.
 """
 
 import hashlib
@@ -21,22 +21,22 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from openblip2.data.web.readers import Reader, captions, picture, reader
+from openblip2.data.web.mixture import Reader, find_reader, sample_captions, sample_picture
 from openblip2.data.web.tars import Sample, Shard
 from openblip2.errors import UserError
 from openblip2.runs import atomic_write
 
 FOLDER = "urls"
-THREADS = 4  # that read shards: they wait for disks and networks
+THREADS = 4  # that read shards, and mostly wait for disks and networks
 
 
 class Twin(NamedTuple):
-    """A sample that is not what it was alone.
+    """A sample that is one of several with the same image.
 
     Attributes:
         position: in its shard.
-        shard, other: where a later copy stands, whose captions it gets; "", -1: it is itself a later copy, and left
-            out.
+        shard: of a later duplicate, whose captions the sample gets; "" if it is itself a later duplicate and left out.
+        other: the position of the later duplicate in that shard; -1 if there is none.
     """
 
     position: int
@@ -45,10 +45,11 @@ class Twin(NamedTuple):
 
 
 class Duplicates:
-    """What is double among shards.
+    """The duplicates among shards.
 
     Args:
-        names: of the shards, as in `FOLDER`, in their order. What has no index there holds nothing that is known.
+        names: of the shards, in their order. A shard without an index counts as empty.
+        folder: of the index.
     """
 
     def __init__(self, names: Sequence[str], folder: Path) -> None:
@@ -63,12 +64,12 @@ class Duplicates:
         self._firsts = self.first[self._by_first]
 
     def pictures(self, shard: int) -> int:
-        """How many samples of a shard are to be captioned: those that are no later copies."""
+        """The number of samples of a shard that are not later duplicates."""
         start, end = self.starts[shard], self.starts[shard + 1]
         return int(end - start - np.diff(np.searchsorted(self.later, (start, end)))[0])
 
     def of(self, shard: int) -> list[Twin]:
-        """What concerns the samples of a shard, by its number: first what is left out, then who gets captions."""
+        """The duplicates of a shard, by its number: first samples to leave out, then samples that get captions."""
         start, end = self.starts[shard], self.starts[shard + 1]
         left_out = self.later[slice(*np.searchsorted(self.later, (start, end)))] - start
         gets = self._by_first[slice(*np.searchsorted(self._firsts, (start, end)))]
@@ -86,15 +87,17 @@ def write_index(
     first: Sequence[int],
     advance: Callable[[], object],
 ) -> None:
-    """The first pass: the index of each shard that has none yet, a pair of name and address each.
+    """The first pass: writes the index of each shard that has none yet.
 
-    Processes may share the work: each begins with its own, and finds what others have done in the meantime.
+    Processes may share the work: each begins with its own shards and then skips those that others have finished.
 
     Args:
-        how: the reader.
-        problem: is told which shards cannot be opened: they are tried again the next time.
+        shards: name and address of each.
+        folder: of the index.
+        how: the name of the reader.
+        problem: called with each shard that cannot be opened; it is tried again the next time.
         first: the numbers of the shards to begin with.
-        advance: is called after each shard.
+        advance: called after each shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
     order = [*first, *sorted(set(range(len(shards))) - set(first))]
@@ -103,7 +106,7 @@ def write_index(
         name, url = shards[number]
         try:
             if not _index(folder, name).exists():
-                _write(url, _index(folder, name), reader(how))
+                _write(url, _index(folder, name), find_reader(how))
         except UserError as error:
             return str(error)
         return None
@@ -116,7 +119,7 @@ def write_index(
 
 
 def captions_of(folder: Path, shard: str, numbers: Sequence[int]) -> list[tuple[str, ...]]:
-    """The captions of some samples of a shard, as the first pass found them."""
+    """The captions of some samples of a shard, from the index."""
     path = _index(folder, shard)
     begins = _read(path, "r")[:, 1]
     found = []
@@ -135,36 +138,36 @@ def _read(path: Path, mapped: Literal["r"] | None = None) -> np.ndarray[Any, Any
     try:
         return np.load(path, mmap_mode=mapped, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: is damaged: remove it, and it is made again") from error
+        raise UserError(f"{path}: is damaged: remove it, and it is written again") from error
 
 
 def _write(url: str, path: Path, how: Reader) -> None:
-    shard = Shard(url, lambda line: None)  # what is wrong in it is said when it is captioned
+    shard = Shard(url, lambda line: None)  # its problems are reported when it is captioned
     rows, place = [], 0
-    try:  # other processes may be at the same shard
+    try:  # other processes may write the same index
         with atomic_write(path.with_suffix(".jsonl"), concurrent=True) as draft, draft.open("wb") as file:
             for number in range(len(shard)):
                 texts, about = shard.texts(number)
                 sample = Sample(shard.key(number), b"", "", texts, about)
                 rows.append((_hash(sample, how, url), place))
-                place += file.write(json.dumps(captions(sample, how)).encode() + b"\n")
+                place += file.write(json.dumps(sample_captions(sample, how)).encode() + b"\n")
     finally:
         shard.close()
-    with atomic_write(path, concurrent=True) as draft, draft.open("wb") as file:  # last: it says that both are there
+    with atomic_write(path, concurrent=True) as draft, draft.open("wb") as file:  # last, it marks both as complete
         np.save(file, np.array([*rows, (0, place)], np.uint64), allow_pickle=False)
 
 
 def _hash(sample: Sample, how: Reader, url: str) -> int:
-    """0: nothing says which picture it is."""
-    name = picture(sample, how, url)
+    """0 if nothing identifies the image."""
+    name = sample_picture(sample, how, url)
     if name == f"{url}:{sample.key}":
         return 0
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest(), "little") or 1
 
 
 def _twins(hashes: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The numbers of samples that stood before, in order, and for each of the first one that is the same: int64."""
-    order = np.argsort(hashes, kind="stable")  # of equal ones the first comes first
+    """The numbers of the later duplicates, in order, and for each the number of the first sample like it: int64."""
+    order = np.argsort(hashes, kind="stable")  # stable: the first of equal samples comes first
     ranked = hashes[order]
     again = np.zeros(len(order), bool)
     again[1:] = (ranked[1:] == ranked[:-1]) & (ranked[1:] != 0)

@@ -1,4 +1,4 @@
-"""How shards are captioned and filtered, and what OUT was made by: `OUT/capfilt.json`."""
+"""The settings of CapFilt, and `OUT/capfilt.json`, which records the settings and models that OUT was made with."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from openblip2.data.web.readers import reader
+from openblip2.data.web.mixture import find_reader
 from openblip2.errors import UserError
 from openblip2.runs import atomic_write, make_folder, read_json
 
@@ -17,19 +17,20 @@ _FORMAT = 1  # raise it when the same settings give other captions
 
 @dataclass(frozen=True)
 class How:
-    """The defaults are the paper's.
+    """Settings; the defaults are the paper's.
 
     Attributes:
-        captions: sampled for each picture; 0 = none, the ranker alone.
-        top_p: of the nucleus, in (0, 1].
-        keep: captions of a picture that are kept, the best ones.
-        filter: "similarity", by which captions are ranked; or "itm", BLIP's older form: by the probability of a
-            match, and what is below `threshold` is dropped.
-        seed: of the captions.
-        reader: of the shards (data/web/readers.py).
+        captions: number of captions to sample for each image; 0 = none, only rank.
+        top_p: probability mass for nucleus sampling, in (0, 1].
+        keep: number of captions to keep for each image, the best ones.
+        filter: "similarity" ranks captions by their similarity to the image; "itm", as in BLIP, by the probability of
+            a match, and drops those below `threshold`.
+        threshold: in [0, 1].
+        seed: of the sampled captions.
+        reader: of the shards (data/web/mixture.py).
 
     Raises:
-        UserError: a number out of its range, an unknown filter or reader.
+        UserError: a number is out of its range, or the filter or reader is unknown.
     """
 
     captions: int = 10
@@ -50,32 +51,32 @@ class How:
             raise UserError(f"--threshold {self.threshold}: a probability, from 0 to 1")
         if self.filter not in ("similarity", "itm"):
             raise UserError(f"--filter {self.filter}: similarity or itm")
-        reader(self.reader)
+        find_reader(self.reader)
 
 
 def settings_of(how: How, captioner: str | None, ranker: str) -> dict[str, Any]:
-    """All that captions depend on besides the shard; `captioner`, `ranker`: digests of their weights."""
-    told = asdict(how) if how.filter == "itm" else {k: v for k, v in asdict(how).items() if k != "threshold"}
-    return {"format": _FORMAT, **told, "captioner": captioner, "ranker": ranker}
+    """Everything that captions depend on besides the shard, with digests of the weights of both models."""
+    values = asdict(how) if how.filter == "itm" else {k: v for k, v in asdict(how).items() if k != "threshold"}
+    return {"format": _FORMAT, **values, "captioner": captioner, "ranker": ranker}
 
 
 def digest(values: Any) -> str:
-    """Of plain values."""
+    """SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def claim(out: Path, settings: Mapping[str, Any]) -> None:
-    """Makes OUT and writes into it what it is made by; or sees that it is made by the same.
+    """Creates OUT with `OUT/capfilt.json`, or checks that OUT was made with the same settings.
 
     Raises:
-        UserError: OUT cannot be made, is made by something else, or holds shards of another program.
+        UserError: OUT cannot be created, was made with other settings, or contains shards of another program.
     """
     make_folder(out)
     path = out / FILE
     if not path.exists():
         if others := sorted(found.name for found in out.glob("*.tar")):
             raise UserError(f"{out} holds other shards ({others[0]}): give a new folder for the captioned ones")
-        with atomic_write(path, concurrent=True) as draft:  # the parts of a job array begin at once
+        with atomic_write(path, concurrent=True) as draft:  # the parts of a job array start at once
             draft.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     told = read_json(path)
     if told != settings:

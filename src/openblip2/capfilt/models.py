@@ -1,4 +1,4 @@
-"""The captioner and the ranker by name: what they are, told without loading them, and loaded."""
+"""The captioner and the ranker: identified without loading them, and loaded."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from openblip2.capfilt.clip import ClipRanker
 from openblip2.capfilt.how import How, digest
-from openblip2.capfilt.ranker import RunRanker
+from openblip2.capfilt.rankers import ClipRanker, RunRanker
 from openblip2.captioner import Captioner
 from openblip2.config import to_dict
 from openblip2.errors import UserError
@@ -25,17 +24,17 @@ _WEIGHTS = (".json", ".safetensors", ".txt", ".model")
 
 
 class Models(NamedTuple):
-    """The names of both, as a user gives them; `captioner` None: no captions are written."""
+    """The names of both as the user gives them; captioner None: no captions are generated."""
 
     captioner: str | None
     ranker: str
 
 
 def digests(models: Models, how: How) -> tuple[str | None, str]:
-    """Of the weights of captioner and ranker, and of what else their work depends on.
+    """Digests of captioner and ranker: their weights and everything else that their results depend on.
 
     Raises:
-        UserError: one that is not there, is of the wrong kind, or cannot do what is asked for.
+        UserError: one does not exist, is of the wrong kind, or cannot do what the settings require.
     """
     captioner = None if models.captioner is None else _captioner(models.captioner)
     if not _is_run(models.ranker):
@@ -53,13 +52,13 @@ def digests(models: Models, how: How) -> tuple[str | None, str]:
 
 
 def open_models(models: Models, how: How) -> tuple[Captioner | None, Ranker]:
-    """Both, loaded, on a GPU if there is one.
+    """Loads both, on a GPU if there is one.
 
     Raises:
-        UserError: as `digests`; or a part of them cannot be loaded.
+        UserError: as `digests`, or a part cannot be loaded.
     """
     captioner = None if models.captioner is None else load(models.captioner)
-    assert captioner is None or isinstance(captioner, Captioner)  # `digests` has seen to it
+    assert captioner is None or isinstance(captioner, Captioner)  # checked by `digests`
     if not _is_run(models.ranker):
         return captioner, ClipRanker(_folder(models.ranker))
     matcher = load(models.ranker)
@@ -82,10 +81,10 @@ def _folder(name: str) -> Path:
 
 
 def _is_run(name: str) -> bool:
-    """Whether `read_checkpoint` reads it; else it may be a CLIP.
+    """Whether `read_checkpoint` reads it. If not, it may be a CLIP.
 
     Raises:
-        UserError: there is nothing of that name, or no model in it.
+        UserError: it does not exist, or it contains no model.
     """
     folder = _folder(name)
     if folder.is_file():
@@ -102,7 +101,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> str:
     settings = to_dict(checkpoint.settings)
     parts = {part: dict(settings[part]) for part in ("vision", "language")}
     for part in parts.values():
-        if Path(part["name"]).is_dir():  # by what lies there, wherever it lies
+        if Path(part["name"]).is_dir():  # by its content, wherever it is
             part["name"] = _of_files(Path(part["name"]))
     if checkpoint.settings.stage == "stage1":
         parts.pop("language")

@@ -1,8 +1,8 @@
-"""The captions of one picture: those it has, and those that are written for it. Each stands there once.
+"""The pool of captions of one image, from the web and from the captioner, without duplicates.
 
-BLIP-2 (Li et al. 2023), section 3.4: ten captions are sampled, pooled with the web's, and the two are kept that
-are most like the picture. BLIP (Li et al. 2022), section 3.3: one is sampled, and a filter drops every text, the
-web's or the sampled, that image-text matching finds not to belong to the picture.
+BLIP-2 (Li et al. 2023), section 3.4: ten captions are sampled and pooled with those from the web, and the two that are
+most similar to the image are kept. BLIP (Li et al. 2022), section 3.3: one caption is sampled, and every text that does
+not match the image according to image-text matching is dropped.
 """
 
 import math
@@ -16,14 +16,14 @@ Origin = Literal["web", "captioner"]
 
 
 class Text(NamedTuple):
-    """A caption, cleaned, and who wrote it."""
+    """A cleaned caption and its origin."""
 
     text: str
     origin: Origin
 
 
 class Pool(NamedTuple):
-    """The different captions of a picture, and how many were left out as being there already, or empty."""
+    """The different captions of an image, and the numbers of duplicates and of empty captions that were left out."""
 
     texts: tuple[Text, ...]
     folded: int
@@ -31,7 +31,7 @@ class Pool(NamedTuple):
 
 
 def pool(web: Iterable[str], written: Iterable[str]) -> Pool:
-    """The captions that differ once they are cleaned as for training, in their order, the web's first."""
+    """The captions that differ after they are cleaned as for training, those from the web first."""
     found: dict[str, Origin] = {}
     folded = empty = 0
     given: tuple[tuple[Origin, Iterable[str]], ...] = (("web", web), ("captioner", written))
@@ -47,13 +47,15 @@ def pool(web: Iterable[str], written: Iterable[str]) -> Pool:
 
 
 def best(scores: Sequence[float], keep: int, threshold: float | None = None) -> list[int]:
-    """Which captions are kept, the best first; of equal ones the earlier.
+    """The numbers of the captions to keep, the best first; of equal ones the earlier.
 
     Args:
-        threshold: what is below is dropped; then fewer than `keep` may be left, or none.
+        scores: of all captions.
+        keep: how many to keep at most.
+        threshold: captions with a lower score are dropped.
 
     Raises:
-        UserError: a score is no number.
+        UserError: a score is not a number.
     """
     if not all(map(math.isfinite, scores)):
         raise UserError("the ranker gives scores that are no numbers: are its weights whole?")

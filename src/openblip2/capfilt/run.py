@@ -1,4 +1,4 @@
-"""All shards, in one process, in several of a job array, or on a Ray cluster: the captions are the same."""
+"""CapFilt over all shards, in one process or in several of a job array; the captions are the same."""
 
 import time
 from collections import Counter
@@ -10,14 +10,13 @@ from openblip2.capfilt.duplicates import FOLDER, Duplicates, write_index
 from openblip2.capfilt.how import How, claim, digest, settings_of
 from openblip2.capfilt.models import Models, digests, open_models
 from openblip2.capfilt.shard import Made, Maker, Task, finished
-from openblip2.data.web.shard_file import is_url
-from openblip2.data.web.shard_names import expand
+from openblip2.data.web.shard_files import expand, is_url
 from openblip2.errors import UserError
 from openblip2.progress import Progress
 
 
 class Written(NamedTuple):
-    """What there is now of the shards asked for: how many, the sum of their counts, and those that are dead."""
+    """The finished shards: their number, the sum of their counts, and a line for each that cannot be read."""
 
     shards: int
     counts: Counter[str]
@@ -32,16 +31,20 @@ def capfilt(
     progress: Progress,
     part: tuple[int, int] = (1, 1),
 ) -> Written:
-    """Captions and filters shards into `out`. An interrupted run is gone on with: what is done is not made again.
+    """Captions and filters shards into `out`. An interrupted run continues with the shards that are not finished.
 
     Args:
-        shards: as `expand` takes them.
-        part: (K, N): every Nth shard, from the Kth on; all N parts, in any order or at once, make what one process
-            makes.
+        shards: as in `expand`.
+        models: captioner and ranker.
+        out: the folder of the new shards.
+        how: the settings.
+        progress: shows what is being done.
+        part: (K, N): every Nth shard, from the Kth on. N such runs, in any order or at the same time, give the same
+            as one run over all shards.
 
     Raises:
-        UserError: no shards, two of one name, models of the wrong kind, an `out` that is of other settings or holds
-            the shards themselves, or not one shard can be read.
+        UserError: no shards, two with the same name, models of the wrong kind, an `out` that has other settings or
+            contains the shards themselves, or no shard that can be read.
     """
     names = named(expand(shards), out)
     settings = settings_of(how, *digests(models, how))
@@ -51,7 +54,7 @@ def capfilt(
     mine = range(part[0] - 1, len(names), part[1])
     if not mine:
         raise UserError(f"--part {part[0]}/{part[1]}: there are {len(names)} shards, it has none; fewer parts")
-    with progress.steps("looking for pictures that stand twice", len(names), unit="shards") as bar:
+    with progress.steps("looking for duplicate pictures", len(names), unit="shards") as bar:
         write_index(names, out / FOLDER, how.reader, lambda line: progress.say(f"skipped: {line}"), mine, bar.advance)
     known = Duplicates([name for name, _ in names], out / FOLDER)
 
@@ -78,23 +81,23 @@ def capfilt(
 
 
 def named(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
-    """Each shard's name, which its captioned one has too, and its path or URL.
+    """The name of each shard, which the new shard gets too, and its path or URL.
 
     Raises:
-        UserError: no .tar, two of one name, or one that lies in `out`.
+        UserError: one is not a .tar, two have the same name, or one is in `out`.
     """
     found: dict[str, str] = {}
     for url in shards:
         file = url.split("?", 1)[0].rsplit("/", 1)[-1] if is_url(url) else Path(url).name
         name = file.removesuffix(".tar")
         if name in ("", file) or name.startswith("."):
-            raise UserError(f"{url}: is no shard by its name; one that ends in .tar")
+            raise UserError(f"{url}: not the name of a shard; one that ends in .tar")
         if name in found:
             raise UserError(
-                f"{found[name]} and {url}: two shards of one name; one folder at a time, each its own --out"
+                f"{found[name]} and {url}: two shards of one name; one folder at a time, each with its own --out"
             )
         if not is_url(url) and Path(url).resolve().parent == out.resolve():
-            raise UserError(f"{url} lies in --out, where the captioned one would be written over it: another folder")
+            raise UserError(f"{url} is in --out, where the new shard would replace it; another folder")
         found[name] = url if is_url(url) else str(Path(url).resolve())
     return list(found.items())
 

@@ -1,13 +1,13 @@
-"""One shard captioned and filtered: a shard in, a shard out, a function of the shard and the settings alone.
+"""One shard captioned and filtered: the result depends only on the shard and the settings.
 
-OUT/NAME.tar         its pictures, their captions the best of the pool: "captions" of each .json is
-                     [{"text": ..., "score": ..., "from": "web" or "captioner"}, ...], the best first; all else that
-                     the .json held is carried along
-OUT/NAME_log.jsonl   what was left out and why, a line each
-OUT/NAME_stats.json  that it is done, by what settings, and the counts
+OUT/NAME.tar         its images with the best captions of their pools: "captions" in each .json is
+                     [{"text": ..., "score": ..., "from": "web" or "captioner"}, ...], best first; the rest of the
+                     .json is kept
+OUT/NAME_log.jsonl   what was left out and why, one line each
+OUT/NAME_stats.json  settings and counts; marks the shard as complete
 
-Pictures are captioned in groups of 32 samples as they stand in the shard, and each group draws from random numbers of
-its own: so the bytes are the same whichever process makes which shard when.
+Images are captioned in groups of 32 samples, in the order of the shard, and each group has its own random numbers. So
+the bytes do not depend on which process makes which shard.
 """
 
 import hashlib
@@ -29,15 +29,16 @@ from openblip2.capfilt.models import Ranker
 from openblip2.capfilt.pool import Text, best, pool
 from openblip2.captioner import Captioner
 from openblip2.data.images import THREADS, PictureFile, to_pixels
-from openblip2.data.web.readers import captions, reader
-from openblip2.data.web.shard_file import stats_path, write_stats
-from openblip2.data.web.tars import MAX_JSON, Sample, Shard, write_tar
+from openblip2.data.web.mixture import find_reader, sample_captions
+from openblip2.data.web.shard_files import stats_path, write_stats
+from openblip2.data.web.tars import MAX_JSON, Sample, Shard
+from openblip2.data.web.write_shards import write_tar
 from openblip2.errors import UserError
 from openblip2.model.decoding import Decoding
 from openblip2.runs import write_text
 
-GROUP = 32  # pictures at once
-AT_ONCE = 320  # captions at once: of 32 pictures ten each
+GROUP = 32  # images at once
+AT_ONCE = 320  # captions at once: ten for each of 32 images
 
 
 class Task(NamedTuple):
@@ -45,10 +46,10 @@ class Task(NamedTuple):
 
     Attributes:
         name: of the shard, without .tar.
-        url: where it is read.
-        out: the folder it is written to.
+        url: of the shard that is read.
+        out: the folder of the new shard.
         settings: their digest.
-        twins: which of its pictures are in other shards, too.
+        twins: its images that occur more than once.
     """
 
     name: str
@@ -63,12 +64,12 @@ class Task(NamedTuple):
 
     @property
     def of(self) -> str:
-        """What the outcome depends on beyond the settings."""
+        """A digest of what the result depends on besides the settings."""
         return digest([self.name, self.twins])
 
 
 class Made(NamedTuple):
-    """What came of a shard: the counts that its stats hold; `dead`: why it could not be read at all, "" = it could."""
+    """The result for a shard: the counts in its stats; `dead` says why it cannot be read at all."""
 
     name: str
     counts: dict[str, int]
@@ -77,7 +78,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class _Ready:
-    """A sample whose picture could be opened: what captioner and ranker see of it, and the captions it has."""
+    """A sample with its pixels for captioner and ranker, and the captions it has."""
 
     sample: Sample
     seen: np.ndarray[Any, Any] | None
@@ -86,10 +87,10 @@ class _Ready:
 
 
 def finished(task: Task) -> Made | None:
-    """What an earlier run made of the same; None where it made nothing, or of another set of shards.
+    """The result of an earlier run; None if there is none, or if it was made together with other shards.
 
     Raises:
-        UserError: the shard there was made with other settings.
+        UserError: the shard was made with other settings.
     """
     stats = Path(stats_path(str(task.path)))
     if not task.path.exists() or not stats.exists():
@@ -99,12 +100,19 @@ def finished(task: Task) -> Made | None:
         if told["settings"] == task.settings:
             return Made(task.name, told["counts"]) if told["of"] == task.of else None
     except (ValueError, KeyError, TypeError):
-        pass  # another program's stats: then so is the shard
+        pass  # stats, and so a shard, of another program
     raise UserError(f"{task.path}: was made with other settings: give another --out, or remove it")
 
 
 class Maker:
-    """Captions and filters shards. `captioner` None: the ranker alone. `advance`: is told of pictures behind."""
+    """Captions and filters shards.
+
+    Args:
+        captioner: None to rank only.
+        ranker: scores captions.
+        how: the settings.
+        advance: called with the number of images that were just processed.
+    """
 
     def __init__(
         self,
@@ -113,7 +121,7 @@ class Maker:
         how: How,
         advance: Callable[[int], object] = lambda count: None,
     ) -> None:
-        self.captioner, self.ranker, self.how, self.reader = captioner, ranker, how, reader(how.reader)
+        self.captioner, self.ranker, self.how, self.reader = captioner, ranker, how, find_reader(how.reader)
         self.advance = advance
 
     def __call__(self, task: Task) -> Made:
@@ -135,7 +143,7 @@ class Maker:
                     for sample in self._best(task, number, group, counts, lines):
                         try:
                             writer.add(sample)
-                        except UserError as error:  # a key that no reader would take
+                        except UserError as error:  # a key that could not be read back
                             lines.append(str(error))
                             counts["broken"] += 1
                 counts["pictures"] = writer.count
@@ -150,7 +158,7 @@ class Maker:
         return Made(task.name, dict(counts))
 
     def _groups(self, task: Task, shard: Shard, counts: Counter[str], lines: list[str]) -> Iterator[list[_Ready]]:
-        """The pictures that can be opened, group by group; the next group is opened while the models are at one."""
+        """The images that can be opened, in groups; the next group is opened while the models work on one."""
         later = {twin.position for twin in task.twins if twin.other < 0}
         joined = _joined(task)
         counts["duplicates"] = len(later)
@@ -169,7 +177,7 @@ class Maker:
                 self.advance(len(found))
 
     def _open(self, shard: Shard, number: int, joined: tuple[str, ...]) -> _Ready | str:
-        """A sample made ready, or why it cannot be; "" where that was said."""
+        """A sample with its pixels, or what is wrong with it; "" if that was already reported."""
         sample = shard.read(number)
         if sample is None:
             return ""
@@ -180,7 +188,7 @@ class Maker:
                 vision = self.captioner.model.vision
                 assert vision is not None
                 seen = to_pixels([picture], vision.image_size)[0].permute(1, 2, 0).contiguous().numpy()
-            return _Ready(sample, seen, self.ranker.look(picture), (*captions(sample, self.reader), *joined))
+            return _Ready(sample, seen, self.ranker.look(picture), (*sample_captions(sample, self.reader), *joined))
         except UserError as error:
             return str(error)
 
@@ -201,22 +209,22 @@ class Maker:
             kept = [(pools[n].texts[m], scores[n][m]) for m in best(scores.get(n, ()), self.how.keep, threshold)]
             if kept:
                 samples.append(_with(one.sample, kept))
-                if len(json.dumps(samples[-1].about)) > MAX_JSON:  # no reader would take it
+                if len(json.dumps(samples[-1].about)) > MAX_JSON:  # it could not be read back
                     samples[-1] = samples[-1]._replace(about={"captions": samples[-1].about["captions"]})
-                    lines.append(f"{task.url}: {one.sample.key}: its .json would be too long; the captions alone")
+                    lines.append(f"{task.url}: {one.sample.key}: its .json would be too long; only captions are kept")
                 counts["captions"] += len(kept)
                 counts["captions by the captioner"] += sum(text.origin == "captioner" for text, _ in kept)
             else:
                 counts["without captions"] += 1
-                lines.append(f"{task.url}: {one.sample.key}: has no caption that is kept, of {len(pools[n].texts)}")
+                lines.append(f"{task.url}: {one.sample.key}: none of its {len(pools[n].texts)} captions is kept")
         return samples
 
     def _write(self, task: Task, number: int, group: Sequence[_Ready]) -> list[list[str]]:
-        """The captioner's texts for each picture."""
+        """The generated captions of each image."""
         if self.captioner is None or not group:
             return [[] for _ in group]
         count = self.how.captions
-        pictures = [one.seen for one in group for _ in range(count)]  # the same object: it is looked at once
+        pictures = [one.seen for one in group for _ in range(count)]  # the same object, which is encoded once
         prompts = [self.captioner.settings.language.prompts[0]] * len(pictures)
         decoding = Decoding(beams=1, sample=True, top_p=self.how.top_p)
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
@@ -231,7 +239,7 @@ class Maker:
         return [[round(score, 6) for score in scores] for scores in found]
 
 
-# What is counted of a shard; "pictures" are in it, and "broken", "duplicates" and "without captions" are not.
+# The counts of a shard. The new shard contains "pictures", but not "broken", "duplicates" and "without captions".
 COUNTS: tuple[str, ...] = (
     "samples",
     "pictures",
@@ -247,7 +255,7 @@ COUNTS: tuple[str, ...] = (
 
 
 def _with(sample: Sample, kept: Sequence[tuple[Text, float]]) -> Sample:
-    """The sample with other captions. "./000017" of tar's own making is the name 000017."""
+    """The sample with other captions. "./000017", as tar itself writes names, becomes 000017."""
     listed = [{"text": text.text, "score": score, "from": text.origin} for text, score in kept]
     key = "/".join(part for part in sample.key.split("/") if part not in ("", "."))
     return sample._replace(
@@ -256,7 +264,7 @@ def _with(sample: Sample, kept: Sequence[tuple[Text, float]]) -> Sample:
 
 
 def _joined(task: Task) -> dict[int, tuple[str, ...]]:
-    """The captions of later copies, by the position of the first one."""
+    """The captions of later duplicates, by the position of the first one."""
     by_shard: dict[str, list[Twin]] = {}
     for twin in task.twins:
         if twin.other >= 0:
@@ -275,5 +283,5 @@ def _seed(seed: int, name: str, group: int) -> int:
 
 def _write_log(task: Task, lines: Sequence[str]) -> None:
     path = task.path.with_name(f"{task.name}_log.jsonl")
-    # Sorted: they come from several threads.
+    # Sorted, because they come from several threads.
     write_text("".join(json.dumps({"skipped": line}) + "\n" for line in sorted(lines)), path)

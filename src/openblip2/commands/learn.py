@@ -21,12 +21,13 @@ from openblip2.commands.shared import (
     progress,
     put,
     read_changes,
+    read_data,
     tell,
 )
-from openblip2.data.scenes.vocabulary import WORLDS
 from openblip2.errors import UserError
 
 CORPORA = ("scenes", "stamps")
+WORLDS = {"small": 12, "full": 222}  # number of nouns
 TRAININGS = ("stage1", "stage2", "caption", "vqa", "retrieval")
 STORED = ("fp16", "bf16")
 
@@ -40,7 +41,7 @@ def demo(
     world: Annotated[
         str | None,
         typer.Option(
-            help=f"Kind of scenes: small ({len(WORLDS['small'])} nouns) or full ({len(WORLDS['full'])} nouns).",
+            help=f"Kind of scenes: small ({WORLDS['small']} nouns) or full ({WORLDS['full']} nouns).",
             autocompletion=among(tuple(WORLDS)),
             show_default="small",
         ),
@@ -131,7 +132,6 @@ def train(
 
         says = progress(first=is_first())
         says.doing("loading data and models")
-        from openblip2.data.sources import read_source
         from openblip2.train.recipes import train_stage
         from openblip2.train.resume import require_new
 
@@ -139,11 +139,11 @@ def train(
             if not resume:
                 require_new(out, overwrite)
             wanted = "questions" if what == "vqa" else "captions"
-            source = read_source(data, wanted, images, split, questions, shards=True)
+            source = read_data(data, wanted, images, split, questions, shards=True)
             skipped, kept = source.skipped, None
             if held_out is not None:
-                kept, more, _, _ = read_source(held_out, wanted)
-                skipped = skipped + more
+                validation = read_data(str(held_out), wanted, None, None)
+                kept, skipped = validation.records, skipped + validation.skipped
             train_stage(settings, source.records, out, says, resume, None, skipped, kept, source.shards)
         if is_first():
             typer.echo(str(out))

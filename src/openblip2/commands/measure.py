@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openblip2.commands.shared import AsJson, Images, Questions, Run, Split, among, keeping, progress, put, tell
+from openblip2.commands.shared import (
+    AsJson,
+    Images,
+    Questions,
+    Run,
+    Split,
+    among,
+    keeping,
+    progress,
+    put,
+    read_data,
+    tell,
+)
 from openblip2.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,7 +32,7 @@ SIZES = ("tiny", "laptop", "vit-l", "vit-g")
 def evaluate(
     task: Annotated[str, typer.Argument(help="caption, vqa, retrieval or pointing.", autocompletion=among(TASKS))],
     run: Run,
-    data: Annotated[str, typer.Option(help="Test data: as for `train`, an official .json, or easy-vqa.")],
+    data: Annotated[str, typer.Option(help="Test data: as for `train`, an official .json, easy-vqa or stamps.")],
     out: Annotated[Path, typer.Option(help="JSON file for the scores; also writes a .jsonl of the samples.")],
     images: Images = None,
     split: Split = None,
@@ -49,7 +61,6 @@ def evaluate(
     """Evaluate a run: scores with 95 % confidence intervals, and the protocol."""
     says = progress()
     says.doing(f"loading {run}")
-    from openblip2.data.sources import read_source
     from openblip2.runs import require_absent
     from openblip2.score.run import Options, require_task
     from openblip2.score.run import evaluate as score
@@ -58,7 +69,7 @@ def evaluate(
     require_task(task, options)
     require_absent(out, overwrite)
     wanted = "questions" if task == "vqa" else "captions"
-    source = read_source(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
+    source = read_data(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
     texts = f"texts written so far are beside {out}, the same command goes on"
     with keeping(texts if task in ("caption", "vqa") else f"nothing is kept of {task}"):
         result = score(task, run, source, out, options, says)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Images, Split, among, keeping, progress, put
+from openblip2.commands.shared import AsJson, Images, Split, among, keeping, progress, put, read_data
 from openblip2.errors import UserError
 
 FILTERS = ("similarity", "itm")
@@ -25,10 +25,9 @@ def prepare(
     """Convert images with captions into shards for `train --data`."""
     says = progress()
     says.doing(f"reading {data}")
-    from openblip2.data.sources import read_corpus
     from openblip2.data.web.write_shards import write_shards
 
-    source = read_corpus(data, images, split)
+    source = read_data(data, "captions", images, split)
     with (
         keeping(f"whole shards are in {out}, the same command goes on"),
         says.steps("pictures", len(source.records)) as bar,

@@ -13,11 +13,12 @@ from openblip2.compat import log
 from openblip2.errors import UserError
 
 if TYPE_CHECKING:
+    from openblip2.data.sources import Source
     from openblip2.progress import Progress
 
 Run = Annotated[str, typer.Argument(help="Run written by `train` or `demo`, or published weights (see `convert`).")]
 Images = Annotated[Path | None, typer.Option(help="Folder of the images, if --data is an official .json.")]
-Split = Annotated[str | None, typer.Option(help="Split of an official file with several splits, or of easy-vqa.")]
+Split = Annotated[str | None, typer.Option(help="Split of easy-vqa, of stamps, or of an official file with several.")]
 Questions = Annotated[Path | None, typer.Option(help="File of the questions, for VQAv2 and OK-VQA.")]
 Settings = Annotated[
     list[str] | None,
@@ -106,6 +107,25 @@ def require_all(images: Sequence[Path], bad: Sequence[Path]) -> None:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         names = ", ".join(map(str, bad[:3])) + more
         raise UserError(f"{len(bad):,} of {len(images):,} pictures cannot be read and have no result: {names}")
+
+
+def read_data(
+    data: str,
+    wanted: Any,
+    images: Path | None = None,
+    split: str | None = None,
+    questions: Path | None = None,
+    **options: bool,
+) -> "Source":
+    """`read_source`, and two corpora that packages contain, by their names: easy-VQA, and for captions the stamps."""
+    from openblip2.apps.corpora import easy_vqa, stamps
+    from openblip2.data.sources import read_source
+
+    if data != easy_vqa.NAME and (data != stamps.NAME or wanted == "questions"):
+        return read_source(data, wanted, images, split, questions, **options)
+    if images or questions or split not in ("train", "test"):
+        raise UserError(f"--data {data}: give --split train or --split test, and neither --images nor --questions")
+    return easy_vqa.read_split(split) if data == easy_vqa.NAME else stamps.read_split(split)
 
 
 def load_captioner(run: str) -> Any:

@@ -1,16 +1,15 @@
-"""Batches of pictures with texts. Batch n of a run is a function of (seed, n): nothing has to be saved to resume.
+"""Batches of images with texts. Batch n of a run is a function of (seed, n), so nothing has to be saved to resume.
 
 Shapes: B pairs, P patch tokens, V encoder width, S side in px.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from openblip2.data.features import StoredFeatures
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.data.samples import Samples
@@ -28,16 +27,17 @@ class PairBatch:
     images: Tensor | None = None
     questions: list[str] | None = None
     names: list[str] | None = None  # ids of the pictures, for people
-    # [B, 2] int64, hashes of picture and caption, where a process knows no other's: `ids` then are of its own rows.
+    # [B, 2] int64, hashes of picture and caption, if a process does not know the rows of the others: `ids` are then
+    # those within its own rows.
     keys: Tensor | None = None
 
 
 class Sampler:
-    """Row numbers of batch n: a fresh shuffle in every epoch, cut into batches.
+    """Row numbers of batch n: every epoch is shuffled anew and cut into batches.
 
-    Pictures with captions of like length come together: out of every `WINDOW` batches' pictures, sorted by length,
-    the batches are cut and shuffled. That saves padding, keeps shapes few, and makes a batch's captions of one kind,
-    hence its negatives hard. An epoch's last window is short of nothing: it takes from the next epoch.
+    Texts of similar length are in one batch: the rows of `WINDOW` batches are sorted by length and cut into batches,
+    which are shuffled. This saves padding, gives few different shapes, and makes the captions of a batch similar and so
+    its negatives hard. The last window of an epoch is filled from the next epoch.
 
     Args:
         lengths: of each row's text, in words.
@@ -55,74 +55,39 @@ class Sampler:
         window, place = divmod(number, self.WINDOW)
         rows = self._shuffled(window * self.WINDOW * self.batch, self.WINDOW * self.batch)
         rows.sort(key=lambda row: self.lengths[row])  # stable: equal lengths stay shuffled
-        order = torch.randperm(self.WINDOW, generator=_generator(self.seed, window, "window"))
+        order = torch.randperm(self.WINDOW, generator=batch_generator(self.seed, window, "window"))
         first = int(order[place]) * self.batch
         return rows[first : first + self.batch]
 
     def _shuffled(self, first: int, count: int) -> list[int]:
-        """`count` rows from the endless row of shuffled epochs, beginning at `first`."""
+        """`count` rows of the endless sequence of shuffled epochs, from position `first`."""
         rows: list[int] = []
         while len(rows) < count:
             epoch, place = divmod(first + len(rows), len(self.lengths))
-            order = torch.randperm(len(self.lengths), generator=_generator(self.seed, epoch, "epoch"))
-            # A batch that crosses into the next epoch may meet a picture again; image ids make that harmless.
+            order = torch.randperm(len(self.lengths), generator=batch_generator(self.seed, epoch, "epoch"))
+            # A batch that crosses into the next epoch may contain an image twice, which its ids take into account.
             rows += order[place : place + count - len(rows)].tolist()
         return rows
 
 
-Part = tuple[int, int]  # (r, N): of each batch, which process r of N has
-
-
-class FeaturePairs:
-    """Batches from frozen features computed beforehand, with the texts of `samples`, which is of the same records.
-
-    Args:
-        batch: pairs of the joined batch.
-        part: which of it this process has. What is drawn is drawn for the joined batch, whose parts together are the
-            same whatever N is.
-        drawn: one of a picture's random views, drawn each time, stands in place of the plain picture.
-    """
-
-    def __init__(
-        self,
-        features: StoredFeatures,
-        samples: Samples,
-        batch: int,
-        seed: int,
-        drawn: bool = False,
-        part: Part = (0, 1),
-    ) -> None:
-        self.features, self.samples, self.seed, self.drawn, self.part = features, samples, seed, drawn, part
-        self.sampler = Sampler(samples.lengths, batch, seed)
-
-    def __call__(self, number: int) -> PairBatch:
-        return self._make(number, self.part)
-
-    def joined(self, number: int) -> PairBatch:
-        """The batch of all processes."""
-        return self._make(number, (0, 1))
-
-    def _make(self, number: int, part: Part) -> PairBatch:
-        every = _Pairs(self.samples, self.sampler(number), _generator(self.seed, number, "caption"))
-        own = range(len(every.pictures))[part_of(len(every.pictures), *part)]
-        views = None
-        if self.drawn:
-            generator = _generator(self.seed, number, "crop")
-            drawn = torch.randint(self.features.views, (len(every.pictures),), generator=generator).tolist()
-            views = [drawn[n] for n in own]
-        pictures = [every.pictures[n] for n in own]
-        names = [self.features.records[picture].id for picture in pictures]
-        return every.take(own, names, features=self.features.take(pictures, views))
+Part = tuple[int, int]  # (r, N): process r of N, which has a part of each batch
 
 
 class ImagePairs:
-    """Batches of pictures, freshly augmented (random crop and flip, as the paper trains) or plain.
+    """Batches of images, with new random crops and flips each time (as in the paper) or plain.
 
-    A picture that cannot be opened is left out of its batch and reported once to `problem`; of several processes, one
-    may so be left with none.
+    An image that cannot be opened is left out of its batch and reported once, so one of several processes may have
+    none.
 
     Args:
-        batch, part: as for `FeaturePairs`.
+        records: with the images.
+        samples: their texts.
+        batch: pairs of the joined batch.
+        seed: of everything random.
+        size: S.
+        problem: called with a line for each image that cannot be opened.
+        augmented: whether to crop and flip at random.
+        part: which rows of the joined batch this process has. The joined batch does not depend on it.
     """
 
     def __init__(
@@ -149,9 +114,11 @@ class ImagePairs:
         return self._make(number, (0, 1))
 
     def _make(self, number: int, part: Part) -> PairBatch:
-        every = _Pairs(self.samples, self.sampler(number), _generator(self.seed, number, "caption"))
+        every = Pairs(self.samples, self.sampler(number), batch_generator(self.seed, number, "caption"))
         # One for each picture: what is drawn for it does not depend on who opened which before it.
-        seeds = torch.randint(2**62, (len(every.pictures),), generator=_generator(self.seed, number, "crop")).tolist()
+        seeds = torch.randint(
+            2**62, (len(every.pictures),), generator=batch_generator(self.seed, number, "crop")
+        ).tolist()
         good, images = [], [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)]
         for n in range(len(every.pictures))[part_of(len(every.pictures), *part)]:
             picture = every.pictures[n]
@@ -172,44 +139,54 @@ class ImagePairs:
         return augment(path, self.size, generator) if self.augmented else to_pixels([path], self.size)[0]
 
 
-class _Pairs:
-    """The pairs of a joined batch before any picture is opened."""
+class Pairs:
+    """The pairs of a joined batch before any image is opened."""
 
     def __init__(self, samples: Samples, rows: Sequence[int], generator: torch.Generator) -> None:
         self.pictures = [samples.pictures[row] for row in rows]
         self.texts, self.questions = samples.draw(rows, generator)
         self.ids = pair_ids(self.pictures, self.texts)
 
-    def take(self, places: Sequence[int], names: list[str], **seen: Tensor) -> PairBatch:
-        """The pairs at these places; `seen`: their pictures, by the names of `PairBatch`."""
+    def take(self, places: Sequence[int], names: list[str], **pictures: Tensor) -> PairBatch:
+        """The pairs at these places, with their images or features, by the names of `PairBatch`."""
         texts = [self.texts[n] for n in places]
         questions = None if self.questions is None else [self.questions[n] for n in places]
-        return PairBatch(texts, self.ids[list(places)], questions=questions, names=names, **seen)
+        return PairBatch(texts, self.ids[list(places)], questions=questions, names=names, **pictures)
 
 
 def pair_ids(pictures: Sequence[Hashable], captions: Sequence[Hashable]) -> Tensor:
     """Which pairs of a batch belong together: `[B]` int64, the first row of each group.
 
-    Rows with the same picture or the same caption are in one group, and so are rows that other rows connect. The order
-    of the rows does not matter. Two pictures of a red circle are no negatives of each other's "a red circle".
+    Rows with the same picture or the same caption are in one group: two pictures of a red circle are not negatives of
+    each other's "a red circle". The order of the rows does not matter.
     """
-    above = list(range(len(pictures)))  # a tree for each group, with its first row at the root
+    return torch.tensor(group_rows([enumerate(pair) for pair in zip(pictures, captions, strict=True)])).long()
+
+
+def group_rows(keys: Sequence[Iterable[Hashable]]) -> list[int]:
+    """The first row of each row's group. Rows with a common key are in one group, directly or through other rows."""
+    above = list(range(len(keys)))  # a tree for each group, with its first row at the root
 
     def root(row: int) -> int:
         while above[row] != row:
-            above[row] = row = above[above[row]]  # a shorter way for the next search
+            above[row] = row = above[above[row]]  # a shorter path for the next search
         return row
 
-    seen: dict[Hashable, int] = {}
-    for n, pair in enumerate(zip(pictures, captions, strict=True)):
-        for key in enumerate(pair):  # (0, picture) and (1, caption)
-            first, own = sorted((root(seen.setdefault(key, n)), root(n)))
-            above[own] = first
-    return torch.tensor([root(n) for n in range(len(above))], dtype=torch.int64)
+    owner: dict[Hashable, int] = {}
+    for row, own in enumerate(keys):
+        for key in own:
+            first, other = sorted((root(owner.setdefault(key, row)), root(row)))
+            above[other] = first
+    return [root(row) for row in range(len(above))]
 
 
 def joined_ids(batch: PairBatch, place: torch.device) -> Tensor:
-    """Our rows' ids `[B]` as they are in the joined batch. `place`: where the backend's tensors lie; all must ask."""
+    """The ids `[B]` of our rows in the joined batch. All processes must call it.
+
+    Args:
+        batch: ours.
+        place: the device of the backend's tensors.
+    """
     if batch.keys is None or world_size() == 1:
         return batch.ids.to(place)
     shared = share(len(batch.keys))
@@ -217,28 +194,29 @@ def joined_ids(batch: PairBatch, place: torch.device) -> Tensor:
     return pair_ids(pictures, captions)[shared.own].to(place)
 
 
-def _generator(seed: int, number: int, purpose: str) -> torch.Generator:
+def batch_generator(seed: int, number: int, purpose: str) -> torch.Generator:
+    """The random generator of batch, epoch or window `number` for one purpose."""
     # Distinct streams for distinct purposes; the factor keeps (seed, number) pairs apart.
     salt = {"epoch": 0, "caption": 1, "crop": 2, "window": 3}[purpose]
     return torch.Generator().manual_seed((seed * 4 + salt) * 1_000_000_007 + number)
 
 
 class Prefetcher:
-    """`batches(number)`, made one ahead: while the model works on batch n, a thread reads batch n + 1.
+    """`batches(number)`, read one batch ahead: while the model works on batch n, a thread reads batch n + 1.
 
-    A thread is enough, because decoding and copying release Python's lock. A batch depends on its number alone, so the
-    batches are the same. An error in making one is raised where it is asked for. For GPUs, batches are in pinned
-    memory, from which they are copied while the model computes.
+    One thread is enough, because decoding and copying release the GIL. A batch depends only on its number, so the
+    batches are the same. An error is raised when its batch is requested. For GPUs, batches are in pinned memory, from
+    which they are copied while the model computes.
 
     Args:
-        batches: number -> batch; called from one thread at a time.
-        count: batches of the run; none is made after them.
+        batches: number -> batch; called by one thread at a time.
+        count: number of batches of the run.
     """
 
     def __init__(self, batches: Callable[[int], PairBatch], count: int) -> None:
         self.batches, self.count = batches, count
         self.thread = ThreadPoolExecutor(1, "batches")
-        self.number, self.next = -1, Future[PairBatch]()  # what is being made
+        self.number, self.next = -1, Future[PairBatch]()  # what the thread reads
 
     def __call__(self, number: int) -> PairBatch:
         batch = (self.next if number == self.number else self.thread.submit(self._make, number)).result()

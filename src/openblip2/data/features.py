@@ -1,179 +1,20 @@
-"""Features of a frozen image encoder, computed once for each picture and kept on disk.
+"""Features of a frozen image encoder that are used in place of images: in memory, or in a cache on disk.
 
-CACHE/features.jsonl  first line: what made the features, their file and shape; then one line for each picture
-CACHE/features-X.bin  the features, one picture after the other
-
-Both files only grow, and features are on the disk before the index names them. A process that is killed at any moment
-leaves at most an unfinished last line, or features that no line names; the next one overwrites them.
-
-Shapes: E entries of a picture (the plain one, then random crops of it), P patch tokens, V encoder width, B pictures.
+Shapes: N images, P patch tokens, V encoder width, B images of a batch.
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from errno import ENOSPC
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-from uuid import uuid4
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from openblip2.data.batches import PairBatch, Pairs, Part, Sampler, batch_generator
+from openblip2.data.feature_cache import FeatureCache, file_state
 from openblip2.data.records import Record
+from openblip2.data.samples import Samples
+from openblip2.distributed.collectives import part_of
 from openblip2.errors import UserError
-from openblip2.runs import locked
-
-VERSION = 2
-Made = dict[str, Any]
-Say = Callable[[str], object]
-CACHE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-class CachedPicture(NamedTuple):
-    """A line of the index: the state of a picture's file, and where its features are or what the problem was."""
-
-    id: str
-    bytes: int
-    changed: int  # ns
-    digest: str  # SHA-256
-    row: int | None  # its place in the features' file; None if the picture was skipped
-    problem: str
-
-
-class FeatureCache:
-    """A cache opened for reading. Only the features that are asked for are read.
-
-    Attributes:
-        made_by: What made the features: encoder, image size and so on, by name.
-        path: The file of the features.
-        shape: Of a picture's features, (E, P, V).
-        pictures: The cache's pictures by id.
-        count: How many pictures have features.
-
-    Raises:
-        UserError: The folder is no cache, is of another version, or is damaged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        if (folder / "cache.json").exists():
-            raise UserError(f"{folder} was written by an older version: run the same `openblip2 features` again")
-        lines = _index_lines(folder)
-        if not lines:
-            raise UserError(f"{folder} is no feature cache: give the folder that `openblip2 features ... --out` wrote")
-        again = f"remove {folder} and run the same again"
-        try:
-            head = json.loads(lines[0])
-            version, self.made_by, self.shape = head["version"], dict(head["made_by"]), tuple(head["shape"])
-            self.path = folder / head["file"]  # of a new name whenever the cache is begun anew
-            self.dtype = CACHE_DTYPES[self.made_by["precision"]]
-            # A picture that was encoded again, because its file had changed, has several lines: the last one counts.
-            self.pictures = {p.id: p for p in (CachedPicture(*json.loads(line)) for line in lines[1:])}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'features.jsonl'} is damaged: {again}") from error
-        if version != VERSION:
-            raise UserError(f"{folder} has version {version} and this program reads {VERSION}: make another cache")
-        self.picture_bytes = picture_bytes(self.shape)
-        self.count = 1 + max((p.row for p in self.pictures.values() if p.row is not None), default=-1)
-        found, expected = _state(self.path)[0], self.count * self.picture_bytes
-        if found < expected:
-            raise UserError(f"{self.path} has {found:,} bytes instead of {expected:,}: {again}")
-        shape = (self.count, *self.shape)
-        self._values = np.memmap(self.path, np.int16, "r", shape=shape) if self.count else np.empty(shape, np.int16)
-
-    def read(self, ids: Sequence[str], crops: Sequence[int] | None = None) -> Tensor:
-        """Features `[B, P, V]` of pictures by id, on the CPU: of the plain ones, or of one random crop of each."""
-        rows = np.array([self.pictures[id_].row for id_ in ids], dtype=np.int64)
-        # Indexing with arrays copies these rows out of the map, and reads no others.
-        values = self._values[rows, 0 if crops is None else 1 + np.array(crops, dtype=np.int64)]
-        return torch.from_numpy(np.asarray(values)).view(self.dtype)
-
-    def has(self, record: Record) -> bool:
-        """Whether the picture of a record is in the cache, with the content it has now."""
-        known = self.pictures.get(record.id)
-        if known is None or known.bytes != (state := _state(record.image))[0]:
-            return False
-        return known.changed == state[1] or known.digest == _digest(record.image)  # a copy has another time
-
-
-class CacheWriter:
-    """Adds pictures to a cache that is open for writing. `cache`: what was there before."""
-
-    def __init__(self, cache: FeatureCache, index: BinaryIO, values: BinaryIO) -> None:
-        self.cache, self._index, self._values, self._row = cache, index, values, cache.count
-
-    def add(self, records: Sequence[Record], problems: Sequence[str | None], features: Tensor) -> None:
-        """Adds pictures: `problems` says why one has no features, `features [n, E, P, V]` has those of the others."""
-        stored = features.to(self.cache.dtype).cpu()
-        if not bool(stored.sum(dtype=torch.float32).isfinite()):
-            precision = self.cache.made_by["precision"]
-            raise UserError(
-                f"{self.cache.folder}: a feature of {float(features.abs().max()):.3g} cannot be kept in {precision}; "
-                "make the cache with `openblip2 features --precision bf16`"
-            )
-        _append(self._values, stored.contiguous().view(torch.int16).numpy().tobytes())
-        lines = b""
-        for record, problem in zip(records, problems, strict=True):
-            row = None if problem else self._row
-            picture = CachedPicture(record.id, *_state(record.image), _digest(record.image), row, problem or "")
-            lines += json.dumps(picture).encode() + b"\n"
-            self._row += not problem
-        _append(self._index, lines)
-
-
-@contextmanager
-def writing(
-    folder: Path, made_by: Made, shape: Sequence[int], say: Say, records: Sequence[Record] = (), replace: bool = False
-) -> Iterator[CacheWriter]:
-    """Opens a cache for writing, after any other process that writes it.
-
-    A new one is begun if there is none or an older version's; with `replace` also if the cache was made by something
-    else or has none of `records`. `say` is called with a line for the user.
-
-    Raises:
-        UserError: It was made by something else, or is damaged; or the disk is full.
-    """
-    try:
-        with locked(folder, say=say), (folder / "features.jsonl").open("ab") as index:
-            if _outdated(folder, made_by, say, records, replace):
-                index.truncate(0)
-                for old in folder.glob("features-*.bin"):
-                    old.unlink()  # a process that still reads it keeps it
-                head = {"version": VERSION, "made_by": made_by, "shape": shape, "file": f"features-{uuid4().hex}.bin"}
-                _append(index, json.dumps(head).encode() + b"\n")
-            cache = FeatureCache(folder)
-            require_same(folder, cache.made_by, made_by, "give another --out, or remove that folder")
-            index.truncate(sum(map(len, _index_lines(folder))))
-            with cache.path.open("ab") as values:
-                values.truncate(cache.count * cache.picture_bytes)
-                yield CacheWriter(cache, index, values)
-    except OSError as error:
-        why = "the disk is full" if error.errno == ENOSPC else f"cannot be written ({error.strerror})"
-        raise UserError(f"{folder}: {why}; what is encoded is kept: make room and run the same again") from error
-
-
-def _outdated(folder: Path, made_by: Made, say: Say, records: Sequence[Record], replace: bool) -> bool:
-    if (folder / "cache.json").exists():
-        say(f"{folder} was written by an older version: its features are computed again")
-        for old in (*folder.glob("shard-*.json"), *folder.glob("shard-*.safetensors"), folder / "cache.json"):
-            old.unlink()
-        return True
-    if not _index_lines(folder):
-        return True
-    if not replace:
-        return False
-    cache = FeatureCache(folder)
-    try:
-        require_same(folder, cache.made_by, made_by, "its features are computed again")
-    except UserError as difference:
-        say(str(difference))
-        return True
-    return not any(cache.has(record) for record in records)  # those of other pictures would only take room
 
 
 @dataclass(frozen=True)
@@ -189,7 +30,7 @@ class Features:
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """The features of `records` in a cache. `finish` is applied to features `[B, P, V]` after they are read."""
+    """The features of `records` in a cache. `finish` is applied to features `[B, P, V]` after reading."""
 
     records: list[Record]
     cache: FeatureCache
@@ -197,25 +38,25 @@ class StoredFeatures:
 
     @property
     def views(self) -> int:
-        """How many random crops there are of each picture."""
+        """The number of random crops of each image."""
         return self.cache.shape[0] - 1
 
     def take(self, numbers: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
-        """Features `[B, P, V]` of these records: of the plain pictures, or of one random crop of each (from 0)."""
+        """Features `[B, P, V]` of records by number: of the plain images, or of one random crop of each (from 0)."""
         return self.finish(self.cache.read([self.records[number].id for number in numbers], views))
 
     def load(self) -> Features:
-        """The features of all plain pictures, in memory."""
+        """The features of all plain images, in memory."""
         return Features(self.records, self.take(range(len(self.records))))
 
 
 def find_records(
     records: Sequence[Record], cache: FeatureCache, finish: Callable[[Tensor], Tensor]
 ) -> tuple[StoredFeatures, list[str]]:
-    """The features of records in a cache, and one line for each record that was skipped there.
+    """The features of records in a cache, and one line for each record that was skipped when it was made.
 
     Raises:
-        UserError: A record is not in the cache, or its file has another size. (It may be gone, or be a copy.)
+        UserError: A record is not in the cache, or its file has another size. The file may be missing or a copy.
     """
     unknown = [record for record in records if record.id not in cache.pictures]
     if unknown:
@@ -224,7 +65,7 @@ def find_records(
             f"{unknown[0].id!r}): `openblip2 features` with these pictures and the same --out adds them"
         )
     for record in records:
-        now, then = _state(record.image)[0], cache.pictures[record.id].bytes
+        now, then = file_state(record.image)[0], cache.pictures[record.id].bytes
         if now and then and now != then:
             raise UserError(
                 f"{record.image} has {now:,} bytes, and had {then:,} when {cache.folder} was made: run the same "
@@ -234,52 +75,45 @@ def find_records(
     return StoredFeatures(good, cache, finish), [p for r in records if (p := cache.pictures[r.id].problem)]
 
 
-def require_same(folder: Path, theirs: Made, ours: Made, way_out: str) -> None:
-    """Checks that a cache was made by what `ours` names. (The encoder's name may differ: its weights are compared.)
+class FeaturePairs:
+    """Batches of features that were computed before training.
 
-    Raises:
-        UserError: It was not; the message names the first difference.
+    Args:
+        features: of the records.
+        samples: texts of the same records.
+        batch: pairs of the joined batch.
+        seed: of everything random.
+        drawn: whether to use a random one of each image's crops instead of the plain image.
+        part: which rows of the joined batch this process has. The joined batch does not depend on it.
     """
-    for name, value in ours.items():
-        if name != "encoder" and theirs.get(name) != value:
-            there, here = theirs.get("encoder"), ours.get("encoder", theirs.get("encoder"))
-            encoders = f" (encoder {there} there, {here} here)" if there != here else ""
-            words = name.replace("_", " ")
-            raise UserError(f"{folder}: {words} {theirs.get(name)} there, {value} here{encoders}; {way_out}")
 
+    def __init__(
+        self,
+        features: StoredFeatures,
+        samples: Samples,
+        batch: int,
+        seed: int,
+        drawn: bool = False,
+        part: Part = (0, 1),
+    ) -> None:
+        self.features, self.samples, self.seed, self.drawn, self.part = features, samples, seed, drawn, part
+        self.sampler = Sampler(samples.lengths, batch, seed)
 
-def picture_bytes(shape: Sequence[int]) -> int:
-    """Bytes on the disk of a picture's features of shape (E, P, V)."""
-    return 2 * int(np.prod(shape))
+    def __call__(self, number: int) -> PairBatch:
+        return self._make(number, self.part)
 
+    def joined(self, number: int) -> PairBatch:
+        """The batch of all processes."""
+        return self._make(number, (0, 1))
 
-def _index_lines(folder: Path) -> list[bytes]:
-    """The lines of a cache's index without an unfinished last one; none if there is no index."""
-    path = folder / "features.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    return lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
-
-
-def _append(file: BinaryIO, content: bytes) -> None:
-    """Returns when it is on the disk."""
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _state(path: Path) -> tuple[int, int]:
-    """Size and time of change (ns) of a file; zeros if there is none or it may not be seen."""
-    try:
-        state = path.stat()
-    except OSError:
-        return 0, 0
-    return state.st_size, state.st_mtime_ns
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file; empty if it cannot be read, which opening the picture reports."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return ""
+    def _make(self, number: int, part: Part) -> PairBatch:
+        every = Pairs(self.samples, self.sampler(number), batch_generator(self.seed, number, "caption"))
+        own = range(len(every.pictures))[part_of(len(every.pictures), *part)]
+        views = None
+        if self.drawn:
+            random = batch_generator(self.seed, number, "crop")
+            drawn = torch.randint(self.features.views, (len(every.pictures),), generator=random).tolist()
+            views = [drawn[n] for n in own]
+        pictures = [every.pictures[n] for n in own]
+        names = [self.features.records[picture].id for picture in pictures]
+        return every.take(own, names, features=self.features.take(pictures, views))

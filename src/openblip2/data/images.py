@@ -1,4 +1,4 @@
-"""Pictures of any kind to pixels: opened with limits, turned upright, put on white, resized or cropped.
+"""Images of any kind to pixels: opened with limits, turned upright, put on white, resized or cropped.
 
 S  image side in px      B  images
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class PictureFile(NamedTuple):
-    """A picture's file in memory, and how it is called where it is broken."""
+    """The content of an image file, and its name in error messages."""
 
     content: bytes
     name: str
@@ -31,17 +31,16 @@ class PictureFile(NamedTuple):
 RESIZE = "to a square, bicubic (Pillow, reducing_gap=2), without keeping the aspect"  # see `_resized`
 Picture = str | Path | PictureFile | Image.Image | np.ndarray[Any, Any]
 
-# A file is judged by its header before anything is decoded: a few kilobytes can unfold to gigabytes.
+# Checked with the header, before anything is decoded: a few kilobytes can decode to gigabytes.
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 64 * 2**20
 
-THREADS = min(8, os.cpu_count() or 1)  # that open pictures side by side
+THREADS = min(8, os.cpu_count() or 1)  # that open images in parallel
 
-# What pictures of a data set come in. Pillow reads more (documents, scientific formats, PostScript through an
-# outside program), none of which should be run on a file from the web.
+# Pillow reads more formats (documents, PostScript with an external program), which are not safe for files from the web.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
-_ORIENTATION = 0x0112  # the EXIF tag; its values and the turn that sets each upright:
+_ORIENTATION = 0x0112  # the EXIF tag; below, its values and the transformations that make the image upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,31 +51,34 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# The paper's training transform: torchvision's RandomResizedCrop(scale=(0.5, 1)) with its other defaults.
+# The training transform of the paper: torchvision's RandomResizedCrop(scale=(0.5, 1)), otherwise with its defaults.
 CROP_AREA = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """`picture` as an upright RGB image of 8 bits a channel, of its own size.
+    """An upright RGB image with 8 bits per channel in its original size.
 
-    Takes a path, a `PictureFile`, a PIL image (left as it is), or an array: `[H, W]` gray, `[H, W, 1]`, `[H, W, 3]`
-    RGB or `[H, W, 4]` RGBA, of uint8 in 0..255 or of floats in [0, 1]. Transparency is composited on white, the EXIF
-    orientation applied, 16 bits scaled to 8; of an animation the first frame is taken.
+    Transparent images are put on white, the EXIF orientation is applied, and 16 bits are scaled to 8. The first frame
+    of an animation is used.
+
+    Args:
+        picture: a path, a `PictureFile`, a PIL image (which is not changed), or an array: `[H, W]` gray, `[H, W, 1]`,
+            `[H, W, 3]` RGB or `[H, W, 4]` RGBA, of uint8 in 0..255 or floats in [0, 1].
 
     Raises:
-        UserError: the file is missing, empty, larger than `MAX_BYTES`, truncated or not a picture; there are
-            more than `MAX_PIXELS` pixels; the array is of another shape or type.
+        UserError: the file is missing, empty, larger than `MAX_BYTES`, truncated or not an image; it has more than
+            `MAX_PIXELS` pixels; the array has another shape or type.
     """
     return _opened(picture, at_least=None)
 
 
 def to_pixels(pictures: Sequence[Picture], size: int) -> torch.Tensor:
-    """The pictures as an encoder takes them, uint8 `[B, 3, S, S]` in 0..255.
+    """The images for an encoder, uint8 `[B, 3, S, S]` in 0..255.
 
-    Each is resized to S x S px, bicubic, its aspect not kept, as the paper evaluates. A JPEG is decoded at a
-    fraction of its size where that leaves at least 2S px in both directions.
+    Each is resized to S x S px, bicubic, without keeping the aspect ratio, as in the paper's evaluation. A JPEG is
+    decoded at a fraction of its size if that leaves at least 2S px in both directions.
 
     Raises:
         UserError: as `open_picture`.
@@ -89,10 +91,10 @@ def to_pixels(pictures: Sequence[Picture], size: int) -> torch.Tensor:
 
 
 def augment(picture: Picture, size: int, generator: torch.Generator) -> torch.Tensor:
-    """The paper's training transform of one picture, uint8 `[3, S, S]` in 0..255.
+    """The training transform of the paper for one image, uint8 `[3, S, S]` in 0..255.
 
-    A random crop of 0.5 to 1.0 of its area and of ratio 3/4 to 4/3, resized to S x S px (bicubic), mirrored
-    in half of the cases. The same state of `generator` gives the same pixels.
+    A random crop with 0.5 to 1.0 of the area and an aspect ratio of 3/4 to 4/3, resized to S x S px (bicubic), and
+    flipped horizontally with probability 0.5. The same state of `generator` gives the same pixels.
 
     Raises:
         UserError: as `open_picture`.
@@ -107,9 +109,9 @@ def augment(picture: Picture, size: int, generator: torch.Generator) -> torch.Te
 
 
 def random_crop(width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
-    """A random box (left, top, right, bottom) in px: `CROP_AREA` of the picture's area, of `CROP_RATIO`.
+    """A random box (left, top, right, bottom) in px with `CROP_AREA` of the image's area and aspect ratio `CROP_RATIO`.
 
-    Where ten tries give none that fits (a very long picture), the largest central box of an allowed ratio.
+    If none of ten boxes fits (a very long image), the largest central box with an allowed ratio.
     Source: torchvision's `RandomResizedCrop.get_params`.
     """
     import torch
@@ -133,12 +135,12 @@ def random_crop(width: int, height: int, generator: torch.Generator) -> tuple[in
 
 def _resized(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
     """uint8 `[S, S, 3]`."""
-    # reducing_gap: a picture of more than 4S px is first averaged over whole blocks, which is much quicker.
+    # reducing_gap: an image of more than 4S px is first averaged over blocks, which is much faster.
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0))
 
 
 def _opened(picture: Picture, at_least: int | None) -> Image.Image:
-    """`open_picture`, at a fraction of its size if that is quicker and leaves `at_least` px both ways."""
+    """`open_picture`, at a fraction of its size if that is faster and leaves `at_least` px in both directions."""
     if isinstance(picture, str | Path):
         return _from_file(Path(picture), at_least)
     if isinstance(picture, PictureFile):
@@ -173,7 +175,7 @@ def _from_stream(file: Any, name: str, at_least: int | None) -> Image.Image:
         image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{name}: has too many pixels; a picture of at most {MAX_PIXELS:,}") from error
-    except Exception as error:  # Pillow's header readers raise whatever their parsing trips over
+    except Exception as error:  # Pillow's parsers raise exceptions of any type
         raise UserError(f"{name}: is not a picture that can be read; {', '.join(FORMATS)}") from error
     _check_pixels(image.width, image.height, name)
     if at_least is not None:
@@ -187,14 +189,14 @@ def _check_pixels(width: int, height: int, name: str) -> None:
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
-    """A new image of mode RGB, upright, that carries no metadata which a second look could apply again."""
+    """A new upright image of mode RGB, without metadata that could be applied a second time."""
     try:
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
         image = _rgb(image, name)
     except UserError:
         raise
-    except Exception as error:  # Pillow's decoders raise whatever their parsing trips over
+    except Exception as error:  # Pillow's decoders raise exceptions of any type
         raise UserError(f"{name}: is truncated or broken ({error}); a whole picture") from error
     if turn is not None:
         image = image.transpose(turn)
@@ -205,12 +207,12 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken metadata (Pillow: anything) in a sound picture: shown as it lies
+    except Exception:  # of any type; broken metadata in a good image: it is not turned
         return 1
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I"):  # gray of 16 bits, in Pillow's modes of 16 or 32
+    if image.mode.startswith("I"):  # 16-bit gray, in Pillow's modes with 16 or 32 bits
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise UserError(f"{name}: has gray values outside 0..65535; a picture of 8 or 16 bits")
@@ -238,6 +240,6 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
 
 
 def _to_bytes(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-    if not (values.min() >= 0 and values.max() <= 1):  # so written, NaN is refused too
+    if not (values.min() >= 0 and values.max() <= 1):  # in this form, NaN is refused, too
         raise UserError(f"{name}: has values outside [0, 1]; floats in [0, 1], or uint8 in 0..255")
     return np.rint(values.astype(np.float32) * 255).astype(np.uint8)

@@ -1,17 +1,17 @@
-"""Pictures with their captions and questions: the one form in which data of any source enters the project.
+"""Images with captions and questions, in the form that all data sources are converted to.
 
 Four sources are read:
 
 - a folder with `records.jsonl` (what `write_records` writes);
 - a `.jsonl` file, one object a line: `{"image": "cat.jpg", "caption": "a cat"}`, or `"captions": [...]`, or
-  `"question"` with `"answer"` (or `"answers"`, one of each annotator), or `"questions": [{"text": ..., "answer": ...,
+  `"question"` with `"answer"` (or `"answers"`, one per annotator), or `"questions": [{"text": ..., "answer": ...,
   "kind": ..., "answers": [...]}]`, and optionally `"id"` and `"facts"`;
 - a `.csv` or `.tsv` file whose first line names the columns `image` and `caption`, or `image`, `question`, `answer`;
-- a folder of pictures, in sub-folders or not, each with a `.txt` of the same name, one caption a line.
+- a folder of images, also in subfolders, each with a `.txt` of the same name, one caption per line.
 
-What is wanted of a row, captions or questions, depends on what the records are for. Image paths are relative to the
-file's folder and stay inside it. Rows of one image (of one id, where ids are given) become one record with all their
-captions and questions. A row that cannot be used is skipped and named, never fatal and never silent.
+Whether a row needs captions or questions depends on the task. Image paths are relative to the folder of the file and
+must be inside it. Rows with the same image, or the same id if there are ids, become one record with all their captions
+and questions. Rows that cannot be used are skipped and named.
 """
 
 import json
@@ -34,13 +34,14 @@ _WANTED = {"captions": "a caption", "questions": "a question and its answer"}
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about one picture.
+    """A question about one image.
 
     Attributes:
-        answer: the one that counts as right; where there are many annotators, their most common one.
+        text: the question.
+        answer: the correct one; with several annotators, their most common answer.
         kind: one of `QUESTION_KINDS`.
-        answers: of all annotators, repeats included; empty = `answer` alone.
-        id: of the data set's own, by which results are handed in; "" = none.
+        answers: of all annotators, with repetitions; empty if there is only `answer`.
+        id: of the data set, for submitting results; "" = none.
     """
 
     text: str
@@ -51,13 +52,13 @@ class Question:
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Every answer that was given, one at least."""
+        """All answers, at least one."""
         return self.answers or (self.answer,)
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One picture and what is known about it. `facts`: what a drawn scene truly shows, for exact scoring."""
+    """One image with its texts. `facts` are more information about it, such as the content of a drawn scene."""
 
     id: str
     image: Path
@@ -67,14 +68,16 @@ class Record:
 
 
 def read_records(source: Path, wanted: Wanted = "captions") -> tuple[list[Record], list[str]]:
-    """The records of `source` in its order, and one line "where: what; what would be right" per skipped row.
+    """The records of a source in its order, and one line "where: what is wrong; what would be right" per skipped row.
 
-    `wanted`: what every row must have; the other may be missing.
+    Images are not opened, but they must exist. Captions are not changed.
 
-    Pictures are looked for, not opened: a broken one shows when it is decoded. Captions stay as written.
+    Args:
+        source: one of the four above.
+        wanted: what every row must have; the other may be missing.
 
     Raises:
-        UserError: `source` does not exist, is none of the sources named above, or has no usable row at all.
+        UserError: `source` does not exist, is none of the four, or has no usable row.
     """
     source = Path(source)
     root = source if source.is_dir() else source.parent
@@ -98,10 +101,10 @@ def read_records(source: Path, wanted: Wanted = "captions") -> tuple[list[Record
 
 
 def write_records(records: Sequence[Record], folder: Path) -> None:
-    """Write `folder/records.jsonl`, whole or not at all, with image paths relative to `folder`.
+    """Writes `folder/records.jsonl` in one step, with image paths relative to `folder`.
 
     Raises:
-        UserError: an image lies outside `folder`, where `read_records` would refuse it.
+        UserError: an image is outside `folder`, which `read_records` would refuse.
     """
     folder = Path(folder)
     lines = [json.dumps(_row(record, folder), ensure_ascii=False) + "\n" for record in records]
@@ -110,7 +113,7 @@ def write_records(records: Sequence[Record], folder: Path) -> None:
 
 
 def _row(record: Record, folder: Path) -> dict[str, Any]:
-    """`record` as the JSON object that `read_records` takes."""
+    """A record as the JSON object that `read_records` reads."""
     image = Path(os.path.relpath(record.image, folder))
     if image.parts[0] == os.pardir:
         raise UserError(f"{record.image}: is outside {folder}; the pictures of a data folder lie inside it")
@@ -134,7 +137,7 @@ def _question_row(question: Question) -> dict[str, Any]:
 
 
 def _add(record: Record, records: dict[str, Record]) -> None:
-    """Put `record` among `records` (by id), joined to the one of the same id if there is one."""
+    """Adds a record, or joins it to the one with the same id."""
     known = records.get(record.id)
     if known is None:
         records[record.id] = record
@@ -171,7 +174,7 @@ def _record(row: dict[str, Any], root: Path, wanted: Wanted) -> Record:
 def _image(name: object, root: Path) -> Path:
     if not _says_something(name):
         raise UserError(f'no "image"; the path of a picture, relative to {root}')
-    # Judged by its spelling, links not followed: whoever made the folder may have linked the pictures in.
+    # Links are not followed, because the images may be links to other folders.
     image = Path(os.path.normpath(root / str(name)))
     if not Path(os.path.abspath(image)).is_relative_to(os.path.abspath(root)):
         raise UserError(f"image {name!r} is outside the data folder; a path inside {root}")
@@ -233,7 +236,7 @@ def _question(question: object, right: str) -> Question:
 
 
 def kind_of(answer: str) -> str:
-    """What is asked for, told by the answer: one of `QUESTION_KINDS`."""
+    """The kind of a question by its answer, one of `QUESTION_KINDS`."""
     plain = answer.strip().lower()
     return "yes/no" if plain in ("yes", "no") else "number" if plain.isdecimal() else "open"
 
@@ -243,7 +246,7 @@ def _says_something(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    """Whether every tokenizer and file takes `value`: JSON's "\\ud800" is a str, but no Unicode text."""
+    """Whether `value` is Unicode text. JSON's "\\ud800" is a str, but no tokenizer and no file accepts it."""
     if not isinstance(value, str):
         return False
     try:

@@ -1,4 +1,4 @@
-"""Rows of a data set as its files give them, unchecked: JSON lines, tables, folders of pictures."""
+"""Unchecked rows of data sets: JSON lines, tables, folders of images."""
 
 import csv
 import json
@@ -15,23 +15,23 @@ ACCEPTED = (
     f"a folder with {RECORDS}, a .jsonl file, a .csv or .tsv file with the columns image and caption "
     "(or image, question and answer), or a folder of pictures each with a .txt of the same name"
 )
-MOST_SWALLOWED = 10  # rows inside the text of another one, above which a table is refused
+MOST_SWALLOWED = 10  # rows within the text of another row; with more, a table is refused
 MOST_LINES = 100  # of one row; a caption has 50 words
 _ROW = 'one {"image": "cat.jpg", "caption": "a cat"} a line'
 
-# The keys and values of one row, or why the row could not even be read.
+# The keys and values of one row, or why it could not be read.
 Row = dict[str, Any] | UserError
 
 
 def read_rows(source: Path) -> Iterator[tuple[str, Row]]:
-    """Where each row of `source` stands ("file:line", or a picture's path), and the row.
+    """The position of each row of `source` ("file:line", or the path of an image), and the row.
 
-    Whatever the source, a row has the keys of `records.jsonl`: "image" (relative to the source's folder),
-    "caption" or "captions", "question" and "answer", and whatever else a JSON line holds.
+    Rows of all sources have the keys of `records.jsonl`: "image" (relative to the folder), "caption" or "captions",
+    "question" and "answer", and other keys of a JSON line.
 
     Raises:
         UserError: `source` does not exist or is not `ACCEPTED`.
-        OSError: the system does not let it be read.
+        OSError: it cannot be read.
     """
     suffix = source.suffix.lower()
     if source.is_dir():
@@ -64,16 +64,16 @@ def _parsed(line: bytes) -> Row:
 
 
 def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
-    # Bytes that are not UTF-8 come through as lone surrogates: they cost their own row and not the file.
+    # Bytes that are not UTF-8 become lone surrogates, so that only their row is skipped and not the file.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        taken: list[str] = []  # the lines of the row that is being read
+        taken: list[str] = []  # the lines of the current row
 
         def lines() -> Iterator[str]:
             for line in file:
                 taken.append(line)
                 yield line
 
-        # strict: with a quotation mark at the wrong place, the reader would guess where a text ends.
+        # strict: otherwise the reader guesses where a text with a wrong quotation mark ends.
         reader = csv.reader(lines(), delimiter=delimiter, strict=True)
         header: list[str] = []
         while True:
@@ -88,7 +88,7 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
                 cells = UserError(f'not a table row ({error}); text with quotation marks as "so ""said"""')
             several = enumerate(taken, first) if len(taken) > 1 else ()
             rows = [n for n, line in several if _is_row(line, header, delimiter, path.parent)]
-            # A text of several lines has an image in one line at most, the first or the last.
+            # Of the lines of one row, at most the first or the last contains an image.
             swallowed = [n for n in rows if n > first] if len(rows) > 1 or isinstance(cells, UserError) else []
             if len(swallowed) > MOST_SWALLOWED or len(taken) > MOST_LINES:
                 raise UserError(
@@ -107,7 +107,7 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
 
 
 def _is_row(line: str, header: list[str], delimiter: str, folder: Path) -> bool:
-    """Whether a line, whatever its quotation marks, has as many cells as a row, and an image where a row has one."""
+    """Whether a line without its quotation marks has as many cells as a row and an image in the right column."""
     cells = [cell.strip() for cell in line.replace('"', "").split(delimiter)]
     if not header or len(cells) < len(header):
         return False
@@ -168,5 +168,5 @@ def _picture(path: Path, folder: Path) -> Row:
 
 
 def _raise(error: OSError) -> None:
-    # os.walk would pass over a folder that it may not enter without a word.
+    # os.walk ignores folders that it cannot read, unless an error is raised here.
     raise error

@@ -1,6 +1,6 @@
-"""What is written about the pictures: the rows that training draws batches from.
+"""The texts of images: the rows from which training draws batches.
 
-A row is a picture with a text that may be drawn anew each time: one of its captions, or an answer to a question.
+A row is an image with a text that is drawn each time: one of its captions, or an answer to a question.
 """
 
 import re
@@ -14,22 +14,22 @@ import torch
 from openblip2.data.records import Question, Record
 from openblip2.data.text import clean_question
 
-MOST_TIMES = 10  # that balancing shows one question in an epoch
+MOST_TIMES = 10  # how often balancing shows one question in an epoch at most
 NEGATION = re.compile(r"\b(no|not|never|none)\b|n['\u2019]t\b", re.IGNORECASE)
 
 
 class Drawn(NamedTuple):
-    """The texts of a batch: what is to be written, and what was asked, None where nothing was."""
+    """The texts of a batch that are to be generated, and the questions, None for captions."""
 
     texts: list[str]
     questions: list[str] | None
 
 
 class Captions:
-    """One row for each picture: one of its captions, drawn evenly.
+    """One row for each image: one of its captions, with equal probability.
 
     Attributes:
-        pictures: of each row, the number of its record.
+        pictures: the number of each row's record.
         lengths: of each row's longest text, in words.
     """
 
@@ -43,13 +43,17 @@ class Captions:
 
 
 class Answers:
-    """One row for each question: one of the answers that annotators gave, drawn by how often it was given (paper 4.3).
+    """One row for each question: one of the annotators' answers, drawn by its frequency (paper 4.3).
 
-    `balanced`: of yes/no questions in the same words, those with the rarer answer are shown as often as the others,
-    each up to `MOST_TIMES` in an epoch. "Is there a red shape?" is mostly to be answered with no, and a model that has
-    learned so much from the words alone has little reason left to look. Ours; VQA v2 adds pictures to the same end.
+    Args:
+        records: with questions.
+        balanced: ours: of yes/no questions with the same words, those with the rarer answer are shown as often as the
+            others, each up to `MOST_TIMES` in an epoch. "Is there a red shape?" is mostly answered with no, and a model
+            that learns this from the words has little reason to use the image. VQA v2 adds images for this purpose.
 
-    Attributes: as of `Captions`.
+    Attributes:
+        pictures: as in `Captions`.
+        lengths: of the questions, in words.
     """
 
     def __init__(self, records: Sequence[Record], balanced: bool = False) -> None:
@@ -69,10 +73,14 @@ Samples = Captions | Answers
 
 
 def fewer_negations(records: Sequence[Record], share: float) -> list[Record]:
-    """The records with no more than `share` in [0, 1] of the questions that are asked with "not" or "no", evenly taken.
+    """The records with only a share of the questions that contain "not" or "no", selected evenly.
 
-    A first course for a model that is to compare. Where half of the questions are turned round, a match of words and
-    picture means yes as often as no, and nothing pulls the Q-Former to look for one. Ours (docs/decisions.md).
+    Ours, for a first part of training (docs/decisions.md): if half of the questions are negated, a match of words and
+    image means yes as often as no, and the Q-Former gets no gradient to look for matches.
+
+    Args:
+        records: with questions.
+        share: in [0, 1].
     """
     met = 0
 
@@ -87,7 +95,7 @@ def fewer_negations(records: Sequence[Record], share: float) -> list[Record]:
 
 
 def _times(questions: Sequence[Question]) -> list[int]:
-    """How often each question is to be shown for yes and no to come equally often, to the nearest whole number."""
+    """How often to show each question so that yes and no are equally frequent, rounded."""
     cells = [(q.text, q.answer.strip().lower()) if q.kind == "yes/no" else None for q in questions]
     counts = Counter(cell for cell in cells if cell)
     most = {text: max(counts[text, "yes"], counts[text, "no"]) for text, _ in counts}
@@ -95,6 +103,6 @@ def _times(questions: Sequence[Question]) -> list[int]:
 
 
 def _draw(choices: Sequence[Sequence[str]], generator: torch.Generator) -> list[str]:
-    """One of each row's texts, drawn evenly: a text that stands there twice is drawn twice as often."""
+    """One of each row's texts, with equal probability; a text that occurs twice is drawn twice as often."""
     places = torch.rand(len(choices), generator=generator).tolist()
     return [texts[int(place * len(texts))] for texts, place in zip(choices, places, strict=True)]

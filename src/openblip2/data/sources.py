@@ -1,28 +1,31 @@
-"""What `--data` may name: pictures of one's own, an official annotation file, easy-VQA; to train on, shards too."""
+"""What `--data` may name: the user's images, an official annotation file and, for training, shards."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from openblip2.data.corpora import easy_vqa_records, stamps_records
 from openblip2.data.official.read import official_kind, read_official
 from openblip2.data.records import Record, Wanted, read_records
 from openblip2.data.web.mixture import Part, names_shards, read_parts
 from openblip2.errors import UserError
 
-EASY_VQA = "easy-vqa"
-STAMPS = "stamps"
-
 
 class Source(NamedTuple):
-    """Records, one line for each entry that was skipped, and whose form the data is in ("own" for one's own).
+    """What a data source contains.
 
-    `shards`: what there is in place of records, not counted yet.
+    Attributes:
+        records: none for shards.
+        skipped: one line for each entry that was skipped.
+        kind: the format, "own" for the user's own.
+        shards: not counted yet.
+        known: training questions, from which baselines that see no image guess.
     """
 
     records: list[Record]
     skipped: list[str]
     kind: str
     shards: list[Part] | None = None
+    known: Sequence[Record] = ()
 
 
 def read_source(
@@ -34,24 +37,20 @@ def read_source(
     withheld: bool = False,
     shards: bool = False,
 ) -> Source:
-    """The records of `data`: "easy-vqa", an official `.json` (data/official/read.py), or one's own (data/records.py).
+    """The records of `data`: an official `.json` (data/official/read.py) or the user's own images (data/records.py).
 
     Args:
         wanted: what every record must have.
-        images: the folder of an official file's pictures.
-        split: of an official file or of easy-VQA ("train", "test").
+        images: the folder of an official file's images.
+        split: of an official file that contains several.
         questions: VQAv2's and OK-VQA's second file.
-        withheld: pictures without captions and questions without answers are welcome: an official test split, of
-            which predictions are made. An answer is "" there.
-        shards: are welcome.
+        withheld: whether images without captions and questions without answers are accepted, as in an official test
+            split, for which predictions are made. Their answer is "".
+        shards: whether shards are accepted.
 
     Raises:
         UserError: `data` cannot be read as any of these, or an argument does not belong to it.
     """
-    if str(data) == EASY_VQA:
-        if split not in ("train", "test"):
-            raise UserError(f"--data {EASY_VQA}: give --split train or --split test")
-        return Source(easy_vqa_records(split), [], EASY_VQA)
     if names_shards(str(data)):
         if not shards or wanted == "questions":
             raise UserError(f"{data}: shards are for training with captions; give records: a folder, .jsonl or .csv")
@@ -60,7 +59,7 @@ def read_source(
     path = Path(data)
     if path.suffix.lower() == ".json":
         if images is None:
-            raise UserError(f"{path}: give --images, the folder in which its pictures lie")
+            raise UserError(f"{path}: give --images, the folder of its images")
         kind = official_kind(path)
         records, skipped = read_official(None, path, images, split, questions)
         usable = [record for record in records if withheld or _has(record, wanted)]
@@ -69,20 +68,6 @@ def read_source(
         return Source(usable, skipped, kind)
     _only_official(str(path), images, split, questions)
     return Source(*read_records(path, wanted), "own")
-
-
-def read_corpus(data: str, images: Path | None = None, split: str | None = None) -> Source:
-    """What `read_source` reads of pictures with captions, and "stamps": Tux Paint's, if they are installed.
-
-    Raises:
-        UserError: as `read_source`, or the stamps are missing.
-    """
-    if data != STAMPS:
-        return read_source(data, images=images, split=split)
-    if split not in ("train", "test") or images is not None:
-        raise UserError(f"{STAMPS}: give --split train or --split test, and nothing else")
-    found = stamps_records()
-    return Source(found.train if split == "train" else found.test, found.skipped, STAMPS)
 
 
 def _only_official(data: str, images: Path | None, split: str | None, questions: Path | None) -> None:

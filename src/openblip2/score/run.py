@@ -9,10 +9,9 @@ from typing import Any, Literal, cast, get_args
 from openblip2 import __version__
 from openblip2.attend import BY, By
 from openblip2.captioner import ANSWER, CAPTION, Captioner
-from openblip2.data.corpora import easy_vqa_records
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record
-from openblip2.data.sources import EASY_VQA, Source
+from openblip2.data.sources import Source
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
@@ -104,8 +103,9 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     else:
         how = ANSWER if options.beams is None else replace(ANSWER, beams=options.beams)
         metric: Any = options.metric or usual_metric(source.kind, records)
-        known = easy_vqa_records("train") if source.kind == EASY_VQA else ()
-        result = score_answers(model, records, how, metric, progress, options.lemmatised, known, options.seed, kept)
+        result = score_answers(
+            model, records, how, metric, progress, options.lemmatised, source.known, options.seed, kept
+        )
     result.skipped[:0] = [*source.skipped, *bad]
     result.protocol = card(model, run, options.seed) | {"data": source.kind} | result.protocol
     result.protocol["zero_shot"] = model.settings.task == "pretraining"

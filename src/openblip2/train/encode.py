@@ -1,4 +1,4 @@
-"""Runs the frozen image encoder over pictures, into a feature cache (`data/features.py`) or into memory.
+"""Runs the frozen image encoder over pictures, into a feature cache (`data/feature_cache.py`) or into memory.
 
 Shapes: E entries of a picture (the plain one, then random crops of it), P patch tokens, V encoder width, B images,
 S image side in px.
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
-from openblip2.data import features as stored
-from openblip2.data.features import FeatureCache, Features, find_records, picture_bytes, require_same
+from openblip2.data import feature_cache as stored
+from openblip2.data.feature_cache import FeatureCache, picture_bytes, require_same
+from openblip2.data.features import Features, find_records
 from openblip2.data.images import CROP_AREA, CROP_RATIO, THREADS, augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.errors import UserError

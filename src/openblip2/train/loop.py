@@ -54,7 +54,7 @@ def fit(
         samples: The samples of the last step in this process, to be named if it is bad.
         sparse: Whether there are batches whose losses do not depend on all that trains (see `DataParallelLosses`).
         advise: Lines to say after a validation, from the rows of the log.
-        data: A digest of what is trained on (`data.seen.data_digest`), kept in the checkpoints.
+        data: A digest of what is trained on (`data.trained_on.data_digest`), kept in the checkpoints.
 
     Raises:
         UserError: A checkpoint cannot be read or written, or too many steps in a row were not finite.

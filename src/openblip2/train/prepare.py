@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
-from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
-from openblip2.data.features import FeatureCache, Features, StoredFeatures, find_records
+from openblip2.data.batches import ImagePairs, PairBatch
+from openblip2.data.feature_cache import FeatureCache
+from openblip2.data.features import FeaturePairs, Features, StoredFeatures, find_records
 from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
 from openblip2.data.text import clean_caption, clean_question

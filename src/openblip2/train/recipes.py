@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from openblip2.config import RunSettings
 from openblip2.data.batches import PairBatch, Prefetcher, joined_ids
 from openblip2.data.records import Record
-from openblip2.data.seen import data_digest, write_seen
 from openblip2.data.tokens import QFormerTokens
+from openblip2.data.trained_on import data_digest, write_trained_on
 from openblip2.data.web.mixture import Part
 from openblip2.distributed.collectives import is_first, share
 from openblip2.distributed.data_parallel import shard
@@ -117,7 +117,7 @@ def train_stage(
         else:
             data = prepare(settings, records, vision, run, features or run / "features", progress, skipped, held_out)
     if is_first():
-        write_seen(None if shards else data.records, run)
+        write_trained_on(None if shards else data.records, run)
     batches = RecordingBatches(prefetched(data, settings), settings.train.accumulate)
     recipe = _stage1 if settings.stage == "stage1" else _stage2
     model, losses, validate, sparse = recipe(settings, vision, data, batches, run, progress, last is None)

@@ -62,7 +62,7 @@ _FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 class Done:
     """How far a run is: steps, batches drawn (the sampler's whole position), and `bad_*`: see `train/skipped.py`.
 
-    `data`: the digest of what it is trained on (`data/seen.py`); "" in checkpoints of older versions.
+    `data`: the digest of what it is trained on (`data/trained_on.py`); "" in checkpoints of older versions.
     """
 
     step: int = 0

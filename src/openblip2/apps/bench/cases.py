@@ -17,7 +17,8 @@ from openblip2.apps.bench.loader import loader_case
 from openblip2.apps.bench.models import BOS, EOS, IMAGE, Pair, normalised, pictures, sentences, texts
 from openblip2.apps.bench.naive import naive_losses, naive_rerank
 from openblip2.apps.bench.sizes import Size
-from openblip2.data.features import FeatureCache, StoredFeatures, writing
+from openblip2.data.feature_cache import FeatureCache, writing
+from openblip2.data.features import StoredFeatures
 from openblip2.data.records import Record
 from openblip2.evaluate.retrieval import rerank
 from openblip2.hardware import computing

@@ -11,8 +11,9 @@ from torch import Tensor
 from openblip2.apps.bench.case import NAIVE, OURS, Case
 from openblip2.data.web.mixture import count_parts, read_parts
 from openblip2.data.web.pairs import ShardPairs
-from openblip2.data.web.shard_file import write_stats
-from openblip2.data.web.tars import Sample, write_tar
+from openblip2.data.web.shard_files import write_stats
+from openblip2.data.web.tars import Sample
+from openblip2.data.web.write_shards import write_tar
 
 SIDE = 256  # px, as img2dataset stores pictures by default
 SIZE = 224  # px, what the paper trains on

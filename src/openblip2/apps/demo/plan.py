@@ -5,11 +5,12 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+from openblip2.apps.corpora.easy_vqa import easy_vqa_records
+from openblip2.apps.corpora.stamps import stamps_records
+from openblip2.apps.scenes.draw import draw_scenes
+from openblip2.apps.scenes.vocabulary import WORLDS, World
 from openblip2.config import RunSettings, change
-from openblip2.data.corpora import easy_vqa_records, stamps_records
 from openblip2.data.records import Record
-from openblip2.data.scenes.draw import draw_scenes
-from openblip2.data.scenes.vocabulary import WORLDS, World
 from openblip2.presets import preset
 
 # How long it takes, for the first lines in the terminal: a measured figure of the small world, which is the default.

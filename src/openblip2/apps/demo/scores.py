@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from openblip2.apps.demo.plan import Corpus, Plan
+from openblip2.apps.scenes.accuracy import caption_scores
+from openblip2.apps.scenes.grammar import named
 from openblip2.attend import look, overlay
 from openblip2.captioner import ANSWER, CAPTION, Captioner, greedy
 from openblip2.data.features import Features
 from openblip2.data.records import Question, Record
-from openblip2.data.scenes.grammar import named
 from openblip2.data.text import clean_caption
-from openblip2.evaluate.captions import caption_scores
 from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.retrieval import recalls, rerank, similarities
 from openblip2.evaluate.vqa import accuracy, baselines

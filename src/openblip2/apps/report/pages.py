@@ -11,11 +11,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from openblip2.apps.report.curves import charts
 from openblip2.apps.report.goals import goals, percent
+from openblip2.apps.scenes.grammar import judge
+from openblip2.apps.scenes.vocabulary import WORLDS
 from openblip2.config import RunSettings, from_dict
 from openblip2.data.images import open_picture
 from openblip2.data.records import QUESTION_KINDS
-from openblip2.data.scenes.grammar import judge
-from openblip2.data.scenes.vocabulary import WORLDS
 from openblip2.evaluate.health import Finding, findings
 from openblip2.evaluate.levels import itc_chance
 from openblip2.evaluate.vqa import normalise

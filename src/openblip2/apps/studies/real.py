@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from openblip2.apps.corpora.fetch import fetch
+from openblip2.apps.corpora.prepare import by_fold, prepare
 from openblip2.apps.studies.trial import kept
 from openblip2.captioner import CAPTION, Captioner, greedy
 from openblip2.config import RunSettings, change, to_dict
-from openblip2.data.real.fetch import fetch
-from openblip2.data.real.prepare import by_fold, prepare
 from openblip2.data.records import Record, read_records
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError

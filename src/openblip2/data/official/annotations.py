@@ -1,4 +1,4 @@
-"""Annotation files: the JSON of one, its values checked, and the folder of pictures it speaks of."""
+"""Annotation files: reading JSON, checking its values, and finding the images."""
 
 import gc
 import json
@@ -13,12 +13,12 @@ from openblip2.errors import UserError
 
 
 class Pictures:
-    """The picture files under a folder. Each of its folders is listed once, instead of asking for every picture.
+    """The image files in a folder. Each subfolder is listed once, which is faster than looking for every image.
 
-    Names are judged by their spelling, links are followed: whoever made the folder may have linked the pictures in.
+    Links are followed, because the images may be links to other folders.
 
     Raises:
-        UserError: `root` is no folder.
+        UserError: `root` is not a folder.
     """
 
     def __init__(self, root: Path) -> None:
@@ -28,13 +28,12 @@ class Pictures:
         self._folders: dict[str, tuple[Path, frozenset[str]]] = {}
 
     def find(self, name: object) -> Path:
-        """The file `name`, a path relative to the folder; its last part alone is looked for too.
+        """The file `name`, a path relative to the folder, or its last part.
 
-        So the folder may be the one that the annotations mean ("coco", for "val2014/x.jpg") or the last one itself
-        ("coco/val2014").
+        So the folder can be the one that the annotations mean ("coco" for "val2014/x.jpg") or "coco/val2014".
 
         Raises:
-            UserError: `name` is no text, leads out of the folder, or there is no such file.
+            UserError: `name` is not text, leads out of the folder, or does not exist.
         """
         name = text(name, "picture name", "a path relative to the folder of pictures")
         if os.path.isabs(name) or os.path.splitdrive(name)[0] or ".." in re.split(r"[/\\]", name):
@@ -52,22 +51,22 @@ class Pictures:
         try:
             with os.scandir(self.root / folder) as entries:
                 return frozenset(entry.name for entry in entries if _is_file(entry))
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name that no folder can have
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: an impossible name
             return frozenset()
         except OSError as error:
             raise UserError(f"{self.root / folder}: cannot be listed ({error.strerror}); a readable folder") from error
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    # A link that leads in a circle is no file; asked with links followed, the entry raises instead.
+    # Unlike entry.is_file(), os.path.isfile() does not raise for a link to itself.
     return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
 
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Garbage is not collected meanwhile: the search for it walks through all that a large file holds, many times.
+    """Switches garbage collection off, which visits all objects of a large file many times.
 
-    With it, the questions of VQAv2's validation split take 9 s to read, without it 5 s (one core).
+    With it, reading the questions of VQAv2's validation split takes 9 s, without it 5 s (one core).
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -79,7 +78,7 @@ def uncollected() -> Iterator[None]:
 
 
 def read_json(path: Path) -> Any:
-    """What the JSON file `path` holds.
+    """The content of a JSON file.
 
     Raises:
         UserError: it is missing, cannot be read, is cut off or not JSON.
@@ -96,11 +95,11 @@ def read_json(path: Path) -> Any:
 
 
 def repeated_keys(path: Path) -> set[str]:
-    """The keys that the JSON object in `path` has more than once: of these, `read_json` keeps the last alone."""
+    """The keys that occur more than once in the JSON object in `path`. `read_json` keeps only the last of each."""
     outermost: list[tuple[str, Any]] = []
 
     def keep(pairs: list[tuple[str, Any]]) -> None:
-        outermost[:] = pairs  # objects are handed over from the innermost to the outermost
+        outermost[:] = pairs  # called for the outermost object last
 
     json.loads(path.read_bytes(), object_pairs_hook=keep)
     seen: set[str] = set()
@@ -108,10 +107,15 @@ def repeated_keys(path: Path) -> set[str]:
 
 
 def text(value: object, what: str, right: str) -> str:
-    """`value`, if it is Unicode text that says something.
+    """`value`, if it is Unicode text that is not empty.
+
+    Args:
+        value: from a file.
+        what: its name in the message.
+        right: what would be right.
 
     Raises:
-        UserError: it is not. `what` names it, `right` says what would be right.
+        UserError: it is not.
     """
     if not isinstance(value, str):
         raise UserError(f"no {what}, but {shown(value)}; {right}")
@@ -120,7 +124,7 @@ def text(value: object, what: str, right: str) -> str:
     if not value.isascii():
         try:
             value.encode()
-        except UnicodeEncodeError:  # JSON's "\ud800" is a str, but no Unicode text
+        except UnicodeEncodeError:  # JSON's "\ud800" is a str, but not Unicode text
             raise UserError(f"the {what} {shown(value)} is not Unicode text; {right}") from None
     return value
 
@@ -129,7 +133,7 @@ def identity(value: object, what: str) -> str:
     """The id `value` as text.
 
     Raises:
-        UserError: it is neither a whole number nor text of one line that says something. `what` names it.
+        UserError: it is neither a whole number nor one line of text. The message calls it `what`.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -142,11 +146,13 @@ def identity(value: object, what: str) -> str:
 def each(
     entries: Iterable[tuple[str, object]], right: str, use: Callable[[str, dict[str, Any]], None], skipped: list[str]
 ) -> None:
-    """Call `use(where, entry)` with each of `entries`; one that is no object or that it refuses goes to `skipped`.
+    """Calls `use(where, entry)` for each entry.
 
     Args:
-        entries: the place of each in the file, and the entry.
-        right: what would be right in the place of one that is no object.
+        entries: the position of each in the file, and the entry.
+        right: what would be right instead of an entry that is not an object.
+        use: may raise a `UserError`.
+        skipped: gets a line for each entry that is not an object, or for which `use` raises.
     """
     for where, entry in entries:
         try:
@@ -158,10 +164,15 @@ def each(
 
 
 def numbered(path: Path, name: str, values: object) -> Iterator[tuple[str, object]]:
-    """Where each of the list `values`, named `name` in the file `path`, stands ("file: name[0]"), and it.
+    """The entries of a list, each with its position, "file: name[0]".
+
+    Args:
+        path: the file.
+        name: of the list in the file.
+        values: the list.
 
     Raises:
-        UserError: `values` is no list.
+        UserError: `values` is not a list.
     """
     if not isinstance(values, list):
         raise UserError(f'{path}: "{name}" is no list, but {shown(values)}; a list of objects')
@@ -169,7 +180,7 @@ def numbered(path: Path, name: str, values: object) -> Iterator[tuple[str, objec
 
 
 def first_entry(values: object) -> dict[str, Any]:
-    """The first object in the list `values`, which tells what a file is; empty where there is none."""
+    """The first object in the list `values`, which shows the format of a file; empty if there is none."""
     return next((value for value in values if isinstance(value, dict)), {}) if isinstance(values, list) else {}
 
 

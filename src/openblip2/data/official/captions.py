@@ -1,4 +1,4 @@
-"""Captions of COCO, Flickr30K and NoCaps in their official files: Karpathy's, LAVIS's and COCO's own form."""
+"""Captions of COCO, Flickr30K and NoCaps in the formats of Karpathy, LAVIS and COCO."""
 
 import re
 from collections.abc import Container
@@ -10,8 +10,8 @@ from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
 
-# Karpathy and Li keep 5,000 of COCO's validation pictures and test on 5,000. The other 30,504 are "restval", and
-# everybody trains on them too: 113,287 pictures.
+# Karpathy and Li validate on 5,000 of COCO's validation images and test on 5,000. The other 30,504 are "restval", which
+# are usually added to the training images: 113,287 in total.
 SPLITS = {"train": ("train", "restval"), "restval": ("restval",), "val": ("val",), "test": ("test",)}
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 COCO_NAME = re.compile(r"COCO_[a-z]+\d{4}_(\d{12})")
@@ -26,18 +26,19 @@ _ANNOTATION = '{"image_id": 0, "caption": "a cat"}'
 def karpathy(
     path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[str], split: str | None
 ) -> list[Record]:
-    """`dataset_coco.json` and `dataset_flickr30k.json`: of each picture its split and its sentences.
+    """`dataset_coco.json` and `dataset_flickr30k.json`: the split and the sentences of each image.
 
     Args:
         path: of the file.
-        data: what it holds.
-        skipped: gets a line per entry left out.
+        data: its content.
+        pictures: finds the images.
+        skipped: gets a line for each entry that is left out.
         split: one of `SPLITS`.
 
     Source: https://cs.stanford.edu/people/karpathy/deepimagesent/
 
     Raises:
-        UserError: `split` is unknown, or the file is of another form.
+        UserError: `split` is unknown, or the file has another format.
     """
     parts = SPLITS.get(split or "")
     if parts is None:
@@ -68,15 +69,16 @@ def karpathy(
 
 
 def listed(path: Path, data: object, pictures: Pictures, skipped: list[str]) -> list[Record]:
-    """LAVIS's lists: a row per caption to train on, a row per picture with all its captions to evaluate on.
+    """LAVIS's lists: one row per caption for training, and one row per image with all its captions for evaluation.
 
-    Their `image_id` is "coco_328757", a running number or missing: the id is taken from the file's name instead,
-    so that a picture has the same one in all of them and in Karpathy's file.
+    The id of an image is taken from its file name, so that it is the same in all lists and in Karpathy's file: their
+    `image_id` is "coco_328757", a running number, or missing.
 
     Args:
         path: of the file.
-        data: what it holds.
-        skipped: gets a line per entry left out.
+        data: its content.
+        pictures: finds the images.
+        skipped: gets a line for each entry that is left out.
 
     Source: https://github.com/salesforce/LAVIS, datasets coco and flickr30k
     """
@@ -98,17 +100,18 @@ def listed(path: Path, data: object, pictures: Pictures, skipped: list[str]) -> 
 
 
 def nocaps(path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[str]) -> list[Record]:
-    """NoCaps's file, in COCO's own form: the pictures, and apart from them their captions (a test split has none).
+    """NoCaps's file in COCO's format: a list of images and a list of captions, which a test split does not have.
 
     Args:
         path: of the file.
-        data: what it holds.
-        skipped: gets a line per entry left out.
+        data: its content.
+        pictures: finds the images.
+        skipped: gets a line for each entry that is left out.
 
-    Source: https://nocaps.org/download. The page does not show an image's "domain", which the file has.
+    Source: https://nocaps.org/download. The page does not mention "domain", which the images in the file have.
 
     Raises:
-        UserError: the file is of another form.
+        UserError: the file has another format.
     """
     images = list(numbered(path, "images", data["images"]))
     known = {str(image.get("id")) for _, image in images if isinstance(image, dict)}
@@ -140,7 +143,7 @@ def nocaps(path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[s
 
 
 def _captions(given: list[Any], where: str, skipped: list[str]) -> tuple[str, ...]:
-    """Those of the captions that can be used; the others are skipped by themselves."""
+    """The captions that can be used; the others are skipped."""
     captions: list[str] = []
     for number, caption in enumerate(given):
         try:
@@ -167,6 +170,6 @@ def _new(name: str, records: Container[str]) -> None:
 
 
 def _name_id(file: Path) -> str:
-    """COCO's number of a picture, or the name of another picture's file."""
+    """The number of a COCO image, or the file name of another image without its suffix."""
     found = COCO_NAME.fullmatch(file.stem)
     return str(int(found[1])) if found else file.stem

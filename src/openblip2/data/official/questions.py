@@ -38,20 +38,21 @@ class _Answered(NamedTuple):
 def vqa(
     path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[str], split: str | None, questions: Path | None
 ) -> list[Record]:
-    """VQAv2's and OK-VQA's annotations and questions, brought together by the question's id.
+    """VQAv2's and OK-VQA's annotations and questions, joined by the id of the question.
 
     Args:
         path: of the annotations, or of the questions of a test split.
-        data: what it holds.
-        skipped: gets a line per entry left out.
-        split: the files', "val2014" or "val", or None.
-        questions: the file of questions, or None where `path` is that file.
+        data: its content.
+        pictures: finds the images.
+        skipped: gets a line for each entry that is left out.
+        split: of the files, "val2014" or "val", or None.
+        questions: the file of questions, or None if `path` is that file.
 
     Source: https://visualqa.org/download.html, https://okvqa.allenai.org/download.html
 
     Raises:
-        UserError: a file cannot be read or is of another form; the two are not of one split, or not of `split`; the
-            answers are missing, and it is no test split.
+        UserError: a file cannot be read or has another format; the two have different splits, or not `split`; or the
+            answers are missing and it is not a test split.
     """
     asked_path, asked = _questions(path, data, questions)
     subtype = _subtype(asked_path, asked)
@@ -68,12 +69,13 @@ def vqa(
 
 
 def gqa(path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[str]) -> list[Record]:
-    """GQA's questions, by their ids. Where the file answers none of them, the answers are withheld.
+    """GQA's questions by their ids. If the file contains no answers at all, it is a test split.
 
     Args:
         path: of the file.
-        data: what it holds.
-        skipped: gets a line per entry left out.
+        data: its content.
+        pictures: finds the images.
+        skipped: gets a line for each entry that is left out.
 
     Source: https://cs.stanford.edu/people/dorarad/gqa/download.html
     """
@@ -97,7 +99,7 @@ def gqa(path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[str]
 
 
 def _questions(path: Path, data: dict[str, Any], questions: Path | None) -> tuple[Path, dict[str, Any]]:
-    """The file of questions and what it holds; `data` itself where `path` is that file."""
+    """The file of questions and its content, which is `data` if `path` is that file."""
     if questions is None:
         if "annotations" in data:
             raise UserError(f"{path}: answers without their questions; the file {_name(path)} as questions")
@@ -111,12 +113,12 @@ def _questions(path: Path, data: dict[str, Any], questions: Path | None) -> tupl
 
 
 def _name(path: Path) -> str:
-    """What the questions of the annotations `path` are called officially."""
+    """The official name of the file of questions for the annotations `path`."""
     return path.name.replace("mscoco_", "OpenEnded_mscoco_").replace("_annotations", "_questions")
 
 
 def _subtype(path: Path, data: dict[str, Any]) -> str:
-    """What the pictures' names begin with: "val2014"; that of "test-dev2015" is told apart later."""
+    """The "data_subtype" of a file: "val2014" or "test-dev2015", for example."""
     subtype = data.get("data_subtype")
     if not isinstance(subtype, str) or not _SUBTYPE.fullmatch(subtype):
         raise UserError(f'{path}: "data_subtype" is {shown(subtype)}; train2014, val2014, test2015 or test-dev2015')
@@ -124,7 +126,7 @@ def _subtype(path: Path, data: dict[str, Any]) -> str:
 
 
 def _answers(path: Path, data: dict[str, Any], skipped: list[str]) -> dict[str, _Answered | None]:
-    """The annotations by their questions' ids; None for one that is skipped already."""
+    """The annotations by the ids of their questions; None for one that is skipped."""
     answers: dict[str, _Answered | None] = {}
 
     def read(where: str, annotation: dict[str, Any]) -> None:
@@ -156,8 +158,8 @@ def _asked(
     pictures: Pictures,
     skipped: list[str],
 ) -> list[Record]:
-    """The questions with their answers, by picture; `answers` are by question, None = withheld."""
-    folder = subtype.replace("test-dev", "test")  # test-dev asks of some of the test pictures
+    """The questions by image, with their answers. `answers` are by question; None for a test split."""
+    folder = subtype.replace("test-dev", "test")  # test-dev is a part of the test images
     seen: set[str] = set()
     gathered: _Gathered = {}
 
@@ -176,7 +178,7 @@ def _asked(
                 raise UserError(f"question {name} has no annotation; one with its id")
             answered = answers[name]
             if answered is None:
-                return  # its annotation is skipped and named
+                return  # its annotation was skipped
             if answered.image != image:
                 raise UserError(f"image {image} here, and {shown(answered.image)} in its annotation; the same in both")
             question = Question(words, answered.answer, answered.kind, answered.answers, name)
@@ -190,7 +192,7 @@ def _asked(
     return _records(gathered)
 
 
-# The file and the questions of each picture, by its id.
+# The file and the questions of each image, by its id.
 _Gathered = dict[str, tuple[Path, list[Question]]]
 
 

@@ -12,11 +12,11 @@
 | okvqa | `mscoco_val2014_annotations.json` with `OpenEnded_mscoco_val2014_questions.json` | one, told |
 | gqa | `testdev_balanced_questions.json` | one |
 
-Of test splits the truth is withheld. They are read so that predictions can be made and handed in: a picture then
-has no caption, a question the answer "", which no other question has.
+Test splits contain no captions and answers. They are read so that predictions can be submitted: an image then has no
+caption, and the answer to a question is "", which is never a real answer.
 
-Ids are those by which results are handed in: COCO's and NoCaps's number of the picture; Flickr30K's and GQA's file
-name without its suffix; the question's own.
+Ids are those for submitting results: the number of the image for COCO and NoCaps, the file name without its suffix for
+Flickr30K and GQA, and the id of the question.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ from openblip2.errors import UserError
 Kind = Literal["coco-karpathy", "flickr30k", "nocaps", "vqav2", "okvqa", "gqa"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-# Kinds whose files look alike: which of the two a file is, the user may know better than its content.
+# Kinds with the same format: the user may know better than the file which of the two it is.
 _ALIKE = {"flickr30k": "coco-karpathy", "okvqa": "vqav2"}
 _EXPECTED = (
     'Karpathy\'s {"images": [{"filename", "split", "sentences"}, ...]}, LAVIS\'s [{"image", "caption"}, ...], '
@@ -46,25 +46,25 @@ def read_official(
 ) -> tuple[list[Record], list[str]]:
     """The records of an official file in its order, and a line "where: what; what would be right" per skipped entry.
 
-    Questions about one picture are one record, as are LAVIS's captions of one picture. Of several captions only the
-    bad ones are left out. Pictures are looked for, not opened; captions, questions and answers stay as written.
+    All questions about an image, and all of LAVIS's captions of an image, are one record. Bad captions are left out one
+    by one. Images are not opened, but they must exist; captions, questions and answers are not changed.
 
-    NoCaps's domain, one of `official_captions.DOMAINS`, is `facts["domain"]`; facts are None where the file does not
-    tell it. `Question.answer` is VQAv2's `multiple_choice_answer`; OK-VQA has none, and it is the most common of its
-    answers. These are the stemmed ones, ten to a question: five annotators', each twice in the file.
+    NoCaps's domain, one of `captions.DOMAINS`, is `facts["domain"]`; without it, facts are None. `Question.answer` is
+    VQAv2's `multiple_choice_answer`, or the most common answer for OK-VQA, which has none. OK-VQA's answers are
+    stemmed, and there are ten per question: those of five annotators, each twice.
 
     Args:
-        kind: one of `KINDS`; None = told by the file's content.
+        kind: one of `KINDS`; None = by the content of the file.
         annotations: the file.
-        images: the folder in which the file's paths begin (COCO's holds `train2014`, `val2014` and `test2015`), or
-            the one in which the pictures themselves lie.
-        split: of Karpathy's files, one of `official_captions.SPLITS` ("train" is with restval); needed there. The
-            split that VQAv2's and OK-VQA's files tell ("val2014", or "val") may be given too, others not.
-        questions: VQAv2's and OK-VQA's second file; None where `annotations` are the questions of a test split.
+        images: the folder that the paths in the file are relative to (for COCO, it contains `train2014`, `val2014` and
+            `test2015`), or the folder of the images themselves.
+        split: required for Karpathy's files, one of `captions.SPLITS` ("train" includes restval). For VQAv2 and OK-VQA,
+            it can be given if it is the split of the files ("val2014" or "val").
+        questions: the second file of VQAv2 and OK-VQA; None if `annotations` are the questions of a test split.
 
     Raises:
-        UserError: a file cannot be read, is cut off or of another form; `kind` or `split` is unknown or not the
-            file's; questions and annotations are of two splits; `images` is no folder; no entry is usable.
+        UserError: a file cannot be read, is cut off or has another format; `kind` or `split` is unknown or does not fit
+            the file; questions and annotations have different splits; `images` is not a folder; no entry is usable.
     """
     path = Path(annotations)
     if kind is not None and kind not in KINDS:
@@ -98,10 +98,10 @@ def read_official(
 
 @uncollected()
 def official_kind(annotations: Path) -> Kind:
-    """Of which kind a file is, told by its content.
+    """The kind of a file by its content.
 
     Raises:
-        UserError: it cannot be read, or is of none of `KINDS`.
+        UserError: it cannot be read, or is none of `KINDS`.
     """
     return _recognised(read_json(Path(annotations)), Path(annotations))
 

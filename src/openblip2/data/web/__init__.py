@@ -1,1 +1,1 @@
-"""Data of web scale: tar files of pictures with captions, read in an order that can be begun anywhere."""
+"""Shards: tar files of images with captions, read in an order that can start anywhere."""

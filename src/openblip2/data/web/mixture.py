@@ -1,8 +1,8 @@
-"""Which shards a run is trained on: one set, or a mixture with weights that a .toml file names.
+"""Which shards a run is trained on: one data set, or a mixture with weights in a .toml file.
 
     [[part]]
-    shards = "coco/{00000..00056}.tar"   # as `expand` takes it; relative to the .toml's folder
-    reader = "coco"                      # one of data/web/readers.py; else "web"
+    shards = "coco/{00000..00056}.tar"   # as in `expand`; relative to the folder of the .toml
+    reader = "coco"                      # one of `READERS`; default: "web"
     weight = 3
 
     [[part]]
@@ -10,47 +10,125 @@
     reader = "laion"
     weight = 60
 
-A run counts the samples of each shard once and keeps the counts in RUN/shards.json, by which every process and every
-later start finds the same samples in the same order. A count is the "successes" of the shard's `_stats.json`, as
-img2dataset and `openblip2 prepare` write it; where there is none, the shard's headers are read.
+A run counts the samples of each shard once and stores the numbers in RUN/shards.json, so that every process and every
+later start uses the same samples in the same order. The number is "successes" in the shard's `_stats.json`, which
+img2dataset and `openblip2 prepare` write; without this file, the headers of the shard are read.
+
+A reader defines which fields of a sample's .json contain a caption and identify the image. img2dataset writes the
+caption to .txt and "caption", the address to "url", and other columns under their own names. The identity matters if an
+image occurs several times (COCO has five captions per image, and Visual Genome shares images with COCO): two samples of
+one image are not negatives of each other.
 """
 
 import json
+import re
 import shutil
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, NamedTuple
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from openblip2.data.records import Record, write_records
 from openblip2.data.text import clean_caption
-from openblip2.data.web.readers import captions, reader
-from openblip2.data.web.shard_file import is_url, told_samples
-from openblip2.data.web.shard_names import expand
-from openblip2.data.web.tars import Shard
+from openblip2.data.web.shard_files import expand, is_url, stated_samples
+from openblip2.data.web.tars import Sample, Shard
 from openblip2.errors import UserError, one_line
 from openblip2.runs import write_text
 
 FILE = "shards.json"
 _FORMAT = 1
-_KEYS = {"shards", "reader", "weight"}
 _THREADS = 16  # they wait for disks and networks
-_RIGHT = '[[part]] with shards = "web/{00000..00099}.tar", reader = "web", weight = 1'
+_RIGHT = 'a mixture: [[part]] with shards = "web/{00000..00099}.tar", reader = "web", weight = 1 (a whole number)'
+
+
+class Reader(NamedTuple):
+    """How the samples of one data set are read.
+
+    Attributes:
+        captions: fields with a caption, used if the sample has none in the usual places (tars.py).
+        pictures: fields with an image number, each with the collection that the number belongs to.
+        address: a pattern that finds such a number in the image's url, and the collection.
+        urls: fields with the address of the image.
+    """
+
+    captions: tuple[str, ...] = ()
+    pictures: tuple[tuple[str, str], ...] = ()
+    address: tuple[re.Pattern[str], str] | None = None
+    urls: tuple[str, ...] = ("url",)
+
+
+_COCO = re.compile(r"(?:train|val|test)20\d\d/(?:COCO_\w+?_)?0*(\d+)\.jpg")
+_VG = re.compile(r"VG_100K(?:_2)?/(\d+)\.jpg")
+
+# Names in upper case or in the plural are columns of the data sets' own tables.
+READERS: Mapping[str, Reader] = {
+    "web": Reader(),
+    "coco": Reader(
+        captions=("TEXT",),
+        pictures=(("cocoid", "coco"), ("coco_id", "coco"), ("image_id", "coco")),
+        address=(_COCO, "coco"),
+        urls=("url", "URL", "coco_url"),
+    ),
+    "vg": Reader(
+        captions=("phrase",),
+        pictures=(("coco_id", "coco"), ("image_id", "vg")),
+        address=(_VG, "vg"),
+    ),
+    "cc3m": Reader(),
+    "cc12m": Reader(),
+    "sbu": Reader(urls=("url", "image_url", "image_urls")),
+    "laion": Reader(captions=("TEXT",), urls=("url", "URL")),
+}
+
+
+def find_reader(name: str) -> Reader:
+    """The reader of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in READERS:
+        raise UserError(f"unknown reader {name!r} of shards: it must be one of {', '.join(READERS)}")
+    return READERS[name]
+
+
+def sample_captions(sample: Sample, reader: Reader) -> tuple[str, ...]:
+    """The captions of a sample, possibly none."""
+    if sample.captions:
+        return sample.captions
+    texts = (sample.about.get(field) for field in reader.captions)
+    return next(((text,) for text in texts if isinstance(text, str) and text.strip()), ())
+
+
+def sample_picture(sample: Sample, reader: Reader, shard: str) -> str:
+    """What identifies the image of a sample: "coco:139", its url, or its shard and key."""
+    for field, collection in reader.pictures:
+        number = sample.about.get(field)
+        if isinstance(number, int | str) and not isinstance(number, bool) and str(number).strip():
+            return f"{collection}:{str(number).lstrip('0') or 0}"
+    urls = (sample.about.get(field) for field in reader.urls)
+    url = next((url for url in urls if isinstance(url, str) and url), None)
+    if url is None:
+        return f"{shard}:{sample.key}"
+    match = reader.address[0].search(url) if reader.address else None
+    return f"{reader.address[1]}:{match[1]}" if match and reader.address else url
 
 
 @dataclass(frozen=True)
 class Part:
-    """Shards of one data set.
+    """The shards of one data set.
 
     Attributes:
-        name: as the shards were named.
+        name: the text that named the shards.
         reader: one of `READERS`.
-        weight: its share of a mixture, 1 and more.
+        weight: its share in a mixture, 1 or more.
         shards: paths and URLs.
-        counts: samples of each; empty = not counted yet.
-        held_out: of each shard, how many samples at its beginning are not trained on.
+        counts: number of samples in each shard; empty if not counted yet.
+        held_out: number of samples at the beginning of each shard that are not trained on.
     """
 
     name: str
@@ -62,12 +140,22 @@ class Part:
 
     @property
     def samples(self) -> int:
-        """To train on."""
+        """Number of samples to train on."""
         return sum(self.counts) - sum(self.held_out)
 
 
+class _Row(BaseModel, extra="forbid", strict=True):
+    shards: str
+    reader: str = "web"
+    weight: Annotated[int, Field(ge=1)] = 1
+
+
+class _Mixture(BaseModel, extra="forbid"):
+    part: Annotated[list[_Row], Field(min_length=1)]
+
+
 def names_shards(data: str) -> bool:
-    """Whether `--data` names shards or a mixture, rather than records."""
+    """Whether `--data` names shards or a mixture, and not records."""
     if "://" in data or "::" in data or data.endswith((".tar", ".toml")):
         return True
     return Path(data).is_dir() and not (Path(data) / "records.jsonl").exists() and any(Path(data).glob("*.tar"))
@@ -77,30 +165,38 @@ def read_parts(data: str) -> list[Part]:
     """The parts that `--data` names, not counted yet.
 
     Raises:
-        UserError: no mixture can be read, or it names no shards, an unknown reader, a weight that is no whole number.
+        UserError: the mixture cannot be read or is invalid, a part has no shards, or a reader is unknown.
     """
     if not data.endswith(".toml"):
         return [Part(data, "web", 1, tuple(expand(data)))]
     path = Path(data)
     try:
         with path.open("rb") as file:
-            told = tomllib.load(file)
+            mixture = _Mixture.model_validate(tomllib.load(file))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); a mixture, {_RIGHT}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {_RIGHT}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}; {_RIGHT}") from error
     except ValueError as error:  # not TOML, or not UTF-8
         raise UserError(f"{path}: not TOML ({one_line(error)}); {_RIGHT}") from error
-    rows = told.get("part")
-    if told.keys() != {"part"} or not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: holds {', '.join(sorted(told)) or 'nothing'}, and no mixture is of that; {_RIGHT}")
-    return [_part(row, f"{path}: part {n}", path.parent) for n, row in enumerate(rows, start=1)]
+    parts: list[Part] = []
+    for row in mixture.part:
+        find_reader(row.reader)
+        names = [name if is_url(name) else str(path.parent / name) for name in row.shards.split("::") if name]
+        parts.append(Part(row.shards, row.reader, row.weight, tuple(expand("::".join(names)))))
+    return parts
 
 
 def count_parts(
     parts: Sequence[Part], problem: Callable[[str], object], advance: Callable[[], object] = lambda: None
 ) -> list[Part]:
-    """The parts with the samples of each shard counted. A shard that cannot be opened counts 0 and is named.
+    """The parts with the samples of each shard counted. A shard that cannot be opened counts 0 and is reported.
 
-    `advance` is called behind each shard.
+    Args:
+        parts: not counted yet.
+        problem: called with a line for each such shard.
+        advance: called after each shard.
 
     Raises:
         UserError: a part has no sample at all.
@@ -109,24 +205,23 @@ def count_parts(
     with ThreadPoolExecutor(_THREADS) as threads:
         for part in parts:
             counts: list[int] = []
-            for samples in threads.map(lambda shard: count(shard, problem), part.shards):
+            for samples in threads.map(lambda shard: _count(shard, problem), part.shards):
                 counts.append(samples)
                 advance()
             if not any(counts):
                 raise UserError(
-                    f"{part.name}: not one of its {len(counts)} shards holds a sample; shards with pictures"
+                    f"{part.name}: not one of its {len(counts)} shards contains a sample; shards with images"
                 )
             counted.append(replace(part, counts=tuple(counts), held_out=(0,) * len(counts)))
     return counted
 
 
-def count(shard: str, problem: Callable[[str], object]) -> int:
-    """How many samples a shard has."""
-    told = told_samples(shard)
-    if told is not None:
-        return told
+def _count(shard: str, problem: Callable[[str], object]) -> int:
+    stated = stated_samples(shard)
+    if stated is not None:
+        return stated
     try:
-        opened = Shard(shard, lambda line: None)  # what is wrong in it is said when it is read
+        opened = Shard(shard, lambda line: None)  # its problems are reported when it is read
     except UserError as error:
         problem(str(error))
         return 0
@@ -135,7 +230,7 @@ def count(shard: str, problem: Callable[[str], object]) -> int:
 
 
 def hold_out(parts: Sequence[Part], wanted: int) -> list[Part]:
-    """The parts with the first `wanted` samples of the first part not to be trained on."""
+    """The parts, with the first `wanted` samples of the first part held out of training."""
     first, left, held = parts[0], wanted, []
     for count in first.counts:
         held.append(min(count, left))
@@ -147,14 +242,14 @@ def write_held_out(part: Part, wanted: int, folder: Path, problem: Callable[[str
     """The first `wanted` samples of a part as a data folder, without those that have no caption."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    how, records = reader(part.reader), list[Record]()
+    reader, records = find_reader(part.reader), list[Record]()
     for url, held in zip(part.shards, part.held_out, strict=True):
         if not held:
             continue
         shard = Shard(url, problem)
         for number in range(min(held, len(shard))):
             sample = shard.read(number)
-            texts = captions(sample, how) if sample else ()
+            texts = sample_captions(sample, reader) if sample else ()
             if sample and any(map(clean_caption, texts)):
                 path = folder / f"{len(records):06}.{sample.suffix}"
                 path.write_bytes(sample.image)
@@ -169,40 +264,23 @@ def write_held_out(part: Part, wanted: int, folder: Path, problem: Callable[[str
 
 
 def write_parts(parts: Sequence[Part], run: Path) -> None:
-    """Writes `RUN/shards.json`, whole or not at all."""
+    """Writes `RUN/shards.json` in one step."""
     write_text(json.dumps({"format": _FORMAT, "parts": [asdict(part) for part in parts]}) + "\n", run / FILE)
 
 
 def kept_parts(run: Path, parts: Sequence[Part]) -> list[Part] | None:
-    """What `RUN/shards.json` holds, if it is of these parts; None where there is none.
+    """The counted parts in `RUN/shards.json`; None if there is no such file.
 
     Raises:
-        UserError: it is damaged, or of other shards.
+        UserError: it is damaged, or it has other shards than `parts`.
     """
     path = run / FILE
     if not path.is_file():
         return None
     try:
-        told: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        kept = [_kept(row) for row in told["parts"]]
+        kept = TypeAdapter(list[Part]).validate_python(json.loads(path.read_text("utf-8"))["parts"])
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: is damaged or another program's; give a new --out") from error
     if [replace(part, counts=(), held_out=()) for part in kept] != list(parts):
         raise UserError(f"{path}: the run was begun on other shards; the same --data, or a new --out")
     return kept
-
-
-def _kept(row: dict[str, Any]) -> Part:
-    lists = {name: tuple(row[name]) for name in ("shards", "counts", "held_out")}
-    return Part(**{**row, **lists})
-
-
-def _part(row: Any, where: str, folder: Path) -> Part:
-    if not isinstance(row, dict) or not row.keys() <= _KEYS or not isinstance(row.get("shards"), str):
-        raise UserError(f"{where}: {ascii(row)[:80]} is none; {_RIGHT}")
-    weight, how = row.get("weight", 1), row.get("reader", "web")
-    if type(weight) is not int or weight < 1:
-        raise UserError(f"{where}: weight {weight!r}; a whole number from 1 on")
-    reader(str(how))
-    names = [name if is_url(name) else str(folder / name) for name in row["shards"].split("::") if name]
-    return Part(row["shards"], str(how), weight, tuple(expand("::".join(names))))

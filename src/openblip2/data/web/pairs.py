@@ -1,19 +1,22 @@
-"""Batches from shards: pictures decoded as they are needed, batch n a function of (seed, n).
+"""Batches from shards: images are decoded when they are needed, and batch n is a function of (seed, n).
 
-What order the samples come in says shard_order.py, what stands in for bad ones open_shards.py. A batch
-is that of all processes together; each has the rows that `distributed.part_of` gives it, and reads no others. The
-rows stand by lane: where the number of processes divides that of the lanes, and that the batch, no two processes open
-the same shard.
+A batch is that of all processes together; each process reads the rows that `distributed.part_of` gives it, and no
+others. Rows are sorted by lane (shard_order.py), so if the number of processes divides the number of lanes, which
+divides the batch, no two processes open the same shard.
 
-Pictures are decoded in threads: Pillow leaves Python free in decoding and resizing.
+A position without a good sample (a broken image, no caption, a shard that is cut off or missing) gets the next good
+sample of the same shard in its shuffled order, which is then seen twice in the epoch; if there is none, the sample at
+the same position in the lane's next shard. So batches are always full and depend only on the seed and their number, and
+no process waits for another. Each problem is reported once.
 
-Shapes: B pairs of this process, S side in px.
+Shapes: B pairs of this process, S image side in pixels.
 """
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -22,18 +25,108 @@ from torch import Tensor
 from openblip2.data.batches import PairBatch, pair_ids
 from openblip2.data.images import PictureFile, augment, to_pixels
 from openblip2.data.text import clean_caption
-from openblip2.data.web.mixture import Part
-from openblip2.data.web.open_shards import OpenShards
-from openblip2.data.web.readers import captions, picture, reader
+from openblip2.data.web.mixture import Part, find_reader, sample_captions, sample_picture
 from openblip2.data.web.shard_order import Order, Spot, Turns, generator
+from openblip2.data.web.tars import Shard
 from openblip2.distributed.collectives import part_of
 from openblip2.errors import UserError
 
-THREADS = min(16, os.cpu_count() or 1)
+THREADS = min(16, os.cpu_count() or 1)  # Pillow releases the GIL while it decodes and resizes
+OPENING_THREADS = 4  # they wait for disks and networks, and more of them slow each other down
 
 
-class Drawn(NamedTuple):
-    """A sample as it is trained on; `pixels [3, S, S]` uint8, `picture` says which it is, `name` where it stands."""
+class OpenedShard(NamedTuple):
+    """A shard, None if it cannot be opened, and the numbers of its samples that turned out bad."""
+
+    shard: Shard | None
+    bad: set[int]
+
+
+class OpenShards:
+    """The current shard of each lane, and the next one, which is opened in advance.
+
+    Args:
+        parts: counted.
+        orders: of the parts.
+        problem: called with each problem once, by one thread at a time.
+    """
+
+    def __init__(self, parts: Sequence[Part], orders: Sequence[Order], problem: Callable[[str], object]) -> None:
+        self.parts, self.orders = parts, orders
+        self._tell, self._told, self._lock = problem, set[int](), threading.RLock()
+        self._threads = ThreadPoolExecutor(OPENING_THREADS, "shards")
+        self._open: dict[tuple[int, int], Future[OpenedShard]] = {}  # by part and shard
+
+    def turn_to(self, spots: Sequence[tuple[int, Spot]]) -> None:
+        """Opens the shards of these spots of parts and those that follow, and closes all others.
+
+        Called by one thread, while no other reads.
+        """
+        needed = {(part, spot.shard) for part, spot in spots}
+        last = {(part, spot.lane): spot for part, spot in spots}
+        following = {(part, self.orders[part].after(spot)[1]) for (part, _), spot in last.items()}
+        for name in [*sorted(needed), *sorted(following - needed)]:
+            self._start(name)
+        for name in self._open.keys() - needed - following:
+            shard = self._open[name].result().shard
+            if shard:  # one that cannot be opened is remembered, and not tried again
+                shard.close()
+                del self._open[name]
+
+    def samples(self, part: int, spot: Spot) -> Iterator[tuple[OpenedShard, Shard, int]]:
+        """The sample of a spot and then those that may replace it: shard and number. Called by any thread.
+
+        Raises:
+            UserError: the lane has no sample left to try.
+        """
+        order, held_out = self.orders[part], self.parts[part].held_out
+        for _ in range(2 * len(order.counts)):
+            opened = self._start((part, spot.shard)).result()
+            numbers = order.within(spot)
+            for n in range(len(numbers)):
+                number = held_out[spot.shard] + numbers[(spot.place + n) % len(numbers)]
+                if opened.shard and number < len(opened.shard) and number not in opened.bad:
+                    yield opened, opened.shard, number
+            epoch, shard = order.after(spot)
+            spot = Spot(spot.lane, epoch, shard, spot.place % order.counts[shard])
+        raise UserError(
+            f"{self.parts[part].name}: not one good sample left to read; see skipped.jsonl for what is wrong"
+        )
+
+    def problem(self, line: str) -> None:
+        with self._lock:
+            if hash(line) not in self._told:
+                self._told.add(hash(line))
+                self._tell(line)
+
+    def _start(self, name: tuple[int, int]) -> Future[OpenedShard]:
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = self._threads.submit(self._opened, *name)
+            return self._open[name]
+
+    def _opened(self, part: int, number: int) -> OpenedShard:
+        url, count = self.parts[part].shards[number], self.parts[part].counts[number]
+        try:
+            shard = Shard(url, self.problem)
+        except UserError as error:
+            self.problem(f"{error}; its {count:,} samples are skipped")
+            return OpenedShard(None, set())
+        if len(shard) != count:
+            what = "the rest is skipped" if len(shard) < count else "the others are left out"
+            self.problem(f"{url}: contains {len(shard):,} samples, {count:,} were counted; {what}")
+        return OpenedShard(shard, set())
+
+
+class DrawnSample(NamedTuple):
+    """A sample as it is trained on.
+
+    Attributes:
+        pixels: `[3, S, S]` uint8.
+        caption: one of its captions, cleaned.
+        picture: what identifies its image.
+        name: its shard and member.
+    """
 
     pixels: Tensor
     caption: str
@@ -42,17 +135,18 @@ class Drawn(NamedTuple):
 
 
 class ShardPairs:
-    """Batches of pictures with one caption each, out of shards: freshly augmented, or plain.
+    """Batches of images with one caption each from shards, with new random crops in each epoch or without.
 
     Args:
         parts: counted.
         batch: of all processes together.
-        seed: of everything drawn.
+        seed: of everything random.
         size: S.
         lanes: shards of a part that are read side by side (`data.open_shards`).
-        problem: is told each sample, picture or shard that is skipped, once, from any thread.
-        part: (r, N), which rows of a batch are ours. All parts together are the same whatever N is.
-        threads: that decode pictures; the batches are the same.
+        problem: called once with each sample, image or shard that is skipped, by any thread.
+        augmented: whether to crop at random.
+        part: (r, N): which rows of a batch are ours. All parts together do not depend on N.
+        threads: that decode images; the batches do not depend on them.
     """
 
     def __init__(
@@ -68,66 +162,63 @@ class ShardPairs:
         threads: int = THREADS,
     ) -> None:
         self.parts, self.batch, self.seed, self.size, self.lanes = list(parts), batch, seed, size, lanes
-        self.augmented, self.part, self.readers = augmented, part, [reader(part.reader) for part in parts]
-        self.orders = [
-            Order(
-                [n - held for n, held in zip(part.counts, part.held_out, strict=True)], lanes, seed, f"{n} {part.name}"
-            )
-            for n, part in enumerate(parts)
-        ]
+        self.augmented, self.part = augmented, part
+        self.readers = [find_reader(part.reader) for part in parts]
+        self.orders = []
+        for n, part_ in enumerate(parts):
+            counts = [count - held for count, held in zip(part_.counts, part_.held_out, strict=True)]
+            self.orders.append(Order(counts, lanes, seed, f"{n} {part_.name}"))
         self.turns = Turns([part.weight for part in parts], lanes, seed)
         self.shards = OpenShards(self.parts, self.orders, problem)
         self._threads = ThreadPoolExecutor(threads, "pictures")
 
     def __call__(self, number: int) -> PairBatch:
-        return self._make(number, self.part)
+        return self._batch(number, self.part)
 
     def joined(self, number: int) -> PairBatch:
         """The batch of all processes."""
-        return self._make(number, (0, 1))
+        return self._batch(number, (0, 1))
 
-    def _make(self, number: int, part: tuple[int, int]) -> PairBatch:
+    def _batch(self, number: int, part: tuple[int, int]) -> PairBatch:
         spots = self.spots(number, part)
         self.shards.turn_to([(part, spot) for part, _, spot in spots])
         drawn = list(self._threads.map(self._draw, spots))
         texts, pictures = [one.caption for one in drawn], [one.picture for one in drawn]
+        empty = torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
         return PairBatch(
             texts,
             pair_ids(pictures, texts),
-            images=torch.stack([one.pixels for one in drawn])
-            if drawn
-            else torch.zeros(0, 3, self.size, self.size).byte(),
+            images=torch.stack([one.pixels for one in drawn]) if drawn else empty,
             names=[one.name for one in drawn],
             keys=torch.tensor([(_hash(one.picture), _hash(one.caption)) for one in drawn]).long().view(-1, 2),
         )
 
     def spots(self, number: int, part: tuple[int, int] = (0, 1)) -> list[tuple[int, int, Spot]]:
-        """Of the rows of batch `number`, or of a part of them: part of the mixture, position in its order, spot."""
+        """For each row of batch `number`, or of a part of it: part of the mixture, position in its order, and spot."""
         numbers = sorted(range(number * self.batch, (number + 1) * self.batch), key=lambda n: n % self.lanes)
         turns = [self.turns(n) for n in numbers[part_of(self.batch, *part)]]
         return [(n, position, self.orders[n](position)) for n, position in turns]
 
-    def _draw(self, row: tuple[int, int, Spot]) -> Drawn:
+    def _draw(self, row: tuple[int, int, Spot]) -> DrawnSample:
         part, position, spot = row
+        reader = self.readers[part]
         for opened, shard, number in self.shards.samples(part, spot):
             sample = shard.read(number)
             if sample is not None:
-                where = f"{shard.url}: {sample.key}.{sample.suffix}"
-                drawn = generator(self.seed, "sample", part, position)
-                texts = [text for text in map(clean_caption, captions(sample, self.readers[part])) if text]
+                name = f"{shard.url}: {sample.key}.{sample.suffix}"
+                random = generator(self.seed, "sample", part, position)
+                texts = [text for text in map(clean_caption, sample_captions(sample, reader)) if text]
                 try:
                     if not texts:
-                        raise UserError(f"{where}: has no caption; text beside it")
-                    text = texts[int(torch.rand((), generator=drawn).item() * len(texts))]
-                    pixels = self._pixels(PictureFile(sample.image, where), drawn)
-                    return Drawn(pixels, text, picture(sample, self.readers[part], shard.url), where)
+                        raise UserError(f"{name}: has no caption; text beside it")
+                    text = texts[int(torch.rand((), generator=random).item() * len(texts))]
+                    image = PictureFile(sample.image, name)
+                    pixels = augment(image, self.size, random) if self.augmented else to_pixels([image], self.size)[0]
+                    return DrawnSample(pixels, text, sample_picture(sample, reader, shard.url), name)
                 except UserError as error:
                     self.shards.problem(str(error))
             opened.bad.add(number)
-        raise AssertionError("samples end in an error")
-
-    def _pixels(self, image: PictureFile, drawn: torch.Generator) -> Tensor:
-        return augment(image, self.size, drawn) if self.augmented else to_pixels([image], self.size)[0]
+        raise AssertionError("`samples` ends with an error")
 
 
 def _hash(text: str) -> int:

@@ -1,16 +1,17 @@
-"""In which order the samples of shards are seen: a function of the seed and of a sample's number, nothing else.
+"""The order in which the samples of shards are seen: a function of the seed and of the number of a sample.
 
-The shards of an epoch are shuffled and dealt to lanes (`data.open_shards` of them, or one for each shard where there
-are fewer), the next one always to the shortest lane. A sample of each lane is taken in turn, and a lane goes through
-its shards one after the other, each in a shuffled order of its own. So few shards are open at a time, neighbours in
-the order come from different shards, and processes whose number divides that of the lanes share no shard.
+The shards of an epoch are shuffled and assigned to lanes (`data.open_shards` of them, or one per shard if there are
+fewer), each one to the shortest lane so far. One sample is taken from each lane in turn; a lane goes through its shards
+one after the other, each in a shuffled order of its own. So only few shards are open at a time, neighbours in the order
+come from different shards, and processes share no shard if their number divides the number of lanes.
 
-A mixture takes its parts by turns, a row of samples (one of each lane) at a time: in every `sum(weights)` rows each
-part has exactly its weight, in an order drawn anew. Each part's own order is endless, epoch after epoch.
+The parts of a mixture take turns of one row (one sample of each lane): in every `sum(weights)` rows, each part has
+exactly its weight, in a new random order. The order of each part is endless, epoch after epoch.
 
-So sample ten million is found without its predecessors, and a run may go on with another number of processes.
+So sample ten million is found without its predecessors, and a run can resume with another number of processes.
 """
 
+import functools
 import hashlib
 import heapq
 from bisect import bisect_right
@@ -22,11 +23,11 @@ import torch
 
 from openblip2.errors import UserError
 
-MOST_WEIGHT = 100_000  # of all parts together: a row of turns is drawn at once
+MOST_WEIGHT = 100_000  # of all parts together: the turns of a cycle are drawn at once
 
 
 class Spot(NamedTuple):
-    """Where a sample lies: its lane and epoch, the shard of the part, the place in that shard's shuffled order."""
+    """Where a sample is: lane, epoch, shard of the part, and place in that shard's shuffled order."""
 
     lane: int
     epoch: int
@@ -38,21 +39,22 @@ class Order:
     """The endless order of one part: `order(position)` -> `Spot`.
 
     Args:
-        counts: samples of each shard; shards of 0 are passed over.
+        counts: samples of each shard.
         lanes: shards that are read side by side.
-        seed: of the shuffles.
-        name: of the part, so that parts of a mixture are shuffled differently.
+        seed: of all shuffles.
+        name: of the part, so that the parts of a mixture are shuffled differently.
 
     Raises:
-        UserError: there is no sample at all.
+        UserError: there is no sample.
     """
 
     def __init__(self, counts: Sequence[int], lanes: int, seed: int, name: str = "") -> None:
         self.counts, self.seed, self.name, self.samples = counts, seed, name, sum(counts)
         if not self.samples:
-            raise UserError(f"{name or 'the shards'}: hold no sample; shards with pictures and captions")
+            raise UserError(f"{name or 'the shards'}: contain no sample; shards with images and captions")
         self.lanes = min(lanes, sum(count > 0 for count in counts))
-        self._epochs: dict[int, _Epoch] = {}
+        self._epoch = functools.lru_cache(maxsize=3)(self._draw_epoch)
+        self._within = functools.lru_cache(maxsize=2 * lanes)(self._draw_within)
 
     def __call__(self, position: int) -> Spot:
         epoch, place = divmod(position, self.samples)
@@ -68,21 +70,19 @@ class Order:
 
     def within(self, spot: Spot) -> list[int]:
         """The shuffled order of a spot's shard: the numbers of its samples, by place."""
-        drawn = generator(self.seed, "shard", self.name, spot.epoch, spot.shard)
-        return torch.randperm(self.counts[spot.shard], generator=drawn).tolist()
+        return self._within(spot.epoch, spot.shard)
 
-    def _epoch(self, number: int) -> "_Epoch":
-        if number not in self._epochs:
-            self._epochs = {n: epoch for n, epoch in self._epochs.items() if n == number - 1}  # what `after` looks at
-            drawn = generator(self.seed, "epoch", self.name, number)
-            self._epochs[number] = _Epoch(
-                self.counts, torch.randperm(len(self.counts), generator=drawn).tolist(), self.lanes
-            )
-        return self._epochs[number]
+    def _draw_within(self, epoch: int, shard: int) -> list[int]:
+        random = generator(self.seed, "shard", self.name, epoch, shard)
+        return torch.randperm(self.counts[shard], generator=random).tolist()
+
+    def _draw_epoch(self, number: int) -> "_Epoch":
+        random = generator(self.seed, "epoch", self.name, number)
+        return _Epoch(self.counts, torch.randperm(len(self.counts), generator=random).tolist(), self.lanes)
 
 
 class _Epoch:
-    """One epoch's lanes, each a list of shards, and where each shard of a lane begins in it."""
+    """The lanes of one epoch: the shards of each lane, and where each of them begins in it."""
 
     def __init__(self, counts: Sequence[int], shuffled: Sequence[int], lanes: int) -> None:
         self.shards: list[list[int]] = [[] for _ in range(lanes)]
@@ -93,14 +93,13 @@ class _Epoch:
                 self.shards[lane].append(shard)
                 heapq.heappush(lengths, (length + counts[shard], lane))
         self.firsts = [[0, *accumulate(counts[shard] for shard in row)] for row in self.shards]
-        # In round n a sample is taken of each lane that has more than n; the lanes that end first drop out first.
+        # Round n takes a sample from each lane that is longer than n. `active`: the lanes of a stretch of rounds, in
+        # which none ends; `rounds` and `starts`: the round and the position at which each stretch begins.
         ends = sorted({firsts[-1] for firsts in self.firsts})
         self.active = [[lane for lane in range(lanes) if self.firsts[lane][-1] >= end] for end in ends]
-        self.rounds = [0, *ends[:-1]]  # in which the lanes of `active` are taken from
-        lengths_ = [
-            (end - first) * len(active) for first, end, active in zip(self.rounds, ends, self.active, strict=True)
-        ]
-        self.starts = [0, *accumulate(lengths_)]
+        self.rounds = [0, *ends[:-1]]
+        stretches = zip(self.rounds, ends, self.active, strict=True)
+        self.starts = [0, *accumulate((end - first) * len(active) for first, end, active in stretches)]
 
     def find(self, place: int, epoch: int) -> tuple[int, int, int, int]:
         stretch = bisect_right(self.starts, place) - 1
@@ -114,9 +113,9 @@ class Turns:
     """Whose turn it is in a mixture: `turns(number)` -> part and position in that part's order.
 
     Args:
-        weights: of each part, whole numbers from 1 on.
+        weights: of the parts, whole numbers of 1 or more.
         row: samples of one turn.
-        seed: of the order of turns.
+        seed: of the order of the turns.
 
     Raises:
         UserError: the weights add up to more than `MOST_WEIGHT`.
@@ -126,18 +125,16 @@ class Turns:
         self.weights, self.row, self.seed = list(weights), row, seed
         if sum(weights) > MOST_WEIGHT:
             raise UserError(f"weights add up to {sum(weights):,}; at most {MOST_WEIGHT:,}: 3, 3 and 60, say")
-        self._drawn: tuple[int, list[tuple[int, int]]] = (-1, [])
+        self._cycle = functools.lru_cache(maxsize=1)(self._draw_cycle)
 
     def __call__(self, number: int) -> tuple[int, int]:
         row, place = divmod(number, self.row)
         cycle, turn = divmod(row, sum(self.weights))
-        if self._drawn[0] != cycle:
-            self._drawn = cycle, self._draw(cycle)
-        part, before = self._drawn[1][turn]
+        part, before = self._cycle(cycle)[turn]
         return part, (cycle * self.weights[part] + before) * self.row + place
 
-    def _draw(self, cycle: int) -> list[tuple[int, int]]:
-        """Of each turn the part, and how many turns of the cycle it has had before."""
+    def _draw_cycle(self, cycle: int) -> list[tuple[int, int]]:
+        """For each turn of a cycle, the part and the number of turns that it had before in the cycle."""
         parts = [part for part, weight in enumerate(self.weights) for _ in range(weight)]
         had = [0] * len(self.weights)
         turns: list[tuple[int, int]] = []
@@ -148,6 +145,6 @@ class Turns:
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """What is drawn for one purpose: the same whenever it is asked for, and for every purpose another."""
+    """The random generator for one purpose: always in the same state, and different for different purposes."""
     digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -1,40 +1,46 @@
-"""One shard: a tar file of pictures with captions, as img2dataset and webdataset write it, read and written safely.
+"""A shard: a tar file of images with captions, as img2dataset and webdataset write it.
 
-A sample is the members of one name: `000017.jpg` (or another of `PICTURES`), `000017.txt` with a caption and
-`000017.json` with what else is known. Where the .json holds "captions", a list of texts or of `{"text": ...,
-"score": ...}`, best first, these are the sample's captions; else the .txt is; else the .json's "caption" is.
+A sample consists of the members with one name: `000017.jpg` (or another suffix of `PICTURES`), `000017.txt` with a
+caption, and `000017.json` with everything else. The captions are "captions" in the .json, a list of texts or of
+`{"text": ..., "score": ...}`, best first; if it is missing, the .txt; if that is missing, "caption" in the .json.
 
-Nothing is unpacked, so nothing can be written outside a folder; what is read has limits, so no shard exhausts memory.
-A remote shard (any fsspec URL) is copied to a nameless temporary file first, which goes when it is closed.
+Nothing is unpacked to disk, and what is read into memory is limited. Any problem in a shard is reported, never raised.
 """
 
-import io
 import json
 import os
-import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from openblip2.data.images import MAX_BYTES
-from openblip2.data.web.shard_file import open_shard
-from openblip2.data.web.shard_names import expand as expand  # part of this module's interface
-from openblip2.data.web.tar_members import Member, shown, tar_members
-from openblip2.errors import UserError, one_line
-from openblip2.runs import atomic_write, locked
+from openblip2.data.web.shard_files import open_shard
+from openblip2.errors import one_line
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"})
+KINDS = ("image", "txt", "json")
 MAX_CAPTION = 64 * 2**10  # bytes of one caption
 MAX_JSON = 2**20  # bytes of one .json
+MOST_HEADER = 64 * 2**10  # bytes of a long name or of pax keywords; real ones have some hundred
+_EXTRA_HEADERS = (b"L", b"K", b"x", b"g", b"X")  # of GNU and pax: they say something about the next member
+_TOO_LONG = b"!"  # not a type of tar
+
+Problem = Callable[[str], object]
 
 
 class Sample(NamedTuple):
-    """One picture of a shard: its name there, the picture's file and suffix ("jpg"), its captions, its .json."""
+    """One image of a shard.
+
+    Attributes:
+        key: its name in the shard.
+        image: the content of the image file.
+        suffix: of the image file: "jpg".
+        captions: its captions.
+        about: its .json.
+    """
 
     key: str
     image: bytes
@@ -43,237 +49,224 @@ class Sample(NamedTuple):
     about: dict[str, Any]
 
 
+class Member(NamedTuple):
+    """A file in a tar file: its name, the position of its content, and its size in bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class _Header(tarfile.TarInfo):
+    """A header of tarfile, which would read extra headers of any length into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise tarfile.HeaderError("a negative size")
+        if header.type in _EXTRA_HEADERS and header.size > MOST_HEADER:
+            header.type = _TOO_LONG  # so tarfile skips its content
+        return header
+
+
+def tar_members(file: BinaryIO, size: int, problem: Problem) -> list[Member]:
+    """The regular files in an uncompressed tar file of `size` bytes, in its order.
+
+    Left out and reported are links, devices, names that lead out of a folder, and extra headers above `MOST_HEADER`
+    with their member. A member that is cut off, or bytes that are not a header, end the list.
+    """
+    members: list[Member] = []
+    place, too_long = 0, False
+    try:
+        tar = tarfile.TarFile(fileobj=file, tarinfo=_Header, encoding="utf-8")
+        while info := tar.next():
+            tar.members = []  # tarfile would keep all of them
+            if tar.offset <= place:  # by the pax keyword "size"
+                raise tarfile.HeaderError("a negative size")
+            if info.type == _TOO_LONG:
+                problem(
+                    f"byte {place}: a header of {info.size:,} bytes, left out with its member; at most {MOST_HEADER:,}"
+                )
+            elif info.offset_data + info.size > size:
+                problem(f"{shown(info.name)}: the file is cut off in it; a whole tar file")
+                return members
+            elif not too_long and not info.isdir():
+                if wrong := _wrong(info):
+                    problem(f"{shown(info.name)}: {wrong}; a regular file with a relative path inside the archive")
+                else:
+                    members.append(Member(info.name, info.offset_data, info.size))
+            too_long = info.type == _TOO_LONG
+            place = tar.offset
+        file.seek(place)
+        end = file.read(tarfile.BLOCKSIZE)
+        if end != bytes(tarfile.BLOCKSIZE):
+            what = "no tar header, what follows is lost" if len(end) == tarfile.BLOCKSIZE else "the file is cut off"
+            problem(f"byte {place}: {what}; a whole tar file")
+    except (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        problem(f"byte {place}: no tar header ({one_line(error)}), what follows is lost; a plain tar file")
+    return members
+
+
+def shown(name: str) -> str:
+    """A member's name in a message: one line, not long."""
+    return name[:80] if name.isprintable() else ascii(name)[:80]
+
+
+def _wrong(info: tarfile.TarInfo) -> str:
+    path = info.name.replace("\\", "/")
+    if not info.isreg() or info.issparse():
+        return "is not a regular file"
+    if not path.isprintable():
+        return "has a name with bytes that are not text"
+    if path.startswith("/") or path[1:2] == ":":
+        return "has an absolute path"
+    return "has a path that leads out (..)" if ".." in path.split("/") else ""
+
+
 class Shard:
-    """A shard opened for reading: `len` samples, each read where it lies, from any number of threads.
+    """A shard that is open for reading, with `len` samples. They can be read in any order and from any thread.
 
     Args:
-        problem: is told each thing that is wrong, "shard: member: what; what would be right".
+        url: path or URL.
+        problem: called with each problem, "shard: member: what is wrong; what would be right".
 
     Raises:
-        UserError: the file cannot be opened. What is wrong in it never raises.
+        UserError: the file cannot be opened.
     """
 
-    def __init__(self, url: str, problem: Callable[[str], object]) -> None:
+    def __init__(self, url: str, problem: Problem) -> None:
         self.url, self.problem = url, lambda what: problem(f"{url}: {what}")
         self._file, self._lock = open_shard(url), threading.Lock()
         members = tar_members(self._file, os.fstat(self._file.fileno()).st_size, self.problem)
-        self._keys, self._suffixes, self._places = _samples(members, self.problem)
+        samples = _group(members, self.problem)
+        self._keys = list(samples)
+        self._suffixes = [sample["image"].name.rpartition(".")[2].lower() for sample in samples.values()]
+        # Positions as an array: 10,000 samples take half a megabyte, and many shards are open at once.
+        none = Member("", 0, -1)
+        places = [[sample.get(kind, none)[1:] for kind in KINDS] for sample in samples.values()]
+        self._places = np.array(places, np.int64).reshape(len(samples), len(KINDS), 2)
 
     def __len__(self) -> int:
         return len(self._keys)
-
-    def read(self, number: int) -> Sample | None:
-        """Sample `number` from 0; None where its picture cannot be had, which was said."""
-        key, suffix = self._keys[number], self._suffixes[number]
-        image = self._member(number, 0, suffix)
-        assert image is not None
-        if not 0 < image.size <= MAX_BYTES:
-            self.problem(f"{shown(image.name)}: has {image.size:,} bytes; a picture of 1 to {MAX_BYTES:,}")
-            return None
-        picture = self._bytes(image)
-        return None if picture is None else Sample(key, picture, suffix, *self.texts(number))
-
-    def texts(self, number: int) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """The captions and the .json of sample `number`; its picture is not read."""
-        key, text, about = self._keys[number], self._member(number, 1, "txt"), self._member(number, 2, "json")
-        known = self._about(about) if about else {}
-        captions = self._captions(key, known) if "captions" in known else ()
-        if not captions and text:
-            captions = self._text(text)
-        if not captions and isinstance(known.get("caption"), str):
-            captions = self._usable(key, [known["caption"]])
-        return captions, known
-
-    def _member(self, number: int, kind: int, suffix: str) -> Member | None:
-        offset, size = self._places[number, kind].tolist()
-        return Member(f"{self._keys[number]}.{suffix}", offset, size) if size >= 0 else None
 
     def key(self, number: int) -> str:
         """The name of sample `number`."""
         return self._keys[number]
 
+    def read(self, number: int) -> Sample | None:
+        """Sample `number`, from 0; None if its image cannot be read, which is reported."""
+        key, suffix = self._keys[number], self._suffixes[number]
+        image = self._content(number, "image", suffix, MAX_BYTES)
+        if image == b"":
+            self.problem(f"{shown(key)}.{suffix}: is empty; an image")
+        return Sample(key, image, suffix, *self.texts(number)) if image else None
+
+    def texts(self, number: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """The captions and the .json of sample `number`. Its image is not read."""
+        key = self._keys[number]
+        about = self._json(number)
+        captions = self._usable(key, self._listed(key, about["captions"])) if "captions" in about else ()
+        if not captions:
+            captions = self._usable(f"{key}.txt", self._text(number))
+        if not captions and isinstance(about.get("caption"), str):
+            captions = self._usable(key, [about["caption"]])
+        return captions, about
+
     def close(self) -> None:
         self._file.close()
 
-    def _bytes(self, member: Member) -> bytes | None:
+    def _content(self, number: int, kind: str, suffix: str, most: int) -> bytes | None:
+        """The content of a member; None if there is none or if it cannot be read, which is reported."""
+        offset, size = self._places[number, KINDS.index(kind)].tolist()
+        name = shown(f"{self._keys[number]}.{suffix}")
+        if size > most:
+            self.problem(f"{name}: has {size:,} bytes; at most {most:,}")
+        if not 0 <= size <= most:
+            return None
         try:
             with self._lock:
-                self._file.seek(member.offset)
-                content = self._file.read(member.size)
+                self._file.seek(offset)
+                content = self._file.read(size)
         except OSError as error:
-            self.problem(f"{shown(member.name)}: cannot be read ({error.strerror}); a readable file")
+            self.problem(f"{name}: cannot be read ({error.strerror}); a readable file")
             return None
-        if len(content) < member.size:
-            self.problem(f"{shown(member.name)}: the file is cut off in it; a whole tar file")
+        if len(content) < size:
+            self.problem(f"{name}: the file is cut off in it; a whole tar file")
             return None
         return content
 
-    def _about(self, member: Member) -> dict[str, Any]:
-        if member.size > MAX_JSON:
-            self.problem(f"{shown(member.name)}: has {member.size:,} bytes; at most {MAX_JSON:,}")
-            return {}
-        content = self._bytes(member)
+    def _json(self, number: int) -> dict[str, Any]:
+        content = self._content(number, "json", "json", MAX_JSON)
         if content is None:
             return {}
         try:
             about = json.loads(content)
+            if isinstance(about, dict):
+                return about
+            wrong = "is JSON, but not an object"
         except (ValueError, RecursionError) as error:
-            self.problem(f"{shown(member.name)}: is not JSON ({one_line(error)[:80]}); one object")
-            return {}
-        if not isinstance(about, dict):
-            self.problem(f"{shown(member.name)}: is JSON, but no object; one object")
-            return {}
-        return about
+            wrong = f"is not JSON ({one_line(error)[:80]})"
+        self.problem(f"{shown(self._keys[number])}.json: {wrong}; one object")
+        return {}
 
-    def _text(self, member: Member) -> tuple[str, ...]:
-        if member.size > MAX_CAPTION:
-            self.problem(f"{shown(member.name)}: has {member.size:,} bytes; a caption of at most {MAX_CAPTION:,}")
-            return ()
-        content = self._bytes(member)
+    def _text(self, number: int) -> list[str]:
+        content = self._content(number, "txt", "txt", MAX_CAPTION)
         try:
-            return self._usable(member.name, [(content or b"").decode("utf-8-sig")])
+            return [] if content is None else [content.decode("utf-8-sig")]
         except UnicodeDecodeError:
-            self.problem(f"{shown(member.name)}: is not UTF-8 text; a caption")
-            return ()
+            self.problem(f"{shown(self._keys[number])}.txt: is not UTF-8 text; a caption")
+            return []
 
-    def _captions(self, key: str, about: dict[str, Any]) -> tuple[str, ...]:
-        listed = [about["captions"]] if isinstance(about["captions"], str) else about["captions"]
-        if not isinstance(listed, list):
-            self.problem(
-                f'{shown(key)}.json: "captions" is no list; ["text", ...] or [{{"text": ..., "score": ...}}, ...]'
-            )
-            return ()
-        return self._usable(key, [entry.get("text") if isinstance(entry, dict) else entry for entry in listed])
+    def _listed(self, key: str, captions: Any) -> list[Any]:
+        if isinstance(captions, str | list):
+            return texts_of([captions] if isinstance(captions, str) else captions)
+        self.problem(f'{shown(key)}.json: "captions" is no list; ["text", ...] or [{{"text": ..., "score": ...}}, ...]')
+        return []
 
-    def _usable(self, where: str, texts: list[Any]) -> tuple[str, ...]:
-        found: list[str] = []
+    def _usable(self, where: str, texts: Iterable[Any]) -> tuple[str, ...]:
+        captions: list[str] = []
         for text in texts:
             try:
-                if len(text.encode()) > MAX_CAPTION:
-                    self.problem(
-                        f"{shown(where)}: a caption of {len(text):,} characters; at most {MAX_CAPTION:,} bytes"
-                    )
-                elif text.strip():
-                    found.append(text)
-            except (AttributeError, UnicodeEncodeError):  # JSON's "\ud800" is a str, but no Unicode text
-                self.problem(f"{shown(where)}: a caption is {ascii(text)[:40]}; Unicode text")
-        return tuple(found)
+                usable = len(text.encode()) <= MAX_CAPTION
+            except (AttributeError, UnicodeEncodeError):  # JSON's "\ud800" is a str, but not Unicode text
+                usable = False
+            if not usable:
+                self.problem(f"{shown(where)}: a caption is {ascii(text)[:40]}; text of at most {MAX_CAPTION:,} bytes")
+            elif text.strip():
+                captions.append(text)
+        return tuple(captions)
 
 
-def read_tar(url: str, problem: Callable[[str], object], start: int = 0) -> Iterator[Sample]:
-    """The samples of a shard in its order, from number `start` on.
-
-    `problem` is told each thing that is wrong, "shard: member: what; what would be right"; nothing of that raises.
-
-    Raises:
-        UserError: the shard cannot be opened.
-    """
+def read_tar(url: str, problem: Problem, start: int = 0) -> Iterator[Sample]:
+    """The samples of a shard in its order, from number `start` on. Args and errors as `Shard`."""
     shard = Shard(url, problem)
     try:
-        for number in range(start, len(shard)):
-            if sample := shard.read(number):
-                yield sample
+        yield from filter(None, map(shard.read, range(start, len(shard))))
     finally:
         shard.close()
 
 
-@contextmanager
-def write_tar(path: Path) -> Iterator["TarWriter"]:
-    """Writes a shard, which gets its name when it is whole and on the disk.
-
-    Raises:
-        UserError: another process writes it, or it cannot be written.
-    """
-    # Locked: two parts of one job may have the same shard.
-    with locked(path.parent, f".{path.name}.lock"), atomic_write(path) as draft:
-        try:
-            tar = tarfile.open(draft, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); a folder that can be written to") from error
-        with tar:
-            yield TarWriter(path, tar)
+def texts_of(captions: list[Any]) -> list[Any]:
+    """The texts of a list of captions, with or without scores."""
+    return [caption.get("text") if isinstance(caption, dict) else caption for caption in captions]
 
 
-class TarWriter:
-    """A shard being written (`write_tar`).
-
-    The same samples give the same bytes: members carry no time, owner or other trace of where they were written.
-    """
-
-    def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
-        self.path, self.count = path, 0
-        self._tar, self._keys = tar, set[str]()
-
-    def add(self, sample: Sample) -> None:
-        """Appends a sample.
-
-        The .txt holds its first caption. Its .json is `about`, with "captions" as they are there if they are the
-        sample's, else as plain texts where there are several.
-
-        Raises:
-            UserError: a key that no reader would take, or that stands there already; a suffix of no picture.
-        """
-        key, suffix, captions = sample.key, sample.suffix, sample.captions
-        parts = key.split("/")
-        if (
-            not key.isprintable()
-            or "\\" in key
-            or "." in parts[-1]
-            or {"", ".", ".."} & set(parts)
-            or key in self._keys
-        ):
-            raise UserError(f"{self.path}: key {ascii(key)[:80]} stands there already or is none; a name without dots")
-        if suffix not in PICTURES:
-            raise UserError(f"{self.path}: {shown(key)}: suffix {suffix!r} is no picture's; one of {sorted(PICTURES)}")
-        self._keys.add(key)
-        about = {name: value for name, value in sample.about.items() if name != "captions"}
-        if captions and "captions" in sample.about and _texts(sample.about["captions"]) == captions:
-            about["captions"] = sample.about["captions"]
-        elif len(captions) > 1:
-            about["captions"] = list(captions)
-        self._write(f"{key}.{suffix}", sample.image)
-        if captions:
-            self._write(f"{key}.txt", captions[0].encode())
-        if about:
-            self._write(f"{key}.json", json.dumps(about, sort_keys=True).encode())
-        self.count += 1
-
-    def _write(self, name: str, content: bytes) -> None:
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        self._tar.addfile(member, io.BytesIO(content))
-
-
-def _texts(captions: Any) -> tuple[Any, ...]:
-    entries = captions if isinstance(captions, list) else []
-    return tuple(entry.get("text") if isinstance(entry, dict) else entry for entry in entries)
-
-
-def _samples(
-    members: list[Member], problem: Callable[[str], object]
-) -> tuple[list[str], list[str], np.ndarray[Any, Any]]:
-    """The members by sample, whatever order they stand in: keys, suffixes of the pictures, places.
-
-    Places: int64 `[N, 3, 2]`, offset and size of picture, .txt and .json; size -1 = none. Ten thousand samples are a
-    megabyte so, and many shards are open at once.
-    """
-    found: dict[str, dict[str, Member]] = {}
+def _group(members: Iterable[Member], problem: Problem) -> dict[str, dict[str, Member]]:
+    """The members of each sample that has an image, by key and kind, whatever order they are in."""
+    samples: dict[str, dict[str, Member]] = {}
     for member in members:
         folder, slash, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
         kind = "image" if suffix.lower() in PICTURES else suffix.lower()
-        if not stem or kind not in ("image", "txt", "json"):
-            continue  # a member that others use
-        sample = found.setdefault(folder + slash + stem, {})
+        if not stem or kind not in KINDS:
+            continue  # for other programs
+        sample = samples.setdefault(folder + slash + stem, {})
         if kind in sample:
-            problem(f"{shown(member.name)}: the sample has two of this kind, {shown(sample[kind].name)} is taken; one")
+            problem(f"{shown(member.name)}: the second {kind} of its sample, {shown(sample[kind].name)} is used; one")
         else:
             sample[kind] = member
-    for key, sample in found.items():
+    for key, sample in samples.items():
         if "image" not in sample:
-            problem(f"{shown(key)}: no picture; {shown(key)}.jpg beside its text")
-    keys = [key for key, sample in found.items() if "image" in sample]
-    suffixes = [sys.intern(found[key]["image"].name.rpartition(".")[2].lower()) for key in keys]
-    none = Member("", 0, -1)
-    places = [[found[key].get(kind, none)[1:] for kind in ("image", "txt", "json")] for key in keys]
-    return keys, suffixes, np.array(places, np.int64).reshape(len(keys), 3, 2)
+            problem(f"{shown(key)}: no image; {shown(key)}.jpg beside its text")
+    return {key: sample for key, sample in samples.items() if "image" in sample}

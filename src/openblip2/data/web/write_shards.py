@@ -1,15 +1,18 @@
-"""Records as shards: what `openblip2 prepare` writes, in the form of img2dataset.
+"""Records as shards: what `openblip2 prepare` writes, in the format of img2dataset.
 
-OUT/00000.tar         pictures as their files are, each with its captions (tars.py) and its record's id, "image_id"
-OUT/00000_stats.json  "successes": how many; "count": of how many records; "skipped": why the others are not in it
+OUT/00000.tar         the unchanged image files, each with its captions (tars.py) and the id of its record, "image_id"
+OUT/00000_stats.json  "successes": number of samples; "count": number of records; "skipped": why the others are missing
 
-A shard is there when its stats are. An interrupted run is gone on with: shards of the same records are not made again.
+A shard is complete when its stats exist. An interrupted run continues: complete shards of the same records are kept.
 """
 
 import hashlib
+import io
 import json
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +20,77 @@ import torch
 
 from openblip2.data.images import THREADS, open_picture
 from openblip2.data.records import Record
-from openblip2.data.web.shard_file import stats_path, write_stats
-from openblip2.data.web.tars import PICTURES, Sample, write_tar
+from openblip2.data.web.shard_files import stats_path, write_stats
+from openblip2.data.web.tars import PICTURES, Sample, shown, texts_of
 from openblip2.errors import UserError
+from openblip2.runs import atomic_write, locked
+
+
+@contextmanager
+def write_tar(path: Path) -> Iterator["TarWriter"]:
+    """Writes a shard, which gets its name when it is complete.
+
+    Raises:
+        UserError: another process writes it, or it cannot be written.
+    """
+    # Locked, because two parts of one job may write the same shard.
+    with locked(path.parent, f".{path.name}.lock"), atomic_write(path) as draft:
+        try:
+            tar = tarfile.open(draft, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); a folder that can be written to") from error
+        with tar:
+            yield TarWriter(path, tar)
+
+
+class TarWriter:
+    """A shard that is being written (`write_tar`).
+
+    The same samples give the same bytes: members have no time and no owner.
+    """
+
+    def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
+        self.path, self.count = path, 0
+        self._tar, self._keys = tar, set[str]()
+
+    def add(self, sample: Sample) -> None:
+        """Appends a sample.
+
+        The first caption is the .txt. The .json is `about`, and has "captions" if `about` lists exactly the sample's
+        captions, or if there are several.
+
+        Raises:
+            UserError: a key that cannot be read back or is already used, or a suffix that is not an image's.
+        """
+        key, suffix, captions = sample.key, sample.suffix, sample.captions
+        parts = key.split("/")
+        unsafe = not key.isprintable() or "\\" in key or "." in parts[-1] or {"", ".", ".."} & set(parts)
+        if unsafe or key in self._keys:
+            raise UserError(f"{self.path}: key {ascii(key)[:80]} is unsafe or used twice; a name without dots")
+        if suffix not in PICTURES:
+            raise UserError(f"{self.path}: {shown(key)}: suffix {suffix!r} is no image's; one of {sorted(PICTURES)}")
+        self._keys.add(key)
+        about = {name: value for name, value in sample.about.items() if name != "captions"}
+        listed = sample.about.get("captions")
+        if captions and isinstance(listed, list) and tuple(texts_of(listed)) == captions:
+            about["captions"] = listed
+        elif len(captions) > 1:
+            about["captions"] = list(captions)
+        self._write(f"{key}.{suffix}", sample.image)
+        if captions:
+            self._write(f"{key}.txt", captions[0].encode())
+        if about:
+            self._write(f"{key}.json", json.dumps(about, sort_keys=True).encode())
+        self.count += 1
+
+    def _write(self, name: str, content: bytes) -> None:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        self._tar.addfile(member, io.BytesIO(content))
 
 
 class Written(NamedTuple):
-    """How many shards there are now, and samples in them; one line for each record that was skipped."""
+    """Number of shards and samples; one line for each record that was skipped."""
 
     shards: int
     samples: int
@@ -37,15 +104,19 @@ def write_shards(
     seed: int = 0,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Written:
-    """Writes shards of up to `size` records each, in an order that `seed` draws.
+    """Writes shards of up to `size` records each.
 
-    Every picture is opened before it is taken; one that cannot be is skipped and named.
+    Every image is opened first; one that cannot be opened is skipped and named.
 
     Args:
-        advance: is told how many more records are behind.
+        records: images with captions.
+        out: the folder of the shards.
+        size: records per shard.
+        seed: of the order of the records.
+        advance: called with the number of records that were just processed.
 
     Raises:
-        UserError: `out` cannot be written to, or holds shards of other records; or no picture can be opened.
+        UserError: `out` cannot be written to or contains shards of other records, or no image can be opened.
     """
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     shards = -(-len(records) // size)
@@ -67,7 +138,7 @@ def write_shards(
             samples += good
             skipped += bad
     if not samples:
-        raise UserError(f"{out}: not one picture could be taken; the first: {skipped[0]}")
+        raise UserError(f"{out}: not one picture can be read; the first: {skipped[0]}")
     return Written(shards, samples, skipped)
 
 
@@ -75,7 +146,7 @@ def _write(
     path: Path, records: Sequence[Record], shard: str, threads: ThreadPoolExecutor, advance: Callable[[int], object]
 ) -> tuple[int, list[str]]:
     skipped: list[str] = []
-    digits = max(4, len(str(len(records) - 1)))  # img2dataset's keys: the shard's number, then the sample's
+    digits = max(4, len(str(len(records) - 1)))  # keys as in img2dataset: number of the shard, then of the sample
     with write_tar(path) as writer:
         for number, found in enumerate(threads.map(_take, records)):
             if isinstance(found, str):
@@ -88,11 +159,11 @@ def _write(
 
 
 def _take(record: Record) -> Sample | str:
-    """A record as a sample without a key, or why it cannot be one."""
+    """A record as a sample without a key, or what is wrong with it."""
     suffix = record.image.suffix.lower().removeprefix(".")
     try:
         if suffix not in PICTURES:
-            raise UserError(f"{record.image}: no picture by its name; one of {', '.join(sorted(PICTURES))}")
+            raise UserError(f"{record.image}: not the name of an image; one of {', '.join(sorted(PICTURES))}")
         open_picture(record.image)
         content = record.image.read_bytes()
     except UserError as error:
@@ -103,7 +174,7 @@ def _take(record: Record) -> Sample | str:
 
 
 def _finished(path: Path, records: Sequence[Record]) -> tuple[int, list[str]] | None:
-    """What an earlier run wrote of the same records; None where it wrote nothing."""
+    """Samples and skipped records of a shard that an earlier run completed; None if there is none."""
     stats = Path(stats_path(str(path)))
     if not path.exists() or not stats.exists():
         return None
@@ -112,7 +183,7 @@ def _finished(path: Path, records: Sequence[Record]) -> tuple[int, list[str]] | 
         if told["records"] == _digest(records):
             return told["successes"], told["skipped"]
     except (ValueError, KeyError, TypeError):
-        pass  # another program's stats: then so is the shard
+        pass  # stats, and so a shard, of another program
     raise UserError(f"{path}: is of other records: give another folder, or remove it")
 
 

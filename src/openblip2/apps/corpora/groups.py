@@ -1,6 +1,6 @@
-"""Pictures that are nearly equal belong together: groups of them, and splits that tear none apart.
+"""Groups of images that are nearly equal, and splits that do not divide a group.
 
-N pictures; a thumbnail has 2 x 16 x 16 values.
+N images; a thumbnail has 2 x 16 x 16 values.
 """
 
 import hashlib
@@ -9,21 +9,23 @@ from collections.abc import Hashable, Iterable, Sequence
 import numpy as np
 from PIL import Image, ImageOps
 
-# Two pictures are one if, as gray thumbnails of this side, they correlate this much or more, and so do their
-# insides, where not both are of one shade: the first alone takes all flags, and a coin and an apple, for copies.
-# Chosen by looking at the pairs: above them are recoloured, mirrored and retouched copies.
+from openblip2.data.batches import group_rows
+
+# Two images are copies if their gray thumbnails correlate at least so much, and so do their insides unless both are of
+# one shade. Without the second condition, all flags would be copies, and a coin and an apple. The limits were chosen by
+# looking at pairs: above them are recoloured, mirrored and retouched copies.
 _THUMBNAIL = 16
 _ALIKE = 0.95
 _INSIDE = 0.75
-_PAPER = 8  # gray levels from white that still count as paper
-_SHADE = 10  # gray levels of spread (a standard deviation) that still count as one shade
-_ROWS = 512  # thumbnails that are compared with all others at once: bounds the memory
+_PAPER = 8  # gray levels from white that still count as background
+_SHADE = 10  # standard deviation in gray levels that still counts as one shade
+_ROWS = 512  # thumbnails that are compared with all others at once; limits the memory
 
 
 def thumbnail(picture: Image.Image) -> np.ndarray:
-    """`[512]`: gray values of what is not paper, padded to a square, and again those that lie wholly inside.
+    """`[512]`: gray values of the image without margins, padded to a square, and then those inside its outline.
 
-    Either half is of mean 0 and length 1; the second is 0 where the inside is of one shade.
+    Each half has mean 0 and length 1; the second half is 0 if the inside is of one shade.
     """
     gray = ImageOps.invert(picture.convert("L"))
     ink = gray.point([255 * (level > _PAPER) for level in range(256)])
@@ -45,7 +47,7 @@ def _unit(values: np.ndarray) -> np.ndarray:
 
 
 def alike(thumbnails: np.ndarray) -> list[tuple[int, int]]:
-    """The pairs i < j of thumbnails `[N, 512]` that are nearly equal, one of them perhaps mirrored."""
+    """The pairs i < j of thumbnails `[N, 512]` that are nearly equal, also if one is mirrored."""
     count = len(thumbnails)
     halves = thumbnails.reshape(count, 2, _THUMBNAIL, _THUMBNAIL)
     plain = np.abs(halves[:, 1]).sum(axis=(1, 2)) == 0  # of one shade
@@ -61,27 +63,19 @@ def alike(thumbnails: np.ndarray) -> list[tuple[int, int]]:
 
 
 def joined(keys: Sequence[Iterable[Hashable]], pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """0..N-1 in groups: together is what shares a key or is a pair, directly or through others."""
-    parent = list(range(len(keys)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    first: dict[Hashable, int] = {}
-    shared = [(first.setdefault(key, i), i) for i, own in enumerate(keys) for key in own]
-    for pair in [*shared, *pairs]:
-        low, high = sorted(root(i) for i in pair)
-        parent[high] = low
+    """0..N-1 in groups: those that share a key or are a pair, directly or through others."""
+    linked: list[list[Hashable]] = [list(own) for own in keys]
+    for pair in pairs:
+        for i in pair:
+            linked[i].append(("pair", *pair))
     groups: dict[int, list[int]] = {}
-    for i in range(len(keys)):
-        groups.setdefault(root(i), []).append(i)
+    for i, first in enumerate(group_rows(linked)):
+        groups.setdefault(first, []).append(i)
     return list(groups.values())
 
 
 def drawn(groups: Sequence[Sequence[str]], share: float, seed: int) -> set[str]:
-    """The ids of groups drawn at random up to `share` of all ids; a group too large is passed over."""
+    """The ids of random groups, up to `share` of all ids. A group that is too large is left out."""
     room = round(share * sum(len(group) for group in groups))
     taken: set[str] = set()
     for group in sorted(groups, key=lambda ids: _lot(seed, ids[0])):
@@ -91,10 +85,10 @@ def drawn(groups: Sequence[Sequence[str]], share: float, seed: int) -> set[str]:
 
 
 def folds(names: Sequence[str], k: int, seed: int) -> list[int]:
-    """For pictures whose groups are called `names`: the fold 0..k-1 of each, one and the same for a whole group.
+    """The fold 0..k-1 of each image from the name of its group; a group is in one fold.
 
-    Drawn from `seed`, large groups first, each into the fold that is smallest so far: where no group is very
-    large, the folds' sizes differ by one.
+    Groups are assigned at random, large ones first, each to the smallest fold so far. If no group is very large, the
+    sizes of the folds differ by one at most.
     """
     sizes = {name: 0 for name in names}
     for name in names:
@@ -108,5 +102,5 @@ def folds(names: Sequence[str], k: int, seed: int) -> list[int]:
 
 
 def _lot(seed: int, name: str) -> bytes:
-    """A random order that is the same on every machine and little changed where pictures are added."""
+    """A random order that is the same on every machine and changes little if images are added."""
     return hashlib.sha256(f"{seed}/{name}".encode()).digest()

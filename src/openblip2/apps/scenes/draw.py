@@ -1,7 +1,7 @@
-"""Scenes the project draws itself: coloured icons and shapes on light paper, of which everything is known.
+"""Drawn scenes: coloured icons and shapes on a light background, with known content.
 
-What a scene shows is drawn first, as `Facts`; picture, captions and questions follow from them. Training and
-test share every noun and every colour, but no combination of the two.
+The content of a scene, its `Facts`, is chosen first; image, captions and questions follow from it. Training and test
+scenes have the same nouns and colours, but no noun with the same colour.
 """
 
 import functools
@@ -15,20 +15,20 @@ from typing import Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
+from openblip2.apps.scenes.grammar import Facts, Thing, captions, questions
+from openblip2.apps.scenes.vocabulary import COLOURS, NOUNS, NUMBERS, PLACES, SHAPES, SIZES, WORLDS, World
 from openblip2.data.records import Record, write_records
 from openblip2.data.rows import RECORDS
-from openblip2.data.scenes.grammar import Facts, Thing, captions, questions
-from openblip2.data.scenes.vocabulary import COLOURS, NOUNS, NUMBERS, PLACES, SHAPES, SIZES, WORLDS, World
 from openblip2.errors import UserError
 
 Split = Literal["train", "test"]
 
 # Of 100 scenes: with one object, with a group of one noun, with a pair of different nouns.
 SHARES = (25.0, 20.0, 55.0)
-# Of the ten colours of each noun, those only the test shows it in.
+# Number of the ten colours that a noun has only in the test.
 HELD_OUT_COLOURS = 2
 
-# All below in shares of the picture's side. An object fills a square of this side in its longer direction.
+# All lengths below are shares of the image's side. An object's longer side is that of its square.
 _SIDES = {"small": (0.24, 0.30), "big": (0.48, 0.56)}
 _PAIR_SIDE = (0.37, 0.42)
 _MARGIN = 0.04
@@ -53,7 +53,7 @@ _GROUPS: dict[int, tuple[tuple[float, _Centres], ...]] = {
         (0.27, ((0.5, 0.18), (0.18, 0.5), (0.82, 0.5), (0.5, 0.82))),
     ),
 }
-_GLYPH = 256  # px at which an icon is drawn once, to be scaled from there
+_GLYPH = 256  # px; each icon is drawn once in this size and then scaled
 _FONT = "materialdesignicons6-webfont"
 
 
@@ -66,18 +66,22 @@ def draw_scenes(
     shares: Sequence[float] = SHARES,
     world: World = "full",
 ) -> list[Record]:
-    """Draw `count` scenes of `size` x `size` px into `folder`: `images/NNNNN.png` and `records.jsonl`.
+    """Draws scenes into a folder: `images/NNNNN.png` and `records.jsonl`.
 
-    Scene i depends on (seed, split, i), `size`, `shares` and `world` alone: fewer scenes are the first of more.
-    The facts of each record are `grammar.Facts`.
+    Scene i depends only on (seed, split, i), `size`, `shares` and `world`, not on `count`. The facts of each record are
+    `grammar.Facts`.
 
     Args:
+        folder: where to write.
+        count: number of scenes.
+        split: which combinations of nouns and colours are used.
+        seed: of all random choices.
+        size: image side in px.
         shares: the weights of the kinds one, group and pair.
         world: which nouns are drawn: a dozen ("small") or all ("full").
 
     Raises:
-        UserError: the icon font is missing, `folder` cannot be written, a number makes no sense, or there is no such
-            world.
+        UserError: the icon font is missing, `folder` cannot be written, or an argument is out of its range.
     """
     if world not in WORLDS:
         raise UserError(f"unknown world {world!r}: it must be {' or '.join(WORLDS)}")
@@ -88,7 +92,7 @@ def draw_scenes(
     images = Path(folder) / "images"
     try:
         images.mkdir(parents=True, exist_ok=True)
-        # Else a run cut short would leave an earlier list over pictures of this one.
+        # An interrupted call must not leave an earlier list with new images.
         (Path(folder) / RECORDS).unlink(missing_ok=True)
         records = [_record(images, i, split, seed, size, shares, WORLDS[world]) for i in range(count)]
         write_records(records, Path(folder))
@@ -99,7 +103,7 @@ def draw_scenes(
 
 @functools.cache
 def colours_of(noun: str, split: Split) -> tuple[str, ...]:
-    """The colours in which `split` shows `noun`: two for the test, the other eight for training."""
+    """The colours of `noun` in `split`: two for the test, the other eight for training."""
     ranked = sorted(COLOURS, key=lambda colour: hashlib.sha256(f"{noun}/{colour}".encode()).digest())
     return tuple(ranked[:HELD_OUT_COLOURS] if split == "test" else ranked[HELD_OUT_COLOURS:])
 
@@ -107,7 +111,7 @@ def colours_of(noun: str, split: Split) -> tuple[str, ...]:
 def draw_facts(
     random: Random, split: Split, shares: Sequence[float] = SHARES, nouns: Sequence[str] = WORLDS["full"]
 ) -> Facts:
-    """What one scene of `split` is to show, at random."""
+    """The random content of one scene of `split`."""
     kind = random.choices(("one", "group", "pair"), weights=shares)[0]
     objects: list[Thing] = [
         {
@@ -129,9 +133,9 @@ def draw_facts(
 
 
 def draw_picture(facts: Facts, random: Random, size: int) -> Image.Image:
-    """A picture of `size` x `size` px that shows `facts` (of `draw_facts`); its other looks are random.
+    """An image of `size` x `size` px that shows `facts` (of `draw_facts`). Everything else about it is random.
 
-    Where each object came to stand is written into the facts.
+    The boxes of the objects are added to the facts.
     """
     paper = random.choice(((255, 255, 255), tuple(random.randint(230, 255) for _ in "rgb")))
     picture = Image.new("RGB", (size, size), paper)
@@ -140,9 +144,9 @@ def draw_picture(facts: Facts, random: Random, size: int) -> Image.Image:
         upright = random.random() < 0.5
         thing["boxes"] = []
         for x, y, side in boxes:
-            # To steps of 2 px, so that scaled icons are met again in the cache.
+            # In steps of 2 px, so that scaled icons are found in the cache.
             mask = _mask(thing["noun"], max(2, 2 * round(side * size / 2)))
-            if thing["noun"] == "rectangle":  # long or square, lying or standing: one shape for a whole group
+            if thing["noun"] == "rectangle":  # wide, high or square; the same for a whole group
                 long, short = mask.width, max(2, round(mask.width * ratio))
                 mask = mask.resize((short, long) if upright else (long, short))
             left, top = round(x * size - mask.width / 2), round(y * size - mask.height / 2)
@@ -169,7 +173,7 @@ def _record(
 
 
 def _boxes(facts: Facts, random: Random) -> list[list[tuple[float, float, float]]]:
-    """For each object, centre x, centre y and side of each of its copies."""
+    """For each object, centre x, centre y and side of each copy."""
     first = facts["objects"][0]
 
     def near(x: float, y: float, side: float, jitter: float = _JITTER) -> tuple[float, float, float]:
@@ -191,7 +195,7 @@ def _boxes(facts: Facts, random: Random) -> list[list[tuple[float, float, float]
 
 
 def _ink(colour: str, random: Random) -> tuple[int, int, int]:
-    """A shade of `colour`, lighter or darker by little, and by less in hue."""
+    """A shade of `colour`: slightly lighter or darker, with a smaller change of hue."""
     light = random.randint(-9, 9)
     red, green, blue = (min(255, max(0, c + light + random.randint(-4, 4))) for c in COLOURS[colour])
     return red, green, blue
@@ -199,7 +203,7 @@ def _ink(colour: str, random: Random) -> tuple[int, int, int]:
 
 @functools.lru_cache(maxsize=8192)
 def _mask(noun: str, side: int) -> Image.Image:
-    """`noun` in white on black (mode "L"), its longer direction of `side` px."""
+    """`noun` in white on black (mode "L"), with `side` px on its longer side."""
     glyph = _glyph(noun)
     scale = side / max(glyph.size)
     width, height = (max(1, round(length * scale)) for length in glyph.size)
@@ -226,9 +230,9 @@ def _glyph(noun: str) -> Image.Image:
 
 @functools.cache
 def _icon_font() -> tuple[ImageFont.FreeTypeFont, dict[str, str]]:
-    """The Material Design icon font in the qtawesome wheel, and icon name -> character.
+    """The Material Design icon font of the package qtawesome, and icon name -> character.
 
-    The wheel is looked into, never imported: importing it takes a Qt.
+    The package is not imported, because that needs Qt.
     """
     right = "install it: pip install qtawesome==1.4.2"
     found = importlib.util.find_spec("qtawesome")

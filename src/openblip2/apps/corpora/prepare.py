@@ -1,13 +1,13 @@
-"""Real pictures with English captions from four sources that copy each other, in near-duplicate groups and folds.
+"""Images with English captions from four sources that copy from each other, in groups of near-duplicates and folds.
 
-| source      | pictures                                     | a caption is                          |
+| source      | images                                       | caption                               |
 |-------------|----------------------------------------------|---------------------------------------|
 | stamps      | Tux Paint's stamps: photographs and drawings | its sentence ("A rainbow lorikeet.")  |
 | openclipart | drawings                                     | its title, or its file's name         |
 | emoji       | Noto Emoji, 64 x 64 px, one skin tone        | its Unicode name ("flag of Aruba")    |
 | furniture   | renders of Sweet Home 3D's models            | its name in the catalogue ("Armchair")|
 
-`fetch` brings the packages; `prepare` makes one data folder of them, which `read_records` reads.
+`fetch` downloads the packages; `prepare` converts them to one data folder, which `read_records` reads.
 """
 
 import json
@@ -21,20 +21,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from openblip2.data.corpora import read_stamps
+from openblip2.apps.corpora.groups import alike, folds, joined, thumbnail
+from openblip2.apps.corpora.openclipart import read_openclipart
+from openblip2.apps.corpora.stamps import read_stamps
 from openblip2.data.images import open_picture
-from openblip2.data.real.groups import alike, folds, joined, thumbnail
-from openblip2.data.real.openclipart import read_openclipart
 from openblip2.data.records import Record, write_records
 from openblip2.errors import UserError
 
-SIDE = 384  # px: prepared pictures are at most so large, for crops that an encoder at 224 px does not enlarge
-_PAPER = 247  # gray levels above this are paper
-_LEAST = 0.1  # of the picture's longer side: what is drawn on the paper is at least so long
+SIDE = 384  # px: the maximum for prepared images, so that crops for an encoder at 224 px are not enlarged
+_PAPER = 247  # gray levels above this are background
+_LEAST = 0.1  # minimum length of the content, as a share of the longer side
 
 
 class Found(NamedTuple):
-    """Records, and one line "where: what; what would be right" for what was skipped."""
+    """Records, and one line "where: what is wrong; what would be right" for each entry that was skipped."""
 
     records: list[Record]
     skipped: list[str]
@@ -57,10 +57,10 @@ def openclipart(folder: Path) -> Found:
 
 
 def emoji(folder: Path) -> Found:
-    """Noto Emoji with their Unicode (CLDR) names; variants of skin tone are left out.
+    """Noto Emoji with their Unicode (CLDR) names, without variants of skin tone.
 
     Raises:
-        UserError: one of the two packages is missing or not what it was.
+        UserError: one of the two packages is missing, or its files are not as published.
     """
     package = folder / "emoji-datasource-google/package"
     told = _json(folder / "unicode-emoji-json/package/data-by-emoji.json", dict)
@@ -87,7 +87,7 @@ def emoji(folder: Path) -> Found:
 
 
 def furniture(folder: Path) -> Found:
-    """Sweet Home 3D's furniture, from the catalogues that `fetch` has unpacked.
+    """Sweet Home 3D's furniture, from the catalogues that `fetch` unpacks.
 
     Raises:
         UserError: there is no catalogue.
@@ -124,18 +124,18 @@ SOURCES: dict[str, Callable[[Path], Found]] = {
 
 
 def prepare(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) -> Found:
-    """Make of the packages in `folder` the data folder `out`: pictures and `records.jsonl`.
+    """Converts the packages in `folder` to the data folder `out`: images and `records.jsonl`.
 
-    A picture is written once, on white, at most `SIDE` px, as `out/pictures/ID.png`; ids begin with the source.
-    `facts` are {"source": its name, "group": the id of the first picture of its group}. A group are the pictures,
-    of whatever source, that are nearly equal (also mirrored), that are numbered in one series of a folder, or that
-    are one emoji as man, woman and person; the same caption alone joins none. A source that is not there is skipped
-    and named, as is a picture that cannot be read, is too large (`images.MAX_PIXELS`), or shows next to nothing.
+    Each image is written on white, with at most `SIDE` px, as `out/pictures/ID.png`; ids begin with the source. `facts`
+    are {"source": its name, "group": the id of the first image of its group}. A group consists of the images of any
+    source that are nearly equal (also mirrored), that are numbered in one series of a folder, or that show one emoji as
+    man, woman and person. Images are skipped and named if they cannot be read, are too large (`images.MAX_PIXELS`) or
+    are nearly empty, and so are sources that are missing.
 
-    The pictures keep their licences, see `fetch`: they are for runs on this machine, not to be passed on.
+    The images keep their licences (see `fetch`): use them on this machine and do not pass them on.
 
     Raises:
-        UserError: a source is unknown, none is there, or `out` cannot be written.
+        UserError: a source is unknown, all are missing, or `out` cannot be written.
     """
     found: list[tuple[str, Record]] = []
     skipped: list[str] = []
@@ -151,7 +151,7 @@ def prepare(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) ->
     try:
         records = _written(found, out / "pictures", skipped)
         if not records:
-            raise UserError(f"{folder}: holds no pictures that can be used; {'; '.join(skipped[:4])}")
+            raise UserError(f"{folder}: contains no pictures that can be used; {'; '.join(skipped[:4])}")
         write_records(records, out)
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written ({error.strerror}); a folder") from error
@@ -159,7 +159,7 @@ def prepare(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) ->
 
 
 def _written(found: Sequence[tuple[str, Record]], folder: Path, skipped: list[str]) -> list[Record]:
-    """The pictures in `folder`, small, with their groups; what cannot be read is added to `skipped`."""
+    """Writes the images, reduced, and finds their groups. Images that cannot be used are added to `skipped`."""
     records: list[Record] = []
     thumbnails: list[np.ndarray] = []
     for source, record in found:
@@ -182,10 +182,10 @@ def _written(found: Sequence[tuple[str, Record]], folder: Path, skipped: list[st
 
 
 def by_fold(records: Sequence[Record], k: int = 5, seed: int = 0) -> list[list[Record]]:
-    """The records of `prepare` in `k` folds, drawn from `seed`; no group has pictures in two of them.
+    """The records of `prepare` in `k` random folds. No group is in two of them.
 
-    To test on fold i, train on all others. Every source is spread evenly, as far as its largest groups allow. The
-    order within a fold is that of `records`.
+    To test on fold i, train on all others. Every source is divided as evenly as its largest groups allow. The order
+    within a fold is that of `records`.
 
     Raises:
         UserError: a record has no group, or there are fewer groups than folds.
@@ -206,19 +206,19 @@ def by_fold(records: Sequence[Record], k: int = 5, seed: int = 0) -> list[list[R
 
 
 def _small(path: Path) -> Image.Image:
-    with warnings.catch_warnings():  # Pillow's own, of less than its limit but more than ours
+    with warnings.catch_warnings():  # of Pillow, for images below its limit and above ours
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         picture = open_picture(path)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
     ink = picture.convert("L").point([255 * (level <= _PAPER) for level in range(256)])
     left, top, right, bottom = ink.getbbox() or (0, 0, 0, 0)
     if max(right - left, bottom - top) < _LEAST * max(picture.size):
-        raise UserError(f"{path}: shows next to nothing on white; a picture of something")
+        raise UserError(f"{path}: is nearly empty; a picture of something")
     return picture
 
 
 def _series(record: Record) -> Hashable:
-    """What the pictures of one series share: the name without its number, or a person that is man or woman."""
+    """What the images of a series have in common: the name without its number, or an emoji as man or woman."""
     folder, _, stem = record.id.rpartition("/")
     if folder == "emoji":
         rest = re.sub(r"\b(man|men|woman|women|person|people)\b", "", record.captions[0]).split()
@@ -228,7 +228,7 @@ def _series(record: Record) -> Hashable:
 
 
 def _plain_emoji(text: str) -> str:
-    return text.replace("\ufe0f", "")  # asks for the coloured form, and is not everywhere written
+    return text.replace("\ufe0f", "")  # the selector of the coloured form, which is not always written
 
 
 def _json(path: Path, kind: type) -> Any:
@@ -237,7 +237,7 @@ def _json(path: Path, kind: type) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); the unpacked package") from error
     if not isinstance(value, kind):
-        raise UserError(f"{path}: holds no {kind.__name__}; the unpacked package")
+        raise UserError(f"{path}: contains no {kind.__name__}; the unpacked package")
     return value
 
 

@@ -1,12 +1,12 @@
-"""The little language of the drawn scenes: sentences and questions about them, and a reader of sentences.
+"""The grammar of the drawn scenes: captions, questions, and a parser that checks captions.
 
-A scene is of one of three kinds, and every caption of it names every object with its colour:
+There are three kinds of scenes, and every caption names every object with its colour:
 
     one     "a small red cat in the top left corner"
     group   "three blue buses"
     pair    "a red cat to the left of a blue bus", the left or upper one first
 
-What a scene truly shows is its `Facts`: `sentences` says it, `judge` holds a generated caption to it.
+`Facts` are the content of a scene. `sentences` writes captions from them, and `judge` compares a caption with them.
 """
 
 import re
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal, NotRequired, TypedDict
 
-from openblip2.data.records import Question
-from openblip2.data.scenes.vocabulary import (
+from openblip2.apps.scenes.vocabulary import (
     COLOURS,
     NOUNS,
     NUMBERS,
@@ -27,13 +26,14 @@ from openblip2.data.scenes.vocabulary import (
     plural,
     with_article,
 )
+from openblip2.data.records import Question
 from openblip2.data.text import clean_caption
 
 
 class Thing(TypedDict):
-    """The objects of one noun in a scene. `size` and `place` are None where nothing is said about them.
+    """The objects of one noun in a scene. `size` and `place` are None if captions do not mention them.
 
-    `boxes`: of each object, once it is drawn: left, top, right, bottom as shares of the picture's sides.
+    `boxes` exist after drawing: left, top, right, bottom of each object as shares of the image's sides.
     """
 
     noun: str
@@ -45,7 +45,7 @@ class Thing(TypedDict):
 
 
 class Facts(TypedDict):
-    """What a scene shows, fit for JSON. Of a pair, the first object stands in `relation` to the second."""
+    """The content of a scene, as JSON. In a pair, `relation` is that of the first object to the second."""
 
     kind: Literal["one", "group", "pair"]
     objects: list[Thing]
@@ -54,7 +54,7 @@ class Facts(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What of a caption is true; see `judge`."""
+    """Which parts of a caption are true; see `judge`."""
 
     objects: bool
     attributes: bool
@@ -62,14 +62,14 @@ class Judgement:
 
 
 def sentences(facts: Facts) -> list[str]:
-    """Every caption the grammar has for a scene, each true and naming each object, the fullest first."""
+    """All captions of the grammar for a scene, the most detailed first. Each is true and names every object."""
     first, *others = facts["objects"]
     if facts["kind"] == "group":
         some = f"{NUMBERS[first['number'] - 1]} {first['colour']} {plural(first['noun'])}"
         return [some, f"there are {some}"]
     if others:
         a, b, relation = named(first), named(others[0]), str(facts["relation"])
-        # In reading order, as people describe pictures; the mirrored relation is left to the questions.
+        # In reading order, as people describe images; only questions use the inverse relation.
         return [f"{a} {relation} {b}", f"{a} and {b}"]
     bare, place = named(first), first["place"] or ""
     sized = with_article(f"{first['size'] or ''} {first['colour']} {first['noun']}".strip())
@@ -85,7 +85,7 @@ def sentences(facts: Facts) -> list[str]:
 
 
 def captions(facts: Facts, random: Random) -> tuple[str, ...]:
-    """Two to four of the `sentences`: always the first two, the fullest and the barest or one like it."""
+    """Two to four of the `sentences`, including the first two, one detailed and one short."""
     first, second, *more = sentences(facts)
     return (first, second, *random.sample(more, random.randint(0, min(2, len(more)))))
 
@@ -95,8 +95,14 @@ def questions(
 ) -> tuple[Question, ...]:
     """Four or five questions about a scene, in a fixed order of forms.
 
-    The answer to a yes/no question is drawn. What the question then names could as well have been there, one
-    of `nouns` and one of `colours(noun)`, so that no answer shows from the question alone.
+    The answer to a yes/no question is random. A question with the answer "no" names something that could have been in
+    the scene, so the question alone does not give the answer away.
+
+    Args:
+        facts: of the scene.
+        random: makes all random choices.
+        colours: the colours that a noun can have.
+        nouns: that scenes can contain.
     """
     asked = {"one": _about_one, "group": _about_group, "pair": _about_pair}[facts["kind"]](facts, random)
     thing = random.choice(facts["objects"])
@@ -109,7 +115,7 @@ def _about_one(facts: Facts, random: Random) -> list[Question]:
         Question(f"what color is the {thing['noun']}?", thing["colour"], "open"),
         Question("what object is in the picture?", thing["noun"], "open"),
     ]
-    if random.random() < 1 / 4:  # so that "one" is not more often right than "two", "three" or "four"
+    if random.random() < 1 / 4:  # so that "one" is not a more frequent answer than "two", "three" or "four"
         asked.append(Question(f"how many {plural(thing['noun'])} are there?", NUMBERS[0], "number"))
     return asked
 
@@ -164,7 +170,7 @@ def named(thing: Thing) -> str:
 
 
 def _any_of(words: Iterable[str]) -> str:
-    # The longest first: an alternative that begins another would hide it.
+    # Longest first, because a regular expression takes the first alternative that matches.
     return "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
 
 
@@ -179,14 +185,14 @@ _OPENING = re.compile(r"there (?:is|are) ")
 
 
 def judge(caption: str, facts: Mapping[str, Any]) -> Judgement:
-    """What of `caption` is true of the scene with these `Facts`.
+    """Which parts of `caption` are true for the scene with these `Facts`.
 
-    - `objects`: the nouns of the scene are named, each once, and nothing else is.
-    - `attributes`: also, each has its colour and its number, and no size or place is stated that is not so.
-    - `relation`: the relation stated is the true one; None if none is stated.
+    - `objects`: the nouns of the scene are named once each, and no others.
+    - `attributes`: in addition, colours and numbers are stated and right, and no size or place is wrong.
+    - `relation`: the stated relation is right; None if none is stated.
 
-    Words may stand in any order the grammar has ("the cat is red", "a big red cat", "a red big cat"). A
-    caption with anything else in it, or cut short, is false altogether.
+    All word orders of the grammar are accepted ("the cat is red", "a big red cat", "a red big cat"). A caption that
+    contains anything else or is cut off is false in all parts.
     """
     read = _read(caption)
     if read is None:
@@ -206,7 +212,7 @@ def judge(caption: str, facts: Mapping[str, Any]) -> Judgement:
 
 
 def _read(caption: str) -> tuple[list[re.Match[str]], list[str | None]] | None:
-    """The noun phrases of a caption and what relates them (None for "and"); None if it is no sentence."""
+    """The noun phrases of a caption and their relations (None for "and"); None if it does not fit the grammar."""
     text = clean_caption(caption)
     opening = _OPENING.match(text)
     at = opening.end() if opening else 0
@@ -225,13 +231,13 @@ def _read(caption: str) -> tuple[list[re.Match[str]], list[str | None]] | None:
 
 
 def _fits(phrase: re.Match[str], thing: Thing) -> bool:
-    """Colour and number are stated and right, size and place are right or not stated."""
+    """Whether colour and number are stated and right, and size and place are right or not stated."""
     looks = phrase["looks"].split()
     colours = {look for look in [*looks, phrase["colour"]] if look in COLOURS}
     sizes = {look for look in looks if look in SIZES}
     if phrase["count"] in NUMBERS:
         number = NUMBERS.index(phrase["count"]) + 1
-    else:  # "a cat", "the cat", "cat" are one; how many "the cats" are is not said
+    else:  # "a cat", "the cat" and "cat" are one; "the cats" has no number
         number = 1 if phrase["noun"] in NOUNS else None
     return (
         colours == {thing["colour"]}

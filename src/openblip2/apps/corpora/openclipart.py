@@ -1,29 +1,28 @@
-"""openclipart 0.18: drawings as PNG, and English captions from the titles in their SVG twins.
+"""openclipart 0.18: drawings as PNG, with English captions from the titles in the SVG files of the same drawings.
 
-Half of the titles are no captions: they name the collection a drawing came with, or are in Italian or French.
+Half of the titles are not captions: they name the collection of a drawing, or they are in Italian or French.
 """
 
 import html
 import re
 from collections import Counter
-from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
-from xml.parsers import expat
+from xml.etree import ElementTree
 
 from openblip2.data.records import Record
 from openblip2.errors import UserError, one_line
 
 _MAX_BYTES = 16 * 2**20  # of an SVG; the package's largest has 1.7 million
-_CHUNK = 64 * 2**10
-_DUBLIN = "http://purl.org/dc/elements/1.1/"
+_DUBLIN = "{http://purl.org/dc/elements/1.1/}"
 
-# Folders whose drawings show no thing that a caption could name: toolbar icons, 1,379 stars by their number of
-# points, gradients and patterns. A title of its own does speak for an icon.
+# Folders with drawings that a file name does not describe: toolbar icons, 1,379 stars by their number of points,
+# gradients and patterns. Icons with a title of their own are used.
 _UNNAMED = ("computer/icons/", "shapes/stars/")
 _NO_PICTURES = ("special/",)
-_BELIEVED = 3  # drawings that may have a title in common and each be what it says
+_BELIEVED = 3  # a title that more drawings share is that of a collection
 
-# What stands in titles and is not about the picture: who drew it, what kind of clip art it is, and running numbers.
+# Parts of titles that do not describe the image: who drew it, the kind of clip art, and numbers.
 _NOT_ABOUT_IT = (
     (r"^Clipart by .*? - ", ""),
     (r"(?i)\((b and w|bw)\)", " in black and white"),
@@ -35,14 +34,18 @@ _NOT_ABOUT_IT = (
 
 
 def read_openclipart(pictures: Path, drawings: Path, dictionary: Path) -> tuple[list[Record], list[str]]:
-    """The drawings with an English caption, ids by path, and lines on what was left out.
+    """The drawings with an English caption, with their paths as ids, and lines about those that were left out.
 
-    `pictures` and `drawings` hold the same tree, of `.png` and of `.svg` files. A caption is a drawing's title, or
-    the words of its file's name where the title is shared by more drawings than three and does not agree with the
-    name: then it is a collection's. Every word has to be in `dictionary`, one word a line. A flag is called "flag
-    of ...". Links are passed over: another name of a drawing that is read anyway.
+    A caption is the title of a drawing, or the words of its file name if more than three drawings share the title and
+    it does not agree with the name: then it is the title of a collection. All words must be in the dictionary. A flag
+    is called "flag of ...". Links are ignored: they are other names of drawings that are read anyway.
 
     Licence: public domain (Debian packages openclipart-png and openclipart-svg).
+
+    Args:
+        pictures: folder of the .png files.
+        drawings: folder of the .svg files, with the same subfolders.
+        dictionary: a file with one English word per line.
 
     Raises:
         UserError: a folder or the dictionary is missing, or no drawing has a caption.
@@ -87,56 +90,29 @@ def _words(dictionary: Path) -> frozenset[str]:
 
 
 def _metadata(path: Path) -> tuple[str, bool]:
-    """The title of one drawing, cleaned, "" if it has none; and whether it is tagged as a flag."""
+    """The cleaned title of a drawing, "" if it has none, and whether it is tagged as a flag."""
     title, tags = "", set[str]()
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise UserError(f"{path}: has more than {_MAX_BYTES:,} bytes; a drawing")
-        for parent, tag, text in _texts(path):
-            if parent.endswith(" Work") and tag == f"{_DUBLIN} title":
-                title += text
-            elif parent.endswith(" Bag"):
-                tags.add(text.strip().lower())
-    except (OSError, expat.ExpatError) as error:
+        content = path.read_bytes()
+        if b"<!ENTITY" in content:
+            raise UserError(f"{path}: defines entities, which are not expanded; a drawing without")
+        for _, element in ElementTree.iterparse(BytesIO(content)):
+            name = element.tag.rpartition("}")[2]
+            if name == "Work":
+                title = element.findtext(f"{_DUBLIN}title") or ""
+            elif name == "li":
+                tags.add((element.text or "").strip().lower())
+            elif name == "metadata":
+                break  # the drawing itself is not parsed
+    except (OSError, ElementTree.ParseError) as error:
         raise UserError(f"{path}: is not SVG that can be read ({one_line(error)}); a drawing") from error
     return _plain(html.unescape(title)), bool(tags & {"flag", "flags"})
 
 
-def _texts(path: Path) -> Iterator[tuple[str, str, str]]:
-    """(element around it, element, text) of what an XML file says up to the end of its metadata.
-
-    Entities are refused and outside definitions not read: no file is opened and nothing unfolds.
-    """
-    stack = ["", ""]
-    texts: list[tuple[str, str, str]] = []
-    ended = False
-
-    def end(tag: str) -> None:
-        nonlocal ended
-        stack.pop()
-        ended = ended or tag.rpartition(" ")[2] == "metadata"
-
-    def refuse(*_: object) -> None:
-        raise UserError(f"{path}: defines entities, which are not expanded; a drawing without")
-
-    parser = expat.ParserCreate(namespace_separator=" ")
-    parser.buffer_text = True
-    parser.StartElementHandler = lambda tag, _: stack.append(tag)
-    parser.EndElementHandler = end
-    parser.CharacterDataHandler = lambda text: texts.append((stack[-2], stack[-1], text))
-    parser.EntityDeclHandler = refuse
-    with path.open("rb") as file:
-        while not ended:
-            chunk = file.read(_CHUNK)
-            parser.Parse(chunk, not chunk)
-            yield from texts
-            texts.clear()
-            if not chunk:
-                return
-
-
 def _caption(name: str, title: str, owners: int) -> str:
-    """What the drawing `name` is called, "" for nothing; its `title` is that of `owners` drawings."""
+    """The caption of the drawing `name`, "" if it has none. Its title is shared by `owners` drawings."""
     folder, _, file = name.rpartition("/")
     called = _plain(re.sub(r"[\d_.-]+", " ", file))
     told = called.lower().split()
@@ -160,7 +136,7 @@ def _split(text: str) -> list[str]:
 
 
 def _is_english(text: str, words: frozenset[str]) -> bool:
-    """Whether all words are English, one of them of more than two letters; of single letters, "a" is a word."""
+    """Whether all words are English and one has more than two letters. The only word of one letter is "a"."""
     found = _split(text)
     return any(len(word) > 2 for word in found) and all(
         word == "a" or (word in words and len(word) > 1) for word in found

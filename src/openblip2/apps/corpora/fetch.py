@@ -1,4 +1,4 @@
-"""Fetches real pictures that ordinary packages carry, by package name, through apt-get and npm as they are set up.
+"""Fetches images that packages contain, by package name, with apt-get and npm as they are set up.
 
 | source      | packages                                             | licence                               |
 |-------------|------------------------------------------------------|---------------------------------------|
@@ -7,8 +7,8 @@
 | emoji       | npm: emoji-datasource-google, unicode-emoji-json     | Apache-2.0 the pictures, MIT the data |
 | furniture   | Debian: sweethome3d-furniture                        | CC-BY, CC-0, Free Art: see its file   |
 
-About 500 MB are fetched and 600 MB stay. Nothing is installed and no root is needed. None of it is ever part of this
-project: each package's own licence file stays beside its data.
+About 500 MB are fetched and 600 MB kept. Nothing is installed, and root is not needed. None of it is ever part of this
+project; the licence file of each package stays beside its data.
 """
 
 import gzip
@@ -20,25 +20,27 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import Any
 
 from openblip2.errors import UserError, one_line
 from openblip2.runs import atomic_write
 
 _SECONDS = 1800  # for one command
-_MAX_BYTES = 2**30  # that one archive may unfold to
+_MAX_BYTES = 2**30  # that one archive may unpack to
 
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """One package of a registry, unpacked into a folder of its name.
+    """A package, unpacked into a folder with its name.
 
     Attributes:
-        version: "" = the one that Debian's release has.
-        licence: the file, inside the folder, without which a package does not count as fetched.
+        name: of the package.
+        licence: the file in the folder without which a package does not count as fetched.
+        version: "" = the one of the Debian release.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Package:
 
     @property
     def tools(self) -> tuple[str, ...]:
-        """The programs that fetch it."""
+        """The programs that are needed."""
         return ("npm",) if self.version else ("apt-get", "dpkg-deb")
 
 
@@ -65,7 +67,7 @@ PACKAGES: dict[str, tuple[Package, ...]] = {
     "furniture": (_debian("sweethome3d-furniture"),),
 }
 
-# What is kept of an npm package and of furniture's catalogues, which are zip files: sprite sheets and models are not.
+# Files to keep of an npm package and of furniture's catalogues, which are zip files: no sprite sheets, no models.
 _KEPT_OF_NPM = re.compile(r"package/([^/]+\.(json|md)|LICENSE|img/google/64/[^/]+\.png)")
 _KEPT_OF_FURNITURE = re.compile(r"PluginFurnitureCatalog\.properties|LICENSE\.TXT|.+\.png")
 
@@ -73,13 +75,18 @@ _KEPT_OF_FURNITURE = re.compile(r"PluginFurnitureCatalog\.properties|LICENSE\.TX
 def fetch(
     folder: Path, sources: Sequence[str] = tuple(PACKAGES), say: Callable[[str], object] = lambda line: None
 ) -> list[str]:
-    """Fetch the packages of `sources` into `folder`, each unpacked in a folder of its name, its licence with it.
+    """Fetches packages and unpacks each into a folder with its name. Packages that are there are not fetched again.
 
-    What is there already is not fetched again: after an interruption, call it once more. `say` is told what is
-    being fetched. Returns one line for each source that is left out because the program that fetches it is missing.
+    Args:
+        folder: of the packages.
+        sources: keys of `PACKAGES`.
+        say: called with each package that is being fetched.
+
+    Returns:
+        One line for each source that is left out because a program is missing.
 
     Raises:
-        UserError: a source is unknown, a package cannot be fetched or unpacked, or no source is left.
+        UserError: a source is unknown, a package cannot be fetched or unpacked, or all sources are left out.
     """
     skipped: list[str] = []
     for source in sources:
@@ -100,7 +107,7 @@ def fetch(
 
 
 def _fetch(package: Package, folder: Path) -> None:
-    """A folder of the package's name is whole."""
+    """A folder with the package's name is complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (
@@ -155,55 +162,45 @@ def _only(folder: str, pattern: str) -> Path:
 
 
 def untar(archive: Path, into: Path, kept: re.Pattern[str]) -> None:
-    """Unpack the files of a .tgz whose whole name is `kept`; links and devices are passed over.
+    """Unpacks the files of a .tgz whose whole name matches `kept`. Links and devices are ignored.
 
     Raises:
-        UserError: it is broken, names a path outside, or unfolds to more than a gigabyte.
+        UserError: it is broken, contains a path outside `into`, or unpacks to more than a gigabyte.
     """
-    try:
-        with gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            left = _MAX_BYTES
-            for member in tar:
-                target = _inside(member.name, archive, into)
-                file = tar.extractfile(member) if member.isreg() and kept.fullmatch(member.name) else None
-                if file is not None:
-                    left = _copy(file, target, archive, left)
-            while stream.read(2**20):  # to its end, where the checksum of the whole stands
-                pass
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{archive}: is no .tgz that can be unpacked ({one_line(error)}); fetch it again") from error
+    with _readable(archive), gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+        _unpack(archive, ((m.name, (lambda m=m: tar.extractfile(m)) if m.isreg() else None) for m in tar), into, kept)
+        while stream.read(2**20):  # to the end, where the checksum is
+            pass
 
 
 def unzip(archive: Path, into: Path, kept: re.Pattern[str]) -> None:
-    """As `untar`, of a zip file."""
+    """As `untar`, for a zip file."""
+    with _readable(archive), zipfile.ZipFile(archive) as zipped:
+        files = ((m.filename, None if m.is_dir() else lambda m=m: zipped.open(m)) for m in zipped.infolist())
+        _unpack(archive, files, into, kept)
+
+
+@contextmanager
+def _readable(archive: Path) -> Iterator[None]:
     try:
-        with zipfile.ZipFile(archive) as zipped:
-            left = _MAX_BYTES
-            for member in zipped.infolist():
-                target = _inside(member.filename, archive, into)
-                if not member.is_dir() and kept.fullmatch(member.filename):
-                    with zipped.open(member) as file:
-                        left = _copy(file, target, archive, left)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:  # RuntimeError: it has a password
-        raise UserError(
-            f"{archive}: is no zip file that can be unpacked ({one_line(error)}); fetch it again"
-        ) from error
+        yield
+    # RuntimeError: a zip file with a password
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, RuntimeError) as error:
+        raise UserError(f"{archive}: no archive that can be unpacked ({one_line(error)}); fetch it again") from error
 
 
-def _inside(name: str, archive: Path, into: Path) -> Path:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{archive}: holds {name[:80]!r}, a path outside it; the package as it was published")
-    return into / path
-
-
-def _copy(file: IO[bytes], target: Path, archive: Path, left: int) -> int:
-    """Write one member; returns how many bytes the archive may still unfold to."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("wb") as copy:
-        while chunk := file.read(2**20):
-            left -= len(chunk)
-            if left < 0:
-                raise UserError(f"{archive}: unfolds to more than {_MAX_BYTES:,} bytes; the package as published")
-            copy.write(chunk)
-    return left
+def _unpack(archive: Path, files: Iterable[tuple[str, Callable[[], Any] | None]], into: Path, kept: re.Pattern) -> None:
+    left = _MAX_BYTES
+    for name, opened in files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{archive}: contains {name[:80]!r}, a path outside it; the package as it was published")
+        if opened is None or not kept.fullmatch(name):
+            continue
+        (into / path).parent.mkdir(parents=True, exist_ok=True)
+        with opened() as file, (into / path).open("wb") as copy:
+            while chunk := file.read(2**20):
+                left -= len(chunk)
+                if left < 0:
+                    raise UserError(f"{archive}: unfolds to more than {_MAX_BYTES:,} bytes; the package as published")
+                copy.write(chunk)

@@ -1,15 +1,15 @@
-"""Generated captions of drawn scenes, held to what the scenes truly show."""
+"""How many generated captions of drawn scenes are true."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from openblip2.apps.scenes.grammar import judge
 from openblip2.data.records import Record
-from openblip2.data.scenes.grammar import judge
 
 
 def caption_scores(captions: Sequence[str], records: Sequence[Record]) -> dict[str, Any]:
-    """Shares of captions, in [0, 1]: exactly one of the scene's own, every object right, every attribute right,
-    both, and no relation stated wrongly. None where a picture comes without facts to hold a caption to.
+    """Shares of captions, in [0, 1], that are exactly one of the scene's captions, or have all objects right, all
+    attributes right, both, and no wrong relation. None, except for the first, if an image has no facts.
     """
     count = len(records)
     exact = sum(caption in r.captions for caption, r in zip(captions, records, strict=True)) / count

@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-# Concrete things whose icons a person names at sight and does not take for one another: "noun" or, where the
-# icon font has another name for it, "noun:icon". A noun of two words is written with an underscore.
+# Things with icons that a person can name and tell apart: "noun", or "noun:icon" if the icon font has another name for
+# it. A noun of two words is written with an underscore.
 _ICONS = """
     cat cow dog duck elephant fish horse jellyfish kangaroo koala ladybug owl panda penguin pig
     rabbit:rabbit-variant shark sheep snail snake spider turtle:tortoise unicorn:unicorn-variant bird

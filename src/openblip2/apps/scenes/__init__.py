@@ -1,0 +1,1 @@
+"""Drawn scenes: images with known content, for the demo and the studies."""

@@ -1,1 +1,0 @@
-"""Real pictures that ordinary packages carry, in groups of look-alikes."""

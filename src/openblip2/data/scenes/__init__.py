@@ -1,1 +1,0 @@
-"""Drawn scenes: pictures of which everything is known."""
