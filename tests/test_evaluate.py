@@ -16,17 +16,15 @@ from openblip2.data.records import Record, read_records
 from openblip2.data.seen import picture_digest, seen_before, write_seen
 from openblip2.data.sources import read_source
 from openblip2.errors import UserError
-from openblip2.evaluate.ranking import Matches, best_images, best_texts, hits_at
-from openblip2.evaluate.retrieval import recalls, rerank
+from openblip2.evaluate.protocol import overlap, weights_digest
+from openblip2.evaluate.ranking import Matches, best_images, best_texts, recalls, rerank
+from openblip2.evaluate.result import Result, compare
+from openblip2.evaluate.run import Options, evaluate
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.objectives import similarity
 from openblip2.model.stage1 import Stage1
 from openblip2.progress import Progress
-from openblip2.score.card import overlap, weights_digest
-from openblip2.score.compare import compare
-from openblip2.score.result import Result
-from openblip2.score.run import Options, evaluate
 from openblip2.train.encode import write_features
 from openblip2.train.recipes import train_stage
 from test_fine_tuning import recipe, tuning
@@ -92,12 +90,12 @@ def test_candidates_have_the_scores_of_their_pairs_and_each_picture_is_asked_onc
         few = best_images(torch.eye(4)[:, None], scores.T, 2)
         matches = Matches(by_image, few)
         matches.score(model, look, tokens, valid)
-        for ranking, logits, accepted, names, name in (
-            (by_image, matches.of_images(by_image), [{n} for n in range(4)], [0, 1, 2, 3, 0, 1], "tr@1"),
-            (few, matches.of_texts(few), [{0}, {1}, {2}, {3}, {0}, {1}], [0, 1, 2, 3], "ir@1"),
+        for ranking, logits, is_right, name in (
+            (by_image, matches.of_images(by_image), lambda n, m: bool(correct[n, m]), "tr@1"),
+            (few, matches.of_texts(few), lambda m, n: bool(correct[n, m]), "ir@1"),
         ):
-            ordered = ranking.by(logits[..., 1] - logits[..., 0])
-            assert np.mean(hits_at(ordered, accepted, names, 1)) == pytest.approx(found[name])  # pyright: ignore
+            ranks = ranking.by(logits[..., 1] - logits[..., 0]).first_right(is_right)
+            assert np.mean([rank == 1 for rank in ranks]) == pytest.approx(found[name])
 
 
 @pytest.fixture(scope="module")

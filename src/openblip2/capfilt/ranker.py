@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openblip2.data.images import PictureFile, to_pixels
-from openblip2.evaluate.retrieval import text_vectors
+from openblip2.evaluate.ranking import text_vectors
 from openblip2.hardware import computing
 from openblip2.matcher import Matcher
 from openblip2.model.objectives import similarity

@@ -50,8 +50,8 @@ def evaluate(
     says = progress()
     says.doing(f"loading {run}")
     from openblip2.data.sources import read_source
-    from openblip2.score.run import Options, require_task
-    from openblip2.score.run import evaluate as score
+    from openblip2.evaluate.run import Options, require_task
+    from openblip2.evaluate.run import evaluate as score
     from openblip2.train.checkpoint import require_absent
 
     options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed)
@@ -77,7 +77,7 @@ def compare(
 ) -> None:
     """Compare two evaluation results: differences with 95 % confidence intervals."""
     progress().doing("comparing")
-    from openblip2.score.compare import compare as differences
+    from openblip2.evaluate.result import compare as differences
 
     for name, found in differences(first, second).items():
         verdict = "no more than luck" if not found.excludes(0) else "first" if found.score > 0 else "second"

@@ -17,16 +17,14 @@ from openblip2.config import RunSettings
 from openblip2.data.batches import PairBatch, Prefetcher, joined_ids
 from openblip2.data.records import Record
 from openblip2.data.seen import data_digest, write_seen
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.tokens import QFormerTokens, question_tokens
 from openblip2.data.web.mixture import Part
 from openblip2.distributed.collectives import is_first, share
 from openblip2.distributed.data_parallel import shard
 from openblip2.distributed.launch import first_process_first
 from openblip2.errors import UserError
-from openblip2.evaluate.answering import measure_answers, question_tokens
-from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.health import findings
-from openblip2.evaluate.stage1 import measure_stage1
+from openblip2.evaluate.validation import grounding, measure_answers, measure_stage1
 from openblip2.hardware import compute_dtype, computing, device
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.build import (

@@ -19,7 +19,7 @@ from openblip2.apps.bench.naive import naive_losses, naive_rerank
 from openblip2.apps.bench.sizes import Size
 from openblip2.data.features import FeatureCache, StoredFeatures, writing
 from openblip2.data.records import Record
-from openblip2.evaluate.retrieval import rerank
+from openblip2.evaluate.ranking import rerank
 from openblip2.hardware import computing
 from openblip2.model.decoding import Decoding
 

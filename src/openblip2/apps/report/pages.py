@@ -1,6 +1,7 @@
 """The two pages, made from the templates beside this file: the demo's report, and the doctor's findings."""
 
 import base64
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -18,8 +19,7 @@ from openblip2.data.records import QUESTION_KINDS
 from openblip2.data.scenes.grammar import judge
 from openblip2.data.scenes.vocabulary import WORLDS
 from openblip2.evaluate.health import Finding, findings
-from openblip2.evaluate.levels import itc_chance
-from openblip2.evaluate.vqa import normalise
+from openblip2.evaluate.vqa_metrics import normalise
 from openblip2.train.checkpoint import read_config, read_json
 from openblip2.train.log import read_log
 
@@ -73,7 +73,7 @@ def write_findings(
     path: Path, run: str, settings: RunSettings, rows: Sequence[Mapping[str, Any]], found: Sequence[Finding]
 ) -> None:
     """Writes what `examine` found, and curves, as a page, whole or not at all; it needs matplotlib."""
-    chance = itc_chance(settings.train.batch) if settings.stage1.contrast == "softmax" else None
+    chance = math.log(settings.train.batch) if settings.stage1.contrast == "softmax" else None
     _write(path, "doctor.html", run=run, findings=found, charts=charts(rows, itc_chance=chance))
 
 

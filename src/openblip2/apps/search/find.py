@@ -9,12 +9,12 @@ import torch
 from openblip2.apps.search.index import Index, open_index
 from openblip2.data.images import Picture
 from openblip2.errors import UserError
-from openblip2.evaluate.retrieval import image_vectors
+from openblip2.evaluate.protocol import weights_digest
+from openblip2.evaluate.ranking import image_vectors
 from openblip2.hardware import computing
 from openblip2.inference import load
 from openblip2.inputs import features_of
 from openblip2.matcher import Matcher
-from openblip2.score.card import weights_digest
 
 
 @dataclass(frozen=True)

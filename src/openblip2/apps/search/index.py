@@ -23,13 +23,13 @@ from openblip2.apps.search.vectors import Array, Vectors, require_faiss
 from openblip2.data.images import THREADS, open_picture
 from openblip2.data.web.tars import PICTURES
 from openblip2.errors import UserError
-from openblip2.evaluate.retrieval import image_vectors
+from openblip2.evaluate.protocol import weights_digest
+from openblip2.evaluate.ranking import image_vectors
 from openblip2.hardware import computing
 from openblip2.inference import load
 from openblip2.inputs import features_of
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
-from openblip2.score.card import weights_digest
 from openblip2.train.checkpoint import make_folder, read_json, write_json
 
 SIDE = 256  # px, a thumbnail's longer side

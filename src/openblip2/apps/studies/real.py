@@ -22,15 +22,15 @@ from openblip2.data.real.prepare import by_fold, prepare
 from openblip2.data.records import Record, read_records
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
+from openblip2.evaluate.caption import score_captions
 from openblip2.evaluate.intervals import Interval, difference_interval, mean_interval
+from openblip2.evaluate.retrieval import score_retrieval
 from openblip2.hardware import compute_dtype, device, keep_freed_memory
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.presets import fine_tuning, preset
 from openblip2.progress import Progress
-from openblip2.score.captions import score_captions
-from openblip2.score.retrieval import score_retrieval
 from openblip2.train.checkpoint import read_json, write_json
 from openblip2.train.encode import make_cache
 from openblip2.train.recipes import train_stage

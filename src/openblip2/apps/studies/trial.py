@@ -27,13 +27,14 @@ from openblip2.data.rows import RECORDS
 from openblip2.data.scenes.draw import Split, draw_scenes
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
-from openblip2.evaluate.grounding import caption_losses
+from openblip2.evaluate.retrieval import score_retrieval
+from openblip2.evaluate.validation import GROUP
 from openblip2.hardware import compute_dtype, computing, device
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
+from openblip2.model.likelihood import likelihoods
 from openblip2.progress import Progress
-from openblip2.score.retrieval import score_retrieval
 from openblip2.train.checkpoint import read_json, write_json
 from openblip2.train.encode import make_cache, whitened
 from openblip2.train.recipes import train_stage
@@ -248,13 +249,23 @@ def retrieval_values(
 
 
 def caption_values(captioner: Captioner, test: Sequence[Record], features: Path) -> dict[str, list[float]]:
-    """By figure, for each test picture: the loss of its caption, nats a token, and how much another picture adds."""
-    model = captioner.model
+    """By figure, for each test image: the loss of its caption in nats per token, and how much another image adds.
+
+    The other image is the one before it. Each image has the same weight, other than in `validation.grounding`.
+    """
+    model, prompt = captioner.model, captioner.settings.language.prompts[0]
     assert model.vision is not None
     stored, problems = find_records(test, FeatureCache(features), whitened(model.vision))
     assert not problems, problems
     with torch.inference_mode(), computing(model, captioner.settings.train.precision):
-        right, other = caption_losses(model, stored.load(), captioner.settings.language.prompts[0])
+        parts = stored.load().values.split(GROUP)
+        soft = torch.cat([model.soft_prompt(features=part.to(device())) for part in parts])
+        right: list[float] = []
+        other: list[float] = []
+        for losses, prompts in ((right, soft), (other, soft.roll(1, dims=0))):
+            for rows in torch.arange(len(test)).split(GROUP):
+                captions = [test[n].captions[0] for n in rows.tolist()]
+                losses += likelihoods(model.language, prompts[rows.to(device())], prompt, captions)[0].tolist()
     return {LOSS: right, OTHER: other, GAP: [o - r for r, o in zip(right, other, strict=True)]}
 
 
