@@ -127,8 +127,8 @@ def test_validation_of_stage_2_reports_it_and_its_losses_are_the_models(kind: st
             torch.manual_seed(3)
             losses.append(float(model.losses(["a"] * tiny.B, captions, features=seen)["lm"]))
         expected = naive(outputs(model.qformer, features))
-    assert [found.right, found.shuffled] == pytest.approx(losses, rel=1e-5)
-    assert found.as_log()["effective_rank"] == pytest.approx(expected, rel=1e-4)
+    assert [found["loss_right"], found["loss_shuffled"]] == pytest.approx(losses, rel=1e-5)
+    assert found["effective_rank"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_validation_of_vqa_reports_it_and_its_losses_are_the_models() -> None:

@@ -22,7 +22,6 @@ class Interval:
     Attributes:
         n: samples.
         groups: number of images, or of samples if they are drawn one by one.
-        seed: of the draws.
     """
 
     score: float
@@ -30,7 +29,6 @@ class Interval:
     high: float
     n: int
     groups: int
-    seed: int = 0
 
     def excludes(self, value: float) -> bool:
         """Whether `value` is outside. A difference between two systems is significant if 0 is outside."""
@@ -102,4 +100,4 @@ def interval(
         found.append(score(np.stack([column[drawn].sum(axis=1) for column in sums.T], axis=1)))
     low, high = np.quantile(np.concatenate(found), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     whole = float(score(sums.sum(axis=0, keepdims=True))[0])
-    return Interval(whole, float(low), float(high), len(counts), len(sums), seed)
+    return Interval(whole, float(low), float(high), len(counts), len(sums))

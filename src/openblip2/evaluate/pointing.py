@@ -19,8 +19,6 @@ from openblip2.inputs import GROUP
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
 
-Boxes = Sequence[Sequence[float]]  # left, top, right, bottom as fractions of the image's sides
-
 
 def score_pointing(matcher: Matcher, records: Sequence[Record], by: By, progress: Progress, seed: int = 0) -> Result:
     """How often the centre of the brightest patch is in a box of the named object, compared with three guessers.
@@ -74,5 +72,6 @@ def score_pointing(matcher: Matcher, records: Sequence[Record], by: By, progress
     return result
 
 
-def _inside(boxes: Boxes, x: float, y: float) -> bool:
+def _inside(boxes: Sequence[Sequence[float]], x: float, y: float) -> bool:
+    """Boxes are left, top, right and bottom, in fractions of the image's sides."""
     return any(left <= x < right and top <= y < bottom for left, top, right, bottom in boxes)

@@ -177,11 +177,7 @@ def recalls(scores_by_image: Tensor, scores_by_text: Tensor, correct: Tensor, ks
     """
     found = {}
     for k in ks:
-        found[f"tr@{k}"] = _hits(scores_by_image, correct, k)
-        found[f"ir@{k}"] = _hits(scores_by_text.T, correct.T, k)
+        for way, scores, right in (("tr", scores_by_image, correct), ("ir", scores_by_text.T, correct.T)):
+            best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+            found[f"{way}@{k}"] = right.gather(1, best).any(dim=1).float().mean().item()
     return found
-
-
-def _hits(scores: Tensor, correct: Tensor, k: int) -> float:
-    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return correct.gather(1, best).any(dim=1).float().mean().item()

@@ -87,8 +87,8 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     make_folder(out.parent)
     began = time.perf_counter()
     model = load(run)
-    if not isinstance(model, Matcher if task in STAGE1_TASKS else Captioner):
-        stage = "stage-1" if task in STAGE1_TASKS else "stage-2"
+    kind, stage = (Matcher, "stage-1") if task in STAGE1_TASKS else (Captioner, "stage-2")
+    if not isinstance(model, kind):
         raise UserError(f"{run} is a {type(model).__name__}: {task} needs a {stage} run, or one fine-tuned from one")
     kept = PartialTexts(out.with_suffix(".partial.jsonl"), [task, run, __version__, weights_digest(model)])
     records, bad = _openable(source.records[: options.limit], progress)

@@ -4,7 +4,6 @@ Shapes: N images, Q queries, E shared space.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from openblip2.data.batches import pair_ids
 from openblip2.data.features import Features
-from openblip2.data.records import Question
 from openblip2.data.tokens import QFormerTokens, question_tokens
 from openblip2.evaluate.effective_rank import effective_rank
 from openblip2.evaluate.ranking import recalls, similarities, text_vectors
@@ -108,44 +106,11 @@ def queries_used(images: Tensor, texts: Tensor) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
-@dataclass(frozen=True)
-class Grounding:
-    """Loss of the text (nats per token) with the right image and with another one, the mean over `n` images.
-
-    Attributes:
-        effective_rank: of the query outputs of the same images.
-    """
-
-    right: float
-    shuffled: float
-    n: int
-    effective_rank: float
-
-    def verdict(self) -> str:
-        """What the difference between the losses says."""
-        gap = self.shuffled - self.right
-        if gap < MIN_GAP * self.right:
-            return (
-                "the model is NOT looking at the picture: its captions are as likely with another one (train longer, "
-                "start from a stage-1 run, or set warm_start=true)"
-            )
-        return f"the model looks: another picture makes the caption {gap:.2f} nats a token less likely"
-
-    def as_log(self) -> dict[str, Any]:
-        return {
-            "n": self.n,
-            "loss_right": self.right,
-            "loss_shuffled": self.shuffled,
-            "effective_rank": self.effective_rank,
-            "verdict": self.verdict(),
-        }
-
-
-def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", most: int = 128) -> Grounding:
+def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", most: int = 128) -> dict[str, Any]:
     """Whether the language model uses the image, on at most `most` held-out images with their first caption.
 
-    The other image is the previous one of the group. An encoder-decoder splits captions at random places, which are
-    the same for both losses.
+    The loss of the captions is compared with that for another image, which should be higher. The other image is the
+    previous one of the group. An encoder-decoder splits captions at random places, the same for both losses.
     """
     captions = [record.captions[0] for record in held_out.records[:most]]
     parts = []
@@ -154,7 +119,7 @@ def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", mo
         draws = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
         losses = [float(model.language.scored(soft, prompts, texts, draws)[0]) for soft in (right, other)]
         parts.append((queries, losses))
-    return _grounding(parts)
+    return _summary(parts)
 
 
 def measure_answers(
@@ -171,9 +136,7 @@ def measure_answers(
         most: images used, from the beginning.
     """
     draw = torch.Generator().manual_seed(seed)
-    asked: list[Question] = []
-    for record in held_out.records[:most]:
-        asked.append(record.questions[int(torch.randint(len(record.questions), (), generator=draw))])
+    asked = [r.questions[int(torch.randint(len(r.questions), (), generator=draw))] for r in held_out.records[:most]]
     answers: list[str] = []
     parts = []
     texts = [question.text for question in asked]
@@ -184,7 +147,7 @@ def measure_answers(
         parts.append((queries, [float(model.language.scored(soft, prompts, targets)[0]) for soft in (right, other)]))
     found = accuracy(answers, asked[: len(answers)])
     kinds = {f"accuracy_{kind}": found[kind]["accuracy"] for kind in found if kind not in ("n", "accuracy")}
-    return {"n": len(answers), "accuracy": found["accuracy"], **kinds, **_grounding(parts).as_log()}
+    return {"n": len(answers), "accuracy": found["accuracy"], **kinds, **_summary(parts)}
 
 
 def _groups(
@@ -209,8 +172,24 @@ def _groups(
         yield rows.tolist(), queries, right, other
 
 
-def _grounding(parts: Sequence[tuple[Tensor, Sequence[float]]]) -> Grounding:
-    """The mean over images of the losses of groups, from their query outputs and losses."""
+def _summary(parts: Sequence[tuple[Tensor, Sequence[float]]]) -> dict[str, Any]:
+    """Losses in nats per token with the right image and with another one, their effective rank, and a verdict.
+
+    Args:
+        parts: query outputs `[n, Q, D]` and the two losses of each group of n images.
+    """
     queries = torch.cat([outputs for outputs, _ in parts])
-    right, shuffled = (sum(losses[n] * len(outputs) for outputs, losses in parts) / len(queries) for n in (0, 1))
-    return Grounding(right, shuffled, len(queries), effective_rank(queries))
+    right, other = (sum(losses[n] * len(outputs) for outputs, losses in parts) / len(queries) for n in (0, 1))
+    verdict = f"the model looks: another picture makes the caption {other - right:.2f} nats a token less likely"
+    if other - right < MIN_GAP * right:
+        verdict = (
+            "the model is NOT looking at the picture: its captions are as likely with another one (train longer, "
+            "start from a stage-1 run, or set warm_start=true)"
+        )
+    return {
+        "n": len(queries),
+        "loss_right": right,
+        "loss_shuffled": other,
+        "effective_rank": effective_rank(queries),
+        "verdict": verdict,
+    }

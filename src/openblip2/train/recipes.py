@@ -216,7 +216,7 @@ def _stage2(
     def validate() -> dict[str, Any]:
         if settings.task == "vqa":
             return measure_answers(model, tokens, data.held_out(), form, settings.train.seed)
-        return grounding(model, data.held_out(), settings.train.seed, prompts[0]).as_log()
+        return grounding(model, data.held_out(), settings.train.seed, prompts[0])
 
     sparse = settings.qformer.reads_question  # its last layer's text is read by nobody
     advise, optim, train = partial(bad_signs, settings), settings.optim, settings.train

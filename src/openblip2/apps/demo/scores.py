@@ -182,7 +182,7 @@ def _grounding(captioner: Captioner, test: Features, plan: Plan, progress: Progr
     progress.doing("grounding")
     model = captioner.model
     with torch.inference_mode(), computing(model, captioner.settings.train.precision):
-        return grounding(model, test, plan.seed, captioner.settings.language.prompts[0]).as_log()
+        return grounding(model, test, plan.seed, captioner.settings.language.prompts[0])
 
 
 def _pointing(matcher: Matcher, test: Sequence[Record], plan: Plan, progress: Progress) -> dict[str, Any] | None:
