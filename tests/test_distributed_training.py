@@ -140,13 +140,13 @@ def messages(own: slice) -> list[dict[str, int]]:
         return step_losses(model, 0)(PROMPTS[own], CAPTIONS[own], images=images)  # pyright: ignore
 
     together = DataParallelLosses(model, losses)
-    assert together.whole is not None
+    assert together.ddp is not None
 
     def hook(state, bucket):  # torch refuses every annotation but its own private one
         calls["gradients"] += 1
         return allreduce_hook(dist.distributed_c10d._get_default_group(), bucket)
 
-    together.whole.register_comm_hook(None, hook)
+    together.ddp.register_comm_hook(None, hook)
     found = []
     for number in range(3):
         calls.clear()

@@ -25,7 +25,7 @@ SOURCE = ROOT / "src" / "openblip2"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Folder or module -> what it may import, besides itself: CONTRIBUTING.md's table.
-GROUND = {"compat", "errors", "config", "distributed", "hardware", "progress"}
+GROUND = {"compat", "errors", "config", "distributed", "hardware", "progress", "runs"}
 BELOW = {
     "errors": set(),
     "compat": set(),
@@ -33,6 +33,7 @@ BELOW = {
     "hardware": set(),
     "distributed": {"errors", "config", "hardware"},
     "progress": set(),
+    "runs": {"compat", "errors", "config", "distributed"},
     "model": GROUND,
     "data": GROUND,
     "presets": {"config", "errors"},

@@ -17,7 +17,7 @@ from openblip2.cli import app
 from openblip2.config import RunSettings, change
 from openblip2.evaluate.health import ITM_CHANCE, Finding, findings, smoothed_floor
 from openblip2.evaluate.validation import easy_hits, queries_used
-from openblip2.train.checkpoint import write_config
+from openblip2.runs import write_config
 
 
 @pytest.mark.parametrize(("choices", "smoothing"), [(32, 0.1), (1024, 0.1), (30523, 0.1), (7, 0.5), (5, 0.0), (1, 0.1)])

@@ -19,6 +19,7 @@ from openblip2.data.batches import PairBatch, Prefetcher
 from openblip2.errors import UserError
 from openblip2.hardware import attention_kernel, computing
 from openblip2.model import output_head
+from openblip2.model.build import set_speed
 from openblip2.model.decoding import Decoding
 from openblip2.model.fast import chunked_loss
 from openblip2.model.fast.chunked_loss import chunked_cross_entropy
@@ -27,7 +28,6 @@ from openblip2.model.lora import add_lora
 from openblip2.model.output_head import ends_in_head
 from openblip2.model.qformer import QFormer, bidirectional_mask
 from openblip2.model.stage1 import Stage1
-from openblip2.train import recipes
 from test_stage1 import IDS, NEGATIVES
 from test_stage2 import CAPTIONS, PROMPTS, stage2
 from tiny import WORDS, B, D, E, P, Q, T, V
@@ -342,11 +342,11 @@ def test_a_frozen_language_model_computed_again_is_the_same(kind: str, adapters:
 
 def test_the_settings_reach_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[QFormer] = []
-    monkeypatch.setattr(recipes, "compile_blocks", compiled.append)
+    monkeypatch.setattr("openblip2.model.build.compile_blocks", compiled.append)
     for on in (False, True):
         model = stage2()
         wanted = {"train.checkpoint_activations": on, "train.compile": on}
-        recipes.set_speed(model, change(RunSettings(stage="stage2"), wanted))
+        set_speed(model, change(RunSettings(stage="stage2"), wanted))
         assert model.qformer.checkpoint_activations == model.language.checkpointed == on
         assert compiled == [model.qformer] * on
 

@@ -30,8 +30,8 @@ from openblip2.errors import UserError
 from openblip2.model.build import build_vision
 from openblip2.presets import preset
 from openblip2.progress import Progress
+from openblip2.runs import read_tensors
 from openblip2.train import encode
-from openblip2.train.checkpoint import read_tensors
 from openblip2.train.encode import CROPS, crop_generator, encode_all, maker, open_cache
 from openblip2.train.recipes import train_stage
 from test_cli import Said, call

@@ -195,9 +195,9 @@ def recipe(home: Path, stage: str, **changes: Any) -> RunSettings:
 
 
 def tuning(home: Path, task: str, start: str, **changes: Any) -> RunSettings:
-    from openblip2.train.start import settings_of
+    from openblip2.runs import read_settings
 
-    settings = fine_tuning(task, "laptop", settings_of(home / start), str(home / start))
+    settings = fine_tuning(task, "laptop", read_settings(home / start), str(home / start))
     values = {"train.steps": 3, "train.batch": 4, "train.precision": "fp32", "data.held_out": 0.25}
     values |= {"train.validate_every": 2, "train.checkpoint_every": 2, "optim.warmup": 0}
     return change(settings, values | {k.replace("__", "."): v for k, v in changes.items()})

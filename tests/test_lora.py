@@ -17,8 +17,9 @@ from openblip2.model.build import add_adapters, parts_table
 from openblip2.model.language import Decoding
 from openblip2.model.lora import QFORMER_LAYERS, add_lora, has_lora, merge_lora
 from openblip2.model.stage2 import Stage2
-from openblip2.train.checkpoint import kept_parameters, load_trained, read_tensors, save_trained, trained_parameters
+from openblip2.runs import read_tensors
 from openblip2.train.optim import parameter_groups
+from openblip2.train.parameters import load_trained, save_trained, saved_parameters, trained_parameters
 from test_cli import Home, call, home  # noqa: F401  (the fixture)
 from test_stage2 import CAPTIONS, PROMPTS, stage2
 
@@ -160,7 +161,7 @@ def test_a_run_keeps_what_is_nowhere_else(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not fit this model"):
         load_trained(stage2(), tmp_path / "model.safetensors")
     plain = stage2()
-    assert kept_parameters(plain).keys() == trained_parameters(plain).keys()  # without LoRA nothing is kept besides
+    assert saved_parameters(plain).keys() == trained_parameters(plain).keys()  # without LoRA nothing is kept besides
 
 
 def test_adapters_of_rank_1_are_decayed_and_queries_are_not() -> None:
@@ -211,7 +212,7 @@ def test_runs_with_adapters_caption_and_rank(runs: Home) -> None:
 
     captioner: Any = openblip2.load(runs.root / "stage2-lora")
     kept = read_tensors(runs.root / "stage2-lora" / "model.safetensors")
-    for name, parameter in kept_parameters(captioner.model).items():
+    for name, parameter in saved_parameters(captioner.model).items():
         assert torch.equal(parameter, kept[name]), name
     before = captioner.caption([runs.picture()], decoding=Decoding(beams=1))
     merge_lora(captioner.model)

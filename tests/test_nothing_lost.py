@@ -18,13 +18,12 @@ from openblip2.captioner import Captioner
 from openblip2.config import change
 from openblip2.data.records import Record
 from openblip2.data.tokens import only_unknown
-from openblip2.data.web.tars import TarWriter
-from openblip2.distributed.launch import locked
+from openblip2.data.web.tars import write_tar
 from openblip2.errors import UserError
 from openblip2.matcher import Matcher
 from openblip2.presets import preset
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import require_absent
+from openblip2.runs import locked, require_absent
 from openblip2.train.prepare import _require_enough, hold_out
 from openblip2.train.resume import require_new
 from openblip2.train.skipped import Skipped
@@ -255,7 +254,7 @@ def test_a_line_break_in_a_file_name_breaks_no_line(home: Home, tmp_path: Path) 
 HOLD = """
 import sys, time
 from pathlib import Path
-from openblip2.distributed.launch import locked
+from openblip2.runs import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -283,11 +282,15 @@ def test_a_folder_has_one_writer_whose_lock_ends_with_it(home: Home, tmp_path: P
 
 
 def test_two_writers_of_a_shard_do_not_mix(tmp_path: Path) -> None:
-    first = TarWriter(tmp_path / "00000.tar")
-    with pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on"):
-        TarWriter(tmp_path / "00000.tar")
-    TarWriter(tmp_path / "00001.tar").abandon()
-    first.close()
+    with write_tar(tmp_path / "00000.tar"):
+        with (
+            pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on"),
+            write_tar(tmp_path / "00000.tar"),
+        ):
+            pass
+        with write_tar(tmp_path / "00001.tar"):
+            pass
+        (tmp_path / "00001.tar").unlink()
     assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]
 
 

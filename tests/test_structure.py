@@ -37,20 +37,19 @@ def test_no_module_is_too_long() -> None:
     assert all(sizes[name] > LONGEST for name in TOO_LONG), "an exception is no longer needed: remove it"
 
 
-def imports(tree: ast.AST, lazy: bool) -> Iterator[str]:
-    """Modules of ours that a module imports, as written; `lazy`: those inside functions, too."""
-    for node in ast.walk(tree) if lazy else ast.iter_child_nodes(tree):
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Modules of ours that a module imports, as written, also inside functions."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "openblip2":
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def test_no_import_circle_between_modules() -> None:
-    """When modules are imported; imports inside functions come later and may point anywhere that layers allow."""
     names = {".".join(["openblip2", *file.relative_to(SOURCE).with_suffix("").parts]): file for file in FILES}
     names = {name.removesuffix(".__init__"): file for name, file in names.items()}
     graph = {}
     for name, file in names.items():
-        used = imports(ast.parse(file.read_text(encoding="utf-8")), lazy=False)
+        used = imports(ast.parse(file.read_text(encoding="utf-8")))
         graph[name] = {one if one in names else one.rpartition(".")[0] for one in used} - {name}
     while leaves := [name for name, used in graph.items() if not used & graph.keys()]:
         for name in leaves:
@@ -63,8 +62,14 @@ def test_only_commands_import_apps() -> None:
     for file in FILES:
         if file.relative_to(SOURCE).parts[0] in ("apps", "commands"):
             continue
-        used = imports(ast.parse(file.read_text(encoding="utf-8")), lazy=True)
+        used = imports(ast.parse(file.read_text(encoding="utf-8")))
         assert not [one for one in used if one.startswith("openblip2.apps")], file
+
+
+def test_files_are_written_and_renamed_in_one_place() -> None:
+    """By `runs.atomic_write`; an ONNX graph names the file of its weights, so both get their names in a folder."""
+    renamed = {f.relative_to(SOURCE).as_posix() for f in FILES if "os.replace(" in f.read_text(encoding="utf-8")}
+    assert renamed == {"runs.py", "weights/onnx.py"}
 
 
 def test_the_package_works_without_apps(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from openblip2.errors import UserError
 from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from openblip2.presets import preset
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import read_config
+from openblip2.runs import read_config
 
 QUIET = Progress(quiet=True)
 

@@ -2,12 +2,13 @@ import io
 import json
 import random
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from openblip2.data.web.tar_members import MOST_HEADER, tar_members
-from openblip2.data.web.tars import MAX_CAPTION, Sample, TarWriter, expand, read_tar
+from openblip2.data.web.tars import MAX_CAPTION, Sample, expand, read_tar, write_tar
 from openblip2.errors import UserError
 
 Entry = tuple[str, bytes]
@@ -36,10 +37,9 @@ def sample(key: str, *captions: str, image: bytes = b"picture", **about: object)
 
 
 def written(path: Path, samples: list[Sample]) -> Path:
-    writer = TarWriter(path)
-    for one in samples:
-        writer.add(one)
-    writer.close()
+    with write_tar(path) as writer:
+        for one in samples:
+            writer.add(one)
     return path
 
 
@@ -118,20 +118,19 @@ def test_equal_samples_make_equal_bytes_and_nobody_sees_half_a_shard(tmp_path: P
     samples = [sample(f"{n:09}", f"grün {n}", url="u" * n, odd="\ud800") for n in range(5)]
     first, second = (written(tmp_path / name, samples) for name in ("a.tar", "b.tar"))
     assert first.read_bytes() == second.read_bytes()
-    writer = TarWriter(tmp_path / "c.tar")
-    writer.add(samples[0])
-    assert not (tmp_path / "c.tar").exists()
-    writer.abandon()
+    with suppress(KeyboardInterrupt), write_tar(tmp_path / "c.tar") as writer:
+        writer.add(samples[0])
+        assert not (tmp_path / "c.tar").exists()
+        raise KeyboardInterrupt
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar"]
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "/a", "a/../b", "a\nb", "a\\b", "twice"])
 def test_a_key_that_no_reader_would_take_is_not_written(tmp_path: Path, key: str) -> None:
-    writer = TarWriter(tmp_path / "a.tar")
-    writer.add(sample("twice"))
-    with pytest.raises(UserError, match="a name without dots"):
-        writer.add(sample(key))
-    writer.abandon()
+    with write_tar(tmp_path / "a.tar") as writer:
+        writer.add(sample("twice"))
+        with pytest.raises(UserError, match="a name without dots"):
+            writer.add(sample(key))
 
 
 def test_names_that_lead_out_and_links_are_left_out_and_named(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from openblip2.errors import UserError
-from openblip2.train.log import Log, numbers, tell
+from openblip2.train.log import Log, numbers, open_tracker
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "loss": 3.5, "itc": 1.5, "lr": 1e-4, "seconds": 0.2},
@@ -30,7 +30,7 @@ def test_what_is_a_number_is_told_by_name() -> None:
 
 def test_tensorboard_has_the_rows(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = Log(tmp_path / "log.jsonl", tell=tell("tensorboard", tmp_path, {}))
+    log = Log(tmp_path / "log.jsonl", track=open_tracker("tensorboard", tmp_path, {}))
     for row in ROWS:
         log.write(row)
     found = reader.EventAccumulator(str(tmp_path / "tensorboard"))
@@ -49,7 +49,7 @@ def test_the_others_are_begun_once_and_told_each_row(
     module.init = lambda **given: calls.append(("init", given))  # type: ignore[attr-defined]
     module.log = lambda row, step: calls.append((f"log {step}", row))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, kind, module)
-    log = Log(tmp_path / "log.jsonl", tell=tell(kind, tmp_path / "run", {"steps": 2}))
+    log = Log(tmp_path / "log.jsonl", track=open_tracker(kind, tmp_path / "run", {"steps": 2}))
     for row in ROWS:
         log.write(row)
     assert [name for name, _ in calls] == ["init", "log 1", "log 2", "log 2"]
@@ -62,10 +62,10 @@ def test_the_others_are_begun_once_and_told_each_row(
 def test_one_that_is_missing_is_named(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if kind == "tensorboard" else kind, None)
     with pytest.raises(UserError, match=f"train.track={kind}: pip install {kind}"):
-        tell(kind, tmp_path, {})
+        open_tracker(kind, tmp_path, {})
 
 
 def test_only_the_first_process_tells(tmp_path: Path) -> None:
     told: list[Any] = []
-    Log(tmp_path / "log.jsonl", writes=False, tell=told.append).write(ROWS[0])
+    Log(tmp_path / "log.jsonl", writes=False, track=told.append).write(ROWS[0])
     assert told == []

@@ -22,9 +22,10 @@ from openblip2.data.samples import Answers, Captions, fewer_negations
 from openblip2.errors import UserError
 from openblip2.presets import preset
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import RENAMED, load_trained, save_trained, trained_parameters
+from openblip2.runs import RENAMED
 from openblip2.train.loop import fit
 from openblip2.train.optim import learning_rate, parameter_groups
+from openblip2.train.parameters import load_trained, save_trained, trained_parameters
 from openblip2.train.recipes import train_stage
 from openblip2.train.resume import _digest
 

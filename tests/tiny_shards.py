@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image
 
 from openblip2.data.web.shard_file import write_stats
-from openblip2.data.web.tars import Sample, TarWriter
+from openblip2.data.web.tars import Sample, write_tar
 
 
 def jpeg(colour: tuple[int, int, int], width: int = 20, height: int = 12) -> bytes:
@@ -23,10 +23,9 @@ def sample(shard: int, n: int, *captions: str, image: bytes | None = None, **abo
 
 
 def write_shard(path: Path, samples: list[Sample], stats: bool = True) -> Path:
-    writer = TarWriter(path)
-    for one in samples:
-        writer.add(one)
-    writer.close()
+    with write_tar(path) as writer:
+        for one in samples:
+            writer.add(one)
     if stats:
         write_stats(path, len(samples))
     return path

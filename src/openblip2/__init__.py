@@ -13,9 +13,8 @@ Nothing heavy is imported until a name below is used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from openblip2.compat import __version__ as __version__
 from openblip2.compat import warn_of_versions
-
-__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from openblip2.captioner import Captioner

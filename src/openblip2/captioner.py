@@ -40,6 +40,7 @@ class Captioner(Pretrained):
     """A trained stage 2: what pictures show, and answers about them, in the language model's words."""
 
     model: Stage2
+    model_class = Stage2
 
     def __init__(
         self,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+__version__ = "0.1.0"  # of this package; here because modules that note it must not import `openblip2` itself
+
 log = logging.getLogger("openblip2")
 
 # transformers 5.24 renamed `past_key_values` to `cache`: the argument of `forward` and `generate` and the field of

@@ -1,4 +1,4 @@
-"""What the hardware wants: which precision, which attention kernel, which habit of the memory allocator."""
+"""What depends on the hardware: device, precision, attention kernel, memory allocator."""
 
 import ctypes
 import sys
@@ -18,11 +18,12 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def compute_dtype(place: torch.device, precision: str) -> torch.dtype:
+def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
     """`bf16`, `fp32`, or `auto`: bf16 on GPUs and on CPUs with bf16 instructions, fp32 on all others."""
     if precision == "auto":
-        able = torch.cpu.get_capabilities()
-        has_bf16 = place.type == "cuda" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+        # Without such instructions a CPU computes bf16 in fp32, and converts both ways.
+        cpu = torch.cpu.get_capabilities()
+        has_bf16 = device.type == "cuda" or bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
         return torch.bfloat16 if has_bf16 else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
@@ -30,8 +31,8 @@ def compute_dtype(place: torch.device, precision: str) -> torch.dtype:
 def attention_kernel(model: nn.Module) -> AbstractContextManager[object]:
     """On CPUs, where gradients are wanted, attention as plain matrix products; a GPU keeps its own choice.
 
-    With a Q-Former's few rows and small heads the backward pass of a CPU's flash kernel takes several times as long;
-    its forward pass takes less, a quarter of the time where many rows look at many (docs/decisions.md).
+    With a Q-Former's few rows and small heads the backward pass of a CPU's flash kernel takes several times as long.
+    Its forward pass takes less time, a quarter for many rows (docs/decisions.md).
     """
     plain = next(model.parameters()).device.type == "cpu" and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
@@ -39,13 +40,13 @@ def attention_kernel(model: nn.Module) -> AbstractContextManager[object]:
 
 @contextmanager
 def computing(model: nn.Module, precision: str) -> Iterator[None]:
-    """Runs a model as its hardware likes it: the same numbers to rounding, in less time.
+    """Runs a model in less time, with the same numbers up to rounding.
 
     With its `attention_kernel`, and bf16 matrix products over fp32 weights where `compute_dtype` says so.
     """
-    place = next(model.parameters()).device
-    half = compute_dtype(place, precision) == torch.bfloat16
-    with attention_kernel(model), torch.autocast(place.type, torch.bfloat16, enabled=half):
+    device = next(model.parameters()).device
+    bf16 = compute_dtype(device, precision) == torch.bfloat16
+    with attention_kernel(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         yield
 
 

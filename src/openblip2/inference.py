@@ -1,22 +1,14 @@
 """Trained models from wherever they lie: `load`."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from openblip2.captioner import Captioner
-from openblip2.config import change
-from openblip2.data.tokens import QFormerTokens
-from openblip2.errors import UserError
 from openblip2.matcher import Matcher
 from openblip2.model.language import LanguageModel
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
-from openblip2.weights.assemble import assemble, find_tokenizer
-from openblip2.weights.checkpoint import Parts, carried
-from openblip2.weights.source import read_checkpoint
+from openblip2.pretrained import read_trained
 
 
 def load(
@@ -49,18 +41,6 @@ def load(
     Raises:
         UserError: none of these, an unfinished or damaged one, or keys, sizes or parts that do not fit.
     """
-    parts = Parts(heads, vision, language, tokenizer, vision_heads)
-    checkpoint = read_checkpoint(source, parts, revision)
-    if language_weights is not None:
-        if checkpoint.settings.stage == "stage1" or isinstance(language, LanguageModel):
-            raise UserError("language_weights is for a language model that is yet to be loaded: there is none here")
-        settings = change(checkpoint.settings, {"language.weights": language_weights})
-        checkpoint = replace(checkpoint, settings=settings)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, settings = assemble(checkpoint, place, precision or checkpoint.settings.train.precision)
-    reads = settings.stage == "stage1" or settings.qformer.reads_question
-    tokens = QFormerTokens(find_tokenizer(checkpoint), settings.data.max_tokens) if reads else None
-    if isinstance(model, Stage2):
-        return Captioner(model, settings, carried(checkpoint), checkpoint.measured, tokens)
-    assert tokens is not None
-    return Matcher(model, tokens, settings, carried(checkpoint), checkpoint.measured)
+    parts = {"heads": heads, "vision": vision, "language": language, "tokenizer": tokenizer}
+    trained = read_trained(source, device, precision, revision, language_weights, vision_heads=vision_heads, **parts)
+    return (Captioner if isinstance(trained.model, Stage2) else Matcher)(**trained._asdict())

@@ -26,6 +26,7 @@ class Matcher(Pretrained):
     """A trained stage 1: how well texts fit pictures."""
 
     model: Stage1
+    model_class = Stage1
 
     def __init__(
         self,

@@ -2,25 +2,64 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from openblip2.config import RunSettings
+from openblip2 import hardware
+from openblip2.config import RunSettings, change
 from openblip2.data.images import Picture
 from openblip2.data.text import clean_question
+from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError, one_line
 from openblip2.evaluate.effective_rank import effective_rank
 from openblip2.hardware import computing
 from openblip2.inputs import clean_texts
+from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.train.checkpoint import kept_parameters
+from openblip2.train.parameters import saved_parameters
+from openblip2.weights.assemble import assemble, find_tokenizer
 from openblip2.weights.card import model_card, usage
+from openblip2.weights.checkpoint import Parts, carried
 from openblip2.weights.run import fresh_folder, write_run
+from openblip2.weights.source import read_checkpoint
+
+
+class Trained(NamedTuple):
+    """A trained model and what belongs to it: the arguments of `Captioner` and `Matcher`."""
+
+    model: Stage1 | Stage2
+    settings: RunSettings
+    carries: frozenset[str]
+    measured: Mapping[str, Any]
+    tokens: QFormerTokens | None
+
+
+def read_trained(
+    source: str | Path,
+    device: str | None,
+    precision: str | None = None,
+    revision: str | None = None,
+    language_weights: str | None = None,
+    **parts: Any,
+) -> Trained:
+    """A trained model from any source; for the arguments see `inference.load`, `parts` are the fields of `Parts`."""
+    checkpoint = read_checkpoint(source, Parts(**parts), revision)
+    if language_weights is not None:
+        if checkpoint.settings.stage == "stage1" or isinstance(checkpoint.parts.language, LanguageModel):
+            raise UserError("language_weights is for a language model that is yet to be loaded: there is none here")
+        settings = change(checkpoint.settings, {"language.weights": language_weights})
+        checkpoint = replace(checkpoint, settings=settings)
+    where = torch.device(device) if device else hardware.device()
+    model, settings = assemble(checkpoint, where, precision or checkpoint.settings.train.precision)
+    reads_text = settings.stage == "stage1" or settings.qformer.reads_question
+    tokens = QFormerTokens(find_tokenizer(checkpoint), settings.data.max_tokens) if reads_text else None
+    return Trained(model, settings, carried(checkpoint), checkpoint.measured, tokens)
 
 
 class Pretrained(ABC):
@@ -31,6 +70,8 @@ class Pretrained(ABC):
         measured: what the last validation found, for the model card.
         tokenizer: the Q-Former's, of a stage 1.
     """
+
+    model_class: ClassVar[type[Stage1 | Stage2]]
 
     def __init__(
         self,
@@ -45,19 +86,16 @@ class Pretrained(ABC):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | None = None, **options: Any) -> Self:
-        """`load`, which see for the options, for those who know what it will give.
+        """Like `openblip2.load`, with the same arguments, where the kind of model is known.
 
         Raises:
             UserError: as `load`; or it is the other kind.
         """
-        from openblip2.inference import load
-
-        found = load(source, device, **options)
-        if not isinstance(found, cls):
-            raise UserError(
-                f"{source} is a {type(found).__name__}, not a {cls.__name__}: openblip2.load tells them apart"
-            )
-        return found
+        trained = read_trained(source, device, **options)
+        if not isinstance(trained.model, cls.model_class):
+            kind = "Captioner" if isinstance(trained.model, Stage2) else "Matcher"
+            raise UserError(f"{source} is a {kind}, not a {cls.__name__}: openblip2.load tells them apart")
+        return cls(**trained._asdict())
 
     def effective_rank(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> float:
         """How many directions the query outputs of a picture span, in effect: 1 to `min(Q, D)`, the mean over pictures.
@@ -127,7 +165,7 @@ class Pretrained(ABC):
             raise UserError(
                 f"a language model in {self.settings.language.weights} is not written: load with language.weights=auto"
             )
-        trained = kept_parameters(model)
+        trained = saved_parameters(model)
         count = sum(p.numel() for p in trained.values())
         assert model.vision is not None
         with fresh_folder(folder) as draft:

@@ -14,18 +14,17 @@ in 10,000.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 
 from openblip2.data.web.readers import Reader, captions, picture, reader
 from openblip2.data.web.tars import Sample, Shard
 from openblip2.errors import UserError
+from openblip2.runs import atomic_write
 
 FOLDER = "urls"
 THREADS = 4  # that read shards: they wait for disks and networks
@@ -142,9 +141,8 @@ def _read(path: Path, mapped: Literal["r"] | None = None) -> np.ndarray[Any, Any
 def _write(url: str, path: Path, how: Reader) -> None:
     shard = Shard(url, lambda line: None)  # what is wrong in it is said when it is captioned
     rows, place = [], 0
-    fresh = path.with_name(f"{path.stem}.{uuid4().hex}.new")  # another process may be at the same shard
-    try:
-        with fresh.open("wb") as file:
+    try:  # other processes may be at the same shard
+        with atomic_write(path.with_suffix(".jsonl"), concurrent=True) as draft, draft.open("wb") as file:
             for number in range(len(shard)):
                 texts, about = shard.texts(number)
                 sample = Sample(shard.key(number), b"", "", texts, about)
@@ -152,10 +150,8 @@ def _write(url: str, path: Path, how: Reader) -> None:
                 place += file.write(json.dumps(captions(sample, how)).encode() + b"\n")
     finally:
         shard.close()
-    os.replace(fresh, path.with_suffix(".jsonl"))
-    with fresh.open("wb") as file:
+    with atomic_write(path, concurrent=True) as draft, draft.open("wb") as file:  # last: it says that both are there
         np.save(file, np.array([*rows, (0, place)], np.uint64), allow_pickle=False)
-    os.replace(fresh, path)  # last: it says that both are there
 
 
 def _hash(sample: Sample, how: Reader, url: str) -> int:

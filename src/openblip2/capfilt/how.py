@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 from openblip2.data.web.readers import reader
 from openblip2.errors import UserError
-from openblip2.train.checkpoint import make_folder, read_json
+from openblip2.runs import atomic_write, make_folder, read_json
 
 FILE = "capfilt.json"
 _FORMAT = 1  # raise it when the same settings give other captions
@@ -77,9 +75,8 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
         if others := sorted(found.name for found in out.glob("*.tar")):
             raise UserError(f"{out} holds other shards ({others[0]}): give a new folder for the captioned ones")
-        fresh = out / f"{FILE}.{uuid4().hex}.new"  # its own: the parts of a job array begin at once
-        fresh.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
+        with atomic_write(path, concurrent=True) as draft:  # the parts of a job array begin at once
+            draft.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     told = read_json(path)
     if told != settings:
         names = settings if not isinstance(told, dict) else [k for k in settings if told.get(k) != settings[k]]

@@ -16,7 +16,7 @@ from openblip2.config import to_dict
 from openblip2.errors import UserError
 from openblip2.inference import load
 from openblip2.matcher import Matcher
-from openblip2.train.checkpoint import read_json
+from openblip2.runs import read_json
 from openblip2.weights.checkpoint import Checkpoint
 from openblip2.weights.source import LAVIS_SUFFIXES, fetch, read_checkpoint
 

@@ -12,7 +12,6 @@ its own: so the bytes are the same whichever process makes which shard when.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +31,10 @@ from openblip2.captioner import Captioner
 from openblip2.data.images import THREADS, PictureFile, to_pixels
 from openblip2.data.web.readers import captions, reader
 from openblip2.data.web.shard_file import stats_path, write_stats
-from openblip2.data.web.tars import MAX_JSON, Sample, Shard, TarWriter
+from openblip2.data.web.tars import MAX_JSON, Sample, Shard, write_tar
 from openblip2.errors import UserError
 from openblip2.model.decoding import Decoding
+from openblip2.runs import write_text
 
 GROUP = 32  # pictures at once
 AT_ONCE = 320  # captions at once: of 32 pictures ten each
@@ -130,8 +130,7 @@ class Maker:
         counts = Counter(dict.fromkeys(COUNTS, 0))
         counts["samples"] = len(shard)
         try:
-            writer = TarWriter(task.path)
-            try:
+            with write_tar(task.path) as writer:
                 for number, group in enumerate(self._groups(task, shard, counts, lines)):
                     for sample in self._best(task, number, group, counts, lines):
                         try:
@@ -139,12 +138,8 @@ class Maker:
                         except UserError as error:  # a key that no reader would take
                             lines.append(str(error))
                             counts["broken"] += 1
-            except BaseException:
-                writer.abandon()
-                raise
-            counts["pictures"] = writer.count
-            _write_log(task, lines)
-            writer.close()
+                counts["pictures"] = writer.count
+                _write_log(task, lines)
             write_stats(task.path, writer.count, counts=dict(counts), settings=task.settings, of=task.of)
         except OSError as error:
             raise UserError(
@@ -280,7 +275,5 @@ def _seed(seed: int, name: str, group: int) -> int:
 
 def _write_log(task: Task, lines: Sequence[str]) -> None:
     path = task.path.with_name(f"{task.name}_log.jsonl")
-    fresh = path.with_name(path.name + ".new")
     # Sorted: they come from several threads.
-    fresh.write_text("".join(json.dumps({"skipped": line}) + "\n" for line in sorted(lines)), encoding="utf-8")
-    os.replace(fresh, path)
+    write_text("".join(json.dumps({"skipped": line}) + "\n" for line in sorted(lines)), path)

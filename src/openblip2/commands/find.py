@@ -22,7 +22,7 @@ def index(
     says = progress()
     says.doing(f"loading {run}")
     from openblip2.apps.search.index import update_index
-    from openblip2.distributed.launch import locked
+    from openblip2.runs import locked
 
     with keeping(f"the pictures read so far are in {out}, the same command goes on"), locked(out):
         done = update_index(folder, run, out, says)

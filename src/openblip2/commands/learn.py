@@ -64,7 +64,7 @@ def demo(
     says = progress()
     says.doing("loading the libraries")
     from openblip2.apps.demo import plan_for, run_demo
-    from openblip2.distributed.launch import locked
+    from openblip2.runs import locked
 
     plan = plan_for(corpus, world or "small", seed, budget)  # pyright: ignore[reportArgumentType]
     with keeping(f"checkpoints and finished runs are in {out}, the same command goes on"), locked(out):
@@ -127,7 +127,7 @@ def train(
         settings = change(settings, {"data.source": data} | ({"start": str(start)} if start else {}))
         settings = change(settings, {"data.features": str(features)} if features else {})
         from openblip2.distributed.collectives import is_first
-        from openblip2.distributed.launch import locked
+        from openblip2.runs import locked
 
         says = progress(first=is_first())
         says.doing("loading data and models")

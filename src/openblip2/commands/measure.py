@@ -52,7 +52,7 @@ def evaluate(
     from openblip2.data.sources import read_source
     from openblip2.evaluate.run import Options, require_task
     from openblip2.evaluate.run import evaluate as score
-    from openblip2.train.checkpoint import require_absent
+    from openblip2.runs import require_absent
 
     options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed)
     require_task(task, options)
@@ -114,7 +114,7 @@ def doctor(
         require("--out", "plots", "matplotlib")  # before the findings are printed
     progress().doing(f"reading {run}")
     from openblip2.apps.report.pages import examine, write_findings
-    from openblip2.train.checkpoint import make_folder
+    from openblip2.runs import make_folder
 
     settings, rows, found = examine(Path(run))
     for one in found:
@@ -153,7 +153,7 @@ def bench_real(
     says.doing("gathering pictures")
     from openblip2.apps.studies.real import Plan
     from openblip2.apps.studies.real import bench_real as run
-    from openblip2.distributed.launch import locked
+    from openblip2.runs import locked
 
     plan = Plan(seed=seed) if not fold else Plan(seed=seed, folds=tuple(sorted(set(fold))))
     with keeping(f"finished runs are in {out}, the same command goes on"), locked(out):

@@ -49,7 +49,7 @@ def bench_serve(
 ) -> None:
     """Load test of the server: throughput, latency and memory with many clients."""
     from openblip2.apps.bench.load import bench_serve as press
-    from openblip2.train.checkpoint import write_json
+    from openblip2.runs import write_json
 
     found = press(run, pictures, clients, seconds, batch or [16], progress())
     for one in found:

@@ -30,7 +30,7 @@ def ablate(
     says.doing("drawing scenes")
     from openblip2.apps.studies.ablations import ablate as run
     from openblip2.apps.studies.design import Plan
-    from openblip2.distributed.launch import locked
+    from openblip2.runs import locked
 
     steps = {stage: n for stage, n in (("stage1", stage1_steps), ("stage2", stage2_steps)) if n}
     plan = Plan(

@@ -134,7 +134,7 @@ def attend(
     progress().doing(f"loading {run}")
     from openblip2.attend import BY, look, overlay, sheet
     from openblip2.inference import load
-    from openblip2.train.checkpoint import make_folder
+    from openblip2.runs import make_folder
 
     if by not in BY:
         raise UserError(f"--by {by}: it must be one of {', '.join(BY)}")

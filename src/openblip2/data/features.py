@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from openblip2.data.records import Record
-from openblip2.distributed.launch import locked
 from openblip2.errors import UserError
+from openblip2.runs import locked
 
 VERSION = 2
 Made = dict[str, Any]

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from openblip2.data.rows import ACCEPTED, RECORDS, read_rows
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
+from openblip2.runs import write_text
 
 QUESTION_KINDS = ("open", "yes/no", "number")
 Wanted = Literal["captions", "questions"]
@@ -105,15 +106,7 @@ def write_records(records: Sequence[Record], folder: Path) -> None:
     folder = Path(folder)
     lines = [json.dumps(_row(record, folder), ensure_ascii=False) + "\n" for record in records]
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{RECORDS}.{os.getpid()}"
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(folder / RECORDS)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_text("".join(lines), folder / RECORDS)
 
 
 def _row(record: Record, folder: Path) -> dict[str, Any]:

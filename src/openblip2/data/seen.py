@@ -12,6 +12,7 @@ from pathlib import Path
 
 from openblip2.data.records import Record
 from openblip2.data.web.mixture import FILE as SHARDS
+from openblip2.runs import write_text
 
 FILE = "trained_on.txt"
 _HEAD = 64 * 2**10  # bytes that are read: with the size they tell pictures apart
@@ -44,9 +45,7 @@ def write_seen(records: Sequence[Record] | None, run: Path) -> None:
         return
     (run / SHARDS).unlink(missing_ok=True)
     digests = sorted({digest for record in records if (digest := picture_digest(record.image))})
-    fresh = run / (FILE + ".new")
-    fresh.write_text("".join(digest + "\n" for digest in digests), encoding="ascii")
-    os.replace(fresh, run / FILE)
+    write_text("".join(digest + "\n" for digest in digests), run / FILE)
 
 
 def seen_before(records: Sequence[Record], runs: Sequence[Path]) -> list[Record] | None:

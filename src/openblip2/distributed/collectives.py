@@ -1,10 +1,10 @@
-"""The processes that train together, the rows of their joined batch, and what of these travels.
+"""The processes that train together, the rows of their joined batch, and the tensors that they exchange.
 
 Each process has some rows of one joined batch of `G`, in the order of ranks; how many need not be equal. Its losses are
-weighed (`Share.weigh`) so that their mean over processes, and that of the gradients, which is what data parallelism
-takes, are those of one process with the joined batch.
+weighted (`Share.weigh`) so that their mean over processes, and the mean of the gradients, which data parallelism
+computes, are those of one process with the joined batch.
 
-Without a process group there is one process, and nothing travels. What one process calls here, all must call, in the
+Without a process group there is one process, and nothing is sent. What one process calls here, all must call, in the
 same order.
 
 Shapes: B rows here, G rows over all processes.
@@ -26,13 +26,13 @@ from openblip2.errors import UserError
 
 PATIENCE = timedelta(days=7)  # for processes that wait while one of them prepares what all need
 
-_here = threading.local()  # a thread that makes batches is not alone because another one is
+_here = threading.local()  # `alone` of one thread must not hold for the thread that makes batches
 
 
 def world_size() -> int:
     """How many processes train together; 1 without a process group, and within `alone`."""
-    together = dist.is_available() and dist.is_initialized() and not getattr(_here, "alone", False)
-    return dist.get_world_size() if together else 1
+    distributed = dist.is_available() and dist.is_initialized() and not getattr(_here, "alone", False)
+    return dist.get_world_size() if distributed else 1
 
 
 def rank() -> int:
@@ -41,13 +41,13 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes files and speaks; also within `alone`."""
+    """Whether this is the process that writes files and prints; also within `alone`."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """What runs within, in this thread, is as if there were one process: validation, which all do alike."""
+    """The block runs, in this thread, as if there were one process: validation, which is the same in all."""
     before = getattr(_here, "alone", False)
     _here.alone = True
     try:
@@ -56,9 +56,9 @@ def alone() -> Iterator[None]:
         _here.alone = before
 
 
-def part_of(count: int, place: int, world: int) -> slice:
-    """Which of a batch's `count` rows are those of process `place` of `world`; sizes differ by one at most."""
-    return slice(place * count // world, (place + 1) * count // world)
+def part_of(count: int, rank: int, world: int) -> slice:
+    """The rows of process `rank` of `world` among a batch's `count` rows; sizes differ by one at most."""
+    return slice(rank * count // world, (rank + 1) * count // world)
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class Share:
     """Which rows of the joined batch are this process' own.
 
     Attributes:
-        counts: rows of each process.
-        place: this one's rank.
-        sums: over processes, of the other numbers of `share`.
-        most: the largest of each.
+        counts: Rows of each process.
+        rank: Of this process.
+        sums: Over processes, of the other numbers of `share`.
+        most: The largest of each.
     """
 
     counts: tuple[int, ...]
-    place: int
+    rank: int
     sums: tuple[int, ...] = ()
     most: tuple[int, ...] = ()
 
@@ -89,37 +89,35 @@ class Share:
 
     @property
     def first(self) -> int:
-        """The place of our first row in the joined batch."""
-        return sum(self.counts[: self.place])
+        """The number of our first row in the joined batch."""
+        return sum(self.counts[: self.rank])
 
     @property
     def own(self) -> slice:
         """Our rows of the joined batch."""
-        return slice(self.first, self.first + self.counts[self.place])
+        return slice(self.first, self.first + self.counts[self.rank])
 
     def weigh(self, mean: Tensor, count: int | Tensor, total: int | Tensor) -> Tensor:
-        """A mean over `count` things here, weighed so that its mean over processes is that over all `total`.
-
-        The mean over nothing, NaN, becomes 0.
-        """
+        """A mean over `count` things here, weighted so that its mean over processes is that over all `total`."""
         if self.one:
             return mean
-        mine, every = int(count), max(1, int(total))
-        return (mean if mine else mean.nan_to_num(0.0)) * (len(self.counts) * mine / every)
+        own, everywhere = int(count), max(1, int(total))
+        # The mean over nothing is NaN. It is not replaced by a new zero: all processes need the same graph.
+        return (mean if own else mean.nan_to_num(0.0)) * (len(self.counts) * own / everywhere)
 
 
 def share(rows: int, *others: int | Tensor) -> Share:
-    """How the joined batch is shared out, when this process has `rows` of it; and sums of `others` over processes.
+    """Which rows of the joined batch each process has, when this one has `rows`; and sums of `others` over processes.
 
     Raises:
-        UserError: no process has any.
+        UserError: No process has any.
     """
     if world_size() == 1:
         return Share((rows,), 0)
-    mine = torch.tensor([rows, *map(int, others)])
-    found = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(found, mine, group=patient_group())
-    counts, *more = zip(*(part.tolist() for part in found), strict=True)
+    own = torch.tensor([rows, *map(int, others)])
+    numbers = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(numbers, own, group=patient_group())
+    counts, *more = zip(*(part.tolist() for part in numbers), strict=True)
     if not any(counts):
         raise UserError("a batch of which no process can open a single picture; skipped.jsonl names what is wrong")
     return Share(counts, rank(), tuple(map(sum, more)), tuple(map(max, more)))
@@ -145,15 +143,13 @@ def gather(rows: Tensor, shared: Share | None = None) -> Tensor:
 
 
 def transpose(rows: Tensor, shared: Share) -> Tensor:
-    """The rows of all processes turned round: `[B, G]`, ours, of a matrix `[G, G]` -> `[B, G]`, ours, of its transpose.
-
-    A number goes to the one process that wants it: similarities of all images to our texts for `B x G` numbers, where
-    gathering the images takes `G x Q x E`. Gradients go back the same way.
-    """
+    """Our rows `[B, G]` of a matrix `[G, G]` -> our rows `[B, G]` of its transpose. Gradients go back the same way."""
+    # Each number goes to the one process that needs it. So the similarities of all images to our texts cost `B x G`
+    # numbers; gathering the images would cost `G x Q x E`.
     if world_size() == 1:
         return rows.T
-    turned: Tensor = _Transpose.apply(rows, shared)  # pyright: ignore[reportAssignmentType]
-    return turned
+    transposed: Tensor = _Transpose.apply(rows, shared)  # pyright: ignore[reportAssignmentType]
+    return transposed
 
 
 @dataclass(frozen=True)
@@ -161,10 +157,11 @@ class Route:
     """Which rows go from here to each process, and how many come from each.
 
     Attributes:
-        sent: our rows, those for process 0 first.
-        sends, receives: how many to and from each process.
-        places: where each row that was wanted stands in our own rows followed by those received; -1 where none was.
-        idle: nothing travels, here or anywhere.
+        sent: Our rows that are sent, those for process 0 first.
+        sends: How many to each process.
+        receives: How many from each process.
+        places: The position of each wanted row in our own rows followed by those received; -1 where none was wanted.
+        idle: Whether nothing is sent, here or anywhere.
     """
 
     sent: tuple[int, ...]
@@ -175,20 +172,22 @@ class Route:
 
 
 def plan(wanted: Sequence[Sequence[int]], shared: Share) -> Route:
-    """How the rows travel that each process wants of the joined batch (-1: none); one wanted twice travels once."""
+    """How the rows of the joined batch that each process wants (-1: none) are sent; one wanted twice is sent once."""
+    # Every process computes all of it from the same numbers, so that nothing has to be agreed on.
     ends = [sum(shared.counts[: n + 1]) for n in range(len(shared.counts))]
     owns = [range(end - count, end) for end, count in zip(ends, shared.counts, strict=True)]
     remote = [
         sorted({row for row in rows if row >= 0 and row not in own}) for rows, own in zip(wanted, owns, strict=True)
     ]
-    mine, needed = owns[shared.place], remote[shared.place]
-    sent = [[row - mine.start for row in rows if row in mine] for rows in remote]
-    stand = {row: len(mine) + n for n, row in enumerate(needed)} | {row: row - mine.start for row in mine} | {-1: -1}
+    ours, needed = owns[shared.rank], remote[shared.rank]
+    sent = [[row - ours.start for row in rows if row in ours] for rows in remote]
+    positions = {row: len(ours) + n for n, row in enumerate(needed)}
+    positions |= {row: row - ours.start for row in ours} | {-1: -1}
     return Route(
         tuple(row for rows in sent for row in rows),
         tuple(map(len, sent)),
         tuple(sum(row in own for row in needed) for own in owns),
-        tuple(stand[row] for row in wanted[shared.place]),
+        tuple(positions[row] for row in wanted[shared.rank]),
         not any(remote),
     )
 
@@ -196,7 +195,7 @@ def plan(wanted: Sequence[Sequence[int]], shared: Share) -> Route:
 def fetch(rows: Tensor, route: Route) -> Tensor:
     """The rows of others that are wanted here: ours `[B, ...]` -> theirs `[n, ...]`, each once, in the joined order.
 
-    From process to process, and only what is wanted. Gradients, if any are asked, go back the same way.
+    Gradients, if any are needed, go back the same way.
     """
     if route.idle:
         return rows[:0]
@@ -218,6 +217,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, shared: Share) -> Tensor:
+        # `all_gather` needs equally many rows everywhere.
         longest = max(shared.counts)
         padded = (
             torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])]) if len(rows) < longest else rows
@@ -238,23 +238,23 @@ class _Transpose(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, shared: Share) -> Tensor:
         ctx.shared = shared
-        return _turn(rows, shared)
+        return _transpose(rows, shared)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _turn(grads[0], ctx.shared), None
+        return _transpose(grads[0], ctx.shared), None
 
 
-def _turn(rows: Tensor, shared: Share) -> Tensor:
+def _transpose(rows: Tensor, shared: Share) -> Tensor:
     count = len(rows)
     blocks = [block.T.reshape(-1) for block in rows.split(shared.counts, dim=1)]
-    found = torch.empty_like(torch.cat(blocks))
+    received = torch.empty_like(torch.cat(blocks))
     sizes = [count * other for other in shared.counts]
-    dist.all_to_all_single(found, torch.cat(blocks), sizes, sizes)
+    dist.all_to_all_single(received, torch.cat(blocks), sizes, sizes)
     return torch.cat(
         [
             block.view(count, -1) if count else block.view(0, n)
-            for block, n in zip(found.split(sizes), shared.counts, strict=True)
+            for block, n in zip(received.split(sizes), shared.counts, strict=True)
         ],
         dim=1,
     )
@@ -265,12 +265,13 @@ class _Fetch(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, route: Route) -> Tensor:
         ctx.route, ctx.shape = route, rows.shape
         ctx.sent = torch.tensor(route.sent, dtype=torch.int64, device=rows.device)
-        found = rows.new_empty(sum(route.receives), *rows.shape[1:])
-        dist.all_to_all_single(found, rows.index_select(0, ctx.sent), list(route.receives), list(route.sends))
-        return found
+        received = rows.new_empty(sum(route.receives), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.index_select(0, ctx.sent), list(route.receives), list(route.sends))
+        return received
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         back = grads[0].new_empty(len(ctx.sent), *ctx.shape[1:])
         dist.all_to_all_single(back, grads[0].contiguous(), list(ctx.route.sends), list(ctx.route.receives))
+        # Added: a row may have gone to several processes.
         return back.new_zeros(ctx.shape).index_add_(0, ctx.sent, back), None

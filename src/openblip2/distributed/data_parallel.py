@@ -1,9 +1,9 @@
 """What the processes of a run share: the work of a batch, and what does not fit into one GPU.
 
-What trains is whole in every process, and `DistributedDataParallel` takes the mean of its gradients (Q-Former, heads,
-adapters: 0.2 billion parameters). `train.parallel=fsdp2` lays the layers of the image encoder and of the language model
-in pieces over the processes, by FSDP2, and each layer comes together while it computes: frozen billions need not fit
-into one GPU. An encoder that trains (`vision.trained`) then has its gradients and moments in pieces, too.
+Every process has all that trains (Q-Former, heads, adapters: 0.2 billion parameters), and `DistributedDataParallel`
+takes the mean of its gradients. `train.parallel=fsdp2` cuts the layers of the image encoder and of the language model
+into pieces, one for each process (FSDP2), and gathers a layer while it computes: frozen billions need not fit into one
+GPU. An encoder that trains (`vision.trained`) then has its gradients and moments in pieces, too.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,45 +21,46 @@ Losses = Callable[[int], dict[str, Tensor]]
 
 
 class DataParallelLosses:
-    """`losses(number)` in all processes, whose backward pass leaves the mean gradient in each. One process: as it is.
+    """`losses(number)`, whose backward pass leaves the mean gradient of all processes in each of them.
 
-    Starts with the first process' trained parameters in all.
+    All processes begin with the first one's trained parameters.
 
     Args:
-        model: what trains in it is found by `requires_grad`.
-        losses: batch number -> losses by name, as `Stage1.losses` gives them in several processes.
-        sparse: whether there are batches whose losses do not depend on all that trains; each step then looks which.
+        model: All of it that requires a gradient is trained.
+        losses: Batch number -> losses by name, as `Stage1.losses` gives them in several processes.
+        sparse: Whether there are batches whose losses do not depend on all that trains; each step then looks which.
     """
 
     def __init__(self, model: nn.Module, losses: Losses, sparse: bool = False) -> None:
-        self.losses, self.whole = losses, None
-        self.pieces: list[nn.Module] = []
+        self.losses, self.ddp = losses, None
+        self.fsdp_modules: list[nn.Module] = []
         if world_size() == 1:
             return
         from torch.distributed.fsdp import FSDPModule
 
-        whole = [one for one in model.parameters() if one.requires_grad and not in_pieces(one)]
-        self.whole = nn.parallel.DistributedDataParallel(
-            _Step(whole, losses), find_unused_parameters=sparse, gradient_as_bucket_view=True
+        # Parameters in pieces are left to FSDP2, which averages their gradients itself.
+        replicated = [one for one in model.parameters() if one.requires_grad and not in_pieces(one)]
+        self.ddp = nn.parallel.DistributedDataParallel(
+            _Step(replicated, losses), find_unused_parameters=sparse, gradient_as_bucket_view=True
         )
-        self.pieces = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self.fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     def __call__(self, number: int) -> dict[str, Tensor]:
-        return self.losses(number) if self.whole is None else self.whole(number)
+        return self.losses(number) if self.ddp is None else self.ddp(number)
 
     @contextmanager
     def batch(self, last: bool) -> Iterator[None]:
-        """Around one batch and its backward pass: gradients travel with the last batch of a step alone."""
+        """Around one batch and its backward pass: gradients are sent with the last batch of a step only."""
         with ExitStack() as stack:
-            if self.whole is not None and not last:
-                stack.enter_context(self.whole.no_sync())
-            for module in self.pieces:
+            if self.ddp is not None and not last:
+                stack.enter_context(self.ddp.no_sync())
+            for module in self.fsdp_modules:
                 module.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
             yield
 
 
 class _Step(nn.Module):
-    """Losses as a module with nothing but what trains: data parallelism has no business with the rest."""
+    """Losses as a module of what trains alone: DDP would broadcast the frozen parts and their buffers, too."""
 
     def __init__(self, trained: list[nn.Parameter], losses: Losses) -> None:
         super().__init__()
@@ -69,15 +70,18 @@ class _Step(nn.Module):
         return self.losses(number)
 
 
-def shard(model: nn.Module, settings: RunSettings, place: torch.device) -> None:
-    """With `train.parallel=fsdp2`, lays the layers of the large parts in pieces over the processes, on `place`.
+def shard(model: nn.Module, settings: RunSettings, device: torch.device) -> None:
+    """With `train.parallel=fsdp2`, cuts the layers of encoder and language model into pieces on the processes' devices.
 
-    The parts may be on the CPU, each layer whole: it goes to `place` in pieces. In one process nothing happens: a run
-    may go on with fewer than it began.
+    Args:
+        model: May be on the CPU: the large parts need not fit on one device.
+        settings: Of the run.
+        device: Where the pieces go.
 
     Raises:
-        UserError: there is nothing to lay in pieces, or weights that cannot be.
+        UserError: The encoder has no layers, or the weights are quantised.
     """
+    # One process is no error: a run may go on with fewer processes than it began with.
     if settings.train.parallel != "fsdp2" or world_size() == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
@@ -88,16 +92,17 @@ def shard(model: nn.Module, settings: RunSettings, place: torch.device) -> None:
             f"train.parallel=fsdp2 takes no weights of language.weights={settings.language.weights}: leave it at auto, "
             "or train.parallel at ddp"
         )
-    mesh = init_device_mesh(place.type, (world_size(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     parts = [part for part in (getattr(model, "vision", None), getattr(model, "language", None)) if part is not None]
     layers = [layer for part in parts for layer in layers_of(part)]
     if not layers:
         raise UserError("train.parallel=fsdp2: this image encoder has no layers to lay in pieces: leave it at ddp")
     for layer in layers:
         trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
-        mixed = len(trained) < len(list(layer.parameters()))  # adapters: few, and whole everywhere
-        # Each layer is a root of its own, for embeddings and heads are used outside of a model's `forward`; a root
-        # would stay whole unless told otherwise.
+        # Adapters in a frozen layer are few, and stay whole: DDP takes care of them.
+        mixed = len(trained) < len(list(layer.parameters()))
+        # Each layer is a root of its own, because embeddings and heads are used outside of the model's `forward`. By
+        # default a root keeps its gathered parameters after the forward pass.
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained if mixed else None)
     language = getattr(model, "language", None)
     if language is not None:
@@ -106,16 +111,17 @@ def shard(model: nn.Module, settings: RunSettings, place: torch.device) -> None:
 
 def layers_of(part: nn.Module) -> list[nn.Module]:
     """The layers of a transformer: the members of its outermost lists."""
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for child in part.children():
-        found += list(child) if isinstance(child, nn.ModuleList) else layers_of(child)
-    return found
+        layers += list(child) if isinstance(child, nn.ModuleList) else layers_of(child)
+    return layers
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:
     """The norm of all gradients, in pieces or whole; where it is larger than `most` they are scaled to that."""
-    given = [parameter for parameter in parameters if parameter.grad is not None]
-    whole, pieces = ([p for p in given if in_pieces(p) == cut] for cut in (False, True))
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    # torch's functions take whole tensors or tensors in pieces, not both.
+    whole, pieces = ([p for p in with_gradient if in_pieces(p) == cut] for cut in (False, True))
     gradients = [[p.grad for p in kind if p.grad is not None] for kind in (whole, pieces) if kind]
     norms = [full_tensor(nn.utils.get_total_norm(kind, foreach=True)) for kind in gradients]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

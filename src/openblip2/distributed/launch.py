@@ -1,21 +1,16 @@
-"""The processes of one training run: how they find each other, what they tell each other beside tensors
-of the model, how they wait, and how all end when one of them fails.
+"""The processes of one training run: how they connect, exchange numbers, wait, and all end when one of them fails.
 
-torchrun, and accelerate launch, start them with the variables that `torch.distributed` reads (RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without them there is one process, and nothing here does anything.
+torchrun and accelerate launch start them with the variables that `torch.distributed` reads (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without these there is one process, and nothing here does anything.
 """
 
 import atexit
-import fcntl
 import json
 import os
-import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import ENOSYS
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,20 +21,20 @@ from openblip2.distributed.collectives import is_first, patient_group, world_siz
 from openblip2.errors import Stopped, UserError, one_line
 from openblip2.hardware import device
 
-LOOKS = 1.0  # seconds between two looks whether another process has failed
-GRACE = 2.0  # seconds that it gets to say why, before the others end
+LOOKS = 1.0  # seconds between two checks whether another process has failed
+GRACE = 2.0  # seconds that it has to print why, before the others end
 _FAILED = "failed"  # key in the processes' common store: the rank of the first that failed
 
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Joins the processes that a launcher has started; each gets the GPU of its LOCAL_RANK.
+    """Connects the processes that a launcher has started; each gets the GPU of its LOCAL_RANK.
 
-    An error in one of them ends all: the first that fails raises it, the others end silently with exit code 2, also
-    where they wait for a message that will never come. What stops all (`Stopped`) is raised in the first alone.
+    An error in one of them ends all: the first that fails raises it, the others end silently with exit code 2, even if
+    they wait for a message that will never come. `Stopped`, which ends all, is raised in the first process only.
 
     Raises:
-        UserError: the variables do not fit together, or another process is gone.
+        UserError: The variables do not fit together, or the connection to another process is lost.
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
@@ -49,9 +44,9 @@ def processes() -> Iterator[None]:
     try:
         watch.start()
         dist.init_process_group(_backend(), store=PrefixStore("training", store), rank=number, world_size=count)
-        patient_group()  # while all are there to make it
+        patient_group()  # now, because all processes must take part
         yield
-        watch.over.set()  # before anybody leaves: the store may leave with the first
+        watch.over.set()  # before any process ends: the store may end with the first one
         dist.barrier(group=patient_group())
     except Stopped as stopped:
         watch.over.set()
@@ -62,7 +57,7 @@ def processes() -> Iterator[None]:
         if not watch.claim(number):
             time.sleep(GRACE)
             raise SystemExit(2) from None
-        atexit.register(_stay, store)  # and the line is out before
+        atexit.register(_stay, store)  # after the error has been printed
         if _is_lost(error):
             raise UserError(
                 f"process {number} lost the connection to another one, which was killed or ran out of memory "
@@ -74,7 +69,7 @@ def processes() -> Iterator[None]:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """What runs within is done by the first process while the others wait, hours if need be; then by them."""
+    """The first process runs the block while the others wait, for hours if need be; then they run it."""
     if world_size() == 1:
         yield
         return
@@ -89,22 +84,22 @@ def highest(values: list[int]) -> list[int]:
     """The largest of each whole number over all processes."""
     if world_size() == 1:
         return values
-    found = torch.tensor(values)
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=patient_group())
-    return found.tolist()
+    largest = torch.tensor(values)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=patient_group())
+    return largest.tolist()
 
 
 def from_first(value: int) -> int:
     """The whole number that the first process has."""
     if world_size() == 1:
         return value
-    found = torch.tensor([value])
-    dist.broadcast(found, src=0, group=patient_group())
-    return int(found)
+    number = torch.tensor([value])
+    dist.broadcast(number, src=0, group=patient_group())
+    return int(number)
 
 
 def from_all(value: Any) -> list[Any]:
-    """What every process has, in the order of ranks: anything that JSON can say, as which it travels."""
+    """The values of all processes, in the order of ranks; they are sent as JSON."""
     if world_size() == 1:
         return [value]
     text = torch.frombuffer(bytearray(json.dumps(value).encode("ascii")), dtype=torch.uint8)
@@ -119,53 +114,6 @@ def from_all(value: Any) -> list[Any]:
 def wait_for_all() -> None:
     """Returns when every process has come here."""
     highest([0])
-
-
-@contextmanager
-def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | None = None) -> Iterator[None]:
-    """Keeps other processes from writing to a folder, which is made if needed; of one training, the first process does.
-
-    The system frees the lock when the process dies. The file is there while the lock is held, and names its holder.
-
-    Args:
-        say: Called with a line before waiting for another process; None = another process is an error.
-
-    Raises:
-        UserError: Another process holds the lock, or the folder cannot be written to.
-    """
-    if not is_first():
-        yield
-        return
-    path = folder / name
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written to ({error.strerror}): give a folder that can be") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = f"{folder} is being written by {file.read() or 'another process'}"
-            if say is None:
-                raise UserError(f"{holder}: wait until it is done, or give another --out") from None
-            say(f"{holder}: waiting until it is done")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno != ENOSYS:  # clusters may mount Lustre without locks: let one process at a time write there
-                raise
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()  # its last holder has just removed it
-    try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
 
 
 def _meet() -> tuple[Store, int, int]:
@@ -198,17 +146,17 @@ def _stay(store: Store) -> None:
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether it is gloo's, NCCL's or the store's word that another process is not there any more."""
+    """Whether an error of gloo, NCCL or the store means that another process is gone."""
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistError) or any(text in str(error) for text in lost)
 
 
 class _Watch(threading.Thread):
-    """Looks whether another process has failed, for this one may be waiting for it in a call that never returns."""
+    """Checks whether another process has failed: this one may wait for it in a call that never returns."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(name="watch", daemon=True)
-        # A connection of its own: the other one is taken while the process waits for something in the store.
+        # A connection of its own: the other one is in use while the process waits for something in the store.
         self.store: Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue] # its stub forgets it
         self.over = threading.Event()
 
@@ -216,13 +164,13 @@ class _Watch(threading.Thread):
         while not self.over.wait(LOOKS):
             try:
                 failed = self.store.check([_FAILED])
-            except Exception:  # whatever it is, the process that keeps the store is gone
+            except Exception:  # whatever it is: the process that has the store is gone
                 failed = True
             if failed and not self.over.wait(GRACE):
                 os._exit(2)
 
     def claim(self, number: int) -> bool:
-        """Whether this process is the first that failed, which says so."""
+        """Whether this process is the first one that failed; the others are then told."""
         self.over.set()
         try:
             return self.store.compare_set(_FAILED, "", str(number)) == str(number).encode()

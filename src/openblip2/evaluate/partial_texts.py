@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from openblip2.progress import Progress
+from openblip2.runs import write_text
 
 
 class PartialTexts:
@@ -62,7 +62,5 @@ class PartialTexts:
             return []
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
         complete = lines[:-1] if lines[0] == digest else [digest]  # after the last line end is an unfinished line
-        fresh = self.path.with_name(self.path.name + ".new")
-        fresh.write_text("".join(f"{line}\n" for line in complete), encoding="utf-8")
-        os.replace(fresh, self.path)
+        write_text("".join(f"{line}\n" for line in complete), self.path)
         return [text for line in complete[1:] for text in json.loads(line)]

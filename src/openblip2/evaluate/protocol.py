@@ -17,7 +17,8 @@ from openblip2.hardware import compute_dtype, computing, device
 from openblip2.inputs import group_of
 from openblip2.matcher import Matcher
 from openblip2.model.decoding import Decoding
-from openblip2.train.checkpoint import kept_parameters, read_config
+from openblip2.runs import read_config
+from openblip2.train.parameters import saved_parameters
 
 PACKAGES = ("openblip2", "torch", "transformers", "tokenizers", "pillow", "numpy", "pycocoevalcap", "spacy")
 WITHHELD = "the truth of this split is withheld: nothing is scored, the predictions are in the samples"
@@ -66,7 +67,7 @@ def decoding_card(decoding: Decoding) -> dict[str, Any]:
 def weights_digest(model: Captioner | Matcher) -> str:
     """SHA-256 of the names and weights that a run stores: the same for the same weights in another format."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(kept_parameters(model.model).items()):
+    for name, parameter in sorted(saved_parameters(model.model).items()):
         digest.update(name.encode())
         digest.update(parameter.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

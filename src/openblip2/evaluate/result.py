@@ -1,7 +1,6 @@
 """Results of an evaluation: scores with intervals, the protocol, and one line per sample; and two results compared."""
 
 import json
-import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 
 from openblip2.errors import UserError
 from openblip2.evaluate.intervals import LEVEL, Interval, difference_interval, interval, mean_interval
-from openblip2.train.checkpoint import read_json, write_json
+from openblip2.runs import atomic_write, read_json, write_json
 
 Row = dict[str, Any]
 
@@ -79,10 +78,8 @@ class Result:
     def write(self, out: Path) -> None:
         """Writes `out` and, beside it, `NAME.samples.jsonl`, each completely or not at all."""
         beside = out.with_suffix(".samples.jsonl")
-        fresh = beside.with_name(beside.name + ".new")
-        with fresh.open("w", encoding="utf-8") as file:
+        with atomic_write(beside) as draft, draft.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.samples)
-        os.replace(fresh, beside)
         write_json(self.as_json() | {"samples": beside.name}, out)
 
 

@@ -24,7 +24,7 @@ from openblip2.evaluate.vqa import METRICS, score_answers, usual_metric
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import make_folder
+from openblip2.runs import make_folder
 
 Task = Literal["caption", "vqa", "retrieval", "pointing"]
 STAGE1_TASKS = ("retrieval", "pointing")

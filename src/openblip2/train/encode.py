@@ -53,11 +53,8 @@ def make_cache(
     Pictures that cannot be opened are skipped and named in the cache.
 
     Args:
-        vision: The frozen encoder.
-        records: The pictures.
         settings: Of `vision`, and the seed of the crops.
         folder: The cache, which is made if it is not there.
-        progress: Where it says how far it is.
         name: What it calls the pictures.
         precision: fp16 or bf16.
         crops: How many random crops of each picture are encoded beside it.
@@ -70,17 +67,15 @@ def make_cache(
     if len({record.id for record in records}) < len(records):
         raise UserError(f"{folder}: two pictures have one id; give each its own (`id` in records.jsonl)")
     seed = settings.train.seed if crops else 0
-    made_by = maker(vision, settings) | {
-        "precision": precision,
-        "views": crops or 1,
-        "crops": CROPS if crops else "none",
-    }
-    made_by |= {"seed": seed}
+    # Seed and crops are part of what made the cache: with others, the same picture would have other features.
+    drawn = {"precision": precision, "views": crops or 1, "crops": CROPS if crops else "none", "seed": seed}
+    made_by = maker(vision, settings) | drawn
     shape = shape_of(vision, crops)
     with (
         stored.writing(folder, made_by, shape, progress.say, records, replace) as writer,
         progress.steps(f"features ({name})", len(records)) as bar,
     ):
+        # An interrupted command goes on where it was, and new pictures can be added to a cache.
         missing = [record for record in records if not writer.cache.has(record)]
         bar.advance(count=len(records) - len(missing))
         needed, free = len(missing) * writer.cache.picture_bytes, free_bytes(folder)
@@ -101,7 +96,7 @@ def make_cache(
 
 
 def open_cache(vision: Vision, settings: RunSettings, folder: Path) -> FeatureCache:
-    """The cache that the user gave, if the settings' encoder made it and it has the crops that `data.augment` needs.
+    """The cache that the user named, if the settings' encoder made it and it has the crops that `data.augment` needs.
 
     Raises:
         UserError: It does not fit; see also `FeatureCache`.
@@ -112,6 +107,7 @@ def open_cache(vision: Vision, settings: RunSettings, folder: Path) -> FeatureCa
             f"data.augment=true, and {folder} has the plain pictures alone: set data.augment=false, or make a cache "
             "with `openblip2 features --views 4`"
         )
+    # Without augmentation the crops are not read, and may be any.
     ours |= {"crops": CROPS} if settings.data.augment else {}
     require_same(folder, cache.made_by, ours, "train with the settings of the cache, or make one with these")
     return cache
@@ -142,6 +138,7 @@ def write_features(
     kinds = "the plain picture" if not crops else f"the plain picture and {crops} views"
     progress.say(f"{len(records):,} pictures, {kinds} of each: {shape[1]} tokens x {shape[2]} in {precision}")
     progress.say(f"{size / 1e9:.3g} GB in {folder}, of {free / 1e9:,.3g} GB free")
+    # A real batch, also in a dry run: the time depends on the disk, the pictures' sizes and the encoder.
     began = time.monotonic()
     first, opened = next(open_batches(records[:BATCH], vision.image_size, crops, settings.train.seed))
     encode_raw(vision, opened, shape)
@@ -168,28 +165,30 @@ def open_batches(
     The next batch is opened while the caller works on this one.
     """
     open_one = partial(_open, size=size, crops=crops, seed=seed)
-    ahead: deque[tuple[Sequence[Record], Iterator[Tensor | str]]] = deque()
+    # Two batches at most: opened pictures take much memory, and more would not make the encoder faster.
+    opening: deque[tuple[Sequence[Record], Iterator[Tensor | str]]] = deque()
     with ThreadPoolExecutor(THREADS) as threads:
         for start in range(0, len(records), BATCH):
             part = records[start : start + BATCH]
-            ahead.append((part, threads.map(open_one, part)))
-            if len(ahead) > 1:
-                first, opened = ahead.popleft()
+            opening.append((part, threads.map(open_one, part)))
+            if len(opening) > 1:
+                first, opened = opening.popleft()
                 yield first, list(opened)
-        for part, opened in ahead:
+        for part, opened in opening:
             yield part, list(opened)
 
 
 def _open(record: Record, size: int, crops: int, seed: int) -> Tensor | str:
     try:
-        drawn = [augment(record.image, size, crop_generator(seed, record.id, n))[None] for n in range(crops)]
-        return torch.cat([to_pixels([record.image], size), *drawn])
+        random_crops = [augment(record.image, size, crop_generator(seed, record.id, n))[None] for n in range(crops)]
+        return torch.cat([to_pixels([record.image], size), *random_crops])
     except UserError as problem:
         return str(problem)
 
 
 def crop_generator(seed: int, picture: str, number: int) -> torch.Generator:
     """What a random crop is drawn with: always the same for a picture, and another for each picture."""
+    # By id and not by position, so that pictures can be added; seeds of torch have 64 bits, with a sign.
     digest = hashlib.sha256(f"{seed} {number} {picture}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -199,11 +198,12 @@ def encode_raw(vision: Vision, opened: Sequence[Tensor | str], shape: tuple[int,
     pixels = [picture for picture in opened if isinstance(picture, Tensor)]
     if not pixels:
         return torch.empty(0, *shape)
+    # Whitening is applied when features are read (`whitened`): it may be fitted to these very features.
     whitening, vision.whitening = vision.whitening, None
     try:
         with torch.no_grad():
-            found = [vision(part.to(device())) for part in torch.cat(pixels).split(BATCH)]
-            return torch.cat(found).unflatten(0, (-1, shape[0]))
+            features = [vision(part.to(device())) for part in torch.cat(pixels).split(BATCH)]
+            return torch.cat(features).unflatten(0, (-1, shape[0]))
     finally:
         vision.whitening = whitening
 
@@ -213,12 +213,13 @@ def encode_all(
 ) -> tuple[Features, list[str]]:
     """The features of records as the models get them, by a cache in `folder`; and one line for each bad picture."""
     cache = make_cache(vision, records, settings, folder, progress, name, replace=True)
-    found, problems = find_records(records, cache, whitened(vision))
-    return found.load(), problems
+    features, problems = find_records(records, cache, whitened(vision))
+    return features.load(), problems
 
 
 def openable(records: Sequence[Record], size: int) -> tuple[list[Record], list[str]]:
     """The records whose pictures can be opened, and one line for each other."""
+    # Whether a file is a picture is known only when it is decoded.
     good: list[Record] = []
     problems: list[str] = []
     for part, opened in open_batches(records, size):
@@ -229,17 +230,18 @@ def openable(records: Sequence[Record], size: int) -> tuple[list[Record], list[s
 
 def encode_now(vision: Vision, records: Sequence[Record]) -> Features:
     """The features of plain pictures that can be opened, by the encoder as it now is, without a cache."""
-    found = [
+    features = [
         vision(torch.cat([picture for picture in opened if isinstance(picture, Tensor)]).to(device())).cpu()
         for _, opened in open_batches(records, vision.image_size)
     ]
-    return Features(list(records), torch.cat(found))
+    return Features(list(records), torch.cat(features))
 
 
 def whitened(vision: Vision) -> Callable[[Tensor], Tensor]:
     """What turns cached features into what the models get: the encoder's whitening, if it has one."""
     if vision.whitening is None:
         return lambda features: features
+    # Caches are read by the thread that makes batches, on the CPU.
     on_cpu = type(vision.whitening)(vision.whitening.mean.cpu(), vision.whitening.matrix.cpu())
     return on_cpu.forward
 
@@ -269,6 +271,7 @@ def maker(vision: Vision, settings: RunSettings) -> dict[str, Any]:
 
 def weights_of(vision: Vision) -> str:
     """The first 16 digits of the SHA-256 of all weights of the encoder, and of what else shapes its features."""
+    # The weights and not the name: a folder may be renamed, and what a name means on a hub may change.
     config: Any = vision.encoder.config
     shaping = {name: value for name, value in config.to_dict().items() if name in _SHAPING}
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
@@ -280,5 +283,5 @@ def weights_of(vision: Vision) -> str:
 
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk of a folder that need not exist yet."""
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free

@@ -1,12 +1,12 @@
 """`log.jsonl`: what happened in a run, one JSON object a line; and the tracker that gets the same rows, if any."""
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from openblip2.errors import UserError
+from openblip2.runs import sync, write_text
 
 Tracker = Literal["", "tensorboard", "wandb", "trackio"]
 PROJECT = "openblip2"
@@ -16,13 +16,13 @@ class Log:
     """Lines appended as things happen. A resumed run drops what came after its step.
 
     Args:
-        keep_steps: keep what is there up to this step; None = begin anew.
+        keep_steps: Keep what is there up to this step; None = begin anew.
         writes: False for processes that only read along: one of a run's processes writes.
-        tell: is called with each row that is written.
+        track: Called with each row that is written.
 
     Attributes:
-        validated: the steps that were validated.
-        torn: how many lines were no JSON and were dropped: a process that is killed may leave half a line.
+        validated: The steps that were validated.
+        torn: How many lines were no JSON and were dropped: a process that is killed may leave half a line.
     """
 
     def __init__(
@@ -30,31 +30,29 @@ class Log:
         path: Path,
         keep_steps: int | None = None,
         writes: bool = True,
-        tell: Callable[[Mapping[str, Any]], object] = lambda row: None,
+        track: Callable[[Mapping[str, Any]], object] = lambda row: None,
     ) -> None:
-        self.path, self.writes, self.tell, self.torn = path, writes, tell, 0
+        self.path, self.writes, self.track, self.torn = path, writes, track, 0
         rows = []
         if keep_steps is not None and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    row = None
-                if not isinstance(row, dict):
+                row = _row(line)
+                # Steps after the checkpoint are taken again, and would be in the log twice.
+                if row is None:
                     self.torn += 1
                 elif row.get("step", 0) <= keep_steps:
                     rows.append(row)
         self.validated = {row["step"] for row in rows if "validation" in row}
+        # Rewritten even if nothing is dropped: half a line at its end would spoil the next one.
         if writes:
-            fresh = path.with_name(path.name + ".new")
-            fresh.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            os.replace(fresh, path)
+            write_text("".join(json.dumps(row) + "\n" for row in rows), path)
 
     def write(self, row: dict[str, Any]) -> None:
+        # Opened for each row, so that another program can read all rows at any time.
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            self.tell(row)
+            self.track(row)
 
     def rows(self) -> list[dict[str, Any]]:
         """All that is there now."""
@@ -63,8 +61,7 @@ class Log:
     def to_disk(self) -> None:
         """Sees to it that what was written outlives a power cut, as the checkpoint that counts on it does."""
         if self.writes:
-            with self.path.open("ab") as file:
-                os.fsync(file.fileno())
+            sync(self.path)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -79,27 +76,34 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error.strerror}): give a run that has begun") from error
     rows: list[dict[str, Any]] = []
     for n, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = _row(line)
+        if row and isinstance(row.get("step"), int):
             rows.append(row)
-        elif n < len(lines) - 1:
+        elif n < len(lines) - 1:  # the last line may be half written
             raise UserError(f"{path}: line {n + 1} is no row of a log; what `openblip2 train` wrote")
     if not rows:
         raise UserError(f"{path}: has no step yet; look again later")
     return rows
 
 
-def tell(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
-    """What is called with each row; "" = nothing listens.
+def _row(line: str) -> dict[str, Any] | None:
+    """A line as an object; None where it is not one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+    """A function that sends a row of the log to an experiment tracker.
 
     Args:
-        settings: of the run, for trackers that show them.
+        kind: Which one; "" = none.
+        settings: Of the run, for trackers that show them.
 
     Raises:
-        UserError: the tracker is not installed.
+        UserError: The tracker is not installed.
     """
     if not kind:
         return lambda row: None
@@ -112,12 +116,13 @@ def tell(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Callable[[Map
             def write(row: Mapping[str, Any]) -> None:
                 for name, value in numbers(row).items():
                     writer.add_scalar(name, value, row["step"])
-                writer.flush()
+                writer.flush()  # a killed run keeps its curves
 
             return write
         if kind == "wandb":
             import wandb as module  # pyright: ignore[reportMissingImports]  (not among what the developers install)
 
+            # The same id makes a resumed run go on in the same chart.
             module.init(
                 project=PROJECT, name=run.name, dir=str(run), id=run.name, resume="allow", config=dict(settings)
             )
@@ -131,7 +136,7 @@ def tell(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Callable[[Map
 
 
 def numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """What of a row is a number, by name: "training/itc", "held out/tr@1"."""
+    """The numbers of a row by name: "training/itc", "held out/tr@1"."""
     held_out = row.get("validation", {})
     return {f"training/{name}": value for name, value in row.items() if _is_number(value) and name != "step"} | {
         f"held out/{name}": value for name, value in held_out.items() if _is_number(value)
@@ -139,4 +144,4 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool)  # in Python, True is an int

@@ -1,8 +1,11 @@
 """One training loop for every stage. It knows losses by name and parameters by name, and nothing of BLIP-2."""
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from openblip2.config import OptimSettings, TrainSettings
-from openblip2.distributed.collectives import alone, is_first, mean_over_processes, rank
+from openblip2.distributed.collectives import alone, is_first, mean_over_processes, rank, world_size
 from openblip2.distributed.data_parallel import DataParallelLosses, clip_gradients
 from openblip2.distributed.launch import from_all, from_first, highest
 from openblip2.errors import Stopped
 from openblip2.hardware import attention_kernel, computing, keep_freed_memory
 from openblip2.progress import Progress
-from openblip2.train.bad_steps import count_step, give_up, not_finite
-from openblip2.train.checkpoint import save_trained, trained_parameters
-from openblip2.train.log import Log, tell
+from openblip2.train.log import Log, open_tracker
 from openblip2.train.optim import adamw, layer_rates, learning_rate
+from openblip2.train.parameters import save_trained, trained_parameters
 from openblip2.train.resume import Done, forget_checkpoints, keep_last, read_checkpoint, write_checkpoint
-from openblip2.train.stopping import stop_requests
+from openblip2.train.skipped import count_step, give_up, not_finite
 
 
 def fit(
@@ -46,17 +48,17 @@ def fit(
     in any process is taken in none.
 
     Args:
-        losses: batch number 0, 1, ... -> losses by name; their sum is minimised. Given under autocast.
-        validate: measured every `validate_every` steps and at the end; called in eval mode without gradients.
-        last: the checkpoint to go on from (`resume.find_checkpoint`); None = begin, and remove what an older run left.
-        samples: what the last step was made of, in this process, for the case that it is bad.
-        advise: what is to be said of the log's rows after a validation.
-        data: what is trained on (`data.seen.data_digest`), kept in the checkpoints.
-        sparse: whether there are batches whose losses do not depend on all that trains (see `DataParallelLosses`).
+        losses: Batch number 0, 1, ... -> losses by name; their sum is minimised. Called under autocast.
+        validate: Measured every `validate_every` steps and at the end; called in eval mode without gradients.
+        last: The checkpoint to go on from (`resume.find_checkpoint`); None = begin, and remove what an older run left.
+        samples: The samples of the last step in this process, to be named if it is bad.
+        sparse: Whether there are batches whose losses do not depend on all that trains (see `DataParallelLosses`).
+        advise: Lines to say after a validation, from the rows of the log.
+        data: A digest of what is trained on (`data.seen.data_digest`), kept in the checkpoints.
 
     Raises:
-        UserError: a checkpoint cannot be read or written, or too many steps in a row were not finite.
-        Stopped: the process was asked to stop; a checkpoint is written.
+        UserError: A checkpoint cannot be read or written, or too many steps in a row were not finite.
+        Stopped: The process was asked to stop; a checkpoint is written.
     """
     keep_freed_memory()
     trained = trained_parameters(model)
@@ -65,9 +67,9 @@ def fit(
         forget_checkpoints(run)
     done = Done(data=data) if last is None else read_checkpoint(last, model, optimizer)
     keep_last(run, settings.keep_checkpoints)  # a process may have ended between writing one and this
-    together = DataParallelLosses(model, losses, sparse)
-    told = tell(settings.track if is_first() else "", run, asdict(settings) | asdict(optim))
-    log = Log(run / "log.jsonl", None if last is None else done.step, is_first(), told)
+    parallel_losses = DataParallelLosses(model, losses, sparse)
+    track = open_tracker(settings.track if is_first() else "", run, asdict(settings) | asdict(optim))
+    log = Log(run / "log.jsonl", None if last is None else done.step, is_first(), track)
     if log.torn:
         progress.say(f"{log.path}: {log.torn} lines were no JSON and are dropped")
 
@@ -76,33 +78,38 @@ def fit(
     def save() -> None:
         nonlocal saved
         if saved < done.step:
+            # The log first: a resumed run keeps its lines up to the checkpoint's step, so they must be there.
             log.to_disk()
             write_checkpoint(run, model, optimizer, done, settings.keep_checkpoints)
             saved = done.step
 
     with progress.steps("training", settings.steps, done.step, "steps") as bar, stop_requests() as stops:
 
-        def look() -> None:
+        def measure_and_log() -> None:
+            # Validation may take minutes. Nothing of it is saved, so that a request to stop need not wait for its end;
+            # a resumed run begins it again.
             try:
-                with stops.breaking_off():
-                    found = measure(model, validate, settings)
+                with stops.interrupting():
+                    measured = measure(model, validate, settings)
             except Stopped:
                 save()
                 raise
-            log.write({"step": done.step, "validation": found})
-            progress.say(f"step {done.step}: " + _in_words(found))
+            log.write({"step": done.step, "validation": measured})
+            progress.say(f"step {done.step}: " + _in_words(measured))
             for line in advise(log.rows()):
                 progress.say(line)
 
-        unseen = done.step > 0 and done.step not in log.validated
-        if from_first(unseen) and _due(done.step, settings.validate_every, settings.steps):
-            look()  # the process ended in the middle of it
+        # The run may have ended in the validation of its last step. The first process decides for all: only its log is
+        # surely up to date.
+        missing = from_first(done.step > 0 and done.step not in log.validated)
+        if missing and _due(done.step, settings.validate_every, settings.steps):
+            measure_and_log()
         for step in range(done.step, settings.steps):
             began = time.perf_counter()
-            parts = _accumulate(model, together, step, settings)
+            parts = _accumulate(model, parallel_losses, step, settings)
             grad_norm = clip_gradients(trained.values(), optim.clip or math.inf)
             broken = not_finite({**parts, "grad_norm": grad_norm})
-            # What one process finds or is asked is so for all.
+            # All processes must take the same branch: where one has a bad loss or a request to stop, all have.
             is_bad, stop = highest([int(bool(broken)), stops.signal])
             rate = learning_rate(step, settings.steps, optim)
             if not is_bad:
@@ -110,24 +117,27 @@ def fit(
                     group["lr"] = rate * group["rate"]
                 optimizer.step()
             optimizer.zero_grad()
+            # A bad step counts, too: the number of the next batch and the learning rate depend on it.
             done = count_step(done, settings.accumulate, bool(is_bad))
             if is_bad:
-                broken = {name: text for found in from_all(broken) for name, text in found.items()}
+                broken = {name: text for one in from_all(broken) for name, text in one.items()}
                 progress.say(f"step {done.step} is left out ({done.bad_steps} so far): {', '.join(broken.values())}")
                 row = {"bad": list(broken.values()), "bad_steps": done.bad_steps}
             else:
                 row = {"loss": sum(parts.values()), **parts, "lr": rate, "grad_norm": grad_norm}
             log.write({"step": done.step, **row, "seconds": round(time.perf_counter() - began, 4)})
             bar.advance(parts)
+            # Before a checkpoint is written: one of a run that gives up would only give up again.
             if done.bad_in_a_row >= settings.most_bad_steps:
                 give_up(run, done, broken, [row for rows in from_all(samples()) for row in rows])
-            # Before a look, which may take longer than a scheduler waits.
+            # Before validation, which may take longer than a scheduler waits after its signal.
             if stop or _due(done.step, settings.checkpoint_every, 0):
                 save()
             if stop:
                 raise Stopped(stop)
             if _due(done.step, settings.validate_every, settings.steps):
-                look()
+                measure_and_log()
+        # Last: a run that has this file is finished.
         save_trained(model, run / "model.safetensors")
 
 
@@ -136,35 +146,89 @@ def measure(model: nn.Module, validate: Callable[[], dict[str, Any]], settings: 
     model.eval()
     torch.manual_seed(settings.seed)
     try:
-        with alone(), torch.no_grad(), computing(model, settings.precision):  # all processes do the same
+        # Each process measures all held-out pictures: they are few, and the results are equal everywhere.
+        with alone(), torch.no_grad(), computing(model, settings.precision):
             return validate()
     finally:
         model.train()
 
 
-def _accumulate(model: nn.Module, together: DataParallelLosses, step: int, settings: TrainSettings) -> dict[str, float]:
+def _accumulate(model: nn.Module, losses: DataParallelLosses, step: int, settings: TrainSettings) -> dict[str, float]:
     """Adds up the gradients of the step's batches and returns the mean of each loss, over processes too."""
     totals: dict[str, float] = {}
     numbers = range(step * settings.accumulate, (step + 1) * settings.accumulate)
     for number in numbers:
-        # Dropout is each process' own; what must be one draw of the joined batch has a generator (recipes.py).
+        # Seeded by the batch's number, so that no state of a generator has to be saved. Dropout differs between
+        # processes; what must be one draw of the joined batch has a generator of its own (`joint_draws`).
         torch.manual_seed(settings.seed * 1_000_003 + number + rank() * 2**40)
-        # The kernel is for the backward pass too: it may compute layers again.
-        with together.batch(number == numbers[-1]), attention_kernel(model):
+        # Around the backward pass too: with activation checkpointing it computes layers again.
+        with losses.batch(number == numbers[-1]), attention_kernel(model):
             with computing(model, settings.precision):
-                parts = together(number)
+                parts = losses(number)
             (torch.stack(list(parts.values())).sum() / settings.accumulate).backward()
         for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + float(value.detach()) / settings.accumulate
     return dict(zip(totals, mean_over_processes(list(totals.values())), strict=True))
 
 
+def joint_draws(seed: int, number: int) -> torch.Generator:
+    """The generator of what is drawn for the joined batch: negatives, prompts, where captions are split."""
+    # Seeded equally in all processes, and with other numbers than dropout is (`_accumulate`).
+    return torch.Generator().manual_seed(seed * 1_000_003 + number + 2**60)
+
+
 def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _in_words(found: dict[str, Any]) -> str:
+def _in_words(measured: dict[str, Any]) -> str:
     shown = (
-        v if isinstance(v, str) else f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()
+        v if isinstance(v, str) else f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in measured.items()
     )
     return ", ".join(shown)
+
+
+class StopRequests:
+    """Requests to stop: by Ctrl-C, or by SIGTERM, which schedulers send before they take a machine away.
+
+    Attributes:
+        signal: The number of the first one, 0 = none.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._interrupts = False
+
+    def handle(self, number: int, _: object = None) -> None:
+        self.signal = self.signal or number
+        if self._interrupts:
+            raise Stopped(self.signal)
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """A request interrupts the block at once, with `Stopped`; the block must change nothing that is saved.
+
+        Not with several processes: the others would wait for one that is interrupted.
+        """
+        if self.signal and world_size() == 1:
+            raise Stopped(self.signal)
+        try:
+            self._interrupts = world_size() == 1
+            yield
+        finally:
+            self._interrupts = False
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    """Collects Ctrl-C and SIGTERM, which would end the process in the middle of a step."""
+    stops = StopRequests()
+    if threading.current_thread() is not threading.main_thread():
+        yield stops  # only the main thread may handle signals
+        return
+    before = {kind: signal.signal(kind, stops.handle) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stops
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

@@ -15,16 +15,15 @@ def parameter_groups(
 ) -> list[dict]:
     """Groups that hold each trained parameter exactly once: with and without weight decay, and one for each rate.
 
-    What lies in pieces over processes has groups of its own: a fused step takes one kind.
-
-    A group's `rate` is what the learning rate is multiplied with: that of `rates`, by name, or 1.
-
-    Not decayed: biases, LayerNorms, the temperature and the queries, by what they are and not by their names'
-    spelling: everything of fewer than two axes, and what has three (the queries; an encoder's class token, positions).
+    Args:
+        trained: The parameters by name.
+        weight_decay: Of all but biases, LayerNorms, the temperature, the queries, class tokens and positions.
+        rates: By name, what the learning rate is multiplied with, a group's `rate`; 1 for all others.
     """
     assert len({id(p) for p in trained.values()}) == len(trained), "a parameter is named twice"
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
+        # A fused step takes either whole parameters or parameters in pieces (FSDP2), not both.
         kind = ((rates or {}).get(name, 1.0), _decays(parameter), not in_pieces(parameter))
         groups.setdefault(kind, []).append(parameter)
     return [
@@ -34,14 +33,16 @@ def parameter_groups(
 
 
 def _decays(parameter: nn.Parameter) -> bool:
-    # Of an image encoder, a convolution over patches has four axes, class token and positions have three.
+    # By the number of axes and not by the names, which each library spells in its own way. Matrices have two, an
+    # encoder's convolution over patches has four; biases and norms have one, the temperature none; queries, class token
+    # and positions have three.
     return parameter.ndim in (2, 4)
 
 
 def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
     """What the learning rate of each parameter of a trained image encoder is multiplied with, by name.
 
-    The last of L layers has `decay`, the one below it `decay`^2, what stands in front of all layers `decay`^(L + 1).
+    The last of L layers has `decay`, the one before it `decay`^2, embeddings and positions `decay`^(L + 1).
     In the authors' code this is stored and never read. Source: BEiT (arXiv 2106.08254), whose code they took.
     """
     vision = getattr(model, "vision", None)
@@ -61,7 +62,7 @@ def adamw(
 def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
     """The rate of step 0, 1, ...: linear from 0 to `lr` over `warmup` steps, then a cosine down to `min_lr`."""
     if step < settings.warmup:
-        return settings.lr * (step + 1) / (settings.warmup + 1)
+        return settings.lr * (step + 1) / (settings.warmup + 1)  # + 1: a first step with rate 0 would be wasted
     progress = (step - settings.warmup) / max(1, steps - settings.warmup)
-    low = min(settings.min_lr, settings.lr)
+    low = min(settings.min_lr, settings.lr)  # a small `lr` must not grow
     return low + (settings.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -1,57 +1,74 @@
-"""From records to batches: captions cleaned, pictures held out, frozen features computed once.
+"""From records or shards to batches: texts cleaned, pictures held out, frozen features computed once.
+
+RUN/shards.json   which shards, with how many samples each: by it the order of samples is the same in every process and
+                  after every start (data/web/mixture.py)
+RUN/held_out/     of shards: the pictures to validate on, a data folder that `evaluate --data` takes too
 
 Shapes: B pairs, P patch tokens, V encoder width, S image side in px.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from openblip2.config import RunSettings
 from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
 from openblip2.data.features import FeatureCache, Features, StoredFeatures, find_records
-from openblip2.data.records import Record
+from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
-from openblip2.data.text import MAX_WORDS, clean_caption, clean_question
-from openblip2.data.tokens import QFormerTokens, only_unknown
+from openblip2.data.text import clean_caption, clean_question
+from openblip2.data.web import mixture
+from openblip2.data.web.mixture import Part
+from openblip2.data.web.pairs import ShardPairs
 from openblip2.distributed.collectives import is_first, rank, world_size
 from openblip2.errors import UserError
 from openblip2.hardware import device
 from openblip2.model.vision import Vision
-from openblip2.model.whitening import Whitening, fit_whitening
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import read_whitening, save_whitening
 from openblip2.train.encode import encode_now, make_cache, open_cache, openable, whitened
-from openblip2.train.skipped import Skipped
+from openblip2.train.parameters import whitening_of_run
+from openblip2.train.skipped import Skipped, name_wordy_texts
 
+HELD_OUT = "held_out"
 WHITENING_PICTURES = 256  # enough for a covariance: each has a hundred patches and more
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Training batches by number, the pictures they are drawn from, and those held out.
+    """What a run trains and validates on.
 
-    `held_out`: their features, as the image encoder now is: another one whenever it trains.
+    Attributes:
+        batches: Training batches of this process by number.
+        joined: Those of all processes together.
+        records: The pictures to train on; none with shards.
+        held_out: The pictures to validate on.
+        held_out_features: Their features as the image encoder now is: other ones whenever it trains.
+        samples: How many samples shards have.
     """
 
     batches: Callable[[int], PairBatch]
+    joined: Callable[[int], PairBatch]
     records: Sequence[Record]
-    kept_back: Sequence[Record]
-    held_out: Callable[[], Features]
-    features: StoredFeatures | None  # of the training pictures, when they are computed once
-    joined: Callable[[int], PairBatch]  # the batches of all processes together
-    samples: int = 0  # of shards, which have no records
-    digest: str = ""  # `data.seen.data_digest`
+    held_out: Sequence[Record]
+    held_out_features: Callable[[], Features]
+    samples: int = 0
 
     @property
     def pictures(self) -> int:
         """How many there are to train on."""
         return self.samples or len(self.records)
+
+    def captions(self) -> list[tuple[str, str]]:
+        """All captions, each after the id of its picture."""
+        return [(record.id, caption) for record in (*self.records, *self.held_out) for caption in record.captions]
+
+    def questions(self) -> list[tuple[str, str]]:
+        """All questions, each after the id of its picture."""
+        return [(record.id, q.text) for record in (*self.records, *self.held_out) for q in record.questions]
 
 
 def prepare(
@@ -59,87 +76,146 @@ def prepare(
     records: Sequence[Record],
     vision: Vision,
     run: Path,
-    kept: Path,
+    cache_folder: Path,
     progress: Progress,
     skipped: Sequence[str] = (),
     held_out: Sequence[Record] | None = None,
 ) -> Prepared:
     """Cleans texts, holds pictures out, and computes the features that are computed once.
 
-    They come from the cache `data.features`, or else from one in `kept`, which is made if it is not there. Of several
-    processes the first comes first, and writes; the others then read what it has made.
+    Of several processes the first one calls this first, and writes; the others then read what it has written.
 
-    `skipped`: one line for each sample that was left out before; they and those left out here are named in
-    `run/skipped.jsonl` and counted; what process 3 leaves out while it trains is in `run/skipped-3.jsonl`.
-    `held_out`: the pictures to validate on, instead of a share of the records.
+    Args:
+        run: The run's folder; what is left out is named in its `skipped.jsonl` (`train/skipped.py`).
+        cache_folder: Where features are kept, in a cache that is made if it is not there; `data.features` goes first.
+        skipped: One line for each sample that was left out before.
+        held_out: The pictures to validate on; None = a share of the records.
     """
-    asks = settings.task == "vqa"
-    whole = [*records, *(held_out or ())]
-    records, given = (_usable(part, settings) for part in (records, held_out or ()))
-    held, trained = hold_out(records, settings) if held_out is None else (given, records)
-    problem = Skipped(run, progress)
-    for line in skipped:
-        problem(line)
-    _require_enough(held, trained, settings, problem, held_out is None)
-    _name_cut_texts(whole, run, progress)
+    everything = [*records, *(held_out or ())]
+    records, validation = (_usable(part, settings) for part in (records, held_out or ()))
+    held, trained = hold_out(records, settings) if held_out is None else (validation, records)
+    skip = Skipped(run, progress)
+    skip(*skipped)
+    _require_enough(held, trained, settings, skip, held_out is None)
+    name_wordy_texts(everything, run, progress)  # as they were: those of `records` are cut by now
+    _require_a_pair_for_each_process(settings)
 
     def samples_of(part: Sequence[Record]) -> Samples:
-        return Answers(part, settings.data.balance) if asks else Captions(part)
+        return Answers(part, settings.data.balance) if settings.task == "vqa" else Captions(part)
 
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
-    part = (rank(), world_size())
-    if batch < world_size():
-        raise UserError(f"train.batch={batch} is the batch of all {world_size()} processes: at least one pair for each")
+    part, augment = (rank(), world_size()), settings.data.augment
     if settings.vision.trained:
         if settings.data.features:
             raise UserError(f"data.features={settings.data.features}: an encoder that trains has no features to keep")
         if settings.vision.whiten:
-            vision.whitening = read_whitening(Path(str(settings.start))).to(device())
-            if is_first():
-                save_whitening(vision.whitening, run)
-        good, problems = openable(held, size)
-        for line in problems:
-            problem(line)
-        _require_enough(good, trained, settings, problem)
-        augment = settings.data.augment
-        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, problem.in_training, augment, part)
-        return Prepared(pairs, trained, good, lambda: encode_now(vision, good), None, pairs.joined)
+            vision.whitening = whitening_of_run(settings, run).to(device())
+        held, problems = openable(held, size)
+        skip(*problems)
+        _require_enough(held, trained, settings, skip)
+        # Features change with the encoder, so that pictures are opened in every step.
+        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, augment, part)
+        return Prepared(pairs, pairs.joined, trained, held, lambda: encode_now(vision, held))
 
+    # Evenly spread; never of the held-out pictures.
     sample = trained[:: -(-len(trained) // WHITENING_PICTURES)]
     if settings.data.features:
         cache = open_cache(vision, settings, Path(settings.data.features))
-    elif not is_first():
-        cache = FeatureCache(kept / "pictures")
+    elif not is_first():  # the first process has made it
+        cache = FeatureCache(cache_folder / "pictures")
     else:
-        encoded = [*held, *sample] if settings.data.augment else [*records, *given]
-        cache = make_cache(vision, encoded, settings, kept / "pictures", progress, "pictures", replace=True)
+        # Augmented pictures differ in every epoch: only the plain ones, for validation and whitening, are cached.
+        encoded = [*held, *sample] if augment else [*records, *validation]
+        cache = make_cache(vision, encoded, settings, cache_folder / "pictures", progress, "pictures", replace=True)
     if settings.vision.whiten:
-        vision.whitening = whitening_for(settings, cache, sample, run).to(device())
+        # Features are cached before whitening, so that one cache serves runs with and without it.
+        unwhitened = lambda: find_records(sample, cache, lambda features: features)[0].load().values  # noqa: E731
+        vision.whitening = whitening_of_run(settings, run, unwhitened).to(device())
     finish = whitened(vision)
 
-    def once(part: list[Record]) -> StoredFeatures:
-        found, problems = find_records(part, cache, finish)
-        for line in problems:
-            problem(line)
-        return found
+    def stored(part: list[Record]) -> StoredFeatures:
+        features, problems = find_records(part, cache, finish)
+        skip(*problems)
+        return features
 
-    seen = once(held).load()
-    _require_enough(seen.records, trained, settings, problem)
-    if settings.data.augment and not settings.data.features:
-        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, problem.in_training, part=part)
-        return Prepared(pairs, trained, seen.records, lambda: seen, None, pairs.joined)
-    features = once(trained)
-    _require_enough(seen.records, features.records, settings, problem)
-    if batch > len(features.records) and not asks:
+    held_features = stored(held).load()
+    _require_enough(held_features.records, trained, settings, skip)  # without those that cannot be opened
+    # With crops in the user's cache no picture has to be opened in training.
+    if augment and not settings.data.features:
+        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, part=part)
+        return Prepared(pairs, pairs.joined, trained, held_features.records, lambda: held_features)
+    features = stored(trained)
+    _require_enough(held_features.records, features.records, settings, skip)
+    if batch > len(features.records) and settings.task != "vqa":
         progress.say(f"train.batch={batch}: there are {len(features.records)} training pictures, a batch has no more")
-    pairs = FeaturePairs(features, samples_of(features.records), batch, seed, settings.data.augment, part)
-    return Prepared(pairs, features.records, seen.records, lambda: seen, features, pairs.joined)
+    pairs = FeaturePairs(features, samples_of(features.records), batch, seed, augment, part)
+    return Prepared(pairs, pairs.joined, features.records, held_features.records, lambda: held_features)
+
+
+def prepare_shards(
+    settings: RunSettings,
+    parts: Sequence[Part],
+    vision: Vision,
+    run: Path,
+    progress: Progress,
+    held_out: Sequence[Record] | None = None,
+    resume: bool = False,
+) -> Prepared:
+    """Counts the samples of shards, holds pictures out, and makes the batches; pictures are encoded in each step.
+
+    Args:
+        parts: The shards, not counted yet.
+        held_out: The pictures to validate on; None = the first samples of the first part, `data.held_out` of all its
+            samples and `data.most_held_out` at most.
+        resume: The counts that are in the run's folder hold.
+
+    Raises:
+        UserError: Settings that shards cannot have, no sample, or fewer than 2 pictures to validate on.
+    """
+    if settings.task not in ("pretraining", "caption", "retrieval"):
+        raise UserError(f"{settings.task} is not trained on shards, which hold captions: give --data with questions")
+    if settings.data.features:
+        raise UserError("--features is of records: the pictures of shards are encoded as they come")
+    _require_a_pair_for_each_process(settings)
+    skip = Skipped(run, progress)
+    # The order of samples follows from the counts, so all processes and all starts of a run must use the same ones.
+    counted = mixture.kept_parts(run, parts) if resume or not is_first() else None
+    if counted is None:
+        with progress.steps("counting shards", sum(len(part.shards) for part in parts), unit="shards") as bar:
+            counted = mixture.count_parts(parts, skip, bar.advance)
+        if held_out is None:
+            wanted = min(int(counted[0].samples * settings.data.held_out), settings.data.most_held_out)
+            counted = mixture.hold_out(counted, wanted)
+            mixture.write_held_out(counted[0], wanted, run / HELD_OUT, skip)
+        mixture.write_parts(counted, run)  # last: a start that ended before this counts again
+    if held_out is None:
+        held_out, _ = read_records(run / HELD_OUT)
+    samples = sum(part.samples for part in counted)
+    progress.say(f"{samples:,} samples of {sum(len(p.shards) for p in counted):,} shards")
+    # Few enough to be decoded now, so that validation always has the same pictures.
+    progress.doing("encoding what is held out")
+    held, problems = openable([cleaned(record) for record in held_out], settings.vision.image_size)
+    skip(*problems)
+    if len(held) < 2:
+        raise UserError(f"{len(held)} pictures to validate on can be opened; at least 2 (--held-out, data.held_out)")
+    batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
+    data, part = settings.data, (rank(), world_size())
+    pairs = ShardPairs(counted, batch, seed, size, data.open_shards, skip.in_training, data.augment, part)
+    if settings.vision.whiten:
+        vision.whitening = whitening_of_run(settings, run, lambda: _first_features(vision, pairs)).to(device())
+    if settings.vision.trained:
+        return Prepared(pairs, pairs.joined, [], held, lambda: encode_now(vision, held), samples)
+    # A frozen encoder gives the same features in each validation.
+    with torch.no_grad():
+        held_features = encode_now(vision, held)
+    return Prepared(pairs, pairs.joined, [], held, lambda: held_features, samples)
 
 
 def hold_out(records: Sequence[Record], settings: RunSettings) -> tuple[list[Record], list[Record]]:
-    """The records to validate on and those to train on; which is which the run's seed says."""
+    """The records to validate on and those to train on, drawn with the run's seed."""
     count = min(int(len(records) * settings.data.held_out), settings.data.most_held_out)
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
+    # In the order of the records: batches are drawn by position.
     return [records[n] for n in sorted(order[:count])], [records[n] for n in sorted(order[count:])]
 
 
@@ -151,6 +227,7 @@ def _require_enough(
         return
     count, left_out = len(held) + len(trained), f" ({skipped.count:,} more were skipped)" if skipped.count else ""
     remedy = "give more pictures"
+    # With 4 pictures a share can leave 2 on each side. Rounded up to whole percents.
     if share and count >= 4:
         held_out = math.ceil(200 / count) / 100
         batch = min(settings.train.batch, count - int(count * held_out))
@@ -172,6 +249,7 @@ def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
 
 def cleaned(record: Record) -> Record:
     """A record with its texts as models learn them."""
+    # An answer of which cleaning would leave nothing stays as it is: someone gave it.
     questions = tuple(
         replace(q, text=clean_question(q.text), answers=tuple(clean_caption(answer) or answer for answer in q.given))
         for q in record.questions
@@ -179,54 +257,19 @@ def cleaned(record: Record) -> Record:
     return replace(record, captions=tuple(clean_caption(c) for c in record.captions), questions=questions)
 
 
-def whitening_for(settings: RunSettings, cache: FeatureCache, sample: Sequence[Record], run: Path) -> Whitening:
-    """The run's whitening: the stage-1 run's if there is one to start from, else fitted to some training pictures."""
-    if not is_first():
-        return read_whitening(run)
-    if settings.start:
-        found = read_whitening(Path(settings.start))
-    else:
-        raw, _ = find_records(sample, cache, lambda features: features)
-        found = fit_whitening(raw.load().values)
-    save_whitening(found, run)
-    return found
+def _require_a_pair_for_each_process(settings: RunSettings) -> None:
+    batch = settings.train.batch
+    if batch < world_size():
+        raise UserError(f"train.batch={batch} is the batch of all {world_size()} processes: at least one pair for each")
 
 
-def captions_of(data: Prepared) -> list[tuple[str, str]]:
-    """All captions, each behind the id of its picture."""
-    return [(record.id, caption) for record in (*data.records, *data.kept_back) for caption in record.captions]
-
-
-def questions_of(data: Prepared) -> list[tuple[str, str]]:
-    """All questions, each behind the id of its picture."""
-    return [(record.id, q.text) for record in (*data.records, *data.kept_back) for q in record.questions]
-
-
-def name_texts(tokenizer: Any, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
-    """Counts and names the texts of which a tokenizer leaves nothing; (id of a picture, text)."""
-    unknown = [texts[n] for n in only_unknown(tokenizer, [text for _, text in texts])]
-    share = f"of {len(texts):,} ({100 * len(unknown) / max(1, len(texts)):.1f} %) have no word that the tokenizer knows"
-    _name("unknown", unknown, f"{share} and become only {tokenizer.unk_token}", run, progress)
-
-
-def name_long_texts(tokens: QFormerTokens, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
-    """Counts and names the texts that are cut at the token limit, as the paper cuts them, and those of `name_texts`."""
-    long = [texts[n] for n in tokens.too_long([text for _, text in texts])]
-    _name("cut", long, f"have more than {tokens.longest} tokens and are cut there (data.max_tokens)", run, progress)
-    name_texts(tokens.tokenizer, texts, run, progress)
-
-
-def _name_cut_texts(records: Sequence[Record], run: Path, progress: Progress) -> None:
-    """Counts and names the texts of which `cleaned` leaves the first 50 words."""
-    texts = [(r.id, clean_caption(text, len(text)), text) for r in records for text in r.captions]
-    texts += [(r.id, clean_question(q.text, len(q.text)), q.text) for r in records for q in r.questions]
-    long = [(picture, text) for picture, whole, text in texts if len(whole.split()) > MAX_WORDS]
-    _name("cut", long, f"have more than {MAX_WORDS} words and are cut there", run, progress)
-
-
-def _name(key: str, texts: Sequence[tuple[str, str]], what: str, run: Path, progress: Progress) -> None:
-    if not texts or not is_first():
-        return
-    with (run / "skipped.jsonl").open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({key: f"{picture}: {text}"}) + "\n" for picture, text in texts)
-    progress.say(f"{len(texts):,} texts {what}; the first is of {texts[0][0]}; all are in {run / 'skipped.jsonl'}")
+def _first_features(vision: Vision, pairs: ShardPairs) -> Tensor:
+    """Features `[N, P, V]` of the first batches."""
+    # Of all processes together, so that the whitening does not depend on their number.
+    features: list[Tensor] = []
+    with torch.no_grad():
+        while sum(map(len, features)) < WHITENING_PICTURES:
+            images = pairs.joined(len(features)).images
+            assert images is not None
+            features.append(vision(images.to(device())).cpu())
+    return torch.cat(features)

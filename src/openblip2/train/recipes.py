@@ -5,7 +5,6 @@ Retrieval is fine-tuned as stage 1 is trained, captioning and VQA as stage 2 is.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,20 +33,19 @@ from openblip2.model.build import (
     build_vision,
     parts_table,
     require_extras,
+    set_speed,
 )
 from openblip2.model.decoding import try_generation
-from openblip2.model.fast.compiled import compile_blocks
 from openblip2.model.fast.step import step_losses
 from openblip2.model.stage1 import OBJECTIVES, Stage1, see
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.progress import Progress
-from openblip2.train.bad_steps import RecordingBatches
-from openblip2.train.checkpoint import make_folder, write_config
-from openblip2.train.loop import fit
-from openblip2.train.prepare import Prepared, captions_of, name_long_texts, name_texts, prepare, questions_of
-from openblip2.train.prepare_shards import prepare_shards
+from openblip2.runs import make_folder, write_config
+from openblip2.train.loop import fit, joint_draws
+from openblip2.train.prepare import Prepared, prepare, prepare_shards
 from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same
+from openblip2.train.skipped import RecordingBatches, name_long_texts, name_unknown_texts
 from openblip2.train.start import (
     fine_tune_from,
     require_start,
@@ -56,6 +54,8 @@ from openblip2.train.start import (
     tokenizer_to_start,
 )
 from openblip2.train.warm_start import warm_start_stage1, warm_start_stage2
+
+Batches = Callable[[int], PairBatch]
 
 
 def train_stage(
@@ -72,12 +72,17 @@ def train_stage(
     """Trains one stage on records, or on shards, and writes the run.
 
     Args:
-        resume: go on from the run's last checkpoint, or begin where it has none; nothing is done if it is finished.
-        features: where frozen features are kept between runs.
-        skipped: one line for each sample left out when the records were read.
-        held_out: the pictures to validate on; None = a share of what is trained on (`data.held_out`).
-        shards: what is trained on in place of records.
+        settings: What is trained, and how.
+        records: What it is trained on.
+        run: The folder to write.
+        progress: Where it says how far it is.
+        resume: Go on from the run's last checkpoint, or begin where it has none; nothing is done if it is finished.
+        features: Where frozen features are kept between runs.
+        skipped: One line for each sample left out when the records were read.
+        held_out: The pictures to validate on; None = a share of what is trained on (`data.held_out`).
+        shards: What it is trained on in place of records.
     """
+    # Everything that can be refused is refused first: loading models and encoding pictures takes minutes to hours.
     make_folder(run)
     require_extras(settings)
     require_start(settings)
@@ -94,13 +99,16 @@ def train_stage(
             return
         progress.say(f"going on from {last}" if last else f"{run} has no checkpoint: training begins at the beginning")
     else:
-        forget_checkpoints(run)  # before config.json is another one
+        # Before config.json is replaced: old weights beside new settings would look like a finished run.
+        forget_checkpoints(run)
+    # For weights that are drawn at random; each step has a seed of its own (`loop.fit`).
     torch.manual_seed(settings.train.seed)
-    recipe = _stage1 if settings.stage == "stage1" else _stage2
     progress.doing(f"loading {settings.vision.name}")
-    trains = settings.vision.trained  # then its weights are fp32
-    vision = build_vision(settings, torch.float32 if trains else compute_dtype(device(), settings.train.precision))
-    vision = vision.to(device())
+    # A frozen encoder is kept in the precision in which it computes. One that trains needs fp32: updates of AdamW are
+    # smaller than what bf16 weights can take in.
+    dtype = torch.float32 if settings.vision.trained else compute_dtype(device(), settings.train.precision)
+    vision = build_vision(settings, dtype).to(device())
+    # The first process counts, encodes and writes; the others then read the same files.
     with first_process_first():
         if shards:
             data = prepare_shards(settings, shards, vision, run, progress, held_out, resume)
@@ -108,62 +116,74 @@ def train_stage(
             data = prepare(settings, records, vision, run, features or run / "features", progress, skipped, held_out)
     if is_first():
         write_seen(None if shards else data.records, run)
-    recipe(settings, vision, replace(data, digest=digest), run, progress, last)
+    batches = RecordingBatches(prefetched(data, settings), settings.train.accumulate)
+    recipe = _stage1 if settings.stage == "stage1" else _stage2
+    model, losses, validate, sparse = recipe(settings, vision, data, batches, run, progress, last is None)
+    # Now that all weights are filled: adapters freeze them. In fine-tuning the model was built with its adapters.
+    if settings.task == "pretraining":
+        add_adapters(model, settings)
+    set_speed(model, settings)
+    show_parts(model, progress)
+    advise, optim, train = partial(bad_signs, settings), settings.optim, settings.train
+    fit(model, losses, run, optim, train, validate, progress, last, batches.samples, sparse, advise, digest)
+
+
+# What a recipe makes: the model, its losses by the number of a batch, its validation, and whether there are batches
+# whose losses do not depend on all that trains.
+Recipe = tuple[Stage1 | Stage2, Callable[[int], dict[str, Tensor]], Callable[[], dict[str, Any]], bool]
 
 
 def _stage1(
-    settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, last: Path | None
-) -> None:
+    settings: RunSettings, vision: Vision, data: Prepared, batches: Batches, run: Path, progress: Progress, begins: bool
+) -> Recipe:
     fine_tunes = settings.task != "pretraining"
     sizes = sizes_to_start(settings) if fine_tunes else None
     progress.doing(f"loading {settings.qformer.start}")
     model = build_stage1(settings, vision, sizes)
+    # Filled before it is cut into pieces: a run on disk has whole tensors.
     if fine_tunes:
         fine_tune_from(model, settings)
     shard(model, settings, device())
     model.to(device())
     tokenizer = tokenizer_to_start(settings) if fine_tunes else bert_tokenizer(settings.qformer.start)
     tokens = QFormerTokens(tokenizer, settings.data.max_tokens)
-    name_long_texts(tokens, captions_of(data), run, progress)
+    name_long_texts(tokens, data.captions(), run, progress)
     if is_first():
         write_config(run, settings, model.qformer.sizes)
         tokens.tokenizer.save_pretrained(run / "tokenizer")
-    if not fine_tunes:
-        if settings.warm_start and last is None:
-            progress.doing("starting in closed form")
-            with in_evaluation(model, settings):
-                r2 = warm_start_stage1(model, tokens, lambda: some_pairs(model, data, settings))
-            progress.say(f"stage 1 started in closed form: R2 {r2:.2f} in the shared space, on the training pictures")
-        add_adapters(model, settings)
-    set_speed(model, settings)
-    show_parts(model, progress)
-    batches = RecordingBatches(one_ahead(data, settings), settings.train.accumulate)
+    # Not in a resumed run, whose checkpoint has the weights that the closed-form start led to.
+    if settings.warm_start and begins and not fine_tunes:
+        progress.doing("starting in closed form")
+        with in_evaluation(model, settings):
+            r2 = warm_start_stage1(model, tokens, lambda: some_pairs(model, data, settings))
+        progress.say(f"stage 1 started in closed form: R2 {r2:.2f} in the shared space, on the training pictures")
     losses_of = step_losses(model, settings.train.chunk)
 
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
         texts, valid = tokens(batch.captions)
+        # Hard negatives are drawn by ITC's similarities: before these mean something, ITM learns little from them.
         matches = number >= settings.stage1.itm_start_step * settings.train.accumulate
         return losses_of(
             texts.to(device()),
             valid.to(device()),
             joined_ids(batch, device()),
-            **seen(batch),
+            **on_device(batch),
             objectives=[name for name in settings.stage1.objectives if name != "itm" or matches],
-            generator=joint_draws(settings, number),
+            generator=joint_draws(settings.train.seed, number),
         )
 
     def validate() -> dict[str, Any]:
-        return measure_stage1(model, tokens, data.held_out(), settings.train.seed)
+        return measure_stage1(model, tokens, data.held_out_features(), settings.train.seed)
 
+    # Without one of the three losses its head gets no gradient.
     sparse = len(settings.stage1.objectives) < len(OBJECTIVES) or settings.stage1.itm_start_step > 0
-    advise, optim, train = partial(bad_signs, settings), settings.optim, settings.train
-    fit(model, losses, run, optim, train, validate, progress, last, batches.samples, sparse, advise, data.digest)
+    return model, losses, validate, sparse
 
 
 def _stage2(
-    settings: RunSettings, vision: Vision, data: Prepared, run: Path, progress: Progress, last: Path | None
-) -> None:
+    settings: RunSettings, vision: Vision, data: Prepared, batches: Batches, run: Path, progress: Progress, begins: bool
+) -> Recipe:
     fine_tunes, dtype = settings.task != "pretraining", compute_dtype(device(), settings.train.precision)
     sizes = sizes_to_start(settings) if fine_tunes else None
     progress.doing(f"loading {settings.language.name}")
@@ -172,78 +192,71 @@ def _stage2(
         fine_tune_from(model, settings)
     shard(model, settings, device())
     model.to(device())
+    # A language model that cannot write after a soft prompt should fail now, not after the training.
     with in_evaluation(model, settings):
         try_generation(model.language, settings.qformer.queries, settings.language.prompts[0])
     tokens = None
     if settings.qformer.reads_question:
         tokens = QFormerTokens(tokenizer_to_start(settings), settings.data.max_tokens)
-        name_long_texts(tokens, questions_of(data), run, progress)
+        name_long_texts(tokens, data.questions(), run, progress)
         if is_first():
             tokens.tokenizer.save_pretrained(run / "tokenizer")
-    name_texts(model.language.tokenizer, [*captions_of(data), *questions_of(data)], run, progress)
+    name_unknown_texts(model.language.tokenizer, [*data.captions(), *data.questions()], run, progress)
     if not fine_tunes:
         if settings.start:
             start_from_stage1(model, Path(settings.start))
-        if settings.warm_start and last is None:
+        if settings.warm_start and begins:
             progress.doing("starting in closed form")
             with in_evaluation(model, settings):
                 r2 = warm_start_stage2(model, some_pairs(model, data, settings))
             progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
-        add_adapters(model, settings)
-    set_speed(model, settings)
     if is_first():
         write_config(run, settings, model.qformer.sizes)
-    show_parts(model, progress)
     prompts, form = settings.language.prompts, settings.language.question
-    batches = RecordingBatches(one_ahead(data, settings), settings.train.accumulate)
     losses_of = step_losses(model, settings.train.chunk)
 
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
-        draws = joint_draws(settings, number)
+        draws = joint_draws(settings.train.seed, number)
         if batch.questions is None:
-            given = drawn_prompts(prompts, len(batch.captions), draws)
+            asked = drawn_prompts(prompts, len(batch.captions), draws)
         else:
-            given = [form.replace("{}", question) for question in batch.questions]
+            asked = [form.replace("{}", question) for question in batch.questions]
         return losses_of(
-            given,
-            batch.captions,
-            **seen(batch),
+            asked,
+            batch.captions,  # for VQA the answers
+            **on_device(batch),
             question=question_tokens(tokens, batch.questions, device()),
             generator=draws,
         )
 
     def validate() -> dict[str, Any]:
         if settings.task == "vqa":
-            return measure_answers(model, tokens, data.held_out(), form, settings.train.seed)
-        return grounding(model, data.held_out(), settings.train.seed, prompts[0])
+            return measure_answers(model, tokens, data.held_out_features(), form, settings.train.seed)
+        return grounding(model, data.held_out_features(), settings.train.seed, prompts[0])
 
-    sparse = settings.qformer.reads_question  # its last layer's text is read by nobody
-    advise, optim, train = partial(bad_signs, settings), settings.optim, settings.train
-    fit(model, losses, run, optim, train, validate, progress, last, batches.samples, sparse, advise, data.digest)
+    # Of a Q-Former that reads the question, nothing uses the question's rows of the last layer.
+    return model, losses, validate, settings.qformer.reads_question
 
 
 def bad_signs(settings: RunSettings, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What of a run's log is worth a line while it trains: what the doctor finds bad."""
+    """A line for each thing in a run's log that `openblip2 doctor` finds bad."""
     return [one.in_words() for one in findings(settings, rows) if one.level == "bad"]
-
-
-def joint_draws(settings: RunSettings, number: int) -> torch.Generator:
-    """What is drawn for a batch of all processes, alike in each: negatives, prompts, where captions are split."""
-    return torch.Generator().manual_seed(settings.train.seed * 1_000_003 + number + 2**60)
 
 
 def drawn_prompts(prompts: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
     """One of the prompts for each of our `count` captions, drawn for the joined batch."""
     if len(prompts) == 1:
         return [prompts[0]] * count
+    # For the joined batch, so that prompts do not depend on the number of processes.
     shared = share(count)
     drawn = torch.randint(len(prompts), (shared.total,), generator=generator)[shared.own]
     return [prompts[int(n)] for n in drawn]
 
 
-def one_ahead(data: Prepared, settings: RunSettings) -> Callable[[int], PairBatch]:
-    """The batches, made one ahead where a GPU computes; on a CPU the thread would take from the step what it gives."""
+def prefetched(data: Prepared, settings: RunSettings) -> Batches:
+    """The batches, on a GPU each made while the model works on the one before."""
+    # On a CPU the thread would compete with the model for the same cores.
     if device().type == "cpu":
         return data.batches
     return Prefetcher(data.batches, settings.train.steps * settings.train.accumulate)
@@ -262,33 +275,18 @@ def some_pairs(
     model: Stage1 | Stage2, data: Prepared, settings: RunSettings, most: int = 4000
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
+    # The batches of all processes together: each process solves the same equations, and nothing has to be sent.
     for number in range(-(-min(most, data.pictures) // settings.train.batch)):
         batch = data.joined(number)
-        yield see(model.vision, **seen(batch)), batch.captions
+        yield see(model.vision, **on_device(batch)), batch.captions
 
 
-def seen(batch: PairBatch) -> dict[str, Any]:
+def on_device(batch: PairBatch) -> dict[str, Any]:
     """The pictures of a batch as arguments of a model: images or features, on the device."""
     return {
         "images": None if batch.images is None else batch.images.to(device(), non_blocking=True),
         "features": None if batch.features is None else batch.features.to(device(), non_blocking=True),
     }
-
-
-def set_speed(model: Stage1 | Stage2, settings: RunSettings) -> None:
-    """What of the settings changes time and memory, and no result.
-
-    Raises:
-        UserError: it cannot be had here.
-    """
-    if settings.train.checkpoint_activations:
-        if model.vision is not None and model.vision.trained:
-            model.vision.checkpoint_activations()
-        model.qformer.checkpoint_activations = True
-        if isinstance(model, Stage2):
-            model.language.checkpoint_activations()
-    if settings.train.compile:
-        compile_blocks(model.qformer)
 
 
 def show_parts(model: nn.Module, progress: Progress) -> None:

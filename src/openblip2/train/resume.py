@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,24 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from openblip2.config import RunSettings, from_dict
+from openblip2.config import RunSettings
 from openblip2.distributed.collectives import is_first
 from openblip2.distributed.full_tensor import full_tensor, like
 from openblip2.distributed.launch import from_first, wait_for_all
 from openblip2.errors import UserError, one_line
-from openblip2.train.checkpoint import (
-    load_trained,
+from openblip2.runs import (
+    atomic_write,
     read_config,
     read_json,
+    read_settings,
     read_tensors,
-    save_trained,
-    sync,
-    trained_parameters,
     write_json,
     write_tensors,
 )
+from openblip2.train.parameters import load_trained, save_trained, trained_parameters
 
-# Settings of `train` that may be others when a run goes on: how its steps are computed and kept, not what they are.
+# Settings of `train` that may change when a run goes on. They say how steps are computed and saved; none of them
+# changes the result of a step, except by rounding.
 MAY_CHANGE = (
     "parallel",
     "checkpoint_activations",
@@ -59,7 +60,7 @@ _FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 @dataclass(frozen=True)
 class Done:
-    """How far a run is: steps, batches drawn (the sampler's whole position), and `bad_*`: see `train/bad_steps.py`.
+    """How far a run is: steps, batches drawn (the sampler's whole position), and `bad_*`: see `train/skipped.py`.
 
     `data`: the digest of what it is trained on (`data/seen.py`); "" in checkpoints of older versions.
     """
@@ -78,29 +79,29 @@ def write_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         UserError: it cannot be written, for want of room, say; the last one is untouched.
     """
     final = run / "resume" / f"step-{done.step:08}"
-    fresh = final.with_name(final.name + ".new")
     try:
+        with atomic_write(final) if is_first() else nullcontext(final) as folder:
+            if is_first():
+                folder.mkdir(parents=True)
+            # All processes: parameters in pieces (FSDP2) are gathered. Only the first one writes.
+            save_trained(model, folder / "model.safetensors")
+            moments = _moments(model, optimizer)
+            if is_first():
+                write_tensors(moments, folder / "optimizer.safetensors")
+                write_json(asdict(done), folder / "progress.json")
+                files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+                write_json({"format": FORMAT, "step": done.step, "files": files}, folder / _MANIFEST)
+        # Older checkpoints go only when the new one is on the disk.
         if is_first():
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-        save_trained(model, fresh / "model.safetensors")
-        moments = _moments(model, optimizer)
-        if is_first():
-            write_tensors(moments, fresh / "optimizer.safetensors")
-            write_json(asdict(done), fresh / "progress.json")
-            files = {path.name: _digest(path) for path in sorted(fresh.iterdir())}
-            write_json({"format": FORMAT, "step": done.step, "files": files}, fresh / _MANIFEST)
-            sync(fresh)
-            fresh.rename(final)
-            sync(final.parent)
             keep_last(run, keep)
             for path in final.parent.glob("step-*.damaged"):
                 shutil.rmtree(path)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{fresh}: the checkpoint of step {done.step} cannot be written ({one_line(error)}); the one before it is "
+            f"{final}: the checkpoint of step {done.step} cannot be written ({one_line(error)}); the one before it is "
             "whole: make room, and go on with --resume"
         ) from error
+    # No process may end the run, or the scheduler its job, before the checkpoint is there.
     wait_for_all()
 
 
@@ -113,8 +114,9 @@ def find_checkpoint(run: Path, say: Callable[[str], object]) -> Path | None:
     Raises:
         UserError: there are checkpoints, and not one of them is whole; or they are of another version.
     """
-    found = from_first(_find(run / "resume", say) if is_first() else -1)
-    return None if found < 0 else run / "resume" / f"step-{found:08}"
+    # The first process decides for all: on a network disk they may not see the same files yet.
+    step = from_first(_find(run / "resume", say) if is_first() else -1)
+    return None if step < 0 else run / "resume" / f"step-{step:08}"
 
 
 def read_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Done:
@@ -130,13 +132,14 @@ def read_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         if name not in parameters:
             raise UserError(f"{folder / 'optimizer.safetensors'}: {name} is not trained by this model")
         target = parameters[name]
-        # What is as large as the parameter lies as it does; a count of steps is a number of its own.
+        # Moments are as large as their parameter and in the same pieces; `step` is one number.
         optimizer.state[target][part] = like(target, value) if part != "step" else value.to(target.device)
     return Done(**read_json(folder / "progress.json"))
 
 
 def forget_checkpoints(run: Path) -> None:
     """Removes the weights and checkpoints that an older run left in the folder of one that begins."""
+    # A run with model.safetensors is finished: --resume would not train.
     if is_first():
         for name in ("model.safetensors", "bad_batch.json"):
             (run / name).unlink(missing_ok=True)
@@ -162,6 +165,7 @@ def require_new(run: Path, overwrite: bool) -> None:
         UserError: The folder holds a run and `overwrite` is False, or it holds another program's model.
     """
     finished, begun = (run / "model.safetensors").exists(), bool(_steps(run / "resume"))
+    # Not even with --overwrite: another program's model has the same file names.
     if finished or (run / "config.json").exists():
         try:
             read_config(run)
@@ -182,13 +186,15 @@ def require_same(settings: RunSettings, run: Path, last: Path | None, data: str)
     Raises:
         UserError: it was begun with others, which say what its steps are.
     """
+    # Batches are drawn by number: with one picture more or less, all later steps would be others.
     then = read_json(last / "progress.json").get("data", "") if last else ""
     if then not in ("", data):
         raise UserError(
             f"--resume: the data have changed since {run} was begun ({then} then; {data} now): give the same pictures "
             "and captions, or a new --out"
         )
-    before = from_dict(read_config(run)["settings"])
+    before = read_settings(run)
+    # Compared with the new values of what may change.
     same = {name: getattr(settings.train, name) for name in MAY_CHANGE}
     if replace(before, train=replace(before.train, **same)) != settings:
         raise UserError(
@@ -204,9 +210,11 @@ def _find(folder: Path, say: Callable[[str], object]) -> int:
             f"{folder} holds a checkpoint of an older openblip2, without a manifest: finish the run with that one, or "
             "begin again with --overwrite"
         )
-    for left in [*folder.parent.glob("resume.old"), *folder.glob("step-*.new"), *folder.glob("step-*.old")]:
+    # What a killed process was still writing or removing.
+    for left in [*folder.parent.glob("resume.old"), *folder.glob("*step-*.new"), *folder.glob("step-*.old")]:
         shutil.rmtree(left)
-    damaged: dict[Path, str] = {}
+    damaged: dict[Path, str] = {}  # and why
+    # The latest first: usually it is whole, and no other has to be read.
     for step, path in reversed(_steps(folder).items()):
         problem = _problem(path)
         if problem is None:
@@ -240,6 +248,7 @@ def _problem(folder: Path) -> str | None:
     if not isinstance(manifest, dict) or not isinstance(files := manifest.get("files"), dict):
         return f"{_MANIFEST} names no files"
     if manifest.get("format") != FORMAT:
+        # Not damaged: it must not be put aside, the version that wrote it can go on from it.
         raise UserError(
             f"{folder / _MANIFEST}: format {manifest.get('format')!r}, this openblip2 reads {FORMAT}; go on with the "
             "version that wrote it"
@@ -255,7 +264,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def _aside(path: Path, why: str) -> Path:
-    """Gives a folder another name, at once, so that one that is half removed is not taken for a whole one."""
+    """Renames a folder before it is removed, so that one that is half removed is not taken for a whole one."""
     other = path.with_name(f"{path.name}.{why}")
     if other.exists():
         shutil.rmtree(other)
@@ -272,7 +281,8 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
     moments = {}
     for name, parameter in trained_parameters(model).items():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-            whole = full_tensor(value).cpu().contiguous()
+            # One by one, and dropped at once in the other processes: all moments are twice as large as what trains.
+            full = full_tensor(value).cpu().contiguous()
             if is_first():
-                moments[f"{name}:{key}"] = whole
+                moments[f"{name}:{key}"] = full
     return moments

@@ -9,33 +9,28 @@ from typing import Any
 
 from torch import Tensor
 
-from openblip2.config import RunSettings, from_dict
+from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.lora import adapt_qformer, merge_lora
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.train.checkpoint import fill_trained, kept_parameters, read_config, read_tensors
+from openblip2.runs import read_config, read_settings, read_tensors
+from openblip2.train.parameters import fill_trained, saved_parameters
 
-TEXT_PATH = ("qformer.word_embeddings.", "qformer.positions.", ".text_ffn.")  # of a stage-1 run; stage 2 leaves it out
+# The Q-Former's text path: queries and texts share attention, but have feed-forward layers of their own. A stage 2
+# without questions has none.
+TEXT_PATH = ("qformer.word_embeddings.", "qformer.positions.", ".text_ffn.")
+# The heads of the three losses, and their scalars, which stage 2 has no use for.
 HEADS = ("vision_proj.", "text_proj.", "itm_head.", "lm_head.", "temperature", "contrast_bias")
 STARTS = {"retrieval": "stage1", "caption": "stage2", "vqa": "stage2"}  # what each task starts from
 
 
-def settings_of(run: Path) -> RunSettings:
-    """The settings of a run, as its config.json has them.
-
-    Raises:
-        UserError: it is not a run.
-    """
-    return from_dict(read_config(run)["settings"])
-
-
 def require_start(settings: RunSettings) -> None:
-    """What the settings start from is there and of the right kind; told before minutes are spent on features.
+    """Checks that the run that these settings start from is there and of the right kind.
 
     Raises:
-        UserError: it is not.
+        UserError: It is not.
     """
     if settings.task == "pretraining":
         if not settings.start:
@@ -44,8 +39,9 @@ def require_start(settings: RunSettings) -> None:
             raise UserError(
                 f"start={settings.start}: stage 1 starts from qformer.start; only stage 2 starts from a run"
             )
-        _require_stage(settings.start, "stage1")
-        before = settings_of(Path(settings.start))
+        _require_stage(Path(settings.start), "stage1")
+        before = read_settings(Path(settings.start))
+        # No weight shows which scale the run was trained with, so that nothing else would notice.
         if before.qformer.self_attention_scale != settings.qformer.self_attention_scale:
             raise UserError(
                 f"start={settings.start} was trained with qformer.self_attention_scale="
@@ -61,54 +57,48 @@ def require_start(settings: RunSettings) -> None:
         return
     if not settings.start:
         raise UserError(f"{settings.task} starts from a run: give --start, a {STARTS[settings.task]} run")
-    _require_stage(settings.start, STARTS[settings.task])
-    before = settings_of(Path(settings.start))
+    _require_stage(Path(settings.start), STARTS[settings.task])
+    before = read_settings(Path(settings.start))
     if before.vision.trained and not settings.vision.trained:
         raise UserError(
             f"start={settings.start} holds an image encoder of its own: leave vision.trained at true, or give a run "
             "without one"
         )
-    if settings.qformer.reads_question and not before.qformer.reads_question:
-        _require_stage(_text_start(settings, before), "stage1")
+    if text_run := _text_run(settings):
+        _require_stage(text_run, "stage1")
 
 
 def sizes_to_start(settings: RunSettings) -> dict[str, int]:
     """The Q-Former's sizes for fine-tuning; those of a text path are the stage-1 run's."""
-    assert settings.start is not None
-    before = settings_of(Path(settings.start))
-    run = settings.start
-    if settings.qformer.reads_question and not before.qformer.reads_question:
-        run = _text_start(settings, before)
-    return read_config(Path(run))["sizes"]
+    return read_config(_text_run(settings) or Path(str(settings.start)))["sizes"]
 
 
 def tokenizer_to_start(settings: RunSettings) -> Any:
     """The Q-Former's tokenizer, for fine-tuning."""
-    assert settings.start is not None
-    before = settings_of(Path(settings.start))
-    has_one = before.stage == "stage1" or before.qformer.reads_question
-    run = Path(settings.start if has_one else _text_start(settings, before))
+    run = _text_run(settings) or Path(str(settings.start))
     return bert_tokenizer(str(run / "tokenizer"), read_config(run)["sizes"]["vocabulary"])
 
 
 def fine_tune_from(model: Stage1 | Stage2, settings: RunSettings) -> None:
     """Fills a model with the run that fine-tuning starts from, strictly."""
-    assert settings.start is not None
-    run = Path(settings.start)
-    before, found = settings_of(run), read_tensors(run / "model.safetensors")
-    if settings.qformer.reads_question and not before.qformer.reads_question:
-        found |= _text_path(read_tensors(Path(_text_start(settings, before)) / "model.safetensors"))
-    if settings.vision.trained and not before.vision.trained:
-        found |= {n: p.data for n, p in kept_parameters(model).items() if n.startswith("vision.")}
-    fill_trained(model, found, str(run))
+    run = Path(str(settings.start))
+    weights = read_tensors(run / "model.safetensors")
+    # For VQA (paper 4.3), stage 2's Q-Former gets the text path of the stage-1 run that it began with.
+    if text_run := _text_run(settings):
+        weights |= _text_path(read_tensors(text_run / "model.safetensors"))
+    # An encoder that trains for the first time begins with its published weights, which the model already has.
+    if settings.vision.trained and not read_settings(run).vision.trained:
+        weights |= {n: p.data for n, p in saved_parameters(model).items() if n.startswith("vision.")}
+    fill_trained(model, weights, str(run))
 
 
 def start_from_stage1(model: Stage2, run: Path) -> None:
-    """Puts a stage-1 run's query path over stage 2's, strictly; only the text path and the heads are left out.
+    """Copies a stage-1 run's query path into stage 2's, strictly; only the text path and the heads are left out.
 
     Adapters that the stage-1 run trained (`qformer.lora`) are folded into the weights.
     """
-    rank = settings_of(run).qformer.lora
+    # Its weights have the names of an adapted Q-Former: this one gets adapters, too, until they are folded in.
+    rank = read_settings(run).qformer.lora
     if rank:
         adapt_qformer(model.qformer, rank)
     weights = read_tensors(run / "model.safetensors")
@@ -116,7 +106,7 @@ def start_from_stage1(model: Stage2, run: Path) -> None:
     used = {
         name: value for name, value in weights.items() if name not in text and not name.startswith((*HEADS, "vision."))
     }
-    wanted = {name: p for name, p in kept_parameters(model).items() if name.startswith("qformer.")}
+    wanted = {name: p for name, p in saved_parameters(model).items() if name.startswith("qformer.")}
     differing = sorted(used.keys() ^ wanted.keys()) or [n for n in used if used[n].shape != wanted[n].shape]
     if differing:
         raise UserError(
@@ -133,20 +123,28 @@ def _text_path(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in weights.items() if any(part in name for part in TEXT_PATH)}
 
 
-def _text_start(settings: RunSettings, before: RunSettings) -> str:
-    found = settings.text_start or before.start
-    if found and not settings.text_start and not Path(found).exists():
-        found = str(Path(str(settings.start)).parent / Path(found).name)  # runs that were moved together
-    if not found:
+def _text_run(settings: RunSettings) -> Path | None:
+    """The stage-1 run whose text path the Q-Former gets, to read questions; None if it needs none, or already has it.
+
+    Raises:
+        UserError: It is not known which run that is.
+    """
+    before = read_settings(Path(str(settings.start)))
+    if before.qformer.reads_question or not settings.qformer.reads_question:
+        return None
+    run = settings.text_start or before.start
+    if not run:
         raise UserError(
             f"start={settings.start} does not say which stage-1 run it began with, whose text path reads the question: "
             "give --set text_start=RUN, or --set qformer.reads_question=false"
         )
-    return found
+    if not settings.text_start and not Path(run).exists():
+        return Path(str(settings.start)).parent / Path(run).name  # both runs were moved to another folder
+    return Path(run)
 
 
-def _require_stage(run: str, stage: str) -> None:
-    if settings_of(Path(run)).stage != stage:
+def _require_stage(run: Path, stage: str) -> None:
+    if read_settings(run).stage != stage:
         raise UserError(
             f"start={run} is no {stage[:-1]}-{stage[-1]} run; give the folder that `train {stage} --out` wrote"
         )

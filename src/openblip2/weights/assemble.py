@@ -22,7 +22,7 @@ from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 from openblip2.model.wheels import locate
-from openblip2.train.checkpoint import fill_trained
+from openblip2.train.parameters import fill_trained
 from openblip2.weights.checkpoint import Checkpoint, width_of
 
 

@@ -16,7 +16,8 @@ from openblip2.model.lora import merge_lora
 from openblip2.model.mapped import local_folder
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
-from openblip2.train.checkpoint import kept_parameters, make_folder
+from openblip2.runs import make_folder
+from openblip2.train.parameters import saved_parameters
 from openblip2.weights.assemble import assemble, find_language, find_tokenizer, find_vision
 from openblip2.weights.card import model_card, transformers_usage, usage
 from openblip2.weights.checkpoint import Checkpoint, Parts, carried
@@ -161,7 +162,7 @@ def _without_adapters(checkpoint: Checkpoint) -> Checkpoint:
     model, settings = assemble(replace(checkpoint, settings=_stored(settings)), CPU, "fp32")
     merge_lora(model)
     settings = replace(settings, qformer=replace(settings.qformer, lora=0), language=replace(settings.language, lora=0))
-    trained: dict[str, Tensor] = {name: p.detach() for name, p in kept_parameters(model).items()}
+    trained: dict[str, Tensor] = {name: p.detach() for name, p in saved_parameters(model).items()}
     left_out = (*checkpoint.left_out, "LoRA: folded into the weights, in fp32")
     checkpoint = replace(checkpoint, settings=settings, trained=trained, left_out=left_out)
     if not isinstance(model, Stage2):

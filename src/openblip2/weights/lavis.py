@@ -6,7 +6,6 @@ Shapes: Q queries, D Q-Former width, V encoder width, P patch tokens, S image si
 """
 
 import math
-import os
 import pickle
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from openblip2.config import LanguageSettings, RunSettings, VisionSettings
 from openblip2.errors import UserError, one_line
 from openblip2.model.vision import Vision
 from openblip2.presets import FLANT5_XL, FLANT5_XXL, OPT_2_7B, OPT_6_7B, VIT_G, VIT_L
+from openblip2.runs import atomic_write
 from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_of, sizes_of
 from openblip2.weights.names import TOWER, column, rename
 
@@ -139,14 +139,11 @@ def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: 
                 f"the image encoder's {config.num_attention_heads} attention heads: LAVIS files do not say how many "
                 f"there are; load it with vision_heads={config.num_attention_heads}"
             )
-    fresh = out.with_name(out.name + ".new")
     try:
-        torch.save({"model": model}, fresh)
-        os.replace(fresh, out)
+        with atomic_write(out) as draft:
+            torch.save({"model": model}, draft)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{out} cannot be written: {one_line(error)}") from error
-    finally:
-        fresh.unlink(missing_ok=True)
     # What is left out of a LAVIS file that is read is in the one that is written.
     return [line for line in checkpoint.left_out if line.partition(":")[0] not in model] + notes
 

@@ -4,12 +4,10 @@ RUN/vision/, RUN/language/   frozen parts in transformers' layout, where `vision
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 from torch import Tensor
@@ -21,16 +19,8 @@ from openblip2.model.lora import plain_state
 from openblip2.model.quiet import quiet_transformers
 from openblip2.model.vision import Vision
 from openblip2.model.whitening import Whitening
-from openblip2.train.checkpoint import (
-    make_folder,
-    read_config,
-    read_tensors,
-    read_whitening,
-    save_whitening,
-    write_config,
-    write_json,
-    write_tensors,
-)
+from openblip2.runs import atomic_write, make_folder, read_config, read_tensors, write_config, write_json, write_tensors
+from openblip2.train.parameters import read_whitening, save_whitening
 from openblip2.weights.checkpoint import Checkpoint, Parts
 
 CARRIED = {"vision": "./vision", "language": "./language"}  # the names of parts inside the run
@@ -131,14 +121,9 @@ def fresh_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already: give a new name, or an empty folder")
-    draft = out.with_name(f".{out.name}.{os.getpid()}.new")
-    make_folder(draft)
     try:
-        yield draft
-        if out.exists():
-            out.rmdir()
-        draft.rename(out)
+        with atomic_write(out, concurrent=True) as draft:
+            make_folder(draft)
+            yield draft
     except OSError as error:
         raise UserError(f"{out} cannot be written: {one_line(error)}") from error
-    finally:
-        rmtree(draft, ignore_errors=True)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from openblip2.errors import UserError, one_line
-from openblip2.train.checkpoint import read_json
+from openblip2.runs import read_json
 from openblip2.weights.checkpoint import Checkpoint, Parts
 from openblip2.weights.huggingface import read_huggingface
 from openblip2.weights.lavis import read_lavis

@@ -12,7 +12,7 @@ from openblip2.apps.bench.measure import NAIVE, OURS, Case
 from openblip2.data.web.mixture import count_parts, read_parts
 from openblip2.data.web.pairs import ShardPairs
 from openblip2.data.web.shard_file import write_stats
-from openblip2.data.web.tars import Sample, TarWriter
+from openblip2.data.web.tars import Sample, write_tar
 
 SIDE = 256  # px, as img2dataset stores pictures by default
 SIZE = 224  # px, what the paper trains on
@@ -26,12 +26,12 @@ def loader_case(folder: Path) -> Case:
     the image smaller.
     """
     files = {f"{n:09}": _jpeg(n) for n in range(PICTURES)}
-    writer = TarWriter(folder / "00000.tar")
-    for key, file in files.items():
-        writer.add(Sample(key, file, "jpg", (f"picture {key}",), {"url": key, "width": SIDE, "height": SIDE}))
-    writer.close()
-    write_stats(writer.path, writer.count)
-    parts = count_parts(read_parts(str(writer.path)), print)
+    shard = folder / "00000.tar"
+    with write_tar(shard) as writer:
+        for key, file in files.items():
+            writer.add(Sample(key, file, "jpg", (f"picture {key}",), {"url": key, "width": SIDE, "height": SIDE}))
+    write_stats(shard, writer.count)
+    parts = count_parts(read_parts(str(shard)), print)
     loader = ShardPairs(parts, PICTURES, 0, SIZE, 1, print, augmented=False, threads=1)
     order = [name.rpartition(": ")[2].removesuffix(".jpg") for name in loader(0).names or ()]
 

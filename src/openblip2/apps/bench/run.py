@@ -18,7 +18,7 @@ from openblip2.apps.bench.sizes import SIZES
 from openblip2.errors import UserError
 from openblip2.hardware import compute_dtype, device, keep_freed_memory
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import write_json
+from openblip2.runs import write_json
 
 COUNTED = "stage2-features"  # the case whose share of the measured peak is reported
 

@@ -26,7 +26,7 @@ from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.model.extras import require
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import make_folder, require_absent, write_json
+from openblip2.runs import make_folder, require_absent, write_json
 from openblip2.train.encode import encode_all
 from openblip2.train.prepare import prepare
 from openblip2.train.recipes import train_stage

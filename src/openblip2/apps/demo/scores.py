@@ -22,7 +22,7 @@ from openblip2.hardware import computing, device
 from openblip2.matcher import Matcher
 from openblip2.model.language import Decoding
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import make_folder
+from openblip2.runs import make_folder
 
 SHOWN = 24  # held-out pictures in the report: the first ones, not chosen
 

@@ -2,7 +2,6 @@
 
 import base64
 import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from io import BytesIO
@@ -20,7 +19,7 @@ from openblip2.data.scenes.grammar import judge
 from openblip2.data.scenes.vocabulary import WORLDS
 from openblip2.evaluate.health import Finding, findings
 from openblip2.evaluate.vqa_metrics import normalise
-from openblip2.train.checkpoint import read_config, read_json
+from openblip2.runs import read_config, read_json, write_text
 from openblip2.train.log import read_log
 
 
@@ -90,9 +89,7 @@ def _write(path: Path, template: str, **values: Any) -> None:
     )
     pages.filters |= {"percent": percent, "duration": duration, "data_url": _data_url}
     pages.globals["thumbnail"] = _thumbnail
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(pages.get_template(template).render(values), encoding="utf-8")
-    os.replace(fresh, path)
+    write_text(pages.get_template(template).render(values), path)
 
 
 @lru_cache(maxsize=512)

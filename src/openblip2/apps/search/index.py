@@ -30,7 +30,7 @@ from openblip2.inference import load
 from openblip2.inputs import features_of
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import make_folder, read_json, write_json
+from openblip2.runs import atomic_write, make_folder, read_json, write_json
 
 SIDE = 256  # px, a thumbnail's longer side
 GROUP = 64  # pictures at once
@@ -78,10 +78,8 @@ class Index:
     def save(self) -> None:
         """One file after another; `open_index` drops what is not in both of the first."""
         self.vectors.save(self.folder / "vectors.faiss")
-        fresh = self.folder / "pictures.jsonl.new"
-        with fresh.open("w", encoding="utf-8") as file:
+        with atomic_write(self.folder / "pictures.jsonl") as draft, draft.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row._asdict()) + "\n" for row in self.rows.values())
-        os.replace(fresh, self.folder / "pictures.jsonl")
         write_json(self.about, self.folder / "index.json")
 
 

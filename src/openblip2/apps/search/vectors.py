@@ -5,13 +5,13 @@ A picture has Q vectors of length 1, and fits a text as well as the best of them
 Shapes: N pictures, Q queries, E shared space.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from openblip2.errors import UserError, one_line
+from openblip2.runs import atomic_write
 
 Array = np.ndarray[Any, Any]
 USUAL = 4.0  # standard deviations of one value of E, if the direction is any
@@ -81,9 +81,8 @@ class Vectors:
 
     def save(self, path: Path) -> None:
         """Whole, or not at all."""
-        fresh = path.with_name(path.name + ".new")
-        require_faiss().write_index(self.index, str(fresh))
-        os.replace(fresh, path)
+        with atomic_write(path) as draft:
+            require_faiss().write_index(self.index, str(draft))
 
     @classmethod
     def read(cls, path: Path, queries: int, width: int) -> "Vectors":

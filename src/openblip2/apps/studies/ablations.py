@@ -15,7 +15,7 @@ from openblip2.apps.studies.verdict import curve, figure, judge
 from openblip2.config import RunSettings, to_dict
 from openblip2.hardware import keep_freed_memory
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import make_folder, write_json
+from openblip2.runs import make_folder, write_json
 
 
 def ablate(name: str, out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:

@@ -31,10 +31,9 @@ from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.presets import fine_tuning, preset
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import read_json, write_json
+from openblip2.runs import read_json, read_settings, write_json
 from openblip2.train.encode import make_cache
 from openblip2.train.recipes import train_stage
-from openblip2.train.start import settings_of
 
 SOURCE = "stamps"  # retrieved and captioned; the other sources are only trained on
 WAYS = ("tr@1", "ir@1")  # image to text, text to image
@@ -127,7 +126,7 @@ def _fold(
     for name, part, changes in (("joint", train, plan.joint), ("alone", stamps, plan.alone)):
         first, second = folder / name / "stage1", folder / name / "retrieval"
         _train(change(base, changes), part, first, progress)
-        tuned = fine_tuning("retrieval", "laptop", settings_of(first), str(first))
+        tuned = fine_tuning("retrieval", "laptop", read_settings(first), str(first))
         common = {"data.features": base.data.features, "train.seed": plan.seed}
         _train(change(tuned, common | plan.retrieval), stamps, second, progress)
         for stage, run in (("stage 1", first), ("fine-tuned", second)):

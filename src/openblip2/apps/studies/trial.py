@@ -36,7 +36,7 @@ from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.model.likelihood import likelihoods
 from openblip2.progress import Progress
-from openblip2.train.checkpoint import read_json, write_json
+from openblip2.runs import read_json, write_json
 from openblip2.train.encode import make_cache, whitened
 from openblip2.train.recipes import train_stage
 

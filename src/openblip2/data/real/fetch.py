@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from openblip2.errors import UserError, one_line
+from openblip2.runs import atomic_write
 
 _SECONDS = 1800  # for one command
 _MAX_BYTES = 2**30  # that one archive may unfold to
@@ -99,11 +100,13 @@ def fetch(
 
 
 def _fetch(package: Package, folder: Path) -> None:
-    """Unpack beside the target and rename: a folder of the package's name is whole."""
+    """A folder of the package's name is whole."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
-            draft = Path(temporary) / "unpacked"
+        with (
+            tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary,
+            atomic_write(folder / package.name, concurrent=True) as draft,
+        ):
             draft.mkdir()
             if package.version:
                 _run(["npm", "pack", "--ignore-scripts", f"{package.name}@{package.version}"], temporary)
@@ -116,7 +119,6 @@ def _fetch(package: Package, folder: Path) -> None:
                 catalogue.unlink()
             if not (draft / package.licence).is_file():
                 raise UserError(f"{package.name}: comes without {package.licence}; the package with its licence")
-            draft.rename(folder / package.name)
     except OSError as error:
         raise UserError(f"{folder}: {package.name} cannot be unpacked there ({one_line(error)}); free space") from error
 

@@ -16,7 +16,7 @@ img2dataset and `openblip2 prepare` write it; where there is none, the shard's h
 """
 
 import json
-import os
+import shutil
 import tomllib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +24,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from openblip2.data.web.readers import reader
+from openblip2.data.records import Record, write_records
+from openblip2.data.text import clean_caption
+from openblip2.data.web.readers import captions, reader
 from openblip2.data.web.shard_file import is_url, told_samples
 from openblip2.data.web.shard_names import expand
 from openblip2.data.web.tars import Shard
 from openblip2.errors import UserError, one_line
+from openblip2.runs import write_text
 
 FILE = "shards.json"
 _FORMAT = 1
@@ -140,11 +143,34 @@ def hold_out(parts: Sequence[Part], wanted: int) -> list[Part]:
     return [replace(first, held_out=tuple(held)), *parts[1:]]
 
 
+def write_held_out(part: Part, wanted: int, folder: Path, problem: Callable[[str], object]) -> None:
+    """The first `wanted` samples of a part as a data folder, without those that have no caption."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    how, records = reader(part.reader), list[Record]()
+    for url, held in zip(part.shards, part.held_out, strict=True):
+        if not held:
+            continue
+        shard = Shard(url, problem)
+        for number in range(min(held, len(shard))):
+            sample = shard.read(number)
+            texts = captions(sample, how) if sample else ()
+            if sample and any(map(clean_caption, texts)):
+                path = folder / f"{len(records):06}.{sample.suffix}"
+                path.write_bytes(sample.image)
+                records.append(Record(f"{Path(url).stem}/{sample.key}", path, texts))
+        shard.close()
+    if len(records) < 2:
+        raise UserError(
+            f"{wanted} samples are held out, {len(records)} of them with a caption: at least 2; give --held-out "
+            "pictures, or a larger data.held_out"
+        )
+    write_records(records, folder)
+
+
 def write_parts(parts: Sequence[Part], run: Path) -> None:
     """Writes `RUN/shards.json`, whole or not at all."""
-    fresh = run / (FILE + ".new")
-    fresh.write_text(json.dumps({"format": _FORMAT, "parts": [asdict(part) for part in parts]}) + "\n", "utf-8")
-    os.replace(fresh, run / FILE)
+    write_text(json.dumps({"format": _FORMAT, "parts": [asdict(part) for part in parts]}) + "\n", run / FILE)
 
 
 def kept_parts(run: Path, parts: Sequence[Part]) -> list[Part] | None:

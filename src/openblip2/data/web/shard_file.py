@@ -1,7 +1,6 @@
 """A shard's file, here or remote, and the file beside it that says how many samples it has."""
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from openblip2.errors import UserError, one_line
+from openblip2.runs import write_json
 
 WAITS = (1, 5)  # seconds before a remote file is tried again
 
@@ -70,10 +70,7 @@ def told_samples(shard: str) -> int | None:
 
 def write_stats(shard: Path, samples: int, **more: Any) -> None:
     """Writes the file beside a shard, whole or not at all: "successes", as img2dataset calls it, and `more`."""
-    path = Path(stats_path(str(shard)))
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(json.dumps({"successes": samples} | more, indent=4) + "\n", encoding="utf-8")
-    os.replace(fresh, path)
+    write_json({"successes": samples} | more, Path(stats_path(str(shard))))
 
 
 def _open_remote(url: str) -> Any:

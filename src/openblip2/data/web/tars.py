@@ -15,7 +15,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,8 @@ from openblip2.data.images import MAX_BYTES
 from openblip2.data.web.shard_file import open_shard
 from openblip2.data.web.shard_names import expand as expand  # part of this module's interface
 from openblip2.data.web.tar_members import Member, shown, tar_members
-from openblip2.distributed.launch import locked
 from openblip2.errors import UserError, one_line
+from openblip2.runs import atomic_write, locked
 
 PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"})
 MAX_CAPTION = 64 * 2**10  # bytes of one caption
@@ -177,23 +177,32 @@ def read_tar(url: str, problem: Callable[[str], object], start: int = 0) -> Iter
         shard.close()
 
 
+@contextmanager
+def write_tar(path: Path) -> Iterator["TarWriter"]:
+    """Writes a shard, which gets its name when it is whole and on the disk.
+
+    Raises:
+        UserError: another process writes it, or it cannot be written.
+    """
+    # Locked: two parts of one job may have the same shard.
+    with locked(path.parent, f".{path.name}.lock"), atomic_write(path) as draft:
+        try:
+            tar = tarfile.open(draft, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); a folder that can be written to") from error
+        with tar:
+            yield TarWriter(path, tar)
+
+
 class TarWriter:
-    """A shard being written: it has a temporary name until it is whole and on the disk.
+    """A shard being written (`write_tar`).
 
     The same samples give the same bytes: members carry no time, owner or other trace of where they were written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = Path(path), 0
-        self._draft = self.path.with_name(f".{self.path.name}.new")
-        self._keys: set[str] = set()
-        self._held = ExitStack()  # two parts of one job may have the same shard
-        self._held.enter_context(locked(self.path.parent, f".{self.path.name}.lock"))
-        try:
-            self._file = self._draft.open("wb")
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); a folder that can be written to") from error
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+    def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
+        self.path, self.count = path, 0
+        self._tar, self._keys = tar, set[str]()
 
     def add(self, sample: Sample) -> None:
         """Appends a sample.
@@ -228,22 +237,6 @@ class TarWriter:
         if about:
             self._write(f"{key}.json", json.dumps(about, sort_keys=True).encode())
         self.count += 1
-
-    def close(self) -> None:
-        """Ends the file and gives it its name."""
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._draft, self.path)
-        self._held.close()
-
-    def abandon(self) -> None:
-        """Leaves nothing behind."""
-        self._file.close()
-        with suppress(FileNotFoundError):
-            self._draft.unlink()
-        self._held.close()
 
     def _write(self, name: str, content: bytes) -> None:
         member = tarfile.TarInfo(name)

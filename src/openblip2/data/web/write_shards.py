@@ -18,7 +18,7 @@ import torch
 from openblip2.data.images import THREADS, open_picture
 from openblip2.data.records import Record
 from openblip2.data.web.shard_file import stats_path, write_stats
-from openblip2.data.web.tars import PICTURES, Sample, TarWriter
+from openblip2.data.web.tars import PICTURES, Sample, write_tar
 from openblip2.errors import UserError
 
 
@@ -74,19 +74,15 @@ def write_shards(
 def _write(
     path: Path, records: Sequence[Record], shard: str, threads: ThreadPoolExecutor, advance: Callable[[int], object]
 ) -> tuple[int, list[str]]:
-    writer, skipped = TarWriter(path), list[str]()
+    skipped: list[str] = []
     digits = max(4, len(str(len(records) - 1)))  # img2dataset's keys: the shard's number, then the sample's
-    try:
+    with write_tar(path) as writer:
         for number, found in enumerate(threads.map(_take, records)):
             if isinstance(found, str):
                 skipped.append(found)
             else:
                 writer.add(found._replace(key=f"{shard}{number:0{digits}}"))
             advance(1)
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.close()
     write_stats(path, writer.count, count=len(records), skipped=skipped, records=_digest(records))
     return writer.count, skipped
 

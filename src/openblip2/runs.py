@@ -1,0 +1,250 @@
+"""A run folder: its files are read, written atomically, and locked. Nothing in it is pickled.
+
+RUN/config.json          the resolved settings, with the versions that made it
+RUN/model.safetensors    the trained parts, by name (the frozen ones are named in config.json), adapters among them
+RUN/whitening.safetensors  what the frozen features are whitened by, if they are
+RUN/tokenizer/           the Q-Former's tokenizer, where it reads text
+RUN/trained_on.txt       which pictures it was trained on (data/seen.py)
+RUN/log.jsonl            one line for each step and each validation
+RUN/resume/              the last checkpoints of an unfinished run (train/resume.py)
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from errno import ENOSYS
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from openblip2.compat import __version__
+from openblip2.config import RunSettings, from_dict, to_dict
+from openblip2.distributed.collectives import is_first
+from openblip2.errors import UserError
+
+# Parts that had another name when a run wrote its weights: old name -> today's.
+RENAMED = {
+    "qformer.words.": "qformer.word_embeddings.",
+    "image_head.": "vision_proj.",
+    "text_head.": "text_proj.",
+    "match_head.": "itm_head.",
+    "word_head.": "lm_head.",
+}
+
+
+@contextmanager
+def atomic_write(path: Path, concurrent: bool = False) -> Iterator[Path]:
+    """A temporary path to write a file or a folder to; at the end of the block it is renamed to `path`.
+
+    Nobody reads half a file, not even after a power cut. After an error `path` is as it was before.
+
+    Args:
+        path: The file, which is replaced if it is there; or the folder, which must be missing or empty.
+        concurrent: Whether other processes may write to `path` at the same time. Each then has a temporary path of its
+            own; one that is killed leaves its file behind, which nobody removes.
+    """
+    draft = path.with_name(f".{path.name}.{uuid4().hex}.new" if concurrent else f".{path.name}.new")
+    _remove(draft)
+    try:
+        yield draft
+        sync(draft)  # before the rename: the name must not be on the disk before the content
+        os.replace(draft, path)
+        sync(path.parent)
+    finally:
+        _remove(draft)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or a folder's list of names, is on the disk and outlives a power cut."""
+    if path.is_dir() and os.name != "posix":
+        return  # elsewhere a folder cannot be opened
+    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | None = None) -> Iterator[None]:
+    """Keeps other processes from writing to a folder, which is made if needed; of one training, the first process does.
+
+    The system frees the lock when the process dies. The file is there while the lock is held, and names its holder.
+
+    Args:
+        say: Called with a line before waiting for another process; None = another process is an error.
+
+    Raises:
+        UserError: Another process holds the lock, or the folder cannot be written to.
+    """
+    if not is_first():
+        yield
+        return
+    path = folder / name
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written to ({error.strerror}): give a folder that can be") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = f"{folder} is being written by {file.read() or 'another process'}"
+            if say is None:
+                raise UserError(f"{holder}: wait until it is done, or give another --out") from None
+            say(f"{holder}: waiting until it is done")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno != ENOSYS:  # clusters may mount Lustre without locks: let one process at a time write there
+                raise
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            break
+        file.close()  # its last holder has just removed it
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder to write to, with those above it, unless it is there.
+
+    Raises:
+        UserError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): give a folder that can be written to") from error
+
+
+def require_absent(path: Path, overwrite: bool) -> None:
+    """A result that exists is only replaced where the user asks for it; else, a `UserError`."""
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already: give another --out, or add --overwrite to replace it")
+
+
+def write_text(text: str, path: Path) -> None:
+    """Writes a text file, whole or not at all."""
+    with atomic_write(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(values: Any, path: Path) -> None:
+    """Writes a JSON file, whole or not at all."""
+    write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON.
+
+    Raises:
+        UserError: No such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes one safetensors file, whole or not at all."""
+    with atomic_write(path) as draft:
+        save_file(tensors, draft)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, those in `RENAMED` under their present names.
+
+    Raises:
+        UserError: No such file, or not a whole safetensors file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a run holds model.safetensors (has its training finished?)")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
+    for old, new in RENAMED.items():
+        tensors = {new + name[len(old) :] if name.startswith(old) else name: part for name, part in tensors.items()}
+    return tensors
+
+
+def write_config(run: Path, settings: RunSettings, sizes: Mapping[str, int]) -> None:
+    """`config.json`: the resolved settings, the sizes read off the checkpoints, and the versions."""
+    import transformers
+
+    write_json(
+        {
+            "settings": to_dict(settings),
+            "sizes": dict(sizes),
+            "versions": {
+                "openblip2": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        },
+        run / "config.json",
+    )
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """What `RUN/config.json` holds: at least `settings` and `sizes`.
+
+    Raises:
+        UserError: It is not a run, or sizes in it are none that a Q-Former can have.
+    """
+    wanted = "give the folder that `openblip2 train ... --out FOLDER` wrote"
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is not a run: {wanted}")
+    saved = read_json(run / "config.json")
+    if not isinstance(saved, dict) or not {"settings", "sizes"} <= saved.keys():
+        raise UserError(f"{run} is not a run (its config.json is another program's): {wanted}")
+    _check_sizes(saved["sizes"], run / "config.json")
+    return saved
+
+
+def read_settings(run: Path) -> RunSettings:
+    """The settings of a run, as its config.json has them.
+
+    Raises:
+        UserError: It is not a run.
+    """
+    return from_dict(read_config(run)["settings"])
+
+
+def _check_sizes(sizes: Any, path: Path) -> None:
+    names = ("width", "layers", "heads", "ffn", "vocabulary", "positions")
+    if not isinstance(sizes, dict) or sizes.keys() != set(names):
+        raise UserError(f"{path}: sizes must name {', '.join(names)}")
+    for name, size in sizes.items():
+        least = 0 if name == "vocabulary" else 1  # stage 2 has no text path
+        if type(size) is not int or size < least:
+            raise UserError(f"{path}: sizes.{name} is {size!r}: it must be a whole number, {least} or more")
+    if sizes["width"] % sizes["heads"]:
+        raise UserError(f"{path}: width {sizes['width']} is not a multiple of {sizes['heads']} heads")

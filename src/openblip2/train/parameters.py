@@ -1,0 +1,108 @@
+"""The trained parameters of a model and the whitening of its features, written to files and read back."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from openblip2.config import RunSettings
+from openblip2.distributed.collectives import is_first
+from openblip2.distributed.full_tensor import fill, full_tensor
+from openblip2.errors import UserError
+from openblip2.model.whitening import Whitening, fit_whitening
+from openblip2.runs import read_tensors, write_tensors
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name; a tied one is there once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a run saves, by name: those that train, and all of the Q-Former."""
+    # Other frozen parts can be loaded again by the names in config.json. The Q-Former's weights are in no other file,
+    # even where adapters (LoRA) freeze them.
+    return {n: p for n, p in model.named_parameters() if p.requires_grad or n.startswith("qformer.")}
+
+
+def save_trained(model: nn.Module, path: Path) -> None:
+    """Writes the saved parameters to one safetensors file, whole or not at all.
+
+    All processes of a run must call it; the first one writes.
+    """
+    weights = {}
+    for name, parameter in saved_parameters(model).items():
+        # One by one: a parameter in pieces (FSDP2) is gathered in all processes, and only the first has room for all.
+        full = full_tensor(parameter).cpu().contiguous()
+        if is_first():
+            weights[name] = full
+    if is_first():
+        write_tensors(weights, path)
+
+
+def load_trained(model: nn.Module, path: Path) -> None:
+    """Fills the saved parameters from a file, strictly: the same names and shapes on both sides.
+
+    Raises:
+        UserError: The file is missing or damaged, or holds other names or shapes; they are listed.
+    """
+    fill_trained(model, read_tensors(path), str(path))
+
+
+def fill_trained(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fills the saved parameters from tensors, strictly: the same names and shapes on both sides.
+
+    Raises:
+        UserError: `source` holds other names or shapes; they are listed.
+    """
+    # A missing or an extra name means that config.json describes another model than the one that was trained.
+    wanted = saved_parameters(model)
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or extra:
+        raise UserError(
+            f"{source} does not fit this model: {_some('missing', missing)}{_some('unexpected', extra)}"
+            "the run's config.json must describe the model that was trained"
+        )
+    for name, parameter in wanted.items():
+        if tensors[name].shape != parameter.shape:
+            raise UserError(
+                f"{source} does not fit this model: {name} has shape {list(tensors[name].shape)}, "
+                f"the model wants {list(parameter.shape)}"
+            )
+        fill(parameter, tensors[name])
+
+
+def save_whitening(whitening: Whitening, run: Path) -> None:
+    """Writes `RUN/whitening.safetensors`."""
+    write_tensors({"mean": whitening.mean.cpu(), "matrix": whitening.matrix.cpu()}, run / "whitening.safetensors")
+
+
+def read_whitening(run: Path) -> Whitening:
+    """The whitening of the features that a run was trained on.
+
+    Raises:
+        UserError: it has none, or a damaged one.
+    """
+    tensors = read_tensors(run / "whitening.safetensors")
+    if tensors.keys() != {"mean", "matrix"}:
+        raise UserError(f"{run / 'whitening.safetensors'}: holds {sorted(tensors)}, not mean and matrix")
+    return Whitening(tensors["mean"], tensors["matrix"])
+
+
+def whitening_of_run(settings: RunSettings, run: Path, features: Callable[[], Tensor] | None = None) -> Whitening:
+    """The whitening of the run to start from, which has learned with it; without one, of some features `[N, P, V]`."""
+    # Fitted once: in other processes rounding could make it another one.
+    if not is_first():
+        return read_whitening(run)
+    if settings.start:
+        whitening = read_whitening(Path(settings.start))
+    else:
+        assert features is not None, "only fine-tuning trains the encoder, and it starts from a run"
+        whitening = fit_whitening(features())
+    save_whitening(whitening, run)
+    return whitening
+
+
+def _some(what: str, names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{what}: {', '.join(names[:4])}{more}; " if names else ""
