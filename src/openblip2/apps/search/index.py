@@ -22,14 +22,14 @@ from openblip2.apps.search.vectors import Array, Vectors, require_faiss
 from openblip2.data.images import THREADS, Picture, open_picture
 from openblip2.data.web.tars import PICTURES
 from openblip2.errors import UserError
-from openblip2.evaluate.retrieval import image_vectors
+from openblip2.evaluate.protocol import weights_digest
+from openblip2.evaluate.ranking import image_vectors
 from openblip2.hardware import computing
 from openblip2.inference import load
 from openblip2.inputs import features_of
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.runs import atomic_write, make_folder, read_json, write_json
-from openblip2.score.card import weights_digest
 
 SIDE = 256  # px, the longer side of a thumbnail
 GROUP = 64  # pictures that are read together
