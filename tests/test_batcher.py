@@ -11,7 +11,8 @@ from starlette.requests import Request
 
 from openblip2.apps.serve.batcher import Batcher, Limits
 from openblip2.apps.serve.http import ServeError
-from openblip2.apps.serve.worker import Call, Job, Worker, Write, Written
+from openblip2.apps.serve.jobs import Call, Job, Write, Written
+from openblip2.apps.serve.worker import Worker
 from openblip2.errors import UserError
 from openblip2.model.decoding import Decoding
 

@@ -23,8 +23,9 @@ from openblip2.apps.search.index import update_index
 from openblip2.apps.serve.batcher import Limits
 from openblip2.apps.serve.engine import Engine
 from openblip2.apps.serve.http import ServeError
+from openblip2.apps.serve.jobs import Call, Served, Write
 from openblip2.apps.serve.start import find_runs
-from openblip2.apps.serve.worker import RESTARTS, Call, Served, Worker, Write
+from openblip2.apps.serve.worker import RESTARTS, Worker
 from openblip2.captioner import CAPTION, CHAT, Captioner, greedy
 from openblip2.chat import Chat
 from openblip2.cli import app as cli

@@ -20,7 +20,8 @@ from openblip2.apps.search.index import open_index
 from openblip2.apps.serve import openai
 from openblip2.apps.serve.batcher import Batcher, Limits
 from openblip2.apps.serve.http import Guard, ServeError, error_response
-from openblip2.apps.serve.worker import Call, Job, Worker, Write
+from openblip2.apps.serve.jobs import Call, Job, Write
+from openblip2.apps.serve.worker import Worker
 from openblip2.captioner import ANSWER, CAPTION
 from openblip2.errors import UserError
 

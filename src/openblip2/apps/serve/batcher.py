@@ -14,7 +14,8 @@ from prometheus_client import Gauge, Histogram
 from starlette.requests import Request
 
 from openblip2.apps.serve.http import ServeError
-from openblip2.apps.serve.worker import Call, Job, Worker, Write
+from openblip2.apps.serve.jobs import Call, Job, Write
+from openblip2.apps.serve.worker import Worker
 
 BATCH = Histogram("openblip2_batch_jobs", "Jobs in a batch.", buckets=(1, 2, 4, 8, 16, 32))
 QUEUE = Gauge("openblip2_queue_jobs", "Jobs that wait or run.")

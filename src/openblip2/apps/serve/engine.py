@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from openblip2.apps.search.find import ImageSearch
-from openblip2.apps.serve.worker import Call, Job, Served, Write, Written
+from openblip2.apps.serve.jobs import Call, Job, Served, Write, Written
 from openblip2.attend import By, look, overlay
 from openblip2.captioner import Captioner
 from openblip2.chat import DialoguePrompt

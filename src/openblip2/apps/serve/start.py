@@ -9,7 +9,8 @@ import uvicorn
 
 from openblip2.apps.serve.app import make_app
 from openblip2.apps.serve.batcher import Limits
-from openblip2.apps.serve.worker import Served, Worker
+from openblip2.apps.serve.jobs import Served
+from openblip2.apps.serve.worker import Worker
 from openblip2.errors import UserError
 from openblip2.weights.source import read_checkpoint
 

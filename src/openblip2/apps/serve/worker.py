@@ -1,4 +1,4 @@
-"""The process that holds the models: what it is asked to do, and how it is started, stopped and restarted."""
+"""The process that holds the models: how it is started, stopped and restarted."""
 
 import multiprocessing
 import signal
@@ -6,72 +6,15 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from prometheus_client import Counter
 
 from openblip2.apps.serve.http import ServeError
+from openblip2.apps.serve.jobs import Job, Served
 from openblip2.errors import UserError
-from openblip2.model.decoding import Decoding
-from openblip2.model.likelihood import TokenScore
 
 RESTARTS = Counter("openblip2_worker_restarts", "Restarts of the models' process.")
-
-
-@dataclass(frozen=True)
-class Served:
-    """What a server serves, each None where there is none: folders of a stage-2 run, a stage-1 run and an index."""
-
-    captioner: str | None = None
-    matcher: str | None = None
-    index: str | None = None
-
-
-@dataclass(frozen=True)
-class Write:
-    """Write a text about a picture; the result is a `Written`.
-
-    Attributes:
-        picture: content of a picture file.
-        decoding: jobs with equal settings can share a batch.
-        question: None = a caption.
-        turns: earlier questions and their answers.
-        prompt: how a caption begins; None = the run's own prompt.
-        plain: whether the question is asked as in VQA (`Captioner.answer`), else as it is written.
-        stream: whether the text is sent while it is written; such a job runs alone.
-        logprobs: number of most likely tokens to list at each position; None = no log-probabilities.
-    """
-
-    picture: bytes
-    decoding: Decoding
-    question: str | None = None
-    turns: tuple[tuple[str, str], ...] = ()
-    prompt: str | None = None
-    plain: bool = False
-    stream: bool = False
-    logprobs: int | None = None
-
-
-class Written(NamedTuple):
-    """A text, the number of tokens read for it (soft tokens included), the number of tokens in it, and these tokens
-    with their log-probabilities where a job asks for them."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    tokens: Sequence[TokenScore] = ()
-
-
-@dataclass(frozen=True)
-class Call:
-    """Call a method of `Engine` with these arguments."""
-
-    method: Literal["match", "embed", "find", "attend"]
-    arguments: tuple[Any, ...]
-
-
-Job = Write | Call
 
 
 class Worker:
