@@ -15,12 +15,7 @@ def caption_scores(captions: Sequence[str], records: Sequence[Record]) -> dict[s
     exact = sum(caption in r.captions for caption, r in zip(captions, records, strict=True)) / count
     found: dict[str, Any] = {"n": count, "exact": exact}
     if any("objects" not in (r.facts or {}) for r in records):
-        return found | {
-            "objects": None,
-            "attributes": None,
-            "objects_and_attributes": None,
-            "relations": None,
-        }
+        return found | dict.fromkeys(("objects", "attributes", "objects_and_attributes", "relations"))
     judged = [judge(caption, r.facts or {}) for caption, r in zip(captions, records, strict=True)]
     return found | {
         "objects": sum(j.objects for j in judged) / count,
