@@ -18,13 +18,13 @@ from openblip2.attend import Looked, look, overlay, sheet, text_relevance
 from openblip2.cli import app
 from openblip2.data.records import Record
 from openblip2.errors import UserError
+from openblip2.evaluate import pointing
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.likelihood import likelihoods, word_scores
 from openblip2.model.qformer import bidirectional_mask
 from openblip2.model.relevance import attention, relevance, watching
 from openblip2.progress import Progress
-from openblip2.score import pointing
 
 
 def invoke_quietly(given: list[str]) -> Done:

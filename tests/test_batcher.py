@@ -3,18 +3,20 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
-from openblip2.apps.serve.batcher import Batcher, Full, Late, Limits
-from openblip2.apps.serve.jobs import Embed, Job, Write, Written
+from openblip2.apps.serve.batcher import Batcher, Limits
+from openblip2.apps.serve.http import ServeError
+from openblip2.apps.serve.worker import Call, Job, Worker, Write, Written
 from openblip2.errors import UserError
 from openblip2.model.decoding import Decoding
 
 
-class Recorder:
+class Recorder(Worker):
     """Answers each job with its text; waits for `go` before each batch."""
 
     def __init__(self) -> None:
@@ -22,17 +24,25 @@ class Recorder:
         self.go = threading.Event()
         self.go.set()
         self.cancelled = 0
-        self.does: Callable[[list[Job]], list[Any]] = lambda jobs: [vars(job).get("text") for job in jobs]
+        self.does: Callable[[list[Job]], list[Any]] = texts_of
 
-    def run(self, jobs: list[Job], on_text: Callable[[str], object]) -> list[Any]:
-        self.batches.append(jobs)
+    def run(self, jobs: Sequence[Job], on_text: Callable[[str], object] = print) -> list[Any]:
+        self.batches.append(list(jobs))
         self.on_text = on_text
         assert self.go.wait(10)
-        return self.does(jobs)
+        return self.does(list(jobs))
 
     def cancel(self) -> None:
         self.cancelled += 1
         self.go.set()
+
+
+def embed(text: str) -> Call:
+    return Call("embed", (text,))
+
+
+def texts_of(jobs: list[Job]) -> list[Any]:
+    return [job.arguments[0] if isinstance(job, Call) else None for job in jobs]
 
 
 async def until(true: Callable[[], bool]) -> None:
@@ -46,7 +56,7 @@ async def until(true: Callable[[], bool]) -> None:
 async def in_turn(batcher: Batcher, worker: Recorder, jobs: list[Job]) -> list[Any]:
     """While one batch runs, all others come."""
     worker.go.clear()
-    first = asyncio.create_task(batcher.do(Embed(text="first")))
+    first = asyncio.create_task(batcher.do(embed("first")))
     await until(lambda: bool(worker.batches))
     others = [asyncio.create_task(batcher.do(job)) for job in jobs]
     await until(lambda: len(batcher.waiting) == len(jobs))
@@ -58,7 +68,7 @@ def test_what_waits_runs_together() -> None:
     async def body() -> None:
         worker = Recorder()
         batcher = Batcher(worker, Limits(batch=4, wait=0))
-        found = await in_turn(batcher, worker, [Embed(text=str(n)) for n in range(6)])
+        found = await in_turn(batcher, worker, [embed(str(n)) for n in range(6)])
         assert found == ["first", *map(str, range(6))]
         assert [len(batch) for batch in worker.batches] == [1, 4, 2]
         await batcher.close()
@@ -72,7 +82,7 @@ def test_only_what_fits_runs_together() -> None:
         worker.does = lambda jobs: [0] * len(jobs)
         batcher = Batcher(worker, Limits(wait=0))
         greedy, beams = Decoding(beams=1), Decoding(beams=3)
-        jobs: list[Job] = [Write(b"a", greedy), Write(b"b", beams), Write(b"c", greedy), Embed(text="x")]
+        jobs: list[Job] = [Write(b"a", greedy), Write(b"b", beams), Write(b"c", greedy), embed("x")]
         await in_turn(batcher, worker, jobs)
         assert worker.batches[1:] == [[jobs[0], jobs[2]], [jobs[1]], [jobs[3]]]
         await batcher.close()
@@ -85,15 +95,15 @@ def test_a_full_queue_says_so_and_empties_again() -> None:
         worker = Recorder()
         worker.go.clear()
         batcher = Batcher(worker, Limits(queue=3, wait=0))
-        tasks = [asyncio.create_task(batcher.do(Embed(text=str(n)))) for n in range(3)]
+        tasks = [asyncio.create_task(batcher.do(embed(str(n)))) for n in range(3)]
         await until(lambda: bool(worker.batches))
         assert batcher.full
-        with pytest.raises(Full):
-            await batcher.do(Embed(text="one too many"))
+        with pytest.raises(ServeError, match="429: the server is busy"):
+            await batcher.do(embed("one too many"))
         worker.go.set()
         assert [await task for task in tasks] == ["0", "1", "2"]
         assert not batcher.full
-        assert await batcher.do(Embed(text="later")) == "later"
+        assert await batcher.do(embed("later")) == "later"
         await batcher.close()
 
     asyncio.run(body())
@@ -101,14 +111,15 @@ def test_a_full_queue_says_so_and_empties_again() -> None:
 
 def test_when_to_ask_again_is_what_half_the_queue_takes() -> None:
     async def body() -> None:
-        batcher = Batcher(Recorder(), Limits(queue=400, wait=0, seconds=30))
+        worker = Recorder()
+        batcher = Batcher(worker, Limits(queue=400, wait=0, seconds=30))
         assert batcher.retry_after == 1
-        batcher.worker.run = lambda jobs, on_text: time.sleep(0.05) or ["done"] * len(jobs)
+        worker.does = lambda jobs: time.sleep(0.05) or ["done"] * len(jobs)
         for _ in range(3):
-            await batcher.do(Embed(text="one"))
+            await batcher.do(embed("one"))
         assert 10 <= batcher.retry_after <= 20  # 200 of 0.05 s, on a machine that may be busy
-        batcher.worker.run = lambda jobs, on_text: time.sleep(0.6) or ["done"] * len(jobs)
-        await batcher.do(Embed(text="slow"))
+        worker.does = lambda jobs: time.sleep(0.6) or ["done"] * len(jobs)
+        await batcher.do(embed("slow"))
         assert batcher.retry_after == 30
         assert not batcher.full
         await batcher.close()
@@ -120,14 +131,14 @@ def test_who_could_not_be_served_in_time_is_told_at_once() -> None:
     async def body() -> None:
         worker = Recorder()
         batcher = Batcher(worker, Limits(queue=400, batch=1, wait=0, seconds=1))
-        batcher.worker.run = lambda jobs, on_text: time.sleep(0.4) or ["done"]
-        tasks = [asyncio.create_task(batcher.do(Embed(text="one")))]
+        worker.does = lambda jobs: time.sleep(0.4) or ["done"]
+        tasks = [asyncio.create_task(batcher.do(embed("one")))]
         await tasks[0]
-        tasks += [asyncio.create_task(batcher.do(Embed(text="one"))) for _ in range(3)]
+        tasks += [asyncio.create_task(batcher.do(embed("one"))) for _ in range(3)]
         await asyncio.sleep(0.01)
         assert batcher.full  # three of 0.4 s and more are before it
-        with pytest.raises(Full):
-            await batcher.do(Embed(text="one too many"))
+        with pytest.raises(ServeError, match="429: the server is busy"):
+            await batcher.do(embed("one too many"))
         for task in tasks:
             task.cancel()
         await batcher.close()
@@ -140,9 +151,9 @@ def test_who_goes_away_is_taken_out() -> None:
         worker = Recorder()
         worker.go.clear()
         batcher = Batcher(worker, Limits(wait=0))
-        first = asyncio.create_task(batcher.do(Embed(text="first")))
+        first = asyncio.create_task(batcher.do(embed("first")))
         await until(lambda: bool(worker.batches))
-        second = asyncio.create_task(batcher.do(Embed(text="second")))
+        second = asyncio.create_task(batcher.do(embed("second")))
         await until(lambda: len(batcher.waiting) == 1)
         second.cancel()
         await until(lambda: not batcher.waiting)
@@ -150,7 +161,25 @@ def test_who_goes_away_is_taken_out() -> None:
         first.cancel()  # nobody waits for the batch that runs
         await until(lambda: worker.cancelled == 1)
         assert len(worker.batches) == 1
-        assert await batcher.do(Embed(text="third")) == "third"
+        assert await batcher.do(embed("third")) == "third"
+        await batcher.close()
+
+    asyncio.run(body())
+
+
+def test_the_batch_of_a_client_that_disconnects_is_stopped() -> None:
+    async def body() -> None:
+        worker = Recorder()
+        worker.go.clear()
+        batcher = Batcher(worker, Limits(wait=0))
+
+        async def receive() -> dict[str, Any]:
+            await until(lambda: bool(worker.batches))
+            return {"type": "http.disconnect"}
+
+        with pytest.raises(ServeError, match="499: the client disconnected"):
+            await batcher.answer(Request({"type": "http"}, receive), embed("a"))
+        await until(lambda: worker.cancelled == 1)
         await batcher.close()
 
     asyncio.run(body())
@@ -161,7 +190,7 @@ def test_a_batch_goes_on_while_anybody_waits() -> None:
         worker = Recorder()
         batcher = Batcher(worker, Limits(wait=0.05))
         worker.go.clear()
-        tasks = [asyncio.create_task(batcher.do(Embed(text=str(n)))) for n in range(2)]
+        tasks = [asyncio.create_task(batcher.do(embed(str(n)))) for n in range(2)]
         await until(lambda: len(batcher.running) == 2)
         tasks[0].cancel()
         await asyncio.sleep(0.02)
@@ -178,8 +207,8 @@ def test_what_takes_too_long_is_late() -> None:
         worker = Recorder()
         worker.go.clear()
         batcher = Batcher(worker, Limits(seconds=0.05, wait=0))
-        with pytest.raises(Late):
-            await batcher.do(Embed(text="a"))
+        with pytest.raises(ServeError, match="504: the request took longer"):
+            await batcher.do(embed("a"))
         assert worker.cancelled == 1
         await batcher.close()
 
@@ -196,9 +225,9 @@ def test_an_error_is_the_batchs_alone() -> None:
 
         right, worker.does = worker.does, breaks
         with pytest.raises(RuntimeError, match="broken"):
-            await batcher.do(Embed(text="a"))
+            await batcher.do(embed("a"))
         worker.does = right
-        assert await batcher.do(Embed(text="b")) == "b"
+        assert await batcher.do(embed("b")) == "b"
         await batcher.close()
 
     asyncio.run(body())

@@ -72,7 +72,9 @@ def shoot(page: Any, name: str) -> None:
 
 def test_a_person_finds_everything(page: Any, address: tuple[str, Path]) -> None:
     expect = playwright.expect
-    expect(page.locator("#about")).to_contain_text("stage2: describes and answers, compares, searches")
+    expect(page.locator("#about")).to_contain_text(
+        "stage2: describes pictures, answers questions, compares texts, searches a folder"
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     expect(page.get_by_role("button", name="Describe it")).to_be_disabled()
     page.set_input_files("#file", str(address[1] / "0.png"))

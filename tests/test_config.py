@@ -33,13 +33,6 @@ def test_old_names_of_settings_are_read_in_a_run_and_refused_in_a_command() -> N
     assert refusal({"stage1.one_sided": True}) == "setting 'stage1.one_sided' is now called 'stage1.detach_gathered'"
 
 
-def test_a_setting_that_is_gone_is_ignored_in_a_run_and_refused_in_a_command() -> None:
-    values = to_dict(RunSettings())
-    values["qformer"] |= {"cross_attention_std": 0.08, "queries": 16}
-    assert from_dict(values) == change(RunSettings(), {"qformer.queries": 16})
-    assert "warm_start=true" in refusal({"qformer.cross_attention_std": 0.08})
-
-
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [

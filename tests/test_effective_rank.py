@@ -20,11 +20,9 @@ from openblip2.cli import app
 from openblip2.data.features import Features
 from openblip2.data.images import to_pixels
 from openblip2.data.records import Question, Record
-from openblip2.evaluate.answering import measure_answers
 from openblip2.evaluate.effective_rank import effective_rank
-from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.health import COLLAPSED, rank_finding
-from openblip2.evaluate.stage1 import measure_stage1
+from openblip2.evaluate.validation import grounding, measure_answers, measure_stage1
 from openblip2.model.stage2 import Stage2
 
 N, Q, D = 6, 5, 9
@@ -129,8 +127,8 @@ def test_validation_of_stage_2_reports_it_and_its_losses_are_the_models(kind: st
             torch.manual_seed(3)
             losses.append(float(model.losses(["a"] * tiny.B, captions, features=seen)["lm"]))
         expected = naive(outputs(model.qformer, features))
-    assert [found.right, found.shuffled] == pytest.approx(losses, rel=1e-5)
-    assert found.as_log()["effective_rank"] == pytest.approx(expected, rel=1e-4)
+    assert [found["loss_right"], found["loss_shuffled"]] == pytest.approx(losses, rel=1e-5)
+    assert found["effective_rank"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_validation_of_vqa_reports_it_and_its_losses_are_the_models() -> None:

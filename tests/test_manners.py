@@ -20,8 +20,8 @@ from openblip2 import cli, progress
 from openblip2.captioner import Captioner
 from openblip2.commands import learn, measure, planning, scale, study
 from openblip2.commands.convert import TARGETS
+from openblip2.evaluate.partial_texts import PartialTexts
 from openblip2.progress import Progress
-from openblip2.score.resume import Kept
 from test_cli import SOURCE, Home, call, home, python  # noqa: F401  (the fixture)
 
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
@@ -69,9 +69,9 @@ def test_what_is_completed_is_what_there_is() -> None:
     from openblip2.capfilt.how import How
     from openblip2.data.feature_cache import CACHE_DTYPES
     from openblip2.data.web.mixture import READERS
+    from openblip2.evaluate.run import Task
+    from openblip2.evaluate.vqa import METRICS
     from openblip2.presets import FINE_TUNING, PRESETS
-    from openblip2.score.answers import METRICS
-    from openblip2.score.run import Task
     from openblip2.weights.convert import Target
 
     def values(kind: type, name: str) -> tuple[str, ...]:
@@ -279,7 +279,7 @@ def test_an_interrupted_evaluation_keeps_its_texts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("pycocoevalcap")
-    monkeypatch.setattr("openblip2.score.captions.GROUP", 6)
+    monkeypatch.setattr("openblip2.evaluate.caption.GROUP", 6)
 
     def evaluate(name: str, calls: int = 9) -> tuple[int, list[int]]:
         counted: list[int] = []
@@ -304,7 +304,7 @@ def test_kept_texts_are_of_the_same_samples_and_whole(tmp_path: Path) -> None:
             asked.append(samples[rows])
             return [one.upper() for one in samples[rows]]
 
-        return Kept(path, of).texts("texts", "texts", list(samples), 2, write, Progress(quiet=True), "greedy")
+        return PartialTexts(path, of).texts("texts", "texts", list(samples), 2, write, Progress(quiet=True), "greedy")
 
     assert texts("a", "pqrst") == list("PQRST")
     assert texts("a", "pqrst") == list("PQRST")

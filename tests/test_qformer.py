@@ -178,8 +178,10 @@ def test_memory_is_taken_in_any_order() -> None:
     close(taken, rows(model.query_output(patches[order])))
 
 
-def scaled(factor: float) -> QFormer:
-    model = QFormer(D, LAYERS, tiny.HEADS, tiny.FFN, Q, V, WORDS, POSITIONS, self_attention_scale=factor)
+def scaled(factor: float, std: float = 0.02) -> QFormer:
+    model = QFormer(
+        D, LAYERS, tiny.HEADS, tiny.FFN, Q, V, WORDS, POSITIONS, self_attention_scale=factor, cross_attention_std=std
+    )
     return tiny.redraw(model).eval()
 
 
@@ -201,6 +203,14 @@ def test_the_scale_is_on_self_attention_of_queries_without_text() -> None:
     close(queries, by_hand)
     assert float((queries - paper.query_output(patches)).detach().abs().max()) > 0.01
     close(model.causal_pass(own_cache, tokens, valid), paper.causal_pass(cache, tokens, valid))
+
+
+def test_the_start_of_cross_attention_is_as_wide_as_asked() -> None:
+    torch.manual_seed(0)
+    model = QFormer(96, 2, 4, 64, 3, 80, 50, 20, cross_attention_std=0.1)
+    cross: Any = model.layers[0].cross
+    for weight, std in ((cross.query.weight, 0.1), (cross.key.weight, 0.1), (cross.value.weight, 0.02)):
+        assert float(weight.detach().std()) == pytest.approx(std, rel=0.05)
 
 
 @pytest.mark.parametrize(("every", "crossing"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4]), (3, [0, 3])])

@@ -16,7 +16,7 @@ from openblip2.apps.report.curves import chart, smooth
 from openblip2.apps.report.goals import goals, percent
 from openblip2.apps.report.pages import duration, write_report
 from openblip2.config import to_dict
-from openblip2.evaluate.levels import ITM_CHANCE
+from openblip2.evaluate.health import ITM_CHANCE
 from openblip2.presets import preset
 
 EVIL = "<script>alert('a & \"b\"')</script>"

@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiny_runs
-from openblip2.apps.search.find import Finder
+from openblip2.apps.search.find import ImageSearch
 from openblip2.apps.search.index import open_index, recall_of, update_index
 from openblip2.apps.search.vectors import Vectors
 from openblip2.cli import app
@@ -90,7 +90,7 @@ def quiet() -> Progress:
 def test_search_is_the_matchers_similarity(run: Path, folder: Path, tmp_path: Path) -> None:
     done = update_index(folder, str(run), tmp_path / "index", quiet())
     assert (done.pictures, done.added, done.gone, done.skipped) == (10, 10, 0, [])
-    finder = Finder(tmp_path / "index")
+    finder = ImageSearch(tmp_path / "index")
     matcher = load(run)
     assert isinstance(matcher, Matcher)
     paths = sorted(folder.rglob("*.png"))
@@ -158,10 +158,10 @@ def test_links_that_lead_out_are_not_followed(run: Path, folder: Path, tmp_path:
     number = next(n for n, row in index.rows.items() if row.path == "0.png")
     (folder / "0.png").unlink()
     os.symlink(tmp_path / "secret.png", folder / "0.png")
-    with pytest.raises(UserError, match="is gone since"):
+    with pytest.raises(UserError, match="is missing since"):
         index.path(number)
     # A file that went keeps its place by similarity behind those that ITM has seen.
-    assert len(Finder(index).by_text("a dog", best=10, rerank=10)) == 10
+    assert len(ImageSearch(index).by_text("a dog", best=10, rerank=10)) == 10
 
 
 def test_a_folder_that_is_suddenly_empty_costs_nothing(run: Path, folder: Path, tmp_path: Path) -> None:
@@ -171,24 +171,24 @@ def test_a_folder_that_is_suddenly_empty_costs_nothing(run: Path, folder: Path, 
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     folder.rename(tmp_path / "away")
     folder.mkdir()
-    with pytest.raises(UserError, match="not one picture"):
+    with pytest.raises(UserError, match="no pictures in it"):
         update_index(folder, str(run), out, quiet())
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_what_cannot_be_used_is_refused(run: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "index"
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         update_index(tmp_path / "none", str(run), out, quiet())
     with pytest.raises(UserError, match="no such file"):
         open_index(out)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="not one picture"):
+    with pytest.raises(UserError, match="no pictures in it"):
         update_index(tmp_path / "empty", str(run), tmp_path / "other", quiet())
     update_index(folder, str(run), out, quiet())
     with pytest.raises(UserError, match="is an index of"):
         update_index(tmp_path / "empty", str(run), out, quiet())
-    with pytest.raises(UserError, match="is not empty and no index"):
+    with pytest.raises(UserError, match="is not empty and not an index"):
         update_index(folder, str(run), folder, quiet())
     (out / "vectors.faiss").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read"):
@@ -201,8 +201,8 @@ def test_an_index_of_other_weights_is_refused(run: Path, folder: Path, tmp_path:
     matcher: Any = load(run)
     with torch.no_grad():
         matcher.model.temperature += 1
-    with pytest.raises(UserError, match="these weights are others"):
-        Finder(out, matcher)
+    with pytest.raises(UserError, match="was made with other weights"):
+        ImageSearch(out, matcher)
 
 
 @pytest.mark.parametrize(

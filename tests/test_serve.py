@@ -4,7 +4,9 @@ import base64
 import io
 import json
 import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,9 @@ import tiny_runs
 from openblip2.apps.search.index import update_index
 from openblip2.apps.serve.batcher import Limits
 from openblip2.apps.serve.engine import Engine
-from openblip2.apps.serve.errors import ServeError
-from openblip2.apps.serve.jobs import Embed, Write
-from openblip2.apps.serve.start import runs_of
-from openblip2.apps.serve.worker import Worker
+from openblip2.apps.serve.http import ServeError
+from openblip2.apps.serve.start import find_runs
+from openblip2.apps.serve.worker import RESTARTS, Call, Served, Worker, Write
 from openblip2.captioner import CAPTION, CHAT, Captioner, greedy
 from openblip2.chat import Chat
 from openblip2.cli import app as cli
@@ -52,8 +53,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(home: Path) -> Iterator[TestClient]:
-    worker = Worker(str(home / "stage2"), str(home / "stage1"), str(home / "index"), 1, 120.0)
-    app = make_app(worker, home / "index", Limits(bytes=MAX, texts=4), None, ["testserver"])
+    worker = Worker(Served(*(str(home / name) for name in ("stage2", "stage1", "index"))), 120.0)
+    app = make_app(worker, Limits(bytes=MAX, texts=4), None, ["testserver"])
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
@@ -115,7 +116,7 @@ def test_a_dialogue_is_the_chats(home: Path, client: TestClient) -> None:
 
 
 def test_in_bf16_on_a_cpu_an_answer_does_not_depend_on_other_requests(home: Path) -> None:
-    engine = Engine(str(home / "stage2"), None, None, send_text=print, stopped=lambda: False)
+    engine = Engine(Served(str(home / "stage2")), send_text=print, stopped=lambda: False)
     engine.captioner = load(home / "stage2", "cpu", precision="bf16")
     language: Any = engine.captioner.model.language
     rows: list[int] = []
@@ -293,7 +294,7 @@ def test_metrics_count(client: TestClient) -> None:
 
 
 def test_a_token_and_a_name_are_asked_for(home: Path) -> None:
-    app = make_app(Worker(None, str(home / "stage1"), None, 1, 120.0), None, Limits(), "secret", ["testserver"])
+    app = make_app(Worker(Served(None, str(home / "stage1")), 120.0), Limits(), "secret", ["testserver"])
     with TestClient(app, raise_server_exceptions=False) as client:
         assert client.get("/").status_code == client.get("/health").status_code == 200
         for shown in (
@@ -321,8 +322,6 @@ def _raw(headers: dict[str, str]) -> Any:
 class Killer:
     """Ends the process that unpacks it."""
 
-    together = ("killer",)
-
     def __reduce__(self) -> Any:
         return os._exit, (1,)
 
@@ -330,51 +329,63 @@ class Killer:
 class Sleeper:
     """Takes longer than anybody waits."""
 
-    together = ("sleeper",)
-
     def __reduce__(self) -> Any:
-        import time
-
         return time.sleep, (60,)
+
+
+def embed(text: str) -> Call:
+    return Call("embed", ([text],))
+
+
+def restarts() -> float:
+    (metric,) = RESTARTS.collect()
+    return next(sample.value for sample in metric.samples if sample.name.endswith("_total"))
 
 
 @pytest.mark.slow
 def test_a_process_that_dies_is_started_anew_and_others_are_served(home: Path) -> None:
-    restarts: list[int] = []
-    worker = Worker(None, str(home / "stage1"), None, 1, 20.0)
-    worker.on_restart = lambda: restarts.append(1)
+    before = restarts()
+    worker = Worker(Served(None, str(home / "stage1")), 20.0)
     try:
         killer: Any = Killer()
-        first, second, third = worker.run([Embed(text="a dog"), killer, Embed(text="a cat")])
+        first, second, third = worker.run([embed("a dog"), killer, embed("a cat")])
         assert isinstance(second, ServeError)
         assert "died" in second.detail
-        assert len(first) == len(third) == 9
-        assert len(restarts) == 2
+        assert len(first[0]) == len(third[0]) == 9
+        assert restarts() == before + 2
         worker.seconds = 0.5
         sleeper: Any = Sleeper()
         assert "longer than" in worker.run([sleeper])[0].detail
         worker.seconds = 20.0
-        assert len(worker.run([Embed(text="a dog")])[0]) == 9
+        assert len(worker.run([embed("a dog")])[0][0]) == 9
+        count = restarts()
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(worker.run, [sleeper])
+            time.sleep(0.5)
+            worker.close()
+            with pytest.raises(ServeError, match="the server is stopping"):
+                running.result()
+        assert restarts() == count
     finally:
         worker.close()
 
 
 def test_models_that_cannot_be_loaded_are_one_line(home: Path) -> None:
     with pytest.raises(UserError, match="is a Matcher, not a Captioner"):
-        Worker(str(home / "stage1"), None, None, 1, 20.0)
+        Worker(Served(str(home / "stage1")), 20.0)
 
 
 def test_which_run_is_which(home: Path, tmp_path: Path) -> None:
     one, two = str(home / "stage1"), str(home / "stage2")
-    assert runs_of(one, None) == (None, one)
-    assert runs_of(two, None) == (two, one)
-    assert runs_of(two, one) == (two, one)
+    assert find_runs(one, None, None) == Served(None, one)
+    assert find_runs(two, None, home / "index") == Served(two, one, str(home / "index"))
+    assert find_runs(two, one, None) == Served(two, one)
     with pytest.raises(UserError, match="is a stage-1 run: leave out --matcher"):
-        runs_of(one, one)
+        find_runs(one, one, None)
     with pytest.raises(UserError, match="is a stage-2 run: give a stage-1 run"):
-        runs_of(two, two)
+        find_runs(two, two, None)
     refused = CliRunner().invoke(cli, ["serve", two, "--host", "0.0.0.0"])
-    assert "wants a --token" in str(refused.exception)
+    assert "set --token" in str(refused.exception)
 
 
 PATHS = ["/caption", "/answer", "/match", "/attend", "/search", "/v1/chat/completions", "/v1/embeddings", "/v1/models"]

@@ -12,9 +12,9 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "openblip2"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-LINES = 27_100  # goal: 18,000
-MODULES = 216  # goal: 150
-TRAIN_FILES = 15  # goal: 12
+LINES = 26_600  # goal: 18,000
+MODULES = 198  # goal: 150
+TRAIN_FILES = 12  # the goal
 LONGEST = 300  # lines of one module
 # Too long already, with their lines today. Remove an entry when its module fits.
 TOO_LONG = {"model/language.py": 303}

@@ -15,10 +15,9 @@ from openblip2 import cli
 from openblip2.apps.studies import trial
 from openblip2.apps.studies.ablations import ablate
 from openblip2.apps.studies.design import GAP, LOSS, OTHER, STUDIES, Claim, Plan, sentence, study_of
-from openblip2.apps.studies.plot import can_plot, plot
+from openblip2.apps.studies.report import can_plot, in_words, plot
 from openblip2.apps.studies.trial import Trial
 from openblip2.apps.studies.verdict import figure, judge
-from openblip2.apps.studies.words import in_words
 from openblip2.config import change, from_dict
 from openblip2.errors import UserError
 from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig

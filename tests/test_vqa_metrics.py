@@ -106,8 +106,6 @@ def test_gqa_compares_after_the_rules_on_both_sides() -> None:
     questions = [asked("t-shirt"), asked("the two dogs"), asked("Left"), asked("left")]
     answers = ["T-shirt.", "2 dogs", "left", "right"]
     assert gqa_scores(answers, questions).tolist() == [1, 1, 1, 0]
-    assert gqa_scores(answers, questions, lavis=True).tolist() == [0, 0, 0, 0]
-    assert gqa_scores(["Left!"], [asked("left")], lavis=True).tolist() == [1]
 
 
 def test_exact_match_knows_no_number_words() -> None:

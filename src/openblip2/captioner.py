@@ -14,9 +14,8 @@ from torch import Tensor
 from openblip2.config import RunSettings
 from openblip2.data.images import Picture
 from openblip2.data.text import clean_question
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.tokens import QFormerTokens, question_tokens
 from openblip2.errors import UserError
-from openblip2.evaluate.answering import question_tokens
 from openblip2.hardware import computing
 from openblip2.inputs import (
     GROUP,

@@ -20,8 +20,6 @@ RENAMED = {
     "stage1.one_sided": "stage1.detach_gathered",
     "stage1.matching_from": "stage1.itm_start_step",
 }
-# Settings that are gone, and what to use instead; runs that have them are read without them, to the same result.
-REMOVED = {"qformer.cross_attention_std": "warm_start=true places the queries"}
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,6 +59,8 @@ class QFormerSettings:
     # Ours, 1 = the paper: factor on what self-attention adds to the queries in a pass without text. Below 1 it keeps
     # them from becoming one vector (docs/decisions.md). A run has one value in both stages.
     self_attention_scale: Positive = 1.0
+    # Ours, 0.02 = the paper: standard deviation of the first query and key weights of cross-attention.
+    cross_attention_std: Positive = 0.02
     lora: Natural = 0  # ours: rank of adapters that train in place of its own weights (model/lora.py); 0 = none
 
 
@@ -194,8 +194,6 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
     for name, value in changes.items():
         if name in RENAMED:
             raise UserError(f"setting {name!r} is now called {RENAMED[name]!r}")
-        if name in REMOVED:
-            raise UserError(f"there is no setting {name!r} any more: {REMOVED[name]}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(known)}"
@@ -209,20 +207,17 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
 
 
 def from_dict(values: Mapping[str, Any]) -> RunSettings:
-    """Settings from plain values, as `to_dict` or a run's `config.json` gives them.
-
-    Names of earlier versions are read, too (`RENAMED`, `REMOVED`).
+    """Settings from plain values, as `to_dict` or a run's `config.json` gives them; names in `RENAMED` are read, too.
 
     Raises:
         UserError: a missing, unknown or unfitting value, named.
     """
-    for old in (*RENAMED, *REMOVED):
+    for old, new in RENAMED.items():
         section, name = old.split(".")
         part = values.get(section) if isinstance(values, Mapping) else None
         if isinstance(part, Mapping) and name in part:
             others = {other: value for other, value in part.items() if other != name}
-            renamed = {RENAMED[old].split(".")[1]: part[name]} if old in RENAMED else {}
-            values = {**values, section: {**renamed, **others}}
+            values = {**values, section: {new.split(".")[1]: part[name], **others}}
     try:
         return TypeAdapter(RunSettings).validate_python(values)
     except ValidationError as error:

@@ -15,7 +15,7 @@ from openblip2.data.images import Picture
 from openblip2.data.text import clean_caption
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
-from openblip2.evaluate.retrieval import rerank, similarities
+from openblip2.evaluate.ranking import rerank, similarities
 from openblip2.hardware import computing
 from openblip2.inputs import clean_texts, each_readable, features_of, require_pairs, warn_unknown
 from openblip2.model.stage1 import Stage1

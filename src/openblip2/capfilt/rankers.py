@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from openblip2.data.images import PictureFile, open_picture, to_pixels
 from openblip2.errors import UserError, one_line
-from openblip2.evaluate.retrieval import text_vectors
+from openblip2.evaluate.ranking import text_vectors
 from openblip2.hardware import computing, device
 from openblip2.matcher import Matcher
 from openblip2.model.mapped import load_in

@@ -1,4 +1,4 @@
-"""Commands that find pictures in a folder: index, search."""
+"""Commands that search a folder of pictures: index, search."""
 
 import os
 import re
@@ -24,7 +24,7 @@ def index(
     from openblip2.apps.search.index import update_index
     from openblip2.runs import locked
 
-    with keeping(f"the pictures read so far are in {out}, the same command goes on"), locked(out):
+    with keeping(f"the pictures read so far are in {out}; run the same command to continue"), locked(out):
         done = update_index(folder, run, out, says)
     for line in done.skipped:
         says.say(f"skipped: {line}")
@@ -52,12 +52,12 @@ def search(
             f"{query!r} looks like a path, but there is no such image file; to search for a text, write it as words"
         )
     progress().doing(f"loading the model of {index}")
-    from openblip2.apps.search.find import Finder
+    from openblip2.apps.search.find import ImageSearch
 
-    finder = Finder(index)
+    searcher = ImageSearch(index)
     if is_picture and rerank:
-        raise UserError("--rerank is for a text: ITM matches texts with pictures")
-    hits = finder.by_picture(Path(query), best) if is_picture else finder.by_text(query, best, rerank)
+        raise UserError("--rerank is for a text, which ITM matches with pictures")
+    hits = searcher.by_picture(Path(query), best) if is_picture else searcher.by_text(query, best, rerank)
     for hit in hits:
         if as_json:
             put({"path": str(hit.path), "similarity": hit.similarity, "match": hit.match})

@@ -61,9 +61,9 @@ def evaluate(
     """Evaluate a run: scores with 95 % confidence intervals, and the protocol."""
     says = progress()
     says.doing(f"loading {run}")
+    from openblip2.evaluate.run import Options, require_task
+    from openblip2.evaluate.run import evaluate as score
     from openblip2.runs import require_absent
-    from openblip2.score.run import Options, require_task
-    from openblip2.score.run import evaluate as score
 
     options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed)
     require_task(task, options)
@@ -88,7 +88,7 @@ def compare(
 ) -> None:
     """Compare two evaluation results: differences with 95 % confidence intervals."""
     progress().doing("comparing")
-    from openblip2.score.compare import compare as differences
+    from openblip2.evaluate.result import compare as differences
 
     for name, found in differences(first, second).items():
         verdict = "no more than luck" if not found.excludes(0) else "first" if found.score > 0 else "second"

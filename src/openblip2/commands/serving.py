@@ -1,6 +1,5 @@
-"""Commands that put a run behind a page and an API, and press it: serve, bench-serve."""
+"""Commands that serve a run and measure the server under load: serve, bench-serve."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -27,15 +26,17 @@ def serve(
     remote: Annotated[bool, typer.Option("--remote-images", help="Allow images from public URLs.")] = False,
 ) -> None:
     """Serve a run as a web page and an OpenAI-compatible API."""
-    from openblip2.apps.serve.batcher import Limits
-    from openblip2.apps.serve.start import serve as start
+    try:
+        import multipart  # noqa: F401
 
+        from openblip2.apps.serve.batcher import Limits
+        from openblip2.apps.serve.start import serve as start
+    except ImportError as error:
+        raise UserError(f"the server needs {error.name}: pip install 'openblip2[serve]'") from error
     if host not in LOOPBACK and not token:
-        raise UserError(
-            f"--host {host}: others can reach it, so it wants a --token (or OPENBLIP2_TOKEN) for them to show"
-        )
+        raise UserError(f"--host {host}: other machines can reach it, so set --token (or OPENBLIP2_TOKEN)")
     limits = Limits(int(megabytes * 2**20), queue, batch, seconds=seconds, remote=remote)
-    start(run, matcher, index, host, port, token, name or [], limits, int(os.environ.get("OMP_NUM_THREADS", 0)))
+    start(run, matcher, index, host, port, token, name or [], limits)
 
 
 def bench_serve(

@@ -54,3 +54,13 @@ def stack(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     tokens = torch.cat([pad(tokens, (0, longest - tokens.shape[1])) for tokens, _ in batches])
     valid = torch.cat([pad(valid, (0, longest - valid.shape[1])) for _, valid in batches])
     return tokens, valid
+
+
+def question_tokens(
+    tokens: QFormerTokens | None, questions: Sequence[str] | None, device: torch.device | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Questions as a Q-Former reads them, `[B, T]` ids and which are no padding; None if it reads no questions."""
+    if tokens is None or questions is None:
+        return None
+    ids, valid = tokens(questions)
+    return ids.to(device), valid.to(device)

@@ -1,4 +1,4 @@
-"""Effective rank: whether the queries of a picture hold different things, or are copies of one vector."""
+"""Effective rank: whether the queries of an image hold different information or are copies of one vector."""
 
 import math
 
@@ -7,20 +7,20 @@ from torch import Tensor
 
 
 def effective_rank(queries: Tensor) -> float:
-    """The mean over pictures of how many directions a picture's queries span, in effect: 1 to `min(Q, D)`.
+    """The effective number of directions that the queries of an image span, 1 to `min(Q, D)`; the mean over images.
 
-    For each picture: the exponential of the entropy of its normalised squared singular values, after each query's mean
-    over the pictures is subtracted. It is computed in float64 on the CPU. A picture whose outputs equal that mean, up
-    to the rounding of float32, has rank 1.
+    For each image: the exponential of the entropy of its normalised squared singular values, after each query's mean
+    over the images is subtracted. It is computed in float64 on the CPU. An image whose outputs equal that mean, up to
+    the rounding of float32, has rank 1.
 
     Args:
-        queries: `[N, Q, D]`, the query outputs of N pictures.
+        queries: `[N, Q, D]`, the query outputs of N images.
 
     Returns:
-        The effective rank; NaN where an output is not finite.
+        The effective rank; NaN if an output is not finite.
 
     Raises:
-        ValueError: there are fewer than 2 pictures, and so no mean to differ from.
+        ValueError: there are fewer than 2 images, so there is no mean to differ from.
     """
     if len(queries) < 2:
         raise ValueError(f"effective rank needs at least 2 pictures, got {len(queries)}")

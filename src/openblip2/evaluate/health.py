@@ -1,4 +1,4 @@
-"""What a run's settings and log say of its health. Pure functions of plain values; nothing is loaded."""
+"""What the settings and the log of a run say about its health. Pure functions of plain values; nothing is loaded."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,26 +7,24 @@ from statistics import fmean, median
 from typing import Any, Literal
 
 from openblip2.config import RunSettings
-from openblip2.evaluate.levels import (
-    ITM_ACCURACY_CHANCE,
-    ITM_CHANCE,
-    itc_chance,
-    smoothed_floor,
-    word_chance,
-)
 
 Row = Mapping[str, Any]
 Level = Literal["good", "note", "bad"]
 
-EARLY = 0.1  # share of the steps before which a loss may still lie at chance
-NEAR = 0.02  # of chance: a loss this near has learned nothing
-ITM_NEAR = 0.06  # and of ITM's, which creeps below it by telling easy pairs and little else
-FEW_QUERIES = 0.25  # of the queries: fewer are used, in effect
-# Thresholds of the effective rank. Below 1.5, one direction holds at least 86 % of the squared size of what a picture's
-# queries put out. In our trials stage 2 learned more than twice as fast at 2.3 as at 1.0 (16 queries).
+# The losses of a model that knows nothing, in nats. ITC: log(batch). ITG: log(vocabulary). ITM, where one pair in three
+# is a match, and its accuracy if the answer is always "no match":
+ITM_CHANCE = math.log(3) - 2 / 3 * math.log(2)  # 0.6365
+ITM_ACCURACY_CHANCE = 2 / 3
+
+EARLY = 0.1  # fraction of the steps before which a loss may still be at chance
+NEAR = 0.02  # fraction of chance: a loss this near to it has learned nothing
+ITM_NEAR = 0.06  # of ITM, which gets a little below chance by telling easy pairs apart and learns little else
+FEW_QUERIES = 0.25  # fraction of the queries that should at least be used
+# Thresholds of the effective rank. Below 1.5, one direction has at least 86 % of the squared size of the query outputs
+# of an image. In our trials stage 2 learned more than twice as fast at 2.3 as at 1.0 (16 queries).
 COLLAPSED = 1.5
-DISTINCT = 2.0  # two directions of equal size; with more than 8 queries FEW_QUERIES of them, as `queries_used`
-FEWEST_JUDGED = 4  # queries: fewer can hardly be far above 1.5
+DISTINCT = 2.0  # two directions of equal size; with more than 8 queries FEW_QUERIES of them, as for `queries_used`
+FEWEST_JUDGED = 4  # fewer queries can hardly be far above 1.5
 SPREAD = (
     "stage 1 with stage1.decorrelation=1, because stage 2 cannot separate equal queries; or fewer queries, which then "
     "lose nothing"
@@ -34,12 +32,19 @@ SPREAD = (
 MORE_SPREAD = "a larger stage1.decorrelation in stage 1, or fewer queries, which then lose nothing"
 SPIKE = 10.0  # times the median norm of the gradient
 MEMORISED = 1.0  # nats between training and held-out loss
-LAST = 20  # steps whose mean is "now"
+LAST = 20  # steps whose mean is the present value
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence of what is seen, and one of what to try. `about`: what of the run it is about."""
+    """An observation about a run, and advice.
+
+    Attributes:
+        about: the part of the run.
+        level: how serious it is.
+        seen: what was observed.
+        advice: what to try.
+    """
 
     about: str
     level: Level
@@ -52,33 +57,31 @@ class Finding:
 
 
 def findings(settings: RunSettings, rows: Sequence[Row], vocabulary: int = 30523) -> list[Finding]:
-    """Everything that a run's log tells, the losses first.
+    """Everything that the log of a run shows, the losses first.
 
     Args:
+        settings: of the run.
         rows: of `log.jsonl`.
-        vocabulary: words of the Q-Former's text path.
+        vocabulary: size of the Q-Former's vocabulary.
     """
     steps = [row for row in rows if "loss" in row]
     looks = [row["validation"] | {"step": row["step"]} for row in rows if "validation" in row]
-    bad = [row for row in rows if "bad" in row]
-    found: list[Finding] = []
+    early = not steps or steps[-1]["step"] < EARLY * settings.train.steps
     if settings.stage == "stage1":
-        found += _stage1(settings, steps, looks, vocabulary)
+        found = [*_stage1(settings, steps, looks[-1] if looks else {}, vocabulary, early)]
     else:
-        found += _stage2(steps, looks)
+        found = [*_stage2(steps, looks[-1] if looks else {})]
     if looks and "effective_rank" in looks[-1]:
-        early = _share_done(settings, steps) < EARLY
         advice = MORE_SPREAD if settings.stage1.decorrelation else SPREAD
         found.append(rank_finding(looks[-1]["effective_rank"], settings.qformer.queries, early, advice))
-    found += _memorises(steps, looks)
-    found += _overfits(looks, "stage1" if settings.stage == "stage1" else "stage2")
-    found += _gradients(settings, steps, bad)
+    found += _overfitting(settings, steps, looks)
+    found += _gradients(settings, steps, [row for row in rows if "bad" in row])
     found += _settings(settings)
     return found
 
 
 def rank_finding(rank: float, queries: int, early: bool = False, advice: str = SPREAD) -> Finding:
-    """What an effective rank says of a model with so many queries. `early`: nothing is called bad yet."""
+    """What an effective rank says about a model with this number of queries. If `early`, nothing is bad yet."""
     about, seen = "effective rank", f"{rank:.2f} of {queries}"
     if math.isnan(rank):
         return Finding(about, "bad", "the outputs of the queries are not finite")
@@ -92,68 +95,58 @@ def rank_finding(rank: float, queries: int, early: bool = False, advice: str = S
     return Finding(about, "note" if early else "bad", seen, advice)
 
 
-def _stage1(settings: RunSettings, steps: Sequence[Row], looks: Sequence[Row], vocabulary: int) -> Iterator[Finding]:
+def smoothed_floor(smoothing: float, choices: int) -> float:
+    """The lowest loss with label smoothing, in nats: the entropy of the smoothed target.
+
+    The right one of `choices` has 1 - smoothing, and all of them share the smoothing evenly.
+    """
+    if smoothing == 0 or choices < 2:
+        return 0.0
+    rest = smoothing / choices
+    right = 1 - smoothing + rest
+    return -right * math.log(right) - (choices - 1) * rest * math.log(rest)
+
+
+def _stage1(settings: RunSettings, steps: Sequence[Row], last: Row, vocabulary: int, early: bool) -> Iterator[Finding]:
     own, batch = settings.stage1, settings.train.batch
-    early = _share_done(settings, steps) < EARLY
-    last = looks[-1] if looks else {}
     if own.contrast == "softmax" and (itc := _now(steps, "itc")) is not None:
-        chance, floor = itc_chance(batch), smoothed_floor(own.label_smoothing, batch)
         recall = [last[name] for name in ("tr@1", "ir@1") if name in last]
-        of = f"; recall@1 is {100 * fmean(recall):.0f} % among {last['n']} held-out pairs" if recall else ""
-        yield _loss(
-            "ITC",
-            itc,
-            chance,
-            floor,
-            early,
-            "a higher optim.lr or warm_start=true; also check that the captions belong to their images",
-            of,
-        )
+        more = f"; recall@1 is {100 * fmean(recall):.0f} % among {last['n']} held-out pairs" if recall else ""
+        advice = "a higher optim.lr or warm_start=true; also check that the captions belong to their images"
+        yield _loss("ITC", itc, math.log(batch), smoothed_floor(own.label_smoothing, batch), early, advice, more)
     matched = [row for row in steps if "itm" in row]
     if (itm := _now(matched, "itm")) is not None:
-        few = len(matched) < EARLY * settings.train.steps
-        hard = last.get("itm_accuracy")
-        of = ""
-        if hard is not None:
+        few, more = len(matched) < EARLY * settings.train.steps, ""
+        if (hard := last.get("itm_accuracy")) is not None:
             blind = 100 * ITM_ACCURACY_CHANCE
-            of = f"; accuracy on held-out pairs is {100 * hard:.0f} % with hard negatives (guessing: {blind:.0f} %)"
+            more = f"; accuracy on held-out pairs is {100 * hard:.0f} % with hard negatives (guessing: {blind:.0f} %)"
             if "itm_easy_accuracy" in last:
-                of += f" and {100 * last['itm_easy_accuracy']:.0f} % with random negatives (guessing: 50 %)"
-        yield _loss(
-            "ITM",
-            itm,
-            ITM_CHANCE,
-            0.0,
-            few,
-            "more train.steps, because ITM starts to learn after ITC; until it does, rank by ITC alone (--rerank 0)",
-            of,
-            ITM_NEAR,
+                more += f" and {100 * last['itm_easy_accuracy']:.0f} % with random negatives (guessing: 50 %)"
+        advice = (
+            "more train.steps, because ITM starts to learn after ITC; until it does, rank by ITC alone (--rerank 0)"
         )
+        yield _loss("ITM", itm, ITM_CHANCE, 0.0, few, advice, more, ITM_NEAR)
     if (itg := _now(steps, "itg")) is not None:
         floor = smoothed_floor(own.label_smoothing, vocabulary)
-        yield _loss("ITG", itg, word_chance(vocabulary), floor, early, "a higher optim.lr or more train.steps")
+        yield _loss("ITG", itg, math.log(vocabulary), floor, early, "a higher optim.lr or more train.steps")
     if "queries_used" in last:
-        used, of = last["queries_used"], settings.qformer.queries
-        share = f"held-out texts find their pictures by {used:.1f} of {of} queries, in effect"
-        if used < FEW_QUERIES * of:
-            yield Finding("queries", "note", share, "fewer queries (qformer.queries) would do, or train longer")
+        used, count = last["queries_used"], settings.qformer.queries
+        seen = f"held-out texts find their pictures by {used:.1f} of {count} queries, in effect"
+        if used < FEW_QUERIES * count:
+            yield Finding("queries", "note", seen, "fewer queries (qformer.queries) would do, or train longer")
         else:
-            yield Finding("queries", "good", share)
+            yield Finding("queries", "good", seen)
 
 
-def _stage2(steps: Sequence[Row], looks: Sequence[Row]) -> Iterator[Finding]:
+def _stage2(steps: Sequence[Row], last: Row) -> Iterator[Finding]:
     if (lm := _now(steps, "lm")) is not None:
         yield Finding("caption loss", "good", f"{lm:.2f} nats a token now, {steps[0].get('lm', lm):.2f} at first")
-    if looks and "loss_right" in looks[-1]:
-        right, other = looks[-1]["loss_right"], looks[-1]["loss_shuffled"]
+    if "loss_right" in last:
+        right, other = last["loss_right"], last["loss_shuffled"]
         gap = f"held-out captions cost {right:.2f} with the right picture and {other:.2f} with another"
         if other - right < NEAR * right:
-            yield Finding(
-                "grounding",
-                "bad",
-                f"{gap}: the model does NOT look at the picture",
-                "a start from stage 1, warm_start=true, more steps, or more pictures",
-            )
+            advice = "a start from stage 1, warm_start=true, more steps, or more pictures"
+            yield Finding("grounding", "bad", f"{gap}: the model does NOT look at the picture", advice)
         else:
             yield Finding("grounding", "good", f"{gap}: it looks at the picture")
 
@@ -162,9 +155,8 @@ def _loss(
     name: str, now: float, chance: float, floor: float, early: bool, advice: str, more: str = "", near: float = NEAR
 ) -> Finding:
     if now < chance * (1 - near):
-        return Finding(
-            name, "good", f"{now:.3f}, better than guessing ({chance:.2f}); the minimum is {floor:.2f}{more}"
-        )
+        seen = f"{now:.3f}, better than guessing ({chance:.2f}); the minimum is {floor:.2f}{more}"
+        return Finding(name, "good", seen)
     if now > chance * (1 + near):
         seen, advice = f"{now:.3f}, worse than guessing ({chance:.2f})", "a lower optim.lr, or optim.clip=1"
     else:
@@ -174,74 +166,52 @@ def _loss(
     return Finding(name, "bad", f"{seen}: the model has not learned this{more}", advice)
 
 
-def _memorises(steps: Sequence[Row], looks: Sequence[Row]) -> Iterator[Finding]:
-    for name, held in (("itc", "itc"), ("itg", "itg"), ("lm", "loss_right")):
+def _overfitting(settings: RunSettings, steps: Sequence[Row], looks: Sequence[Row]) -> Iterator[Finding]:
+    for name, held_out in (("itc", "itc"), ("itg", "itg"), ("lm", "loss_right")):
         now = _now(steps, name)
-        if now is not None and looks and looks[-1].get(held, 0.0) > now + MEMORISED:
-            yield Finding(
-                f"{name}, seen and unseen",
-                "note",
-                f"{now:.2f} in training, {looks[-1][held]:.2f} on held-out pictures: it learns those by heart",
-                "more pictures, data.augment=true, or fewer steps",
-            )
-
-
-def _overfits(looks: Sequence[Row], stage: str) -> Iterator[Finding]:
-    names = ("itc", "itg") if stage == "stage1" else ("loss_right",)
-    for name in names:
-        seen = [(row["step"], row[name]) for row in looks if name in row]
-        if len(seen) < 3:
+        if now is not None and looks and looks[-1].get(held_out, 0.0) > now + MEMORISED:
+            seen = f"{now:.2f} in training, {looks[-1][held_out]:.2f} on held-out pictures: it learns those by heart"
+            advice = "more pictures, data.augment=true, or fewer steps"
+            yield Finding(f"{name}, seen and unseen", "note", seen, advice)
+    for name in ("itc", "itg") if settings.stage == "stage1" else ("loss_right",):
+        values = [(row["step"], row[name]) for row in looks if name in row]
+        if len(values) < 3:
             continue
-        step, best = min(seen, key=lambda pair: pair[1])
-        now = seen[-1][1]
-        if now > 1.05 * best and step < seen[-2][0]:
-            yield Finding(
-                f"held-out {name}",
-                "note",
-                f"{now:.2f} now, {best:.2f} at step {step}: it has been rising since",
-                f"fewer steps (train.steps={step}), more pictures, or data.augment=true",
-            )
+        step, best = min(values, key=lambda pair: pair[1])
+        now = values[-1][1]
+        if now > 1.05 * best and step < values[-2][0]:
+            seen = f"{now:.2f} now, {best:.2f} at step {step}: it has been rising since"
+            advice = f"fewer steps (train.steps={step}), more pictures, or data.augment=true"
+            yield Finding(f"held-out {name}", "note", seen, advice)
 
 
 def _gradients(settings: RunSettings, steps: Sequence[Row], bad: Sequence[Row]) -> Iterator[Finding]:
-    norms = [row["grad_norm"] for row in steps if "grad_norm" in row]
     if bad:
-        first = ", ".join(bad[0]["bad"])
-        yield Finding(
-            "steps left out",
-            "bad" if len(bad) > 3 else "note",
-            f"{len(bad)}, the first at step {bad[0]['step']} ({first})",
-            "train.precision=fp32, optim.clip=1, or a lower rate",
-        )
-    if len(norms) >= 5:
-        usual, most = median(norms), max(norms)
-        told = f"median {usual:.2f}, largest {most:.2f}"
-        if most > SPIKE * usual and settings.optim.clip == 0:
-            yield Finding("gradient norm", "note", told, "optim.clip=1")
-        elif usual < 1e-6:
-            yield Finding(
-                "gradient norm", "bad", f"{told}: nothing reaches what trains", "look whether anything trains"
-            )
-        else:
-            yield Finding("gradient norm", "good", told)
+        seen = f"{len(bad)}, the first at step {bad[0]['step']} ({', '.join(bad[0]['bad'])})"
+        advice = "train.precision=fp32, optim.clip=1, or a lower rate"
+        yield Finding("steps left out", "bad" if len(bad) > 3 else "note", seen, advice)
+    norms = [row["grad_norm"] for row in steps if "grad_norm" in row]
+    if len(norms) < 5:
+        return
+    usual, most = median(norms), max(norms)
+    seen = f"median {usual:.2f}, largest {most:.2f}"
+    if most > SPIKE * usual and settings.optim.clip == 0:
+        yield Finding("gradient norm", "note", seen, "optim.clip=1")
+    elif usual < 1e-6:
+        seen += ": no gradient reaches the trained parts"
+        yield Finding("gradient norm", "bad", seen, "a look at whether any part is trained")
+    else:
+        yield Finding("gradient norm", "good", seen)
 
 
 def _settings(settings: RunSettings) -> Iterator[Finding]:
     batch, optim, steps = settings.train.batch, settings.optim, settings.train.steps
     if settings.stage == "stage1" and batch < 16:
-        yield Finding(
-            "batch",
-            "note",
-            f"{batch} pairs: ITC has {batch - 1} negatives",
-            "train.batch of 32 or more; train.chunk for memory",
-        )
+        advice = "train.batch of 32 or more; train.chunk for memory"
+        yield Finding("batch", "note", f"{batch} pairs: ITC has {batch - 1} negatives", advice)
     if optim.warmup >= steps:
-        yield Finding(
-            "rate",
-            "bad",
-            f"{optim.warmup} steps of warm-up in a run of {steps}: optim.lr is never reached",
-            f"optim.warmup={max(1, steps // 20)}",
-        )
+        seen = f"{optim.warmup} steps of warm-up in a run of {steps}: optim.lr is never reached"
+        yield Finding("rate", "bad", seen, f"optim.warmup={max(1, steps // 20)}")
     if optim.lr > 3e-3:
         yield Finding("rate", "note", f"optim.lr={optim.lr:g} is far above the paper's 1e-4", "1e-4 to 1e-3")
     if optim.min_lr > optim.lr:
@@ -251,7 +221,3 @@ def _settings(settings: RunSettings) -> Iterator[Finding]:
 def _now(steps: Sequence[Row], name: str) -> float | None:
     values = [row[name] for row in steps[-LAST:] if name in row]
     return fmean(values) if values else None
-
-
-def _share_done(settings: RunSettings, steps: Sequence[Row]) -> float:
-    return steps[-1]["step"] / settings.train.steps if steps else 0.0

@@ -1,77 +1,159 @@
-"""Image-text retrieval (paper, section 4.4): recall of ITC alone, and after ITM has re-ranked its best candidates.
+"""Retrieval as in the paper (4.4): the best candidates by ITC, then re-ranked by ITM; for any number of images.
 
-Shapes: N images, M texts, Q queries, E shared space, T text tokens, P patch tokens, V encoder width.
+Shapes: N images, M texts, K candidates.
 """
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from openblip2.evaluate.ranking import Matches, best_of, log_odds
-from openblip2.model.objectives import similarity
-from openblip2.model.stage1 import Stage1
+from openblip2.config import change
+from openblip2.data.features import StoredFeatures, find_records
+from openblip2.data.records import Record
+from openblip2.data.text import clean_caption
+from openblip2.data.tokens import QFormerTokens, only_unknown
+from openblip2.evaluate.ranking import (
+    Matches,
+    Ranking,
+    best_images,
+    best_texts,
+    image_vectors,
+    log_odds,
+    text_vectors,
+)
+from openblip2.evaluate.result import Result
+from openblip2.hardware import computing, device
+from openblip2.matcher import Matcher
+from openblip2.progress import Progress
+from openblip2.train.encode import make_cache, open_cache, whitened
 
-CHUNK = 64  # images, texts or pairs at once
+KS = (1, 5, 10)
+TOKENS = 35  # the longest text in the authors' evaluation; 32 in training
+GROUP = 32  # images at once
 
 
-def image_vectors(model: Stage1, features: Tensor) -> Tensor:
-    """Query directions of all images: `features [N, P, V]` -> `[N, Q, E]`."""
-    parts = [model.image_vectors(model.qformer.query_output(part)) for part in features.split(CHUNK)]
-    return torch.cat(parts)
-
-
-def text_vectors(model: Stage1, tokens: Tensor, valid: Tensor) -> Tensor:
-    """Text directions: `[M, T]` -> `[M, E]`."""
-    pairs = zip(tokens.split(CHUNK), valid.split(CHUNK), strict=True)
-    return torch.cat([model.text_vectors(part, real) for part, real in pairs])
-
-
-def similarities(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-    """Best query's cosine for all images and texts: `[N, M]`."""
-    texts = text_vectors(model, tokens, valid)
-    return torch.cat([similarity(part, texts) for part in image_vectors(model, features).split(CHUNK)])
-
-
-def rerank(
-    model: Stage1,
-    features: Tensor,
-    tokens: Tensor,
-    valid: Tensor,
-    scores: Tensor,
+def score_retrieval(
+    matcher: Matcher,
+    records: Sequence[Record],
     best: int,
-    advance: Callable[[], object] = lambda: None,
-) -> tuple[Tensor, Tensor]:
-    """Scores in which the best candidates stand in ITM's order, for both directions: two `[N, M]`.
+    progress: Progress,
+    features: Path | None = None,
+    strict: bool = False,
+    seed: int = 0,
+) -> Result:
+    """Recall at 1, 5 and 10 in both directions, by ITC alone and, unless `best` is 0, re-ranked by ITM.
 
-    For each image its `best` texts by `scores [N, M]`, and for each text its `best` images, are given the log-odds
-    of the ITM head; all others rank behind them in their old order. An image's keys and values are computed once and
-    shared by its texts, and texts of like length go together. `advance` is called after each image.
-    """
-    texts, images = best_of([scores], best), best_of([scores.T], best)
-    matches = Matches(texts, images)
-    matches.score(model, lambda n: features[n : n + 1], tokens, valid, advance)
-    odds = log_odds(matches.logits).to(scores.dtype)
-    behind = scores - scores.max() + odds.min() - 1
-    by_image = behind.scatter(1, texts.places, log_odds(matches.of_images(texts)).to(scores.dtype))
-    by_text = behind.T.scatter(1, images.places, log_odds(matches.of_texts(images)).to(scores.dtype)).T
-    return by_image, by_text
-
-
-def recalls(scores_by_image: Tensor, scores_by_text: Tensor, correct: Tensor, ks: Sequence[int] = (1, 5)) -> dict:
-    """Shares of images (`tr@k`) and texts (`ir@k`) with a correct partner among the best k, in [0, 1].
+    The features of the images are in a cache on the disk meanwhile, so that memory does not grow with them.
 
     Args:
-        scores_by_image, scores_by_text: `[N, M]`, the same matrix unless re-ranked.
-        correct: `[N, M]` bool, every pair that counts as right.
+        best: candidates that ITM scores.
+        features: a cache of these images that `openblip2 features` wrote; None = a temporary one.
+        strict: only an image's own captions are right. Otherwise every image with the same caption is right, too.
+
+    Raises:
+        UserError: a cache that does not fit, or a full disk.
     """
-    found = {}
-    for k in ks:
-        found[f"tr@{k}"] = _hits(scores_by_image, correct, k)
-        found[f"ir@{k}"] = _hits(scores_by_text.T, correct.T, k)
+    settings = change(matcher.settings, {"data.augment": False})
+    vision = matcher.model.vision
+    assert vision is not None
+    with tempfile.TemporaryDirectory(prefix="openblip2-") as folder:
+        if features is None:
+            cache = make_cache(vision, records, settings, Path(folder), progress, "pictures")
+        else:
+            cache = open_cache(vision, settings, features)
+        stored, problems = find_records(records, cache, whitened(vision))
+        result = _score(matcher, stored, best, progress, strict, seed)
+    result.skipped.extend(problems)
+    result.protocol["features"] = "fp16" if features is None else f"{cache.made_by['precision']}, {features}"
+    return result
+
+
+def _score(matcher: Matcher, stored: StoredFeatures, best: int, progress: Progress, strict: bool, seed: int) -> Result:
+    records = stored.records
+    tokens = QFormerTokens(matcher.tokens.tokenizer, TOKENS)
+    owners = [n for n, record in enumerate(records) for _ in record.captions]
+    captions = [clean_caption(caption) for record in records for caption in record.captions]
+    unknown = only_unknown(tokens.tokenizer, captions)
+    rankings = _rankings(matcher, stored, tokens, captions, best, progress)
+    progress.doing("scoring")
+    result = Result("retrieval", len(records), seed)
+    for which, what in ((tokens.too_long(captions), f"are cut at {TOKENS} tokens"), (unknown, "become only [UNK]")):
+        if which:
+            first = records[owners[which[0]]].id
+            result.warnings.append(f"{len(which):,} of {len(captions):,} captions {what}; the first is of {first}")
+    result.protocol |= {
+        "texts": len(captions),
+        "longest_text": f"{TOKENS} tokens",
+        "candidates": best,
+        "itc": "best query's cosine",
+        "itm": f"log-odds of a match, of the best {best} by ITC",
+        "itm+itc": "log-odds of a match + cosine / temperature",
+        "itm+itc, the authors'": "logit of a match + cosine",
+        "right": "a picture's own captions" + ("" if strict else ", and every picture with the same one"),
+    }
+    names: Sequence[int | str] = owners if strict else captions  # texts of the same name are right for the same images
+    right: list[set[int | str]] = [set() for _ in records]
+    for owner, name in zip(owners, names, strict=True):
+        right[owner].add(name)
+    of_images: list[dict[str, Any]] = [{"image": record.id} for record in records]
+    of_texts: list[dict[str, Any]] = [
+        {"caption": caption, "image": records[owner].id} for owner, caption in zip(owners, captions, strict=True)
+    ]
+    for row, places in zip(of_images, rankings["itc"][0].places[:, :5].tolist(), strict=True):
+        row["captions_found"] = [captions[m] for m in places]
+    for name, (by_image, by_text) in rankings.items():
+        tr = by_image.first_right(lambda n, m: names[m] in right[n])
+        ir = by_text.first_right(lambda m, n: names[m] in right[n])
+        for rows, ranks in ((of_images, tr), (of_texts, ir)):
+            for row, rank in zip(rows, ranks, strict=True):
+                row[f"{name} first right"] = rank
+        for at in KS:
+            if name == "itc" or at <= best:
+                result.add(f"{name} tr@{at}", [rank is not None and rank <= at for rank in tr])
+                result.add(f"{name} ir@{at}", [rank is not None and rank <= at for rank in ir], groups=owners)
+    result.samples += [*of_images, *of_texts]
+    return result
+
+
+def _rankings(
+    matcher: Matcher,
+    stored: StoredFeatures,
+    tokens: QFormerTokens,
+    captions: Sequence[str],
+    best: int,
+    progress: Progress,
+) -> dict[str, tuple[Ranking, Ranking]]:
+    """Rankings of texts for each image and of images for each text, by the name of the score."""
+    model, count = matcher.model, len(stored.records)
+    with torch.inference_mode(), computing(model, matcher.settings.train.precision):
+        progress.doing(f"reading {len(captions):,} texts")
+        ids, valid = (t.to(device()) for t in tokens(captions))
+        texts = text_vectors(model, ids, valid)
+        parts = []
+        with progress.steps("query outputs", count) as bar:
+            for start in range(0, count, GROUP):
+                rows = range(start, min(start + GROUP, count))
+                parts.append(image_vectors(model, stored.take(rows).to(device())))
+                bar.advance(count=len(rows))
+        images, k = torch.cat(parts), max(best, *KS)
+        by_image, by_text = best_texts(images, texts, k), best_images(images, texts, k)
+        found = {"itc": (by_image, by_text)}
+        if not best:
+            return found
+        by_image, by_text = by_image.first(best), by_text.first(best)
+        matches = Matches(by_image, by_text)
+        with progress.steps("re-ranking", count) as bar:
+            matches.score(model, lambda n: stored.take([n]).to(device()), ids, valid, bar.advance)
+        pairs = (by_image, matches.of_images(by_image)), (by_text, matches.of_texts(by_text))
+        temperature = float(model.temperature)
+        for name, score in {
+            "itm": lambda logits, cosine: log_odds(logits),
+            "itm+itc": lambda logits, cosine: log_odds(logits) + cosine / temperature,
+            "itm+itc, the authors'": lambda logits, cosine: logits[..., 1] + cosine,
+        }.items():
+            first, second = (ranking.by(score(logits, ranking.scores.float())) for ranking, logits in pairs)
+            found[name] = first, second
     return found
-
-
-def _hits(scores: Tensor, correct: Tensor, k: int) -> float:
-    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return correct.gather(1, best).any(dim=1).float().mean().item()

@@ -1,40 +1,98 @@
-"""Visual question answering: exact match after normalisation, beside what can be had without looking."""
+"""Visual question answering scored as in the paper (4.1 and 4.3): all questions, against the annotators' answers."""
 
-import re
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal
 
-from openblip2.data.records import Question
+import numpy as np
 
-ARTICLES = re.compile(r"\b(a|an|the)\b")
+from openblip2.captioner import Captioner
+from openblip2.data.records import Question, Record
+from openblip2.evaluate.partial_texts import PartialTexts
+from openblip2.evaluate.protocol import WITHHELD, decoding_card
+from openblip2.evaluate.result import Result
+from openblip2.evaluate.vqa_metrics import baselines, exact_scores, gqa_scores, lemmas, vqa_scores
+from openblip2.model.decoding import Decoding
+from openblip2.progress import Progress
+
+Metric = Literal["vqa", "vqa-lavis", "gqa", "exact"]
+METRICS = {
+    "vqa": "VQA accuracy, the official normaliser",
+    "vqa-lavis": "VQA accuracy, the normaliser of the authors' code (LAVIS)",
+    "gqa": "exact match behind the VQA rules, both sides",
+    "exact": "exact match, case, articles and punctuation aside",
+}
+USUAL = {"vqav2": "vqa", "okvqa": "vqa", "gqa": "gqa"}  # by the kind of data
+GROUP = 256  # questions that are answered and kept together
 
 
-def normalise(answer: str) -> str:
-    """Lower case, without articles, punctuation and doubled spaces."""
-    plain = re.sub(r"[^\w\s]", " ", answer.lower())
-    return " ".join(ARTICLES.sub(" ", plain).split())
+def usual_metric(kind: str, records: Sequence[Record]) -> Metric:
+    """The official metric of a data set; of other data VQA accuracy if all questions have many answers, else exact."""
+    many = all(len(question.given) > 3 for record in records for question in record.questions)
+    return USUAL.get(kind, "vqa" if many else "exact")  # pyright: ignore[reportReturnType]
 
 
-def accuracy(answers: Sequence[str], questions: Sequence[Question]) -> dict[str, Any]:
-    """Share of answers that match exactly: over all questions, and for each kind of question apart."""
-    hits = [normalise(a) == normalise(q.answer) for a, q in zip(answers, questions, strict=True)]
-    found: dict[str, Any] = {"n": len(hits), "accuracy": sum(hits) / len(hits)}
-    for kind in sorted({q.kind for q in questions}):
-        part = [hit for hit, q in zip(hits, questions, strict=True) if q.kind == kind]
-        found[kind] = {"n": len(part), "accuracy": sum(part) / len(part)}
-    return found
+def score_answers(
+    captioner: Captioner,
+    records: Sequence[Record],
+    decoding: Decoding,
+    metric: Metric,
+    progress: Progress,
+    lemmatised: bool = False,
+    known: Sequence[Record] = (),
+    seed: int = 0,
+    kept: PartialTexts | None = None,
+) -> Result:
+    """Accuracy over all questions and for each kind of question; intervals over images, not over questions.
 
+    Args:
+        records: images with questions; without answers if the split is withheld.
+        lemmatised: compare nouns and verbs of the answers in their dictionary form, as OK-VQA does.
+        known: training images with questions, for the scores of guessers that see no image; () = not measured.
+        kept: where answers are kept until they are scored; None = nowhere.
 
-def baselines(known: Sequence[Question], asked: Sequence[Question]) -> dict[str, Any]:
-    """What two blind guessers score on `asked`, having read all of `known` (the training questions).
-
-    majority: the most common answer, always. question_only: the most common answer to the very same question, or
-    the majority's where the question is new.
+    Raises:
+        UserError: VQA accuracy of questions with one answer; no lemmatiser; a question that cannot be asked.
     """
-    usual = Counter(q.answer for q in known).most_common(1)[0][0]
-    by_text: dict[str, Counter[str]] = {}
-    for question in known:
-        by_text.setdefault(question.text, Counter())[question.answer] += 1
-    guesses = [by_text[q.text].most_common(1)[0][0] if q.text in by_text else usual for q in asked]
-    return {"majority": accuracy([usual] * len(asked), asked), "question_only": accuracy(guesses, asked)}
+    asked = [(n, question) for n, record in enumerate(records) for question in record.questions]
+    owners, questions = [n for n, _ in asked], [question for _, question in asked]
+
+    def generate(rows: slice) -> list[str]:
+        prompts, read = captioner.read_questions([question.text for question in questions[rows]])
+        return captioner.generate([records[n].image for n in owners[rows]], prompts, decoding, read)
+
+    names, how = [(str(records[n].image), question.text) for n, question in asked], decoding_card(decoding)
+    answers = (kept or PartialTexts()).texts("answers", "questions", names, GROUP, generate, progress, how)
+    progress.doing("scoring")
+    result = Result("vqa", len(records), seed)
+    result.protocol |= decoding_card(decoding) | {
+        "questions": len(questions),
+        "prompt": captioner.settings.language.question,
+        "metric": METRICS[metric],
+        "lemmatised": lemmatised,
+        "question_cleaning": "lower case, most punctuation removed, at most 50 words",
+    }
+    result.samples += [
+        {"image": records[n].id, "question_id": question.id, "question": question.text, "answer": answer}
+        for (n, question), answer in zip(asked, answers, strict=True)
+    ]
+    if not all(question.answer for question in questions):
+        result.warnings.append(WITHHELD)
+        return result
+    judged = lemmas(answers) if lemmatised else answers
+    scores = _scores(judged, questions, metric)
+    result.add("accuracy", scores, groups=owners)
+    for kind in sorted({question.kind for question in questions}):
+        rows = [n for n, question in enumerate(questions) if question.kind == kind]
+        result.add(f"accuracy, {kind}", scores[rows], groups=[owners[n] for n in rows])
+    if known:
+        result.beside["blind"] = baselines([question for record in known for question in record.questions], questions)
+    for row, question, plain, score in zip(result.samples, questions, judged, scores.tolist(), strict=True):
+        row |= {"judged_as": plain} if lemmatised else {}
+        row |= {"given": list(question.given), "kind": question.kind, "score": score}
+    return result
+
+
+def _scores(answers: Sequence[str], questions: Sequence[Question], metric: Metric) -> np.ndarray:
+    if metric in ("vqa", "vqa-lavis"):
+        return vqa_scores(answers, questions, "official" if metric == "vqa" else "lavis")
+    return (gqa_scores if metric == "gqa" else exact_scores)(answers, questions)

@@ -57,6 +57,7 @@ def build_qformer(settings: RunSettings, image_width: int, sizes: Mapping[str, i
         dropout=qformer.dropout,
         image_norm_eps=qformer.image_norm_eps,
         self_attention_scale=qformer.self_attention_scale,
+        cross_attention_std=qformer.cross_attention_std,
     )
 
 

@@ -15,17 +15,15 @@ from torch import Tensor, nn
 from openblip2.config import RunSettings
 from openblip2.data.batches import PairBatch, Prefetcher, joined_ids
 from openblip2.data.records import Record
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.tokens import QFormerTokens, question_tokens
 from openblip2.data.trained_on import data_digest, write_trained_on
 from openblip2.data.web.mixture import Part
 from openblip2.distributed.collectives import is_first, share
 from openblip2.distributed.data_parallel import shard
 from openblip2.distributed.launch import first_process_first
 from openblip2.errors import UserError
-from openblip2.evaluate.answering import measure_answers, question_tokens
-from openblip2.evaluate.grounding import grounding
 from openblip2.evaluate.health import findings
-from openblip2.evaluate.stage1 import measure_stage1
+from openblip2.evaluate.validation import grounding, measure_answers, measure_stage1
 from openblip2.hardware import compute_dtype, computing, device
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.build import (
@@ -235,7 +233,7 @@ def _stage2(
     def validate() -> dict[str, Any]:
         if settings.task == "vqa":
             return measure_answers(model, tokens, data.held_out_features(), form, settings.train.seed)
-        return grounding(model, data.held_out_features(), settings.train.seed, prompts[0]).as_log()
+        return grounding(model, data.held_out_features(), settings.train.seed, prompts[0])
 
     # Of a Q-Former that reads the question, nothing uses the question's rows of the last layer.
     return model, losses, validate, settings.qformer.reads_question

@@ -1,15 +1,15 @@
 """Closed-form starts of both stages. Ours, not the paper's; off unless `warm_start` is set.
 
-Stage 1: in a random Q-Former attention to the image is uniform, so that all queries read the same mean patch, and
-little of it reaches their outputs. Training mends the second and never the first: the queries stay one pooled vector,
-which knows the things and colours of a picture but not where each of them is. `place_queries` makes each query begin
-at its own cell of a grid over the picture, and `open_image_path` lets what it reads there through to its output;
-`align_heads` solves for the two heads of ITC. All by ridge regression: what a linear map can know of the pictures is
-known before the first step, and only weights of the paper's model are set.
+Stage 1: a random Q-Former lets little of the picture through and scrambles that, and gradient steps find the large
+directions (colour, layout) long before the small ones (which of hundreds of nouns). `open_image_path` lets the
+whitened mean patch through to the query outputs; in every second layer `speak_as_text` makes of it what the caption's
+rows look like there, so that the self-attention that queries and text share finds like beside like; `align_heads`
+solves for the two heads of ITC. All by ridge regression: what a linear map can know of the pictures is known before
+the first step.
 
 Stage 2: from a random projection a language model learns to write captions long before it learns to look. Ridge
 regression from the mean query output of stage 1 to the mean input embedding of the caption's content words, rare words
-weighted up, moves the soft prompt, before the first step, to where the language model keeps the words of the picture.
+weighted up, puts the soft prompt, before the first step, where the language model keeps the words of the picture.
 
 Shapes: N pictures, P patch tokens, V encoder width, Q queries, D Q-Former width, E shared space, L LLM width.
 """
@@ -18,23 +18,20 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip2.data.tokens import QFormerTokens
-from openblip2.model.qformer import Layer, QFormer
+from openblip2.model.qformer import Layer, QFormer, unimodal_mask
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.whitening import RIDGE, fit_whitening
 
 # BERT's FFN was never trained on pictures: at this share of its output the query rows survive six of them.
 FFN_SHARE = 0.3
-# How many pictures show where each patch is and what its features look like.
-PICTURES = 128
-# Logit of a query and a patch of its own cell, where regression is right about both.
-SHARPNESS = 6.0
 
 # Features [B, P, V] on the model's device, and B captions.
 Pair = tuple[Tensor, Sequence[str]]
@@ -49,19 +46,18 @@ STOP_WORDS = frozenset((
 
 
 def warm_start_stage1(model: Stage1, tokens: QFormerTokens, pairs: Callable[[], Iterable[Pair]]) -> float:
-    """`open_image_path`, `place_queries`, then `align_heads`, on the given pictures and captions.
+    """`open_image_path`, `speak_as_text`, then `align_heads`, on the given pictures and captions.
 
     Returns:
         R2 in the shared space.
     """
-    some: list[Tensor] = []
-    for patches, _ in pairs():
-        some.append(model.qformer.image_norm(patches.float()))
-        if sum(map(len, some)) >= PICTURES:
-            break
-    patches = torch.cat(some)[:PICTURES]
-    open_image_path(model.qformer, patches)
-    place_queries(model.qformer, patches)
+    means, rows = [], []
+    for patches, captions in pairs():
+        means.append(model.qformer.image_norm(patches.float()).mean(1))
+        ids, valid = (t.to(patches.device) for t in tokens(list(captions)))
+        rows.append(mean_text_rows(model.qformer, ids, valid))
+    open_image_path(model.qformer, torch.cat(means))
+    speak_as_text(model.qformer, torch.cat(means), torch.cat(rows, dim=1))
     queries, texts = [], []
     for patches, captions in pairs():
         queries.append(mean_query_output(model.qformer, patches))
@@ -70,18 +66,17 @@ def warm_start_stage1(model: Stage1, tokens: QFormerTokens, pairs: Callable[[], 
     return align_heads(model, torch.cat(queries), torch.cat(texts))
 
 
-def open_image_path(qformer: QFormer, patches: Tensor) -> None:
-    """Lets cross-attention hand on the patches that it attends to: value = a rotated whitening, output = identity.
+def open_image_path(qformer: QFormer, means: Tensor) -> None:
+    """Lets cross-attention hand on the whitened mean patch: value = a rotated whitening, output = identity.
 
     Args:
-        patches: `[N, P, V]`, after the Q-Former's image norm.
+        means: `[N, V]`, each picture's patches behind the Q-Former's image norm, averaged over the patches.
     """
-    whitening = fit_whitening(patches)
+    whitening = fit_whitening(means)
     for layer in qformer.layers:
         assert isinstance(layer, Layer)
         if layer.cross is not None:
-            # A rotation for each layer: what later layers add does not cover what earlier ones have written.
-            rotation = nn.init.orthogonal_(patches.new_empty(qformer.width, qformer.image_width))
+            rotation = nn.init.orthogonal_(means.new_empty(qformer.width, qformer.image_width))
             weight = rotation @ whitening.matrix  # symmetric: x @ matrix is matrix @ x
             layer.cross.value.weight.data.copy_(weight)
             layer.cross.value.bias.data.copy_(-weight @ whitening.mean)
@@ -90,56 +85,36 @@ def open_image_path(qformer: QFormer, patches: Tensor) -> None:
         layer.query_ffn.narrow.bias.data.mul_(FFN_SHARE)
 
 
-def place_queries(qformer: QFormer, patches: Tensor) -> None:
-    """Makes each query begin at its own cell of a grid over the picture, in every head of every cross-attention.
-
-    A linear map can read from the feature of a patch where in the picture it is, and from a query row which query it
-    is. These two maps, to Q numbers each, become the first weights of the keys and of the queries, so that a logit is
-    large where query n meets a patch of cell n. Changes nothing where a head is narrower than Q.
-
-    Args:
-        patches: `[N, P, V]`, after the Q-Former's image norm.
-    """
-    count, pictures = qformer.queries.shape[1], len(patches)
-    cells = grid_cells(patches.shape[1], count).to(patches)
-    where = ridge(patches.flatten(0, 1), cells.repeat(pictures, 1), penalty=100.0)
-    rows = qformer.norm(qformer.queries).expand(pictures, -1, -1)
-    own = torch.eye(count).to(patches).repeat(pictures, 1)
+def mean_text_rows(qformer: QFormer, tokens: Tensor, valid: Tensor) -> Tensor:
+    """Each text's mean row as it enters each layer, the text alone: `[B, T]` -> `[layers, B, D]`."""
+    share = valid.float() / valid.float().sum(1, keepdim=True)
+    text, found = qformer.embed_text(tokens), []
     for layer in qformer.layers:
-        assert isinstance(layer, Layer)
-        asking = layer.attention(rows, layer.attention.keys_values(rows), scale=layer.self_attention_scale)
-        image = None
-        if layer.cross is not None:
-            width = qformer.width // layer.cross.heads
-            if count <= width:
-                factor = (SHARPNESS * width**0.5) ** 0.5  # attention divides logits by the root of the width
-                which = ridge(asking.flatten(0, 1), own, penalty=10.0)
-                for head in range(layer.cross.heads):
-                    chosen = slice(head * width, head * width + count)
-                    for linear, (weight, bias) in ((layer.cross.key, where), (layer.cross.query, which)):
-                        linear.weight.data[chosen] = (factor * weight.T).to(linear.weight)
-                        linear.bias.data[chosen] = (factor * bias).to(linear.bias)
-            image = layer.cross.keys_values(patches)
-        rows, _, _ = layer(rows, None, image, None, None)
+        found.append((text.float() * share[..., None]).sum(1))
+        _, text, _ = layer(None, text, None, unimodal_mask(0, valid), None)
+    return torch.stack(found)
 
 
-def grid_cells(tokens: int, queries: int) -> Tensor:
-    """Which query is to read which patch: `[P, Q]`, one 1 in a row.
+def speak_as_text(qformer: QFormer, means: Tensor, rows: Tensor, penalty: float = 30.0) -> None:
+    """In every second layer that crosses, value = ridge regression from the whitened mean patch to the mean text row.
 
-    The last patch tokens are a square of side x side patches, row by row. Those in front of it, like `[CLS]`, belong
-    to no cell: 1 / Q in each column.
+    The prediction is scaled to a variance of 1, as large as what the other layers hand on.
 
     Args:
-        tokens: P.
-        queries: Q, the cells of a grid as nearly square as Q allows.
+        means: `[N, V]`, as for `open_image_path`, which comes first.
+        rows: `[layers, N, D]`, of `mean_text_rows`.
+        penalty: of the ridge, in pictures.
     """
-    side = math.isqrt(tokens)
-    down = next(n for n in range(math.isqrt(queries), 0, -1) if queries % n == 0)
-    across = queries // down
-    numbers = torch.arange(side)
-    cells = (numbers * down // side)[:, None] * across + numbers * across // side
-    front = torch.full((tokens - side * side, queries), 1 / queries)
-    return torch.cat([front, F.one_hot(cells.flatten(), queries).float()])
+    whitening = fit_whitening(means)
+    seen = ((means - whitening.mean) @ whitening.matrix).double()
+    gram = seen.T @ seen + penalty * torch.eye(seen.shape[1], dtype=seen.dtype, device=seen.device)
+    crossing = [n for n, layer in enumerate(qformer.layers) if layer.cross is not None]
+    for n in crossing[::2]:
+        wanted = rows[n].double() - rows[n].double().mean(0)
+        weight = torch.linalg.solve(gram, seen.T @ wanted)
+        weight = (whitening.matrix.double() @ (weight / (seen @ weight).std())).to(means.dtype)  # [V, D]
+        cross: Any = qformer.layers[n].cross
+        set_linear(cross.value, weight, -whitening.mean @ weight)
 
 
 def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 300.0) -> float:
@@ -165,22 +140,14 @@ def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 
 
 
 def fit_linear(layer: nn.Linear, x: Tensor, y: Tensor, penalty: float) -> float:
-    """Ridge regression `x [N, in]` -> `y [N, out]` as the layer's weight and bias; returns R2."""
-    weight, bias = ridge(x, y, penalty)
-    set_linear(layer, weight, bias)
-    y = y.double()
-    errors = y - (x.double() @ weight + bias)
-    return float(1 - errors.square().sum() / (y - y.mean(0)).square().sum())
-
-
-def ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Ridge regression `x [N, in]` -> `y [N, out]` on centred data: weight `[in, out]` and bias `[out]`, fp64."""
+    """Ridge regression `x [N, in]` -> `y [N, out]` on centred data, as the layer's weight and bias; returns R2."""
     x, y = x.double(), y.double()
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
     gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(gram, x.T @ y)
-    return weight, mean_y - mean_x @ weight
+    set_linear(layer, weight, mean_y - mean_x @ weight)
+    return float(1 - (y - x @ weight).square().sum() / y.square().sum())
 
 
 def set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:

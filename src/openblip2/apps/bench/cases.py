@@ -1,6 +1,6 @@
-"""What is timed: each case with our way and the ways it is held against, on equal inputs, outputs checked equal first.
+"""The cases that are timed: our way and the ways it is compared with, on equal inputs, with equal outputs.
 
-Shapes: B pictures, P patch tokens, V encoder width, T text tokens, Q queries, W vocabulary.
+Shapes: B images, P patch tokens, V encoder width, T text tokens, Q queries, W vocabulary.
 """
 
 import tempfile
@@ -11,95 +11,62 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from openblip2.apps.bench.case import NAIVE, OURS, THEIRS, Case
 from openblip2.apps.bench.loader import loader_case
+from openblip2.apps.bench.measure import NAIVE, OURS, THEIRS, Case
 from openblip2.apps.bench.models import BOS, EOS, IMAGE, Pair, normalised, pictures, sentences, texts
 from openblip2.apps.bench.naive import naive_losses, naive_rerank
 from openblip2.apps.bench.sizes import Size
 from openblip2.data.feature_cache import FeatureCache, writing
 from openblip2.data.features import StoredFeatures
 from openblip2.data.records import Record
-from openblip2.evaluate.retrieval import rerank
+from openblip2.evaluate.ranking import rerank
 from openblip2.hardware import computing
 from openblip2.model.decoding import Decoding
 
 
 class Bench:
-    """The cases of one size, computed in `precision`."""
-
-    NAMES = (
-        "cache",
-        "loader",
-        "stage1-features",
-        "stage1-images",
-        "stage2-features",
-        "stage2-images",
-        "captions-beam",
-        "captions-greedy",
-        "questions",
-        "rerank",
-    )
-
-    KEPT = ("cache", "stage1-images", "stage2-features")  # ours reads a feature cache
+    """Makes the cases of one size, computed in `precision`."""
 
     def __init__(self, pair: Pair, size: Size, place: torch.device, precision: str) -> None:
         self.pair, self.size, self.place, self.precision = pair, size, place, precision
         self.equal = 1e-4 if precision == "fp32" else 3e-2
-        self._folders: list[tempfile.TemporaryDirectory[str]] = []  # of caches: they go when this does
+        self._folders: list[tempfile.TemporaryDirectory[str]] = []  # of caches; they are removed with this object
 
-    def cases(self) -> dict[str, Callable[[], Case]]:
-        """What can be timed, by name; a case is made when it is called."""
-        return {
-            "cache": self.cache,
-            "loader": lambda: loader_case(self._folder()),
-            "stage1-features": self.stage1_features,
-            "stage1-images": self.stage1_images,
-            "stage2-features": self.stage2_features,
-            "stage2-images": self.stage2_images,
-            "captions-beam": lambda: self.captions(beams=5),
-            "captions-greedy": lambda: self.captions(beams=1),
-            "questions": self.questions,
-            "rerank": self.rerank,
-        }
+    def case(self, name: str) -> Case:
+        """The case of this name in `CASES`."""
+        return CASES[name](self)
+
+    def loader(self) -> Case:
+        """A batch of images from a shard; the naive way uses Pillow."""
+        return loader_case(self._folder())
 
     def cache(self) -> Case:
-        """A batch's features, read from a feature cache on the disk; the naive way runs the encoder."""
+        """The features of a batch, read from a feature cache on the disk; the naive way runs the encoder."""
         images = pictures(self.size.pairs, self.size.side, self.place)
-        kept = self._keep(self._encode(images))
+        stored = self._keep(self._encode(images))
 
         def ours() -> Tensor:
-            return kept.take(range(len(images))).to(self.place)
+            return stored.take(range(len(images))).to(self.place)
 
         return self._case("cache", {OURS: ours, NAIVE: lambda: self._encode(images)}, len(images), "pictures")
 
-    def stage1_features(self) -> Case:
-        """A stage-1 step, forward and backward, on ready-made features."""
-        return self._stage1("stage1-features", from_images=False)
+    def stage1(self, name: str, from_images: bool) -> Case:
+        """A step of stage 1, forward and backward, on features, or from images.
 
-    def stage1_images(self) -> Case:
-        """The same from pictures: ours reads kept features from a cache; the naive way runs the encoder."""
-        return self._stage1("stage1-images", from_images=True)
-
-    def stage2_features(self) -> Case:
-        """A stage-2 step from pictures: ours reads kept features from a cache; transformers runs the encoder."""
-        return self._stage2("stage2-features", kept=True)
-
-    def stage2_images(self) -> Case:
-        """A stage-2 step from pictures with nothing kept."""
-        return self._stage2("stage2-images", kept=False)
-
-    def _stage1(self, name: str, from_images: bool) -> Case:
+        From images, ours reads features from a cache; the naive way runs the encoder.
+        """
         size, model = self.size, self.pair.stage1
         images = pictures(size.pairs, size.side, self.place)
         features = self._encode(images)
         tokens, valid = texts(size.pairs, size.text, size.qformer["vocabulary"], self.place)
         ids = torch.arange(size.pairs, device=self.place)
         negatives = ids.roll(1), ids.roll(2)
-        kept = self._keep(features) if from_images else None
+        stored = self._keep(features) if from_images else None
 
         def ours() -> dict[str, Tensor]:
-            seen = features if kept is None else kept.take(range(len(images))).to(self.place)
+            seen = features if stored is None else stored.take(range(len(images))).to(self.place)
             return self._step(model, lambda: model.losses(tokens, valid, ids, features=seen, negatives=negatives))
 
         def naive() -> dict[str, Tensor]:
@@ -108,14 +75,20 @@ class Bench:
 
         return self._case(name, {OURS: ours, NAIVE: naive}, size.pairs, "pairs")
 
-    def _stage2(self, name: str, kept: bool) -> Case:
+    def stage2(self, name: str, cached: bool) -> Case:
+        """A step of stage 2 from images; if `cached`, ours reads features from a cache.
+
+        Transformers always runs the encoder.
+        """
         size, model, theirs = self.size, self.pair.stage2, self.pair.theirs
         images = pictures(size.captions, size.side, self.place)
-        cache = self._keep(self._encode(images)) if kept else None
+        cache = self._keep(self._encode(images)) if cached else None
         captions = sentences(size.captions, size.text, size.language["vocab_size"])
         prompts = [""] * len(captions)
         rows = [[*[IMAGE] * size.queries, BOS, *model.language.tokenizer(c)["input_ids"], EOS] for c in captions]  # pyright: ignore
-        ids, mask, labels = _right_padded(rows, size.queries + 1, self.place)
+        ids, mask = _padded(rows, "right", self.place)
+        labels = ids.masked_fill(mask == 0, -100)  # as transformers expects it: no loss at padding ...
+        labels[:, : size.queries + 1] = -100  # ... and none at queries and BOS
         pixels = normalised(self._vision(), images, theirs.vision_model.dtype)
 
         def ours() -> dict[str, Tensor]:
@@ -140,7 +113,7 @@ class Bench:
         return self._generation(f"captions-{'beam' if beams > 1 else 'greedy'}", images, [""] * len(images), beams)
 
     def questions(self) -> Case:
-        """Many questions about one picture: transformers is given the picture again for each."""
+        """Many questions about one image, which transformers gets again for each question."""
         size = self.size
         images = pictures(1, size.side, self.place).expand(size.questions, -1, -1, -1)
         asked = sentences(size.questions, size.text, size.language["vocab_size"])
@@ -151,7 +124,7 @@ class Bench:
         how = Decoding(size.new_tokens, size.new_tokens, beams)
         tokenizer: Any = model.language.tokenizer
         rows = [[*[IMAGE] * size.queries, BOS, *tokenizer(prompt)["input_ids"]] for prompt in prompts]
-        ids, mask = _left_padded(rows, self.place)
+        ids, mask = _padded(rows, "left", self.place)
 
         def ours() -> list[str]:
             with self._computing(model):
@@ -177,7 +150,7 @@ class Bench:
         return self._case(name, {OURS: ours, THEIRS: transformers}, len(prompts), "texts")
 
     def rerank(self) -> Case:
-        """ITM scores of one picture's best candidates, at the size that retrieval is fine-tuned at."""
+        """ITM scores of the best candidates of one image, at the image size with which retrieval is fine-tuned."""
         size, model = self.size, self.pair.stage1
         features = self._encode(pictures(1, size.rerank_side, self.place))
         tokens, valid = texts(size.candidates, size.text, size.qformer["vocabulary"], self.place)
@@ -196,14 +169,14 @@ class Bench:
     def _case(self, name: str, candidates: Mapping[str, Callable[[], Any]], samples: int, unit: str) -> Case:
         found = [_numbers(run()) for run in candidates.values()]
         difference = max(_difference(found[0], other) for other in found[1:])
-        # Random weights make all words nearly as likely, and bf16 rounds: there texts may differ, and it is told.
+        # With random weights all words are nearly as likely, so in bf16 texts may differ by rounding; it is reported.
         equal = 1.0 if isinstance(found[0], list) and self.precision != "fp32" else self.equal
-        if name in self.KEPT:
-            equal = max(equal, 1e-3)  # what is read was rounded to fp16
+        if name in CACHED:
+            equal = max(equal, 1e-3)  # features in the cache are rounded to fp16
         return Case(name, candidates, samples, unit, difference, equal)
 
     def _step(self, model: nn.Module, losses: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Forward and backward, as training runs them; the optimizer's step is the same for all."""
+        """Forward and backward, as in training, without the optimizer's step, which is the same for all."""
         with computing(model, self.precision):
             parts = losses()
         torch.stack(list(parts.values())).sum().backward()
@@ -217,7 +190,7 @@ class Bench:
             yield
 
     def _keep(self, features: Tensor) -> StoredFeatures:
-        """These features in a cache on the disk, as a run finds them."""
+        """These features in a cache on the disk, as a run uses them."""
         folder, records = self._folder(), [Record(str(n), Path(f"{n}.png"), ()) for n in range(len(features))]
         with writing(folder, {"precision": "fp16"}, (1, *features.shape[1:]), print) as writer:
             writer.add(records, [None] * len(records), features[:, None])
@@ -236,29 +209,31 @@ class Bench:
                 found = [vision(part) for part in images.split(16)]
         finally:
             vision.image_size = before
-        return torch.cat(found).clone()  # not an inference tensor: it is trained on
+        return torch.cat(found).clone()  # a clone is no inference tensor, so that it can be used in training
 
     def _vision(self) -> Any:
         return self.pair.stage2.vision
 
 
-def _right_padded(rows: list[list[int]], unscored: int, place: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask and labels; the first `unscored` ids of each row and padding have no label."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for n, row in enumerate(rows):
-        ids[n, : len(row)], mask[n, : len(row)] = torch.tensor(row), 1
-        labels[n, unscored : len(row)] = torch.tensor(row[unscored:])
-    return ids.to(place), mask.to(place), labels.to(place)
+CASES: dict[str, Callable[[Bench], Case]] = {
+    "cache": Bench.cache,
+    "loader": Bench.loader,
+    "stage1-features": lambda bench: bench.stage1("stage1-features", from_images=False),
+    "stage1-images": lambda bench: bench.stage1("stage1-images", from_images=True),
+    "stage2-features": lambda bench: bench.stage2("stage2-features", cached=True),
+    "stage2-images": lambda bench: bench.stage2("stage2-images", cached=False),
+    "captions-beam": lambda bench: bench.captions(beams=5),
+    "captions-greedy": lambda bench: bench.captions(beams=1),
+    "questions": Bench.questions,
+    "rerank": Bench.rerank,
+}
+CACHED = ("cache", "stage1-images", "stage2-features")  # ours reads a feature cache
 
 
-def _left_padded(rows: list[list[int]], place: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for n, row in enumerate(rows):
-        ids[n, longest - len(row) :], mask[n, longest - len(row) :] = torch.tensor(row), 1
+def _padded(rows: list[list[int]], side: str, place: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask, padded with 0."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True, padding_side=side)
     return ids.to(place), mask.to(place)
 
 

@@ -1,6 +1,6 @@
-"""A server under load: many clients, each of which asks again as soon as it has its answer.
+"""A server under load: many clients, each of which sends the next request as soon as it has an answer.
 
-The server is started as a user starts it, in processes of its own; the clients are one asyncio loop here.
+The server runs in its own processes, started by the command `serve`; the clients are one asyncio loop in this process.
 """
 
 import asyncio
@@ -21,21 +21,27 @@ from openblip2.errors import UserError
 from openblip2.progress import Bar, Progress
 
 QUESTION = "what is in the picture?"
-STARTS = 300  # seconds that a server may take to load its models
+STARTS = 300  # seconds that the server may take to load its models
 
 
 @dataclass
 class Load:
-    """What clients saw. `statuses`: answers by HTTP status, or by error's name; `seconds`: of each answered request."""
+    """What the clients measured.
+
+    Attributes:
+        statuses: number of answers by HTTP status, and of errors by name.
+        seconds: latency of each answered request.
+        memory: (seconds since the beginning, bytes of the server's processes).
+    """
 
     statuses: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
-    memory: list[tuple[float, int]] = field(default_factory=list)  # (seconds since the begin, bytes)
+    memory: list[tuple[float, int]] = field(default_factory=list)
 
     def figures(self, duration: float) -> dict[str, Any]:
-        """Requests a second, latencies in seconds, memory in bytes, and how much it grew once it was warm.
+        """Requests per second, latencies in seconds, memory in bytes, and its growth after the warm-up.
 
-        That is the mean of its last quarter against that of its second one: one batch takes more than another.
+        Growth compares the means of the last and the second quarter of the time, because batches differ in memory.
         """
         took = np.array(self.seconds or [np.nan])
         second, last = (
@@ -58,18 +64,18 @@ class Load:
 def bench_serve(
     run: str, folder: Path, clients: int, seconds: float, batches: Sequence[int], progress: Progress
 ) -> list[dict[str, Any]]:
-    """Figures of a server for each size of batch, `Load.figures` with `batch`.
+    """`Load.figures` of a server for each batch size.
 
-    Half of the requests want a caption, half an answer, each about one of the pictures, drawn at random. Who is told
-    429 asks again when the server said that it may.
+    Each request is for a caption or an answer about one of the images, both drawn at random. After status 429 a client
+    waits as long as the server says.
 
     Args:
-        folder: of pictures.
-        seconds: of each size.
+        folder: of images.
+        seconds: duration for each batch size.
         batches: `--batch` of the server; 1 = one request at a time.
 
     Raises:
-        UserError: no pictures, a server that does not start, a missing package.
+        UserError: no images, a server that does not start, or a missing package.
     """
     try:
         import httpx2  # noqa: F401

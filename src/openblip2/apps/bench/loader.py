@@ -1,4 +1,4 @@
-"""The loader of shards beside plain Pillow, on one core: JPEGs of 256 px, decoded and resized."""
+"""The loader of shards compared with plain Pillow, on one core: JPEGs of 256 px, decoded and resized."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openblip2.apps.bench.case import NAIVE, OURS, Case
+from openblip2.apps.bench.measure import NAIVE, OURS, Case
 from openblip2.data.web.mixture import count_parts, read_parts
 from openblip2.data.web.pairs import ShardPairs
 from openblip2.data.web.shard_files import write_stats
@@ -21,9 +21,10 @@ PICTURES = 128
 
 
 def loader_case(folder: Path) -> Case:
-    """A batch out of a shard in `folder`: ours in one thread; the naive way has the files in memory.
+    """A batch from a shard in `folder`: ours in one thread; the naive way has the files in memory.
 
-    Without the random crop, which would be another one for each: it costs as much as the smaller picture saves.
+    There is no random crop, because each way would draw another one. A crop takes as much time as it saves by making
+    the image smaller.
     """
     files = {f"{n:09}": _jpeg(n) for n in range(PICTURES)}
     shard = folder / "00000.tar"
@@ -53,7 +54,7 @@ def _plain(file: bytes) -> Tensor:
 
 
 def _jpeg(seed: int) -> bytes:
-    """Smooth shapes under a little noise: as many bytes as a photograph has."""
+    """Smooth shapes with a little noise: about as many bytes as a photograph."""
     draw = np.random.default_rng(seed)
     shapes = Image.fromarray(draw.integers(0, 256, (24, 24, 3), np.uint8)).resize(
         (SIDE, SIDE), Image.Resampling.BICUBIC

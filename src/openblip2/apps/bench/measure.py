@@ -1,4 +1,4 @@
-"""Fair timing: outputs checked equal first, runs of all candidates in turn, medians and spread, peak memory apart."""
+"""Fair timing: runs of all candidates in turn, medians and spread, and peak memory measured separately."""
 
 import ctypes
 import gc
@@ -12,20 +12,48 @@ from typing import Any
 
 import torch
 
+OURS, NAIVE, THEIRS = "openblip2", "naive", "transformers"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison.
+
+    Attributes:
+        candidates: functions by name, ours among them; each does the same work.
+        samples: number of samples in one run.
+        unit: what a sample is.
+        difference: the largest relative difference between the outputs.
+        equal: the allowed difference.
+    """
+
+    name: str
+    candidates: Mapping[str, Callable[[], Any]]
+    samples: int
+    unit: str
+    difference: float
+    equal: float
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one candidate: seconds of a run, their spread, and what it needs beyond what was there before."""
+    """Time and memory of one candidate.
 
-    seconds: float  # median
-    spread: float  # (slowest - fastest) / median
-    peak: int | None  # bytes; None: not measured here
+    Attributes:
+        seconds: the median of its runs.
+        spread: (slowest - fastest) / median.
+        peak: bytes that a run needs at most in addition; None = not measured on this system.
+    """
+
+    seconds: float
+    spread: float
+    peak: int | None
 
 
 def alternate(candidates: Mapping[str, Callable[[], Any]], repeats: int, place: torch.device) -> dict[str, Timing]:
-    """Runs the candidates in turn, `repeats` times each, after a warm-up of each, in which memory is measured."""
+    """Runs the candidates in turn, `repeats` times each, after a first run of each that measures memory."""
     peaks = {name: peak_memory(run, place) for name, run in candidates.items()}
-    for run in candidates.values():  # memory was given back for that: the first run after it pays for fresh pages
+    for run in candidates.values():  # measuring returned free memory to the system: a second run gets it back
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
@@ -35,7 +63,7 @@ def alternate(candidates: Mapping[str, Callable[[], Any]], repeats: int, place: 
 
 
 def peak_memory(run: Callable[[], Any], place: torch.device) -> int | None:
-    """Bytes that a run needs at most beyond what is in use before it; None where the system does not tell."""
+    """Bytes that a run needs at most in addition to those in use before it; None if the system does not tell."""
     gc.collect()
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -46,9 +74,9 @@ def peak_memory(run: Callable[[], Any], place: torch.device) -> int | None:
     if not sys.platform.startswith("linux"):
         run()
         return None
-    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed and kept would hide what is taken again
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide later allocations
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
         run()
         return None

@@ -1,6 +1,6 @@
-"""Models with random weights at a size, ours and transformers' on the very same weights.
+"""Models of a size with random weights: ours and transformers' BLIP-2 with the same weights.
 
-Shapes: B pictures, S side in px, P patch tokens, V encoder width, T text tokens.
+Shapes: B images, S side in px, P patch tokens, V encoder width, T text tokens.
 """
 
 import copy
@@ -24,7 +24,9 @@ PAD, BOS, EOS, UNK, IMAGE = range(5)
 
 @dataclass(frozen=True)
 class Pair:
-    """Ours and transformers', sharing encoder and language model, with equal trained parts; and a stage 1."""
+    """Our stage 2 and transformers' model, which share encoder and language model and have equal trained parts; and a
+    stage 1.
+    """
 
     stage1: Stage1
     stage2: Stage2
@@ -35,7 +37,7 @@ def build_pair(size: Size, place: torch.device, dtype: torch.dtype) -> Pair:
     """Frozen parts in `dtype`, trained ones in fp32."""
     theirs = _transformers(size, place, dtype)
     vision = Vision(theirs.vision_model, layer=-1, image_size=size.side)
-    # The same weights in modules of our own: what we hang on ours must not serve theirs.
+    # A copy of the modules that shares the weights, so that changes to our modules do not affect theirs.
     shared = {id(p): p for p in theirs.language_model.parameters()}
     language = DecoderLM(copy.deepcopy(theirs.language_model, shared), tokenizer(size.language["vocab_size"]))
     with place:
@@ -49,7 +51,7 @@ def build_pair(size: Size, place: torch.device, dtype: torch.dtype) -> Pair:
         for their_name, ours in names.items():
             named[ours].copy_(weights[their_name])
     stage2.qformer.image_norm.eps = theirs.config.vision_config.layer_norm_eps
-    for model in (stage1, stage2, theirs):  # dropout would draw other masks in each
+    for model in (stage1, stage2, theirs):  # without dropout, whose masks would differ between the models
         model.eval()
     return Pair(stage1, stage2, theirs)
 
@@ -91,7 +93,7 @@ def sentences(count: int, longest: int, vocabulary: int) -> list[str]:
 
 
 def normalised(vision: Vision, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pictures as transformers wants them, `[B, 3, S, S]` floats."""
+    """Images as transformers expects them, `[B, 3, S, S]` floats."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (vision.mean, vision.std))
     return ((images.float() / 255 - mean) / std).to(dtype)
 
@@ -138,7 +140,7 @@ def _transformers(size: Size, place: torch.device, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def _fill(model: nn.Module) -> None:
-    """Random weights in no time: the same noise again and again; scales of norms are 1."""
+    """Random weights, fast: the same noise is repeated. The scales of norms are near 1."""
     noise = 0.02 * torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0))
     for name, parameter in model.named_parameters():
         count = parameter.numel()

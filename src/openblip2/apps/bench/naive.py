@@ -1,9 +1,9 @@
-"""The plain way, every pass for itself, nothing shared, nothing left out: what tests and clocks hold ours against.
+"""The naive implementation, in which passes share nothing: tests and timings compare ours with it.
 
-Three kinds of pass over all layers, as the paper and its code describe them: image and text apart (ITC), image and
-text together (ITM, the true pairs and the two kinds of wrong ones), image and text under the causal mask (ITG). Each
-computes its image's keys and values anew and pads its text to 32 tokens; word logits are of every position.
-The weights and `QFormer.forward`, one pass under a given mask, are the model's. Any size will do.
+It makes the passes over all layers that the paper and its code describe: image and text separately (ITC), image and
+text together (ITM, the true pairs and the two kinds of false ones), and both with the causal mask (ITG). Each computes
+the keys and values of its images again and pads its texts to 32 tokens; logits are computed for every position.
+The weights and `QFormer.forward`, one pass with a given mask, are the model's.
 
 Shapes: B images, P patch tokens, V encoder width, Q queries, T text tokens, D width, E shared space, W vocabulary.
 """
@@ -22,10 +22,11 @@ NO_TARGET = -100
 def naive_losses(
     model: Stage1, tokens: Tensor, valid: Tensor, ids: Tensor, features: Tensor, negatives: tuple[Tensor, Tensor]
 ) -> dict[str, Tensor]:
-    """`itc`, `itm` and `itg` as `Stage1.losses` has them, in one process.
+    """`itc`, `itm` and `itg` as `Stage1.losses` returns them, in one process.
 
     Args:
-        tokens, valid: `[B, T]`, T at most 32.
+        tokens: `[B, T]`, T at most 32.
+        valid: `[B, T]`.
         ids: `[B]`.
         features: `[B, P, V]`.
         negatives: hard negatives `(texts [B], images [B])`, -1 for none.
@@ -49,7 +50,7 @@ def naive_losses(
     targets = (1 - smoothing) * same / same.sum(dim=1, keepdim=True) + smoothing / len(ids)
     itc = (F.cross_entropy(scores, targets) + F.cross_entropy(scores.T, targets)) / 2
 
-    # Pairs: the true ones, each text with a wrong image, each image with a wrong text.
+    # Pairs: the true ones, each text with another image, each image with another text.
     texts, images = negatives
     own, with_image, with_text = torch.arange(len(ids), device=ids.device), images >= 0, texts >= 0
     logits, matches = [], []
@@ -79,7 +80,7 @@ def naive_losses(
 def naive_match(model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
     """ITM's log-odds `[N]` of one image `[P, V]` and N texts `[N, T]`, as in the authors' evaluation.
 
-    The image is repeated for every candidate, whose keys and values are computed anew, and texts are padded.
+    The image is repeated for every candidate, so its keys and values are computed again, and texts are padded.
     """
     missing = max(0, LONGEST - tokens.shape[1])
     positions = model.qformer.positions
@@ -93,7 +94,7 @@ def naive_match(model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor) -
 def naive_rerank(
     model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, scores: Tensor, best: int
 ) -> tuple[Tensor, Tensor]:
-    """`evaluate.retrieval.rerank`, pair by pair and for each direction by itself."""
+    """`evaluate.ranking.rerank`, all pairs in each direction separately."""
     odds = torch.stack([naive_match(model, patches, tokens, valid) for patches in features])
     found = []
     for dim in (1, 0):

@@ -11,8 +11,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from openblip2 import __version__
-from openblip2.apps.bench.cases import OURS, Bench, Case
-from openblip2.apps.bench.measure import Timing, alternate, matmul_peak
+from openblip2.apps.bench.cases import CASES, Bench
+from openblip2.apps.bench.measure import OURS, Case, Timing, alternate, matmul_peak
 from openblip2.apps.bench.models import build_pair
 from openblip2.apps.bench.sizes import SIZES
 from openblip2.errors import UserError
@@ -20,7 +20,7 @@ from openblip2.hardware import compute_dtype, device, keep_freed_memory
 from openblip2.progress import Progress
 from openblip2.runs import write_json
 
-COUNTED = "stage2-features"  # the case whose share of the measured peak is told
+COUNTED = "stage2-features"  # the case whose share of the measured peak is reported
 
 
 def run_bench(
@@ -36,7 +36,7 @@ def run_bench(
 
     Args:
         names: of cases; none = all.
-        out: where the figures go as JSON, case by case.
+        out: JSON file for the figures, written after each case.
         repeats: timed runs of each candidate.
         precision: "bf16", "fp32" or "auto", as `train.precision`.
 
@@ -48,9 +48,8 @@ def run_bench(
     place = device()
     dtype = compute_dtype(place, precision)
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    known = Bench.NAMES
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"unknown case {unknown[0]!r}: it must be one of {', '.join(known)}")
+    if unknown := [name for name in names if name not in CASES]:
+        raise UserError(f"unknown case {unknown[0]!r}: it must be one of {', '.join(CASES)}")
     keep_freed_memory()
     say(f"building {size} with random weights")
     bench = Bench(build_pair(SIZES[size], place, dtype), SIZES[size], place, precision)
@@ -64,19 +63,19 @@ def run_bench(
     for line in bench.pair.stage2.language.slow_paths():
         say(line)
     say(f"{found['machine']['name']}, {precision}, matrix products at {peak / 1e12:.2f} TFLOP/s")
-    wanted = names or known
+    wanted = names or list(CASES)
     with progress.steps("cases", len(wanted), unit="cases") as bar:
         for name in wanted:
             say(_time(bench, name, found, repeats, place, peak))
-            if out is not None:  # what is timed is not lost with what follows
+            if out is not None:  # so that a later failure does not lose these figures
                 write_json(found, out)
             bar.advance()
     return found
 
 
 def _time(bench: Bench, name: str, found: dict[str, Any], repeats: int, place: torch.device, peak: float) -> str:
-    """Puts a case's figures among those found, and says them."""
-    case = bench.cases()[name]()
+    """Adds the figures of a case to `found`, and returns them in words."""
+    case = bench.case(name)
     if case.difference > case.equal:
         raise UserError(f"{name}: outputs differ by {case.difference:.1e} (allowed {case.equal:.0e}): nothing timed")
     timings = alternate(case.candidates, repeats, place)

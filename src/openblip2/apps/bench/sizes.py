@@ -1,6 +1,6 @@
-"""Sizes to measure at. Weights are random: time does not depend on them.
+"""Model sizes for the benchmark. Weights are random, because time does not depend on them.
 
-All encoders are of EVA-CLIP's architecture, the only one that transformers' BLIP-2 can hold.
+All encoders have the architecture of EVA-CLIP, the only one that transformers' BLIP-2 supports.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Size:
-    """One size: arguments of transformers' configurations, and how much at once."""
+    """One size: arguments of transformers' configurations, and batch sizes."""
 
     encoder: dict[str, int]
     qformer: dict[str, int]

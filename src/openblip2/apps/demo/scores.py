@@ -8,22 +8,21 @@ import torch
 from torch import Tensor
 
 from openblip2.apps.demo.plan import Corpus, Plan
-from openblip2.apps.scenes.accuracy import caption_scores
-from openblip2.apps.scenes.grammar import named
+from openblip2.apps.scenes.grammar import judge, named
 from openblip2.attend import look, overlay
 from openblip2.captioner import ANSWER, CAPTION, Captioner, greedy
 from openblip2.data.features import Features
 from openblip2.data.records import Question, Record
 from openblip2.data.text import clean_caption
-from openblip2.evaluate.grounding import grounding
-from openblip2.evaluate.retrieval import recalls, rerank, similarities
-from openblip2.evaluate.vqa import accuracy, baselines
+from openblip2.evaluate.pointing import score_pointing
+from openblip2.evaluate.ranking import recalls, rerank, similarities
+from openblip2.evaluate.validation import grounding
+from openblip2.evaluate.vqa_metrics import accuracy, baselines
 from openblip2.hardware import computing, device
 from openblip2.matcher import Matcher
 from openblip2.model.language import Decoding
 from openblip2.progress import Progress
 from openblip2.runs import make_folder
-from openblip2.score.pointing import score_pointing
 
 SHOWN = 24  # held-out pictures in the report: the first ones, not chosen
 
@@ -116,7 +115,25 @@ def _captions(captioner: Captioner, test: Features, examples: dict[str, Any], pr
     ]
     # What the same captions are worth on other pictures: what is right of them by chance.
     others = [*test.records[1:], *test.records[:1]]
-    return caption_scores(written, test.records) | {"chance": caption_scores(written, others)}
+    return _right_shares(written, test.records) | {"chance": _right_shares(written, others)}
+
+
+def _right_shares(captions: Sequence[str], records: Sequence[Record]) -> dict[str, Any]:
+    """Shares of captions, in [0, 1], that are one of the scene's own, name every object right, every attribute right,
+    both, and that state no wrong relation. None if an image has no facts to compare with.
+    """
+    count = len(records)
+    exact = sum(caption in r.captions for caption, r in zip(captions, records, strict=True)) / count
+    found: dict[str, Any] = {"n": count, "exact": exact}
+    if any("objects" not in (r.facts or {}) for r in records):
+        return found | dict.fromkeys(("objects", "attributes", "objects_and_attributes", "relations"))
+    judged = [judge(caption, r.facts or {}) for caption, r in zip(captions, records, strict=True)]
+    return found | {
+        "objects": sum(j.objects for j in judged) / count,
+        "attributes": sum(j.attributes for j in judged) / count,
+        "objects_and_attributes": sum(j.objects and j.attributes for j in judged) / count,
+        "relations": sum(j.relation is not False for j in judged) / count,
+    }
 
 
 def _vqa(
@@ -165,7 +182,7 @@ def _grounding(captioner: Captioner, test: Features, plan: Plan, progress: Progr
     progress.doing("grounding")
     model = captioner.model
     with torch.inference_mode(), computing(model, captioner.settings.train.precision):
-        return grounding(model, test, plan.seed, captioner.settings.language.prompts[0]).as_log()
+        return grounding(model, test, plan.seed, captioner.settings.language.prompts[0])
 
 
 def _pointing(matcher: Matcher, test: Sequence[Record], plan: Plan, progress: Progress) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
-from openblip2.evaluate.levels import ITM_CHANCE
+from openblip2.evaluate.health import ITM_CHANCE
 
 Point = tuple[float, float]
 

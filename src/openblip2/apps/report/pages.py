@@ -1,6 +1,7 @@
 """The two pages, made from the templates beside this file: the demo's report, and the doctor's findings."""
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from io import BytesIO
@@ -17,8 +18,7 @@ from openblip2.config import RunSettings, from_dict
 from openblip2.data.images import open_picture
 from openblip2.data.records import QUESTION_KINDS
 from openblip2.evaluate.health import Finding, findings
-from openblip2.evaluate.levels import itc_chance
-from openblip2.evaluate.vqa import normalise
+from openblip2.evaluate.vqa_metrics import normalise
 from openblip2.runs import read_config, read_json, write_text
 from openblip2.train.log import read_log
 
@@ -72,7 +72,7 @@ def write_findings(
     path: Path, run: str, settings: RunSettings, rows: Sequence[Mapping[str, Any]], found: Sequence[Finding]
 ) -> None:
     """Writes what `examine` found, and curves, as a page, whole or not at all; it needs matplotlib."""
-    chance = itc_chance(settings.train.batch) if settings.stage1.contrast == "softmax" else None
+    chance = math.log(settings.train.batch) if settings.stage1.contrast == "softmax" else None
     _write(path, "doctor.html", run=run, findings=found, charts=charts(rows, itc_chance=chance))
 
 

@@ -1,25 +1,29 @@
-"""Pictures of an index that fit a text, or are like a picture."""
+"""Search an index for pictures that fit a text, or that are similar to a picture."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import numpy as np
 
-from openblip2.apps.search.index import Index, open_index
+from openblip2.apps.search.index import Index, open_index, vectors_of
 from openblip2.data.images import Picture
 from openblip2.errors import UserError
-from openblip2.evaluate.retrieval import image_vectors
-from openblip2.hardware import computing
+from openblip2.evaluate.protocol import weights_digest
 from openblip2.inference import load
-from openblip2.inputs import features_of
 from openblip2.matcher import Matcher
-from openblip2.score.card import weights_digest
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture that was found: its number in the index, path, cosine, and where it was re-ranked ITM's probability."""
+    """A picture that was found.
+
+    Attributes:
+        number: in the index.
+        path: of its file.
+        similarity: cosine.
+        match: probability by ITM, if it was re-ranked.
+    """
 
     number: int
     path: Path
@@ -27,73 +31,71 @@ class Hit:
     match: float | None = None
 
 
-class Finder:
-    """An index and the model that it was made by.
+class ImageSearch:
+    """Search an index with the model that made it.
 
     Args:
-        matcher: that model, if it is loaded already; None = it is loaded from where the index says it lies.
+        index: or its folder.
+        matcher: the model; None = it is loaded from where it was when the index was made.
 
     Raises:
-        UserError: the run is gone, or has other weights now.
+        UserError: the run is missing, or its weights have changed.
     """
 
     def __init__(self, index: Index | Path, matcher: Matcher | None = None) -> None:
         self.index = index if isinstance(index, Index) else open_index(index)
-        found = load(self.index.about["run"]) if matcher is None else matcher
-        if not isinstance(found, Matcher) or weights_digest(found) != self.index.about["weights"]:
+        model = load(self.index.about["run"]) if matcher is None else matcher
+        if not isinstance(model, Matcher) or weights_digest(model) != self.index.about["weights"]:
             raise UserError(
-                f"{self.index.folder}: was made by {self.index.about['run']} as it was then, and these weights are "
-                "others; index the folder again with them"
+                f"{self.index.folder}: was made with other weights than this run has now ({self.index.about['run']}): "
+                "index the folder again with this run"
             )
-        self.matcher = found
+        self.matcher = model
 
     def by_text(self, text: str, best: int = 10, rerank: int = 0) -> list[Hit]:
-        """The pictures that fit a text best.
+        """The pictures that fit a text best, best first.
 
         Args:
-            rerank: so many of the best by similarity are put in the order of the ITM head's probability; 0 = none.
-                Their files are opened; one that is gone keeps its place by similarity behind them.
+            text: to search for.
+            best: number of pictures.
+            rerank: how many of the most similar pictures are sorted again by ITM, which opens their files. Missing
+                files come after the others of them.
 
         Raises:
             UserError: an empty text, or one longer than the run's text limit.
         """
-        tokens, valid = self.matcher.tokenise([text])
-        model = self.matcher.model
-        place = model.temperature.device
-        with torch.inference_mode(), computing(model, self.matcher.settings.train.precision):
-            (vector,) = model.text_vectors(tokens.to(place), valid.to(place)).float().cpu().numpy()
-        found = self._hits(self.index.vectors.best(vector, max(best, rerank)))
-        if rerank:
-            found = self._reranked(found[:rerank], text) + found[rerank:]
-        return found[:best]
+        vector = np.array(self.matcher.embed_text(text), np.float32)
+        hits = self._hits(self.index.vectors.best(vector, max(best, rerank)))
+        return (self._rerank(hits[:rerank], text) + hits[rerank:])[:best]
 
     def by_picture(self, picture: Picture, best: int = 10) -> list[Hit]:
-        """The pictures most like one.
+        """The pictures most similar to a picture.
+
+        Args:
+            picture: to search for.
+            best: number of pictures.
 
         Raises:
             UserError: it cannot be opened.
         """
-        model = self.matcher.model
-        with torch.inference_mode(), computing(model, self.matcher.settings.train.precision):
-            (features,) = features_of(model, [picture])
-            (vectors,) = image_vectors(model, features).float().cpu().numpy()
+        (vectors,) = vectors_of(self.matcher, [picture])
         return self._hits(self.index.vectors.alike(vectors, best))
 
-    def _hits(self, found: Sequence[tuple[int, float]]) -> list[Hit]:
+    def _hits(self, scores: Sequence[tuple[int, float]]) -> list[Hit]:
         rows, root = self.index.rows, self.index.root
-        # 8 bits may make a cosine of 1 a little more.
-        return [Hit(number, root / rows[number].path, min(score, 1.0)) for number, score in found if number in rows]
+        # In 8 bits, a cosine of 1 can become slightly more.
+        return [Hit(number, root / rows[number].path, min(score, 1.0)) for number, score in scores if number in rows]
 
-    def _reranked(self, hits: Sequence[Hit], text: str) -> list[Hit]:
-        here: list[tuple[Hit, Path]] = []
-        gone: list[Hit] = []
+    def _rerank(self, hits: Sequence[Hit], text: str) -> list[Hit]:
+        files: list[tuple[Hit, Path]] = []
+        missing: list[Hit] = []
         for hit in hits:
             try:
-                here.append((hit, self.index.path(hit.number)))
-            except UserError:
-                gone.append(hit)
-        if not here:
-            return gone
-        scores = self.matcher.match([path for _, path in here], [text] * len(here)).tolist()
-        found = [Hit(h.number, h.path, h.similarity, score) for (h, _), score in zip(here, scores, strict=True)]
-        return sorted(found, key=lambda hit: -(hit.match or 0.0)) + gone
+                files.append((hit, self.index.path(hit.number)))
+            except UserError:  # deleted since; it is shown last
+                missing.append(hit)
+        if not files:
+            return missing
+        scores = self.matcher.match([path for _, path in files], [text] * len(files)).tolist()
+        scored = [replace(hit, match=score) for (hit, _), score in zip(files, scores, strict=True)]
+        return sorted(scored, key=lambda hit: -(hit.match or 0.0)) + missing

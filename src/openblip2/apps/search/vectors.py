@@ -1,6 +1,6 @@
-"""The query vectors of many pictures, quantised to 8 bits, and the pictures that fit a vector best; kept by faiss.
+"""The query vectors of many pictures in 8 bits (faiss), and the pictures nearest to a vector.
 
-A picture has Q vectors of length 1, and fits a text as well as the best of them does, as in ITC.
+A picture has Q vectors of length 1. As in ITC, its similarity to a text is that of its best vector.
 
 Shapes: N pictures, Q queries, E shared space.
 """
@@ -14,14 +14,16 @@ from openblip2.errors import UserError, one_line
 from openblip2.runs import atomic_write
 
 Array = np.ndarray[Any, Any]
-USUAL = 4.0  # standard deviations of one value of E, if the direction is any
+RANGE = 4.0  # standard deviations of one of the E values of a random direction
 
 
 class Vectors:
-    """Vectors by the number of their picture, whose `queries` vectors stand under Q * number + query.
+    """Vectors by the number of their picture; query q of picture n has the id n * Q + q.
 
     Args:
-        index: what faiss holds; None = nothing yet.
+        queries: Q.
+        width: E.
+        index: of faiss; None = a new one.
     """
 
     def __init__(self, queries: int, width: int, index: Any = None) -> None:
@@ -36,69 +38,70 @@ class Vectors:
         return self.index.ntotal // self.queries
 
     def numbers(self) -> set[int]:
-        """Of the pictures that are there."""
+        """The numbers of all pictures."""
         ids = require_faiss().vector_to_array(self.index.id_map)
         return set((ids // self.queries).tolist())
 
     def add(self, numbers: Array, vectors: Array) -> None:
-        """Pictures that are not there yet: `numbers [N]` int64, `vectors [N, Q, E]`."""
+        """Adds new pictures: `numbers [N]` int64, `vectors [N, Q, E]`."""
         rows = np.ascontiguousarray(vectors.reshape(-1, self.width), np.float32)
-        if not self.index.is_trained:  # the 8 bits' range: that of the first pictures, and what few would go beyond
-            usual = np.full((1, self.width), USUAL / self.width**0.5, np.float32)
+        if not self.index.is_trained:  # the range of the 8 bits: of these vectors, or the usual one if it is larger
+            usual = np.full((1, self.width), RANGE / self.width**0.5, np.float32)
             self.index.train(np.concatenate([rows, usual, -usual]))
         self.index.add_with_ids(rows, self._ids(numbers).reshape(-1))
 
     def remove(self, numbers: Array) -> None:
-        """Pictures that are there: `[N]`."""
+        """Removes pictures: `[N]`."""
         self.index.remove_ids(self._ids(numbers).reshape(-1))
 
-    def best(self, wanted: Array, k: int) -> list[tuple[int, float]]:
-        """The k pictures whose best vector is nearest to `wanted [E]`, the best first: numbers and cosines.
+    def best(self, query: Array, k: int) -> list[tuple[int, float]]:
+        """Numbers and cosines of the k pictures whose best vector is nearest to `query [E]`, nearest first.
 
-        Exact but for the 8 bits: of the k * Q nearest vectors no fewer than k pictures are the owners.
+        Exact except for the 8 bits: the k * Q nearest vectors belong to at least k pictures.
         """
         count = min(k * self.queries, self.index.ntotal)
         if not count:
             return []
-        scores, ids = self.index.search(np.ascontiguousarray(wanted[None], np.float32), count)
-        found: dict[int, float] = {}
-        for score, place in zip(scores[0].tolist(), ids[0].tolist(), strict=True):
-            found.setdefault(place // self.queries, score)
-        return list(found.items())[:k]
+        scores, ids = self.index.search(np.ascontiguousarray(query[None], np.float32), count)
+        best: dict[int, float] = {}
+        for score, i in zip(scores[0].tolist(), ids[0].tolist(), strict=True):
+            best.setdefault(i // self.queries, score)
+        return list(best.items())[:k]
 
-    def alike(self, wanted: Array, k: int) -> list[tuple[int, float]]:
-        """The k pictures most like one whose vectors are `wanted [Q, E]`: by the mean of their nearest ones' cosines.
+    def alike(self, query: Array, k: int) -> list[tuple[int, float]]:
+        """The k pictures most similar to one with vectors `query [Q, E]`: by the mean over them of the best cosine.
 
-        Candidates are the 4k pictures nearest to each of the vectors.
+        Only the 4k pictures nearest to each of the vectors are compared.
         """
-        numbers = sorted({number for vector in wanted for number, _ in self.best(vector, 4 * k)})
-        scores = [float((wanted @ self.of(number).T).max(axis=1).mean()) for number in numbers]
+        numbers = sorted({number for vector in query for number, _ in self.best(vector, 4 * k)})
+        scores = [float((query @ self.of(number).T).max(axis=1).mean()) for number in numbers]
         return sorted(zip(numbers, scores, strict=True), key=lambda pair: -pair[1])[:k]
 
     def of(self, number: int) -> Array:
-        """A picture's vectors as they come out of 8 bits: `[Q, E]`."""
-        return np.stack([self.index.reconstruct(int(place)) for place in self._ids(np.array([number]))[0]])
+        """A picture's vectors, decoded from 8 bits: `[Q, E]`."""
+        return np.stack([self.index.reconstruct(int(i)) for i in self._ids(np.array([number]))[0]])
 
     def save(self, path: Path) -> None:
-        """Whole, or not at all."""
+        """Writes the index; an error leaves what was there before."""
         with atomic_write(path) as draft:
             require_faiss().write_index(self.index, str(draft))
 
     @classmethod
     def read(cls, path: Path, queries: int, width: int) -> "Vectors":
-        """What `save` wrote.
+        """Reads what `save` wrote.
 
         Raises:
-            UserError: it is missing, broken, or of other sizes.
+            UserError: the file is missing or broken, or its vectors have another number or width.
         """
         try:
             index = require_faiss().read_index(str(path))
         except RuntimeError as error:
-            raise UserError(
-                f"{path}: cannot be read ({one_line(error)[:100]}); what `openblip2 index` wrote"
-            ) from error
+            raise UserError(f"{path}: cannot be read ({one_line(error)[:100]}): run `openblip2 index` again") from error
         if index.d != width or index.ntotal % queries:
-            raise UserError(f"{path}: {index.ntotal} vectors of width {index.d}; {queries} a picture, of width {width}")
+            raise UserError(
+                f"{path}: {index.ntotal} vectors of width {index.d}, but index.json says {queries} of width {width} "
+                "for each picture: run `openblip2 index` with a new folder"
+            )
         return cls(queries, width, index)
 
     def _ids(self, numbers: Array) -> Array:
@@ -106,7 +109,7 @@ class Vectors:
 
 
 def require_faiss() -> Any:
-    """The library, or a `UserError` that says how to get it."""
+    """faiss, or a `UserError` that says how to install it."""
     try:
         import faiss
     except ImportError as error:

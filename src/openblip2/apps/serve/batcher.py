@@ -5,15 +5,19 @@ disconnected clients leave the queue, and a batch is stopped when all of its cli
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from prometheus_client import Gauge, Histogram
 from starlette.requests import Request
 
-from openblip2.apps.serve.errors import ServeError
-from openblip2.apps.serve.jobs import Job, Write
+from openblip2.apps.serve.http import ServeError
+from openblip2.apps.serve.worker import Call, Job, Worker, Write
+
+BATCH = Histogram("openblip2_batch_jobs", "Jobs in a batch.", buckets=(1, 2, 4, 8, 16, 32))
+QUEUE = Gauge("openblip2_queue_jobs", "Jobs that wait or run.")
 
 
 @dataclass(frozen=True)
@@ -41,36 +45,13 @@ class Limits:
     remote: bool = False
 
 
-class Runner(Protocol):
-    """What runs the batches: a `Worker`."""
-
-    def run(self, jobs: list[Job], on_text: Callable[[str], object]) -> list[Any]: ...
-
-    def cancel(self) -> None: ...
-
-
-class Full(ServeError):
-    """The queue is full, or too slow for one more request."""
-
-    def __init__(self, retry_after: int) -> None:
-        headers = {"Retry-After": str(retry_after)}
-        super().__init__("the server is busy: try again later", 429, "rate_limit_exceeded", headers=headers)
-
-
-class Late(ServeError):
-    """A request took longer than `Limits.seconds`."""
-
-    def __init__(self) -> None:
-        super().__init__("the request took longer than the server allows", 504)
-
-
 @dataclass(eq=False)
 class Waiting:
-    """A job whose client waits; `pieces` of a streamed text end with None."""
+    """A job whose client waits. `events` are the pieces of a streamed text, then the result or an exception."""
 
     job: Job
-    result: "asyncio.Future[Any]"
-    pieces: "asyncio.Queue[str | None]" = field(default_factory=asyncio.Queue)
+    events: "asyncio.Queue[tuple[str, Any]]" = field(default_factory=asyncio.Queue)
+    left: bool = False
 
 
 class Batcher:
@@ -79,15 +60,14 @@ class Batcher:
     Args:
         worker: runs the batches.
         limits: of queue, batch and time.
-        on_batch: called with the size of each batch.
 
     Attributes:
         waiting: jobs that are in no batch yet.
         running: jobs of the batch that runs.
     """
 
-    def __init__(self, worker: Runner, limits: Limits, on_batch: Callable[[int], object] = lambda size: None) -> None:
-        self.worker, self.limits, self.on_batch = worker, limits, on_batch
+    def __init__(self, worker: Worker, limits: Limits) -> None:
+        self.worker, self.limits = worker, limits
         self.waiting: list[Waiting] = []
         self.running: list[Waiting] = []
         self._seconds_per_job = 0.0  # moving average
@@ -95,6 +75,7 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run_batches())
+        QUEUE.set_function(lambda: len(self.waiting) + len(self.running))
 
     @property
     def full(self) -> bool:
@@ -107,71 +88,63 @@ class Batcher:
         """Seconds in which half of a full queue will be done, from the time that recent jobs took."""
         return max(1, round(min(self._seconds_per_job * self.limits.queue / 2, self.limits.seconds)))
 
+    def refusal(self) -> ServeError | None:
+        """The error for one more job if the queue is full."""
+        headers = {"Retry-After": str(self.retry_after)}
+        message = "the server is busy: try again later"
+        return ServeError(message, 429, "rate_limit_exceeded", headers=headers) if self.full else None
+
     async def do(self, job: Job) -> Any:
-        """The job's result.
+        """The result of a job; see `stream`."""
+        return [event async for event in self.stream(job)][-1]
+
+    async def answer(self, request: Request, job: Job) -> Any:
+        """The result of a request's job, which is cancelled if the client disconnects. The body must have been read."""
+        work, disconnect = asyncio.create_task(self.do(job)), asyncio.create_task(_disconnect(request))
+        try:
+            await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ServeError("the client disconnected", 499)
+            return work.result()
+        finally:
+            work.cancel()
+            disconnect.cancel()
+
+    def stream(self, job: Job) -> AsyncIterator[Any]:
+        """Pieces of the text while it is written, then the result.
 
         Raises:
-            Full: the queue is full.
-            Late: the job took too long.
+            ServeError: the queue is full (at once), or the job took too long.
             UserError: the request is wrong.
         """
-        waiting = self._enter(job)
+        if refusal := self.refusal():
+            raise refusal
+        waiting = Waiting(job)
+        self.waiting.append(waiting)
+        self._arrived.set()
+        return self._events(waiting)
+
+    async def _events(self, waiting: Waiting) -> AsyncIterator[Any]:
+        deadline, kind = self._loop.time() + self.limits.seconds, "text"
         try:
-            async with asyncio.timeout(self.limits.seconds):
-                return await waiting.result
+            while kind == "text":
+                kind, value = await asyncio.wait_for(waiting.events.get(), deadline - self._loop.time())
+                if isinstance(value, Exception):
+                    raise value
+                yield value
         except TimeoutError as error:
-            raise Late from error
+            raise ServeError("the request took longer than the server allows", 504) from error
         finally:
-            self._leave(waiting)
-
-    async def answer(self, request: Request, *jobs: Job) -> list[Any]:
-        """The results of a request's jobs; see `do`. All are cancelled if one fails or the client disconnects."""
-        tasks = [asyncio.create_task(self.do(job)) for job in jobs]
-        results, disconnect = asyncio.gather(*tasks), asyncio.create_task(_disconnect(request))
-        results.add_done_callback(lambda done: done.cancelled() or done.exception())  # so that asyncio logs nothing
-        try:
-            await asyncio.wait((results, disconnect), return_when=asyncio.FIRST_COMPLETED)
-            if not results.done():
-                raise ServeError("the client disconnected", 499)
-            return results.result()
-        finally:
-            for task in (disconnect, results, *tasks):
-                task.cancel()
-
-    def stream(self, job: Write) -> AsyncIterator[Any]:
-        """Pieces of the text while it is written, then the result. Raises as `do` does, `Full` immediately."""
-        return self._stream(self._enter(job))
-
-    async def _stream(self, waiting: Waiting) -> AsyncIterator[Any]:
-        try:
-            async with asyncio.timeout(self.limits.seconds):
-                while (piece := await waiting.pieces.get()) is not None:
-                    yield piece
-                yield await waiting.result
-        except TimeoutError as error:
-            raise Late from error
-        finally:
-            self._leave(waiting)
+            waiting.left = True
+            if waiting in self.waiting:
+                self.waiting.remove(waiting)
+            elif self.running and all(one.left for one in self.running):
+                self.worker.cancel()
 
     async def close(self) -> None:
         """Stops taking jobs."""
         self._task.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _enter(self, job: Job) -> Waiting:
-        if self.full:
-            raise Full(self.retry_after)
-        waiting = Waiting(job, self._loop.create_future())
-        self.waiting.append(waiting)
-        self._arrived.set()
-        return waiting
-
-    def _leave(self, waiting: Waiting) -> None:
-        waiting.result.cancel()
-        if waiting in self.waiting:
-            self.waiting.remove(waiting)
-        elif self.running and all(one.result.cancelled() for one in self.running):
-            self.worker.cancel()
 
     async def _run_batches(self) -> None:
         while True:
@@ -179,41 +152,39 @@ class Batcher:
             await asyncio.sleep(self.limits.wait)
             self._arrived.clear()
             while self.waiting:
-                self.running = batch = self._take()
-                self.on_batch(len(batch))
-                start = self._loop.time()
-                try:
-                    jobs = [one.job for one in batch]
-                    results = await self._loop.run_in_executor(self._thread, self.worker.run, jobs, self._send_text)
-                except Exception as error:  # these clients get it, and the others are served
-                    results = [error] * len(batch)
-                self.running = []
-                seconds = (self._loop.time() - start) / len(batch)
-                average = self._seconds_per_job
-                self._seconds_per_job = 0.7 * average + 0.3 * seconds if average else seconds
-                for one, result in zip(batch, results, strict=True):
-                    if not one.result.done():
-                        (one.result.set_exception if isinstance(result, Exception) else one.result.set_result)(result)
-                        one.pieces.put_nowait(None)
+                await self._run_batch()
 
-    def _send_text(self, text: str) -> None:
-        # Called in the worker's thread. A streamed job runs alone, so the text is the first job's.
-        self._loop.call_soon_threadsafe(lambda: [one.pieces.put_nowait(text) for one in self.running])
-
-    def _take(self) -> list[Waiting]:
-        """Takes the first job that waits, and later ones that can share its batch."""
-        first, kind = self.waiting[0], _kind(self.waiting[0].job)
-        batch = [one for one in self.waiting if one is first or (_kind(one.job) == kind and kind[2] is False)]
-        batch = batch[: self.limits.batch]
+    async def _run_batch(self) -> None:
+        """Runs the first job that waits, with later ones that can share its batch."""
+        first = self.waiting[0]
+        batch = [one for one in self.waiting if one is first or _can_share(one.job, first.job)][: self.limits.batch]
         self.waiting = [one for one in self.waiting if one not in batch]
-        return batch
+        self.running = batch
+        BATCH.observe(len(batch))
+
+        def send_text(text: str) -> None:  # in the worker's thread; a streamed job runs alone
+            self._loop.call_soon_threadsafe(first.events.put_nowait, ("text", text))
+
+        start = self._loop.time()
+        try:
+            jobs = [one.job for one in batch]
+            results = await self._loop.run_in_executor(self._thread, self.worker.run, jobs, send_text)
+        except Exception as error:  # these clients get it, and the others are served
+            results = [error] * len(batch)
+        self.running = []
+        seconds = (self._loop.time() - start) / len(batch)
+        self._seconds_per_job = 0.7 * (self._seconds_per_job or seconds) + 0.3 * seconds
+        for one, result in zip(batch, results, strict=True):
+            one.events.put_nowait(("result", result))
 
 
-def _kind(job: Job) -> tuple[type, Any, bool]:
-    return type(job), getattr(job, "decoding", None), getattr(job, "stream", False)
+def _can_share(one: Job, other: Job) -> bool:
+    if isinstance(one, Write) and isinstance(other, Write):
+        return one.decoding == other.decoding and not (one.stream or other.stream)
+    return isinstance(one, Call) and isinstance(other, Call)
 
 
 async def _disconnect(request: Request) -> None:
-    """Returns when the client disconnects. The request's body must have been read."""
+    """Returns when the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

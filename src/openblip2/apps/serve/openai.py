@@ -3,97 +3,74 @@
 import asyncio
 import base64
 import json
-import struct
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from openblip2.apps.serve.batcher import Limits
-from openblip2.apps.serve.errors import ServeError, error_response
-from openblip2.apps.serve.jobs import Embed, Write, Written
+from openblip2.apps.serve.http import ServeError, error_response
 from openblip2.apps.serve.remote import is_data_url, read_url
-from openblip2.apps.serve.requests import ChatRequest, EmbeddingRequest, Message
+from openblip2.apps.serve.requests import ChatRequest, EmbeddingRequest
+from openblip2.apps.serve.worker import Call, Write, Written
 from openblip2.captioner import CHAT, greedy
 from openblip2.model.decoding import Decoding
 
-
-@dataclass
-class Models:
-    """What a server's models are called; None where there is none.
-
-    Attributes:
-        writer: the stage-2 run.
-        matcher: the stage-1 run.
-    """
-
-    writer: str | None
-    matcher: str | None
-
-    def __post_init__(self) -> None:
-        self.created = int(time.time())
-
-    def listed(self) -> dict[str, dict[str, Any]]:
-        """The models as OpenAI lists them, by name."""
-        about = {"object": "model", "created": self.created, "owned_by": "openblip2"}
-        return {name: {"id": name, **about} for name in (self.writer, self.matcher) if name is not None}
-
-    def require(self, name: str | None, asked: str | None = None) -> str:
-        """The name of a model that is needed, `writer` or `matcher`.
-
-        Args:
-            name: `writer` or `matcher`.
-            asked: the model that the client asks for; None or empty = any.
-
-        Raises:
-            ServeError: there is none, or the client asks for another.
-        """
-        stage, option = ("stage-2", "one as RUN") if name == "writer" else ("stage-1", "--matcher")
-        model = self.writer if name == "writer" else self.matcher
-        if model is None:
-            raise ServeError(f"this server has no {stage} run: start it with {option}")
-        if asked and asked != model:
-            raise ServeError(f"no model {asked[:100]!r} here: use {model!r}", 404, "model_not_found", "model")
-        return model
-
+# What a server may lack, and how it gets it.
+LACKS = {"captioner": "no stage-2 run: start it with one as RUN", "matcher": "no stage-1 run: start it with --matcher"}
+LACKS |= {"index": "no index: start it with --index"}
 
 router = APIRouter(prefix="/v1")
+
+
+def require(request: Request, kind: str, model: str | None = None) -> str:
+    """The name of the `captioner`, `matcher` or `index`. Raises `ServeError` if there is none, or not this `model`."""
+    name = request.app.state.served.get(kind)
+    if name is None:
+        raise ServeError(f"this server has {LACKS[kind]}")
+    if model and model != name:
+        raise ServeError(f"no model {model[:100]!r} here: use {name!r}", 404, "model_not_found", "model")
+    return name
 
 
 @router.get("/models")
 async def models(request: Request) -> dict[str, Any]:
     """The models that are served."""
-    return {"object": "list", "data": list(request.app.state.models.listed().values())}
+    state = request.app.state
+    about = {"object": "model", "created": state.created, "owned_by": "openblip2"}
+    names = dict.fromkeys(name for kind, name in state.served.items() if kind != "index")
+    return {"object": "list", "data": [{"id": name, **about} for name in names]}
 
 
 @router.get("/models/{name:path}")
 async def model(request: Request, name: str) -> dict[str, Any]:
     """One of the models."""
-    listed = request.app.state.models.listed()
-    if name not in listed:
-        raise ServeError(f"no model {name[:100]!r} here: see /v1/models", 404, "model_not_found", "model")
-    return listed[name]
+    for one in (await models(request))["data"]:
+        if one["id"] == name:
+            return one
+    raise ServeError(f"no model {name[:100]!r} here: see /v1/models", 404, "model_not_found", "model")
 
 
 @router.post("/chat/completions")
 async def chat(request: Request, body: ChatRequest) -> Any:
     """An answer in a dialogue about one picture, as a whole or as a stream."""
-    model, batcher = request.app.state.models.require("writer", body.model), request.app.state.batcher
+    name, batcher = require(request, "captioner", body.model), request.app.state.batcher
     job = await asyncio.to_thread(write_job, body, batcher.limits)  # a picture may have to be fetched
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
     if body.stream:
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(batcher.stream(job), job, stop, {**about, "object": "chat.completion.chunk"}, usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-    (written,) = await batcher.answer(request, job)
+    written = await batcher.answer(request, job)
     text = before(written.text, stop)
-    message = {"role": "assistant", "content": text, "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": _reason(written, text, job)}
+    choice = {"index": 0, "finish_reason": _reason(written, text, job)}
+    choice["message"] = {"role": "assistant", "content": text, "refusal": None}
     choice["logprobs"] = _logprobs(written, text) if body.logprobs else None
     return {**about, "object": "chat.completion", "choices": [choice], "usage": _usage(written)}
 
@@ -101,50 +78,37 @@ async def chat(request: Request, body: ChatRequest) -> Any:
 @router.post("/embeddings")
 async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
     """One vector of length 1 for each text or picture."""
-    model, batcher = request.app.state.models.require("matcher", body.model), request.app.state.batcher
+    name, batcher = require(request, "matcher", body.model), request.app.state.batcher
     inputs = [body.input] if isinstance(body.input, str) else body.input
     if len(inputs) > batcher.limits.texts:
         raise ServeError(f"{len(inputs)} inputs: send at most {batcher.limits.texts}", param="input")
-    jobs = [Embed(picture=read_url(one, False, 0)) if is_data_url(one) else Embed(text=one) for one in inputs]
-    data = [
-        {"object": "embedding", "index": n, "embedding": vector if body.encoding_format == "float" else _base64(vector)}
-        for n, vector in enumerate(await batcher.answer(request, *jobs))
-    ]
-    return {"object": "list", "model": model, "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
+    inputs = [read_url(one, False, 0) if is_data_url(one) else one for one in inputs]
+    vectors = await batcher.answer(request, Call("embed", (inputs,)))
+    if body.encoding_format == "base64":
+        vectors = [base64.b64encode(np.array(vector, "<f4").tobytes()).decode() for vector in vectors]
+    data = [{"object": "embedding", "index": n, "embedding": vector} for n, vector in enumerate(vectors)]
+    return {"object": "list", "model": name, "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
 
 
 def write_job(body: ChatRequest, limits: Limits) -> Write:
     """The job of a chat request: the last user message is the question, and system messages are put in front of it.
 
-    Args:
-        body: the request. Its picture may be in any message, and the same one in several.
-        limits: of tokens and of pictures' addresses.
-
     Raises:
         ServeError: no picture or several ones, no question, or a parameter that cannot be honoured.
         UserError: a picture that cannot be fetched.
     """
-    urls: list[str] = []
-    messages = [(message.role, _text(message, urls)) for message in body.messages]
-    # The same picture may be written in several ways, so it is compared by content.
-    pictures = {read_url(url, False, 0) if is_data_url(url) else url for url in urls}
-    if not pictures:
-        raise ServeError("no picture: send one in a part of type image_url", param="messages")
-    if len(pictures) > 1:
-        message = f"{len(pictures)} different pictures: a dialogue is about one, which may come in several messages; "
-        raise ServeError(message + "start a new dialogue for another picture", param="messages")
-    if messages[-1][0] != "user":
-        raise ServeError(
-            f"the last message has the role {messages[-1][0]}: end with the user's question", param="messages"
-        )
-    system = " ".join(text for role, text in messages if role in ("system", "developer"))
+    if body.messages[-1].role != "user":
+        message = f"the last message has the role {body.messages[-1].role}: end with the user's question"
+        raise ServeError(message, param="messages")
+    picture = _picture(body, limits)
+    system = " ".join(one.text for one in body.messages if one.role in ("system", "developer"))
     turns: list[tuple[str, str]] = []
     question = ""
-    for role, text in messages:
-        if role == "user":
-            question = f"{question} {text}".strip()
-        elif role == "assistant":
-            turns.append((question, text))
+    for message in body.messages:
+        if message.role == "user":
+            question = f"{question} {message.text}".strip()
+        elif message.role == "assistant":
+            turns.append((question, message.text))
             question = ""
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     tokens = getattr(body, name) or CHAT.max_new_tokens
@@ -152,12 +116,8 @@ def write_job(body: ChatRequest, limits: Limits) -> Write:
         raise ServeError(f"{name} {tokens}: this server writes at most {limits.tokens} tokens", param=name)
     how = replace(decoding(body.temperature, body.top_p), max_new_tokens=tokens)
     if body.seed is not None and how.sample:
-        raise ServeError(
-            "seed: answers cannot be repeated when sampling; use temperature 0", 400, "unsupported_parameter", "seed"
-        )
-    (picture,) = pictures
-    if isinstance(picture, str):
-        picture = read_url(picture, limits.remote, limits.bytes)
+        message = "seed: answers cannot be repeated when sampling; use temperature 0"
+        raise ServeError(message, code="unsupported_parameter", param="seed")
     best = (body.top_logprobs or 0) if body.logprobs else None
     return Write(picture, how, f"{system} {question}".strip(), tuple(turns), stream=bool(body.stream), logprobs=best)
 
@@ -176,20 +136,25 @@ def before(text: str, stop: tuple[str, ...]) -> str:
     return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=None)]
 
 
-def _text(message: Message, urls: list[str]) -> str:
-    if message.content is None or isinstance(message.content, str):
-        return (message.content or "").strip()
-    for part in message.content:
-        if part.type == "image_url":
-            if part.image_url is None:
-                raise ServeError("a part of type image_url has no image_url", param="messages")
-            urls.append(part.image_url if isinstance(part.image_url, str) else part.image_url.url)
-    return " ".join(part.text or "" for part in message.content if part.type == "text").strip()
+def _picture(body: ChatRequest, limits: Limits) -> bytes:
+    parts = [part.image_url for message in body.messages for part in message.content if part.type == "image_url"]
+    urls = [part if isinstance(part, str) else part.url for part in parts if part is not None]
+    # The same picture may be written in several ways, so it is compared by content.
+    pictures = {read_url(url, False, 0) if is_data_url(url) else url for url in urls}
+    if not pictures:
+        raise ServeError("no picture: send one in a part of type image_url", param="messages")
+    if len(pictures) > 1:
+        message = f"{len(pictures)} different pictures: a dialogue is about one, which may come in several messages; "
+        raise ServeError(message + "start a new dialogue for another picture", param="messages")
+    (picture,) = pictures
+    return read_url(picture, limits.remote, limits.bytes) if isinstance(picture, str) else picture
 
 
 async def _events(
-    pieces: AsyncIterator[Any], job: Write, stop: tuple[str, ...], about: dict[str, Any], usage: bool
+    written: AsyncIterator[Any], job: Write, stop: tuple[str, ...], about: dict[str, Any], usage: bool
 ) -> AsyncIterator[str]:
+    """The stream as server-sent events."""
+
     def event(delta: dict[str, Any], reason: str | None = None) -> str:
         return _line({**about, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
 
@@ -197,18 +162,18 @@ async def _events(
     text, sent = "", 0
     held = max(map(len, stop), default=1) - 1  # characters that may be the beginning of a stop sequence
     try:
-        async for piece in pieces:
-            written = None if isinstance(piece, str) else piece
-            text += piece if written is None else ""
+        async for piece in written:
+            done = isinstance(piece, Written)
+            text += "" if done else piece
             shown = before(text, stop)
-            end = len(shown) if written is not None or len(shown) < len(text) else len(text) - held
+            end = len(shown) if done or len(shown) < len(text) else len(text) - held
             if end > sent:
                 yield event({"content": text[sent:end]})
                 sent = end
-            if written is not None:
-                yield event({}, _reason(written, before(written.text, stop), job))
+            if done:
+                yield event({}, _reason(piece, before(piece.text, stop), job))
                 if usage:
-                    yield _line({**about, "choices": [], "usage": _usage(written)})
+                    yield _line({**about, "choices": [], "usage": _usage(piece)})
     except Exception as error:  # the status is sent already, so the error is an event
         yield f"data: {bytes(error_response(error).body).decode()}\n\n"
     yield "data: [DONE]\n\n"
@@ -232,16 +197,11 @@ def _logprobs(written: Written, text: str) -> dict[str, Any]:
     for token in written.tokens:
         if length >= len(text):  # after a stop sequence
             break
-        best = [entry(*one) for one in token.best]
-        content.append({**entry(token.text, token.logprob), "top_logprobs": best})
+        content.append(entry(token.text, token.logprob) | {"top_logprobs": [entry(*one) for one in token.best]})
         length += len(token.text)
     return {"content": content, "refusal": None}
 
 
 def _usage(written: Written) -> dict[str, int]:
-    counts = {"prompt_tokens": written.prompt_tokens, "completion_tokens": written.completion_tokens}
-    return {**counts, "total_tokens": sum(counts.values())}
-
-
-def _base64(vector: list[float]) -> str:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+    prompt, completion = written.prompt_tokens, written.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -1,5 +1,5 @@
 "use strict";
-// The page of `openblip2 serve`. What a model or a user wrote is only ever put in as text.
+// The page of `openblip2 serve`. Texts of models and users are inserted as text, never as HTML.
 const $ = (id) => document.getElementById(id);
 const state = { file: null, url: "", map: "", turns: [], can: {}, token: sessionStorage.getItem("token") || "" };
 const running = new Map(); // part of the page -> AbortController of its request
@@ -16,7 +16,7 @@ async function call(path, signal, options = {}, retried = false) {
   }
   if (!answer.ok) {
     let message = `The server answered with status ${answer.status}.`;
-    try { message = (await answer.json()).error.message; } catch { /* no JSON: the status has to do */ }
+    try { message = (await answer.json()).error.message; } catch { /* not JSON: the status is all there is */ }
     throw new Error(message);
   }
   return answer;
@@ -64,7 +64,7 @@ function finish(part) {
   enable();
 }
 
-// At once, so that the part can be used again before the request has ended.
+// The part can be used again at once, before the request has ended.
 function stop(part) {
   running.get(part)?.abort();
   if (running.has(part)) finish(part);
@@ -102,7 +102,7 @@ function form(fields) {
 
 // ---- the picture
 
-// Takes another picture: whatever is still being computed for the old one is stopped, and its results are removed.
+// Shows another picture. Requests for the old one are stopped, and its results are removed.
 function take(file) {
   if (!file) return;
   for (const part of [...running.keys()]) stop(part);
@@ -204,7 +204,7 @@ $("ask").addEventListener("submit", (event) => {
       });
       signal.throwIfAborted();
     } catch (error) {
-      if (signal.aborted && answer.said.textContent) { // stopped: what was written remains visible
+      if (signal.aborted && answer.said.textContent) { // stopped: the text so far stays on the page
         answer.said.textContent += " (stopped)";
       } else { // the question is still in its field
         asked.item.remove();
@@ -286,13 +286,14 @@ function search(fields, about) {
 
 async function hit(found, signal) {
   const item = document.createElement("li"), button = document.createElement("button"), image = document.createElement("img");
-  const name = document.createElement("span");
+  const name = document.createElement("span"), score = document.createElement("span");
   image.src = URL.createObjectURL(await (await call(`pictures/${found.id}`, signal)).blob());
   image.alt = "";
-  name.textContent = `${found.path} ${found.similarity.toFixed(3)}`;
+  name.textContent = found.path;
+  score.textContent = found.similarity.toFixed(3);
   button.type = "button";
   button.setAttribute("aria-label", `Use ${found.path}, similarity ${found.similarity.toFixed(3)}`);
-  button.append(image, name);
+  button.append(image, name, score);
   button.addEventListener("click", () => work($("search"), async (own) => {
     const whole = await (await call(`pictures/${found.id}?whole=true`, own)).blob();
     own.throwIfAborted();
@@ -314,7 +315,8 @@ for (const example of document.querySelectorAll("[data-fills]"))
 (async () => {
   const health = await (await fetch("health")).json();
   state.can = health.can;
-  const does = [health.can.write && "describes and answers", health.can.match && "compares", health.can.search && "searches"];
+  const { write, match, search } = health.can;
+  const does = [write && "describes pictures, answers questions", match && "compares texts", search && "searches a folder"];
   $("about").textContent = `${health.model}: ${does.filter(Boolean).join(", ")}.`;
   for (const part of document.querySelectorAll("[data-can]")) part.hidden = !state.can[part.dataset.can];
   if (!state.can.match) $("by").hidden = true;

@@ -5,7 +5,6 @@ and the connection goes to one of these: a second look-up could give another. Th
 """
 
 import base64
-import binascii
 import http.client
 import ipaddress
 import re
@@ -28,21 +27,15 @@ def is_data_url(text: str) -> bool:
 
 
 def read_url(url: str, remote: bool, limit: int) -> bytes:
-    """The bytes of a data URL, or of an address.
+    """The bytes of a data URL, or if `remote` at most `limit` bytes of an address. Raises `UserError` without any.
 
-    Args:
-        url: of a picture. White space, URL-safe and percent-encoded base64, and missing padding are accepted.
-        remote: whether addresses are fetched.
-        limit: bytes that an address may have.
-
-    Raises:
-        UserError: neither of them, or the picture cannot be fetched.
+    In a data URL, white space, URL-safe and percent-encoded base64, and missing padding are accepted.
     """
     if found := DATA_URL.match(url[:300]):
         data = re.sub(r"\s", "", unquote(url[found.end() :])).translate(str.maketrans("-_", "+/")).rstrip("=")
         try:
             return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
-        except (binascii.Error, ValueError) as error:
+        except ValueError as error:
             raise UserError("the data URL of the picture is not valid base64: use data:image/png;base64,...") from error
     if url[:20].strip().lower().startswith("data:"):
         raise UserError("the data URL of the picture is not in base64: use data:image/png;base64,...")
@@ -52,40 +45,39 @@ def read_url(url: str, remote: bool, limit: int) -> bytes:
 
 
 def fetch(address: str, limit: int) -> bytes:
-    """The bytes at an http(s) address.
-
-    Args:
-        address: of a picture.
-        limit: bytes that it may have.
-
-    Raises:
-        UserError: another kind of address, one that is not public, an error of the other server, too many bytes, too
-            many redirects, or too much time.
-    """
+    """At most `limit` bytes of a public http(s) address. Raises `UserError` if they cannot be had."""
     deadline = time.monotonic() + SECONDS
     for _ in range(REDIRECTS + 1):
-        body_or_redirect = _get(address, limit, deadline)
-        if isinstance(body_or_redirect, bytes):
-            return body_or_redirect
-        address = body_or_redirect
+        try:
+            connection, path = _connect(address, deadline)
+            with connection.sock as connected:
+                connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "openblip2"})
+                response = connection.getresponse()
+                target = response.getheader("Location")
+                if response.status == 200:
+                    return _body(address, response, connected, limit, deadline)
+                if response.status not in (301, 302, 303, 307, 308) or not target:
+                    raise UserError(f"{address[:100]}: its server answers {response.status}: check the address")
+                address = urljoin(address, target)
+        except UserError:
+            raise
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            message = (
+                f"{address[:100]}: cannot be fetched ({type(error).__name__}): check the address, or send the file"
+            )
+            raise UserError(message) from error
     raise UserError(f"{address[:100]}: more than {REDIRECTS} redirects: give the address of the picture itself")
 
 
-def public_address(host: str, port: int) -> tuple[str, int]:
-    """The numeric address of a host, and its family.
-
-    Raises:
-        UserError: the host has no address, or one that is not public.
-    """
+def public_address(host: str, port: int) -> str:
+    """The numeric address of a host. Raises `UserError` if it has none, or one that is not public."""
     try:
-        resolved = {(info[4][0], info[0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        numbers = sorted({str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
     except (OSError, UnicodeError) as error:
         raise UserError(f"{host[:100]}: no such host: give a public one") from error
-    for number, _ in resolved:
-        if not _is_public(str(number)):
-            raise UserError(f"{host[:100]}: not a public address: give one on the internet")
-    number, family = sorted(resolved)[0]
-    return str(number), family
+    if not all(map(_is_public, numbers)):
+        raise UserError(f"{host[:100]}: not a public address: give one on the internet")
+    return numbers[0]
 
 
 def _is_public(number: str) -> bool:
@@ -96,52 +88,33 @@ def _is_public(number: str) -> bool:
     return address.is_global and not address.is_multicast and (inner is None or inner.is_global)
 
 
-def _get(address: str, limit: int, deadline: float) -> bytes | str:
-    """The body, or the address of a redirect."""
+def _connect(address: str, deadline: float) -> tuple[http.client.HTTPConnection, str]:
+    """A connection to the address's host, and the path to ask for."""
     try:
         parts = urlsplit(address)
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+        port = parts.port or {"https": 443}.get(parts.scheme, 80)
     except ValueError as error:
         raise UserError(f"{address[:100]}: not an address: use http://... or https://...") from error
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
         raise UserError(f"{address[:100]}: not an address that is fetched: use http://... or https://...")
-    number, family = public_address(parts.hostname, port)
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as plain:
-            plain.settimeout(_left(deadline))
-            plain.connect((number, port))
-            secure = ssl.create_default_context() if parts.scheme == "https" else None
-            with secure.wrap_socket(plain, server_hostname=parts.hostname) if secure else plain as connected:
-                connection = http.client.HTTPConnection(parts.hostname, port)
-                connection.sock = connected
-                path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-                connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "openblip2"})
-                return _read(connection.getresponse(), connected, address, limit, deadline)
-    except UserError:
-        raise
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        problem = type(error).__name__
-        raise UserError(
-            f"{address[:100]}: cannot be fetched ({problem}): check the address, or send the file"
-        ) from error
+    connection = http.client.HTTPConnection(parts.hostname, port)
+    connection.sock = socket.create_connection((public_address(parts.hostname, port), port), _left(deadline))
+    if parts.scheme == "https":
+        connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
+    return connection, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
-def _read(
-    response: http.client.HTTPResponse, connected: socket.socket, address: str, limit: int, deadline: float
-) -> bytes | str:
-    if response.status in (301, 302, 303, 307, 308) and (target := response.getheader("Location")):
-        return urljoin(address, target)
-    if response.status != 200:
-        raise UserError(f"{address[:100]}: its server answers {response.status}: check the address")
+def _body(
+    address: str, response: http.client.HTTPResponse, connected: socket.socket, limit: int, deadline: float
+) -> bytes:
     body = bytearray()
-    while True:
+    while len(body) <= limit:
         connected.settimeout(_left(deadline))
         piece = response.read1(2**16)
         if not piece:
             return bytes(body)
         body += piece
-        if len(body) > limit:
-            raise UserError(f"{address[:100]}: more than {limit:,} bytes: use a smaller picture")
+    raise UserError(f"{address[:100]}: more than {limit:,} bytes: use a smaller picture")
 
 
 def _left(deadline: float) -> float:

@@ -4,24 +4,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from openblip2.apps.serve.errors import ServeError
+from openblip2.apps.serve.http import ServeError
 
 Text = Annotated[str, Field(max_length=20_000)]
 Url = Annotated[str, Field(max_length=2**27)]  # the limit of the body is lower
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 # Parameters that we do not have, with the value that changes nothing; None and {} or [] change nothing either.
-UNSUPPORTED = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0}
-UNSUPPORTED |= {"response_format": {"type": "text"}, "modalities": ["text"], "tool_choice": "none", "echo": False}
-NO_EFFECT = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "parallel_tool_calls",
-)
-NO_EFFECT += ("detail", "include_obfuscation")  # `detail`: an image encoder has one resolution
+UNSUPPORTED = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "echo": False, "tool_choice": "none"}
+UNSUPPORTED |= {"response_format": {"type": "text"}, "modalities": ["text"]}
+NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
+NO_EFFECT |= {"parallel_tool_calls", "include_obfuscation", "detail"}  # `detail`: an image encoder has one resolution
 
 
 class Strict(BaseModel):
@@ -52,12 +44,30 @@ class Part(Strict):
     text: Text | None = None
     image_url: ImageUrl | Url | None = None
 
+    @model_validator(mode="after")
+    def require_image(self) -> "Part":
+        """Raises `ServeError` for a picture's part without one."""
+        if self.type == "image_url" and self.image_url is None:
+            raise ServeError("a part of type image_url has no image_url", param="messages")
+        return self
+
 
 class Message(Strict):
     """A message of a dialogue."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part] | None = None
+    content: list[Part] = []
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def make_parts(cls, value: Any) -> Any:
+        """A text is one part."""
+        return [{"type": "text", "text": value}] if isinstance(value, str) else [] if value is None else value
+
+    @property
+    def text(self) -> str:
+        """All texts of the message."""
+        return " ".join(part.text or "" for part in self.content if part.type == "text").strip()
 
 
 class StreamOptions(Strict):

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from openblip2.apps.studies.design import Plan, study_of
-from openblip2.apps.studies.plot import can_plot, plot
+from openblip2.apps.studies.report import can_plot, in_words, plot
 from openblip2.apps.studies.trial import OWN, Trial, Work, prepare_work, run_trial
 from openblip2.apps.studies.verdict import curve, figure, judge
-from openblip2.apps.studies.words import in_words
 from openblip2.config import RunSettings, to_dict
 from openblip2.hardware import keep_freed_memory
 from openblip2.progress import Progress
@@ -20,10 +19,10 @@ from openblip2.runs import make_folder, write_json
 
 
 def ablate(name: str, out: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
-    """Runs a study into `out`, going on where it was interrupted; returns what `out/ablation.json` holds.
+    """Runs a study in `out`, continuing where it was interrupted; returns the contents of `out/ablation.json`.
 
     Raises:
-        UserError: an unknown study, a plan that does not fit it, or what training and scoring raise.
+        UserError: an unknown study, or a plan that does not fit it; errors of training and scoring.
     """
     study, plan = study_of(name, plan)
     make_folder(out)
@@ -77,7 +76,7 @@ def summary(work: Work, trials: Mapping[str, Sequence[Trial]]) -> dict[str, Any]
 
 
 def _curves(trials: Sequence[Trial]) -> dict[str, list[list[tuple[int, float]]]]:
-    """Of each seed: caption losses with the right and with another picture, or recall@1, the mean of both ways."""
+    """For each seed: caption losses with the right and with another image, or recall@1, the mean of both directions."""
     if "loss_right" in trials[0].curves:
         return {name: curve(trials, name) for name in ("loss_right", "loss_shuffled")}
     sides = (curve(trials, "tr@1"), curve(trials, "ir@1"))
@@ -90,7 +89,7 @@ def _curves(trials: Sequence[Trial]) -> dict[str, list[list[tuple[int, float]]]]
 
 
 def _models(trials: Sequence[Trial]) -> dict[str, list[str]]:
-    """The names of the models by what they are for; several where the ways differ in one."""
+    """The names of the models by purpose; several names if the ways differ in a model."""
     names: dict[str, set[str]] = {}
     for trial in trials:
         for stage, settings in trial.settings.items():
@@ -102,7 +101,7 @@ def _models(trials: Sequence[Trial]) -> dict[str, list[str]]:
 
 
 def _differing(trials: Mapping[str, Trial]) -> dict[str, dict[str, dict[str, Any] | None]]:
-    """For each way and stage, the settings in which not all ways that train it agree; None: it does not train it."""
+    """For each way and stage, the settings that are not the same in all ways that train it; None: not trained."""
     found: dict[str, dict[str, dict[str, Any] | None]] = {name: {} for name in trials}
     for stage in ("stage1", "stage2"):
         flat = {name: _flat(trial.settings[stage]) for name, trial in trials.items() if stage in trial.settings}

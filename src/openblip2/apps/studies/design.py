@@ -1,6 +1,6 @@
-"""The studies as values: which ways each one compares, and which claims its figures are held against.
+"""The studies as values: the ways that each one compares, and the claims that its figures test.
 
-A way is changes to the settings of the plan; two ways of a study differ in nothing else.
+A way is a set of changes to the settings of the plan; two ways of a study differ in nothing else.
 """
 
 from collections.abc import Mapping
@@ -15,19 +15,19 @@ from openblip2.presets import preset
 LOSS = "caption loss, right picture"
 OTHER = "caption loss, another picture"
 GAP = "caption loss, another picture less right picture"
-LOWER = frozenset({LOSS})  # the smaller the better; all other figures: the larger
+LOWER = frozenset({LOSS})  # lower is better; for all other figures higher is better
 BOTH = "recall@1, both ways, {}"  # by one of the scores below
 SCORES = {"itc": "ITC alone", "itm": "re-ranked by ITM", "itm+itc": "re-ranked by ITM + ITC"}
 WAYS = {"tr": "image to text", "ir": "text to image"}
 
 
 def is_share(figure: str) -> bool:
-    """Whether a figure is a share in [0, 1], shown in per cent; all others are nats a token."""
+    """Whether a figure is a fraction in [0, 1], shown in per cent; all others are nats per token."""
     return figure.startswith("recall")
 
 
 def sentence(text: str) -> str:
-    """With a capital in front, and all others kept."""
+    """With a capital first letter; the others stay as they are."""
     return text[:1].upper() + text[1:]
 
 
@@ -36,11 +36,12 @@ class Way:
     """One of the ways that a study compares.
 
     Attributes:
-        stage1, stage2: changes to the settings of each stage, by dotted name; None = it is not trained. Ways of the
-            same `stage1` share the run.
-        pictures: how many stage 2 is trained on, the first ones; None = all.
-        web: what captions the web's half of the pictures has, one of `studies.web.WAYS`, on which alone the way is
-            trained; "" = all pictures with their own.
+        stage1: changes to the settings of stage 1, by dotted name; None = it is not trained. Ways with the same
+            `stage1` share the run.
+        stage2: the same for stage 2.
+        pictures: number of images that stage 2 is trained on, from the beginning; None = all.
+        web: train only on the web's half of the images, with these captions, one of `studies.web.WAYS`; "" = train on
+            all images with their own captions.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Claim:
-    """That one way is better than another by a figure. `source`: who says so."""
+    """The claim that one way is better than another by a figure; `source` is who makes it."""
 
     says: str
     source: str
@@ -63,14 +64,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """A question, the ways that answer it, and what is claimed about them.
+    """A question, the ways that are compared to answer it, and claims about them.
 
     Attributes:
         scored: the stages whose runs are scored.
         steps: of each stage.
-        notes: what the figures cannot say.
-        reranks: whether retrieval is scored re-ranked by ITM, too.
-        helper: trained on the clean half of the pictures, for the ways on the web's half; not scored.
+        notes: limits of the figures.
+        reranks: whether retrieval is also scored after re-ranking by ITM.
+        helper: trained on the clean half of the images, for the ways on the web's half; not scored.
     """
 
     name: str
@@ -86,17 +87,20 @@ class Study:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything; the defaults take ten to sixty minutes on two cores.
+    """The sizes of a study; the defaults take ten to sixty minutes on two cores.
 
     Attributes:
-        seeds: of training; pictures are the same for all.
-        scenes: to train on; None = the study's own.
-        validated: test scenes that the curves are measured on.
-        reranked: candidates that ITM looks at.
-        values: numbers of queries, or of pictures in `warm-start`; () = the study's own.
+        seeds: of training; the images are the same for all.
+        scenes: number of training scenes; None = the study's own.
+        test_scenes: number of test scenes.
+        validated: number of test scenes that the curves are measured on.
+        reranked: candidates that ITM scores.
+        values: numbers of queries, or of images in `warm-start`; () = the study's own.
         steps: of a stage, instead of the study's.
-        changes: to the settings of both stages, which are stage1 and stage2.
-        weaker: changes that make the image encoder the weaker one.
+        changes: to the settings of both stages.
+        stage1: settings of stage 1.
+        stage2: settings of stage 2.
+        weaker: changes that select the weaker image encoder.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -120,10 +124,10 @@ class Plan:
 
 
 def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
-    """The study of that name, and the plan with what the study leaves to be filled in.
+    """The study of that name, and the plan with the study's defaults filled in.
 
     Raises:
-        UserError: there is no such study, it has no use for `values`, or too few of them.
+        UserError: an unknown study, `values` that it does not use, or too few of them.
     """
     if name not in STUDIES:
         raise UserError(f"unknown study {name!r}: studies are {', '.join(STUDIES)}")

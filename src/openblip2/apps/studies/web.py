@@ -1,8 +1,8 @@
-"""The halves of the study `capfilt`: clean pictures, and pictures as the web has them, before and after CapFilt.
+"""The two halves of the images in the study `capfilt`: clean ones, and ones with captions as noisy as the web's.
 
-OUT/web                       the second half, in which some captions are another picture's, as shards
-OUT/seed-N/stage2-captioner   trained on the clean half, from stage1-captioner, which is the ranker, too
-OUT/seed-N/web-WAY            the shards after CapFilt, by the code that does it at any scale
+OUT/web                       the noisy half as shards: some captions are another image's
+OUT/seed-N/stage2-captioner   trained on the clean half, from stage1-captioner, which is also the ranker
+OUT/seed-N/web-WAY            the shards after CapFilt, by the same code as the command `capfilt`
 """
 
 import hashlib
@@ -23,8 +23,8 @@ from openblip2.data.web.write_shards import write_shards
 from openblip2.errors import UserError
 from openblip2.progress import Progress
 
-NOISE = 0.5  # of the web's pictures have another picture's caption
-SHARD = 250  # pictures of a shard
+NOISE = 0.5  # fraction of the web's images that have another image's caption
+SHARD = 250  # images per shard
 WAYS: dict[str, How | None] = {
     "right": None,
     "swapped": None,
@@ -34,13 +34,13 @@ WAYS: dict[str, How | None] = {
 
 
 def clean_half(records: Sequence[Record]) -> list[Record]:
-    """What captioner and ranker are trained on."""
+    """The images that captioner and ranker are trained on."""
     return list(records[: len(records) // 2])
 
 
 def web_half(records: Sequence[Record], seed: int = 0) -> list[Record]:
-    """The other pictures, each with one caption; of `NOISE` of them the captions went round among them."""
-    half = [replace(record, captions=record.captions[:1]) for record in records[len(records) // 2 :]]
+    """The other images, each with one caption; a fraction `NOISE` of them have exchanged their captions."""
+    half = right_half(records)
     swapped = Random(f"{seed}/swapped").sample(range(len(half)), round(NOISE * len(half)))
     given = [half[n].captions for n in [*swapped[1:], *swapped[:1]]]
     for n, texts in zip(swapped, given, strict=True):
@@ -49,22 +49,22 @@ def web_half(records: Sequence[Record], seed: int = 0) -> list[Record]:
 
 
 def right_half(records: Sequence[Record]) -> list[Record]:
-    """The same pictures with their own captions, one each."""
+    """The other images, each with its own first caption."""
     return [replace(record, captions=record.captions[:1]) for record in records[len(records) // 2 :]]
 
 
 def filtered(
     records: Sequence[Record], shards: Path, out: Path, captioner: Path, ranker: Path, how: How, progress: Progress
 ) -> dict[str, Any]:
-    """The captions after CapFilt, by picture, "captions", and the counts of it: plain values.
+    """`{"captions": captions after CapFilt by image, "counts": its counts}`.
 
     Args:
         records: the web's half.
-        shards: where they are written.
-        out: what becomes of them. Both are made anew.
+        shards: the folder they are written to; an existing one is replaced.
+        out: the folder of the shards after CapFilt; an existing one is replaced.
 
     Raises:
-        UserError: as `capfilt`; or no picture has a caption left.
+        UserError: as `capfilt`; or no image has a caption left.
     """
     for folder in (shards, out):
         rmtree(folder, ignore_errors=True)
@@ -88,6 +88,6 @@ def with_captions(records: Sequence[Record], captions: Mapping[str, Sequence[str
 
 
 def named(records: Sequence[Record]) -> str:
-    """What tells one list of pictures and captions from another."""
+    """A digest that identifies a list of images and captions."""
     rows = json.dumps([(record.id, record.captions) for record in records])
     return hashlib.sha256(rows.encode()).hexdigest()

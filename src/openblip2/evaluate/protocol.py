@@ -1,4 +1,4 @@
-"""The protocol card: all that a score depends on, beside the score."""
+"""The protocol card: everything that a score depends on. It is written with the score."""
 
 import hashlib
 import platform
@@ -21,13 +21,11 @@ from openblip2.runs import read_config
 from openblip2.train.parameters import saved_parameters
 
 PACKAGES = ("openblip2", "torch", "transformers", "tokenizers", "pillow", "numpy", "pycocoevalcap", "spacy")
+WITHHELD = "the truth of this split is withheld: nothing is scored, the predictions are in the samples"
 
 
 def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
-    """What a score of this model depends on, whatever the task: weights, frozen parts, image side, precision, versions.
-
-    `seed`: of the bootstrap; nothing else is drawn, unless `decoding` says so.
-    """
+    """What a score of this model depends on in every task: weights, frozen parts, image size, precision, versions."""
     settings = model.settings
     found: dict[str, Any] = {
         "checkpoint": source,
@@ -38,8 +36,7 @@ def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
         "resize": RESIZE,
         "precision": str(compute_dtype(device(), settings.train.precision)).removeprefix("torch."),
         "seed": seed,
-        "versions": {name: known for name in PACKAGES if (known := _version(name))}
-        | {"python": platform.python_version()},
+        "versions": _versions(),
     }
     if isinstance(model, Captioner):
         with computing(model.model, settings.train.precision):
@@ -54,7 +51,7 @@ def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
 
 
 def decoding_card(decoding: Decoding) -> dict[str, Any]:
-    """How text was drawn; lengths in new tokens."""
+    """How text was generated; lengths in new tokens."""
     found: dict[str, Any] = {
         "beams": decoding.beams,
         "length_penalty": decoding.length_penalty if decoding.beams > 1 else None,
@@ -68,7 +65,7 @@ def decoding_card(decoding: Decoding) -> dict[str, Any]:
 
 
 def weights_digest(model: Captioner | Matcher) -> str:
-    """SHA-256 of the weights that a run holds, by name: the same for the same weights in another format."""
+    """SHA-256 of the names and weights that a run stores: the same for the same weights in another format."""
     digest = hashlib.sha256()
     for name, parameter in sorted(saved_parameters(model.model).items()):
         digest.update(name.encode())
@@ -77,10 +74,9 @@ def weights_digest(model: Captioner | Matcher) -> str:
 
 
 def overlap(records: Sequence[Record], source: str) -> tuple[int | None, list[str]]:
-    """How many of the pictures the run, or one it started from, was trained on; None if none of them says.
+    """How many of the images the run, or a run that it started from, was trained on, and the ids of the first of them.
 
-    Returns:
-        the number, and the ids of the first of them.
+    The number is None if no run has stored what it was trained on.
     """
     runs: list[Path] = []
     run: Path | None = Path(source)
@@ -88,15 +84,18 @@ def overlap(records: Sequence[Record], source: str) -> tuple[int | None, list[st
         runs.append(run)
         settings = read_config(run)["settings"]
         starts = [Path(start) for name in ("start", "text_start") if (start := settings.get(name))]
-        # Runs that were moved together: beside this one.
-        found = [there for start in starts for there in (start, run.parent / start.name) if there.is_dir()]
+        # Runs that were moved together are found beside this one.
+        found = [folder for start in starts for folder in (start, run.parent / start.name) if folder.is_dir()]
         run = found[0] if found else None
     seen = pictures_trained_on(records, runs)
     return (None, []) if seen is None else (len(seen), [record.id for record in seen[:5]])
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # an optional package
+            continue
+    return found | {"python": platform.python_version()}

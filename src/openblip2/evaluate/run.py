@@ -1,4 +1,4 @@
-"""`openblip2 evaluate`: a run, data, and one of four tasks in; scores, protocol and samples out."""
+"""The command `evaluate`: a run, data and one of four tasks in; scores, protocol and samples out."""
 
 import time
 from collections.abc import Sequence
@@ -13,37 +13,37 @@ from openblip2.data.images import open_picture
 from openblip2.data.records import Record
 from openblip2.data.sources import Source
 from openblip2.errors import UserError
+from openblip2.evaluate.caption import score_captions
+from openblip2.evaluate.partial_texts import PartialTexts
+from openblip2.evaluate.pointing import score_pointing
+from openblip2.evaluate.protocol import card, overlap, weights_digest
+from openblip2.evaluate.result import Result
+from openblip2.evaluate.retrieval import score_retrieval
+from openblip2.evaluate.vqa import METRICS, score_answers, usual_metric
 from openblip2.inference import load
 from openblip2.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.runs import make_folder
-from openblip2.score.answers import METRICS, score_answers, usual_metric
-from openblip2.score.captions import score_captions
-from openblip2.score.card import card, overlap, weights_digest
-from openblip2.score.pointing import score_pointing
-from openblip2.score.result import Result
-from openblip2.score.resume import Kept
-from openblip2.score.retrieval import score_retrieval
 
 Task = Literal["caption", "vqa", "retrieval", "pointing"]
-MATCHING = ("retrieval", "pointing")  # of a stage 1
+STAGE1_TASKS = ("retrieval", "pointing")
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to score; what a task has no use for is refused where the user asked for it.
+    """How to score. An option that the task does not use is refused.
 
     Attributes:
         prompt: of captions; None = the run's own.
         beams: of text; None = the paper's 5.
-        metric: of answers; None = the data's usual one.
-        lemmatised: answers' nouns and verbs in dictionary form.
-        slow: METEOR and SPICE.
-        rerank: candidates that ITM looks at; None = the paper's 128.
+        metric: of answers; None = the usual one for the data.
+        lemmatised: compare nouns and verbs of answers in their dictionary form.
+        slow: also METEOR and SPICE.
+        rerank: candidates that ITM scores; None = the paper's 128.
         strict: see `score_retrieval`.
         by: of pointing: itc or itm.
-        features: a cache of these pictures.
-        limit: so many pictures, the first ones; None = all.
+        features: a cache of these images.
+        limit: use only this many images, from the beginning; None = all.
         seed: of the bootstrap.
     """
 
@@ -60,8 +60,8 @@ class Options:
     seed: int = 0
 
 
-# Which options belong to which task; the others are everybody's.
-_BELONGS = {
+# The tasks that use an option; all tasks use the others.
+_TASKS = {
     "prompt": ("caption",),
     "beams": ("caption", "vqa"),
     "metric": ("vqa",),
@@ -77,7 +77,7 @@ _BELONGS = {
 def evaluate(task: str, run: str, source: Source, out: Path, options: Options, progress: Progress) -> Result:
     """Scores a run on data and writes `out` and, beside it, one line for each sample.
 
-    Interrupted, it keeps the texts written so far beside `out`, and goes on behind them.
+    The texts generated so far are kept beside `out`, and an interrupted evaluation continues with them.
 
     Raises:
         UserError: an unknown task, a run of the other stage, an option of another task, or nothing to score.
@@ -86,45 +86,45 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     make_folder(out.parent)
     began = time.perf_counter()
     model = load(run)
-    wanted = Matcher if task in MATCHING else Captioner
-    if not isinstance(model, wanted):
-        stage = "stage-1" if task in MATCHING else "stage-2"
+    kind, stage = (Matcher, "stage-1") if task in STAGE1_TASKS else (Captioner, "stage-2")
+    if not isinstance(model, kind):
         raise UserError(f"{run} is a {type(model).__name__}: {task} needs a {stage} run, or one fine-tuned from one")
-    kept = Kept(out.with_suffix(".partial.jsonl"), [task, run, __version__, weights_digest(model)])
+    kept = PartialTexts(out.with_suffix(".partial.jsonl"), [task, run, __version__, weights_digest(model)])
     records, bad = _openable(source.records[: options.limit], progress)
     if isinstance(model, Matcher) and task == "pointing":
         result = score_pointing(model, records, cast(By, options.by or "itc"), progress, options.seed)
     elif isinstance(model, Matcher):
         best = 128 if options.rerank is None else options.rerank
         result = score_retrieval(model, records, best, progress, options.features, options.strict, options.seed)
-    elif task == "caption":
-        how = CAPTION if options.beams is None else replace(CAPTION, beams=options.beams)
-        result = score_captions(model, records, how, options.prompt, progress, options.slow, options.seed, kept)
     else:
-        how = ANSWER if options.beams is None else replace(ANSWER, beams=options.beams)
-        metric: Any = options.metric or usual_metric(source.kind, records)
-        result = score_answers(
-            model, records, how, metric, progress, options.lemmatised, source.known, options.seed, kept
-        )
+        how = CAPTION if task == "caption" else ANSWER
+        how = how if options.beams is None else replace(how, beams=options.beams)
+        if task == "caption":
+            result = score_captions(model, records, how, options.prompt, progress, options.slow, options.seed, kept)
+        else:
+            metric: Any = options.metric or usual_metric(source.kind, records)
+            result = score_answers(
+                model, records, how, metric, progress, options.lemmatised, source.known, options.seed, kept
+            )
     result.skipped[:0] = [*source.skipped, *bad]
     result.protocol = card(model, run, options.seed) | {"data": source.kind} | result.protocol
     result.protocol["zero_shot"] = model.settings.task == "pretraining"
     _warn(result, records, run)
     result.beside["seconds"] = round(time.perf_counter() - began, 1)
     result.write(out)
-    kept.forget()
+    kept.remove()
     return result
 
 
 def require_task(task: str, options: Options) -> None:
-    """An existing task, and no option that it has no use for; told before a model is loaded.
+    """Checks the task and its options, before a model is loaded.
 
     Raises:
-        UserError: otherwise.
+        UserError: an unknown task, or an option that it does not use.
     """
     if task not in get_args(Task):
         raise UserError(f"unknown task {task!r}: it must be one of {', '.join(get_args(Task))}")
-    for name, tasks in _BELONGS.items():
+    for name, tasks in _TASKS.items():
         if getattr(options, name) != getattr(Options(), name) and task not in tasks:
             raise UserError(f"--{name} belongs to {' and '.join(tasks)}, not to {task}")
     if options.metric is not None and options.metric not in METRICS:
@@ -134,7 +134,7 @@ def require_task(task: str, options: Options) -> None:
 
 
 def _openable(records: Sequence[Record], progress: Progress) -> tuple[list[Record], list[str]]:
-    """The records whose pictures can be opened: one bad file is named and costs its own score alone."""
+    """The records whose images can be opened, and a line for each of the others."""
     good, bad = [], []
     with progress.steps("opening pictures", len(records)) as bar:
         for record in records:

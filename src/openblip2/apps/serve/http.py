@@ -1,0 +1,138 @@
+"""What all requests have in common: checks before they are read, metrics, headers, and errors in OpenAI's shape."""
+
+import hmac
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import Counter, Histogram
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from openblip2.errors import UserError
+
+OPEN = ("/", "/health")  # and /assets/: the page asks the user for the token
+HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+REQUESTS = Counter("openblip2_requests", "Answered requests.", ("path", "status"))
+SECONDS = Histogram("openblip2_request_seconds", "Time to answer a request.", ("path",), buckets=BUCKETS)
+CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+
+
+class ServeError(HTTPException):
+    """An error that a client is told.
+
+    Args:
+        message: what happened and what to do.
+        status: of HTTP.
+        code: OpenAI's short name of the error, if it has one.
+        param: the field of the request that is wrong.
+        headers: more headers of the response.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.code, self.param = code, param
+
+
+def error_response(error: Exception) -> Response:
+    """The response for any exception: `{"error": {"message", "type", "param", "code"}}`."""
+    if isinstance(error, RequestValidationError):
+        error = _validation_error(error)
+    elif isinstance(error, UserError):
+        error = ServeError(str(error))
+    elif not isinstance(error, HTTPException):
+        error = ServeError("internal error: see the server's log", 500)
+    status = error.status_code
+    kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
+    body = {"message": error.detail, "type": kind}
+    body |= {name: getattr(error, name, None) for name in ("param", "code")}
+    # Written in ASCII: a message may quote half of a surrogate pair, which UTF-8 cannot encode.
+    return Response(json.dumps({"error": body}), status, error.headers, "application/json")
+
+
+def _validation_error(error: RequestValidationError) -> ServeError:
+    # Where a field can be of several types, the type that fits best is refused deepest inside.
+    first = max(error.errors(), key=lambda one: len(one["loc"]))
+    if first["type"] == "json_invalid":
+        return ServeError("the body of the request is not valid JSON")
+    field, *inner = [str(part) for part in first["loc"][1:]] or [""]
+    path = [part for part in inner if re.fullmatch(r"[a-z0-9_]+", part)]  # without names of types
+    param = ".".join([field, *path])[:200]
+    message = f"{param or 'the body of the request'}: {first['msg']}"
+    return ServeError(message, code=CODES.get(first["type"]), param=param or None)
+
+
+class Guard:
+    """ASGI middleware. Bodies of requests that are refused are not read.
+
+    Args:
+        app: the application behind it.
+        hosts: names in the Host header; `*.example.com` stands for all names of a domain.
+        token: that clients must send; None = none.
+        limit: bytes of a request's body, with or without a Content-Length header.
+    """
+
+    def __init__(self, app: Any, hosts: Sequence[str], token: str | None, limit: int) -> None:
+        self.app, self.hosts, self.token, self.limit = app, hosts, token, limit
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, status, received = time.perf_counter(), 0, 0
+
+        async def limited_receive() -> Any:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.limit:  # sent in chunks, without a length
+                raise self._too_large()
+            return message
+
+        async def counted_send(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+            await send(message)
+
+        refusal = self._refusal(scope)
+        app = self.app if refusal is None else error_response(refusal)
+        try:
+            await app(scope, limited_receive, counted_send)
+        finally:
+            path = getattr(scope.get("route"), "path", "none")  # the declared path, so that there are few
+            REQUESTS.labels(path, str(status)).inc()
+            SECONDS.labels(path).observe(time.perf_counter() - start)
+
+    def _refusal(self, scope: dict[str, Any]) -> ServeError | None:
+        headers, path = dict(scope["headers"]), scope["path"]
+        # A page of another name that resolves to this machine (DNS rebinding) must not reach it.
+        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
+        if not any(host == name or (name[:1] == "*" and host.endswith(name[1:])) for name in self.hosts):
+            return ServeError("this server is not called by that name: start it with --name", 400, "unknown_host")
+        if self.token is not None and path not in OPEN and not path.startswith("/assets/"):
+            token = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(token, self.token.encode()):
+                message = "wrong or missing token: send the server's token as Authorization: Bearer ..."
+                return ServeError(message, 401, "invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > self.limit:
+            return self._too_large()
+        return scope["app"].state.batcher.refusal() if scope["method"] == "POST" else None
+
+    def _too_large(self) -> ServeError:
+        # The rest of the body is not read, so the connection cannot be used again.
+        message = f"the request has more than {self.limit:,} bytes: send a smaller picture"
+        return ServeError(message, 413, "too_large", headers={"Connection": "close"})

@@ -1,0 +1,137 @@
+"""Results of an evaluation: scores with intervals, the protocol, and one line per sample; and two results compared."""
+
+import json
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openblip2.errors import UserError
+from openblip2.evaluate.intervals import LEVEL, Interval, difference_interval, interval, mean_interval
+from openblip2.runs import atomic_write, read_json, write_json
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Result:
+    """Scores of one task, filled piece by piece.
+
+    Attributes:
+        task: caption, vqa, retrieval or pointing.
+        pictures: how many were scored.
+        seed: of the bootstrap.
+        scores: by name.
+        alone: scores without an interval, by name.
+        beside: other values to read the scores by, such as those of guessers.
+        protocol: what the scores depend on.
+        skipped: one line for each entry or image left out.
+        warnings: one line each.
+        samples: one row each.
+    """
+
+    task: str
+    pictures: int
+    seed: int = 0
+    scores: dict[str, Interval] = field(default_factory=dict)
+    alone: dict[str, float] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
+
+    def add(self, name: str, scores: Sequence[float] | np.ndarray, groups: Sequence[Hashable] | None = None) -> None:
+        """Adds the mean of per-sample scores with its interval; `groups` are the images of the samples."""
+        self.scores[name] = mean_interval(np.asarray(scores, dtype=np.float64), groups, seed=self.seed)
+
+    def add_counts(self, name: str, counts: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Adds a score that is a function of sums over the images."""
+        self.scores[name] = interval(counts, score, seed=self.seed)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything except the samples."""
+        return {
+            "task": self.task,
+            "pictures": self.pictures,
+            "scores": {name: score.as_json() for name, score in self.scores.items()}
+            | {name: {"score": score} for name, score in self.alone.items()},
+            **({"beside": self.beside} if self.beside else {}),
+            "intervals": f"{LEVEL:.0%}, percentile bootstrap over pictures" if self.scores else None,
+            "protocol": self.protocol,
+            "warnings": self.warnings,
+            "skipped": {"count": len(self.skipped), "first": self.skipped[:20]},
+        }
+
+    def in_words(self) -> list[str]:
+        """A line for each score, then the warnings."""
+        width = max(map(len, [*self.scores, *self.alone]), default=0)
+        lines = [
+            f"{name:{width}} {100 * s.score:7.2f}  [{100 * s.low:.2f}, {100 * s.high:.2f}]"
+            for name, s in self.scores.items()
+        ]
+        lines += [f"{name:{width}} {100 * score:7.2f}" for name, score in self.alone.items()]
+        return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
+
+    def write(self, out: Path) -> None:
+        """Writes `out` and, beside it, `NAME.samples.jsonl`, each completely or not at all."""
+        beside = out.with_suffix(".samples.jsonl")
+        with atomic_write(beside) as draft, draft.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.samples)
+        write_json(self.as_json() | {"samples": beside.name}, out)
+
+
+def compare(first: Path, second: Path) -> dict[str, Interval]:
+    """The mean of each score in the first result minus that in the second, paired by sample, with its interval.
+
+    Raises:
+        UserError: not results, results of two tasks, or of different samples.
+    """
+    a, b = _read(first), _read(second)
+    if a["task"] != b["task"]:
+        raise UserError(f"{first} is of {a['task']}, {second} of {b['task']}: compare results of one task")
+    ours, theirs = ({_name(row): row for row in result["rows"]} for result in (a, b))
+    if ours.keys() != theirs.keys():
+        odd = next(iter(ours.keys() ^ theirs.keys()))
+        raise UserError(
+            f"{first} and {second} are of other samples, {' / '.join(map(str, odd))} for one: score the same data"
+        )
+    values: dict[str, list[tuple[float, float, str]]] = {}  # of each score: first result, second result, image
+    for key, row in ours.items():
+        mine, other = _scores(row), _scores(theirs[key])
+        for name in mine.keys() & other.keys():
+            values.setdefault(name, []).append((mine[name], other[name], row["image"]))
+    found = {}
+    for name in sorted(values):
+        mine, other, images = zip(*values[name], strict=True)
+        found[name] = difference_interval(np.array(mine), np.array(other), images)
+    return found
+
+
+def _scores(row: Row) -> dict[str, float]:
+    """The scores of a sample that `compare` averages, by name."""
+    if "kind" in row:
+        return {"accuracy": row["score"], f"accuracy, {row['kind']}": row["score"]}
+    if "references" in row:
+        return {name: row[name] for name in ("CIDEr-D", "ROUGE-L", "SPICE") if name in row}
+    end, way = " first right", "ir" if "caption" in row else "tr"
+    return {f"{name.removesuffix(end)} {way}@1": float(row[name] == 1) for name in row if name.endswith(end)}
+
+
+def _name(row: Row) -> tuple[Any, ...]:
+    """What identifies a sample. A row with references is of an image, and its caption is the model's."""
+    caption = row.get("caption") if "references" not in row else None
+    return (row["image"], row.get("question_id"), row.get("question"), caption)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict) or not {"task", "samples"} <= found.keys():
+        raise UserError(f"{path}: no result of `openblip2 evaluate`")
+    try:
+        lines = (path.parent / Path(found["samples"]).name).read_text(encoding="utf-8").splitlines()
+        return found | {"rows": [json.loads(line) for line in lines]}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: its samples, {found['samples']}, are missing or damaged: evaluate again") from error

@@ -1,0 +1,195 @@
+"""What is measured on held-out images during training: stage 1, captions of stage 2, and answers.
+
+Shapes: N images, Q queries, E shared space.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openblip2.data.batches import pair_ids
+from openblip2.data.features import Features
+from openblip2.data.tokens import QFormerTokens, question_tokens
+from openblip2.evaluate.effective_rank import effective_rank
+from openblip2.evaluate.ranking import recalls, similarities, text_vectors
+from openblip2.evaluate.vqa_metrics import accuracy
+from openblip2.model.decoding import Decoding
+from openblip2.model.objectives import HardNegatives, similarity
+from openblip2.model.stage1 import Stage1, itm_pairs
+from openblip2.model.stage2 import Stage2
+
+STAGE1_GROUP = 48  # pairs at once: the in-batch negatives of the losses, as many as in a small batch
+GROUP = 32  # images at once in stage 2
+MIN_GAP = 0.02  # a grounding gap below this share of the loss is no more than noise
+GREEDY = Decoding(max_new_tokens=10, beams=1)
+
+
+def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, seed: int) -> dict[str, Any]:
+    """Held-out losses and accuracies of stage 1, with the first caption of each image.
+
+    Returns:
+        The losses itc, itm and itg; ITM accuracy on one true and two hard false pairs per image, and on one true and
+        one easy false pair (the next image's text; guessing: a half); recall@1 in both directions; the number of
+        queries by which texts find their images; and the effective rank of the query outputs.
+    """
+    device = model.temperature.device
+    captions = [record.captions[0] for record in held_out.records]
+    texts, valid = (t.to(device) for t in tokens(captions))
+    sums = {"itc": 0.0, "itm": 0.0, "itg": 0.0}
+    hard: list[tuple[int, int]] = []
+    easy: list[tuple[int, int]] = []
+    outputs: list[Tensor] = []
+    for rows in torch.arange(len(captions)).split(STAGE1_GROUP):
+        features = held_out.values[rows].to(device)
+        longest = int(valid[rows].sum(1).max())
+        part, real = texts[rows, :longest], valid[rows, :longest]
+        ids = pair_ids(rows.tolist(), [captions[row] for row in rows.tolist()]).to(device)
+        for name, value in model.losses(part, real, ids, features=features).items():
+            sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(captions)
+        hard.append(hard_hits(model, features, part, real, ids))
+        easy.append(easy_hits(model, features, part, real, ids))
+        outputs.append(model.qformer.query_output(features))
+    queries = torch.cat(outputs)
+    images, words = model.image_vectors(queries), text_vectors(model, texts, valid)
+    scores = torch.cat([similarity(part, words) for part in images.split(STAGE1_GROUP)])
+    same = torch.tensor([[a == b for b in captions] for a in captions], device=device)
+    return {
+        "n": len(captions),
+        **sums,
+        "itm_accuracy": _share(hard),
+        "itm_easy_accuracy": _share(easy),
+        **recalls(scores, scores, same, ks=(1,)),
+        "queries_used": queries_used(images, words),
+        "effective_rank": effective_rank(queries),
+    }
+
+
+def hard_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, ids: Tensor) -> tuple[int, int]:
+    """Right decisions of ITM, and all decisions, on the true pairs and the most similar false ones."""
+    scores = similarities(model, features, tokens, valid)
+    same = ids[:, None] == ids[None, :]
+    hardest, none = scores.masked_fill(same, -torch.inf), same.all(dim=1)
+    negatives = HardNegatives(hardest.argmax(1).masked_fill(none, -1), hardest.argmax(0).masked_fill(none, -1))
+    pairs = itm_pairs(tokens, valid, negatives)
+    memory = model.qformer.encode_image(features).take(pairs.images)
+    logits = model.match(memory, pairs.tokens, pairs.valid)
+    return int((logits.argmax(1).bool() == pairs.is_match).sum()), len(pairs.is_match)
+
+
+def easy_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, ids: Tensor) -> tuple[int, int]:
+    """As `hard_hits`, on the true pairs and each image with the next image's text."""
+    other = torch.arange(len(ids), device=ids.device).roll(-1)
+    wrong = ids != ids[other]
+    memory = model.qformer.encode_image(features)
+    own = model.match(memory, tokens, valid).argmax(1).bool()[wrong]
+    next_one = model.match(memory, tokens[other], valid[other]).argmax(1).bool()[wrong]
+    return int(own.sum() + (~next_one).sum()), 2 * int(wrong.sum())
+
+
+def _share(hits: Sequence[tuple[int, int]]) -> float:
+    return sum(right for right, _ in hits) / max(1, sum(count for _, count in hits))
+
+
+def queries_used(images: Tensor, texts: Tensor) -> float:
+    """The effective number of queries by which texts find their own images, 1 to Q.
+
+    It is the exponential of the entropy of the distribution of the nearest query.
+
+    Args:
+        images: `[N, Q, E]`, the queries of N images in the shared space.
+        texts: `[N, E]`, their texts.
+    """
+    cosines = torch.einsum("nqe,ne->nq", images, texts)
+    shares = torch.bincount(cosines.argmax(1), minlength=cosines.shape[1]).double() / len(cosines)
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", most: int = 128) -> dict[str, Any]:
+    """Whether the language model uses the image, on at most `most` held-out images with their first caption.
+
+    The loss of the captions is compared with that for another image, which should be higher. The other image is the
+    previous one of the group. An encoder-decoder splits captions at random places, the same for both losses.
+    """
+    captions = [record.captions[0] for record in held_out.records[:most]]
+    parts = []
+    for rows, queries, right, other in _groups(model, held_out.values[: len(captions)]):
+        texts, prompts = [captions[n] for n in rows], [prompt] * len(rows)
+        draws = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+        losses = [float(model.language.scored(soft, prompts, texts, draws)[0]) for soft in (right, other)]
+        parts.append((queries, losses))
+    return _summary(parts)
+
+
+def measure_answers(
+    model: Stage2, tokens: QFormerTokens | None, held_out: Features, form: str, seed: int, most: int = 256
+) -> dict[str, Any]:
+    """Exact match of greedy answers, by kind of question, and the loss of the right answers as in `grounding`.
+
+    If the Q-Former reads questions, the effective rank of its outputs depends on them, too.
+
+    Args:
+        tokens: of the Q-Former; None = it reads no questions.
+        form: the prompt, with {} for the question.
+        seed: of the draw of one question of each image.
+        most: images used, from the beginning.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    asked = [r.questions[int(torch.randint(len(r.questions), (), generator=draw))] for r in held_out.records[:most]]
+    answers: list[str] = []
+    parts = []
+    texts = [question.text for question in asked]
+    for rows, queries, right, other in _groups(model, held_out.values[: len(asked)], tokens, texts):
+        prompts = [form.replace("{}", texts[n]) for n in rows]
+        targets = [asked[n].answer for n in rows]
+        answers += model.language.generate(right, prompts, GREEDY)
+        parts.append((queries, [float(model.language.scored(soft, prompts, targets)[0]) for soft in (right, other)]))
+    found = accuracy(answers, asked[: len(answers)])
+    kinds = {f"accuracy_{kind}": found[kind]["accuracy"] for kind in found if kind not in ("n", "accuracy")}
+    return {"n": len(answers), "accuracy": found["accuracy"], **kinds, **_summary(parts)}
+
+
+def _groups(
+    model: Stage2, values: Tensor, tokens: QFormerTokens | None = None, questions: list[str] | None = None
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Row numbers, query outputs, and soft prompts of the right image and of another one, `GROUP` images at a time.
+
+    A last group of one image is left out: it has no other image.
+    """
+    device = model.projection.weight.device
+    for rows in torch.arange(len(values)).split(GROUP):
+        if len(rows) < 2:
+            continue
+        features = values[rows].to(device)
+        question = None if questions is None else question_tokens(tokens, [questions[n] for n in rows], device)
+        queries = model.query_output(features=features, question=question)
+        right = model.projection(queries)
+        if question is None:
+            other = right.roll(1, dims=0)
+        else:  # the outputs depend on the question, which stays
+            other = model.soft_prompt(features=features.roll(1, dims=0), question=question)
+        yield rows.tolist(), queries, right, other
+
+
+def _summary(parts: Sequence[tuple[Tensor, Sequence[float]]]) -> dict[str, Any]:
+    """Losses in nats per token with the right image and with another one, their effective rank, and a verdict.
+
+    Args:
+        parts: query outputs `[n, Q, D]` and the two losses of each group of n images.
+    """
+    queries = torch.cat([outputs for outputs, _ in parts])
+    right, other = (sum(losses[n] * len(outputs) for outputs, losses in parts) / len(queries) for n in (0, 1))
+    verdict = f"the model looks: another picture makes the caption {other - right:.2f} nats a token less likely"
+    if other - right < MIN_GAP * right:
+        verdict = (
+            "the model is NOT looking at the picture: its captions are as likely with another one (train longer, "
+            "start from a stage-1 run, or set warm_start=true)"
+        )
+    return {
+        "n": len(queries),
+        "loss_right": right,
+        "loss_shuffled": other,
+        "effective_rank": effective_rank(queries),
+        "verdict": verdict,
+    }
