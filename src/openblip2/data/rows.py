@@ -147,10 +147,7 @@ def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
             yield str(path), _picture(path, folder)
         lonely = {Path(name).stem for name in names if name.endswith(".txt")} - {Path(name).stem for name in pictures}
         for stem in sorted(lonely):
-            yield (
-                str(Path(parent, stem + ".txt")),
-                UserError(f"no picture beside it; {stem}.jpg, {stem}.png, ..."),
-            )
+            yield str(Path(parent, stem + ".txt")), UserError(f"no picture beside it; {stem}.jpg, {stem}.png, ...")
 
 
 def _picture(path: Path, folder: Path) -> Row:

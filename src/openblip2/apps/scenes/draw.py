@@ -114,13 +114,7 @@ def draw_facts(
     """The random content of one scene of `split`."""
     kind = random.choices(("one", "group", "pair"), weights=shares)[0]
     objects: list[Thing] = [
-        {
-            "noun": noun,
-            "colour": random.choice(colours_of(noun, split)),
-            "size": None,
-            "place": None,
-            "number": 1,
-        }
+        {"noun": noun, "colour": random.choice(colours_of(noun, split)), "size": None, "place": None, "number": 1}
         for noun in random.sample(nouns, 2 if kind == "pair" else 1)
     ]
     if kind == "pair":

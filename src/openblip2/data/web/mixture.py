@@ -73,11 +73,7 @@ READERS: Mapping[str, Reader] = {
         address=(_COCO, "coco"),
         urls=("url", "URL", "coco_url"),
     ),
-    "vg": Reader(
-        captions=("phrase",),
-        pictures=(("coco_id", "coco"), ("image_id", "vg")),
-        address=(_VG, "vg"),
-    ),
+    "vg": Reader(captions=("phrase",), pictures=(("coco_id", "coco"), ("image_id", "vg")), address=(_VG, "vg")),
     "cc3m": Reader(),
     "cc12m": Reader(),
     "sbu": Reader(urls=("url", "image_url", "image_urls")),

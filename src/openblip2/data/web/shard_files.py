@@ -76,7 +76,7 @@ def _files(name: str) -> list[str]:
     else:
         return [name]
     if not found:
-        raise UserError(f"{name}: no .tar file found; a folder of shards, or a pattern such as 'web/*.tar'")
+        raise UserError(f"{name}: holds no .tar file; a folder of shards, or a pattern such as 'web/*.tar'")
     return found
 
 
