@@ -223,7 +223,7 @@ def test_one_process_shards_nothing() -> None:
 
 
 def test_fsdp2_refuses_quantised_weights() -> None:
-    settings = change(settings_of("opt", "fsdp2"), {"language.weights": "int8"})
+    settings = change(settings_of("opt", "fsdp2"), {"language.dtype": "int8"})
     with (
         patch("openblip2.distributed.data_parallel.world_size", return_value=2),
         pytest.raises(UserError, match="int8"),

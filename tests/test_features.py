@@ -542,7 +542,7 @@ def test_a_cache_of_another_encoder_is_named(home: Home, tmp_path: Path) -> None
         ({"vision__name": str(tmp_path / "darker")}, r"mean \[0\.5, 0\.5, 0\.5\] there, \[0\.4"),
         ({"vision__image_size": 16}, "image size 12 there, 16 here"),
         ({"vision__layer": -3}, "encoder layers 2 there, 1 here; train"),
-        ({"vision__weights": "bf16"}, "encoder precision fp32 there, bf16 here"),
+        ({"vision__dtype": "bf16"}, "encoder precision fp32 there, bf16 here"),
     ):
         other = settings(home, **changes)
         with pytest.raises(UserError, match=said) as caught:

@@ -267,7 +267,7 @@ def test_a_resumed_run_with_a_trained_encoder_is_bit_equal(home: Path, tmp_path:
 def test_vqa_reads_the_question_with_stage_1s_text_path(home: Path, tmp_path: Path) -> None:
     records, _ = read_records(home / "data", "questions")
     settings = tuning(home, "vqa", "two", optim__lr=1e-12, optim__min_lr=0, optim__weight_decay=0)
-    assert settings.qformer.reads_question
+    assert settings.qformer.question_in_qformer
     train_stage(settings, records, tmp_path / "still", quiet())
     stored = load_file(tmp_path / "still" / "model.safetensors")
     one, two = (load_file(home / name / "model.safetensors") for name in ("one", "two"))
@@ -303,7 +303,7 @@ def test_vqa_reads_the_question_with_stage_1s_text_path(home: Path, tmp_path: Pa
 
 def test_vqa_without_the_question_in_the_qformer(home: Path, tmp_path: Path) -> None:
     records, _ = read_records(home / "data", "questions")
-    train_stage(tuning(home, "vqa", "two", qformer__reads_question="false"), records, tmp_path / "run", quiet())
+    train_stage(tuning(home, "vqa", "two", qformer__question_in_qformer="false"), records, tmp_path / "run", quiet())
     assert load_file(tmp_path / "run" / "model.safetensors").keys() == load_file(home / "two/model.safetensors").keys()
     model = load(str(tmp_path / "run"), device="cpu", precision="fp32")
     assert isinstance(model, Captioner)
@@ -331,7 +331,7 @@ def test_retrieval_begins_where_stage_1_ended(home: Path, tmp_path: Path) -> Non
         ("caption", "one", {}, "is no stage-2 run"),
         ("retrieval", "two", {}, "is no stage-1 run"),
         ("vqa", "two", {"text_start": "two"}, "is no stage-1 run"),
-        ("caption", "two", {"vision__trained": "true", "vision__weights": "bf16"}, "weights that train are fp32"),
+        ("caption", "two", {"vision__trained": "true", "vision__dtype": "bf16"}, "weights that train are fp32"),
         ("retrieval", "one", {"vision__trained": "true", "train__chunk": 2}, "frozen image encoder"),
         ("retrieval", "one", {"vision__trained": "true", "data__features": "x"}, "has no features to keep"),
     ],
@@ -351,7 +351,9 @@ def test_what_only_fine_tuning_may_is_refused_elsewhere(home: Path, tmp_path: Pa
     with pytest.raises(UserError, match="is for fine-tuning"):
         train_stage(recipe(home, "stage1", vision__trained="true"), records, tmp_path / "run", quiet())
     with pytest.raises(UserError, match="is for vqa, here is caption"):
-        train_stage(tuning(home, "caption", "two", qformer__reads_question="true"), records, tmp_path / "run", quiet())
+        train_stage(
+            tuning(home, "caption", "two", qformer__question_in_qformer="true"), records, tmp_path / "run", quiet()
+        )
     for extra in ({"data__balance": "true"}, {"data__negations": "0.5"}):
         with pytest.raises(UserError, match="choose questions, for vqa; caption has none"):
             train_stage(tuning(home, "caption", "two", **extra), records, tmp_path / "run", quiet())
@@ -366,7 +368,7 @@ def test_presets_of_the_paper_keep_the_start_runs_models() -> None:
     assert (found.vision.name, found.vision.image_size, found.vision.trained) == (start.vision.name, 490, True)
     assert (found.language.name, found.optim.layer_decay, found.train.batch) == (start.language.name, 0.9, 128)
     assert (found.optim.lr, found.optim.betas, found.optim.warmup) == (1e-5, (0.9, 0.999), 1000)
-    assert found.qformer.reads_question
+    assert found.qformer.question_in_qformer
     assert found.start == "runs/two"
     retrieval = fine_tuning("retrieval", "vit-l", preset("stage1", "vit-l"), "runs/one")
     assert (retrieval.optim.lr, retrieval.optim.betas, retrieval.train.batch) == (5e-6, (0.9, 0.98), 224)

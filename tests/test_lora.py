@@ -23,14 +23,14 @@ from openblip2.train.parameters import load_trained, save_trained, saved_paramet
 from test_cli import Home, call, home  # noqa: F401  (the fixture)
 from test_stage2 import CAPTIONS, PROMPTS, stage2
 
-RANKS = {"qformer.lora": 3, "language.lora": 2}
+RANKS = {"qformer.lora_rank": 3, "language.lora_rank": 2}
 
 
 def adapted(kind: str = "llama", drawn: bool = True, **ranks: int) -> Stage2:
     """A redrawn stage 2 with adapters; `drawn`: not at their start, where they change nothing."""
     model = stage2(kind, dropout=0.0)
     torch.manual_seed(0)
-    settings = change(RunSettings(stage="stage2"), {name.replace("_", "."): rank for name, rank in ranks.items()})
+    settings = change(RunSettings(stage="stage2"), {name.replace("_", ".", 1): rank for name, rank in ranks.items()})
     add_adapters(model, settings)
     if drawn:
         for name, parameter in model.named_parameters():
@@ -40,7 +40,7 @@ def adapted(kind: str = "llama", drawn: bool = True, **ranks: int) -> Stage2:
 
 
 def both(kind: str = "llama", drawn: bool = True) -> Stage2:
-    return adapted(kind, drawn, qformer_lora=3, language_lora=2)
+    return adapted(kind, drawn, qformer_lora_rank=3, language_lora_rank=2)
 
 
 def loss_of(model: Stage2) -> Tensor:
@@ -165,7 +165,7 @@ def test_a_run_keeps_what_is_nowhere_else(tmp_path: Path) -> None:
 
 
 def test_adapters_of_rank_1_are_decayed_and_queries_are_not() -> None:
-    model = adapted(qformer_lora=1)
+    model = adapted(qformer_lora_rank=1)
     decayed, others = parameter_groups(trained_parameters(model), 0.05)
     inside = {id(p) for p in decayed["params"]}
     assert all(id(p) in inside for name, p in trained_parameters(model).items() if ".lora_" in name)
@@ -248,7 +248,7 @@ def test_a_resumed_run_with_adapters_is_the_same(runs: Home, stage: str) -> None
 def test_a_warm_start_goes_before_the_adapters(runs: Home) -> None:
     said = call(
         *runs.train(
-            "stage2", "warm-lora", "--start", runs.stage1, "--set", "language.lora=2", "--set", "warm_start=true"
+            "stage2", "warm-lora", "--start", runs.stage1, "--set", "language.lora_rank=2", "--set", "warm_start=true"
         )
     )
     assert said.code == 0, said.err

@@ -232,7 +232,7 @@ def test_what_chunks_checkpoints_and_objectives_cost(small: dict[str, str]) -> N
     assert again[1] > 1.2 * plain[1]
     assert again[2] < plain[2]
     fewer = planned(stage1__objectives=["itc"])
-    assert planned(qformer__lora=2)[1] < plain[1]
+    assert planned(qformer__lora_rank=2)[1] < plain[1]
     assert fewer[0] < plain[0] / 2
 
 
@@ -246,7 +246,7 @@ def test_frozen_weights_shared_out_and_quantised(small: dict[str, str]) -> None:
     layer, words = 4 * 64**2 + 3 * 64 * 96, 2 * 90 * 64
     norms = 2 * 64
     assert held() == 2 * (4 * (layer + norms) + words + 64)
-    assert held(language__weights="int4") == 0.5 * 4 * layer + 2 * (4 * norms + words + 64)
+    assert held(language__dtype="int4") == 0.5 * 4 * layer + 2 * (4 * norms + words + 64)
     assert held(train__parallel="fsdp2") == 2 * (4 / 8 + 2) * (layer + norms) + 2 * (words + 64)
 
 

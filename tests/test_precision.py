@@ -168,7 +168,7 @@ def test_adapters_train_on_quantised_weights_and_are_not_folded(tmp_path: Path, 
     assert {p.dtype for p in trained} == {torch.float32}
     lm.scored(torch.zeros(1, tiny.Q, 64), [""], ["a red dog"])[0].backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
-    with pytest.raises(UserError, match=r"weights are quantised; load the run with language\.weights=bf16$"):
+    with pytest.raises(UserError, match=r"weights are quantised; load the run with language\.dtype=bf16$"):
         merge_lora(lm)
 
 
@@ -179,10 +179,10 @@ def test_quantised_weights_are_counted_as_they_were(home: Home, bits: int) -> No
         {
             "vision.name": str(home.root / "vision"),
             "vision.image_size": tiny_runs.SIDE,
-            "vision.weights": "fp16",
+            "vision.dtype": "fp16",
             "qformer.start": str(home.root / "bert"),
             "language.name": str(home.root / "language"),
-            "language.weights": f"int{bits}",
+            "language.dtype": f"int{bits}",
         },
     )
     vision = build_vision(settings)
@@ -208,7 +208,7 @@ def test_a_run_trains_and_loads_in_these_precisions(
     held: set[torch.dtype],
 ) -> None:
     run = f"{vision}-{language}"
-    options = ["--set", f"vision.weights={vision}", "--set", f"language.weights={language}"]
+    options = ["--set", f"vision.dtype={vision}", "--set", f"language.dtype={language}"]
     said = call(*home.train("stage2", run, "--start", home.stage1, *options, "--set", "train.precision=bf16"))
     assert said.code == 0, said.err
     model: Any = openblip2.load(home.root / run)
@@ -225,13 +225,13 @@ def test_kept_features_are_of_one_precision(home: Home) -> None:  # noqa: F811
         assert said.code == 0, said.err
         return FeatureCache(home.root / "kept" / "features" / "pictures").made_by
 
-    assert made_by("--set", "vision.weights=fp16") != made_by()
+    assert made_by("--set", "vision.dtype=fp16") != made_by()
 
 
 def test_without_bitsandbytes_there_is_one_line(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    line = "openblip2: language.weights=int8 or int4 needs bitsandbytes: pip install 'openblip2[quant]'\n"
-    said = call(*home.train("stage2", "none", "--set", "language.weights=int8"))
+    line = "openblip2: language.dtype=int8 or int4 needs bitsandbytes: pip install 'openblip2[quant]'\n"
+    said = call(*home.train("stage2", "none", "--set", "language.dtype=int8"))
     assert (said.code, said.out, said.err) == (2, "", line)  # before anything is computed
     with pytest.raises(UserError, match="needs bitsandbytes"):
         load_language(str(home.root / "language"), bits=4)

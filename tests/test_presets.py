@@ -154,10 +154,10 @@ def test_the_presets_are_the_papers_models() -> None:
             settings.language.question
             == {"opt": "Question: {} Answer:", "flant5": "Question: {} Short answer:"}[family]
         )
-        assert settings.language.weights == "bf16"
+        assert settings.language.dtype == "bf16"
     for name in (*STAGE1, *STAGE2):
         settings = preset("stage1" if name in STAGE1 else "stage2", name)
-        assert settings.vision.weights == "fp16"
+        assert settings.vision.dtype == "fp16"
         assert (settings.qformer.queries, settings.optim.betas, settings.data.augment) == (32, (0.9, 0.98), True)
 
 

@@ -367,17 +367,17 @@ def test_groups_are_of_like_length_and_the_order_is_kept(captioner: Captioner) -
 
 def test_the_language_model_in_another_precision(captioner: Captioner, tmp_path: Path) -> None:
     folder = tiny_blip2.generator("gpt2", tmp_path / "gpt2")
-    half = openblip2.load(folder, device="cpu", precision="fp32", language_weights="bf16")
+    half = openblip2.load(folder, device="cpu", precision="fp32", language_dtype="bf16")
     assert isinstance(half, Captioner)
     assert {p.dtype for p in half.model.language.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in half.model.qformer.parameters()} == {torch.float32}
-    assert half.settings.language.weights == "bf16"
+    assert half.settings.language.dtype == "bf16"
     with pytest.raises(UserError, match="weights"):
-        openblip2.load(folder, device="cpu", language_weights="int5")
-    with pytest.raises(UserError, match="language_weights is for a language model that is yet to be loaded"):
-        openblip2.load(folder, device="cpu", language=language("gpt2"), language_weights="bf16")
-    with pytest.raises(UserError, match="language_weights"):
-        openblip2.load(tiny_blip2.retriever(tmp_path / "itm"), device="cpu", language_weights="bf16")
+        openblip2.load(folder, device="cpu", language_dtype="int5")
+    with pytest.raises(UserError, match="language_dtype is for a language model that is yet to be loaded"):
+        openblip2.load(folder, device="cpu", language=language("gpt2"), language_dtype="bf16")
+    with pytest.raises(UserError, match="language_dtype"):
+        openblip2.load(tiny_blip2.retriever(tmp_path / "itm"), device="cpu", language_dtype="bf16")
 
 
 # Matching.

@@ -641,7 +641,7 @@ def test_adapters_are_folded_in(home: Path, tmp_path: Path) -> None:
     captioner = load(home / "llama")
     settings = captioner.settings
     captioner.settings = replace(
-        settings, qformer=replace(settings.qformer, lora=2), language=replace(settings.language, lora=2)
+        settings, qformer=replace(settings.qformer, lora_rank=2), language=replace(settings.language, lora_rank=2)
     )
     add_adapters(captioner.model, captioner.settings)
     random = torch.Generator().manual_seed(7)
@@ -691,7 +691,7 @@ def test_a_quantised_language_model_is_not_written(home: Path, tmp_path: Path) -
     from dataclasses import replace
 
     captioner = load(home / "llama")
-    captioner.settings = replace(captioner.settings, language=replace(captioner.settings.language, weights="int8"))
+    captioner.settings = replace(captioner.settings, language=replace(captioner.settings.language, dtype="int8"))
     with pytest.raises(UserError, match="int8 is not written"):
         captioner.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()

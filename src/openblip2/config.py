@@ -19,6 +19,11 @@ from openblip2.errors import UserError
 RENAMED = {
     "stage1.one_sided": "stage1.detach_gathered",
     "stage1.matching_from": "stage1.itm_start_step",
+    "qformer.reads_question": "qformer.question_in_qformer",
+    "qformer.lora": "qformer.lora_rank",
+    "language.lora": "language.lora_rank",
+    "language.weights": "language.dtype",
+    "vision.weights": "vision.dtype",
 }
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
@@ -41,7 +46,9 @@ class VisionSettings:
     image_size: Count = 224
     trained: bool = False  # fine-tuning: the encoder trains too (paper 4.2 to 4.4), and the run holds its weights
     whiten: bool = False  # ours: features whitened by statistics of the training pictures (model/whitening.py)
-    weights: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # and what it computes in; auto: by train.precision
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # of its weights, and what it computes in; auto: by train.precision
+    )
 
 
 @dataclass(config=STRICT)
@@ -54,14 +61,14 @@ class QFormerSettings:
     dropout: Share = 0.1
     # VQA (paper 4.3, figure 7): the question's tokens share the queries' self-attention, and the queries look for what
     # is asked. The text path comes from stage 1.
-    reads_question: bool = False
+    question_in_qformer: bool = False
     image_norm_eps: Positive = 1e-5  # of the LayerNorm on the image features; transformers' checkpoints have 1e-6
     # Ours, 1 = the paper: factor on what self-attention adds to the queries in a pass without text. Below 1 it keeps
     # them from becoming one vector (docs/decisions.md). A run has one value in both stages.
     self_attention_scale: Positive = 1.0
     # Ours, 0.02 = the paper: standard deviation of the first query and key weights of cross-attention.
     cross_attention_std: Positive = 0.02
-    lora: Natural = 0  # ours: rank of adapters that train in place of its own weights (model/lora.py); 0 = none
+    lora_rank: Natural = 0  # ours: rank of adapters that train in place of its own weights (model/lora.py); 0 = none
 
 
 @dataclass(config=STRICT)
@@ -93,8 +100,8 @@ class LanguageSettings:
     question: str = "Question: {} Answer:"  # how a question is asked; {} is the question
     exact_gelu: bool = False  # T5's: GELU itself and not its tanh approximation, as the authors run FlanT5
     # And what it computes in; auto: by train.precision. int8, int4: by bitsandbytes, all else as with auto.
-    weights: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
-    lora: Natural = 0  # ours: rank of adapters that train (alpha = 2 x rank, no dropout; model/lora.py); 0 = none
+    dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
+    lora_rank: Natural = 0  # ours: rank of adapters that train (alpha = 2 x rank, no dropout; model/lora.py); 0 = none
 
 
 @dataclass(config=STRICT)
@@ -178,7 +185,7 @@ class RunSettings:
     data: DataSettings = DataSettings()
     start: str | None = None
     text_start: str | None = (
-        None  # qformer.reads_question: the stage-1 run with the text path; None = start's own start
+        None  # qformer.question_in_qformer: the stage-1 run with the text path; None = start's own start
     )
     warm_start: bool = False  # ours: closed-form start before the first step (train/warm_start.py)
 

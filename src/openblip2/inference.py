@@ -21,7 +21,7 @@ def load(
     language: str | LanguageModel | None = None,
     tokenizer: Any = None,
     revision: str | None = None,
-    language_weights: str | None = None,
+    language_dtype: str | None = None,
     vision_heads: int | None = None,
 ) -> "Matcher | Captioner":
     """A trained model: a `Matcher` from stage 1, a `Captioner` from stage 2.
@@ -34,7 +34,7 @@ def load(
         vision, language, tokenizer: the image encoder, the language model and the Q-Former's tokenizer, by name or
             ready, instead of those that the source names.
         revision: branch, tag or commit on the hub.
-        language_weights: as the setting `language.weights`, "int8" for one, instead of the source's own.
+        language_dtype: as the setting `language.dtype`, "int8" for one, instead of the source's own.
         vision_heads: attention heads of an image encoder in a LAVIS file, which does not tell them; None = ViT-g's 16,
             if it is as wide as ViT-g.
 
@@ -42,5 +42,5 @@ def load(
         UserError: none of these, an unfinished or damaged one, or keys, sizes or parts that do not fit.
     """
     parts = {"heads": heads, "vision": vision, "language": language, "tokenizer": tokenizer}
-    trained = read_trained(source, device, precision, revision, language_weights, vision_heads=vision_heads, **parts)
+    trained = read_trained(source, device, precision, revision, language_dtype, vision_heads=vision_heads, **parts)
     return (Captioner if isinstance(trained.model, Stage2) else Matcher)(**trained._asdict())

@@ -49,9 +49,9 @@ def paper_stage1(vision: VisionSettings, train: TrainSettings) -> RunSettings:
 
     3.4: "we convert the frozen ViTs' and LLMs' parameters into FP16, except for FlanT5 where we use BFloat16". That is
     for GPUs. Few CPUs have fp16 products: on one without, ViT-g took 4 times as long as in fp32 and 8 times as long as
-    in bf16; `vision.weights=auto` takes what suits the machine.
+    in bf16; `vision.dtype=auto` takes what suits the machine.
     """
-    return RunSettings(stage="stage1", vision=replace(vision, weights="fp16"), optim=STAGE1_OPTIM, train=train)
+    return RunSettings(stage="stage1", vision=replace(vision, dtype="fp16"), optim=STAGE1_OPTIM, train=train)
 
 
 def paper_stage2(vision: VisionSettings, language: LanguageSettings, train: TrainSettings) -> RunSettings:
@@ -63,8 +63,8 @@ def paper_stage2(vision: VisionSettings, language: LanguageSettings, train: Trai
     """
     return RunSettings(
         stage="stage2",
-        vision=replace(vision, weights="fp16"),
-        language=replace(language, weights="bf16"),
+        vision=replace(vision, dtype="fp16"),
+        language=replace(language, dtype="bf16"),
         optim=STAGE2_OPTIM,
         train=train,
     )
@@ -177,7 +177,7 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
 # validation (Visual Genome's come on top of that: more steps, train.steps).
 _PAPER = {
     "vision.trained": True,
-    "vision.weights": "auto",  # fp32, for it trains
+    "vision.dtype": "auto",  # fp32, for it trains
     "train.checkpoint_activations": True,
     "optim.warmup": 1000,
     "optim.min_lr": 0.0,
@@ -196,7 +196,7 @@ _VQA = _PAPER | {
     "vision.image_size": 490,
     "train.steps": 25_707,
     "train.batch": 128,
-    "qformer.reads_question": True,
+    "qformer.question_in_qformer": True,
     "data.max_tokens": 32,
 }
 _RETRIEVAL = _PAPER | {"vision.image_size": 364, "train.steps": 12_651, "train.batch": 224}
@@ -222,7 +222,8 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
         "vit-g-opt-6.7b": _CAPTION | {"optim.layer_decay": 0.95},
     },
     "vqa": {
-        "laptop": _LAPTOP | {"qformer.reads_question": True, "optim.lr": 3e-4, "train.steps": 400, "train.batch": 32},
+        "laptop": _LAPTOP
+        | {"qformer.question_in_qformer": True, "optim.lr": 3e-4, "train.steps": 400, "train.batch": 32},
         "vit-g-flant5-xl": _VQA | {"optim.layer_decay": 0.95},
         "vit-g-opt-2.7b": _VQA | {"optim.layer_decay": 0.95},
         "vit-g-opt-6.7b": _VQA | {"optim.layer_decay": 0.9},

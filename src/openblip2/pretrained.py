@@ -45,19 +45,19 @@ def read_trained(
     device: str | None,
     precision: str | None = None,
     revision: str | None = None,
-    language_weights: str | None = None,
+    language_dtype: str | None = None,
     **parts: Any,
 ) -> Trained:
     """A trained model from any source; for the arguments see `inference.load`, `parts` are the fields of `Parts`."""
     checkpoint = read_checkpoint(source, Parts(**parts), revision)
-    if language_weights is not None:
+    if language_dtype is not None:
         if checkpoint.settings.stage == "stage1" or isinstance(checkpoint.parts.language, LanguageModel):
-            raise UserError("language_weights is for a language model that is yet to be loaded: there is none here")
-        settings = change(checkpoint.settings, {"language.weights": language_weights})
+            raise UserError("language_dtype is for a language model that is yet to be loaded: there is none here")
+        settings = change(checkpoint.settings, {"language.dtype": language_dtype})
         checkpoint = replace(checkpoint, settings=settings)
     where = torch.device(device) if device else hardware.device()
     model, settings = assemble(checkpoint, where, precision or checkpoint.settings.train.precision)
-    reads_text = settings.stage == "stage1" or settings.qformer.reads_question
+    reads_text = settings.stage == "stage1" or settings.qformer.question_in_qformer
     tokens = QFormerTokens(find_tokenizer(checkpoint), settings.data.max_tokens) if reads_text else None
     return Trained(model, settings, carried(checkpoint), checkpoint.measured, tokens)
 
@@ -161,9 +161,9 @@ class Pretrained(ABC):
     def _save(self, folder: Path, name: str, carries: frozenset[str]) -> None:
         model, stage2 = self.model, isinstance(self.model, Stage2)
         carries = carries if stage2 else carries - {"language"}
-        if "language" in carries and self.settings.language.weights in ("int8", "int4"):
+        if "language" in carries and self.settings.language.dtype in ("int8", "int4"):
             raise UserError(
-                f"a language model in {self.settings.language.weights} is not written: load with language.weights=auto"
+                f"a language model in {self.settings.language.dtype} is not written: load with language.dtype=auto"
             )
         trained = saved_parameters(model)
         count = sum(p.numel() for p in trained.values())

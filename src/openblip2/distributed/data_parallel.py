@@ -87,9 +87,9 @@ def shard(model: nn.Module, settings: RunSettings, device: torch.device) -> None
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if settings.stage == "stage2" and settings.language.weights in ("int8", "int4"):
+    if settings.stage == "stage2" and settings.language.dtype in ("int8", "int4"):
         raise UserError(
-            f"train.parallel=fsdp2 takes no weights of language.weights={settings.language.weights}: leave it at auto, "
+            f"train.parallel=fsdp2 takes no weights of language.dtype={settings.language.dtype}: leave it at auto, "
             "or train.parallel at ddp"
         )
     mesh = init_device_mesh(device.type, (world_size(),))

@@ -43,9 +43,9 @@ def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
             found["pictures_at_once"] = group_of(model.model)
         found |= {
             "language_model": settings.language.name,
-            "language_weights": settings.language.weights,
+            "language_weights": settings.language.dtype,
             "template": settings.language.template,
-            "question_in_qformer": settings.qformer.reads_question,
+            "question_in_qformer": settings.qformer.question_in_qformer,
         }
     return found
 

@@ -22,9 +22,9 @@ from openblip2.model.vision import Vision
 
 
 def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> Vision:
-    """The image encoder of the settings; `dtype` of its weights where `vision.weights` is auto."""
+    """The image encoder of the settings; `dtype` of its weights where `vision.dtype` is auto."""
     named = settings.vision
-    vision = load_vision(named.name, named.layer, named.image_size, dtype=DTYPES.get(named.weights, dtype))
+    vision = load_vision(named.name, named.layer, named.image_size, dtype=DTYPES.get(named.dtype, dtype))
     if named.trained:
         vision.unfreeze()
     return vision
@@ -39,8 +39,8 @@ def build_language(
         language.name,
         language.template,
         language.end,
-        DTYPES.get(language.weights, dtype),
-        BITS.get(language.weights),
+        DTYPES.get(language.dtype, dtype),
+        BITS.get(language.dtype),
         place,
         language.exact_gelu,
     )
@@ -95,13 +95,13 @@ def build_stage2(
     """Stage 2 started from BERT (a stage-1 run is put over it); with `sizes`, empty and ready to be filled.
 
     Args:
-        dtype: of the language model's weights where `language.weights` is auto, and of what int8 and int4 leave.
+        dtype: of the language model's weights where `language.dtype` is auto, and of what int8 and int4 leave.
         place: see `load_language`.
         language: a ready one, instead of the settings'.
     """
     qformer = settings.qformer
     sizes_of = dict(sizes or bert_sizes(qformer.start))
-    if not qformer.reads_question:
+    if not qformer.question_in_qformer:
         sizes_of["vocabulary"] = 0
     model = Stage2(
         build_qformer(settings, vision.width, sizes_of),
@@ -119,10 +119,10 @@ def build_stage2(
 
 def add_adapters(model: Stage1 | Stage2, settings: RunSettings) -> None:
     """LoRA where the settings ask for it: in training behind the start weights, else before a run's are filled in."""
-    if settings.qformer.lora:
-        adapt_qformer(model.qformer, settings.qformer.lora)
-    if isinstance(model, Stage2) and settings.language.lora:
-        add_lora(model.language.llm, settings.language.lora)
+    if settings.qformer.lora_rank:
+        adapt_qformer(model.qformer, settings.qformer.lora_rank)
+    if isinstance(model, Stage2) and settings.language.lora_rank:
+        add_lora(model.language.llm, settings.language.lora_rank)
 
 
 def require_extras(settings: RunSettings) -> None:
@@ -143,17 +143,17 @@ def require_extras(settings: RunSettings) -> None:
             f"stage1.objectives={list(objectives)}, stage1.itm_start_step={settings.stage1.itm_start_step}: there are "
             "steps with nothing to train; name one more of itc, itm, itg"
         )
-    if settings.vision.trained and settings.vision.weights not in ("auto", "fp32"):
+    if settings.vision.trained and settings.vision.dtype not in ("auto", "fp32"):
         raise UserError(
-            f"vision.trained=true with vision.weights={settings.vision.weights}: weights that train are fp32; leave it "
+            f"vision.trained=true with vision.dtype={settings.vision.dtype}: weights that train are fp32; leave it "
             "at auto (train.precision says what is computed in)"
         )
     if settings.vision.trained and settings.task == "pretraining":
         raise UserError("vision.trained=true is for fine-tuning (caption, vqa, retrieval): both stages need it frozen")
-    if settings.qformer.reads_question and settings.task != "vqa":
+    if settings.qformer.question_in_qformer and settings.task != "vqa":
         raise UserError(
-            f"qformer.reads_question=true is for vqa, here is {settings.task}, which has no question to read; a run "
-            "fine-tuned for vqa cannot be fine-tuned for anything else"
+            f"qformer.question_in_qformer=true is for vqa, here is {settings.task}, which has no question to read; a "
+            "run fine-tuned for vqa cannot be fine-tuned for anything else"
         )
     if (settings.data.balance or settings.data.negations < 1) and settings.task != "vqa":
         raise UserError(
@@ -162,9 +162,9 @@ def require_extras(settings: RunSettings) -> None:
     if settings.vision.trained and settings.train.chunk:
         raise UserError("train.chunk goes with a frozen image encoder: set train.chunk=0, or vision.trained=false")
     generative = settings.stage == "stage2"
-    if settings.qformer.lora or (generative and language.lora):
+    if settings.qformer.lora_rank or (generative and language.lora_rank):
         require_lora()
-    if generative and language.weights in BITS:
+    if generative and language.dtype in BITS:
         require_quantisation()
 
 

@@ -3,9 +3,9 @@
 Not the paper's, opt-in. Each adapted layer computes `W x + (alpha / rank) B A x` with alpha = 2 x rank and no dropout;
 B starts at zero, so a fresh adapter changes nothing. Adapters are fp32 whatever the precision of the layer.
 
-With `qformer.lora` the queries, the image norm and everything outside the Q-Former (projection or heads) train whole:
-they are small, and a new picture or language model is met there. With `language.lora` all linear layers of the
-language model are adapted but for its output embedding.
+With `qformer.lora_rank` the queries, the image norm and everything outside the Q-Former (projection or heads) are
+trained in full, because they are small and adapt to new pictures or to a new language model. With `language.lora_rank`
+all linear layers of the language model except its output embedding get adapters.
 """
 
 import warnings
@@ -30,7 +30,7 @@ def require_lora() -> None:
     Raises:
         UserError: it is not.
     """
-    require("qformer.lora or language.lora", "lora", "peft")
+    require("qformer.lora_rank or language.lora_rank", "lora", "peft")
 
 
 def add_lora(module: nn.Module, rank: int, layers: str = "all-linear") -> None:
@@ -91,7 +91,7 @@ def merge_lora(module: nn.Module) -> nn.Module:
     for name, _, base in plain:
         if not base.weight.is_floating_point():
             raise UserError(
-                f"LoRA cannot be folded into {name}: its weights are quantised; load the run with language.weights=bf16"
+                f"LoRA cannot be folded into {name}: its weights are quantised; load the run with language.dtype=bf16"
             )
     for name, layer, base in plain:
         layer.merge()

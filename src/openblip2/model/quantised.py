@@ -20,7 +20,7 @@ def require_quantisation() -> None:
     Raises:
         UserError: it is not.
     """
-    require("language.weights=int8 or int4", "quant", "bitsandbytes", "accelerate")
+    require("language.dtype=int8 or int4", "quant", "bitsandbytes", "accelerate")
 
 
 def quantised_options(bits: int, dtype: torch.dtype, place: torch.device | None) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Stage2(nn.Module):
         self.projection = nn.Linear(qformer.width, language.width)
 
     @property
-    def reads_question(self) -> bool:
+    def question_in_qformer(self) -> bool:
         """Whether a question goes into the Q-Former, too."""
         return self.qformer.word_embeddings is not None
 
@@ -89,7 +89,7 @@ class Stage2(nn.Module):
         Raises:
             ValueError: a question and a Q-Former that reads none, or none and one that does.
         """
-        if (question is None) == self.reads_question:
+        if (question is None) == self.question_in_qformer:
             raise ValueError("a question belongs to a Q-Former with a text path, and such a Q-Former to a question")
         patches = see(self.vision, images, features)
         if question is None:

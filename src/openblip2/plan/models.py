@@ -65,7 +65,7 @@ def _build_vision(settings: RunSettings, dtype: torch.dtype) -> Vision:
     # AutoModel does not know BLIP-2's encoder.
     load: Any = Blip2VisionModel if config.model_type == "blip_2_vision_model" else AutoModel.from_config
     encoder = load(config)
-    return Vision(encoder.to(DTYPES.get(named.weights, dtype)), named.layer, named.image_size)
+    return Vision(encoder.to(DTYPES.get(named.dtype, dtype)), named.layer, named.image_size)
 
 
 def _build_language(settings: RunSettings, dtype: torch.dtype) -> LanguageModel:
@@ -84,7 +84,7 @@ def _build_language(settings: RunSettings, dtype: torch.dtype) -> LanguageModel:
         llm.set_output_embeddings(nn.Linear(shape[1], shape[0], bias=False))
     kind: Any = EncoderDecoderLM if config.is_encoder_decoder else DecoderLM
     template = PAPER_TEMPLATE if named.template == "chat" else named.template  # a chat template is the tokenizer's
-    language = kind(llm.to(DTYPES.get(named.weights, dtype)), LengthTokenizer(), template, named.end)
+    language = kind(llm.to(DTYPES.get(named.dtype, dtype)), LengthTokenizer(), template, named.end)
     language._ends_in_head = True  # it cannot be tried out without values
     return language
 

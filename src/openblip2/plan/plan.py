@@ -63,8 +63,10 @@ def make_plan(
     cached = (bool(settings.data.features) or not settings.data.augment) if cached is None else cached
     if train.batch < count:
         raise UserError(f"train.batch={train.batch} leaves some of {count} GPUs without a pair")
-    if settings.vision.trained or settings.qformer.reads_question:
-        raise UserError("vision.trained and qformer.reads_question belong to fine-tuning; a plan is for pre-training")
+    if settings.vision.trained or settings.qformer.question_in_qformer:
+        raise UserError(
+            "vision.trained and qformer.question_in_qformer belong to fine-tuning; a plan is for pre-training"
+        )
     if not settings.stage1.objectives:
         raise UserError("stage1.objectives=[]: there is nothing to train; name at least one of itc, itm, itg")
     model = build_model(settings, torch.float32 if train.precision == "fp32" else torch.bfloat16)
@@ -80,7 +82,7 @@ def make_plan(
     parameters: dict[str, int] = {}
     memory: dict[str, float] = {}
     for name, part in frozen.items():
-        bits = {"int8": 8, "int4": 4}.get(settings.language.weights, 16) if part is not model.vision else 16
+        bits = {"int8": 8, "int4": 4}.get(settings.language.dtype, 16) if part is not model.vision else 16
         parameters[name] = sum(p.numel() for p in part.parameters() if not p.requires_grad)
         memory[f"{name}, frozen"] = _weight_bytes(part, shards, bits)
     parameters["trained"] = trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

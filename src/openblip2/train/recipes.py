@@ -196,7 +196,7 @@ def _stage2(
     with in_evaluation(model, settings):
         try_generation(model.language, settings.qformer.queries, settings.language.prompts[0])
     tokens = None
-    if settings.qformer.reads_question:
+    if settings.qformer.question_in_qformer:
         tokens = QFormerTokens(tokenizer_to_start(settings), settings.data.max_tokens)
         name_long_texts(tokens, data.questions(), run, progress)
         if is_first():
@@ -236,7 +236,7 @@ def _stage2(
         return grounding(model, data.held_out_features(), settings.train.seed, prompts[0])
 
     # Of a Q-Former that reads the question, nothing uses the question's rows of the last layer.
-    return model, losses, validate, settings.qformer.reads_question
+    return model, losses, validate, settings.qformer.question_in_qformer
 
 
 def bad_signs(settings: RunSettings, rows: Sequence[dict[str, Any]]) -> list[str]:

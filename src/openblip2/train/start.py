@@ -95,10 +95,10 @@ def fine_tune_from(model: Stage1 | Stage2, settings: RunSettings) -> None:
 def start_from_stage1(model: Stage2, run: Path) -> None:
     """Copies a stage-1 run's query path into stage 2's, strictly; only the text path and the heads are left out.
 
-    Adapters that the stage-1 run trained (`qformer.lora`) are folded into the weights.
+    Adapters that the stage-1 run trained (`qformer.lora_rank`) are folded into the weights.
     """
     # Its weights have the names of an adapted Q-Former: this one gets adapters, too, until they are folded in.
-    rank = read_settings(run).qformer.lora
+    rank = read_settings(run).qformer.lora_rank
     if rank:
         adapt_qformer(model.qformer, rank)
     weights = read_tensors(run / "model.safetensors")
@@ -130,13 +130,13 @@ def _text_run(settings: RunSettings) -> Path | None:
         UserError: It is not known which run that is.
     """
     before = read_settings(Path(str(settings.start)))
-    if before.qformer.reads_question or not settings.qformer.reads_question:
+    if before.qformer.question_in_qformer or not settings.qformer.question_in_qformer:
         return None
     run = settings.text_start or before.start
     if not run:
         raise UserError(
             f"start={settings.start} does not say which stage-1 run it began with, whose text path reads the question: "
-            "give --set text_start=RUN, or --set qformer.reads_question=false"
+            "give --set text_start=RUN, or --set qformer.question_in_qformer=false"
         )
     if not settings.text_start and not Path(run).exists():
         return Path(str(settings.start)).parent / Path(run).name  # both runs were moved to another folder

@@ -64,7 +64,7 @@ def convert(
         _require_file(out, ".pth" if to == "lavis" else ".onnx")
     parts = Parts(heads, vision, language, tokenizer, vision_heads)
     checkpoint = read_checkpoint(source, parts, revision)
-    if checkpoint.settings.qformer.reads_question and to != "openblip2":
+    if checkpoint.settings.qformer.question_in_qformer and to != "openblip2":
         raise UserError(f"{source}: its Q-Former reads questions, for which --to {to} has no place")
     if to == "onnx":
         model, _ = assemble(checkpoint, CPU, "fp32")
@@ -157,11 +157,13 @@ def _to_lavis(checkpoint: Checkpoint, out: Path) -> list[str]:
 def _without_adapters(checkpoint: Checkpoint) -> Checkpoint:
     """The same with LoRA folded into the weights, which no other format keeps apart."""
     settings = checkpoint.settings
-    if not (settings.qformer.lora or settings.language.lora):
+    if not (settings.qformer.lora_rank or settings.language.lora_rank):
         return checkpoint
     model, settings = assemble(replace(checkpoint, settings=_stored(settings)), CPU, "fp32")
     merge_lora(model)
-    settings = replace(settings, qformer=replace(settings.qformer, lora=0), language=replace(settings.language, lora=0))
+    settings = replace(
+        settings, qformer=replace(settings.qformer, lora_rank=0), language=replace(settings.language, lora_rank=0)
+    )
     trained: dict[str, Tensor] = {name: p.detach() for name, p in saved_parameters(model).items()}
     left_out = (*checkpoint.left_out, "LoRA: folded into the weights, in fp32")
     checkpoint = replace(checkpoint, settings=settings, trained=trained, left_out=left_out)
@@ -215,8 +217,8 @@ def _stored(settings: RunSettings) -> RunSettings:
     """The settings with frozen parts in the precision in which they are stored."""
     return replace(
         settings,
-        vision=replace(settings.vision, weights="auto"),
-        language=replace(settings.language, weights="auto"),
+        vision=replace(settings.vision, dtype="auto"),
+        language=replace(settings.language, dtype="auto"),
     )
 
 

