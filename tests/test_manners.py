@@ -216,7 +216,7 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("{data}", "--captioner", "{stage2}", "--ranker", "{stage1}", "--out", "{out}"),
         "out",
     ),
-    "evaluate": ("score.run.evaluate", ("caption", "{stage2}", "--data", "{data}", "--out", "{out}"), "out"),
+    "evaluate": ("evaluate.run.evaluate", ("caption", "{stage2}", "--data", "{data}", "--out", "{out}"), "out"),
     "bench": ("apps.bench.run.build_pair", ("--size", "tiny", "--out", "{out}"), "out"),
     "bench-real": ("apps.studies.real.bench_real", ("--out", "{out}"), "out"),
     "ablate": ("apps.studies.ablations.ablate", ("itg", "--out", "{out}"), "out"),

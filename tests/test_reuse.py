@@ -372,7 +372,7 @@ def test_the_language_model_in_another_precision(captioner: Captioner, tmp_path:
     assert {p.dtype for p in half.model.language.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in half.model.qformer.parameters()} == {torch.float32}
     assert half.settings.language.dtype == "bf16"
-    with pytest.raises(UserError, match="weights"):
+    with pytest.raises(UserError, match="dtype"):
         openblip2.load(folder, device="cpu", language_dtype="int5")
     with pytest.raises(UserError, match="language_dtype is for a language model that is yet to be loaded"):
         openblip2.load(folder, device="cpu", language=language("gpt2"), language_dtype="bf16")

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from openblip2.errors import UserError
-from openblip2.runs import atomic_write, write_json
 
 FORMAT = 1  # increase it when a conversion below changes, so that old caches are not read
 
@@ -76,7 +75,9 @@ def _find(name: str, wheel: Wheel) -> Path:
 
 def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> None:
     """Nobody sees half a model, however many processes convert."""
+    # Imported here, because they import torch, and a model that is ready is found without it.
     from openblip2.model.quiet import quiet_transformers
+    from openblip2.runs import atomic_write
 
     source = _find(name, wheel)
     missing = [package for package in wheel.needs if importlib.util.find_spec(package) is None]
@@ -107,6 +108,8 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
     import onnx
     from onnx import numpy_helper
     from safetensors.numpy import save_file
+
+    from openblip2.runs import write_json
 
     graph = onnx.load(str(source)).graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -146,6 +149,7 @@ def _efficientnet_from_pth(source: Path, folder: Path) -> None:
     from torch import nn
 
     from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
+    from openblip2.runs import write_json
 
     tensors = torch.load(source, map_location="cpu", weights_only=True)
     names = [name for name in tensors if not name.endswith("num_batches_tracked")]
