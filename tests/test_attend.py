@@ -14,13 +14,13 @@ import tiny
 import tiny_models
 import tiny_runs
 from openblip2.apps.scenes.draw import draw_scenes
-from openblip2.attend import Looked, look, overlay, sheet, text_relevance
 from openblip2.cli import app
 from openblip2.data.records import Record
 from openblip2.errors import UserError
 from openblip2.evaluate import pointing
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.attend import Looked, look, overlay, sheet, text_relevance
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.model.likelihood import likelihoods, word_scores
 from openblip2.model.qformer import bidirectional_mask
 from openblip2.model.relevance import attention, relevance, watching

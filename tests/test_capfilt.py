@@ -27,8 +27,8 @@ from openblip2.data.web.mixture import count_parts, read_parts
 from openblip2.data.web.pairs import ShardPairs
 from openblip2.data.web.tars import Sample, read_tar
 from openblip2.errors import UserError
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
 from test_cli import call
 from tiny_capfilt import HOW, content, run

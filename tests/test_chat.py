@@ -13,12 +13,12 @@ from PIL import Image
 import tiny
 import tiny_models
 from openblip2 import cli
-from openblip2.captioner import ANSWER, Captioner
-from openblip2.chat import Chat
 from openblip2.commands import use
 from openblip2.config import RunSettings, change
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
+from openblip2.inference.captioner import ANSWER, Captioner
+from openblip2.inference.chat import Chat
 from openblip2.model.context import context_of
 from openblip2.model.language import DecoderLM, Decoding
 from openblip2.model.stage2 import Stage2

@@ -213,7 +213,7 @@ def test_quiet_is_over_after_loading() -> None:
 
     from transformers.utils import logging
 
-    from openblip2.model.quiet import quiet_transformers
+    from openblip2.compat import quiet_transformers
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_info()
@@ -466,6 +466,6 @@ def test_bad_input_is_one_line(
 
 
 def openblip2_load(run: Path) -> Any:
-    from openblip2.inference import load
+    from openblip2.inference.load import load
 
     return load(run)

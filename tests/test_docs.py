@@ -41,13 +41,11 @@ BELOW = {
     "train": GROUND | {"model", "data", "evaluate"},
     "weights": GROUND | {"model", "data", "evaluate", "train", "presets"},
 }
-HANDS = {"inference", "captioner", "matcher", "pretrained", "inputs", "chat", "attend"}
-for name in HANDS:
-    BELOW[name] = BELOW["weights"] | {"weights"} | HANDS
-BELOW["capfilt"] = BELOW["weights"] | {"weights"} | HANDS
+BELOW["inference"] = BELOW["weights"] | {"weights"}
+BELOW["capfilt"] = BELOW["inference"] | {"inference"}
 # Modules of `evaluate/` that use trained runs; the others are metrics, which training imports.
 TASKS = {"caption", "vqa", "retrieval", "pointing", "protocol", "result", "partial_texts", "run"}
-BELOW["tasks"] = BELOW["weights"] | {"weights"} | HANDS
+BELOW["tasks"] = BELOW["inference"] | {"inference"}
 
 
 def layer(parts: Sequence[str]) -> str:

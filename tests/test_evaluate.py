@@ -21,8 +21,8 @@ from openblip2.evaluate.protocol import overlap, weights_digest
 from openblip2.evaluate.ranking import Matches, best_images, best_texts, recalls, rerank
 from openblip2.evaluate.result import Result, compare
 from openblip2.evaluate.run import Options, evaluate
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.model.objectives import similarity
 from openblip2.model.stage1 import Stage1
 from openblip2.progress import Progress

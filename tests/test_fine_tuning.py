@@ -14,12 +14,12 @@ from torch import Tensor, nn
 import tiny
 import tiny_models
 import tiny_runs
-from openblip2.captioner import Captioner
 from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
 from openblip2.data.records import read_records
 from openblip2.errors import UserError
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.model.language import DecoderLM, EncoderDecoderLM
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision

@@ -17,10 +17,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from openblip2 import cli, progress
-from openblip2.captioner import Captioner
 from openblip2.commands import learn, measure, planning, scale, study
 from openblip2.commands.convert import TARGETS
 from openblip2.evaluate.partial_texts import PartialTexts
+from openblip2.inference.captioner import Captioner
 from openblip2.progress import Progress
 from test_cli import SOURCE, Home, call, home, python  # noqa: F401  (the fixture)
 
@@ -65,12 +65,12 @@ def test_what_is_completed_is_what_there_is() -> None:
     from openblip2.apps.demo import Plan
     from openblip2.apps.scenes.vocabulary import WORLDS
     from openblip2.apps.studies.design import STUDIES
-    from openblip2.attend import BY
     from openblip2.capfilt.how import How
     from openblip2.data.feature_cache import CACHE_DTYPES
     from openblip2.data.web.mixture import READERS
     from openblip2.evaluate.run import Task
     from openblip2.evaluate.vqa import METRICS
+    from openblip2.inference.attend import BY
     from openblip2.presets import FINE_TUNING, PRESETS
     from openblip2.weights.convert import Target
 

@@ -22,7 +22,7 @@ import sys
 import torch
 import transformers.models.blip_2.modeling_blip_2
 import transformers.models.opt.modeling_opt
-import openblip2, openblip2.inference
+import openblip2, openblip2.inference.load
 
 def peak():  # and not getrusage's, which begins with the parent's
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]

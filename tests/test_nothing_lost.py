@@ -14,13 +14,13 @@ import torch
 import transformers as hf
 
 import openblip2
-from openblip2.captioner import Captioner
 from openblip2.config import change
 from openblip2.data.records import Record
 from openblip2.data.tokens import only_unknown
 from openblip2.data.web.write_shards import write_tar
 from openblip2.errors import UserError
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.matcher import Matcher
 from openblip2.presets import preset
 from openblip2.progress import Progress
 from openblip2.runs import locked, require_absent

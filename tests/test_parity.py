@@ -20,9 +20,9 @@ import openblip2
 import tiny
 import tiny_blip2
 import tiny_models
-from openblip2.captioner import Captioner
 from openblip2.data.images import to_pixels
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.matcher import Matcher
 from openblip2.model.blocks import LMHead
 from openblip2.model.language import Decoding
 from openblip2.model.stage1 import Stage1

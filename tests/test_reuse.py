@@ -16,10 +16,10 @@ import tiny
 import tiny_blip2
 import tiny_models
 from openblip2.apps.bench.naive import naive_rerank
-from openblip2.captioner import Captioner
 from openblip2.errors import UserError
 from openblip2.evaluate.ranking import rerank
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.matcher import Matcher
 from openblip2.model.language import DecoderLM, Decoding, LanguageModel
 from openblip2.model.prompt_cache import Growing, can_pad
 from tiny import Q

@@ -18,8 +18,8 @@ from openblip2.apps.search.vectors import Vectors
 from openblip2.cli import app
 from openblip2.commands.find import _like_a_path
 from openblip2.errors import UserError
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
 
 pytest.importorskip("faiss")

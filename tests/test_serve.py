@@ -26,12 +26,12 @@ from openblip2.apps.serve.http import ServeError
 from openblip2.apps.serve.jobs import Call, Served, Write
 from openblip2.apps.serve.start import find_runs
 from openblip2.apps.serve.worker import RESTARTS, Worker
-from openblip2.captioner import CAPTION, CHAT, Captioner, greedy
-from openblip2.chat import Chat
 from openblip2.cli import app as cli
 from openblip2.errors import UserError
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import CAPTION, CHAT, Captioner, greedy
+from openblip2.inference.chat import Chat
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.model.token_rows import embed_rows
 from openblip2.progress import Progress
 

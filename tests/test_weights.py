@@ -23,8 +23,8 @@ import tiny
 import tiny_blip2
 import tiny_models
 import tiny_runs
-from openblip2.captioner import greedy
 from openblip2.errors import UserError
+from openblip2.inference.captioner import greedy
 from openblip2.model.language import Decoding
 from openblip2.model.stage1 import Stage1
 from openblip2.weights.checkpoint import Parts
@@ -379,8 +379,8 @@ def test_an_encoder_without_a_place_gets_the_way_of_projected_queries(home: Path
 
 def run_of(vision: Any, home: Path, folder: Path) -> Any:
     """A stage-2 run with an encoder of another kind and transformers' tiny llama."""
-    from openblip2.captioner import Captioner
     from openblip2.config import QFormerSettings, RunSettings
+    from openblip2.inference.captioner import Captioner
     from openblip2.model.stage2 import Stage2
 
     language = openblip2.load_language(str(home / "llama"))

@@ -17,13 +17,13 @@ from openblip2.compat import __version__ as __version__
 from openblip2.compat import warn_of_versions
 
 if TYPE_CHECKING:
-    from openblip2.captioner import Captioner
-    from openblip2.chat import Chat
     from openblip2.config import RunSettings, change
     from openblip2.data.records import Question, Record, read_records, write_records
     from openblip2.errors import UserError
-    from openblip2.inference import load
-    from openblip2.matcher import Matcher
+    from openblip2.inference.captioner import Captioner
+    from openblip2.inference.chat import Chat
+    from openblip2.inference.load import load
+    from openblip2.inference.matcher import Matcher
     from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM
     from openblip2.model.load_language import load_language
     from openblip2.model.load_vision import load_vision
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from openblip2.weights.convert import convert
 
 _HOME = {
-    "Captioner": "captioner",
-    "Chat": "chat",
+    "Captioner": "inference.captioner",
+    "Chat": "inference.chat",
     "DecoderLM": "model.language",
     "Decoding": "model.language",
     "EncoderDecoderLM": "model.language",
-    "Matcher": "matcher",
+    "Matcher": "inference.matcher",
     "QFormer": "model.qformer",
     "Question": "data.records",
     "Record": "data.records",
@@ -52,7 +52,7 @@ _HOME = {
     "Vision": "model.vision",
     "change": "config",
     "convert": "weights.convert",
-    "load": "inference",
+    "load": "inference.load",
     "load_language": "model.load_language",
     "load_vision": "model.load_vision",
     "preset": "presets",

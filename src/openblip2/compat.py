@@ -2,11 +2,13 @@
 
 The rest of the package uses documented names only (`tests/test_compat.py` checks it), so when a new release of
 transformers, peft or bitsandbytes breaks something, this is the file to change. Every entry says in which version a
-name appeared or changed. Checked with transformers 5.17 to 5.24; `make test-versions` runs the tests against them.
+name appeared or changed. Checked with transformers 5.17 to 5.24; `make test-versions` runs the tests against them. At
+the end are two functions that silence these libraries.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -159,3 +161,33 @@ def warn_of_versions() -> None:
         return
     if found := versions_out_of_range(requirements):
         log.warning("openblip2: %s; install a version in the range, or expect failures", "; ".join(found))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hides transformers' load report, warnings and weight bars inside the block; downloads keep their own bars.
+
+    The report lists what a part of a larger model leaves unused. The caller has to check what a checkpoint lacks.
+    """
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if bars:
+        transformers_logging.disable_progress_bar()  # and those of downloads with it
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def quiet_bitsandbytes() -> None:
+    """From now on bitsandbytes logs errors only.
+
+    It warns that an optional kernel is missing, and in each layer of each pass that activations are cast to int8.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from openblip2.captioner import Captioner
 from openblip2.data.images import open_picture
 from openblip2.data.text import clean_question
 from openblip2.errors import UserError
 from openblip2.hardware import computing
+from openblip2.inference.captioner import Captioner
 from openblip2.model.context import context_of, room_for_prompt
 from openblip2.model.decoding import Decoding
 from openblip2.model.language import EncoderDecoderLM

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from openblip2.capfilt.how import How, digest
 from openblip2.capfilt.rankers import ClipRanker, RunRanker
-from openblip2.captioner import Captioner
 from openblip2.config import to_dict
 from openblip2.errors import UserError
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.runs import read_json
 from openblip2.weights.checkpoint import Checkpoint
 from openblip2.weights.source import LAVIS_SUFFIXES, fetch, read_checkpoint

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from openblip2.compat import quiet_transformers
 from openblip2.data.images import PictureFile, open_picture, to_pixels
 from openblip2.errors import UserError, one_line
 from openblip2.evaluate.ranking import text_vectors
 from openblip2.hardware import computing, device
-from openblip2.matcher import Matcher
+from openblip2.inference.matcher import Matcher
 from openblip2.model.mapped import load_in
 from openblip2.model.objectives import similarity
-from openblip2.model.quiet import quiet_transformers
 
 CHUNK = 64  # texts, or pairs for ITM, at once
 

@@ -27,13 +27,13 @@ from openblip2.capfilt.duplicates import FOLDER, Twin, captions_of
 from openblip2.capfilt.how import How, digest
 from openblip2.capfilt.models import Ranker
 from openblip2.capfilt.pool import Text, best, pool
-from openblip2.captioner import Captioner
 from openblip2.data.images import THREADS, PictureFile, to_pixels
 from openblip2.data.web.mixture import find_reader, sample_captions
 from openblip2.data.web.shard_files import stats_path, write_stats
 from openblip2.data.web.tars import MAX_JSON, Sample, Shard
 from openblip2.data.web.write_shards import write_tar
 from openblip2.errors import UserError
+from openblip2.inference.captioner import Captioner
 from openblip2.model.decoding import Decoding
 from openblip2.runs import write_text
 

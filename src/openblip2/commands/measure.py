@@ -144,7 +144,7 @@ def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Find
     says = progress()
     says.doing(f"loading {run}")
     from openblip2.evaluate.health import rank_finding
-    from openblip2.inference import load
+    from openblip2.inference.load import load
 
     model = load(run)
     says.doing(f"looking at {len(images)} pictures")

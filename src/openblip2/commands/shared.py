@@ -131,8 +131,8 @@ def read_data(
 def load_captioner(run: str) -> Any:
     """A run that can write text: a `Captioner`."""
     progress().doing(f"loading {run}")
-    from openblip2.captioner import Captioner
-    from openblip2.inference import load
+    from openblip2.inference.captioner import Captioner
+    from openblip2.inference.load import load
 
     model = load(run)
     if not isinstance(model, Captioner):

@@ -22,8 +22,8 @@ def caption(
     from dataclasses import replace
 
     model = load_captioner(run)
-    from openblip2.captioner import CAPTION
-    from openblip2.inputs import GROUP
+    from openblip2.inference.captioner import CAPTION
+    from openblip2.inference.inputs import GROUP
 
     how = CAPTION if beams is None else replace(CAPTION, beams=beams)
     open_single(images, {"path": str(images[0]), "caption": None} if as_json else None)
@@ -65,8 +65,8 @@ def chat(
     from dataclasses import replace
 
     model = load_captioner(run)
-    from openblip2.captioner import CHAT
-    from openblip2.chat import Chat
+    from openblip2.inference.captioner import CHAT
+    from openblip2.inference.chat import Chat
 
     talk = Chat(model, image, CHAT if tokens is None else replace(CHAT, max_new_tokens=tokens), question)
     terminal = sys.stdin.isatty()
@@ -96,9 +96,9 @@ def rank(
     """Rank images by similarity to a text: prints `similarity<TAB>path`, best first."""
     says = progress()
     says.doing(f"loading {run}")
-    from openblip2.inference import load
-    from openblip2.inputs import GROUP
-    from openblip2.matcher import Matcher
+    from openblip2.inference.inputs import GROUP
+    from openblip2.inference.load import load
+    from openblip2.inference.matcher import Matcher
 
     model = load(run)
     if not isinstance(model, Matcher):
@@ -132,8 +132,8 @@ def attend(
 ) -> None:
     """Draw attention maps of the queries, and which image regions a text depends on."""
     progress().doing(f"loading {run}")
-    from openblip2.attend import BY, look, overlay, sheet
-    from openblip2.inference import load
+    from openblip2.inference.attend import BY, look, overlay, sheet
+    from openblip2.inference.load import load
     from openblip2.runs import make_folder
 
     if by not in BY:

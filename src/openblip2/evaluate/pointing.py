@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from openblip2.attend import By, text_relevance
 from openblip2.data.images import to_pixels
 from openblip2.data.records import Record
 from openblip2.errors import UserError
 from openblip2.evaluate.result import Result
 from openblip2.hardware import computing
-from openblip2.inputs import GROUP
-from openblip2.matcher import Matcher
+from openblip2.inference.attend import By, text_relevance
+from openblip2.inference.inputs import GROUP
+from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from openblip2.captioner import Captioner
 from openblip2.data.images import RESIZE
 from openblip2.data.records import Record
 from openblip2.data.trained_on import pictures_trained_on
 from openblip2.hardware import compute_dtype, computing, device
-from openblip2.inputs import group_of
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.inputs import group_of
+from openblip2.inference.matcher import Matcher
 from openblip2.model.decoding import Decoding
 from openblip2.runs import read_config
 from openblip2.train.parameters import saved_parameters

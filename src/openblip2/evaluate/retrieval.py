@@ -26,7 +26,7 @@ from openblip2.evaluate.ranking import (
 )
 from openblip2.evaluate.result import Result
 from openblip2.hardware import computing, device
-from openblip2.matcher import Matcher
+from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.train.encode import make_cache, open_cache, whitened
 

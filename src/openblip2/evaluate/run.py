@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from openblip2 import __version__
-from openblip2.attend import BY, By
-from openblip2.captioner import ANSWER, CAPTION, Captioner
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record
 from openblip2.data.sources import Source
@@ -20,8 +18,10 @@ from openblip2.evaluate.protocol import card, overlap, weights_digest
 from openblip2.evaluate.result import Result
 from openblip2.evaluate.retrieval import score_retrieval
 from openblip2.evaluate.vqa import METRICS, score_answers, usual_metric
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.attend import BY, By
+from openblip2.inference.captioner import ANSWER, CAPTION, Captioner
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.runs import make_folder
 

@@ -5,12 +5,12 @@ from typing import Literal
 
 import numpy as np
 
-from openblip2.captioner import Captioner
 from openblip2.data.records import Question, Record
 from openblip2.evaluate.partial_texts import PartialTexts
 from openblip2.evaluate.protocol import WITHHELD, decoding_card
 from openblip2.evaluate.result import Result
 from openblip2.evaluate.vqa_metrics import baselines, exact_scores, gqa_scores, lemmas, vqa_scores
+from openblip2.inference.captioner import Captioner
 from openblip2.model.decoding import Decoding
 from openblip2.progress import Progress
 

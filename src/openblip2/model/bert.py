@@ -109,7 +109,7 @@ def _copy(mine: nn.Module, theirs: nn.Module) -> None:
 def _load(kind: Any, start: str, **options: Any) -> Any:
     from safetensors import SafetensorError
 
-    from openblip2.model.quiet import quiet_transformers
+    from openblip2.compat import quiet_transformers
     from openblip2.model.wheels import locate
 
     try:

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from openblip2.compat import quiet_transformers
 from openblip2.errors import UserError, one_line
 from openblip2.model.mapped import load_in
-from openblip2.model.quiet import quiet_transformers
 from openblip2.model.vision import CLIP_MEAN, CLIP_STD, Triple, Vision, side_of
 from openblip2.model.wheels import WHEELS, locate
 

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from openblip2.compat import LORA_BASE, LORA_FIRST, LORA_PARTS, forget_adapters, lora_layers
+from openblip2.compat import LORA_BASE, LORA_FIRST, LORA_PARTS, forget_adapters, lora_layers, quiet_bitsandbytes
 from openblip2.errors import UserError
 from openblip2.model.extras import require
 from openblip2.model.qformer import QFormer
-from openblip2.model.quiet import quiet_bitsandbytes
 
 # The names of attention's linear layers in a Q-Former: as usual for LoRA, its FFNs have none.
 QFORMER_LAYERS = r"layers\.\d+\.(attention|cross)\.(query|key|value|out)"

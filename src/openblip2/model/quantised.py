@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from openblip2.compat import quiet_bitsandbytes
 from openblip2.model.extras import require
-from openblip2.model.quiet import quiet_bitsandbytes
 
 BITS = {"int8": 8, "int4": 4}  # by the setting's name
 

@@ -76,7 +76,7 @@ def _find(name: str, wheel: Wheel) -> Path:
 def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> None:
     """Nobody sees half a model, however many processes convert."""
     # Imported here, because they import torch, and a model that is ready is found without it.
-    from openblip2.model.quiet import quiet_transformers
+    from openblip2.compat import quiet_transformers
     from openblip2.runs import atomic_write
 
     source = _find(name, wheel)

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openblip2.compat import quiet_transformers
 from openblip2.config import LanguageSettings, RunSettings, VisionSettings, change
 from openblip2.errors import UserError, one_line
 from openblip2.hardware import compute_dtype
 from openblip2.model.build import build_language, build_stage1, build_stage2, build_vision
 from openblip2.model.language import LanguageModel
 from openblip2.model.load_vision import last_useful_layer, load_vision
-from openblip2.model.quiet import quiet_transformers
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision

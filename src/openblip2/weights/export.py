@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from openblip2.compat import quiet_transformers
 from openblip2.model.language import LanguageModel
-from openblip2.model.quiet import quiet_transformers
 from openblip2.model.template import resolve_template
 from openblip2.model.vision import Vision
 from openblip2.weights.checkpoint import Checkpoint

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from openblip2.compat import quiet_transformers
 from openblip2.config import LanguageSettings, QFormerSettings, RunSettings, VisionSettings
 from openblip2.errors import UserError, one_line
 from openblip2.model.qformer import NORM_EPS
-from openblip2.model.quiet import quiet_transformers
 from openblip2.runs import read_json
 from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_of, sizes_of
 from openblip2.weights.names import column, rename

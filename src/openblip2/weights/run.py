@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from openblip2.compat import quiet_transformers
 from openblip2.config import RunSettings, from_dict
 from openblip2.errors import UserError, one_line
 from openblip2.model.language import LanguageModel
 from openblip2.model.lora import plain_state
-from openblip2.model.quiet import quiet_transformers
 from openblip2.model.vision import Vision
 from openblip2.model.whitening import Whitening
 from openblip2.runs import atomic_write, make_folder, read_config, read_tensors, write_config, write_json, write_tensors

@@ -15,14 +15,14 @@ from typing import Any
 from openblip2.apps.demo.plan import Plan, announcement, gather_corpus, settings_of
 from openblip2.apps.demo.scores import score
 from openblip2.apps.report.pages import examine, write_report
-from openblip2.captioner import Captioner
 from openblip2.config import RunSettings
 from openblip2.data.features import Features
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
 from openblip2.hardware import compute_dtype, device, keep_freed_memory
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.model.extras import require
 from openblip2.progress import Progress

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from openblip2.apps.demo.plan import Corpus, Plan
 from openblip2.apps.scenes.grammar import judge, named
-from openblip2.attend import look, overlay
-from openblip2.captioner import ANSWER, CAPTION, Captioner, greedy
 from openblip2.data.features import Features
 from openblip2.data.records import Question, Record
 from openblip2.data.text import clean_caption
@@ -19,7 +17,9 @@ from openblip2.evaluate.ranking import recalls, rerank, similarities
 from openblip2.evaluate.validation import grounding
 from openblip2.evaluate.vqa_metrics import accuracy, baselines
 from openblip2.hardware import computing, device
-from openblip2.matcher import Matcher
+from openblip2.inference.attend import look, overlay
+from openblip2.inference.captioner import ANSWER, CAPTION, Captioner, greedy
+from openblip2.inference.matcher import Matcher
 from openblip2.model.language import Decoding
 from openblip2.progress import Progress
 from openblip2.runs import make_folder

@@ -10,8 +10,8 @@ from openblip2.apps.search.index import Index, open_index, vectors_of
 from openblip2.data.images import Picture
 from openblip2.errors import UserError
 from openblip2.evaluate.protocol import weights_digest
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 
 
 @dataclass(frozen=True)

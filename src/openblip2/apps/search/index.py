@@ -25,9 +25,9 @@ from openblip2.errors import UserError
 from openblip2.evaluate.protocol import weights_digest
 from openblip2.evaluate.ranking import image_vectors
 from openblip2.hardware import computing
-from openblip2.inference import load
-from openblip2.inputs import features_of
-from openblip2.matcher import Matcher
+from openblip2.inference.inputs import features_of
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.runs import atomic_write, make_folder, read_json, write_json
 

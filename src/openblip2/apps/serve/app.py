@@ -22,8 +22,8 @@ from openblip2.apps.serve.batcher import Batcher, Limits
 from openblip2.apps.serve.http import Guard, ServeError, error_response
 from openblip2.apps.serve.jobs import Call, Job, Write
 from openblip2.apps.serve.worker import Worker
-from openblip2.captioner import ANSWER, CAPTION
 from openblip2.errors import UserError
+from openblip2.inference.captioner import ANSWER, CAPTION
 
 ASSETS = {"page.js": "text/javascript", "page.css": "text/css"}
 # The page loads nothing from elsewhere, and no text that it shows can run.

@@ -15,16 +15,16 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
 from openblip2.apps.search.find import ImageSearch
 from openblip2.apps.serve.jobs import Call, Job, Served, Write, Written
-from openblip2.attend import By, look, overlay
-from openblip2.captioner import Captioner
-from openblip2.chat import DialoguePrompt
 from openblip2.data.images import PictureFile, open_picture
 from openblip2.data.text import clean_question
 from openblip2.errors import UserError
 from openblip2.hardware import computing
-from openblip2.inference import load
-from openblip2.inputs import clean_texts, group_of
-from openblip2.matcher import Matcher
+from openblip2.inference.attend import By, look, overlay
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.chat import DialoguePrompt
+from openblip2.inference.inputs import clean_texts, group_of
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.model.likelihood import token_scores
 
 CACHED = 256  # soft prompts of recent pictures

@@ -18,7 +18,7 @@ from openblip2.apps.serve.http import ServeError, error_response
 from openblip2.apps.serve.jobs import Call, Write, Written
 from openblip2.apps.serve.remote import is_data_url, read_url
 from openblip2.apps.serve.requests import ChatRequest, EmbeddingRequest
-from openblip2.captioner import CHAT, greedy
+from openblip2.inference.captioner import CHAT, greedy
 from openblip2.model.decoding import Decoding
 
 # What a server may lack, and how it gets it.

@@ -17,7 +17,6 @@ import numpy as np
 from openblip2.apps.corpora.fetch import fetch
 from openblip2.apps.corpora.prepare import by_fold, prepare
 from openblip2.apps.studies.trial import cached_json
-from openblip2.captioner import CAPTION, Captioner, greedy
 from openblip2.config import RunSettings, change, to_dict
 from openblip2.data.records import Record, read_records
 from openblip2.data.text import clean_caption
@@ -26,8 +25,9 @@ from openblip2.evaluate.caption import score_captions
 from openblip2.evaluate.intervals import difference_interval, mean_interval
 from openblip2.evaluate.retrieval import score_retrieval
 from openblip2.hardware import compute_dtype, device, keep_freed_memory
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import CAPTION, Captioner, greedy
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.presets import fine_tuning, preset
 from openblip2.progress import Progress

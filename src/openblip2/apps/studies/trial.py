@@ -21,7 +21,6 @@ import torch
 from openblip2.apps.scenes.draw import Split, draw_scenes
 from openblip2.apps.studies import web
 from openblip2.apps.studies.design import BOTH, GAP, LOSS, OTHER, SCORES, WAYS, Plan, Study, Way
-from openblip2.captioner import Captioner
 from openblip2.config import RunSettings, VisionSettings, change, to_dict
 from openblip2.data.feature_cache import FeatureCache
 from openblip2.data.features import find_records
@@ -32,8 +31,9 @@ from openblip2.errors import UserError
 from openblip2.evaluate.retrieval import score_retrieval
 from openblip2.evaluate.validation import GROUP
 from openblip2.hardware import compute_dtype, computing, device
-from openblip2.inference import load
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.model.likelihood import likelihoods
 from openblip2.progress import Progress

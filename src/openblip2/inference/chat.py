@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from openblip2.captioner import CHAT, Captioner
 from openblip2.data.images import Picture
 from openblip2.data.text import clean_question
 from openblip2.data.tokens import question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
-from openblip2.inputs import features_of
+from openblip2.inference.captioner import CHAT, Captioner
+from openblip2.inference.inputs import features_of
 from openblip2.model.context import context_of, room_for_prompt
 from openblip2.model.language import Decoding
 from openblip2.model.template import dialogue

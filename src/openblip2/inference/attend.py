@@ -16,13 +16,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from openblip2.captioner import CAPTION, Captioner
 from openblip2.data.images import Picture, open_picture, to_pixels
 from openblip2.data.text import clean_caption, clean_question
 from openblip2.errors import UserError
 from openblip2.hardware import computing
-from openblip2.inputs import clean_texts
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import CAPTION, Captioner
+from openblip2.inference.inputs import clean_texts
+from openblip2.inference.matcher import Matcher
 from openblip2.model.likelihood import word_scores
 from openblip2.model.relevance import attention, relevance, watching
 from openblip2.model.vision import Vision

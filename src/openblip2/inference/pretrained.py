@@ -18,7 +18,7 @@ from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError, one_line
 from openblip2.evaluate.effective_rank import effective_rank
 from openblip2.hardware import computing
-from openblip2.inputs import clean_texts
+from openblip2.inference.inputs import clean_texts
 from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from openblip2.captioner import Captioner
-from openblip2.matcher import Matcher
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.matcher import Matcher
+from openblip2.inference.pretrained import read_trained
 from openblip2.model.language import LanguageModel
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
-from openblip2.pretrained import read_trained
 
 
 def load(

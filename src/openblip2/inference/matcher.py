@@ -17,9 +17,9 @@ from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.ranking import rerank, similarities
 from openblip2.hardware import computing
-from openblip2.inputs import clean_texts, each_readable, features_of, require_pairs, warn_unknown
+from openblip2.inference.inputs import clean_texts, each_readable, features_of, require_pairs, warn_unknown
+from openblip2.inference.pretrained import Pretrained
 from openblip2.model.stage1 import Stage1
-from openblip2.pretrained import Pretrained
 
 
 class Matcher(Pretrained):

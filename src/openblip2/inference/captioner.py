@@ -17,7 +17,7 @@ from openblip2.data.text import clean_question
 from openblip2.data.tokens import QFormerTokens, question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
-from openblip2.inputs import (
+from openblip2.inference.inputs import (
     GROUP,
     clean_texts,
     each_readable,
@@ -27,9 +27,9 @@ from openblip2.inputs import (
     same_pictures,
     warn_unknown,
 )
+from openblip2.inference.pretrained import Pretrained
 from openblip2.model.language import Decoding
 from openblip2.model.stage2 import Stage2
-from openblip2.pretrained import Pretrained
 
 CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short

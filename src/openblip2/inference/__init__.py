@@ -1,0 +1,1 @@
+"""Use of trained models: load, caption, answer, compare with texts, chat, draw attention maps, save and publish."""
