@@ -289,6 +289,13 @@ def test_what_cannot_be_scored_is_one_line(
     assert not (tmp_path / "out" / "found.json").exists()
 
 
+def test_a_table_at_an_address_is_not_taken_for_shards() -> None:
+    for address in ("https://example.org/train.csv", "https://example.org/a.jsonl?raw=1"):
+        with pytest.raises(UserError, match=r"only shards \(\.tar\) are read from an address; download") as error:
+            read_source(address, shards=True)
+        assert str(error.value).startswith(address)
+
+
 def test_sources_are_told_apart(home: Path, tmp_path: Path) -> None:
     assert read_source(str(home / "data")).kind == "own"
     for data, split, message in (

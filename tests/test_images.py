@@ -323,6 +323,14 @@ def test_images_that_cannot_be_decoded(noise: Image.Image, tmp_path: Path) -> No
     refused(Image.new("F", (2, 2), 7.5), "values outside [0, 1]")
 
 
+def test_a_tiff_of_32_bits_is_never_black_without_a_word(tmp_path: Path) -> None:
+    path = tmp_path / "scan.tif"
+    Image.new("I", (4, 4), 200).save(path)
+    refused(path, "has 32-bit gray values up to 200, so it may be an 8-bit one; save it as that")
+    Image.new("I", (4, 4), 257 * 200).save(path)
+    assert open_picture(path).getpixel((0, 0)) == (200, 200, 200)
+
+
 # --- pixels
 
 

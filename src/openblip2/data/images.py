@@ -216,6 +216,10 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise UserError(f"{name}: has gray values outside 0..65535; a picture of 8 or 16 bits")
+        if image.mode == "I" and 0 < values.max() < 256:  # as 16 bits it would be black
+            raise UserError(
+                f"{name}: has 32-bit gray values up to {values.max()}, so it may be an 8-bit one; save it as that"
+            )
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     elif image.mode == "F":
         image = Image.fromarray(_to_bytes(np.asarray(image), name))

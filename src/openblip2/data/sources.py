@@ -51,6 +51,8 @@ def read_source(
     Raises:
         UserError: `data` cannot be read as any of these, or an argument does not belong to it.
     """
+    if "://" in str(data) and str(data).split("?")[0].endswith((".csv", ".tsv", ".json", ".jsonl", ".txt")):
+        raise UserError(f"{data}: only shards (.tar) are read from an address; download this file and give its path")
     if names_shards(str(data)):
         if not shards or wanted == "questions":
             raise UserError(f"{data}: shards are for training with captions; give records: a folder, .jsonl or .csv")
