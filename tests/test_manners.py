@@ -203,8 +203,8 @@ def test_rates_are_of_a_readable_size() -> None:
 
 
 LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "caption": ("captioner.Captioner.caption", ("{stage2}", "{data}/0.png"), ""),
-    "rank": ("matcher.Matcher.similarity", ("{stage1}", "a dog", "{data}/0.png"), ""),
+    "caption": ("inference.captioner.Captioner.caption", ("{stage2}", "{data}/0.png"), ""),
+    "rank": ("inference.matcher.Matcher.similarity", ("{stage1}", "a dog", "{data}/0.png"), ""),
     "features": (
         "train.encode.write_features",
         ("{data}", "--out", "{out}", "--set", "vision.name={root}/vision", "--set", "vision.layer=-2"),
