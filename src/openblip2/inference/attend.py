@@ -1,6 +1,6 @@
 """Where a trained model looks, as maps over pictures and as pictures of their own.
 
-Attention is what the queries look at, whatever for; relevance is what a text's score depends on: how well it fits the
+Attention is what the queries look at; relevance is what a text's score depends on: how well it fits the
 picture by contrast (ITC) or by matching (ITM), or how likely the language model finds each of its words.
 
 Shapes: Q queries, g patches along a side.
@@ -29,7 +29,7 @@ from openblip2.model.vision import Vision
 
 By = Literal["itc", "itm"]
 BY: tuple[By, ...] = get_args(By)
-# float32 [g, g], 0 or more, from the top left; it covers the whole picture, whatever its aspect.
+# float32 [g, g], 0 or more, from the top left; it covers the whole picture, at any aspect ratio.
 Map = np.ndarray[Any, Any]
 SIDE = 768  # px, longest of what is drawn
 
@@ -130,7 +130,7 @@ def _of_captioner(model: Captioner, vision: Vision, features: Tensor, picture: P
 
 
 def _maps(vision: Vision, patches: Tensor) -> np.ndarray[Any, Any]:
-    """`[n, P]` -> `[n, g, g]`; class and register tokens, which stand in front, are left out."""
+    """`[n, P]` -> `[n, g, g]`; class and register tokens, which come first, are left out."""
     side = vision.grid
     return patches[:, -side * side :].unflatten(1, (side, side)).float().cpu().numpy()
 

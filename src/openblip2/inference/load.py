@@ -1,4 +1,4 @@
-"""Trained models from wherever they lie: `load`."""
+"""`load`: a trained model from a run, a checkpoint of LAVIS or transformers, or the hub."""
 
 from pathlib import Path
 from typing import Any

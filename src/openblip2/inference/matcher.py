@@ -105,7 +105,7 @@ class Matcher(Pretrained):
         """Scores of N pictures and M texts that rank as in the paper's retrieval: two `[N, M]`.
 
         By the first each picture finds its texts, by the second each text its pictures: the `best` by `similarity`
-        have the matching head's log-odds, and all others stand behind them. All pictures' features are in memory.
+        have the matching head's log-odds, and all others come after them. All pictures' features are in memory.
         The rows of a picture that cannot be opened are NaN, and a warning names it.
 
         Raises:

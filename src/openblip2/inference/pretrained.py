@@ -126,7 +126,7 @@ class Pretrained(ABC):
         Args:
             folder: a new one.
             merge: write the frozen parts along, too. Frozen parts are written in the precision in which they were
-                loaded; `convert` copies them as they lie in their files.
+                loaded; `convert` copies them unchanged from their files.
 
         Raises:
             UserError: the folder is there already, or a quantised language model would have to be written.

@@ -190,7 +190,7 @@ def _add_row(rows: list[tuple[str, int, str]], name: str, parameters: list[nn.Pa
     if parameters:
         trained = {p.requires_grad for p in parameters}
         assert len(trained) == 1, f"{name} is frozen in part"
-        # Two 4-bit weights lie in one byte.
+        # Two 4-bit weights are stored in one byte.
         count = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters)
         rows.append((name, count, "trained" if trained.pop() else "frozen"))
 

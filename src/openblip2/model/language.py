@@ -207,7 +207,7 @@ class DecoderLM(FrozenLM):
     def _shared(self, rows: list[list[int]], pictures: Sequence[int]) -> tuple[int, int]:
         """How many ids all rows begin with: those in front of the pictures, and those that end behind them.
 
-        The second is the first unless pictures repeat. Padding, if there must be any, stands behind what is shared.
+        The second is the first unless pictures repeat. Padding, if it is needed, comes after what is shared.
         """
         if not self.reuse.cache or not (self.reuse.gaps or len(set(map(len, rows))) == 1):
             return 0, 0

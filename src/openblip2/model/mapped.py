@@ -2,7 +2,7 @@
 
 safetensors are memory-mapped: in the file's own precision a model costs no memory until it is used. transformers casts
 while all of the file is mapped, so a model cast to another precision would peak at file and result together. Here it
-is loaded as it lies and cast tensor by tensor, and the pages of each tensor are given back as soon as it is cast.
+is loaded uncast, then cast tensor by tensor, and the pages of each tensor are given back as soon as it is cast.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ def load_in(loader: Any, source: str, dtype: Any, prefix: str = "", **options: A
 
 
 def local_folder(name: str) -> Path | None:
-    """Where a model lies on this machine: the folder of that name, or the hub's cache; None: not here yet."""
+    """Where a model is on this machine: the folder of that name, or the hub's cache; None: not here yet."""
     from huggingface_hub import try_to_load_from_cache
 
     if Path(name).is_dir():

@@ -1,4 +1,4 @@
-"""Precision of the frozen parts: each runs in that of its own weights, whatever autocast surrounds it."""
+"""Precision of the frozen parts: each runs in that of its own weights, also inside autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
 

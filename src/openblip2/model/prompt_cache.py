@@ -1,4 +1,4 @@
-"""What a language model keeps of a prompt that it has read: whose can be reused, and where it lies while it writes.
+"""What a language model keeps of a prompt that it has read: which of it can be reused, and where it is stored.
 
 Shapes: N rows, H heads, T tokens, d width of a head.
 """

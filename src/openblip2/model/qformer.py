@@ -284,7 +284,7 @@ class Layer(nn.Module):
             count = queries.shape[1]
             looking, rows = rows[:, :count], rows[:, count:]
             if self.cross is not None and image is not None:
-                # All queries that look at one image stand side by side: its keys and values are never copied.
+                # All queries that look at one image form one row of the batch: its keys and values are never copied.
                 each = -1 if looking.shape[0] else count  # a process without images: -1 would be ambiguous
                 beside = looking.reshape(image[0].shape[0], each, looking.shape[2])
                 looking = self.cross(beside, image).reshape(looking.shape)

@@ -1,4 +1,4 @@
-"""What stands around the soft visual prompt: one string with the slots `{image}`, `{prompt}` and `{bos}`.
+"""The text around the soft visual prompt: one string with the slots `{image}`, `{prompt}` and `{bos}`.
 
 `{image}` is where the soft prompt goes, `{prompt}` the user's text, `{bos}` the tokenizer's first token. The paper's
 is `{image}{bos}{prompt}`; `chat` makes one from the tokenizer's chat template. A question, alone or behind others and
@@ -51,7 +51,7 @@ def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str
     Braces of the text itself are doubled in both.
 
     Raises:
-        UserError: a slot is unknown, `{image}` does not stand in it exactly once, or there is no chat template.
+        UserError: a slot is unknown, `{image}` is not in it exactly once, or there is no chat template.
     """
     if template == "chat":
         filled = _chat_template(tokenizer)
@@ -90,7 +90,7 @@ def dialogue(
     turns = [(split_control_tokens(text, tokenizer), split_control_tokens(said, tokenizer)) for text, said in turns]
     question = split_control_tokens(question, tokenizer)
     asked = [form.replace("{}", text) for text in (*(text for text, _ in turns), question)]
-    # White space in front of a question parts it from the picture, which only the first one stands behind.
+    # White space in front of a question parts it from the picture, and only the first question comes right after it.
     *earlier, newest = asked[0], *(text.lstrip() for text in asked[1:])
     answered = [(text, answer) for text, (_, answer) in zip(earlier, turns, strict=True)]
     if turns and _takes_turns(template, tokenizer):

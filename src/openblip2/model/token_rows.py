@@ -41,7 +41,7 @@ def common_text(rows: list[list[int]]) -> list[int]:
 def embed_rows(llm: Any, rows: list[list[int]], soft: Tensor, left: bool, fixed: int = 0) -> tuple[Tensor, Tensor]:
     """Embeds rows of ids in which `SOFT` marks the soft tokens' places: `[B, T, L]` and attention mask `[B, T]`.
 
-    left: padding stands in front, but behind the first `fixed` ids, which no padding moves.
+    left: padding comes first, but after the first `fixed` ids, which are never moved.
     """
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)

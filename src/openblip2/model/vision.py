@@ -103,7 +103,7 @@ class Vision(nn.Module):
             parameter.requires_grad_(gradient is not None)
 
     def depths(self) -> dict[str, int]:
-        """How deep each parameter stands, by name: 1 to `layers` in the layers, 0 in front of them."""
+        """The depth of each parameter, by name: 1 to `layers` in the layers, 0 in front of them."""
         layers = {id(p): n for n, layer in enumerate(_stack(self.encoder), 1) for p in layer.parameters()}
         return {name: layers.get(id(parameter), 0) for name, parameter in self.named_parameters()}
 
@@ -157,7 +157,7 @@ class Vision(nn.Module):
 
 
 def _forward_kernel(place: torch.device) -> AbstractContextManager[object]:
-    """On CPUs the flash kernel, whatever training has chosen around it: nothing goes back through a frozen encoder."""
+    """On CPUs the flash kernel, also where training uses another: a frozen encoder has no backward pass."""
     if place.type != "cpu" or torch.compiler.is_compiling():
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])

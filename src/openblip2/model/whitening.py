@@ -1,6 +1,6 @@
 """Whitening of frozen features: an affine map that makes their axes uncorrelated and equally wide.
 
-Ours, not the paper's; off unless `vision.whiten` is set. Features of a frozen encoder lie along few directions that
+Ours, not the paper's; off unless `vision.whiten` is set. Features of a frozen encoder vary along few directions that
 all pictures share (here the widest carries 60 times the average variance), and what tells one object from another
 hides in the narrow ones. New cross-attention weights see little of it until training has turned them there; behind
 whitening they see all of it from the first step.

@@ -53,7 +53,7 @@ def find_vision(checkpoint: Checkpoint, settings: RunSettings, dtype: Any) -> tu
     """The image encoder: the one handed in, the one in the file, or the one that the settings name.
 
     Args:
-        dtype: of its weights where the settings leave it open; "auto": as they lie in their file.
+        dtype: of its weights where the settings leave it open; "auto": as in their file.
     """
     given = checkpoint.parts.vision
     if isinstance(given, Vision):

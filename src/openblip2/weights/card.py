@@ -1,4 +1,4 @@
-"""The model card that stands beside published weights: what it is made of, on what data, how good, how to use it."""
+"""The model card of published weights: what it is made of, on what data, how good, how to use it."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What every source holds, whatever its format: settings, sizes, and the trained parts by our names.
+"""What every source holds, in any format: settings, sizes, and the trained parts by our names.
 
 Readers (`run`, `lavis`, `huggingface`) make a `Checkpoint`, writers take one, `assemble` builds the model of it.
 
@@ -52,8 +52,8 @@ class Checkpoint:
         source: where the tensors are, for messages.
         sizes: arguments of `QFormer`.
         settings: with `vision.name` and `language.name` saying where the frozen parts are.
-        trained: tensors by our names, as they lie in the file (memory-mapped, in the file's dtype).
-        tower: an image encoder that lies in the same file, ready; None = `settings.vision.name`.
+        trained: tensors by our names, as in the file (memory-mapped, in the file's dtype).
+        tower: a ready image encoder from the same file; None = `settings.vision.name`.
         whitening: of the image features, if the source was trained behind one.
         parts: what the user handed in.
         tokenizer: the Q-Former's, a folder or a name; stage 1 alone has one.

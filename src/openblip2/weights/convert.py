@@ -1,4 +1,4 @@
-"""From any format to any other. Tensors are copied as they lie in the file: what the target can hold is bit-equal."""
+"""From any format to any other. Tensors are copied unchanged: what the target can hold is bit-equal."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -223,7 +223,7 @@ def _stored(settings: RunSettings) -> RunSettings:
 
 
 def _stored_vision(checkpoint: Checkpoint, settings: RunSettings) -> tuple[Vision, RunSettings]:
-    """The image encoder, each tensor in the dtype in which it lies in its file."""
+    """The image encoder, each tensor in the dtype of its file."""
     dtypes = _dtypes(checkpoint, "vision") if checkpoint.tower is None else {}
     vision, settings = find_vision(checkpoint, settings, _widest(dtypes))
     _restore(vision.encoder, dtypes)
@@ -231,7 +231,7 @@ def _stored_vision(checkpoint: Checkpoint, settings: RunSettings) -> tuple[Visio
 
 
 def _stored_language(checkpoint: Checkpoint, settings: RunSettings) -> tuple[LanguageModel, RunSettings]:
-    """The language model, each tensor in the dtype in which it lies in its file."""
+    """The language model, each tensor in the dtype of its file."""
     dtypes = _dtypes(checkpoint, "language")
     language, settings = find_language(checkpoint, settings, _widest(dtypes), CPU)
     _restore(language.llm, dtypes)

@@ -73,7 +73,7 @@ def _fit_encoder(checkpoint: Checkpoint, vision: Vision) -> list[str]:
     if eps != own:
         notes.append(f"qformer.image_norm_eps={eps}: the encoder's {own} takes its place")
     native = config.image_size  # pyright: ignore
-    if vision.image_size != native:  # served elsewhere, nobody interpolates
+    if vision.image_size != native:  # other programs do not interpolate
         embeddings: Any = vision.encoder.embeddings
         count = 1 + (vision.image_size // config.patch_size) ** 2  # pyright: ignore
         tokens = embeddings.position_embedding.new_empty(1, count, vision.width)

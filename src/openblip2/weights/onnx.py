@@ -32,7 +32,7 @@ from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 
 TOLERANCE = 1e-4  # largest difference from torch, as a share of the output's largest value
-INLINE = 1_500_000_000  # bytes of weights that stand in the graph's own file; protobuf ends at 2 GB
+INLINE = 1_500_000_000  # bytes of weights that are kept in the graph's own file; protobuf ends at 2 GB
 TRACED, CHECKED = 2, (1, 3)  # pictures at once: the graph must serve other numbers than the one it was traced with
 
 
@@ -70,7 +70,7 @@ def export_onnx(model: Stage1 | Stage2, path: Path) -> float:
     Its input is `images`, uint8 `[B, 3, S, S]` RGB in [0, 255]; its output `soft_prompt [B, Q, L]` of a stage 2, or
     `image_vectors [B, Q, E]` (length 1) of a stage 1. Everything in it is float32: weights that are kept in fewer
     bits are written as the values they have, adapters folded in. Its metadata say how pictures are resized and
-    normalised. Over 1.5 GB of weights lie beside it, in
+    normalised. More than 1.5 GB of weights are next to it, in
     `path` + ".data". What was there under these names is replaced, and only once the new graph has passed.
 
     Returns:

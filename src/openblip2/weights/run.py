@@ -60,7 +60,7 @@ def read_run(folder: Path, parts: Parts) -> Checkpoint:
 
 
 def _last_validation(log: Path) -> dict[str, Any]:
-    # What stands behind the last line break was being written when the run was stopped.
+    # What comes after the last line break was being written when the run was stopped.
     lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.is_file() else []
     try:
         rows = [json.loads(line) for line in lines if '"validation"' in line]
@@ -89,7 +89,7 @@ def write_run(
     """
     for part in sorted(carries):
         named = replace(getattr(settings, part), name=CARRIED[part])
-        if part == "vision" and vision is not None:  # what lies behind the layer taken was cut off
+        if part == "vision" and vision is not None:  # the layers after the one taken were cut off
             named = replace(named, layer=-1, image_size=vision.image_size)
         settings = replace(settings, **{part: named})
     with quiet_transformers():

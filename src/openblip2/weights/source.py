@@ -1,4 +1,4 @@
-"""A name to a checkpoint: which of the formats it is, is told by what lies there."""
+"""From a name to a checkpoint; its format is recognised from the files."""
 
 import re
 from pathlib import Path

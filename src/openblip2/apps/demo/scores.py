@@ -186,7 +186,7 @@ def _grounding(captioner: Captioner, test: Features, plan: Plan, progress: Progr
 
 
 def _pointing(matcher: Matcher, test: Sequence[Record], plan: Plan, progress: Progress) -> dict[str, Any] | None:
-    if plan.corpus != "scenes":  # nobody has said where things are
+    if plan.corpus != "scenes":  # the boxes of things are unknown
         return None
     found = score_pointing(matcher, test[: plan.pointed], "itc", progress, plan.seed)
     return {"n": found.pictures, "texts": found.protocol["texts"]} | {k: v.score for k, v in found.scores.items()}
