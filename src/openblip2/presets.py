@@ -25,7 +25,7 @@ VIT_G = VisionSettings(name="Salesforce/blip2-itm-vit-g", layer=-1)
 
 # 3.4: "the unsupervised-trained OPT model family for decoder-based LLMs, and the instruction-trained FlanT5 model
 # family for encoder-decoder-based LLMs". 4.1, questions: "Question: {} Answer:" for OPT, "Question: {} Short answer:"
-# for FlanT5. A caption behind OPT ends with a line break, as in the authors' code.
+# for FlanT5. A caption after OPT ends with a line break, as in the authors' code.
 OPT_2_7B = LanguageSettings(name="facebook/opt-2.7b", end="\n")
 OPT_6_7B = LanguageSettings(name="facebook/opt-6.7b", end="\n")
 FLANT5_XL = LanguageSettings(name="google/flan-t5-xl", question="Question: {} Short answer:", exact_gelu=True)

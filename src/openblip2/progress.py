@@ -45,7 +45,7 @@ class Progress:
 
     @contextmanager
     def steps(self, what: str, total: int, done: int = 0, unit: str = "pictures") -> Iterator[Bar]:
-        """A bar over `total` steps of which `done` are behind; its `advance` takes losses by name to show."""
+        """A bar over `total` steps of which `done` are already done; its `advance` takes losses by name to show."""
         if not self.fancy:
             yield Bar(self._lines(what, total, done, unit))
             return

@@ -50,7 +50,7 @@ def atomic_write(path: Path, concurrent: bool = False) -> Iterator[Path]:
     Args:
         path: The file, which is replaced if it is there; or the folder, which must be missing or empty.
         concurrent: Whether other processes may write to `path` at the same time. Each then has a temporary path of its
-            own; one that is killed leaves its file behind, which nobody removes.
+            own; one that is killed leaves its file, which is not removed.
     """
     draft = path.with_name(f".{path.name}.{uuid4().hex}.new" if concurrent else f".{path.name}.new")
     _remove(draft)

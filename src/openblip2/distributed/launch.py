@@ -164,7 +164,7 @@ class _Watch(threading.Thread):
         while not self.over.wait(LOOKS):
             try:
                 failed = self.store.check([_FAILED])
-            except Exception:  # whatever it is: the process that has the store is gone
+            except Exception:  # of any type: the process that has the store is gone
                 failed = True
             if failed and not self.over.wait(GRACE):
                 os._exit(2)

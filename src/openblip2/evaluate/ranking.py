@@ -160,9 +160,9 @@ def rerank(
     matches = Matches(texts, images)
     matches.score(model, lambda n: features[n : n + 1], tokens, valid, advance)
     odds = log_odds(matches.logits).to(scores.dtype)
-    behind = scores - scores.max() + odds.min() - 1
-    by_image = behind.scatter(1, texts.places, log_odds(matches.of_images(texts)).to(scores.dtype))
-    by_text = behind.T.scatter(1, images.places, log_odds(matches.of_texts(images)).to(scores.dtype)).T
+    others = scores - scores.max() + odds.min() - 1
+    by_image = others.scatter(1, texts.places, log_odds(matches.of_images(texts)).to(scores.dtype))
+    by_text = others.T.scatter(1, images.places, log_odds(matches.of_texts(images)).to(scores.dtype)).T
     return by_image, by_text
 
 

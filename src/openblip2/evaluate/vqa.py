@@ -18,7 +18,7 @@ Metric = Literal["vqa", "vqa-lavis", "gqa", "exact"]
 METRICS = {
     "vqa": "VQA accuracy, the official normaliser",
     "vqa-lavis": "VQA accuracy, the normaliser of the authors' code (LAVIS)",
-    "gqa": "exact match behind the VQA rules, both sides",
+    "gqa": "exact match after the VQA rules, both sides",
     "exact": "exact match, case, articles and punctuation aside",
 }
 USUAL = {"vqav2": "vqa", "okvqa": "vqa", "gqa": "gqa"}  # by the kind of data

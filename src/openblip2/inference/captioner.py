@@ -60,7 +60,7 @@ class Captioner(Pretrained):
         """One caption for each picture; None for a picture that cannot be opened, which a warning names.
 
         Args:
-            prompt: Text behind the soft prompt; None = the one of training.
+            prompt: Text after the soft prompt; None = the one of training.
         """
         prompt = self.settings.language.prompts[0] if prompt is None else prompt
         return each_readable(images, lambda some, numbers: self.generate(some, [prompt] * len(some), decoding))
@@ -137,7 +137,7 @@ class Captioner(Pretrained):
         questions: Sequence[str] | None = None,
         at_once: int = GROUP,
     ) -> list[str]:
-        """The language model's text for picture n behind prompt n.
+        """The language model's text for picture n after prompt n.
 
         A picture that repeats, by its path or as the same object of a list, goes through the encoder and the Q-Former
         once, and where prompts begin alike the language model reads it once, too. Prompts of like length go together.

@@ -118,7 +118,7 @@ def build_stage2(
 
 
 def add_adapters(model: Stage1 | Stage2, settings: RunSettings) -> None:
-    """LoRA where the settings ask for it: in training behind the start weights, else before a run's are filled in."""
+    """LoRA where the settings ask for it: in training after the start weights, else before a run's are filled in."""
     if settings.qformer.lora_rank:
         adapt_qformer(model.qformer, settings.qformer.lora_rank)
     if isinstance(model, Stage2) and settings.language.lora_rank:

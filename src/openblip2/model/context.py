@@ -1,4 +1,4 @@
-"""How much a language model takes at once: what it reads, and of a decoder what it writes behind that.
+"""How much a language model takes at once: what it reads, and of a decoder what it writes after that.
 
 Shapes: Q queries.
 """

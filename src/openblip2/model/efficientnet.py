@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-# Blocks, side of the kernel, stride of the first block, how many times wider inside, width behind.
+# Blocks, side of the kernel, stride of the first block, how many times wider inside, width of the output.
 LITE0 = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192))
 LITE0 += ((1, 3, 1, 6, 320),)
 
 
 class EfficientNetLiteConfig(PreTrainedConfig):
-    """Sizes. `hidden_size`: V. `stem`: width behind the first convolution. `stages`: as `LITE0`.
+    """Sizes. `hidden_size`: V. `stem`: width after the first convolution. `stages`: as `LITE0`.
 
     `patch_size`: how many px of a side become one place, 2 times the stages' strides.
     """
@@ -56,10 +56,10 @@ class EfficientNetLite(PreTrainedModel):
         assert config.patch_size == 2 * math.prod(stride for _, _, stride, _, _ in config.stages)
         parts: list[nn.Module] = [convolution(3, config.stem, kernel=3, stride=2)]
         width = config.stem
-        for blocks, kernel, stride, expand, behind in config.stages:
+        for blocks, kernel, stride, expand, width_out in config.stages:
             for n in range(blocks):
-                parts.append(Block(width, behind, kernel, stride if n == 0 else 1, expand))
-                width = behind
+                parts.append(Block(width, width_out, kernel, stride if n == 0 else 1, expand))
+                width = width_out
         parts += [convolution(width, config.hidden_size), Tokens()]
         self.layers = nn.ModuleList([nn.Sequential(*parts)])
         self.post_init()
@@ -72,13 +72,13 @@ class EfficientNetLite(PreTrainedModel):
 class Block(nn.Module):
     """Wider, each channel convolved for itself, narrow again; what came in is added where it has the same shape."""
 
-    def __init__(self, width: int, behind: int, kernel: int, stride: int, expand: int) -> None:
+    def __init__(self, width: int, width_out: int, kernel: int, stride: int, expand: int) -> None:
         super().__init__()
         inside = width * expand
         wider = [convolution(width, inside)] if expand > 1 else []
         apart = convolution(inside, inside, kernel, stride, groups=inside)
-        self.steps = nn.Sequential(*wider, apart, convolution(inside, behind, active=False))
-        self.adds = stride == 1 and width == behind
+        self.steps = nn.Sequential(*wider, apart, convolution(inside, width_out, active=False))
+        self.adds = stride == 1 and width == width_out
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.steps(x) if self.adds else self.steps(x)
@@ -92,16 +92,16 @@ class Tokens(nn.Module):
 
 
 def convolution(
-    width: int, behind: int, kernel: int = 1, stride: int = 1, groups: int = 1, active: bool = True
+    width: int, width_out: int, kernel: int = 1, stride: int = 1, groups: int = 1, active: bool = True
 ) -> nn.Sequential:
     """A convolution with a bias and, if `active`, ReLU6.
 
-    Padded as TensorFlow's "SAME": with stride 2 on an even side one row and column more behind than in front.
+    Padded as TensorFlow's "SAME": with stride 2 on an even side one row and column more after than before.
     """
     front, back = (kernel - stride) // 2, (kernel - stride + 1) // 2
     even = front == back
     padding = [] if even else [nn.ZeroPad2d((front, back, front, back))]
-    layer = nn.Conv2d(width, behind, kernel, stride, front if even else 0, groups=groups)
+    layer = nn.Conv2d(width, width_out, kernel, stride, front if even else 0, groups=groups)
     return nn.Sequential(*padding, layer, *([nn.ReLU6()] if active else []))
 
 

@@ -1,4 +1,4 @@
-"""Frozen language models behind a soft visual prompt (paper, section 3.2 and figure 3).
+"""Frozen language models that read a soft visual prompt (paper, section 3.2 and figure 3).
 
 A language model and its tokenizer are one thing here. `DecoderLM` and `EncoderDecoderLM` have the same methods:
 `loss` for training and `generate`, which is the language model's own.
@@ -124,7 +124,7 @@ class FrozenLM(nn.Module):
         return embed_rows(self.llm, rows, soft, left=not self.llm.config.is_encoder_decoder)
 
     def length(self, prompt: str) -> int:
-        """Tokens that it reads behind a prompt's picture and in front of it, the soft ones not counted."""
+        """Tokens that it reads after a prompt's picture and in front of it, the soft ones not counted."""
         return len(self._head(prompt, 0))
 
     def own_precision(self) -> AbstractContextManager[object]:
@@ -205,7 +205,7 @@ class DecoderLM(FrozenLM):
             return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache, self.watched)
 
     def _shared(self, rows: list[list[int]], pictures: Sequence[int]) -> tuple[int, int]:
-        """How many ids all rows begin with: those in front of the pictures, and those that end behind them.
+        """How many ids all rows begin with: those in front of the pictures, and those that end after them.
 
         The second is the first unless pictures repeat. Padding, if it is needed, comes after what is shared.
         """

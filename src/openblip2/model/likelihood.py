@@ -1,4 +1,4 @@
-"""How likely a language model finds given texts behind a soft prompt, whole or word by word.
+"""How likely a language model finds given texts after a soft prompt, whole or word by word.
 
 Shapes: Q queries, T tokens, L LLM width, N texts, W vocabulary.
 """
@@ -24,7 +24,7 @@ class TokenScore(NamedTuple):
 
 @torch.no_grad()
 def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """How likely each of N texts is behind a picture and the prompt, its end counted.
+    """How likely each of N texts is after a picture and the prompt, its end counted.
 
     Args:
         soft: `[1, Q, L]`, all texts are about that picture, or `[N, Q, L]`, each about its own.
@@ -40,7 +40,7 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
 
 
 def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -> list[tuple[str, Tensor]]:
-    """The words of a text, each with its log-likelihood behind all that stands in front of it: in nats, a scalar.
+    """The words of a text, each with its log-likelihood after all that stands in front of it: in nats, a scalar.
 
     Args:
         soft: `[1, Q, L]`; gradients lead back to it.
@@ -99,7 +99,7 @@ def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[li
     labels = labels.to(soft.device)
     llm: Any = language.llm
     head = language._head(prompt, soft.shape[1])
-    # The text behind the last token of the head follows from its output, so that one is never left out.
+    # The text after the last token of the head follows from its output, so that one is never left out.
     text = common_text([head])[: len(head) - 1] if isinstance(language, DecoderLM) else []
     parts = embed_rows(llm, [head[len(text) :]] * len(soft), soft, left=False)
     before, mask = (part.expand(len(tails), *part.shape[1:]) for part in parts)

@@ -32,7 +32,7 @@ def gather_head_input(llm: "PreTrainedModel") -> None:
 
 @torch.no_grad()
 def ends_in_head(llm: "PreTrainedModel") -> bool:
-    """Whether a language model's logits are what its output embedding gives, and nothing is done to them behind it.
+    """Whether a language model's logits are what its output embedding gives, and nothing is done to them after it.
 
     Some cap them (Gemma 2), scale them (Cohere, Granite) or add to them (BART); what comes before (T5's scale, OPT's
     projection) is no matter. Found out by one token: known numbers are put in the place of the output

@@ -146,7 +146,7 @@ def encoder_decoder_cache(llm: "PreTrainedModel", room: int) -> EncoderDecoderCa
 
 
 class Growing(DynamicLayer):
-    """Keys and values `[N, H, T, d]` with room behind them: a new token is written there, and beams reorder it alone.
+    """Keys and values `[N, H, T, d]` with room after them: a new token is written there, and beams reorder it alone.
 
     transformers' own layer copies all of them for every new token, and again when beams are reordered. Beams of one
     row begin with the same prompt, so that part of them stays where it is.

@@ -77,7 +77,7 @@ class Memory(NamedTuple):
         return Memory(tuple((k.index_select(0, images), v.index_select(0, images)) for k, v in self.layers))
 
     def join(self, others: "Memory") -> "Memory":
-        """The memory of these images, and of others behind them."""
+        """The memory of these images, and of others after them."""
         both = zip(self.layers, others.layers, strict=True)
         return Memory(tuple((torch.cat([k, more_k]), torch.cat([v, more_v])) for (k, v), (more_k, more_v) in both))
 

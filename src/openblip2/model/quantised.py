@@ -37,5 +37,5 @@ def quantised_options(bits: int, dtype: torch.dtype, place: torch.device | None)
         how = BitsAndBytesConfig(load_in_8bit=True)
     else:
         how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    # Quantised where it is to run: 8-bit weights leave their scales behind when they are moved later.
+    # Quantised where it is to run: 8-bit weights lose their scales when they are moved later.
     return {"quantization_config": how} | ({} if place is None else {"device_map": {"": str(place)}})

@@ -1,7 +1,7 @@
 """The text around the soft visual prompt: one string with the slots `{image}`, `{prompt}` and `{bos}`.
 
 `{image}` is where the soft prompt goes, `{prompt}` the user's text, `{bos}` the tokenizer's first token. The paper's
-is `{image}{bos}{prompt}`; `chat` makes one from the tokenizer's chat template. A question, alone or behind others and
+is `{image}{bos}{prompt}`; `chat` makes one from the tokenizer's chat template. A question, alone or after others and
 their answers, is the text in the `{prompt}` of any of them: `dialogue` writes it.
 """
 
@@ -72,9 +72,9 @@ def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str
 def dialogue(
     turns: Sequence[tuple[str, str]], question: str, form: str, template: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> str:
-    """The text in `{prompt}` that asks a question behind earlier questions and their answers; the last is open.
+    """The text in `{prompt}` that asks a question after earlier questions and their answers; the last is open.
 
-    Where the template goes on behind `{prompt}` as the tokenizer's chat template does behind a user's text, the turns
+    Where the template goes on after `{prompt}` as the tokenizer's chat template does after a user's text, the turns
     are the user's and the assistant's by that chat template, and the picture is in the first one. Everywhere else they
     stand one after the other, as in the authors' demo: "Question: {} Answer: {}. Question: {} Answer:". Differs from
     the demo where an answer ends a sentence itself: no second full stop.
@@ -121,10 +121,10 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
 
 
 def _takes_turns(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    behind = template.rpartition("{prompt}")[2]
-    if not behind or template.count("{prompt}") != 1 or not tokenizer.chat_template:
+    rest = template.rpartition("{prompt}")[2]
+    if not rest or template.count("{prompt}") != 1 or not tokenizer.chat_template:
         return False
-    return behind == _escape(_chat(tokenizer, ["<<0>>"]).rpartition("<<0>>")[2])
+    return rest == _escape(_chat(tokenizer, ["<<0>>"]).rpartition("<<0>>")[2])
 
 
 def _between_turns(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:

@@ -40,7 +40,7 @@ class Vision(nn.Module):
 
     `unfreeze` lets it train, for fine-tuning.
 
-    The layers behind the chosen one are removed from `encoder`, which this takes over: they cost neither
+    The layers after the chosen one are removed from `encoder`, which this takes over: they cost neither
     memory nor time. The output is the raw output of the chosen layer, what `transformers` calls
     `hidden_states[layer]`: no final norm, no pooling, no projection. Nothing in it trains, and it stays in
     eval mode whatever its parent is set to.

@@ -2,7 +2,7 @@
 
 Ours, not the paper's; off unless `vision.whiten` is set. Features of a frozen encoder vary along few directions that
 all pictures share (here the widest carries 60 times the average variance), and what tells one object from another
-hides in the narrow ones. New cross-attention weights see little of it until training has turned them there; behind
+hides in the narrow ones. New cross-attention weights see little of it until training has turned them there; after
 whitening they see all of it from the first step.
 
 Shapes: N rows (patch tokens of any pictures), P patch tokens, V encoder width.

@@ -70,7 +70,7 @@ def open_image_path(qformer: QFormer, means: Tensor) -> None:
     """Lets cross-attention hand on the whitened mean patch: value = a rotated whitening, output = identity.
 
     Args:
-        means: `[N, V]`, each picture's patches behind the Q-Former's image norm, averaged over the patches.
+        means: `[N, V]`, each picture's patches after the Q-Former's image norm, averaged over the patches.
     """
     whitening = fit_whitening(means)
     for layer in qformer.layers:

@@ -54,7 +54,7 @@ class Checkpoint:
         settings: with `vision.name` and `language.name` saying where the frozen parts are.
         trained: tensors by our names, as in the file (memory-mapped, in the file's dtype).
         tower: a ready image encoder from the same file; None = `settings.vision.name`.
-        whitening: of the image features, if the source was trained behind one.
+        whitening: of the image features, if the source was trained with one.
         parts: what the user handed in.
         tokenizer: the Q-Former's, a folder or a name; stage 1 alone has one.
         carries: frozen parts that the source holds itself ("vision", "language"): a copy must hold them, too.

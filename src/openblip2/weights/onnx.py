@@ -1,7 +1,7 @@
 """A trained model's way from pixels to the language model as one ONNX graph, checked by running it.
 
 In the graph: normalisation, the frozen image encoder, whitening, the Q-Former's query path, and the linear layer
-behind it. Not in it: texts and the language model, which have runtimes of their own and read `soft_prompt`.
+after it. Not in it: texts and the language model, which have runtimes of their own and read `soft_prompt`.
 
 Shapes: B images (any number), S image side in px, Q queries, D Q-Former width, L LLM width, E shared space.
 """

@@ -32,7 +32,7 @@ pictures = sys.argv[1:]
 image_embeds = captioner.soft_prompt(pictures)  # [n, {queries}, {width}]: the projected queries
 print("image_embeds", list(image_embeds.shape), file=sys.stderr)
 
-# In the run's template, with the prompt behind: [n, T, {width}], {side}-padded.
+# In the run's template, with the prompt after it: [n, T, {width}], {side}-padded.
 prompt_embeds, mask = captioner.embed(pictures, [PROMPT] * len(pictures))
 
 llm = {loader}.from_pretrained(LANGUAGE, dtype=torch.float32)

@@ -77,8 +77,8 @@ class Guard:
     """ASGI middleware. Bodies of requests that are refused are not read.
 
     Args:
-        app: the application behind it.
-        hosts: names in the Host header; `*.example.com` stands for all names of a domain.
+        app: the application to protect.
+        hosts: names in the Host header; `*.example.com` matches all names of a domain.
         token: that clients must send; None = none.
         limit: bytes of a request's body, with or without a Content-Length header.
     """

@@ -226,7 +226,7 @@ def _encoder(plan: Plan) -> Study:
         {"stage1": 84, "stage2": 32},
         (
             "The two differ in more than strength: a vision transformer of 22 million parameters, trained without "
-            "labels, read behind layer 8 at 168 px (145 tokens of width 384), and a CNN of 3.4 million, trained on "
+            "labels, read after layer 8 at 168 px (145 tokens of width 384), and a CNN of 3.4 million, trained on "
             "ImageNet's labels, at 224 px (49 tokens of width 1280).",
         ),
     )

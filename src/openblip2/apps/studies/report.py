@@ -77,7 +77,7 @@ def in_words(result: Mapping[str, Any]) -> str:
         *(f"{label} {' and '.join(f'`{name}`' for name in names)}" for label, names in result["models"].items()),
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
     ]
-    ranges = "; behind the semicolon the range over seeds" if len(seeds) > 1 else ""
+    ranges = "; after the semicolon the range over seeds" if len(seeds) > 1 else ""
     trained = ", ".join(f"{name} {_minutes(way['seconds'])}" for name, way in result["ways"].items())
     one = "One seed: what another draw of the training would give is not in the intervals (`--seeds 0,1,2`)."
     lines = [

@@ -253,7 +253,7 @@ def texts_of(captions: list[Any]) -> list[Any]:
 
 
 def _group(members: Iterable[Member], problem: Problem) -> dict[str, dict[str, Member]]:
-    """The members of each sample that has an image, by key and kind, whatever order they are in."""
+    """The members of each sample that has an image, by key and kind, in any order."""
     samples: dict[str, dict[str, Member]] = {}
     for member in members:
         folder, slash, name = member.name.rpartition("/")
