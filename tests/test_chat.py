@@ -23,7 +23,7 @@ from openblip2.model.context import context_of
 from openblip2.model.language import DecoderLM, Decoding
 from openblip2.model.stage2 import Stage2
 from openblip2.model.template import PAPER_TEMPLATE, dialogue, resolve_template
-from openblip2.presets import behind_examples
+from openblip2.presets import with_examples
 from tiny import Q
 
 FORM = "question: {} answer:"
@@ -33,7 +33,7 @@ CHAT = """{% for turn in messages %}<s>{{ turn['role'] }} {{ turn['content'] }}<
 {% endfor %}{% if add_generation_prompt %}<s>turn {it}
 {% endif %}"""
 EXAMPLES = (("cat", "", "a cat"), ("bus red", " question: is it red answer:", "yes {no}"))
-FRAMED = behind_examples("<s>user {image}{prompt}</s>\n<s>turn {{it}}\n", EXAMPLES, "</s>\n")
+FRAMED = with_examples("<s>user {image}{prompt}</s>\n<s>turn {{it}}\n", EXAMPLES, "</s>\n")
 TEMPLATES = [PAPER_TEMPLATE, "chat", FRAMED, "{bos}{prompt} on the{image} left"]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from openblip2.config import RunSettings, change, from_dict, to_dict
+from openblip2.config import RENAMED, RunSettings, change, from_dict, to_dict
 from openblip2.errors import UserError
 from openblip2.presets import PRESETS, preset
 
@@ -31,6 +31,15 @@ def test_old_names_of_settings_are_read_in_a_run_and_refused_in_a_command() -> N
         refusal({"stage1.matching_from": 7}) == "setting 'stage1.matching_from' is now called 'stage1.itm_start_step'"
     )
     assert refusal({"stage1.one_sided": True}) == "setting 'stage1.one_sided' is now called 'stage1.detach_gathered'"
+
+
+def test_every_old_name_means_a_setting_of_today() -> None:
+    for old, new in RENAMED.items():
+        values = to_dict(RunSettings())
+        section, name = old.split(".")
+        values[section][name] = values[section].pop(new.split(".")[1])
+        assert from_dict(values) == RunSettings()
+        assert refusal({old: "x"}) == f"setting {old!r} is now called {new!r}"
 
 
 @pytest.mark.parametrize(

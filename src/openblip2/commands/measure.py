@@ -120,7 +120,7 @@ def doctor(
     if question is not None:
         raise UserError("--question is for pictures: give them after the run")
     if out is not None:
-        from openblip2.model.extras import require
+        from openblip2.errors import require
 
         require("--out", "plots", "matplotlib")  # before the findings are printed
     progress().doing(f"reading {run}")

@@ -3,6 +3,7 @@
 Shapes: B pairs, P patch tokens, V encoder width, S side in px.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -73,7 +74,23 @@ class Sampler:
 Part = tuple[int, int]  # (r, N): process r of N, which has a part of each batch
 
 
-class ImagePairs:
+class Batches(ABC):
+    """Batches by number. `part`: which rows of the joined batch this process has."""
+
+    part: Part
+
+    def __call__(self, number: int) -> PairBatch:
+        return self._make(number, self.part)
+
+    def joined(self, number: int) -> PairBatch:
+        """The batch of all processes."""
+        return self._make(number, (0, 1))
+
+    @abstractmethod
+    def _make(self, number: int, part: Part) -> PairBatch: ...
+
+
+class ImagePairs(Batches):
     """Batches of images, with new random crops and flips each time (as in the paper) or plain.
 
     An image that cannot be opened is left out of its batch and reported once, so one of several processes may have
@@ -105,13 +122,6 @@ class ImagePairs:
         self.seed, self.size, self.problem, self.augmented = seed, size, problem, augmented
         self.sampler = Sampler(samples.lengths, batch, seed)
         self.bad: set[int] = set()
-
-    def __call__(self, number: int) -> PairBatch:
-        return self._make(number, self.part)
-
-    def joined(self, number: int) -> PairBatch:
-        """The batch of all processes."""
-        return self._make(number, (0, 1))
 
     def _make(self, number: int, part: Part) -> PairBatch:
         every = Pairs(self.samples, self.sampler(number), batch_generator(self.seed, number, "caption"))

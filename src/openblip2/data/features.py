@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openblip2.data.batches import PairBatch, Pairs, Part, Sampler, batch_generator
+from openblip2.data.batches import Batches, PairBatch, Pairs, Part, Sampler, batch_generator
 from openblip2.data.feature_cache import FeatureCache, file_state
 from openblip2.data.records import Record
 from openblip2.data.samples import Samples
@@ -75,7 +75,7 @@ def find_records(
     return StoredFeatures(good, cache, finish), [p for r in records if (p := cache.pictures[r.id].problem)]
 
 
-class FeaturePairs:
+class FeaturePairs(Batches):
     """Batches of features that were computed before training.
 
     Args:
@@ -98,13 +98,6 @@ class FeaturePairs:
     ) -> None:
         self.features, self.samples, self.seed, self.drawn, self.part = features, samples, seed, drawn, part
         self.sampler = Sampler(samples.lengths, batch, seed)
-
-    def __call__(self, number: int) -> PairBatch:
-        return self._make(number, self.part)
-
-    def joined(self, number: int) -> PairBatch:
-        """The batch of all processes."""
-        return self._make(number, (0, 1))
 
     def _make(self, number: int, part: Part) -> PairBatch:
         every = Pairs(self.samples, self.sampler(number), batch_generator(self.seed, number, "caption"))

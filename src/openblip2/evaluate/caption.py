@@ -6,13 +6,13 @@ from functools import partial
 import numpy as np
 
 from openblip2.data.records import Record
+from openblip2.errors import require
 from openblip2.evaluate.caption_metrics import BLEU, FAST, METRICS, bleu, bleu_counts, caption_scores, tokenise_all
 from openblip2.evaluate.partial_texts import PartialTexts
 from openblip2.evaluate.protocol import WITHHELD, decoding_card
 from openblip2.evaluate.result import Result
 from openblip2.inference.captioner import Captioner
 from openblip2.model.decoding import Decoding
-from openblip2.model.extras import require
 from openblip2.progress import Progress
 
 GROUP = 64  # images that are captioned and kept together

@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from openblip2.errors import UserError, one_line
+from openblip2.errors import UserError, one_line, require
 from openblip2.evaluate.ptb import reference_folder, tokenise, why_no_jar
-from openblip2.model.extras import require
 
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")  # the names of BLEU's four scores
 Texts = Mapping[int, list[str]]  # by image

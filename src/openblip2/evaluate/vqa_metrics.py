@@ -15,8 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from openblip2.data.records import Question
-from openblip2.errors import UserError
-from openblip2.model.extras import require
+from openblip2.errors import UserError, require
 
 Protocol = Literal["official", "lavis"]
 

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from openblip2.compat import LORA_BASE, LORA_FIRST, LORA_PARTS, forget_adapters, lora_layers, quiet_bitsandbytes
-from openblip2.errors import UserError
-from openblip2.model.extras import require
+from openblip2.errors import UserError, require
 from openblip2.model.qformer import QFormer
 
 # The names of attention's linear layers in a Q-Former: as usual for LoRA, its FFNs have none.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from openblip2.compat import quiet_bitsandbytes
-from openblip2.model.extras import require
+from openblip2.errors import require
 
 BITS = {"int8": 8, "int4": 4}  # by the setting's name
 

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip2.data.images import RESIZE
-from openblip2.errors import UserError, one_line
-from openblip2.model.extras import require
+from openblip2.errors import UserError, one_line, require
 from openblip2.model.lora import merge_lora
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1

@@ -19,12 +19,12 @@ from openblip2.config import RunSettings
 from openblip2.data.features import Features
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
+from openblip2.errors import require
 from openblip2.hardware import compute_dtype, device, keep_freed_memory
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.build import build_vision
-from openblip2.model.extras import require
 from openblip2.progress import Progress
 from openblip2.runs import make_folder, require_absent, write_json
 from openblip2.train.encode import encode_all
