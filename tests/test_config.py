@@ -42,6 +42,18 @@ def test_every_old_name_means_a_setting_of_today() -> None:
         assert refusal({old: "x"}) == f"setting {old!r} is now called {new!r}"
 
 
+def test_a_setting_that_is_gone_is_ignored_in_a_run_and_refused_in_a_command() -> None:
+    values = to_dict(RunSettings())
+    values["qformer"] |= {"cross_attention_std": 0.08, "self_attention_scale": 1.0, "queries": 16}
+    assert from_dict(values) == change(RunSettings(), {"qformer.queries": 16})
+    values["qformer"]["self_attention_scale"] = 0.1
+    with pytest.raises(
+        UserError, match=r"qformer\.self_attention_scale=0\.1 is gone: a model with it needs an earlier"
+    ):
+        from_dict(values)
+    assert "is gone" in refusal({"qformer.cross_attention_std": 0.08})
+
+
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [

@@ -126,6 +126,11 @@ def truth(records: Sequence[Record]) -> Tensor:
     return features_of(to_pixels([record.image for record in records if record.id != "r5"], S))
 
 
+def assert_same_features(kept: Tensor, wanted: Tensor) -> None:
+    """In fp16. An encoder's last bit depends on how many pictures it is given at once, and with it the last one here."""
+    torch.testing.assert_close(kept, wanted.half(), rtol=2e-3, atol=1e-3)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -198,9 +203,9 @@ def test_nothing_half_written_is_read(records: list[Record], tmp_path: Path) -> 
                 assert len(cache.pictures) == complete - 1
                 found = [record for record in records if record.id in cache.pictures and record.id != "r5"]
                 if found:
-                    assert torch.equal(cache.read(ids(found)), truth(found).half())
+                    assert_same_features(cache.read(ids(found)), truth(found))
         cache = build(records, folder)
-        assert torch.equal(cache.read(ids(records)), truth(records).half())
+        assert_same_features(cache.read(ids(records)), truth(records))
         assert len(list(folder.iterdir())) == 2
 
 

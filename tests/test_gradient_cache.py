@@ -265,6 +265,17 @@ def test_graphs_take_the_memory_of_a_chunk() -> None:
     assert found[chunk] < 0.2 * found[0]
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_alignment_in_chunks_is_that_of_the_whole_batch(chunk: int) -> None:
+    model = Stage2(tiny.qformer(vocabulary=0, dropout=0.0), tiny_models.language("llama"), None).train()
+    tiny.redraw(model.projection)
+    given: dict[str, Any] = {"features": tiny.features(), "candidates": model.first_tokens(CAPTIONS).unique()}
+    whole = stepped(model, model.losses(PROMPTS, CAPTIONS, **given))
+    found = stepped(model, stage2_losses(model, chunk, PROMPTS, CAPTIONS, **given))
+    assert list(found[0]) == ["alignment"]
+    assert_same_step(found, whole)
+
+
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 @pytest.mark.parametrize("chunk", [1, 3, 5, 100])
 def test_stage_2_in_chunks_is_the_whole_batch(kind: str, chunk: int) -> None:

@@ -178,41 +178,6 @@ def test_memory_is_taken_in_any_order() -> None:
     close(taken, rows(model.query_output(patches[order])))
 
 
-def scaled(factor: float, std: float = 0.02) -> QFormer:
-    model = QFormer(
-        D, LAYERS, tiny.HEADS, tiny.FFN, Q, V, WORDS, POSITIONS, self_attention_scale=factor, cross_attention_std=std
-    )
-    return tiny.redraw(model).eval()
-
-
-def test_the_scale_is_on_self_attention_of_queries_without_text() -> None:
-    """Against the paper's layers with a hook that scales by hand; beside text, and with 1, every bit is the paper's."""
-    patches, (tokens, valid) = tiny.features(), tiny.texts()
-    paper, model = tiny.qformer(dropout=0.0), scaled(0.3)
-    memory = paper.encode_image(patches)
-    for one in (scaled(1.0), model):
-        assert torch.equal(one.joint_pass(memory, tokens, valid), paper.joint_pass(memory, tokens, valid))
-        assert torch.equal(one.text_pass(tokens, valid), paper.text_pass(tokens, valid))
-    assert torch.equal(scaled(1.0).query_output(patches), paper.query_output(patches))
-
-    hooks = [layer.attention.out.register_forward_hook(lambda *given: 0.3 * given[2]) for layer in paper.layers]  # pyright: ignore
-    by_hand, cache = paper.query_pass(memory)
-    for hook in hooks:
-        hook.remove()
-    queries, own_cache = model.query_pass(memory)
-    close(queries, by_hand)
-    assert float((queries - paper.query_output(patches)).detach().abs().max()) > 0.01
-    close(model.causal_pass(own_cache, tokens, valid), paper.causal_pass(cache, tokens, valid))
-
-
-def test_the_start_of_cross_attention_is_as_wide_as_asked() -> None:
-    torch.manual_seed(0)
-    model = QFormer(96, 2, 4, 64, 3, 80, 50, 20, cross_attention_std=0.1)
-    cross: Any = model.layers[0].cross
-    for weight, std in ((cross.query.weight, 0.1), (cross.key.weight, 0.1), (cross.value.weight, 0.02)):
-        assert float(weight.detach().std()) == pytest.approx(std, rel=0.05)
-
-
 @pytest.mark.parametrize(("every", "crossing"), [(1, [0, 1, 2, 3, 4, 5]), (2, [0, 2, 4]), (3, [0, 3])])
 def test_which_layers_cross(every: int, crossing: list[int]) -> None:
     model = tiny.qformer(layers=6, cross_every=every)

@@ -12,7 +12,8 @@ import tiny_models
 from openblip2.model.build import parts_table
 from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM
 from openblip2.model.qformer import QFormer
-from openblip2.model.stage2 import Stage2
+from openblip2.model.stage2 import SHARPNESS, Stage2
+from openblip2.model.token_rows import template_ids
 from openblip2.model.vision import Vision
 from tiny import B, D, Q
 from tiny_models import L
@@ -51,6 +52,60 @@ def test_losses_and_texts_are_those_of_the_language_model(kind: str) -> None:
     texts = model.generate(PROMPTS, how, features=patches)
     assert texts == model.language.generate(soft, PROMPTS, how)
     assert len(texts) == B
+
+
+@pytest.mark.parametrize("kind", tiny_models.MODELS)
+def test_a_soft_prompt_of_the_captions_own_embeddings_is_aligned(kind: str) -> None:
+    model = stage2(kind)
+    wanted = model.first_tokens(CAPTIONS)
+    assert wanted.shape == (B, Q)
+    table: Any = model.language.llm.get_input_embeddings()
+    own = table(wanted)
+    known = wanted.unique()
+    right, count = model.alignment(own, CAPTIONS, known)
+    assert count == B * Q
+    # Each token's distance to itself is 0, so that only the cross-entropy is left.
+    embeddings = table(known).double()
+    centred = embeddings - embeddings.mean(0)
+    scale = centred.square().sum(1).mean()
+    expected = 0.0
+    for row in wanted:
+        for token in row.tolist():
+            place = known.tolist().index(token)
+            logits = torch.stack([-SHARPNESS * (centred[place] - other).square().sum() / scale for other in centred])
+            expected -= float(logits.log_softmax(0)[place]) / count
+    assert float(right) == pytest.approx(expected, rel=1e-4)
+    assert float(model.alignment(own.roll(1, dims=1), CAPTIONS, known)[0]) > float(right) + 0.5
+    assert float(model.alignment(own + 0.1, CAPTIONS, known)[0]) > float(right)
+
+
+def test_captions_are_cut_and_filled_with_what_follows_the_picture() -> None:
+    model = stage2()
+    words = template_ids(model.language.tokenizer, " a red dog")
+    assert len(words) == 3 < Q
+    model.language = tiny_models.language("llama", template="{image} it {prompt}")
+    (filler,) = template_ids(model.language.tokenizer, " it")
+    assert model.first_tokens(["a red dog"]).tolist() == [[*words, *[filler] * (Q - 3)]]
+    assert model.first_tokens(["a red dog " * Q]).tolist() == [(words * Q)[:Q]]
+    model.language = tiny_models.language("llama", template="{prompt}{image}")
+    assert model.first_tokens(["a red dog"]).tolist() == [[*words, *model.language.end * (Q - 3)]]
+    assert model.first_tokens([]).shape == (0, Q)
+
+
+@pytest.mark.parametrize("kind", tiny_models.MODELS)
+def test_alignment_trains_without_running_the_language_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, patches = stage2(kind, dropout=0.0).train(), tiny.features()
+    monkeypatch.setattr(model.language, "scored", lambda *_: pytest.fail("the language model ran"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    found: list[float] = []
+    for _ in range(30):
+        losses = model.losses(PROMPTS, CAPTIONS, features=patches, candidates=model.first_tokens(CAPTIONS).unique())
+        assert list(losses) == ["alignment"]
+        losses["alignment"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(float(losses["alignment"]))
+    assert found[-1] < found[0] / 2
 
 
 def test_images_are_seen_as_their_features() -> None:

@@ -129,6 +129,16 @@ def test_sampler_shows_every_picture_once_an_epoch_and_forgets_nothing() -> None
     assert {seen.count(row) for row in range(10)} == {16}
 
 
+def test_the_first_batches_can_be_of_all_lengths() -> None:
+    lengths = [2, 9] * 80
+    mixed, sorted_ = Sampler(lengths, 5, seed=0, mixed=16), Sampler(lengths, 5, seed=0)
+    assert sum(len({lengths[row] for row in mixed(number)}) == 2 for number in range(16)) > 10
+    assert sorted(row for number in range(16) for row in mixed(number)) == sorted(
+        row for number in range(16) for row in sorted_(number)
+    )
+    assert [mixed(number) for number in range(16, 32)] == [sorted_(number) for number in range(16, 32)]
+
+
 def test_sampler_brings_captions_of_like_length_together() -> None:
     lengths = [2, 9] * 80
     sampler = Sampler(lengths, 5, seed=0)
@@ -262,12 +272,24 @@ def steps_of(folder: Path) -> list[dict[str, float]]:
     return [{k: row[k] for k in ("loss", "grad_norm")} for row in log_of(folder) if "loss" in row]
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_chunks_change_no_step(home: Path, tmp_path: Path, stage: str) -> None:
+def test_the_language_model_joins_after_the_alignment(home: Path, tmp_path: Path) -> None:
+    records, _ = read_records(home / "data")
+    changes = {"stage2__lm_start_step": 2, "train__steps": 4, "train__validate_every": 0}
+    train_stage(recipe(home, "stage2", **changes), records, tmp_path / "run", quiet())
+    rows = [row for row in log_of(tmp_path / "run") if "loss" in row]
+    assert [("alignment" in row, "lm" in row) for row in rows] == [(True, False)] * 2 + [(False, True)] * 2
+    with pytest.raises(UserError, match=r"lm_start_step=4: with train\.steps=4 the language model never runs"):
+        train_stage(recipe(home, "stage2", **changes | {"stage2__lm_start_step": 4}), records, tmp_path / "no", quiet())
+    with pytest.raises(UserError, match="is of stage 2 and of captions"):
+        train_stage(recipe(home, "stage1", **changes), records, tmp_path / "no", quiet())
+
+
+@pytest.mark.parametrize(("stage", "aligned"), [("stage1", 0), ("stage2", 0), ("stage2", 2)])
+def test_chunks_change_no_step(home: Path, tmp_path: Path, stage: str, aligned: int) -> None:
     """The log shows what a run of whole batches shows, accumulated or not."""
     records, _ = read_records(home / "data")
     for name, chunk in (("whole", 0), ("chunks", 3)):
-        more = {"train__batch": 8, "train__chunk": chunk, "train__accumulate": 2}
+        more = {"train__batch": 8, "train__chunk": chunk, "train__accumulate": 2, "stage2__lm_start_step": aligned}
         # Whitened by so few pictures gradients are so large that rounding soon tells two runs apart.
         exact = {"qformer__dropout": 0.0, "vision__whiten": "false", "warm_start": "false"}
         train_stage(recipe(home, stage, **more, **exact), records, tmp_path / name, quiet())

@@ -16,9 +16,9 @@ from openblip2.train.warm_start import (
     align_heads,
     align_projection,
     content_embeddings,
-    mean_text_rows,
+    grid_cells,
     open_image_path,
-    speak_as_text,
+    place_queries,
     warm_start_stage1,
     warm_start_stage2,
 )
@@ -57,44 +57,61 @@ def test_a_shared_space_wider_than_the_text_is_filled_with_zeros() -> None:
     assert int((model.text_proj.weight.abs().sum(1) == 0).sum()) == 2
 
 
-def test_every_second_layer_hands_on_what_the_caption_looks_like_there() -> None:
+def test_the_cells_of_a_grid() -> None:
+    cells = grid_cells(1 + 16, 4)  # [CLS], then 4 x 4 patches
+    assert torch.equal(cells[0], torch.full((4,), 0.25))
+    assert cells[1:].argmax(1).tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
+    assert torch.equal(cells.sum(1), torch.ones(17))
+    assert grid_cells(9, 6).argmax(1).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5]  # 2 x 3 cells, no token in front
+    assert grid_cells(5, 7).sum(1).tolist() == [1] * 5
+
+
+def placed(queries: int) -> tuple[QFormer, Tensor]:
+    """A Q-Former with heads 8 wide, whose queries were placed, and pictures whose patches tell where they are."""
     torch.manual_seed(0)
-    model = tiny.qformer(layers=4, cross_every=1)
-    means = torch.randn(400, tiny.V) @ torch.randn(tiny.V, tiny.V) + 3
-    rows = torch.stack([means @ torch.randn(tiny.V, tiny.D) + n for n in range(4)])  # linear: all of it can be told
-    open_image_path(model, means)
-    crossing = [layer.cross for layer in model.layers if isinstance(layer, Layer)]
-    before = [cross.value.weight.clone() for cross in crossing if cross is not None]
-    speak_as_text(model, means, rows, penalty=1e-6)
-    for n, cross in enumerate(crossing):
+    sizes = {"width": 32, "heads": 4, "layers": 4, "ffn": 48, "vocabulary": 0, "dropout": 0.0}
+    model = QFormer(**sizes, queries=queries, image_width=24, cross_every=2).eval()
+    patches = torch.randn(90, 1 + 36, 24) + 2 * torch.randn(37, 24)
+    with torch.no_grad():
+        patches = model.image_norm(patches)
+        open_image_path(model, patches)
+        place_queries(model, patches)
+    return model, patches
+
+
+def test_each_query_begins_at_its_own_cell_in_every_head() -> None:
+    model, patches = placed(4)
+    crossing = [layer.cross for layer in model.layers if isinstance(layer, Layer) and layer.cross is not None]
+    for cross in crossing:
         assert isinstance(cross, Attention)
-        if n % 2:
-            assert torch.equal(cross.value.weight, before[n])
-            continue
-        found = cross.value(means).detach()
-        assert torch.allclose(found.mean(0), torch.zeros(tiny.D), atol=1e-3)
-        assert abs(float(found.std()) - 1) < 1e-3
-        wanted = rows[n] - rows[n].mean(0)
-        assert torch.allclose(found, wanted / wanted.std(), atol=2e-2)
+        cross.watched = []
+    with torch.no_grad():
+        output = model.query_output(patches)
+    cells = grid_cells(37, 4)
+    for cross in crossing:
+        (weights,) = cross.watched or ()
+        own = (weights * (cells.T == 1)).sum(-1)  # [N, H, Q]: share of attention on the own cell; uniform: 0.24
+        assert own.mean() > 0.6
+        assert own.mean((0, 1)).min() > 0.5
+    # What changes between pictures differs from query to query.
+    apart = torch.nn.functional.normalize(output - output.mean(0), dim=-1)
+    cosines = apart @ apart.mT
+    assert cosines[:, ~torch.eye(4, dtype=torch.bool)].abs().mean() < 0.4
 
 
-def test_mean_text_rows_are_those_of_the_text_alone() -> None:
+def test_more_queries_than_a_head_is_wide_stay_as_they_are() -> None:
     torch.manual_seed(0)
-    model = tiny.qformer(layers=3)
-    tokens, valid = torch.randint(1, tiny.WORDS, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
-    valid[0, 4:] = False
-    rows = mean_text_rows(model, tokens, valid)
-    assert rows.shape == (3, 2, tiny.D)
-    assert torch.allclose(rows[0, 0], model.embed_text(tokens[:1, :4])[0].mean(0), atol=1e-5)
-    assert torch.allclose(rows[:, :1], mean_text_rows(model, tokens[:1, :4], valid[:1, :4]), atol=1e-4)
+    model, _ = placed(9)
+    fresh = [layer.cross.key.weight.std() for layer in model.layers if layer.cross is not None]  # pyright: ignore
+    assert all(abs(float(std.detach()) - 0.02) < 0.002 for std in fresh)
 
 
-def test_cross_attention_hands_on_the_whitened_mean_patch() -> None:
+def test_cross_attention_hands_on_the_whitened_patches() -> None:
     torch.manual_seed(0)
     model = tiny.qformer()
     means = torch.randn(90, tiny.V) @ torch.randn(tiny.V, tiny.V) + 3
     before = model.layers[1].query_ffn.narrow.weight.clone()  # pyright: ignore
-    open_image_path(model, means)
+    open_image_path(model, means.unflatten(0, (10, 9)))
     crossing = [layer.cross for layer in model.layers if isinstance(layer, Layer) and layer.cross is not None]
     assert len(crossing) == 2
     for cross in crossing:

@@ -660,33 +660,6 @@ def test_adapters_are_folded_in(home: Path, tmp_path: Path) -> None:
     assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
-def test_a_scaled_self_attention_is_multiplied_into_the_weights(home: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    def scaled(model: Any) -> Any:
-        model.settings = replace(model.settings, qformer=replace(model.settings.qformer, self_attention_scale=0.3))
-        for layer in model.model.qformer.layers:
-            layer.self_attention_scale = 0.3
-        return model
-
-    captioner, plain = scaled(load(home / "llama")), load(home / "llama").soft_prompt(pictures())
-    assert (captioner.soft_prompt(pictures()) - plain).abs().max() > 0.01
-    captioner.save_pretrained(tmp_path / "run")
-    reloaded = load(tmp_path / "run")
-    assert torch.equal(reloaded.soft_prompt(pictures()), captioner.soft_prompt(pictures()))
-    notes = openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
-    assert notes == ["qformer.self_attention_scale=0.3: multiplied into the weights"]
-    folded = load(tmp_path / "out")
-    assert folded.settings.qformer.self_attention_scale == 1.0
-    torch.testing.assert_close(folded.soft_prompt(pictures()), captioner.soft_prompt(pictures()), rtol=1e-5, atol=1e-5)
-
-    scaled(load(home / "retriever")).save_pretrained(tmp_path / "one")
-    for to, out in (("hf", "two"), ("lavis", "two.pth")):
-        with pytest.raises(UserError, match=r"self_attention_scale=0\.3 of a stage-1 run has no place"):
-            openblip2.convert(tmp_path / "one", tmp_path / out, to)
-        assert not (tmp_path / out).exists()
-
-
 def test_a_quantised_language_model_is_not_written(home: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 

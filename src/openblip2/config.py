@@ -25,6 +25,9 @@ RENAMED = {
     "language.weights": "language.dtype",
     "vision.weights": "vision.dtype",
 }
+# Settings that are gone, with the value that is the same as not having them; None: of the first weights, which a run
+# that is read does not draw again.
+REMOVED = {"qformer.cross_attention_std": None, "qformer.self_attention_scale": 1.0}
 
 STRICT = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,11 +66,6 @@ class QFormerSettings:
     # is asked. The text path comes from stage 1.
     question_in_qformer: bool = False
     image_norm_eps: Positive = 1e-5  # of the LayerNorm on the image features; transformers' checkpoints have 1e-6
-    # Ours, 1 = the paper: factor on what self-attention adds to the queries in a pass without text. Below 1 it keeps
-    # them from becoming one vector (docs/decisions.md). A run has one value in both stages.
-    self_attention_scale: Positive = 1.0
-    # Ours, 0.02 = the paper: standard deviation of the first query and key weights of cross-attention.
-    cross_attention_std: Positive = 0.02
     lora_rank: Natural = 0  # ours: rank of adapters that train in place of its own weights (model/lora.py); 0 = none
 
 
@@ -87,6 +85,15 @@ class Stage1Settings:
     # Ours, 0 = the paper: weight of a fourth loss that keeps a picture's queries different (model/objectives.py).
     decorrelation: NonNegative = 0.0
     itm_start_step: Natural = 0  # ours: ITM joins after so many steps; it learns nothing before ITC has (0 = paper)
+
+
+@dataclass(config=STRICT)
+class Stage2Settings:
+    """The objective of stage 2 (paper 3.2): language modelling."""
+
+    # Ours, 0 = the paper: so many steps first train the soft prompt to be the caption's own token embeddings
+    # (`Stage2.alignment`). The language model does not run in them, so they take a fifth of the time.
+    lm_start_step: Natural = 0
 
 
 @dataclass(config=STRICT)
@@ -131,7 +138,7 @@ class TrainSettings:
     # less memory, and unlike with `accumulate` ITC's and ITM's negatives come from the whole batch
     # (model/fast/gradient_cache.py).
     chunk: Natural = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it takes less time than fp32
     # Ours, the same results: layers of the Q-Former and of the language model are computed again in the backward pass
     # instead of being kept. Less memory for a quarter to a half more time.
     checkpoint_activations: bool = False
@@ -179,6 +186,7 @@ class RunSettings:
     vision: VisionSettings = VisionSettings()
     qformer: QFormerSettings = QFormerSettings()
     stage1: Stage1Settings = Stage1Settings()
+    stage2: Stage2Settings = Stage2Settings()
     language: LanguageSettings = LanguageSettings()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
@@ -201,6 +209,8 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
     for name, value in changes.items():
         if name in RENAMED:
             raise UserError(f"setting {name!r} is now called {RENAMED[name]!r}")
+        if name in REMOVED:
+            raise UserError(f"setting {name!r} is gone, because the demo learns more without it (docs/decisions.md)")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(known)}"
@@ -214,17 +224,26 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
 
 
 def from_dict(values: Mapping[str, Any]) -> RunSettings:
-    """Settings from plain values, as `to_dict` or a run's `config.json` gives them; names in `RENAMED` are read, too.
+    """Settings from plain values, as `to_dict` or a run's `config.json` gives them.
+
+    Names of earlier versions are read, too (`RENAMED`, `REMOVED`).
 
     Raises:
         UserError: a missing, unknown or unfitting value, named.
     """
-    for old, new in RENAMED.items():
+    for old in (*RENAMED, *REMOVED):
         section, name = old.split(".")
         part = values.get(section) if isinstance(values, Mapping) else None
-        if isinstance(part, Mapping) and name in part:
-            others = {other: value for other, value in part.items() if other != name}
-            values = {**values, section: {new.split(".")[1]: part[name], **others}}
+        if not isinstance(part, Mapping) or name not in part:
+            continue
+        kept = {other: value for other, value in part.items() if other != name}
+        if old in RENAMED:
+            kept = {RENAMED[old].split(".")[1]: part[name], **kept}
+        elif REMOVED[old] not in (None, part[name]):
+            raise UserError(
+                f"setting {old}={part[name]!r} is gone: a model with it needs an earlier version of openblip2"
+            )
+        values = {**values, section: kept}
     try:
         return TypeAdapter(RunSettings).validate_python(values)
     except ValidationError as error:

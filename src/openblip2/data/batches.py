@@ -44,15 +44,20 @@ class Sampler:
         lengths: of each row's text, in words.
         batch: B, at most the number of rows.
         seed: of the shuffles.
+        mixed: so many first batches are as they were shuffled, with texts of all lengths: for losses that have no
+            padding to save. Captions of one length are often of one form, and each step then teaches that form alone.
     """
 
     WINDOW = 8
 
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, mixed: int = 0) -> None:
         self.lengths, self.batch, self.seed = list(lengths), min(batch, len(lengths)), seed
+        self.mixed = mixed
 
     def __call__(self, number: int) -> list[int]:
         """The rows of batch `number`: `[B]`."""
+        if number < self.mixed:
+            return self._shuffled(number * self.batch, self.batch)
         window, place = divmod(number, self.WINDOW)
         rows = self._shuffled(window * self.WINDOW * self.batch, self.WINDOW * self.batch)
         rows.sort(key=lambda row: self.lengths[row])  # stable: equal lengths stay shuffled
@@ -105,6 +110,7 @@ class ImagePairs(Batches):
         problem: called with a line for each image that cannot be opened.
         augmented: whether to crop and flip at random.
         part: which rows of the joined batch this process has. The joined batch does not depend on it.
+        mixed: see `Sampler`.
     """
 
     def __init__(
@@ -117,10 +123,11 @@ class ImagePairs(Batches):
         problem: Callable[[str], object],
         augmented: bool = True,
         part: Part = (0, 1),
+        mixed: int = 0,
     ) -> None:
         self.records, self.samples, self.part = list(records), samples, part
         self.seed, self.size, self.problem, self.augmented = seed, size, problem, augmented
-        self.sampler = Sampler(samples.lengths, batch, seed)
+        self.sampler = Sampler(samples.lengths, batch, seed, mixed)
         self.bad: set[int] = set()
 
     def _make(self, number: int, part: Part) -> PairBatch:

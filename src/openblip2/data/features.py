@@ -95,9 +95,10 @@ class FeaturePairs(Batches):
         seed: int,
         drawn: bool = False,
         part: Part = (0, 1),
+        mixed: int = 0,
     ) -> None:
         self.features, self.samples, self.seed, self.drawn, self.part = features, samples, seed, drawn, part
-        self.sampler = Sampler(samples.lengths, batch, seed)
+        self.sampler = Sampler(samples.lengths, batch, seed, mixed)
 
     def _make(self, number: int, part: Part) -> PairBatch:
         every = Pairs(self.samples, self.sampler(number), batch_generator(self.seed, number, "caption"))

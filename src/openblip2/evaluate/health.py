@@ -140,12 +140,13 @@ def _stage1(settings: RunSettings, steps: Sequence[Row], last: Row, vocabulary: 
 
 def _stage2(steps: Sequence[Row], last: Row) -> Iterator[Finding]:
     if (lm := _now(steps, "lm")) is not None:
-        yield Finding("caption loss", "good", f"{lm:.2f} nats a token now, {steps[0].get('lm', lm):.2f} at first")
+        first = next(row["lm"] for row in steps if "lm" in row)  # not of the first step with stage2.lm_start_step
+        yield Finding("caption loss", "good", f"{lm:.2f} nats a token now, {first:.2f} at first")
     if "loss_right" in last:
         right, other = last["loss_right"], last["loss_shuffled"]
         gap = f"held-out captions cost {right:.2f} with the right picture and {other:.2f} with another"
         if other - right < NEAR * right:
-            advice = "a start from stage 1, warm_start=true, more steps, or more pictures"
+            advice = "a start from stage 1, a stage2.lm_start_step, more steps, or more pictures"
             yield Finding("grounding", "bad", f"{gap}: the model does NOT look at the picture", advice)
         else:
             yield Finding("grounding", "good", f"{gap}: it looks at the picture")

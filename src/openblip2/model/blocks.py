@@ -30,18 +30,15 @@ class Attention(nn.Module):
     def keys_values(self, source: Tensor) -> KeysValues:
         return self._split(self.key(source)), self._split(self.value(source))
 
-    def forward(self, rows: Tensor, source: KeysValues, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """`rows [B, N, D]` -> the same; `scale` multiplies what attention adds to each row."""
+    def forward(self, rows: Tensor, source: KeysValues, mask: Tensor | None = None) -> Tensor:
+        """`rows [B, N, D]` -> the same."""
         queries = self._split(self.query(rows))
         if self.watched is None:
             dropped = self.drop if self.training else 0.0
             found = F.scaled_dot_product_attention(queries, *source, attn_mask=mask, dropout_p=dropped)
         else:
             found = self._watched(queries, *source, self.watched)
-        found = self.out(found.transpose(1, 2).flatten(2))
-        if scale != 1.0:
-            found = found * scale
-        return self.norm(rows + self.dropout(found))
+        return self.norm(rows + self.dropout(self.out(found.transpose(1, 2).flatten(2))))
 
     def _watched(self, queries: Tensor, keys: Tensor, values: Tensor, weights: list[Tensor]) -> Tensor:
         """The same, unmasked and without dropout, by weights `[B, H, rows, source rows]` that are kept."""

@@ -56,8 +56,6 @@ def build_qformer(settings: RunSettings, image_width: int, sizes: Mapping[str, i
         cross_every=qformer.cross_every,
         dropout=qformer.dropout,
         image_norm_eps=qformer.image_norm_eps,
-        self_attention_scale=qformer.self_attention_scale,
-        cross_attention_std=qformer.cross_attention_std,
     )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from openblip2.compat import cache_name
 from openblip2.errors import UserError, one_line
-from openblip2.model.nucleus import NucleusSampling
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,7 @@ def generate(
         watched: by what it is followed while it writes: `streamer`, `stopping_criteria` as transformers has them.
     """
     sampling: dict[str, Any] = {"do_sample": how.sample}
-    if how.sample and how.beams == 1:
-        sampling = {"do_sample": False, "logits_processor": [NucleusSampling(how.top_p, how.temperature)]}
-    elif how.sample:  # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut
+    if how.sample:  # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut
         sampling |= {"top_p": how.top_p, "temperature": how.temperature, "top_k": 0}
     beams = {"length_penalty": how.length_penalty} if how.beams > 1 else {}  # without beams it is unknown there
     known = {} if cache is None else {str(cache_name(llm)): cache}

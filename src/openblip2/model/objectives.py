@@ -146,21 +146,25 @@ def generation(logits: Tensor, targets: Tensor, label_smoothing: float = 0.1) ->
 
 
 def decorrelation(queries: Tensor, mean: Tensor | None = None) -> Tensor:
-    """Mean squared cosine between the outputs of two queries of one picture, in what differs between pictures.
+    """How much the outputs of a picture's queries are one vector, in what differs between pictures.
 
     Not in the paper. ITC, ITM and ITG are content if each query holds the whole picture, and then all queries become
     one vector. Each query's mean over the batch is subtracted first, without a gradient, because outputs that differ
     by a constant alone hold the same about a picture.
+
+    Measured by the participation ratio of the squared singular values, which is what `effective_rank` measures, too,
+    but without having to find them. A mean of cosines would also be small for a query that hardly varies at all.
 
     Args:
         queries: `[B, Q, D]`, query outputs.
         mean: `[Q, D]`, over the whole batch; None = over these B.
 
     Returns:
-        A scalar in [0, 1]; 0 if the queries of each picture are orthogonal, or if there is only one.
+        A scalar in [0, 1]; 1 if the queries of each picture are multiples of one vector, 0 if they are orthogonal and
+        equally long, or if there is only one.
     """
-    rows = F.normalize(queries.float() - (queries.detach().float().mean(dim=0) if mean is None else mean), dim=-1)
-    cosines = rows @ rows.mT
-    count = cosines.shape[-1]
-    others = cosines.square().sum(dim=(1, 2)) - cosines.diagonal(dim1=1, dim2=2).square().sum(dim=1)
-    return (others / max(1, count * (count - 1))).mean()
+    rows = queries.float() - (queries.detach().float().mean(dim=0) if mean is None else mean)
+    count, gram = rows.shape[1], rows @ rows.mT
+    total = gram.diagonal(dim1=1, dim2=2).sum(dim=1).square()
+    share = torch.where(total > 0, gram.square().sum(dim=(1, 2)) / total.clamp(min=1e-30), 1 / count)  # 1/Q to 1
+    return ((share * count - 1) / max(1, count - 1)).mean()

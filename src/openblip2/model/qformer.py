@@ -105,10 +105,6 @@ class QFormer(nn.Module):
         cross_every: n, for cross-attention in layers 0, n, 2n, ...
         dropout: share of units and of attention weights dropped in training.
         image_norm_eps: of the LayerNorm on the image features.
-        self_attention_scale: factor on what self-attention adds to the query rows in a pass without text (ITC, ITG,
-            stage 2). Ours; 1 = the paper. Below 1 it keeps the queries different (docs/decisions.md).
-        cross_attention_std: standard deviation of the first query and key weights of cross-attention. Ours; 0.02 = the
-            paper. With 0.02 a narrow Q-Former begins with uniform attention: all queries see the mean patch.
 
     Raises:
         ValueError: `width` is not a multiple of `heads`.
@@ -127,8 +123,6 @@ class QFormer(nn.Module):
         cross_every: int = 2,
         dropout: float = 0.1,
         image_norm_eps: float = 1e-5,
-        self_attention_scale: float = 1.0,
-        cross_attention_std: float = INIT_STD,
     ) -> None:
         super().__init__()
         if width % heads:
@@ -144,18 +138,12 @@ class QFormer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.dropout = nn.Dropout(dropout)
         crossing = [image_width if n % cross_every == 0 else 0 for n in range(layers)]
-        self.layers = nn.ModuleList(
-            Layer(width, heads, ffn, image, bool(vocabulary), dropout, self_attention_scale) for image in crossing
-        )
+        self.layers = nn.ModuleList(Layer(width, heads, ffn, image, bool(vocabulary), dropout) for image in crossing)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=INIT_STD)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        for layer in self.layers:
-            if isinstance(layer, Layer) and layer.cross is not None and cross_attention_std != INIT_STD:
-                nn.init.normal_(layer.cross.query.weight, std=cross_attention_std)
-                nn.init.normal_(layer.cross.key.weight, std=cross_attention_std)
 
     def encode_image(self, patches: Tensor) -> Memory:
         """Cross-attention keys and values of images: `patches [B, P, V]`, as the frozen encoder gives them."""
@@ -249,10 +237,8 @@ class Layer(nn.Module):
         image_width: int,
         text: bool,
         dropout: float,
-        self_attention_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.self_attention_scale = self_attention_scale
         self.attention = Attention(width, heads, width, dropout)
         self.cross = Attention(width, heads, image_width, dropout) if image_width else None
         self.query_ffn = FeedForward(width, ffn, dropout)
@@ -267,10 +253,6 @@ class Layer(nn.Module):
         past: KeysValues | None,
         keep_text: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None, KeysValues]:
-        # Queries attend to each other almost uniformly, so self-attention adds the same large vector to all of them.
-        # Scaled down, it cannot replace what each query has read from the image. Where there is text beside them, they
-        # have to read it in full: with a scale of 0.1 there, matching does not leave chance.
-        scale = self.self_attention_scale if text is None else 1.0
         rows = _join(queries, text)
         keys, values = self.attention.keys_values(rows)
         if past is not None:
@@ -279,7 +261,7 @@ class Layer(nn.Module):
             text = text[:, :keep_text] if keep_text else None
             rows = _join(queries, text)
             mask = None if mask is None else mask[:, :, : rows.shape[1]]
-        rows = self.attention(rows, (keys, values), mask, scale)
+        rows = self.attention(rows, (keys, values), mask)
         if queries is not None:
             count = queries.shape[1]
             looking, rows = rows[:, :count], rows[:, count:]

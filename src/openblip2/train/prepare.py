@@ -106,6 +106,7 @@ def prepare(
 
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
     part, augment = (rank(), world_size()), settings.data.augment
+    mixed = settings.stage2.lm_start_step * settings.train.accumulate
     if settings.vision.trained:
         if settings.data.features:
             raise UserError(f"data.features={settings.data.features}: an encoder that trains has no features to keep")
@@ -115,7 +116,7 @@ def prepare(
         skip(*problems)
         _require_enough(held, trained, settings, skip)
         # Features change with the encoder, so that pictures are opened in every step.
-        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, augment, part)
+        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, augment, part, mixed)
         return Prepared(pairs, pairs.joined, trained, held, lambda: encode_now(vision, held))
 
     # Evenly spread; never of the held-out pictures.
@@ -143,13 +144,13 @@ def prepare(
     _require_enough(held_features.records, trained, settings, skip)  # without those that cannot be opened
     # With crops in the user's cache no picture has to be opened in training.
     if augment and not settings.data.features:
-        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, part=part)
+        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, part=part, mixed=mixed)
         return Prepared(pairs, pairs.joined, trained, held_features.records, lambda: held_features)
     features = stored(trained)
     _require_enough(held_features.records, features.records, settings, skip)
     if batch > len(features.records) and settings.task != "vqa":
         progress.say(f"train.batch={batch}: there are {len(features.records)} training pictures, a batch has no more")
-    pairs = FeaturePairs(features, samples_of(features.records), batch, seed, augment, part)
+    pairs = FeaturePairs(features, samples_of(features.records), batch, seed, augment, part, mixed)
     return Prepared(pairs, pairs.joined, features.records, held_features.records, lambda: held_features)
 
 

@@ -53,7 +53,7 @@ from openblip2.train.start import (
     start_from_stage1,
     tokenizer_to_start,
 )
-from openblip2.train.warm_start import warm_start_stage1, warm_start_stage2
+from openblip2.train.warm_start import alignment_texts, warm_start_stage1, warm_start_stage2
 
 Batches = Callable[[int], PairBatch]
 
@@ -214,17 +214,21 @@ def _stage2(
         write_config(run, settings, model.qformer.sizes)
     prompts, form = settings.language.prompts, settings.language.question
     losses_of = step_losses(model, settings.train.chunk)
+    aligned = settings.stage2.lm_start_step * settings.train.accumulate
+    longest, candidates = alignment_texts(model, data.records) if aligned else ({}, None)
 
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
         draws = joint_draws(settings.train.seed, number)
-        if batch.questions is None:
-            asked = drawn_prompts(prompts, len(batch.captions), draws)
-        else:
-            asked = [form.replace("{}", question) for question in batch.questions]
+        questions = [form.replace("{}", question) for question in batch.questions or ()]
+        asked = questions or drawn_prompts(prompts, len(batch.captions), draws)
+        aligns, captions = number < aligned, batch.captions  # for VQA the answers
+        if aligns and batch.names:
+            captions = [longest.get(name, own) for name, own in zip(batch.names, captions, strict=True)]
         return losses_of(
             asked,
-            batch.captions,  # for VQA the answers
+            captions,
+            candidates=candidates if aligns else None,
             **on_device(batch),
             question=question_tokens(tokens, batch.questions, device()),
             generator=draws,

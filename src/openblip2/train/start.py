@@ -30,8 +30,15 @@ def require_start(settings: RunSettings) -> None:
     """Checks that the run that these settings start from is there and of the right kind.
 
     Raises:
-        UserError: It is not.
+        UserError: It is not, or there are steps without a language model that it would have no use for.
     """
+    if aligned := settings.stage2.lm_start_step:
+        if settings.stage == "stage1" or settings.task == "vqa":
+            raise UserError(f"stage2.lm_start_step={aligned} is of stage 2 and of captions: set it to 0 here")
+        if aligned >= settings.train.steps:
+            raise UserError(
+                f"stage2.lm_start_step={aligned}: with train.steps={settings.train.steps} the language model never runs"
+            )
     if settings.task == "pretraining":
         if not settings.start:
             return
@@ -41,14 +48,6 @@ def require_start(settings: RunSettings) -> None:
             )
         _require_stage(Path(settings.start), "stage1")
         before = read_settings(Path(settings.start))
-        # No weight shows which scale the run was trained with, so that nothing else would notice.
-        if before.qformer.self_attention_scale != settings.qformer.self_attention_scale:
-            raise UserError(
-                f"start={settings.start} was trained with qformer.self_attention_scale="
-                f"{before.qformer.self_attention_scale:g}, these settings have "
-                f"{settings.qformer.self_attention_scale:g}: add --set qformer.self_attention_scale="
-                f"{before.qformer.self_attention_scale:g}"
-            )
         if before.vision.trained:
             raise UserError(
                 f"start={settings.start} holds an image encoder of its own, which stage 2 would not use: start from a "

@@ -1,15 +1,15 @@
 """Closed-form starts of both stages. Ours, not the paper's; off unless `warm_start` is set.
 
-Stage 1: a random Q-Former lets little of the picture through and scrambles that, and gradient steps find the large
-directions (colour, layout) long before the small ones (which of hundreds of nouns). `open_image_path` lets the
-whitened mean patch through to the query outputs; in every second layer `speak_as_text` makes of it what the caption's
-rows look like there, so that the self-attention that queries and text share finds like beside like; `align_heads`
-solves for the two heads of ITC. All by ridge regression: what a linear map can know of the pictures is known before
-the first step.
+Stage 1: in a random Q-Former attention to the image is uniform, so that all queries read the same mean patch, and
+little of it reaches their outputs. Training mends the second and never the first: the queries stay one pooled vector,
+which knows the things and colours of a picture but not where each of them is. `place_queries` makes each query begin
+at its own cell of a grid over the picture, and `open_image_path` lets what it reads there through to its output;
+`align_heads` solves for the two heads of ITC. All by ridge regression: what a linear map can know of the pictures is
+known before the first step, and only weights of the paper's model are set.
 
 Stage 2: from a random projection a language model learns to write captions long before it learns to look. Ridge
 regression from the mean query output of stage 1 to the mean input embedding of the caption's content words, rare words
-weighted up, puts the soft prompt, before the first step, where the language model keeps the words of the picture.
+weighted up, moves the soft prompt, before the first step, to where the language model keeps the words of the picture.
 
 Shapes: N pictures, P patch tokens, V encoder width, Q queries, D Q-Former width, E shared space, L LLM width.
 """
@@ -18,20 +18,26 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openblip2.data.records import Record
 from openblip2.data.tokens import QFormerTokens
-from openblip2.model.qformer import Layer, QFormer, unimodal_mask
+from openblip2.model.qformer import Layer, QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.whitening import RIDGE, fit_whitening
 
 # BERT's FFN was never trained on pictures: at this share of its output the query rows survive six of them.
 FFN_SHARE = 0.3
+# Of self-attention in stage 2: at 1 alignment stays at a loss of 0.9, at 0.1 it does not (docs/decisions.md).
+SELF_ATTENTION_SHARE = 0.1
+# How many pictures show where each patch is and what its features look like.
+PICTURES = 128
+# Logit of a query and a patch of its own cell, where regression is right about both.
+SHARPNESS = 6.0
 
 # Features [B, P, V] on the model's device, and B captions.
 Pair = tuple[Tensor, Sequence[str]]
@@ -46,18 +52,19 @@ STOP_WORDS = frozenset((
 
 
 def warm_start_stage1(model: Stage1, tokens: QFormerTokens, pairs: Callable[[], Iterable[Pair]]) -> float:
-    """`open_image_path`, `speak_as_text`, then `align_heads`, on the given pictures and captions.
+    """`open_image_path`, `place_queries`, then `align_heads`, on the given pictures and captions.
 
     Returns:
         R2 in the shared space.
     """
-    means, rows = [], []
-    for patches, captions in pairs():
-        means.append(model.qformer.image_norm(patches.float()).mean(1))
-        ids, valid = (t.to(patches.device) for t in tokens(list(captions)))
-        rows.append(mean_text_rows(model.qformer, ids, valid))
-    open_image_path(model.qformer, torch.cat(means))
-    speak_as_text(model.qformer, torch.cat(means), torch.cat(rows, dim=1))
+    some: list[Tensor] = []
+    for patches, _ in pairs():
+        some.append(model.qformer.image_norm(patches.float()))
+        if sum(map(len, some)) >= PICTURES:
+            break
+    patches = torch.cat(some)[:PICTURES]
+    open_image_path(model.qformer, patches)
+    place_queries(model.qformer, patches)
     queries, texts = [], []
     for patches, captions in pairs():
         queries.append(mean_query_output(model.qformer, patches))
@@ -66,17 +73,18 @@ def warm_start_stage1(model: Stage1, tokens: QFormerTokens, pairs: Callable[[], 
     return align_heads(model, torch.cat(queries), torch.cat(texts))
 
 
-def open_image_path(qformer: QFormer, means: Tensor) -> None:
-    """Lets cross-attention hand on the whitened mean patch: value = a rotated whitening, output = identity.
+def open_image_path(qformer: QFormer, patches: Tensor) -> None:
+    """Lets cross-attention hand on the patches that it attends to: value = a rotated whitening, output = identity.
 
     Args:
-        means: `[N, V]`, each picture's patches after the Q-Former's image norm, averaged over the patches.
+        patches: `[N, P, V]`, after the Q-Former's image norm.
     """
-    whitening = fit_whitening(means)
+    whitening = fit_whitening(patches)
     for layer in qformer.layers:
         assert isinstance(layer, Layer)
         if layer.cross is not None:
-            rotation = nn.init.orthogonal_(means.new_empty(qformer.width, qformer.image_width))
+            # A rotation for each layer: what later layers add does not cover what earlier ones have written.
+            rotation = nn.init.orthogonal_(patches.new_empty(qformer.width, qformer.image_width))
             weight = rotation @ whitening.matrix  # symmetric: x @ matrix is matrix @ x
             layer.cross.value.weight.data.copy_(weight)
             layer.cross.value.bias.data.copy_(-weight @ whitening.mean)
@@ -85,36 +93,56 @@ def open_image_path(qformer: QFormer, means: Tensor) -> None:
         layer.query_ffn.narrow.bias.data.mul_(FFN_SHARE)
 
 
-def mean_text_rows(qformer: QFormer, tokens: Tensor, valid: Tensor) -> Tensor:
-    """Each text's mean row as it enters each layer, the text alone: `[B, T]` -> `[layers, B, D]`."""
-    share = valid.float() / valid.float().sum(1, keepdim=True)
-    text, found = qformer.embed_text(tokens), []
-    for layer in qformer.layers:
-        found.append((text.float() * share[..., None]).sum(1))
-        _, text, _ = layer(None, text, None, unimodal_mask(0, valid), None)
-    return torch.stack(found)
+def place_queries(qformer: QFormer, patches: Tensor) -> None:
+    """Makes each query begin at its own cell of a grid over the picture, in every head of every cross-attention.
 
-
-def speak_as_text(qformer: QFormer, means: Tensor, rows: Tensor, penalty: float = 30.0) -> None:
-    """In every second layer that crosses, value = ridge regression from the whitened mean patch to the mean text row.
-
-    The prediction is scaled to a variance of 1, as large as what the other layers hand on.
+    A linear map can read from the feature of a patch where in the picture it is, and from a query row which query it
+    is. These two maps, to Q numbers each, become the first weights of the keys and of the queries, so that a logit is
+    large where query n meets a patch of cell n. Changes nothing where a head is narrower than Q.
 
     Args:
-        means: `[N, V]`, as for `open_image_path`, which comes first.
-        rows: `[layers, N, D]`, of `mean_text_rows`.
-        penalty: of the ridge, in pictures.
+        patches: `[N, P, V]`, after the Q-Former's image norm.
     """
-    whitening = fit_whitening(means)
-    seen = ((means - whitening.mean) @ whitening.matrix).double()
-    gram = seen.T @ seen + penalty * torch.eye(seen.shape[1], dtype=seen.dtype, device=seen.device)
-    crossing = [n for n, layer in enumerate(qformer.layers) if layer.cross is not None]
-    for n in crossing[::2]:
-        wanted = rows[n].double() - rows[n].double().mean(0)
-        weight = torch.linalg.solve(gram, seen.T @ wanted)
-        weight = (whitening.matrix.double() @ (weight / (seen @ weight).std())).to(means.dtype)  # [V, D]
-        cross: Any = qformer.layers[n].cross
-        set_linear(cross.value, weight, -whitening.mean @ weight)
+    count, pictures = qformer.queries.shape[1], len(patches)
+    cells = grid_cells(patches.shape[1], count).to(patches)
+    where = ridge(patches.flatten(0, 1), cells.repeat(pictures, 1), penalty=100.0)
+    rows = qformer.norm(qformer.queries).expand(pictures, -1, -1)
+    own = torch.eye(count).to(patches).repeat(pictures, 1)
+    for layer in qformer.layers:
+        assert isinstance(layer, Layer)
+        asking = layer.attention(rows, layer.attention.keys_values(rows))
+        image = None
+        if layer.cross is not None:
+            width = qformer.width // layer.cross.heads
+            if count <= width:
+                factor = (SHARPNESS * width**0.5) ** 0.5  # attention divides logits by the root of the width
+                which = ridge(asking.flatten(0, 1), own, penalty=10.0)
+                for head in range(layer.cross.heads):
+                    chosen = slice(head * width, head * width + count)
+                    for linear, (weight, bias) in ((layer.cross.key, where), (layer.cross.query, which)):
+                        linear.weight.data[chosen] = (factor * weight.T).to(linear.weight)
+                        linear.bias.data[chosen] = (factor * bias).to(linear.bias)
+            image = layer.cross.keys_values(patches)
+        rows, _, _ = layer(rows, None, image, None, None)
+
+
+def grid_cells(tokens: int, queries: int) -> Tensor:
+    """Which query is to read which patch: `[P, Q]`, one 1 in a row.
+
+    The last patch tokens are a square of side x side patches, row by row. Those in front of it, like `[CLS]`, belong
+    to no cell: 1 / Q in each column.
+
+    Args:
+        tokens: P.
+        queries: Q, the cells of a grid as nearly square as Q allows.
+    """
+    side = math.isqrt(tokens)
+    down = next(n for n in range(math.isqrt(queries), 0, -1) if queries % n == 0)
+    across = queries // down
+    numbers = torch.arange(side)
+    cells = (numbers * down // side)[:, None] * across + numbers * across // side
+    front = torch.full((tokens - side * side, queries), 1 / queries)
+    return torch.cat([front, F.one_hot(cells.flatten(), queries).float()])
 
 
 def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 300.0) -> float:
@@ -140,14 +168,22 @@ def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 
 
 
 def fit_linear(layer: nn.Linear, x: Tensor, y: Tensor, penalty: float) -> float:
-    """Ridge regression `x [N, in]` -> `y [N, out]` on centred data, as the layer's weight and bias; returns R2."""
+    """Ridge regression `x [N, in]` -> `y [N, out]` as the layer's weight and bias; returns R2."""
+    weight, bias = ridge(x, y, penalty)
+    set_linear(layer, weight, bias)
+    y = y.double()
+    errors = y - (x.double() @ weight + bias)
+    return float(1 - errors.square().sum() / (y - y.mean(0)).square().sum())
+
+
+def ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Ridge regression `x [N, in]` -> `y [N, out]` on centred data: weight `[in, out]` and bias `[out]`, fp64."""
     x, y = x.double(), y.double()
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
     gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(gram, x.T @ y)
-    set_linear(layer, weight, mean_y - mean_x @ weight)
-    return float(1 - (y - x @ weight).square().sum() / y.square().sum())
+    return weight, mean_y - mean_x @ weight
 
 
 def set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
@@ -162,12 +198,43 @@ def mean_query_output(qformer: QFormer, patches: Tensor) -> Tensor:
 
 
 def warm_start_stage2(model: Stage2, pairs: Iterable[Pair]) -> float:
-    """`align_projection` on the given pictures and captions; returns its R2. The Q-Former holds stage 1's weights."""
+    """`shrink_self_attention`, then `align_projection` on the given pictures and captions; returns its R2.
+
+    The Q-Former holds stage 1's weights.
+    """
+    shrink_self_attention(model.qformer)
     queries, captions = [], []
     for patches, texts in pairs:
         queries.append(mean_query_output(model.qformer, patches))
         captions += texts
     return align_projection(model, torch.cat(queries), captions)
+
+
+def alignment_texts(model: Stage2, records: Sequence[Record]) -> tuple[dict[str, str], Tensor]:
+    """What `Stage2.alignment` compares the soft prompts with.
+
+    Returns:
+        The longest caption of each picture, by the picture's id, because it says most of the picture, and a soft token
+        that is to be two words becomes neither. And the ids that they have; without records (shards, whose captions
+        are not known before) all of the vocabulary.
+    """
+    longest = {record.id: max(record.captions, key=len) for record in records}
+    if longest:
+        return longest, model.first_tokens(list(longest.values())).unique()
+    return longest, torch.arange(len(model.language.tokenizer), device=model.projection.weight.device)
+
+
+def shrink_self_attention(qformer: QFormer) -> None:
+    """Lets what self-attention adds to the queries begin at `SELF_ATTENTION_SHARE`.
+
+    After stage 1 queries attend to each other nearly uniformly, and what this adds, the same vector to all of them, is
+    larger than the row that it is added to. Each layer so draws the queries together. In stage 2 no text shares these
+    weights, and training is free to make them larger again.
+    """
+    for layer in qformer.layers:
+        assert isinstance(layer, Layer)
+        layer.attention.out.weight.data.mul_(SELF_ATTENTION_SHARE)
+        layer.attention.out.bias.data.mul_(SELF_ATTENTION_SHARE)
 
 
 def align_projection(model: Stage2, queries: Tensor, captions: Sequence[str], penalty: float = 10.0) -> float:

@@ -75,7 +75,7 @@ def convert(
         ]
     checkpoint = _without_adapters(checkpoint)
     if to != "openblip2":
-        checkpoint = _with_ready_encoder(_without_scale(checkpoint, f"{source}", to))
+        checkpoint = _with_ready_encoder(checkpoint)
     if to == "lavis":
         return _to_lavis(checkpoint, out)
     writer = {"openblip2": _to_openblip2, "hf": _to_huggingface, "projected": _to_projected}[to]
@@ -170,28 +170,6 @@ def _without_adapters(checkpoint: Checkpoint) -> Checkpoint:
     if not isinstance(model, Stage2):
         return checkpoint
     return replace(checkpoint, parts=replace(checkpoint.parts, language=model.language))
-
-
-def _without_scale(checkpoint: Checkpoint, source: str, to: str) -> Checkpoint:
-    """The same with `qformer.self_attention_scale` multiplied into the weights; other formats have no such factor.
-
-    Raises:
-        UserError: of stage 1, whose text rows share those weights and are not scaled.
-    """
-    settings, scale = checkpoint.settings, checkpoint.settings.qformer.self_attention_scale
-    if scale == 1.0:
-        return checkpoint
-    if settings.stage == "stage1":
-        raise UserError(
-            f"{source}: qformer.self_attention_scale={scale:g} of a stage-1 run has no place in --to {to}: "
-            "text and queries share the weights that it would be multiplied into; --to openblip2 and onnx keep it"
-        )
-    trained = {
-        name: tensor * scale if ".attention.out." in name else tensor for name, tensor in checkpoint.trained.items()
-    }
-    settings = replace(settings, qformer=replace(settings.qformer, self_attention_scale=1.0))
-    note = f"qformer.self_attention_scale={scale:g}: multiplied into the weights"
-    return replace(checkpoint, settings=settings, trained=trained, left_out=(*checkpoint.left_out, note))
 
 
 def _with_ready_encoder(checkpoint: Checkpoint) -> Checkpoint:

@@ -14,6 +14,7 @@ COLUMNS = {
     "itc": ("Image-text contrast (ITC)", "loss"),
     "itm": ("Image-text matching (ITM)", "loss"),
     "itg": ("Captions from the Q-Former (ITG)", "loss"),
+    "alignment": ("Soft prompt against the caption's embeddings (alignment)", "loss"),
     "lm": ("Captions from the language model", "loss"),
     "grad_norm": ("Norm of the gradient", "norm"),
     "lr": ("Learning rate", "rate"),

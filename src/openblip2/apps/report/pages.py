@@ -52,7 +52,7 @@ def write_report(
         settings=[read_json(log.with_name("config.json"))["settings"] for log in (stage1_log, stage2_log)],
         charts={
             "Stage 1": charts(read_log(stage1_log), ("itc", "itm", "itg")),
-            "Stage 2": charts(read_log(stage2_log), ("lm",)),
+            "Stage 2": charts(read_log(stage2_log), ("alignment", "lm")),
         },
     )
 

@@ -132,6 +132,7 @@ def stage2_losses(
     features: Tensor | None = None,
     question: tuple[Tensor, Tensor] | None = None,
     generator: torch.Generator | None = None,
+    candidates: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """`Stage2.losses` of the joined batch, at most `chunk` pairs at a time; gradients must be enabled.
 
@@ -142,7 +143,9 @@ def stage2_losses(
     most = max(shared.counts)
     if chunk >= most:
         options: dict[str, Any] = {"images": images, "features": features, "question": question}
-        return joined_batch.stage2_losses(model, prompts, captions, generator=generator, **options)
+        return joined_batch.stage2_losses(
+            model, prompts, captions, generator=generator, candidates=candidates, **options
+        )
     draws = joined_batch.joined_splits(shared, generator)
     gradients = Gradients(model)
     total, scored = torch.zeros((), device=model.projection.weight.device), 0
@@ -154,6 +157,7 @@ def stage2_losses(
             prompts[rows],
             captions[rows],
             draws[rows],
+            candidates,
             images=None if images is None else images[rows],
             features=None if features is None else features[rows],
             question=None if question is None else (question[0][rows], question[1][rows]),
@@ -162,7 +166,7 @@ def stage2_losses(
         total, scored = total + loss.detach() * count, scored + count
     tokens = share(1, scored)
     every = scored if tokens.one else tokens.sums[0] / len(tokens.counts)
-    return gradients.attach({"lm": total / every}, over=every)
+    return gradients.attach({"lm" if candidates is None else "alignment": total / every}, over=every)
 
 
 class Gradients:
