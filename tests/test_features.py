@@ -127,7 +127,7 @@ def truth(records: Sequence[Record]) -> Tensor:
 
 
 def assert_same_features(kept: Tensor, wanted: Tensor) -> None:
-    """In fp16. An encoder's last bit depends on how many pictures it is given at once, and with it the last one here."""
+    """In fp16: an encoder's last bit depends on how many pictures it is given at once."""
     torch.testing.assert_close(kept, wanted.half(), rtol=2e-3, atol=1e-3)
 
 
