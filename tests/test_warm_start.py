@@ -89,7 +89,8 @@ def test_each_query_begins_at_its_own_cell_in_every_head() -> None:
         output = model.query_output(patches)
     cells = grid_cells(37, 4)
     for cross in crossing:
-        (weights,) = cross.watched or ()
+        assert cross.watched is not None
+        (weights,) = cross.watched
         own = (weights * (cells.T == 1)).sum(-1)  # [N, H, Q]: share of attention on the own cell; uniform: 0.24
         assert own.mean() > 0.6
         assert own.mean((0, 1)).min() > 0.5
