@@ -248,3 +248,13 @@ class Prefetcher:
             return batch
         images, features = (None if part is None else part.pin_memory() for part in (batch.images, batch.features))
         return replace(batch, images=images, features=features)
+
+
+def drawn_prompts(prompts: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
+    """One of the prompts for each of our `count` captions, drawn for the joined batch."""
+    if len(prompts) == 1:
+        return [prompts[0]] * count
+    # For the joined batch, so that prompts do not depend on the number of processes.
+    shared = share(count)
+    drawn = torch.randint(len(prompts), (shared.total,), generator=generator)[shared.own]
+    return [prompts[int(n)] for n in drawn]

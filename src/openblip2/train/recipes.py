@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from openblip2.config import RunSettings
-from openblip2.data.batches import PairBatch, Prefetcher, joined_ids
+from openblip2.data.batches import PairBatch, Prefetcher, drawn_prompts, joined_ids
 from openblip2.data.records import Record
 from openblip2.data.tokens import QFormerTokens, question_tokens
 from openblip2.data.trained_on import data_digest, write_trained_on
 from openblip2.data.web.mixture import Part
-from openblip2.distributed.collectives import is_first, share
+from openblip2.distributed.collectives import is_first
 from openblip2.distributed.data_parallel import shard
 from openblip2.distributed.launch import first_process_first
 from openblip2.errors import UserError
@@ -220,9 +220,11 @@ def _stage2(
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
         draws = joint_draws(settings.train.seed, number)
-        questions = [form.replace("{}", question) for question in batch.questions or ()]
-        asked = questions or drawn_prompts(prompts, len(batch.captions), draws)
         aligns, captions = number < aligned, batch.captions  # for VQA the answers
+        # Not `or`: a process may have no rows of a batch of questions.
+        asked = [form.replace("{}", question) for question in batch.questions or ()]
+        if batch.questions is None:
+            asked = drawn_prompts(prompts, len(captions), draws)
         if aligns and batch.names:
             captions = [longest.get(name, own) for name, own in zip(batch.names, captions, strict=True)]
         return losses_of(
@@ -246,16 +248,6 @@ def _stage2(
 def bad_signs(settings: RunSettings, rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each thing in a run's log that `openblip2 doctor` finds bad."""
     return [one.in_words() for one in findings(settings, rows) if one.level == "bad"]
-
-
-def drawn_prompts(prompts: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
-    """One of the prompts for each of our `count` captions, drawn for the joined batch."""
-    if len(prompts) == 1:
-        return [prompts[0]] * count
-    # For the joined batch, so that prompts do not depend on the number of processes.
-    shared = share(count)
-    drawn = torch.randint(len(prompts), (shared.total,), generator=generator)[shared.own]
-    return [prompts[int(n)] for n in drawn]
 
 
 def prefetched(data: Prepared, settings: RunSettings) -> Batches:
