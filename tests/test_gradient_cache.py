@@ -269,7 +269,7 @@ def test_graphs_take_the_memory_of_a_chunk() -> None:
 def test_alignment_in_chunks_is_that_of_the_whole_batch(chunk: int) -> None:
     model = Stage2(tiny.qformer(vocabulary=0, dropout=0.0), tiny_models.language("llama"), None).train()
     tiny.redraw(model.projection)
-    given: dict[str, Any] = {"features": tiny.features(), "candidates": model.first_tokens(CAPTIONS).unique()}
+    given: dict[str, Any] = {"features": tiny.features(), "words": model.word_table(CAPTIONS)}
     whole = stepped(model, model.losses(PROMPTS, CAPTIONS, **given))
     found = stepped(model, stage2_losses(model, chunk, PROMPTS, CAPTIONS, **given))
     assert list(found[0]) == ["alignment"]

@@ -5,8 +5,8 @@ Fine-tuned for VQA the question goes into the Q-Former, too (section 4.3, figure
 Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, D Q-Former width, L LLM width, T tokens.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,17 @@ from openblip2.model.stage1 import see
 from openblip2.model.token_rows import template_ids, text_ids
 from openblip2.model.vision import Vision
 
-# Logit of a soft token that lies on a token's embedding, against one that lies as far away as embeddings are apart.
+# Logit of a soft token that lies on a word's embedding, against one that lies as far away as embeddings are apart.
 SHARPNESS = 5.0
 
 Question = tuple[Tensor, Tensor]  # the Q-Former's tokens [B, T] int64, and which of them are real [B, T] bool
+
+
+class WordTable(NamedTuple):
+    """Words with their numbers, and an embedding of each, `[N, L]`; number 0 is ""."""
+
+    numbers: dict[str, int]
+    embeddings: Tensor
 
 
 class Stage2(nn.Module):
@@ -52,7 +59,7 @@ class Stage2(nn.Module):
         features: Tensor | None = None,
         question: Question | None = None,
         generator: torch.Generator | None = None,
-        candidates: Tensor | None = None,
+        words: WordTable | None = None,
     ) -> dict[str, Tensor]:
         """Language-modelling loss of `captions` after the soft visual prompt and the text `prompts`, B of each.
 
@@ -65,62 +72,68 @@ class Stage2(nn.Module):
             features: `[B, P, V]`.
             question: see `query_output`.
             generator: draws where an encoder-decoder's captions are split, on the CPU; None = torch's own.
-            candidates: with them, `alignment` in place of the language-modelling loss.
+            words: with them, `alignment` in place of the language-modelling loss.
         """
         draws = torch.rand(len(captions), generator=generator).tolist()
         given: dict[str, Any] = {"images": images, "features": features, "question": question}
-        loss, _ = self.scored(prompts, captions, draws, candidates, **given)
-        return {"lm" if candidates is None else "alignment": loss}
+        loss, _ = self.scored(prompts, captions, draws, words, **given)
+        return {"lm" if words is None else "alignment": loss}
 
     def scored(
         self,
         prompts: Sequence[str],
         captions: Sequence[str],
         draws: Sequence[float] | None = None,
-        candidates: Tensor | None = None,
+        words: WordTable | None = None,
         **given: Any,
     ) -> tuple[Tensor, int]:
         """The mean over the tokens with a target, and how many they are; `draws` as in `EncoderDecoderLM.scored`.
 
-        With `candidates` it is that of `alignment`.
+        With `words` it is that of `alignment`.
         """
         soft = self.soft_prompt(**given)
-        if candidates is not None:
-            return self.alignment(soft, captions, candidates)
+        if words is not None:
+            return self.alignment(soft, captions, words)
         return self.language.scored(soft, prompts, captions, draws)
 
-    def first_tokens(self, captions: Sequence[str]) -> Tensor:
-        """What the soft prompt is aligned with: the first Q ids of each caption, `[B, Q]` int64.
+    def first_words(self, caption: str) -> list[str]:
+        """The words that the Q soft tokens are aligned with; "" in place of those that a short caption lacks."""
+        count = self.qformer.queries.shape[1]
+        return (caption.split() + [""] * count)[:count]
 
-        A shorter caption is followed by what comes after the picture in the template, or by END: the same id again and
-        again.
+    @torch.no_grad()
+    def word_table(self, captions: Iterable[str]) -> WordTable:
+        """The words of captions and their embeddings, for `alignment`.
+
+        A word's embedding is the mean of its tokens'. "" is what comes after the picture in the template, or END.
         """
-        language, count = self.language, self.qformer.queries.shape[1]
+        language, device = self.language, self.projection.weight.device
         after = template_ids(language.tokenizer, language.template.split("{image}")[1].format(prompt=""))
-        rest = [(after or language.end)[0]] * count
-        rows = [(text_ids(language.tokenizer, " " + caption) + rest)[:count] for caption in captions]
-        ids = torch.tensor(rows, dtype=torch.int64, device=self.projection.weight.device)
-        return ids.reshape(-1, count)  # a process may have no captions
+        words = sorted({word for caption in captions for word in self.first_words(caption)} - {""})
+        ids = [[(after or language.end)[0]], *(text_ids(language.tokenizer, f" {word}") for word in words)]
+        embed: Any = language.llm.get_input_embeddings()
+        means = [embed(torch.tensor(row, device=device)).float().mean(0) for row in ids]
+        return WordTable({word: n for n, word in enumerate(["", *words])}, torch.stack(means))
 
-    def alignment(self, soft: Tensor, captions: Sequence[str], candidates: Tensor) -> tuple[Tensor, int]:
+    def alignment(self, soft: Tensor, captions: Sequence[str], table: WordTable) -> tuple[Tensor, int]:
         """How far the soft prompt is from the captions' own words, and how many soft tokens that is the mean of.
 
-        Not in the paper. Soft token k is compared with the input embedding of the caption's token k: the mean squared
-        distance, and the cross-entropy of finding that token among the candidates by its distance. The language model
-        does not run, so that a step takes a small part of the time of one with it. It reads such a soft prompt as it
-        reads the caption itself.
+        Not in the paper. Soft token k is compared with the embedding of the caption's word k: the mean squared
+        distance, and the cross-entropy of finding that word in the table by its distance. The language model does not
+        run, so that a step takes a small part of the time of one with it. It reads such a soft prompt as it reads the
+        caption itself.
 
         Args:
             soft: `[B, Q, L]`.
             captions: B texts.
-            candidates: `[N]`, sorted ids, all those that captions have. Those of one batch are too few: its captions
-                are of like length and often of one form, and nothing would tell one form from another.
+            table: of all words that captions have. Those of one batch are too few: its captions are often of one form,
+                and nothing would tell one form from another. A word that is not in it counts as "".
         """
-        wanted = torch.searchsorted(candidates, self.first_tokens(captions)).clamp(max=len(candidates) - 1)
-        embeddings = self.language.llm.get_input_embeddings()(candidates).float()  # pyright: ignore
+        rows = [[table.numbers.get(word, 0) for word in self.first_words(caption)] for caption in captions]
+        wanted = torch.tensor(rows, device=soft.device)
         # With the mean taken off, and in units of their variance, the embeddings of all language models are alike.
-        embeddings = embeddings - (mean := embeddings.mean(0))
-        unit = embeddings.square().sum(1).mean().clamp(min=torch.finfo(torch.float32).tiny)  # 0 for a single candidate
+        embeddings = table.embeddings - (mean := table.embeddings.mean(0))
+        unit = embeddings.square().sum(1).mean().clamp(min=torch.finfo(torch.float32).tiny)  # 0 for a single word
         distances = torch.cdist(soft.float() - mean, embeddings[None]).square() / unit
         found = F.cross_entropy(-SHARPNESS * distances.flatten(0, 1), wanted.flatten())
         return found + distances.gather(2, wanted[..., None]).mean(), wanted.numel()

@@ -176,6 +176,10 @@ def prepare_shards(
     """
     if settings.task not in ("pretraining", "caption", "retrieval"):
         raise UserError(f"{settings.task} is not trained on shards, which hold captions: give --data with questions")
+    if settings.stage2.lm_start_step:
+        raise UserError(
+            "stage2.lm_start_step needs all captions before the first step, and those of shards are unknown"
+        )
     if settings.data.features:
         raise UserError("--features is of records: the pictures of shards are encoded as they come")
     _require_a_pair_for_each_process(settings)

@@ -53,7 +53,7 @@ from openblip2.train.start import (
     start_from_stage1,
     tokenizer_to_start,
 )
-from openblip2.train.warm_start import alignment_texts, warm_start_stage1, warm_start_stage2
+from openblip2.train.warm_start import warm_start_stage1, warm_start_stage2
 
 Batches = Callable[[int], PairBatch]
 
@@ -212,25 +212,26 @@ def _stage2(
             progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
     if is_first():
         write_config(run, settings, model.qformer.sizes)
-    prompts, form = settings.language.prompts, settings.language.question
+    wording = settings.language
     losses_of = step_losses(model, settings.train.chunk)
+    # A soft token that is to be two words becomes neither: so the longest caption of each picture, which says most.
     aligned = settings.stage2.lm_start_step * settings.train.accumulate
-    longest, candidates = alignment_texts(model, data.records) if aligned else ({}, None)
+    longest = {record.id: max(record.captions, key=len) for record in data.records} if aligned else {}
+    words = model.word_table(longest.values()) if aligned else None
 
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
         draws = joint_draws(settings.train.seed, number)
-        aligns, captions = number < aligned, batch.captions  # for VQA the answers
-        # Not `or`: a process may have no rows of a batch of questions.
-        asked = [form.replace("{}", question) for question in batch.questions or ()]
         if batch.questions is None:
-            asked = drawn_prompts(prompts, len(captions), draws)
-        if aligns and batch.names:
-            captions = [longest.get(name, own) for name, own in zip(batch.names, captions, strict=True)]
+            asked = drawn_prompts(wording.prompts, len(batch.captions), draws)
+        else:
+            asked = [wording.question.replace("{}", question) for question in batch.questions]
         return losses_of(
             asked,
-            captions,
-            candidates=candidates if aligns else None,
+            [longest[name] for name in batch.names or ()]
+            if number < aligned
+            else batch.captions,  # for VQA the answers
+            words=words if number < aligned else None,
             **on_device(batch),
             question=question_tokens(tokens, batch.questions, device()),
             generator=draws,
@@ -238,8 +239,8 @@ def _stage2(
 
     def validate() -> dict[str, Any]:
         if settings.task == "vqa":
-            return measure_answers(model, tokens, data.held_out_features(), form, settings.train.seed)
-        return grounding(model, data.held_out_features(), settings.train.seed, prompts[0])
+            return measure_answers(model, tokens, data.held_out_features(), wording.question, settings.train.seed)
+        return grounding(model, data.held_out_features(), settings.train.seed, wording.prompts[0])
 
     # Of a Q-Former that reads the question, nothing uses the question's rows of the last layer.
     return model, losses, validate, settings.qformer.question_in_qformer

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip2.data.records import Record
 from openblip2.data.tokens import QFormerTokens
 from openblip2.model.qformer import Layer, QFormer
 from openblip2.model.stage1 import Stage1
@@ -208,20 +207,6 @@ def warm_start_stage2(model: Stage2, pairs: Iterable[Pair]) -> float:
         queries.append(mean_query_output(model.qformer, patches))
         captions += texts
     return align_projection(model, torch.cat(queries), captions)
-
-
-def alignment_texts(model: Stage2, records: Sequence[Record]) -> tuple[dict[str, str], Tensor]:
-    """What `Stage2.alignment` compares the soft prompts with.
-
-    Returns:
-        The longest caption of each picture, by the picture's id, because it says most of the picture, and a soft token
-        that is to be two words becomes neither. And the ids that they have; without records (shards, whose captions
-        are not known before) all of the vocabulary.
-    """
-    longest = {record.id: max(record.captions, key=len) for record in records}
-    if longest:
-        return longest, model.first_tokens(list(longest.values())).unique()
-    return longest, torch.arange(len(model.language.tokenizer), device=model.projection.weight.device)
 
 
 def shrink_self_attention(qformer: QFormer) -> None:

@@ -27,7 +27,7 @@ from openblip2.model.fast import joined_batch
 from openblip2.model.objectives import HardNegatives, decorrelation, matching
 from openblip2.model.qformer import Cache, Memory
 from openblip2.model.stage1 import OBJECTIVES, Pairs, Stage1, itm_pairs, see
-from openblip2.model.stage2 import Stage2
+from openblip2.model.stage2 import Stage2, WordTable
 
 
 def stage1_losses(
@@ -132,7 +132,7 @@ def stage2_losses(
     features: Tensor | None = None,
     question: tuple[Tensor, Tensor] | None = None,
     generator: torch.Generator | None = None,
-    candidates: Tensor | None = None,
+    words: WordTable | None = None,
 ) -> dict[str, Tensor]:
     """`Stage2.losses` of the joined batch, at most `chunk` pairs at a time; gradients must be enabled.
 
@@ -143,9 +143,7 @@ def stage2_losses(
     most = max(shared.counts)
     if chunk >= most:
         options: dict[str, Any] = {"images": images, "features": features, "question": question}
-        return joined_batch.stage2_losses(
-            model, prompts, captions, generator=generator, candidates=candidates, **options
-        )
+        return joined_batch.stage2_losses(model, prompts, captions, generator=generator, words=words, **options)
     draws = joined_batch.joined_splits(shared, generator)
     gradients = Gradients(model)
     total, scored = torch.zeros((), device=model.projection.weight.device), 0
@@ -157,7 +155,7 @@ def stage2_losses(
             prompts[rows],
             captions[rows],
             draws[rows],
-            candidates,
+            words,
             images=None if images is None else images[rows],
             features=None if features is None else features[rows],
             question=None if question is None else (question[0][rows], question[1][rows]),
@@ -166,7 +164,7 @@ def stage2_losses(
         total, scored = total + loss.detach() * count, scored + count
     tokens = share(1, scored)
     every = scored if tokens.one else tokens.sums[0] / len(tokens.counts)
-    return gradients.attach({"lm" if candidates is None else "alignment": total / every}, over=every)
+    return gradients.attach({"lm" if words is None else "alignment": total / every}, over=every)
 
 
 class Gradients:

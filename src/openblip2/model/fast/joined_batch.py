@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from openblip2.distributed.collectives import Share, fetch, gather, plan, share, transpose, world_size
 from openblip2.model.objectives import Contrast, HardNegatives, decorrelation, hard_negatives, matching, same_image
 from openblip2.model.stage1 import OBJECTIVES, Stage1, in_order, itm_pairs, see
-from openblip2.model.stage2 import Stage2
+from openblip2.model.stage2 import Stage2, WordTable
 
 
 def stage1_losses(
@@ -145,7 +145,7 @@ def stage2_losses(
     captions: Sequence[str],
     *,
     generator: torch.Generator | None = None,
-    candidates: Tensor | None = None,
+    words: WordTable | None = None,
     **given: Any,
 ) -> dict[str, Tensor]:
     """This process' part of `Stage2.losses` of the joined batch; it may have no rows.
@@ -153,11 +153,9 @@ def stage2_losses(
     Arguments as for `Stage2.losses`; the generator is in the same state in all processes.
     """
     draws = joined_splits(share(len(captions)), generator)
-    loss, count = scored(model, prompts, captions, draws, candidates, **given)
+    loss, count = scored(model, prompts, captions, draws, words, **given)
     shared = share(1, count)
-    return {
-        "lm" if candidates is None else "alignment": loss if shared.one else shared.weigh(loss, count, shared.sums[0])
-    }
+    return {"lm" if words is None else "alignment": loss if shared.one else shared.weigh(loss, count, shared.sums[0])}
 
 
 def joined_splits(shared: Share, generator: torch.Generator | None) -> list[float]:
@@ -170,7 +168,7 @@ def scored(
     prompts: Sequence[str],
     captions: Sequence[str],
     draws: Sequence[float],
-    candidates: Tensor | None,
+    words: WordTable | None,
     images: Tensor | None = None,
     features: Tensor | None = None,
     question: tuple[Tensor, Tensor] | None = None,
@@ -180,10 +178,10 @@ def scored(
     A language model that is sharded over processes must run in all of them.
     """
     if captions:
-        return model.scored(prompts, captions, draws, candidates, images=images, features=features, question=question)
+        return model.scored(prompts, captions, draws, words, images=images, features=features, question=question)
     images, features = (None if part is None else part.new_zeros(1, *part.shape[1:]) for part in (images, features))
     if question is not None:
         token = torch.zeros(1, 1, dtype=torch.int64, device=model.projection.weight.device)
         question = token, torch.ones_like(token, dtype=torch.bool)
-    loss, _ = model.scored([""], ["a"], [0.0], candidates, images=images, features=features, question=question)
+    loss, _ = model.scored([""], ["a"], [0.0], words, images=images, features=features, question=question)
     return loss * 0.0, 0
