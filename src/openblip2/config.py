@@ -92,7 +92,7 @@ class Stage2Settings:
     """The objective of stage 2 (paper 3.2): language modelling."""
 
     # Ours, 0 = the paper: so many steps first train the soft prompt to be the embeddings of the caption's words
-    # (`Stage2.alignment`). The language model does not run in them, so they take a fifth of the time.
+    # (`Stage2.alignment`). The language model does not run in them: in the demo they take a ninth of the time.
     lm_start_step: Natural = 0
 
 
