@@ -95,6 +95,14 @@ def test_captions_are_cut_and_filled_with_what_follows_the_picture() -> None:
     assert list(model.word_table([]).numbers) == [""]
 
 
+def test_a_word_without_tokens_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = stage2()
+    monkeypatch.setattr("openblip2.model.stage2.text_ids", lambda _, text: [] if "red" in text else [7])
+    table = model.word_table(["a red dog"])
+    assert list(table.numbers) == ["", "a", "dog"]
+    assert model.alignment(torch.zeros(1, Q, L), ["a red dog"], table)[0].isfinite()
+
+
 @pytest.mark.parametrize("kind", tiny_models.MODELS)
 def test_alignment_trains_without_running_the_language_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, patches = stage2(kind, dropout=0.0).train(), tiny.features()

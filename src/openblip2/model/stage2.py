@@ -105,15 +105,17 @@ class Stage2(nn.Module):
     def word_table(self, captions: Iterable[str]) -> WordTable:
         """The words of captions and their embeddings, for `alignment`.
 
-        A word's embedding is the mean of its tokens'. "" is what comes after the picture in the template, or END.
+        A word's embedding is the mean of its tokens'; a word without tokens is left out. "" is what comes after the
+        picture in the template, or END.
         """
         language, device = self.language, self.projection.weight.device
         after = template_ids(language.tokenizer, language.template.split("{image}")[1].format(prompt=""))
         words = sorted({word for caption in captions for word in self.first_words(caption)} - {""})
-        ids = [[(after or language.end)[0]], *(text_ids(language.tokenizer, f" {word}") for word in words)]
+        found = {word: text_ids(language.tokenizer, f" {word}") for word in words}
+        found = {"": [(after or language.end)[0]]} | {word: ids for word, ids in found.items() if ids}
         embed: Any = language.llm.get_input_embeddings()
-        means = [embed(torch.tensor(row, device=device)).float().mean(0) for row in ids]
-        return WordTable({word: n for n, word in enumerate(["", *words])}, torch.stack(means))
+        means = [embed(torch.tensor(row, device=device)).float().mean(0) for row in found.values()]
+        return WordTable({word: n for n, word in enumerate(found)}, torch.stack(means))
 
     def alignment(self, soft: Tensor, captions: Sequence[str], table: WordTable) -> tuple[Tensor, int]:
         """How far the soft prompt is from the captions' own words, and how many soft tokens that is the mean of.

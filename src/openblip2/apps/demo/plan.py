@@ -37,7 +37,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.batch": 12,
             "train.steps": 1320,
             "optim.min_lr": 5e-5,
-            # A step before this one takes a tenth of the time of one after it.
+            # A step before this one takes a ninth of the time of one after it.
             "stage2.lm_start_step": 1200,
             "train.validate_every": 300,
             "train.checkpoint_every": 300,
