@@ -197,6 +197,16 @@ class RunSettings:
     )
     warm_start: bool = False  # ours: closed-form start before the first step (train/warm_start.py)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the Q-Former has a text path, and so a tokenizer."""
+        return self.stage == "stage1" or self.qformer.question_in_qformer
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the Q-Former reads the language model's prompt, as InstructBLIP's does; after VQA, the question."""
+        return self.qformer.question_in_qformer and self.task == "pretraining"
+
 
 def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
     """The same settings with some changed, by dotted name; text values are read as their field's type.

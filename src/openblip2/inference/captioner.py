@@ -50,7 +50,7 @@ class Captioner(Pretrained):
         measured: Mapping[str, Any] | None = None,
         tokens: QFormerTokens | None = None,
     ) -> None:
-        """`tokens`: where the Q-Former reads questions (fine-tuned for VQA)."""
+        """`tokens`: where the Q-Former reads questions (fine-tuned for VQA) or prompts (InstructBLIP)."""
         super().__init__(model, settings, carries, measured, tokens.tokenizer if tokens else None)
         self.tokens = tokens
 
@@ -60,7 +60,11 @@ class Captioner(Pretrained):
         """One caption for each picture; None for a picture that cannot be opened, which a warning names.
 
         Args:
-            prompt: Text after the soft prompt; None = the one of training.
+            prompt: Text after the soft prompt, which the Q-Former of an InstructBLIP reads, too; None = the one of
+                training.
+
+        Raises:
+            UserError: a prompt that is longer than the Q-Former reads, or a run whose Q-Former reads questions.
         """
         prompt = self.settings.language.prompts[0] if prompt is None else prompt
         return each_readable(images, lambda some, numbers: self.generate(some, [prompt] * len(some), decoding))
@@ -74,7 +78,7 @@ class Captioner(Pretrained):
         opened, which a warning names.
 
         Raises:
-            UserError: an empty question, one of more than 50 words, or not as many as pictures.
+            UserError: as `read_questions`, or not as many questions as pictures.
         """
         require_pairs(images, questions, "questions")
         prompts, asked = self.read_questions(questions)
@@ -85,18 +89,44 @@ class Captioner(Pretrained):
 
         return each_readable(images, write)
 
-    def read_questions(self, questions: Sequence[str]) -> tuple[list[str], list[str] | None]:
-        """Prompts that ask the questions, and the questions for a Q-Former that reads them, as `generate` takes them.
+    def read_questions(self, questions: Sequence[str], form: str | None = None) -> tuple[list[str], list[str] | None]:
+        """Prompts that ask the questions, and the texts for a Q-Former that reads some, as `generate` takes them.
+
+        Questions are cleaned, as in training for VQA. An InstructBLIP gets them as they are written, and its Q-Former
+        reads the prompts.
+
+        Args:
+            form: how a question is put, with `{}` for its words; None = the run's `language.question`.
 
         Raises:
-            UserError: an empty question, or one of more than 50 words.
+            UserError: an empty question, one of more than 50 words, or a prompt that is longer than the Q-Former reads.
         """
-        asked = clean_texts(questions, clean_question)
+        if as_written := self.settings.reads_prompts:
+            asked = [question.strip() for question in questions]
+            if "" in asked:
+                raise UserError("an empty question: ask something in words")
+        else:
+            asked = clean_texts(questions, clean_question)
         warn_unknown(
             self.tokens.tokenizer if self.tokens else self.model.language.tokenizer, list(dict.fromkeys(asked))
         )
-        form = self.settings.language.question
-        return [form.replace("{}", question) for question in asked], asked if self.tokens else None
+        form = self.settings.language.question if form is None else form
+        prompts = [form.replace("{}", question) for question in asked]
+        if as_written:
+            self.require_readable(prompts)
+        return prompts, prompts if as_written else asked if self.tokens else None
+
+    def require_readable(self, prompts: Sequence[str]) -> None:
+        """Checks that the Q-Former of an InstructBLIP can read these prompts to their end; others read none.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self.tokens and self.settings.reads_prompts and (long := self.tokens.too_long(prompts)):
+            begins = prompts[long[0]][:40]
+            raise UserError(
+                f"prompt {begins!r}... is too long: the Q-Former reads at most {self.tokens.longest} tokens; shorten it"
+            )
 
     def ask(self, image: Picture, questions: Sequence[str], decoding: Decoding = ANSWER) -> list[str]:
         """Answers to many questions about one picture, which is looked at once.
@@ -121,9 +151,10 @@ class Captioner(Pretrained):
     ) -> tuple[Tensor, Tensor]:
         """All that the language model reads for picture n and prompt n: `[N, T, L]` and mask `[N, T]`, on the CPU.
 
-        What another program needs to write the text with the language model alone.
+        What another program needs to write the text with the language model alone; `questions` as for `generate`.
         """
         require_pairs(images, prompts, "prompts")
+        questions = self._asked(prompts, questions)
         soft = self.soft_prompt(images, questions).to(next(self.model.parameters()).device)
         with torch.inference_mode():
             embeds, mask = self.model.language.embed(soft, prompts)
@@ -144,12 +175,15 @@ class Captioner(Pretrained):
 
         Args:
             questions: one for each picture, where the Q-Former reads them: then a picture that repeats goes through
-                the encoder once in each group of 32, and through the Q-Former with each question.
+                the encoder once in each group of 32, and through the Q-Former with each question. None = the prompts,
+                for an InstructBLIP.
             at_once: texts that are written together, where no questions are read and `inputs.group_of` is not 1.
 
         Raises:
-            UserError: a picture that cannot be opened; no questions where they are read, or some where they are not.
+            UserError: a picture that cannot be opened; no questions where they are read, or some where they are not;
+                a prompt that is longer than the Q-Former of an InstructBLIP reads.
         """
+        questions = self._asked(prompts, questions)
         self._require_questions(images, questions)
         if questions is not None:
             return self._generate_asked(images, prompts, decoding, questions)
@@ -207,6 +241,13 @@ class Captioner(Pretrained):
             read = self._read(questions[start : start + len(part)] if questions else None)
             yield self.model.query_output(features=part, question=read)
             start += len(part)
+
+    def _asked(self, prompts: Sequence[str], questions: Sequence[str] | None) -> Sequence[str] | None:
+        """The questions; the prompts, where the Q-Former reads those and there are no questions."""
+        if questions is None and self.settings.reads_prompts:
+            self.require_readable(prompts)
+            return prompts
+        return questions
 
     def _read(self, questions: Sequence[str] | None) -> tuple[Tensor, Tensor] | None:
         return question_tokens(self.tokens, questions, self.model.projection.weight.device)

@@ -57,8 +57,7 @@ def read_trained(
         checkpoint = replace(checkpoint, settings=settings)
     where = torch.device(device) if device else hardware.device()
     model, settings = assemble(checkpoint, where, precision or checkpoint.settings.train.precision)
-    reads_text = settings.stage == "stage1" or settings.qformer.question_in_qformer
-    tokens = QFormerTokens(find_tokenizer(checkpoint), settings.data.max_tokens) if reads_text else None
+    tokens = QFormerTokens(find_tokenizer(checkpoint), settings.data.max_tokens) if settings.reads_text else None
     return Trained(model, settings, carried(checkpoint), checkpoint.measured, tokens)
 
 
@@ -68,7 +67,7 @@ class Pretrained(ABC):
     Args:
         carries: frozen parts ("vision", "language") that no name leads to: saving writes them along.
         measured: what the last validation found, for the model card.
-        tokenizer: the Q-Former's, of a stage 1.
+        tokenizer: the Q-Former's, where it reads text.
     """
 
     model_class: ClassVar[type[Stage1 | Stage2]]
