@@ -1,5 +1,6 @@
 """InstructBLIP of transformers: the same numbers and texts here, there and back, and what cannot be used."""
 
+import copy
 import io
 import json
 import re
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +20,6 @@ from typer.testing import CliRunner
 import openblip2
 import tiny
 import tiny_blip2
-import tiny_models
 import tiny_runs
 from openblip2.apps.serve.engine import Engine
 from openblip2.apps.serve.jobs import Served, Write
@@ -32,15 +33,29 @@ from openblip2.inference.chat import Chat
 from openblip2.model.language import Decoding
 from openblip2.presets import fine_tuning
 from openblip2.progress import Progress
-from openblip2.runs import read_settings
 from openblip2.train.recipes import train_stage
-from test_parity import CAPTIONS, DECODINGS, MOST, PICTURES, PROMPTS, B, Generators, close, close_gradients, padded, rows
+from openblip2.weights.checkpoint import Parts
+from openblip2.weights.run import read_run
+from openblip2.weights.source import _FILES
+from test_parity import (
+    CAPTIONS,
+    DECODINGS,
+    MOST,
+    PICTURES,
+    PROMPTS,
+    B,
+    Generators,
+    close,
+    close_gradients,
+    padded,
+    rows,
+)
 from test_parity import parameter_name as blip2_name
 from tiny_blip2 import IMAGE, POSITIONS, pixel_values
 
 Q = tiny.Q
 KINDS = ("opt", "llama", "t5")
-SHORT = greedy(Decoding(max_new_tokens=6))
+SHORT = greedy(Decoding(max_new_tokens=6, min_new_tokens=0))
 QUESTION = "What colour is the red dog?"  # with a capital: an instruction is read as it is written
 DEFAULT = "A short image description:"
 
@@ -108,7 +123,8 @@ def test_features_queries_and_soft_prompts(both: Generators) -> None:
     tokens, valid = read(PROMPTS).values()
     assert not valid.all(), "no prompt is padded"
     assert ours.vision is not None
-    close(ours.vision(PICTURES), theirs.vision_model(pixel_values(PICTURES), output_hidden_states=True).hidden_states[-1])
+    tower = theirs.vision_model(pixel_values(PICTURES), output_hidden_states=True)
+    close(ours.vision(PICTURES), tower.hidden_states[-1])
     queries = ours.query_output(images=PICTURES, question=(tokens, valid.bool()))
     close(queries, seen.qformer_outputs.last_hidden_state[:, :Q])
     close(both.captioner.soft_prompt(pictures(), PROMPTS), seen.pooler_output)
@@ -121,12 +137,15 @@ def test_loss_and_gradients(both: Generators) -> None:
     tokens, valid = read(PROMPTS).values()
     loss = ours.losses(PROMPTS, CAPTIONS, images=PICTURES, question=(tokens, valid.bool()))["lm"]
     given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    theirs = both.theirs(pixel_values(PICTURES), **read(PROMPTS), **given)
-    close(loss, theirs.loss)
+    # Of T5, whose attention is not scaled, two results in float32 are 1e-5 apart and each half of that from float64's.
+    exact = both.kind == "t5"
+    model = copy.deepcopy(both.theirs).double() if exact else both.theirs
+    their_loss = model(pixel_values(PICTURES).to(model.dtype), **read(PROMPTS), **given).loss
+    close(loss, their_loss)
     names = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
     assert "qformer.word_embeddings.weight" in names
-    expected = {name: both.theirs.get_parameter(parameter_name(name)) for name in names}
-    close_gradients(loss, ours, theirs.loss, expected)
+    expected = {name: model.get_parameter(parameter_name(name)) for name in names}
+    close_gradients(loss, ours, their_loss, expected)
 
 
 def test_texts_in_batches(both: Generators) -> None:
@@ -153,6 +172,7 @@ def test_each_way_to_ask_gives_the_prompt_to_the_qformer(both: Generators, home:
     embeds, _ = captioner.embed(pictures(1), [QUESTION])
     soft = captioner.soft_prompt(pictures(1), [QUESTION])
     assert any(torch.equal(embeds[0, n : n + Q], soft[0]) for n in range(embeds.shape[1] - Q + 1))
+    assert torch.equal(captioner.soft_prompt(pictures(2)), captioner.soft_prompt(pictures(2), [DEFAULT] * 2))
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
@@ -221,7 +241,7 @@ def test_there_and_back_is_bit_equal(home: Path, tmp_path: Path, kind: str, dtyp
     for name in ("architectures", "model_type", "num_query_tokens", "image_token_index"):
         assert after[name] == config[name], name
     assert after["vision_config"]["model_type"] == config["vision_config"]["model_type"]
-    assert after["qformer_config"] == config["qformer_config"] | {"dtype": after["qformer_config"].get("dtype")}
+    assert {**after["qformer_config"], "dtype": None} == {**config["qformer_config"], "dtype": None}
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
@@ -254,7 +274,8 @@ def test_fine_tuning_for_vqa_begins_with_it_and_becomes_one(home: Path, tmp_path
     (tmp_path / "data" / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     records, _ = read_records(tmp_path / "data", "questions")
     run = str(home / "llama-run")
-    settings = fine_tuning("vqa", "laptop", read_settings(Path(run)), run)
+    start = read_run(Path(run), Parts()).settings
+    settings = fine_tuning("vqa", "laptop", start, run)
     changes = {"train.steps": 2, "train.batch": 4, "train.precision": "fp32", "data.held_out": 0.25, "optim.warmup": 0}
     train_stage(change(settings, changes), records, tmp_path / "tuned", Progress(quiet=True))
     before, after = (load_file(folder / "model.safetensors") for folder in (Path(run), tmp_path / "tuned"))
@@ -274,7 +295,7 @@ def test_fine_tuning_for_vqa_begins_with_it_and_becomes_one(home: Path, tmp_path
     assert back.answer(pictures(3), ["What colour is it?"] * 3, SHORT) == answers
     with pytest.raises(UserError, match="answers questions"):
         back.caption(pictures(1))
-    caption = change(fine_tuning("caption", "laptop", read_settings(Path(run)), run), changes)
+    caption = change(fine_tuning("caption", "laptop", start, run), changes)
     with pytest.raises(UserError, match="question_in_qformer=true is for vqa, here is caption"):
         train_stage(caption, records, tmp_path / "caption", Progress(quiet=True))
 
@@ -321,6 +342,7 @@ def test_folders_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
     told(config(lambda c: c.update(num_query_tokens=4)), "num_query_tokens is 4", f"has {Q} queries")
     told(config(lambda c: c.pop("num_query_tokens")), "num_query_tokens is 32", f"has {Q} queries")
     told(config(lambda c: c.update(num_query_tokens=4), "processor_config.json"), "processor_config.json", "is 4")
+    told(lambda f: tiny_blip2.tokenizer("llama").save_pretrained(f), "no token '<image>'", "InstructBlipProcessor")
     told(keys(lambda t: t.pop("qformer.embeddings.layernorm.bias")), "missing: qformer.embeddings.layernorm.bias")
     told(keys(lambda t: t.update({"qformer.layernorm.bias": torch.ones(2)})), "qformer.layernorm.bias")
     told(keys(lambda t: t.pop("qformer.encoder.layer.1.intermediate.dense.bias")), "layer.1.intermediate.dense.bias")
@@ -353,8 +375,8 @@ def test_what_no_other_format_holds(home: Path, tmp_path: Path) -> None:
     for target, out in (("lavis", "x.pth"), ("onnx", "x.onnx"), ("projected", "x")):
         with pytest.raises(UserError, match=f"reads questions, for which --to {target} has no place"):
             openblip2.convert(home / "llama-run", tmp_path / out, target)
-    encoder = tiny_runs.vision(tmp_path / "vit")
-    vision = openblip2.load_vision(str(encoder), -1)
-    with pytest.raises(UserError, match="24 wide|features"):
-        openblip2.convert(home / "llama-run", tmp_path / "x", "hf", vision=vision)
-    assert not (tmp_path / "x").exists()
+
+
+def test_the_second_tokenizer_comes_from_the_hub() -> None:
+    files = [f"qformer_tokenizer/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")]
+    assert list(filter_repo_objects([*files, "model.bin"], allow_patterns=_FILES)) == files

@@ -140,7 +140,8 @@ class Captioner(Pretrained):
     def soft_prompt(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> Tensor:
         """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU.
 
-        `questions`: one for each picture, where the Q-Former reads them.
+        `questions`: one for each picture, where the Q-Former reads them; None = the prompt of captions, for an
+        InstructBLIP.
         """
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             outputs = self._query_output(images, questions)
@@ -235,6 +236,7 @@ class Captioner(Pretrained):
         return found
 
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
+        questions = self._asked([self.settings.language.prompts[0]] * len(images), questions)
         self._require_questions(images, questions)
         start = 0
         for part in features_of(self.model, images):

@@ -112,12 +112,11 @@ def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     if settings.stage == "stage2":
         language, settings = _stored_language(checkpoint, settings)
     if not has_home(vision) or (language is not None and not fits_projection(language)):
-        why = (
-            "its Q-Former reads questions, and transformers' InstructBLIP" if reads_question else "transformers' BLIP-2"
-        )
+        why = "its Q-Former reads questions, and " * reads_question
+        family = "InstructBLIP" if reads_question else "BLIP-2"
         others = f", or take --to onnx{' or --to projected' * (language is not None)}" * (not reads_question)
         raise UserError(
-            f"{why} has no place for the image encoder {vision.encoder.config.model_type!r}"
+            f"{why}transformers' {family} has no place for the image encoder {vision.encoder.config.model_type!r}"
             f"{' with whitening' * settings.vision.whiten}, or for the width of the language model: openblip2 can "
             f"serve it{others}"
         )

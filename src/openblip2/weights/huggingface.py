@@ -74,7 +74,7 @@ def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
     _require_queries(folder, config, settings.qformer.queries)
     tokenizer = str(folder) if kind == RETRIEVAL else None
     if kind != RETRIEVAL:
-        _require_image_token(folder)
+        _require_image_token(folder, "InstructBlipProcessor" if kind == INSTRUCTED else "Blip2Processor")
     if kind == INSTRUCTED:
         settings = replace(settings, data=replace(settings.data, max_tokens=sizes["positions"]))
         tokenizer = str(folder / QFORMER_TOKENIZER)
@@ -215,11 +215,11 @@ def _tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from error
 
 
-def _require_image_token(folder: Path) -> None:
+def _require_image_token(folder: Path, processor: str) -> None:
     if IMAGE_TOKEN not in _tokenizer(folder).get_vocab():
         raise UserError(
             f"{folder / 'tokenizer.json'}: no token {IMAGE_TOKEN!r} in it, where pictures go: save the folder again "
-            "with a Blip2Processor, which adds it"
+            f"with the {processor}, which adds it"
         )
 
 
