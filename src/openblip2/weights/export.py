@@ -108,8 +108,9 @@ def _shared(checkpoint: Checkpoint, vision: Vision, reads_text: bool) -> dict[st
     from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 
     instructed = checkpoint.settings.qformer.question_in_qformer
+    kind: Any = InstructBlipQFormerConfig if instructed else Blip2QFormerConfig
     sizes, settings = checkpoint.sizes, checkpoint.settings.qformer
-    qformer = (InstructBlipQFormerConfig if instructed else Blip2QFormerConfig)(
+    qformer = kind(
         vocab_size=sizes["vocabulary"] or 30522,
         hidden_size=sizes["width"],
         num_hidden_layers=sizes["layers"],
