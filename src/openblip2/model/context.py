@@ -15,7 +15,7 @@ def context_of(language: LanguageModel) -> int | None:
     places = getattr(language.llm.config.get_text_config(), "max_position_embeddings", None)
     if places is not None and places > 0:
         return places
-    most = language.tokenizer.model_max_length
+    most = language.tokenizer.model_max_length  # a very large number where it is unknown
     return None if most >= unlimited_length() else most
 
 

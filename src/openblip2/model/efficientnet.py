@@ -61,7 +61,7 @@ class EfficientNetLite(PreTrainedModel):
                 parts.append(Block(width, width_out, kernel, stride if n == 0 else 1, expand))
                 width = width_out
         parts += [convolution(width, config.hidden_size), Tokens()]
-        self.layers = nn.ModuleList([nn.Sequential(*parts)])
+        self.layers = nn.ModuleList([nn.Sequential(*parts)])  # `Vision` looks for the one list of layers
         self.post_init()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Block(nn.Module):
         wider = [convolution(width, inside)] if expand > 1 else []
         apart = convolution(inside, inside, kernel, stride, groups=inside)
         self.steps = nn.Sequential(*wider, apart, convolution(inside, width_out, active=False))
-        self.adds = stride == 1 and width == width_out
+        self.adds = stride == 1 and width == width_out  # as in MobileNetV2
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.steps(x) if self.adds else self.steps(x)

@@ -73,7 +73,7 @@ def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, 
     """
     tail = _tail(language, prompt, text)
     logits, _ = _read(language, soft, prompt, [tail])
-    tokens = tail[: len(tail) - len(language.end)]
+    tokens = tail[: len(tail) - len(language.end)]  # the end is predicted too, but has no text
     found: list[TokenScore] = []
     before = ""
     # There are more logits than tokens: those of the end, which is not scored.
@@ -96,7 +96,7 @@ def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[li
     labels = torch.full((len(tails), max(map(len, tails))), IGNORED)
     for row, tail in enumerate(tails):
         labels[row, : len(tail)] = torch.tensor(tail)
-    labels = labels.to(soft.device)
+    labels = labels.to(soft.device)  # [N, T]
     llm: Any = language.llm
     head = language._head(prompt, soft.shape[1])
     # The text after the last token of the head follows from its output, so that one is never left out.
@@ -109,7 +109,7 @@ def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[li
             given = language._read(text, len(tails)) if text else {"use_cache": False}
             given |= {"inputs_embeds": torch.cat([before, written.to(before.dtype)], dim=1)}
             given |= {"attention_mask": F.pad(mask, (len(text), written.shape[1]), value=1)}
-            given |= {"logits_to_keep": labels.shape[1]}
+            given |= {"logits_to_keep": labels.shape[1]}  # from the last token of the head on
         else:
             written = llm.prepare_decoder_input_ids_from_labels(labels=labels)
             given = {"inputs_embeds": before, "attention_mask": mask, "decoder_input_ids": written, "use_cache": False}

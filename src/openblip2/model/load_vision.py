@@ -125,7 +125,7 @@ def _read_preprocessing(name: str, source: str, revision: str | None) -> tuple[T
         side = fields.get("crop_size") if fields.get("do_center_crop") else fields.get("size")
         side = None if side is None else side_of(side)
         if not fields.get("do_normalize", True):
-            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), side
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), side  # the encoder takes pixels in [0, 1]
         return tuple(fields["image_mean"]), tuple(fields["image_std"]), side
     except (OSError, KeyError, TypeError) as error:
         raise UserError(

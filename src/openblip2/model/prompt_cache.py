@@ -86,7 +86,7 @@ def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[in
         output = llm.generate(
             inputs_embeds=embeds[rows, :end],
             attention_mask=mask[rows, :end],
-            max_new_tokens=1,
+            max_new_tokens=1,  # the fewest that it takes
             num_beams=1,
             do_sample=False,
             pad_token_id=pad,
@@ -119,7 +119,7 @@ class LastRead:
             with torch.inference_mode(False), torch.no_grad():
                 self.cache = read_text(llm, text)
             self.key = key
-        return deepcopy(self.cache)
+        return deepcopy(self.cache)  # a pass appends to the cache that it is given
 
 
 def with_room(llm: "PreTrainedModel", cache: DynamicCache | None, beams: int, room: int) -> DynamicCache:
@@ -179,7 +179,7 @@ class Growing(DynamicLayer):
         if stop > self.stores[0].shape[2]:
             self._reserve(self.keys, self.values, 1)
         for store, new in zip(self.stores, (key_states, value_states), strict=True):
-            store[:, :, start:stop] = new
+            store[:, :, start:stop] = new  # in place: nothing is copied
         self.keys, self.values = (store[:, :, :stop] for store in self.stores)
         return self.keys, self.values
 
@@ -194,7 +194,7 @@ class Growing(DynamicLayer):
         rows, heads, length = keys.shape[:3]
         stores = []
         for part in (keys, values):
-            store = part.new_empty(rows, beams, heads, length + self.room, part.shape[3])
+            store = part.new_empty(rows, beams, heads, length + self.room, part.shape[3])  # [N, beams, H, T, d]
             store[:, :, :, :length] = part[:, None]
             stores.append(store.flatten(0, 1))
         self.stores = tuple(stores)

@@ -48,6 +48,6 @@ def relevance(score: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """
     found: list[Tensor] = []
     for weight, gradient in zip(weights, torch.autograd.grad(score, list(weights), retain_graph=True), strict=True):
-        more = gradient - (weight * gradient).sum(dim=-1, keepdim=True)
-        found.append((weight * more.clamp(min=0)).sum(dim=(1, 2)))
+        more = gradient - (weight * gradient).sum(dim=-1, keepdim=True)  # times the weight: the gradient at its logit
+        found.append((weight * more.clamp(min=0)).sum(dim=(1, 2)))  # over heads and queries: [B, P]
     return torch.stack(found).sum(dim=0).detach()

@@ -134,7 +134,7 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
         "num_attention_heads": 6,  # only in the graph's reshapes
         "patch_size": patch,
         "image_size": patch * round(grid.shape[1] ** 0.5),
-        "use_mask_token": False,
+        "use_mask_token": False,  # for pre-training only
         "dtype": "float32",
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -151,14 +151,14 @@ def _efficientnet_from_pth(source: Path, folder: Path) -> None:
     from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
     from openblip2.runs import write_json
 
-    tensors = torch.load(source, map_location="cpu", weights_only=True)
+    tensors = torch.load(source, map_location="cpu", weights_only=True)  # runs no code of the file
     names = [name for name in tensors if not name.endswith("num_batches_tracked")]
     model = EfficientNetLite(EfficientNetLiteConfig())
     places = [place for place, name in enumerate(names) if tensors[name].ndim == 4]
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     for convolution, place in zip(convolutions, places, strict=True):
         kernel, scale, offset, mean, variance = (tensors[name].double() for name in names[place : place + 5])
-        scale = scale / (variance + EFFICIENTNET_EPS).sqrt()
+        scale = scale / (variance + EFFICIENTNET_EPS).sqrt()  # y = (x - mean) * scale + offset
         assert convolution.weight.shape == kernel.shape
         assert convolution.bias is not None
         convolution.weight.data.copy_(kernel * scale[:, None, None, None])
@@ -194,7 +194,7 @@ DINOV2_PREPROCESSING: dict[str, object] = {
     "image_processor_type": "BitImageProcessor",
     "do_resize": True,
     "size": {"shortest_edge": 256},
-    "resample": 3,
+    "resample": 3,  # bicubic
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
     "do_rescale": True,

@@ -172,7 +172,7 @@ def open_batches(
         for start in range(0, len(records), BATCH):
             part = records[start : start + BATCH]
             opening.append((part, threads.map(open_one, part)))
-            if len(opening) > 1:
+            if len(opening) > 1:  # the one after it is being opened
                 first, opened = opening.popleft()
                 yield first, list(opened)
         for part, opened in opening:
@@ -277,9 +277,9 @@ def weights_of(vision: Vision) -> str:
     shaping = {name: value for name, value in config.to_dict().items() if name in _SHAPING}
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
     for name, weight in sorted(vision.encoder.state_dict().items()):
-        digest.update(name.encode())
+        digest.update(name.encode())  # so that equal tensors under other names differ
         digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]  # 64 bits are enough to tell encoders apart
 
 
 def free_bytes(folder: Path) -> int:

@@ -116,7 +116,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["rate"]
                 optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # also after a bad step, whose gradients must not be added to the next
             # A bad step counts, too: the number of the next batch and the learning rate depend on it.
             done = count_step(done, settings.accumulate, bool(is_bad))
             if is_bad:

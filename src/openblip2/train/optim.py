@@ -56,7 +56,7 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, in one fused pass over the parameters."""
     groups = parameter_groups(trained, settings.weight_decay, rates)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)  # paper 3.4
 
 
 def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:

@@ -35,7 +35,7 @@ def save_trained(model: nn.Module, path: Path) -> None:
         # One by one: a parameter in pieces (FSDP2) is gathered in all processes, and only the first has room for all.
         full = full_tensor(parameter).cpu().contiguous()
         if is_first():
-            weights[name] = full
+            weights[name] = full  # the other processes only take part in gathering it
     if is_first():
         write_tensors(weights, path)
 

@@ -125,7 +125,7 @@ def read_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     Raises:
         UserError: it does not fit the model.
     """
-    load_trained(model, folder / "model.safetensors")
+    load_trained(model, folder / "model.safetensors")  # strict: a wrong checkpoint ends here
     parameters = trained_parameters(model)
     for key, value in read_tensors(folder / "optimizer.safetensors").items():
         name, _, part = key.rpartition(":")
