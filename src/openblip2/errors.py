@@ -2,6 +2,9 @@
 
 import importlib.util
 import re
+from pathlib import Path
+
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 class UserError(ValueError):
@@ -40,6 +43,26 @@ def one_line(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it needs the Python code of its own repository, which openblip2 never runs"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def refuse_lfs_pointer(path: str | Path, start: bytes | None = None) -> None:
+    """Refuses the small text that git leaves in place of a file that is stored with git-LFS.
+
+    Args:
+        path: a file, or its name where `start` is given.
+        start: its first bytes, if they are already read.
+
+    Raises:
+        UserError: it is such a text.
+    """
+    if start is None:
+        try:
+            with open(path, "rb") as file:
+                start = file.read(len(_LFS))
+        except OSError:  # whoever opens it says so
+            return
+    if start.startswith(_LFS):
+        raise UserError(f"{path}: is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
 
 
 def require(what: str, extra: str, *packages: str) -> None:

@@ -256,8 +256,7 @@ def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
 def cleaned(record: Record) -> Record:
     """A record with its texts as models learn them."""
     questions = tuple(
-        replace(q, text=clean_question(q.text), answers=tuple(map(clean_answer, q.given)))
-        for q in record.questions
+        replace(q, text=clean_question(q.text), answers=tuple(map(clean_answer, q.given))) for q in record.questions
     )
     return replace(record, captions=tuple(clean_caption(c) for c in record.captions), questions=questions)
 
