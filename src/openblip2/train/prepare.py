@@ -200,6 +200,7 @@ def prepare_shards(
     progress.say(f"{samples:,} samples of {sum(len(p.shards) for p in counted):,} shards")
     # Few enough to be decoded now, so that validation always has the same pictures.
     progress.doing("encoding what is held out")
+    name_wordy_texts(held_out, run, progress)
     held, problems = openable([cleaned(record) for record in held_out], settings.vision.image_size)
     skip(*problems)
     if len(held) < 2:

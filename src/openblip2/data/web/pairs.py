@@ -24,7 +24,7 @@ from torch import Tensor
 
 from openblip2.data.batches import PairBatch, pair_ids
 from openblip2.data.images import PictureFile, augment, to_pixels
-from openblip2.data.text import clean_caption
+from openblip2.data.text import MAX_WORDS, clean_caption
 from openblip2.data.web.mixture import Part, find_reader, sample_captions, sample_picture
 from openblip2.data.web.shard_order import Order, Spot, Turns, generator
 from openblip2.data.web.tars import Shard
@@ -207,13 +207,18 @@ class ShardPairs:
             if sample is not None:
                 name = f"{shard.url}: {sample.key}.{sample.suffix}"
                 random = generator(self.seed, "sample", part, position)
-                texts = [text for text in map(clean_caption, sample_captions(sample, reader)) if text]
+                texts = [text for one in sample_captions(sample, reader) if (text := clean_caption(one, len(one)))]
                 try:
                     if not texts:
                         raise UserError(f"{name}: has no caption; text beside it")
                     text = texts[int(torch.rand((), generator=random).item() * len(texts))]
                     image = PictureFile(sample.image, name)
                     pixels = augment(image, self.size, random) if self.augmented else to_pixels([image], self.size)[0]
+                    if (words := len(text.split())) > MAX_WORDS:
+                        self.shards.problem(
+                            f"{name}: the last {words - MAX_WORDS} words of a caption, beyond {MAX_WORDS}"
+                        )
+                        text = clean_caption(text)
                     return DrawnSample(pixels, text, sample_picture(sample, reader, shard.url), name)
                 except UserError as error:
                     self.shards.problem(str(error))
