@@ -166,7 +166,7 @@ class DataSettings:
     # Shards of a set that are read side by side, a sample from each in turn: shards are shuffled over the whole set,
     # samples within their shard. Processes whose number divides this one read no shard twice (data/web/shard_order.py).
     open_shards: Count = 16
-    augment: bool = True  # random crop and flip each step; False: frozen features are computed once and reused
+    augment: bool = True  # random crop and flip (not of texts with left or right); False: features are computed once
     negations: Annotated[float, Field(ge=0, le=1)] = 1.0  # ours, of vqa: share of the questions with "not" that is kept
     balance: bool = False  # ours, of vqa: yes and no come equally often to the same words (data/samples.py)
     features: str = ""  # ours: a cache that `openblip2 features` wrote; `--features` sets it

@@ -115,11 +115,17 @@ def to_pixels(pictures: Sequence[Picture], size: int) -> torch.Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
 
 
-def augment(picture: Picture, size: int, generator: torch.Generator) -> torch.Tensor:
+def augment(picture: Picture, size: int, generator: torch.Generator, mirror: bool | None = None) -> torch.Tensor:
     """The training transform of the paper for one image, uint8 `[3, S, S]` in 0..255.
 
     A random crop with 0.5 to 1.0 of the area and an aspect ratio of 3/4 to 4/3, resized to S x S px (bicubic), and
     flipped horizontally with probability 0.5. The same state of `generator` gives the same pixels.
+
+    Args:
+        picture: as in `open_picture`.
+        size: S.
+        generator: of the crop and the flip.
+        mirror: whether to flip it; None = by chance, as in the paper.
 
     Raises:
         UserError: as `open_picture`.
@@ -128,7 +134,8 @@ def augment(picture: Picture, size: int, generator: torch.Generator) -> torch.Te
 
     image = _opened(picture, at_least=3 * size)
     image = image.crop(random_crop(image.width, image.height, generator))
-    if torch.rand((), generator=generator).item() < 0.5:
+    flipped = torch.rand((), generator=generator).item() < 0.5
+    if flipped if mirror is None else mirror:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(_resized(image, size)).permute(2, 0, 1).contiguous()
 

@@ -70,6 +70,11 @@ class Record:
     questions: tuple[Question, ...] = ()
     facts: dict[str, Any] | None = None
 
+    @property
+    def texts(self) -> list[str]:
+        """Its captions, and its questions with all their answers."""
+        return [*self.captions, *(text for q in self.questions for text in (q.text, *q.given))]
+
 
 def read_records(source: Path, wanted: Wanted = "captions") -> tuple[list[Record], list[str]]:
     """The records of a source in its order, and one line "where: what is wrong; what would be right" per skipped row.

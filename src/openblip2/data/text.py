@@ -1,11 +1,14 @@
 """Text as BLIP-2 is trained on it: lower case, without most punctuation, at most 50 words; answers as annotated."""
 
 import re
+from collections.abc import Iterable
 
 MAX_WORDS = 50
 _PUNCTUATION = '.!"()*#:;~'
 _TO_SPACES = str.maketrans(_PUNCTUATION, " " * len(_PUNCTUATION))
 _REMOVED = re.compile(rf"(?<!\d)[{re.escape(_PUNCTUATION)}]|[{re.escape(_PUNCTUATION)}](?!\d)")
+
+_SIDE = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
 def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
@@ -38,6 +41,11 @@ def clean_answer(text: str) -> str:
     Source: the authors' `COCOVQADataset`, which leaves answers alone, and the official VQA score (`VQAEval`).
     """
     return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def names_side(texts: Iterable[str]) -> bool:
+    """Whether a text says left or right, which a mirrored picture makes wrong (English alone)."""
+    return any(map(_SIDE.search, texts))
 
 
 def _fold(text: str, max_words: int) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from openblip2.data.batches import PairBatch, pair_ids
 from openblip2.data.images import PictureFile, augment, to_pixels
-from openblip2.data.text import MAX_WORDS, clean_caption
+from openblip2.data.text import MAX_WORDS, clean_caption, names_side
 from openblip2.data.web.mixture import Part, find_reader, sample_captions, sample_picture
 from openblip2.data.web.shard_order import Order, Spot, Turns, generator
 from openblip2.data.web.tars import Shard
@@ -144,7 +144,7 @@ class ShardPairs:
         size: S.
         lanes: shards of a part that are read side by side (`data.open_shards`).
         problem: called once with each sample, image or shard that is skipped, by any thread.
-        augmented: whether to crop at random.
+        augmented: whether to crop and flip at random; a picture whose texts say left or right is not flipped.
         part: (r, N): which rows of a batch are ours. All parts together do not depend on N.
         threads: that decode images; the batches do not depend on them.
     """
@@ -213,7 +213,11 @@ class ShardPairs:
                         raise UserError(f"{name}: has no caption; text beside it")
                     text = texts[int(torch.rand((), generator=random).item() * len(texts))]
                     image = PictureFile(sample.image, name)
-                    pixels = augment(image, self.size, random) if self.augmented else to_pixels([image], self.size)[0]
+                    mirror = False if names_side(texts) else None
+                    if self.augmented:
+                        pixels = augment(image, self.size, random, mirror)
+                    else:
+                        pixels = to_pixels([image], self.size)[0]
                     if (words := len(text.split())) > MAX_WORDS:
                         self.shards.problem(
                             f"{name}: the last {words - MAX_WORDS} words of a caption, beyond {MAX_WORDS}"
