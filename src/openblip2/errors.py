@@ -1,6 +1,7 @@
 """The exceptions that are part of the interface, and the check for optional packages."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -49,12 +50,17 @@ def refuse_lfs_pointer(path: str | Path, start: bytes | None = None) -> None:
     """Refuses the small text that git leaves in place of a file that is stored with git-LFS.
 
     Args:
-        path: a file, or its name where `start` is given.
-        start: its first bytes, if they are already read.
+        path: a file, or a folder whose files are looked at, or a name where `start` is given.
+        start: the file's first bytes, if they are already read.
 
     Raises:
         UserError: it is such a text.
     """
+    if start is None and os.path.isdir(path):
+        for name in sorted(os.listdir(path)):
+            if os.path.isfile(inside := os.path.join(path, name)):
+                refuse_lfs_pointer(inside)
+        return
     if start is None:
         try:
             with open(path, "rb") as file:
