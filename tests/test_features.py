@@ -219,7 +219,7 @@ def test_views_are_random_crops_that_do_not_change(records: list[Record], tmp_pa
     assert torch.equal(stored.take(range(20)), plain)
     numbers, views = [17, 2, 2], [1, 0, 2]
     drawn = [
-        augment(stored.records[n].image, S, crop_generator(5, stored.records[n].id, v))
+        augment(stored.records[n].image, S, crop_generator(5, stored.records[n].id, v), mirror=v == 1)
         for n, v in zip(numbers, views, strict=True)
     ]
     assert torch.allclose(stored.take(numbers, views).float(), features_of(torch.stack(drawn)), rtol=1e-3, atol=1e-3)
@@ -247,6 +247,25 @@ def test_a_batch_draws_a_view_of_each_picture_by_its_number(records: list[Record
     plain = FeaturePairs(stored, Captions(stored.records), 6, seed=2)(4).features
     assert plain is not None
     assert {owners[row.numpy().tobytes()][1] for row in plain} == {0}
+
+
+def test_texts_with_left_or_right_get_views_that_are_not_mirrored(records: list[Record], tmp_path: Path) -> None:
+    records = [
+        replace(r, captions=("a dog to the Left of a cat", "a dog")) if n % 2 else r for n, r in enumerate(records)
+    ]
+    stored, _ = find_records(records, build(records, tmp_path / "cache", crops=4), lambda features: features)
+    owners = {}
+    for view in range(4):
+        values = stored.take(range(20), [view] * 20)
+        owners |= {row.numpy().tobytes(): (picture, view) for picture, row in enumerate(values)}
+    pairs = FeaturePairs(stored, Captions(stored.records), 6, seed=2, drawn=True)
+    drawn: dict[bool, set[int]] = {True: set(), False: set()}
+    for number in range(12):
+        features = pairs(number).features
+        assert features is not None
+        for picture, view in (owners[row.numpy().tobytes()] for row in features):
+            drawn["Left" in stored.records[picture].captions[0]].add(view)
+    assert drawn == {True: {0, 2}, False: {0, 1, 2, 3}}
 
 
 def shorten(path: Path) -> None:

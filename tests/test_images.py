@@ -4,6 +4,7 @@ import io
 import math
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 from PIL import Image
 
 from openblip2.data import images
+from openblip2.data.batches import ImagePairs
 from openblip2.data.images import Picture, augment, open_picture, random_crop, to_pixels
+from openblip2.data.records import Question, Record
+from openblip2.data.samples import Captions
 from openblip2.errors import UserError
 
 WIDTH, HEIGHT, SIDE = 13, 7, 5
@@ -408,6 +412,28 @@ def test_crops_are_of_the_papers_area_and_ratio_and_half_are_mirrored() -> None:
     assert min(box[2] for box in boxes) < 0.02
     assert max(box[3] for box in boxes) > 0.98
     assert 0.42 < np.mean([box[4] for box in boxes]) < 0.58
+
+
+TEXTS = {
+    "caption": Record("r", Path("r.png"), ("a dog", "a dog, right of a cat")),
+    "question": Record("r", Path("r.png"), ("a dog",), (Question("what is on the LEFT?", "cat", "open"),)),
+    "answer": Record(
+        "r", Path("r.png"), ("a dog",), (Question("where?", "at home", "open", ("at home", "left-hand")),)
+    ),
+    "none": Record("r", Path("r.png"), ("an upright cleft", "bright copyright")),
+}
+
+
+@pytest.mark.parametrize("where", TEXTS)
+def test_a_picture_whose_texts_say_left_or_right_is_not_mirrored(where: str, tmp_path: Path) -> None:
+    smooth(320, 240).save(tmp_path / "r.png")
+    record = replace(TEXTS[where], image=tmp_path / "r.png")
+    pairs = ImagePairs([record], Captions([record]), 1, 0, 48, pytest.fail)
+    images = [pairs(number).images for number in range(30)]
+    mirrored = [seen_box(image[0], 320, 240)[4] for image in images if image is not None]
+    assert len(mirrored) == 30
+    assert (sum(mirrored) > 5) == (where == "none")
+    assert any(mirrored) == (where == "none")
 
 
 def test_the_generator_decides() -> None:

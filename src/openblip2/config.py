@@ -165,7 +165,7 @@ class DataSettings:
     # Number of shards that are read at the same time, one sample from each in turn. If the number of processes divides
     # it, no shard is read by two processes (data/web/shard_order.py).
     open_shards: Count = 16
-    augment: bool = True  # random crop and flip in each step; False: frozen features are computed once and reused
+    augment: bool = True  # random crop and flip (not of texts with left or right); False: features are computed once
     negations: Annotated[float, Field(ge=0, le=1)] = 1.0  # ours, vqa: share of the questions with "not" to keep
     balance: bool = False  # ours, vqa: show each question as often with yes as with no (data/samples.py)
     features: str = ""  # ours: a cache that `openblip2 features` wrote; `--features` sets it

@@ -1,7 +1,11 @@
 """The exceptions that are part of the interface, and the check for optional packages."""
 
 import importlib.util
+import os
 import re
+from pathlib import Path
+
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 class UserError(ValueError):
@@ -40,6 +44,31 @@ def one_line(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it needs the Python code of its own repository, which openblip2 never runs"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def refuse_lfs_pointer(path: str | Path, start: bytes | None = None) -> None:
+    """Refuses the small text that git leaves in place of a file that is stored with git-LFS.
+
+    Args:
+        path: a file, or a folder whose files are looked at, or a name where `start` is given.
+        start: the file's first bytes, if they are already read.
+
+    Raises:
+        UserError: it is such a text.
+    """
+    if start is None and os.path.isdir(path):
+        for name in sorted(os.listdir(path)):
+            if os.path.isfile(inside := os.path.join(path, name)):
+                refuse_lfs_pointer(inside)
+        return
+    if start is None:
+        try:
+            with open(path, "rb") as file:
+                start = file.read(len(_LFS))
+        except OSError:  # whoever opens it says so
+            return
+    if start.startswith(_LFS):
+        raise UserError(f"{path}: is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
 
 
 def require(what: str, extra: str, *packages: str) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from openblip2.compat import __version__
 from openblip2.config import RunSettings, from_dict, to_dict
 from openblip2.distributed.collectives import is_first
-from openblip2.errors import UserError
+from openblip2.errors import UserError, refuse_lfs_pointer
 
 # Parts that had another name when a run wrote its weights: old name -> today's.
 RENAMED = {
@@ -168,6 +168,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except ValueError as error:
+        refuse_lfs_pointer(path)
         raise UserError(f"{path}: not JSON ({error})") from error
 
 
@@ -188,6 +189,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
+        refuse_lfs_pointer(path)
         raise UserError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
     for old, new in RENAMED.items():
         tensors = {new + name[len(old) :] if name.startswith(old) else name: part for name, part in tensors.items()}

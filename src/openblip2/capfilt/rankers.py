@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from openblip2.compat import quiet_transformers
 from openblip2.data.images import PictureFile, open_picture, to_pixels
-from openblip2.errors import UserError, one_line
+from openblip2.errors import UserError, one_line, refuse_lfs_pointer
 from openblip2.evaluate.ranking import text_vectors
 from openblip2.hardware import computing, device
 from openblip2.inference.matcher import Matcher
@@ -88,6 +88,7 @@ class ClipRanker:
         from safetensors import SafetensorError
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+        refuse_lfs_pointer(folder)
         try:
             with quiet_transformers():
                 model, report = load_in(AutoModel, str(folder), torch.float32, use_safetensors=True)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, refuse_lfs_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,18 @@ THREADS = min(8, os.cpu_count() or 1)  # that open images in parallel
 # Pillow reads more formats (documents, PostScript with an external program), which are not safe for files from the web.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
+# By suffix: files of these formats, and pictures that have to be converted first.
+PICTURE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".pjpeg", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp"}
+    | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif"}
+)
+UNREADABLE = frozenset(
+    {".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"}
+    | {".orf", ".rw2", ".pef", ".srw"}
+)
+if not features.check("avif"):
+    PICTURE_SUFFIXES, UNREADABLE = PICTURE_SUFFIXES - {".avif"}, UNREADABLE | {".avif"}
+
 _ORIENTATION = 0x0112  # the EXIF tag; below, its values and the transformations that make the image upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,6 +69,17 @@ _UPRIGHT = {
 CROP_AREA = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_TRIES = 10
+
+
+def left_out(names: Iterable[str]) -> list[str]:
+    """One line for each kind of pictures among files that has to be converted before it can be read."""
+    counts = Counter(suffix for name in names if (suffix := os.path.splitext(name)[1].lower()) in UNREADABLE)
+    return [
+        f"1 {suffix} file is left out; convert it to JPEG"
+        if count == 1
+        else f"{count:,} {suffix} files are left out; convert them to JPEG"
+        for suffix, count in sorted(counts.items())
+    ]
 
 
 def open_picture(picture: Picture) -> Image.Image:
@@ -90,11 +115,17 @@ def to_pixels(pictures: Sequence[Picture], size: int) -> torch.Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
 
 
-def augment(picture: Picture, size: int, generator: torch.Generator) -> torch.Tensor:
+def augment(picture: Picture, size: int, generator: torch.Generator, mirror: bool | None = None) -> torch.Tensor:
     """The training transform of the paper for one image, uint8 `[3, S, S]` in 0..255.
 
     A random crop with 0.5 to 1.0 of the area and an aspect ratio of 3/4 to 4/3, resized to S x S px (bicubic), and
     flipped horizontally with probability 0.5. The same state of `generator` gives the same pixels.
+
+    Args:
+        picture: as in `open_picture`.
+        size: S.
+        generator: of the crop and the flip.
+        mirror: whether to flip it; None = by chance, as in the paper.
 
     Raises:
         UserError: as `open_picture`.
@@ -103,7 +134,8 @@ def augment(picture: Picture, size: int, generator: torch.Generator) -> torch.Te
 
     image = _opened(picture, at_least=3 * size)
     image = image.crop(random_crop(image.width, image.height, generator))
-    if torch.rand((), generator=generator).item() < 0.5:
+    flipped = torch.rand((), generator=generator).item() < 0.5
+    if flipped if mirror is None else mirror:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(_resized(image, size)).permute(2, 0, 1).contiguous()
 
@@ -155,6 +187,8 @@ def _opened(picture: Picture, at_least: int | None) -> Image.Image:
 
 
 def _from_file(path: Path, at_least: int | None) -> Image.Image:
+    if re.match("https?:/", str(path)):
+        raise UserError(f"{path}: is an address, and pictures are not downloaded; give the path of a downloaded file")
     try:
         if not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
@@ -176,6 +210,10 @@ def _from_stream(file: Any, name: str, at_least: int | None) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{name}: has too many pixels; a picture of at most {MAX_PIXELS:,}") from error
     except Exception as error:  # Pillow's parsers raise exceptions of any type
+        file.seek(0)
+        refuse_lfs_pointer(name, file.read(64))
+        if left_out([name]):
+            raise UserError(f"{name}: pictures of this kind cannot be read; convert it to JPEG") from error
         raise UserError(f"{name}: is not a picture that can be read; {', '.join(FORMATS)}") from error
     _check_pixels(image.width, image.height, name)
     if at_least is not None:

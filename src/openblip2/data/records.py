@@ -2,12 +2,15 @@
 
 Four sources are read:
 
-- a folder with `records.jsonl` (what `write_records` writes);
+- a folder with `records.jsonl` (what `write_records` writes), or `metadata.jsonl`, `metadata.csv`, `captions.txt`;
 - a `.jsonl` file, one object a line: `{"image": "cat.jpg", "caption": "a cat"}`, or `"captions": [...]`, or
   `"question"` with `"answer"` (or `"answers"`, one per annotator), or `"questions": [{"text": ..., "answer": ...,
   "kind": ..., "answers": [...]}]`, and optionally `"id"` and `"facts"`;
-- a `.csv` or `.tsv` file whose first line names the columns `image` and `caption`, or `image`, `question`, `answer`;
+- a `.csv` or `.tsv` file or similar, whose first line names the columns `image` and `caption`, or `image`, `question`,
+  `answer`;
 - a folder of images, also in subfolders, each with a `.txt` of the same name, one caption per line.
+
+Columns and keys may also have the names in `rows.SYNONYMS`, as other tools write them.
 
 Whether a row needs captions or questions depends on the task. Image paths are relative to the folder of the file and
 must be inside it. Rows with the same image, or the same id if there are ids, become one record with all their captions
@@ -29,6 +32,7 @@ from openblip2.runs import write_text
 
 QUESTION_KINDS = ("open", "yes/no", "number")
 Wanted = Literal["captions", "questions"]
+_FOLDERS = ("", "Images", "images", "flickr30k_images")
 _WANTED = {"captions": "a caption", "questions": "a question and its answer"}
 
 
@@ -65,6 +69,11 @@ class Record:
     captions: tuple[str, ...]
     questions: tuple[Question, ...] = ()
     facts: dict[str, Any] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """Its captions, and its questions with all their answers."""
+        return [*self.captions, *(text for q in self.questions for text in (q.text, *q.given))]
 
 
 def read_records(source: Path, wanted: Wanted = "captions") -> tuple[list[Record], list[str]]:
@@ -178,23 +187,34 @@ def _image(name: object, root: Path) -> Path:
     image = Path(os.path.normpath(root / str(name)))
     if not Path(os.path.abspath(image)).is_relative_to(os.path.abspath(root)):
         raise UserError(f"image {name!r} is outside the data folder; a path inside {root}")
-    if not os.path.isfile(image):  # False, where Path.is_file raises, for names that no file can have
-        raise UserError(f"image {str(name)[:200]!r} is missing; the path of a picture, relative to {root}")
-    return image
+    # Flickr8k's and Flickr30k's tables lie beside the folder of their pictures, which they do not name.
+    for folder in _FOLDERS:
+        path = os.path.normpath(root / folder / str(name))
+        if os.path.isfile(path):  # False, where Path.is_file raises, for names that no file can have
+            return Path(path)
+    shown = f"image {str(name)[:200]!r} is missing"
+    if "://" in str(name):
+        raise UserError(f"{shown}: it is an address, and pictures are not downloaded; give shards made by img2dataset")
+    if "\\" in str(name):
+        raise UserError(f"{shown}: it has a backslash; write / between folder and file")
+    raise UserError(f"{shown}; the path of a picture, relative to {root}")
 
 
 def _captions(row: dict[str, Any]) -> tuple[str, ...]:
     right = '"caption": "text", or "captions": ["text", ...]'
     if "caption" in row and "captions" in row:
         raise UserError(f'both "caption" and "captions"; {right}')
-    captions = row.get("captions", [row["caption"]] if "caption" in row else None)
-    if not isinstance(captions, list) or not captions:
+    captions = row.get("captions", row.get("caption", []))
+    captions = captions if isinstance(captions, list) else [captions]
+    if not captions:
         raise UserError(f"no caption; {right}")
     for caption in captions:
         if not _is_text(caption):
             raise UserError(f"a caption is not Unicode text; {right}")
         if not clean_caption(caption):
             raise UserError(f"the caption {caption[:40]!r} is empty; at least one word")
+        if caption.strip().lower() == "nan":
+            raise UserError(f"the caption {caption!r} is what pandas writes if there is none; leave the row out")
     return tuple(captions)
 
 

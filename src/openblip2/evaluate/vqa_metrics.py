@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from openblip2.data.records import Question
+from openblip2.data.text import clean_answer
 from openblip2.errors import UserError, require
 
 Protocol = Literal["official", "lavis"]
@@ -60,7 +61,7 @@ def vqa_normal(answer: str) -> str:
     answer is beside a space or a number has a comma ("1,000-2,000" is "10002000"); a period is deleted unless a digit
     follows.
     """
-    return _words(_without_punctuation(_one_line(answer)))
+    return _words(_without_punctuation(clean_answer(answer)))
 
 
 def vqa_scores(answers: Sequence[str], questions: Sequence[Question], protocol: Protocol = "official") -> np.ndarray:
@@ -159,9 +160,9 @@ def _vqa_score(answer: str, question: Question, protocol: Protocol) -> float:
             f"the question {question.text[:40]!r} has one person's answer and VQA accuracy leaves one out; "
             "ten answers each, or another score (exact match, GQA)"
         )
-    answer = _one_line(answer)
+    answer = clean_answer(answer)
     if protocol == "official":
-        given = [_one_line(said) for said in given]
+        given = [clean_answer(said) for said in given]
         if len(set(given)) > 1:
             given, answer = [vqa_normal(said) for said in given], vqa_normal(answer)
     else:
@@ -170,10 +171,6 @@ def _vqa_score(answer: str, question: Question, protocol: Protocol) -> float:
             given = [_without_punctuation(said) for said in given]
     same, people = given.count(answer), len(given)
     return (same * min((same - 1) / 3, 1) + (people - same) * min(same / 3, 1)) / people
-
-
-def _one_line(answer: str) -> str:
-    return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _without_punctuation(answer: str) -> str:

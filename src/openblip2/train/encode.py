@@ -33,7 +33,7 @@ from openblip2.progress import Progress
 
 BATCH = 32  # pictures that are opened together, and entries that the encoder takes together
 PLAIN = "resized to a square, bicubic"
-CROPS = f"crops of {CROP_AREA} of the area, ratio {CROP_RATIO[0]:.2f} to {CROP_RATIO[1]:.2f}, half of them mirrored"
+CROPS = f"crops of {CROP_AREA} of the area, ratio {CROP_RATIO[0]:.2f} to {CROP_RATIO[1]:.2f}, every second one mirrored"
 # What of the encoder's configuration changes its features without showing in its weights.
 _SHAPING = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "rope_theta")
 
@@ -181,7 +181,10 @@ def open_batches(
 
 def _open(record: Record, size: int, crops: int, seed: int) -> Tensor | str:
     try:
-        random_crops = [augment(record.image, size, crop_generator(seed, record.id, n))[None] for n in range(crops)]
+        # Every second one is mirrored, so that texts with left and right can be trained with the others alone.
+        random_crops = [
+            augment(record.image, size, crop_generator(seed, record.id, n), bool(n % 2))[None] for n in range(crops)
+        ]
         return torch.cat([to_pixels([record.image], size), *random_crops])
     except UserError as problem:
         return str(problem)

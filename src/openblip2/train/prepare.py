@@ -21,7 +21,7 @@ from openblip2.data.feature_cache import FeatureCache
 from openblip2.data.features import FeaturePairs, Features, StoredFeatures, find_records
 from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
-from openblip2.data.text import clean_caption, clean_question
+from openblip2.data.text import clean_answer, clean_caption, clean_question
 from openblip2.data.web import mixture
 from openblip2.data.web.mixture import Part
 from openblip2.data.web.pairs import ShardPairs
@@ -200,6 +200,7 @@ def prepare_shards(
     progress.say(f"{samples:,} samples of {sum(len(p.shards) for p in counted):,} shards")
     # Few enough to be decoded now, so that validation always has the same pictures.
     progress.doing("encoding what is held out")
+    name_wordy_texts(held_out, run, progress)
     held, problems = openable([cleaned(record) for record in held_out], settings.vision.image_size)
     skip(*problems)
     if len(held) < 2:
@@ -255,10 +256,8 @@ def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
 
 def cleaned(record: Record) -> Record:
     """A record with its texts as models learn them."""
-    # An answer of which cleaning would leave nothing stays as it is: someone gave it.
     questions = tuple(
-        replace(q, text=clean_question(q.text), answers=tuple(clean_caption(answer) or answer for answer in q.given))
-        for q in record.questions
+        replace(q, text=clean_question(q.text), answers=tuple(map(clean_answer, q.given))) for q in record.questions
     )
     return replace(record, captions=tuple(clean_caption(c) for c in record.captions), questions=questions)
 

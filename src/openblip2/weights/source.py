@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from openblip2.errors import UserError, one_line
+from openblip2.errors import UserError, one_line, refuse_lfs_pointer
 from openblip2.runs import read_json
 from openblip2.weights.checkpoint import Checkpoint, Parts
 from openblip2.weights.huggingface import read_huggingface
@@ -28,6 +28,7 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
     """
     parts = parts or Parts()
     path = Path(source).expanduser()
+    refuse_lfs_pointer(path)
     if path.is_file():
         if path.suffix not in LAVIS_SUFFIXES:
             raise UserError(f"{path} is not a run, nor a .pth: give {KINDS}")

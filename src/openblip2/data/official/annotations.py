@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, refuse_lfs_pointer
 
 
 class Pictures:
@@ -88,6 +88,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); an annotation file, .json") from error
     except json.JSONDecodeError as error:
+        refuse_lfs_pointer(path)
         problem = f"not JSON, or cut off ({error.msg} at character {error.colno})"
         raise UserError(f"{path}:{error.lineno}: {problem}; the annotation file unpacked and whole") from error
     except (ValueError, RecursionError) as error:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from openblip2.data.batches import PairBatch, pair_ids
 from openblip2.data.images import PictureFile, augment, to_pixels
-from openblip2.data.text import clean_caption
+from openblip2.data.text import MAX_WORDS, clean_caption, names_side
 from openblip2.data.web.mixture import Part, find_reader, sample_captions, sample_picture
 from openblip2.data.web.shard_order import Order, Spot, Turns, generator
 from openblip2.data.web.tars import Shard
@@ -144,7 +144,7 @@ class ShardPairs:
         size: S.
         lanes: shards of a part that are read side by side (`data.open_shards`).
         problem: called once with each sample, image or shard that is skipped, by any thread.
-        augmented: whether to crop at random.
+        augmented: whether to crop and flip at random; a picture whose texts say left or right is not flipped.
         part: (r, N): which rows of a batch are ours. All parts together do not depend on N.
         threads: that decode images; the batches do not depend on them.
     """
@@ -207,13 +207,22 @@ class ShardPairs:
             if sample is not None:
                 name = f"{shard.url}: {sample.key}.{sample.suffix}"
                 random = generator(self.seed, "sample", part, position)
-                texts = [text for text in map(clean_caption, sample_captions(sample, reader)) if text]
+                texts = [text for one in sample_captions(sample, reader) if (text := clean_caption(one, len(one)))]
                 try:
                     if not texts:
                         raise UserError(f"{name}: has no caption; text beside it")
                     text = texts[int(torch.rand((), generator=random).item() * len(texts))]
                     image = PictureFile(sample.image, name)
-                    pixels = augment(image, self.size, random) if self.augmented else to_pixels([image], self.size)[0]
+                    mirror = False if names_side(texts) else None
+                    if self.augmented:
+                        pixels = augment(image, self.size, random, mirror)
+                    else:
+                        pixels = to_pixels([image], self.size)[0]
+                    if (words := len(text.split())) > MAX_WORDS:
+                        self.shards.problem(
+                            f"{name}: the last {words - MAX_WORDS} words of a caption, beyond {MAX_WORDS}"
+                        )
+                        text = clean_caption(text)
                     return DrawnSample(pixels, text, sample_picture(sample, reader, shard.url), name)
                 except UserError as error:
                     self.shards.problem(str(error))

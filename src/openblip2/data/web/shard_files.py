@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from openblip2.errors import UserError, one_line
+from openblip2.errors import UserError, one_line, refuse_lfs_pointer
 from openblip2.runs import write_json
 
 MOST_SHARDS = 1_000_000
@@ -84,9 +84,10 @@ def open_shard(shard: str) -> BinaryIO:
     """A shard's file, seekable. A remote shard is copied to a temporary file, which is deleted when it is closed.
 
     Raises:
-        UserError: it does not exist, or a package that its URL needs is not installed.
+        UserError: it does not exist or is a git-LFS pointer, or a package that its URL needs is not installed.
     """
     if not is_url(shard):
+        refuse_lfs_pointer(shard)
         try:
             return open(shard, "rb")
         except OSError as error:
