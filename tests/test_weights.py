@@ -1,5 +1,6 @@
 """Published weights in, ours out: every format read, written, and read again, bit by bit."""
 
+import argparse
 import json
 import os
 import pickle
@@ -463,6 +464,45 @@ def test_a_hub_that_cannot_be_reached_is_one_line(home: Path, monkeypatch: pytes
         openblip2.load("me/eyes")
 
 
+# Wrapped checkpoints
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "model.module._orig_mod."])
+def test_a_prefix_that_all_names_share_is_taken_off(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str
+) -> None:
+    wrapped = {prefix + name: tensor for name, tensor in read_pth(home / "opt.pth").items()}
+    torch.save({"model": wrapped}, tmp_path / "wrapped.pth")
+    same(
+        dict(read_checkpoint(tmp_path / "wrapped.pth", Parts(**parts(home, "opt"))).trained),
+        dict(read_checkpoint(home / "opt.pth", Parts(**parts(home, "opt"))).trained),
+    )
+    (line,) = caplog.messages
+    assert "wrapped.pth" in line
+    assert repr(prefix) in line
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "bin", "ckpt"])
+def test_what_trainers_save_beside_the_weights_is_ignored(home: Path, tmp_path: Path, suffix: str) -> None:
+    model = read_pth(home / "opt.pth")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    beside = {"optimizer": optimizer.state_dict(), "config": {"run": {"lr": 1e-4}}, "scaler": None, "epoch": 3}
+    torch.save({"model": model, **beside, "args": argparse.Namespace(lr=1e-4)}, tmp_path / f"best.{suffix}")
+    lightning = {"state_dict": {f"net.{name}": tensor for name, tensor in model.items()}, "optimizer_states": [{}]}
+    torch.save({**lightning, "pytorch-lightning_version": "2.5.0"}, tmp_path / f"lightning.{suffix}")
+    wanted = read_checkpoint(home / "opt.pth", Parts(**parts(home, "opt"))).trained
+    for name in ("best", "lightning"):
+        found = read_checkpoint(tmp_path / f"{name}.{suffix}", Parts(**parts(home, "opt"))).trained
+        same(dict(found), dict(wanted))
+
+
+def test_a_prefix_of_some_names_alone_is_no_partial_load(home: Path, tmp_path: Path) -> None:
+    def some(model: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name if name == "opt_proj.bias" else f"module.{name}": tensor for name, tensor in model.items()}
+
+    assert "no query_tokens" in bad_lavis(home, tmp_path, some)
+
+
 # Bad input: one line that names file and key
 
 
@@ -478,7 +518,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, monkeypatch: 
     torch.save({"model": {"query_tokens": Code()}}, tmp_path / "zip.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Code()}))
     for name, code in (("zip.pth", r" \(posix.system\)"), ("plain.pth", "")):
-        with pytest.raises(UserError, match=rf"{name}: holds more than tensors{code},.*refused"):
+        with pytest.raises(UserError, match=rf"{name}: holds more than tensors{code},.*refused; save .*state_dict"):
             openblip2.load(tmp_path / name)
     assert not (tmp_path / "was-run").exists()
 
@@ -608,6 +648,8 @@ def test_targets_that_cannot_be_written(home: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "file").touch()
     told("unknown target 'gguf'", home / "opt", tmp_path / "x", "gguf")
     told("is there already", home / "opt", tmp_path / "full", "hf")
+    (tmp_path / "full" / "file").rename(tmp_path / "full" / "model.gguf")
+    told(r"model.gguf is not a run and does not end in .pth, .pt, .bin", tmp_path / "full" / "model.gguf", "x", "hf")
     told("ends in .pth", home / "opt", tmp_path / "x", "lavis")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
