@@ -147,6 +147,7 @@ def test_answers_and_their_protocol(home: Path, tmp_path: Path) -> None:
     assert len(protocol["checkpoint_sha256"]) == 64
     assert protocol["versions"]["torch"] == torch.__version__
     assert (protocol["most_new_tokens"], protocol["metric"].split()[0]) == (10, "exact")
+    assert "not used" in protocol["generation_config"]
     again, _, _ = scored(home, "vqa", "vqa", tmp_path / "again", beams=1, seed=3)
     assert again["scores"]["accuracy"]["score"] == found["scores"]["accuracy"]["score"]
     assert again["protocol"]["seed"] == 3
