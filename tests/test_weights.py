@@ -28,6 +28,7 @@ from openblip2.errors import UserError
 from openblip2.inference.captioner import greedy
 from openblip2.model.language import Decoding
 from openblip2.model.stage1 import Stage1
+from openblip2.runs import locked
 from openblip2.weights.checkpoint import Parts
 from openblip2.weights.source import read_checkpoint
 
@@ -433,7 +434,7 @@ def test_save_pretrained_and_back(home: Path, tmp_path: Path) -> None:
         assert word in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     compile(code, "card", "exec")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         captioner.save_pretrained(tmp_path / "saved")
     with pytest.raises(UserError, match="is a Captioner, not a Matcher"):
         openblip2.Matcher.from_pretrained(tmp_path / "saved")
@@ -647,7 +648,10 @@ def test_targets_that_cannot_be_written(home: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     told("unknown target 'gguf'", home / "opt", tmp_path / "x", "gguf")
-    told("is there already", home / "opt", tmp_path / "full", "hf")
+    told("full exists already: give another name, or add --overwrite", home / "opt", tmp_path / "full", "hf")
+    with pytest.raises(UserError, match="full holds files that are not of a model"):
+        openblip2.convert(home / "opt", tmp_path / "full", "hf", overwrite=True)
+    assert (tmp_path / "full" / "file").exists()
     (tmp_path / "full" / "file").rename(tmp_path / "full" / "model.gguf")
     told(r"model.gguf is not a run and does not end in .pth, .pt, .bin", tmp_path / "full" / "model.gguf", "x", "hf")
     told("ends in .pth", home / "opt", tmp_path / "x", "lavis")
@@ -737,7 +741,17 @@ def test_the_command_line(
     code, out, err = call("convert", home / "opt", tmp_path / "run", "--to", "hf")
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
-    assert line.endswith("run is there already: give a new name, or an empty folder")
+    assert line.endswith("run exists already: give another name, or add --overwrite to replace it")
+    code, out, err = call("convert", tmp_path / "run", tmp_path / "run", "--to", "hf", "--overwrite")
+    assert (code, "is the source" in err) == (2, True)
+    with locked(tmp_path, ".run.lock"):
+        code, _, err = call("convert", home / "opt", tmp_path / "run", "--to", "hf", "--overwrite")
+        assert (code, f"{tmp_path / 'run'} is being written by process" in err) == (2, True)
+    code, out, _ = call("convert", home / "opt", tmp_path / "run", "--to", "hf", "--overwrite")
+    assert code == 0, "replaced, and as a whole"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "blip-2"
+    assert not (tmp_path / "run" / "vision").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "back.pth", "run"]
     code, _, err = call("caption", home / "opt.pth", tmp_path / "a.png")
     assert code == 2
     assert "opt.pth" in err
