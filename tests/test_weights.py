@@ -696,13 +696,15 @@ def test_adapters_are_folded_in(home: Path, tmp_path: Path) -> None:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=random)
     plain = load(home / "llama").soft_prompt(pictures())
     assert (captioner.soft_prompt(pictures()) - plain).abs().max() > 0.01
+    captions = captioner.caption(pictures(), decoding=SHORT)
     captioner.save_pretrained(tmp_path / "run")
+    assert load(tmp_path / "run").caption(pictures(), decoding=SHORT) == captions
 
     notes = openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
     assert notes == ["LoRA: folded into the weights, in fp32"]
     folded = load(tmp_path / "out")
     torch.testing.assert_close(folded.soft_prompt(pictures()), captioner.soft_prompt(pictures()), rtol=1e-5, atol=1e-5)
-    assert folded.caption(pictures(), decoding=SHORT) == captioner.caption(pictures(), decoding=SHORT)
+    assert folded.caption(pictures(), decoding=SHORT) == captions
     assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
