@@ -78,7 +78,7 @@ def test_each_way_is_trained_on_its_captions(plan: Plan, tmp_path: Path, monkeyp
     again = ablate("capfilt", tmp_path, plan, QUIET)
     assert not given
     assert again["ways"] == result["ways"]
-    ablate("capfilt", tmp_path, replace(plan, steps={"stage1": 3, "stage2": 3}), QUIET)
+    ablate("capfilt", tmp_path, replace(plan, steps={"stage1": 3, "stage2": 3}, overwrite=True), QUIET)
     assert "seed-0/stage2-captioner" in given
     assert "seed-0/stage1-captioner" not in given
     assert "seed-0/stage1-the-right-captions" not in given

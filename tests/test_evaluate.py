@@ -147,6 +147,7 @@ def test_answers_and_their_protocol(home: Path, tmp_path: Path) -> None:
     assert len(protocol["checkpoint_sha256"]) == 64
     assert protocol["versions"]["torch"] == torch.__version__
     assert (protocol["most_new_tokens"], protocol["metric"].split()[0]) == (10, "exact")
+    assert "not used" in protocol["generation_config"]
     again, _, _ = scored(home, "vqa", "vqa", tmp_path / "again", beams=1, seed=3)
     assert again["scores"]["accuracy"]["score"] == found["scores"]["accuracy"]["score"]
     assert again["protocol"]["seed"] == 3
@@ -182,6 +183,21 @@ def test_two_results_are_compared_sample_by_sample(home: Path, tmp_path: Path) -
     (other / "found.samples.jsonl").unlink()
     with pytest.raises(UserError, match="missing or damaged"):
         compare(one / "found.json", other / "found.json")
+
+
+def test_two_pointing_results_are_compared_text_by_text(tmp_path: Path) -> None:
+    for name, hits in (("one", (True, True, False)), ("other", (True, False, False))):
+        result = Result("pointing", 2)
+        asked = (("a", "a red cat"), ("a", "a blue dog"), ("b", "a red cat"))
+        result.samples += [{"image": i, "text": t, "hit": hit} for (i, t), hit in zip(asked, hits, strict=True)]
+        result.write(tmp_path / f"{name}.json")
+    found = compare(tmp_path / "one.json", tmp_path / "other.json")
+    assert {name: one.score for name, one in found.items()} == {"pointing": pytest.approx(1 / 3)}
+    result.samples = [{"image": "a"}]
+    result.write(tmp_path / "one.json")
+    result.write(tmp_path / "other.json")
+    with pytest.raises(UserError, match=r"one.json and .*other.json have no score .* in common"):
+        compare(tmp_path / "one.json", tmp_path / "other.json")
 
 
 def test_pictures_of_the_training_are_warned_of(home: Path, tmp_path: Path) -> None:

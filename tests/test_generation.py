@@ -1,6 +1,8 @@
 """Generation against loops over full forward passes, and with models that always say the same."""
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from transformers import PreTrainedModel
 
 import tiny_models
 from openblip2.model.language import DecoderLM, Decoding, LanguageModel
+from openblip2.model.load_language import load_language
 from tiny import Q
 from tiny_models import EOS, NEWLINE, PAD, WORDS, L, W, constant, embed, ids, language, soft_prompts
 
@@ -17,6 +20,23 @@ PROMPTS = ["", "a photo of", "question: what is it answer:"]
 ROWS = {
     "decoder": ["<s>", "<s>|a| photo| of", "<s>|question:| what| is| it| answer:"],
     "encoder": ["</s>", "a| photo| of|</s>", "question:| what| is| it| answer:|</s>"],
+}
+# What a `generation_config.json` may hold, each of which changes a text.
+OWN: dict[str, Any] = {
+    "repetition_penalty": 5.0,
+    "top_k": 1,
+    "temperature": 0.01,
+    "no_repeat_ngram_size": 1,
+    "min_length": 40,
+    "forced_bos_token_id": 9,
+    "forced_eos_token_id": 8,
+    "suppress_tokens": list(range(10, 30)),
+    "begin_suppress_tokens": list(range(30, 40)),
+    "bad_words_ids": [[n] for n in range(40, 50)],
+    "max_length": 3,
+    "early_stopping": True,
+    "do_sample": True,
+    "cache_implementation": "static",
 }
 GREEDY = Decoding(max_new_tokens=8, min_new_tokens=0, beams=1)
 
@@ -154,3 +174,24 @@ def test_sampling_has_no_other_limit() -> None:
     words = sampled(lm, Decoding(max_new_tokens=15, beams=1, sample=True, top_p=1.0))
     written = " ".join(words)
     assert all(word in f" {written}" for word in spaced)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_settings_in_a_language_models_folder_change_nothing(kind: str, tmp_path: Path) -> None:
+    """`Decoding` alone decides, and nothing is said about settings that it overrules."""
+    texts = {}
+    for name in ("plain", "own"):
+        tiny_models.MODELS[kind]().save_pretrained(tmp_path / name)
+        tiny_models.tokenizer().save_pretrained(tmp_path / name)
+        path = tmp_path / name / "generation_config.json"
+        if name == "own":
+            path.write_text(json.dumps(json.loads(path.read_text()) | OWN))
+        written = path.read_bytes()
+        lm = load_language(str(tmp_path / name))
+        soft = soft_prompts()
+        texts[name] = []
+        for how in (Decoding(beams=1), Decoding(beams=3), Decoding(beams=1, sample=True, top_p=1.0)):
+            torch.manual_seed(0)
+            texts[name] += lm.generate(soft, PROMPTS, how)
+        assert path.read_bytes() == written
+    assert texts["own"] == texts["plain"]

@@ -20,7 +20,7 @@ from openblip2.model.language import (
     split_caption,
 )
 from openblip2.model.load_language import load_language
-from openblip2.model.template import resolve_template
+from openblip2.model.template import dialogue, resolve_template
 from openblip2.presets import with_examples
 from tiny import Q
 from tiny_models import LM_HEADS, NEWLINE, L, W, constant, embed, ids, language, soft_prompts
@@ -204,7 +204,31 @@ def test_chat_without_a_chat_template_is_refused() -> None:
         resolve_template("chat", words)
 
 
-@pytest.mark.parametrize("says", ["{{ raise_exception('a system message first') }}", "{{ nothing.in_it }}", "{% if %}"])
+@pytest.mark.parametrize(
+    ("opens", "wanted"),
+    [
+        ("{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}", ""),  # as SmolLM3
+        ("{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}", "<think>\n\n</think>\n\n"),  # Qwen3
+        ("{% if thinking %}<think>{% else %}</think>{% endif %}", "</think>"),  # as DeepSeek-V3.1
+        ("<think>\n", "<think>\n\n</think>\n\n"),  # as DeepSeek-R1, which knows no switch
+    ],
+)
+def test_a_chat_template_does_not_think(opens: str, wanted: str) -> None:
+    words = tiny_models.tokenizer()
+    words.chat_template = (
+        "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}it "
+        + opens
+        + "{% endif %}"
+    )
+    resolved = resolve_template("chat", words)
+    assert resolved == "<s>{image}{prompt}</s>it " + wanted
+    turns = dialogue([("what", "red")], "where", "{}", resolved, words)
+    assert turns == "what</s><s>red</s><s>where", "the chat template's own turns, too"
+
+
+@pytest.mark.parametrize(
+    "says", ["{{ raise_exception('a system message first') }}", "{{ nothing.in_it }}", "{% if %}", "{{ 1 / 0 }}"]
+)
 def test_a_chat_template_that_raises_is_one_line(says: str) -> None:
     words = tiny_models.tokenizer()
     words.chat_template = says

@@ -182,8 +182,12 @@ def test_what_is_finished_is_not_trained_again_unless_it_is_of_something_else(
     again = ablate("queries", tmp_path, few, QUIET)
     assert trained == []
     assert again["ways"] == first["ways"]
+    other = replace(few, steps={"stage1": 4, "stage2": 2})
+    with pytest.raises(UserError, match=r"stage1-2-queries.trained.json .*another settings.train.steps.*--overwrite"):
+        ablate("queries", tmp_path, other, QUIET)
+    assert trained == []
     # Another stage 1 in the same folder makes another stage 2 of the same settings.
-    ablate("queries", tmp_path, replace(few, steps={"stage1": 4, "stage2": 2}), QUIET)
+    ablate("queries", tmp_path, replace(other, overwrite=True), QUIET)
     assert len(trained) == 4
     trained.clear()
 
@@ -198,10 +202,10 @@ def test_what_is_finished_is_not_trained_again_unless_it_is_of_something_else(
     with monkeypatch.context() as patch:
         patch.setattr(trial, "train_stage", stop)
         with pytest.raises(KeyboardInterrupt):
-            ablate("queries", tmp_path, few, QUIET)
+            ablate("queries", tmp_path, replace(few, overwrite=True), QUIET)
     assert trained == ["seed-0/stage1-2-queries"]
     trained.clear()
-    third = ablate("queries", tmp_path, few, QUIET)
+    third = ablate("queries", tmp_path, replace(few, overwrite=True), QUIET)
     assert sorted(trained) == ["seed-0/stage1-3-queries", "seed-0/stage2-2-queries", "seed-0/stage2-3-queries"]
     for name, way in third["ways"].items():
         assert way["figures"] == first["ways"][name]["figures"], "the same steps give the same figures"

@@ -1,5 +1,6 @@
 """Published weights in, ours out: every format read, written, and read again, bit by bit."""
 
+import argparse
 import json
 import os
 import pickle
@@ -27,6 +28,7 @@ from openblip2.errors import UserError
 from openblip2.inference.captioner import greedy
 from openblip2.model.language import Decoding
 from openblip2.model.stage1 import Stage1
+from openblip2.runs import locked
 from openblip2.weights.checkpoint import Parts
 from openblip2.weights.source import read_checkpoint
 
@@ -432,7 +434,7 @@ def test_save_pretrained_and_back(home: Path, tmp_path: Path) -> None:
         assert word in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     compile(code, "card", "exec")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         captioner.save_pretrained(tmp_path / "saved")
     with pytest.raises(UserError, match="is a Captioner, not a Matcher"):
         openblip2.Matcher.from_pretrained(tmp_path / "saved")
@@ -463,6 +465,45 @@ def test_a_hub_that_cannot_be_reached_is_one_line(home: Path, monkeypatch: pytes
         openblip2.load("me/eyes")
 
 
+# Wrapped checkpoints
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "model.module._orig_mod."])
+def test_a_prefix_that_all_names_share_is_taken_off(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str
+) -> None:
+    wrapped = {prefix + name: tensor for name, tensor in read_pth(home / "opt.pth").items()}
+    torch.save({"model": wrapped}, tmp_path / "wrapped.pth")
+    same(
+        dict(read_checkpoint(tmp_path / "wrapped.pth", Parts(**parts(home, "opt"))).trained),
+        dict(read_checkpoint(home / "opt.pth", Parts(**parts(home, "opt"))).trained),
+    )
+    (line,) = caplog.messages
+    assert "wrapped.pth" in line
+    assert repr(prefix) in line
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "bin", "ckpt"])
+def test_what_trainers_save_beside_the_weights_is_ignored(home: Path, tmp_path: Path, suffix: str) -> None:
+    model = read_pth(home / "opt.pth")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    beside = {"optimizer": optimizer.state_dict(), "config": {"run": {"lr": 1e-4}}, "scaler": None, "epoch": 3}
+    torch.save({"model": model, **beside, "args": argparse.Namespace(lr=1e-4)}, tmp_path / f"best.{suffix}")
+    lightning = {"state_dict": {f"net.{name}": tensor for name, tensor in model.items()}, "optimizer_states": [{}]}
+    torch.save({**lightning, "pytorch-lightning_version": "2.5.0"}, tmp_path / f"lightning.{suffix}")
+    wanted = read_checkpoint(home / "opt.pth", Parts(**parts(home, "opt"))).trained
+    for name in ("best", "lightning"):
+        found = read_checkpoint(tmp_path / f"{name}.{suffix}", Parts(**parts(home, "opt"))).trained
+        same(dict(found), dict(wanted))
+
+
+def test_a_prefix_of_some_names_alone_is_no_partial_load(home: Path, tmp_path: Path) -> None:
+    def some(model: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name if name == "opt_proj.bias" else f"module.{name}": tensor for name, tensor in model.items()}
+
+    assert "no query_tokens" in bad_lavis(home, tmp_path, some)
+
+
 # Bad input: one line that names file and key
 
 
@@ -478,7 +519,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, monkeypatch: 
     torch.save({"model": {"query_tokens": Code()}}, tmp_path / "zip.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Code()}))
     for name, code in (("zip.pth", r" \(posix.system\)"), ("plain.pth", "")):
-        with pytest.raises(UserError, match=rf"{name}: holds more than tensors{code},.*refused"):
+        with pytest.raises(UserError, match=rf"{name}: holds more than tensors{code},.*refused; save .*state_dict"):
             openblip2.load(tmp_path / name)
     assert not (tmp_path / "was-run").exists()
 
@@ -607,7 +648,12 @@ def test_targets_that_cannot_be_written(home: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     told("unknown target 'gguf'", home / "opt", tmp_path / "x", "gguf")
-    told("is there already", home / "opt", tmp_path / "full", "hf")
+    told("full exists already: give another name, or add --overwrite", home / "opt", tmp_path / "full", "hf")
+    with pytest.raises(UserError, match="full holds files that are not of a model"):
+        openblip2.convert(home / "opt", tmp_path / "full", "hf", overwrite=True)
+    assert (tmp_path / "full" / "file").exists()
+    (tmp_path / "full" / "file").rename(tmp_path / "full" / "model.gguf")
+    told(r"model.gguf is not a run and does not end in .pth, .pt, .bin", tmp_path / "full" / "model.gguf", "x", "hf")
     told("ends in .pth", home / "opt", tmp_path / "x", "lavis")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
@@ -650,13 +696,15 @@ def test_adapters_are_folded_in(home: Path, tmp_path: Path) -> None:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=random)
     plain = load(home / "llama").soft_prompt(pictures())
     assert (captioner.soft_prompt(pictures()) - plain).abs().max() > 0.01
+    captions = captioner.caption(pictures(), decoding=SHORT)
     captioner.save_pretrained(tmp_path / "run")
+    assert load(tmp_path / "run").caption(pictures(), decoding=SHORT) == captions
 
     notes = openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
     assert notes == ["LoRA: folded into the weights, in fp32"]
     folded = load(tmp_path / "out")
     torch.testing.assert_close(folded.soft_prompt(pictures()), captioner.soft_prompt(pictures()), rtol=1e-5, atol=1e-5)
-    assert folded.caption(pictures(), decoding=SHORT) == captioner.caption(pictures(), decoding=SHORT)
+    assert folded.caption(pictures(), decoding=SHORT) == captions
     assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
@@ -695,7 +743,17 @@ def test_the_command_line(
     code, out, err = call("convert", home / "opt", tmp_path / "run", "--to", "hf")
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
-    assert line.endswith("run is there already: give a new name, or an empty folder")
+    assert line.endswith("run exists already: give another name, or add --overwrite to replace it")
+    code, out, err = call("convert", tmp_path / "run", tmp_path / "run", "--to", "hf", "--overwrite")
+    assert (code, "is the source" in err) == (2, True)
+    with locked(tmp_path, ".run.lock"):
+        code, _, err = call("convert", home / "opt", tmp_path / "run", "--to", "hf", "--overwrite")
+        assert (code, f"{tmp_path / 'run'} is being written by process" in err) == (2, True)
+    code, out, _ = call("convert", home / "opt", tmp_path / "run", "--to", "hf", "--overwrite")
+    assert code == 0, "replaced, and as a whole"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "blip-2"
+    assert not (tmp_path / "run" / "vision").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "back.pth", "run"]
     code, _, err = call("caption", home / "opt.pth", tmp_path / "a.png")
     assert code == 2
     assert "opt.pth" in err

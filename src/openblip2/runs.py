@@ -107,7 +107,8 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = f"{folder} is being written by {file.read() or 'another process'}"
+            what = folder / name[1:].removesuffix("lock").removesuffix(".")  # ".lock" is the folder's own
+            holder = f"{what} is being written by {file.read() or 'another process'}"
             if say is None:
                 raise UserError(f"{holder}: wait until it is done, or give another --out") from None
             say(f"{holder}: waiting until it is done")
@@ -140,10 +141,23 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder} cannot be made ({error.strerror}): give a folder that can be written to") from error
 
 
-def require_absent(path: Path, overwrite: bool) -> None:
+def require_absent(path: Path, overwrite: bool, argument: str = "--out") -> None:
     """A result that exists is only replaced where the user asks for it; else, a `UserError`."""
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already: give another --out, or add --overwrite to replace it")
+        raise UserError(f"{path} exists already: give another {argument}, or add --overwrite to replace it")
+
+
+@contextmanager
+def new_result(path: Path, overwrite: bool) -> Iterator[None]:
+    """Keeps other processes from writing a result, a file or a folder, which must not exist unless `overwrite`.
+
+    Raises:
+        UserError: It exists, another process writes it, or its folder cannot be written to.
+    """
+    require_absent(path, overwrite)
+    with locked(path.parent, f".{path.name}.lock"):
+        require_absent(path, overwrite)  # another process may have just finished it
+        yield
 
 
 def write_text(text: str, path: Path) -> None:

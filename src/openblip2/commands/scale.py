@@ -26,10 +26,12 @@ def prepare(
     says = progress()
     says.doing(f"reading {data}")
     from openblip2.data.web.write_shards import write_shards
+    from openblip2.runs import locked
 
     source = read_data(data, "captions", images, split)
     with (
         keeping(f"whole shards are in {out}, the same command goes on"),
+        locked(out),
         says.steps("pictures", len(source.records)) as bar,
     ):
         written = write_shards(source.records, out, size, seed, lambda count: bar.advance(count=count))

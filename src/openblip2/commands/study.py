@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import Settings, among, keeping, progress, read_changes
+from openblip2.commands.shared import OverwriteRuns, Settings, among, keeping, progress, read_changes
 from openblip2.errors import UserError
 
 STUDIES = ("stage1", "itg", "queries", "encoder", "warm-start", "capfilt")
@@ -24,6 +24,7 @@ def ablate(
     stage1_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 1; default: by study.")] = None,
     stage2_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 2; default: by study.")] = None,
     changes: Settings = None,
+    overwrite: OverwriteRuns = False,
 ) -> None:
     """Run one of the ablation studies on drawn scenes; can be resumed."""
     says = progress()
@@ -40,6 +41,7 @@ def ablate(
         values=_numbers("--values", values) if values else (),
         steps=steps,
         changes=read_changes(changes),
+        overwrite=overwrite,
     )
     with keeping(f"finished runs are in {out}, the same command goes on"), locked(out):
         run(name, out, plan, says)

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Run, among, load_captioner, open_single, progress, put, require_all, tell
+from openblip2.commands.shared import (
+    AsJson,
+    Overwrite,
+    Run,
+    among,
+    load_captioner,
+    open_single,
+    progress,
+    put,
+    require_all,
+    tell,
+)
 from openblip2.errors import UserError, printable
 
 
@@ -128,26 +139,28 @@ def attend(
         str,
         typer.Option(help="Stage-1 runs: score to explain, itc or itm.", autocompletion=among(("itc", "itm"))),
     ] = "itc",
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw attention maps of the queries, and which image regions a text depends on."""
     progress().doing(f"loading {run}")
     from openblip2.inference.attend import BY, look, overlay, sheet
     from openblip2.inference.load import load
-    from openblip2.runs import make_folder
+    from openblip2.runs import new_result
 
     if by not in BY:
         raise UserError(f"--by {by}: it must be one of {', '.join(BY)}")
-    make_folder(out)
-    found = look(load(run), image, text, by)
-    drawn = {
-        "attention.png": overlay(image, found.average),
-        "queries.png": sheet(image, [(f"query {n}", one) for n, one in enumerate(found.queries)]),
-    }
-    if found.words:
-        drawn["text.png"] = sheet(image, found.words, side=320, columns=4, one_scale=False)
-    for name, picture in drawn.items():
-        picture.save(out / name)
+    with new_result(out / "attention.png", overwrite):
+        found = look(load(run), image, text, by)
+        drawn = {
+            "attention.png": overlay(image, found.average),
+            "queries.png": sheet(image, [(f"query {n}", one) for n, one in enumerate(found.queries)]),
+        }
+        if found.words:
+            drawn["text.png"] = sheet(image, found.words, side=320, columns=4, one_scale=False)
+        (out / "text.png").unlink(missing_ok=True)  # of an earlier picture
+        for name, picture in drawn.items():
+            picture.save(out / name)
     if as_json:
         put({"files": [str(out / name) for name in drawn], "text": found.text})
         return

@@ -58,9 +58,10 @@ def decoding_card(decoding: Decoding) -> dict[str, Any]:
         "repetition_penalty": decoding.repetition_penalty,
         "most_new_tokens": decoding.max_new_tokens,
         "least_new_tokens": decoding.min_new_tokens,
+        "generation_config": "the language model's own is not used",
     }
     if decoding.sample:
-        found |= {"nucleus": decoding.top_p, "temperature": decoding.temperature}
+        found |= {"nucleus": decoding.top_p, "temperature": decoding.temperature, "top_k": 0}
     return found
 
 

@@ -87,7 +87,7 @@ def compare(first: Path, second: Path) -> dict[str, Interval]:
     """The mean of each score in the first result minus that in the second, paired by sample, with its interval.
 
     Raises:
-        UserError: not results, results of two tasks, or of different samples.
+        UserError: not results, results of two tasks, of different samples, or without a score in common.
     """
     a, b = _read(first), _read(second)
     if a["task"] != b["task"]:
@@ -107,6 +107,8 @@ def compare(first: Path, second: Path) -> dict[str, Interval]:
     for name in sorted(values):
         mine, other, images = zip(*values[name], strict=True)
         found[name] = difference_interval(np.array(mine), np.array(other), images)
+    if not found:
+        raise UserError(f"{first} and {second} have no score of single samples in common: nothing can be compared")
     return found
 
 
@@ -114,6 +116,8 @@ def _scores(row: Row) -> dict[str, float]:
     """The scores of a sample that `compare` averages, by name."""
     if "kind" in row:
         return {"accuracy": row["score"], f"accuracy, {row['kind']}": row["score"]}
+    if "hit" in row:
+        return {"pointing": float(row["hit"])}
     if "references" in row:
         return {name: row[name] for name in ("CIDEr-D", "ROUGE-L", "SPICE") if name in row}
     end, way = " first right", "ir" if "caption" in row else "tr"
@@ -123,7 +127,7 @@ def _scores(row: Row) -> dict[str, float]:
 def _name(row: Row) -> tuple[Any, ...]:
     """What identifies a sample. A row with references is of an image, and its caption is the model's."""
     caption = row.get("caption") if "references" not in row else None
-    return (row["image"], row.get("question_id"), row.get("question"), caption)
+    return (row["image"], row.get("question_id"), row.get("question"), caption, row.get("text"))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a language model is let write, and the call of its own `generate`.
+"""How text is drawn from a language model, and the call of its own `generate`.
 
 Shapes: B rows, T tokens, L LLM width.
 """
@@ -33,6 +33,20 @@ class Decoding:
     sample: bool = False
     top_p: float = 0.9
     temperature: float = 1.0
+
+
+def drop_own_settings(llm: Any) -> None:
+    """Drops a language model's own generation settings (its folder's `generation_config.json`), all but its first ids.
+
+    A repetition penalty, forbidden words or `top_k` in there would change what `Decoding` says. The folder is not
+    written to.
+    """
+    from transformers import GenerationConfig
+
+    if (own := llm.generation_config) is not None:
+        llm.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id, decoder_start_token_id=own.decoder_start_token_id
+        )
 
 
 def generate(

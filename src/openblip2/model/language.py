@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from openblip2.compat import cache_name, checkpointable_layers, log
 from openblip2.errors import UserError
 from openblip2.model import prompt_cache
-from openblip2.model.decoding import Decoding, generate
+from openblip2.model.decoding import Decoding, drop_own_settings, generate
 from openblip2.model.output_head import ends_in_head, gather_head_input, loss_at
 from openblip2.model.precision import own_precision
 from openblip2.model.template import PAPER_TEMPLATE, resolve_template, split_control_tokens
@@ -56,6 +56,7 @@ class FrozenLM(nn.Module):
         super().__init__()
         self.llm = llm.requires_grad_(False).eval()  # frozen (3.2)
         gather_head_input(llm)
+        drop_own_settings(llm)
         self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
         self.end, self.checkpointed = _end_ids(tokenizer, end), False

@@ -39,15 +39,13 @@ class Reuse(NamedTuple):
 
 def find_reuse(llm: "PreTrainedModel") -> Reuse:
     """What can be reused for this language model, read from its class and its configuration."""
-    name, own = type(llm).__name__, llm.generation_config
+    name = type(llm).__name__
     if is_stateful(llm):
         return Reuse(False, False, f"{name} keeps recurrent states")
     if cache_name(llm) is None:
         return Reuse(False, False, f"{name}.forward takes no key-value cache")
-    if own is None:
+    if llm.generation_config is None:
         return Reuse(False, False, f"{name} has no generation_config")
-    if own.cache_implementation not in (None, "hybrid"):  # `generate` would refuse a second cache
-        return Reuse(False, False, f"generation_config.cache_implementation={own.cache_implementation!r} sets its own")
     kinds = {type(layer) for layer in _empty(llm).layers}
     if others := sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}):
         return Reuse(False, False, f"{name} caches more than keys and values ({', '.join(others)})")

@@ -1,11 +1,13 @@
 """`log.jsonl`: what happened in a run, one JSON object a line; and the tracker that gets the same rows, if any."""
 
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, one_line
 from openblip2.runs import sync, write_text
 
 Tracker = Literal["", "tensorboard", "wandb", "trackio"]
@@ -103,11 +105,13 @@ def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Calla
         settings: Of the run, for trackers that show them.
 
     Raises:
-        UserError: The tracker is not installed.
+        UserError: The tracker is not installed, or it cannot begin, for one because nobody is logged in.
     """
     if not kind:
         return lambda row: None
+    terminal = sys.stdin
     try:
+        sys.stdin = open(os.devnull)  # noqa: SIM115  (wandb asks for a key where there is a terminal; jobs would wait)
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -132,6 +136,12 @@ def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Calla
             module.init(project=PROJECT, name=run.name, resume="allow", config=dict(settings))
     except ImportError as error:
         raise UserError(f"train.track={kind}: pip install {kind} ({error.name} is missing)") from error
+    except Exception as error:  # each tracker has its own
+        help_ = "run `wandb login`, or set WANDB_MODE=offline" if kind == "wandb" else "choose another train.track"
+        raise UserError(f"train.track={kind}: {kind} does not start ({one_line(error)}): {help_}") from error
+    finally:
+        sys.stdin.close()
+        sys.stdin = terminal
     return lambda row: module.log(numbers(row), step=row["step"])
 
 

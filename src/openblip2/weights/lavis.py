@@ -1,5 +1,7 @@
 """The authors' checkpoints (LAVIS `.pth`), in and out: a dict whose `model` holds the trained parameters alone.
 
+The names may have one prefix in common, which DistributedDataParallel, `torch.compile` or a LightningModule adds.
+
 The language model is never in it, the image encoder only where it was fine-tuned. Nothing is unpickled but tensors.
 
 Shapes: Q queries, D Q-Former width, V encoder width, P patch tokens, S image side in px.
@@ -8,6 +10,7 @@ Shapes: Q queries, D Q-Former width, V encoder width, P patch tokens, S image si
 import math
 import pickle
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openblip2.compat import log
 from openblip2.config import LanguageSettings, RunSettings, VisionSettings
 from openblip2.errors import UserError, one_line
 from openblip2.model.vision import Vision
@@ -155,22 +159,39 @@ def projection_name(language: str) -> str | None:
 
 def _read_model(path: Path) -> dict[str, Tensor]:
     try:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            found = torch.load(path, map_location="cpu", weights_only=True)  # torch's older format
+        with torch.serialization.safe_globals([Namespace]):  # plain values, as many trainers keep their settings
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                content = torch.load(path, map_location="cpu", weights_only=True)  # torch's older format
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         named = f" ({code[1]})" if code else ""
-        raise UserError(f"{path}: holds more than tensors{named}, and code in a file is never run: refused") from error
+        raise UserError(
+            f"{path}: holds more than tensors{named}, and code in a file is never run: refused; save a file with "
+            '{"model": model.state_dict()} alone'
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a whole .pth file: {one_line(error)}; it may be truncated") from error
-    model = found.get("model", found) if isinstance(found, Mapping) else None
+        raise UserError(f"{path}: not a whole {path.suffix} file: {one_line(error)}; it may be truncated") from error
+    model = content
+    if isinstance(content, Mapping):
+        model = next((content[key] for key in ("model", "state_dict") if key in content), content)
     if not isinstance(model, Mapping) or not all(isinstance(value, Tensor) for value in model.values()):
-        raise UserError(f"{path}: no BLIP-2 of LAVIS: it must be a dict with tensors by name under 'model'")
-    return dict(model)
+        raise UserError(
+            f"{path}: no BLIP-2 of LAVIS: it must be a dict with tensors by name under 'model' or 'state_dict'"
+        )
+    return _without_prefix(path, dict(model))
+
+
+def _without_prefix(path: Path, model: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the prefix that all their names have in common, such as `module.` or `model._orig_mod.`."""
+    prefix = next((name.removesuffix("query_tokens") for name in model if name.endswith(".query_tokens")), "")
+    if not prefix or not all(name.startswith(prefix) for name in model):
+        return model
+    log.warning("openblip2: %s: all names begin with %r, which is left out", path, prefix)
+    return {name.removeprefix(prefix): tensor for name, tensor in model.items()}
 
 
 def _settings(

@@ -4,6 +4,7 @@ RUN/vision/, RUN/language/   frozen parts in transformers' layout, where `vision
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -115,17 +116,26 @@ def write_run(
 
 
 @contextmanager
-def fresh_folder(out: Path) -> Iterator[Path]:
+def fresh_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill, which gets its name when it is whole.
+
+    Args:
+        overwrite: Whether a model in `out` is then replaced.
 
     Raises:
         UserError: something is there by that name.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already: give a new name, or an empty folder")
+    model = (out / "config.json").exists()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (overwrite and model):
+        raise UserError(
+            f"{out} {'holds files that are not of a model' if overwrite else 'exists already'}: give a new name, or an "
+            "empty folder"
+        )
     try:
         with atomic_write(out, concurrent=True) as draft:
             make_folder(draft)
             yield draft
+            if model:
+                shutil.rmtree(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {one_line(error)}") from error

@@ -11,7 +11,7 @@ from openblip2.weights.lavis import read_lavis
 from openblip2.weights.run import read_run
 
 KINDS = "a run of ours, a LAVIS .pth file, or a folder or hub name of transformers' BLIP-2"
-LAVIS_SUFFIXES = (".pth", ".pt")
+LAVIS_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # What may come from a hub: JSON, tokenizers, safetensors. No pickles, no code.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jsonl"]
 
@@ -31,7 +31,7 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
     refuse_lfs_pointer(path)
     if path.is_file():
         if path.suffix not in LAVIS_SUFFIXES:
-            raise UserError(f"{path} is not a run, nor a .pth: give {KINDS}")
+            raise UserError(f"{path} is not a run and does not end in {', '.join(LAVIS_SUFFIXES)}: give {KINDS}")
         return read_lavis(path, parts)
     if parts.vision_heads is not None:
         raise UserError(f"{source}: vision_heads is for a LAVIS .pth with an image encoder in it: leave it out")

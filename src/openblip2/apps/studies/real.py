@@ -52,11 +52,13 @@ class Plan:
         alone: changes to those of stage 1 on stamps.
         retrieval: changes to those of fine-tuning.
         stage2: changes to those of the captioner.
+        overwrite: train runs again that have other settings or data.
     """
 
     k: int = 5
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
     seed: int = 0
+    overwrite: bool = False
     reranked: int = 16
     joint: dict[str, Any] = field(default_factory=lambda: {"train.steps": 240, "stage1.itm_start_step": 40})
     alone: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60, "stage1.itm_start_step": 20})
@@ -125,10 +127,10 @@ def _fold(
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, part, changes in (("joint", train, plan.joint), ("alone", stamps, plan.alone)):
         first, second = folder / name / "stage1", folder / name / "retrieval"
-        _train(change(base, changes), part, first, progress)
+        _train(change(base, changes), part, first, plan, progress)
         tuned = fine_tuning("retrieval", "laptop", read_settings(first), str(first))
         common = {"data.features": base.data.features, "train.seed": plan.seed}
-        _train(change(tuned, common | plan.retrieval), stamps, second, progress)
+        _train(change(tuned, common | plan.retrieval), stamps, second, plan, progress)
         for stage, run in (("stage 1", first), ("fine-tuned", second)):
             matcher = load(run)
             assert isinstance(matcher, Matcher)
@@ -136,7 +138,7 @@ def _fold(
             rows[f"{name}, {stage}"] = [row | _about(row, test, known) for row in found.samples]
     second = folder / "joint" / "stage2"
     changes = {"data.features": base.data.features, "train.seed": plan.seed, "start": str(folder / "joint" / "stage1")}
-    _train(change(plan.captioner, changes | plan.stage2), train, second, progress)
+    _train(change(plan.captioner, changes | plan.stage2), train, second, plan, progress)
     captioner = load(second)
     assert isinstance(captioner, Captioner)
     captions = score_captions(captioner, test, greedy(CAPTION), None, progress)
@@ -144,11 +146,11 @@ def _fold(
     return rows
 
 
-def _train(settings: RunSettings, records: Sequence[Record], run: Path, progress: Progress) -> None:
+def _train(settings: RunSettings, records: Sequence[Record], run: Path, plan: Plan, progress: Progress) -> None:
     """Trains a run, unless it is finished with these settings and images and started from the same run."""
     start = read_json(Path(settings.start) / "trained.json") if settings.start else None
     of = {"settings": to_dict(settings), "pictures": [record.id for record in records], "start": start}
-    cached_json(run / "trained.json", of, lambda: train_stage(settings, records, run, progress))
+    cached_json(run / "trained.json", of, lambda: train_stage(settings, records, run, progress), plan.overwrite)
 
 
 def _about(row: dict[str, Any], test: Sequence[Record], known: set[str]) -> dict[str, Any]:

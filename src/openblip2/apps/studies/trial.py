@@ -2,7 +2,7 @@
 
 OUT/data, OUT/features       scenes, and their frozen features by each encoder
 OUT/seed-N/STAGE-WAY         a run; a stage-1 run that several ways share has the name of the first of them
-    trained.json             what the finished run depends on; if this is missing or differs, the run is trained again
+    trained.json             what the finished run depends on; if that differs, only --overwrite trains it again
     scores.json              the figures of every test image
 OUT/web, OUT/seed-N/web-WAY  of the study `capfilt` (studies/web.py)
 """
@@ -187,6 +187,7 @@ def _web(work: Work, way: Way, seed: int, seconds: dict[str, float]) -> list[Rec
         folder / f"web-{way.web}.json",
         {"captioner": of, "how": asdict(how), "captions": web.named(swapped)},
         lambda: web.filtered(swapped, work.out / "web", out, runs[1], runs[0], how, work.progress),
+        work.plan.overwrite,
     )
     seconds[str(out)] = made["seconds"]
     return web.with_captions(swapped, made["captions"])
@@ -204,7 +205,7 @@ def _trained(
     pictures = [*_named(records), *([web.named(records)] if captions else [])]
     of = {"settings": to_dict(settings), "pictures": pictures, "validated": work.plan.validated, "start": start}
     train = partial(train_stage, settings, records, run, work.progress, held_out=work.test[: work.plan.validated])
-    return cached_json(run / "trained.json", of, train)
+    return cached_json(run / "trained.json", of, train, work.plan.overwrite)
 
 
 def _scored(work: Work, run: Path, of: Any, features: Path) -> dict[str, Any]:
@@ -218,21 +219,44 @@ def _scored(work: Work, run: Path, of: Any, features: Path) -> dict[str, Any]:
             return {"values": retrieval_values(model, work.test, best, features, work.progress)}
         return {"values": caption_values(model, work.test, features)}
 
-    return cached_json(run / "scores.json", {"run": of, "test": _named(work.test), "reranked": best}, score)
+    return cached_json(
+        run / "scores.json", {"run": of, "test": _named(work.test), "reranked": best}, score, work.plan.overwrite
+    )
 
 
-def cached_json(path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """The result of `make` and its seconds: read from `path` if it was made of the same `of`, else made and written."""
+def cached_json(
+    path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any] | None], overwrite: bool
+) -> dict[str, Any]:
+    """The result of `make` and its seconds: read from `path` if it was made of the same `of`, else made and written.
+
+    Raises:
+        UserError: it was made of something else, and `overwrite` is False.
+    """
     plain = json.loads(json.dumps(of))
     if path.is_file():
         found = read_json(path)
         if found["of"] == plain:
             return found
+        if not overwrite:
+            raise UserError(
+                f"{path} exists already, made with another {', '.join(_differing(found['of'], plain)[:3])}: give "
+                "another --out, or add --overwrite to replace it"
+            )
         path.unlink()  # before anything of it is written over
     began = time.perf_counter()
     found = {"of": plain, **(make() or {}), "seconds": round(time.perf_counter() - began, 1)}
     write_json(found, path)
     return found
+
+
+def _differing(then: Any, now: Any, name: str = "") -> list[str]:
+    """The dotted names of the values that differ in two nested dicts."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        parts = {**then, **now}
+        return [
+            found for key in parts for found in _differing(then.get(key), now.get(key), f"{name}.{key}".lstrip("."))
+        ]
+    return [] if then == now else [name]
 
 
 def retrieval_values(
