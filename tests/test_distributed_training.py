@@ -15,8 +15,14 @@ import tiny
 import tiny_models
 from openblip2.config import RunSettings, change
 from openblip2.distributed.collectives import Share, world_size
-from openblip2.distributed.data_parallel import DataParallelLosses, clip_gradients, layers_of, shard
-from openblip2.distributed.full_tensor import full_tensor, in_pieces
+from openblip2.distributed.data_parallel import (
+    DataParallelLosses,
+    clip_gradients,
+    full_tensor,
+    in_pieces,
+    layers_of,
+    shard,
+)
 from openblip2.errors import UserError
 from openblip2.model.fast.step import step_losses
 from openblip2.model.stage1 import Stage1

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from openblip2 import cli, progress
 from openblip2.commands import learn, measure, planning, scale, study
 from openblip2.commands.convert import TARGETS
-from openblip2.evaluate.partial_texts import PartialTexts
+from openblip2.evaluate.result import PartialTexts
 from openblip2.inference.captioner import Captioner
 from openblip2.progress import Progress
 from test_cli import SOURCE, Home, call, home, python  # noqa: F401  (the fixture)
@@ -61,11 +61,11 @@ def test_shells_complete_commands_and_values(shell: str) -> None:
 
 
 def test_what_is_completed_is_what_there_is() -> None:
-    from openblip2.apps.bench.sizes import SIZES
+    from openblip2.apps.bench.models import SIZES
     from openblip2.apps.demo import Plan
     from openblip2.apps.scenes.vocabulary import WORLDS
     from openblip2.apps.studies.design import STUDIES
-    from openblip2.capfilt.how import How
+    from openblip2.capfilt.pool import How
     from openblip2.data.feature_cache import CACHE_DTYPES
     from openblip2.data.web.mixture import READERS
     from openblip2.evaluate.run import Task

@@ -13,11 +13,9 @@ from typer.testing import CliRunner
 import tiny_runs
 from openblip2 import cli
 from openblip2.apps.studies import trial
-from openblip2.apps.studies.ablations import ablate
+from openblip2.apps.studies.ablations import ablate, can_plot, figure, in_words, judge, plot
 from openblip2.apps.studies.design import GAP, LOSS, OTHER, STUDIES, Claim, Plan, sentence, study_of
-from openblip2.apps.studies.report import can_plot, in_words, plot
 from openblip2.apps.studies.trial import Trial
-from openblip2.apps.studies.verdict import figure, judge
 from openblip2.config import change, from_dict
 from openblip2.errors import UserError
 from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
@@ -240,7 +238,7 @@ def test_what_does_not_fit_is_refused(plan: Plan, tmp_path: Path) -> None:
 def made(**values: list[float]) -> Trial:
     names = {"loss": LOSS, "gap": GAP}
     curves = {"loss_right": [(2, 3.0), (4, 2.0)]}
-    return Trial({names[name]: found for name, found in values.items()}, curves, {}, {}, {})
+    return Trial({names[name]: found for name, found in values.items()}, curves, {})
 
 
 LOW, HIGH = [1.0, 1.1, 0.9, 1.0, 1.2, 0.8], [2.0, 2.2, 1.9, 2.1, 2.0, 1.8]
@@ -267,17 +265,6 @@ def test_verdicts_follow_from_the_figures(better: list[Trial], worse: list[Trial
     assert figure(better, claim.figure)["score"] == pytest.approx(means[0])
 
 
-def test_how_much_sooner() -> None:
-    fast, slow = made(loss=LOW), made(loss=HIGH)
-    fast.curves["loss_right"] = [(2, 2.5), (4, 1.0)]
-    claim = Claim("a is better", "ours", LOSS, "a", "b")
-    assert judge(claim, [fast], [slow])["sooner"] == {"level": 2.0, "at": 4, "from": 4, "first_looked_at": 2}
-    fast.curves["loss_right"] = [(2, 1.5), (4, 1.9)]
-    assert judge(claim, [fast], [slow])["sooner"]["from"] == 2
-    fast.curves["loss_right"] = [(2, 1.5), (4, 2.5)]
-    assert judge(claim, [fast], [slow])["sooner"]["from"] is None, "for a while is not enough"
-
-
 def result_of(figures: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     ways = {
         name: {
@@ -285,7 +272,6 @@ def result_of(figures: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
             "differs": {"stage1": None, "stage2": {"warm_start": name == "b"}},
             "figures": {LOSS: {"score": value, "low": value - 0.1, "high": value + 0.1, "n": 6, "seeds": [value]}},
             "curves": {"loss_right": [[(2, 3.0), (4, value)]], "loss_shuffled": [[(2, 3.1), (4, 3.2)]]},
-            "seconds": 61.0,
         }
         for name, value in figures["loss"].items()
     }

@@ -68,8 +68,8 @@ def capfilt(
     """CapFilt: sample new captions for the images of shards, and keep the captions that fit best."""
     says = progress()
     says.doing(f"loading {captioner} and {ranker}")
-    from openblip2.capfilt.how import How
     from openblip2.capfilt.models import Models
+    from openblip2.capfilt.pool import How
     from openblip2.capfilt.run import capfilt as run
 
     if threshold is not None and filter != "itm":

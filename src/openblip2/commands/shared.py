@@ -121,14 +121,14 @@ def read_data(
     **options: bool,
 ) -> "Source":
     """`read_source`, and two corpora that packages contain, by their names: easy-VQA, and for captions the stamps."""
-    from openblip2.apps.corpora import easy_vqa, stamps
+    from openblip2.apps.corpora.installed import NAMES, read_installed
     from openblip2.data.sources import read_source
 
-    if data != easy_vqa.NAME and (data != stamps.NAME or wanted == "questions"):
+    if data not in NAMES or (data == "stamps" and wanted == "questions"):
         return read_source(data, wanted, images, split, questions, **options)
     if images or questions or split not in ("train", "test"):
         raise UserError(f"--data {data}: give --split train or --split test, and neither --images nor --questions")
-    return easy_vqa.read_split(split) if data == easy_vqa.NAME else stamps.read_split(split)
+    return read_installed(data, split)
 
 
 def load_captioner(run: str) -> Any:

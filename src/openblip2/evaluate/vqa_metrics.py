@@ -84,15 +84,11 @@ def vqa_scores(answers: Sequence[str], questions: Sequence[Question], protocol: 
     return np.array([_vqa_score(a, q, protocol) for a, q in zip(answers, questions, strict=True)], dtype=np.float64)
 
 
-def gqa_scores(answers: Sequence[str], questions: Sequence[Question]) -> np.ndarray:
-    """Whether each answer equals the question's answer, [n] of 0 and 1, both after the VQA rules."""
-    hits = [vqa_normal(answer) == vqa_normal(q.answer) for answer, q in zip(answers, questions, strict=True)]
-    return np.array(hits, dtype=np.float64)
-
-
-def exact_scores(answers: Sequence[str], questions: Sequence[Question]) -> np.ndarray:
-    """Whether each answer equals the question's answer, [n] of 0 and 1, both after `normalise`."""
-    hits = [normalise(answer) == normalise(q.answer) for answer, q in zip(answers, questions, strict=True)]
+def exact_scores(
+    answers: Sequence[str], questions: Sequence[Question], normal: Callable[[str], str] = normalise
+) -> np.ndarray:
+    """Whether each answer equals the question's answer, [n] of 0 and 1, both after `normal`: `vqa_normal` for GQA."""
+    hits = [normal(answer) == normal(q.answer) for answer, q in zip(answers, questions, strict=True)]
     return np.array(hits, dtype=np.float64)
 
 

@@ -16,7 +16,7 @@ from openblip2.data.images import Picture
 from openblip2.data.text import clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError, one_line
-from openblip2.evaluate.effective_rank import effective_rank
+from openblip2.evaluate.validation import effective_rank
 from openblip2.hardware import computing
 from openblip2.inference.inputs import clean_texts
 from openblip2.model.language import LanguageModel

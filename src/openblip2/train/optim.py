@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from openblip2.config import OptimSettings
-from openblip2.distributed.full_tensor import in_pieces
+from openblip2.distributed.data_parallel import in_pieces
 
 
 def parameter_groups(

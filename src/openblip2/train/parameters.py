@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from openblip2.config import RunSettings
 from openblip2.distributed.collectives import is_first
-from openblip2.distributed.full_tensor import fill, full_tensor
+from openblip2.distributed.data_parallel import fill, full_tensor
 from openblip2.errors import UserError
 from openblip2.model.whitening import Whitening, fit_whitening
 from openblip2.runs import read_tensors, write_tensors

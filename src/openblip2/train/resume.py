@@ -27,7 +27,7 @@ from torch import nn
 
 from openblip2.config import RunSettings
 from openblip2.distributed.collectives import is_first
-from openblip2.distributed.full_tensor import full_tensor, like
+from openblip2.distributed.data_parallel import full_tensor, like
 from openblip2.distributed.launch import from_first, wait_for_all
 from openblip2.errors import UserError, one_line
 from openblip2.runs import (

@@ -21,8 +21,8 @@ from PIL import Image
 from openblip2.apps.search.vectors import Array, Vectors, require_faiss
 from openblip2.data.images import PICTURE_SUFFIXES, THREADS, Picture, left_out, open_picture
 from openblip2.errors import UserError
-from openblip2.evaluate.protocol import weights_digest
 from openblip2.evaluate.ranking import image_vectors
+from openblip2.evaluate.run import weights_digest
 from openblip2.hardware import computing
 from openblip2.inference.inputs import features_of
 from openblip2.inference.load import load
@@ -201,7 +201,7 @@ def vectors_of(matcher: Matcher, pictures: Sequence[Picture]) -> Array:
     return vectors.float().cpu().numpy()
 
 
-def recall_of(vectors: Vectors, numbers: Array, exact: Array, seed: int = 0) -> float:
+def recall_of(vectors: Vectors, numbers: Array, exact: Array) -> float:
     """The share of the ten nearest pictures by exact search that search in 8 bits finds, too.
 
     The queries are halfway between the vectors of two pictures, because texts are near pictures but not on them.
@@ -210,9 +210,8 @@ def recall_of(vectors: Vectors, numbers: Array, exact: Array, seed: int = 0) -> 
         vectors: of the index.
         numbers: of the pictures that are searched.
         exact: `[N, Q, E]`, the pictures' vectors before they were quantised.
-        seed: of the queries.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     flat = exact.reshape(-1, exact.shape[-1])
     queries = flat[random.integers(len(flat), size=(QUERIES, 2))].sum(axis=1)
     queries /= np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-9)

@@ -78,7 +78,7 @@ def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = N
         UserError: no source can be fetched, an unknown fold, or a document without that part.
     """
     if table is not None:
-        _require_place(table)
+        _with_table(table, "")  # before hours are spent
     if not plan.folds or not set(plan.folds) <= set(range(plan.k)):
         raise UserError(f"folds {', '.join(map(str, plan.folds))}: give some of 0 to {plan.k - 1}")
     keep_freed_memory()
@@ -100,7 +100,7 @@ def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = N
     text = in_words(figures)
     (out / "real.md").write_text(text, encoding="utf-8")
     if table is not None:
-        _put(text, table)
+        table.write_text(_with_table(table, text), encoding="utf-8")
     return figures
 
 
@@ -154,10 +154,11 @@ def _train(settings: RunSettings, records: Sequence[Record], run: Path, plan: Pl
 
 
 def _about(row: dict[str, Any], test: Sequence[Record], known: set[str]) -> dict[str, Any]:
+    """The group of a sample, and whether training had one of its captions."""
     record = next(record for record in test if record.id == row["image"])
     caption = row.get("caption") if "references" not in row else None
-    of = [caption] if caption else record.captions
-    return {"group": (record.facts or {}).get("group"), "known": any(one in known for one in of)}
+    captions = [caption] if caption else record.captions
+    return {"group": (record.facts or {}).get("group"), "known": not known.isdisjoint(captions)}
 
 
 def summary(rows: dict[str, list[dict[str, Any]]], plan: Plan) -> dict[str, Any]:
@@ -217,15 +218,12 @@ def in_words(figures: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _require_place(document: Path) -> None:
+def _with_table(document: Path, table: str) -> str:
+    """The text of a document, with another table between `START` and `END`."""
     text = document.read_text(encoding="utf-8") if document.is_file() else ""
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise UserError(f"{document}: has no place for the table, a line {START} and after it a line {END}")
-
-
-def _put(text: str, document: Path) -> None:
-    before, rest = document.read_text(encoding="utf-8").split(START)
-    document.write_text(f"{before}{START}\n{text}{END}{rest.split(END)[1]}", encoding="utf-8")
+        raise UserError(f"{document} has no place for the table: write a line {START} and after it a line {END}")
+    return text[: text.index(START)] + f"{START}\n{table}" + text[text.index(END) :]
 
 
 def _source(record: Record) -> str:
