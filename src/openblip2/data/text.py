@@ -48,6 +48,14 @@ def clean_answer(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: not JSON's "\\ud800", nor bytes that were read although they are not."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def names_side(texts: Iterable[str]) -> bool:
     """Whether a text says left or right, which a mirrored picture makes wrong (English alone)."""
     return any(map(_SIDE.search, texts))

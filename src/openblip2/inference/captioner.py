@@ -157,7 +157,7 @@ class Captioner(Pretrained):
             return self._generate_asked(images, prompts, decoding, questions)
         names = same_pictures(images)
         left, language = Counter(names), self.model.language
-        lengths = self._lengths(prompts, decoding)
+        lengths = self.lengths(prompts, decoding)
         first = {name: n for n, name in reversed(list(enumerate(names)))}
         # Prompts about one picture stay together, for they share more than padding costs.
         order = sorted(
@@ -185,7 +185,7 @@ class Captioner(Pretrained):
     def _generate_asked(
         self, images: Sequence[Picture], prompts: Sequence[str], decoding: Decoding, questions: Sequence[str]
     ) -> list[str]:
-        self._lengths(prompts, decoding)
+        self.lengths(prompts, decoding)
         names, found = same_pictures(images), [""] * len(images)
         first = {name: n for n, name in reversed(list(enumerate(names)))}
         order = sorted(range(len(names)), key=lambda n: (first[names[n]], len(prompts[n])))
@@ -203,8 +203,8 @@ class Captioner(Pretrained):
                     found[n] = text
         return found
 
-    def _lengths(self, prompts: Sequence[str], decoding: Decoding) -> dict[str, int]:
-        """Tokens of each prompt, all of which must fit."""
+    def lengths(self, prompts: Sequence[str], decoding: Decoding) -> dict[str, int]:
+        """Tokens of each prompt with its template; a `UserError` if they do not fit beside the picture and the text."""
         queries, new = self.model.qformer.queries.shape[1], decoding.max_new_tokens
         return {prompt: require_room(self.model.language, prompt, queries, new) for prompt in set(prompts)}
 

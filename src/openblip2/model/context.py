@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from openblip2.model.language import LanguageModel
 
 MOST_TOKENS = 512  # of a text to train on: a longer one is no caption, and its whole batch would be as long
-SHOWN = 20  # cut texts that are named; of the later ones every thousandth
 _cut: set[int] = set()  # hashes of the texts that were cut, so that each is counted once
 
 
@@ -42,18 +41,13 @@ def room_for_prompt(language: "LanguageModel", context: int | None, queries: int
     return context - queries - (0 if language.llm.config.is_encoder_decoder else new)
 
 
-def require_room(language: "LanguageModel", prompt: str, queries: int, new: int) -> int:
-    """How long a prompt is, as `language.length` counts it.
-
-    Args:
-        prompt: a text after the picture.
-        queries: Q, soft tokens beside it.
-        new: tokens that are to be written.
+def require_room(language: "LanguageModel", prompt: str, queries: int, new: int, context: int | None = None) -> int:
+    """How long a prompt is, as `language.length` counts it; arguments as in `room_for_prompt`, None = its own context.
 
     Raises:
-        UserError: it does not fit beside them.
+        UserError: it does not fit beside the picture and what is to be written.
     """
-    length, context = language.length(prompt), context_of(language)
+    length, context = language.length(prompt), context or context_of(language)
     room = room_for_prompt(language, context, queries, new)
     if room is not None and length > room:
         raise UserError(
@@ -101,5 +95,5 @@ def _count(text: str, tokens: int, left: int) -> None:
     if known in _cut:
         return
     _cut.add(known)
-    if (count := len(_cut)) <= SHOWN or count % 1000 == 0:
+    if (count := len(_cut)) <= 20 or count % 1000 == 0:
         log.warning("openblip2: cut (%d so far): %r... has %d tokens, and %d fit", count, text[:40], tokens, left)
