@@ -233,7 +233,7 @@ def test_texts_that_are_cut_or_unknown_are_counted_and_named_in_stage_2(home: Ho
     words = ("train", "stage2", "--data", data, "--start", home.stage1, "--out", tmp_path / "run", *home.options)
     said = call(*words, "--set", "train.batch=64")
     assert said.code == 0, said.err
-    assert "1 texts have more than 50 words and are cut there; the first is of 3.png" in said.err
+    assert "1 texts have more than 50 words or 1,000 characters and are cut there; the first is of 3.png" in said.err
     assert "1 texts of 16 (6.2 %) have no word that the tokenizer knows and become only <unk>" in said.err
     assert "train.batch=64: there are 12 training pictures" in said.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ from openblip2.data.text import clean_caption, clean_question
 def by_the_rule(text: str, in_place_of_punctuation: str, max_words: int) -> str:
     text = re.sub(r"[.!\"()*#:;~]", in_place_of_punctuation, text.lower())
     words = [word for word in re.split(r"\s+", text) if word]
-    return " ".join(words[:max_words])
+    return " ".join(words[:max_words])[: 20 * max_words].rstrip()
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,12 @@ def test_fifty_words_are_kept_unless_told_otherwise() -> None:
     for cleaned in (clean_caption, clean_question):
         assert cleaned(" ".join(words)).split() == words[:50]
         assert cleaned(" . ".join(words), max_words=3) == "w0 w1 w2"
+
+
+def test_a_text_without_spaces_is_cut_by_its_characters() -> None:
+    for cleaned in (clean_caption, clean_question):
+        assert cleaned("猫" * 20_000) == "猫" * 1000
+        assert cleaned("猫" * 20_000, 20_000) == "猫" * 20_000  # whole, where it is to be refused
 
 
 _texts = st.text(alphabet=st.sampled_from("aBÇ12.!\"()*#:;~,?' \t\n\u00a0"), max_size=60) | st.text(max_size=60)

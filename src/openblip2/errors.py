@@ -50,25 +50,20 @@ def refuse_lfs_pointer(path: str | Path, start: bytes | None = None) -> None:
     """Refuses the small text that git leaves in place of a file that is stored with git-LFS.
 
     Args:
-        path: a file, or a folder whose files are looked at, or a name where `start` is given.
+        path: a file, or a folder whose files are looked at; what is neither is not refused.
         start: the file's first bytes, if they are already read.
 
     Raises:
         UserError: it is such a text.
     """
-    if start is None and os.path.isdir(path):
-        for name in sorted(os.listdir(path)):
-            if os.path.isfile(inside := os.path.join(path, name)):
-                refuse_lfs_pointer(inside)
-        return
-    if start is None:
-        try:
-            with open(path, "rb") as file:
-                start = file.read(len(_LFS))
-        except OSError:  # whoever opens it says so
-            return
-    if start.startswith(_LFS):
-        raise UserError(f"{path}: is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
+    for file in sorted(Path(path).iterdir()) if start is None and os.path.isdir(path) else [path]:
+        if start is None and os.path.isfile(file):
+            with open(file, "rb") as opened:
+                begin = opened.read(len(_LFS))
+        else:
+            begin = start or b""
+        if begin.startswith(_LFS):
+            raise UserError(f"{file}: is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
 
 
 def require(what: str, extra: str, *packages: str) -> None:

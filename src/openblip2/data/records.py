@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openblip2.data.rows import ACCEPTED, RECORDS, read_rows
-from openblip2.data.text import clean_caption
+from openblip2.data.text import clean_caption, is_unicode
 from openblip2.errors import UserError
 from openblip2.runs import write_text
 
@@ -209,7 +209,7 @@ def _captions(row: dict[str, Any]) -> tuple[str, ...]:
     if not captions:
         raise UserError(f"no caption; {right}")
     for caption in captions:
-        if not _is_text(caption):
+        if not isinstance(caption, str) or not is_unicode(caption):
             raise UserError(f"a caption is not Unicode text; {right}")
         if not clean_caption(caption):
             raise UserError(f"the caption {caption[:40]!r} is empty; at least one word")
@@ -262,15 +262,4 @@ def kind_of(answer: str) -> str:
 
 
 def _says_something(value: object) -> bool:
-    return _is_text(value) and bool(str(value).strip())
-
-
-def _is_text(value: object) -> bool:
-    """Whether `value` is Unicode text. JSON's "\\ud800" is a str, but no tokenizer and no file accepts it."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return isinstance(value, str) and is_unicode(value) and bool(value.strip())

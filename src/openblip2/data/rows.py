@@ -4,19 +4,18 @@ import ast
 import csv
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from openblip2.data.images import PICTURE_SUFFIXES, UNREADABLE, left_out
+from openblip2.data.text import is_unicode
 from openblip2.errors import UserError, refuse_lfs_pointer
 
 RECORDS = "records.jsonl"
 LISTS = (RECORDS, "metadata.jsonl", "metadata.csv", "captions.txt")  # that a folder is read through, the first of them
-TABLES = (".csv", ".tsv", ".txt", ".token")
+TABLES = (".csv", ".tsv", ".txt")
 # What other tools call our columns and keys: Hugging Face's image folders, kohya, COCO, Flickr30k.
 SYNONYMS = {
     "image": ("file_name", "filename", "image_path", "file_path", "filepath", "image_file", "image_name", "path"),
@@ -29,9 +28,6 @@ ACCEPTED = (
 DELIMITERS = (",", "\t", ";", "|")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _AS_UTF8 = "save it as UTF-8 (in Excel: CSV UTF-8)"
-# Flickr8k's and Flickr30k's own form, without a line of columns: 1000092795.jpg#0<tab>Two young guys ...
-_TOKEN = re.compile(r"\S+\.jpe?g#\d+\t")
-_NUMBER = re.compile(r"(?<=\.jpg)#\d+$")
 MOST_SWALLOWED = 10  # rows within the text of another row; with more, a table is refused
 MOST_LINES = 100  # of one row; a caption has 50 words
 _ROW = 'one {"image": "cat.jpg", "caption": "a cat"} a line'
@@ -88,20 +84,13 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding=encoding, errors=errors, newline="") as file:
             for line in file:
-                count, bad = count + 1, bad + (not _is_utf8(line))
+                count, bad = count + 1, bad + (not is_unicode(line))
                 yield line
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not whole UTF-16 text; {_AS_UTF8}") from error
     # One such line costs itself; more of them mean another encoding, whose plain-ASCII rest would be another data set.
     if bad > max(1, count / 20):
         raise UserError(f"{path}: {bad:,} of its {count:,} lines are not UTF-8 text; {_AS_UTF8}")
-
-
-def _is_utf8(line: str) -> bool:
-    try:
-        return line.isascii() or bool(line.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
@@ -111,7 +100,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _parsed(line: str) -> Row:
-    if not _is_utf8(line):
+    if not is_unicode(line):
         return UserError(f"not UTF-8 text; {_ROW}")
     try:
         row = json.loads(line.removeprefix("\ufeff"))
@@ -145,40 +134,32 @@ def _form(line: str) -> tuple[str, list[str]]:
         once = {name for name in columns if columns.count(name) == 1}
         if once >= {"image", "question", "answer"} or (once >= {"image"} and once & {"caption", "captions"}):
             return delimiter, columns
-    return ("\t", ["image", "caption"]) if _TOKEN.match(line) else ("", [])
-
-
-def _columns(line: str, path: Path) -> tuple[str, list[str]]:
-    """`_form`, or an error that says what is wrong with the first line."""
-    delimiter, columns = _form(line)
-    shown = f"{path}:1: the first line is {ascii(line.strip())[:80]}"
-    if not columns and ("\0" in line or not _is_utf8(line)):
-        raise UserError(f"{shown}, which is not UTF-8 text; {_AS_UTF8}")
-    if not columns:
-        right = "the columns image and caption, or image, question and answer"
-        raise UserError(f"{shown}; it has to name {right}: rename its columns")
-    return delimiter, columns
+    return "", []
 
 
 def _table(path: Path) -> Iterator[tuple[str, Row]]:
     source = _lines(path)
     if (line := next(source, None)) is None:
         return
-    delimiter, header = _columns(line, path)
-    # In this form there is no first line with names, and a quotation mark is a character as any other.
-    token = bool(_TOKEN.match(line))
-    quoting = csv.QUOTE_NONE if token else csv.QUOTE_MINIMAL
+    delimiter, header = _form(line)
+    if not header:
+        utf8 = "\0" not in line and is_unicode(line)
+        right = "it has to name the columns image and caption, or image, question and answer: rename them"
+        wrong = (
+            f"the first line is {ascii(line.strip())[:80]}; {right if utf8 else 'it is not UTF-8 text: ' + _AS_UTF8}"
+        )
+        raise UserError(f"{path}:1: {wrong}")
     taken: list[str] = []  # the lines of the current row
 
     def lines() -> Iterator[str]:
-        for one in chain([line], source) if token else source:
+        for one in source:
             taken.append(one)
             yield one
 
     # strict: otherwise the reader guesses where a text with a wrong quotation mark ends.
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True, quoting=quoting)
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     while True:
-        first = reader.line_num + (1 if token else 2)
+        first = reader.line_num + 2
         where = f"{path}:{first}"
         taken.clear()
         try:
@@ -198,7 +179,7 @@ def _table(path: Path) -> Iterator[tuple[str, Row]]:
             )
         if swallowed:
             cells = UserError("a quotation mark is not closed, so later rows were read as a part of this one")
-        elif not all(map(_is_utf8, taken)):
+        elif not all(map(is_unicode, taken)):
             cells = UserError(f"not Unicode text in UTF-8; {_AS_UTF8}")
         if isinstance(cells, UserError):
             yield where, cells
@@ -210,7 +191,7 @@ def _table(path: Path) -> Iterator[tuple[str, Row]]:
 def _is_row(line: str, header: list[str], delimiter: str, folder: Path) -> bool:
     """Whether a line without its quotation marks has as many cells as a row and an image in the right column."""
     cells = [cell.strip() for cell in line.replace('"', "").split(delimiter)]
-    if not header or len(cells) < len(header):
+    if len(cells) < len(header):
         return False
     at = header.index("image")
     return any(
@@ -225,7 +206,6 @@ def _table_row(cells: list[str], header: list[str]) -> Row:
         right = "a caption that contains the separator stands in double quotes"
         return UserError(f"{len(cells)} cells under {len(header)} columns; {right}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
-    row["image"] = _NUMBER.sub("", row["image"])
     for name in {"caption", "captions"} & row.keys():
         if row[name].startswith(("['", '["')):  # a list, as pandas or JSON write it into a cell
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
@@ -241,14 +221,13 @@ def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
         listed = find_list(Path(parent))
         texts = {name.lower(): name for name in names if name.lower().endswith(".txt")}
         used: dict[str, str] = {}  # text file -> picture
-        for name in names:
-            path, kind = Path(parent, name), Path(name).suffix.lower()
-            if kind not in PICTURE_SUFFIXES | UNREADABLE:
-                continue
-            found = (texts.get(text.lower()) for text in (f"{name}.txt", f"{path.stem}.txt"))
-            text = next((text for text in found if text), None)
+        pictures = [name for name in names if Path(name).suffix.lower() in PICTURE_SUFFIXES]
+        others = [name for name in names if Path(name).suffix.lower() in UNREADABLE]
+        for name in [*pictures, *others]:  # a text is that of a picture that was converted, if it is
+            path = Path(parent, name)
+            text = texts.get(f"{name}.txt".lower()) or texts.get(f"{path.stem}.txt".lower())
             first = name if text is None else used.setdefault(text, name)
-            if kind in UNREADABLE:
+            if name in others:
                 converted.append(name)
             elif listed and text is None:
                 yield str(path), UserError(f"no caption file; give {parent}, whose {listed.name} lists its pictures")
@@ -256,9 +235,8 @@ def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
                 yield str(path), UserError(f"{text} is used for {first}; give it a {name}.txt of its own")
             else:
                 yield str(path), _picture(path, folder, text)
-        for text in sorted(set(texts.values()) - used.keys()):
-            stem = Path(text).stem
-            yield str(Path(parent, text)), UserError(f"no picture beside it; {stem}.jpg, {stem}.png, ...")
+        for text in (name for name in names if name.lower().endswith(".txt") and name not in used):
+            yield str(Path(parent, text)), UserError(f"no picture beside it; {text[:-4]}.jpg, {text[:-4]}.png, ...")
     for line in left_out(converted):
         yield str(folder), UserError(line)
 

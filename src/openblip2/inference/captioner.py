@@ -28,6 +28,7 @@ from openblip2.inference.inputs import (
     warn_unknown,
 )
 from openblip2.inference.pretrained import Pretrained
+from openblip2.model.context import require_room
 from openblip2.model.language import Decoding
 from openblip2.model.stage2 import Stage2
 
@@ -148,14 +149,15 @@ class Captioner(Pretrained):
             at_once: texts that are written together, where no questions are read and `inputs.group_of` is not 1.
 
         Raises:
-            UserError: a picture that cannot be opened; no questions where they are read, or some where they are not.
+            UserError: a picture that cannot be opened; a prompt that is too long; no questions where they are read, or
+                some where they are not.
         """
         self._require_questions(images, questions)
         if questions is not None:
             return self._generate_asked(images, prompts, decoding, questions)
         names = same_pictures(images)
         left, language = Counter(names), self.model.language
-        lengths = {prompt: language.length(prompt) for prompt in set(prompts)}
+        lengths = self.lengths(prompts, decoding)
         first = {name: n for n, name in reversed(list(enumerate(names)))}
         # Prompts about one picture stay together, for they share more than padding costs.
         order = sorted(
@@ -183,6 +185,7 @@ class Captioner(Pretrained):
     def _generate_asked(
         self, images: Sequence[Picture], prompts: Sequence[str], decoding: Decoding, questions: Sequence[str]
     ) -> list[str]:
+        self.lengths(prompts, decoding)
         names, found = same_pictures(images), [""] * len(images)
         first = {name: n for n, name in reversed(list(enumerate(names)))}
         order = sorted(range(len(names)), key=lambda n: (first[names[n]], len(prompts[n])))
@@ -199,6 +202,11 @@ class Captioner(Pretrained):
                 for n, text in zip(rows, texts, strict=True):
                     found[n] = text
         return found
+
+    def lengths(self, prompts: Sequence[str], decoding: Decoding) -> dict[str, int]:
+        """Tokens of each prompt with its template; a `UserError` if they do not fit beside the picture and the text."""
+        queries, new = self.model.qformer.queries.shape[1], decoding.max_new_tokens
+        return {prompt: require_room(self.model.language, prompt, queries, new) for prompt in set(prompts)}
 
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
         self._require_questions(images, questions)

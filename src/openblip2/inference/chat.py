@@ -15,7 +15,7 @@ from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.captioner import CHAT, Captioner
 from openblip2.inference.inputs import features_of
-from openblip2.model.context import context_of, room_for_prompt
+from openblip2.model.context import context_of, require_room, room_for_prompt
 from openblip2.model.language import Decoding
 from openblip2.model.template import dialogue
 
@@ -64,11 +64,7 @@ class DialoguePrompt:
             raise UserError("an empty question: ask something in words")
         room = room_for_prompt(self.language, self.context, self.queries, longest)
         prompt = self._write(question)
-        if room is not None and (length := self.language.length(prompt)) > room:
-            raise UserError(
-                f"question {question[:40]!r}... takes {length} tokens with its template, but only {max(room, 0)} fit "
-                f"beside the picture and the answer: the language model has a context of {self.context}"
-            )
+        require_room(self.language, prompt, self.queries, longest, self.context)
         for start in reversed(range(len(turns))):
             longer = self._write(question, turns[start:])
             if room is not None and self.language.length(longer) > room:

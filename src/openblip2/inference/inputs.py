@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openblip2.compat import log
 from openblip2.data.images import Picture, open_picture, to_pixels
-from openblip2.data.text import MAX_WORDS
+from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS
 from openblip2.data.tokens import only_unknown
 from openblip2.errors import UserError
 from openblip2.model.stage1 import Stage1
@@ -90,6 +90,8 @@ def clean_texts(texts: Sequence[str], clean: Callable[[str, int], str]) -> list[
             raise UserError(f"an empty text, {text[:40]!r}: give a sentence in words")
         if (count := len(cleaned.split())) > MAX_WORDS:
             raise UserError(f"text {text[:40]!r}... has {count} words: at most {MAX_WORDS}")
+        if len(cleaned) > MAX_CHARACTERS:
+            raise UserError(f"text {text[:40]!r}... has {len(cleaned):,} characters: at most {MAX_CHARACTERS:,}")
     return found
 
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from openblip2.compat import cache_name, checkpointable_layers, log
 from openblip2.errors import UserError
 from openblip2.model import prompt_cache
+from openblip2.model.context import fit_rows
 from openblip2.model.decoding import Decoding, drop_own_settings, generate
 from openblip2.model.output_head import ends_in_head, gather_head_input, loss_at
 from openblip2.model.precision import own_precision
@@ -153,8 +154,7 @@ class DecoderLM(FrozenLM):
 
         The prompt, soft tokens and padding have no target. `draws` is for encoder-decoders: nothing is split here.
         """
-        heads = [self._head(prompt, soft.shape[1]) for prompt in prompts]
-        tails = [self._caption(prompt, caption) for prompt, caption in zip(prompts, captions, strict=True)]
+        heads, tails = fit_rows(self, prompts, captions, soft.shape[1])
         # What a layer computes again would be put into the cache again: then all rows are read whole.
         before = [] if self.checkpointed or self.sharded else common_text(heads)
         rows = [head[len(before) :] + tail for head, tail in zip(heads, tails, strict=True)]
@@ -248,12 +248,9 @@ class EncoderDecoderLM(FrozenLM):
             split_caption(caption, draw) if self.splits else ("", caption)
             for caption, draw in zip(captions, draws, strict=True)
         ]
-        heads = [
-            self._head(f"{prompt} {prefix}".strip(), soft.shape[1])
-            for prompt, (prefix, _) in zip(prompts, split, strict=True)
-        ]
+        read = [f"{prompt} {prefix}".strip() for prompt, (prefix, _) in zip(prompts, split, strict=True)]
+        heads, tails = fit_rows(self, read, [suffix for _, suffix in split], soft.shape[1])
         embeds, mask = embed_rows(self.llm, heads, soft, left=False)  # the encoder reads both ways: masked instead
-        tails = [text_ids(self.tokenizer, suffix) + self.end for _, suffix in split]
         labels = torch.full((len(tails), max(map(len, tails))), IGNORED, device=soft.device)
         for row, tail in enumerate(tails):
             labels[row, : len(tail)] = torch.tensor(tail)
@@ -273,6 +270,9 @@ class EncoderDecoderLM(FrozenLM):
         cache = prompt_cache.encoder_decoder_cache(self.llm, decoding.max_new_tokens) if self.reuse.cache else None
         with self.own_precision():
             return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache, self.watched)
+
+    def _caption(self, prompt: str, caption: str) -> list[int]:
+        return text_ids(self.tokenizer, caption) + self.end
 
 
 LanguageModel = DecoderLM | EncoderDecoderLM

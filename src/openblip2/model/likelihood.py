@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openblip2.model.language import IGNORED, DecoderLM, LanguageModel
-from openblip2.model.token_rows import common_text, embed_rows, text_ids
+from openblip2.model.token_rows import common_text, embed_rows
 
 
 class TokenScore(NamedTuple):
@@ -33,7 +33,7 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
         Mean negative log-likelihood of a text's tokens, `[N]`; and whether each is the likeliest at its place, `[N]`
         bool: whether greedy decoding would write this text.
     """
-    logits, labels = _read(language, soft, prompt, [_tail(language, prompt, text) for text in texts])
+    logits, labels = _read(language, soft, prompt, [language._caption(prompt, text) for text in texts])
     losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
     likeliest = (logits.argmax(2) == labels) | (labels == IGNORED)
     return losses / (labels != IGNORED).sum(1), likeliest.all(1)
@@ -45,7 +45,7 @@ def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -
     Args:
         soft: `[1, Q, L]`; gradients lead back to it.
     """
-    tail = _tail(language, prompt, text)
+    tail = language._caption(prompt, text)
     logits, labels = _read(language, soft, prompt, [tail])
     scores = -F.cross_entropy(logits[0], labels[0], reduction="none")
     found: list[tuple[str, Tensor]] = []
@@ -71,7 +71,7 @@ def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, 
         text: that is scored; the tokens' texts joined are this text.
         best: how many of the most likely tokens to list at each position.
     """
-    tail = _tail(language, prompt, text)
+    tail = language._caption(prompt, text)
     logits, _ = _read(language, soft, prompt, [tail])
     tokens = tail[: len(tail) - len(language.end)]  # the end is predicted too, but has no text
     found: list[TokenScore] = []
@@ -114,9 +114,3 @@ def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[li
             written = llm.prepare_decoder_input_ids_from_labels(labels=labels)
             given = {"inputs_embeds": before, "attention_mask": mask, "decoder_input_ids": written, "use_cache": False}
         return llm(**given).logits.float(), labels
-
-
-def _tail(language: LanguageModel, prompt: str, text: str) -> list[int]:
-    if isinstance(language, DecoderLM):
-        return language._caption(prompt, text)
-    return text_ids(language.tokenizer, text) + language.end

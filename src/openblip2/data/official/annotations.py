@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from openblip2.data.text import is_unicode
 from openblip2.errors import UserError, refuse_lfs_pointer
 
 
@@ -122,11 +123,8 @@ def text(value: object, what: str, right: str) -> str:
         raise UserError(f"no {what}, but {shown(value)}; {right}")
     if not value.strip():
         raise UserError(f"the {what} is empty; {right}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON's "\ud800" is a str, but not Unicode text
-            raise UserError(f"the {what} {shown(value)} is not Unicode text; {right}") from None
+    if not is_unicode(value):
+        raise UserError(f"the {what} {shown(value)} is not Unicode text; {right}")
     return value
 
 

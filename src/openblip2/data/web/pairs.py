@@ -24,7 +24,7 @@ from torch import Tensor
 
 from openblip2.data.batches import PairBatch, pair_ids
 from openblip2.data.images import PictureFile, augment, to_pixels
-from openblip2.data.text import MAX_WORDS, clean_caption, names_side
+from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, clean_caption, names_side
 from openblip2.data.web.mixture import Part, find_reader, sample_captions, sample_picture
 from openblip2.data.web.shard_order import Order, Spot, Turns, generator
 from openblip2.data.web.tars import Shard
@@ -218,11 +218,10 @@ class ShardPairs:
                         pixels = augment(image, self.size, random, mirror)
                     else:
                         pixels = to_pixels([image], self.size)[0]
-                    if (words := len(text.split())) > MAX_WORDS:
-                        self.shards.problem(
-                            f"{name}: the last {words - MAX_WORDS} words of a caption, beyond {MAX_WORDS}"
-                        )
-                        text = clean_caption(text)
+                    if (cut := clean_caption(text)) != text:
+                        most = f"at most {MAX_WORDS} words and {MAX_CHARACTERS:,} characters"
+                        self.shards.problem(f"{name}: the end of a caption, after {cut[-20:]!r}; {most}")
+                    text = cut
                     return DrawnSample(pixels, text, sample_picture(sample, reader, shard.url), name)
                 except UserError as error:
                     self.shards.problem(str(error))

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from openblip2.data.images import MAX_BYTES, PICTURE_SUFFIXES, UNREADABLE
+from openblip2.data.text import is_unicode
 from openblip2.data.web.shard_files import open_shard
 from openblip2.errors import one_line
 
@@ -227,11 +228,7 @@ class Shard:
     def _usable(self, where: str, texts: Iterable[Any]) -> tuple[str, ...]:
         captions: list[str] = []
         for text in texts:
-            try:
-                usable = len(text.encode()) <= MAX_CAPTION
-            except (AttributeError, UnicodeEncodeError):  # JSON's "\ud800" is a str, but not Unicode text
-                usable = False
-            if not usable:
+            if not isinstance(text, str) or not is_unicode(text) or len(text.encode()) > MAX_CAPTION:
                 self.problem(f"{shown(where)}: a caption is {ascii(text)[:40]}; text of at most {MAX_CAPTION:,} bytes")
             elif text.strip():
                 captions.append(text)
