@@ -280,7 +280,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
         tokenise_all([], [])
     with pytest.raises(UserError, match="picture 1 has no reference"):
         tokenise_all(["a", "b"], [["a"], []])
-    with pytest.raises(UserError, match="no metric 'CIDER'; one of BLEU"):
+    with pytest.raises(UserError, match="no metric 'CIDER': it must be one of BLEU"):
         caption_scores(tokens(), ["CIDER"])
 
 

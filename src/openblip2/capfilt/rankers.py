@@ -115,7 +115,7 @@ class ClipRanker:
         try:
             return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
         except ValueError as error:  # for example an image that is one pixel high
-            raise UserError(f"{picture.name}: the ranker cannot look at it ({one_line(error)}); a picture") from error
+            raise UserError(f"{picture.name}: the ranker cannot read it ({one_line(error)})") from error
 
     def scores(self, looks: Sequence[Tensor], pools: Sequence[Sequence[str]]) -> list[list[float]]:
         """As `RunRanker.scores`. A text that is too long for the model is cut."""

@@ -59,8 +59,8 @@ def _parsed(line: bytes) -> Row:
     except json.JSONDecodeError as error:
         return UserError(f"not JSON ({error.msg} at character {error.pos + 1}); {_ROW}")
     except (ValueError, RecursionError):
-        return UserError(f"not UTF-8 text, or JSON beyond any use; {_ROW}")
-    return row if isinstance(row, dict) else UserError(f"JSON, but no object; {_ROW}")
+        return UserError(f"not UTF-8 text, or JSON that cannot be read; {_ROW}")
+    return row if isinstance(row, dict) else UserError(f"JSON, but not an object: write {_ROW}")
 
 
 def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
@@ -85,7 +85,7 @@ def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
             except StopIteration:
                 return
             except csv.Error as error:
-                cells = UserError(f'not a table row ({error}); text with quotation marks as "so ""said"""')
+                cells = UserError(f'not a table row ({error}): write text with quotation marks as "so ""said"""')
             several = enumerate(taken, first) if len(taken) > 1 else ()
             rows = [n for n, line in several if _is_row(line, header, delimiter, path.parent)]
             # Of the lines of one row, at most the first or the last contains an image.
@@ -126,7 +126,7 @@ def _header(cells: list[str], where: str, delimiter: str) -> list[str]:
         return header
     right = " or ".join(delimiter.join(names) for names in (("image", "caption"), ("image", "question", "answer")))
     right = right.replace("\t", "<tab>")
-    raise UserError(f"{where}: the first line is {ascii(delimiter.join(cells))[:80]}; it has to be {right}")
+    raise UserError(f"{where}: the first line is {ascii(delimiter.join(cells))[:80]}: it must be {right}")
 
 
 def _table_row(cells: list[str], header: list[str]) -> Row:
@@ -147,7 +147,7 @@ def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
             yield str(path), _picture(path, folder)
         lonely = {Path(name).stem for name in names if name.endswith(".txt")} - {Path(name).stem for name in pictures}
         for stem in sorted(lonely):
-            yield str(Path(parent, stem + ".txt")), UserError(f"no picture beside it; {stem}.jpg, {stem}.png, ...")
+            yield str(Path(parent, stem + ".txt")), UserError(f"no picture beside it: add {stem}.jpg, {stem}.png, ...")
 
 
 def _picture(path: Path, folder: Path) -> Row:

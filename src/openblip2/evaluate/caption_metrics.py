@@ -60,10 +60,10 @@ def tokenise_all(captions: Sequence[str], references: Sequence[Sequence[str]], j
             reference.
     """
     if not captions or len(captions) != len(references):
-        raise UserError(f"{len(captions)} captions and {len(references)} lists of references; one of each a picture")
+        raise UserError(f"{len(captions)} captions and {len(references)} lists of references: give equally many")
     without = next((n for n, given in enumerate(references) if not given), None)
     if without is not None:
-        raise UserError(f"picture {without} has no reference caption; one at least")
+        raise UserError(f"picture {without} has no reference caption: at least one is needed")
     ours, by = tokenise(captions, jar)
     theirs = iter(tokenise([caption for given in references for caption in given], jar)[0])
     return Tokenised(ours, [[next(theirs) for _ in given] for given in references], by)
@@ -85,7 +85,7 @@ def caption_scores(tokens: Tokenised, wanted: Sequence[str] | None = None) -> Ca
     wanted = METRICS if wanted is None else wanted
     unknown = [name for name in wanted if name not in METRICS]
     if unknown:
-        raise UserError(f"there is no metric {unknown[0]!r}; one of {', '.join(METRICS)}")
+        raise UserError(f"there is no metric {unknown[0]!r}: it must be one of {', '.join(METRICS)}")
     require("scoring captions", "eval", "pycocoevalcap")
     references = dict(enumerate(tokens.references))
     captions = {n: [caption] for n, caption in enumerate(tokens.captions)}

