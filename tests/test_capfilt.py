@@ -245,13 +245,13 @@ def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -
         assert all(one.about["captions"][0]["from"] == "captioner" for one in (found["000000002"], found["long"]))
         assert written.counts["broken"] == 1
         log = (out / "00000_log.jsonl").read_text()
-        for words in ("not a picture that can be read", "odd.json: is not JSON", "long.txt: has 1,000,000 bytes"):
+        for words in ("not a picture in a known format", "odd.json: is not JSON", "long.txt: has 1,000,000 bytes"):
             assert words in log
         assert "cut off" in (out / "00001_log.jsonl").read_text()
         stats = json.loads((out / "00000_stats.json").read_text())
         assert stats["successes"] == stats["counts"]["pictures"] == len(list(read_tar(str(out / "00000.tar"), print)))
     (folder / "00002.tar").rmdir()
-    with pytest.raises(UserError, match="not one of 1 shards can be read"):
+    with pytest.raises(UserError, match="none of the 1 shards can be read"):
         capfilt(str(folder / "00009.tar"), tiny_capfilt.models(home), tmp_path / "none", HOW, QUIET)
 
 
@@ -342,20 +342,20 @@ def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
         (refused(captioner=home / "clip"), "another architecture"),
         (refused(ranker=home / "stage2"), "is a stage-2 run, which cannot rank"),
         (refused(ranker=home / "vision"), "does not compare pictures with texts"),
-        (refused(ranker=home / "data"), "no config.json in it"),
-        (refused(ranker=home / "nothing"), "nothing by that name"),
+        (refused(ranker=home / "data"), "no config.json"),
+        (refused(ranker=home / "nothing"), "no such file, folder or hub name"),
         (refused("--filter", "itm", ranker=home / "clip"), "--filter itm needs a stage-1 run"),
-        (refused("--filter", "best"), "--filter best: similarity or itm"),
-        (refused("--threshold", 0.3), "--threshold: is for --filter itm"),
-        (refused("--filter", "itm", "--threshold", 1.5), "--threshold 1.5: a probability"),
-        (refused("--top-p", 0), "--top-p 0.0: above 0"),
+        (refused("--filter", "best"), "--filter best: it must be similarity or itm"),
+        (refused("--threshold", 0.3), "--threshold belongs to --filter itm"),
+        (refused("--filter", "itm", "--threshold", 1.5), "--threshold 1.5: it must be a probability"),
+        (refused("--top-p", 0), "--top-p 0.0: it must be above 0"),
         (refused("--reader", "flickr"), "unknown reader 'flickr'"),
-        (refused("--part", "3/2"), "--part '3/2': K/N"),
-        (refused("--part", "4/4"), "there are 3 shards, it has none"),
+        (refused("--part", "3/2"), "--part '3/2': write it as K/N"),
+        (refused("--part", "4/4"), "3 shards leave none for it"),
         (refused(data=tmp_path / "empty"), "holds no .tar file"),
-        (refused(data=home / "set" / "00000.jpg"), "one that ends in .tar"),
+        (refused(data=home / "set" / "00000.jpg"), "it must end in .tar"),
         (refused(data=tmp_path / "out", out="out"), "lies in --out"),
-        (refused(data=home / f"set/00000.tar::{whole}/00000.tar"), "two shards of one name"),
+        (refused(data=home / f"set/00000.tar::{whole}/00000.tar"), "the same name twice"),
     ):
         assert err.startswith("openblip2: ")
         assert words in err

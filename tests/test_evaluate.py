@@ -177,7 +177,7 @@ def test_two_results_are_compared_sample_by_sample(home: Path, tmp_path: Path) -
         compare(one / "found.json", tmp_path / "retrieval" / "out" / "found.json")
     rows = (other / "found.samples.jsonl").read_text().splitlines(keepends=True)
     (other / "found.samples.jsonl").write_text("".join(rows[1:]))
-    with pytest.raises(UserError, match="of other samples"):
+    with pytest.raises(UserError, match="have other samples"):
         compare(one / "found.json", other / "found.json")
     (other / "found.samples.jsonl").unlink()
     with pytest.raises(UserError, match="missing or damaged"):

@@ -282,7 +282,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "gone": (lambda f: next(f.glob("*.bin")).unlink(), r"\.bin has 0 bytes"),
     "index": (lambda f: edit(f, '"r3", ', '"r3", , '), r"features\.jsonl is damaged: remove"),
     "version": (lambda f: edit(f, '"version": 2', '"version": 7'), "has version 7 and this program reads 2"),
-    "no cache": (lambda f: (f / "features.jsonl").unlink(), "is no feature cache"),
+    "no cache": (lambda f: (f / "features.jsonl").unlink(), "is not a feature cache"),
     "old": (lambda f: (f / "cache.json").write_text('{"version": 1}'), "was written by an older version: run"),
 }
 
@@ -607,7 +607,7 @@ def test_features_are_what_the_encoder_gives(home: Home, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--precision", "int8"], "'int8' is none of fp16, bf16; int8 was removed"),
+        (["--precision", "int8"], "'int8' is unknown: it must be one of fp16, bf16"),
         (["--set", "optim.lr=1"], "optim.lr: features depend on vision.*"),
         (["--preset", "lapdog"], "preset 'lapdog'"),
         (["--precision", "bf16"], "precision fp16 there, bf16 here; give another --out"),

@@ -333,7 +333,7 @@ def test_retrieval_begins_where_stage_1_ended(home: Path, tmp_path: Path) -> Non
         ("vqa", "two", {"text_start": "two"}, "is no stage-1 run"),
         ("caption", "two", {"vision__trained": "true", "vision__dtype": "bf16"}, "weights that train are fp32"),
         ("retrieval", "one", {"vision__trained": "true", "train__chunk": 2}, "frozen image encoder"),
-        ("retrieval", "one", {"vision__trained": "true", "data__features": "x"}, "has no features to keep"),
+        ("retrieval", "one", {"vision__trained": "true", "data__features": "x"}, "has no fixed features"),
     ],
 )
 def test_what_cannot_be_fine_tuned_is_one_line(

@@ -288,7 +288,7 @@ def test_a_tokenizer_without_an_end_is_refused() -> None:
 def test_an_end_that_the_tokenizer_drops_is_refused() -> None:
     # Sentence-piece tokenizers drop line breaks: without an end, texts would be generated to the limit.
     with pytest.raises(
-        UserError, match=r"language\.end='\\u2028' is no token .* set language\.end to another text, or to null"
+        UserError, match=r"language\.end='\\u2028' is not a token .* set language\.end to another text, or to null"
     ):
         DecoderLM(tiny_models.MODELS["gpt2"](), tiny_models.tokenizer(), end="\u2028")
 

@@ -235,7 +235,7 @@ def test_texts_that_are_cut_or_unknown_are_counted_and_named_in_stage_2(home: Ho
     assert said.code == 0, said.err
     assert "1 texts have more than 50 words or 1,000 characters and are cut there; the first is of 3.png" in said.err
     assert "1 texts of 16 (6.2 %) have no word that the tokenizer knows and become only <unk>" in said.err
-    assert "train.batch=64: there are 12 training pictures" in said.err
+    assert "train.batch=64: only 12 training pictures, so batches have that many" in said.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [next(iter(line.items())) for line in lines] == [
         ("cut", f"3.png: {rows[3]['caption']}"),
@@ -286,7 +286,7 @@ def test_lists_in_python_have_none_for_a_bad_picture(home: Home, caplog: pytest.
     assert captioner.answer(given, questions) == [None, answers[0], None, answers[1]]
     assert captioner.caption(given[:1]) == [None]
     assert [record.getMessage() for record in caplog.records].count(
-        f"{given[0]}: does not exist; the path of a picture"
+        f"{given[0]}: does not exist: give the path of a picture"
     ) == 3
     for found, expected in (
         (matcher.similarity(given, texts), matcher.similarity(good, texts)),

@@ -304,7 +304,7 @@ def test_what_is_no_image_encoder_is_refused_in_one_line(tmp_path: Path) -> None
     (broken / "model.safetensors").write_bytes(b"not weights")
     text = save(hf.BertModel(hf.BertConfig(**TEXT, vocab_size=50)), tmp_path / "text")
     for name, reason in (
-        (str(tmp_path / "empty"), "is no model: it needs a directory with config.json"),
+        (str(tmp_path / "empty"), "is not a model: give a directory with config.json"),
         (str(tmp_path / "nowhere"), "cannot be found"),
         ("no/such-model", "cannot be found"),
         ("wheel:nothing", "unknown wheel 'wheel:nothing'"),

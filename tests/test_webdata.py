@@ -206,7 +206,7 @@ def test_shards_that_are_cut_off_or_gone_later(tmp_path: Path) -> None:
         assert same(loader()(number), batches[number])
     for path in shards:
         path.unlink(missing_ok=True)
-    with pytest.raises(UserError, match="not one good sample"):
+    with pytest.raises(UserError, match="no good sample is left"):
         loader()(0)
 
 

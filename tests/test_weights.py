@@ -89,7 +89,7 @@ def tower_as_lavis(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stage1_as_lavis(theirs: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """The retriever's weights with what transformers has no place for: temperature, ITG's head, tied decoder."""
+    """The retriever's weights with what transformers cannot hold: temperature, ITG's head, tied decoder."""
     found = as_lavis(theirs, "opt")
     words = found["Qformer.bert.embeddings.word_embeddings.weight"]
     random = torch.Generator().manual_seed(3)
@@ -276,8 +276,8 @@ def test_transformers_there_and_back_is_bit_equal(home: Path, tmp_path: Path, ki
 def test_ours_to_transformers_names_what_has_no_place(home: Path, tmp_path: Path) -> None:
     notes = openblip2.convert(home / "stage1.pth", tmp_path / "out", "hf", **parts(home, "stage1"))
     told = "\n".join(notes)
-    assert "temperature: transformers has no place" in told
-    assert "lm_head: transformers has no place" in told
+    assert "temperature: transformers cannot store it" in told
+    assert "lm_head: transformers cannot store it" in told
     assert "image_norm_eps=1e-05" in told
     expected, found = (
         load_file(home / "retriever" / "model.safetensors"),
@@ -406,7 +406,7 @@ def test_stage_1_with_an_encoder_without_a_place_is_refused(home: Path, tmp_path
     write_run(
         tmp_path / "run", settings, tiny.qformer().sizes, trained, vision, tokenizer=bert, carries=frozenset({"vision"})
     )
-    with pytest.raises(UserError, match=r"no place for the image encoder 'dinov2_with_registers'.*--to onnx$"):
+    with pytest.raises(UserError, match=r"cannot store the image encoder 'dinov2_with_registers'.*--to onnx$"):
         openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
     with pytest.raises(UserError, match="stage-1 run: --to projected needs a language model"):
         openblip2.convert(tmp_path / "run", tmp_path / "out", "projected")
@@ -461,7 +461,7 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(home: Path, monkeypatch
 
 def test_a_hub_that_cannot_be_reached_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="me/eyes is not here and cannot be had from the hub"):
+    with pytest.raises(UserError, match="me/eyes is not here and cannot be downloaded from the hub"):
         openblip2.load("me/eyes")
 
 
@@ -617,7 +617,7 @@ def test_transformers_folders_that_cannot_be_used(home: Path, tmp_path: Path) ->
     told(shards, "bad/b.safetensors: missing", "names it for")
     index = "model.safetensors.index.json"
     told(lambda f: (shards(f), config(lambda c: c.pop("metadata"), index)(f)), index, "metadata and weight_map")
-    told(escaping, "'../opt/model.safetensors'", "not a file of this folder")
+    told(escaping, "'../opt/model.safetensors'", "which is not in this folder")
     told(lambda f: (f / "model.safetensors").unlink(), "no model.safetensors")
     told(keys(lambda t: t.update({"itm_head.weight": torch.ones(2, 2)})), "unexpected: itm_head.weight")
     told(
@@ -713,7 +713,7 @@ def test_a_quantised_language_model_is_not_written(home: Path, tmp_path: Path) -
 
     captioner = load(home / "llama")
     captioner.settings = replace(captioner.settings, language=replace(captioner.settings.language, dtype="int8"))
-    with pytest.raises(UserError, match="int8 is not written"):
+    with pytest.raises(UserError, match="int8 cannot be written"):
         captioner.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 

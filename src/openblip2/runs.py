@@ -138,7 +138,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): give a folder that can be written to") from error
+        raise UserError(f"{folder} cannot be made ({error.strerror}): give another folder") from error
 
 
 def require_absent(path: Path, overwrite: bool, argument: str = "--out") -> None:

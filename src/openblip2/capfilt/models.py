@@ -126,7 +126,7 @@ class ClipRanker:
         try:
             return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
         except ValueError as error:  # for example an image that is one pixel high
-            raise UserError(f"{picture.name}: the ranker cannot look at it ({one_line(error)}); a picture") from error
+            raise UserError(f"{picture.name}: the ranker cannot read it ({one_line(error)})") from error
 
     def scores(self, pixels: Sequence[Tensor], pools: Sequence[Sequence[str]]) -> list[list[float]]:
         """As `RunRanker.scores`. A text that is too long for the model is cut."""
@@ -179,7 +179,7 @@ def digests(models: Models, itm: bool) -> tuple[str | None, str]:
     captioner = None if models.captioner is None else _captioner(models.captioner)
     if not _is_run(models.ranker):
         if itm:
-            raise UserError(f"--ranker {models.ranker} is no run of ours: --filter itm needs a stage-1 run")
+            raise UserError(f"--ranker {models.ranker} is not a run of openblip2: --filter itm needs a stage-1 run")
         if not {"text_config", "vision_config"} <= read_json(_folder(models.ranker) / "config.json").keys():
             raise UserError(
                 f"--ranker {models.ranker} does not compare pictures with texts: give a stage-1 run or a CLIP"
@@ -229,10 +229,10 @@ def _is_run(name: str) -> bool:
     folder = _folder(name)
     if folder.is_file():
         if folder.suffix not in LAVIS_SUFFIXES:
-            raise UserError(f"{name} is no model: give a stage-1 run, or the folder of a CLIP")
+            raise UserError(f"{name} is not a model: give a stage-1 run, or the folder of a CLIP")
         return True
     if not (folder / "config.json").is_file():
-        raise UserError(f"{name} is no model (no config.json in it): give a stage-1 run, or the folder of a CLIP")
+        raise UserError(f"{name} is not a model (it has no config.json): give a stage-1 run, or the folder of a CLIP")
     config = read_json(folder / "config.json")
     return isinstance(config, dict) and ("settings" in config or config.get("model_type") == "blip-2")
 

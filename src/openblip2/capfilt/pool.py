@@ -86,6 +86,6 @@ def best(scores: Sequence[float], keep: int, threshold: float | None = None) -> 
         UserError: a score is not a number.
     """
     if not all(map(math.isfinite, scores)):
-        raise UserError("the ranker gives scores that are no numbers: are its weights whole?")
+        raise UserError("the ranker gives scores that are not numbers: are its weights complete?")
     left = [n for n, score in enumerate(scores) if threshold is None or score >= threshold]
     return sorted(left, key=lambda n: -scores[n])[:keep]

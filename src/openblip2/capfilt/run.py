@@ -59,7 +59,7 @@ def capfilt(
         raise UserError(f"{out} holds other shards ({others[0]}.tar): give another --out, or remove them")
     mine = range(part[0] - 1, len(names), part[1])
     if not mine:
-        raise UserError(f"--part {part[0]}/{part[1]}: there are {len(names)} shards, it has none; fewer parts")
+        raise UserError(f"--part {part[0]}/{part[1]}: {len(names)} shards leave none for it: use fewer parts")
     with progress.steps("looking for duplicate pictures", len(names), unit="shards") as bar:
         write_index(names, out / FOLDER, how.reader, lambda line: progress.say(f"skipped: {line}"), mine, bar.advance)
     known = Duplicates([name for name, _ in names], out / FOLDER)
@@ -81,7 +81,7 @@ def capfilt(
                 progress.say(_line(made, len(done), len(mine), time.perf_counter() - began))
     dead = [made.dead for made in done if made.dead]
     if len(dead) == len(mine):
-        raise UserError(f"not one of {len(mine)} shards can be read; the first: {dead[0]}")
+        raise UserError(f"none of the {len(mine)} shards can be read; the first: {dead[0]}")
     counts = sum((Counter(made.counts) for made in done), Counter[str]())
     return Written(len(done) - len(dead), counts, dead)
 
@@ -122,13 +122,13 @@ def named(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
         file = url.split("?", 1)[0].rsplit("/", 1)[-1] if is_url(url) else Path(url).name
         name = file.removesuffix(".tar")
         if name in ("", file) or name.startswith("."):
-            raise UserError(f"{url}: not the name of a shard; one that ends in .tar")
+            raise UserError(f"{url}: not the name of a shard: it must end in .tar")
         if name in found:
             raise UserError(
-                f"{found[name]} and {url}: two shards of one name; one folder at a time, each with its own --out"
+                f"{found[name]} and {url}: the same name twice: give one folder at a time, each its own --out"
             )
         if not is_url(url) and Path(url).resolve().parent == out.resolve():
-            raise UserError(f"{url} lies in --out, where the new shard would replace it; another folder")
+            raise UserError(f"{url} lies in --out, where the new shard would replace it: give another folder")
         found[name] = url if is_url(url) else str(Path(url).resolve())
     return list(found.items())
 

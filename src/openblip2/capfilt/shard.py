@@ -153,7 +153,7 @@ class Maker:
             write_stats(task.path, writer.count, counts=dict(counts), settings=task.settings, of=task.of)
         except OSError as error:
             raise UserError(
-                f"{error.filename or task.path}: {error.strerror}; a folder that can be read and written, with room"
+                f"{error.filename or task.path}: {error.strerror}: give another folder, with free space"
             ) from error
         finally:
             shard.close()

@@ -11,7 +11,6 @@ from openblip2.commands.shared import (
     AsJson,
     Images,
     Overwrite,
-    OverwriteRuns,
     Questions,
     Run,
     Split,
@@ -71,7 +70,7 @@ def evaluate(
 
     options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed)
     require_task(task, options)
-    texts = f"texts written so far are beside {out}, the same command goes on"
+    texts = f"texts written so far are beside {out}; run the same command to continue"
     with keeping(texts if task in ("caption", "vqa") else f"nothing is kept of {task}"), new_result(out, overwrite):
         wanted = "questions" if task == "vqa" else "captions"
         source = read_data(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
@@ -169,7 +168,7 @@ def bench_real(
     fold: Annotated[list[int] | None, typer.Option(help="Fold to run, 0 to 4; can be repeated; default: all.")] = None,
     table: Annotated[Path | None, typer.Option(help="Markdown file whose marked table is replaced.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the folds and of training.")] = 0,
-    overwrite: OverwriteRuns = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train and evaluate on real images of four sources; takes hours and can be resumed."""
     says = progress()
@@ -180,7 +179,7 @@ def bench_real(
 
     folds = {"folds": tuple(sorted(set(fold)))} if fold else {}
     plan = Plan(seed=seed, overwrite=overwrite, **folds)
-    with keeping(f"finished runs are in {out}, the same command goes on"), locked(out):
+    with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):
         run(out, plan, says, table)
     typer.echo((out / "real.md").read_text(encoding="utf-8"))
 

@@ -25,9 +25,6 @@ Settings = Annotated[
     typer.Option("--set", help="Change a setting, for example optim.lr=2e-4; can be repeated.", metavar="NAME=VALUE"),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote to --out.")]
-OverwriteRuns = Annotated[
-    bool, typer.Option("--overwrite", help="Train runs in --out again that have other settings or data.")
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, one object per line.")]
 
 _asked = {"quiet": False}

@@ -125,7 +125,7 @@ def _row(record: Record, folder: Path) -> dict[str, Any]:
     """A record as the JSON object that `read_records` reads."""
     image = Path(os.path.relpath(record.image, folder))
     if image.parts[0] == os.pardir:
-        raise UserError(f"{record.image}: is outside {folder}; the pictures of a data folder lie inside it")
+        raise UserError(f"{record.image}: is outside {folder}: the pictures of a data folder must be inside it")
     row: dict[str, Any] = {"id": record.id, "image": image.as_posix()}
     if record.captions:
         row["captions"] = list(record.captions)
@@ -152,9 +152,9 @@ def _add(record: Record, records: dict[str, Record]) -> None:
         records[record.id] = record
         return
     if known.image != record.image:
-        raise UserError(f"id {record.id!r} already stands for {known.image}; another id for another image")
+        raise UserError(f"id {record.id!r} already stands for {known.image}: give each image its own id")
     if record.facts is not None and known.facts not in (None, record.facts):
-        raise UserError(f'other "facts" than an earlier row of id {record.id!r}; the same in each, or in one only')
+        raise UserError(f'other "facts" than an earlier row of id {record.id!r}: repeat the same, or leave it out')
     records[record.id] = replace(
         known,
         captions=known.captions + record.captions,
@@ -169,10 +169,10 @@ def _record(row: dict[str, Any], root: Path, wanted: Wanted) -> Record:
     if name is None:
         name = Path(os.path.relpath(image, root)).as_posix()
     elif isinstance(name, bool) or not isinstance(name, str | int) or not _says_something(str(name)):
-        raise UserError('"id" is neither text nor a whole number; leave it out, or one for each image')
+        raise UserError('"id" is neither text nor a whole number: leave it out, or give each image its own')
     facts = row.get("facts")
     if facts is not None and not isinstance(facts, dict):
-        raise UserError('"facts" is not an object; {"name": value, ...}')
+        raise UserError('"facts" is not an object: write {"name": value, ...}')
     captions = _captions(row) if wanted == "captions" or {"caption", "captions"} & row.keys() else ()
     questions = _questions(row)
     if wanted == "questions" and not questions:
@@ -182,11 +182,11 @@ def _record(row: dict[str, Any], root: Path, wanted: Wanted) -> Record:
 
 def _image(name: object, root: Path) -> Path:
     if not _says_something(name):
-        raise UserError(f'no "image"; the path of a picture, relative to {root}')
+        raise UserError(f'no "image": give the path of a picture, relative to {root}')
     # Links are not followed, because the images may be links to other folders.
     image = Path(os.path.normpath(root / str(name)))
     if not Path(os.path.abspath(image)).is_relative_to(os.path.abspath(root)):
-        raise UserError(f"image {name!r} is outside the data folder; a path inside {root}")
+        raise UserError(f"image {name!r} is outside the data folder: give a path inside {root}")
     # Flickr8k's and Flickr30k's tables lie beside the folder of their pictures, which they do not name.
     for folder in _FOLDERS:
         path = os.path.normpath(root / folder / str(name))
@@ -194,10 +194,10 @@ def _image(name: object, root: Path) -> Path:
             return Path(path)
     shown = f"image {str(name)[:200]!r} is missing"
     if "://" in str(name):
-        raise UserError(f"{shown}: it is an address, and pictures are not downloaded; give shards made by img2dataset")
+        raise UserError(f"{shown}: it is an address, and pictures are not downloaded: give shards made by img2dataset")
     if "\\" in str(name):
-        raise UserError(f"{shown}: it has a backslash; write / between folder and file")
-    raise UserError(f"{shown}; the path of a picture, relative to {root}")
+        raise UserError(f"{shown}: it has a backslash: write / between folder and file")
+    raise UserError(f"{shown}: give the path of a picture, relative to {root}")
 
 
 def _captions(row: dict[str, Any]) -> tuple[str, ...]:
@@ -212,9 +212,9 @@ def _captions(row: dict[str, Any]) -> tuple[str, ...]:
         if not isinstance(caption, str) or not is_unicode(caption):
             raise UserError(f"a caption is not Unicode text; {right}")
         if not clean_caption(caption):
-            raise UserError(f"the caption {caption[:40]!r} is empty; at least one word")
+            raise UserError(f"the caption {caption[:40]!r} is empty: at least one word is needed")
         if caption.strip().lower() == "nan":
-            raise UserError(f"the caption {caption!r} is what pandas writes if there is none; leave the row out")
+            raise UserError(f"the caption {caption!r} is what pandas writes if there is none: leave the row out")
     return tuple(captions)
 
 

@@ -107,9 +107,9 @@ def _parsed(line: str) -> Row:
     except json.JSONDecodeError as error:
         return UserError(f"not JSON ({error.msg} at character {error.pos + 1}); {_ROW}")
     except (ValueError, RecursionError):
-        return UserError(f"JSON beyond any use; {_ROW}")
+        return UserError(f"not UTF-8 text, or JSON that cannot be read; {_ROW}")
     if not isinstance(row, dict):
-        return UserError(f"JSON, but no object; {_ROW}")
+        return UserError(f"JSON, but not an object: write {_ROW}")
     names = _our_names(list(row))
     return dict(zip(names, row.values(), strict=True))
 
@@ -167,7 +167,7 @@ def _table(path: Path) -> Iterator[tuple[str, Row]]:
         except StopIteration:
             return
         except csv.Error as error:
-            cells = UserError(f'not a table row ({error}); text with quotation marks as "so ""said"""')
+            cells = UserError(f'not a table row ({error}): write text with quotation marks as "so ""said"""')
         several = enumerate(taken, first) if len(taken) > 1 else ()
         rows = [n for n, line in several if _is_row(line, header, delimiter, path.parent)]
         # Of the lines of one row, at most the first or the last contains an image.
@@ -230,13 +230,13 @@ def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
             if name in others:
                 converted.append(name)
             elif listed and text is None:
-                yield str(path), UserError(f"no caption file; give {parent}, whose {listed.name} lists its pictures")
+                yield str(path), UserError(f"no caption file: give {parent}, whose {listed.name} lists its pictures")
             elif first != name:
-                yield str(path), UserError(f"{text} is used for {first}; give it a {name}.txt of its own")
+                yield str(path), UserError(f"{text} is used for {first}: give it a {name}.txt of its own")
             else:
                 yield str(path), _picture(path, folder, text)
         for text in (name for name in names if name.lower().endswith(".txt") and name not in used):
-            yield str(Path(parent, text)), UserError(f"no picture beside it; {text[:-4]}.jpg, {text[:-4]}.png, ...")
+            yield str(Path(parent, text)), UserError(f"no picture beside it: add {text[:-4]}.jpg, {text[:-4]}.png, ...")
     for line in left_out(converted):
         yield str(folder), UserError(line)
 
@@ -251,7 +251,7 @@ def _picture(path: Path, folder: Path, text: str | None) -> Row:
     except OSError:
         return UserError(f"its caption file cannot be read; {right}")
     except ValueError:
-        return UserError(f"its caption file {text} is not UTF-8 text; save it as UTF-8")
+        return UserError(f"its caption file {text} is not UTF-8 text: save it as UTF-8")
     captions = [line for line in lines if line.strip()]
     if not captions:
         return UserError(f"its caption file is empty; {right}")

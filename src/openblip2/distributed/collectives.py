@@ -119,7 +119,7 @@ def share(rows: int, *others: int | Tensor) -> Share:
     dist.all_gather(numbers, own, group=patient_group())
     counts, *more = zip(*(part.tolist() for part in numbers), strict=True)
     if not any(counts):
-        raise UserError("a batch of which no process can open a single picture; skipped.jsonl names what is wrong")
+        raise UserError("no process can open a picture of this batch: skipped.jsonl says what is wrong with each")
     return Share(counts, rank(), tuple(map(sum, more)), tuple(map(max, more)))
 
 

@@ -115,7 +115,7 @@ def compare(first: Path, second: Path) -> dict[str, Interval]:
     if ours.keys() != theirs.keys():
         odd = next(iter(ours.keys() ^ theirs.keys()))
         raise UserError(
-            f"{first} and {second} are of other samples, {' / '.join(map(str, odd))} for one: score the same data"
+            f"{first} and {second} have other samples, {' / '.join(map(str, odd))} for example: evaluate the same data"
         )
     values: dict[str, list[tuple[float, float, str]]] = {}  # of each score: first result, second result, image
     for key, row in ours.items():
@@ -152,7 +152,7 @@ def _name(row: Row) -> tuple[Any, ...]:
 def _read(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict) or not {"task", "samples"} <= found.keys():
-        raise UserError(f"{path}: no result of `openblip2 evaluate`")
+        raise UserError(f"{path} is not a result of `openblip2 evaluate`")
     try:
         lines = (path.parent / Path(found["samples"]).name).read_text(encoding="utf-8").splitlines()
         return found | {"rows": [json.loads(line) for line in lines]}

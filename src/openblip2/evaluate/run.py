@@ -155,7 +155,7 @@ def _openable(records: Sequence[Record], progress: Progress) -> tuple[list[Recor
                 bad.append(str(problem))
             bar.advance()
     if not good:
-        raise UserError(f"not one of {len(records)} pictures can be opened; the first: {bad[0]}")
+        raise UserError(f"none of the {len(records)} pictures can be opened; the first: {bad[0]}")
     return good, bad
 
 
@@ -165,7 +165,7 @@ def _warn(result: Result, records: Sequence[Record], run: str) -> None:
     if seen:
         result.warnings.append(
             f"{seen} of {len(records)} pictures are among those the run was trained on ({', '.join(first)}"
-            f"{', ...' if seen > len(first) else ''}): this is no score on unseen pictures"
+            f"{', ...' if seen > len(first) else ''}), so this is not a score on unseen pictures"
         )
     if result.skipped:
         result.warnings.append(

@@ -31,7 +31,7 @@ class DialoguePrompt:
             language model's own limit, which is the maximum.
 
     Raises:
-        UserError: `question` without `{}`, a run whose template has no place for a question, or a context beyond the
+        UserError: `question` without `{}`, a run whose template cannot hold a question, or a context beyond the
             language model's own.
     """
 
@@ -42,7 +42,7 @@ class DialoguePrompt:
         if "{}" not in self.question:
             raise UserError(f"question {self.question!r}: it needs {{}} where the words of a question go")
         if "{prompt}" not in self.language.template:
-            raise UserError(f"template {settings.template!r}: without {{prompt}} it has no place for a question")
+            raise UserError(f"template {settings.template!r}: without {{prompt}} it cannot hold a question")
         limit = context_of(self.language)
         if context is not None and limit is not None and context > limit:
             raise UserError(f"context {context}: this language model has a context of {limit} tokens")

@@ -163,7 +163,7 @@ class Pretrained(ABC):
         carries = carries if stage2 else carries - {"language"}
         if "language" in carries and self.settings.language.dtype in ("int8", "int4"):
             raise UserError(
-                f"a language model in {self.settings.language.dtype} is not written: load with language.dtype=auto"
+                f"a language model in {self.settings.language.dtype} cannot be written: load with language.dtype=auto"
             )
         trained = saved_parameters(model)
         count = sum(p.numel() for p in trained.values())

@@ -298,7 +298,7 @@ def _end_ids(tokenizer: Any, end: str | None) -> list[int]:
     # T5's tokenizers, for one, drop line breaks: no text would ever end before the limit.
     if end is not None and (not ids or tokenizer.unk_token_id in ids):
         raise UserError(
-            f"language.end={end!r} is no token of this language model's tokenizer: set language.end to another text, "
+            f"language.end={end!r} is not a token of this model's tokenizer: set language.end to another text, "
             "or to null for its end-of-sequence token"
         )
     return ids

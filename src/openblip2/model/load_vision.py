@@ -98,7 +98,7 @@ def _vision_config(name: str, source: str, revision: str | None) -> tuple[Any, b
 
     known_to_transformers()
     if Path(source).exists() and not Path(source, "config.json").is_file():
-        raise UserError(f"image encoder {name!r} is no model: it needs a directory with config.json and weights")
+        raise UserError(f"image encoder {name!r} is not a model: give a directory with config.json and weights")
     try:
         config: Any = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:

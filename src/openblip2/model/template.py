@@ -141,7 +141,7 @@ def _between_turns(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -
     for n, text in enumerate(texts):
         before, found, frame = frame.partition(f"<<{n}>>")
         if not found:
-            raise UserError(f"this tokenizer's chat template has no place for {len(texts)} texts in turn")
+            raise UserError(f"this tokenizer's chat template cannot hold {len(texts)} texts in turn")
         written += (before if n else "") + text
     return written
 

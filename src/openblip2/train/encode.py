@@ -132,7 +132,7 @@ def write_features(
         views: 1 for the plain pictures; more for so many random crops of each beside it.
     """
     if precision not in stored.CACHE_DTYPES:
-        raise UserError(f"precision {precision!r} is none of {', '.join(stored.CACHE_DTYPES)}; int8 was removed")
+        raise UserError(f"precision {precision!r} is unknown: it must be one of {', '.join(stored.CACHE_DTYPES)}")
     crops = 0 if views == 1 else views
     shape = shape_of(vision, crops)
     size, free = len(records) * picture_bytes(shape), free_bytes(folder)

@@ -82,9 +82,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if row and isinstance(row.get("step"), int):
             rows.append(row)
         elif n < len(lines) - 1:  # the last line may be half written
-            raise UserError(f"{path}: line {n + 1} is no row of a log; what `openblip2 train` wrote")
+            raise UserError(f"{path}: line {n + 1} is not a row of a log: give a run that `openblip2 train` wrote")
     if not rows:
-        raise UserError(f"{path}: has no step yet; look again later")
+        raise UserError(f"{path}: has no step yet: try again later")
     return rows
 
 

@@ -71,7 +71,7 @@ def fit(
     track = open_tracker(settings.track if is_first() else "", run, asdict(settings) | asdict(optim))
     log = Log(run / "log.jsonl", None if last is None else done.step, is_first(), track)
     if log.torn:
-        progress.say(f"{log.path}: {log.torn} lines were no JSON and are dropped")
+        progress.say(f"{log.path}: {log.torn} lines are not JSON and were removed")
 
     saved = done.step
 

@@ -109,7 +109,7 @@ def prepare(
     mixed = settings.stage2.lm_start_step * settings.train.accumulate
     if settings.vision.trained:
         if settings.data.features:
-            raise UserError(f"data.features={settings.data.features}: an encoder that trains has no features to keep")
+            raise UserError(f"data.features={settings.data.features}: an encoder that trains has no fixed features")
         if settings.vision.whiten:
             vision.whitening = whitening_of_run(settings, run).to(device())
         held, problems = openable(held, size)
@@ -149,7 +149,7 @@ def prepare(
     features = stored(trained)
     _require_enough(held_features.records, features.records, settings, skip)
     if batch > len(features.records) and settings.task != "vqa":
-        progress.say(f"train.batch={batch}: there are {len(features.records)} training pictures, a batch has no more")
+        progress.say(f"train.batch={batch}: only {len(features.records)} training pictures, so batches have that many")
     pairs = FeaturePairs(features, samples_of(features.records), batch, seed, augment, part, mixed)
     return Prepared(pairs, pairs.joined, features.records, held_features.records, lambda: held_features)
 
@@ -181,7 +181,7 @@ def prepare_shards(
             "stage2.lm_start_step needs all captions before the first step, and those of shards are unknown"
         )
     if settings.data.features:
-        raise UserError("--features is of records: the pictures of shards are encoded as they come")
+        raise UserError("--features cannot be used with shards, whose pictures are encoded as they come")
     _require_a_pair_for_each_process(settings)
     skip = Skipped(run, progress)
     # The order of samples follows from the counts, so all processes and all starts of a run must use the same ones.

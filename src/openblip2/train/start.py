@@ -34,7 +34,7 @@ def require_start(settings: RunSettings) -> None:
     """
     if aligned := settings.stage2.lm_start_step:
         if settings.stage == "stage1" or settings.task == "vqa":
-            raise UserError(f"stage2.lm_start_step={aligned} is of stage 2 and of captions: set it to 0 here")
+            raise UserError(f"stage2.lm_start_step={aligned} belongs to stage 2 with captions: set it to 0 here")
         if aligned >= settings.train.steps:
             raise UserError(
                 f"stage2.lm_start_step={aligned}: with train.steps={settings.train.steps} the language model never runs"
@@ -145,5 +145,5 @@ def _text_run(settings: RunSettings) -> Path | None:
 def _require_stage(run: Path, stage: str) -> None:
     if read_settings(run).stage != stage:
         raise UserError(
-            f"start={run} is no {stage[:-1]}-{stage[-1]} run; give the folder that `train {stage} --out` wrote"
+            f"start={run} is not a {stage[:-1]}-{stage[-1]} run: give the folder that `train {stage} --out` wrote"
         )

@@ -109,7 +109,7 @@ def sizes_of(trained: Mapping[str, Tensor], heads: int | None, source: str) -> d
 
     def shape(name: str) -> Sequence[int]:
         if name not in trained:
-            raise UserError(f"{source}: no {name} in it (by our names): this is no Q-Former of BLIP-2")
+            raise UserError(f"{source}: no {name} in it (by our names): this is not a Q-Former of BLIP-2")
         return trained[name].shape
 
     width, layers = shape("qformer.queries")[-1], 1 + max(_layers(trained, "attention.query"), default=-1)
@@ -152,7 +152,7 @@ def require_whole(
 ) -> None:
     """Checks that the tensors are those of a model of these sizes: none missing, none too many, all of their shape.
 
-    A stage 1 may lack what transformers has no place for, the temperature and the head of ITG, both or neither.
+    A stage 1 may lack what transformers cannot hold, the temperature and the head of ITG, both or neither.
 
     Args:
         column: of `names.TRAINED`: the names by which the source knows them, for the message.

@@ -122,7 +122,7 @@ def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
         language, settings = _stored_language(checkpoint, settings)
     if not has_home(vision) or (language is not None and not fits_projection(language)):
         raise UserError(
-            f"transformers' BLIP-2 has no place for the image encoder {vision.encoder.config.model_type!r}"
+            f"transformers' BLIP-2 cannot store the image encoder {vision.encoder.config.model_type!r}"
             f"{' with whitening' * settings.vision.whiten}, or for the width of the language model: openblip2 can "
             f"serve it, or take --to onnx{' or --to projected' * (language is not None)}"
         )

@@ -47,7 +47,7 @@ def write_huggingface(
         if language is None:
             model = _retrieval(checkpoint, vision, image_token)
             homeless = {name.split(".")[0] for name in rename(checkpoint.trained, OURS, HF)[1]}
-            notes += [f"{part}: transformers has no place for it" for part in sorted(homeless)]
+            notes += [f"{part}: transformers cannot store it" for part in sorted(homeless)]
         else:
             notes += _fit_language(language, image_token)
             model = _generation(checkpoint, vision, language, image_token)

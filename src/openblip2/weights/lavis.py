@@ -70,7 +70,7 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
     names, unknown = rename((name for name in model if name not in LEFT_OUT), LAVIS, OURS)
     if "qformer.queries" not in names:
         raise UserError(
-            f"{path}: no query_tokens in it: this is no BLIP-2 of LAVIS (it holds {listed(list(model), 3)})"
+            f"{path}: no query_tokens in it: this is not a BLIP-2 of LAVIS (it holds {listed(list(model), 3)})"
         )
     if unknown:
         raise UserError(f"{path}: {len(unknown)} keys are not of BLIP-2: {listed(unknown)}")
@@ -126,7 +126,7 @@ def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: 
             model[tied] = model[to]
     if (positions := model.get("Qformer.bert.embeddings.position_embeddings.weight")) is not None:
         model["Qformer.bert.embeddings.position_ids"] = torch.arange(len(positions))[None]
-    notes = [f"{part}: LAVIS has no place for it" for part in without]
+    notes = [f"{part}: LAVIS cannot store it" for part in without]
     if "temperature" not in checkpoint.trained and checkpoint.settings.stage == "stage1":
         notes.append("the source had no temperature and no ITG head: they are not in the file either")
     if checkpoint.settings.stage == "stage2":
@@ -170,17 +170,16 @@ def _read_model(path: Path) -> dict[str, Tensor]:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         named = f" ({code[1]})" if code else ""
         raise UserError(
-            f"{path}: holds more than tensors{named}, and code in a file is never run: refused; save a file with "
-            '{"model": model.state_dict()} alone'
+            f"{path}: holds more than tensors{named}, and code in a file is never run: refused; save "
+            "model.state_dict() alone"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a whole {path.suffix} file: {one_line(error)}; it may be truncated") from error
-    model = content
-    if isinstance(content, Mapping):
-        model = next((content[key] for key in ("model", "state_dict") if key in content), content)
+    inside = content if isinstance(content, Mapping) else {}
+    model = next((inside[key] for key in ("model", "state_dict") if key in inside), content)
     if not isinstance(model, Mapping) or not all(isinstance(value, Tensor) for value in model.values()):
         raise UserError(
-            f"{path}: no BLIP-2 of LAVIS: it must be a dict with tensors by name under 'model' or 'state_dict'"
+            f"{path}: not a BLIP-2 of LAVIS: it must be a dict with tensors by name under 'model' or 'state_dict'"
         )
     return _without_prefix(path, dict(model))
 

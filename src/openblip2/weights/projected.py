@@ -1,4 +1,4 @@
-"""For encoders that transformers' BLIP-2 has no place for: the language model alone, fed with projected queries.
+"""For encoders that transformers' BLIP-2 cannot hold: the language model alone, fed with projected queries.
 
 openblip2 makes `image_embeds [n, Q, L]` of the pictures; any server that takes embeddings as a prompt writes the text.
 """

@@ -67,7 +67,7 @@ def _last_validation(log: Path) -> dict[str, Any]:
         rows = [json.loads(line) for line in lines if '"validation"' in line]
         return rows[-1]["validation"] if rows else {}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{log}: not the log of a run ({one_line(error)}): mend it, or take it away") from error
+        raise UserError(f"{log}: not the log of a run ({one_line(error)}): repair it, or remove it") from error
 
 
 def write_run(

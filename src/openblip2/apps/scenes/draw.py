@@ -93,7 +93,7 @@ def draw_scenes(
         records = [_record(images, i, split, seed, size, WORLDS[world]) for i in range(count)]
         write_records(records, Path(folder))
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror}); a folder") from error
+        raise UserError(f"{error.filename or folder} cannot be written ({error.strerror}): give another") from error
     return records
 
 

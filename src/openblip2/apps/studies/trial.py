@@ -232,25 +232,13 @@ def cached_json(
         if found["of"] == plain:
             return found
         if not overwrite:
-            raise UserError(
-                f"{path} exists already, made with another {', '.join(_differing(found['of'], plain)[:3])}: give "
-                "another --out, or add --overwrite to replace it"
-            )
+            other = " and ".join(name for name in plain if found["of"].get(name) != plain[name])
+            raise UserError(f"{path} was made with other {other}: give another --out, or add --overwrite to replace it")
         path.unlink()  # before anything of it is written over
     began = time.perf_counter()
     found = {"of": plain, **(make() or {}), "seconds": round(time.perf_counter() - began, 1)}
     write_json(found, path)
     return found
-
-
-def _differing(then: Any, now: Any, name: str = "") -> list[str]:
-    """The dotted names of the values that differ in two nested dicts."""
-    if isinstance(then, dict) and isinstance(now, dict):
-        parts = {**then, **now}
-        return [
-            found for key in parts for found in _differing(then.get(key), now.get(key), f"{name}.{key}".lstrip("."))
-        ]
-    return [] if then == now else [name]
 
 
 def retrieval_values(

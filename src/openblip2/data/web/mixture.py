@@ -211,7 +211,7 @@ def count_parts(
                 counts.append(samples)
                 advance()
             if not any(counts):
-                why = f"the first problem: {problems[0]}" if problems else "shards with images"
+                why = f"the first problem: {problems[0]}" if problems else "give shards with images"
                 raise UserError(f"{part.name}: not one of its {len(counts)} shards contains a sample; {why}")
             counted.append(replace(part, counts=tuple(counts), held_out=(0,) * len(counts)))
     return counted
@@ -284,7 +284,7 @@ def kept_parts(run: Path, parts: Sequence[Part]) -> list[Part] | None:
     try:
         kept = TypeAdapter(list[Part]).validate_python(json.loads(path.read_text("utf-8"))["parts"])
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: is damaged or another program's; give a new --out") from error
+        raise UserError(f"{path}: is damaged or another program's: give a new --out") from error
     if [replace(part, counts=(), held_out=()) for part in kept] != list(parts):
-        raise UserError(f"{path}: the run was begun on other shards; the same --data, or a new --out")
+        raise UserError(f"{path}: the run was begun on other shards: give the same --data, or a new --out")
     return kept

@@ -90,7 +90,7 @@ class OpenShards:
             epoch, shard = order.after(spot)
             spot = Spot(spot.lane, epoch, shard, spot.place % order.counts[shard])
         raise UserError(
-            f"{self.parts[part].name}: not one good sample left to read; see skipped.jsonl for what is wrong"
+            f"{self.parts[part].name}: no good sample is left to read: skipped.jsonl says what is wrong with each"
         )
 
     def problem(self, line: str) -> None:
@@ -210,7 +210,7 @@ class ShardPairs:
                 texts = [text for one in sample_captions(sample, reader) if (text := clean_caption(one, len(one)))]
                 try:
                     if not texts:
-                        raise UserError(f"{name}: has no caption; text beside it")
+                        raise UserError(f"{name}: has no caption: give text beside it")
                     text = texts[int(torch.rand((), generator=random).item() * len(texts))]
                     image = PictureFile(sample.image, name)
                     mirror = False if names_side(texts) else None
