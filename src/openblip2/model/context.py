@@ -4,6 +4,7 @@ Shapes: Q queries.
 """
 
 from openblip2.compat import unlimited_length
+from openblip2.errors import UserError
 from openblip2.model.language import LanguageModel
 
 
@@ -30,3 +31,14 @@ def room_for_prompt(language: LanguageModel, context: int | None, queries: int, 
     if context is None:
         return None
     return context - queries - (0 if language.llm.config.is_encoder_decoder else new)
+
+
+def require_room(language: LanguageModel, prompt: str, queries: int, new: int) -> None:
+    """Raises `UserError` if a prompt, Q soft tokens and `new` tokens do not fit the language model at once."""
+    context, length = context_of(language), language.length(prompt)
+    room = room_for_prompt(language, context, queries, new)
+    if room is not None and length > room:
+        raise UserError(
+            f"prompt {prompt[:40]!r}: it has {length} tokens, but the language model takes {context} at once, with "
+            f"{queries} of the picture and up to {new} new ones: write a shorter prompt, or ask for fewer new tokens"
+        )
