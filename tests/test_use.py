@@ -113,7 +113,7 @@ def test_a_picture_with_few_captions_has_fewer_and_a_bad_one_none(
     assert own is not None
     assert len(own) == 1
     assert none is None
-    assert "1 pictures have fewer than 3 different captions in 15 draws" in caplog.text
+    assert "1 of 2 pictures have fewer than 3 different captions in 15 draws" in caplog.text
     with pytest.raises(UserError, match="3 captions of a picture have to be drawn: use Decoding"):
         captioner.captions([home.picture()], 3, decoding=SHORT)
 

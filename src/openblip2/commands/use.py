@@ -10,7 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from openblip2.commands.shared import AsJson, Run, among, load_captioner, open_single, progress, put, require_all, tell
+from openblip2.commands.shared import (
+    AsJson,
+    Run,
+    among,
+    keeping,
+    load_captioner,
+    open_single,
+    progress,
+    put,
+    require_all,
+    tell,
+)
 from openblip2.errors import UserError, printable
 
 Tokens = Annotated[int | None, typer.Option(min=1, help="Maximum number of new tokens; default: 30.")]
@@ -45,8 +56,9 @@ def caption(
         if beside:
             from openblip2.runs import locked
 
-            for folder in {path if path.is_dir() else path.parent for path in images if path.exists()}:
+            for folder in {(path if path.is_dir() else path.parent).resolve() for path in images if path.exists()}:
                 locks.enter_context(locked(folder))
+            locks.enter_context(keeping("the texts that are written stay; the same command continues"))
             todo = _without_text(todo)
         if not todo:
             return
@@ -63,7 +75,8 @@ def _caption(
 ) -> None:
     from openblip2.inference.inputs import GROUP
 
-    open_single(images, {"path": str(images[0]), "caption": None} if as_json else None)
+    none = {"path": str(images[0]), "caption" if count == 1 else "captions": None}
+    open_single(images, none if as_json else None)
     bad: list[Path] = []
     with progress().steps("captions", len(images)) as bar:
         for start in range(0, len(images), GROUP):

@@ -81,8 +81,8 @@ class Captioner(Pretrained):
             images: the pictures.
             count: captions of each picture; it may have fewer, which a warning says.
             prompt: as in `caption`.
-            decoding: has to sample if `count` is above 1. Caption n is drawn with the seed `decoding.seed + n`, so it
-                depends neither on the other pictures nor on how many captions there are.
+            decoding: has to sample if `count` is above 1. Draw n has the seed `decoding.seed + n`, so it depends
+                neither on the other pictures nor on `count`; captions that repeat are left out.
             score: whether to compute their log-probabilities, too.
         """
         if count > 1 and not decoding.sample:
@@ -105,7 +105,8 @@ class Captioner(Pretrained):
 
         found = each_readable(images, draw)
         if few := sum(own is not None and len(own) < count for own in found):
-            log.warning("%d pictures have fewer than %d different captions in %d draws", few, count, ROUNDS * count)
+            few = f"{few} of {len(found)} pictures have"
+            log.warning("%s fewer than %d different captions in %d draws", few, count, ROUNDS * count)
         return found
 
     def log_likelihood(self, images: Sequence[Picture], texts: Sequence[str], prompt: str | None = None) -> Tensor:
