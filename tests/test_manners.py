@@ -205,7 +205,7 @@ def test_rates_are_of_a_readable_size() -> None:
 
 
 LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "caption": ("inference.captioner.Captioner.caption", ("{stage2}", "{data}/0.png"), ""),
+    "caption": ("inference.captioner.Captioner.captions", ("{stage2}", "{data}/0.png"), ""),
     "rank": ("inference.matcher.Matcher.similarity", ("{stage1}", "a dog", "{data}/0.png"), ""),
     "features": (
         "train.encode.write_features",
