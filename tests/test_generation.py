@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 import tiny_models
 from openblip2.model.language import DecoderLM, Decoding, LanguageModel
+from openblip2.model.likelihood import text_logprobs
 from openblip2.model.load_language import load_language
 from tiny import Q
 from tiny_models import EOS, NEWLINE, PAD, WORDS, L, W, constant, embed, ids, language, soft_prompts
@@ -139,6 +141,39 @@ def test_penalties_reach_the_model() -> None:
     lm = constant("gpt2", (" dog", 2.0), (" cat", 1.9), (" bus", 1.7))
     how = Decoding(max_new_tokens=4, beams=1, repetition_penalty=1.25)
     assert lm.generate(soft_prompts(1), [""], how) == ["dog cat bus dog"]
+
+
+def test_the_repetition_penalty_counts_written_words_alone() -> None:
+    """Not those of the prompt, nor the token that every text of an encoder-decoder begins with."""
+    for kind in tiny_models.MODELS:
+        lm: Any = constant(kind, (" dog", 2.0), (" cat", 1.9), (" bus", 1.7))
+        lm.llm.config.decoder_start_token_id = lm.llm.generation_config.decoder_start_token_id = WORDS.index(" dog")
+        how = Decoding(max_new_tokens=4, beams=1, repetition_penalty=1.25)
+        start = "dog " if kind == "t5" else ""
+        assert lm.generate(soft_prompts(1), ["a dog dog"], how) == [f"{start}dog cat bus dog"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", tiny_models.MODELS)
+def test_a_text_of_a_seed_does_not_depend_on_its_batch(kind: str) -> None:
+    lm, soft = language(kind), soft_prompts()
+    how = Decoding(max_new_tokens=7, beams=1, sample=True, seed=4)
+    together = lm.generate(soft, PROMPTS, how)
+    torch.manual_seed(1)  # without an effect
+    assert together == [lm.generate(soft[n : n + 1], PROMPTS[n : n + 1], how)[0] for n in range(3)]
+    assert together != lm.generate(soft, PROMPTS, replace(how, seed=5))
+    assert together != lm.generate(soft, PROMPTS, GREEDY)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", tiny_models.MODELS)
+def test_the_log_probability_of_a_text_is_the_sum_over_its_tokens_and_its_end(kind: str) -> None:
+    lm, soft = language(kind), soft_prompts()
+    row = ids(" a| dog| cat|</s>" if isinstance(lm, DecoderLM) else "a| dog| cat|</s>")
+    before = contexts(lm, soft)[2]
+    logs = [next_logits(lm.llm, before, row[:n]).log_softmax(0)[token] for n, token in enumerate(row)]
+    found = text_logprobs(lm, soft[2:], PROMPTS[2], ["dog", "a dog cat"])
+    torch.testing.assert_close(found[1], torch.stack(logs).sum())
 
 
 def test_sampling_is_reproducible() -> None:

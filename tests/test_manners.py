@@ -102,7 +102,9 @@ def test_json_is_all_that_stands_on_standard_output(home: Home, tmp_path: Path) 
 
     pictures = [home.picture(n) for n in range(2)]
     told = [line.split("\t") for line in call("caption", home.stage2, *pictures).out.splitlines()]
-    assert lines("caption", home.stage2, *pictures) == [{"path": path, "caption": text} for path, text in told]
+    rows = lines("caption", home.stage2, *pictures)
+    assert all(row.pop("logprob") < 0 for row in rows)
+    assert rows == [{"path": path, "caption": text} for path, text in told]
     (answer,) = lines("answer", home.stage2, pictures[0], "what colour is it?")
     assert answer["answer"] + "\n" == call("answer", home.stage2, pictures[0], "what colour is it?").out
     told = [line.split("\t") for line in call("rank", home.stage1, "a red dog", *pictures).out.splitlines()]
@@ -203,7 +205,7 @@ def test_rates_are_of_a_readable_size() -> None:
 
 
 LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "caption": ("inference.captioner.Captioner.caption", ("{stage2}", "{data}/0.png"), ""),
+    "caption": ("inference.captioner.Captioner.captions", ("{stage2}", "{data}/0.png"), ""),
     "rank": ("inference.matcher.Matcher.similarity", ("{stage1}", "a dog", "{data}/0.png"), ""),
     "features": (
         "train.encode.write_features",

@@ -1,5 +1,6 @@
 """What several commands take, how they refuse it, and how all of them speak."""
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -131,10 +132,14 @@ def read_data(
 def load_captioner(run: str) -> Any:
     """A run that can write text: a `Captioner`."""
     progress().doing(f"loading {run}")
-    from openblip2.inference.captioner import Captioner
-    from openblip2.inference.load import load
+    gc.disable()  # what is imported stays, so looking for garbage in it would only take an eighth of the time
+    try:
+        from openblip2.inference.captioner import Captioner
+        from openblip2.inference.load import load
 
-    model = load(run)
+        model = load(run)
+    finally:
+        gc.enable()
     if not isinstance(model, Captioner):
         raise UserError(f"{run} is a stage-1 run, which cannot write text; give a stage-2 run")
     return model

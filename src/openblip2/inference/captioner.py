@@ -3,7 +3,6 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); everything below this module works on tensors.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openblip2.compat import log
 from openblip2.config import RunSettings
 from openblip2.data.images import Picture
 from openblip2.data.text import clean_question
@@ -22,19 +22,20 @@ from openblip2.inference.inputs import (
     clean_texts,
     each_readable,
     features_of,
-    group_of,
     require_pairs,
-    same_pictures,
     warn_unknown,
 )
-from openblip2.inference.pretrained import Pretrained
-from openblip2.model.context import require_room
+from openblip2.inference.pretrained import Features, Pretrained
+from openblip2.inference.writing import Written, write_texts
 from openblip2.model.language import Decoding
+from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
 
 CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short
 CHAT = replace(ANSWER, max_new_tokens=30)  # these three are the defaults of the command line, Python and the server
+SAMPLED = Decoding(beams=1, sample=True, seed=0)  # several captions of a picture
+ROUNDS = 5  # of draws, at most, until the captions of a picture differ
 
 
 class Captioner(Pretrained):
@@ -63,8 +64,97 @@ class Captioner(Pretrained):
         Args:
             prompt: Text after the soft prompt; None = the one of training.
         """
-        prompt = self.settings.language.prompts[0] if prompt is None else prompt
+        prompt = self._prompt(prompt)
         return each_readable(images, lambda some, numbers: self.generate(some, [prompt] * len(some), decoding))
+
+    def captions(
+        self,
+        images: Sequence[Picture],
+        count: int,
+        prompt: str | None = None,
+        decoding: Decoding = SAMPLED,
+        score: bool = False,
+    ) -> list[list[Written] | None]:
+        """Different captions of each picture, in the order in which they were drawn; None as in `caption`.
+
+        Args:
+            images: the pictures.
+            count: captions of each picture; it may have fewer, which a warning says.
+            prompt: as in `caption`.
+            decoding: has to sample if `count` is above 1. Draw n has the seed `decoding.seed + n`, so it depends
+                neither on the other pictures nor on `count`; captions that repeat are left out.
+            score: whether to compute their log-probabilities, too.
+        """
+        if count > 1 and not decoding.sample:
+            raise UserError(f"{count} captions of a picture have to be drawn: use Decoding(sample=True, beams=1)")
+        self._require_questions(images, None)
+        prompt, precision = self._prompt(prompt), self.settings.train.precision
+
+        def draw(some: Sequence[Picture], numbers: Sequence[int]) -> list[list[Written]]:
+            found = [dict[str, Written]() for _ in some]
+            for first in range(0, ROUNDS * count, count):
+                short = [n for n, own in enumerate(found) if len(own) < count]
+                seeds = [None if decoding.seed is None else decoding.seed + first + n for n in range(count)]
+                hows = [replace(decoding, seed=seed) for seed in seeds]
+                again = [some[n] for n in short]
+                drawn = write_texts(self.model, precision, again, [prompt] * len(again), hows, score=score)
+                for n, own in zip(short, drawn, strict=True):
+                    for one in own:
+                        found[n].setdefault(one.text, one)
+            return [list(own.values())[:count] for own in found]
+
+        found = each_readable(images, draw)
+        if few := sum(own is not None and len(own) < count for own in found):
+            few = f"{few} of {len(found)} pictures have"
+            log.warning("%s fewer than %d different captions in %d draws", few, count, ROUNDS * count)
+        return found
+
+    def log_likelihood(self, images: Sequence[Picture], texts: Sequence[str], prompt: str | None = None) -> Tensor:
+        """The log-probability of caption n of picture n, its end counted: `[N]`, in nats.
+
+        It is NaN for a picture that cannot be opened, and a warning names it.
+
+        Args:
+            images: N pictures.
+            texts: N captions, scored as they are given; training captions are in lower case.
+            prompt: as in `caption`.
+        """
+        require_pairs(images, texts, "texts")
+        self._require_questions(images, None)
+        prompt = self._prompt(prompt)
+
+        def score(features: Tensor, numbers: Sequence[int]) -> Tensor:
+            soft = self.model.soft_prompt(features=features)
+            return text_logprobs(self.model.language, soft, prompt, [texts[n] for n in numbers])
+
+        return self._rows(images, score)
+
+    def choose(self, images: Sequence[Picture], questions: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """The probability of each of M answers to question n about picture n, if it is one of them: `[N, M]`.
+
+        It is the probability of the whole answer, divided by the sum of all M. The row of a picture that cannot be
+        opened is NaN, and a warning names it.
+
+        Args:
+            images: N pictures.
+            questions: N questions, asked as in `answer`.
+            answers: for example "yes" and "no"; the same for all questions.
+
+        Raises:
+            UserError: fewer than two different answers, or an empty one; or as `answer`.
+        """
+        if len(set(answers)) < max(2, len(answers)) or not all(map(str.strip, answers)):
+            raise UserError(f"answers {','.join(answers)[:80]!r}: give two or more different ones, for example yes,no")
+        require_pairs(images, questions, "questions")
+        prompts, asked = self.read_questions(questions)
+
+        def score(features: Tensor, numbers: Sequence[int]) -> Tensor:
+            read = self._read(None if asked is None else [asked[n] for n in numbers])
+            soft, language = self.model.soft_prompt(features=features, question=read), self.model.language
+            rows = [text_logprobs(language, soft[k, None], prompts[n], answers) for k, n in enumerate(numbers)]
+            return torch.stack(rows).softmax(dim=1)
+
+        return self._rows(images, score, len(answers))
 
     def answer(
         self, images: Sequence[Picture], questions: Sequence[str], decoding: Decoding = ANSWER
@@ -108,6 +198,27 @@ class Captioner(Pretrained):
         prompts, asked = self.read_questions(questions)
         return self.generate([image] * len(questions), prompts, decoding, asked)
 
+    def features(self, images: Sequence[Picture], texts: Sequence[str] | None = None) -> Features:
+        """What the queries read from N pictures. Rows of a picture that cannot be opened are NaN, as in `caption`.
+
+        Args:
+            images: N pictures.
+            texts: a question for each, where the Q-Former reads questions.
+
+        Returns:
+            `queries [N, Q, D]` and, in `projected`, the soft prompt `[N, Q, L]`; on the CPU.
+        """
+        asked = None if texts is None else clean_texts(texts, clean_question)
+        self._require_questions(images, asked)
+
+        def read(features: Tensor, numbers: Sequence[int]) -> Tensor:
+            question = self._read(None if asked is None else [asked[n] for n in numbers])
+            queries = self.model.query_output(features=features, question=question)
+            return torch.cat([queries.float(), self.model.projection(queries).float()], dim=2)
+
+        sizes = self.model.qformer.width, self.model.language.width
+        return Features(*self._rows(images, read, self.model.qformer.queries.shape[1], sum(sizes)).split(sizes, 2))
+
     def soft_prompt(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> Tensor:
         """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU.
 
@@ -138,75 +249,19 @@ class Captioner(Pretrained):
         questions: Sequence[str] | None = None,
         at_once: int = GROUP,
     ) -> list[str]:
-        """The language model's text for picture n after prompt n.
-
-        A picture that repeats, by its path or as the same object of a list, goes through the encoder and the Q-Former
-        once, and where prompts begin alike the language model reads it once, too. Prompts of like length go together.
+        """The language model's text for picture n after prompt n; see `writing.write_texts`.
 
         Args:
-            questions: one for each picture, where the Q-Former reads them: then a picture that repeats goes through
-                the encoder once in each group of 32, and through the Q-Former with each question.
-            at_once: texts that are written together, where no questions are read and `inputs.group_of` is not 1.
+            questions: one for each picture, where the Q-Former reads them.
+            at_once: texts that are written together, where `inputs.group_of` is not 1.
 
         Raises:
-            UserError: a picture that cannot be opened; a prompt that is too long; no questions where they are read, or
-                some where they are not.
+            UserError: as `write_texts`; or no questions where they are read, or some where they are not.
         """
         self._require_questions(images, questions)
-        if questions is not None:
-            return self._generate_asked(images, prompts, decoding, questions)
-        names = same_pictures(images)
-        left, language = Counter(names), self.model.language
-        lengths = self.lengths(prompts, decoding)
-        first = {name: n for n, name in reversed(list(enumerate(names)))}
-        # Prompts about one picture stay together, for they share more than padding costs.
-        order = sorted(
-            range(len(names)),
-            key=lambda n: (first[names[n]] if left[names[n]] > 1 else len(names), lengths[prompts[n]]),
-        )
-        found, soft = [""] * len(names), dict[str | int, Tensor]()
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            at_once = at_once if group_of(self.model) > 1 else 1
-            for start in range(0, len(order), at_once):
-                rows = order[start : start + at_once]
-                here = {names[n]: n for n in rows}
-                unseen = [n for name, n in here.items() if name not in soft]
-                for features in features_of(self.model, [images[n] for n in unseen]):
-                    soft |= zip((names[n] for n in unseen), self.model.soft_prompt(features=features), strict=True)
-                about = [list(here).index(names[n]) for n in rows]
-                given = torch.stack([soft[name] for name in here])
-                texts = language.generate(given, [prompts[n] for n in rows], decoding, about)
-                for n, text in zip(rows, texts, strict=True):
-                    found[n] = text
-                left.subtract(names[n] for n in rows)
-                soft = {name: one for name, one in soft.items() if left[name]}
-        return found
-
-    def _generate_asked(
-        self, images: Sequence[Picture], prompts: Sequence[str], decoding: Decoding, questions: Sequence[str]
-    ) -> list[str]:
-        self.lengths(prompts, decoding)
-        names, found = same_pictures(images), [""] * len(images)
-        first = {name: n for n, name in reversed(list(enumerate(names)))}
-        order = sorted(range(len(names)), key=lambda n: (first[names[n]], len(prompts[n])))
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            group = group_of(self.model)
-            for start in range(0, len(order), group):
-                rows = order[start : start + group]
-                here = {names[n]: n for n in rows}
-                features = torch.cat(list(features_of(self.model, [images[n] for n in here.values()])))
-                about = [list(here).index(names[n]) for n in rows]
-                read = self._read([questions[n] for n in rows])
-                soft = self.model.soft_prompt(features=features[about], question=read)
-                texts = self.model.language.generate(soft, [prompts[n] for n in rows], decoding)
-                for n, text in zip(rows, texts, strict=True):
-                    found[n] = text
-        return found
-
-    def lengths(self, prompts: Sequence[str], decoding: Decoding) -> dict[str, int]:
-        """Tokens of each prompt with its template; a `UserError` if they do not fit beside the picture and the text."""
-        queries, new = self.model.qformer.queries.shape[1], decoding.max_new_tokens
-        return {prompt: require_room(self.model.language, prompt, queries, new) for prompt in set(prompts)}
+        asked = None if questions is None or self.tokens is None else (self.tokens, questions)
+        found = write_texts(self.model, self.settings.train.precision, images, prompts, [decoding], asked, at_once)
+        return [text for ((text, _),) in found]
 
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
         self._require_questions(images, questions)
@@ -215,6 +270,9 @@ class Captioner(Pretrained):
             read = self._read(questions[start : start + len(part)] if questions else None)
             yield self.model.query_output(features=part, question=read)
             start += len(part)
+
+    def _prompt(self, prompt: str | None) -> str:
+        return self.settings.language.prompts[0] if prompt is None else prompt
 
     def _read(self, questions: Sequence[str] | None) -> tuple[Tensor, Tensor] | None:
         return question_tokens(self.tokens, questions, self.model.projection.weight.device)

@@ -66,6 +66,12 @@ def each_readable(
     return [found.get(n) for n in range(len(images))]
 
 
+def stacked(rows: Sequence[Tensor | None], *shape: int) -> Tensor:
+    """The rows, of one shape; NaN for those that are None."""
+    missing = torch.full(shape, torch.nan)
+    return torch.stack([missing if row is None else row for row in rows])
+
+
 def _problem(image: Picture) -> str | None:
     try:
         open_picture(image)

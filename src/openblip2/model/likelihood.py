@@ -34,9 +34,14 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
         bool: whether greedy decoding would write this text.
     """
     logits, labels = _read(language, soft, prompt, [language._caption(prompt, text) for text in texts])
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
     likeliest = (logits.argmax(2) == labels) | (labels == IGNORED)
-    return losses / (labels != IGNORED).sum(1), likeliest.all(1)
+    return -_sums(logits, labels) / (labels != IGNORED).sum(1), likeliest.all(1)
+
+
+@torch.no_grad()
+def text_logprobs(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> Tensor:
+    """The log-probability of each of N whole texts, its end counted: `[N]`, in nats; arguments as in `likelihoods`."""
+    return _sums(*_read(language, soft, prompt, [language._caption(prompt, text) for text in texts]))
 
 
 def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -> list[tuple[str, Tensor]]:
@@ -114,3 +119,7 @@ def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[li
             written = llm.prepare_decoder_input_ids_from_labels(labels=labels)
             given = {"inputs_embeds": before, "attention_mask": mask, "decoder_input_ids": written, "use_cache": False}
         return llm(**given).logits.float(), labels
+
+
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+    return -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)

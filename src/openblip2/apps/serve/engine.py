@@ -25,6 +25,7 @@ from openblip2.inference.chat import DialoguePrompt
 from openblip2.inference.inputs import clean_texts, group_of
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
+from openblip2.model.context import require_room
 from openblip2.model.likelihood import token_scores
 
 CACHED = 256  # soft prompts of recent pictures
@@ -123,17 +124,21 @@ class Engine:
             if reads_questions:
                 raise UserError("this model answers questions: ask one")
             prompt = captioner.settings.language.prompts[0] if job.prompt is None else job.prompt
-            captioner.lengths([prompt], job.decoding)
+            self._require_room(prompt, job)
             return picture, prompt, ""
         question = ""
         if job.plain or reads_questions:
             (question,) = clean_texts([job.question], clean_question)
         if job.plain:
             prompt = captioner.settings.language.question.replace("{}", question)
-            captioner.lengths([prompt], job.decoding)
+            self._require_room(prompt, job)
         else:
             prompt = self.dialogue.write(job.turns, job.question, job.decoding.max_new_tokens)
         return picture, prompt, question if reads_questions else ""
+
+    def _require_room(self, prompt: str, job: Write) -> None:
+        model = self.captioner.model
+        require_room(model.language, prompt, model.qformer.queries.shape[1], job.decoding.max_new_tokens)
 
     def _soft_prompts(self, pictures: list[PictureFile], questions: list[str]) -> tuple[Tensor, list[int]]:
         """Soft prompts `[N, Q, L]`, and the row of each picture in them; a picture that repeats has one row.

@@ -1,0 +1,90 @@
+"""Texts about pictures in batches: a picture is encoded once for all texts about it.
+
+Shapes: Q queries, L LLM width.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from openblip2.data.images import Picture
+from openblip2.data.tokens import QFormerTokens, question_tokens
+from openblip2.hardware import computing
+from openblip2.inference.inputs import GROUP, features_of, group_of, same_pictures
+from openblip2.model.context import require_room
+from openblip2.model.language import Decoding
+from openblip2.model.likelihood import text_logprobs
+from openblip2.model.stage2 import Stage2
+
+
+class Written(NamedTuple):
+    """A text, and its log-probability in nats: the sum over its tokens and its end; NaN if it was not asked for."""
+
+    text: str
+    logprob: float
+
+
+def write_texts(
+    model: Stage2,
+    precision: str,
+    images: Sequence[Picture],
+    prompts: Sequence[str],
+    decodings: Sequence[Decoding],
+    asked: tuple[QFormerTokens, Sequence[str]] | None = None,
+    at_once: int = GROUP,
+    score: bool = False,
+) -> list[list[Written]]:
+    """For each picture, a text after its prompt by each of `decodings`. Prompts of like length go together.
+
+    Args:
+        images: a picture that repeats, by its path or as the same object of a list, goes through the encoder and the
+            Q-Former once; and where prompts begin alike the language model reads it once, too.
+        asked: where the Q-Former reads questions, its tokenizer and one for each picture: then a picture that repeats
+            goes through the encoder once in each group, and through the Q-Former with each question.
+        at_once: texts that are written together, where `inputs.group_of` is not 1.
+        score: also the log-probabilities; all prompts must then be equal.
+
+    Raises:
+        UserError: a picture that cannot be opened, or a prompt that is too long for the language model.
+    """
+    names = same_pictures(images)
+    left, language = Counter(names), model.language
+    queries, new = model.qformer.queries.shape[1], max((one.max_new_tokens for one in decodings), default=0)
+    lengths = {prompt: require_room(language, prompt, queries, new) for prompt in set(prompts)}
+    first = {name: n for n, name in reversed(list(enumerate(names)))}
+    # Prompts about one picture stay together, for they share more than padding costs.
+    order = sorted(
+        range(len(names)),
+        key=lambda n: (first[names[n]] if left[names[n]] > 1 else len(names), lengths[prompts[n]]),
+    )
+    found, soft = [list[Written]() for _ in names], dict[str | int, Tensor]()
+    with torch.inference_mode(), computing(model, precision):
+        at_once = at_once if group_of(model) > 1 else 1
+        for start in range(0, len(order), at_once):
+            rows = order[start : start + at_once]
+            here = {names[n]: n for n in rows}
+            about = [list(here).index(names[n]) for n in rows]
+            if asked is None:
+                unseen = [n for name, n in here.items() if name not in soft]
+                for features in features_of(model, [images[n] for n in unseen]):
+                    soft |= zip((names[n] for n in unseen), model.soft_prompt(features=features), strict=True)
+                given = torch.stack([soft[name] for name in here])
+            else:
+                tokens, questions = asked
+                features = torch.cat(list(features_of(model, [images[n] for n in here.values()])))
+                read = question_tokens(tokens, [questions[n] for n in rows], features.device)
+                given, about = model.soft_prompt(features=features[about], question=read), list(range(len(rows)))
+            for decoding in decodings:
+                texts = language.generate(given, [prompts[n] for n in rows], decoding, about)
+                scores = [math.nan] * len(rows)
+                if score:
+                    scores = text_logprobs(language, given[about], prompts[rows[0]], texts).tolist()
+                for n, text, logprob in zip(rows, texts, scores, strict=True):
+                    found[n].append(Written(text, logprob))
+            left.subtract(names[n] for n in rows)
+            soft = {name: one for name, one in soft.items() if left[name]}
+    return found
