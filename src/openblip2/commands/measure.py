@@ -149,7 +149,7 @@ def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Find
     model = load(run)
     says.doing(f"looking at {len(images)} pictures")
     rank = model.effective_rank(images, None if question is None else [question] * len(images))
-    queries = model.model.qformer.queries.shape[1]
+    queries = model.model.connector.tokens
     return rank_finding(rank, queries), {"effective_rank": rank, "queries": queries, "pictures": len(images)}
 
 

@@ -24,8 +24,9 @@ from openblip2.inference.captioner import CAPTION, Captioner
 from openblip2.inference.inputs import clean_texts
 from openblip2.inference.matcher import Matcher
 from openblip2.model.likelihood import word_scores
+from openblip2.model.qformer import QFormer
 from openblip2.model.relevance import attention, relevance, watching
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision
 
 By = Literal["itc", "itm"]
 BY: tuple[By, ...] = get_args(By)
@@ -65,10 +66,13 @@ def look(model: Matcher | Captioner, picture: Picture, text: str | None = None, 
         by: of a stage 1, which score of the text.
 
     Raises:
-        UserError: a picture that cannot be opened, an empty or too long text, a question that is missing.
+        UserError: a picture that cannot be opened, an empty or too long text, a question that is missing, another
+            connector than the Q-Former.
     """
-    vision = model.model.vision
+    vision, connector = model.model.vision, model.model.connector
     assert vision is not None
+    if not isinstance(connector, QFormer):
+        raise UserError(f"the connector {connector.name!r} has no attention maps: give a run with a Q-Former")
     place = next(model.model.parameters()).device
     with torch.enable_grad(), computing(model.model, model.settings.train.precision):
         with torch.no_grad():
@@ -85,7 +89,7 @@ def text_relevance(model: Matcher, features: Tensor, texts: Sequence[str], by: B
     return _maps(model.model.vision, relevance(score, weights))
 
 
-def _of_matcher(model: Matcher, vision: Vision, features: Tensor, text: str | None, by: By) -> Looked:
+def _of_matcher(model: Matcher, vision: FrozenVision, features: Tensor, text: str | None, by: By) -> Looked:
     with torch.no_grad(), watching(model.model.qformer) as weights:
         model.model.qformer.query_output(features)
     queries = _maps(vision, attention(weights)[0])
@@ -108,7 +112,9 @@ def _scored(model: Matcher, features: Tensor, texts: Sequence[str], by: By) -> t
         return weights, (logits[:, 1] - logits[:, 0]).sum()
 
 
-def _of_captioner(model: Captioner, vision: Vision, features: Tensor, picture: Picture, text: str | None) -> Looked:
+def _of_captioner(
+    model: Captioner, vision: FrozenVision, features: Tensor, picture: Picture, text: str | None
+) -> Looked:
     stage2, language = model.model, model.settings.language
     prompt, question = language.prompts[0], None
     if model.tokens is not None:
@@ -122,14 +128,15 @@ def _of_captioner(model: Captioner, vision: Vision, features: Tensor, picture: P
         (text,) = model.generate([picture], [prompt], CAPTION)
     else:
         (text,) = clean_texts([text], clean_caption)
-    with watching(stage2.qformer) as weights:
+    assert isinstance(stage2.connector, QFormer)
+    with watching(stage2.connector) as weights:
         soft = stage2.soft_prompt(features=features, question=question)
         words = word_scores(stage2.language, soft, prompt, text) if text else []
     found = tuple((word, _maps(vision, relevance(score, weights))[0]) for word, score in words)
     return Looked(_maps(vision, attention(weights)[0]), text, found)
 
 
-def _maps(vision: Vision, patches: Tensor) -> np.ndarray[Any, Any]:
+def _maps(vision: FrozenVision, patches: Tensor) -> np.ndarray[Any, Any]:
     """`[n, P]` -> `[n, g, g]`; class and register tokens, which come first, are left out."""
     side = vision.grid
     return patches[:, -side * side :].unflatten(1, (side, side)).float().cpu().numpy()

@@ -216,7 +216,7 @@ class Captioner(Pretrained):
             raise UserError(
                 "this run answers questions, which its Q-Former reads: give one with each picture, as for `answer`"
                 if questions is None
-                else "this run's Q-Former reads no questions: give them in the prompts alone"
+                else f"this run's {self.settings.connector.name} reads no questions: give them in the prompts alone"
             )
         if questions is not None:
             require_pairs(images, questions, "questions")

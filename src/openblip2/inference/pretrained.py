@@ -172,7 +172,7 @@ class Pretrained(ABC):
             write_run(
                 draft,
                 self.settings,
-                model.qformer.sizes,
+                model.connector.sizes,
                 trained,
                 model.vision,
                 model.language if isinstance(model, Stage2) else None,
