@@ -1,6 +1,7 @@
 """A caller's own connector and image encoder: trained, saved, loaded, asked; and what does not apply is refused."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.model.build import CONNECTORS
 from openblip2.model.connector import Connector, Question
+from openblip2.plan.plan import make_plan
 from openblip2.presets import fine_tuning, preset
 from openblip2.train.recipes import train_stage
 from openblip2.weights.convert import convert
@@ -258,3 +260,24 @@ def test_a_language_model_of_the_callers_own(home: Path, tmp_path: Path) -> None
     assert isinstance(model, Captioner)
     assert model.model.language.template == "{image}a {prompt}"
     assert isinstance(model.caption([home / "data" / "0.png"])[0], str)
+
+
+def test_a_plan_knows_other_connectors(home: Path) -> None:
+    planned = make_plan(recipe(home, "stage2", connector__name="pooled"), "H100", 1)
+    assert planned["parameters"]["trained"] == (24 + 1) * 18 + (18 + 1) * 20
+
+
+def test_the_examples_of_the_page_run(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "bring-your-own.md").read_text(encoding="utf-8")
+    encoder, connector = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class" in block)
+    monkeypatch.setattr(openblip2, "preset", lambda stage, _: recipe(home, stage))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").symlink_to(home / "data")
+    names: dict[str, Any] = {}
+    exec(compile(encoder, "bring-your-own.md", "exec"), names)
+    assert names["captioner"].soft_prompt(["pictures/1.png"]).shape == (1, 5, 20)
+    exec(compile(connector, "bring-your-own.md", "exec"), names)
+    train_stage(names["settings"], names["records"], tmp_path / "pooled", quiet())
+    model = load(tmp_path / "pooled")
+    assert isinstance(model, Captioner)
+    assert model.soft_prompt(["pictures/1.png"]).shape == (1, 9, 20)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from openblip2.inference.chat import Chat
     from openblip2.inference.load import load
     from openblip2.inference.matcher import Matcher
-    from openblip2.model.build import CONNECTORS
     from openblip2.model.connector import Connector
     from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM
     from openblip2.model.load_language import load_language
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from openblip2.weights.convert import convert
 
 _HOME = {
-    "CONNECTORS": "model.build",
     "Captioner": "inference.captioner",
     "Chat": "inference.chat",
     "Connector": "model.connector",
@@ -67,7 +65,6 @@ _HOME = {
 }
 
 __all__ = [
-    "CONNECTORS",
     "Captioner",
     "Chat",
     "Connector",

@@ -207,6 +207,11 @@ class RunSettings:
     )
     warm_start: bool = False  # ours: closed-form start before the first step (train/warm_start.py)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the Q-Former reads text, so that the run has its tokenizer."""
+        return self.stage == "stage1" or self.qformer.question_in_qformer
+
 
 def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
     """The same settings with some changed, by dotted name; text values are read as their field's type.

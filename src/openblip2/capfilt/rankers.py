@@ -59,7 +59,7 @@ class RunRanker:
         owners = _owners(pools, place)
         tokens, valid = (t.to(place) for t in self.matcher.tokens([text for texts in pools for text in texts]))
         with torch.inference_mode(), computing(model, self.matcher.settings.train.precision):
-            memory = model.qformer.encode_image(model.vision(torch.stack(list(looks)).to(place)))
+            memory = model.connector.encode_image(model.vision(torch.stack(list(looks)).to(place)))
             if self.itm:
                 logits = [
                     model.match(memory.take(owners[rows]), tokens[rows], valid[rows])
@@ -68,7 +68,7 @@ class RunRanker:
                 found = torch.cat(logits).float().softmax(dim=1)[:, 1]
             else:
                 every = similarity(
-                    model.image_vectors(model.qformer.query_pass(memory)[0]), text_vectors(model, tokens, valid)
+                    model.image_vectors(model.connector.query_pass(memory)[0]), text_vectors(model, tokens, valid)
                 )
                 found = every[owners, torch.arange(len(owners), device=place)]
         return _split(found, pools)

@@ -3,11 +3,12 @@
 Attention is what the queries look at; relevance is what a text's score depends on: how well it fits the
 picture by contrast (ITC) or by matching (ITM), or how likely the language model finds each of its words.
 
-Shapes: Q queries, g patches along a side.
+Shapes: B images, Q queries, H heads, P patch tokens, g patches along a side.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -24,8 +25,7 @@ from openblip2.inference.captioner import CAPTION, Captioner
 from openblip2.inference.inputs import clean_texts
 from openblip2.inference.matcher import Matcher
 from openblip2.model.likelihood import word_scores
-from openblip2.model.qformer import QFormer
-from openblip2.model.relevance import attention, relevance, watching
+from openblip2.model.qformer import Layer, QFormer
 from openblip2.model.vision import FrozenVision
 
 By = Literal["itc", "itm"]
@@ -140,6 +140,47 @@ def _maps(vision: FrozenVision, patches: Tensor) -> np.ndarray[Any, Any]:
     """`[n, P]` -> `[n, g, g]`; class and register tokens, which come first, are left out."""
     side = vision.grid
     return patches[:, -side * side :].unflatten(1, (side, side)).float().cpu().numpy()
+
+
+@contextmanager
+def watching(qformer: QFormer) -> Iterator[list[Tensor]]:
+    """Inside it each pass over images adds its cross-attention weights, `[B, H, Q, P]` for each crossing layer.
+
+    Each row sums to 1. Where gradients are on, the pass goes through them. No dropout is applied to them.
+    """
+    crossing = [layer.cross for layer in qformer.layers if isinstance(layer, Layer) and layer.cross is not None]
+    found: list[Tensor] = []
+    for cross in crossing:
+        cross.watched = found
+    try:
+        yield found
+    finally:
+        for cross in crossing:
+            cross.watched = None
+
+
+def attention(weights: Sequence[Tensor]) -> Tensor:
+    """How much each query looks at each patch: `[B, Q, P]`, the mean over layers and heads; rows sum to 1."""
+    return torch.stack([layer.detach().mean(dim=1) for layer in weights]).mean(dim=0)
+
+
+def relevance(score: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """How much more the score would be if the queries looked more at a patch, and as much less elsewhere: `[B, P]`.
+
+    Weight times gradient, as Grad-CAM has it for attention (Chefer et al., 2021), the gradient less its mean over the
+    patches that are looked at: weights sum to 1, so one cannot grow alone. Summed over layers, heads and queries, and
+    of what speaks against a patch nothing is taken off.
+
+    Args:
+        score: one number, the sum over B images of scores that depend on their own image alone. It may be asked
+            again about another score of the same pass.
+        weights: of that pass, as `watching` collects them.
+    """
+    found: list[Tensor] = []
+    for weight, gradient in zip(weights, torch.autograd.grad(score, list(weights), retain_graph=True), strict=True):
+        more = gradient - (weight * gradient).sum(dim=-1, keepdim=True)
+        found.append((weight * more.clamp(min=0)).sum(dim=(1, 2)))
+    return torch.stack(found).sum(dim=0).detach()
 
 
 # Drawn over the picture, from nothing to the most: see-through, then violet, red, yellow. Distinguishable without

@@ -18,9 +18,8 @@ from openblip2.model.language import EncoderDecoderLM, LanguageModel
 from openblip2.model.load_language import load_language
 from openblip2.model.load_vision import load_vision
 from openblip2.model.lora import adapt_qformer, add_lora, has_lora, require_lora
-from openblip2.model.precision import DTYPES
+from openblip2.model.precision import BITS, DTYPES, require_quantisation
 from openblip2.model.qformer import QFormer
-from openblip2.model.quantised import BITS, require_quantisation
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import HANDED_IN, FrozenVision, HFVision
@@ -79,13 +78,12 @@ def with_parts(
     if vision is not None:
         if settings.vision.trained:
             raise UserError("vision.trained=true is for an encoder that vision.name names: leave vision= out")
-        named = {"name": vision.source, "layer": vision.layers, "image_size": vision.image_size, "dtype": "auto"}
-        settings = replace(settings, vision=replace(settings.vision, **named))
+        named = {"name": vision.source, "layer": vision.layers, "image_size": vision.image_size}
+        settings = replace(settings, vision=replace(settings.vision, **named, dtype="auto"))
     if language is not None:
         name = str(language.llm.name_or_path) or f"{HANDED_IN}{type(language.llm).__name__}"
-        end = str(language.tokenizer.decode(language.end))
-        named = {"name": name, "template": language.template, "end": end, "dtype": "auto"}
-        settings = replace(settings, language=replace(settings.language, **named))
+        frame = {"template": language.template, "end": str(language.tokenizer.decode(language.end))}
+        settings = replace(settings, language=replace(settings.language, name=name, **frame, dtype="auto"))
     return settings
 
 
@@ -112,9 +110,7 @@ def connector_class(settings: RunSettings) -> type[Connector]:
     """
     name, qformer = settings.connector.name, settings.qformer
     if (kind := CONNECTORS.get(name)) is None:
-        raise UserError(
-            f"connector.name={name!r} is none of {', '.join(CONNECTORS)}: add its class to CONNECTORS first"
-        )
+        raise UserError(f"connector.name={name!r} is none of {', '.join(CONNECTORS)}: add it to CONNECTORS")
     if kind is QFormer:
         foreign: dict[str, Any] = {"connector.options": settings.connector.options}
     else:

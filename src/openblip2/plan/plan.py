@@ -149,7 +149,7 @@ def _stage1(
     # ITM's negatives from other GPUs or chunks come as features, and their keys and values are computed here.
     fetched = round(pairs * (1 - pairs / settings.train.batch)) if "itm" in objectives else 0
     if fetched:
-        losses += [side.sum() for layer in model.qformer.encode_image(features[:fetched]).layers for side in layer]
+        losses += [side.sum() for layer in model.connector.encode_image(features[:fetched]).layers for side in layer]
     forward = meter.lap()
     torch.stack(losses).sum().backward()
     return forward, meter.lap()

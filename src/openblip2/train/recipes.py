@@ -137,8 +137,7 @@ def train_stage(
     fit(model, losses, run, optim, train, validate, progress, last, batches.samples, sparse, advise, digest)
 
 
-# What a recipe makes: the model, its losses by the number of a batch, its validation, and whether there are batches
-# whose losses do not depend on all that trains.
+# The model, its losses by the number of a batch, its validation, and whether some batches do not reach all that trains.
 Recipe = tuple[Stage1 | Stage2, Callable[[int], dict[str, Tensor]], Callable[[], dict[str, Any]], bool]
 
 

@@ -52,9 +52,7 @@ def read_run(folder: Path, parts: Parts) -> Checkpoint:
         measured=_last_validation(folder / "log.jsonl"),
         whitening=read_whitening(folder) if settings.vision.whiten else None,
         parts=parts,
-        tokenizer=str(folder / "tokenizer")
-        if settings.stage == "stage1" or settings.qformer.question_in_qformer
-        else None,
+        tokenizer=str(folder / "tokenizer") if settings.reads_text else None,
         carries=frozenset(carries),
     )
 
