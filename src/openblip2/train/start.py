@@ -108,9 +108,8 @@ def start_from_stage1(model: Stage2, run: Path) -> None:
         adapt_qformer(connector, rank)
     weights = read_tensors(run / "model.safetensors")
     text = _text_path(weights)
-    used = {
-        name: value for name, value in weights.items() if name not in text and not name.startswith((*HEADS, "vision."))
-    }
+    kept = (name for name in weights if name not in text and not name.startswith((*HEADS, "vision.")))
+    used = {connector.name + name.removeprefix(QFormer.name): weights[name] for name in kept}
     wanted = {name: p for name, p in saved_parameters(model).items() if name.startswith(f"{connector.name}.")}
     differing = sorted(used.keys() ^ wanted.keys()) or [n for n in used if used[n].shape != wanted[n].shape]
     if differing:
