@@ -57,9 +57,9 @@ class Encoder:
 
     def __init__(self, factor: float = 1, dies: int = -1, weight: float = 0) -> None:
         self.factor, self.dies, self.batches, self.encoded = factor, dies, 0, 0
-        config = SimpleNamespace(to_dict=dict)
         weights = {"weight": torch.tensor([weight])}
-        self.encoder = SimpleNamespace(dtype=torch.float32, config=config, state_dict=lambda: weights)
+        self.encoder = SimpleNamespace(state_dict=lambda: weights)
+        self.dtype, self.shaping = torch.float32, {}
 
     def __call__(self, pixels: Tensor) -> Tensor:
         if not torch.equal(pixels, torch.full_like(pixels, 128)):  # of a gray picture the shape is wanted

@@ -22,7 +22,7 @@ from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.language import DecoderLM, EncoderDecoderLM
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 from openblip2.presets import FINE_TUNING, fine_tuning, preset
 from openblip2.progress import Progress
 from openblip2.train.loop import fit
@@ -37,14 +37,14 @@ def quiet() -> Progress:
     return Progress(quiet=True)
 
 
-def encoder(kind: str = "vit") -> Vision:
+def encoder(kind: str = "vit") -> HFVision:
     sizes: dict[str, Any] = tiny_runs.named(width=24, layers=3, heads=2, ffn=40)
     torch.manual_seed(0)
     if kind == "vit":
         model: Any = hf.ViTModel(hf.ViTConfig(**sizes, image_size=12, patch_size=4))
     else:
         model = hf.Dinov2Model(hf.Dinov2Config(**sizes, image_size=12, patch_size=4))
-    return Vision(model, layer=-2, image_size=12)
+    return HFVision(model, layer=-2, image_size=12)
 
 
 def pixels(count: int = 2) -> Tensor:

@@ -18,7 +18,7 @@ from openblip2.apps.studies.design import GAP, LOSS, OTHER, STUDIES, Claim, Plan
 from openblip2.apps.studies.trial import Trial
 from openblip2.config import change, from_dict
 from openblip2.errors import UserError
-from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
+from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from openblip2.presets import preset
 from openblip2.progress import Progress
 from openblip2.runs import read_config

@@ -70,6 +70,15 @@ class QFormerSettings:
 
 
 @dataclass(config=STRICT)
+class ConnectorSettings:
+    """What stands between image encoder and language model in stage 2: the Q-Former (paper), or another connector."""
+
+    name: str = "qformer"  # a name in CONNECTORS (model/build.py)
+    # Of another connector than the Q-Former: parameters of its class, by name.
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(config=STRICT)
 class Stage1Settings:
     """The objectives of stage 1 (paper 3.1)."""
 
@@ -184,6 +193,7 @@ class RunSettings:
     task: Task = "pretraining"  # the others fine-tune (paper 4.2 to 4.4)
     vision: VisionSettings = VisionSettings()
     qformer: QFormerSettings = QFormerSettings()
+    connector: ConnectorSettings = ConnectorSettings()
     stage1: Stage1Settings = Stage1Settings()
     stage2: Stage2Settings = Stage2Settings()
     language: LanguageSettings = LanguageSettings()
@@ -195,6 +205,11 @@ class RunSettings:
         None  # qformer.question_in_qformer: the stage-1 run with the text path; None = start's own start
     )
     warm_start: bool = False  # ours: closed-form start before the first step (train/warm_start.py)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the Q-Former reads text, so that the run has its tokenizer."""
+        return self.stage == "stage1" or self.qformer.question_in_qformer
 
 
 def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:

@@ -233,7 +233,7 @@ def read_config(run: Path) -> dict[str, Any]:
     """What `RUN/config.json` holds: at least `settings` and `sizes`.
 
     Raises:
-        UserError: It is not a run, or sizes in it are none that a Q-Former can have.
+        UserError: It is not a run, or sizes in it are none that a connector can have.
     """
     wanted = "give the folder that `openblip2 train ... --out FOLDER` wrote"
     if not (run / "config.json").is_file():
@@ -255,12 +255,12 @@ def read_settings(run: Path) -> RunSettings:
 
 
 def _check_sizes(sizes: Any, path: Path) -> None:
-    names = ("width", "layers", "heads", "ffn", "vocabulary", "positions")
-    if not isinstance(sizes, dict) or sizes.keys() != set(names):
-        raise UserError(f"{path}: sizes must name {', '.join(names)}")
+    names, others = ("width", "layers", "heads", "ffn", "vocabulary", "positions"), {"tokens", "width", "image_width"}
+    if not isinstance(sizes, dict) or sizes.keys() not in (set(names), others):
+        raise UserError(f"{path}: sizes must name {', '.join(names)}; of another connector {', '.join(sorted(others))}")
     for name, size in sizes.items():
         least = 0 if name == "vocabulary" else 1  # stage 2 has no text path
         if type(size) is not int or size < least:
             raise UserError(f"{path}: sizes.{name} is {size!r}: it must be a whole number, {least} or more")
-    if sizes["width"] % sizes["heads"]:
+    if sizes["width"] % sizes.get("heads", 1):
         raise UserError(f"{path}: width {sizes['width']} is not a multiple of {sizes['heads']} heads")

@@ -251,6 +251,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> str:
             **parts,
             "stage": settings["stage"],
             "sizes": dict(checkpoint.sizes),
+            **({"connector": settings["connector"]} if checkpoint.settings.connector.name != "qformer" else {}),
             "longest": settings["data"]["max_tokens"],
             "precision": settings["train"]["precision"],
             "trained": _of_tensors(checkpoint.trained),

@@ -72,7 +72,8 @@ def findings(settings: RunSettings, rows: Sequence[Row], vocabulary: int = 30523
         found = [*_stage1(settings, steps, looks[-1] if looks else {}, vocabulary, early)]
     else:
         found = [*_stage2(steps, looks[-1] if looks else {})]
-    if looks and "effective_rank" in looks[-1]:
+    # How many visual tokens another connector has is not in the settings.
+    if looks and "effective_rank" in looks[-1] and settings.connector.name == "qformer":
         advice = MORE_SPREAD if settings.stage1.decorrelation else SPREAD
         found.append(rank_finding(looks[-1]["effective_rank"], settings.qformer.queries, early, advice))
     found += _overfitting(settings, steps, looks)

@@ -46,7 +46,7 @@ class Ranking:
 
 def image_vectors(model: Stage1, features: Tensor) -> Tensor:
     """The queries of all images in the shared space: `features [N, P, V]` -> `[N, Q, E]`."""
-    parts = [model.image_vectors(model.qformer.query_output(part)) for part in features.split(CHUNK)]
+    parts = [model.image_vectors(model.connector.query_output(part)) for part in features.split(CHUNK)]
     return torch.cat(parts)
 
 
@@ -118,7 +118,7 @@ class Matches:
         lengths = valid.sum(dim=1)
         bounds = torch.searchsorted(self.codes, torch.arange(self.images + 1, device=self.codes.device) * self.texts)
         for n, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-            memory = model.qformer.encode_image(features(n))
+            memory = model.connector.encode_image(features(n))
             texts = self.codes[first:last] - n * self.texts
             for part in lengths[texts].argsort(stable=True).split(CHUNK):
                 rows = texts[part]

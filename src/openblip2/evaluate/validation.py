@@ -50,7 +50,7 @@ def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, see
             sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(captions)
         hard.append(hard_hits(model, features, part, real, ids))
         easy.append(easy_hits(model, features, part, real, ids))
-        outputs.append(model.qformer.query_output(features))
+        outputs.append(model.connector.query_output(features))
     queries = torch.cat(outputs)
     images, words = model.image_vectors(queries), text_vectors(model, texts, valid)
     scores = torch.cat([similarity(part, words) for part in images.split(STAGE1_GROUP)])
@@ -73,7 +73,7 @@ def hard_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, id
     hardest, none = scores.masked_fill(same, -torch.inf), same.all(dim=1)
     negatives = HardNegatives(hardest.argmax(1).masked_fill(none, -1), hardest.argmax(0).masked_fill(none, -1))
     pairs = itm_pairs(tokens, valid, negatives)
-    memory = model.qformer.encode_image(features).take(pairs.images)
+    memory = model.connector.encode_image(features).take(pairs.images)
     logits = model.match(memory, pairs.tokens, pairs.valid)
     return int((logits.argmax(1).bool() == pairs.is_match).sum()), len(pairs.is_match)
 
@@ -82,7 +82,7 @@ def easy_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, id
     """As `hard_hits`, on the true pairs and each image with the next image's text."""
     other = torch.arange(len(ids), device=ids.device).roll(-1)
     wrong = ids != ids[other]
-    memory = model.qformer.encode_image(features)
+    memory = model.connector.encode_image(features)
     own = model.match(memory, tokens, valid).argmax(1).bool()[wrong]
     next_one = model.match(memory, tokens[other], valid[other]).argmax(1).bool()[wrong]
     return int(own.sum() + (~next_one).sum()), 2 * int(wrong.sum())

@@ -216,8 +216,8 @@ class Captioner(Pretrained):
             queries = self.model.query_output(features=features, question=question)
             return torch.cat([queries.float(), self.model.projection(queries).float()], dim=2)
 
-        sizes = self.model.qformer.width, self.model.language.width
-        return Features(*self._rows(images, read, self.model.qformer.queries.shape[1], sum(sizes)).split(sizes, 2))
+        sizes = self.model.connector.width, self.model.language.width
+        return Features(*self._rows(images, read, self.model.connector.tokens, sum(sizes)).split(sizes, 2))
 
     def soft_prompt(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> Tensor:
         """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU.
@@ -282,7 +282,7 @@ class Captioner(Pretrained):
             raise UserError(
                 "this run answers questions, which its Q-Former reads: give one with each picture, as for `answer`"
                 if questions is None
-                else "this run's Q-Former reads no questions: give them in the prompts alone"
+                else f"this run's {self.settings.connector.name} reads no questions: give them in the prompts alone"
             )
         if questions is not None:
             require_pairs(images, questions, "questions")

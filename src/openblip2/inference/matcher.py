@@ -105,7 +105,7 @@ class Matcher(Pretrained):
         """
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             (features,) = features_of(self.model, [image])
-            vectors = self.model.image_vectors(self.model.qformer.query_output(features))
+            vectors = self.model.image_vectors(self.model.connector.query_output(features))
         return F.normalize(vectors.float().mean(dim=1), dim=-1)[0].tolist()
 
     def embed_text(self, text: str) -> list[float]:
@@ -143,7 +143,7 @@ class Matcher(Pretrained):
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
         if questions is not None:
             raise UserError("a stage-1 run's queries read no questions: leave them out")
-        return map(self.model.qformer.query_output, features_of(self.model, images))
+        return map(self.model.connector.query_output, features_of(self.model, images))
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The texts as the Q-Former reads them, `[M, T]` int64, and which tokens are real, `[M, T]` bool.

@@ -65,8 +65,7 @@ def read_trained(
         checkpoint = replace(checkpoint, settings=settings)
     where = torch.device(device) if device else hardware.device()
     model, settings = assemble(checkpoint, where, precision or checkpoint.settings.train.precision)
-    reads_text = settings.stage == "stage1" or settings.qformer.question_in_qformer
-    tokens = QFormerTokens(find_tokenizer(checkpoint), settings.data.max_tokens) if reads_text else None
+    tokens = QFormerTokens(find_tokenizer(checkpoint), settings.data.max_tokens) if settings.reads_text else None
     return Trained(model, settings, carried(checkpoint), checkpoint.measured, tokens)
 
 
@@ -199,7 +198,7 @@ class Pretrained(ABC):
             write_run(
                 draft,
                 self.settings,
-                model.qformer.sizes,
+                model.connector.sizes,
                 trained,
                 model.vision,
                 model.language if isinstance(model, Stage2) else None,

@@ -19,7 +19,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, source_width: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.drop = heads, dropout
-        self.watched: list[Tensor] | None = None  # a list collects the weights of each pass (model/relevance.py)
+        self.watched: list[Tensor] | None = None  # a list collects the weights of each pass (inference/attend.py)
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(source_width, width)  # from the encoder's width in cross-attention
         self.value = nn.Linear(source_width, width)

@@ -9,7 +9,7 @@ from openblip2.compat import keep_4bit_gradients, quiet_transformers
 from openblip2.errors import UserError, one_line
 from openblip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
 from openblip2.model.mapped import load_in
-from openblip2.model.quantised import quantised_options
+from openblip2.model.precision import quantised_options
 from openblip2.model.template import PAPER_TEMPLATE
 from openblip2.model.wheels import locate
 

@@ -19,13 +19,14 @@ rows attend to columns, query rows come before text rows, 1 = may attend. Below 
 Shapes: B images, P patch tokens, V encoder width, Q queries, T text tokens, D width, H heads, W vocabulary.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openblip2.model.blocks import INIT_STD, NORM_EPS, Attention, FeedForward, KeysValues
+from openblip2.model.connector import Connector, Question
 
 Cache = tuple[KeysValues, ...]  # self-attention keys and values, one pair for each layer
 
@@ -90,7 +91,7 @@ class QFormerOutput(NamedTuple):
     cache: Cache  # of all rows
 
 
-class QFormer(nn.Module):
+class QFormer(Connector):
     """`Q` learned queries that read an image, and BERT's text stream beside them.
 
     Args:
@@ -110,6 +111,9 @@ class QFormer(nn.Module):
         ValueError: `width` is not a multiple of `heads`.
     """
 
+    name: ClassVar[str] = "qformer"
+    has_stage1: ClassVar[bool] = True
+
     def __init__(
         self,
         width: int = 768,
@@ -124,11 +128,10 @@ class QFormer(nn.Module):
         dropout: float = 0.1,
         image_norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__()
+        super().__init__(queries, width, image_width)
         if width % heads:
             raise ValueError(f"Q-Former width {width} is not a multiple of its {heads} heads")
-        self.width, self.image_width = width, image_width
-        self.checkpoint_activations = False  # True: the backward pass computes each layer again instead of keeping it
+        self.reads_questions = vocabulary > 0
         self.sizes = {"width": width, "layers": layers, "heads": heads, "ffn": ffn, "vocabulary": vocabulary}
         self.sizes["positions"] = positions
         self.image_norm = nn.LayerNorm(image_width, eps=image_norm_eps)  # "ln_vision": trained in both stages
@@ -178,6 +181,12 @@ class QFormer(nn.Module):
     def query_output(self, patches: Tensor) -> Tensor:
         """What the queries read from images, without text: `patches [B, P, V]` -> `[B, Q, D]`."""
         return self.query_pass(self.encode_image(patches))[0]
+
+    def visual_tokens(self, patches: Tensor, question: Question | None = None) -> Tensor:
+        """The queries' output; with a text path they have read the question, too (paper 4.3)."""
+        if question is None:
+            return self.query_output(patches)
+        return self.joint_pass(self.encode_image(patches), *question)
 
     def forward(
         self,

@@ -23,7 +23,7 @@ from openblip2.model.objectives import (
     sigmoid_contrastive,
 )
 from openblip2.model.qformer import Cache, Memory, QFormer
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision
 
 OBJECTIVES = ("itc", "itm", "itg")
 SIGMOID_BIAS = -10.0  # SigLIP's start: nearly all pairs are no match, and begin as none
@@ -47,7 +47,7 @@ class Stage1(nn.Module):
     def __init__(
         self,
         qformer: QFormer,
-        vision: Vision | None = None,
+        vision: FrozenVision | None = None,
         shared_width: int = 256,
         temperature: float = 0.07,
         label_smoothing: float = 0.1,
@@ -69,6 +69,11 @@ class Stage1(nn.Module):
         self.contrast_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if contrast == "sigmoid" else None
         self.label_smoothing, self.detach_gathered = label_smoothing, detach_gathered
         self.decorrelation = decorrelation
+
+    @property
+    def connector(self) -> QFormer:
+        """The Q-Former, as `Stage2.connector`."""
+        return self.qformer
 
     def losses(
         self,
@@ -200,7 +205,7 @@ def in_order(losses: dict[str, Tensor], objectives: Collection[str]) -> dict[str
     return {name: losses[name] for name in (*OBJECTIVES, "decorrelation") if name in losses and name in wanted}
 
 
-def see(vision: Vision | None, images: Tensor | None, features: Tensor | None) -> Tensor:
+def see(vision: FrozenVision | None, images: Tensor | None, features: Tensor | None) -> Tensor:
     """Features `[B, P, V]`: those given, or what the frozen encoder makes of `images [B, 3, S, S]` uint8.
 
     Raises:

@@ -46,7 +46,7 @@ def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
     In the authors' code this is stored and never read. Source: BEiT (arXiv 2106.08254), whose code they took.
     """
     vision = getattr(model, "vision", None)
-    if vision is None or decay == 1.0:
+    if vision is None or not vision.trained or decay == 1.0:
         return {}
     return {f"vision.{name}": decay ** (vision.layers + 1 - depth) for name, depth in vision.depths().items()}
 

@@ -28,7 +28,7 @@ from openblip2.data.web.pairs import ShardPairs
 from openblip2.distributed.collectives import is_first, rank, world_size
 from openblip2.errors import UserError
 from openblip2.hardware import device
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision
 from openblip2.progress import Progress
 from openblip2.train.encode import encode_now, make_cache, open_cache, openable, whitened
 from openblip2.train.parameters import whitening_of_run
@@ -75,7 +75,7 @@ class Prepared:
 def prepare(
     settings: RunSettings,
     records: Sequence[Record],
-    vision: Vision,
+    vision: FrozenVision,
     run: Path,
     cache_folder: Path,
     progress: Progress,
@@ -157,7 +157,7 @@ def prepare(
 def prepare_shards(
     settings: RunSettings,
     parts: Sequence[Part],
-    vision: Vision,
+    vision: FrozenVision,
     run: Path,
     progress: Progress,
     held_out: Sequence[Record] | None = None,
@@ -268,7 +268,7 @@ def _require_a_pair_for_each_process(settings: RunSettings) -> None:
         raise UserError(f"train.batch={batch} is the batch of all {world_size()} processes: at least one pair for each")
 
 
-def _first_features(vision: Vision, pairs: ShardPairs) -> Tensor:
+def _first_features(vision: FrozenVision, pairs: ShardPairs) -> Tensor:
     """Features `[N, P, V]` of the first batches."""
     # Of all processes together, so that the whitening does not depend on their number.
     features: list[Tensor] = []

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip2.data.tokens import QFormerTokens
+from openblip2.model.connector import Connector
 from openblip2.model.qformer import Layer, QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -191,20 +192,22 @@ def set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     layer.bias.data.copy_(bias)
 
 
-def mean_query_output(qformer: QFormer, patches: Tensor) -> Tensor:
-    """The query outputs of each picture, averaged over the queries: `[B, P, V]` -> `[B, D]`."""
-    return qformer.query_output(patches).float().mean(1)
+def mean_query_output(connector: Connector, patches: Tensor) -> Tensor:
+    """The visual tokens of each picture, averaged: `[B, P, V]` -> `[B, D]`."""
+    return connector.visual_tokens(patches).float().mean(1)
 
 
 def warm_start_stage2(model: Stage2, pairs: Iterable[Pair]) -> float:
     """`shrink_self_attention`, then `align_projection` on the given pictures and captions; returns its R2.
 
-    The Q-Former holds stage 1's weights.
+    A Q-Former holds stage 1's weights; another connector has no self-attention of stage 1's.
     """
-    shrink_self_attention(model.qformer)  # first, because the projection is fitted to what the queries then give
+    if isinstance(model.connector, QFormer):
+        # First, because the projection is fitted to what the queries then give.
+        shrink_self_attention(model.connector)
     queries, captions = [], []
     for patches, texts in pairs:
-        queries.append(mean_query_output(model.qformer, patches))
+        queries.append(mean_query_output(model.connector, patches))
         captions += texts
     return align_projection(model, torch.cat(queries), captions)
 

@@ -18,7 +18,7 @@ from openblip2.errors import UserError
 from openblip2.model.build import build_qformer
 from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import Stage1
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision, Vision
 from openblip2.model.whitening import Whitening
 from openblip2.weights.names import rename
 
@@ -66,7 +66,7 @@ class Checkpoint:
     settings: RunSettings
     sizes: Mapping[str, int]
     trained: Mapping[str, Tensor]
-    tower: Vision | None = None
+    tower: HFVision | None = None
     whitening: Whitening | None = None
     parts: Parts = Parts()
     tokenizer: str | None = None
@@ -93,7 +93,8 @@ def carried(checkpoint: Checkpoint) -> frozenset[str]:
     found = set(checkpoint.carries)
     for part in ("vision", "language"):
         given = getattr(checkpoint.parts, part)
-        if isinstance(given, str):
+        # No file can hold a caller's own encoder.
+        if isinstance(given, str) or (part == "vision" and given is not None and not isinstance(given, HFVision)):
             found.discard(part)
         elif given is not None:
             found.add(part)

@@ -15,7 +15,7 @@ from openblip2.model.load_language import is_encoder_decoder
 from openblip2.model.lora import merge_lora
 from openblip2.model.mapped import local_folder
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision, HFVision, Vision
 from openblip2.runs import locked, require_absent
 from openblip2.train.parameters import saved_parameters
 from openblip2.weights.assemble import assemble, find_language, find_tokenizer, find_vision
@@ -67,6 +67,8 @@ def convert(
         raise UserError(f"{out} is the source: give another name")
     parts = Parts(heads, vision, language, tokenizer, vision_heads)
     checkpoint = read_checkpoint(source, parts, revision)
+    if (connector := checkpoint.settings.connector.name) != "qformer" and to in ("hf", "lavis"):
+        raise UserError(f"{source}: its connector is {connector!r}, --to {to} has a place for the Q-Former alone")
     if checkpoint.settings.qformer.question_in_qformer and to != "openblip2":
         raise UserError(f"{source}: its Q-Former reads questions, for which --to {to} has no place")
     with locked(out.parent, f".{out.name}.lock"):
@@ -122,7 +124,7 @@ def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
         language, settings = _stored_language(checkpoint, settings)
     if not has_home(vision) or (language is not None and not fits_projection(language)):
         raise UserError(
-            f"transformers' BLIP-2 cannot store the image encoder {vision.encoder.config.model_type!r}"
+            f"transformers' BLIP-2 cannot store the image encoder {vision.kind!r}"
             f"{' with whitening' * settings.vision.whiten}, or for the width of the language model: openblip2 can "
             f"serve it, or take --to onnx{' or --to projected' * (language is not None)}"
         )
@@ -149,7 +151,7 @@ def _to_lavis(checkpoint: Checkpoint, out: Path) -> list[str]:
     tower = None
     if "vision" in checkpoint.carries:
         vision, settings = _stored_vision(checkpoint, settings)
-        tower = vision if vision.encoder.config.model_type == "blip_2_vision_model" else None
+        tower = vision if isinstance(vision, HFVision) and vision.kind == "blip_2_vision_model" else None
     to_t5 = False
     if settings.stage == "stage2":
         given = checkpoint.parts.language
@@ -207,7 +209,7 @@ def _stored(settings: RunSettings) -> RunSettings:
     )
 
 
-def _stored_vision(checkpoint: Checkpoint, settings: RunSettings) -> tuple[Vision, RunSettings]:
+def _stored_vision(checkpoint: Checkpoint, settings: RunSettings) -> tuple[FrozenVision, RunSettings]:
     """The image encoder, each tensor in the dtype of its file."""
     dtypes = _dtypes(checkpoint, "vision") if checkpoint.tower is None else {}
     vision, settings = find_vision(checkpoint, settings, _widest(dtypes))

@@ -22,7 +22,7 @@ from torch import Tensor
 from openblip2.compat import log
 from openblip2.config import LanguageSettings, RunSettings, VisionSettings
 from openblip2.errors import UserError, one_line
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 from openblip2.presets import FLANT5_XL, FLANT5_XXL, OPT_2_7B, OPT_6_7B, VIT_G, VIT_L
 from openblip2.runs import atomic_write
 from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_of, sizes_of
@@ -106,7 +106,7 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
     )
 
 
-def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: Path) -> list[str]:
+def write_lavis(checkpoint: Checkpoint, tower: HFVision | None, to_t5: bool, out: Path) -> list[str]:
     """Writes `out`, a `.pth`; returns one line for each thing that it cannot hold, or that reading left out.
 
     Args:
@@ -214,7 +214,7 @@ def _settings(
     return replace(settings, stage="stage2", language=language or default)
 
 
-def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, Tensor], heads: int | None) -> Vision:
+def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, Tensor], heads: int | None) -> HFVision:
     """`visual_encoder.*` as `Blip2VisionModel`, on the file's own tensors."""
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
@@ -257,10 +257,10 @@ def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, 
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: its image encoder ({TOWER_PREFIX}*) is not whole: {reason[:200]}") from error
-    return Vision(encoder, layer=-1, image_size=config.image_size)
+    return HFVision(encoder, layer=-1, image_size=config.image_size)
 
 
-def _tower_as_lavis(tower: Vision) -> dict[str, Tensor]:
+def _tower_as_lavis(tower: HFVision) -> dict[str, Tensor]:
     tensors = dict(tower.encoder.state_dict())
     found: dict[str, Tensor] = {}
     for name in [name for name in tensors if name.endswith("qkv.bias")]:

@@ -18,7 +18,7 @@ from openblip2.config import RunSettings, from_dict
 from openblip2.errors import UserError, one_line
 from openblip2.model.language import LanguageModel
 from openblip2.model.lora import plain_state
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision, HFVision
 from openblip2.model.whitening import Whitening
 from openblip2.runs import atomic_write, make_folder, read_config, read_tensors, write_config, write_json, write_tensors
 from openblip2.train.parameters import read_whitening, save_whitening
@@ -35,9 +35,9 @@ def read_run(folder: Path, parts: Parts) -> Checkpoint:
     """
     saved = read_config(folder)
     settings, sizes = from_dict(saved["settings"]), saved["sizes"]
-    if parts.heads not in (None, sizes["heads"]):
+    if parts.heads not in (None, sizes.get("heads")):
         raise UserError(
-            f"{folder / 'config.json'}: sizes.heads is {sizes['heads']}, not {parts.heads}: leave heads out"
+            f"{folder / 'config.json'}: sizes.heads is {sizes.get('heads')}, not {parts.heads}: leave heads out"
         )
     carries = set()
     for part, inside in CARRIED.items():
@@ -53,9 +53,7 @@ def read_run(folder: Path, parts: Parts) -> Checkpoint:
         measured=_last_validation(folder / "log.jsonl"),
         whitening=read_whitening(folder) if settings.vision.whiten else None,
         parts=parts,
-        tokenizer=str(folder / "tokenizer")
-        if settings.stage == "stage1" or settings.qformer.question_in_qformer
-        else None,
+        tokenizer=str(folder / "tokenizer") if settings.reads_text else None,
         carries=frozenset(carries),
     )
 
@@ -75,7 +73,7 @@ def write_run(
     settings: RunSettings,
     sizes: Mapping[str, int],
     trained: Mapping[str, Tensor],
-    vision: Vision | None = None,
+    vision: FrozenVision | None = None,
     language: LanguageModel | None = None,
     tokenizer: Any = None,
     carries: frozenset[str] = frozenset(),
@@ -95,6 +93,8 @@ def write_run(
         settings = replace(settings, **{part: named})
     with quiet_transformers():
         if "vision" in carries and vision is not None:
+            if not isinstance(vision, HFVision):
+                raise UserError(f"{vision.kind} is a module of the caller's own, which is not written: leave merge out")
             # Not the "original" format: what was read out of a BLIP-2 would get that model's prefix back.
             vision.encoder.save_pretrained(folder / "vision", save_original_format=False)
             side = {"height": vision.image_size, "width": vision.image_size}

@@ -20,7 +20,7 @@ from openblip2.model.language import DecoderLM
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 from openblip2.weights.names import column, rename
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
@@ -110,7 +110,7 @@ class Pair:
 def build_pair(size: Size, device: torch.device, dtype: torch.dtype) -> Pair:
     """Frozen parts in `dtype`, trained ones in fp32."""
     theirs = _transformers(size, device, dtype)
-    vision = Vision(theirs.vision_model, layer=-1, image_size=size.side)
+    vision = HFVision(theirs.vision_model, layer=-1, image_size=size.side)
     # A copy of the modules that shares the weights, so that changes to our modules do not affect theirs.
     shared = {id(p): p for p in theirs.language_model.parameters()}
     language = DecoderLM(copy.deepcopy(theirs.language_model, shared), tokenizer(size.language["vocab_size"]))
@@ -177,7 +177,7 @@ def sentences(count: int, longest: int, vocabulary: int) -> list[str]:
     return [" ".join(f"w{n}" for n in row[: longest - i % (longest - 5)]) for i, row in enumerate(ids)]
 
 
-def normalised(vision: Vision, images: Tensor, dtype: torch.dtype) -> Tensor:
+def normalised(vision: HFVision, images: Tensor, dtype: torch.dtype) -> Tensor:
     """Images as transformers expects them, `[B, 3, S, S]` floats."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (vision.mean, vision.std))
     return ((images.float() / 255 - mean) / std).to(dtype)

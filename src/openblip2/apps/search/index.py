@@ -242,7 +242,7 @@ def _open_or_new(root: Path, run: str, folder: Path, matcher: Matcher) -> Index:
     if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not an index: give a new folder")
     make_folder(folder / "thumbnails")
-    queries, width = matcher.model.qformer.queries.shape[1], matcher.model.vision_proj.out_features
+    queries, width = matcher.model.connector.tokens, matcher.model.vision_proj.out_features
     about = {"root": str(root.resolve()), "run": str(Path(run).resolve()) if Path(run).exists() else run}
     about |= {"weights": weights, "queries": queries, "width": width, "next": 0}
     return Index(folder, about, {}, Vectors(queries, width))

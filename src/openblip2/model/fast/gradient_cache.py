@@ -101,7 +101,7 @@ def stage1_losses(
         # A negative may be an image of another chunk, which is then encoded again, with a graph.
         pairs = None if local is None else itm_pairs(local.tokens, local.valid, local.negatives, rows)
         needed, index = _needed(rows, pairs, len(patches))
-        memory = model.qformer.encode_image(patches[needed])
+        memory = model.connector.encode_image(patches[needed])
         with _replayed(state, device):
             queries, cache, *found = _vectors(model, _first(memory, len(rows)), tokens[rows], valid[rows])
         parts = {}
@@ -236,7 +236,7 @@ def _see(model: Stage1, chunks: int, images: Tensor | None, features: Tensor | N
 
 def _vectors(model: Stage1, memory: Memory, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Cache, Tensor, Tensor]:
     """The query pass, image vectors `[n, Q, E]` and text vectors `[n, E]`: what is computed in both passes."""
-    queries, cache = model.qformer.query_pass(memory)
+    queries, cache = model.connector.query_pass(memory)
     return queries, cache, model.image_vectors(queries), model.text_vectors(tokens, valid)
 
 

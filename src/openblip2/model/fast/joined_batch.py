@@ -61,7 +61,7 @@ def stage1_losses(
         pairs = itm_pairs(local.tokens, local.valid, local.negatives)
         # With gradients all processes take part in the way back, also those that fetched nothing.
         if len(local.fetched) or local.fetched.requires_grad:
-            memory = memory.join(model.qformer.encode_image(local.fetched))
+            memory = memory.join(model.connector.encode_image(local.fetched))
         loss = matching(model.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
         losses["itm"] = shared.weigh(loss, len(pairs.images), local.pairs)
     if model.decorrelation:
