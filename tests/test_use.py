@@ -209,6 +209,7 @@ def test_features_of_a_stage_1_run(home: Home, caplog: pytest.LogCaptureFixture)
     assert "gone.png: does not exist" in caplog.text
     alone = matcher.features(pictures[2:], texts[2:])
     for one, other in zip(found, alone, strict=True):
+        assert one is not None
         torch.testing.assert_close(one[2:], other)  # whatever shares the batch
     assert matcher.features(pictures[:1]).joint is None
     # What they are: the similarity is the best query's cosine, the match is the head's on the joint output.

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
+from openblip2.commands import shared
 from openblip2.commands.shared import (
     AsJson,
     Overwrite,
     Run,
     among,
-    keeping,
     load_captioner,
     open_single,
     progress,
@@ -59,7 +59,7 @@ def caption(
 
             for folder in {(path if path.is_dir() else path.parent).resolve() for path in images if path.exists()}:
                 locks.enter_context(locked(folder))
-            locks.enter_context(keeping("the texts that are written stay; the same command continues"))
+            locks.enter_context(shared.keeping("the texts that are written stay; the same command continues"))
             todo = _without_text(todo)
         if not todo:
             return

@@ -81,7 +81,8 @@ class Matcher(Pretrained):
         Raises:
             UserError: as `match`.
         """
-        require_pairs(images, images if texts is None else texts, "texts")
+        if texts is not None:
+            require_pairs(images, texts, "texts")
         read = None if texts is None else [one.to(self.model.temperature.device) for one in self.tokenise(texts)]
         qformer = self.model.qformer
 
