@@ -73,8 +73,8 @@ class FrozenVision(nn.Module):
         kind: its architecture.
         source: the setting `vision.name`; of a caller's own it leads to no file.
         shaping: what changes its features without showing in its weights, as far as that is known.
-        layers: how many layers run; -1: not known.
-        mean, std: that it normalises pixels with; empty: not known.
+        layers: how many layers run, or -1 where that is not known.
+        mean, std: that it normalises pixels with, or () where that is not known.
     """
 
     layers = -1
