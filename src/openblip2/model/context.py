@@ -4,19 +4,28 @@ Shapes: Q queries.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from openblip2.compat import log, unlimited_length
 from openblip2.errors import UserError
-
-if TYPE_CHECKING:
-    from openblip2.model.language import LanguageModel
 
 MOST_TOKENS = 512  # of a text to train on: a longer one is no caption, and its whole batch would be as long
 _cut: set[int] = set()  # hashes of the texts that were cut, so that each is counted once
 
 
-def context_of(language: "LanguageModel") -> int | None:
+class Language(Protocol):
+    """A language model of `model/language.py`, which imports this module and can therefore not be imported here."""
+
+    llm: Any
+    tokenizer: Any
+    end: list[int]
+
+    def length(self, prompt: str) -> int: ...
+    def _head(self, prompt: str, queries: int) -> list[int]: ...
+    def _caption(self, prompt: str, caption: str) -> list[int]: ...
+
+
+def context_of(language: Language) -> int | None:
     """The most tokens that it takes at once, soft ones counted; None where nothing says so.
 
     By its configuration, or where that knows no limit (T5 tells places by distance) by its tokenizer.
@@ -28,7 +37,7 @@ def context_of(language: "LanguageModel") -> int | None:
     return None if most >= unlimited_length() else most
 
 
-def room_for_prompt(language: "LanguageModel", context: int | None, queries: int, new: int) -> int | None:
+def room_for_prompt(language: Language, context: int | None, queries: int, new: int) -> int | None:
     """How long a prompt may be, as `language.length` counts it; may be negative; None = however long.
 
     Args:
@@ -41,7 +50,7 @@ def room_for_prompt(language: "LanguageModel", context: int | None, queries: int
     return context - queries - (0 if language.llm.config.is_encoder_decoder else new)
 
 
-def require_room(language: "LanguageModel", prompt: str, queries: int, new: int, context: int | None = None) -> int:
+def require_room(language: Language, prompt: str, queries: int, new: int, context: int | None = None) -> int:
     """How long a prompt is, as `language.length` counts it; arguments as in `room_for_prompt`, None = its own context.
 
     Raises:
@@ -58,7 +67,7 @@ def require_room(language: "LanguageModel", prompt: str, queries: int, new: int,
 
 
 def fit_rows(
-    language: "LanguageModel", prompts: Sequence[str], captions: Sequence[str], queries: int
+    language: Language, prompts: Sequence[str], captions: Sequence[str], queries: int
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Ids in front of each caption, and of each caption with END, for training: cut where they do not fit.
 
