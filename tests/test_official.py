@@ -527,7 +527,7 @@ BAD_QUESTIONS: dict[str, tuple[Change, str, str, str]] = {
     "no annotation": (drop(0, "annotations", 2), "questions", "questions[2]", "question 391895002 has no annotation"),
     "question is empty": (question_of(2, question=" "), "questions", "questions[2]", "the question is empty"),
     "question is a number": (question_of(2, question=4), "questions", "questions[2]", "no question, but 4"),
-    "two pictures": (question_of(2, image_id=522418), "questions", "questions[2]", "and 391895 in its annotation"),
+    "two pictures": (question_of(2, image_id=522418), "questions", "questions[2]", "391895 in its annotation"),
     "image is text": (question_of(2, image_id="../x"), "questions", "questions[2]", "\"image_id\" is '../x'"),
     "image is true": (question_of(2, image_id=True), "questions", "questions[2]", '"image_id" is True'),
     "missing picture": (

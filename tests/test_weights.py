@@ -362,7 +362,7 @@ def test_a_vocabulary_without_room_grows_by_the_image_token(home: Path, tmp_path
 def test_an_encoder_without_a_place_gets_the_way_of_projected_queries(home: Path, tmp_path: Path) -> None:
     vision = tiny_models.vision()
     stage2 = run_of(vision, home, tmp_path / "run")
-    with pytest.raises(UserError, match=r"no place for .*'dinov2_with_registers'.*--to projected"):
+    with pytest.raises(UserError, match=r"cannot store .*'dinov2_with_registers'.*--to projected"):
         openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
     assert openblip2.convert(tmp_path / "run", tmp_path / "out", "projected") == []

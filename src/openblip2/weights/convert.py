@@ -125,7 +125,7 @@ def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     if not has_home(vision) or (language is not None and not fits_projection(language)):
         raise UserError(
             f"transformers' BLIP-2 cannot store the image encoder {vision.kind!r}"
-            f"{' with whitening' * settings.vision.whiten}, or for the width of the language model: openblip2 can "
+            f"{' with whitening' * settings.vision.whiten}, or the width of the language model: openblip2 can "
             f"serve it, or take --to onnx{' or --to projected' * (language is not None)}"
         )
     with fresh_folder(out, overwrite=True) as folder:
