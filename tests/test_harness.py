@@ -20,6 +20,7 @@ from tiny_models import BOS, EOS, embed, ids
 
 fake_lmms_eval.stand_in()
 
+from lmms_eval.api.instance import Instance  # noqa: E402  # pyright: ignore[reportMissingImports]
 from loguru import logger  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from openblip2 import harness  # noqa: E402
@@ -57,8 +58,7 @@ class Task:
 
     def instance(self, kind: str, place: int, *arguments: Any) -> Any:
         metadata = {"task": "task", "doc_id": place, "repeats": 1}
-        instance: Any = harness.Instance
-        return instance(kind, (*arguments, place, "task", "test"), idx=0, metadata=metadata)
+        return Instance(kind, (*arguments, place, "task", "test"), idx=0, metadata=metadata)
 
     def generate(self, place: int, words: str, **options: Any) -> Any:
         return self.instance("generate_until", place, words, self.options | options, self.look)

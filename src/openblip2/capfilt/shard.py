@@ -37,10 +37,18 @@ from openblip2.model.decoding import Decoding
 from openblip2.runs import write_text
 
 GROUP = 32  # images at once
-# The counts of a shard. The new shard contains "pictures", but not "broken", "duplicates" and "without captions".
-COUNTS = ("samples", "pictures", "broken", "duplicates", "without captions")
-COUNTS += ("captions", "captions by the captioner", "captions joined")
 AT_ONCE = 320  # captions at once: ten for each of 32 images
+# The counts of a shard. The new shard contains "pictures", but not "broken", "duplicates" and "without captions".
+COUNTS: tuple[str, ...] = (
+    "samples",
+    "pictures",
+    "broken",
+    "duplicates",
+    "without captions",
+    "captions",
+    "captions by the captioner",
+    "captions joined",
+)
 
 
 class Task(NamedTuple):
