@@ -18,12 +18,11 @@ from openblip2.cli import app
 from openblip2.data.records import Record
 from openblip2.errors import UserError
 from openblip2.evaluate import pointing
-from openblip2.inference.attend import Looked, look, overlay, sheet, text_relevance
+from openblip2.inference.attend import Looked, attention, look, overlay, relevance, sheet, text_relevance, watching
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.likelihood import likelihoods, word_scores
 from openblip2.model.qformer import bidirectional_mask
-from openblip2.model.relevance import attention, relevance, watching
 from openblip2.progress import Progress
 
 

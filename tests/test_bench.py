@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from openblip2.apps.bench.cases import CACHED, CASES
-from openblip2.apps.bench.measure import alternate, peak_memory
-from openblip2.apps.bench.run import run_bench
+from openblip2.apps.bench.run import alternate, peak_memory, run_bench
 from openblip2.errors import UserError
 from openblip2.progress import Progress
 

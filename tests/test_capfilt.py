@@ -16,10 +16,8 @@ import tiny_capfilt
 import tiny_runs
 from openblip2.capfilt import shard as shard_module
 from openblip2.capfilt.duplicates import Duplicates, Twin, _twins
-from openblip2.capfilt.how import How
-from openblip2.capfilt.models import Models, digests, open_models
-from openblip2.capfilt.pool import Pool, Text, best, pool
-from openblip2.capfilt.rankers import ClipRanker, RunRanker
+from openblip2.capfilt.models import ClipRanker, Models, RunRanker, digests, open_models
+from openblip2.capfilt.pool import How, Text, best, pool
 from openblip2.capfilt.run import capfilt
 from openblip2.data.images import PictureFile, open_picture
 from openblip2.data.text import clean_caption
@@ -56,8 +54,8 @@ def samples_of(folder: Path) -> dict[str, Sample]:
 
 def test_the_pool_holds_each_caption_once_and_the_webs_first() -> None:
     found = pool(["A Dog.", "...", "a  dog"], ["a dog!", "the cat", "", "THE CAT", "a bus"])
-    assert found == Pool((Text("a dog", "web"), Text("the cat", "captioner"), Text("a bus", "captioner")), 3, 2)
-    assert pool([], []) == Pool((), 0, 0)
+    assert found == [Text("a dog", "web"), Text("the cat", "captioner"), Text("a bus", "captioner")]
+    assert pool([], []) == []
 
 
 def test_the_best_are_kept() -> None:
@@ -86,8 +84,8 @@ def test_twins_are_those_of_a_naive_search() -> None:
 def test_each_picture_keeps_the_best_of_its_own_pool(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranker: str, how: How
 ) -> None:
-    """One picture and one text at a time; how many texts there are, and what became of them, is noted on the way."""
-    pools: list[Pool] = []
+    """One picture and one text at a time; the pools are noted on the way."""
+    pools: list[list[Text]] = []
     monkeypatch.setattr(shard_module, "pool", lambda web, written: pools.append(pool(web, written)) or pools[-1])
     written = run(home, tmp_path / "out", how, ranker)
     given = samples_of(home / "set")
@@ -96,9 +94,9 @@ def test_each_picture_keeps_the_best_of_its_own_pool(
     assert len(pools) == len(given)
     kept, matched = Counter[str](), 0
     for (key, one), texts in zip(given.items(), pools, strict=True):
-        assert texts.texts[0] == Text(clean_caption(one.captions[0]), "web")
-        assert len(texts.texts) + texts.folded + texts.empty == 1 + how.captions
-        scores = [naive(one.image, text.text) for text in texts.texts]
+        assert texts[0] == Text(clean_caption(one.captions[0]), "web")
+        assert 1 <= len(texts) <= 1 + how.captions
+        scores = [naive(one.image, text.text) for text in texts]
         order = sorted(range(len(scores)), key=lambda n: -scores[n])
         if how.filter == "itm":
             order = [n for n in order if scores[n] >= 0.5]
@@ -109,7 +107,7 @@ def test_each_picture_keeps_the_best_of_its_own_pool(
         listed = found[key].about["captions"]
         assert len(listed) == min(2, len(order))
         assert [entry["score"] for entry in listed] == pytest.approx([scores[n] for n in order[:2]], abs=2e-5)
-        names = {text.text: text.origin for text in texts.texts}
+        names = {text.text: text.origin for text in texts}
         for entry in listed:
             assert names[entry["text"]] == entry["from"]
             assert entry["score"] == pytest.approx(naive(one.image, entry["text"]), abs=2e-5)
@@ -198,18 +196,18 @@ def test_what_was_made_otherwise_is_not_mixed_in(home: Path, whole: Path, tmp_pa
 
 
 def test_weights_are_known_by_what_they_are_and_not_by_their_names(home: Path, tmp_path: Path) -> None:
-    told = digests(tiny_capfilt.models(home, "clip"), HOW)
+    told = digests(tiny_capfilt.models(home, "clip"), False)
     copytree(home / "stage2", tmp_path / "moved")
     copytree(home / "clip", tmp_path / "clip")
     moved = Models(str(tmp_path / "moved"), str(tmp_path / "clip"))
-    assert digests(moved, HOW) == told
+    assert digests(moved, False) == told
     copytree(home / "stage1", tmp_path / "other")
     tensors = bytearray((tmp_path / "moved" / "model.safetensors").read_bytes())
     tensors[-1] ^= 1
     (tmp_path / "moved" / "model.safetensors").write_bytes(tensors)
-    assert digests(moved, HOW)[0] != told[0]
+    assert digests(moved, False)[0] != told[0]
     (tmp_path / "clip" / "preprocessor_config.json").write_text("{}")
-    assert digests(moved, HOW)[1] != told[1]
+    assert digests(moved, False)[1] != told[1]
 
 
 def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -> None:
@@ -247,13 +245,13 @@ def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -
         assert all(one.about["captions"][0]["from"] == "captioner" for one in (found["000000002"], found["long"]))
         assert written.counts["broken"] == 1
         log = (out / "00000_log.jsonl").read_text()
-        for words in ("not a picture that can be read", "odd.json: is not JSON", "long.txt: has 1,000,000 bytes"):
+        for words in ("not a picture in a known format", "odd.json: is not JSON", "long.txt: has 1,000,000 bytes"):
             assert words in log
         assert "cut off" in (out / "00001_log.jsonl").read_text()
         stats = json.loads((out / "00000_stats.json").read_text())
         assert stats["successes"] == stats["counts"]["pictures"] == len(list(read_tar(str(out / "00000.tar"), print)))
     (folder / "00002.tar").rmdir()
-    with pytest.raises(UserError, match="not one of 1 shards can be read"):
+    with pytest.raises(UserError, match="none of the 1 shards can be read"):
         capfilt(str(folder / "00009.tar"), tiny_capfilt.models(home), tmp_path / "none", HOW, QUIET)
 
 
@@ -344,20 +342,20 @@ def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
         (refused(captioner=home / "clip"), "another architecture"),
         (refused(ranker=home / "stage2"), "is a stage-2 run, which cannot rank"),
         (refused(ranker=home / "vision"), "does not compare pictures with texts"),
-        (refused(ranker=home / "data"), "no config.json in it"),
-        (refused(ranker=home / "nothing"), "nothing by that name"),
+        (refused(ranker=home / "data"), "no config.json"),
+        (refused(ranker=home / "nothing"), "no such file, folder or hub name"),
         (refused("--filter", "itm", ranker=home / "clip"), "--filter itm needs a stage-1 run"),
-        (refused("--filter", "best"), "--filter best: similarity or itm"),
-        (refused("--threshold", 0.3), "--threshold: is for --filter itm"),
-        (refused("--filter", "itm", "--threshold", 1.5), "--threshold 1.5: a probability"),
-        (refused("--top-p", 0), "--top-p 0.0: above 0"),
+        (refused("--filter", "best"), "--filter best: it must be similarity or itm"),
+        (refused("--threshold", 0.3), "--threshold belongs to --filter itm"),
+        (refused("--filter", "itm", "--threshold", 1.5), "--threshold 1.5: it must be a probability"),
+        (refused("--top-p", 0), "--top-p 0.0: it must be above 0"),
         (refused("--reader", "flickr"), "unknown reader 'flickr'"),
-        (refused("--part", "3/2"), "--part '3/2': K/N"),
-        (refused("--part", "4/4"), "there are 3 shards, it has none"),
+        (refused("--part", "3/2"), "--part '3/2': write it as K/N"),
+        (refused("--part", "4/4"), "3 shards leave none for it"),
         (refused(data=tmp_path / "empty"), "holds no .tar file"),
-        (refused(data=home / "set" / "00000.jpg"), "one that ends in .tar"),
+        (refused(data=home / "set" / "00000.jpg"), "it must end in .tar"),
         (refused(data=tmp_path / "out", out="out"), "lies in --out"),
-        (refused(data=home / f"set/00000.tar::{whole}/00000.tar"), "two shards of one name"),
+        (refused(data=home / f"set/00000.tar::{whole}/00000.tar"), "the same name twice"),
     ):
         assert err.startswith("openblip2: ")
         assert words in err
@@ -395,14 +393,14 @@ def test_a_json_that_grew_too_long_leaves_the_captions(home: Path, tmp_path: Pat
 
 
 def test_rankers_encode_each_picture_and_text_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, ranker = open_models(tiny_capfilt.models(home), HOW)
+    _, ranker = open_models(tiny_capfilt.models(home), False)
     assert isinstance(ranker, RunRanker)
     vision = ranker.matcher.model.vision
     assert vision is not None
     rows: list[int] = []
     vision.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
     picture = PictureFile(next(read_tar(str(home / "set" / "00000.tar"), pytest.fail)).image, "")
-    scores = ranker.scores([ranker.look(picture)] * 3, [["a dog"], ["a cat", "a bus", "a dog"], ["a dog"]])
+    scores = ranker.scores([ranker.pixels(picture)] * 3, [["a dog"], ["a cat", "a bus", "a dog"], ["a dog"]])
     assert rows == [3]
     assert [len(own) for own in scores] == [1, 3, 1]
     assert scores[0][0] == pytest.approx(scores[1][2], abs=1e-5)

@@ -11,7 +11,7 @@ import tiny_runs
 from openblip2.apps.studies import trial, web
 from openblip2.apps.studies.ablations import ablate
 from openblip2.apps.studies.design import Plan
-from openblip2.capfilt.how import How
+from openblip2.capfilt.pool import How
 from openblip2.config import change
 from openblip2.data.records import Record
 from openblip2.errors import UserError
@@ -78,7 +78,7 @@ def test_each_way_is_trained_on_its_captions(plan: Plan, tmp_path: Path, monkeyp
     again = ablate("capfilt", tmp_path, plan, QUIET)
     assert not given
     assert again["ways"] == result["ways"]
-    ablate("capfilt", tmp_path, replace(plan, steps={"stage1": 3, "stage2": 3}), QUIET)
+    ablate("capfilt", tmp_path, replace(plan, steps={"stage1": 3, "stage2": 3}, overwrite=True), QUIET)
     assert "seed-0/stage2-captioner" in given
     assert "seed-0/stage1-captioner" not in given
     assert "seed-0/stage1-the-right-captions" not in given

@@ -135,7 +135,7 @@ def test_a_chat_template_for_one_turn_is_refused() -> None:
     words.chat_template = "user {{ messages[0]['content'] }} turn"
     resolved = resolve_template("chat", words)
     assert dialogue([], "it", FORM, resolved, words) == "question: it answer:"
-    with pytest.raises(UserError, match="no place for 3 texts"):
+    with pytest.raises(UserError, match="cannot hold 3 texts"):
         dialogue([("a", "b")], "it", FORM, resolved, words)
 
 

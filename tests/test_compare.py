@@ -1,4 +1,4 @@
-"""docs/compare.md: what is said of us exists, and what is said to be held by a test is held here, row by row."""
+"""docs/compare.md: what is said of us exists, and what is said to be checked by a test is checked here, row by row."""
 
 import re
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from openblip2.config import RunSettings, _names
 from openblip2.presets import FINE_TUNING, PRESETS
 
 PAGE = Path(__file__).parents[1] / "docs" / "compare.md"
-# what -> (openblip2, LAVIS, transformers, held by)
+# what -> (openblip2, LAVIS, transformers, checked by)
 ROWS = {
     what: cells
     for what, *cells in (
@@ -122,7 +122,7 @@ HELD: dict[str, Callable[[Path], None]] = {
 
 
 def test_a_row_says_test_if_one_holds_it() -> None:
-    assert HEAD == ["openblip2", "LAVIS 1.0.2", "transformers 5", "held by"]
+    assert HEAD == ["openblip2", "LAVIS 1.0.2", "transformers 5", "checked by"]
     assert hf.__version__.startswith("5.")
     assert {what for what, cells in ROWS.items() if cells[3] == "test"} == set(HELD)
     assert {cells[3] for cells in ROWS.values()} == {"test", "reading"}

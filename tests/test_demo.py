@@ -124,7 +124,7 @@ def test_the_announcement_has_the_plan_in_it() -> None:
 
 def test_stamps_that_are_not_installed_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import openblip2.apps.demo.plan as module
-    from openblip2.apps.corpora.stamps import stamps_records
+    from openblip2.apps.corpora.installed import stamps_records
 
     monkeypatch.setattr(module, "stamps_records", lambda seed: stamps_records(tmp_path / "none", seed=seed))
     with pytest.raises(UserError, match="apt-get install tuxpaint-stamps-default"):

@@ -15,13 +15,19 @@ import tiny
 import tiny_models
 from openblip2.config import RunSettings, change
 from openblip2.distributed.collectives import Share, world_size
-from openblip2.distributed.data_parallel import DataParallelLosses, clip_gradients, layers_of, shard
-from openblip2.distributed.full_tensor import full_tensor, in_pieces
+from openblip2.distributed.data_parallel import (
+    DataParallelLosses,
+    clip_gradients,
+    full_tensor,
+    in_pieces,
+    layers_of,
+    shard,
+)
 from openblip2.errors import UserError
 from openblip2.model.fast.step import step_losses
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 from openblip2.train.optim import adamw
 from processes import run
 
@@ -219,7 +225,7 @@ def test_one_process_shards_nothing() -> None:
     model = model_of("opt", False)
     shard(model, settings_of("opt", "fsdp2"), torch.device("cpu"))
     assert not any(in_pieces(p) for p in model.parameters())
-    assert isinstance(model.vision, Vision)
+    assert isinstance(model.vision, HFVision)
 
 
 def test_fsdp2_refuses_quantised_weights() -> None:

@@ -189,7 +189,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = CliRunner().invoke(app, ["doctor", str(run), "--json"])
     assert {json.loads(line)["level"] for line in machine.stdout.splitlines()} == {"good", "bad"}
     (run / "log.jsonl").write_text("not json\n" + text)
-    assert "line 1 is no row" in str(CliRunner().invoke(app, ["doctor", str(run)]).exception)
+    assert "line 1 is not a row" in str(CliRunner().invoke(app, ["doctor", str(run)]).exception)
     (run / "log.jsonl").write_text(text)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     without = CliRunner().invoke(app, ["doctor", str(run), "--out", str(tmp_path / "page.html")])

@@ -20,9 +20,8 @@ from openblip2.cli import app
 from openblip2.data.features import Features
 from openblip2.data.images import to_pixels
 from openblip2.data.records import Question, Record
-from openblip2.evaluate.effective_rank import effective_rank
 from openblip2.evaluate.health import COLLAPSED, rank_finding
-from openblip2.evaluate.validation import grounding, measure_answers, measure_stage1
+from openblip2.evaluate.validation import effective_rank, grounding, measure_answers, measure_stage1
 from openblip2.model.stage2 import Stage2
 
 N, Q, D = 6, 5, 9

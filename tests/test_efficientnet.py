@@ -13,9 +13,9 @@ from torch.nn import functional as F
 import tiny
 from openblip2.data.images import to_pixels
 from openblip2.errors import UserError
-from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig, convolution
+from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig, convolution
 from openblip2.model.load_vision import last_useful_layer, load_vision
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 
 STAGES = [(1, 3, 1, 1, 4), (2, 5, 2, 3, 6), (2, 3, 1, 2, 7)]
 SIDE, WIDTH = 24, 11  # 6 x 6 places
@@ -81,7 +81,7 @@ def test_it_serves_as_an_image_encoder(tmp_path: Path) -> None:
     assert (vision.width, vision.image_size, vision.layers, vision.encoder.dtype) == (WIDTH, SIDE, 1, torch.float32)
     assert not any(parameter.requires_grad for parameter in vision.parameters())
     pixels = pictures()
-    torch.testing.assert_close(vision(pixels), Vision(model, -1, SIDE)(pixels), rtol=0, atol=0)
+    torch.testing.assert_close(vision(pixels), HFVision(model, -1, SIDE)(pixels), rtol=0, atol=0)
     assert last_useful_layer(str(tmp_path)) == -1
     half = load_vision(str(tmp_path), layer=1, image_size=40, dtype=torch.bfloat16)
     assert half(pictures(40)).shape == (2, 100, WIDTH)
@@ -93,7 +93,7 @@ def test_it_serves_as_an_image_encoder(tmp_path: Path) -> None:
 
 
 def test_it_trains_whole(tmp_path: Path) -> None:
-    vision = Vision(little(), -1, SIDE)
+    vision = HFVision(little(), -1, SIDE)
     vision.unfreeze()
     vision(pictures()).sum().backward()
     assert all(parameter.grad is not None for parameter in vision.parameters())

@@ -17,10 +17,9 @@ from openblip2.data.sources import read_source
 from openblip2.data.trained_on import picture_digest, pictures_trained_on, write_trained_on
 from openblip2.errors import UserError
 from openblip2.evaluate.intervals import mean_interval
-from openblip2.evaluate.protocol import overlap, weights_digest
 from openblip2.evaluate.ranking import Matches, best_images, best_texts, recalls, rerank
 from openblip2.evaluate.result import Result, compare
-from openblip2.evaluate.run import Options, evaluate
+from openblip2.evaluate.run import Options, evaluate, overlap, weights_digest
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.objectives import similarity
@@ -41,12 +40,12 @@ def test_rankings_are_those_of_the_whole_matrix() -> None:
     texts = torch.nn.functional.normalize(torch.randn(170, 5), dim=-1)
     scores = similarity(images, texts)
     for ranking, whole in ((best_texts(images, texts, 7), scores), (best_images(images, texts, 9), scores.T)):
-        top = whole.topk(ranking.places.shape[1], dim=1)
-        assert torch.equal(ranking.places, top.indices)
+        top = whole.topk(ranking.indices.shape[1], dim=1)
+        assert torch.equal(ranking.indices, top.indices)
         assert torch.allclose(ranking.scores, top.values)
     again = best_texts(images, texts, 7)
     turned = again.by(-again.scores)
-    assert torch.equal(turned.places, again.places.flip(1))
+    assert torch.equal(turned.indices, again.indices.flip(1))
 
 
 def stage1() -> Stage1:
@@ -64,7 +63,7 @@ def test_candidates_have_the_scores_of_their_pairs_and_each_picture_is_asked_onc
         scores = torch.rand(4, 6)
         by_image = best_texts(torch.eye(4)[:, None], scores.T, 2)
         by_text = best_images(torch.eye(4)[:, None], scores.T, 3)
-        assert torch.equal(by_image.places, scores.topk(2, dim=1).indices)
+        assert torch.equal(by_image.indices, scores.topk(2, dim=1).indices)
         matches = Matches(by_image, by_text)
         asked: list[int] = []
 
@@ -79,9 +78,9 @@ def test_candidates_have_the_scores_of_their_pairs_and_each_picture_is_asked_onc
                 length = int(valid[m].sum())
                 memory = model.qformer.encode_image(features[n : n + 1])
                 alone = model.match(memory, tokens[m : m + 1, :length], valid[m : m + 1, :length])[0]
-                for place in (by_image.places[n] == m).nonzero().flatten().tolist():
+                for place in (by_image.indices[n] == m).nonzero().flatten().tolist():
                     assert torch.allclose(matches.of_images(by_image)[n, place], alone, atol=1e-5)
-                for place in (by_text.places[m] == n).nonzero().flatten().tolist():
+                for place in (by_text.indices[m] == n).nonzero().flatten().tolist():
                     assert torch.allclose(matches.of_texts(by_text)[m, place], alone, atol=1e-5)
         # And the recall is that of the dense way.
         dense_image, dense_text = rerank(model, features, tokens, valid, scores, 2)
@@ -147,6 +146,7 @@ def test_answers_and_their_protocol(home: Path, tmp_path: Path) -> None:
     assert len(protocol["checkpoint_sha256"]) == 64
     assert protocol["versions"]["torch"] == torch.__version__
     assert (protocol["most_new_tokens"], protocol["metric"].split()[0]) == (10, "exact")
+    assert "not used" in protocol["generation_config"]
     again, _, _ = scored(home, "vqa", "vqa", tmp_path / "again", beams=1, seed=3)
     assert again["scores"]["accuracy"]["score"] == found["scores"]["accuracy"]["score"]
     assert again["protocol"]["seed"] == 3
@@ -177,11 +177,26 @@ def test_two_results_are_compared_sample_by_sample(home: Path, tmp_path: Path) -
         compare(one / "found.json", tmp_path / "retrieval" / "out" / "found.json")
     rows = (other / "found.samples.jsonl").read_text().splitlines(keepends=True)
     (other / "found.samples.jsonl").write_text("".join(rows[1:]))
-    with pytest.raises(UserError, match="of other samples"):
+    with pytest.raises(UserError, match="have other samples"):
         compare(one / "found.json", other / "found.json")
     (other / "found.samples.jsonl").unlink()
     with pytest.raises(UserError, match="missing or damaged"):
         compare(one / "found.json", other / "found.json")
+
+
+def test_two_pointing_results_are_compared_text_by_text(tmp_path: Path) -> None:
+    for name, hits in (("one", (True, True, False)), ("other", (True, False, False))):
+        result = Result("pointing", 2)
+        asked = (("a", "a red cat"), ("a", "a blue dog"), ("b", "a red cat"))
+        result.samples += [{"image": i, "text": t, "hit": hit} for (i, t), hit in zip(asked, hits, strict=True)]
+        result.write(tmp_path / f"{name}.json")
+    found = compare(tmp_path / "one.json", tmp_path / "other.json")
+    assert {name: one.score for name, one in found.items()} == {"pointing": pytest.approx(1 / 3)}
+    result.samples = [{"image": "a"}]
+    result.write(tmp_path / "one.json")
+    result.write(tmp_path / "other.json")
+    with pytest.raises(UserError, match=r"one.json and .*other.json have no score .* in common"):
+        compare(tmp_path / "one.json", tmp_path / "other.json")
 
 
 def test_pictures_of_the_training_are_warned_of(home: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from openblip2.model.lora import add_lora
 from openblip2.model.output_head import ends_in_head
 from openblip2.model.qformer import QFormer, bidirectional_mask
 from openblip2.model.stage1 import Stage1
+from openblip2.train.parameters import saved_parameters
 from test_stage1 import IDS, NEGATIVES
 from test_stage2 import CAPTIONS, PROMPTS, stage2
 from tiny import WORDS, B, D, E, P, Q, T, V
@@ -434,6 +435,17 @@ def test_compiled_blocks_are_the_same() -> None:
             found.append((total.detach(), tiny.gradients(total, model)))
         torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-5)
         tiny.assert_same_gradients(found[1][1], found[0][1])
+
+
+def test_compiled_blocks_are_written_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.stage1()
+    names = set(saved_parameters(model))
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda block, **_: compiled.append(block) or block)
+    compile_blocks(model.qformer)
+    assert len(compiled) == 1 + 4 * 3 + 2, "a trial and the blocks"
+    assert set(saved_parameters(model)) == names
+    assert not [name for name in names if "_orig_mod" in name]
 
 
 def test_without_a_compiler_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

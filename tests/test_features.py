@@ -57,9 +57,9 @@ class Encoder:
 
     def __init__(self, factor: float = 1, dies: int = -1, weight: float = 0) -> None:
         self.factor, self.dies, self.batches, self.encoded = factor, dies, 0, 0
-        config = SimpleNamespace(to_dict=dict)
         weights = {"weight": torch.tensor([weight])}
-        self.encoder = SimpleNamespace(dtype=torch.float32, config=config, state_dict=lambda: weights)
+        self.encoder = SimpleNamespace(state_dict=lambda: weights)
+        self.dtype, self.shaping = torch.float32, {}
 
     def __call__(self, pixels: Tensor) -> Tensor:
         if not torch.equal(pixels, torch.full_like(pixels, 128)):  # of a gray picture the shape is wanted
@@ -219,7 +219,7 @@ def test_views_are_random_crops_that_do_not_change(records: list[Record], tmp_pa
     assert torch.equal(stored.take(range(20)), plain)
     numbers, views = [17, 2, 2], [1, 0, 2]
     drawn = [
-        augment(stored.records[n].image, S, crop_generator(5, stored.records[n].id, v))
+        augment(stored.records[n].image, S, crop_generator(5, stored.records[n].id, v), mirror=v == 1)
         for n, v in zip(numbers, views, strict=True)
     ]
     assert torch.allclose(stored.take(numbers, views).float(), features_of(torch.stack(drawn)), rtol=1e-3, atol=1e-3)
@@ -249,6 +249,25 @@ def test_a_batch_draws_a_view_of_each_picture_by_its_number(records: list[Record
     assert {owners[row.numpy().tobytes()][1] for row in plain} == {0}
 
 
+def test_texts_with_left_or_right_get_views_that_are_not_mirrored(records: list[Record], tmp_path: Path) -> None:
+    records = [
+        replace(r, captions=("a dog to the Left of a cat", "a dog")) if n % 2 else r for n, r in enumerate(records)
+    ]
+    stored, _ = find_records(records, build(records, tmp_path / "cache", crops=4), lambda features: features)
+    owners = {}
+    for view in range(4):
+        values = stored.take(range(20), [view] * 20)
+        owners |= {row.numpy().tobytes(): (picture, view) for picture, row in enumerate(values)}
+    pairs = FeaturePairs(stored, Captions(stored.records), 6, seed=2, drawn=True)
+    drawn: dict[bool, set[int]] = {True: set(), False: set()}
+    for number in range(12):
+        features = pairs(number).features
+        assert features is not None
+        for picture, view in (owners[row.numpy().tobytes()] for row in features):
+            drawn["Left" in stored.records[picture].captions[0]].add(view)
+    assert drawn == {True: {0, 2}, False: {0, 1, 2, 3}}
+
+
 def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -263,7 +282,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "gone": (lambda f: next(f.glob("*.bin")).unlink(), r"\.bin has 0 bytes"),
     "index": (lambda f: edit(f, '"r3", ', '"r3", , '), r"features\.jsonl is damaged: remove"),
     "version": (lambda f: edit(f, '"version": 2', '"version": 7'), "has version 7 and this program reads 2"),
-    "no cache": (lambda f: (f / "features.jsonl").unlink(), "is no feature cache"),
+    "no cache": (lambda f: (f / "features.jsonl").unlink(), "is not a feature cache"),
     "old": (lambda f: (f / "cache.json").write_text('{"version": 1}'), "was written by an older version: run"),
 }
 
@@ -588,7 +607,7 @@ def test_features_are_what_the_encoder_gives(home: Home, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--precision", "int8"], "'int8' is none of fp16, bf16; int8 was removed"),
+        (["--precision", "int8"], "'int8' is unknown: it must be one of fp16, bf16"),
         (["--set", "optim.lr=1"], "optim.lr: features depend on vision.*"),
         (["--preset", "lapdog"], "preset 'lapdog'"),
         (["--precision", "bf16"], "precision fp16 there, bf16 here; give another --out"),

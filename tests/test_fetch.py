@@ -151,7 +151,7 @@ def test_without_any_program_no_source_remains(tools: Path, tmp_path: Path) -> N
 
 
 def test_an_unknown_source_is_named(tools: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown source 'photos'; one of stamps, openclipart, emoji, furniture"):
+    with pytest.raises(UserError, match="unknown source 'photos': it must be one of stamps, openclipart, emoji"):
         fetch(tmp_path, ["photos"])
 
 
@@ -215,7 +215,7 @@ def test_a_path_outside_is_refused(name: str, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="a path outside it") as error:
             unpack(archive, tmp_path / "into", ALL)
         assert str(archive) in one_line(error)
-    assert files(tmp_path) == ["a.tgz", "a.zip", "into/fine"]
+    assert files(tmp_path) == ["a.tgz", "a.zip"]
 
 
 def test_links_are_not_followed_out(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_archives_do_not_unfold_beyond_the_limit(tmp_path: Path, monkeypatch: py
     archives = tgz(tmp_path / "a.tgz", members), zipped(tmp_path / "a.zip", members)
     for unpack, archive in zip((untar, unzip), archives, strict=True):
         monkeypatch.setattr(module, "_MAX_BYTES", 3_000_000)
-        with pytest.raises(UserError, match="unfolds to more than 3,000,000 bytes"):
+        with pytest.raises(UserError, match="unpacks to more than 3,000,000 bytes"):
             unpack(archive, tmp_path / "into", ALL)
         monkeypatch.setattr(module, "_MAX_BYTES", 4_000_000)
         unpack(archive, tmp_path / "into", ALL)
@@ -251,6 +251,6 @@ def test_a_broken_archive_is_one_line(harm: str, tmp_path: Path) -> None:
         changed = bytes(byte ^ 255 if 6000 < i < 6100 else byte for i, byte in enumerate(whole))
         harmed = {"cut": whole[:8000], "changed": changed, "something else": b"<html>" * 99, "empty": b""}
         archive.write_bytes(harmed[harm])
-        with pytest.raises(UserError, match="that can be unpacked") as error:
+        with pytest.raises(UserError, match="is not an archive that can be unpacked") as error:
             unpack(archive, tmp_path / "into", ALL)
         assert str(archive) in one_line(error)

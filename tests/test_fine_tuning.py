@@ -22,7 +22,7 @@ from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.language import DecoderLM, EncoderDecoderLM
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 from openblip2.presets import FINE_TUNING, fine_tuning, preset
 from openblip2.progress import Progress
 from openblip2.train.loop import fit
@@ -37,14 +37,14 @@ def quiet() -> Progress:
     return Progress(quiet=True)
 
 
-def encoder(kind: str = "vit") -> Vision:
+def encoder(kind: str = "vit") -> HFVision:
     sizes: dict[str, Any] = tiny_runs.named(width=24, layers=3, heads=2, ffn=40)
     torch.manual_seed(0)
     if kind == "vit":
         model: Any = hf.ViTModel(hf.ViTConfig(**sizes, image_size=12, patch_size=4))
     else:
         model = hf.Dinov2Model(hf.Dinov2Config(**sizes, image_size=12, patch_size=4))
-    return Vision(model, layer=-2, image_size=12)
+    return HFVision(model, layer=-2, image_size=12)
 
 
 def pixels(count: int = 2) -> Tensor:
@@ -295,7 +295,7 @@ def test_vqa_reads_the_question_with_stage_1s_text_path(home: Path, tmp_path: Pa
     with pytest.raises(UserError, match="Q-Former reads"):
         model.caption(pictures)
     whys = {target: f"reads questions, for which --to {target} has no place" for target in ("lavis", "onnx")}
-    whys["hf"] = "reads questions, and transformers' InstructBLIP has no place for the image encoder 'vit'"
+    whys["hf"] = "reads questions, and transformers' InstructBLIP cannot store the image encoder 'vit'"
     for target, why in whys.items():
         with pytest.raises(UserError, match=why):
             convert(tmp_path / "run", tmp_path / f"out.{'pth' if target == 'lavis' else 'onnx'}", target)
@@ -335,7 +335,7 @@ def test_retrieval_begins_where_stage_1_ended(home: Path, tmp_path: Path) -> Non
         ("vqa", "two", {"text_start": "two"}, "is no stage-1 run"),
         ("caption", "two", {"vision__trained": "true", "vision__dtype": "bf16"}, "weights that train are fp32"),
         ("retrieval", "one", {"vision__trained": "true", "train__chunk": 2}, "frozen image encoder"),
-        ("retrieval", "one", {"vision__trained": "true", "data__features": "x"}, "has no features to keep"),
+        ("retrieval", "one", {"vision__trained": "true", "data__features": "x"}, "has no fixed features"),
     ],
 )
 def test_what_cannot_be_fine_tuned_is_one_line(

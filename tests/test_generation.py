@@ -1,6 +1,9 @@
 """Generation against loops over full forward passes, and with models that always say the same."""
 
+import json
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,8 @@ from transformers import PreTrainedModel
 
 import tiny_models
 from openblip2.model.language import DecoderLM, Decoding, LanguageModel
+from openblip2.model.likelihood import text_logprobs
+from openblip2.model.load_language import load_language
 from tiny import Q
 from tiny_models import EOS, NEWLINE, PAD, WORDS, L, W, constant, embed, ids, language, soft_prompts
 
@@ -17,6 +22,23 @@ PROMPTS = ["", "a photo of", "question: what is it answer:"]
 ROWS = {
     "decoder": ["<s>", "<s>|a| photo| of", "<s>|question:| what| is| it| answer:"],
     "encoder": ["</s>", "a| photo| of|</s>", "question:| what| is| it| answer:|</s>"],
+}
+# What a `generation_config.json` may hold, each of which changes a text.
+OWN: dict[str, Any] = {
+    "repetition_penalty": 5.0,
+    "top_k": 1,
+    "temperature": 0.01,
+    "no_repeat_ngram_size": 1,
+    "min_length": 40,
+    "forced_bos_token_id": 9,
+    "forced_eos_token_id": 8,
+    "suppress_tokens": list(range(10, 30)),
+    "begin_suppress_tokens": list(range(30, 40)),
+    "bad_words_ids": [[n] for n in range(40, 50)],
+    "max_length": 3,
+    "early_stopping": True,
+    "do_sample": True,
+    "cache_implementation": "static",
 }
 GREEDY = Decoding(max_new_tokens=8, min_new_tokens=0, beams=1)
 
@@ -121,6 +143,39 @@ def test_penalties_reach_the_model() -> None:
     assert lm.generate(soft_prompts(1), [""], how) == ["dog cat bus dog"]
 
 
+def test_the_repetition_penalty_counts_written_words_alone() -> None:
+    """Not those of the prompt, nor the token that every text of an encoder-decoder begins with."""
+    for kind in tiny_models.MODELS:
+        lm: Any = constant(kind, (" dog", 2.0), (" cat", 1.9), (" bus", 1.7))
+        lm.llm.config.decoder_start_token_id = lm.llm.generation_config.decoder_start_token_id = WORDS.index(" dog")
+        how = Decoding(max_new_tokens=4, beams=1, repetition_penalty=1.25)
+        start = "dog " if kind == "t5" else ""
+        assert lm.generate(soft_prompts(1), ["a dog dog"], how) == [f"{start}dog cat bus dog"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", tiny_models.MODELS)
+def test_a_text_of_a_seed_does_not_depend_on_its_batch(kind: str) -> None:
+    lm, soft = language(kind), soft_prompts()
+    how = Decoding(max_new_tokens=7, beams=1, sample=True, seed=4)
+    together = lm.generate(soft, PROMPTS, how)
+    torch.manual_seed(1)  # without an effect
+    assert together == [lm.generate(soft[n : n + 1], PROMPTS[n : n + 1], how)[0] for n in range(3)]
+    assert together != lm.generate(soft, PROMPTS, replace(how, seed=5))
+    assert together != lm.generate(soft, PROMPTS, GREEDY)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", tiny_models.MODELS)
+def test_the_log_probability_of_a_text_is_the_sum_over_its_tokens_and_its_end(kind: str) -> None:
+    lm, soft = language(kind), soft_prompts()
+    row = ids(" a| dog| cat|</s>" if isinstance(lm, DecoderLM) else "a| dog| cat|</s>")
+    before = contexts(lm, soft)[2]
+    logs = [next_logits(lm.llm, before, row[:n]).log_softmax(0)[token] for n, token in enumerate(row)]
+    found = text_logprobs(lm, soft[2:], PROMPTS[2], ["dog", "a dog cat"])
+    torch.testing.assert_close(found[1], torch.stack(logs).sum())
+
+
 def test_sampling_is_reproducible() -> None:
     lm, soft = language("llama"), soft_prompts()
     how = Decoding(max_new_tokens=6, beams=1, sample=True)
@@ -154,3 +209,24 @@ def test_sampling_has_no_other_limit() -> None:
     words = sampled(lm, Decoding(max_new_tokens=15, beams=1, sample=True, top_p=1.0))
     written = " ".join(words)
     assert all(word in f" {written}" for word in spaced)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_settings_in_a_language_models_folder_change_nothing(kind: str, tmp_path: Path) -> None:
+    """`Decoding` alone decides, and nothing is said about settings that it overrules."""
+    texts = {}
+    for name in ("plain", "own"):
+        tiny_models.MODELS[kind]().save_pretrained(tmp_path / name)
+        tiny_models.tokenizer().save_pretrained(tmp_path / name)
+        path = tmp_path / name / "generation_config.json"
+        if name == "own":
+            path.write_text(json.dumps(json.loads(path.read_text()) | OWN))
+        written = path.read_bytes()
+        lm = load_language(str(tmp_path / name))
+        soft = soft_prompts()
+        texts[name] = []
+        for how in (Decoding(beams=1), Decoding(beams=3), Decoding(beams=1, sample=True, top_p=1.0)):
+            torch.manual_seed(0)
+            texts[name] += lm.generate(soft, PROMPTS, how)
+        assert path.read_bytes() == written
+    assert texts["own"] == texts["plain"]

@@ -20,6 +20,7 @@ from tiny_models import BOS, EOS, embed, ids
 
 fake_lmms_eval.stand_in()
 
+from lmms_eval.api.instance import Instance  # noqa: E402  # pyright: ignore[reportMissingImports]
 from loguru import logger  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from openblip2 import harness  # noqa: E402
@@ -57,8 +58,7 @@ class Task:
 
     def instance(self, kind: str, place: int, *arguments: Any) -> Any:
         metadata = {"task": "task", "doc_id": place, "repeats": 1}
-        instance: Any = harness.Instance
-        return instance(kind, (*arguments, place, "task", "test"), idx=0, metadata=metadata)
+        return Instance(kind, (*arguments, place, "task", "test"), idx=0, metadata=metadata)
 
     def generate(self, place: int, words: str, **options: Any) -> Any:
         return self.instance("generate_until", place, words, self.options | options, self.look)
@@ -236,34 +236,6 @@ def test_a_continuation_may_be_the_documents(runs: Callable[[str], Path]) -> Non
         lm.loglikelihood([task.judge(0, "red " * 39, "yes"), task.judge(0, "red " * 39, "a small bird")])
 
 
-def test_rounds_go_on_until_the_task_ends_them(runs: Callable[[str], Path]) -> None:
-    lm = model(runs("llama"))
-    shown = pictures(3)
-    task = Task(lm, [[shown[0]], [shown[1]]])
-    told: list[Any] = []
-
-    def go_on(document: Any, previous_output: list[str], round_idx: int, previous_round_info: Any) -> Any:
-        told.append((document["seen"][0], list(previous_output), round_idx, previous_round_info))
-        if round_idx == 3:
-            return None, None, True, [*previous_output, "end"], None
-        shows = [shown[2]] if round_idx == 1 else []
-        return shows, f"is it {previous_output[-1]}", False, previous_output, {"round": round_idx}
-
-    kind = "generate_until_multi_round"
-    requests = [task.instance(kind, n, "what is it", GREEDY, task.look, go_on) for n in range(2)]
-    found = lm.generate_until_multi_round(requests)
-    for n in range(2):
-        first, second, third, end = found[n]
-        task = Task(lm, [[shown[n]], [shown[2]], []])
-        assert lm.generate_until([task.generate(0, "what is it")]) == [first]
-        assert lm.generate_until([task.generate(1, f"is it {first}")]) == [second]
-        assert lm.generate_until([task.generate(2, f"is it {second}")]) == [third]
-        assert end == "end"
-        rounds = [([first], 1, None), ([first, second], 2, {"round": 1}), ([first, second, third], 3, {"round": 2})]
-        assert told[3 * n : 3 * n + 3] == [(shown[n], *one) for one in rounds]
-    assert found[0] != found[1]
-
-
 def test_what_cannot_be_used_is_refused(runs: Callable[[str], Path], tmp_path: Path) -> None:
     for batch in ("auto", 0, "-1"):
         with pytest.raises(UserError, match=f"batch_size={batch}: give a number"):
@@ -272,6 +244,8 @@ def test_what_cannot_be_used_is_refused(runs: Callable[[str], Path], tmp_path: P
         model(runs("gpt2"), question="what")
     with pytest.raises(UserError, match="is a Matcher, not a Captioner"):
         model(tiny_blip2.retriever(tmp_path / "retriever"))
+    with pytest.raises(UserError, match="no task of several rounds: leave it out of --tasks"):
+        model(runs("gpt2")).generate_until_multi_round([])
 
 
 def test_the_memory_is_freed(runs: Callable[[str], Path]) -> None:

@@ -4,6 +4,7 @@ import io
 import math
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+import tiny_runs
 from openblip2.data import images
+from openblip2.data.batches import ImagePairs
 from openblip2.data.images import Picture, augment, open_picture, random_crop, to_pixels
+from openblip2.data.records import Question, Record
+from openblip2.data.samples import Captions
 from openblip2.errors import UserError
 
 WIDTH, HEIGHT, SIDE = 13, 7, 5
@@ -207,7 +212,7 @@ def refused(picture: Any, what: str) -> str:
         messages.add(str(caught.value))
     (message,) = messages
     assert what in message
-    assert "; " in message, "says what would be right"
+    assert tiny_runs.REMEDY.search(message), "says what would be right"
     assert "\n" not in message
     return message
 
@@ -233,7 +238,7 @@ def png(width: int, height: int, data: bytes) -> bytes:
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
             "is not a picture",
         ),
-        ("short.png", png(64, 64, b"\0" * 100), "is truncated or broken"),
+        ("short.png", png(64, 64, b"\0" * 100), "is incomplete or damaged"),
         ("bomb.png", png(60_000, 60_000, b""), "too many pixels"),
         ("large.png", png(9_000, 8_000, b""), "9000 x 8000 pixels"),
     ],
@@ -272,7 +277,7 @@ def test_a_bomb_is_found_before_it_is_unfolded(tmp_path: Path, monkeypatch: pyte
     open_picture(tmp_path / "a.png")
     monkeypatch.setattr(images, "MAX_PIXELS", 9_999)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", unfolded)
-    refused(tmp_path / "a.png", "100 x 100 pixels; a picture of 1 to 9,999 pixels")
+    refused(tmp_path / "a.png", "100 x 100 pixels: give a picture of 1 to 9,999 pixels")
     refused(Image.new("RGB", (100, 100)), "a PIL image: has 100 x 100 pixels")
     refused(np.zeros((100, 100, 3), np.uint8), "has 100 x 100 pixels")
 
@@ -280,7 +285,7 @@ def test_a_bomb_is_found_before_it_is_unfolded(tmp_path: Path, monkeypatch: pyte
 def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, noise: Image.Image) -> None:
     noise.save(tmp_path / "a.bmp")
     monkeypatch.setattr(images, "MAX_BYTES", 100)
-    refused(tmp_path / "a.bmp", "bytes; a picture file of at most 100")
+    refused(tmp_path / "a.bmp", "bytes: give a picture file of at most 100")
 
 
 @pytest.mark.parametrize(
@@ -288,19 +293,19 @@ def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         (
             np.zeros((3, 8, 9), np.uint8),
-            "[3, 8, 9]: is not a picture; [H, W] or [H, W, 3], the channels last",
+            "[3, 8, 9]: is not a picture: give [H, W] or [H, W, 3], the channels last",
         ),
         (np.zeros((2, 8, 9, 3), np.uint8), "is not a picture"),
         (np.zeros((8, 9, 2), np.uint8), "is not a picture"),
         (np.zeros(8, np.uint8), "is not a picture"),
         (np.zeros((0, 9, 3), np.uint8), "is not a picture"),
-        (np.zeros((8, 9, 3), np.int64), "array of int64, [8, 9, 3]: is of a type no picture has"),
-        (np.zeros((8, 9, 3), bool), "is of a type no picture has"),
-        (np.zeros((8, 9, 3), np.complex64), "is of a type no picture has"),
+        (np.zeros((8, 9, 3), np.int64), "array of int64, [8, 9, 3]: has a type that pictures do not have"),
+        (np.zeros((8, 9, 3), bool), "has a type that pictures do not have"),
+        (np.zeros((8, 9, 3), np.complex64), "has a type that pictures do not have"),
         (np.full((8, 9, 3), 255.0), "values outside [0, 1]"),
         (np.full((8, 9, 3), -0.01), "values outside [0, 1]"),
         (np.full((8, 9), np.nan), "values outside [0, 1]"),
-        (np.array([["a", "b"]]), "is of a type no picture has"),
+        (np.array([["a", "b"]]), "has a type that pictures do not have"),
     ],
 )
 def test_arrays_that_are_no_picture(array: np.ndarray[Any, Any], what: str) -> None:
@@ -309,7 +314,7 @@ def test_arrays_that_are_no_picture(array: np.ndarray[Any, Any], what: str) -> N
 
 @pytest.mark.parametrize("thing", [None, 3, b"bytes", [[0, 1]], torch.zeros(3, 8, 9)])
 def test_things_that_are_no_picture(thing: Any) -> None:
-    refused(thing, f"a {type(thing).__name__} is not a picture; a path, a PIL image or a NumPy array [H, W, 3]")
+    refused(thing, f"a {type(thing).__name__} is not a picture: give a path, a PIL image or a NumPy array [H, W, 3]")
 
 
 def test_images_that_cannot_be_decoded(noise: Image.Image, tmp_path: Path) -> None:
@@ -317,7 +322,7 @@ def test_images_that_cannot_be_decoded(noise: Image.Image, tmp_path: Path) -> No
     noise.save(stream, "PNG")
     closed = Image.open(stream)
     stream.close()
-    refused(closed, "is truncated or broken")
+    refused(closed, "is incomplete or damaged")
     refused(Image.new("RGB", (0, 3)), "has 0 x 3 pixels")
     refused(Image.new("I", (2, 2), 70_000), "gray values outside 0..65535")
     refused(Image.new("F", (2, 2), 7.5), "values outside [0, 1]")
@@ -326,7 +331,7 @@ def test_images_that_cannot_be_decoded(noise: Image.Image, tmp_path: Path) -> No
 def test_a_tiff_of_32_bits_is_never_black_without_a_word(tmp_path: Path) -> None:
     path = tmp_path / "scan.tif"
     Image.new("I", (4, 4), 200).save(path)
-    refused(path, "has 32-bit gray values up to 200, so it may be an 8-bit one; save it as that")
+    refused(path, "has 32-bit gray values up to 200, so it may have 8 bits: save it with 8 bits")
     Image.new("I", (4, 4), 257 * 200).save(path)
     assert open_picture(path).getpixel((0, 0)) == (200, 200, 200)
 
@@ -408,6 +413,28 @@ def test_crops_are_of_the_papers_area_and_ratio_and_half_are_mirrored() -> None:
     assert min(box[2] for box in boxes) < 0.02
     assert max(box[3] for box in boxes) > 0.98
     assert 0.42 < np.mean([box[4] for box in boxes]) < 0.58
+
+
+TEXTS = {
+    "caption": Record("r", Path("r.png"), ("a dog", "a dog, right of a cat")),
+    "question": Record("r", Path("r.png"), ("a dog",), (Question("what is on the LEFT?", "cat", "open"),)),
+    "answer": Record(
+        "r", Path("r.png"), ("a dog",), (Question("where?", "at home", "open", ("at home", "left-hand")),)
+    ),
+    "none": Record("r", Path("r.png"), ("an upright cleft", "bright copyright")),
+}
+
+
+@pytest.mark.parametrize("where", TEXTS)
+def test_a_picture_whose_texts_say_left_or_right_is_not_mirrored(where: str, tmp_path: Path) -> None:
+    smooth(320, 240).save(tmp_path / "r.png")
+    record = replace(TEXTS[where], image=tmp_path / "r.png")
+    pairs = ImagePairs([record], Captions([record]), 1, 0, 48, pytest.fail)
+    images = [pairs(number).images for number in range(30)]
+    mirrored = [seen_box(image[0], 320, 240)[4] for image in images if image is not None]
+    assert len(mirrored) == 30
+    assert (sum(mirrored) > 5) == (where == "none")
+    assert any(mirrored) == (where == "none")
 
 
 def test_the_generator_decides() -> None:

@@ -1,5 +1,6 @@
 """Language models behind a soft prompt, against sequences that are spelled out by hand, one at a time."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 import tiny_models
 from openblip2.errors import UserError
 from openblip2.model import prompt_cache
+from openblip2.model.context import _cut, fit_rows, require_room
 from openblip2.model.decoding import try_generation
 from openblip2.model.language import (
     IGNORED,
@@ -20,7 +22,8 @@ from openblip2.model.language import (
     split_caption,
 )
 from openblip2.model.load_language import load_language
-from openblip2.model.template import resolve_template
+from openblip2.model.template import dialogue, resolve_template
+from openblip2.model.token_rows import SOFT
 from openblip2.presets import with_examples
 from tiny import Q
 from tiny_models import LM_HEADS, NEWLINE, L, W, constant, embed, ids, language, soft_prompts
@@ -82,6 +85,44 @@ def test_right_padding_changes_nothing(kind: str) -> None:
     tails = [len(ids(row[1])) for row in (ENCODER_ROWS if kind == "t5" else DECODER_ROWS)]
     alone = [lm.scored(soft[n : n + 1], [PROMPTS[n]], [CAPTIONS[n]])[0] * tails[n] for n in range(3)]
     assert_same_loss(together, torch.stack(alone).sum() / sum(tails), soft)
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2", "llama", "t5"])
+def test_a_text_beyond_what_fits_is_cut_and_counted(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Opt and gpt2 have 50 positions; the others would make a row of thousands of tokens."""
+    _cut.clear()
+    model, soft = language(kind), soft_prompts(3)
+    long = f"{kind} " + "dog " * 5000
+    for prompts, captions in (
+        (["", "", "a photo of"], [long, "tree", long]),
+        ([long, "", long], ["tree", "tree", long]),
+    ):
+        for _ in range(2):
+            assert torch.isfinite(model.scored(soft, prompts, captions)[0])
+    said = [record.getMessage() for record in caplog.records if "cut (" in record.getMessage()]
+    assert len(said) == len(set(said)) == 4
+    assert all(re.search(f"'(a photo of ?)?{kind} dog", line) for line in said)
+    caplog.clear()
+    heads, tails = fit_rows(model, ["", long, "a photo of"], ["a red dog", "a red dog", long], Q)
+    assert (heads[0], tails[0]) == (model._head("", Q), model._caption("", "a red dog"))
+    assert all(tail[-len(model.end) :] == model.end and len(tail) > len(model.end) for tail in tails)
+    if kind in ("opt", "gpt2"):
+        assert max(len(head) + len(tail) for head, tail in zip(heads, tails, strict=True)) == 50
+    assert [head.count(SOFT) for head in heads] == [Q] * 3
+
+
+@pytest.mark.parametrize("kind", ["opt", "gpt2"])
+def test_a_prompt_beyond_what_fits_is_refused(kind: str) -> None:
+    model = language(kind)
+    fits = 50 - Q - 4 - model.length("")
+    assert require_room(model, "dog" + " dog" * (fits - 1), Q, 4) == 50 - Q - 4
+    model.generate(
+        soft_prompts(1), ["dog" + " dog" * (fits - 1)], Decoding(max_new_tokens=4, min_new_tokens=4, beams=1)
+    )
+    with pytest.raises(
+        UserError, match=rf"'dog dog.*takes {51 - Q - 4} tokens .* only {50 - Q - 4} fit .*context of 50"
+    ):
+        require_room(model, "dog" + " dog" * fits, Q, 4)
 
 
 def test_text_in_front_of_the_image() -> None:
@@ -204,7 +245,31 @@ def test_chat_without_a_chat_template_is_refused() -> None:
         resolve_template("chat", words)
 
 
-@pytest.mark.parametrize("says", ["{{ raise_exception('a system message first') }}", "{{ nothing.in_it }}", "{% if %}"])
+@pytest.mark.parametrize(
+    ("opens", "wanted"),
+    [
+        ("{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}", ""),  # as SmolLM3
+        ("{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}", "<think>\n\n</think>\n\n"),  # Qwen3
+        ("{% if thinking %}<think>{% else %}</think>{% endif %}", "</think>"),  # as DeepSeek-V3.1
+        ("<think>\n", "<think>\n\n</think>\n\n"),  # as DeepSeek-R1, which knows no switch
+    ],
+)
+def test_a_chat_template_does_not_think(opens: str, wanted: str) -> None:
+    words = tiny_models.tokenizer()
+    words.chat_template = (
+        "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}it "
+        + opens
+        + "{% endif %}"
+    )
+    resolved = resolve_template("chat", words)
+    assert resolved == "<s>{image}{prompt}</s>it " + wanted
+    turns = dialogue([("what", "red")], "where", "{}", resolved, words)
+    assert turns == "what</s><s>red</s><s>where", "the chat template's own turns, too"
+
+
+@pytest.mark.parametrize(
+    "says", ["{{ raise_exception('a system message first') }}", "{{ nothing.in_it }}", "{% if %}", "{{ 1 / 0 }}"]
+)
 def test_a_chat_template_that_raises_is_one_line(says: str) -> None:
     words = tiny_models.tokenizer()
     words.chat_template = says
@@ -223,7 +288,7 @@ def test_a_tokenizer_without_an_end_is_refused() -> None:
 def test_an_end_that_the_tokenizer_drops_is_refused() -> None:
     # Sentence-piece tokenizers drop line breaks: without an end, texts would be generated to the limit.
     with pytest.raises(
-        UserError, match=r"language\.end='\\u2028' is no token .* set language\.end to another text, or to null"
+        UserError, match=r"language\.end='\\u2028' is not a token .* set language\.end to another text, or to null"
     ):
         DecoderLM(tiny_models.MODELS["gpt2"](), tiny_models.tokenizer(), end="\u2028")
 

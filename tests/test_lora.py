@@ -219,6 +219,35 @@ def test_runs_with_adapters_caption_and_rank(runs: Home) -> None:
     assert captioner.caption([runs.picture()], decoding=Decoding(beams=1)) == before
 
 
+def test_adapters_learn_while_activations_are_computed_again(runs: Home, tmp_path: Path) -> None:
+    """And the run writes the same captions after it is saved, loaded and converted."""
+    ranks = [word for name, rank in RANKS.items() for word in ("--set", f"{name}={rank}")]
+    more = ("--start", runs.root / "stage1-lora", "--set", "train.checkpoint_activations=true")
+    said = call(*runs.train("stage2", "stage2-again", *ranks, *more))
+    assert said.code == 0, said.err
+    kept = read_tensors(runs.root / "stage2-again" / "model.safetensors")
+    high = {name for name in kept if ".lora_B." in name}
+    assert {name.split(".")[0] for name in high} == {"qformer", "language"}
+    # The loss does not depend on a bias of the keys, which softmax takes out again.
+    still = {name for name in high if not kept[name].any()}
+    assert all(name.endswith("key.lora_B.default.bias") for name in still), still
+    plain = read_tensors(runs.root / "stage2-lora" / "model.safetensors")
+    for name in high - still:
+        torch.testing.assert_close(kept[name], plain[name], rtol=1e-3, atol=1e-6)
+
+    import openblip2
+
+    captioner: Any = openblip2.load(runs.root / "stage2-again")
+    pictures = [runs.picture(n) for n in range(3)]
+    captions = captioner.caption(pictures)
+    captioner.save_pretrained(tmp_path / "saved")
+    openblip2.convert(runs.root / "stage2-again", tmp_path / "folded", "openblip2")
+    for folder in ("saved", "folded"):
+        again: Any = openblip2.load(tmp_path / folder)
+        assert again.caption(pictures) == captions, folder
+    assert not [name for name in read_tensors(tmp_path / "folded" / "model.safetensors") if "lora" in name]
+
+
 def test_stage_2_starts_from_folded_adapters(runs: Home) -> None:
     """The frozen weights of the second run are those of the first with its adapters in them."""
     first = read_tensors(runs.root / "stage1-lora" / "model.safetensors")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from openblip2 import cli, progress
 from openblip2.commands import learn, measure, planning, scale, study
 from openblip2.commands.convert import TARGETS
-from openblip2.evaluate.partial_texts import PartialTexts
+from openblip2.evaluate.result import PartialTexts
 from openblip2.inference.captioner import Captioner
 from openblip2.progress import Progress
 from test_cli import SOURCE, Home, call, home, python  # noqa: F401  (the fixture)
@@ -61,11 +61,11 @@ def test_shells_complete_commands_and_values(shell: str) -> None:
 
 
 def test_what_is_completed_is_what_there_is() -> None:
-    from openblip2.apps.bench.sizes import SIZES
+    from openblip2.apps.bench.models import SIZES
     from openblip2.apps.demo import Plan
     from openblip2.apps.scenes.vocabulary import WORLDS
     from openblip2.apps.studies.design import STUDIES
-    from openblip2.capfilt.how import How
+    from openblip2.capfilt.pool import How
     from openblip2.data.feature_cache import CACHE_DTYPES
     from openblip2.data.web.mixture import READERS
     from openblip2.evaluate.run import Task
@@ -102,7 +102,9 @@ def test_json_is_all_that_stands_on_standard_output(home: Home, tmp_path: Path) 
 
     pictures = [home.picture(n) for n in range(2)]
     told = [line.split("\t") for line in call("caption", home.stage2, *pictures).out.splitlines()]
-    assert lines("caption", home.stage2, *pictures) == [{"path": path, "caption": text} for path, text in told]
+    rows = lines("caption", home.stage2, *pictures)
+    assert all(row.pop("logprob") < 0 for row in rows)
+    assert rows == [{"path": path, "caption": text} for path, text in told]
     (answer,) = lines("answer", home.stage2, pictures[0], "what colour is it?")
     assert answer["answer"] + "\n" == call("answer", home.stage2, pictures[0], "what colour is it?").out
     told = [line.split("\t") for line in call("rank", home.stage1, "a red dog", *pictures).out.splitlines()]
@@ -203,7 +205,7 @@ def test_rates_are_of_a_readable_size() -> None:
 
 
 LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "caption": ("inference.captioner.Captioner.caption", ("{stage2}", "{data}/0.png"), ""),
+    "caption": ("inference.captioner.Captioner.captions", ("{stage2}", "{data}/0.png"), ""),
     "rank": ("inference.matcher.Matcher.similarity", ("{stage1}", "a dog", "{data}/0.png"), ""),
     "features": (
         "train.encode.write_features",

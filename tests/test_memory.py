@@ -127,7 +127,7 @@ matches = Matches(*rankings)
 asked = []
 matches.score(model, lambda n: (asked.append(n), features)[1], tokens, valid)
 first = rankings[0].by(log_odds(matches.of_images(rankings[0])))
-assert first.places.shape == (N, 128) and asked == list(range(N))
+assert first.indices.shape == (N, 128) and asked == list(range(N))
 print(peak() - memory, len(matches.codes))
 """
 

@@ -9,9 +9,11 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 
 import openblip2
 from openblip2.config import change
@@ -19,6 +21,7 @@ from openblip2.data.records import Record
 from openblip2.data.tokens import only_unknown
 from openblip2.data.web.write_shards import write_tar
 from openblip2.errors import UserError
+from openblip2.inference.attend import look
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.matcher import Matcher
 from openblip2.presets import preset
@@ -86,10 +89,82 @@ def test_a_finished_evaluation_is_refused_unless_overwrite(home: Home, tmp_path:
     assert json.loads(out.read_text())["samples"] == "scores.samples.jsonl"
 
 
+def test_earlier_results_are_refused_unless_overwrite(home: Home, tmp_path: Path) -> None:
+    maps = ("attend", home.stage1, home.picture(0), "--text", "a dog", "--out", tmp_path / "maps")
+    page = ("doctor", home.stage1, "--out", tmp_path / "page.html")
+    assert call(*maps).code == 0
+    assert call(*page).code == 0
+    before = files(tmp_path)
+    one_line(call(*maps), tmp_path / "maps" / "attention.png", "exists already", "--overwrite")
+    one_line(call(*page), tmp_path / "page.html", "exists already", "--overwrite")
+    figures = tmp_path / "figures.json"
+    figures.write_text("mine")
+    one_line(call("bench", "--size", "tiny", "--out", figures), figures, "exists already", "--overwrite")
+    words = ("bench-serve", home.stage2, home.data, "--out", figures)
+    one_line(call(*words), figures, "exists already", "--overwrite")
+    assert files(tmp_path) == before | {figures: b"mine"}
+    assert call(*maps, "--overwrite").code == 0
+    assert call(*page, "--overwrite").code == 0
+
+
+def test_two_writers_of_a_result_do_not_mix(home: Home, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    with locked(tmp_path, ".scores.json.lock"):
+        said = call("evaluate", "retrieval", home.stage1, "--data", home.data, "--out", out)
+        one_line(said, f"{out} is being written by process {os.getpid()} on", "another --out")
+    with locked(tmp_path / "shards"):
+        one_line(call("prepare", home.data, "--out", tmp_path / "shards"), tmp_path / "shards", "is being written by")
+    assert list(tmp_path.rglob("*.*")) == []
+
+
 def test_a_finished_demo_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{}")
     one_line(call("demo", "--out", tmp_path), tmp_path / "metrics.json", "--overwrite")
     require_absent(tmp_path / "metrics.json", overwrite=True)
+
+
+# --- pictures
+
+
+def test_the_doctor_goes_on_after_a_bad_picture(home: Home, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(home.picture().read_bytes()[:60])
+    said = call("doctor", home.stage1, home.picture(0), bad, home.picture(1), home.picture(2), "--json")
+    assert said.code == 2
+    assert json.loads(said.out)["pictures"] == 3
+    assert str(bad) in caplog.text
+    (last,) = said.err.splitlines()
+    assert f"1 of 4 pictures cannot be read and have no result: {bad}" in last
+    said = call("doctor", home.stage1, home.picture(0), bad)
+    assert (said.code, said.out) == (2, "")
+    assert "1 of 2 pictures" in said.err
+
+
+def test_pictures_of_one_colour_or_of_extreme_shapes_have_numbers(home: Home, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shapes = {"black": (40, 30), "one": (1, 1), "tall": (1, 30_000), "wide": (30_000, 1)}
+    pictures = [photos / f"{name}.png" for name in shapes]
+    for picture, size in zip(pictures, shapes.values(), strict=True):
+        Image.new("RGB", size, (0, 0, 0)).save(picture)
+    model = openblip2.load(home.stage1)
+    assert isinstance(model, Matcher)
+    assert model.similarity(pictures, ["a red dog"]).isfinite().all()
+    assert model.match(pictures, ["a red dog"] * 4).isfinite().all()
+    for picture in pictures:
+        for by in ("itc", "itm"):
+            out = tmp_path / f"{picture.stem}-{by}"
+            said = call("attend", home.stage1, picture, "--text", "a red dog", "--by", by, "--out", out)
+            assert (said.code, said.err) == (0, "")
+            assert len(list(out.glob("*.png"))) == 3
+        assert np.isfinite(look(model, picture, "a red dog").average).all()
+    said = call("index", photos, "--run", home.stage1, "--out", tmp_path / "index", "--json")
+    assert (said.code, json.loads(said.out)["pictures"]) == (0, 4)
+    said = call("search", tmp_path / "index", "a red dog", "--json")
+    assert all(-1 <= json.loads(line)["similarity"] <= 1 for line in said.out.splitlines())
+    said = call("search", tmp_path / "index", pictures[3])
+    assert said.code == 0
+    assert said.out.count("\n") == 4
 
 
 # --- data that changed
@@ -158,9 +233,9 @@ def test_texts_that_are_cut_or_unknown_are_counted_and_named_in_stage_2(home: Ho
     words = ("train", "stage2", "--data", data, "--start", home.stage1, "--out", tmp_path / "run", *home.options)
     said = call(*words, "--set", "train.batch=64")
     assert said.code == 0, said.err
-    assert "1 texts have more than 50 words and are cut there; the first is of 3.png" in said.err
+    assert "1 texts have more than 50 words or 1,000 characters and are cut there; the first is of 3.png" in said.err
     assert "1 texts of 16 (6.2 %) have no word that the tokenizer knows and become only <unk>" in said.err
-    assert "train.batch=64: there are 12 training pictures" in said.err
+    assert "train.batch=64: only 12 training pictures, so batches have that many" in said.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [next(iter(line.items())) for line in lines] == [
         ("cut", f"3.png: {rows[3]['caption']}"),
@@ -211,7 +286,7 @@ def test_lists_in_python_have_none_for_a_bad_picture(home: Home, caplog: pytest.
     assert captioner.answer(given, questions) == [None, answers[0], None, answers[1]]
     assert captioner.caption(given[:1]) == [None]
     assert [record.getMessage() for record in caplog.records].count(
-        f"{given[0]}: does not exist; the path of a picture"
+        f"{given[0]}: does not exist: give the path of a picture"
     ) == 3
     for found, expected in (
         (matcher.similarity(given, texts), matcher.similarity(good, texts)),
@@ -284,7 +359,7 @@ def test_a_folder_has_one_writer_whose_lock_ends_with_it(home: Home, tmp_path: P
 def test_two_writers_of_a_shard_do_not_mix(tmp_path: Path) -> None:
     with write_tar(tmp_path / "00000.tar"):
         with (
-            pytest.raises(UserError, match=rf"is being written by process {os.getpid()} on"),
+            pytest.raises(UserError, match=rf"00000.tar is being written by process {os.getpid()} on"),
             write_tar(tmp_path / "00000.tar"),
         ):
             pass

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import tiny_runs
 from openblip2.data.official.annotations import Pictures
 from openblip2.data.official.read import KINDS, official_kind, read_official
 from openblip2.data.records import Question, Record
@@ -399,20 +400,30 @@ BAD_CAPTIONS: dict[str, tuple[str, Change, str, str]] = {
     "coco: a folder": ("coco", image_of(0, filepath=".", filename="val2014"), "images[0]", "is missing"),
     "coco: zero in the name": ("coco", image_of(0, filepath="a\0b"), "images[0]", "is missing"),
     "coco: folder's name a number": ("coco", image_of(0, filepath=3), "images[0]", "no file path, but 3"),
-    "coco: unknown split": ("coco", image_of(0, split="tset"), "images[0]", "\"split\" is 'tset'; one of train, restv"),
+    "coco: unknown split": (
+        "coco",
+        image_of(0, split="tset"),
+        "images[0]",
+        "\"split\" is 'tset': it must be one of",
+    ),
     "coco: split is a list": ("coco", image_of(0, split=["test"]), "images[0]", '"split" is '),
-    "coco: no sentences": ("coco", image_of(0, sentences="a man"), "images[0]", '"sentences" is no list'),
+    "coco: no sentences": ("coco", image_of(0, sentences="a man"), "images[0]", '"sentences" is '),
     "coco: empty sentences": ("coco", image_of(0, sentences=[]), "images[0]", "no usable caption"),
     "coco: one empty sentence": ("coco", image_of(0, sentences=[{"raw": " "}]), "images[0]", "the caption is empty"),
-    "coco: a sentence of dots": ("coco", image_of(0, sentences=[{"raw": "..."}]), "images[0]", "is empty; at least"),
+    "coco: a sentence of dots": ("coco", image_of(0, sentences=[{"raw": "..."}]), "images[0]", "is empty: at least"),
     "coco: half a character": ("coco", image_of(0, sentences=[{"raw": "\ud800"}]), "images[0]", "not Unicode text"),
     "coco: id is true": ("coco", image_of(0, cocoid=True), "images[0]", 'no "cocoid", but True'),
     "nocaps: no object": ("nocaps", lambda d: d["images"].insert(0, []), "images[0]", "no object, but []"),
     "nocaps: missing picture": ("nocaps", image_of(1, file_name="gone.jpg"), "images[1]", "is missing"),
     "nocaps: upwards": ("nocaps", image_of(1, file_name="../../secret.jpg"), "images[1]", "is outside"),
-    "nocaps: id twice": ("nocaps", image_of(1, id=0), "images[1]", "id '0' is there already"),
+    "nocaps: id twice": ("nocaps", image_of(1, id=0), "images[1]", "id '0' appears twice"),
     "nocaps: no id": ("nocaps", image_of(1, id=None), "images[1]", 'no "id", but None'),
-    "nocaps: unknown domain": ("nocaps", image_of(1, domain="far"), "images[1]", "unknown domain 'far'; one of in-d"),
+    "nocaps: unknown domain": (
+        "nocaps",
+        image_of(1, domain="far"),
+        "images[1]",
+        "unknown domain 'far': it must be",
+    ),
     "nocaps: domain is a list": ("nocaps", image_of(1, domain=[]), "images[1]", "unknown domain []"),
 }
 
@@ -431,7 +442,8 @@ def test_a_bad_picture_is_skipped_and_named(write: Write, images: Path, case: st
     assert all(record.image.is_relative_to(images) for record in records)
     lines = [line for line in skipped if line.startswith(f"{path}: {where}: ") and what in line]
     assert len(lines) == 1
-    assert all("; " in line and "\n" not in line and len(line) < len(str(path)) + 300 for line in skipped)
+    assert all(tiny_runs.REMEDY.search(line) for line in skipped)
+    assert all("\n" not in line and len(line) < len(str(path)) + 300 for line in skipped)
 
 
 def test_a_picture_that_is_there_twice_is_read_once(write: Write, images: Path) -> None:
@@ -440,7 +452,7 @@ def test_a_picture_that_is_there_twice_is_read_once(write: Write, images: Path) 
     path = write(data)
     (record,), skipped = read_official(None, path, images, "test")
     assert len(record.captions) == 2
-    assert skipped == [f"{path}: images[4]: id '391895' is there already; each picture once"]
+    assert skipped == [f"{path}: images[4]: id '391895' appears twice: each picture must appear once"]
 
 
 def test_of_several_captions_only_the_bad_ones_are_left_out(write: Write, images: Path) -> None:
@@ -478,7 +490,7 @@ def test_bad_rows_of_a_list(write: Write, images: Path) -> None:
     for number, (line, (_, what)) in enumerate(zip(skipped, rows, strict=True), start=1):
         assert line.startswith(f"{path}: [{number}]: ")
         assert what in line
-        assert "; " in line
+        assert tiny_runs.REMEDY.search(line)
 
 
 def test_captions_without_images_and_images_without_captions(write: Write, images: Path) -> None:
@@ -488,7 +500,7 @@ def test_captions_without_images_and_images_without_captions(write: Write, image
     path = write(data)
     records, skipped = read_official(None, path, images / "nocaps")
     assert [(record.id, len(record.captions)) for record in records] == [("0", 2), ("1", 1)]
-    assert [line.removeprefix(f"{path}: ").split("; ")[0] for line in skipped] == [
+    assert [tiny_runs.REMEDY.split(line.removeprefix(f"{path}: "))[0] for line in skipped] == [
         "annotations[3]: a caption of image 9, which is not among the images",
         'annotations[4]: no "image_id", but None',
         "annotations[5]: no object, but 1",
@@ -515,7 +527,7 @@ BAD_QUESTIONS: dict[str, tuple[Change, str, str, str]] = {
     "no annotation": (drop(0, "annotations", 2), "questions", "questions[2]", "question 391895002 has no annotation"),
     "question is empty": (question_of(2, question=" "), "questions", "questions[2]", "the question is empty"),
     "question is a number": (question_of(2, question=4), "questions", "questions[2]", "no question, but 4"),
-    "two pictures": (question_of(2, image_id=522418), "questions", "questions[2]", "and 391895 in its annotation"),
+    "two pictures": (question_of(2, image_id=522418), "questions", "questions[2]", "391895 in its annotation"),
     "image is text": (question_of(2, image_id="../x"), "questions", "questions[2]", "\"image_id\" is '../x'"),
     "image is true": (question_of(2, image_id=True), "questions", "questions[2]", '"image_id" is True'),
     "missing picture": (
@@ -540,13 +552,13 @@ BAD_QUESTIONS: dict[str, tuple[Change, str, str, str]] = {
         lambda both: both[0]["annotations"].append(both[0]["annotations"][1]),
         "annotations",
         "annotations[3]",
-        "question 391895000 has an annotation already",
+        "question 391895000 has two annotations",
     ),
     "question twice": (
         lambda both: both[1]["questions"].append(both[1]["questions"][0]),
         "questions",
         "questions[3]",
-        "question 391895000 is there already",
+        "question 391895000 appears twice",
     ),
     "question no object": (
         lambda both: both[1]["questions"].append(None),
@@ -591,7 +603,7 @@ def test_a_bad_question_is_skipped_and_named_once(write: Write, images: Path, ca
     (line,) = skipped
     assert line.startswith(f"{path if file == 'annotations' else asked}: {where}: ")
     assert what in line
-    assert "; " in line
+    assert tiny_runs.REMEDY.search(line)
     assert "\n" not in line
 
 
@@ -625,7 +637,7 @@ def test_bad_questions_of_gqa(write: Write, images: Path) -> None:
     for line, (key, (_, what)) in zip(skipped, bad.items(), strict=True):
         assert line.startswith(f"{path}: question '{key}': ")
         assert what in line
-        assert "; " in line
+        assert tiny_runs.REMEDY.search(line)
 
 
 def test_a_question_of_gqa_that_is_there_twice_is_named(write: Write, images: Path) -> None:
@@ -634,7 +646,7 @@ def test_a_question_of_gqa_that_is_there_twice_is_named(write: Write, images: Pa
     records, skipped = read_official(None, path, images / "gqa")
     asked = [(question.id, question.text) for record in records for question in record.questions]
     assert asked == [("1", "Who is wearing the coat?"), ("2", "Who is wearing the hat?")]
-    assert skipped == [f"{path}: question '1': is there more than once, the last counts; each id once"]
+    assert skipped == [f"{path}: question '1': appears more than once; the last one is used"]
 
 
 def places(data: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -679,7 +691,7 @@ def test_whatever_stands_in_any_place_is_skipped_or_refused_in_one_line(write: W
                 assert all(caption.strip() for caption in record.captions)
                 assert all(q.text.strip() and q.answer.strip() and all(q.given) for q in record.questions)
                 assert record.captions or record.questions
-            assert all("\n" not in line and "; " in line for line in skipped)
+            assert all("\n" not in line and tiny_runs.REMEDY.search(line) for line in skipped)
     assert usable > 40
 
 
@@ -689,13 +701,13 @@ def test_whatever_stands_in_any_place_is_skipped_or_refused_in_one_line(write: W
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (json.dumps(dataset_coco()).encode()[:-40], r":1: not JSON, or cut off \(.* at character \d+\); "),
+        (json.dumps(dataset_coco()).encode()[:-40], r":1: not JSON, or cut off \(.* at character \d+\): give"),
         (json.dumps(dataset_coco(), indent=1).encode()[:300], r":\d\d: not JSON, or cut off"),
         (b"", ":1: not JSON, or cut off"),
         (b"PK\x03\x04 a zip archive", ":1: not JSON, or cut off"),
-        (b'{"images": "caf\xe9"}', "not UTF-8 text"),
-        (b"[" * 100_000, "beyond any use"),
-        (b"7", "is none of the official annotation files; Karpathy's"),
+        (b'{"images": "caf\xe9"}', "not JSON in UTF-8"),
+        (b"[" * 100_000, "not JSON in UTF-8"),
+        (b"7", "is none of the official annotation files: give Karpathy's"),
         (b"[]", "is none of"),
         (b"{}", "is none of"),
         (b'[{"image": "x.jpg"}]', "is none of"),
@@ -712,7 +724,7 @@ def test_a_file_of_another_form_is_an_error_that_names_it(
     with pytest.raises(UserError, match=what) as caught:
         read_official(None, path, images, "test")
     assert str(path) in str(caught.value)
-    assert "; " in str(caught.value)
+    assert tiny_runs.REMEDY.search(str(caught.value))
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=what):
         official_kind(path)
@@ -723,7 +735,7 @@ def test_what_is_not_there_is_an_error(write: Write, images: Path, tmp_path: Pat
         read_official(None, tmp_path / "none.json", images)
     with pytest.raises(UserError, match=r"images: cannot be read \(Is a directory"):
         read_official(None, images, images)
-    with pytest.raises(UserError, match="nowhere: no such folder; the folder that the pictures lie in"):
+    with pytest.raises(UserError, match="nowhere: no such folder: give the folder of the pictures"):
         read_official(None, write(gqa_questions()), tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no\.json: cannot be read"):
         read_official(None, write(vqa_annotations()), images, None, tmp_path / "no.json")
@@ -731,49 +743,49 @@ def test_what_is_not_there_is_an_error(write: Write, images: Path, tmp_path: Pat
 
 def test_an_unknown_kind_or_the_wrong_one_is_an_error(write: Write, images: Path) -> None:
     path = write(gqa_questions())
-    with pytest.raises(UserError, match=f"unknown kind 'vqa' of annotations; one of {', '.join(KINDS)}"):
+    with pytest.raises(UserError, match=f"unknown kind 'vqa' of annotations: it must be one of {', '.join(KINDS)}"):
         read_official("vqa", path, images)
-    with pytest.raises(UserError, match="is of gqa, not of vqav2; "):
+    with pytest.raises(UserError, match="is of gqa, not of vqav2: give"):
         read_official("vqav2", path, images)
 
 
 @pytest.mark.parametrize("split", [None, "testA", "validation", ""])
 def test_an_unknown_split_lists_the_known_ones(write: Write, images: Path, split: str | None) -> None:
     what = "holds several splits" if split is None else f"unknown split '{split}'"
-    with pytest.raises(UserError, match=f"{what}; one of train, restval, val, test "):
+    with pytest.raises(UserError, match=f"{what}: it must be one of train, restval, val, test "):
         read_official(None, write(dataset_coco()), images, split)
 
 
 def test_a_split_of_a_file_that_has_one(write: Write, images: Path) -> None:
     asked = write(vqa_questions(), "questions.json")
-    with pytest.raises(UserError, match="unknown split 'train'; the file is of val2014"):
+    with pytest.raises(UserError, match="unknown split 'train': this is the file of val2014"):
         read_official(None, write(vqa_annotations()), images, "train", asked)
     for data, root in ((gqa_questions(), "gqa"), (nocaps_val(), "nocaps")):
-        with pytest.raises(UserError, match="is of one split, there is no 'val' to choose; leave the split out"):
+        with pytest.raises(UserError, match="is of one split, there is no 'val' to choose: leave the split out"):
             read_official(None, write(data), images / root, "val")
 
 
 def test_the_two_files_of_vqa_have_to_fit(write: Write, images: Path) -> None:
     name = "v2_mscoco_val2014_annotations.json"
-    with pytest.raises(UserError, match=r"answers without .*; the file v2_OpenEnded_mscoco_val2014_questions\.json"):
+    with pytest.raises(UserError, match=r"answers without .*: give v2_OpenEnded_mscoco_val2014_questions\.json"):
         read_official(None, write(vqa_annotations(), name), images)
-    with pytest.raises(UserError, match="questions of val2014 without their answers; "):
+    with pytest.raises(UserError, match="questions of val2014 without their answers: give"):
         read_official(None, write(vqa_questions()), images)
     asked = write(vqa_questions("train2014"), "questions.json")
-    with pytest.raises(UserError, match=r"is of val2014, .*questions\.json of train2014; two files of one split"):
+    with pytest.raises(UserError, match=r"is of val2014, .*questions\.json of train2014: give files of one split"):
         read_official(None, write(vqa_annotations()), images, None, asked)
-    with pytest.raises(UserError, match="holds questions and no annotations; "):
+    with pytest.raises(UserError, match="holds questions and no annotations: give"):
         read_official(None, write(vqa_questions()), images, None, write(vqa_annotations(), "questions.json"))
-    with pytest.raises(UserError, match="is no file of questions; "):
+    with pytest.raises(UserError, match="no questions: it must be"):
         read_official(None, write(vqa_annotations()), images, None, write(gqa_questions(), "questions.json"))
-    with pytest.raises(UserError, match="gqa has no second file; leave the questions out"):
+    with pytest.raises(UserError, match="gqa has no second file: leave the questions out"):
         read_official(None, write(gqa_questions()), images, None, asked)
 
 
 @pytest.mark.parametrize("subtype", [None, 2014, "val", "../2014", "val2014/.."])
 def test_the_subtype_has_to_be_one(write: Write, images: Path, subtype: Any) -> None:
     data = vqa_questions() | {"data_subtype": subtype}
-    with pytest.raises(UserError, match=r'"data_subtype" is .*; train2014, val2014, test2015 or test-dev2015'):
+    with pytest.raises(UserError, match=r'"data_subtype" is .*: it must be train2014, val2014'):
         read_official(None, write(vqa_annotations()), images, None, write(data, "questions.json"))
 
 
@@ -789,7 +801,7 @@ def test_nothing_usable_is_an_error_with_the_first_reason(write: Write, images: 
 
 def test_lists_have_to_be_lists(write: Write, images: Path) -> None:
     data = nocaps_val() | {"annotations": {"0": "A baby."}}
-    with pytest.raises(UserError, match='"annotations" is no list, but '):
+    with pytest.raises(UserError, match=r'"annotations" is .*: it must be a list'):
         read_official(None, write(data), images / "nocaps")
 
 
@@ -843,5 +855,5 @@ def test_a_folder_that_cannot_be_listed_is_named_as_such(images: Path, monkeypat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "scandir", closed)
-    with pytest.raises(UserError, match=r"val2014: cannot be listed \(Permission denied\); a readable folder"):
+    with pytest.raises(UserError, match=r"val2014: cannot be listed \(Permission denied\): give a readable one"):
         Pictures(images).find("val2014/COCO_val2014_000000391895.jpg")

@@ -23,7 +23,7 @@ from openblip2.model.lora import adapt_qformer, has_lora
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 from openblip2.model.whitening import fit_whitening
 from openblip2.weights.onnx import export_onnx
 
@@ -39,13 +39,13 @@ LAYERS = 2  # of the Q-Former, one with cross-attention: an export takes seconds
 SHAPES = {"image_vectors": [tiny.Q, tiny.E], "soft_prompt": [tiny.Q, tiny_models.L]}
 
 
-def vision(family: str, side: int = 12) -> Vision:
+def vision(family: str, side: int = 12) -> HFVision:
     if family == "dinov2_with_registers":
         return tiny_models.vision()
-    return Vision(tiny.redraw(FAMILIES[family](), std=0.4), -2, side)
+    return HFVision(tiny.redraw(FAMILIES[family](), std=0.4), -2, side)
 
 
-def stage1(encoder: Vision) -> Stage1:
+def stage1(encoder: HFVision) -> Stage1:
     qformer = QFormer(tiny.D, LAYERS, tiny.HEADS, tiny.FFN, tiny.Q, encoder.width, tiny.WORDS, tiny.POSITIONS)
     model = Stage1(tiny.redraw(qformer), None, tiny.E)
     tiny.redraw(model.vision_proj)
@@ -53,7 +53,7 @@ def stage1(encoder: Vision) -> Stage1:
     return model.eval()
 
 
-def stage2(encoder: Vision) -> Stage2:
+def stage2(encoder: HFVision) -> Stage2:
     qformer = QFormer(tiny.D, LAYERS, tiny.HEADS, tiny.FFN, tiny.Q, encoder.width, vocabulary=0)
     model = Stage2(tiny.redraw(qformer), tiny_models.language("opt"), encoder)
     tiny.redraw(model.projection)
@@ -90,7 +90,7 @@ def in_onnx(file: Path, images: Tensor) -> Tensor:
 )
 def test_the_graph_equals_torch_at_every_batch_size(
     family: str,
-    build: Callable[[Vision], Stage1 | Stage2],
+    build: Callable[[HFVision], Stage1 | Stage2],
     side: int,
     whiten: bool,
     tmp_path: Path,

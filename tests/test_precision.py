@@ -22,7 +22,7 @@ from openblip2.model.language import Decoding, LanguageModel
 from openblip2.model.load_language import load_language
 from openblip2.model.lora import add_lora, merge_lora
 from openblip2.model.precision import DTYPES
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 from test_cli import Home, call, home  # noqa: F401  (the fixture)
 from test_stage2 import CAPTIONS, PROMPTS, stage2
 
@@ -49,7 +49,7 @@ def off(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted).norm() / wanted.norm())
 
 
-def seen_by(vision: Vision, pictures: Tensor) -> Tensor:
+def seen_by(vision: HFVision, pictures: Tensor) -> Tensor:
     with torch.no_grad():
         return vision(pictures)
 

@@ -15,7 +15,7 @@ from openblip2.model.language import DecoderLM, EncoderDecoderLM
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 from openblip2.presets import PRESETS, preset
 
 
@@ -93,9 +93,9 @@ PUBLISHED = {
 STAGE1 = {"vit-l": (VIT_L, "183.2M"), "vit-g": (VIT_G, "186.7M")}
 
 
-def encoder(stage: str, name: str) -> Vision:
+def encoder(stage: str, name: str) -> HFVision:
     settings = preset(stage, name).vision
-    return Vision(FROZEN[settings.name](), settings.layer, settings.image_size)
+    return HFVision(FROZEN[settings.name](), settings.layer, settings.image_size)
 
 
 def counted(model: nn.Module) -> dict[str, int]:

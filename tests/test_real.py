@@ -351,7 +351,7 @@ def test_a_source_that_is_not_there_is_skipped_unless_none_is(folder: Path, tmp_
     (tmp_path / "file").touch()
     for match, given, out, sources in (
         ("no pictures", tmp_path / "empty", tmp_path / "none", list(real.SOURCES)),
-        ("'photos'; one of stamps", folder, tmp_path / "none", ["photos"]),
+        ("'photos': it must be one of stamps", folder, tmp_path / "none", ["photos"]),
         ("cannot be written", folder, tmp_path / "file", ["furniture"]),
     ):
         with pytest.raises(UserError, match=match) as error:

@@ -84,7 +84,7 @@ def test_folds_are_trained_scored_and_put_into_a_document(home: Path, tmp_path: 
 def test_what_cannot_be_run_is_one_line(home: Path, tmp_path: Path) -> None:
     document = tmp_path / "results.md"
     document.write_text("# Results\n")
-    with pytest.raises(UserError, match="has no place for the table"):
+    with pytest.raises(UserError, match="has no place for the table: write a line"):
         real.bench_real(home / "out", plan(home), Progress(quiet=True), document)
     with pytest.raises(UserError, match="give some of 0 to 4"):
         real.bench_real(home / "out", real.Plan(folds=(7,)), Progress(quiet=True))

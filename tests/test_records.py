@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny_runs
 from openblip2.data.records import Question, Record, read_records, write_records
-from openblip2.data.rows import MOST_SWALLOWED, read_rows
+from openblip2.data.rows import LISTS, MOST_SWALLOWED, read_rows
 from openblip2.errors import UserError
 
 
@@ -107,7 +108,7 @@ def test_a_folder_of_pictures_with_text_beside_them(folder: Path) -> None:
         Record("cat.jpg", folder / "cat.jpg", ("a cat", "my cat")),
         Record("sub/bus.webp", folder / "sub/bus.webp", ("ein Bus, grün",)),
     ]
-    assert [line.split("; ")[0] for line in skipped] == [
+    assert [tiny_runs.REMEDY.split(line)[0] for line in skipped] == [
         f"{folder / 'dog.PNG'}: no caption file",
         f"{folder / 'README.txt'}: no picture beside it",
     ]
@@ -120,6 +121,143 @@ def test_a_caption_file_that_is_empty_or_not_text_costs_its_picture_only(folder:
     records, skipped = read_records(folder)
     assert [record.id for record in records] == ["dog.PNG"]
     assert skipped[0].startswith(f"{folder / 'cat.jpg'}: its caption file ")
+
+
+# --- as other tools write them
+
+FORMS = {
+    "Hugging Face": ("metadata.csv", "file_name,text\ncat.jpg,a cat\ndog.PNG,a dog\n"),
+    "Hugging Face, tab": ("rows.tsv", "file_name\ttext\ncat.jpg\ta cat\ndog.PNG\ta dog\n"),
+    "Excel in German": ("rows.csv", "image;caption\r\ncat.jpg;a cat\r\ndog.PNG;a dog\r\n"),
+    "tabs in a .csv": ("rows.csv", "image_path\tcaption\ncat.jpg\ta cat\ndog.PNG\ta dog\n"),
+    "pandas": ("rows.csv", ",filename,captions\n0,cat.jpg,\"['a cat']\"\n1,dog.PNG,\"['a dog']\"\n"),
+    "pandas, JSON": ("rows.csv", 'raw,filename\n"[""a cat""]",cat.jpg\na dog,dog.PNG\n'),
+    "Flickr8k": ("captions.txt", "image,caption\ncat.jpg,a cat\ndog.PNG,a dog\n"),
+    "Flickr30k": ("results.csv", "image_name| comment_number| comment\ncat.jpg| 0| a cat\ndog.PNG| 1| a dog\n"),
+    "JSON lines": (
+        "metadata.jsonl",
+        '{"file_name": "cat.jpg", "text": "a cat"}\n{"file_name": "dog.PNG", "captions": "a dog"}\n',
+    ),
+    "JSON, lists": (
+        "rows.jsonl",
+        '{"filepath": "cat.jpg", "text": ["a cat"]}\n{"path": "dog.PNG", "caption": ["a dog"]}',
+    ),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_tables_as_other_tools_write_them(folder: Path, form: str, encoding: str) -> None:
+    name, text = FORMS[form]
+    (folder / name).write_text(text, encoding=encoding, newline="")
+    for source in [folder / name, *([folder] if name in LISTS else [])]:
+        records, skipped = read_records(source)
+        assert skipped == []
+        assert [(r.id, [c.strip() for c in r.captions]) for r in records] == (
+            [("cat.jpg", ["a cat"]), ("dog.PNG", ["a dog"])]
+        )
+
+
+def test_our_own_names_go_before_those_of_others(folder: Path) -> None:
+    path = jsonl(folder, {"path": "gone.jpg", "image": "cat.jpg", "text": "written on it", "caption": "a cat"})
+    assert read_records(path)[0] == [Record("cat.jpg", folder / "cat.jpg", ("a cat",))]
+    path = jsonl(folder, {"file_name": "cat.jpg", "text": None, "question": "what is it?", "answer": "a cat"})
+    assert read_records(path, "questions")[0][0].captions == ()
+
+
+def test_columns_with_other_names_are_named(folder: Path) -> None:
+    (folder / "metadata.csv").write_text("file_name,label\ncat.jpg,3\n")
+    (folder / "cat.txt").write_text("a cat")
+    with pytest.raises(UserError, match=r"metadata\.csv:1: the first line is 'file_name,label'; .*caption.*rename"):
+        read_records(folder)
+
+
+def test_a_captions_txt_that_is_no_table_is_a_text_like_any_other(folder: Path) -> None:
+    (folder / "captions.txt").write_text("about these captions")
+    (folder / "cat.txt").write_text("a cat")
+    assert [record.id for record in read_records(folder)[0]] == ["cat.jpg"]
+
+
+def test_a_list_in_a_subfolder_is_named(folder: Path) -> None:
+    (folder / "sub/metadata.csv").write_text("file_name,text\nbus.webp,a bus\n")
+    (folder / "cat.txt").write_text("a cat")
+    _, skipped = read_records(folder)
+    assert any("bus.webp: no caption file; give" in line and "metadata.csv" in line for line in skipped)
+    assert read_records(folder / "sub")[0][0].captions == ("a bus",)
+
+
+def test_pictures_are_found_beside_a_table_of_flickr8k(folder: Path) -> None:
+    (folder / "Images").mkdir()
+    (folder / "Images/1.jpg").write_bytes(b"a picture")
+    (folder / "captions.txt").write_text("image,caption\n1.jpg,a boy\n")
+    assert read_records(folder)[0] == [Record("Images/1.jpg", folder / "Images/1.jpg", ("a boy",))]
+
+
+def test_caption_files_by_any_name(folder: Path) -> None:
+    (folder / "cat.jpg.txt").write_text("a cat")
+    (folder / "DOG.TXT").write_text("ein Hündchen", encoding="utf-16")
+    (folder / "sub/bus.jpg").write_bytes(b"another picture")
+    (folder / "sub/bus.txt").write_text("a bus")
+    records, skipped = read_records(folder)
+    assert [(r.id, r.captions) for r in records] == [
+        ("cat.jpg", ("a cat",)),
+        ("dog.PNG", ("ein Hündchen",)),
+        ("sub/bus.jpg", ("a bus",)),
+    ]
+    assert skipped == [f"{folder / 'sub/bus.webp'}: bus.txt is used for bus.jpg; give it a bus.webp.txt of its own"]
+
+
+def test_a_caption_file_in_another_encoding_is_named(folder: Path) -> None:
+    (folder / "cat.txt").write_bytes("le café".encode("latin-1"))
+    (folder / "dog.txt").write_text("a dog")
+    assert "cat.jpg: its caption file cat.txt is not UTF-8 text; save it as UTF-8" in read_records(folder)[1][0]
+
+
+def test_pictures_that_have_to_be_converted_are_counted(folder: Path) -> None:
+    for name in ("a.HEIC", "b.heic", "c.dng"):
+        (folder / name).write_bytes(b"a picture")
+        (folder / name).with_suffix(".txt").write_text("its caption is not named on its own")
+    (folder / "c.jpg").write_bytes(b"c.dng, converted")
+    for name in ("d.jfif", "e.jpe", "f.pgm", "g.pnm"):
+        (folder / name).write_bytes(b"a picture")
+        (folder / name).with_suffix(".txt").write_text("a picture")
+    for name in ("cat.jpg", "dog.PNG", "sub/bus.webp"):
+        (folder / name).unlink()
+    records, skipped = read_records(folder)
+    assert [record.id for record in records] == ["c.jpg", "d.jfif", "e.jpe", "f.pgm", "g.pnm"]
+    assert skipped == [
+        f"{folder}: 1 .dng file is left out; convert it to JPEG",
+        f"{folder}: 2 .heic files are left out; convert them to JPEG",
+    ]
+
+
+@pytest.mark.parametrize(("encoding", "word"), [("latin-1", "café"), ("gbk", "一只红色的猫")])
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_a_file_in_another_encoding_is_refused(folder: Path, name: str, encoding: str, word: str) -> None:
+    captions = [f"{word} {n}" if n % 3 == 0 else f"a cat {n}" for n in range(12)]
+    csv_ = "image,caption\n" + "".join(f"cat.jpg,{text}\n" for text in captions)
+    json_ = "".join(json.dumps({"image": "cat.jpg", "caption": c}, ensure_ascii=False) + "\n" for c in captions)
+    (folder / name).write_bytes((csv_ if name.endswith("csv") else json_).encode(encoding))
+    with pytest.raises(UserError, match=rf"{name}: 4 of its 1\d lines are not UTF-8 text; save it as UTF-8"):
+        read_records(folder / name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16"])
+def test_utf_16_that_cannot_be_read_is_named(folder: Path, encoding: str) -> None:
+    content = "image,caption\ncat.jpg,a cat\n".encode(encoding)
+    (folder / "rows.csv").write_bytes(content if encoding == "utf-16-le" else content[:-1])
+    with pytest.raises(UserError, match=r"rows\.csv.* is not (whole )?UTF-(8|16) text[;:] save it as UTF-8"):
+        read_records(folder / "rows.csv")
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "records.jsonl"])
+def test_a_git_lfs_pointer_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_text(LFS)
+    with pytest.raises(UserError, match=rf"{name}: is a git-LFS pointer, not the file itself: run `git lfs pull`"):
+        read_records(folder if name == "records.jsonl" else folder / name)
 
 
 def test_paths_hold_from_the_current_folder_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +274,7 @@ def test_paths_hold_from_the_current_folder_too(folder: Path, monkeypatch: pytes
 BAD_ROWS = {
     "not JSON": ("{'image': 1}", "not JSON"),
     "cut off": ('{"image": "cat.jpg", "capt', "not JSON"),
-    "no object": ("[1, 2]", "no object"),
+    "no object": ("[1, 2]", "not an object"),
     "nested without end": ("[" * 100_000, "JSON"),
     "no image": ({"caption": "a cat"}, 'no "image"'),
     "image is a number": ({"image": 3, "caption": "a cat"}, 'no "image"'),
@@ -144,6 +282,9 @@ BAD_ROWS = {
     "folder for a file": ({"image": "sub", "caption": "a cat"}, "'sub' is missing"),
     "name with a zero": ({"image": "cat\0.jpg", "caption": "a cat"}, "is missing"),
     "endless name": ({"image": "x" * 5000, "caption": "a cat"}, "is missing"),
+    "backslash": ({"image": "sub\\bus.webp", "caption": "a bus"}, "has a backslash; write /"),
+    "address": ({"image": "http://example.org/a.jpg", "caption": "a cat"}, "pictures are not downloaded"),
+    "pandas' nan": ({"image": "cat.jpg", "caption": "nan"}, "pandas writes if there is none"),
     "upwards": ({"image": "../cat.jpg", "caption": "a cat"}, "outside the data folder"),
     "upwards hidden": ({"image": "sub/../../data2/cat.jpg", "caption": "a cat"}, "outside the data folder"),
     "absolute": ({"image": "/cat.jpg", "caption": "a cat"}, "outside the data folder"),
@@ -154,11 +295,11 @@ BAD_ROWS = {
         'both "caption" and "captions"',
     ),
     "empty caption": ({"image": "cat.jpg", "caption": ""}, "the caption '' is empty"),
-    "blank caption": ({"image": "cat.jpg", "caption": " \t"}, "is empty; at least one word"),
-    "caption of dots": ({"image": "cat.jpg", "caption": "(...)"}, "is empty; at least one word"),
+    "blank caption": ({"image": "cat.jpg", "caption": " \t"}, "is empty: at least one word is needed"),
+    "caption of dots": ({"image": "cat.jpg", "caption": "(...)"}, "is empty: at least one word is needed"),
     "one of several empty": ({"image": "cat.jpg", "captions": ["a cat", ""]}, "is empty"),
     "no captions": ({"image": "cat.jpg", "captions": []}, "no caption"),
-    "captions not a list": ({"image": "cat.jpg", "captions": "a cat"}, "no caption"),
+    "captions are an object": ({"image": "cat.jpg", "captions": {"a": "cat"}}, "not Unicode text"),
     "caption is null": ({"image": "cat.jpg", "caption": None}, "not Unicode text"),
     "caption is a number": ({"image": "cat.jpg", "captions": [4]}, "not Unicode text"),
     "half a character": ('{"image": "cat.jpg", "caption": "a \\ud800 cat"}', "not Unicode text"),
@@ -190,7 +331,7 @@ def test_a_bad_row_is_skipped_and_named(folder: Path, kind: str) -> None:
     (line,) = skipped
     assert line.startswith(f"{path}:2: ")
     assert what in line
-    assert "; " in line, "says what would be right"
+    assert tiny_runs.REMEDY.search(line), "says what would be right"
     assert "\n" not in line
     assert len(line) < len(str(path)) + 400
 
@@ -279,28 +420,60 @@ CAPTIONS = st.text(st.sampled_from("ab ,"), min_size=1, max_size=6).filter(str.s
     missing=st.sets(st.integers(0, 29)),
     open_at=st.none() | st.integers(0, 29),
     image_first=st.booleans(),
+    form=st.sampled_from([("rows.csv", ","), ("rows.tsv", "\t"), ("captions.txt", ","), ("rows.csv", ";")]),
+    columns=st.sampled_from([("image", "caption"), ("file_name", "text"), ("filename", "captions")]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
 )
 def test_every_row_is_used_or_named(
-    captions: list[str], missing: set[int], open_at: int | None, image_first: bool
+    captions: list[str],
+    missing: set[int],
+    open_at: int | None,
+    image_first: bool,
+    form: tuple[str, str],
+    columns: tuple[str, str],
+    encoding: str,
 ) -> None:
     """Or the table is refused, which only a quotation mark that is not closed brings about."""
+    (name, mark), order = form, 1 if image_first else -1
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "rows.csv")
+        path = Path(folder, name)
         Path(folder, "here.png").write_bytes(b"")
-        lines = ["image,caption" if image_first else "caption,image"]
+        lines = [mark.join(columns[::order])]
         for n, caption in enumerate(captions):
-            text = f'"{caption}' if n == open_at else f'"{caption}"' if "," in caption else caption
-            image = "gone.png" if n in missing else "here.png"
-            lines.append(f"{image},{text}" if image_first else f"{text},{image}")
-        path.write_text("\n".join(lines) + "\n")
+            text = f'"{caption}' if n == open_at else f'"{caption}"' if mark in caption else caption
+            lines.append(mark.join(("gone.png" if n in missing else "here.png", text)[::order]))
+        path.write_text("\n".join(lines) + "\n", encoding=encoding)
         rows = list(read_rows(path)) if open_at is None or len(captions) - open_at <= MOST_SWALLOWED else None
         if rows is not None:
             assert len(rows) == len(captions)
         try:
             records, skipped = read_records(path)
         except UserError:
-            return
-        assert sum(len(record.captions) for record in records) + len(skipped) == len(captions)
+            refused = True
+        else:
+            refused = False
+            assert sum(len(record.captions) for record in records) + len(skipped) == len(captions)
+        assert not refused or open_at is not None or missing.issuperset(range(len(captions)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pictures=st.sets(st.sampled_from(["a.jpg", "a.png", "A.JPG", "b.jfif", "b.ppm", "c.heic", "d.dng", "d.dng.png"])),
+    texts=st.sets(
+        st.sampled_from(["a.txt", "a.jpg.txt", "A.TXT", "b.TXT", "c.txt", "d.dng.txt", "e.txt", "b.ppm.txt"])
+    ),
+)
+def test_every_picture_of_a_folder_is_used_or_named(pictures: set[str], texts: set[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in pictures | texts:
+            Path(folder, name).write_text("a caption")
+        rows = list(read_rows(Path(folder)))
+    used = [row["image"] for _, row in rows if isinstance(row, dict)]
+    lines = [f"{where}: {row}" for where, row in rows if isinstance(row, UserError)]
+    assert len(used) == len(set(used))
+    for name in pictures - set(used):
+        sign = f"1 {name[-5:].lstrip('c')} file is left out" if name in ("c.heic", "d.dng") else f"{folder}/{name}: "
+        assert any(sign.replace("1 d.dng", "1 .dng") in line for line in lines), (name, lines)
 
 
 # --- sources that are no data
@@ -331,7 +504,7 @@ def test_a_file_without_data_is_an_error_that_names_it(folder: Path, name: str, 
     with pytest.raises(UserError) as caught:
         read_records(folder / name)
     assert str(folder / name) in str(caught.value)
-    assert "; " in str(caught.value)
+    assert tiny_runs.REMEDY.search(str(caught.value))
     assert "\n" not in str(caught.value)
 
 
@@ -349,7 +522,7 @@ def test_what_is_not_there_or_empty_is_an_error(folder: Path, tmp_path: Path) ->
 
 
 @settings(max_examples=150, deadline=None)
-@given(content=st.binary(max_size=200), name=st.sampled_from(["a.jsonl", "a.csv", "a.tsv"]))
+@given(content=st.binary(max_size=200), name=st.sampled_from(["a.jsonl", "a.csv", "a.tsv", "a.txt"]))
 def test_no_bytes_bring_the_reader_down(content: bytes, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)

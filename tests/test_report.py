@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from openblip2.apps.report.curves import chart, smooth
 from openblip2.apps.report.goals import goals, percent
-from openblip2.apps.report.pages import duration, write_report
+from openblip2.apps.report.pages import chart, duration, smooth, write_report
 from openblip2.config import to_dict
 from openblip2.evaluate.health import ITM_CHANCE
 from openblip2.presets import preset

@@ -256,9 +256,6 @@ def test_without_the_font_one_line_says_how_to_get_it(tmp_path: Path, monkeypatc
     [
         ({"count": 0}, "at least 1 scene"),
         ({"size": 8}, "at least 32 px"),
-        ({"shares": (0, 0, 0)}, "three weights"),
-        ({"shares": (1, 1)}, "three weights"),
-        ({"shares": (1, -1, 3)}, "three weights"),
         ({"world": "tiny"}, "'tiny': it must be small or full"),
     ],
 )

@@ -164,6 +164,20 @@ def test_links_that_lead_out_are_not_followed(run: Path, folder: Path, tmp_path:
     assert len(ImageSearch(index).by_text("a dog", best=10, rerank=10)) == 10
 
 
+def test_pictures_of_all_kinds_are_counted(run: Path, folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 30)).save(folder / "a.jfif", "JPEG")
+    Image.new("L", (20, 30)).save(folder / "b.pgm")
+    for name in ("c.HEIC", "more/d.heic", "notes.txt"):
+        (folder / name).touch()
+    done = update_index(folder, str(run), tmp_path / "index", quiet())
+    assert (done.pictures, done.added) == (12, 12)
+    assert done.skipped == [f"{folder}: 2 .heic files are left out; convert them to JPEG"]
+    (tmp_path / "iphone").mkdir()
+    (tmp_path / "iphone/1.HEIC").touch()
+    with pytest.raises(UserError, match=r"no pictures in it; .*: 1 \.heic file is left out; convert it to JPEG"):
+        update_index(tmp_path / "iphone", str(run), tmp_path / "index2", quiet())
+
+
 def test_a_folder_that_is_suddenly_empty_costs_nothing(run: Path, folder: Path, tmp_path: Path) -> None:
     """As where a disk is not mounted: the index and its thumbnails stay."""
     out = tmp_path / "index"

@@ -451,7 +451,13 @@ def test_nothing_that_is_sent_is_an_error_of_the_servers(home: Path, client: Tes
         ({"top_k": 5}, 400, "top_k"),
         ({"presence_penalty": 0.5}, 400, "presence_penalty"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
-        ({"seed": 1, "temperature": 1}, 400, "seed"),
+        ({"seed": 1, "temperature": 1}, 200, None),
+        ({"n": 2, "stream": True}, 400, "n"),
+        ({"n": 2, "temperature": 0}, 400, "n"),
+        ({"n": 9}, 400, "n"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty"),
+        ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+        ({"temperature": 1e-320}, 200, None),
         ({"max_tokens": 10_000}, 400, "max_tokens"),
         ({"n": 1, "presence_penalty": 0.0, "tools": [], "user": "a", "seed": 1, "logprobs": False}, 200, None),
     ],
@@ -462,6 +468,24 @@ def test_parameters_are_honoured_or_refused(
     answer = client.post("/v1/chat/completions", json=chat(home, "what is it?") | change)
     assert answer.status_code == status
     assert answer.json().get("error", {}).get("param") == param
+
+
+def test_seed_n_and_repetition_penalty_are_honoured(home: Path, client: TestClient) -> None:
+    def texts(**more: Any) -> list[str]:
+        answer = client.post("/v1/chat/completions", json=chat(home, "what is it?", max_tokens=8, **more)).json()
+        assert [choice["index"] for choice in answer["choices"]] == list(range(len(answer["choices"])))
+        return [choice["message"]["content"] for choice in answer["choices"]]
+
+    drawn = texts(n=3, seed=5)
+    assert len(set(drawn)) > 1
+    assert texts(n=3, seed=5) == drawn
+    assert texts(seed=6, temperature=1, top_p=1) == drawn[1:2]
+    assert len({str(texts(n=2)) for _ in range(3)}) > 1  # without a seed
+    free, punished = (
+        [text.split() for text in texts(n=8, seed=0, temperature=2, repetition_penalty=penalty)] for penalty in (1, 9)
+    )
+    repeats, fewer = (sum(len(words) - len(set(words)) for words in rows) for rows in (free, punished))
+    assert fewer < repeats
 
 
 def test_stop_ends_the_text_and_the_stream(home: Path, client: TestClient) -> None:

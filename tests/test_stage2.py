@@ -14,7 +14,7 @@ from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage2 import SHARPNESS, Stage2
 from openblip2.model.token_rows import template_ids
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 from tiny import B, D, Q
 from tiny_models import L
 
@@ -24,7 +24,7 @@ CAPTIONS += ["what is it"]
 PROMPTS = ["", "a photo of"] * 4
 
 
-def stage2(kind: str = "llama", vision: Vision | None = None, dropout: float = 0.1) -> Stage2:
+def stage2(kind: str = "llama", vision: HFVision | None = None, dropout: float = 0.1) -> Stage2:
     """Redrawn, without the text path, in eval mode."""
     model = Stage2(tiny.qformer(vocabulary=0, dropout=dropout), tiny_models.language(kind), vision)
     tiny.redraw(model.projection)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import tiny_runs
+from openblip2.data.web.mixture import count_parts, read_parts
 from openblip2.data.web.shard_files import expand
 from openblip2.data.web.tars import MAX_CAPTION, MOST_HEADER, Sample, read_tar, tar_members
 from openblip2.data.web.write_shards import write_tar
@@ -212,7 +214,40 @@ def test_bad_members_cost_themselves_and_not_their_shard(tmp_path: Path) -> None
     assert samples[0].about == {}
     names = ["0.json", "1.txt", "2.json", "3.txt", "4.json", "5.jpg", "6", "7.jpg", "8", "9.json", "10.json"]
     for name in names:
-        assert any(line.startswith(f"{path}: {name}") and "; " in line for line in problems), name
+        assert any(line.startswith(f"{path}: {name}") and tiny_runs.REMEDY.search(line) for line in problems), name
+
+
+def test_pictures_that_are_left_out_are_named(tmp_path: Path) -> None:
+    entries = ["22.05.jpg", "22.05.txt", "a.HEIC", "b.jfif", "b.txt", "c.v1.pnm", "._d.jpg", "notes.md", "e.cls"]
+    samples, problems = read(made(tmp_path / "a.tar", [(name, b"x") for name in entries]))
+    assert [s.key for s in samples] == ["b"]
+    assert [line.removeprefix(f"{tmp_path}/a.tar: ").split("; ") for line in problems] == [
+        ["22.05.jpg: has a dot within its name, where webdataset begins the suffix", "rename it"],
+        ["a.HEIC: pictures of this kind cannot be read", "convert it to JPEG"],
+        ["c.v1.pnm: has a dot within its name, where webdataset begins the suffix", "rename it"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("entries", "why"),
+    [
+        (["s0.img", "s0.cap"], r"none of its 2 files is a picture \(s0\.img, \.\.\.\)"),
+        (["22.05.jpg", "22.05.txt"], r"22\.05\.jpg: has a dot within its name"),
+        (["s0.txt"], r"s0: no image; s0\.jpg"),
+    ],
+)
+def test_shards_without_a_sample_say_why(tmp_path: Path, entries: list[str], why: str) -> None:
+    made(tmp_path / "a.tar", [(name, b"x") for name in entries])
+    problems: list[str] = []
+    with pytest.raises(UserError, match=f"not one of its 1 shards contains a sample; the first problem: .*{why}"):
+        count_parts(read_parts(str(tmp_path / "a.tar")), problems.append)
+    assert problems
+
+
+def test_a_shard_that_is_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UserError, match=r"a\.tar: is a git-LFS pointer, not the file itself: run `git lfs pull`"):
+        read(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("keep", [3 * 512 + 100, 4 * 512, 4 * 512 + 5, 6 * 512 + 200])

@@ -1,6 +1,7 @@
 """The log as trackers get it."""
 
 import sys
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,29 @@ def test_tensorboard_has_the_rows(tmp_path: Path) -> None:
     (loss,) = found.Scalars("training/loss")
     assert (loss.step, loss.value) == (1, 3.5)
     assert [event.value for event in found.Scalars("held out/tr@1")] == [0.5]
+
+
+def test_a_tracker_never_asks_on_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wandb does without a key: it asks if standard input is a terminal, else it raises."""
+
+    class Terminal(StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def begin(**given: Any) -> None:
+        if sys.stdin.isatty():
+            input("Enter your choice: ")
+        raise ValueError("api_key not configured (no-tty)")
+
+    module = ModuleType("wandb")
+    module.init = begin  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    terminal = Terminal("2\n")
+    monkeypatch.setattr(sys, "stdin", terminal)
+    with pytest.raises(UserError, match=r"train\.track=wandb: .*no-tty.*wandb login.*WANDB_MODE=offline"):
+        open_tracker("wandb", tmp_path / "run", {})
+    assert sys.stdin is terminal
+    assert terminal.read() == "2\n", "nothing was asked"
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])

@@ -89,6 +89,19 @@ def test_a_run_on_shards_and_the_same_run_interrupted(home: Home, monkeypatch: p
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_words_beyond_the_fiftieth_are_named(home: Home, tmp_path: Path) -> None:
+    words = [f"w{n}" for n in range(80)]
+    long = [sample(0, n, " ".join(words if n == 2 else words[:50])) for n in range(4)]
+    write_shard(tmp_path / "0.tar", long)
+    problems: list[str] = []
+    pairs = ShardPairs(count_parts(read_parts(str(tmp_path / "0.tar")), print), 4, 0, 8, 1, problems.append)
+    captions = [caption for n in range(3) for caption in pairs(n).captions]
+    assert set(captions) == {" ".join(words[:50])}
+    (line,) = problems
+    assert "000000002.jpg: the end of a caption, after" in line
+    assert line.endswith("w48 w49'; at most 50 words and 1,000 characters")
+
+
 def test_pictures_to_validate_on_may_be_given(home: Home) -> None:
     data = tiny_runs.pictures(home.root / "data", 6)
     run = home.train("given", "--held-out", data, "--set", "vision.whiten=true", "--set", "warm_start=true")

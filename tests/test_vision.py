@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from openblip2.errors import UserError
 from openblip2.model.load_vision import load_vision
-from openblip2.model.vision import CLIP_MEAN, CLIP_STD, Vision
+from openblip2.model.vision import CLIP_MEAN, CLIP_STD, HFVision
 
 SIZES: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}
 SIZES |= {"image_size": 12, "patch_size": 4}  # 3 x 3 patches
@@ -78,13 +78,13 @@ def test_output_is_the_hidden_state_and_later_layers_are_gone(family: str, rando
     assert len(states) == 5
     per_layer = parameters_of_a_layer(full)
     for layer, index in ((-1, 4), (-2, 3), (-4, 1), (1, 1), (4, 4)):
-        vision = Vision(copy.deepcopy(full), layer, 12, MEAN, STD)
+        vision = HFVision(copy.deepcopy(full), layer, 12, MEAN, STD)
         torch.testing.assert_close(vision(pixels), states[index], rtol=1e-5, atol=1e-5)
         assert vision.layers == index
         assert count(vision) == count(full) - (4 - index) * per_layer
     differences = [(a - b).abs().mean() for a, b in pairwise(states)]
     assert min(differences) > 1e-2, "the layers are too alike for this test to tell them apart"
-    assert states[1].shape[-1] == Vision(full, -2, 12).width == 24
+    assert states[1].shape[-1] == HFVision(full, -2, 12).width == 24
 
 
 def parameters_of_a_layer(model: PreTrainedModel) -> int:
@@ -106,7 +106,7 @@ def test_last_layer_is_raw(family: str, norm: str, random: torch.Generator) -> N
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     with torch.no_grad():
         expected = full((pixels / 255.0 - mean) / std).last_hidden_state
-        ours = Vision(full, -1, 12, MEAN, STD)(pixels)
+        ours = HFVision(full, -1, 12, MEAN, STD)(pixels)
         ours = full.get_submodule(norm)(ours) if norm else ours
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -127,7 +127,7 @@ def test_another_image_size_interpolates_positions(family: str, random: torch.Ge
     large.load_state_dict({**state, name: resized.reshape(large.state_dict()[name].shape)})
     expected = hidden_states(large, pixels)[3]
     assert expected.shape == (2, 25 + extra, 24)
-    torch.testing.assert_close(Vision(small, -2, 20, MEAN, STD)(pixels), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(HFVision(small, -2, 20, MEAN, STD)(pixels), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["blip2", "clip"])
@@ -145,7 +145,7 @@ def test_a_tower_of_224_px_serves_364_and_490_px(family: str, side: int, tokens:
         parameter.data.zero_()
     seen: list[Any] = []
     encoder.get_submodule("embeddings").register_forward_hook(lambda module, given, output: seen.append(output))
-    vision = Vision(encoder, -2, side, MEAN, STD)
+    vision = HFVision(encoder, -2, side, MEAN, STD)
     assert vision(pictures(side, random, 1)).shape == (1, tokens, 24)
     (positions,) = seen[0]
     torch.testing.assert_close(positions[1:], naive.reshape(24, -1).T, rtol=1e-6, atol=1e-6)
@@ -158,27 +158,27 @@ def test_at_its_own_size_no_bit_is_interpolated(family: str, random: torch.Gener
     encoder = redraw(PAPER_SIZED[family](), random)
     pixels = pictures(224, random)
     expected = hidden_states(encoder, pixels)[1]
-    assert torch.equal(Vision(encoder, -2, 224, MEAN, STD)(pixels), expected)
+    assert torch.equal(HFVision(encoder, -2, 224, MEAN, STD)(pixels), expected)
 
 
 def test_dinov3_takes_another_size_and_keeps_registers(random: torch.Generator) -> None:
     full = redraw(FAMILIES["dinov3"](), random)
     pixels = pictures(20, random)
     expected = hidden_states(full, pixels)[3]
-    vision = Vision(full, -2, 20, MEAN, STD)
+    vision = HFVision(full, -2, 20, MEAN, STD)
     assert vision(pixels).shape == (2, 1 + 4 + 25, 24)
     torch.testing.assert_close(vision(pixels), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_image_does_not_depend_on_its_batch(random: torch.Generator) -> None:
-    vision = Vision(redraw(FAMILIES["dinov2"](), random), -2, 12)
+    vision = HFVision(redraw(FAMILIES["dinov2"](), random), -2, 12)
     pixels = pictures(12, random, count=3)
     torch.testing.assert_close(vision(pixels)[1:2], vision(pixels[1:2]), rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_without_gradient_and_always_in_eval_mode(random: torch.Generator) -> None:
     encoder = hf.ViTModel(hf.ViTConfig(**SIZES, intermediate_size=40, hidden_dropout_prob=0.5))
-    vision = Vision(redraw(encoder, random).train(), -2, 12)
+    vision = HFVision(redraw(encoder, random).train(), -2, 12)
     parent = nn.Sequential(vision, nn.Linear(24, 5)).train()
     assert parent.training
     assert not any(module.training for module in vision.modules())
@@ -194,8 +194,8 @@ def test_frozen_without_gradient_and_always_in_eval_mode(random: torch.Generator
 def test_half_precision_rounds_the_weights_and_not_the_normalisation(random: torch.Generator) -> None:
     full = redraw(FAMILIES["clip"](), random)
     pixels = pictures(20, random)
-    exact = Vision(copy.deepcopy(full), -2, 20, MEAN, STD)(pixels)
-    vision = nn.Sequential(Vision(full, -2, 20, MEAN, STD)).to(torch.bfloat16)[0]
+    exact = HFVision(copy.deepcopy(full), -2, 20, MEAN, STD)(pixels)
+    vision = nn.Sequential(HFVision(full, -2, 20, MEAN, STD)).to(torch.bfloat16)[0]
     rough = vision(pixels)
     assert rough.dtype == torch.bfloat16
     assert (rough.float() - exact).norm() / exact.norm() < 0.03
@@ -203,7 +203,7 @@ def test_half_precision_rounds_the_weights_and_not_the_normalisation(random: tor
 
 
 def test_pixels_of_the_wrong_kind_are_refused(random: torch.Generator) -> None:
-    vision = Vision(FAMILIES["vit"](), -2, 12)
+    vision = HFVision(FAMILIES["vit"](), -2, 12)
     with pytest.raises(ValueError, match=r"must be uint8 \[B, 3, 12, 12\], not torch.float32 \[2, 3, 12, 12\]"):
         vision(pictures(12, random).float())
     with pytest.raises(ValueError, match=r"not torch.uint8 \[2, 3, 16, 16\]"):
@@ -213,14 +213,14 @@ def test_pixels_of_the_wrong_kind_are_refused(random: torch.Generator) -> None:
 @pytest.mark.parametrize("layer", [0, 5, -5])
 def test_a_layer_out_of_range_is_refused(layer: int) -> None:
     with pytest.raises(UserError, match=rf"^vision layer {layer} does not exist: this 'vit_?\w*' has 4 layers"):
-        Vision(FAMILIES["vit"](), layer, 12)
+        HFVision(FAMILIES["vit"](), layer, 12)
 
 
 def test_image_sizes_that_cannot_be() -> None:
     with pytest.raises(UserError, match=r"14 px is not a multiple .* patch of 4 px: take 12 or 16"):
-        Vision(FAMILIES["vit"](), -2, 14)
+        HFVision(FAMILIES["vit"](), -2, 14)
     with pytest.raises(UserError, match=r"takes 12 px only, not 20"):
-        Vision(FAMILIES["aimv2"](), -2, 20)
+        HFVision(FAMILIES["aimv2"](), -2, 20)
 
 
 def save(model: PreTrainedModel, folder: Path, preprocessing: dict[str, Any] | None = None) -> str:
@@ -304,7 +304,7 @@ def test_what_is_no_image_encoder_is_refused_in_one_line(tmp_path: Path) -> None
     (broken / "model.safetensors").write_bytes(b"not weights")
     text = save(hf.BertModel(hf.BertConfig(**TEXT, vocab_size=50)), tmp_path / "text")
     for name, reason in (
-        (str(tmp_path / "empty"), "is no model: it needs a directory with config.json"),
+        (str(tmp_path / "empty"), "is not a model: give a directory with config.json"),
         (str(tmp_path / "nowhere"), "cannot be found"),
         ("no/such-model", "cannot be found"),
         ("wheel:nothing", "unknown wheel 'wheel:nothing'"),

@@ -10,17 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from openblip2.data.records import Question
+from openblip2.data.records import Question, Record
 from openblip2.errors import UserError
 from openblip2.evaluate.vqa_metrics import (
     Protocol,
     exact_scores,
-    gqa_scores,
     lemmas,
     summary,
     vqa_normal,
     vqa_scores,
 )
+from openblip2.train.prepare import cleaned
 
 ROWS = json.loads((Path(__file__).parent / "data" / "vqa_reference.json").read_text())["questions"]
 PROTOCOLS: tuple[Protocol, ...] = ("official", "lavis")
@@ -34,6 +34,16 @@ def test_the_rules_are_the_reference_programs_rules() -> None:
     assert len(ROWS) > 800
     wrong = [(row[0], row[3], vqa_normal(row[0])) for row in ROWS if vqa_normal(row[0]) != row[3]]
     assert not wrong
+
+
+@pytest.mark.parametrize("agree", [10, 9])
+@pytest.mark.parametrize("answer", ["10:30", "3.5", "$1.50", "u.s.", "#5", "Yes", "f/1.8", "...", " two\nlines "])
+def test_a_model_that_writes_what_it_was_taught_is_right(answer: str, agree: int) -> None:
+    question = asked(*[answer] * agree, *["other"] * (10 - agree))
+    (taught,) = cleaned(Record("1", Path("a.png"), (), (question,))).questions
+    assert taught.given[0] == " ".join(answer.split())
+    assert vqa_scores([taught.given[0]], [question]) == [1.0]
+    assert exact_scores([taught.given[0]], [question]) == [1.0]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -105,7 +115,7 @@ def test_one_persons_answer_is_refused() -> None:
 def test_gqa_compares_after_the_rules_on_both_sides() -> None:
     questions = [asked("t-shirt"), asked("the two dogs"), asked("Left"), asked("left")]
     answers = ["T-shirt.", "2 dogs", "left", "right"]
-    assert gqa_scores(answers, questions).tolist() == [1, 1, 1, 0]
+    assert exact_scores(answers, questions, vqa_normal).tolist() == [1, 1, 1, 0]
 
 
 def test_exact_match_knows_no_number_words() -> None:

@@ -1,3 +1,4 @@
+import io
 import struct
 import zlib
 from collections import Counter
@@ -6,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from openblip2.data.batches import PairBatch
 from openblip2.data.web.mixture import (
@@ -60,6 +62,23 @@ def seen(batches: list[PairBatch]) -> Counter[str]:
 
 def every(counts: list[int]) -> Counter[str]:
     return Counter(f"shard {shard} picture {n}" for shard, count in enumerate(counts) for n in range(count))
+
+
+def test_a_sample_whose_captions_say_left_is_not_mirrored(tmp_path: Path) -> None:
+    ramp = Image.new("RGB", (64, 64))
+    ramp.putdata([(4 * (n % 64), 0, 0) for n in range(64 * 64)])
+    file = io.BytesIO()
+    ramp.save(file, "PNG")
+    texts = [("a dog left of a cat", "a dog"), ("a dog", "a cat")]
+    write_shard(tmp_path / "0.tar", [sample(0, n, *two, image=file.getvalue()) for n, two in enumerate(texts)])
+    mirrored = {"000000000": 0, "000000001": 0}
+    for batch in walk(pairs(tmp_path, batch=2, lanes=1), 20):
+        assert batch.images is not None
+        assert batch.names is not None
+        for name, image in zip(batch.names, batch.images, strict=True):
+            mirrored[name.split(": ")[1].split(".")[0]] += int(image[0, 5, 0]) > int(image[0, 5, -1])
+    assert mirrored["000000000"] == 0
+    assert 3 < mirrored["000000001"] < 17
 
 
 def test_every_sample_once_an_epoch_with_its_own_picture(tmp_path: Path) -> None:
@@ -187,7 +206,7 @@ def test_shards_that_are_cut_off_or_gone_later(tmp_path: Path) -> None:
         assert same(loader()(number), batches[number])
     for path in shards:
         path.unlink(missing_ok=True)
-    with pytest.raises(UserError, match="not one good sample"):
+    with pytest.raises(UserError, match="no good sample is left"):
         loader()(0)
 
 

@@ -1,5 +1,6 @@
 """Published weights in, ours out: every format read, written, and read again, bit by bit."""
 
+import argparse
 import json
 import os
 import pickle
@@ -27,6 +28,7 @@ from openblip2.errors import UserError
 from openblip2.inference.captioner import greedy
 from openblip2.model.language import Decoding
 from openblip2.model.stage1 import Stage1
+from openblip2.runs import locked
 from openblip2.weights.checkpoint import Parts
 from openblip2.weights.source import read_checkpoint
 
@@ -87,7 +89,7 @@ def tower_as_lavis(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stage1_as_lavis(theirs: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """The retriever's weights with what transformers has no place for: temperature, ITG's head, tied decoder."""
+    """The retriever's weights with what transformers cannot hold: temperature, ITG's head, tied decoder."""
     found = as_lavis(theirs, "opt")
     words = found["Qformer.bert.embeddings.word_embeddings.weight"]
     random = torch.Generator().manual_seed(3)
@@ -274,8 +276,8 @@ def test_transformers_there_and_back_is_bit_equal(home: Path, tmp_path: Path, ki
 def test_ours_to_transformers_names_what_has_no_place(home: Path, tmp_path: Path) -> None:
     notes = openblip2.convert(home / "stage1.pth", tmp_path / "out", "hf", **parts(home, "stage1"))
     told = "\n".join(notes)
-    assert "temperature: transformers has no place" in told
-    assert "lm_head: transformers has no place" in told
+    assert "temperature: transformers cannot store it" in told
+    assert "lm_head: transformers cannot store it" in told
     assert "image_norm_eps=1e-05" in told
     expected, found = (
         load_file(home / "retriever" / "model.safetensors"),
@@ -360,7 +362,7 @@ def test_a_vocabulary_without_room_grows_by_the_image_token(home: Path, tmp_path
 def test_an_encoder_without_a_place_gets_the_way_of_projected_queries(home: Path, tmp_path: Path) -> None:
     vision = tiny_models.vision()
     stage2 = run_of(vision, home, tmp_path / "run")
-    with pytest.raises(UserError, match=r"no place for .*'dinov2_with_registers'.*--to projected"):
+    with pytest.raises(UserError, match=r"cannot store .*'dinov2_with_registers'.*--to projected"):
         openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
     assert openblip2.convert(tmp_path / "run", tmp_path / "out", "projected") == []
@@ -404,7 +406,7 @@ def test_stage_1_with_an_encoder_without_a_place_is_refused(home: Path, tmp_path
     write_run(
         tmp_path / "run", settings, tiny.qformer().sizes, trained, vision, tokenizer=bert, carries=frozenset({"vision"})
     )
-    with pytest.raises(UserError, match=r"no place for the image encoder 'dinov2_with_registers'.*--to onnx$"):
+    with pytest.raises(UserError, match=r"cannot store the image encoder 'dinov2_with_registers'.*--to onnx$"):
         openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
     with pytest.raises(UserError, match="stage-1 run: --to projected needs a language model"):
         openblip2.convert(tmp_path / "run", tmp_path / "out", "projected")
@@ -432,7 +434,7 @@ def test_save_pretrained_and_back(home: Path, tmp_path: Path) -> None:
         assert word in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     compile(code, "card", "exec")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         captioner.save_pretrained(tmp_path / "saved")
     with pytest.raises(UserError, match="is a Captioner, not a Matcher"):
         openblip2.Matcher.from_pretrained(tmp_path / "saved")
@@ -459,8 +461,47 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(home: Path, monkeypatch
 
 def test_a_hub_that_cannot_be_reached_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="me/eyes is not here and cannot be had from the hub"):
+    with pytest.raises(UserError, match="me/eyes is not here and cannot be downloaded from the hub"):
         openblip2.load("me/eyes")
+
+
+# Wrapped checkpoints
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "model.module._orig_mod."])
+def test_a_prefix_that_all_names_share_is_taken_off(
+    home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str
+) -> None:
+    wrapped = {prefix + name: tensor for name, tensor in read_pth(home / "opt.pth").items()}
+    torch.save({"model": wrapped}, tmp_path / "wrapped.pth")
+    same(
+        dict(read_checkpoint(tmp_path / "wrapped.pth", Parts(**parts(home, "opt"))).trained),
+        dict(read_checkpoint(home / "opt.pth", Parts(**parts(home, "opt"))).trained),
+    )
+    (line,) = caplog.messages
+    assert "wrapped.pth" in line
+    assert repr(prefix) in line
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "bin", "ckpt"])
+def test_what_trainers_save_beside_the_weights_is_ignored(home: Path, tmp_path: Path, suffix: str) -> None:
+    model = read_pth(home / "opt.pth")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+    beside = {"optimizer": optimizer.state_dict(), "config": {"run": {"lr": 1e-4}}, "scaler": None, "epoch": 3}
+    torch.save({"model": model, **beside, "args": argparse.Namespace(lr=1e-4)}, tmp_path / f"best.{suffix}")
+    lightning = {"state_dict": {f"net.{name}": tensor for name, tensor in model.items()}, "optimizer_states": [{}]}
+    torch.save({**lightning, "pytorch-lightning_version": "2.5.0"}, tmp_path / f"lightning.{suffix}")
+    wanted = read_checkpoint(home / "opt.pth", Parts(**parts(home, "opt"))).trained
+    for name in ("best", "lightning"):
+        found = read_checkpoint(tmp_path / f"{name}.{suffix}", Parts(**parts(home, "opt"))).trained
+        same(dict(found), dict(wanted))
+
+
+def test_a_prefix_of_some_names_alone_is_no_partial_load(home: Path, tmp_path: Path) -> None:
+    def some(model: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name if name == "opt_proj.bias" else f"module.{name}": tensor for name, tensor in model.items()}
+
+    assert "no query_tokens" in bad_lavis(home, tmp_path, some)
 
 
 # Bad input: one line that names file and key
@@ -478,7 +519,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, monkeypatch: 
     torch.save({"model": {"query_tokens": Code()}}, tmp_path / "zip.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Code()}))
     for name, code in (("zip.pth", r" \(posix.system\)"), ("plain.pth", "")):
-        with pytest.raises(UserError, match=rf"{name}: holds more than tensors{code},.*refused"):
+        with pytest.raises(UserError, match=rf"{name}: holds more than tensors{code},.*refused; save .*state_dict"):
             openblip2.load(tmp_path / name)
     assert not (tmp_path / "was-run").exists()
 
@@ -576,7 +617,7 @@ def test_transformers_folders_that_cannot_be_used(home: Path, tmp_path: Path) ->
     told(shards, "bad/b.safetensors: missing", "names it for")
     index = "model.safetensors.index.json"
     told(lambda f: (shards(f), config(lambda c: c.pop("metadata"), index)(f)), index, "metadata and weight_map")
-    told(escaping, "'../opt/model.safetensors'", "not a file of this folder")
+    told(escaping, "'../opt/model.safetensors'", "which is not in this folder")
     told(lambda f: (f / "model.safetensors").unlink(), "no model.safetensors")
     told(keys(lambda t: t.update({"itm_head.weight": torch.ones(2, 2)})), "unexpected: itm_head.weight")
     told(
@@ -607,7 +648,12 @@ def test_targets_that_cannot_be_written(home: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     told("unknown target 'gguf'", home / "opt", tmp_path / "x", "gguf")
-    told("is there already", home / "opt", tmp_path / "full", "hf")
+    told("full exists already: give another name, or add --overwrite", home / "opt", tmp_path / "full", "hf")
+    with pytest.raises(UserError, match="full holds files that are not of a model"):
+        openblip2.convert(home / "opt", tmp_path / "full", "hf", overwrite=True)
+    assert (tmp_path / "full" / "file").exists()
+    (tmp_path / "full" / "file").rename(tmp_path / "full" / "model.gguf")
+    told(r"model.gguf is not a run and does not end in .pth, .pt, .bin", tmp_path / "full" / "model.gguf", "x", "hf")
     told("ends in .pth", home / "opt", tmp_path / "x", "lavis")
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
@@ -650,13 +696,15 @@ def test_adapters_are_folded_in(home: Path, tmp_path: Path) -> None:
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=random)
     plain = load(home / "llama").soft_prompt(pictures())
     assert (captioner.soft_prompt(pictures()) - plain).abs().max() > 0.01
+    captions = captioner.caption(pictures(), decoding=SHORT)
     captioner.save_pretrained(tmp_path / "run")
+    assert load(tmp_path / "run").caption(pictures(), decoding=SHORT) == captions
 
     notes = openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
     assert notes == ["LoRA: folded into the weights, in fp32"]
     folded = load(tmp_path / "out")
     torch.testing.assert_close(folded.soft_prompt(pictures()), captioner.soft_prompt(pictures()), rtol=1e-5, atol=1e-5)
-    assert folded.caption(pictures(), decoding=SHORT) == captioner.caption(pictures(), decoding=SHORT)
+    assert folded.caption(pictures(), decoding=SHORT) == captions
     assert not any("lora" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
@@ -665,7 +713,7 @@ def test_a_quantised_language_model_is_not_written(home: Path, tmp_path: Path) -
 
     captioner = load(home / "llama")
     captioner.settings = replace(captioner.settings, language=replace(captioner.settings.language, dtype="int8"))
-    with pytest.raises(UserError, match="int8 is not written"):
+    with pytest.raises(UserError, match="int8 cannot be written"):
         captioner.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
@@ -695,7 +743,17 @@ def test_the_command_line(
     code, out, err = call("convert", home / "opt", tmp_path / "run", "--to", "hf")
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
-    assert line.endswith("run is there already: give a new name, or an empty folder")
+    assert line.endswith("run exists already: give another name, or add --overwrite to replace it")
+    code, out, err = call("convert", tmp_path / "run", tmp_path / "run", "--to", "hf", "--overwrite")
+    assert (code, "is the source" in err) == (2, True)
+    with locked(tmp_path, ".run.lock"):
+        code, _, err = call("convert", home / "opt", tmp_path / "run", "--to", "hf", "--overwrite")
+        assert (code, f"{tmp_path / 'run'} is being written by process" in err) == (2, True)
+    code, out, _ = call("convert", home / "opt", tmp_path / "run", "--to", "hf", "--overwrite")
+    assert code == 0, "replaced, and as a whole"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "blip-2"
+    assert not (tmp_path / "run" / "vision").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "back.pth", "run"]
     code, _, err = call("caption", home / "opt.pth", tmp_path / "a.png")
     assert code == 2
     assert "opt.pth" in err

@@ -69,7 +69,7 @@ def test_what_cannot_be_taken_is_named(tmp_path: Path) -> None:
     written = write_shards(records, tmp_path / "out")
     assert written.samples == 4
     assert sorted(line.split(":")[0] for line in written.skipped) == [str(records[1].image), str(folder / "odd.xyz")]
-    with pytest.raises(UserError, match="not one picture"):
+    with pytest.raises(UserError, match="none of the pictures"):
         write_shards([records[1]], tmp_path / "none")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made"):

@@ -8,8 +8,8 @@ import torch
 import transformers as hf
 
 import tiny_runs
-from openblip2.capfilt.how import How
 from openblip2.capfilt.models import Models
+from openblip2.capfilt.pool import How
 from openblip2.capfilt.run import Written, capfilt
 from openblip2.progress import Progress
 from test_cli import call

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import tiny
 from openblip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 
 SIDE = 12
 L, INNER, LM_HEADS = 20, 26, 5
@@ -69,7 +69,7 @@ def t5() -> hf.PreTrainedModel:
     return tiny.redraw(model, seed=2, std=0.3)
 
 
-def vision() -> Vision:
+def vision() -> HFVision:
     """P = 7: a class token, two registers and 2 x 2 patches of 6 px."""
     config = hf.Dinov2WithRegistersConfig(
         hidden_size=tiny.V,
@@ -81,7 +81,7 @@ def vision() -> Vision:
         num_register_tokens=2,
         hidden_dropout_prob=0.5,
     )
-    return Vision(tiny.redraw(hf.Dinov2WithRegistersModel(config)), image_size=SIDE)
+    return HFVision(tiny.redraw(hf.Dinov2WithRegistersModel(config)), image_size=SIDE)
 
 
 def pictures(count: int = tiny.B) -> Tensor:

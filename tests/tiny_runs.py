@@ -1,6 +1,7 @@
 """Tiny frozen models and pictures as folders on disk, as a user would name them on the command line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ def named(width: int, layers: int, heads: int, ffn: int) -> dict[str, Any]:
         "num_attention_heads": heads,
         "intermediate_size": ffn,
     }
+
+
+# Where a message goes on with what to do.
+REMEDY = re.compile(
+    r"; |[:,] (?=give|save|write|add|leave|remove|repeat|use|set|choose|it must|they must|at least|each |the |one )"
+)
 
 
 def vision(folder: Path) -> Path:

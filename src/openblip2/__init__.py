@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from openblip2.inference.chat import Chat
     from openblip2.inference.load import load
     from openblip2.inference.matcher import Matcher
+    from openblip2.model.connector import Connector
     from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM
     from openblip2.model.load_language import load_language
     from openblip2.model.load_vision import load_vision
     from openblip2.model.qformer import QFormer
     from openblip2.model.stage1 import Stage1
     from openblip2.model.stage2 import Stage2
-    from openblip2.model.vision import Vision
+    from openblip2.model.vision import HFVision, Vision
     from openblip2.presets import preset
     from openblip2.train.recipes import train_stage
     from openblip2.weights.convert import convert
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
 _HOME = {
     "Captioner": "inference.captioner",
     "Chat": "inference.chat",
+    "Connector": "model.connector",
     "DecoderLM": "model.language",
     "Decoding": "model.language",
     "EncoderDecoderLM": "model.language",
+    "HFVision": "model.vision",
     "Matcher": "inference.matcher",
     "QFormer": "model.qformer",
     "Question": "data.records",
@@ -64,9 +67,11 @@ _HOME = {
 __all__ = [
     "Captioner",
     "Chat",
+    "Connector",
     "DecoderLM",
     "Decoding",
     "EncoderDecoderLM",
+    "HFVision",
     "Matcher",
     "QFormer",
     "Question",

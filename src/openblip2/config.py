@@ -50,7 +50,7 @@ class VisionSettings:
     trained: bool = False  # fine-tuning: the encoder trains too (paper 4.2 to 4.4), and the run holds its weights
     whiten: bool = False  # ours: features whitened by statistics of the training pictures (model/whitening.py)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # of its weights, and what it computes in; auto: by train.precision
+        "auto"  # of its weights and its computation; auto: by train.precision
     )
 
 
@@ -62,37 +62,46 @@ class QFormerSettings:
     queries: Count = 32
     cross_every: Count = 2
     dropout: Share = 0.1
-    # VQA (paper 4.3, figure 7): the question's tokens share the queries' self-attention, and the queries look for what
-    # is asked. The text path comes from stage 1.
+    # VQA (paper 4.3, figure 7): the question's tokens share the queries' self-attention, so that the queries can look
+    # for what is asked. The text path comes from stage 1.
     question_in_qformer: bool = False
     image_norm_eps: Positive = 1e-5  # of the LayerNorm on the image features; transformers' checkpoints have 1e-6
-    lora_rank: Natural = 0  # ours: rank of adapters that train in place of its own weights (model/lora.py); 0 = none
+    lora_rank: Natural = 0  # ours: rank of adapters, which train instead of its own weights (model/lora.py); 0 = none
+
+
+@dataclass(config=STRICT)
+class ConnectorSettings:
+    """What stands between image encoder and language model in stage 2: the Q-Former (paper), or another connector."""
+
+    name: str = "qformer"  # a name in CONNECTORS (model/build.py)
+    # Of another connector than the Q-Former: parameters of its class, by name.
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(config=STRICT)
 class Stage1Settings:
     """The objectives of stage 1 (paper 3.1)."""
 
-    # Those whose sum is trained: all three (paper), or, for ablations, fewer (its table 6 leaves out ITG).
+    # The losses to sum: all three (paper), or fewer for an ablation (table 6 of the paper leaves out ITG).
     objectives: tuple[Objective, ...] = ("itc", "itm", "itg")
     shared_width: Count = 256
-    # ITC. softmax: the paper's. sigmoid: ours, SigLIP's loss of every pair for itself (model/objectives.py), with a
-    # learned bias and without smoothing; SigLIP starts at temperature 0.1, we at the one below either way.
+    # ITC. softmax: the paper's. sigmoid: ours, the loss of SigLIP, in which each pair counts alone, with a learned bias
+    # and without smoothing (model/objectives.py). Both start at the temperature below; SigLIP's own start is 0.1.
     contrast: Literal["softmax", "sigmoid"] = "softmax"
     temperature: Positive = 0.07
     label_smoothing: Share = 0.1
     detach_gathered: bool = False  # the authors' code: gathered features carry no gradient
-    # Ours, 0 = the paper: weight of a fourth loss that keeps a picture's queries different (model/objectives.py).
+    # Ours, 0 = the paper: weight of a fourth loss that keeps an image's queries different (model/objectives.py).
     decorrelation: NonNegative = 0.0
-    itm_start_step: Natural = 0  # ours: ITM joins after so many steps; it learns nothing before ITC has (0 = paper)
+    itm_start_step: Natural = 0  # ours, 0 = the paper: first steps without ITM, which learns only after ITC
 
 
 @dataclass(config=STRICT)
 class Stage2Settings:
     """The objective of stage 2 (paper 3.2): language modelling."""
 
-    # Ours, 0 = the paper: so many steps first train the soft prompt to be the embeddings of the caption's words
-    # (`Stage2.alignment`). The language model does not run in them: in the demo they take a ninth of the time.
+    # Ours, 0 = the paper: this number of first steps trains the soft prompt to be the embeddings of the caption's
+    # words (`Stage2.alignment`). The language model does not run in them; in the demo they take a ninth of the time.
     lm_start_step: Natural = 0
 
 
@@ -105,8 +114,8 @@ class LanguageSettings:
     end: str | None = None  # what ends a caption; None = the tokenizer's end token
     prompts: tuple[str, ...] = ("",)  # one is drawn for each training caption
     question: str = "Question: {} Answer:"  # how a question is asked; {} is the question
-    exact_gelu: bool = False  # T5's: GELU itself and not its tanh approximation, as the authors run FlanT5
-    # And what it computes in; auto: by train.precision. int8, int4: by bitsandbytes, all else as with auto.
+    exact_gelu: bool = False  # T5: exact GELU instead of its tanh approximation, as the authors run FlanT5
+    # Of its weights and its computation. auto: by train.precision. int8, int4: by bitsandbytes, the rest as with auto.
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
     lora_rank: Natural = 0  # ours: rank of adapters that train (alpha = 2 x rank, no dropout; model/lora.py); 0 = none
 
@@ -120,40 +129,39 @@ class OptimSettings:
     warmup: Natural = 2000  # steps
     betas: tuple[Share, Share] = (0.9, 0.98)
     weight_decay: NonNegative = 0.05
-    # Of a trained image encoder: the rate of its last layer is so many times lr, and each layer's below so many times
-    # that of the one above it (paper, table 9). 1 = all alike.
+    # For a trained image encoder: its last layer learns at lr x layer_decay, and each layer below at layer_decay times
+    # the rate of the layer above it (paper, table 9). 1 = the same rate for all.
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     clip: NonNegative = 0.0  # largest gradient norm; 0 = no clipping, as in the paper
 
 
 @dataclass(config=STRICT)
 class TrainSettings:
-    """How long, how much at once, how often to look."""
+    """Length of training, sizes of batches, and how often to validate and save."""
 
     steps: Count = 250_000
-    # Pairs of one batch, over all processes: each of N takes its N-th part, and the run is the same whatever N is.
+    # Pairs of one batch, over all processes: each of N takes its N-th part. Results do not depend on N.
     batch: Count = 1680
     accumulate: Count = 1  # batches to one step; ITC's negatives stay within one batch
-    # Ours: pairs that go through the model at once, in each process; 0 = all it has. The same losses and gradients in
-    # less memory, and unlike with `accumulate` ITC's and ITM's negatives come from the whole batch
-    # (model/fast/gradient_cache.py).
+    # Ours: pairs that go through the model at once, in each process; 0 = all. The same losses and gradients in less
+    # memory. Unlike with `accumulate`, negatives come from the whole batch (model/fast/gradient_cache.py).
     chunk: Natural = 0
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it takes less time than fp32
     # Ours, the same results: layers of the Q-Former and of the language model are computed again in the backward pass
-    # instead of being kept. Less memory for a quarter to a half more time.
+    # instead of being stored. Takes less memory, and a quarter to a half more time.
     checkpoint_activations: bool = False
-    # Ours: the Q-Former's blocks by torch.compile. Other dropout masks, else the same to rounding.
+    # Ours: torch.compile for the Q-Former's blocks. Dropout masks differ; otherwise the same up to rounding.
     compile: bool = False
-    # In several processes. ddp: each holds all. fsdp2: the layers of the frozen parts lie in pieces over the processes,
-    # for language models that do not fit into one GPU (distributed/data_parallel.py).
+    # For several processes. ddp: each holds a full copy. fsdp2: the layers of the frozen parts are sharded, for
+    # language models that do not fit on one GPU (distributed/data_parallel.py).
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     seed: Natural = 0
     validate_every: Natural = 1000  # steps; 0 = only at the end
     checkpoint_every: Natural = 1000  # steps; 0 = only when asked to stop (docs/resuming.md)
-    keep_checkpoints: Count = 2  # of the last ones; older ones go when a new one is whole
-    # A tracker that gets the rows of log.jsonl, too (train/log.py).
+    keep_checkpoints: Count = 2  # the newest ones; older ones are deleted when a new one is complete
+    # A tracker to which the rows of log.jsonl are also sent (train/log.py).
     track: Literal["", "tensorboard", "wandb", "trackio"] = ""
-    most_bad_steps: Count = 5  # in a row with losses or gradients that are not finite; then the run stops
+    most_bad_steps: Count = 5  # steps in a row with losses or gradients that are not finite, before the run stops
 
 
 @dataclass(config=STRICT)
@@ -161,30 +169,31 @@ class DataSettings:
     """Pictures and captions."""
 
     source: str = ""  # a folder, .jsonl or .csv, or shards; `--data` sets it
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02  # share of the pictures kept for validation
-    most_held_out: Count = 500  # and never more pictures than this
-    # Shards of a set that are read side by side, a sample from each in turn: shards are shuffled over the whole set,
-    # samples within their shard. Processes whose number divides this one read no shard twice (data/web/shard_order.py).
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02  # share of the images that is kept for validation
+    most_held_out: Count = 500  # at most this number of images
+    # Number of shards that are read at the same time, one sample from each in turn. If the number of processes divides
+    # it, no shard is read by two processes (data/web/shard_order.py).
     open_shards: Count = 16
-    augment: bool = True  # random crop and flip each step; False: frozen features are computed once and reused
-    negations: Annotated[float, Field(ge=0, le=1)] = 1.0  # ours, of vqa: share of the questions with "not" that is kept
-    balance: bool = False  # ours, of vqa: yes and no come equally often to the same words (data/samples.py)
+    augment: bool = True  # random crop and flip (not of texts with left or right); False: features are computed once
+    negations: Annotated[float, Field(ge=0, le=1)] = 1.0  # ours, vqa: share of the questions with "not" to keep
+    balance: bool = False  # ours, vqa: show each question as often with yes as with no (data/samples.py)
     features: str = ""  # ours: a cache that `openblip2 features` wrote; `--features` sets it
-    max_tokens: Annotated[int, Field(ge=4)] = 32  # of the Q-Former's text; longer captions are cut, counted, named
+    max_tokens: Annotated[int, Field(ge=4)] = 32  # of the Q-Former's text; longer captions are cut, counted and named
 
 
 @dataclass(config=STRICT)
 class RunSettings:
     """A whole run.
 
-    `start`: the run to start from: of stage 2 a stage-1 run, without which the paper warns of collapse; of retrieval a
-    stage-1 run, of caption and vqa a stage-2 run.
+    `start`: the run to start from. Stage 2 and retrieval start from a stage-1 run (without it, the paper warns,
+    stage 2 can collapse), caption and vqa from a stage-2 run.
     """
 
     stage: Literal["stage1", "stage2"] = "stage1"
     task: Task = "pretraining"  # the others fine-tune (paper 4.2 to 4.4)
     vision: VisionSettings = VisionSettings()
     qformer: QFormerSettings = QFormerSettings()
+    connector: ConnectorSettings = ConnectorSettings()
     stage1: Stage1Settings = Stage1Settings()
     stage2: Stage2Settings = Stage2Settings()
     language: LanguageSettings = LanguageSettings()
@@ -199,7 +208,7 @@ class RunSettings:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the Q-Former has a text path, and so a tokenizer."""
+        """Whether the Q-Former reads text, so that the run has its tokenizer."""
         return self.stage == "stage1" or self.qformer.question_in_qformer
 
     @property

@@ -1,7 +1,11 @@
 """The exceptions that are part of the interface, and the check for optional packages."""
 
 import importlib.util
+import os
 import re
+from pathlib import Path
+
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 class UserError(ValueError):
@@ -40,6 +44,26 @@ def one_line(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it needs the Python code of its own repository, which openblip2 never runs"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def refuse_lfs_pointer(path: str | Path, start: bytes | None = None) -> None:
+    """Refuses the small text that git leaves in place of a file that is stored with git-LFS.
+
+    Args:
+        path: a file, or a folder whose files are looked at; what is neither is not refused.
+        start: the file's first bytes, if they are already read.
+
+    Raises:
+        UserError: it is such a text.
+    """
+    for file in sorted(Path(path).iterdir()) if start is None and os.path.isdir(path) else [path]:
+        if start is None and os.path.isfile(file):
+            with open(file, "rb") as opened:
+                begin = opened.read(len(_LFS))
+        else:
+            begin = start or b""
+        if begin.startswith(_LFS):
+            raise UserError(f"{file}: is a git-LFS pointer, not the file itself: run `git lfs pull` in its folder")
 
 
 def require(what: str, extra: str, *packages: str) -> None:

@@ -9,12 +9,11 @@ Shapes: Q queries, L LLM width.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, replace
-from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
-from lmms_eval.api.instance import GenerationResult, Instance  # pyright: ignore[reportMissingImports]
+from lmms_eval.api.instance import GenerationResult  # pyright: ignore[reportMissingImports]
 from lmms_eval.api.model import lmms  # pyright: ignore[reportMissingImports]
 from loguru import logger  # pyright: ignore[reportMissingImports]
 from PIL import Image
@@ -98,11 +97,8 @@ class OpenBlip2(lmms):
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
-        """What is written in the rounds of each request, a list of texts; each round is as one of `generate_until`.
-
-        The task makes a round's words and pictures of what was written before; nothing else of it is kept.
-        """
-        return [self._rounds(request) for request in requests]
+        """Not supported, as in most adapters of the harness: a round may show several pictures."""
+        raise UserError("this model takes no task of several rounds: leave it out of --tasks")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """How unlikely each request's continuation is, and whether greedy decoding would write it.
@@ -159,27 +155,14 @@ class OpenBlip2(lmms):
         bar.close()
         return found
 
-    def _rounds(self, request: Any) -> list[str]:
-        words, options, look, go_on, place, task, split = request.args
-        said, known, over = [], None, False
-        while not over:
-            arguments = (words, options, look, place, task, split)
-            round_ = Instance("generate_until", arguments, idx=0, metadata=request.metadata)
-            said = [*said, *self._texts([round_], [])]
-            document = self.task_dict[task][split][place]
-            seen, words, over, said, known = go_on(
-                document, previous_output=said, round_idx=len(said), previous_round_info=known
-            )
-            look = partial(_given, seen)
-        return list(said)
-
     def _ask(self, words: str, seen: Sequence[Any] | None) -> Asked:
         pictures = [one for one in seen or () if one is not None]
         if len(pictures) > 1 or not all(isinstance(one, Image.Image) for one in pictures):
             kinds = ", ".join(type(one).__name__ for one in pictures[:3])
             raise UserError(f"it shows {len(pictures)} things ({kinds}); this model takes one picture or none")
         plain = _plain(words)
-        self.captioner.require_readable([self.form.replace("{}", plain)])
+        if self.captioner.settings.reads_prompts:
+            self.captioner.qformer_texts([self.form.replace("{}", plain)])
         return Asked(plain, self._prompt(plain), open_picture(pictures[0]) if pictures else None)
 
     def _prompt(self, words: str) -> str:
@@ -217,7 +200,7 @@ class OpenBlip2(lmms):
 
     def _fitting(self, prompt: str, new: int) -> int:
         """How many of `new` tokens can be written after a prompt, 1 or more."""
-        queries = self.captioner.model.qformer.queries.shape[1]
+        queries = self.captioner.model.connector.tokens
         length, room = self.language.length(prompt), room_for_prompt(self.language, self.context, queries, 1)
         if room is None:
             return new
@@ -258,10 +241,6 @@ def _naming(task: str, place: int, refused: list[UserError]) -> Iterator[None]:
 def _plain(words: str) -> str:
     # Where the picture stands is the run's matter; a task's mark for it would be read as a word.
     return words.replace("<image>", "").strip()
-
-
-def _given(seen: Any, document: Any) -> Any:
-    return seen
 
 
 def _until(options: Mapping[str, Any]) -> tuple[str, ...]:

@@ -247,9 +247,8 @@ def fine_tuning(task: str, name: str, start: RunSettings, run: str) -> RunSettin
     if name not in FINE_TUNING[task]:
         raise UserError(f"unknown preset {name!r} for {task}: presets are {', '.join(FINE_TUNING[task])}")
     stage = "stage1" if task == "retrieval" else "stage2"
-    kept = RunSettings(
-        stage=stage, vision=start.vision, qformer=start.qformer, stage1=start.stage1, language=start.language
-    )
+    models = ("vision", "qformer", "connector", "stage1", "language")
+    kept = RunSettings(stage=stage, **{name: getattr(start, name) for name in models})
     own = {"data.max_tokens": start.data.max_tokens, "train.precision": start.train.precision}
     return change(kept, {"task": task, "start": run, **own, **FINE_TUNING[task][name]})
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from openblip2.compat import __version__
 from openblip2.config import RunSettings, from_dict, to_dict
 from openblip2.distributed.collectives import is_first
-from openblip2.errors import UserError
+from openblip2.errors import UserError, refuse_lfs_pointer
 
 # Parts that had another name when a run wrote its weights: old name -> today's.
 RENAMED = {
@@ -107,7 +107,8 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = f"{folder} is being written by {file.read() or 'another process'}"
+            what = folder / name[1:].removesuffix("lock").removesuffix(".")  # ".lock" is the folder's own
+            holder = f"{what} is being written by {file.read() or 'another process'}"
             if say is None:
                 raise UserError(f"{holder}: wait until it is done, or give another --out") from None
             say(f"{holder}: waiting until it is done")
@@ -137,13 +138,26 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): give a folder that can be written to") from error
+        raise UserError(f"{folder} cannot be made ({error.strerror}): give another folder") from error
 
 
-def require_absent(path: Path, overwrite: bool) -> None:
+def require_absent(path: Path, overwrite: bool, argument: str = "--out") -> None:
     """A result that exists is only replaced where the user asks for it; else, a `UserError`."""
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already: give another --out, or add --overwrite to replace it")
+        raise UserError(f"{path} exists already: give another {argument}, or add --overwrite to replace it")
+
+
+@contextmanager
+def new_result(path: Path, overwrite: bool) -> Iterator[None]:
+    """Keeps other processes from writing a result, a file or a folder, which must not exist unless `overwrite`.
+
+    Raises:
+        UserError: It exists, another process writes it, or its folder cannot be written to.
+    """
+    require_absent(path, overwrite)
+    with locked(path.parent, f".{path.name}.lock"):
+        require_absent(path, overwrite)  # another process may have just finished it
+        yield
 
 
 def write_text(text: str, path: Path) -> None:
@@ -168,6 +182,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except ValueError as error:
+        refuse_lfs_pointer(path)
         raise UserError(f"{path}: not JSON ({error})") from error
 
 
@@ -188,6 +203,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except SafetensorError as error:
+        refuse_lfs_pointer(path)
         raise UserError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
     for old, new in RENAMED.items():
         tensors = {new + name[len(old) :] if name.startswith(old) else name: part for name, part in tensors.items()}
@@ -217,7 +233,7 @@ def read_config(run: Path) -> dict[str, Any]:
     """What `RUN/config.json` holds: at least `settings` and `sizes`.
 
     Raises:
-        UserError: It is not a run, or sizes in it are none that a Q-Former can have.
+        UserError: It is not a run, or sizes in it are none that a connector can have.
     """
     wanted = "give the folder that `openblip2 train ... --out FOLDER` wrote"
     if not (run / "config.json").is_file():
@@ -239,12 +255,12 @@ def read_settings(run: Path) -> RunSettings:
 
 
 def _check_sizes(sizes: Any, path: Path) -> None:
-    names = ("width", "layers", "heads", "ffn", "vocabulary", "positions")
-    if not isinstance(sizes, dict) or sizes.keys() != set(names):
-        raise UserError(f"{path}: sizes must name {', '.join(names)}")
+    names, others = ("width", "layers", "heads", "ffn", "vocabulary", "positions"), {"tokens", "width", "image_width"}
+    if not isinstance(sizes, dict) or sizes.keys() not in (set(names), others):
+        raise UserError(f"{path}: sizes must name {', '.join(names)}; of another connector {', '.join(sorted(others))}")
     for name, size in sizes.items():
         least = 0 if name == "vocabulary" else 1  # stage 2 has no text path
         if type(size) is not int or size < least:
             raise UserError(f"{path}: sizes.{name} is {size!r}: it must be a whole number, {least} or more")
-    if sizes["width"] % sizes["heads"]:
+    if sizes["width"] % sizes.get("heads", 1):
         raise UserError(f"{path}: width {sizes['width']} is not a multiple of {sizes['heads']} heads")

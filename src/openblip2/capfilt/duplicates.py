@@ -74,8 +74,8 @@ class Duplicates:
         left_out = self.later[slice(*np.searchsorted(self.later, (start, end)))] - start
         gets = self._by_first[slice(*np.searchsorted(self._firsts, (start, end)))]
         owners = np.searchsorted(self.starts, self.later[gets], side="right") - 1
-        places = (self.later[gets] - self.starts[owners]).tolist()
-        joins = zip((self.first[gets] - start).tolist(), owners.tolist(), places, strict=True)
+        positions = (self.later[gets] - self.starts[owners]).tolist()
+        joins = zip((self.first[gets] - start).tolist(), owners.tolist(), positions, strict=True)
         return [*(Twin(n, "", -1) for n in left_out.tolist()), *(Twin(n, self.names[int(s)], m) for n, s, m in joins)]
 
 
@@ -122,12 +122,12 @@ def captions_of(folder: Path, shard: str, numbers: Sequence[int]) -> list[tuple[
     """The captions of some samples of a shard, from the index."""
     path = _index(folder, shard)
     begins = _read(path, "r")[:, 1]
-    found = []
+    captions = []
     with path.with_suffix(".jsonl").open("rb") as file:
         for number in numbers:
             file.seek(int(begins[number]))
-            found.append(tuple(json.loads(file.readline())))
-    return found
+            captions.append(tuple(json.loads(file.readline())))
+    return captions
 
 
 def _index(folder: Path, name: str) -> Path:
@@ -143,18 +143,18 @@ def _read(path: Path, mapped: Literal["r"] | None = None) -> np.ndarray[Any, Any
 
 def _write(url: str, path: Path, how: Reader) -> None:
     shard = Shard(url, lambda line: None)  # its problems are reported when it is captioned
-    rows, place = [], 0
+    rows, offset = [], 0
     try:  # other processes may write the same index
         with atomic_write(path.with_suffix(".jsonl"), concurrent=True) as draft, draft.open("wb") as file:
             for number in range(len(shard)):
                 texts, about = shard.texts(number)
                 sample = Sample(shard.key(number), b"", "", texts, about)
-                rows.append((_hash(sample, how, url), place))
-                place += file.write(json.dumps(sample_captions(sample, how)).encode() + b"\n")
+                rows.append((_hash(sample, how, url), offset))
+                offset += file.write(json.dumps(sample_captions(sample, how)).encode() + b"\n")
     finally:
         shard.close()
     with atomic_write(path, concurrent=True) as draft, draft.open("wb") as file:  # last, it marks both as complete
-        np.save(file, np.array([*rows, (0, place)], np.uint64), allow_pickle=False)
+        np.save(file, np.array([*rows, (0, offset)], np.uint64), allow_pickle=False)
 
 
 def _hash(sample: Sample, how: Reader, url: str) -> int:
@@ -177,5 +177,5 @@ def _twins(hashes: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarr
     numbers, again = order[involved], again[involved]
     firsts = numbers[~again][np.cumsum(~again) - 1] if len(numbers) else numbers
     later, first = numbers[again], firsts[again]
-    by_place = np.argsort(later, kind="stable")
-    return later[by_place], first[by_place]
+    by_position = np.argsort(later, kind="stable")
+    return later[by_position], first[by_position]

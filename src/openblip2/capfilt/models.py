@@ -1,26 +1,157 @@
-"""The captioner and the ranker: identified without loading them, and loaded."""
+"""The captioner, and the rankers, which score how well each image's own captions fit it: a trained stage 1, or a CLIP.
+
+The paper ranks with CLIP ViT-L/14.
+
+Shapes: N images, M captions of all of them, S image side, E shared space.
+"""
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from openblip2.capfilt.how import How, digest
-from openblip2.capfilt.rankers import ClipRanker, RunRanker
+from openblip2.compat import quiet_transformers
 from openblip2.config import to_dict
-from openblip2.errors import UserError
+from openblip2.data.images import PictureFile, open_picture, to_pixels
+from openblip2.errors import UserError, one_line, refuse_lfs_pointer
+from openblip2.evaluate.ranking import text_vectors
+from openblip2.hardware import computing
+from openblip2.hardware import device as default_device
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
+from openblip2.model.mapped import load_in
+from openblip2.model.objectives import similarity
 from openblip2.runs import read_json
 from openblip2.weights.checkpoint import Checkpoint
 from openblip2.weights.source import LAVIS_SUFFIXES, fetch, read_checkpoint
 
-Ranker = RunRanker | ClipRanker
 _WEIGHTS = (".json", ".safetensors", ".txt", ".model")
+CHUNK = 64  # texts, or pairs for ITM, at once
+
+
+class RunRanker:
+    """Ranks with a trained stage 1.
+
+    Args:
+        matcher: the run.
+        itm: rank by the probability of a match, in [0, 1], and not by the cosine of the best query, in [-1, 1].
+    """
+
+    def __init__(self, matcher: Matcher, itm: bool = False) -> None:
+        self.matcher, self.itm = matcher, itm
+
+    def pixels(self, picture: PictureFile) -> Tensor:
+        """The pixels of an image: `[3, S, S]` uint8.
+
+        Raises:
+            UserError: the image cannot be opened.
+        """
+        vision = self.matcher.model.vision
+        assert vision is not None
+        return to_pixels([picture], vision.image_size)[0]
+
+    def scores(self, pixels: Sequence[Tensor], pools: Sequence[Sequence[str]]) -> list[list[float]]:
+        """The scores of each image's own captions. A text that is too long is cut as in training.
+
+        Args:
+            pixels: of N images.
+            pools: the cleaned captions of each image, at least one.
+        """
+        model = self.matcher.model
+        assert model.vision is not None
+        device = model.temperature.device
+        owners = _owners(pools, device)
+        tokens, valid = (t.to(device) for t in self.matcher.tokens([text for texts in pools for text in texts]))
+        with torch.inference_mode(), computing(model, self.matcher.settings.train.precision):
+            memory = model.qformer.encode_image(model.vision(torch.stack(list(pixels)).to(device)))
+            if self.itm:
+                logits = [
+                    model.match(memory.take(owners[rows]), tokens[rows], valid[rows])
+                    for rows in torch.arange(len(owners), device=device).split(CHUNK)
+                ]
+                scores = torch.cat(logits).float().softmax(dim=1)[:, 1]
+            else:
+                cosines = similarity(
+                    model.image_vectors(model.qformer.query_pass(memory)[0]), text_vectors(model, tokens, valid)
+                )
+                scores = cosines[owners, torch.arange(len(owners), device=device)]
+        return _split(scores, pools)
+
+
+class ClipRanker:
+    """Ranks with a CLIP of transformers, or a model like it, by the cosine of image and text in [-1, 1], in fp32.
+
+    Args:
+        folder: of the model with safetensors, its tokenizer and its preprocessing, which does not need torchvision.
+
+    Raises:
+        UserError: a part is missing, or the model does not compare images with texts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import SafetensorError
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+        refuse_lfs_pointer(folder)
+        try:
+            with quiet_transformers():
+                model, report = load_in(AutoModel, str(folder), torch.float32, use_safetensors=True)
+                # With Pillow: where torchvision is installed, it would be used otherwise.
+                self.processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+                self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            raise UserError(f"ranker {folder} cannot be loaded: {one_line(error)}") from error
+        if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+            raise UserError(f"ranker {folder} is a {model.config.model_type!r}; a CLIP, or a stage-1 run")
+        if missing := sorted(report["missing_keys"]):  # drawn at random
+            raise UserError(f"ranker {folder} cannot be loaded: {len(missing)} weights are not in it, {missing[0]}")
+        self.model: Any = model.to(default_device()).eval().requires_grad_(False)  # pyright: ignore
+        self.longest: int = self.model.config.text_config.max_position_embeddings
+        # SigLIP was trained on texts padded to the same length, and it reads the padding.
+        self.padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
+
+    def pixels(self, picture: PictureFile) -> Tensor:
+        """The pixels of an image: `[3, S, S]`.
+
+        Raises:
+            UserError: the image cannot be opened.
+        """
+        image = open_picture(picture)
+        try:
+            return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
+        except ValueError as error:  # for example an image that is one pixel high
+            raise UserError(f"{picture.name}: the ranker cannot read it ({one_line(error)})") from error
+
+    def scores(self, pixels: Sequence[Tensor], pools: Sequence[Sequence[str]]) -> list[list[float]]:
+        """As `RunRanker.scores`. A text that is too long for the model is cut."""
+        device = self.model.device
+        texts = [text for own in pools for text in own]
+        owners = _owners(pools, device)
+        with torch.inference_mode():
+            images = _directions(self.model.get_image_features(pixel_values=torch.stack(list(pixels)).to(device)))
+            parts = [self._texts(texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)]
+            return _split((images[owners] * torch.cat(parts)).sum(dim=1), pools)
+
+    def _texts(self, texts: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            texts,
+            padding=self.padding,
+            truncation=True,
+            max_length=self.longest,
+            split_special_tokens=True,  # "<|endoftext|>" in a caption is text
+            return_tensors="pt",
+        ).to(self.model.device)
+        names = {"input_ids", "attention_mask"} & tokens.keys()
+        return _directions(self.model.get_text_features(**{name: tokens[name] for name in names}))
+
+
+Ranker = RunRanker | ClipRanker
 
 
 class Models(NamedTuple):
@@ -30,16 +161,25 @@ class Models(NamedTuple):
     ranker: str
 
 
-def digests(models: Models, how: How) -> tuple[str | None, str]:
+def digest(values: Any) -> str:
+    """SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def digests(models: Models, itm: bool) -> tuple[str | None, str]:
     """Digests of captioner and ranker: their weights and everything else that their results depend on.
+
+    Args:
+        models: The names of both.
+        itm: Whether the ranker gives the probability of a match.
 
     Raises:
         UserError: one does not exist, is of the wrong kind, or cannot do what the settings require.
     """
     captioner = None if models.captioner is None else _captioner(models.captioner)
     if not _is_run(models.ranker):
-        if how.filter == "itm":
-            raise UserError(f"--ranker {models.ranker} is no run of ours: --filter itm needs a stage-1 run")
+        if itm:
+            raise UserError(f"--ranker {models.ranker} is not a run of openblip2: --filter itm needs a stage-1 run")
         if not {"text_config", "vision_config"} <= read_json(_folder(models.ranker) / "config.json").keys():
             raise UserError(
                 f"--ranker {models.ranker} does not compare pictures with texts: give a stage-1 run or a CLIP"
@@ -51,7 +191,7 @@ def digests(models: Models, how: How) -> tuple[str | None, str]:
     return captioner, _of_checkpoint(checkpoint)
 
 
-def open_models(models: Models, how: How) -> tuple[Captioner | None, Ranker]:
+def open_models(models: Models, itm: bool) -> tuple[Captioner | None, Ranker]:
     """Loads both, on a GPU if there is one.
 
     Raises:
@@ -63,7 +203,7 @@ def open_models(models: Models, how: How) -> tuple[Captioner | None, Ranker]:
         return captioner, ClipRanker(_folder(models.ranker))
     matcher = load(models.ranker)
     assert isinstance(matcher, Matcher)
-    return captioner, RunRanker(matcher, how.filter == "itm")
+    return captioner, RunRanker(matcher, itm)
 
 
 def _captioner(name: str) -> str:
@@ -89,10 +229,10 @@ def _is_run(name: str) -> bool:
     folder = _folder(name)
     if folder.is_file():
         if folder.suffix not in LAVIS_SUFFIXES:
-            raise UserError(f"{name} is no model: give a stage-1 run, or the folder of a CLIP")
+            raise UserError(f"{name} is not a model: give a stage-1 run, or the folder of a CLIP")
         return True
     if not (folder / "config.json").is_file():
-        raise UserError(f"{name} is no model (no config.json in it): give a stage-1 run, or the folder of a CLIP")
+        raise UserError(f"{name} is not a model (it has no config.json): give a stage-1 run, or the folder of a CLIP")
     config = read_json(folder / "config.json")
     return isinstance(config, dict) and ("settings" in config or config.get("model_type") == "blip-2")
 
@@ -111,6 +251,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> str:
             **parts,
             "stage": settings["stage"],
             "sizes": dict(checkpoint.sizes),
+            **({"connector": settings["connector"]} if checkpoint.settings.connector.name != "qformer" else {}),
             "longest": settings["data"]["max_tokens"],
             "precision": settings["train"]["precision"],
             "trained": _of_tensors(checkpoint.trained),
@@ -121,18 +262,33 @@ def _of_checkpoint(checkpoint: Checkpoint) -> str:
 
 
 def _of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _of_files(folder: Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS):
-        found.update(path.name.encode() + b"\0")
+        digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
-            found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _owners(pools: Sequence[Sequence[str]], device: torch.device) -> Tensor:
+    """The number of the image of each caption: `[M]`."""
+    return torch.tensor([n for n, texts in enumerate(pools) for _ in texts], device=device)
+
+
+def _split(scores: Tensor, pools: Sequence[Sequence[str]]) -> list[list[float]]:
+    """Scores `[M]` by image."""
+    return [part.tolist() for part in scores.float().cpu().split([len(texts) for texts in pools])]
+
+
+def _directions(output: Any) -> Tensor:
+    """The features in an output of transformers, `[N, E]`, of length 1."""
+    return F.normalize(output.pooler_output.float(), dim=-1)

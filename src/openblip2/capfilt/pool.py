@@ -1,4 +1,4 @@
-"""The pool of captions of one image, from the web and from the captioner, without duplicates.
+"""The captions of one image, from the web and from the captioner: how many there are, their pool, and the best of it.
 
 BLIP-2 (Li et al. 2023), section 3.4: ten captions are sampled and pooled with those from the web, and the two that are
 most similar to the image are kept. BLIP (Li et al. 2022), section 3.3: one caption is sampled, and every text that does
@@ -7,12 +7,53 @@ not match the image according to image-text matching is dropped.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from openblip2.data.text import clean_caption
+from openblip2.data.web.mixture import find_reader
 from openblip2.errors import UserError
 
 Origin = Literal["web", "captioner"]
+
+
+@dataclass(frozen=True)
+class How:
+    """Settings; the defaults are the paper's.
+
+    Attributes:
+        captions: number of captions to sample for each image; 0 = none, only rank.
+        top_p: probability mass for nucleus sampling, in (0, 1].
+        keep: number of captions to keep for each image, the best ones.
+        filter: "similarity" ranks captions by their similarity to the image; "itm", as in BLIP, by the probability of
+            a match, and drops those below `threshold`.
+        threshold: in [0, 1].
+        seed: of the sampled captions.
+        reader: of the shards (data/web/mixture.py).
+
+    Raises:
+        UserError: a number is out of its range, or the filter or reader is unknown.
+    """
+
+    captions: int = 10
+    top_p: float = 0.9
+    keep: int = 2
+    filter: Literal["similarity", "itm"] = "similarity"
+    threshold: float = 0.5
+    seed: int = 0
+    reader: str = "web"
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("captions", self.captions, 0), ("keep", self.keep, 1), ("seed", self.seed, 0)):
+            if value < least:
+                raise UserError(f"--{name} {value}: a whole number, {least} or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p}: above 0 and at most 1, 0.9 for one")
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"--threshold {self.threshold}: a probability, from 0 to 1")
+        if self.filter not in ("similarity", "itm"):
+            raise UserError(f"--filter {self.filter}: similarity or itm")
+        find_reader(self.reader)
 
 
 class Text(NamedTuple):
@@ -22,28 +63,15 @@ class Text(NamedTuple):
     origin: Origin
 
 
-class Pool(NamedTuple):
-    """The different captions of an image, and the numbers of duplicates and of empty captions that were left out."""
-
-    texts: tuple[Text, ...]
-    folded: int
-    empty: int
-
-
-def pool(web: Iterable[str], written: Iterable[str]) -> Pool:
+def pool(web: Iterable[str], written: Iterable[str]) -> list[Text]:
     """The captions that differ after they are cleaned as for training, those from the web first."""
-    found: dict[str, Origin] = {}
-    folded = empty = 0
-    given: tuple[tuple[Origin, Iterable[str]], ...] = (("web", web), ("captioner", written))
-    for origin, texts in given:
-        for text in map(clean_caption, texts):
-            if not text:
-                empty += 1
-            elif text in found:
-                folded += 1
-            else:
-                found[text] = origin
-    return Pool(tuple(Text(*one) for one in found.items()), folded, empty)
+    texts = [Text(clean_caption(text), "web") for text in web]
+    texts += (Text(clean_caption(text), "captioner") for text in written)
+    different: dict[str, Text] = {}
+    for text in texts:
+        different.setdefault(text.text, text)  # the first of equal ones stays
+    different.pop("", None)
+    return list(different.values())
 
 
 def best(scores: Sequence[float], keep: int, threshold: float | None = None) -> list[int]:
@@ -58,6 +86,6 @@ def best(scores: Sequence[float], keep: int, threshold: float | None = None) -> 
         UserError: a score is not a number.
     """
     if not all(map(math.isfinite, scores)):
-        raise UserError("the ranker gives scores that are no numbers: are its weights whole?")
+        raise UserError("the ranker gives scores that are not numbers: are its weights complete?")
     left = [n for n, score in enumerate(scores) if threshold is None or score >= threshold]
     return sorted(left, key=lambda n: -scores[n])[:keep]

@@ -1,18 +1,24 @@
 """CapFilt over all shards, in one process or in several of a job array; the captions are the same."""
 
+import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from openblip2.capfilt.duplicates import FOLDER, Duplicates, write_index
-from openblip2.capfilt.how import How, claim, digest, settings_of
-from openblip2.capfilt.models import Models, digests, open_models
+from openblip2.capfilt.models import Models, digest, digests, open_models
+from openblip2.capfilt.pool import How
 from openblip2.capfilt.shard import Made, Maker, Task, finished
 from openblip2.data.web.shard_files import expand, is_url
 from openblip2.errors import UserError
 from openblip2.progress import Progress
+from openblip2.runs import atomic_write, make_folder, read_json
+
+FILE = "capfilt.json"  # the settings and models that OUT was made with
+_FORMAT = 1  # raise it when the same settings give other captions
 
 
 class Written(NamedTuple):
@@ -47,13 +53,13 @@ def capfilt(
             contains the shards themselves, or no shard that can be read.
     """
     names = named(expand(shards), out)
-    settings = settings_of(how, *digests(models, how))
+    settings = settings_of(how, *digests(models, how.filter == "itm"))
     claim(out, settings)
     if others := sorted({path.stem for path in out.glob("*.tar") if path.name[0] != "."} - {name for name, _ in names}):
         raise UserError(f"{out} holds other shards ({others[0]}.tar): give another --out, or remove them")
     mine = range(part[0] - 1, len(names), part[1])
     if not mine:
-        raise UserError(f"--part {part[0]}/{part[1]}: there are {len(names)} shards, it has none; fewer parts")
+        raise UserError(f"--part {part[0]}/{part[1]}: {len(names)} shards leave none for it: use fewer parts")
     with progress.steps("looking for duplicate pictures", len(names), unit="shards") as bar:
         write_index(names, out / FOLDER, how.reader, lambda line: progress.say(f"skipped: {line}"), mine, bar.advance)
     known = Duplicates([name for name, _ in names], out / FOLDER)
@@ -69,15 +75,40 @@ def capfilt(
     if len(done) < len(mine):
         began, total = time.perf_counter(), sum(known.pictures(n) for n, made in found.items() if made is None)
         with progress.steps("captions for pictures", total) as bar:
-            maker = Maker(*open_models(models, how), how, lambda count: bar.advance(count=count))
+            maker = Maker(*open_models(models, how.filter == "itm"), how, lambda count: bar.advance(count=count))
             for made in map(maker, left):
                 done.append(made)
                 progress.say(_line(made, len(done), len(mine), time.perf_counter() - began))
     dead = [made.dead for made in done if made.dead]
     if len(dead) == len(mine):
-        raise UserError(f"not one of {len(mine)} shards can be read; the first: {dead[0]}")
+        raise UserError(f"none of the {len(mine)} shards can be read; the first: {dead[0]}")
     counts = sum((Counter(made.counts) for made in done), Counter[str]())
     return Written(len(done) - len(dead), counts, dead)
+
+
+def settings_of(how: How, captioner: str | None, ranker: str) -> dict[str, Any]:
+    """Everything that captions depend on besides the shard, with digests of the weights of both models."""
+    values = asdict(how) if how.filter == "itm" else {k: v for k, v in asdict(how).items() if k != "threshold"}
+    return {"format": _FORMAT, **values, "captioner": captioner, "ranker": ranker}
+
+
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Creates OUT with `OUT/capfilt.json`, or checks that OUT was made with the same settings.
+
+    Raises:
+        UserError: OUT cannot be created, was made with other settings, or contains shards of another program.
+    """
+    make_folder(out)
+    path = out / FILE
+    if not path.exists():
+        if others := sorted(path.name for path in out.glob("*.tar")):
+            raise UserError(f"{out} holds other shards ({others[0]}): give a new folder for the captioned ones")
+        with atomic_write(path, concurrent=True) as draft:  # the parts of a job array start at once
+            draft.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    before = read_json(path)
+    if before != settings:
+        names = settings if not isinstance(before, dict) else [k for k in settings if before.get(k) != settings[k]]
+        raise UserError(f"{out} was made with another {', '.join(names) or 'program'}: give the same, or a new --out")
 
 
 def named(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
@@ -91,13 +122,13 @@ def named(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
         file = url.split("?", 1)[0].rsplit("/", 1)[-1] if is_url(url) else Path(url).name
         name = file.removesuffix(".tar")
         if name in ("", file) or name.startswith("."):
-            raise UserError(f"{url}: not the name of a shard; one that ends in .tar")
+            raise UserError(f"{url}: not the name of a shard: it must end in .tar")
         if name in found:
             raise UserError(
-                f"{found[name]} and {url}: two shards of one name; one folder at a time, each with its own --out"
+                f"{found[name]} and {url}: the same name twice: give one folder at a time, each its own --out"
             )
         if not is_url(url) and Path(url).resolve().parent == out.resolve():
-            raise UserError(f"{url} lies in --out, where the new shard would replace it; another folder")
+            raise UserError(f"{url} lies in --out, where the new shard would replace it: give another folder")
         found[name] = url if is_url(url) else str(Path(url).resolve())
     return list(found.items())
 

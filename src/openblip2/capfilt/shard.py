@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from openblip2.capfilt.duplicates import FOLDER, Twin, captions_of
-from openblip2.capfilt.how import How, digest
-from openblip2.capfilt.models import Ranker
-from openblip2.capfilt.pool import Text, best, pool
+from openblip2.capfilt.models import Ranker, digest
+from openblip2.capfilt.pool import How, Text, best, pool
 from openblip2.data.images import THREADS, PictureFile, to_pixels
 from openblip2.data.web.mixture import find_reader, sample_captions
 from openblip2.data.web.shard_files import stats_path, write_stats
@@ -39,6 +38,17 @@ from openblip2.runs import write_text
 
 GROUP = 32  # images at once
 AT_ONCE = 320  # captions at once: ten for each of 32 images
+# The counts of a shard. The new shard contains "pictures", but not "broken", "duplicates" and "without captions".
+COUNTS: tuple[str, ...] = (
+    "samples",
+    "pictures",
+    "broken",
+    "duplicates",
+    "without captions",
+    "captions",
+    "captions by the captioner",
+    "captions joined",
+)
 
 
 class Task(NamedTuple):
@@ -81,8 +91,8 @@ class _Ready:
     """A sample with its pixels for captioner and ranker, and the captions it has."""
 
     sample: Sample
-    seen: np.ndarray[Any, Any] | None
-    look: Tensor
+    picture: np.ndarray[Any, Any] | None
+    ranker_pixels: Tensor
     web: tuple[str, ...]
 
 
@@ -151,7 +161,7 @@ class Maker:
             write_stats(task.path, writer.count, counts=dict(counts), settings=task.settings, of=task.of)
         except OSError as error:
             raise UserError(
-                f"{error.filename or task.path}: {error.strerror}; a folder that can be read and written, with room"
+                f"{error.filename or task.path}: {error.strerror}: give another folder, with free space"
             ) from error
         finally:
             shard.close()
@@ -183,12 +193,13 @@ class Maker:
             return ""
         picture = PictureFile(sample.image, f"{shard.url}: {sample.key}.{sample.suffix}")
         try:
-            seen = None
+            pixels = None
             if self.captioner is not None:
                 vision = self.captioner.model.vision
                 assert vision is not None
-                seen = to_pixels([picture], vision.image_size)[0].permute(1, 2, 0).contiguous().numpy()
-            return _Ready(sample, seen, self.ranker.look(picture), (*sample_captions(sample, self.reader), *joined))
+                pixels = to_pixels([picture], vision.image_size)[0].permute(1, 2, 0).contiguous().numpy()
+            captions = (*sample_captions(sample, self.reader), *joined)
+            return _Ready(sample, pixels, self.ranker.pixels(picture), captions)
         except UserError as error:
             return str(error)
 
@@ -198,15 +209,12 @@ class Maker:
         """The samples of a group with their best captions."""
         written = self._write(task, number, group)
         pools = [pool(one.web, texts) for one, texts in zip(group, written, strict=True)]
-        for found in pools:
-            counts["captions folded"] += found.folded
-            counts["captions empty"] += found.empty
-        some = [n for n, found in enumerate(pools) if found.texts]
-        scores = dict(zip(some, self._scores([group[n] for n in some], [pools[n].texts for n in some]), strict=True))
+        some = [n for n, texts in enumerate(pools) if texts]
+        scores = dict(zip(some, self._scores([group[n] for n in some], [pools[n] for n in some]), strict=True))
         samples: list[Sample] = []
         for n, one in enumerate(group):
             threshold = self.how.threshold if self.how.filter == "itm" else None
-            kept = [(pools[n].texts[m], scores[n][m]) for m in best(scores.get(n, ()), self.how.keep, threshold)]
+            kept = [(pools[n][m], scores[n][m]) for m in best(scores.get(n, ()), self.how.keep, threshold)]
             if kept:
                 samples.append(_with(one.sample, kept))
                 if len(json.dumps(samples[-1].about)) > MAX_JSON:  # it could not be read back
@@ -216,7 +224,7 @@ class Maker:
                 counts["captions by the captioner"] += sum(text.origin == "captioner" for text, _ in kept)
             else:
                 counts["without captions"] += 1
-                lines.append(f"{task.url}: {one.sample.key}: none of its {len(pools[n].texts)} captions is kept")
+                lines.append(f"{task.url}: {one.sample.key}: none of its {len(pools[n])} captions is kept")
         return samples
 
     def _write(self, task: Task, number: int, group: Sequence[_Ready]) -> list[list[str]]:
@@ -224,7 +232,7 @@ class Maker:
         if self.captioner is None or not group:
             return [[] for _ in group]
         count = self.how.captions
-        pictures = [one.seen for one in group for _ in range(count)]  # the same object, which is encoded once
+        pictures = [one.picture for one in group for _ in range(count)]  # the same object, which is encoded once
         prompts = [self.captioner.settings.language.prompts[0]] * len(pictures)
         decoding = Decoding(beams=1, sample=True, top_p=self.how.top_p)
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
@@ -235,23 +243,8 @@ class Maker:
     def _scores(self, group: Sequence[_Ready], texts: Sequence[Sequence[Text]]) -> list[list[float]]:
         if not group:
             return []
-        found = self.ranker.scores([one.look for one in group], [[text.text for text in own] for own in texts])
+        found = self.ranker.scores([one.ranker_pixels for one in group], [[text.text for text in own] for own in texts])
         return [[round(score, 6) for score in scores] for scores in found]
-
-
-# The counts of a shard. The new shard contains "pictures", but not "broken", "duplicates" and "without captions".
-COUNTS: tuple[str, ...] = (
-    "samples",
-    "pictures",
-    "broken",
-    "duplicates",
-    "without captions",
-    "captions",
-    "captions by the captioner",
-    "captions joined",
-    "captions folded",
-    "captions empty",
-)
 
 
 def _with(sample: Sample, kept: Sequence[tuple[Text, float]]) -> Sample:

@@ -23,15 +23,15 @@ def convert(
     vision_heads: Annotated[
         int | None, typer.Option(help="Attention heads of the image encoder in a .pth, if it is not ViT-g.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote to OUT.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert weights between openblip2, transformers and LAVIS, or export the image path to ONNX."""
     progress().doing(f"converting {source}")
     from openblip2.weights.convert import convert as write
 
-    notes = write(
-        source, out, to, heads=heads, vision=vision, language=language, tokenizer=tokenizer, vision_heads=vision_heads
-    )
+    parts = {"vision": vision, "language": language, "tokenizer": tokenizer}
+    notes = write(source, out, to, heads=heads, vision_heads=vision_heads, overwrite=overwrite, **parts)
     if as_json:
         put({"out": str(out), "notes": notes})
         return

@@ -67,7 +67,7 @@ def search(
 
 
 def _like_a_path(query: str) -> bool:
-    from openblip2.data.rows import PICTURE_SUFFIXES
+    from openblip2.data.images import PICTURE_SUFFIXES
 
     one_word = len(query.split()) == 1 and re.search(r"[/\\]|\.\w{2,5}$", query) is not None
     folder, suffix = os.path.dirname(query), os.path.splitext(query)[1].lower()

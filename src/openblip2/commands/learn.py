@@ -68,7 +68,7 @@ def demo(
     from openblip2.runs import locked
 
     plan = plan_for(corpus, world or "small", seed, budget)  # pyright: ignore[reportArgumentType]
-    with keeping(f"checkpoints and finished runs are in {out}, the same command goes on"), locked(out):
+    with keeping(f"checkpoints and finished runs are in {out}; run the same command to continue"), locked(out):
         metrics = run_demo(out, plan, says, overwrite)
     report, figures = str(out / "report.html"), str(out / "metrics.json")
     if as_json:
@@ -184,7 +184,7 @@ def features(
         says.say(f"skipped: {line}")
     keep_freed_memory()
     vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
-    with keeping(f"what is encoded is in {out}, the same command goes on"):
+    with keeping(f"what is encoded is in {out}; run the same command to continue"):
         takes = write_features(vision, records, settings, out, precision, views, says, dry_run)
     if as_json:
         put({"out": str(out), **takes})

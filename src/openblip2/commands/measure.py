@@ -1,6 +1,7 @@
 """Commands that measure: evaluate, compare, doctor, bench."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 from openblip2.commands.shared import (
     AsJson,
     Images,
+    Overwrite,
     Questions,
     Run,
     Split,
@@ -17,6 +19,7 @@ from openblip2.commands.shared import (
     progress,
     put,
     read_data,
+    require_all,
     tell,
 )
 from openblip2.errors import UserError
@@ -55,7 +58,7 @@ def evaluate(
     features: Annotated[Path | None, typer.Option(help="retrieval: feature cache written by `features`.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many images, from the beginning.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the confidence intervals.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run: scores with 95 % confidence intervals, and the protocol."""
@@ -63,15 +66,14 @@ def evaluate(
     says.doing(f"loading {run}")
     from openblip2.evaluate.run import Options, require_task
     from openblip2.evaluate.run import evaluate as score
-    from openblip2.runs import require_absent
+    from openblip2.runs import new_result
 
     options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed)
     require_task(task, options)
-    require_absent(out, overwrite)
-    wanted = "questions" if task == "vqa" else "captions"
-    source = read_data(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
-    texts = f"texts written so far are beside {out}, the same command goes on"
-    with keeping(texts if task in ("caption", "vqa") else f"nothing is kept of {task}"):
+    texts = f"texts written so far are beside {out}; run the same command to continue"
+    with keeping(texts if task in ("caption", "vqa") else f"nothing is kept of {task}"), new_result(out, overwrite):
+        wanted = "questions" if task == "vqa" else "captions"
+        source = read_data(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
         result = score(task, run, source, out, options, says)
     if as_json:
         put({"out": str(out), **result.as_json()})
@@ -106,6 +108,7 @@ def doctor(
     ] = None,
     question: Annotated[str | None, typer.Option(help="For a Q-Former that reads questions, with images.")] = None,
     out: Annotated[Path | None, typer.Option(help="HTML file for findings and curves; not with images.")] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Diagnose a run from its log, or measure on images whether its queries differ."""
@@ -114,8 +117,9 @@ def doctor(
     if images:
         if out is not None:
             raise UserError("--out draws the log of a run: leave the pictures out")
-        one, measured = _rank(run, images, question)
+        one, measured, bad = _rank(run, images, question)
         put(asdict(one) | measured) if as_json else typer.echo(one.in_words())
+        require_all(images, bad)
         return
     if question is not None:
         raise UserError("--question is for pictures: give them after the run")
@@ -125,32 +129,38 @@ def doctor(
         require("--out", "plots", "matplotlib")  # before the findings are printed
     progress().doing(f"reading {run}")
     from openblip2.apps.report.pages import examine, write_findings
-    from openblip2.runs import make_folder
+    from openblip2.runs import new_result
 
-    settings, rows, found = examine(Path(run))
-    for one in found:
-        put(asdict(one)) if as_json else typer.echo(one.in_words())
-    if out is not None:
-        make_folder(out.parent)
-        write_findings(out, run, settings, rows, found)
-        if not as_json:
-            typer.echo(str(out))
+    with nullcontext() if out is None else new_result(out, overwrite):
+        settings, rows, found = examine(Path(run))
+        for one in found:
+            put(asdict(one)) if as_json else typer.echo(one.in_words())
+        if out is not None:
+            write_findings(out, run, settings, rows, found)
+    if out is not None and not as_json:
+        typer.echo(str(out))
 
 
-def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Finding, dict[str, Any]]":
-    """What the effective rank of a loaded model says, and its value."""
+def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Finding, dict[str, Any], list[Path]]":
+    """What the effective rank of a loaded model says, its value, and the pictures that cannot be read."""
     if len(images) < 2:
         raise UserError("one picture has no effective rank: give at least two")
     says = progress()
     says.doing(f"loading {run}")
+    from openblip2.data.images import open_picture
     from openblip2.evaluate.health import rank_finding
+    from openblip2.inference.inputs import each_readable
     from openblip2.inference.load import load
 
     model = load(run)
     says.doing(f"looking at {len(images)} pictures")
-    rank = model.effective_rank(images, None if question is None else [question] * len(images))
-    queries = model.model.qformer.queries.shape[1]
-    return rank_finding(rank, queries), {"effective_rank": rank, "queries": queries, "pictures": len(images)}
+    opened = each_readable(images, lambda some, _: [image for image in some if open_picture(image)])
+    good, bad = [image for image in opened if image], [image for image in images if image not in opened]
+    if len(good) < 2:
+        require_all(images, bad)
+    rank = model.effective_rank(good, None if question is None else [question] * len(good))
+    queries = model.model.connector.tokens
+    return rank_finding(rank, queries), {"effective_rank": rank, "queries": queries, "pictures": len(good)}, bad
 
 
 def bench_real(
@@ -158,6 +168,7 @@ def bench_real(
     fold: Annotated[list[int] | None, typer.Option(help="Fold to run, 0 to 4; can be repeated; default: all.")] = None,
     table: Annotated[Path | None, typer.Option(help="Markdown file whose marked table is replaced.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the folds and of training.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train and evaluate on real images of four sources; takes hours and can be resumed."""
     says = progress()
@@ -166,8 +177,9 @@ def bench_real(
     from openblip2.apps.studies.real import bench_real as run
     from openblip2.runs import locked
 
-    plan = Plan(seed=seed) if not fold else Plan(seed=seed, folds=tuple(sorted(set(fold))))
-    with keeping(f"finished runs are in {out}, the same command goes on"), locked(out):
+    folds = {"folds": tuple(sorted(set(fold)))} if fold else {}
+    plan = Plan(seed=seed, overwrite=overwrite, **folds)
+    with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):
         run(out, plan, says, table)
     typer.echo((out / "real.md").read_text(encoding="utf-8"))
 
@@ -182,14 +194,19 @@ def bench(
     precision: Annotated[
         str, typer.Option(help="Precision: auto, bf16 or fp32.", autocompletion=among(("auto", "bf16", "fp32")))
     ] = "auto",
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare speed and memory with naive implementations and transformers' BLIP-2."""
     says = progress()
     says.doing("loading torch and transformers")
     from openblip2.apps.bench.run import run_bench
+    from openblip2.runs import new_result
 
-    with keeping(f"the cases timed so far are in {out}" if out else "nothing is kept without --out"):
+    with (
+        keeping(f"the cases timed so far are in {out}" if out else "nothing is kept without --out"),
+        nullcontext() if out is None else new_result(out, overwrite),
+    ):
         found = run_bench(size, case or [], out, repeats, precision, says.doing if as_json else tell, says)
     if as_json:
         put(found)

@@ -26,10 +26,12 @@ def prepare(
     says = progress()
     says.doing(f"reading {data}")
     from openblip2.data.web.write_shards import write_shards
+    from openblip2.runs import locked
 
     source = read_data(data, "captions", images, split)
     with (
-        keeping(f"whole shards are in {out}, the same command goes on"),
+        keeping(f"whole shards are in {out}; run the same command to continue"),
+        locked(out),
         says.steps("pictures", len(source.records)) as bar,
     ):
         written = write_shards(source.records, out, size, seed, lambda count: bar.advance(count=count))
@@ -66,12 +68,12 @@ def capfilt(
     """CapFilt: sample new captions for the images of shards, and keep the captions that fit best."""
     says = progress()
     says.doing(f"loading {captioner} and {ranker}")
-    from openblip2.capfilt.how import How
     from openblip2.capfilt.models import Models
+    from openblip2.capfilt.pool import How
     from openblip2.capfilt.run import capfilt as run
 
     if threshold is not None and filter != "itm":
-        raise UserError("--threshold: is for --filter itm; similarity drops nothing by a threshold")
+        raise UserError("--threshold belongs to --filter itm: leave it out, or add --filter itm")
     how = How(
         captions=(1 if filter == "itm" else 10) if captions is None else captions,
         top_p=top_p,
@@ -81,7 +83,7 @@ def capfilt(
         seed=seed,
         reader=reader,
     )
-    with keeping(f"finished shards are in {out}, the same command goes on"):
+    with keeping(f"finished shards are in {out}; run the same command to continue"):
         written = run(shards, Models(captioner, ranker), out, how, says, _part(part))
     counts = written.counts
     if as_json:
@@ -101,4 +103,4 @@ def _part(text: str) -> tuple[int, int]:
         number, parts = int(match[1]), int(match[2])
         if 1 <= number <= parts:
             return number, parts
-    raise UserError(f"--part {text!r}: K/N, from 1/N to N/N")
+    raise UserError(f"--part {text!r}: write it as K/N, from 1/N to N/N")

@@ -1,11 +1,12 @@
 """Commands that serve a run and measure the server under load: serve, bench-serve."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Run, progress, put, tell
+from openblip2.commands.shared import AsJson, Overwrite, Run, progress, put, tell
 from openblip2.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -46,13 +47,17 @@ def bench_serve(
     seconds: Annotated[float, typer.Option(min=1, help="Duration for each batch size, in seconds.")] = 120.0,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; can be repeated; default: 16.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Load test of the server: throughput, latency and memory with many clients."""
     from openblip2.apps.bench.load import bench_serve as press
-    from openblip2.runs import write_json
+    from openblip2.runs import new_result, write_json
 
-    found = press(run, pictures, clients, seconds, batch or [16], progress())
+    with nullcontext() if out is None else new_result(out, overwrite):
+        found = press(run, pictures, clients, seconds, batch or [16], progress())
+        if out is not None:
+            write_json(found, out)
     for one in found:
         if as_json:
             put(one)
@@ -62,5 +67,3 @@ def bench_serve(
             f"95 % within {one['p95']:.1f} s; {one['statuses'].get('429', 0):,} told to wait, {one['errors']} errors; "
             f"{one['memory'] / 2**30:.2f} GiB, grew by {100 * one['memory_grew']:.1f} % after warming up"
         )
-    if out is not None:
-        write_json(found, out)

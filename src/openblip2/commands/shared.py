@@ -1,5 +1,6 @@
 """What several commands take, how they refuse it, and how all of them speak."""
 
+import gc
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting, for example optim.lr=2e-4; can be repeated.", metavar="NAME=VALUE"),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the finished result in --out.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote to --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, one object per line.")]
 
 _asked = {"quiet": False}
@@ -118,23 +119,27 @@ def read_data(
     **options: bool,
 ) -> "Source":
     """`read_source`, and two corpora that packages contain, by their names: easy-VQA, and for captions the stamps."""
-    from openblip2.apps.corpora import easy_vqa, stamps
+    from openblip2.apps.corpora.installed import NAMES, read_installed
     from openblip2.data.sources import read_source
 
-    if data != easy_vqa.NAME and (data != stamps.NAME or wanted == "questions"):
+    if data not in NAMES or (data == "stamps" and wanted == "questions"):
         return read_source(data, wanted, images, split, questions, **options)
     if images or questions or split not in ("train", "test"):
         raise UserError(f"--data {data}: give --split train or --split test, and neither --images nor --questions")
-    return easy_vqa.read_split(split) if data == easy_vqa.NAME else stamps.read_split(split)
+    return read_installed(data, split)
 
 
 def load_captioner(run: str) -> Any:
     """A run that can write text: a `Captioner`."""
     progress().doing(f"loading {run}")
-    from openblip2.inference.captioner import Captioner
-    from openblip2.inference.load import load
+    gc.disable()  # what is imported stays, so looking for garbage in it would only take an eighth of the time
+    try:
+        from openblip2.inference.captioner import Captioner
+        from openblip2.inference.load import load
 
-    model = load(run)
+        model = load(run)
+    finally:
+        gc.enable()
     if not isinstance(model, Captioner):
         raise UserError(f"{run} is a stage-1 run, which cannot write text; give a stage-2 run")
     return model

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import Settings, among, keeping, progress, read_changes
+from openblip2.commands.shared import Overwrite, Settings, among, keeping, progress, read_changes
 from openblip2.errors import UserError
 
 STUDIES = ("stage1", "itg", "queries", "encoder", "warm-start", "capfilt")
@@ -24,6 +24,7 @@ def ablate(
     stage1_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 1; default: by study.")] = None,
     stage2_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 2; default: by study.")] = None,
     changes: Settings = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Run one of the ablation studies on drawn scenes; can be resumed."""
     says = progress()
@@ -40,8 +41,9 @@ def ablate(
         values=_numbers("--values", values) if values else (),
         steps=steps,
         changes=read_changes(changes),
+        overwrite=overwrite,
     )
-    with keeping(f"finished runs are in {out}, the same command goes on"), locked(out):
+    with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):
         run(name, out, plan, says)
     typer.echo((out / "ablation.md").read_text(encoding="utf-8"))
 
@@ -50,5 +52,5 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     """Different whole numbers, 0 or more, with commas between them, in their order."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise UserError(f"{option} {text!r}: give whole numbers with commas between them, 0,1,2 for one")
+        raise UserError(f"{option} {text!r}: give whole numbers with commas between them, for example 0,1,2")
     return tuple(dict.fromkeys(map(int, parts)))

@@ -2,68 +2,183 @@
 
 import math
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from openblip2.commands.shared import AsJson, Run, among, load_captioner, open_single, progress, put, require_all, tell
+from openblip2.commands import shared
+from openblip2.commands.shared import (
+    AsJson,
+    Overwrite,
+    Run,
+    among,
+    load_captioner,
+    open_single,
+    progress,
+    put,
+    require_all,
+    tell,
+)
 from openblip2.errors import UserError, printable
+
+Tokens = Annotated[int | None, typer.Option(min=1, help="Maximum number of new tokens; default: 30.")]
+Beams = Annotated[int | None, typer.Option(min=1, help="Beam width; 1 = greedy; default: 5.")]
 
 
 def caption(
     run: Run,
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders with images, also in their folders.")],
     prompt: Annotated[str | None, typer.Option(help="Text that the caption begins with, or an instruction.")] = None,
-    beams: Annotated[int | None, typer.Option(min=1, help="Beam width; 1 = greedy; default: 5.")] = None,
+    beams: Beams = None,
+    tokens: Tokens = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: words are repeated less often.")] = 1.0,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw each caption at random, without beams.")] = False,
+    captions: Annotated[int, typer.Option(min=1, help="Different captions of each image, drawn as by --sample.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of --sample and --captions.")] = 0,
+    beside: Annotated[
+        bool,
+        typer.Option("--beside", help="Also write a.txt beside a.jpg; images that have one are left alone."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write captions for images: prints `path<TAB>caption` for each."""
-    from dataclasses import replace
+    """Write captions for images: prints `path<TAB>caption` for each.
 
-    model = load_captioner(run)
-    from openblip2.inference.captioner import CAPTION
+    With --json also the log-probability of each caption. With --beside, the same command continues where it stopped.
+    """
+    drawn = sample or captions > 1
+    if drawn and beams is not None:
+        raise UserError(f"{'--sample' if sample else '--captions'} draws at random, without beams: leave out --beams")
+    todo = _pictures(images)
+    with ExitStack() as locks:
+        if beside:
+            from openblip2.runs import locked
+
+            for folder in {(path if path.is_dir() else path.parent).resolve() for path in images if path.exists()}:
+                locks.enter_context(locked(folder))
+            locks.enter_context(shared.keeping("the texts that are written stay; the same command continues"))
+            todo = _without_text(todo)
+        if not todo:
+            return
+        model = load_captioner(run)
+        from openblip2.inference.captioner import CAPTION, SAMPLED
+
+        changes = {"beams": beams, "max_new_tokens": tokens, "seed": seed if drawn else None}
+        how = replace(SAMPLED if drawn else CAPTION, repetition_penalty=repetition_penalty, **_given(changes))
+        _caption(todo, lambda part: model.captions(part, captions, prompt, how, as_json), captions, beside, as_json)
+
+
+def _caption(
+    images: list[Path], write: Callable[[list[Path]], list[Any]], count: int, beside: bool, as_json: bool
+) -> None:
     from openblip2.inference.inputs import GROUP
 
-    how = CAPTION if beams is None else replace(CAPTION, beams=beams)
-    open_single(images, {"path": str(images[0]), "caption": None} if as_json else None)
+    none = {"path": str(images[0]), "caption" if count == 1 else "captions": None}
+    open_single(images, none if as_json else None)
     bad: list[Path] = []
     with progress().steps("captions", len(images)) as bar:
         for start in range(0, len(images), GROUP):
             part = images[start : start + GROUP]
-            for image, text in zip(part, model.caption(part, prompt, how), strict=True):
-                bad += [image] if text is None else []
+            for image, written in zip(part, write(part), strict=True):
+                bad += [image] if written is None else []
+                if beside and written:
+                    _write_text(image, [one.text for one in written])
                 if as_json:
-                    put({"path": str(image), "caption": text})
-                elif text is not None:
-                    tell(f"{printable(str(image))}\t{text}")
+                    rows = [{"caption": text, "logprob": logprob} for text, logprob in written or [(None, None)]]
+                    put({"path": str(image)} | (rows[0] if count == 1 else {"captions": written and rows}))
+                for one in () if as_json else written or ():
+                    tell(f"{printable(str(image))}\t{printable(one.text)}")
             bar.advance(count=len(part))
     require_all(images, bad)
+
+
+def _pictures(paths: list[Path]) -> list[Path]:
+    """The files, and of each folder the pictures in it and in its folders, as `train --data` reads it."""
+    from openblip2.data.rows import PICTURE_SUFFIXES
+
+    found: dict[Path, None] = {}
+    for path in paths:
+        pictures = [path]
+        if path.is_dir():
+            inside = sorted(one for one in path.rglob("*") if one.suffix.lower() in PICTURE_SUFFIXES and one.is_file())
+            pictures = [one for one in inside if not any(n.startswith(".") for n in one.relative_to(path).parts)]
+            if not pictures:
+                raise UserError(f"{path}: no pictures in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        found |= dict.fromkeys(pictures)
+    return list(found)
+
+
+def _without_text(pictures: list[Path]) -> list[Path]:
+    """Those without a text beside them."""
+    todo = [picture for picture in pictures if not picture.with_suffix(".txt").exists()]
+    owners: dict[Path, Path] = {}
+    for picture in todo:
+        if (other := owners.setdefault(text := picture.with_suffix(".txt"), picture)) != picture:
+            raise UserError(f"{other} and {picture} would have the same {text.name}: rename one of them")
+    if len(todo) < len(pictures):
+        progress().say(f"{len(pictures) - len(todo):,} of {len(pictures):,} pictures have a text and are left alone")
+    return todo
+
+
+def _write_text(picture: Path, texts: list[str]) -> None:
+    """The texts, one a line, in a file beside the picture."""
+    from openblip2.runs import atomic_write
+
+    path = picture.with_suffix(".txt")
+    try:
+        with atomic_write(path) as draft:
+            draft.write_text("".join(" ".join(text.split()) + "\n" for text in texts), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): caption a copy of the folder") from error
 
 
 def answer(
     run: Run,
     image: Annotated[Path, typer.Argument(help="Image file.")],
     question: Annotated[str, typer.Argument(help="Question about the image.")],
+    among: Annotated[str | None, typer.Option(help="Possible answers, separated by commas: yes,no.")] = None,
+    beams: Beams = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of new tokens; default: 10.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer a question about an image."""
+    """Answer a question about an image.
+
+    With --among, prints `probability<TAB>answer` for each possible answer, the likeliest first.
+    """
+    if among is not None and (beams or tokens):
+        raise UserError("--among compares the answers that you give: leave out --beams and --tokens")
     model = load_captioner(run)
+    from openblip2.inference.captioner import ANSWER
+
     row = {"path": str(image), "question": question}
     open_single([image], row | {"answer": None} if as_json else None)
-    (text,) = model.ask(image, [question])
-    put(row | {"answer": text}) if as_json else typer.echo(text)
+    if among is None:
+        (text,) = model.ask(image, [question], replace(ANSWER, **_given({"beams": beams, "max_new_tokens": tokens})))
+        put(row | {"answer": text}) if as_json else typer.echo(text)
+        return
+    answers = [one.strip() for one in among.split(",")]
+    chances = model.choose([image], [question], answers)[0].tolist()
+    best = dict(sorted(zip(answers, chances, strict=True), key=lambda pair: -pair[1]))
+    if as_json:
+        put(row | {"answer": next(iter(best)), "probabilities": best})
+    for text, chance in () if as_json else best.items():
+        typer.echo(f"{chance:.3f}\t{text}")
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def chat(
     run: Run,
     image: Annotated[Path, typer.Argument(help="Image file.")],
     question: Annotated[str | None, typer.Option(help="Form of a question, with {} for the text.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens in an answer; default: 30.")] = None,
+    tokens: Tokens = None,
 ) -> None:
     """Chat about an image: reads questions line by line and answers them in context."""
-    from dataclasses import replace
-
     model = load_captioner(run)
     from openblip2.inference.captioner import CHAT
     from openblip2.inference.chat import Chat
@@ -128,26 +243,28 @@ def attend(
         str,
         typer.Option(help="Stage-1 runs: score to explain, itc or itm.", autocompletion=among(("itc", "itm"))),
     ] = "itc",
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw attention maps of the queries, and which image regions a text depends on."""
     progress().doing(f"loading {run}")
     from openblip2.inference.attend import BY, look, overlay, sheet
     from openblip2.inference.load import load
-    from openblip2.runs import make_folder
+    from openblip2.runs import new_result
 
     if by not in BY:
         raise UserError(f"--by {by}: it must be one of {', '.join(BY)}")
-    make_folder(out)
-    found = look(load(run), image, text, by)
-    drawn = {
-        "attention.png": overlay(image, found.average),
-        "queries.png": sheet(image, [(f"query {n}", one) for n, one in enumerate(found.queries)]),
-    }
-    if found.words:
-        drawn["text.png"] = sheet(image, found.words, side=320, columns=4, one_scale=False)
-    for name, picture in drawn.items():
-        picture.save(out / name)
+    with new_result(out / "attention.png", overwrite):
+        found = look(load(run), image, text, by)
+        drawn = {
+            "attention.png": overlay(image, found.average),
+            "queries.png": sheet(image, [(f"query {n}", one) for n, one in enumerate(found.queries)]),
+        }
+        if found.words:
+            drawn["text.png"] = sheet(image, found.words, side=320, columns=4, one_scale=False)
+        (out / "text.png").unlink(missing_ok=True)  # of an earlier picture
+        for name, picture in drawn.items():
+            picture.save(out / name)
     if as_json:
         put({"files": [str(out / name) for name in drawn], "text": found.text})
         return

@@ -14,6 +14,7 @@ from torch import Tensor
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.data.samples import Samples
+from openblip2.data.text import names_side
 from openblip2.distributed.collectives import gather, part_of, share, world_size
 from openblip2.errors import UserError
 
@@ -108,7 +109,7 @@ class ImagePairs(Batches):
         seed: of everything random.
         size: S.
         problem: called with a line for each image that cannot be opened.
-        augmented: whether to crop and flip at random.
+        augmented: whether to crop and flip at random; a picture whose texts say left or right is not flipped.
         part: which rows of the joined batch this process has. The joined batch does not depend on it.
         mixed: see `Sampler`.
     """
@@ -129,6 +130,8 @@ class ImagePairs(Batches):
         self.seed, self.size, self.problem, self.augmented = seed, size, problem, augmented
         self.sampler = Sampler(samples.lengths, batch, seed, mixed)
         self.bad: set[int] = set()
+        # Differs from the paper, which mirrors these, too.
+        self.sided = {n for n, record in enumerate(self.records) if augmented and names_side(record.texts)}
 
     def _make(self, number: int, part: Part) -> PairBatch:
         every = Pairs(self.samples, self.sampler(number), batch_generator(self.seed, number, "caption"))
@@ -152,8 +155,8 @@ class ImagePairs(Batches):
         return every.take(good, [self.records[every.pictures[n]].id for n in good], images=torch.cat(images))
 
     def _open(self, picture: int, generator: torch.Generator) -> Tensor:
-        path = self.records[picture].image
-        return augment(path, self.size, generator) if self.augmented else to_pixels([path], self.size)[0]
+        path, mirror = self.records[picture].image, False if picture in self.sided else None
+        return augment(path, self.size, generator, mirror) if self.augmented else to_pixels([path], self.size)[0]
 
 
 class Pairs:

@@ -64,7 +64,7 @@ class FeatureCache:
             raise UserError(f"{folder} was written by an older version: run the same `openblip2 features` again")
         lines = _index_lines(folder)
         if not lines:
-            raise UserError(f"{folder} is no feature cache: give the folder that `openblip2 features ... --out` wrote")
+            raise UserError(f"{folder} is not a feature cache: give a folder that `openblip2 features` wrote")
         again = f"remove {folder} and run the same again"
         try:
             head = json.loads(lines[0])
@@ -76,7 +76,7 @@ class FeatureCache:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'features.jsonl'} is damaged: {again}") from error
         if version != VERSION:
-            raise UserError(f"{folder} has version {version} and this program reads {VERSION}: make another cache")
+            raise UserError(f"{folder} has version {version} and this program reads {VERSION}: make a new cache")
         self.picture_bytes = picture_bytes(self.shape)
         self.count = 1 + max((p.row for p in self.pictures.values() if p.row is not None), default=-1)
         found, expected = file_state(self.path)[0], self.count * self.picture_bytes

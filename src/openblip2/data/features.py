@@ -13,6 +13,7 @@ from openblip2.data.batches import Batches, PairBatch, Pairs, Part, Sampler, bat
 from openblip2.data.feature_cache import FeatureCache, file_state
 from openblip2.data.records import Record
 from openblip2.data.samples import Samples
+from openblip2.data.text import names_side
 from openblip2.distributed.collectives import part_of
 from openblip2.errors import UserError
 
@@ -83,7 +84,8 @@ class FeaturePairs(Batches):
         samples: texts of the same records.
         batch: pairs of the joined batch.
         seed: of everything random.
-        drawn: whether to use a random one of each image's crops instead of the plain image.
+        drawn: whether to use a random one of each image's crops instead of the plain image, and none that is mirrored
+            if a text of the image says left or right.
         part: which rows of the joined batch this process has. The joined batch does not depend on it.
     """
 
@@ -99,6 +101,7 @@ class FeaturePairs(Batches):
     ) -> None:
         self.features, self.samples, self.seed, self.drawn, self.part = features, samples, seed, drawn, part
         self.sampler = Sampler(samples.lengths, batch, seed, mixed)
+        self.sided = {n for n, record in enumerate(features.records) if drawn and names_side(record.texts)}
 
     def _make(self, number: int, part: Part) -> PairBatch:
         every = Pairs(self.samples, self.sampler(number), batch_generator(self.seed, number, "caption"))
@@ -107,7 +110,8 @@ class FeaturePairs(Batches):
         if self.drawn:
             random = batch_generator(self.seed, number, "crop")
             drawn = torch.randint(self.features.views, (len(every.pictures),), generator=random).tolist()
-            views = [drawn[n] for n in own]
+            # Every second view is mirrored (train/encode.py).
+            views = [drawn[n] - drawn[n] % 2 if every.pictures[n] in self.sided else drawn[n] for n in own]
         pictures = [every.pictures[n] for n in own]
         names = [self.features.records[picture].id for picture in pictures]
         return every.take(own, names, features=self.features.take(pictures, views))

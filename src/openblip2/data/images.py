@@ -8,14 +8,16 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, refuse_lfs_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +42,18 @@ THREADS = min(8, os.cpu_count() or 1)  # that open images in parallel
 # Pillow reads more formats (documents, PostScript with an external program), which are not safe for files from the web.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
+# By suffix: files of these formats, and pictures that have to be converted first.
+PICTURE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".jfi", ".pjpeg", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp"}
+    | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif"}
+)
+UNREADABLE = frozenset(
+    {".heic", ".heif", ".hif", ".jxl", ".jp2", ".psd", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf"}
+    | {".orf", ".rw2", ".pef", ".srw"}
+)
+if not features.check("avif"):
+    PICTURE_SUFFIXES, UNREADABLE = PICTURE_SUFFIXES - {".avif"}, UNREADABLE | {".avif"}
+
 _ORIENTATION = 0x0112  # the EXIF tag; below, its values and the transformations that make the image upright
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,6 +69,17 @@ _UPRIGHT = {
 CROP_AREA = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 CROP_TRIES = 10
+
+
+def left_out(names: Iterable[str]) -> list[str]:
+    """One line for each kind of pictures among files that has to be converted before it can be read."""
+    counts = Counter(suffix for name in names if (suffix := os.path.splitext(name)[1].lower()) in UNREADABLE)
+    return [
+        f"1 {suffix} file is left out; convert it to JPEG"
+        if count == 1
+        else f"{count:,} {suffix} files are left out; convert them to JPEG"
+        for suffix, count in sorted(counts.items())
+    ]
 
 
 def open_picture(picture: Picture) -> Image.Image:
@@ -90,11 +115,17 @@ def to_pixels(pictures: Sequence[Picture], size: int) -> torch.Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
 
 
-def augment(picture: Picture, size: int, generator: torch.Generator) -> torch.Tensor:
+def augment(picture: Picture, size: int, generator: torch.Generator, mirror: bool | None = None) -> torch.Tensor:
     """The training transform of the paper for one image, uint8 `[3, S, S]` in 0..255.
 
     A random crop with 0.5 to 1.0 of the area and an aspect ratio of 3/4 to 4/3, resized to S x S px (bicubic), and
     flipped horizontally with probability 0.5. The same state of `generator` gives the same pixels.
+
+    Args:
+        picture: as in `open_picture`.
+        size: S.
+        generator: of the crop and the flip.
+        mirror: whether to flip it; None = by chance, as in the paper.
 
     Raises:
         UserError: as `open_picture`.
@@ -103,7 +134,8 @@ def augment(picture: Picture, size: int, generator: torch.Generator) -> torch.Te
 
     image = _opened(picture, at_least=3 * size)
     image = image.crop(random_crop(image.width, image.height, generator))
-    if torch.rand((), generator=generator).item() < 0.5:
+    flipped = torch.rand((), generator=generator).item() < 0.5
+    if flipped if mirror is None else mirror:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(_resized(image, size)).permute(2, 0, 1).contiguous()
 
@@ -151,32 +183,38 @@ def _opened(picture: Picture, at_least: int | None) -> Image.Image:
         return _decoded(picture, name)
     if isinstance(picture, np.ndarray):
         return _from_array(picture)
-    raise UserError(f"a {type(picture).__name__} is not a picture; a path, a PIL image or a NumPy array [H, W, 3]")
+    raise UserError(f"a {type(picture).__name__} is not a picture: give a path, a PIL image or a NumPy array [H, W, 3]")
 
 
 def _from_file(path: Path, at_least: int | None) -> Image.Image:
+    if re.match("https?:/", str(path)):
+        raise UserError(f"{path}: is an address, and pictures are not downloaded; give the path of a downloaded file")
     try:
         if not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
-            raise UserError(f"{path}: {what}; the path of a picture")
+            raise UserError(f"{path}: {what}: give the path of a picture")
         bytes_ = path.stat().st_size
         if bytes_ == 0:
-            raise UserError(f"{path}: is empty (0 bytes); a picture file")
+            raise UserError(f"{path}: is empty (0 bytes): give a picture file")
         if bytes_ > MAX_BYTES:
-            raise UserError(f"{path}: has {bytes_:,} bytes; a picture file of at most {MAX_BYTES:,}")
+            raise UserError(f"{path}: has {bytes_:,} bytes: give a picture file of at most {MAX_BYTES:,}")
         with path.open("rb") as file:
             return _from_stream(file, str(path), at_least)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); the path of a picture") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}): give a readable picture") from error
 
 
 def _from_stream(file: Any, name: str, at_least: int | None) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{name}: has too many pixels; a picture of at most {MAX_PIXELS:,}") from error
+        raise UserError(f"{name}: has too many pixels: give a picture of at most {MAX_PIXELS:,}") from error
     except Exception as error:  # Pillow's parsers raise exceptions of any type
-        raise UserError(f"{name}: is not a picture that can be read; {', '.join(FORMATS)}") from error
+        file.seek(0)
+        refuse_lfs_pointer(name, file.read(64))
+        if left_out([name]):
+            raise UserError(f"{name}: pictures of this kind cannot be read: convert it to JPEG") from error
+        raise UserError(f"{name}: is not a picture in a known format: give {', '.join(FORMATS)}") from error
     _check_pixels(image.width, image.height, name)
     if at_least is not None:
         image.draft(None, (at_least, at_least))
@@ -185,7 +223,7 @@ def _from_stream(file: Any, name: str, at_least: int | None) -> Image.Image:
 
 def _check_pixels(width: int, height: int, name: str) -> None:
     if not 0 < width * height <= MAX_PIXELS:
-        raise UserError(f"{name}: has {width} x {height} pixels; a picture of 1 to {MAX_PIXELS:,} pixels")
+        raise UserError(f"{name}: has {width} x {height} pixels: give a picture of 1 to {MAX_PIXELS:,} pixels")
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:
@@ -197,7 +235,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise exceptions of any type
-        raise UserError(f"{name}: is truncated or broken ({error}); a whole picture") from error
+        raise UserError(f"{name}: is incomplete or damaged ({error}): give the complete file") from error
     if turn is not None:
         image = image.transpose(turn)
     image.info.clear()
@@ -215,10 +253,10 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit gray, in Pillow's modes with 16 or 32 bits
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{name}: has gray values outside 0..65535; a picture of 8 or 16 bits")
+            raise UserError(f"{name}: has gray values outside 0..65535: save it with 8 or 16 bits")
         if image.mode == "I" and 0 < values.max() < 256:  # as 16 bits it would be black
             raise UserError(
-                f"{name}: has 32-bit gray values up to {values.max()}, so it may be an 8-bit one; save it as that"
+                f"{name}: has 32-bit gray values up to {values.max()}, so it may have 8 bits: save it with 8 bits"
             )
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     elif image.mode == "F":
@@ -234,16 +272,16 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.size == 0 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))):
-        raise UserError(f"{name}: is not a picture; [H, W] or [H, W, 3], the channels last")
+        raise UserError(f"{name}: is not a picture: give [H, W] or [H, W, 3], the channels last")
     _check_pixels(array.shape[1], array.shape[0], name)
     if np.issubdtype(array.dtype, np.floating):
         array = _to_bytes(array, name)
     elif array.dtype != np.uint8:
-        raise UserError(f"{name}: is of a type no picture has; uint8 in 0..255 or floats in [0, 1]")
+        raise UserError(f"{name}: has a type that pictures do not have: give uint8 in 0..255 or floats in [0, 1]")
     return _rgb(Image.fromarray(np.ascontiguousarray(array)), name)
 
 
 def _to_bytes(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     if not (values.min() >= 0 and values.max() <= 1):  # in this form, NaN is refused, too
-        raise UserError(f"{name}: has values outside [0, 1]; floats in [0, 1], or uint8 in 0..255")
+        raise UserError(f"{name}: has values outside [0, 1]: give floats in [0, 1], or uint8 in 0..255")
     return np.rint(values.astype(np.float32) * 255).astype(np.uint8)

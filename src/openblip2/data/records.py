@@ -2,12 +2,15 @@
 
 Four sources are read:
 
-- a folder with `records.jsonl` (what `write_records` writes);
+- a folder with `records.jsonl` (what `write_records` writes), or `metadata.jsonl`, `metadata.csv`, `captions.txt`;
 - a `.jsonl` file, one object a line: `{"image": "cat.jpg", "caption": "a cat"}`, or `"captions": [...]`, or
   `"question"` with `"answer"` (or `"answers"`, one per annotator), or `"questions": [{"text": ..., "answer": ...,
   "kind": ..., "answers": [...]}]`, and optionally `"id"` and `"facts"`;
-- a `.csv` or `.tsv` file whose first line names the columns `image` and `caption`, or `image`, `question`, `answer`;
+- a `.csv` or `.tsv` file or similar, whose first line names the columns `image` and `caption`, or `image`, `question`,
+  `answer`;
 - a folder of images, also in subfolders, each with a `.txt` of the same name, one caption per line.
+
+Columns and keys may also have the names in `rows.SYNONYMS`, as other tools write them.
 
 Whether a row needs captions or questions depends on the task. Image paths are relative to the folder of the file and
 must be inside it. Rows with the same image, or the same id if there are ids, become one record with all their captions
@@ -23,12 +26,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openblip2.data.rows import ACCEPTED, RECORDS, read_rows
-from openblip2.data.text import clean_caption
+from openblip2.data.text import clean_caption, is_unicode
 from openblip2.errors import UserError
 from openblip2.runs import write_text
 
 QUESTION_KINDS = ("open", "yes/no", "number")
 Wanted = Literal["captions", "questions"]
+_FOLDERS = ("", "Images", "images", "flickr30k_images")
 _WANTED = {"captions": "a caption", "questions": "a question and its answer"}
 
 
@@ -65,6 +69,11 @@ class Record:
     captions: tuple[str, ...]
     questions: tuple[Question, ...] = ()
     facts: dict[str, Any] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """Its captions, and its questions with all their answers."""
+        return [*self.captions, *(text for q in self.questions for text in (q.text, *q.given))]
 
 
 def read_records(source: Path, wanted: Wanted = "captions") -> tuple[list[Record], list[str]]:
@@ -116,7 +125,7 @@ def _row(record: Record, folder: Path) -> dict[str, Any]:
     """A record as the JSON object that `read_records` reads."""
     image = Path(os.path.relpath(record.image, folder))
     if image.parts[0] == os.pardir:
-        raise UserError(f"{record.image}: is outside {folder}; the pictures of a data folder lie inside it")
+        raise UserError(f"{record.image}: is outside {folder}: the pictures of a data folder must be inside it")
     row: dict[str, Any] = {"id": record.id, "image": image.as_posix()}
     if record.captions:
         row["captions"] = list(record.captions)
@@ -143,9 +152,9 @@ def _add(record: Record, records: dict[str, Record]) -> None:
         records[record.id] = record
         return
     if known.image != record.image:
-        raise UserError(f"id {record.id!r} already stands for {known.image}; another id for another image")
+        raise UserError(f"id {record.id!r} already stands for {known.image}: give each image its own id")
     if record.facts is not None and known.facts not in (None, record.facts):
-        raise UserError(f'other "facts" than an earlier row of id {record.id!r}; the same in each, or in one only')
+        raise UserError(f'other "facts" than an earlier row of id {record.id!r}: repeat the same, or leave it out')
     records[record.id] = replace(
         known,
         captions=known.captions + record.captions,
@@ -160,10 +169,10 @@ def _record(row: dict[str, Any], root: Path, wanted: Wanted) -> Record:
     if name is None:
         name = Path(os.path.relpath(image, root)).as_posix()
     elif isinstance(name, bool) or not isinstance(name, str | int) or not _says_something(str(name)):
-        raise UserError('"id" is neither text nor a whole number; leave it out, or one for each image')
+        raise UserError('"id" is neither text nor a whole number: leave it out, or give each image its own')
     facts = row.get("facts")
     if facts is not None and not isinstance(facts, dict):
-        raise UserError('"facts" is not an object; {"name": value, ...}')
+        raise UserError('"facts" is not an object: write {"name": value, ...}')
     captions = _captions(row) if wanted == "captions" or {"caption", "captions"} & row.keys() else ()
     questions = _questions(row)
     if wanted == "questions" and not questions:
@@ -173,28 +182,39 @@ def _record(row: dict[str, Any], root: Path, wanted: Wanted) -> Record:
 
 def _image(name: object, root: Path) -> Path:
     if not _says_something(name):
-        raise UserError(f'no "image"; the path of a picture, relative to {root}')
+        raise UserError(f'no "image": give the path of a picture, relative to {root}')
     # Links are not followed, because the images may be links to other folders.
     image = Path(os.path.normpath(root / str(name)))
     if not Path(os.path.abspath(image)).is_relative_to(os.path.abspath(root)):
-        raise UserError(f"image {name!r} is outside the data folder; a path inside {root}")
-    if not os.path.isfile(image):  # False, where Path.is_file raises, for names that no file can have
-        raise UserError(f"image {str(name)[:200]!r} is missing; the path of a picture, relative to {root}")
-    return image
+        raise UserError(f"image {name!r} is outside the data folder: give a path inside {root}")
+    # Flickr8k's and Flickr30k's tables lie beside the folder of their pictures, which they do not name.
+    for folder in _FOLDERS:
+        path = os.path.normpath(root / folder / str(name))
+        if os.path.isfile(path):  # False, where Path.is_file raises, for names that no file can have
+            return Path(path)
+    shown = f"image {str(name)[:200]!r} is missing"
+    if "://" in str(name):
+        raise UserError(f"{shown}: it is an address, and pictures are not downloaded: give shards made by img2dataset")
+    if "\\" in str(name):
+        raise UserError(f"{shown}: it has a backslash: write / between folder and file")
+    raise UserError(f"{shown}: give the path of a picture, relative to {root}")
 
 
 def _captions(row: dict[str, Any]) -> tuple[str, ...]:
     right = '"caption": "text", or "captions": ["text", ...]'
     if "caption" in row and "captions" in row:
         raise UserError(f'both "caption" and "captions"; {right}')
-    captions = row.get("captions", [row["caption"]] if "caption" in row else None)
-    if not isinstance(captions, list) or not captions:
+    captions = row.get("captions", row.get("caption", []))
+    captions = captions if isinstance(captions, list) else [captions]
+    if not captions:
         raise UserError(f"no caption; {right}")
     for caption in captions:
-        if not _is_text(caption):
+        if not isinstance(caption, str) or not is_unicode(caption):
             raise UserError(f"a caption is not Unicode text; {right}")
         if not clean_caption(caption):
-            raise UserError(f"the caption {caption[:40]!r} is empty; at least one word")
+            raise UserError(f"the caption {caption[:40]!r} is empty: at least one word is needed")
+        if caption.strip().lower() == "nan":
+            raise UserError(f"the caption {caption!r} is what pandas writes if there is none: leave the row out")
     return tuple(captions)
 
 
@@ -242,15 +262,4 @@ def kind_of(answer: str) -> str:
 
 
 def _says_something(value: object) -> bool:
-    return _is_text(value) and bool(str(value).strip())
-
-
-def _is_text(value: object) -> bool:
-    """Whether `value` is Unicode text. JSON's "\\ud800" is a str, but no tokenizer and no file accepts it."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return isinstance(value, str) and is_unicode(value) and bool(value.strip())

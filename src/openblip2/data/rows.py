@@ -1,20 +1,33 @@
 """Unchecked rows of data sets: JSON lines, tables, folders of images."""
 
+import ast
 import csv
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from openblip2.errors import UserError
+from openblip2.data.images import PICTURE_SUFFIXES, UNREADABLE, left_out
+from openblip2.data.text import is_unicode
+from openblip2.errors import UserError, refuse_lfs_pointer
 
 RECORDS = "records.jsonl"
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif"})
+LISTS = (RECORDS, "metadata.jsonl", "metadata.csv", "captions.txt")  # that a folder is read through, the first of them
+TABLES = (".csv", ".tsv", ".txt")
+# What other tools call our columns and keys: Hugging Face's image folders, kohya, COCO, Flickr30k.
+SYNONYMS = {
+    "image": ("file_name", "filename", "image_path", "file_path", "filepath", "image_file", "image_name", "path"),
+    "caption": ("text", "comment", "raw"),
+}
 ACCEPTED = (
     f"a folder with {RECORDS}, a .jsonl file, a .csv or .tsv file with the columns image and caption "
     "(or image, question and answer), or a folder of pictures each with a .txt of the same name"
 )
+DELIMITERS = (",", "\t", ";", "|")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_AS_UTF8 = "save it as UTF-8 (in Excel: CSV UTF-8)"
 MOST_SWALLOWED = 10  # rows within the text of another row; with more, a table is refused
 MOST_LINES = 100  # of one row; a caption has 50 words
 _ROW = 'one {"image": "cat.jpg", "caption": "a cat"} a line'
@@ -35,81 +48,150 @@ def read_rows(source: Path) -> Iterator[tuple[str, Row]]:
     """
     suffix = source.suffix.lower()
     if source.is_dir():
-        listed = source / RECORDS
-        return _json_lines(listed) if listed.exists() else _pictures(source)
+        listed = find_list(source)
+        if listed is None:
+            return _pictures(source)
+        return _json_lines(listed) if listed.suffix == ".jsonl" else _table(listed)
     if not source.exists():
         raise UserError(f"{source}: does not exist; give {ACCEPTED}")
     if suffix == ".jsonl":
         return _json_lines(source)
-    if suffix in (".csv", ".tsv"):
-        return _table(source, delimiter="," if suffix == ".csv" else "\t")
+    if suffix in TABLES:
+        return _table(source)
     raise UserError(f"{source}: is not data that can be read; give {ACCEPTED}")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+def find_list(folder: Path) -> Path | None:
+    """The file that lists the pictures of a folder; None if there is none."""
+    for path in (folder / name for name in LISTS):
+        # A captions.txt may also be about a picture, or about all of them.
+        if path.exists() and (path.suffix != ".txt" or (path.is_file() and _form(next(_lines(path), ""))[1])):
+            return path
+    return None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file, UTF-8 or UTF-16 with a byte-order mark; bytes that are not UTF-8 are lone surrogates.
+
+    Raises:
+        UserError: the file is a git-LFS pointer, or many of its lines are not UTF-8.
+    """
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _parsed(line)
-
-
-def _parsed(line: bytes) -> Row:
+        start = file.read(64)
+    refuse_lfs_pointer(path, start)
+    encoding, errors = ("utf-16", "strict") if start[:2] in _UTF16 else ("utf-8-sig", "surrogateescape")
+    count = bad = 0
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        with path.open(encoding=encoding, errors=errors, newline="") as file:
+            for line in file:
+                count, bad = count + 1, bad + (not is_unicode(line))
+                yield line
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not whole UTF-16 text; {_AS_UTF8}") from error
+    # One such line costs itself; more of them mean another encoding, whose plain-ASCII rest would be another data set.
+    if bad > max(1, count / 20):
+        raise UserError(f"{path}: {bad:,} of its {count:,} lines are not UTF-8 text; {_AS_UTF8}")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield f"{path}:{number}", _parsed(line)
+
+
+def _parsed(line: str) -> Row:
+    if not is_unicode(line):
+        return UserError(f"not UTF-8 text; {_ROW}")
+    try:
+        row = json.loads(line.removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         return UserError(f"not JSON ({error.msg} at character {error.pos + 1}); {_ROW}")
     except (ValueError, RecursionError):
-        return UserError(f"not UTF-8 text, or JSON beyond any use; {_ROW}")
-    return row if isinstance(row, dict) else UserError(f"JSON, but no object; {_ROW}")
+        return UserError(f"not UTF-8 text, or JSON that cannot be read; {_ROW}")
+    if not isinstance(row, dict):
+        return UserError(f"JSON, but not an object: write {_ROW}")
+    names = _our_names(list(row))
+    return dict(zip(names, row.values(), strict=True))
 
 
-def _table(path: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
-    # Bytes that are not UTF-8 become lone surrogates, so that only their row is skipped and not the file.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        taken: list[str] = []  # the lines of the current row
+def _our_names(names: list[str]) -> list[str]:
+    """Names of columns or keys, with ours in place of the first synonym of each that is missing."""
+    renamed = list(names)
+    for ours, others in SYNONYMS.items():
+        # A "text" beside a question may be anything.
+        if ours in names or (ours == "caption" and {"captions", "question", "questions"} & set(names)):
+            continue
+        if found := next((name for name in others if names.count(name) == 1), None):
+            renamed[names.index(found)] = ours
+    return renamed
 
-        def lines() -> Iterator[str]:
-            for line in file:
-                taken.append(line)
-                yield line
 
-        # strict: otherwise the reader guesses where a text with a wrong quotation mark ends.
-        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-        header: list[str] = []
-        while True:
-            first = reader.line_num + 1
-            where = f"{path}:{first}"
-            taken.clear()
-            try:
-                cells: list[str] | UserError = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                cells = UserError(f'not a table row ({error}); text with quotation marks as "so ""said"""')
-            several = enumerate(taken, first) if len(taken) > 1 else ()
-            rows = [n for n, line in several if _is_row(line, header, delimiter, path.parent)]
-            # Of the lines of one row, at most the first or the last contains an image.
-            swallowed = [n for n in rows if n > first] if len(rows) > 1 or isinstance(cells, UserError) else []
-            if len(swallowed) > MOST_SWALLOWED or len(taken) > MOST_LINES:
-                raise UserError(
-                    f"{where}: a quotation mark is not closed: lines {first} to {reader.line_num} were read as one "
-                    "row; close it, or write it twice if it belongs to the text"
-                )
-            if swallowed:
-                cells = UserError("a quotation mark is not closed, so later rows were read as a part of this one")
-            if isinstance(cells, UserError):
-                yield where, cells
-                yield from ((f"{path}:{n}", UserError(f"read as a part of line {first}")) for n in swallowed)
-            elif not header:
-                header = _header(cells, where, delimiter)
-            elif cells:
-                yield where, _table_row(cells, header)
+def _form(line: str) -> tuple[str, list[str]]:
+    """The delimiter and the columns of a table by its first line; no columns if it does not name them."""
+    for delimiter in DELIMITERS:
+        cells = next(csv.reader([line[:10_000]], delimiter=delimiter), [])
+        columns = _our_names([cell.strip().lower() for cell in cells])
+        once = {name for name in columns if columns.count(name) == 1}
+        if once >= {"image", "question", "answer"} or (once >= {"image"} and once & {"caption", "captions"}):
+            return delimiter, columns
+    return "", []
+
+
+def _table(path: Path) -> Iterator[tuple[str, Row]]:
+    source = _lines(path)
+    if (line := next(source, None)) is None:
+        return
+    delimiter, header = _form(line)
+    if not header:
+        utf8 = "\0" not in line and is_unicode(line)
+        right = "it has to name the columns image and caption, or image, question and answer: rename them"
+        wrong = (
+            f"the first line is {ascii(line.strip())[:80]}; {right if utf8 else 'it is not UTF-8 text: ' + _AS_UTF8}"
+        )
+        raise UserError(f"{path}:1: {wrong}")
+    taken: list[str] = []  # the lines of the current row
+
+    def lines() -> Iterator[str]:
+        for one in source:
+            taken.append(one)
+            yield one
+
+    # strict: otherwise the reader guesses where a text with a wrong quotation mark ends.
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+    while True:
+        first = reader.line_num + 2
+        where = f"{path}:{first}"
+        taken.clear()
+        try:
+            cells: list[str] | UserError = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            cells = UserError(f'not a table row ({error}): write text with quotation marks as "so ""said"""')
+        several = enumerate(taken, first) if len(taken) > 1 else ()
+        rows = [n for n, line in several if _is_row(line, header, delimiter, path.parent)]
+        # Of the lines of one row, at most the first or the last contains an image.
+        swallowed = [n for n in rows if n > first] if len(rows) > 1 or isinstance(cells, UserError) else []
+        if len(swallowed) > MOST_SWALLOWED or len(taken) > MOST_LINES:
+            raise UserError(
+                f"{where}: a quotation mark is not closed: lines {first} to {first + len(taken) - 1} were read as one "
+                "row; close it, or write it twice if it belongs to the text"
+            )
+        if swallowed:
+            cells = UserError("a quotation mark is not closed, so later rows were read as a part of this one")
+        elif not all(map(is_unicode, taken)):
+            cells = UserError(f"not Unicode text in UTF-8; {_AS_UTF8}")
+        if isinstance(cells, UserError):
+            yield where, cells
+            yield from ((f"{path}:{n}", UserError(f"read as a part of line {first}")) for n in swallowed)
+        elif cells:
+            yield where, _table_row(cells, header)
 
 
 def _is_row(line: str, header: list[str], delimiter: str, folder: Path) -> bool:
     """Whether a line without its quotation marks has as many cells as a row and an image in the right column."""
     cells = [cell.strip() for cell in line.replace('"', "").split(delimiter)]
-    if not header or len(cells) < len(header):
+    if len(cells) < len(header):
         return False
     at = header.index("image")
     return any(
@@ -119,45 +201,57 @@ def _is_row(line: str, header: list[str], delimiter: str, folder: Path) -> bool:
     )
 
 
-def _header(cells: list[str], where: str, delimiter: str) -> list[str]:
-    header = [cell.strip().lower() for cell in cells]
-    once = {name for name in header if header.count(name) == 1}
-    if {"image", "caption"} <= once or {"image", "question", "answer"} <= once:
-        return header
-    right = " or ".join(delimiter.join(names) for names in (("image", "caption"), ("image", "question", "answer")))
-    right = right.replace("\t", "<tab>")
-    raise UserError(f"{where}: the first line is {ascii(delimiter.join(cells))[:80]}; it has to be {right}")
-
-
 def _table_row(cells: list[str], header: list[str]) -> Row:
     if len(cells) != len(header):
         right = "a caption that contains the separator stands in double quotes"
         return UserError(f"{len(cells)} cells under {len(header)} columns; {right}")
-    row = dict(zip(header, cells, strict=True))
-    return {name: row[name] for name in ("image", "caption", "question", "answer") if name in row}
+    row: dict[str, Any] = dict(zip(header, cells, strict=True))
+    for name in {"caption", "captions"} & row.keys():
+        if row[name].startswith(("['", '["')):  # a list, as pandas or JSON write it into a cell
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                row[name] = ast.literal_eval(row[name])
+    return {name: row[name] for name in ("image", "caption", "captions", "question", "answer") if name in row}
 
 
 def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
+    converted: list[str] = []  # pictures that have to be, with their captions
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = sorted(name for name in files if not name.startswith("."))
+        listed = find_list(Path(parent))
+        texts = {name.lower(): name for name in names if name.lower().endswith(".txt")}
+        used: dict[str, str] = {}  # text file -> picture
         pictures = [name for name in names if Path(name).suffix.lower() in PICTURE_SUFFIXES]
-        for name in pictures:
+        others = [name for name in names if Path(name).suffix.lower() in UNREADABLE]
+        for name in [*pictures, *others]:  # a text is that of a picture that was converted, if it is
             path = Path(parent, name)
-            yield str(path), _picture(path, folder)
-        lonely = {Path(name).stem for name in names if name.endswith(".txt")} - {Path(name).stem for name in pictures}
-        for stem in sorted(lonely):
-            yield str(Path(parent, stem + ".txt")), UserError(f"no picture beside it; {stem}.jpg, {stem}.png, ...")
+            text = texts.get(f"{name}.txt".lower()) or texts.get(f"{path.stem}.txt".lower())
+            first = name if text is None else used.setdefault(text, name)
+            if name in others:
+                converted.append(name)
+            elif listed and text is None:
+                yield str(path), UserError(f"no caption file: give {parent}, whose {listed.name} lists its pictures")
+            elif first != name:
+                yield str(path), UserError(f"{text} is used for {first}: give it a {name}.txt of its own")
+            else:
+                yield str(path), _picture(path, folder, text)
+        for text in (name for name in names if name.lower().endswith(".txt") and name not in used):
+            yield str(Path(parent, text)), UserError(f"no picture beside it: add {text[:-4]}.jpg, {text[:-4]}.png, ...")
+    for line in left_out(converted):
+        yield str(folder), UserError(line)
 
 
-def _picture(path: Path, folder: Path) -> Row:
+def _picture(path: Path, folder: Path, text: str | None) -> Row:
     right = f"{path.stem}.txt beside it, UTF-8 text, one caption a line"
-    try:
-        lines = path.with_suffix(".txt").read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
+    if text is None:
         return UserError(f"no caption file; {right}")
-    except (OSError, ValueError):
+    try:
+        content = path.with_name(text).read_bytes()
+        lines = content.decode("utf-16" if content[:2] in _UTF16 else "utf-8-sig").splitlines()
+    except OSError:
         return UserError(f"its caption file cannot be read; {right}")
+    except ValueError:
+        return UserError(f"its caption file {text} is not UTF-8 text: save it as UTF-8")
     captions = [line for line in lines if line.strip()]
     if not captions:
         return UserError(f"its caption file is empty; {right}")

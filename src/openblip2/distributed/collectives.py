@@ -119,7 +119,7 @@ def share(rows: int, *others: int | Tensor) -> Share:
     dist.all_gather(numbers, own, group=patient_group())
     counts, *more = zip(*(part.tolist() for part in numbers), strict=True)
     if not any(counts):
-        raise UserError("a batch of which no process can open a single picture; skipped.jsonl names what is wrong")
+        raise UserError("no process can open a picture of this batch: skipped.jsonl says what is wrong with each")
     return Share(counts, rank(), tuple(map(sum, more)), tuple(map(max, more)))
 
 
@@ -148,8 +148,12 @@ def transpose(rows: Tensor, shared: Share) -> Tensor:
     # numbers; gathering the images would cost `G x Q x E`.
     if world_size() == 1:
         return rows.T
-    transposed: Tensor = _Transpose.apply(rows, shared)  # pyright: ignore[reportAssignmentType]
-    return transposed
+    count = len(rows)
+    sent = torch.cat([block.T.reshape(-1) for block in rows.split(shared.counts, dim=1)])
+    sizes = [count * other for other in shared.counts]
+    received: Tensor = _AllToAll.apply(sent, sizes, sizes)  # pyright: ignore[reportAssignmentType]
+    blocks = zip(received.split(sizes), shared.counts, strict=True)
+    return torch.cat([block.view(count, other) for block, other in blocks], dim=1)
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,8 @@ def fetch(rows: Tensor, route: Route) -> Tensor:
     """
     if route.idle:
         return rows[:0]
-    fetched: Tensor = _Fetch.apply(rows, route)  # pyright: ignore[reportAssignmentType]
+    sent = rows.index_select(0, torch.tensor(route.sent, dtype=torch.int64, device=rows.device))
+    fetched: Tensor = _AllToAll.apply(sent, list(route.sends), list(route.receives))  # pyright: ignore[reportAssignmentType]
     return fetched
 
 
@@ -213,7 +218,7 @@ def mean_over_processes(values: Sequence[float]) -> list[float]:
 
 
 class _Gather(torch.autograd.Function):
-    """`all_gather` whose backward pass sums over processes; the one in torch.distributed has no gradient."""
+    """`all_gather` of unequal numbers of rows; its backward pass sums over processes."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, shared: Share) -> Tensor:
@@ -234,44 +239,18 @@ class _Gather(torch.autograd.Function):
         return total[ctx.own], None
 
 
-class _Transpose(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, shared: Share) -> Tensor:
-        ctx.shared = shared
-        return _transpose(rows, shared)
+class _AllToAll(torch.autograd.Function):
+    """`all_to_all_single` of rows, so many to each process and so many from each, and of their gradients back."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _transpose(grads[0], ctx.shared), None
-
-
-def _transpose(rows: Tensor, shared: Share) -> Tensor:
-    count = len(rows)
-    blocks = [block.T.reshape(-1) for block in rows.split(shared.counts, dim=1)]
-    received = torch.empty_like(torch.cat(blocks))
-    sizes = [count * other for other in shared.counts]
-    dist.all_to_all_single(received, torch.cat(blocks), sizes, sizes)
-    return torch.cat(
-        [
-            block.view(count, -1) if count else block.view(0, n)
-            for block, n in zip(received.split(sizes), shared.counts, strict=True)
-        ],
-        dim=1,
-    )
-
-
-class _Fetch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, route: Route) -> Tensor:
-        ctx.route, ctx.shape = route, rows.shape
-        ctx.sent = torch.tensor(route.sent, dtype=torch.int64, device=rows.device)
-        received = rows.new_empty(sum(route.receives), *rows.shape[1:])
-        dist.all_to_all_single(received, rows.index_select(0, ctx.sent), list(route.receives), list(route.sends))
+    def forward(ctx: Any, rows: Tensor, sends: list[int], receives: list[int]) -> Tensor:
+        ctx.sends, ctx.receives = sends, receives
+        received = rows.new_empty(sum(receives), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), receives, sends)
         return received
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        back = grads[0].new_empty(len(ctx.sent), *ctx.shape[1:])
-        dist.all_to_all_single(back, grads[0].contiguous(), list(ctx.route.sends), list(ctx.route.receives))
-        # Added: a row may have gone to several processes.
-        return back.new_zeros(ctx.shape).index_add_(0, ctx.sent, back), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        back = grads[0].new_empty(sum(ctx.sends), *grads[0].shape[1:])
+        dist.all_to_all_single(back, grads[0].contiguous(), ctx.sends, ctx.receives)
+        return back, None, None

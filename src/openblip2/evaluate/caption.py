@@ -1,23 +1,36 @@
-"""Captions scored as in the paper (4.2): BLEU, METEOR, ROUGE-L, CIDEr and SPICE against captions by people."""
+"""Captions scored as in the paper (4.2): BLEU, METEOR, ROUGE-L, CIDEr-D and SPICE against captions by people.
 
+The scorers are pycocoevalcap's, with which published results on COCO and NoCaps are computed. Scores are in [0, 1],
+CIDEr-D's in [0, 10]; papers print all of them times 100.
+
+What is odd about the reference is kept: "CIDEr" there is CIDEr-D; CIDEr-D weights n-grams by how rare they are among
+the references of the scored images, so that a single image scores 0 and a part of a data set scores differently than
+the whole; an empty caption and an empty reference are a match for ROUGE-L and not for the others.
+"""
+
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from subprocess import CalledProcessError
+from typing import Any
 
 import numpy as np
 
 from openblip2.data.records import Record
-from openblip2.errors import require
-from openblip2.evaluate.caption_metrics import BLEU, FAST, METRICS, bleu, bleu_counts, caption_scores, tokenise_all
-from openblip2.evaluate.partial_texts import PartialTexts
-from openblip2.evaluate.protocol import WITHHELD, decoding_card
-from openblip2.evaluate.result import Result
+from openblip2.errors import one_line, require
+from openblip2.evaluate.ptb import reference_folder, tokenise, why_no_jar
+from openblip2.evaluate.result import WITHHELD, PartialTexts, Result, decoding_card
 from openblip2.inference.captioner import Captioner
 from openblip2.model.decoding import Decoding
 from openblip2.progress import Progress
 
 GROUP = 64  # images that are captioned and kept together
+BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")  # the names of BLEU's four scores
 # The corpus score of these is the mean over images, so their interval is that of a mean.
 MEANS = ("ROUGE-L", "CIDEr-D", "SPICE")
+Texts = Mapping[int, list[str]]  # by image
 
 
 def score_captions(
@@ -28,7 +41,7 @@ def score_captions(
     progress: Progress,
     slow: bool = False,
     seed: int = 0,
-    kept: PartialTexts | None = None,
+    partial_texts: PartialTexts | None = None,
 ) -> Result:
     """Scores of the captions of all images, and for NoCaps also of each domain.
 
@@ -36,7 +49,7 @@ def score_captions(
         records: images, with captions unless the split is withheld.
         prompt: text after the soft prompt; None = the run's own.
         slow: also METEOR and SPICE, which need Java.
-        kept: where captions are kept until they are scored; None = nowhere.
+        partial_texts: where captions are kept until they are scored; None = nowhere.
 
     Raises:
         UserError: pycocoevalcap is missing, or an image cannot be opened.
@@ -49,7 +62,7 @@ def score_captions(
         return captioner.generate(images, [prompt] * len(images), decoding)
 
     names, how = [str(record.image) for record in records], [prompt, decoding_card(decoding)]
-    captions = (kept or PartialTexts()).texts("captions", "pictures", names, GROUP, generate, progress, how)
+    captions = (partial_texts or PartialTexts()).texts("captions", "pictures", names, GROUP, generate, progress, how)
     progress.doing("scoring")
     result = Result("caption", len(records), seed)
     result.protocol |= decoding_card(decoding) | {"prompt": prompt}
@@ -100,3 +113,152 @@ def add_domains(result: Result, records: Sequence[Record], samples: Mapping[str,
         for name in ("CIDEr-D", "SPICE"):
             if name in samples:
                 result.add(f"{name}, {domain}", samples[name][rows])
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Captions and references as tokens, one entry per image.
+
+    Attributes:
+        by: the tokeniser.
+    """
+
+    captions: list[str]
+    references: list[list[str]]
+    by: str
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """Scores of n captions.
+
+    Attributes:
+        corpus: of all captions together; BLEU and METEOR are not the mean of the samples.
+        samples: of each image, [n].
+        missing: what was not measured, and why.
+    """
+
+    corpus: dict[str, float]
+    samples: dict[str, np.ndarray]
+    missing: dict[str, str]
+
+
+def tokenise_all(captions: Sequence[str], references: Sequence[Sequence[str]], jar: bool = True) -> Tokenised:
+    """Tokens of one caption and at least one reference per image, for `caption_scores`; `jar` as in `tokenise`."""
+    assert captions, "at least one image"
+    ours, by = tokenise(captions, jar)
+    theirs = iter(tokenise([caption for of_image in references for caption in of_image], jar)[0])
+    return Tokenised(ours, [[next(theirs) for _ in of_image] for of_image in references], by)
+
+
+def caption_scores(tokens: Tokenised, wanted: Sequence[str]) -> CaptionScores:
+    """Scores of captions that `tokenise_all` returned.
+
+    METEOR and SPICE are not measured, and `missing` says why, if there is no Java, if SPICE's language models (1 GB)
+    have not been downloaded, or if Java fails.
+
+    Args:
+        tokens: captions and references.
+        wanted: names of `METRICS`. METEOR takes 10 s to start, SPICE minutes.
+    """
+    references = dict(enumerate(tokens.references))
+    captions = {n: [caption] for n, caption in enumerate(tokens.captions)}
+    found = CaptionScores({}, {}, {})
+    for name in wanted:
+        in_java = name not in FAST
+        if in_java and (reason := _why_not(name)):
+            found.missing[name] = reason
+            continue
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                corpus, samples = _SCORERS[name](references, captions)
+        except (CalledProcessError, OSError, ValueError) as error:  # a Java that ended returns no number
+            if not in_java:
+                raise
+            found.missing[name] = f"{name} failed in Java: {one_line(error)}"
+            continue
+        several = zip(BLEU, corpus, samples, strict=True) if name == "BLEU" else [(name, corpus, samples)]
+        for one, of_all, of_each in several:
+            found.corpus[one], found.samples[one] = float(of_all), np.asarray(of_each, dtype=np.float64)
+    return found
+
+
+def bleu_counts(tokens: Tokenised) -> np.ndarray:
+    """What each image adds to corpus BLEU, [n, 10]: matches and n-grams of 1 to 4 tokens, tokens, reference tokens.
+
+    With `bleu` as the score of `intervals.interval`.
+    """
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    scorer = BleuScorer(n=4)
+    for caption, given in zip(tokens.captions, tokens.references, strict=True):
+        scorer += (caption, given)
+    closest = [min((abs(length - one["testlen"]), length) for length in one["reflen"])[1] for one in scorer.ctest]
+    rows = zip(scorer.ctest, closest, strict=True)
+    return np.array(
+        [[*one["correct"], *one["guess"], one["testlen"], length] for one, length in rows], dtype=np.float64
+    )
+
+
+def bleu(sums: np.ndarray, order: int = 4) -> np.ndarray:
+    """BLEU-`order` of sums of `bleu_counts`: `[draws, 10]` -> [draws] in [0, 1]."""
+    correct, said, (ours, theirs) = sums[:, :order], sums[:, 4 : 4 + order], sums[:, 8:].T
+    tiny, small = 1e-15, 1e-9  # the reference's guards against zero
+    precision = np.prod((correct + tiny) / (said + small), axis=1) ** (1 / order)
+    ratio = (ours + tiny) / (theirs + small)
+    return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
+
+
+def _bleu(references: Texts, captions: Texts) -> tuple[Any, Any]:
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    return Bleu(4).compute_score(references, captions, verbose=0)
+
+
+def _rouge(references: Texts, captions: Texts) -> tuple[Any, Any]:
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    return Rouge().compute_score(references, captions)
+
+
+def _cider(references: Texts, captions: Texts) -> tuple[Any, Any]:
+    from pycocoevalcap.cider.cider import Cider
+
+    if not any(caption for given in references.values() for caption in given):
+        return 0.0, [0.0] * len(references)  # the reference fails if no reference has a word; nothing can match
+    return Cider().compute_score(references, captions)
+
+
+def _meteor(references: Texts, captions: Texts) -> tuple[Any, Any]:
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    process = Meteor()
+    try:
+        return process.compute_score(references, captions)
+    finally:
+        if process.lock.locked():  # after a failure it keeps its lock, and would wait for it when it is deleted
+            process.lock.release()
+
+
+def _spice(references: Texts, captions: Texts) -> tuple[Any, Any]:
+    from pycocoevalcap.spice.spice import Spice
+
+    corpus, samples = Spice().compute_score(references, captions)
+    return corpus, [parts["All"]["f"] for parts in samples]
+
+
+def _why_not(name: str) -> str | None:
+    """Why a metric that runs in Java cannot be measured; None = it can."""
+    folder = reference_folder()
+    if reason := why_no_jar():
+        return reason
+    assert folder is not None
+    models = [folder / "spice" / "lib" / f"stanford-corenlp-3.6.0{part}.jar" for part in ("", "-models")]
+    if name == "SPICE" and not all(path.is_file() for path in models):
+        return "its language models are not there (python -m pycocoevalcap.spice.get_stanford_models downloads 1 GB)"
+    return None
+
+
+FAST = ("BLEU", "ROUGE-L", "CIDEr-D")
+_SCORERS = {"BLEU": _bleu, "ROUGE-L": _rouge, "CIDEr-D": _cider, "METEOR": _meteor, "SPICE": _spice}
+METRICS = tuple(_SCORERS)  # those not in FAST run in Java

@@ -30,6 +30,7 @@ SPREAD = (
     "lose nothing"
 )
 MORE_SPREAD = "a larger stage1.decorrelation in stage 1, or fewer queries, which then lose nothing"
+AUGMENT = "data.augment=true (pictures whose texts say left or right are not mirrored)"
 SPIKE = 10.0  # times the median norm of the gradient
 MEMORISED = 1.0  # nats between training and held-out loss
 LAST = 20  # steps whose mean is the present value
@@ -71,7 +72,8 @@ def findings(settings: RunSettings, rows: Sequence[Row], vocabulary: int = 30523
         found = [*_stage1(settings, steps, looks[-1] if looks else {}, vocabulary, early)]
     else:
         found = [*_stage2(steps, looks[-1] if looks else {})]
-    if looks and "effective_rank" in looks[-1]:
+    # How many visual tokens another connector has is not in the settings.
+    if looks and "effective_rank" in looks[-1] and settings.connector.name == "qformer":
         advice = MORE_SPREAD if settings.stage1.decorrelation else SPREAD
         found.append(rank_finding(looks[-1]["effective_rank"], settings.qformer.queries, early, advice))
     found += _overfitting(settings, steps, looks)
@@ -172,7 +174,7 @@ def _overfitting(settings: RunSettings, steps: Sequence[Row], looks: Sequence[Ro
         now = _now(steps, name)
         if now is not None and looks and looks[-1].get(held_out, 0.0) > now + MEMORISED:
             seen = f"{now:.2f} in training, {looks[-1][held_out]:.2f} on held-out pictures: it learns those by heart"
-            advice = "more pictures, data.augment=true, or fewer steps"
+            advice = f"more pictures, {AUGMENT}, or fewer steps"
             yield Finding(f"{name}, seen and unseen", "note", seen, advice)
     for name in ("itc", "itg") if settings.stage == "stage1" else ("loss_right",):
         values = [(row["step"], row[name]) for row in looks if name in row]
@@ -182,7 +184,7 @@ def _overfitting(settings: RunSettings, steps: Sequence[Row], looks: Sequence[Ro
         now = values[-1][1]
         if now > 1.05 * best and step < values[-2][0]:
             seen = f"{now:.2f} now, {best:.2f} at step {step}: it has been rising since"
-            advice = f"fewer steps (train.steps={step}), more pictures, or data.augment=true"
+            advice = f"fewer steps (train.steps={step}), more pictures, or {AUGMENT}"
             yield Finding(f"held-out {name}", "note", seen, advice)
 
 

@@ -57,16 +57,14 @@ def mean_interval(
     return interval(counts, lambda sums: sums[:, 0] / sums[:, 1], groups, draws, seed)
 
 
-def difference_interval(
-    first: np.ndarray, second: np.ndarray, groups: Sequence[Hashable] | None = None, seed: int = 0
-) -> Interval:
+def difference_interval(first: np.ndarray, second: np.ndarray, groups: Sequence[Hashable] | None = None) -> Interval:
     """Interval of mean(first) - mean(second), two systems' scores of the same samples in the same order, [n] each.
 
     Paired: each draw takes the same images for both, so that images which are hard for both do not widen the interval.
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     assert first.shape == second.shape, "two systems' scores of the same samples"
-    return mean_interval(first - second, groups, seed=seed)
+    return mean_interval(first - second, groups)
 
 
 def interval(

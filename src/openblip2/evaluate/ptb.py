@@ -78,7 +78,7 @@ def _run_jar(lines: Sequence[str]) -> list[str]:
     if run.returncode:
         said = one_line(RuntimeError(run.stderr.decode(errors="replace")))
         raise UserError(
-            f"the reference tokeniser failed in Java: {said}; repair Java, or take it off the PATH and use our port"
+            f"the reference tokeniser failed in Java: {said}; repair Java, or remove it from the PATH to use ours"
         )
     found = run.stdout.decode().split("\n")
     assert found[len(lines)] == _END, "the jar lost or added a line"

@@ -22,31 +22,31 @@ CHUNK = 64  # images, texts or pairs at once
 
 @dataclass(frozen=True)
 class Ranking:
-    """The best K candidates of each of N rows, the best first: `places [N, K]` int64 and `scores [N, K]`."""
+    """The best K candidates of each of N rows, the best first: `indices [N, K]` int64 and `scores [N, K]`."""
 
-    places: Tensor
+    indices: Tensor
     scores: Tensor
 
     def by(self, scores: Tensor) -> "Ranking":
         """The same candidates in the order of other scores `[N, K]`."""
-        found, order = scores.sort(dim=1, descending=True, stable=True)
-        return Ranking(self.places.gather(1, order), found)
+        in_order, order = scores.sort(dim=1, descending=True, stable=True)
+        return Ranking(self.indices.gather(1, order), in_order)
 
     def first(self, k: int) -> "Ranking":
         """The best k candidates alone."""
-        return Ranking(self.places[:, :k], self.scores[:, :k])
+        return Ranking(self.indices[:, :k], self.scores[:, :k])
 
     def first_right(self, is_right: Callable[[int, int], bool]) -> list[int | None]:
         """Of each row, the rank of the first candidate for which `is_right(row, candidate)`, from 1; None = none."""
         return [
             next((rank for rank, column in enumerate(columns, 1) if is_right(row, column)), None)
-            for row, columns in enumerate(self.places.tolist())
+            for row, columns in enumerate(self.indices.tolist())
         ]
 
 
 def image_vectors(model: Stage1, features: Tensor) -> Tensor:
     """The queries of all images in the shared space: `features [N, P, V]` -> `[N, Q, E]`."""
-    parts = [model.image_vectors(model.qformer.query_output(part)) for part in features.split(CHUNK)]
+    parts = [model.image_vectors(model.connector.query_output(part)) for part in features.split(CHUNK)]
     return torch.cat(parts)
 
 
@@ -74,8 +74,8 @@ def best_images(images: Tensor, texts: Tensor, k: int) -> Ranking:
 
 def _best_of(parts: Iterable[Tensor], k: int) -> Ranking:
     """The K best columns of each row of a matrix that comes in parts, `[n, M]` each."""
-    found = [part.topk(min(k, part.shape[1]), dim=1) for part in parts]
-    return Ranking(torch.cat([top.indices for top in found]), torch.cat([top.values for top in found]))
+    tops = [part.topk(min(k, part.shape[1]), dim=1) for part in parts]
+    return Ranking(torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops]))
 
 
 def log_odds(logits: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class Matches:
     """
 
     def __init__(self, by_image: Ranking, by_text: Ranking) -> None:
-        self.images, self.texts = len(by_image.places), len(by_text.places)
+        self.images, self.texts = len(by_image.indices), len(by_text.indices)
         self.codes = torch.cat([self._of_images(by_image).flatten(), self._of_texts(by_text).flatten()]).unique()
         # [C], image * M + text of each pair: the pairs of an image are next to each other
         self.logits = torch.zeros(len(self.codes), 2, device=self.codes.device)
@@ -118,7 +118,7 @@ class Matches:
         lengths = valid.sum(dim=1)
         bounds = torch.searchsorted(self.codes, torch.arange(self.images + 1, device=self.codes.device) * self.texts)
         for n, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-            memory = model.qformer.encode_image(features(n))
+            memory = model.connector.encode_image(features(n))
             texts = self.codes[first:last] - n * self.texts
             for part in lengths[texts].argsort(stable=True).split(CHUNK):
                 rows = texts[part]
@@ -136,10 +136,10 @@ class Matches:
 
     def _of_images(self, ranking: Ranking) -> Tensor:
         """The code of each pair of a ranking of images, `[N, K]`."""
-        return torch.arange(self.images, device=ranking.places.device)[:, None] * self.texts + ranking.places
+        return torch.arange(self.images, device=ranking.indices.device)[:, None] * self.texts + ranking.indices
 
     def _of_texts(self, ranking: Ranking) -> Tensor:
-        return ranking.places * self.texts + torch.arange(self.texts, device=ranking.places.device)[:, None]
+        return ranking.indices * self.texts + torch.arange(self.texts, device=ranking.indices.device)[:, None]
 
 
 def rerank(
@@ -161,8 +161,8 @@ def rerank(
     matches.score(model, lambda n: features[n : n + 1], tokens, valid, advance)
     odds = log_odds(matches.logits).to(scores.dtype)
     others = scores - scores.max() + odds.min() - 1
-    by_image = others.scatter(1, texts.places, log_odds(matches.of_images(texts)).to(scores.dtype))
-    by_text = others.T.scatter(1, images.places, log_odds(matches.of_texts(images)).to(scores.dtype)).T
+    by_image = others.scatter(1, texts.indices, log_odds(matches.of_images(texts)).to(scores.dtype))
+    by_text = others.T.scatter(1, images.indices, log_odds(matches.of_texts(images)).to(scores.dtype)).T
     return by_image, by_text
 
 

@@ -1,5 +1,6 @@
 """Results of an evaluation: scores with intervals, the protocol, and one line per sample; and two results compared."""
 
+import hashlib
 import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,12 @@ import numpy as np
 
 from openblip2.errors import UserError
 from openblip2.evaluate.intervals import LEVEL, Interval, difference_interval, interval, mean_interval
-from openblip2.runs import atomic_write, read_json, write_json
+from openblip2.model.decoding import Decoding
+from openblip2.progress import Progress
+from openblip2.runs import atomic_write, read_json, write_json, write_text
 
 Row = dict[str, Any]
+WITHHELD = "the truth of this split is withheld: nothing is scored, the predictions are in the samples"
 
 
 @dataclass
@@ -83,11 +87,26 @@ class Result:
         write_json(self.as_json() | {"samples": beside.name}, out)
 
 
+def decoding_card(decoding: Decoding) -> dict[str, Any]:
+    """How text was generated; lengths in new tokens."""
+    found: dict[str, Any] = {
+        "beams": decoding.beams,
+        "length_penalty": decoding.length_penalty if decoding.beams > 1 else None,
+        "repetition_penalty": decoding.repetition_penalty,
+        "most_new_tokens": decoding.max_new_tokens,
+        "least_new_tokens": decoding.min_new_tokens,
+        "generation_config": "the language model's own is not used",
+    }
+    if decoding.sample:
+        found |= {"nucleus": decoding.top_p, "temperature": decoding.temperature, "top_k": 0}
+    return found
+
+
 def compare(first: Path, second: Path) -> dict[str, Interval]:
     """The mean of each score in the first result minus that in the second, paired by sample, with its interval.
 
     Raises:
-        UserError: not results, results of two tasks, or of different samples.
+        UserError: not results, results of two tasks, of different samples, or without a score in common.
     """
     a, b = _read(first), _read(second)
     if a["task"] != b["task"]:
@@ -96,7 +115,7 @@ def compare(first: Path, second: Path) -> dict[str, Interval]:
     if ours.keys() != theirs.keys():
         odd = next(iter(ours.keys() ^ theirs.keys()))
         raise UserError(
-            f"{first} and {second} are of other samples, {' / '.join(map(str, odd))} for one: score the same data"
+            f"{first} and {second} have other samples, {' / '.join(map(str, odd))} for example: evaluate the same data"
         )
     values: dict[str, list[tuple[float, float, str]]] = {}  # of each score: first result, second result, image
     for key, row in ours.items():
@@ -107,6 +126,8 @@ def compare(first: Path, second: Path) -> dict[str, Interval]:
     for name in sorted(values):
         mine, other, images = zip(*values[name], strict=True)
         found[name] = difference_interval(np.array(mine), np.array(other), images)
+    if not found:
+        raise UserError(f"{first} and {second} have no score of single samples in common: nothing can be compared")
     return found
 
 
@@ -114,6 +135,8 @@ def _scores(row: Row) -> dict[str, float]:
     """The scores of a sample that `compare` averages, by name."""
     if "kind" in row:
         return {"accuracy": row["score"], f"accuracy, {row['kind']}": row["score"]}
+    if "hit" in row:
+        return {"pointing": float(row["hit"])}
     if "references" in row:
         return {name: row[name] for name in ("CIDEr-D", "ROUGE-L", "SPICE") if name in row}
     end, way = " first right", "ir" if "caption" in row else "tr"
@@ -123,15 +146,71 @@ def _scores(row: Row) -> dict[str, float]:
 def _name(row: Row) -> tuple[Any, ...]:
     """What identifies a sample. A row with references is of an image, and its caption is the model's."""
     caption = row.get("caption") if "references" not in row else None
-    return (row["image"], row.get("question_id"), row.get("question"), caption)
+    return (row["image"], row.get("question_id"), row.get("question"), caption, row.get("text"))
 
 
 def _read(path: Path) -> dict[str, Any]:
     found = read_json(path)
     if not isinstance(found, dict) or not {"task", "samples"} <= found.keys():
-        raise UserError(f"{path}: no result of `openblip2 evaluate`")
+        raise UserError(f"{path} is not a result of `openblip2 evaluate`")
     try:
         lines = (path.parent / Path(found["samples"]).name).read_text(encoding="utf-8").splitlines()
         return found | {"rows": [json.loads(line) for line in lines]}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: its samples, {found['samples']}, are missing or damaged: evaluate again") from error
+
+
+class PartialTexts:
+    """`OUT.partial.jsonl`: a digest of what the texts depend on, then a line for each group of texts.
+
+    Args:
+        path: of the file; None = nothing is kept.
+        of: all that the texts depend on, except the samples.
+    """
+
+    def __init__(self, path: Path | None = None, of: Any = None) -> None:
+        self.path, self.of = path, of
+
+    def texts(
+        self,
+        what: str,
+        unit: str,
+        samples: Sequence[Any],
+        group: int,
+        generate: Callable[[slice], list[str]],
+        progress: Progress,
+        how: Any,
+    ) -> list[str]:
+        """One text for each sample: those in the file, and new ones for the others.
+
+        Args:
+            samples: ids and questions; texts in the file are used only if these and `how` are the same.
+            group: number of samples that are generated and written together.
+            generate: the texts of a slice of the samples.
+            how: prompt and decoding.
+        """
+        depends_on = json.dumps([self.of, how, samples], default=str)
+        found = self._read(json.dumps(hashlib.sha256(depends_on.encode()).hexdigest()))
+        with progress.steps(what, len(samples), len(found), unit) as bar:
+            for start in range(len(found), len(samples), group):
+                texts = generate(slice(start, start + group))
+                found += texts
+                if self.path is not None:
+                    with self.path.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(texts, ensure_ascii=False) + "\n")
+                bar.advance(count=len(texts))
+        return found
+
+    def remove(self) -> None:
+        """Removes the file, once the result contains the texts."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _read(self, digest: str) -> list[str]:
+        """The texts in the file if it begins with this digest; otherwise a new file is begun."""
+        if self.path is None:
+            return []
+        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
+        complete = lines[:-1] if lines[0] == digest else [digest]  # after the last line end is an unfinished line
+        write_text("".join(f"{line}\n" for line in complete), self.path)
+        return [text for line in complete[1:] for text in json.loads(line)]

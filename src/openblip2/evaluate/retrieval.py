@@ -102,8 +102,8 @@ def _score(matcher: Matcher, stored: StoredFeatures, best: int, progress: Progre
     of_texts: list[dict[str, Any]] = [
         {"caption": caption, "image": records[owner].id} for owner, caption in zip(owners, captions, strict=True)
     ]
-    for row, places in zip(of_images, rankings["itc"][0].places[:, :5].tolist(), strict=True):
-        row["captions_found"] = [captions[m] for m in places]
+    for row, texts in zip(of_images, rankings["itc"][0].indices[:, :5].tolist(), strict=True):
+        row["captions_found"] = [captions[m] for m in texts]
     for name, (by_image, by_text) in rankings.items():
         tr = by_image.first_right(lambda n, m: names[m] in right[n])
         ir = by_text.first_right(lambda m, n: names[m] in right[n])

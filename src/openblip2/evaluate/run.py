@@ -1,32 +1,40 @@
 """The command `evaluate`: a run, data and one of four tasks in; scores, protocol and samples out."""
 
+import hashlib
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import torch
+
 from openblip2 import __version__
-from openblip2.data.images import open_picture
+from openblip2.data.images import RESIZE, open_picture
 from openblip2.data.records import Record
 from openblip2.data.sources import Source
+from openblip2.data.trained_on import pictures_trained_on
 from openblip2.errors import UserError
 from openblip2.evaluate.caption import score_captions
-from openblip2.evaluate.partial_texts import PartialTexts
 from openblip2.evaluate.pointing import score_pointing
-from openblip2.evaluate.protocol import card, overlap, weights_digest
-from openblip2.evaluate.result import Result
+from openblip2.evaluate.result import PartialTexts, Result
 from openblip2.evaluate.retrieval import score_retrieval
 from openblip2.evaluate.vqa import METRICS, score_answers, usual_metric
+from openblip2.hardware import compute_dtype, computing, device
 from openblip2.inference.attend import BY, By
 from openblip2.inference.captioner import ANSWER, CAPTION, Captioner
+from openblip2.inference.inputs import group_of
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
-from openblip2.runs import make_folder
+from openblip2.runs import make_folder, read_config
+from openblip2.train.parameters import saved_parameters
 
 Task = Literal["caption", "vqa", "retrieval", "pointing"]
 STAGE1_TASKS = ("retrieval", "pointing")
+PACKAGES = ("openblip2", "torch", "transformers", "tokenizers", "pillow", "numpy", "pycocoevalcap", "spacy")
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     kind, stage = (Matcher, "stage-1") if task in STAGE1_TASKS else (Captioner, "stage-2")
     if not isinstance(model, kind):
         raise UserError(f"{run} is a {type(model).__name__}: {task} needs a {stage} run, or one fine-tuned from one")
-    kept = PartialTexts(out.with_suffix(".partial.jsonl"), [task, run, __version__, weights_digest(model)])
+    partial_texts = PartialTexts(out.with_suffix(".partial.jsonl"), [task, run, __version__, weights_digest(model)])
     records, bad = _openable(source.records[: options.limit], progress)
     if isinstance(model, Matcher) and task == "pointing":
         result = score_pointing(model, records, cast(By, options.by or "itc"), progress, options.seed)
@@ -100,11 +108,13 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
         how = CAPTION if task == "caption" else ANSWER
         how = how if options.beams is None else replace(how, beams=options.beams)
         if task == "caption":
-            result = score_captions(model, records, how, options.prompt, progress, options.slow, options.seed, kept)
+            result = score_captions(
+                model, records, how, options.prompt, progress, options.slow, options.seed, partial_texts
+            )
         else:
             metric: Any = options.metric or usual_metric(source.kind, records)
             result = score_answers(
-                model, records, how, metric, progress, options.lemmatised, source.known, options.seed, kept
+                model, records, how, metric, progress, options.lemmatised, source.known, options.seed, partial_texts
             )
     result.skipped[:0] = [*source.skipped, *bad]
     result.protocol = card(model, run, options.seed) | {"data": source.kind} | result.protocol
@@ -112,7 +122,7 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     _warn(result, records, run)
     result.beside["seconds"] = round(time.perf_counter() - began, 1)
     result.write(out)
-    kept.remove()
+    partial_texts.remove()
     return result
 
 
@@ -145,7 +155,7 @@ def _openable(records: Sequence[Record], progress: Progress) -> tuple[list[Recor
                 bad.append(str(problem))
             bar.advance()
     if not good:
-        raise UserError(f"not one of {len(records)} pictures can be opened; the first: {bad[0]}")
+        raise UserError(f"none of the {len(records)} pictures can be opened; the first: {bad[0]}")
     return good, bad
 
 
@@ -155,9 +165,75 @@ def _warn(result: Result, records: Sequence[Record], run: str) -> None:
     if seen:
         result.warnings.append(
             f"{seen} of {len(records)} pictures are among those the run was trained on ({', '.join(first)}"
-            f"{', ...' if seen > len(first) else ''}): this is no score on unseen pictures"
+            f"{', ...' if seen > len(first) else ''}), so this is not a score on unseen pictures"
         )
     if result.skipped:
         result.warnings.append(
             f"{len(result.skipped)} entries or pictures were left out; the first: {result.skipped[0]}"
         )
+
+
+# The protocol card: everything that a score depends on. It is written with the score.
+
+
+def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
+    """What a score of this model depends on in every task: weights, frozen parts, image size, precision, versions."""
+    settings = model.settings
+    found: dict[str, Any] = {
+        "checkpoint": source,
+        "checkpoint_sha256": weights_digest(model),
+        "image_encoder": settings.vision.name,
+        "image_encoder_layer": settings.vision.layer,
+        "image_size": settings.vision.image_size,
+        "resize": RESIZE,
+        "precision": str(compute_dtype(device(), settings.train.precision)).removeprefix("torch."),
+        "seed": seed,
+        "versions": _versions(),
+    }
+    if isinstance(model, Captioner):
+        with computing(model.model, settings.train.precision):
+            found["pictures_at_once"] = group_of(model.model)
+        found |= {
+            "language_model": settings.language.name,
+            "language_weights": settings.language.dtype,
+            "template": settings.language.template,
+            "question_in_qformer": settings.qformer.question_in_qformer,
+        }
+    return found
+
+
+def weights_digest(model: Captioner | Matcher) -> str:
+    """SHA-256 of the names and weights that a run stores: the same for the same weights in another format."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(saved_parameters(model.model).items()):
+        digest.update(name.encode())
+        digest.update(parameter.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def overlap(records: Sequence[Record], source: str) -> tuple[int | None, list[str]]:
+    """How many of the images the run, or a run that it started from, was trained on, and the ids of the first of them.
+
+    The number is None if no run has stored what it was trained on.
+    """
+    runs: list[Path] = []
+    run: Path | None = Path(source)
+    while run is not None and run not in runs and (run / "config.json").is_file():
+        runs.append(run)
+        settings = read_config(run)["settings"]
+        starts = [Path(start) for name in ("start", "text_start") if (start := settings.get(name))]
+        # Runs that were moved together are found beside this one.
+        found = [folder for start in starts for folder in (start, run.parent / start.name) if folder.is_dir()]
+        run = found[0] if found else None
+    seen = pictures_trained_on(records, runs)
+    return (None, []) if seen is None else (len(seen), [record.id for record in seen[:5]])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # an optional package
+            continue
+    return found | {"python": platform.python_version()}

@@ -3,6 +3,7 @@
 Shapes: N images, Q queries, E shared space.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from openblip2.data.batches import pair_ids
 from openblip2.data.features import Features
 from openblip2.data.tokens import QFormerTokens, question_tokens
-from openblip2.evaluate.effective_rank import effective_rank
 from openblip2.evaluate.ranking import recalls, similarities, text_vectors
 from openblip2.evaluate.vqa_metrics import accuracy
 from openblip2.model.decoding import Decoding
@@ -50,7 +50,7 @@ def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, see
             sums[name] = sums.get(name, 0.0) + float(value) * len(rows) / len(captions)
         hard.append(hard_hits(model, features, part, real, ids))
         easy.append(easy_hits(model, features, part, real, ids))
-        outputs.append(model.qformer.query_output(features))
+        outputs.append(model.connector.query_output(features))
     queries = torch.cat(outputs)
     images, words = model.image_vectors(queries), text_vectors(model, texts, valid)
     scores = torch.cat([similarity(part, words) for part in images.split(STAGE1_GROUP)])
@@ -73,7 +73,7 @@ def hard_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, id
     hardest, none = scores.masked_fill(same, -torch.inf), same.all(dim=1)
     negatives = HardNegatives(hardest.argmax(1).masked_fill(none, -1), hardest.argmax(0).masked_fill(none, -1))
     pairs = itm_pairs(tokens, valid, negatives)
-    memory = model.qformer.encode_image(features).take(pairs.images)
+    memory = model.connector.encode_image(features).take(pairs.images)
     logits = model.match(memory, pairs.tokens, pairs.valid)
     return int((logits.argmax(1).bool() == pairs.is_match).sum()), len(pairs.is_match)
 
@@ -82,7 +82,7 @@ def easy_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, id
     """As `hard_hits`, on the true pairs and each image with the next image's text."""
     other = torch.arange(len(ids), device=ids.device).roll(-1)
     wrong = ids != ids[other]
-    memory = model.qformer.encode_image(features)
+    memory = model.connector.encode_image(features)
     own = model.match(memory, tokens, valid).argmax(1).bool()[wrong]
     next_one = model.match(memory, tokens[other], valid[other]).argmax(1).bool()[wrong]
     return int(own.sum() + (~next_one).sum()), 2 * int(wrong.sum())
@@ -193,3 +193,32 @@ def _summary(parts: Sequence[tuple[Tensor, Sequence[float]]]) -> dict[str, Any]:
         "effective_rank": effective_rank(queries),
         "verdict": verdict,
     }
+
+
+def effective_rank(queries: Tensor) -> float:
+    """The effective number of directions that the queries of an image span, 1 to `min(Q, D)`; the mean over images.
+
+    For each image: the exponential of the entropy of its normalised squared singular values, after each query's mean
+    over the images is subtracted. It is computed in float64 on the CPU. An image whose outputs equal that mean, up to
+    the rounding of float32, has rank 1.
+
+    Args:
+        queries: `[N, Q, D]`, the query outputs of N images.
+
+    Returns:
+        The effective rank; NaN if an output is not finite.
+
+    Raises:
+        ValueError: there are fewer than 2 images, so there is no mean to differ from.
+    """
+    if len(queries) < 2:
+        raise ValueError(f"effective rank needs at least 2 pictures, got {len(queries)}")
+    if not queries.isfinite().all():  # the eigenvalue solver would raise an error, and stop a training run
+        return math.nan
+    rows = queries.detach().cpu().double()
+    centred = rows - rows.mean(dim=0)
+    squares = torch.linalg.eigvalsh(centred @ centred.mT).clamp(min=0)  # [N, Q], of the singular values
+    total = squares.sum(dim=1, keepdim=True)
+    rounding = torch.finfo(torch.float32).eps ** 2 * rows.square().sum(dim=(1, 2))[:, None]
+    shares = torch.where(total > rounding, squares / total, 0.0)
+    return float(torch.special.entr(shares).sum(dim=1).exp().mean())

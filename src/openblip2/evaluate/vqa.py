@@ -6,10 +6,8 @@ from typing import Literal
 import numpy as np
 
 from openblip2.data.records import Question, Record
-from openblip2.evaluate.partial_texts import PartialTexts
-from openblip2.evaluate.protocol import WITHHELD, decoding_card
-from openblip2.evaluate.result import Result
-from openblip2.evaluate.vqa_metrics import baselines, exact_scores, gqa_scores, lemmas, vqa_scores
+from openblip2.evaluate.result import WITHHELD, PartialTexts, Result, decoding_card
+from openblip2.evaluate.vqa_metrics import baselines, exact_scores, lemmas, normalise, vqa_normal, vqa_scores
 from openblip2.inference.captioner import Captioner
 from openblip2.model.decoding import Decoding
 from openblip2.progress import Progress
@@ -40,7 +38,7 @@ def score_answers(
     lemmatised: bool = False,
     known: Sequence[Record] = (),
     seed: int = 0,
-    kept: PartialTexts | None = None,
+    partial_texts: PartialTexts | None = None,
 ) -> Result:
     """Accuracy over all questions and for each kind of question; intervals over images, not over questions.
 
@@ -48,7 +46,7 @@ def score_answers(
         records: images with questions; without answers if the split is withheld.
         lemmatised: compare nouns and verbs of the answers in their dictionary form, as OK-VQA does.
         known: training images with questions, for the scores of guessers that see no image; () = not measured.
-        kept: where answers are kept until they are scored; None = nowhere.
+        partial_texts: where answers are kept until they are scored; None = nowhere.
 
     Raises:
         UserError: VQA accuracy of questions with one answer; no lemmatiser; a question that cannot be asked.
@@ -61,7 +59,7 @@ def score_answers(
         return captioner.generate([records[n].image for n in owners[rows]], prompts, decoding, read)
 
     names, how = [(str(records[n].image), question.text) for n, question in asked], decoding_card(decoding)
-    answers = (kept or PartialTexts()).texts("answers", "questions", names, GROUP, generate, progress, how)
+    answers = (partial_texts or PartialTexts()).texts("answers", "questions", names, GROUP, generate, progress, how)
     progress.doing("scoring")
     result = Result("vqa", len(records), seed)
     result.protocol |= decoding_card(decoding) | {
@@ -71,7 +69,7 @@ def score_answers(
         "lemmatised": lemmatised,
         "question_cleaning": "none"
         if captioner.settings.reads_prompts
-        else "lower case, most punctuation removed, at most 50 words",
+        else "lower case, most punctuation that is not between digits removed, at most 50 words",
     }
     result.samples += [
         {"image": records[n].id, "question_id": question.id, "question": question.text, "answer": answer}
@@ -97,4 +95,4 @@ def score_answers(
 def _scores(answers: Sequence[str], questions: Sequence[Question], metric: Metric) -> np.ndarray:
     if metric in ("vqa", "vqa-lavis"):
         return vqa_scores(answers, questions, "official" if metric == "vqa" else "lavis")
-    return (gqa_scores if metric == "gqa" else exact_scores)(answers, questions)
+    return exact_scores(answers, questions, vqa_normal if metric == "gqa" else normalise)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from openblip2.data.records import Question
+from openblip2.data.text import clean_answer
 from openblip2.errors import UserError, require
 
 Protocol = Literal["official", "lavis"]
@@ -60,7 +61,7 @@ def vqa_normal(answer: str) -> str:
     answer is beside a space or a number has a comma ("1,000-2,000" is "10002000"); a period is deleted unless a digit
     follows.
     """
-    return _words(_without_punctuation(_one_line(answer)))
+    return _words(_without_punctuation(clean_answer(answer)))
 
 
 def vqa_scores(answers: Sequence[str], questions: Sequence[Question], protocol: Protocol = "official") -> np.ndarray:
@@ -83,15 +84,11 @@ def vqa_scores(answers: Sequence[str], questions: Sequence[Question], protocol: 
     return np.array([_vqa_score(a, q, protocol) for a, q in zip(answers, questions, strict=True)], dtype=np.float64)
 
 
-def gqa_scores(answers: Sequence[str], questions: Sequence[Question]) -> np.ndarray:
-    """Whether each answer equals the question's answer, [n] of 0 and 1, both after the VQA rules."""
-    hits = [vqa_normal(answer) == vqa_normal(q.answer) for answer, q in zip(answers, questions, strict=True)]
-    return np.array(hits, dtype=np.float64)
-
-
-def exact_scores(answers: Sequence[str], questions: Sequence[Question]) -> np.ndarray:
-    """Whether each answer equals the question's answer, [n] of 0 and 1, both after `normalise`."""
-    hits = [normalise(answer) == normalise(q.answer) for answer, q in zip(answers, questions, strict=True)]
+def exact_scores(
+    answers: Sequence[str], questions: Sequence[Question], normal: Callable[[str], str] = normalise
+) -> np.ndarray:
+    """Whether each answer equals the question's answer, [n] of 0 and 1, both after `normal`: `vqa_normal` for GQA."""
+    hits = [normal(answer) == normal(q.answer) for answer, q in zip(answers, questions, strict=True)]
     return np.array(hits, dtype=np.float64)
 
 
@@ -159,9 +156,9 @@ def _vqa_score(answer: str, question: Question, protocol: Protocol) -> float:
             f"the question {question.text[:40]!r} has one person's answer and VQA accuracy leaves one out; "
             "ten answers each, or another score (exact match, GQA)"
         )
-    answer = _one_line(answer)
+    answer = clean_answer(answer)
     if protocol == "official":
-        given = [_one_line(said) for said in given]
+        given = [clean_answer(said) for said in given]
         if len(set(given)) > 1:
             given, answer = [vqa_normal(said) for said in given], vqa_normal(answer)
     else:
@@ -170,10 +167,6 @@ def _vqa_score(answer: str, question: Question, protocol: Protocol) -> float:
             given = [_without_punctuation(said) for said in given]
     same, people = given.count(answer), len(given)
     return (same * min((same - 1) / 3, 1) + (people - same) * min(same / 3, 1)) / people
-
-
-def _one_line(answer: str) -> str:
-    return answer.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _without_punctuation(answer: str) -> str:

@@ -3,11 +3,12 @@
 Attention is what the queries look at; relevance is what a text's score depends on: how well it fits the
 picture by contrast (ITC) or by matching (ITM), or how likely the language model finds each of its words.
 
-Shapes: Q queries, g patches along a side.
+Shapes: B images, Q queries, H heads, P patch tokens, g patches along a side.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -25,8 +26,8 @@ from openblip2.inference.captioner import ANSWER, CAPTION, Captioner
 from openblip2.inference.inputs import clean_texts
 from openblip2.inference.matcher import Matcher
 from openblip2.model.likelihood import word_scores
-from openblip2.model.relevance import attention, relevance, watching
-from openblip2.model.vision import Vision
+from openblip2.model.qformer import Layer, QFormer
+from openblip2.model.vision import FrozenVision
 
 By = Literal["itc", "itm"]
 BY: tuple[By, ...] = get_args(By)
@@ -66,10 +67,13 @@ def look(model: Matcher | Captioner, picture: Picture, text: str | None = None, 
         by: of a stage 1, which score of the text.
 
     Raises:
-        UserError: a picture that cannot be opened, an empty or too long text, a question that is missing.
+        UserError: a picture that cannot be opened, an empty or too long text, a question that is missing, another
+            connector than the Q-Former.
     """
-    vision = model.model.vision
+    vision, connector = model.model.vision, model.model.connector
     assert vision is not None
+    if not isinstance(connector, QFormer):
+        raise UserError(f"the connector {connector.name!r} has no attention maps: give a run with a Q-Former")
     place = next(model.model.parameters()).device
     with torch.enable_grad(), computing(model.model, model.settings.train.precision):
         with torch.no_grad():
@@ -86,7 +90,7 @@ def text_relevance(model: Matcher, features: Tensor, texts: Sequence[str], by: B
     return _maps(model.model.vision, relevance(score, weights))
 
 
-def _of_matcher(model: Matcher, vision: Vision, features: Tensor, text: str | None, by: By) -> Looked:
+def _of_matcher(model: Matcher, vision: FrozenVision, features: Tensor, text: str | None, by: By) -> Looked:
     with torch.no_grad(), watching(model.model.qformer) as weights:
         model.model.qformer.query_output(features)
     queries = _maps(vision, attention(weights)[0])
@@ -109,7 +113,9 @@ def _scored(model: Matcher, features: Tensor, texts: Sequence[str], by: By) -> t
         return weights, (logits[:, 1] - logits[:, 0]).sum()
 
 
-def _of_captioner(model: Captioner, vision: Vision, features: Tensor, picture: Picture, text: str | None) -> Looked:
+def _of_captioner(
+    model: Captioner, vision: FrozenVision, features: Tensor, picture: Picture, text: str | None
+) -> Looked:
     stage2, language = model.model, model.settings.language
     prompt, question = language.prompts[0], None
     if model.tokens is not None:
@@ -122,17 +128,59 @@ def _of_captioner(model: Captioner, vision: Vision, features: Tensor, picture: P
         (text,) = model.generate([picture], [prompt], CAPTION)
     else:
         (text,) = clean_texts([text], clean_caption)
-    with watching(stage2.qformer) as weights:
+    assert isinstance(stage2.connector, QFormer)
+    with watching(stage2.connector) as weights:
         soft = stage2.soft_prompt(features=features, question=question)
         words = word_scores(stage2.language, soft, prompt, text) if text else []
     found = tuple((word, _maps(vision, relevance(score, weights))[0]) for word, score in words)
     return Looked(_maps(vision, attention(weights)[0]), text, found)
 
 
-def _maps(vision: Vision, patches: Tensor) -> np.ndarray[Any, Any]:
+def _maps(vision: FrozenVision, patches: Tensor) -> np.ndarray[Any, Any]:
     """`[n, P]` -> `[n, g, g]`; class and register tokens, which come first, are left out."""
     side = vision.grid
     return patches[:, -side * side :].unflatten(1, (side, side)).float().cpu().numpy()
+
+
+@contextmanager
+def watching(qformer: QFormer) -> Iterator[list[Tensor]]:
+    """Inside it each pass over images adds its cross-attention weights, `[B, H, Q, P]` for each crossing layer.
+
+    Each row sums to 1. Where gradients are on, the pass goes through them. No dropout is applied to them.
+    """
+    crossing = [layer.cross for layer in qformer.layers if isinstance(layer, Layer) and layer.cross is not None]
+    found: list[Tensor] = []
+    for cross in crossing:
+        cross.watched = found
+    try:
+        yield found
+    finally:
+        for cross in crossing:
+            cross.watched = None
+
+
+def attention(weights: Sequence[Tensor]) -> Tensor:
+    """How much each query looks at each patch: `[B, Q, P]`, the mean over layers and heads; rows sum to 1."""
+    return torch.stack([layer.detach().mean(dim=1) for layer in weights]).mean(dim=0)
+
+
+def relevance(score: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """How much more the score would be if the queries looked more at a patch, and as much less elsewhere: `[B, P]`.
+
+    Weight times gradient, as Grad-CAM has it for attention (Chefer et al., 2021), the gradient less its mean over the
+    patches that are looked at: weights sum to 1, so one cannot grow alone. Summed over layers, heads and queries, and
+    of what speaks against a patch nothing is taken off.
+
+    Args:
+        score: one number, the sum over B images of scores that depend on their own image alone. It may be asked
+            again about another score of the same pass.
+        weights: of that pass, as `watching` collects them.
+    """
+    found: list[Tensor] = []
+    for weight, gradient in zip(weights, torch.autograd.grad(score, list(weights), retain_graph=True), strict=True):
+        more = gradient - (weight * gradient).sum(dim=-1, keepdim=True)
+        found.append((weight * more.clamp(min=0)).sum(dim=(1, 2)))
+    return torch.stack(found).sum(dim=0).detach()
 
 
 # Drawn over the picture, from nothing to the most: see-through, then violet, red, yellow. Distinguishable without

@@ -3,7 +3,6 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); everything below this module works on tensors.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,29 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openblip2.compat import log
 from openblip2.config import RunSettings
 from openblip2.data.images import Picture
-from openblip2.data.text import clean_question
 from openblip2.data.tokens import QFormerTokens, question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.inputs import (
     GROUP,
-    clean_texts,
+    clean_questions,
     each_readable,
     features_of,
-    group_of,
     require_pairs,
-    same_pictures,
+    require_readable,
     warn_unknown,
 )
-from openblip2.inference.pretrained import Pretrained
+from openblip2.inference.pretrained import Features, Pretrained
+from openblip2.inference.writing import ROUNDS, Written, draw_texts, write_texts
 from openblip2.model.language import Decoding
+from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
 
 CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short
 CHAT = replace(ANSWER, max_new_tokens=30)  # these three are the defaults of the command line, Python and the server
+SAMPLED = Decoding(beams=1, sample=True, seed=0)  # several captions of a picture
 
 
 class Captioner(Pretrained):
@@ -60,14 +61,93 @@ class Captioner(Pretrained):
         """One caption for each picture; None for a picture that cannot be opened, which a warning names.
 
         Args:
-            prompt: Text after the soft prompt, which the Q-Former of an InstructBLIP reads, too; None = the one of
+            prompt: Text after the soft prompt, which the Q-Former of an InstructBLIP also reads; None = the one of
                 training.
 
         Raises:
-            UserError: a prompt that is longer than the Q-Former reads, or a run whose Q-Former reads questions.
+            UserError: a prompt that is too long, or a run whose Q-Former reads questions.
         """
-        prompt = self.settings.language.prompts[0] if prompt is None else prompt
+        prompt = self._prompt(prompt)
         return each_readable(images, lambda some, numbers: self.generate(some, [prompt] * len(some), decoding))
+
+    def captions(
+        self,
+        images: Sequence[Picture],
+        count: int,
+        prompt: str | None = None,
+        decoding: Decoding = SAMPLED,
+        score: bool = False,
+    ) -> list[list[Written] | None]:
+        """Different captions of each picture, in the order in which they were drawn; None as in `caption`.
+
+        Args:
+            images: the pictures.
+            count: captions of each picture; it may have fewer, which a warning says.
+            prompt: as in `caption`.
+            decoding: has to sample if `count` is above 1. Draw n has the seed `decoding.seed + n`, so it depends
+                neither on the other pictures nor on `count`; captions that repeat are left out.
+            score: whether to compute their log-probabilities, too.
+        """
+        if count > 1 and not decoding.sample:
+            raise UserError(f"{count} captions of a picture have to be drawn: use Decoding(sample=True, beams=1)")
+        prompt, model, precision = self._prompt(prompt), self.model, self.settings.train.precision
+        self.qformer_texts([prompt])
+
+        def draw(some: Sequence[Picture], numbers: Sequence[int]) -> list[list[Written]]:
+            return draw_texts(model, precision, some, prompt, count, decoding, self.tokens, score)
+
+        found = each_readable(images, draw)
+        if few := sum(own is not None and len(own) < count for own in found):
+            few = f"{few} of {len(found)} pictures have"
+            log.warning("%s fewer than %d different captions in %d draws", few, count, ROUNDS * count)
+        return found
+
+    def log_likelihood(self, images: Sequence[Picture], texts: Sequence[str], prompt: str | None = None) -> Tensor:
+        """The log-probability of caption n of picture n, its end counted: `[N]`, in nats.
+
+        It is NaN for a picture that cannot be opened, and a warning names it.
+
+        Args:
+            images: N pictures.
+            texts: N captions, scored as they are given; training captions are in lower case.
+            prompt: as in `caption`.
+        """
+        require_pairs(images, texts, "texts")
+        prompt = self._prompt(prompt)
+        asked = self.qformer_texts([prompt] * len(images))
+
+        def score(features: Tensor, numbers: Sequence[int]) -> Tensor:
+            soft = self.model.soft_prompt(features=features, question=self._read(asked, numbers))
+            return text_logprobs(self.model.language, soft, prompt, [texts[n] for n in numbers])
+
+        return self._rows(images, score)
+
+    def choose(self, images: Sequence[Picture], questions: Sequence[str], answers: Sequence[str]) -> Tensor:
+        """The probability of each of M answers to question n about picture n, if it is one of them: `[N, M]`.
+
+        It is the probability of the whole answer, divided by the sum of all M. The row of a picture that cannot be
+        opened is NaN, and a warning names it.
+
+        Args:
+            images: N pictures.
+            questions: N questions, asked as in `answer`.
+            answers: for example "yes" and "no"; the same for all questions.
+
+        Raises:
+            UserError: fewer than two different answers, or an empty one; or as `answer`.
+        """
+        if len(set(answers)) < max(2, len(answers)) or not all(map(str.strip, answers)):
+            raise UserError(f"answers {','.join(answers)[:80]!r}: give two or more different ones, for example yes,no")
+        require_pairs(images, questions, "questions")
+        prompts, asked = self.read_questions(questions)
+
+        def score(features: Tensor, numbers: Sequence[int]) -> Tensor:
+            read = self._read(asked, numbers)
+            soft, language = self.model.soft_prompt(features=features, question=read), self.model.language
+            rows = [text_logprobs(language, soft[k, None], prompts[n], answers) for k, n in enumerate(numbers)]
+            return torch.stack(rows).softmax(dim=1)
+
+        return self._rows(images, score, len(answers))
 
     def answer(
         self, images: Sequence[Picture], questions: Sequence[str], decoding: Decoding = ANSWER
@@ -92,41 +172,41 @@ class Captioner(Pretrained):
     def read_questions(self, questions: Sequence[str], form: str | None = None) -> tuple[list[str], list[str] | None]:
         """Prompts that ask the questions, and the texts for a Q-Former that reads some, as `generate` takes them.
 
-        Questions are cleaned, as in training for VQA. An InstructBLIP gets them as they are written, and its Q-Former
-        reads the prompts.
+        Questions are cleaned, as in training for VQA. The Q-Former of an InstructBLIP reads the prompts as written.
 
         Args:
+            questions: in words.
             form: how a question is put, with `{}` for its words; None = the run's `language.question`.
 
         Raises:
             UserError: an empty question, one of more than 50 words, or a prompt that is longer than the Q-Former reads.
         """
-        if as_written := self.settings.reads_prompts:
-            asked = [question.strip() for question in questions]
-            if "" in asked:
-                raise UserError("an empty question: ask something in words")
-        else:
-            asked = clean_texts(questions, clean_question)
-        warn_unknown(
-            self.tokens.tokenizer if self.tokens else self.model.language.tokenizer, list(dict.fromkeys(asked))
-        )
+        asked = clean_questions(questions, self.settings.reads_prompts)
+        tokenizer = self.tokens.tokenizer if self.tokens else self.model.language.tokenizer
+        warn_unknown(tokenizer, list(dict.fromkeys(asked)))
         form = self.settings.language.question if form is None else form
         prompts = [form.replace("{}", question) for question in asked]
-        if as_written:
-            self.require_readable(prompts)
-        return prompts, prompts if as_written else asked if self.tokens else None
+        return prompts, self.qformer_texts(prompts, asked if self.tokens and not self.settings.reads_prompts else None)
 
-    def require_readable(self, prompts: Sequence[str]) -> None:
-        """Checks that the Q-Former of an InstructBLIP can read these prompts to their end; others read none.
+    def qformer_texts(self, prompts: Sequence[str], questions: Sequence[str] | None = None) -> Sequence[str] | None:
+        """What the Q-Former reads with each picture: the questions, or the prompts of an InstructBLIP; None = nothing.
 
         Raises:
-            UserError: it cannot.
+            UserError: no questions where they are read, some where they are not, or a prompt that is too long.
         """
-        if self.tokens and self.settings.reads_prompts and (long := self.tokens.too_long(prompts)):
-            begins = prompts[long[0]][:40]
+        if questions is None and self.settings.reads_prompts:
+            questions = prompts
+        if (questions is None) != (self.tokens is None):
             raise UserError(
-                f"prompt {begins!r}... is too long: the Q-Former reads at most {self.tokens.longest} tokens; shorten it"
+                "this run answers questions, which its Q-Former reads: give one with each picture, as for `answer`"
+                if questions is None
+                else f"this run's {self.settings.connector.name} reads no questions: give them in the prompts alone"
             )
+        if questions is not None and self.tokens is not None:
+            require_pairs(prompts, questions, "questions")
+            if self.settings.reads_prompts:
+                require_readable(self.tokens, questions)
+        return questions
 
     def ask(self, image: Picture, questions: Sequence[str], decoding: Decoding = ANSWER) -> list[str]:
         """Answers to many questions about one picture, which is looked at once.
@@ -137,11 +217,31 @@ class Captioner(Pretrained):
         prompts, asked = self.read_questions(questions)
         return self.generate([image] * len(questions), prompts, decoding, asked)
 
+    def features(self, images: Sequence[Picture], texts: Sequence[str] | None = None) -> Features:
+        """What the queries read from N pictures. Rows of a picture that cannot be opened are NaN, as in `caption`.
+
+        Args:
+            images: N pictures.
+            texts: a question for each, where the Q-Former reads questions; of an InstructBLIP a prompt for each, or
+                None = the one of captions.
+
+        Returns:
+            `queries [N, Q, D]` and, in `projected`, the soft prompt `[N, Q, L]`; on the CPU.
+        """
+        asked = None if texts is None else clean_questions(texts, self.settings.reads_prompts)
+        asked = self.qformer_texts([self._prompt(None)] * len(images), asked)
+
+        def read(features: Tensor, numbers: Sequence[int]) -> Tensor:
+            queries = self.model.query_output(features=features, question=self._read(asked, numbers))
+            return torch.cat([queries.float(), self.model.projection(queries).float()], dim=2)
+
+        sizes = self.model.connector.width, self.model.language.width
+        return Features(*self._rows(images, read, self.model.connector.tokens, sum(sizes)).split(sizes, 2))
+
     def soft_prompt(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> Tensor:
         """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU.
 
-        `questions`: one for each picture, where the Q-Former reads them; None = the prompt of captions, for an
-        InstructBLIP.
+        `questions`: as `texts` of `features`, but they are not cleaned.
         """
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             outputs = self._query_output(images, questions)
@@ -152,11 +252,10 @@ class Captioner(Pretrained):
     ) -> tuple[Tensor, Tensor]:
         """All that the language model reads for picture n and prompt n: `[N, T, L]` and mask `[N, T]`, on the CPU.
 
-        What another program needs to write the text with the language model alone; `questions` as for `generate`.
+        What another program needs to write the text with the language model alone; `questions` as in `generate`.
         """
         require_pairs(images, prompts, "prompts")
-        questions = self._asked(prompts, questions)
-        soft = self.soft_prompt(images, questions).to(next(self.model.parameters()).device)
+        soft = self.soft_prompt(images, self.qformer_texts(prompts, questions)).to(next(self.model.parameters()).device)
         with torch.inference_mode():
             embeds, mask = self.model.language.embed(soft, prompts)
         return embeds.float().cpu(), mask.cpu()
@@ -169,100 +268,31 @@ class Captioner(Pretrained):
         questions: Sequence[str] | None = None,
         at_once: int = GROUP,
     ) -> list[str]:
-        """The language model's text for picture n after prompt n.
-
-        A picture that repeats, by its path or as the same object of a list, goes through the encoder and the Q-Former
-        once, and where prompts begin alike the language model reads it once, too. Prompts of like length go together.
+        """The language model's text for picture n after prompt n; see `writing.write_texts`.
 
         Args:
-            questions: one for each picture, where the Q-Former reads them: then a picture that repeats goes through
-                the encoder once in each group of 32, and through the Q-Former with each question. None = the prompts,
-                for an InstructBLIP.
-            at_once: texts that are written together, where no questions are read and `inputs.group_of` is not 1.
+            questions: one for each picture, where the Q-Former reads them; None = the prompts, for an InstructBLIP.
+            at_once: texts that are written together, where `inputs.group_of` is not 1.
 
         Raises:
-            UserError: a picture that cannot be opened; no questions where they are read, or some where they are not;
-                a prompt that is longer than the Q-Former of an InstructBLIP reads.
+            UserError: as `write_texts`; or no questions where they are read, or some where they are not.
         """
-        questions = self._asked(prompts, questions)
-        self._require_questions(images, questions)
-        if questions is not None:
-            return self._generate_asked(images, prompts, decoding, questions)
-        names = same_pictures(images)
-        left, language = Counter(names), self.model.language
-        lengths = {prompt: language.length(prompt) for prompt in set(prompts)}
-        first = {name: n for n, name in reversed(list(enumerate(names)))}
-        # Prompts about one picture stay together, for they share more than padding costs.
-        order = sorted(
-            range(len(names)),
-            key=lambda n: (first[names[n]] if left[names[n]] > 1 else len(names), lengths[prompts[n]]),
-        )
-        found, soft = [""] * len(names), dict[str | int, Tensor]()
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            at_once = at_once if group_of(self.model) > 1 else 1
-            for start in range(0, len(order), at_once):
-                rows = order[start : start + at_once]
-                here = {names[n]: n for n in rows}
-                unseen = [n for name, n in here.items() if name not in soft]
-                for features in features_of(self.model, [images[n] for n in unseen]):
-                    soft |= zip((names[n] for n in unseen), self.model.soft_prompt(features=features), strict=True)
-                about = [list(here).index(names[n]) for n in rows]
-                given = torch.stack([soft[name] for name in here])
-                texts = language.generate(given, [prompts[n] for n in rows], decoding, about)
-                for n, text in zip(rows, texts, strict=True):
-                    found[n] = text
-                left.subtract(names[n] for n in rows)
-                soft = {name: one for name, one in soft.items() if left[name]}
-        return found
-
-    def _generate_asked(
-        self, images: Sequence[Picture], prompts: Sequence[str], decoding: Decoding, questions: Sequence[str]
-    ) -> list[str]:
-        names, found = same_pictures(images), [""] * len(images)
-        first = {name: n for n, name in reversed(list(enumerate(names)))}
-        order = sorted(range(len(names)), key=lambda n: (first[names[n]], len(prompts[n])))
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            group = group_of(self.model)
-            for start in range(0, len(order), group):
-                rows = order[start : start + group]
-                here = {names[n]: n for n in rows}
-                features = torch.cat(list(features_of(self.model, [images[n] for n in here.values()])))
-                about = [list(here).index(names[n]) for n in rows]
-                read = self._read([questions[n] for n in rows])
-                soft = self.model.soft_prompt(features=features[about], question=read)
-                texts = self.model.language.generate(soft, [prompts[n] for n in rows], decoding)
-                for n, text in zip(rows, texts, strict=True):
-                    found[n] = text
-        return found
+        asked, precision = self.qformer_texts(prompts, questions), self.settings.train.precision
+        found = write_texts(self.model, precision, images, prompts, [decoding], self.tokens, asked, at_once)
+        return [text for ((text, _),) in found]
 
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
-        questions = self._asked([self.settings.language.prompts[0]] * len(images), questions)
-        self._require_questions(images, questions)
-        start = 0
+        asked, start = self.qformer_texts([self._prompt(None)] * len(images), questions), 0
         for part in features_of(self.model, images):
-            read = self._read(questions[start : start + len(part)] if questions else None)
-            yield self.model.query_output(features=part, question=read)
+            yield self.model.query_output(features=part, question=self._read(asked, range(start, start + len(part))))
             start += len(part)
 
-    def _asked(self, prompts: Sequence[str], questions: Sequence[str] | None) -> Sequence[str] | None:
-        """The questions; the prompts, where the Q-Former reads those and there are no questions."""
-        if questions is None and self.settings.reads_prompts:
-            self.require_readable(prompts)
-            return prompts
-        return questions
+    def _prompt(self, prompt: str | None) -> str:
+        return self.settings.language.prompts[0] if prompt is None else prompt
 
-    def _read(self, questions: Sequence[str] | None) -> tuple[Tensor, Tensor] | None:
+    def _read(self, asked: Sequence[str] | None, numbers: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        questions = None if asked is None else [asked[n] for n in numbers]
         return question_tokens(self.tokens, questions, self.model.projection.weight.device)
-
-    def _require_questions(self, images: Sequence[Picture], questions: Sequence[str] | None) -> None:
-        if (questions is None) != (self.tokens is None):
-            raise UserError(
-                "this run answers questions, which its Q-Former reads: give one with each picture, as for `answer`"
-                if questions is None
-                else "this run's Q-Former reads no questions: give them in the prompts alone"
-            )
-        if questions is not None:
-            require_pairs(images, questions, "questions")
 
 
 def greedy(decoding: Decoding) -> Decoding:

@@ -14,7 +14,7 @@ from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.captioner import CHAT, Captioner
 from openblip2.inference.inputs import features_of
-from openblip2.model.context import context_of, room_for_prompt
+from openblip2.model.context import context_of, require_room, room_for_prompt
 from openblip2.model.language import Decoding
 from openblip2.model.template import dialogue
 
@@ -30,18 +30,18 @@ class DialoguePrompt:
             language model's own limit, which is the maximum.
 
     Raises:
-        UserError: `question` without `{}`, a run whose template has no place for a question, or a context beyond the
+        UserError: `question` without `{}`, a run whose template cannot hold a question, or a context beyond the
             language model's own.
     """
 
     def __init__(self, captioner: Captioner, question: str | None = None, context: int | None = None) -> None:
         self.language, settings = captioner.model.language, captioner.settings.language
-        self.queries = captioner.model.qformer.queries.shape[1]
+        self.queries = captioner.model.connector.tokens
         self.question = settings.question if question is None else question
         if "{}" not in self.question:
             raise UserError(f"question {self.question!r}: it needs {{}} where the words of a question go")
         if "{prompt}" not in self.language.template:
-            raise UserError(f"template {settings.template!r}: without {{prompt}} it has no place for a question")
+            raise UserError(f"template {settings.template!r}: without {{prompt}} it cannot hold a question")
         limit = context_of(self.language)
         if context is not None and limit is not None and context > limit:
             raise UserError(f"context {context}: this language model has a context of {limit} tokens")
@@ -63,11 +63,7 @@ class DialoguePrompt:
             raise UserError("an empty question: ask something in words")
         room = room_for_prompt(self.language, self.context, self.queries, longest)
         prompt = self._write(question)
-        if room is not None and (length := self.language.length(prompt)) > room:
-            raise UserError(
-                f"question {question[:40]!r}... takes {length} tokens with its template, but only {max(room, 0)} fit "
-                f"beside the picture and the answer: the language model has a context of {self.context}"
-            )
+        require_room(self.language, prompt, self.queries, longest, self.context)
         for start in reversed(range(len(turns))):
             longer = self._write(question, turns[start:])
             if room is not None and self.language.length(longer) > room:

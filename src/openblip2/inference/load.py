@@ -32,7 +32,7 @@ def load(
         precision: "auto", "bf16" or "fp32" instead of the run's own (`train.precision`).
         heads: attention heads of the Q-Former, which no LAVIS file tells; None = BERT's 12.
         vision, language, tokenizer: the image encoder, the language model and the Q-Former's tokenizer, by name or
-            ready, instead of those that the source names.
+            ready, instead of those that the source names. A run that was trained with a caller's own needs them here.
         revision: branch, tag or commit on the hub.
         language_dtype: as the setting `language.dtype`, "int8" for one, instead of the source's own.
         vision_heads: attention heads of an image encoder in a LAVIS file, which does not tell them; None = ViT-g's 16,

@@ -17,8 +17,8 @@ from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.ranking import rerank, similarities
 from openblip2.hardware import computing
-from openblip2.inference.inputs import clean_texts, each_readable, features_of, require_pairs, warn_unknown
-from openblip2.inference.pretrained import Pretrained
+from openblip2.inference.inputs import clean_texts, each_readable, features_of, require_pairs, stacked, warn_unknown
+from openblip2.inference.pretrained import Features, Pretrained
 from openblip2.model.stage1 import Stage1
 
 
@@ -48,13 +48,7 @@ class Matcher(Pretrained):
             UserError: an empty text, or one longer than the run's text limit.
         """
         tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
-
-        def score(some: Sequence[Picture], numbers: Sequence[int]) -> Tensor:
-            with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-                rows = [similarities(self.model, part, tokens, valid) for part in features_of(self.model, some)]
-            return torch.cat(rows).float().cpu()
-
-        return _stacked(each_readable(images, score), len(texts))
+        return self._rows(images, lambda part, _: similarities(self.model, part, tokens, valid), len(texts))
 
     def match(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
         """The probability, by the image-text matching head, that text n belongs to picture n: `[N]`.
@@ -67,17 +61,41 @@ class Matcher(Pretrained):
         require_pairs(images, texts, "texts")
         tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
 
-        def score(some: Sequence[Picture], numbers: Sequence[int]) -> Tensor:
-            found, done = [], 0
-            with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-                for part in features_of(self.model, some):
-                    rows = list(numbers[done : done + len(part)])
-                    logits = self.model.match(self.model.qformer.encode_image(part), tokens[rows], valid[rows])
-                    found.append(logits.float().softmax(dim=1)[:, 1])
-                    done += len(part)
-            return torch.cat(found).cpu()
+        def score(features: Tensor, numbers: Sequence[int]) -> Tensor:
+            logits = self.model.match(self.model.qformer.encode_image(features), tokens[numbers], valid[numbers])
+            return logits.float().softmax(dim=1)[:, 1]
 
-        return _stacked(each_readable(images, score))
+        return self._rows(images, score)
+
+    def features(self, images: Sequence[Picture], texts: Sequence[str] | None = None) -> Features:
+        """What the queries read from N pictures. Rows of a picture that cannot be opened are NaN, as in `similarity`.
+
+        Args:
+            images: N pictures.
+            texts: one for each; with them also `joint`.
+
+        Returns:
+            `queries [N, Q, D]`; `projected [N, Q, E]`, of length 1, which `similarity` compares with texts; and
+            `joint [N, Q, D]`, the queries that have read the text, too, as for image-text matching. On the CPU.
+
+        Raises:
+            UserError: as `match`.
+        """
+        if texts is not None:
+            require_pairs(images, texts, "texts")
+        read = None if texts is None else [one.to(self.model.temperature.device) for one in self.tokenise(texts)]
+        qformer = self.model.qformer
+
+        def compute(features: Tensor, numbers: Sequence[int]) -> Tensor:
+            queries = qformer.query_output(features)
+            outputs = [queries.float(), self.model.image_vectors(queries)]
+            if read is not None:
+                tokens, valid = (one[numbers] for one in read)
+                outputs.append(qformer.joint_pass(qformer.encode_image(features), tokens, valid).float())
+            return torch.cat(outputs, dim=2)
+
+        sizes = [qformer.width, self.model.vision_proj.out_features, qformer.width][: 2 if read is None else 3]
+        return Features(*self._rows(images, compute, qformer.queries.shape[1], sum(sizes)).split(sizes, dim=2))
 
     def embed_image(self, image: Picture) -> list[float]:
         """One direction for a picture: E numbers, of length 1. The mean of its queries', so cosines with it are lower
@@ -88,7 +106,7 @@ class Matcher(Pretrained):
         """
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             (features,) = features_of(self.model, [image])
-            vectors = self.model.image_vectors(self.model.qformer.query_output(features))
+            vectors = self.model.image_vectors(self.model.connector.query_output(features))
         return F.normalize(vectors.float().mean(dim=1), dim=-1)[0].tolist()
 
     def embed_text(self, text: str) -> list[float]:
@@ -120,13 +138,13 @@ class Matcher(Pretrained):
                 both = rerank(self.model, features, tokens, valid, scores, best)
             return torch.stack(both, dim=1).float().cpu()
 
-        by_image, by_text = _stacked(each_readable(images, score), 2, len(texts)).unbind(dim=1)
+        by_image, by_text = stacked(each_readable(images, score), 2, len(texts)).unbind(dim=1)
         return by_image, by_text
 
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
         if questions is not None:
             raise UserError("a stage-1 run's queries read no questions: leave them out")
-        return map(self.model.qformer.query_output, features_of(self.model, images))
+        return map(self.model.connector.query_output, features_of(self.model, images))
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The texts as the Q-Former reads them, `[M, T]` int64, and which tokens are real, `[M, T]` bool.
@@ -139,9 +157,3 @@ class Matcher(Pretrained):
             raise UserError(f"text {texts[n][:40]!r}... is longer than the {self.tokens.longest} tokens of this run")
         warn_unknown(self.tokens.tokenizer, cleaned)
         return self.tokens(cleaned)
-
-
-def _stacked(rows: Sequence[Tensor | None], *shape: int) -> Tensor:
-    """The rows, of one shape; NaN for those that are None."""
-    missing = torch.full(shape, torch.nan)
-    return torch.stack([missing if row is None else row for row in rows])

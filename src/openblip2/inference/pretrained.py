@@ -1,7 +1,7 @@
 """Trained models saved, loaded and published as the ecosystem expects."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,12 +13,11 @@ from torch import Tensor
 from openblip2 import hardware
 from openblip2.config import RunSettings, change
 from openblip2.data.images import Picture
-from openblip2.data.text import clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError, one_line
-from openblip2.evaluate.effective_rank import effective_rank
+from openblip2.evaluate.validation import effective_rank
 from openblip2.hardware import computing
-from openblip2.inference.inputs import clean_texts
+from openblip2.inference.inputs import clean_questions, each_readable, features_of, stacked
 from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -38,6 +37,14 @@ class Trained(NamedTuple):
     carries: frozenset[str]
     measured: Mapping[str, Any]
     tokens: QFormerTokens | None
+
+
+class Features(NamedTuple):
+    """What the queries read from N pictures: see `Matcher.features` and `Captioner.features`."""
+
+    queries: Tensor
+    projected: Tensor
+    joint: Tensor | None = None
 
 
 def read_trained(
@@ -110,7 +117,7 @@ class Pretrained(ABC):
         """
         if len(images) < 2:
             raise UserError(f"effective rank compares pictures: give at least two, not {len(images)}")
-        asked = None if questions is None else clean_texts(questions, clean_question)
+        asked = None if questions is None else clean_questions(questions, self.settings.reads_prompts)
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             outputs = [part.float().cpu() for part in self._query_output(images, asked)]
         return effective_rank(torch.cat(outputs))
@@ -118,6 +125,25 @@ class Pretrained(ABC):
     @abstractmethod
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
         """The query outputs of these pictures, `[<= GROUP, Q, D]` at a time."""
+
+    def _rows(
+        self, images: Sequence[Picture], compute: Callable[[Tensor, Sequence[int]], Tensor], *shape: int
+    ) -> Tensor:
+        """A row of `shape` for each picture, on the CPU; NaN if it cannot be opened, and a warning names it.
+
+        Args:
+            compute: takes features `[<= GROUP, P, V]` and the numbers of these pictures.
+        """
+
+        def read(some: Sequence[Picture], numbers: Sequence[int]) -> Tensor:
+            found, done = [], 0
+            with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+                for part in features_of(self.model, some):
+                    found.append(compute(part, list(numbers[done : done + len(part)])).float().cpu())
+                    done += len(part)
+            return torch.cat(found)
+
+        return stacked(each_readable(images, read), *shape)
 
     def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
         """Writes a run of ours with a model card: the trained parts, and by name the frozen ones.
@@ -162,7 +188,7 @@ class Pretrained(ABC):
         carries = carries if stage2 else carries - {"language"}
         if "language" in carries and self.settings.language.dtype in ("int8", "int4"):
             raise UserError(
-                f"a language model in {self.settings.language.dtype} is not written: load with language.dtype=auto"
+                f"a language model in {self.settings.language.dtype} cannot be written: load with language.dtype=auto"
             )
         trained = saved_parameters(model)
         count = sum(p.numel() for p in trained.values())
@@ -171,7 +197,7 @@ class Pretrained(ABC):
             write_run(
                 draft,
                 self.settings,
-                model.qformer.sizes,
+                model.connector.sizes,
                 trained,
                 model.vision,
                 model.language if isinstance(model, Stage2) else None,

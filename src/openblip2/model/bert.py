@@ -32,7 +32,7 @@ def bert_sizes(start: str, config: Any = None) -> dict[str, int]:
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
         "ffn": config.intermediate_size,
-        "vocabulary": config.vocab_size + 1,
+        "vocabulary": config.vocab_size + 1,  # the last row is [DEC]
         "positions": config.max_position_embeddings,
     }
 
@@ -78,14 +78,14 @@ def start_from_bert(qformer: QFormer, start: str, head: LMHead | None = None) ->
             f"{missing[0]} for one"
         )
     bert = source.bert
-    _copy(qformer.norm, bert.embeddings.LayerNorm)
+    _copy(qformer.norm, bert.embeddings.LayerNorm)  # of the queries, too, as in the authors' code
     if qformer.word_embeddings is not None and qformer.positions is not None:
         vocabulary = bert.embeddings.word_embeddings.weight.shape[0]
         qformer.word_embeddings.weight.data[:vocabulary] = bert.embeddings.word_embeddings.weight.data
         _copy(qformer.positions, bert.embeddings.position_embeddings)
     for mine, theirs in zip(qformer.layers, bert.encoder.layer, strict=True):
         _copy_attention(mine.attention, theirs.attention)  # pyright: ignore[reportArgumentType]
-        for ffn in (mine.query_ffn, mine.text_ffn):
+        for ffn in (mine.query_ffn, mine.text_ffn):  # BERT has one, a layer of ours two
             if isinstance(ffn, FeedForward):
                 _copy(ffn.widen, theirs.intermediate.dense)
                 _copy(ffn.narrow, theirs.output.dense)
@@ -94,7 +94,7 @@ def start_from_bert(qformer: QFormer, start: str, head: LMHead | None = None) ->
         predictions = source.cls.predictions
         _copy(head.dense, predictions.transform.dense)
         _copy(head.norm, predictions.transform.LayerNorm)
-        head.bias.data[: len(predictions.bias)] = predictions.bias.data
+        head.bias.data[: len(predictions.bias)] = predictions.bias.data  # that of [DEC] stays 0
 
 
 def _copy_attention(mine: Attention, theirs: Any) -> None:

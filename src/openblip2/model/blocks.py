@@ -19,9 +19,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, source_width: int, dropout: float) -> None:
         super().__init__()
         self.heads, self.drop = heads, dropout
-        self.watched: list[Tensor] | None = None  # a list collects the weights of each pass (model/relevance.py)
+        self.watched: list[Tensor] | None = None  # a list collects the weights of each pass (inference/attend.py)
         self.query = nn.Linear(width, width)
-        self.key = nn.Linear(source_width, width)
+        self.key = nn.Linear(source_width, width)  # from the encoder's width in cross-attention
         self.value = nn.Linear(source_width, width)
         self.out = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         """`rows [B, N, D]` -> the same."""
         queries = self._split(self.query(rows))
         if self.watched is None:
-            dropped = self.drop if self.training else 0.0
+            dropped = self.drop if self.training else 0.0  # the function itself knows no eval mode
             found = F.scaled_dot_product_attention(queries, *source, attn_mask=mask, dropout_p=dropped)
         else:
             found = self._watched(queries, *source, self.watched)
@@ -46,7 +46,7 @@ class Attention(nn.Module):
         return weights[-1].to(values.dtype) @ values
 
     def _split(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, N, D] -> [B, H, N, D / H]
 
 
 class FeedForward(nn.Module):
@@ -70,13 +70,13 @@ class LMHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.bias = nn.Parameter(torch.zeros(words.num_embeddings))
+        self.bias = nn.Parameter(torch.zeros(words.num_embeddings))  # an embedding has none to tie
         nn.init.normal_(self.dense.weight, std=INIT_STD)
         nn.init.zeros_(self.dense.bias)
 
     def forward(self, rows: Tensor, words: nn.Embedding) -> Tensor:
         """`rows [..., D]` -> word logits `[..., W]`."""
-        return F.linear(self.hidden(rows), words.weight, self.bias)
+        return F.linear(self.hidden(rows), words.weight, self.bias)  # tied to the embeddings, as in BERT
 
     def hidden(self, rows: Tensor) -> Tensor:
         """What the decoder reads: `rows [..., D]` -> `[..., D]`."""

@@ -1,29 +1,41 @@
 """From settings to models: one nested expression for each stage, which is factory and architecture diagram at once."""
 
+import inspect
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
+from pydantic import ValidationError, validate_call
 from torch import nn
 
 from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_sizes, start_from_bert
+from openblip2.model.connector import Connector
 from openblip2.model.fast.compiled import compile_blocks
 from openblip2.model.language import EncoderDecoderLM, LanguageModel
 from openblip2.model.load_language import load_language
 from openblip2.model.load_vision import load_vision
 from openblip2.model.lora import adapt_qformer, add_lora, has_lora, require_lora
-from openblip2.model.precision import DTYPES
+from openblip2.model.precision import BITS, DTYPES, require_quantisation
 from openblip2.model.qformer import QFormer
-from openblip2.model.quantised import BITS, require_quantisation
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HANDED_IN, FrozenVision, HFVision
+
+# What can stand between image encoder and language model in stage 2, by the setting `connector.name`.
+CONNECTORS: dict[str, type[Connector]] = {kind.name: kind for kind in (QFormer,)}
 
 
-def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> Vision:
-    """The image encoder of the settings; `dtype` of its weights where `vision.dtype` is auto."""
+def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> FrozenVision:
+    """The image encoder of the settings; `dtype` of its weights where `vision.dtype` is auto.
+
+    Raises:
+        UserError: it cannot be had, or is one that a caller handed in.
+    """
     named = settings.vision
+    _require_name("vision", named.name)
     vision = load_vision(named.name, named.layer, named.image_size, dtype=DTYPES.get(named.dtype, dtype))
     if named.trained:
         vision.unfreeze()
@@ -33,8 +45,13 @@ def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> V
 def build_language(
     settings: RunSettings, dtype: torch.dtype = torch.float32, place: torch.device | None = None
 ) -> LanguageModel:
-    """The frozen language model of the settings; `dtype` and `place` as for `build_stage2`."""
+    """The frozen language model of the settings; `dtype` and `place` as for `build_stage2`.
+
+    Raises:
+        UserError: it cannot be had, or is one that a caller handed in.
+    """
     language = settings.language
+    _require_name("language", language.name)
     return load_language(
         language.name,
         language.template,
@@ -46,9 +63,35 @@ def build_language(
     )
 
 
+def _require_name(part: str, name: str) -> None:
+    if name.startswith(HANDED_IN):
+        raise UserError(
+            f"{part}.name={name}: this part was handed in by the caller, and no file has it: hand it in again, as "
+            f"{part}= of openblip2.load or train_stage"
+        )
+
+
+def with_parts(
+    settings: RunSettings, vision: FrozenVision | None = None, language: LanguageModel | None = None
+) -> RunSettings:
+    """The settings with the names, and the frame, of frozen parts that a caller handed in."""
+    if vision is not None:
+        if settings.vision.trained:
+            raise UserError("vision.trained=true is for an encoder that vision.name names: leave vision= out")
+        named = {"name": vision.source, "layer": vision.layers, "image_size": vision.image_size}
+        settings = replace(settings, vision=replace(settings.vision, **named, dtype="auto"))
+    if language is not None:
+        name = str(language.llm.name_or_path) or f"{HANDED_IN}{type(language.llm).__name__}"
+        frame = {"template": language.template, "end": str(language.tokenizer.decode(language.end))}
+        settings = replace(settings, language=replace(settings.language, name=name, **frame, dtype="auto"))
+    return settings
+
+
 def build_qformer(settings: RunSettings, image_width: int, sizes: Mapping[str, int]) -> QFormer:
     """A Q-Former with random weights; `sizes` are those of a BERT or of a finished run."""
     qformer = settings.qformer
+    if "heads" not in sizes:
+        raise UserError(f"sizes {', '.join(sizes)} are of another connector than 'qformer', which the settings name")
     return QFormer(
         **sizes,
         queries=qformer.queries,
@@ -59,8 +102,57 @@ def build_qformer(settings: RunSettings, image_width: int, sizes: Mapping[str, i
     )
 
 
+def connector_class(settings: RunSettings) -> type[Connector]:
+    """The class that `connector.name` names.
+
+    Raises:
+        UserError: there is none, or the settings ask for what it does not have.
+    """
+    name, qformer = settings.connector.name, settings.qformer
+    if (kind := CONNECTORS.get(name)) is None:
+        raise UserError(f"connector.name={name!r} is none of {', '.join(CONNECTORS)}: add it to CONNECTORS")
+    if kind is QFormer:
+        foreign: dict[str, Any] = {"connector.options": settings.connector.options}
+    else:
+        foreign = {"qformer.question_in_qformer": qformer.question_in_qformer, "qformer.lora_rank": qformer.lora_rank}
+        foreign["stage"] = settings.stage == "stage1" and settings.stage
+        foreign["start"] = settings.task == "pretraining" and not kind.has_stage1 and settings.start
+    for setting, value in ((setting, value) for setting, value in foreign.items() if value):
+        raise UserError(f"{setting}={value} does not apply to the connector {name!r}: leave it out")
+    return kind
+
+
+def build_connector(settings: RunSettings, vision: FrozenVision, sizes: Mapping[str, int] | None = None) -> Connector:
+    """The connector of stage 2; with the `sizes` of a finished run, empty and ready to be filled from it.
+
+    Raises:
+        UserError: as `connector_class`; or it does not take its options, or is not of these sizes.
+    """
+    kind, options = connector_class(settings), settings.connector.options
+    if kind is QFormer:
+        sizes = dict(sizes or bert_sizes(settings.qformer.start))
+        if not settings.qformer.question_in_qformer:
+            sizes["vocabulary"] = 0
+        return build_qformer(settings, vision.width, sizes)
+    connector = kind.__new__(kind)
+    try:
+        validate_call(kind.__init__)(connector, vision.patches, vision.width, **options)
+    except ValidationError as error:
+        first, known = error.errors()[0], list(inspect.signature(kind).parameters)[2:]
+        raise UserError(
+            f"connector.options: {first['loc'][0]}={first['input']!r}: {first['msg'].lower()}; the connector "
+            f"{kind.name!r} has {', '.join(known) or 'none'}"
+        ) from error
+    if sizes is not None and sizes != connector.sizes:
+        raise UserError(
+            f"the connector {kind.name!r} was trained with {dict(sizes)}, and here it has {connector.sizes}: its "
+            "options and the image encoder must be those of training"
+        )
+    return connector
+
+
 def build_stage1(
-    settings: RunSettings, vision: Vision, sizes: Mapping[str, int] | None = None, writes: bool = True
+    settings: RunSettings, vision: FrozenVision, sizes: Mapping[str, int] | None = None, writes: bool = True
 ) -> Stage1:
     """Stage 1 started from BERT; or, with the `sizes` of a finished run, empty and ready to be filled from it."""
     qformer = settings.qformer
@@ -84,41 +176,38 @@ def build_stage1(
 
 def build_stage2(
     settings: RunSettings,
-    vision: Vision,
+    vision: FrozenVision,
     sizes: Mapping[str, int] | None = None,
     dtype: torch.dtype = torch.float32,
     place: torch.device | None = None,
     language: LanguageModel | None = None,
 ) -> Stage2:
-    """Stage 2 started from BERT (a stage-1 run is put over it); with `sizes`, empty and ready to be filled.
+    """Stage 2, a Q-Former started from BERT (a stage-1 run is put over it); with `sizes`, ready to be filled.
 
     Args:
         dtype: of the language model's weights where `language.dtype` is auto, and of what int8 and int4 leave.
         place: see `load_language`.
         language: a ready one, instead of the settings'.
     """
-    qformer = settings.qformer
-    sizes_of = dict(sizes or bert_sizes(qformer.start))
-    if not qformer.question_in_qformer:
-        sizes_of["vocabulary"] = 0
     model = Stage2(
-        build_qformer(settings, vision.width, sizes_of),
+        build_connector(settings, vision, sizes),
         build_language(settings, dtype, place) if language is None else language,
         vision,
     )
     if isinstance(model.language, EncoderDecoderLM):
         model.language.splits = settings.task == "pretraining"
-    if sizes is None:
-        start_from_bert(model.qformer, qformer.start)
-    else:
+    if sizes is not None:
         add_adapters(model, settings)
+    elif isinstance(model.connector, QFormer):
+        start_from_bert(model.connector, settings.qformer.start)
     return model
 
 
 def add_adapters(model: Stage1 | Stage2, settings: RunSettings) -> None:
     """LoRA where the settings ask for it: in training after the start weights, else before a run's are filled in."""
     if settings.qformer.lora_rank:
-        adapt_qformer(model.qformer, settings.qformer.lora_rank)
+        assert isinstance(model.connector, QFormer)
+        adapt_qformer(model.connector, settings.qformer.lora_rank)
     if isinstance(model, Stage2) and settings.language.lora_rank:
         add_lora(model.language.llm, settings.language.lora_rank)
 
@@ -159,6 +248,7 @@ def require_extras(settings: RunSettings) -> None:
         )
     if settings.vision.trained and settings.train.chunk:
         raise UserError("train.chunk goes with a frozen image encoder: set train.chunk=0, or vision.trained=false")
+    connector_class(settings)
     generative = settings.stage == "stage2"
     if settings.qformer.lora_rank or (generative and language.lora_rank):
         require_lora()
@@ -175,7 +265,7 @@ def parts_table(model: nn.Module) -> list[tuple[str, int, str]]:
     rows = []
     for name, part in model.named_children():
         parameters = list(part.parameters())
-        if has_lora(part) or (isinstance(part, Vision) and part.trained):
+        if has_lora(part) or (isinstance(part, FrozenVision) and part.trained):
             _add_row(rows, name, [p for p in parameters if p.requires_grad])
             parameters = [p for p in parameters if not p.requires_grad]
         _add_row(rows, name, parameters)
@@ -200,10 +290,10 @@ def set_speed(model: Stage1 | Stage2, settings: RunSettings) -> None:
         UserError: This machine cannot compile.
     """
     if settings.train.checkpoint_activations:
-        if model.vision is not None and model.vision.trained:
+        if isinstance(model.vision, HFVision) and model.vision.trained:
             model.vision.checkpoint_activations()
-        model.qformer.checkpoint_activations = True
+        model.connector.checkpoint_activations = True
         if isinstance(model, Stage2):
             model.language.checkpoint_activations()
     if settings.train.compile:
-        compile_blocks(model.qformer)
+        compile_blocks(model.connector)

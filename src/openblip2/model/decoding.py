@@ -1,10 +1,12 @@
-"""How a language model is let write, and the call of its own `generate`.
+"""How text is drawn from a language model, and the call of its own `generate`.
 
 Shapes: B rows, T tokens, L LLM width.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -21,8 +23,15 @@ class Decoding:
     The defaults are the paper's for captions, but for `min_new_tokens`, 8 there: a picture may need fewer words.
 
     Attributes:
-        beams: 1 = greedy, or plain sampling.
-        sample: nucleus sampling with `top_p` and `temperature`.
+        beams: 1 = greedy, or sampling.
+        repetition_penalty: lowers the logits of tokens that the text contains already, if it is above 1. Neither the
+            prompt nor the soft prompt counts.
+        sample: nucleus sampling with `top_p` and `temperature`; it needs `beams=1`.
+        seed: of sampling. A text then depends on the seed, the picture and the prompt, not on the rest of its batch.
+            None = drawn from torch's generator.
+
+    Raises:
+        UserError: a value that cannot be used.
     """
 
     max_new_tokens: int = 30
@@ -33,6 +42,51 @@ class Decoding:
     sample: bool = False
     top_p: float = 0.9
     temperature: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sample and self.beams > 1:
+            raise UserError("sampling uses no beams: set beams=1")
+        for name in ("repetition_penalty", "temperature"):
+            if not (0 < getattr(self, name) < math.inf):
+                raise UserError(f"{name}={getattr(self, name)}: give a number above 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: give a number above 0 and at most 1")
+
+
+class _Draw:
+    """Leaves one token of each row, drawn from the nucleus by the row's own generator.
+
+    transformers draws for all rows from one generator, so that a text would depend on the others of its batch.
+    """
+
+    def __init__(self, how: Decoding, rows: int) -> None:
+        seeds = torch.randint(2**62, (rows,)).tolist() if how.seed is None else [how.seed] * rows
+        self.how, self.generators = how, [Random(str(seed)) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits `[B, W]`: 0 for the drawn token, and minus infinity for all others."""
+        logits = (scores - scores.amax(1, keepdim=True)).double()
+        chances, order = (logits / self.how.temperature).softmax(1).sort(1, descending=True)
+        nucleus = chances.masked_fill(chances.cumsum(1) - chances >= self.how.top_p, 0)
+        # In the order of the ids again: tokens that are equally likely have no other order that lasts.
+        sums = torch.zeros_like(chances).scatter(1, order, nucleus).cumsum(1)
+        draws = sums.new_tensor([[generator.random()] for generator in self.generators]) * sums[:, -1:]
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.searchsorted(sums, draws, right=True), 0.0)
+
+
+def drop_own_settings(llm: Any) -> None:
+    """Drops a language model's own generation settings (its folder's `generation_config.json`), all but its first ids.
+
+    A repetition penalty, forbidden words or `top_k` in there would change what `Decoding` says. The folder is not
+    written to.
+    """
+    from transformers import GenerationConfig
+
+    if (own := llm.generation_config) is not None:
+        llm.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id, decoder_start_token_id=own.decoder_start_token_id
+        )
 
 
 def generate(
@@ -54,9 +108,14 @@ def generate(
         cache: what has been read of the rows, once for each beam; None = nothing.
         watched: by what it is followed while it writes: `streamer`, `stopping_criteria` as transformers has them.
     """
-    sampling: dict[str, Any] = {"do_sample": how.sample}
-    if how.sample:  # transformers cuts to the 50 likeliest words unless told otherwise; the nucleus is the only cut
-        sampling |= {"top_p": how.top_p, "temperature": how.temperature, "top_k": 0}
+    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+    processors: Any = LogitsProcessorList()
+    if how.repetition_penalty != 1:  # not of the token that every text of an encoder-decoder begins with
+        skipped = int(llm.config.is_encoder_decoder)
+        processors.append(RepetitionPenaltyLogitsProcessor(float(how.repetition_penalty), skipped))
+    if how.sample:
+        processors.append(_Draw(how, len(embeds)))
     beams = {"length_penalty": how.length_penalty} if how.beams > 1 else {}  # without beams it is unknown there
     known = {} if cache is None else {str(cache_name(llm)): cache}
     found = llm.generate(
@@ -65,10 +124,11 @@ def generate(
         max_new_tokens=how.max_new_tokens,
         min_new_tokens=how.min_new_tokens,
         num_beams=how.beams,
-        repetition_penalty=how.repetition_penalty,
+        do_sample=False,  # `_Draw` leaves no choice
+        repetition_penalty=1.0,
+        logits_processor=processors,
         eos_token_id=stop,
         pad_token_id=stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **sampling,
         **beams,
         **known,
         **(watched or {}),

@@ -1,7 +1,7 @@
 """Frozen language models that read a soft visual prompt (paper, section 3.2 and figure 3).
 
 A language model and its tokenizer are one thing here. `DecoderLM` and `EncoderDecoderLM` have the same methods:
-`loss` for training and `generate`, which is the language model's own.
+`scored` for training and `generate`, which is the language model's own.
 
 Shapes: B images, Q queries, T tokens, L LLM width, W vocabulary.
 """
@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from openblip2.compat import cache_name, checkpointable_layers, log
 from openblip2.errors import UserError
 from openblip2.model import prompt_cache
-from openblip2.model.decoding import Decoding, generate
+from openblip2.model.context import fit_rows
+from openblip2.model.decoding import Decoding, drop_own_settings, generate
 from openblip2.model.output_head import ends_in_head, gather_head_input, loss_at
 from openblip2.model.precision import own_precision
 from openblip2.model.template import PAPER_TEMPLATE, resolve_template, split_control_tokens
@@ -54,8 +55,9 @@ class FrozenLM(nn.Module):
         end: str | None = None,
     ) -> None:
         super().__init__()
-        self.llm = llm.requires_grad_(False).eval()
+        self.llm = llm.requires_grad_(False).eval()  # frozen (3.2)
         gather_head_input(llm)
+        drop_own_settings(llm)
         self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
         self.end, self.checkpointed = _end_ids(tokenizer, end), False
@@ -152,20 +154,19 @@ class DecoderLM(FrozenLM):
 
         The prompt, soft tokens and padding have no target. `draws` is for encoder-decoders: nothing is split here.
         """
-        heads = [self._head(prompt, soft.shape[1]) for prompt in prompts]
-        tails = [self._caption(prompt, caption) for prompt, caption in zip(prompts, captions, strict=True)]
+        heads, tails = fit_rows(self, prompts, captions, soft.shape[1])
         # What a layer computes again would be put into the cache again: then all rows are read whole.
         before = [] if self.checkpointed or self.sharded else common_text(heads)
         rows = [head[len(before) :] + tail for head, tail in zip(heads, tails, strict=True)]
-        embeds, mask = embed_rows(self.llm, rows, soft, left=False)
-        labels = torch.full_like(mask, IGNORED)
+        embeds, mask = embed_rows(self.llm, rows, soft, left=False)  # on the right no token attends to padding
+        labels = torch.full_like(mask, IGNORED)  # [B, T]
         for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
             labels[row, len(head) - len(before) :][: len(tail)] = torch.tensor(tail)
         # Output only from the first position that any row scores.
         first = min(map(len, heads)) - len(before) - 1
         places = torch.arange(first, mask.shape[1] - 1, device=soft.device)
-        mask = F.pad(mask, (len(before), 0), value=1)
-        targets = labels[:, first + 1 :]
+        mask = F.pad(mask, (len(before), 0), value=1)  # columns of the cached text
+        targets = labels[:, first + 1 :]  # a position predicts the next token
         scored = targets != IGNORED
         with self.own_precision():
             known: dict[str, Any] = self._read(before, len(rows)) if before else {"use_cache": False}
@@ -195,7 +196,7 @@ class DecoderLM(FrozenLM):
         firsts = [pictures.index(picture) for picture in pictures]  # of each row, the first about the same picture
         stages = [(text, [0] * len(rows)), (shared, firsts)]
         if self.reuse.cache and decoding.beams > 1:
-            stages.append((embeds.shape[1] - 1, every))
+            stages.append((embeds.shape[1] - 1, every))  # `generate` computes the last token itself
         with self.own_precision():
             cache = prompt_cache.read(self.llm, embeds, mask, stages, self.end[-1])
             # `generate` wants the whole rows, and skips what it finds in the cache.
@@ -219,7 +220,7 @@ class DecoderLM(FrozenLM):
     def _read(self, text: list[int], count: int) -> dict[str, Any]:
         """The keys and values of a text that `count` rows begin with; adapters change them with every step."""
         cache = prompt_cache.read_text(self.llm, text) if self.adapted else self.last_read(self.llm, text)
-        cache.batch_repeat_interleave(count)
+        cache.batch_repeat_interleave(count)  # read in one row, needed in all
         return {str(cache_name(self.llm)): cache, "use_cache": True}
 
     def _caption(self, prompt: str, caption: str) -> list[int]:
@@ -247,16 +248,13 @@ class EncoderDecoderLM(FrozenLM):
             split_caption(caption, draw) if self.splits else ("", caption)
             for caption, draw in zip(captions, draws, strict=True)
         ]
-        heads = [
-            self._head(f"{prompt} {prefix}".strip(), soft.shape[1])
-            for prompt, (prefix, _) in zip(prompts, split, strict=True)
-        ]
-        embeds, mask = embed_rows(self.llm, heads, soft, left=False)
-        tails = [text_ids(self.tokenizer, suffix) + self.end for _, suffix in split]
+        read = [f"{prompt} {prefix}".strip() for prompt, (prefix, _) in zip(prompts, split, strict=True)]
+        heads, tails = fit_rows(self, read, [suffix for _, suffix in split], soft.shape[1])
+        embeds, mask = embed_rows(self.llm, heads, soft, left=False)  # the encoder reads both ways: masked instead
         labels = torch.full((len(tails), max(map(len, tails))), IGNORED, device=soft.device)
         for row, tail in enumerate(tails):
             labels[row, : len(tail)] = torch.tensor(tail)
-        scored = labels != IGNORED
+        scored = labels != IGNORED  # [B, T]
         written = self.llm.prepare_decoder_input_ids_from_labels(labels=labels)  # pyright: ignore
         with self.own_precision():
             given = {"inputs_embeds": embeds, "attention_mask": mask, "decoder_input_ids": written}
@@ -273,6 +271,9 @@ class EncoderDecoderLM(FrozenLM):
         with self.own_precision():
             return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache, self.watched)
 
+    def _caption(self, prompt: str, caption: str) -> list[int]:
+        return text_ids(self.tokenizer, caption) + self.end
+
 
 LanguageModel = DecoderLM | EncoderDecoderLM
 
@@ -284,7 +285,7 @@ def split_caption(caption: str, draw: float | None = None) -> tuple[str, str]:
     `draw`: in [0, 1), the chance in it; None = from torch's generator.
     """
     words = caption.split()
-    if len(words) < 2:
+    if len(words) < 2:  # one word cannot be split in two
         return "", caption
     place = 1 + int((torch.rand(()).item() if draw is None else draw) * (len(words) // 2))
     return " ".join(words[:place]), " ".join(words[place:])
@@ -297,7 +298,7 @@ def _end_ids(tokenizer: Any, end: str | None) -> list[int]:
     # T5's tokenizers, for one, drop line breaks: no text would ever end before the limit.
     if end is not None and (not ids or tokenizer.unk_token_id in ids):
         raise UserError(
-            f"language.end={end!r} is no token of this language model's tokenizer: set language.end to another text, "
+            f"language.end={end!r} is not a token of this model's tokenizer: set language.end to another text, "
             "or to null for its end-of-sequence token"
         )
     return ids

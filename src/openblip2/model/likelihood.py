@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openblip2.model.language import IGNORED, DecoderLM, LanguageModel
-from openblip2.model.token_rows import common_text, embed_rows, text_ids
+from openblip2.model.token_rows import common_text, embed_rows
 
 
 class TokenScore(NamedTuple):
@@ -33,10 +33,15 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
         Mean negative log-likelihood of a text's tokens, `[N]`; and whether each is the likeliest at its place, `[N]`
         bool: whether greedy decoding would write this text.
     """
-    logits, labels = _read(language, soft, prompt, [_tail(language, prompt, text) for text in texts])
-    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)
+    logits, labels = _read(language, soft, prompt, [language._caption(prompt, text) for text in texts])
     likeliest = (logits.argmax(2) == labels) | (labels == IGNORED)
-    return losses / (labels != IGNORED).sum(1), likeliest.all(1)
+    return -_sums(logits, labels) / (labels != IGNORED).sum(1), likeliest.all(1)
+
+
+@torch.no_grad()
+def text_logprobs(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> Tensor:
+    """The log-probability of each of N whole texts, its end counted: `[N]`, in nats; arguments as in `likelihoods`."""
+    return _sums(*_read(language, soft, prompt, [language._caption(prompt, text) for text in texts]))
 
 
 def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -> list[tuple[str, Tensor]]:
@@ -45,7 +50,7 @@ def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -
     Args:
         soft: `[1, Q, L]`; gradients lead back to it.
     """
-    tail = _tail(language, prompt, text)
+    tail = language._caption(prompt, text)
     logits, labels = _read(language, soft, prompt, [tail])
     scores = -F.cross_entropy(logits[0], labels[0], reduction="none")
     found: list[tuple[str, Tensor]] = []
@@ -71,9 +76,9 @@ def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, 
         text: that is scored; the tokens' texts joined are this text.
         best: how many of the most likely tokens to list at each position.
     """
-    tail = _tail(language, prompt, text)
+    tail = language._caption(prompt, text)
     logits, _ = _read(language, soft, prompt, [tail])
-    tokens = tail[: len(tail) - len(language.end)]
+    tokens = tail[: len(tail) - len(language.end)]  # the end is predicted too, but has no text
     found: list[TokenScore] = []
     before = ""
     # There are more logits than tokens: those of the end, which is not scored.
@@ -96,7 +101,7 @@ def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[li
     labels = torch.full((len(tails), max(map(len, tails))), IGNORED)
     for row, tail in enumerate(tails):
         labels[row, : len(tail)] = torch.tensor(tail)
-    labels = labels.to(soft.device)
+    labels = labels.to(soft.device)  # [N, T]
     llm: Any = language.llm
     head = language._head(prompt, soft.shape[1])
     # The text after the last token of the head follows from its output, so that one is never left out.
@@ -109,14 +114,12 @@ def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[li
             given = language._read(text, len(tails)) if text else {"use_cache": False}
             given |= {"inputs_embeds": torch.cat([before, written.to(before.dtype)], dim=1)}
             given |= {"attention_mask": F.pad(mask, (len(text), written.shape[1]), value=1)}
-            given |= {"logits_to_keep": labels.shape[1]}
+            given |= {"logits_to_keep": labels.shape[1]}  # from the last token of the head on
         else:
             written = llm.prepare_decoder_input_ids_from_labels(labels=labels)
             given = {"inputs_embeds": before, "attention_mask": mask, "decoder_input_ids": written, "use_cache": False}
         return llm(**given).logits.float(), labels
 
 
-def _tail(language: LanguageModel, prompt: str, text: str) -> list[int]:
-    if isinstance(language, DecoderLM):
-        return language._caption(prompt, text)
-    return text_ids(language.tokenizer, text) + language.end
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+    return -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none").sum(1)

@@ -9,7 +9,7 @@ from openblip2.compat import keep_4bit_gradients, quiet_transformers
 from openblip2.errors import UserError, one_line
 from openblip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
 from openblip2.model.mapped import load_in
-from openblip2.model.quantised import quantised_options
+from openblip2.model.precision import quantised_options
 from openblip2.model.template import PAPER_TEMPLATE
 from openblip2.model.wheels import locate
 
@@ -51,7 +51,7 @@ def load_language(
             config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
             prefix = BLIP2_PREFIX if "qformer_config" in config.sub_configs else ""
             if prefix:
-                config = config.text_config
+                config = config.text_config  # of the language part alone
                 options |= {"config": config, "key_mapping": {rf"^{re.escape(prefix)}": ""}}
             if exact_gelu:
                 _set_exact_gelu(name, config)
@@ -99,7 +99,7 @@ def load_language(
 def _set_exact_gelu(name: str, config: Any) -> None:
     if "dense_act_fn" not in config.to_dict():
         raise UserError(f"language.exact_gelu is for T5 models; {name!r} is a {config.model_type!r}")
-    config.dense_act_fn = "gelu"
+    config.dense_act_fn = "gelu"  # FlanT5's own setting is gelu_new, the tanh approximation
 
 
 def is_encoder_decoder(name: str) -> bool:

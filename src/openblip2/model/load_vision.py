@@ -8,7 +8,7 @@ import torch
 from openblip2.compat import quiet_transformers
 from openblip2.errors import UserError, one_line
 from openblip2.model.mapped import load_in
-from openblip2.model.vision import CLIP_MEAN, CLIP_STD, Triple, Vision, side_of
+from openblip2.model.vision import CLIP_MEAN, CLIP_STD, HFVision, Triple, side_of
 from openblip2.model.wheels import WHEELS, locate
 
 if TYPE_CHECKING:
@@ -21,21 +21,21 @@ def load_vision(
     image_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
-) -> Vision:
+) -> HFVision:
     """Load a frozen image encoder.
 
     Of a model with more parts (CLIP, SigLIP, BLIP-2) only the vision part is read.
 
     Args:
         name: A hub name, a directory, or a wheel ("wheel:dinov2-small").
-        layer: Hidden-state index, see `Vision`.
+        layer: Hidden-state index, see `HFVision`.
         image_size: Image side in px; by default the side that the model's published preprocessing crops to,
             and without one the side that its position embeddings are made for.
         dtype: Of the weights and of the features.
         revision: Branch, tag or commit on the hub.
 
     Raises:
-        UserError: There is no such model, it is not an image encoder, its weights do not fit, or `Vision`
+        UserError: There is no such model, it is not an image encoder, its weights do not fit, or `HFVision`
             refuses it.
     """
     source = locate(name)
@@ -45,7 +45,7 @@ def load_vision(
     config: Any = encoder.config
     if image_size is None:
         image_size = published or side_of(config.image_size)
-    return Vision(encoder, layer, image_size, mean, std)
+    return HFVision(encoder, layer, image_size, mean, std)
 
 
 def last_useful_layer(name: str) -> int:
@@ -94,11 +94,11 @@ def _vision_config(name: str, source: str, revision: str | None) -> tuple[Any, b
     """The configuration of the vision part, and whether it is part of a larger model."""
     from transformers import AutoConfig, Blip2VisionConfig
 
-    from openblip2.model.efficientnet import known_to_transformers
+    from openblip2.model import encoders
 
-    known_to_transformers()
+    encoders.register()
     if Path(source).exists() and not Path(source, "config.json").is_file():
-        raise UserError(f"image encoder {name!r} is no model: it needs a directory with config.json and weights")
+        raise UserError(f"image encoder {name!r} is not a model: give a directory with config.json and weights")
     try:
         config: Any = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -127,7 +127,7 @@ def _read_preprocessing(name: str, source: str, revision: str | None) -> tuple[T
         side = fields.get("crop_size") if fields.get("do_center_crop") else fields.get("size")
         side = None if side is None else side_of(side)
         if not fields.get("do_normalize", True):
-            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), side
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), side  # the encoder takes pixels in [0, 1]
         return tuple(fields["image_mean"]), tuple(fields["image_std"]), side
     except (OSError, KeyError, TypeError) as error:
         raise UserError(

@@ -52,13 +52,13 @@ def add_lora(module: nn.Module, rank: int, layers: str = "all-linear") -> None:
         )
     for parameter in module.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.float()  # in half precision small updates would be rounded away
 
 
 def adapt_qformer(qformer: QFormer, rank: int) -> None:
     """`add_lora` in its self- and cross-attention; queries and image norm go on training whole."""
     add_lora(qformer, rank, QFORMER_LAYERS)
-    qformer.queries.requires_grad_(True)
+    qformer.queries.requires_grad_(True)  # `add_lora` froze them
     qformer.image_norm.requires_grad_(True)
 
 

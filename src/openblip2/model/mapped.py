@@ -71,7 +71,7 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
         if name in stored and tensor.is_floating_point():
             old = tensor.data
             tensor.data = old.to(torch.float32 if kept & set(name.split(".")) else dtype)
-            if tensor.data_ptr() != old.data_ptr():
+            if tensor.data_ptr() != old.data_ptr():  # otherwise nothing was cast, and it is in use
                 _give_back(old, mapped)
     model.config.dtype = dtype
 
@@ -92,6 +92,6 @@ def _give_back(tensor: Tensor, mapped: list[tuple[int, int]]) -> None:
     place = bisect_right(mapped, (start, sys.maxsize)) - 1
     if place < 0 or end > mapped[place][1]:
         return  # in ordinary memory
-    start, end = -(-start // page) * page, end // page * page
+    start, end = -(-start // page) * page, end // page * page  # inwards: edge pages may hold other tensors
     if start < end:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED)

@@ -64,8 +64,8 @@ def contrastive(
     """
     image_to_text = similarity(image, text.detach() if detach_gathered else text) / temperature
     from_text = similarity(image.detach(), text) / temperature if detach_gathered else image_to_text
-    text_to_image = transpose(from_text)
-    portion = positives.float() / positives.sum(dim=1, keepdim=True)
+    text_to_image = transpose(from_text)  # [B, G]: our texts against all images
+    portion = positives.float() / positives.sum(dim=1, keepdim=True)  # never by 0: a pair is its own positive
     targets = (1 - label_smoothing) * portion + label_smoothing / positives.shape[1]
     loss = (F.cross_entropy(image_to_text.float(), targets) + F.cross_entropy(text_to_image.float(), targets)) / 2
     return Contrast(loss, image_to_text, text_to_image)
@@ -87,7 +87,7 @@ def sigmoid_contrastive(
     Arguments as for `contrastive`, and `bias`, a scalar; each of a row's positives counts in full.
     """
     image_to_text = similarity(image, text) / temperature
-    signs = positives.float() * 2 - 1
+    signs = positives.float() * 2 - 1  # z in the paper of SigLIP: 1 for a match, otherwise -1
     loss = -F.logsigmoid(signs * (image_to_text + bias)).sum(dim=1).mean()
     return Contrast(loss, image_to_text, transpose(image_to_text.detach()))  # only hard negatives read the transpose
 
@@ -114,7 +114,7 @@ def hard_negatives(
         draws: `[2, B]` fp64, uniform in [0, 1), for texts and for images; None = from torch's generator.
     """
     if draws is None:
-        draws = torch.rand(2, len(positives), dtype=torch.float64)
+        draws = torch.rand(2, len(positives), dtype=torch.float64)  # as precise as the sums below
     of_image, of_text = draws.to(positives.device)
     return HardNegatives(
         _draw(image_to_text.detach(), positives, of_image), _draw(text_to_image.detach(), positives, of_text)
@@ -122,8 +122,8 @@ def hard_negatives(
 
 
 def _draw(scores: Tensor, positives: Tensor, draws: Tensor) -> Tensor:
-    has_negative = ~positives.all(dim=1)
-    weights = scores.double().masked_fill(positives, -torch.inf)
+    has_negative = ~positives.all(dim=1)  # False in a batch of captions of one image
+    weights = scores.double().masked_fill(positives, -torch.inf)  # their probability is exactly 0
     # A row of -inf only would become NaN: give it any distribution, and mark what is drawn from it as no negative.
     summed = weights.masked_fill(~has_negative[:, None], 0.0).softmax(dim=1).cumsum(dim=1)
     # The first index whose sum exceeds the draw: never one that adds nothing to the sum, as a positive does.
@@ -137,7 +137,7 @@ def matching(logits: Tensor, is_match: Tensor) -> Tensor:
 
     With one true pair to two false ones chance is 0.6365: a loss that stays there has learned nothing.
     """
-    return F.cross_entropy(logits.float(), is_match.long())
+    return F.cross_entropy(logits.float(), is_match.long())  # "two-class linear classifier" (3.1)
 
 
 def generation(logits: Tensor, targets: Tensor, label_smoothing: float = 0.1) -> Tensor:
@@ -164,7 +164,7 @@ def decorrelation(queries: Tensor, mean: Tensor | None = None) -> Tensor:
         equally long, or if there is only one.
     """
     rows = queries.float() - (queries.detach().float().mean(dim=0) if mean is None else mean)
-    count, gram = rows.shape[1], rows @ rows.mT
-    total = gram.diagonal(dim1=1, dim2=2).sum(dim=1).square()
+    count, gram = rows.shape[1], rows @ rows.mT  # [B, Q, Q]; its eigenvalues are the squared singular values
+    total = gram.diagonal(dim1=1, dim2=2).sum(dim=1).square()  # (sum of squared singular values)^2
     share = torch.where(total > 0, gram.square().sum(dim=(1, 2)) / total.clamp(min=1e-30), 1 / count)  # 1/Q to 1
-    return ((share * count - 1) / max(1, count - 1)).mean()
+    return ((share * count - 1) / max(1, count - 1)).mean()  # from [1/Q, 1] to [0, 1]

@@ -50,7 +50,7 @@ def ends_in_head(llm: "PreTrainedModel") -> bool:
 
     hook = head.register_forward_hook(show)
     try:
-        word = torch.zeros(1, 1, dtype=torch.long, device=llm.device)
+        word = torch.zeros(1, 1, dtype=torch.long, device=llm.device)  # any token
         more = {"decoder_input_ids": word} if llm.config.is_encoder_decoder else {}
         logits = llm(input_ids=word, use_cache=False, **more).logits
     finally:
@@ -67,14 +67,14 @@ def loss_at(llm: "PreTrainedModel", plain: bool, scored: Tensor, targets: Tensor
         targets: `[N]`.
         given: its arguments.
     """
-    if not plain:
+    if not plain:  # its logits are not what its output embedding gives
         return F.cross_entropy(llm(**given).logits[scored].float(), targets)
     head: Any = llm.get_output_embeddings()
     read: list[Tensor] = []
 
     def stop(module: nn.Module, rows: tuple[Tensor]) -> tuple[Tensor]:
-        read.append(rows[0])
-        return (rows[0][:, :0],)
+        read.append(rows[0])  # with its graph: gradients go back through the model
+        return (rows[0][:, :0],)  # no rows, so no logits
 
     hook = head.register_forward_pre_hook(stop)
     try:

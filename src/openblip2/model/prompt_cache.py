@@ -39,15 +39,13 @@ class Reuse(NamedTuple):
 
 def find_reuse(llm: "PreTrainedModel") -> Reuse:
     """What can be reused for this language model, read from its class and its configuration."""
-    name, own = type(llm).__name__, llm.generation_config
+    name = type(llm).__name__
     if is_stateful(llm):
         return Reuse(False, False, f"{name} keeps recurrent states")
     if cache_name(llm) is None:
         return Reuse(False, False, f"{name}.forward takes no key-value cache")
-    if own is None:
+    if llm.generation_config is None:
         return Reuse(False, False, f"{name} has no generation_config")
-    if own.cache_implementation not in (None, "hybrid"):  # `generate` would refuse a second cache
-        return Reuse(False, False, f"generation_config.cache_implementation={own.cache_implementation!r} sets its own")
     kinds = {type(layer) for layer in _empty(llm).layers}
     if others := sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer}):
         return Reuse(False, False, f"{name} caches more than keys and values ({', '.join(others)})")
@@ -86,7 +84,7 @@ def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[in
         output = llm.generate(
             inputs_embeds=embeds[rows, :end],
             attention_mask=mask[rows, :end],
-            max_new_tokens=1,
+            max_new_tokens=1,  # the fewest that it takes
             num_beams=1,
             do_sample=False,
             pad_token_id=pad,
@@ -119,7 +117,7 @@ class LastRead:
             with torch.inference_mode(False), torch.no_grad():
                 self.cache = read_text(llm, text)
             self.key = key
-        return deepcopy(self.cache)
+        return deepcopy(self.cache)  # a pass appends to the cache that it is given
 
 
 def with_room(llm: "PreTrainedModel", cache: DynamicCache | None, beams: int, room: int) -> DynamicCache:
@@ -179,7 +177,7 @@ class Growing(DynamicLayer):
         if stop > self.stores[0].shape[2]:
             self._reserve(self.keys, self.values, 1)
         for store, new in zip(self.stores, (key_states, value_states), strict=True):
-            store[:, :, start:stop] = new
+            store[:, :, start:stop] = new  # in place: nothing is copied
         self.keys, self.values = (store[:, :, :stop] for store in self.stores)
         return self.keys, self.values
 
@@ -194,7 +192,7 @@ class Growing(DynamicLayer):
         rows, heads, length = keys.shape[:3]
         stores = []
         for part in (keys, values):
-            store = part.new_empty(rows, beams, heads, length + self.room, part.shape[3])
+            store = part.new_empty(rows, beams, heads, length + self.room, part.shape[3])  # [N, beams, H, T, d]
             store[:, :, :, :length] = part[:, None]
             stores.append(store.flatten(0, 1))
         self.stores = tuple(stores)

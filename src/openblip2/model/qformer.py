@@ -19,13 +19,14 @@ rows attend to columns, query rows come before text rows, 1 = may attend. Below 
 Shapes: B images, P patch tokens, V encoder width, Q queries, T text tokens, D width, H heads, W vocabulary.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from openblip2.model.blocks import INIT_STD, NORM_EPS, Attention, FeedForward, KeysValues
+from openblip2.model.connector import Connector, Question
 
 Cache = tuple[KeysValues, ...]  # self-attention keys and values, one pair for each layer
 
@@ -41,25 +42,25 @@ def unimodal_mask(queries: int, valid: Tensor) -> Tensor:
         `[B, 1, Q + T, Q + T]` bool, to be broadcast over attention heads.
     """
     rows, columns, real = _grid(queries, valid)
-    return real & ((rows < queries) == (columns < queries))
+    return real & ((rows < queries) == (columns < queries))  # both queries, or both text: two blocks
 
 
 def bidirectional_mask(queries: int, valid: Tensor) -> Tensor:
     """ITM: every row attends to every row but padding; arguments and shape as for `unimodal_mask`."""
     rows, _, real = _grid(queries, valid)
-    return real & (rows >= 0)
+    return real & (rows >= 0)  # always True: it gives the mask its Q + T rows
 
 
 def causal_mask(queries: int, valid: Tensor) -> Tensor:
     """ITG: a query attends to queries, a token to queries, itself and what is before it; as for `unimodal_mask`."""
     rows, columns, real = _grid(queries, valid)
-    return real & ((columns < queries) | (columns <= rows))
+    return real & ((columns < queries) | (columns <= rows))  # for a query row both sides name queries only
 
 
 def _grid(queries: int, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Row numbers `[Q + T, 1]`, column numbers `[Q + T]`, and which columns are no padding: `[B, 1, 1, Q + T]`."""
     numbers = torch.arange(queries + valid.shape[1], device=valid.device)
-    real = torch.cat([valid.new_ones(len(valid), queries), valid], dim=1).bool()
+    real = torch.cat([valid.new_ones(len(valid), queries), valid], dim=1).bool()  # queries are never padding
     return numbers[:, None], numbers, real[:, None, None]
 
 
@@ -90,7 +91,7 @@ class QFormerOutput(NamedTuple):
     cache: Cache  # of all rows
 
 
-class QFormer(nn.Module):
+class QFormer(Connector):
     """`Q` learned queries that read an image, and BERT's text stream beside them.
 
     Args:
@@ -110,6 +111,9 @@ class QFormer(nn.Module):
         ValueError: `width` is not a multiple of `heads`.
     """
 
+    name: ClassVar[str] = "qformer"
+    has_stage1: ClassVar[bool] = True
+
     def __init__(
         self,
         width: int = 768,
@@ -124,20 +128,19 @@ class QFormer(nn.Module):
         dropout: float = 0.1,
         image_norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__()
+        super().__init__(queries, width, image_width)
         if width % heads:
             raise ValueError(f"Q-Former width {width} is not a multiple of its {heads} heads")
-        self.width, self.image_width = width, image_width
-        self.checkpoint_activations = False  # True: the backward pass computes each layer again instead of keeping it
+        self.reads_questions = vocabulary > 0
         self.sizes = {"width": width, "layers": layers, "heads": heads, "ffn": ffn, "vocabulary": vocabulary}
         self.sizes["positions"] = positions
         self.image_norm = nn.LayerNorm(image_width, eps=image_norm_eps)  # "ln_vision": trained in both stages
-        self.queries = nn.Parameter(torch.randn(1, queries, width) * INIT_STD)
-        self.word_embeddings = nn.Embedding(vocabulary, width) if vocabulary else None
+        self.queries = nn.Parameter(torch.randn(1, queries, width) * INIT_STD)  # "learnable query embeddings" (3.1)
+        self.word_embeddings = nn.Embedding(vocabulary, width) if vocabulary else None  # its last row is [DEC]
         self.positions = nn.Embedding(positions, width) if vocabulary else None
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)  # BERT's embedding norm, shared by queries and text
         self.dropout = nn.Dropout(dropout)
-        crossing = [image_width if n % cross_every == 0 else 0 for n in range(layers)]
+        crossing = [image_width if n % cross_every == 0 else 0 for n in range(layers)]  # 3.1: every second one
         self.layers = nn.ModuleList(Layer(width, heads, ffn, image, bool(vocabulary), dropout) for image in crossing)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -160,7 +163,7 @@ class QFormer(nn.Module):
 
     def text_pass(self, tokens: Tensor, valid: Tensor) -> Tensor:
         """Uni-modal mask, the text alone: tokens `[B, T]` -> the output at `[CLS]`, `[B, D]`."""
-        return self(tokens=tokens, mask=unimodal_mask(0, valid), keep_text=1).text[:, 0]
+        return self(tokens=tokens, mask=unimodal_mask(0, valid), keep_text=1).text[:, 0]  # ITC reads [CLS] only
 
     def joint_pass(self, memory: Memory, tokens: Tensor, valid: Tensor) -> Tensor:
         """Bi-directional mask: images and tokens `[B, T]` -> the queries, which have read both, `[B, Q, D]`."""
@@ -172,12 +175,18 @@ class QFormer(nn.Module):
         Under this mask query rows never attend to text, so they are those of `query_pass`, whose `cache` is used. It
         is not detached: gradients reach the queries.
         """
-        mask = causal_mask(self.queries.shape[1], valid)[:, :, -tokens.shape[1] :]
+        mask = causal_mask(self.queries.shape[1], valid)[:, :, -tokens.shape[1] :]  # query rows are in the cache
         return self(tokens=tokens, mask=mask, keep_text=keep_text, past=cache).text
 
     def query_output(self, patches: Tensor) -> Tensor:
         """What the queries read from images, without text: `patches [B, P, V]` -> `[B, Q, D]`."""
         return self.query_pass(self.encode_image(patches))[0]
+
+    def visual_tokens(self, patches: Tensor, question: Question | None = None) -> Tensor:
+        """The queries' output; with a text path they have read the question, too (paper 4.3)."""
+        if question is None:
+            return self.query_output(patches)
+        return self.joint_pass(self.encode_image(patches), *question)
 
     def forward(
         self,
@@ -203,8 +212,8 @@ class QFormer(nn.Module):
         cache: list[KeysValues] = []
         images = iter(memory.layers) if memory is not None else iter(())
         for n, layer in enumerate(self.layers):
-            image = next(images) if layer.cross is not None and queries is not None else None
-            keep = keep_text if n == len(self.layers) - 1 else None
+            image = next(images) if layer.cross is not None and queries is not None else None  # text rows never read it
+            keep = keep_text if n == len(self.layers) - 1 else None  # the next layer reads all rows
             given = (queries, text, image, mask, past[n] if past else None, keep)
             if self.checkpoint_activations:
                 queries, text, own = checkpoint(layer, *given, use_reentrant=False)
@@ -222,7 +231,7 @@ class QFormer(nn.Module):
         # Positions start at 0 whether or not queries come before; there is no token-type embedding.
         if self.word_embeddings is None or self.positions is None:
             raise ValueError("this Q-Former has no text path (stage 2 leaves it out); load a stage-1 run for text")
-        places = torch.arange(tokens.shape[1], device=tokens.device)
+        places = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
         return self.dropout(self.norm(self.word_embeddings(tokens) + self.positions(places)))
 
 
@@ -239,9 +248,9 @@ class Layer(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        self.attention = Attention(width, heads, width, dropout)
+        self.attention = Attention(width, heads, width, dropout)  # shared by queries and text (figure 2)
         self.cross = Attention(width, heads, image_width, dropout) if image_width else None
-        self.query_ffn = FeedForward(width, ffn, dropout)
+        self.query_ffn = FeedForward(width, ffn, dropout)  # starts as a copy of the text's (model/bert.py)
         self.text_ffn = FeedForward(width, ffn, dropout) if text else None
 
     def forward(
@@ -258,7 +267,7 @@ class Layer(nn.Module):
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
         if text is not None and keep_text is not None:  # the others are looked at, but look no more themselves
-            text = text[:, :keep_text] if keep_text else None
+            text = text[:, :keep_text] if keep_text else None  # after `keys_values`: the others are still read
             rows = _join(queries, text)
             mask = None if mask is None else mask[:, :, : rows.shape[1]]
         rows = self.attention(rows, (keys, values), mask)

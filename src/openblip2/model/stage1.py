@@ -23,7 +23,7 @@ from openblip2.model.objectives import (
     sigmoid_contrastive,
 )
 from openblip2.model.qformer import Cache, Memory, QFormer
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision
 
 OBJECTIVES = ("itc", "itm", "itg")
 SIGMOID_BIAS = -10.0  # SigLIP's start: nearly all pairs are no match, and begin as none
@@ -47,7 +47,7 @@ class Stage1(nn.Module):
     def __init__(
         self,
         qformer: QFormer,
-        vision: Vision | None = None,
+        vision: FrozenVision | None = None,
         shared_width: int = 256,
         temperature: float = 0.07,
         label_smoothing: float = 0.1,
@@ -60,15 +60,20 @@ class Stage1(nn.Module):
         assert qformer.word_embeddings is not None, "stage 1 needs the Q-Former's text path"
         assert not (detach_gathered and contrast == "sigmoid"), "the sigmoid loss has one direction"
         self.vision, self.qformer = vision, qformer
-        self.vision_proj = nn.Linear(qformer.width, shared_width)
+        self.vision_proj = nn.Linear(qformer.width, shared_width)  # one for all queries, as in the authors' code
         self.text_proj = nn.Linear(qformer.width, shared_width)
-        self.itm_head = nn.Linear(qformer.width, 2)
+        self.itm_head = nn.Linear(qformer.width, 2)  # "a two-class linear classifier" for each query (3.1)
         self.lm_head = LMHead(qformer.width, qformer.word_embeddings) if writes else None
-        self.temperature = nn.Parameter(torch.tensor(temperature))
+        self.temperature = nn.Parameter(torch.tensor(temperature))  # learned, as in ALBEF
         # None is no parameter: a checkpoint of the paper's ITC does not have it.
         self.contrast_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if contrast == "sigmoid" else None
         self.label_smoothing, self.detach_gathered = label_smoothing, detach_gathered
         self.decorrelation = decorrelation
+
+    @property
+    def connector(self) -> QFormer:
+        """The Q-Former, as `Stage2.connector`."""
+        return self.qformer
 
     def losses(
         self,
@@ -97,7 +102,7 @@ class Stage1(nn.Module):
                 since ITM's negatives come from it.
             generator: draws the negatives, on the CPU; None = torch's own.
         """
-        memory = self.qformer.encode_image(see(self.vision, images, features))
+        memory = self.qformer.encode_image(see(self.vision, images, features))  # once, for all passes
         positives = same_image(torch.arange(len(tokens), device=tokens.device) if ids is None else ids)
 
         # Uni-modal mask: queries and text do not attend to each other, so `query_pass` and `text_pass` are two passes.
@@ -113,7 +118,7 @@ class Stage1(nn.Module):
         if "itm" in objectives:
             if negatives is None:
                 draws = torch.rand(2, len(tokens), dtype=torch.float64, generator=generator)
-                negatives = hard_negatives(itc.image_to_text, itc.text_to_image, positives, draws)
+                negatives = hard_negatives(itc.image_to_text, itc.text_to_image, positives, draws)  # as in ALBEF
             pairs = itm_pairs(tokens, valid, HardNegatives(*negatives))
             losses["itm"] = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
         if self.decorrelation:
@@ -147,7 +152,7 @@ class Stage1(nn.Module):
 
     def match(self, memory: Memory, tokens: Tensor, valid: Tensor) -> Tensor:
         """Match logits of N pairs, averaged over the queries: `[N, 2]`, class 1 = match."""
-        return self.itm_head(self.qformer.joint_pass(memory, tokens, valid)).mean(dim=1)
+        return self.itm_head(self.qformer.joint_pass(memory, tokens, valid)).mean(dim=1)  # "average the logits" (3.1)
 
     def write(self, cache: Cache, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """What the word decoder reads, `[N, D]`, and targets `[N]`, at every position whose next token is real.
@@ -164,7 +169,7 @@ class Stage1(nn.Module):
         tokens = torch.cat([start, tokens[:, 1:]], dim=1)
         # The last token has no next one to predict: its row is not computed.
         hidden = self.qformer.causal_pass(cache, tokens, valid, keep_text=tokens.shape[1] - 1)
-        scored = valid[:, 1:]
+        scored = valid[:, 1:]  # row n predicts token n + 1
         return self.lm_head.hidden(hidden[scored]), tokens[:, 1:][scored]
 
 
@@ -187,8 +192,8 @@ def itm_pairs(tokens: Tensor, valid: Tensor, negatives: HardNegatives, rows: Ten
         rows: `[n]` int64: only the pairs of these rows of the batch, at most 3n; None = of all.
     """
     own = torch.arange(len(negatives.texts), device=tokens.device) if rows is None else rows
-    wrong_images, wrong_texts = negatives.images[own], negatives.texts[own]
-    with_image, with_text = wrong_images >= 0, wrong_texts >= 0
+    wrong_images, wrong_texts = negatives.images[own], negatives.texts[own]  # [n]
+    with_image, with_text = wrong_images >= 0, wrong_texts >= 0  # -1: all others match, there is no negative
     images = torch.cat([own, wrong_images[with_image], own[with_text]])
     texts = torch.cat([own, own[with_image], wrong_texts[with_text]])
     return Pairs(images, tokens[texts], valid[texts], torch.arange(len(images), device=tokens.device) < len(own))
@@ -200,7 +205,7 @@ def in_order(losses: dict[str, Tensor], objectives: Collection[str]) -> dict[str
     return {name: losses[name] for name in (*OBJECTIVES, "decorrelation") if name in losses and name in wanted}
 
 
-def see(vision: Vision | None, images: Tensor | None, features: Tensor | None) -> Tensor:
+def see(vision: FrozenVision | None, images: Tensor | None, features: Tensor | None) -> Tensor:
     """Features `[B, P, V]`: those given, or what the frozen encoder makes of `images [B, 3, S, S]` uint8.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Stage 2: generative learning (paper, section 3.2). A frozen language model reads the queries as a soft prompt.
+"""Stage 2: generative learning (paper, section 3.2). A frozen language model reads visual tokens as a soft prompt.
 
 Fine-tuned for VQA the question goes into the Q-Former, too (section 4.3, figure 7).
 
-Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, D Q-Former width, L LLM width, T tokens.
+Shapes: B images, S side in px, P patch tokens, V encoder width, Q visual tokens, D their width, L LLM width, T tokens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openblip2.model.connector import Connector, Question
 from openblip2.model.language import Decoding, LanguageModel
-from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import see
 from openblip2.model.token_rows import template_ids, text_ids
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision
 
 # Logit of a soft token that lies on a word's embedding, against one that lies as far away as embeddings are apart.
 SHARPNESS = 5.0
-
-Question = tuple[Tensor, Tensor]  # the Q-Former's tokens [B, T] int64, and which of them are real [B, T] bool
 
 
 class WordTable(NamedTuple):
@@ -32,23 +30,28 @@ class WordTable(NamedTuple):
 
 
 class Stage2(nn.Module):
-    """Frozen image encoder -> Q-Former (its query path only) -> one linear layer -> frozen language model.
+    """Frozen image encoder -> connector -> one linear layer -> frozen language model.
 
     Args:
-        qformer: without its text path, unless it is to read questions.
+        connector: the paper's is a Q-Former without its text path, unless it is to read questions.
         language: `DecoderLM` or `EncoderDecoderLM`.
         vision: the frozen encoder; None when only ready-made features are given.
     """
 
-    def __init__(self, qformer: QFormer, language: LanguageModel, vision: Vision | None = None) -> None:
+    def __init__(self, connector: Connector, language: LanguageModel, vision: FrozenVision | None = None) -> None:
         super().__init__()
-        self.vision, self.qformer, self.language = vision, qformer, language
-        self.projection = nn.Linear(qformer.width, language.width)
+        self.vision, self._connector = vision, connector.name
+        # Under its own name, with which its tensors are stored: those of one kind do not fit into another.
+        self.add_module(connector.name, connector)
+        self.language = language
+        self.projection = nn.Linear(connector.width, language.width)
 
     @property
-    def question_in_qformer(self) -> bool:
-        """Whether a question goes into the Q-Former, too."""
-        return self.qformer.word_embeddings is not None
+    def connector(self) -> Connector:
+        """What stands between image encoder and language model."""
+        found = self.get_submodule(self._connector)
+        assert isinstance(found, Connector)
+        return found
 
     def losses(
         self,
@@ -98,7 +101,7 @@ class Stage2(nn.Module):
 
     def first_words(self, caption: str) -> list[str]:
         """The words that the Q soft tokens are aligned with; "" in place of those that a short caption lacks."""
-        count = self.qformer.queries.shape[1]
+        count = self.connector.tokens
         return (caption.split() + [""] * count)[:count]
 
     @torch.no_grad()
@@ -149,21 +152,18 @@ class Stage2(nn.Module):
     def query_output(
         self, *, images: Tensor | None = None, features: Tensor | None = None, question: Question | None = None
     ) -> Tensor:
-        """What the queries read from the images, `[B, Q, D]`: uint8 `[B, 3, S, S]` or features `[B, P, V]`.
+        """The connector's visual tokens of the images, `[B, Q, D]`: uint8 `[B, 3, S, S]` or features `[B, P, V]`.
 
         Args:
-            question: what the queries look for, where the Q-Former reads questions: of B rows, or of a multiple of
+            question: what the queries look for, where the connector reads questions: of B rows, or of a multiple of
                 the images, each image's in a row.
 
         Raises:
-            ValueError: a question and a Q-Former that reads none, or none and one that does.
+            ValueError: a question and a connector that reads none, or none and one that does.
         """
-        if (question is None) == self.question_in_qformer:
+        if (question is None) == self.connector.reads_questions:
             raise ValueError("a question belongs to a Q-Former with a text path, and such a Q-Former to a question")
-        patches = see(self.vision, images, features)
-        if question is None:
-            return self.qformer.query_output(patches)
-        return self.qformer.joint_pass(self.qformer.encode_image(patches), *question)
+        return self.connector.visual_tokens(see(self.vision, images, features), question)
 
     def generate(
         self,

@@ -106,18 +106,26 @@ def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
-    """The chat template around texts of the user and the assistant in turn, up to where the assistant writes."""
-    from jinja2 import TemplateError
+    """The chat template around texts of the user and the assistant in turn, up to where the assistant writes.
 
+    Thinking is off: a caption of 30 tokens would be all thoughts, and one that is trained would be one of them.
+    """
     roles = ("user", "assistant")
     turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
+        text = str(
+            tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False, thinking=False
+            )
+        )
+    except Exception as error:  # a template is a program of others, which may raise anything
         raise UserError(
             f"this tokenizer's chat template fails on a dialogue of length {len(texts)} ({one_line(error)}): set "
             f"language.template to another one, {PAPER_TEMPLATE!r} for example"
         ) from error
+    if text.rstrip().endswith("<think>"):  # of models that always think: no thoughts, as other templates write it
+        text = text.rstrip() + "\n\n</think>\n\n"
+    return text
 
 
 def _takes_turns(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -133,7 +141,7 @@ def _between_turns(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -
     for n, text in enumerate(texts):
         before, found, frame = frame.partition(f"<<{n}>>")
         if not found:
-            raise UserError(f"this tokenizer's chat template has no place for {len(texts)} texts in turn")
+            raise UserError(f"this tokenizer's chat template cannot hold {len(texts)} texts in turn")
         written += (before if n else "") + text
     return written
 

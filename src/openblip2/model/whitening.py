@@ -33,8 +33,8 @@ class Whitening(nn.Module):
 
 def fit_whitening(features: Tensor) -> Whitening:
     """The whitening of sample features `[..., V]`: symmetric (ZCA), with a ridge of `RIDGE` x the mean variance."""
-    rows = features.flatten(0, -2).double()
+    rows = features.flatten(0, -2).double()  # [N, V]; fp64, because variances span many orders of magnitude
     mean = rows.mean(0)
     variances, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
-    matrix = (axes * (variances + RIDGE * variances.mean()).rsqrt()) @ axes.T
+    matrix = (axes * (variances + RIDGE * variances.mean()).rsqrt()) @ axes.T  # rotated back
     return Whitening(mean.float(), matrix.float())

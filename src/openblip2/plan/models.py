@@ -9,13 +9,14 @@ from torch import nn
 from openblip2.config import RunSettings
 from openblip2.errors import UserError, one_line
 from openblip2.model.bert import bert_sizes
-from openblip2.model.build import build_stage1, build_stage2
+from openblip2.model.build import build_stage1, build_stage2, connector_class
 from openblip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
 from openblip2.model.precision import DTYPES
+from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.template import PAPER_TEMPLATE
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 from openblip2.model.wheels import locate
 
 _OPT = {"vocab_size": 50272, "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048}
@@ -45,8 +46,9 @@ def build_model(settings: RunSettings, dtype: torch.dtype) -> Stage1 | Stage2:
     Raises:
         UserError: The sizes of a model are not known, or it cannot be used for its part.
     """
-    start = settings.qformer.start
-    sizes = bert_sizes(start, _config("qformer.start", start))
+    start, sizes = settings.qformer.start, None
+    if connector_class(settings) is QFormer:
+        sizes = bert_sizes(start, _config("qformer.start", start))
     with torch.device("meta"):
         vision = _build_vision(settings, dtype)
         if settings.stage == "stage1":
@@ -54,7 +56,7 @@ def build_model(settings: RunSettings, dtype: torch.dtype) -> Stage1 | Stage2:
         return build_stage2(settings, vision, sizes, language=_build_language(settings, dtype)).train()
 
 
-def _build_vision(settings: RunSettings, dtype: torch.dtype) -> Vision:
+def _build_vision(settings: RunSettings, dtype: torch.dtype) -> HFVision:
     from transformers import AutoModel, Blip2VisionModel
 
     named = settings.vision
@@ -65,7 +67,7 @@ def _build_vision(settings: RunSettings, dtype: torch.dtype) -> Vision:
     # AutoModel does not know BLIP-2's encoder.
     load: Any = Blip2VisionModel if config.model_type == "blip_2_vision_model" else AutoModel.from_config
     encoder = load(config)
-    return Vision(encoder.to(DTYPES.get(named.dtype, dtype)), named.layer, named.image_size)
+    return HFVision(encoder.to(DTYPES.get(named.dtype, dtype)), named.layer, named.image_size)
 
 
 def _build_language(settings: RunSettings, dtype: torch.dtype) -> LanguageModel:

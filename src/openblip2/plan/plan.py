@@ -70,7 +70,7 @@ def make_plan(
     if not settings.stage1.objectives:
         raise UserError("stage1.objectives=[]: there is nothing to train; name at least one of itc, itm, itg")
     model = build_model(settings, torch.float32 if train.precision == "fp32" else torch.bfloat16)
-    longest = model.qformer.sizes["positions"]
+    longest = model.connector.sizes.get("positions", text)
     if not 4 <= text <= longest:
         raise UserError(f"--text-tokens {text}: give 4 to {longest}, the most that the Q-Former takes")
     frozen: dict[str, Any] = {"image encoder": model.vision}
@@ -117,7 +117,7 @@ def _run_step(
     vision, half = model.vision, settings.train.precision != "fp32"
     assert vision is not None
     if settings.train.checkpoint_activations:
-        model.qformer.checkpoint_activations = True
+        model.connector.checkpoint_activations = True
         if isinstance(model, Stage2):
             model.language.checkpoint_activations()
     # A patch and not a mode, which would be off where the backward pass computes a layer again.
@@ -149,7 +149,7 @@ def _stage1(
     # ITM's negatives from other GPUs or chunks come as features, and their keys and values are computed here.
     fetched = round(pairs * (1 - pairs / settings.train.batch)) if "itm" in objectives else 0
     if fetched:
-        losses += [side.sum() for layer in model.qformer.encode_image(features[:fetched]).layers for side in layer]
+        losses += [side.sum() for layer in model.connector.encode_image(features[:fetched]).layers for side in layer]
     forward = meter.lap()
     torch.stack(losses).sum().backward()
     return forward, meter.lap()

@@ -28,18 +28,16 @@ from openblip2.data.records import Record
 from openblip2.errors import UserError
 from openblip2.hardware import device
 from openblip2.model.precision import DTYPES
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision
 from openblip2.progress import Progress
 
 BATCH = 32  # pictures that are opened together, and entries that the encoder takes together
 PLAIN = "resized to a square, bicubic"
-CROPS = f"crops of {CROP_AREA} of the area, ratio {CROP_RATIO[0]:.2f} to {CROP_RATIO[1]:.2f}, half of them mirrored"
-# What of the encoder's configuration changes its features without showing in its weights.
-_SHAPING = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "rope_theta")
+CROPS = f"crops of {CROP_AREA} of the area, ratio {CROP_RATIO[0]:.2f} to {CROP_RATIO[1]:.2f}, every second one mirrored"
 
 
 def make_cache(
-    vision: Vision,
+    vision: FrozenVision,
     records: Sequence[Record],
     settings: RunSettings,
     folder: Path,
@@ -96,7 +94,7 @@ def make_cache(
     return cache
 
 
-def open_cache(vision: Vision, settings: RunSettings, folder: Path) -> FeatureCache:
+def open_cache(vision: FrozenVision, settings: RunSettings, folder: Path) -> FeatureCache:
     """The cache that the user named, if the settings' encoder made it and it has the crops that `data.augment` needs.
 
     Raises:
@@ -115,7 +113,7 @@ def open_cache(vision: Vision, settings: RunSettings, folder: Path) -> FeatureCa
 
 
 def write_features(
-    vision: Vision,
+    vision: FrozenVision,
     records: Sequence[Record],
     settings: RunSettings,
     folder: Path,
@@ -132,7 +130,7 @@ def write_features(
         views: 1 for the plain pictures; more for so many random crops of each beside it.
     """
     if precision not in stored.CACHE_DTYPES:
-        raise UserError(f"precision {precision!r} is none of {', '.join(stored.CACHE_DTYPES)}; int8 was removed")
+        raise UserError(f"precision {precision!r} is unknown: it must be one of {', '.join(stored.CACHE_DTYPES)}")
     crops = 0 if views == 1 else views
     shape = shape_of(vision, crops)
     size, free = len(records) * picture_bytes(shape), free_bytes(folder)
@@ -172,7 +170,7 @@ def open_batches(
         for start in range(0, len(records), BATCH):
             part = records[start : start + BATCH]
             opening.append((part, threads.map(open_one, part)))
-            if len(opening) > 1:
+            if len(opening) > 1:  # the one after it is being opened
                 first, opened = opening.popleft()
                 yield first, list(opened)
         for part, opened in opening:
@@ -181,7 +179,10 @@ def open_batches(
 
 def _open(record: Record, size: int, crops: int, seed: int) -> Tensor | str:
     try:
-        random_crops = [augment(record.image, size, crop_generator(seed, record.id, n))[None] for n in range(crops)]
+        # Every second one is mirrored, so that texts with left and right can be trained with the others alone.
+        random_crops = [
+            augment(record.image, size, crop_generator(seed, record.id, n), bool(n % 2))[None] for n in range(crops)
+        ]
         return torch.cat([to_pixels([record.image], size), *random_crops])
     except UserError as problem:
         return str(problem)
@@ -194,7 +195,7 @@ def crop_generator(seed: int, picture: str, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def encode_raw(vision: Vision, opened: Sequence[Tensor | str], shape: tuple[int, int, int]) -> Tensor:
+def encode_raw(vision: FrozenVision, opened: Sequence[Tensor | str], shape: tuple[int, int, int]) -> Tensor:
     """Features `[n, E, P, V]`, not whitened, of the n pictures that could be opened."""
     pixels = [picture for picture in opened if isinstance(picture, Tensor)]
     if not pixels:
@@ -210,7 +211,7 @@ def encode_raw(vision: Vision, opened: Sequence[Tensor | str], shape: tuple[int,
 
 
 def encode_all(
-    vision: Vision, records: Sequence[Record], settings: RunSettings, folder: Path, name: str, progress: Progress
+    vision: FrozenVision, records: Sequence[Record], settings: RunSettings, folder: Path, name: str, progress: Progress
 ) -> tuple[Features, list[str]]:
     """The features of records as the models get them, by a cache in `folder`; and one line for each bad picture."""
     cache = make_cache(vision, records, settings, folder, progress, name, replace=True)
@@ -229,7 +230,7 @@ def openable(records: Sequence[Record], size: int) -> tuple[list[Record], list[s
     return good, problems
 
 
-def encode_now(vision: Vision, records: Sequence[Record]) -> Features:
+def encode_now(vision: FrozenVision, records: Sequence[Record]) -> Features:
     """The features of plain pictures that can be opened, by the encoder as it now is, without a cache."""
     features = [
         vision(torch.cat([picture for picture in opened if isinstance(picture, Tensor)]).to(device())).cpu()
@@ -238,7 +239,7 @@ def encode_now(vision: Vision, records: Sequence[Record]) -> Features:
     return Features(list(records), torch.cat(features))
 
 
-def whitened(vision: Vision) -> Callable[[Tensor], Tensor]:
+def whitened(vision: FrozenVision) -> Callable[[Tensor], Tensor]:
     """What turns cached features into what the models get: the encoder's whitening, if it has one."""
     if vision.whitening is None:
         return lambda features: features
@@ -247,7 +248,7 @@ def whitened(vision: Vision) -> Callable[[Tensor], Tensor]:
     return on_cpu.forward
 
 
-def shape_of(vision: Vision, crops: int) -> tuple[int, int, int]:
+def shape_of(vision: FrozenVision, crops: int) -> tuple[int, int, int]:
     """The shape (E, P, V) of a picture's features, from one gray picture."""
     side = vision.image_size
     with torch.no_grad():
@@ -255,14 +256,14 @@ def shape_of(vision: Vision, crops: int) -> tuple[int, int, int]:
     return 1 + crops, tokens, width
 
 
-def maker(vision: Vision, settings: RunSettings) -> dict[str, Any]:
+def maker(vision: FrozenVision, settings: RunSettings) -> dict[str, Any]:
     """What determines the features of plain pictures."""
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     return {
         "encoder": settings.vision.name,
         "image_size": vision.image_size,
         "encoder_layers": vision.layers,  # this and the precision change what the weights are: they are compared first
-        "encoder_precision": dtypes[vision.encoder.dtype],
+        "encoder_precision": dtypes.get(vision.dtype, str(vision.dtype)),
         "encoder_weights": weights_of(vision),
         "mean": list(vision.mean),
         "std": list(vision.std),
@@ -270,16 +271,14 @@ def maker(vision: Vision, settings: RunSettings) -> dict[str, Any]:
     }
 
 
-def weights_of(vision: Vision) -> str:
+def weights_of(vision: FrozenVision) -> str:
     """The first 16 digits of the SHA-256 of all weights of the encoder, and of what else shapes its features."""
     # The weights and not the name: a folder may be renamed, and what a name means on a hub may change.
-    config: Any = vision.encoder.config
-    shaping = {name: value for name, value in config.to_dict().items() if name in _SHAPING}
-    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(vision.shaping, sort_keys=True).encode())
     for name, weight in sorted(vision.encoder.state_dict().items()):
-        digest.update(name.encode())
+        digest.update(name.encode())  # so that equal tensors under other names differ
         digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]  # 64 bits are enough to tell encoders apart
 
 
 def free_bytes(folder: Path) -> int:

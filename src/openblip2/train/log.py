@@ -1,11 +1,13 @@
 """`log.jsonl`: what happened in a run, one JSON object a line; and the tracker that gets the same rows, if any."""
 
 import json
+import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from openblip2.errors import UserError
+from openblip2.errors import UserError, one_line
 from openblip2.runs import sync, write_text
 
 Tracker = Literal["", "tensorboard", "wandb", "trackio"]
@@ -80,9 +82,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if row and isinstance(row.get("step"), int):
             rows.append(row)
         elif n < len(lines) - 1:  # the last line may be half written
-            raise UserError(f"{path}: line {n + 1} is no row of a log; what `openblip2 train` wrote")
+            raise UserError(f"{path}: line {n + 1} is not a row of a log: give a run that `openblip2 train` wrote")
     if not rows:
-        raise UserError(f"{path}: has no step yet; look again later")
+        raise UserError(f"{path}: has no step yet: try again later")
     return rows
 
 
@@ -103,11 +105,13 @@ def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Calla
         settings: Of the run, for trackers that show them.
 
     Raises:
-        UserError: The tracker is not installed.
+        UserError: The tracker is not installed, or it cannot begin, for one because nobody is logged in.
     """
     if not kind:
         return lambda row: None
+    terminal = sys.stdin
     try:
+        sys.stdin = open(os.devnull)  # noqa: SIM115  (wandb asks for a key where there is a terminal; jobs would wait)
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -132,6 +136,12 @@ def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Calla
             module.init(project=PROJECT, name=run.name, resume="allow", config=dict(settings))
     except ImportError as error:
         raise UserError(f"train.track={kind}: pip install {kind} ({error.name} is missing)") from error
+    except Exception as error:  # each tracker has its own
+        help_ = "run `wandb login`, or set WANDB_MODE=offline" if kind == "wandb" else "choose another train.track"
+        raise UserError(f"train.track={kind}: {kind} does not start ({one_line(error)}): {help_}") from error
+    finally:
+        sys.stdin.close()
+        sys.stdin = terminal
     return lambda row: module.log(numbers(row), step=row["step"])
 
 

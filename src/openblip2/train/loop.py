@@ -71,7 +71,7 @@ def fit(
     track = open_tracker(settings.track if is_first() else "", run, asdict(settings) | asdict(optim))
     log = Log(run / "log.jsonl", None if last is None else done.step, is_first(), track)
     if log.torn:
-        progress.say(f"{log.path}: {log.torn} lines were no JSON and are dropped")
+        progress.say(f"{log.path}: {log.torn} lines are not JSON and were removed")
 
     saved = done.step
 
@@ -116,7 +116,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["rate"]
                 optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # also after a bad step, whose gradients must not be added to the next
             # A bad step counts, too: the number of the next batch and the learning rate depend on it.
             done = count_step(done, settings.accumulate, bool(is_bad))
             if is_bad:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from openblip2.config import OptimSettings
-from openblip2.distributed.full_tensor import in_pieces
+from openblip2.distributed.data_parallel import in_pieces
 
 
 def parameter_groups(
@@ -46,7 +46,7 @@ def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
     In the authors' code this is stored and never read. Source: BEiT (arXiv 2106.08254), whose code they took.
     """
     vision = getattr(model, "vision", None)
-    if vision is None or decay == 1.0:
+    if vision is None or not vision.trained or decay == 1.0:
         return {}
     return {f"vision.{name}": decay ** (vision.layers + 1 - depth) for name, depth in vision.depths().items()}
 
@@ -56,7 +56,7 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`, in one fused pass over the parameters."""
     groups = parameter_groups(trained, settings.weight_decay, rates)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)  # paper 3.4
 
 
 def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from openblip2.config import RunSettings
 from openblip2.distributed.collectives import is_first
-from openblip2.distributed.full_tensor import fill, full_tensor
+from openblip2.distributed.data_parallel import fill, full_tensor
 from openblip2.errors import UserError
+from openblip2.model.connector import Connector
 from openblip2.model.whitening import Whitening, fit_whitening
 from openblip2.runs import read_tensors, write_tensors
 
@@ -19,10 +20,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a run saves, by name: those that train, and all of the Q-Former."""
-    # Other frozen parts can be loaded again by the names in config.json. The Q-Former's weights are in no other file,
+    """The parameters that a run saves, by name: those that train, and all of the connector."""
+    # Other frozen parts can be loaded again by the names in config.json. The connector's weights are in no other file,
     # even where adapters (LoRA) freeze them.
-    return {n: p for n, p in model.named_parameters() if p.requires_grad or n.startswith("qformer.")}
+    connectors = tuple(f"{name}." for name, part in model.named_children() if isinstance(part, Connector))
+    return {n: p for n, p in model.named_parameters() if p.requires_grad or n.startswith(connectors)}
 
 
 def save_trained(model: nn.Module, path: Path) -> None:
@@ -35,7 +37,7 @@ def save_trained(model: nn.Module, path: Path) -> None:
         # One by one: a parameter in pieces (FSDP2) is gathered in all processes, and only the first has room for all.
         full = full_tensor(parameter).cpu().contiguous()
         if is_first():
-            weights[name] = full
+            weights[name] = full  # the other processes only take part in gathering it
     if is_first():
         write_tensors(weights, path)
 

@@ -21,14 +21,14 @@ from openblip2.data.feature_cache import FeatureCache
 from openblip2.data.features import FeaturePairs, Features, StoredFeatures, find_records
 from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
-from openblip2.data.text import clean_caption, clean_question
+from openblip2.data.text import clean_answer, clean_caption, clean_question
 from openblip2.data.web import mixture
 from openblip2.data.web.mixture import Part
 from openblip2.data.web.pairs import ShardPairs
 from openblip2.distributed.collectives import is_first, rank, world_size
 from openblip2.errors import UserError
 from openblip2.hardware import device
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision
 from openblip2.progress import Progress
 from openblip2.train.encode import encode_now, make_cache, open_cache, openable, whitened
 from openblip2.train.parameters import whitening_of_run
@@ -75,7 +75,7 @@ class Prepared:
 def prepare(
     settings: RunSettings,
     records: Sequence[Record],
-    vision: Vision,
+    vision: FrozenVision,
     run: Path,
     cache_folder: Path,
     progress: Progress,
@@ -109,7 +109,7 @@ def prepare(
     mixed = settings.stage2.lm_start_step * settings.train.accumulate
     if settings.vision.trained:
         if settings.data.features:
-            raise UserError(f"data.features={settings.data.features}: an encoder that trains has no features to keep")
+            raise UserError(f"data.features={settings.data.features}: an encoder that trains has no fixed features")
         if settings.vision.whiten:
             vision.whitening = whitening_of_run(settings, run).to(device())
         held, problems = openable(held, size)
@@ -149,7 +149,7 @@ def prepare(
     features = stored(trained)
     _require_enough(held_features.records, features.records, settings, skip)
     if batch > len(features.records) and settings.task != "vqa":
-        progress.say(f"train.batch={batch}: there are {len(features.records)} training pictures, a batch has no more")
+        progress.say(f"train.batch={batch}: only {len(features.records)} training pictures, so batches have that many")
     pairs = FeaturePairs(features, samples_of(features.records), batch, seed, augment, part, mixed)
     return Prepared(pairs, pairs.joined, features.records, held_features.records, lambda: held_features)
 
@@ -157,7 +157,7 @@ def prepare(
 def prepare_shards(
     settings: RunSettings,
     parts: Sequence[Part],
-    vision: Vision,
+    vision: FrozenVision,
     run: Path,
     progress: Progress,
     held_out: Sequence[Record] | None = None,
@@ -181,7 +181,7 @@ def prepare_shards(
             "stage2.lm_start_step needs all captions before the first step, and those of shards are unknown"
         )
     if settings.data.features:
-        raise UserError("--features is of records: the pictures of shards are encoded as they come")
+        raise UserError("--features cannot be used with shards, whose pictures are encoded as they come")
     _require_a_pair_for_each_process(settings)
     skip = Skipped(run, progress)
     # The order of samples follows from the counts, so all processes and all starts of a run must use the same ones.
@@ -200,6 +200,7 @@ def prepare_shards(
     progress.say(f"{samples:,} samples of {sum(len(p.shards) for p in counted):,} shards")
     # Few enough to be decoded now, so that validation always has the same pictures.
     progress.doing("encoding what is held out")
+    name_wordy_texts(held_out, run, progress)
     held, problems = openable([cleaned(record) for record in held_out], settings.vision.image_size)
     skip(*problems)
     if len(held) < 2:
@@ -255,10 +256,8 @@ def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
 
 def cleaned(record: Record) -> Record:
     """A record with its texts as models learn them."""
-    # An answer of which cleaning would leave nothing stays as it is: someone gave it.
     questions = tuple(
-        replace(q, text=clean_question(q.text), answers=tuple(clean_caption(answer) or answer for answer in q.given))
-        for q in record.questions
+        replace(q, text=clean_question(q.text), answers=tuple(map(clean_answer, q.given))) for q in record.questions
     )
     return replace(record, captions=tuple(clean_caption(c) for c in record.captions), questions=questions)
 
@@ -269,7 +268,7 @@ def _require_a_pair_for_each_process(settings: RunSettings) -> None:
         raise UserError(f"train.batch={batch} is the batch of all {world_size()} processes: at least one pair for each")
 
 
-def _first_features(vision: Vision, pairs: ShardPairs) -> Tensor:
+def _first_features(vision: FrozenVision, pairs: ShardPairs) -> Tensor:
     """Features `[N, P, V]` of the first batches."""
     # Of all processes together, so that the whitening does not depend on their number.
     features: list[Tensor] = []

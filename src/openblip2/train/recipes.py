@@ -34,12 +34,14 @@ from openblip2.model.build import (
     parts_table,
     require_extras,
     set_speed,
+    with_parts,
 )
 from openblip2.model.decoding import try_generation
 from openblip2.model.fast.step import step_losses
+from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import OBJECTIVES, Stage1, see
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision, Vision, frozen_vision
 from openblip2.progress import Progress
 from openblip2.runs import make_folder, write_config
 from openblip2.train.loop import fit, joint_draws
@@ -56,6 +58,7 @@ from openblip2.train.start import (
 from openblip2.train.warm_start import warm_start_stage1, warm_start_stage2
 
 Batches = Callable[[int], PairBatch]
+Parts = tuple[FrozenVision, LanguageModel | None]  # frozen ones; None: the language model of the settings
 
 
 def train_stage(
@@ -68,6 +71,8 @@ def train_stage(
     skipped: Sequence[str] = (),
     held_out: Sequence[Record] | None = None,
     shards: Sequence[Part] | None = None,
+    vision: Vision | None = None,
+    language: LanguageModel | None = None,
 ) -> None:
     """Trains one stage on records, or on shards, and writes the run.
 
@@ -81,7 +86,11 @@ def train_stage(
         skipped: One line for each sample left out when the records were read.
         held_out: The pictures to validate on; None = a share of what is trained on (`data.held_out`).
         shards: What it is trained on in place of records.
+        vision: An image encoder in place of the settings': an `nn.Module` that offers `Vision`. This freezes it.
+        language: A language model in place of the settings'.
     """
+    handed_in = None if vision is None else frozen_vision(vision)
+    settings = with_parts(settings, handed_in, language)
     # Everything that can be refused is refused first: loading models and encoding pictures takes minutes to hours.
     make_folder(run)
     require_extras(settings)
@@ -107,18 +116,18 @@ def train_stage(
     # A frozen encoder is kept in the precision in which it computes. One that trains needs fp32: updates of AdamW are
     # smaller than what bf16 weights can take in.
     dtype = torch.float32 if settings.vision.trained else compute_dtype(device(), settings.train.precision)
-    vision = build_vision(settings, dtype).to(device())
+    encoder = (handed_in or build_vision(settings, dtype)).to(device())
     # The first process counts, encodes and writes; the others then read the same files.
     with first_process_first():
         if shards:
-            data = prepare_shards(settings, shards, vision, run, progress, held_out, resume)
+            data = prepare_shards(settings, shards, encoder, run, progress, held_out, resume)
         else:
-            data = prepare(settings, records, vision, run, features or run / "features", progress, skipped, held_out)
+            data = prepare(settings, records, encoder, run, features or run / "features", progress, skipped, held_out)
     if is_first():
         write_trained_on(None if shards else data.records, run)
     batches = RecordingBatches(prefetched(data, settings), settings.train.accumulate)
-    recipe = _stage1 if settings.stage == "stage1" else _stage2
-    model, losses, validate, sparse = recipe(settings, vision, data, batches, run, progress, last is None)
+    recipe, parts = _stage1 if settings.stage == "stage1" else _stage2, (encoder, language)
+    model, losses, validate, sparse = recipe(settings, parts, data, batches, run, progress, last is None)
     # Now that all weights are filled: adapters freeze them. In fine-tuning the model was built with its adapters.
     if settings.task == "pretraining":
         add_adapters(model, settings)
@@ -128,18 +137,17 @@ def train_stage(
     fit(model, losses, run, optim, train, validate, progress, last, batches.samples, sparse, advise, digest)
 
 
-# What a recipe makes: the model, its losses by the number of a batch, its validation, and whether there are batches
-# whose losses do not depend on all that trains.
+# The model, its losses by the number of a batch, its validation, and whether some batches do not reach all that trains.
 Recipe = tuple[Stage1 | Stage2, Callable[[int], dict[str, Tensor]], Callable[[], dict[str, Any]], bool]
 
 
 def _stage1(
-    settings: RunSettings, vision: Vision, data: Prepared, batches: Batches, run: Path, progress: Progress, begins: bool
+    settings: RunSettings, parts: Parts, data: Prepared, batches: Batches, run: Path, progress: Progress, begins: bool
 ) -> Recipe:
     fine_tunes = settings.task != "pretraining"
     sizes = sizes_to_start(settings) if fine_tunes else None
     progress.doing(f"loading {settings.qformer.start}")
-    model = build_stage1(settings, vision, sizes)
+    model = build_stage1(settings, parts[0], sizes)
     # Filled before it is cut into pieces: a run on disk has whole tensors.
     if fine_tunes:
         fine_tune_from(model, settings)
@@ -149,7 +157,7 @@ def _stage1(
     tokens = QFormerTokens(tokenizer, settings.data.max_tokens)
     name_long_texts(tokens, data.captions(), run, progress)
     if is_first():
-        write_config(run, settings, model.qformer.sizes)
+        write_config(run, settings, model.connector.sizes)
         tokens.tokenizer.save_pretrained(run / "tokenizer")
     # Not in a resumed run, whose checkpoint has the weights that the closed-form start led to.
     if settings.warm_start and begins and not fine_tunes:
@@ -182,19 +190,19 @@ def _stage1(
 
 
 def _stage2(
-    settings: RunSettings, vision: Vision, data: Prepared, batches: Batches, run: Path, progress: Progress, begins: bool
+    settings: RunSettings, parts: Parts, data: Prepared, batches: Batches, run: Path, progress: Progress, begins: bool
 ) -> Recipe:
     fine_tunes, dtype = settings.task != "pretraining", compute_dtype(device(), settings.train.precision)
     sizes = sizes_to_start(settings) if fine_tunes else None
     progress.doing(f"loading {settings.language.name}")
-    model = build_stage2(settings, vision, sizes, dtype=dtype, place=device())
+    model = build_stage2(settings, parts[0], sizes, dtype, device(), parts[1])
     if fine_tunes:
         fine_tune_from(model, settings)
     shard(model, settings, device())
     model.to(device())
     # A language model that cannot write after a soft prompt should fail now, not after the training.
     with in_evaluation(model, settings):
-        try_generation(model.language, settings.qformer.queries, settings.language.prompts[0])
+        try_generation(model.language, model.connector.tokens, settings.language.prompts[0])
     tokens = None
     if settings.qformer.question_in_qformer:
         tokens = QFormerTokens(tokenizer_to_start(settings), settings.data.max_tokens)
@@ -211,7 +219,7 @@ def _stage2(
                 r2 = warm_start_stage2(model, some_pairs(model, data, settings))
             progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
     if is_first():
-        write_config(run, settings, model.qformer.sizes)
+        write_config(run, settings, model.connector.sizes)
     wording = settings.language
     losses_of = step_losses(model, settings.train.chunk)
     # A soft token that is to be two words becomes neither: so the longest caption of each picture, which says most.

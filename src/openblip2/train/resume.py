@@ -27,7 +27,7 @@ from torch import nn
 
 from openblip2.config import RunSettings
 from openblip2.distributed.collectives import is_first
-from openblip2.distributed.full_tensor import full_tensor, like
+from openblip2.distributed.data_parallel import full_tensor, like
 from openblip2.distributed.launch import from_first, wait_for_all
 from openblip2.errors import UserError, one_line
 from openblip2.runs import (
@@ -125,7 +125,7 @@ def read_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     Raises:
         UserError: it does not fit the model.
     """
-    load_trained(model, folder / "model.safetensors")
+    load_trained(model, folder / "model.safetensors")  # strict: a wrong checkpoint ends here
     parameters = trained_parameters(model)
     for key, value in read_tensors(folder / "optimizer.safetensors").items():
         name, _, part = key.rpartition(":")

@@ -15,7 +15,7 @@ from typing import Any
 
 from openblip2.data.batches import PairBatch
 from openblip2.data.records import Record
-from openblip2.data.text import MAX_WORDS, clean_caption, clean_question
+from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, clean_caption, clean_question
 from openblip2.data.tokens import QFormerTokens, only_unknown
 from openblip2.distributed.collectives import is_first, rank
 from openblip2.errors import UserError
@@ -72,12 +72,18 @@ def name_long_texts(tokens: QFormerTokens, texts: Sequence[tuple[str, str]], run
 
 
 def name_wordy_texts(records: Sequence[Record], run: Path, progress: Progress) -> None:
-    """Counts and names the texts of which `prepare.cleaned` leaves the first 50 words."""
+    """Counts and names the texts of which `prepare.cleaned` leaves the beginning."""
     # Cleaned without a limit, because cleaning changes how many words there are.
     texts = [(r.id, clean_caption(text, len(text)), text) for r in records for text in r.captions]
     texts += [(r.id, clean_question(q.text, len(q.text)), q.text) for r in records for q in r.questions]
-    long = [(picture, text) for picture, whole, text in texts if len(whole.split()) > MAX_WORDS]
-    _name("cut", long, f"have more than {MAX_WORDS} words and are cut there", run, progress)
+    long = [(picture, text) for picture, whole, text in texts if clean_caption(whole) != whole]
+    _name(
+        "cut",
+        long,
+        f"have more than {MAX_WORDS} words or {MAX_CHARACTERS:,} characters and are cut there",
+        run,
+        progress,
+    )
 
 
 def _name(key: str, texts: Sequence[tuple[str, str]], what: str, run: Path, progress: Progress) -> None:

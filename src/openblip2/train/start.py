@@ -13,6 +13,7 @@ from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.lora import adapt_qformer, merge_lora
+from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.runs import read_config, read_settings, read_tensors
@@ -34,7 +35,7 @@ def require_start(settings: RunSettings) -> None:
     """
     if aligned := settings.stage2.lm_start_step:
         if settings.stage == "stage1" or settings.task == "vqa":
-            raise UserError(f"stage2.lm_start_step={aligned} is of stage 2 and of captions: set it to 0 here")
+            raise UserError(f"stage2.lm_start_step={aligned} belongs to stage 2 with captions: set it to 0 here")
         if aligned >= settings.train.steps:
             raise UserError(
                 f"stage2.lm_start_step={aligned}: with train.steps={settings.train.steps} the language model never runs"
@@ -58,6 +59,11 @@ def require_start(settings: RunSettings) -> None:
         raise UserError(f"{settings.task} starts from a run: give --start, a {STARTS[settings.task]} run")
     _require_stage(Path(settings.start), STARTS[settings.task])
     before = read_settings(Path(settings.start))
+    if before.connector != settings.connector:
+        raise UserError(
+            f"start={settings.start} has the connector {before.connector.name!r} {before.connector.options or ''}, "
+            f"these settings have {settings.connector.name!r} {settings.connector.options or ''}: leave connector out"
+        )
     if before.vision.trained and not settings.vision.trained:
         raise UserError(
             f"start={settings.start} holds an image encoder of its own: leave vision.trained at true, or give a run "
@@ -92,20 +98,19 @@ def fine_tune_from(model: Stage1 | Stage2, settings: RunSettings) -> None:
 
 
 def start_from_stage1(model: Stage2, run: Path) -> None:
-    """Copies a stage-1 run's query path into stage 2's, strictly; only the text path and the heads are left out.
+    """Copies a stage-1 run's connector into stage 2's, strictly; only the text path and the heads are left out.
 
     Adapters that the stage-1 run trained (`qformer.lora_rank`) are folded into the weights.
     """
     # Its weights have the names of an adapted Q-Former: this one gets adapters, too, until they are folded in.
-    rank = read_settings(run).qformer.lora_rank
-    if rank:
-        adapt_qformer(model.qformer, rank)
+    rank, connector = read_settings(run).qformer.lora_rank, model.connector
+    if rank and isinstance(connector, QFormer):
+        adapt_qformer(connector, rank)
     weights = read_tensors(run / "model.safetensors")
     text = _text_path(weights)
-    used = {
-        name: value for name, value in weights.items() if name not in text and not name.startswith((*HEADS, "vision."))
-    }
-    wanted = {name: p for name, p in saved_parameters(model).items() if name.startswith("qformer.")}
+    kept = (name for name in weights if name not in text and not name.startswith((*HEADS, "vision.")))
+    used = {connector.name + name.removeprefix(QFormer.name): weights[name] for name in kept}
+    wanted = {name: p for name, p in saved_parameters(model).items() if name.startswith(f"{connector.name}.")}
     differing = sorted(used.keys() ^ wanted.keys()) or [n for n in used if used[n].shape != wanted[n].shape]
     if differing:
         raise UserError(
@@ -115,7 +120,7 @@ def start_from_stage1(model: Stage2, run: Path) -> None:
     for name, value in used.items():
         wanted[name].data.copy_(value)
     if rank:
-        merge_lora(model.qformer).requires_grad_(True)
+        merge_lora(connector).requires_grad_(True)
 
 
 def _text_path(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,5 +150,5 @@ def _text_run(settings: RunSettings) -> Path | None:
 def _require_stage(run: Path, stage: str) -> None:
     if read_settings(run).stage != stage:
         raise UserError(
-            f"start={run} is no {stage[:-1]}-{stage[-1]} run; give the folder that `train {stage} --out` wrote"
+            f"start={run} is not a {stage[:-1]}-{stage[-1]} run: give the folder that `train {stage} --out` wrote"
         )

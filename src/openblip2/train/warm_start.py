@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip2.data.tokens import QFormerTokens
+from openblip2.model.connector import Connector
 from openblip2.model.qformer import Layer, QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -62,7 +63,7 @@ def warm_start_stage1(model: Stage1, tokens: QFormerTokens, pairs: Callable[[], 
         if sum(map(len, some)) >= PICTURES:
             break
     patches = torch.cat(some)[:PICTURES]
-    open_image_path(model.qformer, patches)
+    open_image_path(model.qformer, patches)  # first, because it changes the rows that reach later layers
     place_queries(model.qformer, patches)
     queries, texts = [], []
     for patches, captions in pairs():
@@ -87,7 +88,7 @@ def open_image_path(qformer: QFormer, patches: Tensor) -> None:
             weight = rotation @ whitening.matrix  # symmetric: x @ matrix is matrix @ x
             layer.cross.value.weight.data.copy_(weight)
             layer.cross.value.bias.data.copy_(-weight @ whitening.mean)
-            nn.init.eye_(layer.cross.out.weight)
+            nn.init.eye_(layer.cross.out.weight)  # what a query attends to is added to its row as it is
         layer.query_ffn.narrow.weight.data.mul_(FFN_SHARE)
         layer.query_ffn.narrow.bias.data.mul_(FFN_SHARE)
 
@@ -104,9 +105,9 @@ def place_queries(qformer: QFormer, patches: Tensor) -> None:
     """
     count, pictures = qformer.queries.shape[1], len(patches)
     cells = grid_cells(patches.shape[1], count).to(patches)
-    where = ridge(patches.flatten(0, 1), cells.repeat(pictures, 1), penalty=100.0)
+    where = ridge(patches.flatten(0, 1), cells.repeat(pictures, 1), penalty=100.0)  # feature of a patch -> its cell
     rows = qformer.norm(qformer.queries).expand(pictures, -1, -1)
-    own = torch.eye(count).to(patches).repeat(pictures, 1)
+    own = torch.eye(count).to(patches).repeat(pictures, 1)  # [N * Q, Q]
     for layer in qformer.layers:
         assert isinstance(layer, Layer)
         asking = layer.attention(rows, layer.attention.keys_values(rows))
@@ -115,14 +116,14 @@ def place_queries(qformer: QFormer, patches: Tensor) -> None:
             width = qformer.width // layer.cross.heads
             if count <= width:
                 factor = (SHARPNESS * width**0.5) ** 0.5  # attention divides logits by the root of the width
-                which = ridge(asking.flatten(0, 1), own, penalty=10.0)
+                which = ridge(asking.flatten(0, 1), own, penalty=10.0)  # row of a query -> its number
                 for head in range(layer.cross.heads):
                     chosen = slice(head * width, head * width + count)
                     for linear, (weight, bias) in ((layer.cross.key, where), (layer.cross.query, which)):
                         linear.weight.data[chosen] = (factor * weight.T).to(linear.weight)
                         linear.bias.data[chosen] = (factor * bias).to(linear.bias)
             image = layer.cross.keys_values(patches)
-        rows, _, _ = layer(rows, None, image, None, None)
+        rows, _, _ = layer(rows, None, image, None, None)  # as the next layer reads them, after these changes
 
 
 def grid_cells(tokens: int, queries: int) -> Tensor:
@@ -158,11 +159,11 @@ def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 
     mean_text = texts.double().mean(0)
     centred = texts.double() - mean_text
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(texts))
-    wanted = model.text_proj.out_features
-    whiten = (axes * (variances + RIDGE * variances.mean()).rsqrt())[:, -wanted:]
+    wanted = model.text_proj.out_features  # E
+    whiten = (axes * (variances + RIDGE * variances.mean()).rsqrt())[:, -wanted:]  # the last are the widest
     whiten = F.pad(whiten, (0, wanted - whiten.shape[1]))  # [D, E], zeros where the text is narrower than that
     set_linear(model.text_proj, whiten, -mean_text @ whiten)
-    variance = float(queries.double().var(0, correction=0).mean())
+    variance = float(queries.double().var(0, correction=0).mean())  # so that `penalty` counts in pictures
     return fit_linear(model.vision_proj, queries, centred @ whiten, penalty * variance)
 
 
@@ -191,20 +192,22 @@ def set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     layer.bias.data.copy_(bias)
 
 
-def mean_query_output(qformer: QFormer, patches: Tensor) -> Tensor:
-    """The query outputs of each picture, averaged over the queries: `[B, P, V]` -> `[B, D]`."""
-    return qformer.query_output(patches).float().mean(1)
+def mean_query_output(connector: Connector, patches: Tensor) -> Tensor:
+    """The visual tokens of each picture, averaged: `[B, P, V]` -> `[B, D]`."""
+    return connector.visual_tokens(patches).float().mean(1)
 
 
 def warm_start_stage2(model: Stage2, pairs: Iterable[Pair]) -> float:
     """`shrink_self_attention`, then `align_projection` on the given pictures and captions; returns its R2.
 
-    The Q-Former holds stage 1's weights.
+    A Q-Former holds stage 1's weights; another connector has no self-attention of stage 1's.
     """
-    shrink_self_attention(model.qformer)
+    if isinstance(model.connector, QFormer):
+        # First, because the projection is fitted to what the queries then give.
+        shrink_self_attention(model.connector)
     queries, captions = [], []
     for patches, texts in pairs:
-        queries.append(mean_query_output(model.qformer, patches))
+        queries.append(mean_query_output(model.connector, patches))
         captions += texts
     return align_projection(model, torch.cat(queries), captions)
 
@@ -247,7 +250,7 @@ def content_embeddings(model: Stage2, captions: Sequence[str]) -> Tensor:
     held_by = Counter(word for words in content for word in set(words))
     vectors: dict[str, Tensor] = {}
     for word, count in held_by.items():
-        ids = language.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        ids = language.tokenizer(" " + word, add_special_tokens=False)["input_ids"]  # as within a text
         vector = table[torch.tensor(ids, device=device)].double().mean(0)
         vectors[word] = math.log((len(captions) + 1) / count) ** 2 * torch.cat([vector, vector.new_ones(1)])
     sums = torch.stack([torch.stack([vectors[word] for word in words]).sum(0) for words in content])

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from openblip2.compat import quiet_transformers
-from openblip2.config import LanguageSettings, RunSettings, VisionSettings, change
+from openblip2.config import RunSettings, change
 from openblip2.errors import UserError, one_line
 from openblip2.hardware import compute_dtype
-from openblip2.model.build import build_language, build_stage1, build_stage2, build_vision
+from openblip2.model.build import build_language, build_stage1, build_stage2, build_vision, with_parts
 from openblip2.model.language import LanguageModel
 from openblip2.model.load_vision import last_useful_layer, load_vision
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision, frozen_vision
 from openblip2.model.wheels import locate
 from openblip2.train.parameters import fill_trained
 from openblip2.weights.checkpoint import Checkpoint, width_of
@@ -43,39 +43,41 @@ def assemble(checkpoint: Checkpoint, place: torch.device, precision: str) -> tup
         stage1 = build_stage1(settings, vision, checkpoint.sizes, writes)
         fill_trained(stage1, _with_temperature(checkpoint.trained, settings), checkpoint.source)
         return stage1.to(place).eval(), settings
+    _require_connector(checkpoint, settings)
     language, settings = find_language(checkpoint, settings, dtype, place)
     stage2 = build_stage2(settings, vision, checkpoint.sizes, language=language)
     fill_trained(stage2, checkpoint.trained, checkpoint.source)
     return stage2.to(place).eval(), settings
 
 
-def find_vision(checkpoint: Checkpoint, settings: RunSettings, dtype: Any) -> tuple[Vision, RunSettings]:
+def find_vision(checkpoint: Checkpoint, settings: RunSettings, dtype: Any) -> tuple[FrozenVision, RunSettings]:
     """The image encoder: the one handed in, the one in the file, or the one that the settings name.
 
     Args:
         dtype: of its weights where the settings leave it open; "auto": as in their file.
     """
     given = checkpoint.parts.vision
-    if isinstance(given, Vision):
-        vision = given
+    if isinstance(given, str):
+        vision: FrozenVision = load_vision(given, last_useful_layer(given), dtype=dtype)
     elif given is not None:
-        vision = load_vision(given, last_useful_layer(given), dtype=dtype)
+        vision = frozen_vision(given)
     elif checkpoint.tower is not None:
         vision = checkpoint.tower if dtype == "auto" else checkpoint.tower.to(dtype)
     else:
         vision = build_vision(settings, dtype)
     if checkpoint.whitening is not None:
         vision.whitening = checkpoint.whitening
-    width = width_of(checkpoint, "qformer.image_norm.weight")
+    width = checkpoint.sizes.get("image_width") or width_of(checkpoint, "qformer.image_norm.weight")
     if vision.width != width:
+        name = settings.connector.name
         raise UserError(
-            f"{checkpoint.source}: its Q-Former reads features {width} wide, the image encoder gives {vision.width}"
+            f"{checkpoint.source}: its connector {name!r} reads features {width} wide, the image encoder gives "
+            f"{vision.width}"
         )
     if given is not None:
-        config: Any = vision.encoder.config
-        name = given if isinstance(given, str) else str(config.name_or_path)
-        named = VisionSettings(name=name, layer=vision.layers, image_size=vision.image_size)
-        settings = replace(settings, vision=replace(named, whiten=settings.vision.whiten))
+        settings = with_parts(settings, vision)
+        if isinstance(given, str):  # as it was given: a wheel is loaded from a folder
+            settings = replace(settings, vision=replace(settings.vision, name=given))
     return vision, settings
 
 
@@ -86,9 +88,7 @@ def find_language(
     given = checkpoint.parts.language
     if isinstance(given, LanguageModel):
         language: LanguageModel = given
-        end = str(given.tokenizer.decode(given.end))
-        name = str(given.llm.name_or_path)
-        settings = replace(settings, language=LanguageSettings(name=name, template=given.template, end=end))
+        settings = with_parts(settings, language=language)
     else:
         if given is not None:
             settings = replace(settings, language=replace(settings.language, name=given))
@@ -118,9 +118,19 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
             return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name}: no tokenizer ({one_line(error)}): the Q-Former needs the one it was trained with; tokenizer= "
-            "names it"
+            f"{name}: no tokenizer ({one_line(error)}): give the one that the Q-Former was trained with as tokenizer="
         ) from error
+
+
+def _require_connector(checkpoint: Checkpoint, settings: RunSettings) -> None:
+    """Checks that the tensors are of the connector that the settings name, which their names begin with."""
+    name = settings.connector.name
+    held = {tensor.partition(".")[0] for tensor in checkpoint.trained} - {"vision", "language", "projection"}
+    if held and name not in held:
+        raise UserError(
+            f"{checkpoint.source} holds a connector {min(held)!r}, but the settings name {name!r}: set connector.name "
+            "in config.json to the one it was trained with"
+        )
 
 
 def _with_temperature(trained: Mapping[str, Tensor], settings: RunSettings) -> Mapping[str, Tensor]:

@@ -43,7 +43,10 @@ def model_card(
         library: what loads it, in the hub's words.
     """
     generative = settings.stage == "stage2"
-    parts = [("image encoder", settings.vision.name, "vision"), ("Q-Former's start", settings.qformer.start, "")]
+    parts, connector = [("image encoder", settings.vision.name, "vision")], settings.connector.name
+    if connector == "qformer":
+        parts.append(("Q-Former's start", settings.qformer.start, ""))
+        connector = f"{settings.qformer.queries} queries"
     if generative:
         parts.append(("language model", settings.language.name, "language"))
     rows = [
@@ -60,7 +63,7 @@ def model_card(
         f"# BLIP-2, {'stage 2: a language model that sees' if generative else 'stage 1: image-text matching'}",
         "",
         f"Trained parameters: {trained:,}. Image side: {settings.vision.image_size} px, "
-        f"{settings.qformer.queries} queries. Method: [arXiv 2301.12597](https://arxiv.org/abs/2301.12597).",
+        f"{connector}. Method: [arXiv 2301.12597](https://arxiv.org/abs/2301.12597).",
         "",
         "## Parts and their licences",
         "",

@@ -18,7 +18,7 @@ from openblip2.errors import UserError
 from openblip2.model.build import build_qformer
 from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import Stage1
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision, Vision
 from openblip2.model.whitening import Whitening
 from openblip2.weights.names import rename
 
@@ -66,7 +66,7 @@ class Checkpoint:
     settings: RunSettings
     sizes: Mapping[str, int]
     trained: Mapping[str, Tensor]
-    tower: Vision | None = None
+    tower: HFVision | None = None
     whitening: Whitening | None = None
     parts: Parts = Parts()
     tokenizer: str | None = None
@@ -93,7 +93,8 @@ def carried(checkpoint: Checkpoint) -> frozenset[str]:
     found = set(checkpoint.carries)
     for part in ("vision", "language"):
         given = getattr(checkpoint.parts, part)
-        if isinstance(given, str):
+        # No file can hold a caller's own encoder.
+        if isinstance(given, str) or (part == "vision" and given is not None and not isinstance(given, HFVision)):
             found.discard(part)
         elif given is not None:
             found.add(part)
@@ -109,7 +110,7 @@ def sizes_of(trained: Mapping[str, Tensor], heads: int | None, source: str) -> d
 
     def shape(name: str) -> Sequence[int]:
         if name not in trained:
-            raise UserError(f"{source}: no {name} in it (by our names): this is no Q-Former of BLIP-2")
+            raise UserError(f"{source}: no {name} in it (by our names): this is not a Q-Former of BLIP-2")
         return trained[name].shape
 
     width, layers = shape("qformer.queries")[-1], 1 + max(_layers(trained, "attention.query"), default=-1)
@@ -152,7 +153,7 @@ def require_whole(
 ) -> None:
     """Checks that the tensors are those of a model of these sizes: none missing, none too many, all of their shape.
 
-    A stage 1 may lack what transformers has no place for, the temperature and the head of ITG, both or neither.
+    A stage 1 may lack what transformers cannot hold, the temperature and the head of ITG, both or neither.
 
     Args:
         column: of `names.TRAINED`: the names by which the source knows them, for the message.

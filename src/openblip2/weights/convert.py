@@ -15,8 +15,8 @@ from openblip2.model.load_language import is_encoder_decoder
 from openblip2.model.lora import merge_lora
 from openblip2.model.mapped import local_folder
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
-from openblip2.runs import make_folder
+from openblip2.model.vision import FrozenVision, HFVision, Vision
+from openblip2.runs import locked, require_absent
 from openblip2.train.parameters import saved_parameters
 from openblip2.weights.assemble import assemble, find_language, find_tokenizer, find_vision
 from openblip2.weights.card import model_card, transformers_usage, usage
@@ -44,6 +44,7 @@ def convert(
     tokenizer: Any = None,
     revision: str | None = None,
     vision_heads: int | None = None,
+    overwrite: bool = False,
 ) -> list[str]:
     """Writes a checkpoint in another format; returns one line for each thing that was left out or changed.
 
@@ -53,19 +54,28 @@ def convert(
         out: a new folder (openblip2, hf, projected), or a file (lavis: .pth; onnx: .onnx).
         to: "openblip2", "hf", "lavis", "onnx", or "projected": a run with the language model beside it, and a script
             that hands projected queries to transformers or vLLM.
+        overwrite: whether an earlier result at `out` is replaced.
 
     Raises:
-        UserError: as `load`; or the target is unknown, is there already, or cannot hold this model at all.
+        UserError: as `load`; or the target is unknown, exists already, or cannot hold this model at all.
     """
     if to not in get_args(Target):
         raise UserError(f"unknown target {to!r}: it must be one of {', '.join(get_args(Target))}")
     out = Path(out)
-    if to in ("lavis", "onnx"):
-        _require_file(out, ".pth" if to == "lavis" else ".onnx")
+    _require_free(out, to, overwrite)
+    if out.resolve() == Path(source).resolve():
+        raise UserError(f"{out} is the source: give another name")
     parts = Parts(heads, vision, language, tokenizer, vision_heads)
     checkpoint = read_checkpoint(source, parts, revision)
+    if (connector := checkpoint.settings.connector.name) != "qformer" and to in ("hf", "lavis"):
+        raise UserError(f"{source}: its connector is {connector!r}, --to {to} has a place for the Q-Former alone")
     if checkpoint.settings.qformer.question_in_qformer and to not in ("openblip2", "hf"):
         raise UserError(f"{source}: its Q-Former reads questions, for which --to {to} has no place")
+    with locked(out.parent, f".{out.name}.lock"):
+        return _write(checkpoint, out, to)
+
+
+def _write(checkpoint: Checkpoint, out: Path, to: str) -> list[str]:
     if to == "onnx":
         model, _ = assemble(checkpoint, CPU, "fp32")
         difference = export_onnx(model, out)
@@ -95,7 +105,7 @@ def _to_openblip2(checkpoint: Checkpoint, out: Path) -> list[str]:
         settings = replace(settings, language=replace(settings.language, name=checkpoint.parts.language))
     if settings.reads_text:
         tokenizer = find_tokenizer(checkpoint)
-    with fresh_folder(out) as folder:
+    with fresh_folder(out, overwrite=True) as folder:
         whitening = checkpoint.whitening
         write_run(
             folder, settings, checkpoint.sizes, checkpoint.trained, vision, language, tokenizer, carries, whitening
@@ -116,11 +126,11 @@ def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
         family = "InstructBLIP" if reads_question else "BLIP-2"
         others = f", or take --to onnx{' or --to projected' * (language is not None)}" * (not reads_question)
         raise UserError(
-            f"{why}transformers' {family} has no place for the image encoder {vision.encoder.config.model_type!r}"
-            f"{' with whitening' * settings.vision.whiten}, or for the width of the language model: openblip2 can "
+            f"{why}transformers' {family} cannot store the image encoder {vision.kind!r}"
+            f"{' with whitening' * settings.vision.whiten}, or the width of the language model: openblip2 can "
             f"serve it{others}"
         )
-    with fresh_folder(out) as folder:
+    with fresh_folder(out, overwrite=True) as folder:
         checkpoint = replace(checkpoint, settings=settings)
         notes = write_huggingface(checkpoint, vision, language, tokenizer, folder)
         carries = frozenset({"vision"} if language is None else {"vision", "language"})
@@ -133,7 +143,7 @@ def _to_projected(checkpoint: Checkpoint, out: Path) -> list[str]:
         raise UserError(f"{checkpoint.source} is a stage-1 run: --to projected needs a language model")
     vision, settings = _stored_vision(checkpoint, _stored(checkpoint.settings))
     language, settings = _stored_language(checkpoint, settings)
-    with fresh_folder(out) as folder:
+    with fresh_folder(out, overwrite=True) as folder:
         write_projected(replace(checkpoint, settings=settings), vision, language, folder)
     return []
 
@@ -143,7 +153,7 @@ def _to_lavis(checkpoint: Checkpoint, out: Path) -> list[str]:
     tower = None
     if "vision" in checkpoint.carries:
         vision, settings = _stored_vision(checkpoint, settings)
-        tower = vision if vision.encoder.config.model_type == "blip_2_vision_model" else None
+        tower = vision if isinstance(vision, HFVision) and vision.kind == "blip_2_vision_model" else None
     to_t5 = False
     if settings.stage == "stage2":
         given = checkpoint.parts.language
@@ -152,7 +162,6 @@ def _to_lavis(checkpoint: Checkpoint, out: Path) -> list[str]:
             to_t5 = is_encoder_decoder(given or settings.language.name) if known is None else known == "t5_proj"
         else:
             to_t5 = isinstance(given, EncoderDecoderLM)
-    make_folder(out.parent)
     return write_lavis(checkpoint, tower, to_t5, out)
 
 
@@ -202,7 +211,7 @@ def _stored(settings: RunSettings) -> RunSettings:
     )
 
 
-def _stored_vision(checkpoint: Checkpoint, settings: RunSettings) -> tuple[Vision, RunSettings]:
+def _stored_vision(checkpoint: Checkpoint, settings: RunSettings) -> tuple[FrozenVision, RunSettings]:
     """The image encoder, each tensor in the dtype of its file."""
     dtypes = _dtypes(checkpoint, "vision") if checkpoint.tower is None else {}
     vision, settings = find_vision(checkpoint, settings, _widest(dtypes))
@@ -256,8 +265,9 @@ def _write_card(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _require_file(out: Path, suffix: str) -> None:
-    if out.suffix != suffix:
-        raise UserError(f"{out}: give a file name that ends in {suffix}")
-    if out.exists():
-        raise UserError(f"{out} is there already: give a new name")
+def _require_free(out: Path, to: str, overwrite: bool) -> None:
+    suffix = {"lavis": ".pth", "onnx": ".onnx"}.get(to, "")
+    if suffix and (out.suffix != suffix or out.is_dir()):
+        raise UserError(f"{out}: give the name of a file that ends in {suffix}")
+    if suffix or not out.is_dir() or any(out.iterdir()):
+        require_absent(out, overwrite, "name")

@@ -12,15 +12,15 @@ from torch import nn
 from openblip2.compat import quiet_transformers
 from openblip2.model.language import LanguageModel
 from openblip2.model.template import resolve_template
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision
 from openblip2.weights.checkpoint import Checkpoint
 from openblip2.weights.huggingface import FRAME, FRAMED, HF, IMAGE_TOKEN, INSTRUCTBLIP, OURS, usual_template
 from openblip2.weights.names import rename
 
 
-def has_home(vision: Vision) -> bool:
+def has_home(vision: FrozenVision) -> bool:
     """Whether transformers' BLIP-2 can hold an image encoder: EVA-CLIP's architecture, its last layer, unchanged."""
-    return vision.encoder.config.model_type == "blip_2_vision_model" and vision.whitening is None
+    return vision.kind == "blip_2_vision_model" and vision.whitening is None
 
 
 def fits_projection(language: LanguageModel) -> bool:
@@ -29,7 +29,7 @@ def fits_projection(language: LanguageModel) -> bool:
 
 
 def write_huggingface(
-    checkpoint: Checkpoint, vision: Vision, language: LanguageModel | None, tokenizer: Any, out: Path
+    checkpoint: Checkpoint, vision: FrozenVision, language: LanguageModel | None, tokenizer: Any, out: Path
 ) -> list[str]:
     """Fills an empty folder; returns one line for each thing that it cannot hold. The parts become its own.
 
@@ -49,7 +49,7 @@ def write_huggingface(
         if language is None:
             model = _retrieval(checkpoint, vision, image_token)
             homeless = {name.split(".")[0] for name in rename(checkpoint.trained, OURS, HF)[1]}
-            notes += [f"{part}: transformers has no place for it" for part in sorted(homeless)]
+            notes += [f"{part}: transformers cannot store it" for part in sorted(homeless)]
         else:
             notes += _fit_language(language, image_token)
             model = _generation(checkpoint, vision, language, image_token)
@@ -70,7 +70,7 @@ def write_huggingface(
     return notes
 
 
-def _fit_encoder(checkpoint: Checkpoint, vision: Vision) -> list[str]:
+def _fit_encoder(checkpoint: Checkpoint, vision: FrozenVision) -> list[str]:
     """Makes the encoder one that needs no settings of ours."""
     notes, config = [], vision.encoder.config
     eps, own = checkpoint.settings.qformer.image_norm_eps, config.layer_norm_eps  # pyright: ignore
@@ -103,7 +103,7 @@ def _fit_language(language: LanguageModel, image_token: int) -> list[str]:
     return notes
 
 
-def _shared(checkpoint: Checkpoint, vision: Vision, reads_text: bool) -> dict[str, Any]:
+def _shared(checkpoint: Checkpoint, vision: FrozenVision, reads_text: bool) -> dict[str, Any]:
     """What the configurations of both classes begin with."""
     from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 
@@ -133,7 +133,7 @@ def _shared(checkpoint: Checkpoint, vision: Vision, reads_text: bool) -> dict[st
     }
 
 
-def _retrieval(checkpoint: Checkpoint, vision: Vision, image_token: int) -> Any:
+def _retrieval(checkpoint: Checkpoint, vision: FrozenVision, image_token: int) -> Any:
     from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
     config = Blip2Config(
@@ -145,7 +145,7 @@ def _retrieval(checkpoint: Checkpoint, vision: Vision, image_token: int) -> Any:
         return Blip2ForImageTextRetrieval(config)
 
 
-def _generation(checkpoint: Checkpoint, vision: Vision, language: LanguageModel, image_token: int) -> Any:
+def _generation(checkpoint: Checkpoint, vision: FrozenVision, language: LanguageModel, image_token: int) -> Any:
     from transformers import (
         Blip2Config,
         Blip2ForConditionalGeneration,

@@ -110,7 +110,7 @@ def read_files(folder: Path) -> dict[str, Path]:
     shards: dict[str, set[str]] = {}
     for file in sorted(set(named.values())):
         if Path(file).name != file:
-            raise UserError(f"{index}: names {file!r}, which is not a file of this folder")
+            raise UserError(f"{index}: names {file!r}, which is not in this folder")
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: missing; {index.name} names it for {listed(_held(named, file), 2)}")
         shards[file] = _names(folder / file)

@@ -1,5 +1,7 @@
 """The authors' checkpoints (LAVIS `.pth`), in and out: a dict whose `model` holds the trained parameters alone.
 
+The names may have one prefix in common, which DistributedDataParallel, `torch.compile` or a LightningModule adds.
+
 The language model is never in it, the image encoder only where it was fine-tuned. Nothing is unpickled but tensors.
 
 Shapes: Q queries, D Q-Former width, V encoder width, P patch tokens, S image side in px.
@@ -8,6 +10,7 @@ Shapes: Q queries, D Q-Former width, V encoder width, P patch tokens, S image si
 import math
 import pickle
 import re
+from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openblip2.compat import log
 from openblip2.config import LanguageSettings, RunSettings, VisionSettings
 from openblip2.errors import UserError, one_line
-from openblip2.model.vision import Vision
+from openblip2.model.vision import HFVision
 from openblip2.presets import FLANT5_XL, FLANT5_XXL, OPT_2_7B, OPT_6_7B, VIT_G, VIT_L
 from openblip2.runs import atomic_write
 from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_of, sizes_of
@@ -66,7 +70,7 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
     names, unknown = rename((name for name in model if name not in LEFT_OUT), LAVIS, OURS)
     if "qformer.queries" not in names:
         raise UserError(
-            f"{path}: no query_tokens in it: this is no BLIP-2 of LAVIS (it holds {listed(list(model), 3)})"
+            f"{path}: no query_tokens in it: this is not a BLIP-2 of LAVIS (it holds {listed(list(model), 3)})"
         )
     if unknown:
         raise UserError(f"{path}: {len(unknown)} keys are not of BLIP-2: {listed(unknown)}")
@@ -102,7 +106,7 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
     )
 
 
-def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: Path) -> list[str]:
+def write_lavis(checkpoint: Checkpoint, tower: HFVision | None, to_t5: bool, out: Path) -> list[str]:
     """Writes `out`, a `.pth`; returns one line for each thing that it cannot hold, or that reading left out.
 
     Args:
@@ -122,7 +126,7 @@ def write_lavis(checkpoint: Checkpoint, tower: Vision | None, to_t5: bool, out: 
             model[tied] = model[to]
     if (positions := model.get("Qformer.bert.embeddings.position_embeddings.weight")) is not None:
         model["Qformer.bert.embeddings.position_ids"] = torch.arange(len(positions))[None]
-    notes = [f"{part}: LAVIS has no place for it" for part in without]
+    notes = [f"{part}: LAVIS cannot store it" for part in without]
     if "temperature" not in checkpoint.trained and checkpoint.settings.stage == "stage1":
         notes.append("the source had no temperature and no ITG head: they are not in the file either")
     if checkpoint.settings.stage == "stage2":
@@ -155,22 +159,38 @@ def projection_name(language: str) -> str | None:
 
 def _read_model(path: Path) -> dict[str, Tensor]:
     try:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            found = torch.load(path, map_location="cpu", weights_only=True)  # torch's older format
+        with torch.serialization.safe_globals([Namespace]):  # plain values, as many trainers keep their settings
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                content = torch.load(path, map_location="cpu", weights_only=True)  # torch's older format
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         named = f" ({code[1]})" if code else ""
-        raise UserError(f"{path}: holds more than tensors{named}, and code in a file is never run: refused") from error
+        raise UserError(
+            f"{path}: holds more than tensors{named}, and code in a file is never run: refused; save "
+            "model.state_dict() alone"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a whole .pth file: {one_line(error)}; it may be truncated") from error
-    model = found.get("model", found) if isinstance(found, Mapping) else None
+        raise UserError(f"{path}: not a whole {path.suffix} file: {one_line(error)}; it may be truncated") from error
+    inside = content if isinstance(content, Mapping) else {}
+    model = next((inside[key] for key in ("model", "state_dict") if key in inside), content)
     if not isinstance(model, Mapping) or not all(isinstance(value, Tensor) for value in model.values()):
-        raise UserError(f"{path}: no BLIP-2 of LAVIS: it must be a dict with tensors by name under 'model'")
-    return dict(model)
+        raise UserError(
+            f"{path}: not a BLIP-2 of LAVIS: it must be a dict with tensors by name under 'model' or 'state_dict'"
+        )
+    return _without_prefix(path, dict(model))
+
+
+def _without_prefix(path: Path, model: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the prefix that all their names have in common, such as `module.` or `model._orig_mod.`."""
+    prefix = next((name.removesuffix("query_tokens") for name in model if name.endswith(".query_tokens")), "")
+    if not prefix or not all(name.startswith(prefix) for name in model):
+        return model
+    log.warning("openblip2: %s: all names begin with %r, which is left out", path, prefix)
+    return {name.removeprefix(prefix): tensor for name, tensor in model.items()}
 
 
 def _settings(
@@ -194,7 +214,7 @@ def _settings(
     return replace(settings, stage="stage2", language=language or default)
 
 
-def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, Tensor], heads: int | None) -> Vision:
+def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, Tensor], heads: int | None) -> HFVision:
     """`visual_encoder.*` as `Blip2VisionModel`, on the file's own tensors."""
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
@@ -237,10 +257,10 @@ def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, 
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: its image encoder ({TOWER_PREFIX}*) is not whole: {reason[:200]}") from error
-    return Vision(encoder, layer=-1, image_size=config.image_size)
+    return HFVision(encoder, layer=-1, image_size=config.image_size)
 
 
-def _tower_as_lavis(tower: Vision) -> dict[str, Tensor]:
+def _tower_as_lavis(tower: HFVision) -> dict[str, Tensor]:
     tensors = dict(tower.encoder.state_dict())
     found: dict[str, Tensor] = {}
     for name in [name for name in tensors if name.endswith("qkv.bias")]:

@@ -16,7 +16,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +23,11 @@ from torch.nn import functional as F
 
 from openblip2.data.images import RESIZE
 from openblip2.errors import UserError, one_line, require
+from openblip2.model.connector import Connector
 from openblip2.model.lora import merge_lora
-from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision
 
 TOLERANCE = 1e-4  # largest difference from torch, as a share of the output's largest value
 INLINE = 1_500_000_000  # bytes of weights that are kept in the graph's own file; protobuf ends at 2 GB
@@ -41,8 +40,8 @@ class ImagePath(nn.Module):
     Stage 1 gives `image_vectors [B, Q, E]`, of length 1; stage 2 gives `soft_prompt [B, Q, L]`.
     """
 
-    vision: Vision
-    qformer: QFormer
+    vision: FrozenVision
+    connector: Connector
     head: nn.Linear
 
     def __init__(self, model: Stage1 | Stage2) -> None:
@@ -50,13 +49,13 @@ class ImagePath(nn.Module):
         self.name = "image_vectors" if isinstance(model, Stage1) else "soft_prompt"
         head = model.vision_proj if isinstance(model, Stage1) else model.projection
         # Name by name, for a copy of the whole model would be one of the language model too.
-        for name, part in (("vision", model.vision), ("qformer", model.qformer), ("head", head)):
+        for name, part in (("vision", model.vision), ("connector", model.connector), ("head", head)):
             self.add_module(name, copy.deepcopy(part))
         merge_lora(self.to("cpu", torch.float32)).requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """uint8 `[B, 3, S, S]` RGB -> `[B, Q, E]` or `[B, Q, L]`."""
-        queries = self.qformer.query_output(self.vision(images))
+        queries = self.connector.visual_tokens(self.vision(images))
         found = self.head(queries)
         return F.normalize(found, dim=-1) if self.name == "image_vectors" else found
 
@@ -119,11 +118,10 @@ def _write(image_path: ImagePath, side: int, file: Path) -> None:
         except torch.onnx.OnnxExporterError as error:
             # What went wrong is the cause; the exporter's own words are advice on its insides.
             reason = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-            config: Any = image_path.vision.encoder.config
-            raise UserError(f"image encoder {config.model_type!r} cannot be exported to ONNX: {reason}") from error
+            raise UserError(f"image encoder {image_path.vision.kind!r} cannot be exported to ONNX: {reason}") from error
 
 
-def _describe(vision: Vision, file: Path) -> None:
+def _describe(vision: FrozenVision, file: Path) -> None:
     """Adds to the metadata of the graph how pictures become its input, and which normalisation is in it."""
     import onnx
 

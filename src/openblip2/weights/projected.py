@@ -1,4 +1,4 @@
-"""For encoders that transformers' BLIP-2 has no place for: the language model alone, fed with projected queries.
+"""For encoders that transformers' BLIP-2 cannot hold: the language model alone, fed with projected queries.
 
 openblip2 makes `image_embeds [n, Q, L]` of the pictures; any server that takes embeddings as a prompt writes the text.
 """
@@ -6,7 +6,7 @@ openblip2 makes `image_embeds [n, Q, L]` of the pictures; any server that takes 
 from pathlib import Path
 
 from openblip2.model.language import LanguageModel
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision
 from openblip2.weights.checkpoint import Checkpoint
 from openblip2.weights.run import write_run
 
@@ -23,7 +23,7 @@ from transformers import {loader}, AutoTokenizer
 
 import openblip2
 
-RUN = Path(__file__).parent / "openblip2"  # image encoder, Q-Former, projection
+RUN = Path(__file__).parent / "openblip2"  # image encoder, connector, projection
 LANGUAGE = RUN / "language"  # the language model, as transformers and vLLM load it
 PROMPT = {prompt!r}
 
@@ -62,7 +62,7 @@ VLLM = """
 """
 
 
-def write_projected(checkpoint: Checkpoint, vision: Vision, language: LanguageModel, folder: Path) -> None:
+def write_projected(checkpoint: Checkpoint, vision: FrozenVision, language: LanguageModel, folder: Path) -> None:
     """Fills a folder with a run that carries its parts, and an example."""
     settings = checkpoint.settings
     run = folder / "openblip2"
@@ -75,7 +75,7 @@ def write_projected(checkpoint: Checkpoint, vision: Vision, language: LanguageMo
         EXAMPLE.format(
             loader="AutoModelForCausalLM" if generative else "AutoModelForSeq2SeqLM",
             prompt=settings.language.prompts[0],
-            queries=settings.qformer.queries,
+            queries=checkpoint.sizes.get("tokens", settings.qformer.queries),
             width=language.width,
             side="left" if generative else "right",
             end=language.end[-1],

@@ -4,6 +4,7 @@ RUN/vision/, RUN/language/   frozen parts in transformers' layout, where `vision
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from openblip2.config import RunSettings, from_dict
 from openblip2.errors import UserError, one_line
 from openblip2.model.language import LanguageModel
 from openblip2.model.lora import plain_state
-from openblip2.model.vision import Vision
+from openblip2.model.vision import FrozenVision, HFVision
 from openblip2.model.whitening import Whitening
 from openblip2.runs import atomic_write, make_folder, read_config, read_tensors, write_config, write_json, write_tensors
 from openblip2.train.parameters import read_whitening, save_whitening
@@ -34,9 +35,9 @@ def read_run(folder: Path, parts: Parts) -> Checkpoint:
     """
     saved = read_config(folder)
     settings, sizes = from_dict(saved["settings"]), saved["sizes"]
-    if parts.heads not in (None, sizes["heads"]):
+    if parts.heads not in (None, sizes.get("heads")):
         raise UserError(
-            f"{folder / 'config.json'}: sizes.heads is {sizes['heads']}, not {parts.heads}: leave heads out"
+            f"{folder / 'config.json'}: sizes.heads is {sizes.get('heads')}, not {parts.heads}: leave heads out"
         )
     carries = set()
     for part, inside in CARRIED.items():
@@ -64,7 +65,7 @@ def _last_validation(log: Path) -> dict[str, Any]:
         rows = [json.loads(line) for line in lines if '"validation"' in line]
         return rows[-1]["validation"] if rows else {}
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{log}: not the log of a run ({one_line(error)}): mend it, or take it away") from error
+        raise UserError(f"{log}: not the log of a run ({one_line(error)}): repair it, or remove it") from error
 
 
 def write_run(
@@ -72,7 +73,7 @@ def write_run(
     settings: RunSettings,
     sizes: Mapping[str, int],
     trained: Mapping[str, Tensor],
-    vision: Vision | None = None,
+    vision: FrozenVision | None = None,
     language: LanguageModel | None = None,
     tokenizer: Any = None,
     carries: frozenset[str] = frozenset(),
@@ -92,6 +93,8 @@ def write_run(
         settings = replace(settings, **{part: named})
     with quiet_transformers():
         if "vision" in carries and vision is not None:
+            if not isinstance(vision, HFVision):
+                raise UserError(f"{vision.kind} is a module of the caller's own, which is not written: leave merge out")
             # Not the "original" format: what was read out of a BLIP-2 would get that model's prefix back.
             vision.encoder.save_pretrained(folder / "vision", save_original_format=False)
             side = {"height": vision.image_size, "width": vision.image_size}
@@ -113,17 +116,26 @@ def write_run(
 
 
 @contextmanager
-def fresh_folder(out: Path) -> Iterator[Path]:
+def fresh_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill, which gets its name when it is whole.
+
+    Args:
+        overwrite: Whether a model in `out` is then replaced.
 
     Raises:
         UserError: something is there by that name.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already: give a new name, or an empty folder")
+    model = (out / "config.json").exists()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (overwrite and model):
+        raise UserError(
+            f"{out} {'holds files that are not of a model' if overwrite else 'exists already'}: give a new name, or an "
+            "empty folder"
+        )
     try:
         with atomic_write(out, concurrent=True) as draft:
             make_folder(draft)
             yield draft
+            if model:
+                shutil.rmtree(out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {one_line(error)}") from error

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from openblip2.errors import UserError, one_line
+from openblip2.errors import UserError, one_line, refuse_lfs_pointer
 from openblip2.runs import read_json
 from openblip2.weights.checkpoint import Checkpoint, Parts
 from openblip2.weights.huggingface import read_huggingface
@@ -11,7 +11,7 @@ from openblip2.weights.lavis import read_lavis
 from openblip2.weights.run import read_run
 
 KINDS = "a run of ours, a LAVIS .pth file, or a folder or hub name of transformers' BLIP-2 or InstructBLIP"
-LAVIS_SUFFIXES = (".pth", ".pt")
+LAVIS_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # What may come from a hub: JSON, tokenizers, safetensors. No pickles, no code.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jsonl"]
 
@@ -28,9 +28,10 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
     """
     parts = parts or Parts()
     path = Path(source).expanduser()
+    refuse_lfs_pointer(path)
     if path.is_file():
         if path.suffix not in LAVIS_SUFFIXES:
-            raise UserError(f"{path} is not a run, nor a .pth: give {KINDS}")
+            raise UserError(f"{path} is not a run and does not end in {', '.join(LAVIS_SUFFIXES)}: give {KINDS}")
         return read_lavis(path, parts)
     if parts.vision_heads is not None:
         raise UserError(f"{source}: vision_heads is for a LAVIS .pth with an image encoder in it: leave it out")
@@ -59,8 +60,8 @@ def fetch(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name} is not a run, there is nothing by that name: give {KINDS}")
+        raise UserError(f"{name} is not a run, there is no such file, folder or hub name: give {KINDS}")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(f"{name} is not here and cannot be had from the hub: {one_line(error)}") from error
+        raise UserError(f"{name} is not here and cannot be downloaded from the hub: {one_line(error)}") from error

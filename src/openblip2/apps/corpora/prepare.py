@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 
 from openblip2.apps.corpora.groups import alike, folds, joined, thumbnail
-from openblip2.apps.corpora.openclipart import read_openclipart
-from openblip2.apps.corpora.stamps import read_stamps
+from openblip2.apps.corpora.installed import read_stamps
+from openblip2.apps.corpora.openclipart import openclipart
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record, write_records
 from openblip2.errors import UserError
@@ -44,16 +44,6 @@ def stamps(folder: Path) -> Found:
     """Tux Paint's stamps, unpacked in `folder`. Errors as `read_stamps`."""
     records, skipped = read_stamps(folder / "tuxpaint-stamps-default/usr/share/tuxpaint/stamps")
     return Found([replace(record, id=record.id.removesuffix(".png")) for record in records], skipped)
-
-
-def openclipart(folder: Path) -> Found:
-    """openclipart's drawings, unpacked in `folder`. Errors as `read_openclipart`."""
-    records, skipped = read_openclipart(
-        pictures=folder / "openclipart-png/usr/share/openclipart/png",
-        drawings=folder / "openclipart-svg/usr/share/openclipart/svg",
-        dictionary=folder / "wamerican/usr/share/dict/american-english",
-    )
-    return Found(records, skipped)
 
 
 def emoji(folder: Path) -> Found:
@@ -115,7 +105,7 @@ def furniture(folder: Path) -> Found:
     return Found(list(records.values()), skipped)
 
 
-SOURCES: dict[str, Callable[[Path], Found]] = {
+SOURCES: dict[str, Callable[[Path], tuple[list[Record], list[str]]]] = {
     "stamps": stamps,
     "openclipart": openclipart,
     "emoji": emoji,
@@ -141,7 +131,7 @@ def prepare(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) ->
     skipped: list[str] = []
     for source in sources:
         if source not in SOURCES:
-            raise UserError(f"unknown source {source!r}; one of {', '.join(SOURCES)}")
+            raise UserError(f"unknown source {source!r}: it must be one of {', '.join(SOURCES)}")
         try:
             records, problems = SOURCES[source](folder)
         except UserError as problem:
@@ -154,7 +144,7 @@ def prepare(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) ->
             raise UserError(f"{folder}: contains no pictures that can be used; {'; '.join(skipped[:4])}")
         write_records(records, out)
     except OSError as error:
-        raise UserError(f"{error.filename or out}: cannot be written ({error.strerror}); a folder") from error
+        raise UserError(f"{error.filename or out} cannot be written ({error.strerror}): give another") from error
     return Found(records, skipped)
 
 

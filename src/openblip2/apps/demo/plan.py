@@ -5,8 +5,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from openblip2.apps.corpora.easy_vqa import easy_vqa_records
-from openblip2.apps.corpora.stamps import stamps_records
+from openblip2.apps.corpora.installed import easy_vqa_records, stamps_records
 from openblip2.apps.scenes.draw import draw_scenes
 from openblip2.apps.scenes.vocabulary import WORLDS, World
 from openblip2.config import RunSettings, change

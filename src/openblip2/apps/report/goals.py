@@ -89,7 +89,5 @@ def _full_world(metrics: Mapping[str, Any]) -> list[Goal]:
 def _at_least(
     what: str, value: float | None, least: float, wanted: str = "", words: Callable[[float], str] = percent
 ) -> Goal:
-    wanted = wanted or f"at least {words(least)}"
-    return (
-        Goal(what, wanted, "not measured", None) if value is None else Goal(what, wanted, words(value), value >= least)
-    )
+    reached = "not measured" if value is None else words(value)
+    return Goal(what, wanted or f"at least {words(least)}", reached, None if value is None else value >= least)

@@ -63,12 +63,11 @@ def draw_scenes(
     split: Split,
     seed: int,
     size: int = 224,
-    shares: Sequence[float] = SHARES,
     world: World = "full",
 ) -> list[Record]:
     """Draws scenes into a folder: `images/NNNNN.png` and `records.jsonl`.
 
-    Scene i depends only on (seed, split, i), `size`, `shares` and `world`, not on `count`. The facts of each record are
+    Scene i depends only on (seed, split, i), `size` and `world`, not on `count`. The facts of each record are
     `grammar.Facts`.
 
     Args:
@@ -77,7 +76,6 @@ def draw_scenes(
         split: which combinations of nouns and colours are used.
         seed: of all random choices.
         size: image side in px.
-        shares: the weights of the kinds one, group and pair.
         world: which nouns are drawn: a dozen ("small") or all ("full").
 
     Raises:
@@ -87,17 +85,15 @@ def draw_scenes(
         raise UserError(f"unknown world {world!r}: it must be {' or '.join(WORLDS)}")
     if count < 1 or size < 32:
         raise UserError(f"scenes: {count} of {size} px; at least 1 scene and at least 32 px")
-    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
-        raise UserError(f"scenes: shares {tuple(shares)}; three weights, of one, group and pair, not all 0")
     images = Path(folder) / "images"
     try:
         images.mkdir(parents=True, exist_ok=True)
         # An interrupted call must not leave an earlier list with new images.
         (Path(folder) / RECORDS).unlink(missing_ok=True)
-        records = [_record(images, i, split, seed, size, shares, WORLDS[world]) for i in range(count)]
+        records = [_record(images, i, split, seed, size, WORLDS[world]) for i in range(count)]
         write_records(records, Path(folder))
     except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written ({error.strerror}); a folder") from error
+        raise UserError(f"{error.filename or folder} cannot be written ({error.strerror}): give another") from error
     return records
 
 
@@ -150,11 +146,9 @@ def draw_picture(facts: Facts, random: Random, size: int) -> Image.Image:
     return picture
 
 
-def _record(
-    images: Path, index: int, split: Split, seed: int, size: int, shares: Sequence[float], nouns: Sequence[str]
-) -> Record:
+def _record(images: Path, index: int, split: Split, seed: int, size: int, nouns: Sequence[str]) -> Record:
     random = Random(f"{seed}/{split}/{index}")  # seeded with text: the same on every machine and Python
-    facts = draw_facts(random, split, shares, nouns)
+    facts = draw_facts(random, split, nouns=nouns)
     path = images / f"{index:05d}.png"
     draw_picture(facts, random, size).save(path, compress_level=1)
     return Record(
@@ -170,8 +164,8 @@ def _boxes(facts: Facts, random: Random) -> list[list[tuple[float, float, float]
     """For each object, centre x, centre y and side of each copy."""
     first = facts["objects"][0]
 
-    def near(x: float, y: float, side: float, jitter: float = _JITTER) -> tuple[float, float, float]:
-        return x + random.uniform(-jitter, jitter), y + random.uniform(-jitter, jitter), side
+    def near(x: float, y: float, side: float) -> tuple[float, float, float]:
+        return x + random.uniform(-_JITTER, _JITTER), y + random.uniform(-_JITTER, _JITTER), side
 
     if facts["kind"] == "pair":
         sides = random.uniform(*_PAIR_SIDE), random.uniform(*_PAIR_SIDE)

@@ -9,7 +9,7 @@ import numpy as np
 from openblip2.apps.search.index import Index, open_index, vectors_of
 from openblip2.data.images import Picture
 from openblip2.errors import UserError
-from openblip2.evaluate.protocol import weights_digest
+from openblip2.evaluate.run import weights_digest
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 

@@ -19,11 +19,10 @@ import torch
 from PIL import Image
 
 from openblip2.apps.search.vectors import Array, Vectors, require_faiss
-from openblip2.data.images import THREADS, Picture, open_picture
-from openblip2.data.web.tars import PICTURES
+from openblip2.data.images import PICTURE_SUFFIXES, THREADS, Picture, left_out, open_picture
 from openblip2.errors import UserError
-from openblip2.evaluate.protocol import weights_digest
 from openblip2.evaluate.ranking import image_vectors
+from openblip2.evaluate.run import weights_digest
 from openblip2.hardware import computing
 from openblip2.inference.inputs import features_of
 from openblip2.inference.load import load
@@ -97,7 +96,7 @@ class Updated:
         pictures: in the index now.
         added: new and changed ones.
         gone: deleted and changed ones.
-        skipped: a line for each file that could not be read.
+        skipped: a line for each file that could not be read, and for each kind of pictures that were left out.
         recall: recall@10 of the 8 bits compared with exact search; None without new pictures.
         among: number of new pictures among which it was measured.
     """
@@ -154,9 +153,11 @@ def update_index(root: Path, run: str, folder: Path, progress: Progress) -> Upda
     if not isinstance(matcher, Matcher):
         raise UserError(f"{run} is a stage-2 run: an index needs a stage-1 run")
     index = _open_or_new(root, run, folder, matcher)
-    files = {path: _stat(root / path) for path in _pictures(root, folder)}
+    names = list(_files(root, folder))
+    others = [f"{root}: {line}" for line in left_out(names)]
+    files = {name: _stat(root / name) for name in names if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES}
     if not files:  # perhaps a disk that is not mounted: an existing index does not change
-        raise UserError(f"{root}: no pictures in it")
+        raise UserError("; ".join([f"{root}: no pictures in it", *others]))
     gone = [row for row in index.rows.values() if files.get(row.path) != (row.bytes, row.time)]
     for row in gone:
         del index.rows[row.number]
@@ -189,7 +190,7 @@ def update_index(root: Path, run: str, folder: Path, progress: Progress) -> Upda
         raise UserError(f"{root}: none of its pictures can be read; the first: {skipped[0]}")
     index.save()
     recall = recall_of(index.vectors, np.array(checked), np.concatenate(exact)) if exact else None
-    return Updated(len(index.rows), len(new) - len(skipped), len(gone), skipped, recall, len(checked))
+    return Updated(len(index.rows), len(new) - len(skipped), len(gone), others + skipped, recall, len(checked))
 
 
 def vectors_of(matcher: Matcher, pictures: Sequence[Picture]) -> Array:
@@ -200,7 +201,7 @@ def vectors_of(matcher: Matcher, pictures: Sequence[Picture]) -> Array:
     return vectors.float().cpu().numpy()
 
 
-def recall_of(vectors: Vectors, numbers: Array, exact: Array, seed: int = 0) -> float:
+def recall_of(vectors: Vectors, numbers: Array, exact: Array) -> float:
     """The share of the ten nearest pictures by exact search that search in 8 bits finds, too.
 
     The queries are halfway between the vectors of two pictures, because texts are near pictures but not on them.
@@ -209,9 +210,8 @@ def recall_of(vectors: Vectors, numbers: Array, exact: Array, seed: int = 0) -> 
         vectors: of the index.
         numbers: of the pictures that are searched.
         exact: `[N, Q, E]`, the pictures' vectors before they were quantised.
-        seed: of the queries.
     """
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     flat = exact.reshape(-1, exact.shape[-1])
     queries = flat[random.integers(len(flat), size=(QUERIES, 2))].sum(axis=1)
     queries /= np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-9)
@@ -242,20 +242,20 @@ def _open_or_new(root: Path, run: str, folder: Path, matcher: Matcher) -> Index:
     if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and not an index: give a new folder")
     make_folder(folder / "thumbnails")
-    queries, width = matcher.model.qformer.queries.shape[1], matcher.model.vision_proj.out_features
+    queries, width = matcher.model.connector.tokens, matcher.model.vision_proj.out_features
     about = {"root": str(root.resolve()), "run": str(Path(run).resolve()) if Path(run).exists() else run}
     about |= {"weights": weights, "queries": queries, "width": width, "next": 0}
     return Index(folder, about, {}, Vectors(queries, width))
 
 
-def _pictures(root: Path, index: Path) -> Iterator[str]:
-    """Paths of pictures in a folder, without links, hidden folders and the index itself."""
+def _files(root: Path, index: Path) -> Iterator[str]:
+    """Paths of files in a folder, without links, hidden folders and the index itself."""
     for parent, folders, files in os.walk(root):
         here = Path(parent)
         folders[:] = [f for f in folders if not f.startswith(".") and (here / f).resolve() != index.resolve()]
         for file in files:
             path = here / file
-            if path.suffix.lower().removeprefix(".") in PICTURES and path.is_file() and not path.is_symlink():
+            if path.is_file() and not path.is_symlink():
                 yield path.relative_to(root).as_posix()
 
 

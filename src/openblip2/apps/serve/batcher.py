@@ -5,7 +5,7 @@ disconnected clients leave the queue, and a batch is stopped when all of its cli
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,8 +100,12 @@ class Batcher:
         return [event async for event in self.stream(job)][-1]
 
     async def answer(self, request: Request, job: Job) -> Any:
-        """The result of a request's job, which is cancelled if the client disconnects. The body must have been read."""
-        work, disconnect = asyncio.create_task(self.do(job)), asyncio.create_task(_disconnect(request))
+        """As `answers`, of one job."""
+        return (await self.answers(request, [job]))[0]
+
+    async def answers(self, request: Request, jobs: Sequence[Job]) -> list[Any]:
+        """Results of a request's jobs, cancelled if the client disconnects. The body must have been read."""
+        work, disconnect = asyncio.gather(*map(self.do, jobs)), asyncio.create_task(_disconnect(request))
         try:
             await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
             if not work.done():

@@ -24,6 +24,7 @@ from openblip2.inference.chat import DialoguePrompt
 from openblip2.inference.inputs import group_of
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
+from openblip2.model.context import require_room
 from openblip2.model.likelihood import token_scores
 
 CACHED = 256  # soft prompts of recent pictures
@@ -121,14 +122,21 @@ class Engine:
             if captioner.tokens is not None and not captioner.settings.reads_prompts:
                 raise UserError("this model answers questions: ask one")
             prompt = captioner.settings.language.prompts[0] if job.prompt is None else job.prompt
-            captioner.require_readable([prompt])
-            return picture, prompt, prompt if captioner.tokens else ""
+            self._require_room(prompt, job)
+            read = captioner.qformer_texts([prompt])
+            return picture, prompt, read[0] if read else ""
         prompt, read = "", None
         if job.plain or captioner.tokens is not None:
             (prompt,), read = captioner.read_questions([job.question])
-        if not job.plain:
+        if job.plain:
+            self._require_room(prompt, job)
+        else:
             prompt = self.dialogue.write(job.turns, job.question, job.decoding.max_new_tokens)
         return picture, prompt, read[0] if read else ""
+
+    def _require_room(self, prompt: str, job: Write) -> None:
+        model = self.captioner.model
+        require_room(model.language, prompt, model.connector.tokens, job.decoding.max_new_tokens)
 
     def _soft_prompts(self, pictures: list[PictureFile], questions: list[str]) -> tuple[Tensor, list[int]]:
         """Soft prompts `[N, Q, L]`, and the row of each picture in them; a picture that repeats has one row.

@@ -67,12 +67,16 @@ async def chat(request: Request, body: ChatRequest) -> Any:
         usage = body.stream_options is not None and body.stream_options.include_usage
         events = _events(batcher.stream(job), job, stop, {**about, "object": "chat.completion.chunk"}, usage)
         return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-    written = await batcher.answer(request, job)
-    text = before(written.text, stop)
-    choice = {"index": 0, "finish_reason": _reason(written, text, job)}
-    choice["message"] = {"role": "assistant", "content": text, "refusal": None}
-    choice["logprobs"] = _logprobs(written, text) if body.logprobs else None
-    return {**about, "object": "chat.completion", "choices": [choice], "usage": _usage(written)}
+    seeds = [None if body.seed is None else body.seed + n for n in range(body.n or 1)]
+    texts = await batcher.answers(request, [replace(job, decoding=replace(job.decoding, seed=seed)) for seed in seeds])
+    choices = []
+    for n, written in enumerate(texts):
+        text = before(written.text, stop)
+        choice = {"index": n, "finish_reason": _reason(written, text, job)}
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        choice["logprobs"] = _logprobs(written, text) if body.logprobs else None
+        choices.append(choice)
+    return {**about, "object": "chat.completion", "choices": choices, "usage": _usage(*texts)}
 
 
 @router.post("/embeddings")
@@ -114,21 +118,20 @@ def write_job(body: ChatRequest, limits: Limits) -> Write:
     tokens = getattr(body, name) or CHAT.max_new_tokens
     if tokens > limits.tokens:
         raise ServeError(f"{name} {tokens}: this server writes at most {limits.tokens} tokens", param=name)
-    how = replace(decoding(body.temperature, body.top_p), max_new_tokens=tokens)
-    if body.seed is not None and how.sample:
-        message = "seed: answers cannot be repeated when sampling; use temperature 0"
-        raise ServeError(message, code="unsupported_parameter", param="seed")
+    how = replace(decoding(body), max_new_tokens=tokens, repetition_penalty=body.repetition_penalty or 1.0)
     best = (body.top_logprobs or 0) if body.logprobs else None
     return Write(picture, how, f"{system} {question}".strip(), tuple(turns), stream=bool(body.stream), logprobs=best)
 
 
-def decoding(temperature: float | None, top_p: float | None) -> Decoding:
-    """As the command line decodes; greedy at temperature 0; sampling if a higher one or a nucleus is asked for."""
-    if temperature is None and top_p in (None, 1):
-        return CHAT
-    if temperature == 0:
+def decoding(body: ChatRequest) -> Decoding:
+    """As the command line decodes; greedy at temperature 0; sampling if a higher one, a nucleus or several answers are
+    asked for."""
+    if body.temperature == 0:
         return greedy(CHAT)
-    return Decoding(beams=1, sample=True, temperature=temperature or 1.0, top_p=top_p or 1.0)
+    if body.temperature is None and body.top_p in (None, 1) and body.n in (None, 1):
+        return CHAT
+    heat, nucleus = body.temperature or 1.0, body.top_p or 1.0
+    return Decoding(beams=1, sample=True, temperature=heat, top_p=nucleus, seed=body.seed)
 
 
 def before(text: str, stop: tuple[str, ...]) -> str:
@@ -202,6 +205,6 @@ def _logprobs(written: Written, text: str) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def _usage(written: Written) -> dict[str, int]:
-    prompt, completion = written.prompt_tokens, written.completion_tokens
+def _usage(*texts: Written) -> dict[str, int]:
+    prompt, completion = texts[0].prompt_tokens, sum(written.completion_tokens for written in texts)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -10,7 +10,7 @@ Text = Annotated[str, Field(max_length=20_000)]
 Url = Annotated[str, Field(max_length=2**27)]  # the limit of the body is lower
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 # Parameters that we do not have, with the value that changes nothing; None and {} or [] change nothing either.
-UNSUPPORTED = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "echo": False, "tool_choice": "none"}
+UNSUPPORTED = {"presence_penalty": 0, "frequency_penalty": 0, "echo": False, "tool_choice": "none"}
 UNSUPPORTED |= {"response_format": {"type": "text"}, "modalities": ["text"]}
 NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 NO_EFFECT |= {"parallel_tool_calls", "include_obfuscation", "detail"}  # `detail`: an image encoder has one resolution
@@ -27,6 +27,7 @@ class Strict(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name not in NO_EFFECT and value not in (None, {}, [], UNSUPPORTED.get(name)):
                 message = f"this server does not support {name[:100]!r}: leave it out"
+                message += ", or use repetition_penalty" if name in ("frequency_penalty", "presence_penalty") else ""
                 raise ServeError(message, code="unsupported_parameter", param=name[:100])
         return self
 
@@ -86,6 +87,8 @@ class ChatRequest(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    n: Annotated[int, Field(ge=1, le=8)] | None = None
     seed: int | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -93,10 +96,14 @@ class ChatRequest(Strict):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
-    def check_logprobs(self) -> "ChatRequest":
-        """Raises `ServeError` where log-probabilities are asked for in a way that has no answer."""
+    def check_combinations(self) -> "ChatRequest":
+        """Raises `ServeError` for parameters that exclude each other."""
         if self.logprobs and self.stream:
             raise ServeError("logprobs: a stream has none; use stream=false", 400, "unsupported_parameter", "logprobs")
+        if self.stream and (self.n or 1) > 1:
+            raise ServeError("n: a stream has one answer; use stream=false", 400, "unsupported_parameter", "n")
+        if (self.n or 1) > 1 and self.temperature == 0:
+            raise ServeError("n: at temperature 0 all answers are the same; set a higher temperature", param="n")
         if self.top_logprobs and not self.logprobs:
             raise ServeError("top_logprobs: set logprobs=true as well", param="top_logprobs")
         return self

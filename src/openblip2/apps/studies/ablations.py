@@ -3,16 +3,19 @@
 scenes -> frozen features, once -> each way of the study trained and scored -> OUT/ablation.json, .md and .svg
 """
 
+import importlib.util
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from openblip2.apps.studies.design import Plan, study_of
-from openblip2.apps.studies.report import can_plot, in_words, plot
-from openblip2.apps.studies.trial import OWN, Trial, Work, prepare_work, run_trial
-from openblip2.apps.studies.verdict import curve, figure, judge
+import numpy as np
+
+from openblip2.apps.studies.design import LOWER, Claim, Plan, is_share, sentence, study_of
+from openblip2.apps.studies.trial import OWN, Points, Trial, Work, prepare_work, run_trial
 from openblip2.config import RunSettings, to_dict
+from openblip2.evaluate.intervals import difference_interval, mean_interval
 from openblip2.hardware import keep_freed_memory
 from openblip2.progress import Progress
 from openblip2.runs import make_folder, write_json
@@ -44,19 +47,17 @@ def ablate(name: str, out: Path, plan: Plan, progress: Progress) -> dict[str, An
 def summary(work: Work, trials: Mapping[str, Sequence[Trial]]) -> dict[str, Any]:
     """Figures, curves, settings that differ, seconds and verdicts of all ways, as plain values."""
     study, plan = work.study, work.plan
-    every = [trial for found in trials.values() for trial in found]
-    differing = _differing({name: found[0] for name, found in trials.items()})
+    all_trials = [trial for of_way in trials.values() for trial in of_way]
+    differing = _differing({name: of_way[0] for name, of_way in trials.items()})
     ways = {
         way.name: {
             "pictures": way.pictures,
             "differs": differing[way.name],
             "figures": {name: figure(trials[way.name], name) for name in trials[way.name][0].values},
             "curves": _curves(trials[way.name]),
-            "seconds": round(sum(sum(t.seconds.values()) for t in trials[way.name]) / len(plan.seeds), 1),
         }
         for way in study.ways
     }
-    runs = {run: seconds for trial in every for run, seconds in (trial.seconds | trial.scoring).items()}
     return {
         "study": study.name,
         "question": study.question,
@@ -64,28 +65,56 @@ def summary(work: Work, trials: Mapping[str, Sequence[Trial]]) -> dict[str, Any]
         "seeds": list(plan.seeds),
         "steps": {
             stage: [settings.train.steps, settings.train.batch]
-            for trial in reversed(every)
+            for trial in reversed(all_trials)
             for stage, settings in trial.settings.items()
         },
-        "models": _models(every),
+        "models": _models(all_trials),
         "ways": ways,
         "claims": [judge(claim, trials[claim.better], trials[claim.worse]) for claim in study.claims],
         "notes": list(study.notes),
-        "seconds": {"training and scoring": round(sum(runs.values()), 1)},
+        "seconds": {"training and scoring": round(sum(work.seconds.values()), 1)},
     }
 
 
-def _curves(trials: Sequence[Trial]) -> dict[str, list[list[tuple[int, float]]]]:
+def figure(trials: Sequence[Trial], name: str) -> dict[str, Any]:
+    """A figure of a way: the mean over seeds and test images, its interval over images, and the mean of each seed."""
+    return {**mean_interval(_over_seeds(trials, name)).as_json(), "seeds": _seeds(trials, name)}
+
+
+def judge(claim: Claim, better: Sequence[Trial], worse: Sequence[Trial]) -> dict[str, Any]:
+    """Whether a claim holds here.
+
+    Two sources of chance are kept apart: which images are tested (95 % intervals, bootstrap over test images, paired),
+    and the seed of training. A claim is decided only if the interval of the paired difference and the difference of
+    every seed are on the same side of 0.
+    """
+    found = difference_interval(_over_seeds(better, claim.figure), _over_seeds(worse, claim.figure))
+    seeds = [b - w for b, w in zip(_seeds(better, claim.figure), _seeds(worse, claim.figure), strict=True)]
+    if not found.excludes(0):
+        verdict = "cannot be told: the interval of the difference holds 0"
+    elif any(np.sign(seed) != np.sign(found.score) for seed in seeds):
+        verdict = "cannot be told: the seeds disagree"
+    else:
+        verdict = "holds" if (found.score < 0) == (claim.figure in LOWER) else "does not hold"
+    difference = {"difference": found.score, "low": found.low, "high": found.high, "n": found.n}
+    return {**asdict(claim), **difference, "seeds": seeds, "verdict": verdict}
+
+
+def _over_seeds(trials: Sequence[Trial], name: str) -> np.ndarray:
+    """The mean over seeds for each image: [n]."""
+    return np.mean([trial.values[name] for trial in trials], axis=0)
+
+
+def _seeds(trials: Sequence[Trial], name: str) -> list[float]:
+    return [float(np.mean(trial.values[name])) for trial in trials]
+
+
+def _curves(trials: Sequence[Trial]) -> dict[str, list[Points]]:
     """For each seed: caption losses with the right and with another image, or recall@1, the mean of both directions."""
     if "loss_right" in trials[0].curves:
-        return {name: curve(trials, name) for name in ("loss_right", "loss_shuffled")}
-    sides = (curve(trials, "tr@1"), curve(trials, "ir@1"))
-    return {
-        "recall": [
-            [(step, (one + other) / 2) for (step, one), (_, other) in zip(first, second, strict=True)]
-            for first, second in zip(*sides, strict=True)
-        ]
-    }
+        return {name: [trial.curves[name] for trial in trials] for name in ("loss_right", "loss_shuffled")}
+    sides = [zip(trial.curves["tr@1"], trial.curves["ir@1"], strict=True) for trial in trials]
+    return {"recall": [[(step, (tr + ir) / 2) for (step, tr), (_, ir) in side] for side in sides]}
 
 
 def _models(trials: Sequence[Trial]) -> dict[str, list[str]]:
@@ -120,3 +149,145 @@ def _flat(settings: RunSettings) -> dict[str, Any]:
     for name, value in to_dict(settings).items():
         found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     return {name: value for name, value in found.items() if name not in OWN}
+
+
+# Distinguishable with any colour vision (Okabe and Ito, 2008); lines also differ in their marks, for print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKS = "osD^vPX"
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed, the optional extra `plots`."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draws the contents of `ablation.json` as SVG or PNG, by the suffix of `path`.
+
+    The left panel has a line for each way over the steps: the mean over seeds, with a band from the lowest to the
+    highest seed; dashed with another image. Then there is a panel for each figure of the claims, with the score of
+    each way and its 95 % interval over images.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window, no state
+
+    ways, figures = result["ways"], list(dict.fromkeys(claim["figure"] for claim in result["claims"]))
+    page = Figure(figsize=(5.2 + 3.4 * len(figures), 3.9), layout="constrained")
+    first, *others = page.subplots(1, 1 + len(figures), width_ratios=[1.5] + [1] * len(figures))
+    page.suptitle(sentence(result["question"]), fontsize=12, fontweight="bold")
+    looks = {name: (COLOURS[n % len(COLOURS)], MARKS[n % len(MARKS)]) for n, name in enumerate(ways)}
+    _draw_curves(first, ways, looks)
+    for panel, figure in zip(others, figures, strict=True):
+        scale, digits, unit = (100, 1, "%") if is_share(figure) else (1, 2, "nats a token")
+        for row, (name, way) in enumerate(ways.items()):
+            found, (colour, mark) = way["figures"][figure], looks[name]
+            score, low, high = (scale * found[key] for key in ("score", "low", "high"))
+            panel.plot([low, high], [row, row], color=colour, linewidth=2)
+            panel.plot([score], [row], mark, color=colour, markersize=7)
+            panel.annotate(f"{score:.{digits}f}", (score, row), (0, 8), textcoords="offset points", ha="center")
+        panel.set_yticks([])
+        panel.set_ylim(len(ways) - 0.4, -0.6)
+        panel.set_xlabel(f"{figure}, {unit}", wrap=True)
+        panel.set_title("test scenes, 95 % intervals", fontsize=9)
+        panel.grid(axis="x", alpha=0.3)
+    page.savefig(path)
+
+
+def _draw_curves(panel: Any, ways: Mapping[str, Any], looks: Mapping[str, tuple[str, str]]) -> None:
+    for name, way in ways.items():
+        colour, mark = looks[name]
+        for kind, seeds in way["curves"].items():
+            steps = [step for step, _ in seeds[0]]
+            columns = [[value for _, value in rows] for rows in zip(*seeds, strict=True)]
+            means = [sum(column) / len(column) for column in columns]
+            other = kind == "loss_shuffled"
+            look = {"linestyle": "--", "alpha": 0.5} if other else {"label": name}
+            panel.plot(steps, means, marker=mark, markersize=4, color=colour, **look)
+            panel.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.12)
+    losses = any("loss_right" in way["curves"] for way in ways.values())
+    panel.set_ylabel("caption loss, nats a token" if losses else "recall@1, both ways, ITC alone")
+    panel.set_xlabel("step of stage 2 (dashed: with another picture)" if losses else "step of stage 1")
+    panel.set_xlim(left=0)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, frameon=False)
+
+
+def in_words(result: Mapping[str, Any]) -> str:
+    """The contents of `ablation.json` as Markdown: what was run, verdicts, figures, settings that differ, limits."""
+    pictures, seeds = result["pictures"], result["seeds"]
+    run = [
+        f"{pictures['train']:,} drawn scenes to train on",
+        f"{pictures['test']:,} to score on, whose nouns have never been seen in their colours",
+        *(f"stage {stage[-1]} {count} steps of {batch}" for stage, (count, batch) in result["steps"].items()),
+        *(f"{label} {' and '.join(f'`{name}`' for name in names)}" for label, names in result["models"].items()),
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
+    ]
+    ranges = "; after the semicolon the range over seeds" if len(seeds) > 1 else ""
+    one = "One seed: what another draw of the training would give is not in the intervals (`--seeds 0,1,2`)."
+    lines = [
+        f"# {sentence(result['question'])}",
+        "",
+        f"`openblip2 ablate {result['study']}`: {'; '.join(run)}.",
+        f"Brackets: 95 % intervals, bootstrap over pictures{ranges}.",
+        "",
+        *map(_claim, result["claims"]),
+        "",
+        *_table(result["ways"]),
+        "",
+        *_list_differences(result["ways"]),
+        "",
+        *(f"- {note}" for note in (*result["notes"], *([one] if len(seeds) == 1 else []))),
+        "",
+        f"Training and scoring took {_minutes(result['seconds']['training and scoring'])}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _claim(claim: Mapping[str, Any]) -> str:
+    figure, unit = claim["figure"], "points" if is_share(claim["figure"]) else "nats a token"
+    value, low, high = (_number(figure, claim[key], "+") for key in ("difference", "low", "high"))
+    seeds = ", ".join(_number(figure, seed, "+") for seed in claim["seeds"])
+    return (
+        f"- **{sentence(claim['verdict'])}.** Claim ({claim['source']}): {claim['says']}. {sentence(figure)}, "
+        f"{claim['better']} less {claim['worse']}: {value} {unit} [{low}, {high}]"
+        f"{f'; by seed {seeds}' if len(claim['seeds']) > 1 else ''}."
+    )
+
+
+def _table(ways: Mapping[str, Any]) -> list[str]:
+    """A row for each figure, a column for each way."""
+    rows = [["", *ways]]
+    for name in next(iter(ways.values()))["figures"]:
+        label = f"{name}, {'%' if is_share(name) else 'nats a token'}"
+        rows.append([label, *(_cell(name, way["figures"][name]) for way in ways.values())])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
+
+
+def _cell(name: str, figure: Mapping[str, Any]) -> str:
+    score, low, high = (_number(name, figure[key]) for key in ("score", "low", "high"))
+    seeds = [_number(name, pick(figure["seeds"])) for pick in (min, max)] if len(figure["seeds"]) > 1 else []
+    return f"{score} [{low}, {high}{'; ' if seeds else ''}{' to '.join(seeds)}]"
+
+
+def _number(figure: str, value: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.1f}" if is_share(figure) else f"{value:{sign}.2f}"
+
+
+def _list_differences(ways: Mapping[str, Any]) -> list[str]:
+    """The settings of each way that are not the same in all ways."""
+    lines = ["What differs between the ways:", ""]
+    for name, way in ways.items():
+        parts = [f"stage {stage[-1]}: {_settings(values)}" for stage, values in way["differs"].items()]
+        parts += [f"stage 2 on {way['pictures']:,} pictures"] if way["pictures"] else []
+        lines.append(f"- {name}: {'; '.join(parts)}")
+    return lines
+
+
+def _settings(values: Mapping[str, Any] | None) -> str:
+    if values is None:
+        return "none"
+    return ", ".join(f"`{name}={value}`" for name, value in values.items()) or "as the others"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

@@ -101,6 +101,7 @@ class Plan:
         stage1: settings of stage 1.
         stage2: settings of stage 2.
         weaker: changes that select the weaker image encoder.
+        overwrite: train runs again that have other settings or data.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -111,6 +112,7 @@ class Plan:
     values: tuple[int, ...] = ()
     steps: Mapping[str, int] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
+    overwrite: bool = False
     stage1: RunSettings = field(default_factory=lambda: preset("stage1", "laptop"))
     stage2: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
     weaker: Mapping[str, Any] = field(

@@ -52,11 +52,13 @@ class Plan:
         alone: changes to those of stage 1 on stamps.
         retrieval: changes to those of fine-tuning.
         stage2: changes to those of the captioner.
+        overwrite: train runs again that have other settings or data.
     """
 
     k: int = 5
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
     seed: int = 0
+    overwrite: bool = False
     reranked: int = 16
     joint: dict[str, Any] = field(default_factory=lambda: {"train.steps": 240, "stage1.itm_start_step": 40})
     alone: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60, "stage1.itm_start_step": 20})
@@ -76,7 +78,7 @@ def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = N
         UserError: no source can be fetched, an unknown fold, or a document without that part.
     """
     if table is not None:
-        _require_place(table)
+        _with_table(table, "")  # before hours are spent
     if not plan.folds or not set(plan.folds) <= set(range(plan.k)):
         raise UserError(f"folds {', '.join(map(str, plan.folds))}: give some of 0 to {plan.k - 1}")
     keep_freed_memory()
@@ -98,7 +100,7 @@ def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = N
     text = in_words(figures)
     (out / "real.md").write_text(text, encoding="utf-8")
     if table is not None:
-        _put(text, table)
+        table.write_text(_with_table(table, text), encoding="utf-8")
     return figures
 
 
@@ -125,10 +127,10 @@ def _fold(
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, part, changes in (("joint", train, plan.joint), ("alone", stamps, plan.alone)):
         first, second = folder / name / "stage1", folder / name / "retrieval"
-        _train(change(base, changes), part, first, progress)
+        _train(change(base, changes), part, first, plan, progress)
         tuned = fine_tuning("retrieval", "laptop", read_settings(first), str(first))
         common = {"data.features": base.data.features, "train.seed": plan.seed}
-        _train(change(tuned, common | plan.retrieval), stamps, second, progress)
+        _train(change(tuned, common | plan.retrieval), stamps, second, plan, progress)
         for stage, run in (("stage 1", first), ("fine-tuned", second)):
             matcher = load(run)
             assert isinstance(matcher, Matcher)
@@ -136,7 +138,7 @@ def _fold(
             rows[f"{name}, {stage}"] = [row | _about(row, test, known) for row in found.samples]
     second = folder / "joint" / "stage2"
     changes = {"data.features": base.data.features, "train.seed": plan.seed, "start": str(folder / "joint" / "stage1")}
-    _train(change(plan.captioner, changes | plan.stage2), train, second, progress)
+    _train(change(plan.captioner, changes | plan.stage2), train, second, plan, progress)
     captioner = load(second)
     assert isinstance(captioner, Captioner)
     captions = score_captions(captioner, test, greedy(CAPTION), None, progress)
@@ -144,18 +146,19 @@ def _fold(
     return rows
 
 
-def _train(settings: RunSettings, records: Sequence[Record], run: Path, progress: Progress) -> None:
+def _train(settings: RunSettings, records: Sequence[Record], run: Path, plan: Plan, progress: Progress) -> None:
     """Trains a run, unless it is finished with these settings and images and started from the same run."""
     start = read_json(Path(settings.start) / "trained.json") if settings.start else None
     of = {"settings": to_dict(settings), "pictures": [record.id for record in records], "start": start}
-    cached_json(run / "trained.json", of, lambda: train_stage(settings, records, run, progress))
+    cached_json(run / "trained.json", of, lambda: train_stage(settings, records, run, progress), plan.overwrite)
 
 
 def _about(row: dict[str, Any], test: Sequence[Record], known: set[str]) -> dict[str, Any]:
+    """The group of a sample, and whether training had one of its captions."""
     record = next(record for record in test if record.id == row["image"])
     caption = row.get("caption") if "references" not in row else None
-    of = [caption] if caption else record.captions
-    return {"group": (record.facts or {}).get("group"), "known": any(one in known for one in of)}
+    captions = [caption] if caption else record.captions
+    return {"group": (record.facts or {}).get("group"), "known": not known.isdisjoint(captions)}
 
 
 def summary(rows: dict[str, list[dict[str, Any]]], plan: Plan) -> dict[str, Any]:
@@ -215,15 +218,12 @@ def in_words(figures: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _require_place(document: Path) -> None:
+def _with_table(document: Path, table: str) -> str:
+    """The text of a document, with another table between `START` and `END`."""
     text = document.read_text(encoding="utf-8") if document.is_file() else ""
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise UserError(f"{document}: has no place for the table, a line {START} and after it a line {END}")
-
-
-def _put(text: str, document: Path) -> None:
-    before, rest = document.read_text(encoding="utf-8").split(START)
-    document.write_text(f"{before}{START}\n{text}{END}{rest.split(END)[1]}", encoding="utf-8")
+        raise UserError(f"{document} has no place for the table: write a line {START} and after it a line {END}")
+    return text[: text.index(START)] + f"{START}\n{table}" + text[text.index(END) :]
 
 
 def _source(record: Record) -> str:

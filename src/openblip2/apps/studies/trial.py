@@ -2,7 +2,7 @@
 
 OUT/data, OUT/features       scenes, and their frozen features by each encoder
 OUT/seed-N/STAGE-WAY         a run; a stage-1 run that several ways share has the name of the first of them
-    trained.json             what the finished run depends on; if this is missing or differs, the run is trained again
+    trained.json             what the finished run depends on; if that differs, only --overwrite trains it again
     scores.json              the figures of every test image
 OUT/web, OUT/seed-N/web-WAY  of the study `capfilt` (studies/web.py)
 """
@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,18 +53,23 @@ class Trial:
     """The outcome of one way with one seed.
 
     Attributes:
-        values: by figure, one for each test image.
-        curves: by the name of a validation value, of the last stage trained.
-        settings: by stage.
-        seconds: of training, by run.
-        scoring: seconds of scoring, by run.
+        values: By figure, one for each test image.
+        curves: By the name of a validation value, of the last stage trained.
+        settings: By stage.
     """
 
     values: dict[str, list[float]]
     curves: dict[str, Points]
     settings: dict[str, RunSettings]
-    seconds: dict[str, float]
-    scoring: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run; `of` is what it depends on."""
+
+    folder: Path
+    settings: RunSettings
+    of: Any
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Work:
     Attributes:
         test: scenes with one caption each.
         features: the folder with the features of each encoder.
+        seconds: that training and scoring took, by the file with the result.
     """
 
     study: Study
@@ -81,8 +87,9 @@ class Work:
     out: Path
     train: list[Record]
     test: list[Record]
-    features: dict[VisionSettings, Path]
     progress: Progress
+    features: dict[VisionSettings, Path] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Work:
@@ -104,11 +111,13 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
         replace(record, captions=(clean_caption(record.captions[0]),))
         for record in _scenes(out / "data" / "test", plan.test_scenes, "test")
     ]
-    work = Work(study, plan, out, train, test, {}, progress)
+    work = Work(study, plan, out, train, test, progress)
     for way in (*study.ways, *filter(None, [study.helper])):
         for stage in ("stage1", "stage2"):
+            if getattr(way, stage) is None:
+                continue
             settings = _settings(work, way, stage)
-            if settings is not None and settings.vision not in work.features:
+            if settings.vision not in work.features:
                 folder = out / "features" / f"{len(work.features)}-{_slug(settings.vision.name.split('/')[-1])}"
                 progress.doing(f"loading {settings.vision.name}")
                 vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
@@ -119,41 +128,24 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
 
 def run_trial(work: Work, way: Way, seed: int) -> Trial:
     """Trains and scores a way, unless that has been done."""
-    folder, before = work.out / f"seed-{seed}", None
     values: dict[str, list[float]] = {}
     curves: dict[str, Points] = {}
     settings: dict[str, RunSettings] = {}
-    seconds: dict[str, float] = {}
-    scoring: dict[str, float] = {}
-    half = _web(work, way, seed, scoring) if way.web else None
+    half = _web(work, way, seed) if way.web else None
+    run: Run | None = None
     for stage in ("stage1", "stage2"):
-        found = _settings(work, way, stage)
-        if found is None:
+        if getattr(way, stage) is None:
             continue
-        same = (w for w in work.study.ways if (w.stage1, w.web) == (way.stage1, way.web))
-        owner = next(same, way) if stage == "stage1" else way
-        run = folder / f"{stage}-{_slug(owner.name)}"
-        found = change(found, {"train.seed": seed, "data.features": str(work.features[found.vision])})
         records = work.train if stage == "stage1" else work.train[: way.pictures]
-        records = records if half is None else half
-        if before is not None:
-            found = change(found, {"start": str(before[0])})
-        work.progress.say(f"{run}: {way.name}, seed {seed}")
-        done = _trained(work, found, records, run, before[1] if before else None, half is not None)
-        before = (run, done["of"])
-        settings[stage], seconds[str(run)], curves = found, done["seconds"], _curves(run)
+        run = _trained(work, way, stage, seed, records if half is None else half, run)
+        settings[stage], curves = run.settings, _curves(run.folder)
         if stage in work.study.scored:
-            scores = _scored(work, run, done["of"], work.features[found.vision])
-            values |= scores["values"]
-            scoring[f"{run}, scored"] = scores["seconds"]
-    return Trial(values, curves, settings, seconds, scoring)
+            values |= _scored(work, run)
+    return Trial(values, curves, settings)
 
 
-def _settings(work: Work, way: Way, stage: str) -> RunSettings | None:
-    """The settings of a way's stage, except seed, features and start; None: it is not trained."""
-    changes = way.stage1 if stage == "stage1" else way.stage2
-    if changes is None:
-        return None
+def _settings(work: Work, way: Way, stage: str) -> RunSettings:
+    """The settings of a stage that a way trains, except seed, features and start."""
     steps = work.plan.steps.get(stage, work.study.steps[stage])
     last = stage == "stage2" or way.stage2 is None  # the curves of other stages are not used
     common = {
@@ -162,72 +154,86 @@ def _settings(work: Work, way: Way, stage: str) -> RunSettings | None:
         "train.validate_every": -(-steps // LOOKS) if last else 0,
         "train.checkpoint_every": 0,
     }
-    joins = {"stage1.itm_start_step": steps * 3 // 7} if stage == "stage1" else {}  # as in the laptop preset, 60 of 140
-    base = work.plan.stage1 if stage == "stage1" else work.plan.stage2
-    return change(base, {**common, **joins, **work.plan.changes, **changes})
+    if stage == "stage1":
+        common["stage1.itm_start_step"] = steps * 3 // 7  # as in the laptop preset, 60 of 140
+    return change(getattr(work.plan, stage), {**common, **work.plan.changes, **getattr(way, stage)})
 
 
-def _web(work: Work, way: Way, seed: int, seconds: dict[str, float]) -> list[Record]:
-    """The web's half of the images with the captions that a way is trained on; adds the time it took to `seconds`."""
+def _web(work: Work, way: Way, seed: int) -> list[Record]:
+    """The web's half of the images with the captions that a way is trained on."""
     right, swapped, how = web.right_half(work.train), web.web_half(work.train), web.WAYS[way.web]
     if how is None:
         return right if way.web == "right" else swapped
-    assert work.study.helper is not None
-    folder, of, runs = work.out / f"seed-{seed}", None, list[Path]()
-    for stage in ("stage1", "stage2"):
-        found = _settings(work, work.study.helper, stage)
-        assert found is not None
-        start = {"start": str(runs[0])} if runs else {}
-        found = change(found, {"train.seed": seed, "data.features": str(work.features[found.vision]), **start})
-        runs.append(folder / f"{stage}-{_slug(work.study.helper.name)}")
-        done = _trained(work, found, web.clean_half(work.train), runs[-1], of, True)
-        of, seconds[str(runs[-1])] = done["of"], done["seconds"]
-    out = folder / f"web-{way.web}"
-    made = cached_json(
-        folder / f"web-{way.web}.json",
-        {"captioner": of, "how": asdict(how), "captions": web.named(swapped)},
-        lambda: web.filtered(swapped, work.out / "web", out, runs[1], runs[0], how, work.progress),
-    )
-    seconds[str(out)] = made["seconds"]
+    helper, clean = work.study.helper, web.clean_half(work.train)
+    assert helper is not None
+    ranker = _trained(work, helper, "stage1", seed, clean, None)
+    captioner = _trained(work, helper, "stage2", seed, clean, ranker)
+    out = work.out / f"seed-{seed}" / f"web-{way.web}"
+    of = {"captioner": captioner.of, "how": asdict(how), "captions": web.digest(swapped)}
+    folders = work.out / "web", out, captioner.folder, ranker.folder
+    made = _cached(work, out.with_suffix(".json"), of, lambda: web.filtered(swapped, *folders, how, work.progress))
     return web.with_captions(swapped, made["captions"])
 
 
-def _trained(
-    work: Work, settings: RunSettings, records: Sequence[Record], run: Path, start: Any, captions: bool = False
-) -> dict[str, Any]:
-    """`run/trained.json`, after training unless it exists and depends on the same.
+def _trained(work: Work, way: Way, stage: str, seed: int, records: Sequence[Record], start: Run | None) -> Run:
+    """A stage of a way, trained unless a finished run depends on the same."""
+    settings = _settings(work, way, stage)
+    same = (w for w in work.study.ways if (w.stage1, w.web) == (way.stage1, way.web))
+    owner = next(same, way) if stage == "stage1" else way
+    folder = work.out / f"seed-{seed}" / f"{stage}-{_slug(owner.name)}"
+    settings = change(settings, {"train.seed": seed, "data.features": str(work.features[settings.vision])})
+    if start is not None:
+        settings = change(settings, {"start": str(start.folder)})
+    work.progress.say(f"{folder}: {way.name}, seed {seed}")
+    of = {
+        "settings": to_dict(settings),
+        "pictures": web.digest(records),
+        "validated": work.plan.validated,
+        "start": start and start.of,
+    }
+    train = partial(train_stage, settings, records, folder, work.progress, held_out=work.test[: work.plan.validated])
+    return Run(folder, settings, _cached(work, folder / "trained.json", of, train)["of"])
 
-    Args:
-        start: what the run that training starts from depends on.
-        captions: whether the captions of the records are part of what the run depends on.
-    """
-    pictures = [*_named(records), *([web.named(records)] if captions else [])]
-    of = {"settings": to_dict(settings), "pictures": pictures, "validated": work.plan.validated, "start": start}
-    train = partial(train_stage, settings, records, run, work.progress, held_out=work.test[: work.plan.validated])
-    return cached_json(run / "trained.json", of, train)
 
-
-def _scored(work: Work, run: Path, of: Any, features: Path) -> dict[str, Any]:
-    """`run/scores.json`, after scoring unless it exists and depends on the same."""
-    best = work.plan.reranked if work.study.reranks else 0
+def _scored(work: Work, run: Run) -> dict[str, list[float]]:
+    """The figures of a run for every test image: from `scores.json` if that depends on the same."""
+    reranked = work.plan.reranked if work.study.reranks else 0
+    features = work.features[run.settings.vision]
 
     def score() -> dict[str, Any]:
-        work.progress.doing(f"scoring {run}")
-        model = load(run)
+        work.progress.doing(f"scoring {run.folder}")
+        model = load(run.folder)
         if isinstance(model, Matcher):
-            return {"values": retrieval_values(model, work.test, best, features, work.progress)}
+            return {"values": retrieval_values(model, work.test, reranked, features, work.progress)}
         return {"values": caption_values(model, work.test, features)}
 
-    return cached_json(run / "scores.json", {"run": of, "test": _named(work.test), "reranked": best}, score)
+    of = {"run": run.of, "test": web.digest(work.test), "reranked": reranked}
+    return _cached(work, run.folder / "scores.json", of, score)["values"]
 
 
-def cached_json(path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-    """The result of `make` and its seconds: read from `path` if it was made of the same `of`, else made and written."""
+def _cached(work: Work, path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """As `cached_json`; also notes the seconds."""
+    found = cached_json(path, of, make, work.plan.overwrite)
+    work.seconds[str(path)] = found["seconds"]
+    return found
+
+
+def cached_json(
+    path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any] | None], overwrite: bool
+) -> dict[str, Any]:
+    """The result of `make` and its seconds: read from `path` if it was made of the same `of`, else made and written.
+
+    Raises:
+        UserError: it was made of something else, and `overwrite` is False.
+    """
     plain = json.loads(json.dumps(of))
     if path.is_file():
         found = read_json(path)
         if found["of"] == plain:
             return found
+        if not overwrite:
+            other = " and ".join(name for name in plain if found["of"].get(name) != plain[name])
+            raise UserError(f"{path} was made with other {other}: give another --out, or add --overwrite to replace it")
         path.unlink()  # before anything of it is written over
     began = time.perf_counter()
     found = {"of": plain, **(make() or {}), "seconds": round(time.perf_counter() - began, 1)}
@@ -289,11 +295,6 @@ def _scenes(folder: Path, count: int, split: Split) -> list[Record]:
         if [record.id for record in found] == [f"{split}-{DATA_SEED}-{n:05d}" for n in range(count)]:
             return found
     return draw_scenes(folder, count, split, DATA_SEED)
-
-
-def _named(records: Sequence[Record]) -> list[Any]:
-    """What identifies a list of scenes: scene n depends on its id alone."""
-    return [len(records), records[0].id, records[-1].id]
 
 
 def _slug(name: str) -> str:

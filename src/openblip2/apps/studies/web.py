@@ -5,8 +5,6 @@ OUT/seed-N/stage2-captioner   trained on the clean half, from stage1-captioner, 
 OUT/seed-N/web-WAY            the shards after CapFilt, by the same code as the command `capfilt`
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +12,9 @@ from random import Random
 from shutil import rmtree
 from typing import Any
 
-from openblip2.capfilt.how import How
 from openblip2.capfilt.models import Models
+from openblip2.capfilt.models import digest as digest_of
+from openblip2.capfilt.pool import How
 from openblip2.capfilt.run import capfilt
 from openblip2.data.records import Record
 from openblip2.data.web.tars import read_tar
@@ -38,10 +37,10 @@ def clean_half(records: Sequence[Record]) -> list[Record]:
     return list(records[: len(records) // 2])
 
 
-def web_half(records: Sequence[Record], seed: int = 0) -> list[Record]:
+def web_half(records: Sequence[Record]) -> list[Record]:
     """The other images, each with one caption; a fraction `NOISE` of them have exchanged their captions."""
     half = right_half(records)
-    swapped = Random(f"{seed}/swapped").sample(range(len(half)), round(NOISE * len(half)))
+    swapped = Random("0/swapped").sample(range(len(half)), round(NOISE * len(half)))
     given = [half[n].captions for n in [*swapped[1:], *swapped[:1]]]
     for n, texts in zip(swapped, given, strict=True):
         half[n] = replace(half[n], captions=texts)
@@ -87,7 +86,6 @@ def with_captions(records: Sequence[Record], captions: Mapping[str, Sequence[str
     return [replace(record, captions=tuple(captions[record.id])) for record in records if record.id in captions]
 
 
-def named(records: Sequence[Record]) -> str:
+def digest(records: Sequence[Record]) -> str:
     """A digest that identifies a list of images and captions."""
-    rows = json.dumps([(record.id, record.captions) for record in records])
-    return hashlib.sha256(rows.encode()).hexdigest()
+    return digest_of([(record.id, record.captions) for record in records])

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from openblip2.errors import UserError
+from openblip2.data.text import is_unicode
+from openblip2.errors import UserError, refuse_lfs_pointer
 
 
 class Pictures:
@@ -24,7 +25,7 @@ class Pictures:
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
-            raise UserError(f"{root}: no such folder; the folder that the pictures lie in")
+            raise UserError(f"{root}: no such folder: give the folder of the pictures")
         self._folders: dict[str, tuple[Path, frozenset[str]]] = {}
 
     def find(self, name: object) -> Path:
@@ -37,7 +38,7 @@ class Pictures:
         """
         name = text(name, "picture name", "a path relative to the folder of pictures")
         if os.path.isabs(name) or os.path.splitdrive(name)[0] or ".." in re.split(r"[/\\]", name):
-            raise UserError(f"image {shown(name)} is outside the folder of pictures; a path inside {self.root}")
+            raise UserError(f"image {shown(name)} is outside the folder of pictures: give a path inside {self.root}")
         folder, _, file = name.rpartition("/")
         for place in (folder, "") if folder else ("",):
             if place not in self._folders:
@@ -45,7 +46,7 @@ class Pictures:
             path, files = self._folders[place]
             if file in files:
                 return path / file
-        raise UserError(f"image {shown(name)} is missing; a picture in {self.root}")
+        raise UserError(f"image {shown(name)} is missing: it must be in {self.root}")
 
     def _list(self, folder: str) -> frozenset[str]:
         try:
@@ -54,7 +55,9 @@ class Pictures:
         except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: an impossible name
             return frozenset()
         except OSError as error:
-            raise UserError(f"{self.root / folder}: cannot be listed ({error.strerror}); a readable folder") from error
+            raise UserError(
+                f"{self.root / folder}: cannot be listed ({error.strerror}): give a readable one"
+            ) from error
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -86,12 +89,13 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); an annotation file, .json") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}): give an annotation file, .json") from error
     except json.JSONDecodeError as error:
+        refuse_lfs_pointer(path)
         problem = f"not JSON, or cut off ({error.msg} at character {error.colno})"
-        raise UserError(f"{path}:{error.lineno}: {problem}; the annotation file unpacked and whole") from error
+        raise UserError(f"{path}:{error.lineno}: {problem}: give the complete, unpacked annotation file") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not UTF-8 text, or JSON beyond any use; an annotation file, .json") from error
+        raise UserError(f"{path}: not JSON in UTF-8: give an annotation file, .json") from error
 
 
 def repeated_keys(path: Path) -> set[str]:
@@ -121,11 +125,8 @@ def text(value: object, what: str, right: str) -> str:
         raise UserError(f"no {what}, but {shown(value)}; {right}")
     if not value.strip():
         raise UserError(f"the {what} is empty; {right}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON's "\ud800" is a str, but not Unicode text
-            raise UserError(f"the {what} {shown(value)} is not Unicode text; {right}") from None
+    if not is_unicode(value):
+        raise UserError(f"the {what} {shown(value)} is not Unicode text; {right}")
     return value
 
 
@@ -139,7 +140,7 @@ def identity(value: object, what: str) -> str:
         return str(value)
     name = text(value, what, "a whole number or text")
     if not name.isprintable():
-        raise UserError(f"{what} is {shown(name)}; a whole number or text of one line")
+        raise UserError(f"{what} is {shown(name)}: it must be a whole number or text of one line")
     return name
 
 
@@ -175,7 +176,7 @@ def numbered(path: Path, name: str, values: object) -> Iterator[tuple[str, objec
         UserError: `values` is not a list.
     """
     if not isinstance(values, list):
-        raise UserError(f'{path}: "{name}" is no list, but {shown(values)}; a list of objects')
+        raise UserError(f'{path}: "{name}" is {shown(values)}: it must be a list of objects')
     return ((f"{path}: {name}[{number}]", value) for number, value in enumerate(values))
 
 

@@ -43,13 +43,13 @@ def karpathy(
     parts = SPLITS.get(split or "")
     if parts is None:
         problem = "holds several splits" if split is None else f"unknown split {split!r}"
-        raise UserError(f"{path}: {problem}; one of {', '.join(SPLITS)} (train is with restval)")
+        raise UserError(f"{path}: {problem}: it must be one of {', '.join(SPLITS)} (train is with restval)")
     records: dict[str, Record] = {}
 
     def read(where: str, image: dict[str, Any]) -> None:
         part = image.get("split")
         if part not in _PARTS:
-            raise UserError(f'"split" is {shown(part)}; one of {", ".join(_PARTS)}')
+            raise UserError(f'"split" is {shown(part)}: it must be one of {", ".join(_PARTS)}')
         if part not in parts:
             return
         name = text(image.get("filename"), "file name", _KARPATHY)
@@ -60,7 +60,7 @@ def karpathy(
         _new(number, records)
         sentences = image.get("sentences")
         if not isinstance(sentences, list):
-            raise UserError(f'"sentences" is no list, but {shown(sentences)}; {_KARPATHY}')
+            raise UserError(f'"sentences" is {shown(sentences)}: it must be {_KARPATHY}')
         raw = [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]
         records[number] = Record(number, file, _captions(raw, f"{where}.sentences", skipped))
 
@@ -89,7 +89,7 @@ def listed(path: Path, data: object, pictures: Pictures, skipped: list[str]) -> 
         file = pictures.find(row.get("image"))
         name = _name_id(file)
         if files.get(name, file) != file:
-            raise UserError(f"id {name!r} already stands for {files[name]}; another file name for another picture")
+            raise UserError(f"id {name!r} already stands for {files[name]}: give each picture its own file name")
         given = row.get("caption")
         new = _captions(given if isinstance(given, list) else [given], f"{where}.caption", skipped)
         files[name] = file
@@ -121,7 +121,7 @@ def nocaps(path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[s
     def collect(_: str, annotation: dict[str, Any]) -> None:
         number = identity(annotation.get("image_id"), '"image_id"')
         if number not in known:
-            raise UserError(f"a caption of image {number}, which is not among the images; the id of one of them")
+            raise UserError(f"a caption of image {number}, which is not among the images: give the id of one of them")
         captions.setdefault(number, []).append(_caption(annotation.get("caption")))
 
     def read(_: str, image: dict[str, Any]) -> None:
@@ -129,10 +129,10 @@ def nocaps(path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[s
         _new(number, records)
         file = pictures.find(image.get("file_name"))
         if "annotations" in data and number not in captions:
-            raise UserError(f"image {number} has no caption; one {_ANNOTATION} at least")
+            raise UserError(f"image {number} has no caption: at least one {_ANNOTATION} is needed")
         domain = image.get("domain")
         if domain is not None and domain not in DOMAINS:
-            raise UserError(f"unknown domain {shown(domain)}; one of {', '.join(DOMAINS)}")
+            raise UserError(f"unknown domain {shown(domain)}: it must be one of {', '.join(DOMAINS)}")
         facts = None if domain is None else {"domain": domain}
         records[number] = Record(number, file, tuple(captions.get(number, ())), facts=facts)
 
@@ -153,20 +153,20 @@ def _captions(given: list[Any], where: str, skipped: list[str]) -> tuple[str, ..
                 raise
             skipped.append(f"{where}[{number}]: {problem}")
     if not captions:
-        raise UserError("no usable caption; one at least")
+        raise UserError("no usable caption: at least one is needed")
     return tuple(captions)
 
 
 def _caption(value: object) -> str:
     caption = text(value, "caption", "a text of one word at least")
     if not clean_caption(caption):
-        raise UserError(f"the caption {shown(caption)} is empty; at least one word")
+        raise UserError(f"the caption {shown(caption)} is empty: at least one word is needed")
     return caption
 
 
 def _new(name: str, records: Container[str]) -> None:
     if name in records:
-        raise UserError(f"id {name!r} is there already; each picture once")
+        raise UserError(f"id {name!r} appears twice: each picture must appear once")
 
 
 def _name_id(file: Path) -> str:

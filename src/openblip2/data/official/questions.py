@@ -57,12 +57,12 @@ def vqa(
     asked_path, asked = _questions(path, data, questions)
     subtype = _subtype(asked_path, asked)
     if asked is not data and _subtype(path, data) != subtype:
-        raise UserError(f"{path}: is of {_subtype(path, data)}, {asked_path} of {subtype}; two files of one split")
+        raise UserError(f"{path}: is of {_subtype(path, data)}, {asked_path} of {subtype}: give files of one split")
     if split not in (None, subtype, subtype[:-4]):
-        raise UserError(f"{path}: unknown split {split!r}; the file is of {subtype}")
+        raise UserError(f"{path}: unknown split {split!r}: this is the file of {subtype}")
     if asked is data and not subtype.startswith("test"):
         raise UserError(
-            f"{path}: questions of {subtype} without their answers; the annotations, and these as questions"
+            f"{path}: questions of {subtype} without their answers: give the annotations, and this file as questions"
         )
     answers = None if asked is data else _answers(path, data, skipped)
     return _asked(asked_path, asked, answers, subtype, pictures, skipped)
@@ -82,7 +82,7 @@ def gqa(path: Path, data: dict[str, Any], pictures: Pictures, skipped: list[str]
     rows = [row for row in data.values() if isinstance(row, dict)]
     if path.read_bytes().count(b'"imageId"') > sum("imageId" in row for row in rows):
         for key in sorted(repeated_keys(path)):
-            skipped.append(f"{path}: question {shown(key)}: is there more than once, the last counts; each id once")
+            skipped.append(f"{path}: question {shown(key)}: appears more than once; the last one is used")
     withheld = not any("answer" in row for row in rows)
     gathered: _Gathered = {}
 
@@ -102,13 +102,13 @@ def _questions(path: Path, data: dict[str, Any], questions: Path | None) -> tupl
     """The file of questions and its content, which is `data` if `path` is that file."""
     if questions is None:
         if "annotations" in data:
-            raise UserError(f"{path}: answers without their questions; the file {_name(path)} as questions")
+            raise UserError(f"{path}: answers without their questions: give {_name(path)} as questions")
         return path, data
     if "annotations" not in data:
-        raise UserError(f"{path}: holds questions and no annotations; the annotations, and these as questions")
+        raise UserError(f"{path}: holds questions and no annotations: give the annotations, and this file as questions")
     asked = read_json(questions)
     if not isinstance(asked, dict) or not isinstance(asked.get("questions"), list):
-        raise UserError(f'{questions}: is no file of questions; {{"data_subtype": ..., "questions": [{_QUESTION}]}}')
+        raise UserError(f'{questions}: no questions: it must be {{"data_subtype": ..., "questions": [{_QUESTION}]}}')
     return questions, asked
 
 
@@ -121,7 +121,7 @@ def _subtype(path: Path, data: dict[str, Any]) -> str:
     """The "data_subtype" of a file: "val2014" or "test-dev2015", for example."""
     subtype = data.get("data_subtype")
     if not isinstance(subtype, str) or not _SUBTYPE.fullmatch(subtype):
-        raise UserError(f'{path}: "data_subtype" is {shown(subtype)}; train2014, val2014, test2015 or test-dev2015')
+        raise UserError(f'{path}: "data_subtype" is {shown(subtype)}: it must be train2014, val2014 or test2015')
     return subtype
 
 
@@ -132,7 +132,7 @@ def _answers(path: Path, data: dict[str, Any], skipped: list[str]) -> dict[str, 
     def read(where: str, annotation: dict[str, Any]) -> None:
         name = identity(annotation.get("question_id"), '"question_id"')
         if name in answers:
-            raise UserError(f"question {name} has an annotation already; one for each")
+            raise UserError(f"question {name} has two annotations: each question must have one")
         answers[name] = None
         given = annotation.get("answers")
         if not isinstance(given, list) or not given:
@@ -166,21 +166,21 @@ def _asked(
     def read(_: str, row: dict[str, Any]) -> None:
         name = identity(row.get("question_id"), '"question_id"')
         if name in seen:
-            raise UserError(f"question {name} is there already; each id once")
+            raise UserError(f"question {name} appears twice: each id must appear once")
         seen.add(name)
         words = text(row.get("question"), "question", _QUESTION)
         image = row.get("image_id")
         if not isinstance(image, int) or isinstance(image, bool):
-            raise UserError(f'"image_id" is {shown(image)}; a whole number')
+            raise UserError(f'"image_id" is {shown(image)}: it must be a whole number')
         question = Question(words, "", "open", id=name)
         if answers is not None:
             if name not in answers:
-                raise UserError(f"question {name} has no annotation; one with its id")
+                raise UserError(f"question {name} has no annotation: give one with its id")
             answered = answers[name]
             if answered is None:
                 return  # its annotation was skipped
             if answered.image != image:
-                raise UserError(f"image {image} here, and {shown(answered.image)} in its annotation; the same in both")
+                raise UserError(f"image {image} here, {shown(answered.image)} in its annotation: they must be equal")
             question = Question(words, answered.answer, answered.kind, answered.answers, name)
         file = pictures.find(f"{folder}/COCO_{folder}_{image:012d}.jpg")
         _gather(gathered, str(image), file, question)
@@ -188,7 +188,7 @@ def _asked(
     each(numbered(path, "questions", data["questions"]), _QUESTION, read, skipped)
     for name, answered in (answers or {}).items():
         if answered is not None and name not in seen:
-            skipped.append(f"{answered.where}: question {name} is not among the questions; one with its id")
+            skipped.append(f"{answered.where}: question {name} is not among the questions: remove it")
     return _records(gathered)
 
 

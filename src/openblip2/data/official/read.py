@@ -68,21 +68,21 @@ def read_official(
     """
     path = Path(annotations)
     if kind is not None and kind not in KINDS:
-        raise UserError(f"unknown kind {kind!r} of annotations; one of {', '.join(KINDS)}")
+        raise UserError(f"unknown kind {kind!r} of annotations: it must be one of {', '.join(KINDS)}")
     data = read_json(path)
     found = _recognised(data, path)
     if kind is not None and _ALIKE.get(kind, kind) != _ALIKE.get(found, found):
-        raise UserError(f"{path}: is of {found}, not of {kind}; another file, or that kind")
+        raise UserError(f"{path}: is of {found}, not of {kind}: give another file, or choose that kind")
     pictures = Pictures(images)
     skipped: list[str] = []
     if found in ("vqav2", "okvqa"):
         records = vqa(path, data, pictures, skipped, split, None if questions is None else Path(questions))
     elif questions is not None:
-        raise UserError(f"{questions}: {found} has no second file; leave the questions out")
+        raise UserError(f"{questions}: {found} has no second file: leave the questions out")
     elif isinstance(data, dict) and found in ("coco-karpathy", "flickr30k"):
         records = karpathy(path, data, pictures, skipped, split)
     elif split is not None:
-        raise UserError(f"{path}: is of one split, there is no {split!r} to choose; leave the split out")
+        raise UserError(f"{path}: is of one split, there is no {split!r} to choose: leave the split out")
     elif found == "gqa":
         records = gqa(path, data, pictures, skipped)
     elif found == "nocaps":
@@ -123,4 +123,4 @@ def _recognised(data: Any, path: Path) -> Kind:
             return "vqav2"
         if {"imageId", "question"} <= first_entry(list(data.values())).keys():
             return "gqa"
-    raise UserError(f"{path}: is none of the official annotation files; {_EXPECTED}")
+    raise UserError(f"{path}: is none of the official annotation files: give {_EXPECTED}")

@@ -198,16 +198,21 @@ def count_parts(
         UserError: a part has no sample at all.
     """
     counted: list[Part] = []
+    problems: list[str] = []
+
+    def tell(line: str) -> None:
+        problems.append(line)
+        problem(line)
+
     with ThreadPoolExecutor(_THREADS) as threads:
         for part in parts:
             counts: list[int] = []
-            for samples in threads.map(lambda shard: _count(shard, problem), part.shards):
+            for samples in threads.map(lambda shard: _count(shard, tell), part.shards):
                 counts.append(samples)
                 advance()
             if not any(counts):
-                raise UserError(
-                    f"{part.name}: not one of its {len(counts)} shards contains a sample; shards with images"
-                )
+                why = f"the first problem: {problems[0]}" if problems else "give shards with images"
+                raise UserError(f"{part.name}: not one of its {len(counts)} shards contains a sample; {why}")
             counted.append(replace(part, counts=tuple(counts), held_out=(0,) * len(counts)))
     return counted
 
@@ -216,12 +221,15 @@ def _count(shard: str, problem: Callable[[str], object]) -> int:
     stated = stated_samples(shard)
     if stated is not None:
         return stated
+    problems: list[str] = []
     try:
-        opened = Shard(shard, lambda line: None)  # its problems are reported when it is read
+        opened = Shard(shard, problems.append)  # reported when it is read, unless it never will be
     except UserError as error:
         problem(str(error))
         return 0
     opened.close()
+    for line in problems if not len(opened) else ():
+        problem(line)
     return len(opened)
 
 
@@ -276,7 +284,7 @@ def kept_parts(run: Path, parts: Sequence[Part]) -> list[Part] | None:
     try:
         kept = TypeAdapter(list[Part]).validate_python(json.loads(path.read_text("utf-8"))["parts"])
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: is damaged or another program's; give a new --out") from error
+        raise UserError(f"{path}: is damaged or another program's: give a new --out") from error
     if [replace(part, counts=(), held_out=()) for part in kept] != list(parts):
-        raise UserError(f"{path}: the run was begun on other shards; the same --data, or a new --out")
+        raise UserError(f"{path}: the run was begun on other shards: give the same --data, or a new --out")
     return kept

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from openblip2.data.batches import PairBatch, pair_ids
 from openblip2.data.images import PictureFile, augment, to_pixels
-from openblip2.data.text import clean_caption
+from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, clean_caption, names_side
 from openblip2.data.web.mixture import Part, find_reader, sample_captions, sample_picture
 from openblip2.data.web.shard_order import Order, Spot, Turns, generator
 from openblip2.data.web.tars import Shard
@@ -90,7 +90,7 @@ class OpenShards:
             epoch, shard = order.after(spot)
             spot = Spot(spot.lane, epoch, shard, spot.place % order.counts[shard])
         raise UserError(
-            f"{self.parts[part].name}: not one good sample left to read; see skipped.jsonl for what is wrong"
+            f"{self.parts[part].name}: no good sample is left to read: skipped.jsonl says what is wrong with each"
         )
 
     def problem(self, line: str) -> None:
@@ -144,7 +144,7 @@ class ShardPairs:
         size: S.
         lanes: shards of a part that are read side by side (`data.open_shards`).
         problem: called once with each sample, image or shard that is skipped, by any thread.
-        augmented: whether to crop at random.
+        augmented: whether to crop and flip at random; a picture whose texts say left or right is not flipped.
         part: (r, N): which rows of a batch are ours. All parts together do not depend on N.
         threads: that decode images; the batches do not depend on them.
     """
@@ -207,13 +207,21 @@ class ShardPairs:
             if sample is not None:
                 name = f"{shard.url}: {sample.key}.{sample.suffix}"
                 random = generator(self.seed, "sample", part, position)
-                texts = [text for text in map(clean_caption, sample_captions(sample, reader)) if text]
+                texts = [text for one in sample_captions(sample, reader) if (text := clean_caption(one, len(one)))]
                 try:
                     if not texts:
-                        raise UserError(f"{name}: has no caption; text beside it")
+                        raise UserError(f"{name}: has no caption: give text beside it")
                     text = texts[int(torch.rand((), generator=random).item() * len(texts))]
                     image = PictureFile(sample.image, name)
-                    pixels = augment(image, self.size, random) if self.augmented else to_pixels([image], self.size)[0]
+                    mirror = False if names_side(texts) else None
+                    if self.augmented:
+                        pixels = augment(image, self.size, random, mirror)
+                    else:
+                        pixels = to_pixels([image], self.size)[0]
+                    if (cut := clean_caption(text)) != text:
+                        most = f"at most {MAX_WORDS} words and {MAX_CHARACTERS:,} characters"
+                        self.shards.problem(f"{name}: the end of a caption, after {cut[-20:]!r}; {most}")
+                    text = cut
                     return DrawnSample(pixels, text, sample_picture(sample, reader, shard.url), name)
                 except UserError as error:
                     self.shards.problem(str(error))

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from openblip2.errors import UserError, one_line
+from openblip2.errors import UserError, one_line, refuse_lfs_pointer
 from openblip2.runs import write_json
 
 MOST_SHARDS = 1_000_000
@@ -39,10 +39,10 @@ def expand(shards: str) -> list[str]:
     names = [name for item in shards.split("::") if item for name in _expand_braces(item)]
     found = [shard for name in names for shard in _files(name)]
     if not found:
-        raise UserError(f"{shards!r} names no shard; a folder of .tar files, 'web/{{00000..00099}}.tar', or a URL")
+        raise UserError(f"{shards!r} names no shard: give a folder of .tar files, 'web/{{00000..00099}}.tar', or a URL")
     if len(set(found)) < len(found):
         twice = next(shard for n, shard in enumerate(found) if shard in found[:n])
-        raise UserError(f"{shards!r} names {twice} twice; each shard once")
+        raise UserError(f"{shards!r} names {twice} twice: give each shard once")
     return found
 
 
@@ -76,7 +76,7 @@ def _files(name: str) -> list[str]:
     else:
         return [name]
     if not found:
-        raise UserError(f"{name}: holds no .tar file; a folder of shards, or a pattern such as 'web/*.tar'")
+        raise UserError(f"{name}: holds no .tar file: give a folder of shards, or a pattern such as 'web/*.tar'")
     return found
 
 
@@ -84,13 +84,14 @@ def open_shard(shard: str) -> BinaryIO:
     """A shard's file, seekable. A remote shard is copied to a temporary file, which is deleted when it is closed.
 
     Raises:
-        UserError: it does not exist, or a package that its URL needs is not installed.
+        UserError: it does not exist or is a git-LFS pointer, or a package that its URL needs is not installed.
     """
     if not is_url(shard):
+        refuse_lfs_pointer(shard)
         try:
             return open(shard, "rb")
         except OSError as error:
-            raise UserError(f"{shard}: cannot be opened ({error.strerror}); a tar file that can be read") from error
+            raise UserError(f"{shard}: cannot be opened ({error.strerror}): give a readable tar file") from error
     for wait in (*WAITS, None):
         copy: Any = tempfile.TemporaryFile(prefix="openblip2-")  # noqa: SIM115 - the reader closes it
         try:
@@ -103,7 +104,7 @@ def open_shard(shard: str) -> BinaryIO:
             # A missing file, a missing package and an unknown kind of URL are the same the next time.
             if wait is None or isinstance(error, FileNotFoundError | ImportError | ValueError):
                 raise UserError(
-                    f"{shard}: cannot be opened ({one_line(error)}); a tar file at a URL that fsspec can open"
+                    f"{shard}: cannot be opened ({one_line(error)}): give a URL that fsspec can open"
                 ) from error
             time.sleep(wait)
     raise AssertionError("the last attempt returns or raises")

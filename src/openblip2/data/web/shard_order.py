@@ -51,7 +51,7 @@ class Order:
     def __init__(self, counts: Sequence[int], lanes: int, seed: int, name: str = "") -> None:
         self.counts, self.seed, self.name, self.samples = counts, seed, name, sum(counts)
         if not self.samples:
-            raise UserError(f"{name or 'the shards'}: contain no sample; shards with images and captions")
+            raise UserError(f"{name or 'the shards'}: contain no sample: give shards with images and captions")
         self.lanes = min(lanes, sum(count > 0 for count in counts))
         self._epoch = functools.lru_cache(maxsize=3)(self._draw_epoch)
         self._within = functools.lru_cache(maxsize=2 * lanes)(self._draw_within)

@@ -1,6 +1,6 @@
 """A shard: a tar file of images with captions, as img2dataset and webdataset write it.
 
-A sample consists of the members with one name: `000017.jpg` (or another suffix of `PICTURES`), `000017.txt` with a
+A sample consists of the members with one name: `000017.jpg` (or `.png` and so on), `000017.txt` with a
 caption, and `000017.json` with everything else. The captions are "captions" in the .json, a list of texts or of
 `{"text": ..., "score": ...}`, best first; if it is missing, the .txt; if that is missing, "caption" in the .json.
 
@@ -11,16 +11,17 @@ import json
 import os
 import tarfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from openblip2.data.images import MAX_BYTES
+from openblip2.data.images import MAX_BYTES, PICTURE_SUFFIXES, UNREADABLE
+from openblip2.data.text import is_unicode
 from openblip2.data.web.shard_files import open_shard
 from openblip2.errors import one_line
 
-PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"})
+PICTURES = frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES)
 KINDS = ("image", "txt", "json")
 MAX_CAPTION = 64 * 2**10  # bytes of one caption
 MAX_JSON = 2**20  # bytes of one .json
@@ -227,11 +228,7 @@ class Shard:
     def _usable(self, where: str, texts: Iterable[Any]) -> tuple[str, ...]:
         captions: list[str] = []
         for text in texts:
-            try:
-                usable = len(text.encode()) <= MAX_CAPTION
-            except (AttributeError, UnicodeEncodeError):  # JSON's "\ud800" is a str, but not Unicode text
-                usable = False
-            if not usable:
+            if not isinstance(text, str) or not is_unicode(text) or len(text.encode()) > MAX_CAPTION:
                 self.problem(f"{shown(where)}: a caption is {ascii(text)[:40]}; text of at most {MAX_CAPTION:,} bytes")
             elif text.strip():
                 captions.append(text)
@@ -252,15 +249,22 @@ def texts_of(captions: list[Any]) -> list[Any]:
     return [caption.get("text") if isinstance(caption, dict) else caption for caption in captions]
 
 
-def _group(members: Iterable[Member], problem: Problem) -> dict[str, dict[str, Member]]:
+def _group(members: Sequence[Member], problem: Problem) -> dict[str, dict[str, Member]]:
     """The members of each sample that has an image, by key and kind, in any order."""
     samples: dict[str, dict[str, Member]] = {}
     for member in members:
         folder, slash, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
         kind = "image" if suffix.lower() in PICTURES else suffix.lower()
-        if not stem or kind not in KINDS:
-            continue  # for other programs
+        if not stem or kind not in KINDS:  # for other programs, unless it is a picture
+            last = os.path.splitext(name)[1].lower()
+            if stem and last in UNREADABLE:
+                problem(f"{shown(member.name)}: pictures of this kind cannot be read; convert it to JPEG")
+            elif stem and last in PICTURE_SUFFIXES:
+                problem(
+                    f"{shown(member.name)}: has a dot within its name, where webdataset begins the suffix; rename it"
+                )
+            continue
         sample = samples.setdefault(folder + slash + stem, {})
         if kind in sample:
             problem(f"{shown(member.name)}: the second {kind} of its sample, {shown(sample[kind].name)} is used; one")
@@ -269,4 +273,6 @@ def _group(members: Iterable[Member], problem: Problem) -> dict[str, dict[str, M
     for key, sample in samples.items():
         if "image" not in sample:
             problem(f"{shown(key)}: no image; {shown(key)}.jpg beside its text")
+    if members and not samples:
+        problem(f"none of its {len(members):,} files is a picture ({shown(members[0].name)}, ...); 000017.jpg, ...")
     return {key: sample for key, sample in samples.items() if "image" in sample}

@@ -38,7 +38,7 @@ def write_tar(path: Path) -> Iterator["TarWriter"]:
         try:
             tar = tarfile.open(draft, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); a folder that can be written to") from error
+            raise UserError(f"{path}: cannot be written ({error.strerror}): give another folder") from error
         with tar:
             yield TarWriter(path, tar)
 
@@ -66,9 +66,9 @@ class TarWriter:
         parts = key.split("/")
         unsafe = not key.isprintable() or "\\" in key or "." in parts[-1] or {"", ".", ".."} & set(parts)
         if unsafe or key in self._keys:
-            raise UserError(f"{self.path}: key {ascii(key)[:80]} is unsafe or used twice; a name without dots")
+            raise UserError(f"{self.path}: key {ascii(key)[:80]} is unsafe or used twice: give a name without dots")
         if suffix not in PICTURES:
-            raise UserError(f"{self.path}: {shown(key)}: suffix {suffix!r} is no image's; one of {sorted(PICTURES)}")
+            raise UserError(f"{self.path}: {shown(key)}: suffix {suffix!r} must be one of {sorted(PICTURES)}")
         self._keys.add(key)
         about = {name: value for name, value in sample.about.items() if name != "captions"}
         listed = sample.about.get("captions")
@@ -124,7 +124,7 @@ def write_shards(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{out} cannot be made ({error.strerror}): give a folder that can be written to") from error
+        raise UserError(f"{out} cannot be made ({error.strerror}): give another folder") from error
     if others := sorted({path.name for path in out.glob("*.tar")} - {path.name for path in paths}):
         raise UserError(f"{out} holds shards of other records ({others[0]}): give another folder, or remove them")
     samples, skipped = 0, list[str]()
@@ -138,7 +138,7 @@ def write_shards(
             samples += good
             skipped += bad
     if not samples:
-        raise UserError(f"{out}: not one picture can be read; the first: {skipped[0]}")
+        raise UserError(f"{out}: none of the pictures can be read; the first: {skipped[0]}")
     return Written(shards, samples, skipped)
 
 
@@ -163,13 +163,13 @@ def _take(record: Record) -> Sample | str:
     suffix = record.image.suffix.lower().removeprefix(".")
     try:
         if suffix not in PICTURES:
-            raise UserError(f"{record.image}: not the name of an image; one of {', '.join(sorted(PICTURES))}")
+            raise UserError(f"{record.image}: its suffix must be one of {', '.join(sorted(PICTURES))}")
         open_picture(record.image)
         content = record.image.read_bytes()
     except UserError as error:
         return str(error)
     except OSError as error:
-        return f"{record.image}: cannot be read ({error.strerror}); the path of a picture"
+        return f"{record.image}: cannot be read ({error.strerror}): give a readable picture"
     return Sample("", content, suffix, record.captions, {"image_id": record.id})
 
 

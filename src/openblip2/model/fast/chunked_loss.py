@@ -41,7 +41,7 @@ def chunked_cross_entropy(
     """
     if chunk is None:
         chunk = max(FEWEST_ROWS, CHUNK_BYTES // (4 * len(weight)))
-    if len(targets) <= chunk:
+    if len(targets) <= chunk:  # the plain way takes no more memory then
         return generation(F.linear(hidden, weight, bias), targets, label_smoothing)
     place = hidden.device.type
     dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else weight.dtype
@@ -64,27 +64,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         smoothing: float,
         chunk: int,
         dtype: torch.dtype,
-        trains: bool,
+        trains: bool,  # asked outside, because gradients are always off inside `forward`
     ) -> Tensor:
         of_hidden, of_weight, of_bias = (
             torch.zeros_like(given, dtype=torch.float32) if trains and wanted and given is not None else None
             for given, wanted in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
-        factor, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+        factor, offset = weight.to(dtype), None if bias is None else bias.to(dtype)  # once, not in each chunk
         loss = torch.zeros((), device=hidden.device)
         for first in range(0, len(targets), chunk):
             part = slice(first, first + chunk)
             rows, wanted = hidden[part].to(dtype), targets[part, None]
-            logs = F.linear(rows, factor, offset).float().log_softmax(dim=1)
+            logs = F.linear(rows, factor, offset).float().log_softmax(dim=1)  # [chunk, W]
             loss -= (1 - smoothing) * logs.gather(1, wanted).sum() + smoothing * logs.mean(dim=1).sum()
             if of_hidden is None and of_weight is None and of_bias is None:
                 continue
             # The gradient at the logits, but for the mean's 1 / N: what is likely less what is wanted.
-            error = logs.exp_().sub_(smoothing / len(weight))
+            error = logs.exp_().sub_(smoothing / len(weight))  # in place: a chunk of logits is large
             error.scatter_add_(1, wanted, torch.full_like(error[:, :1], smoothing - 1))
             if of_bias is not None:
                 of_bias += error.sum(dim=0)
-            error = error.to(dtype)
+            error = error.to(dtype)  # products in the dtype of autocast, as the plain way has them
             if of_hidden is not None:
                 of_hidden[part] = error @ factor
             if of_weight is not None:

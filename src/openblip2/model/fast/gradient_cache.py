@@ -64,30 +64,30 @@ def stage1_losses(
             model, tokens, valid, ids, objectives=objectives, generator=generator, **given
         )
     patches = _see(model, -(-max(shared.counts) // chunk), images, features)
-    positives = joined_batch.joined_positives(ids, tokens, shared)
+    positives = joined_batch.joined_positives(ids, tokens, shared)  # [B, G]
     chunks = torch.arange(count, device=device).split(chunk)
 
     states, outputs, vectors = [], [], []
-    with torch.no_grad():
+    with torch.no_grad():  # pass 1
         for rows in chunks:
-            states.append(_random_state(device))
+            states.append(_random_state(device))  # pass 3 must draw the same dropout masks
             memory = model.qformer.encode_image(patches[rows])
             queries, _, *found = _vectors(model, memory, tokens[rows], valid[rows])
-            outputs.append(queries)
+            outputs.append(queries)  # decorrelation needs their mean over the whole batch
             vectors.append(found)
     # Autocast keeps the weights that it has cast; older torch would go on with those that were cast without a graph.
     torch.clear_autocast_cache()
     image, text = (torch.cat(side).requires_grad_() for side in zip(*vectors, strict=True))
 
     gradients = Gradients(model)
-    itc = joined_batch.joined_contrast(model, image, text, positives, shared)
+    itc = joined_batch.joined_contrast(model, image, text, positives, shared)  # pass 2
     mean = joined_batch.joined_mean(torch.cat(outputs), shared) if model.decorrelation else None
     names = [name for name in OBJECTIVES if name in objectives] + ["decorrelation"] * (mean is not None)
     sums = {name: torch.zeros((), device=device) for name in names}
     kept: list[Tensor] = []
     if "itc" in objectives:
-        sums["itc"] = itc.loss.detach()
-        kept = gradients.add([itc.loss], at=[image, text])
+        sums["itc"] = itc.loss.detach()  # its gradient is in `kept`
+        kept = gradients.add([itc.loss], at=[image, text])  # [B, Q, E] and [B, E]; adds the temperature's
     local = None
     if "itm" in objectives:
         if negatives is None:
@@ -95,13 +95,13 @@ def stage1_losses(
         local = joined_batch.bring(HardNegatives(*negatives), patches, tokens, valid, shared)
         patches = torch.cat([patches, local.fetched]) if len(local.fetched) else patches
 
-    for rows, state in zip(chunks, states, strict=True):
+    for rows, state in zip(chunks, states, strict=True):  # pass 3
         if count == 0:
             break  # none of the joined batch's rows is ours
         # A negative may be an image of another chunk, which is then encoded again, with a graph.
         pairs = None if local is None else itm_pairs(local.tokens, local.valid, local.negatives, rows)
         needed, index = _needed(rows, pairs, len(patches))
-        memory = model.qformer.encode_image(patches[needed])
+        memory = model.connector.encode_image(patches[needed])
         with _replayed(state, device):
             queries, cache, *found = _vectors(model, _first(memory, len(rows)), tokens[rows], valid[rows])
         parts = {}
@@ -118,7 +118,7 @@ def stage1_losses(
         ends = [*parts.values(), *(found if kept else ())]
         gradients.add(ends, [*[None] * len(parts), *(part[rows] for part in kept)])
         for name, part in parts.items():
-            sums[name] += part.detach()
+            sums[name] += part.detach()  # only a number for the log: its gradient is added already
     return gradients.attach(sums, every=count == 0)
 
 
@@ -215,15 +215,15 @@ class _Ready(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: list[Tensor | None], over: float, values: Tensor, *_: Tensor) -> Tensor:
         ctx.sums, ctx.over = sums, over
-        return values.clone()
+        return values.clone()  # a new tensor, not the input itself
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = grads
         assert ctx.sums is not None, "these gradients were handed out before"
         assert bool((weights == weights[0]).all()), "these gradients are of the losses' sum: no loss has its own"
-        sums, ctx.sums = ctx.sums, None
-        scale = weights[0] / ctx.over
+        sums, ctx.sums = ctx.sums, None  # frees them; a second backward pass finds none
+        scale = weights[0] / ctx.over  # the sum may be scaled, as `train.accumulate` does
         return (None, None, None, *(None if total is None else total.mul_(scale) for total in sums))
 
 
@@ -236,7 +236,7 @@ def _see(model: Stage1, chunks: int, images: Tensor | None, features: Tensor | N
 
 def _vectors(model: Stage1, memory: Memory, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Cache, Tensor, Tensor]:
     """The query pass, image vectors `[n, Q, E]` and text vectors `[n, E]`: what is computed in both passes."""
-    queries, cache = model.qformer.query_pass(memory)
+    queries, cache = model.connector.query_pass(memory)
     return queries, cache, model.image_vectors(queries), model.text_vectors(tokens, valid)
 
 
@@ -244,7 +244,7 @@ def _needed(rows: Tensor, pairs: Pairs | None, count: int) -> tuple[Tensor, Tens
     """Which of `count` images a chunk needs, its own first, and the index of each among these: `[n]`, `[count]`."""
     others = rows[:0] if pairs is None else pairs.images[~torch.isin(pairs.images, rows)].unique()
     needed = torch.cat([rows, others])
-    index = needed.new_full((count,), -1)
+    index = needed.new_full((count,), -1)  # -1 is never read: `needed` has all that the pairs name
     index[needed] = torch.arange(len(needed), device=needed.device)
     return needed, index
 

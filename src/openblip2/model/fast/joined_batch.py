@@ -48,7 +48,7 @@ def stage1_losses(
     """
     shared, *targets = share_texts(valid)
     positives = joined_positives(ids, tokens, shared)
-    patches = see(model.vision, images, features)
+    patches = see(model.vision, images, features)  # kept, because other processes may ask for them
     memory = model.qformer.encode_image(patches)
     queries, cache = model.qformer.query_pass(memory)
     itc = joined_contrast(model, model.image_vectors(queries), model.text_vectors(tokens, valid), positives, shared)
@@ -61,7 +61,7 @@ def stage1_losses(
         pairs = itm_pairs(local.tokens, local.valid, local.negatives)
         # With gradients all processes take part in the way back, also those that fetched nothing.
         if len(local.fetched) or local.fetched.requires_grad:
-            memory = memory.join(model.qformer.encode_image(local.fetched))
+            memory = memory.join(model.connector.encode_image(local.fetched))
         loss = matching(model.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
         losses["itm"] = shared.weigh(loss, len(pairs.images), local.pairs)
     if model.decorrelation:
@@ -82,7 +82,7 @@ def share_texts(valid: Tensor) -> tuple[Share, Tensor, int | Tensor]:
 def joined_positives(ids: Tensor | None, tokens: Tensor, shared: Share) -> Tensor:
     """Which texts of the joined batch belong to which of our images: `[B, G]`; ids as for `Stage1.losses`."""
     ids = shared.first + torch.arange(len(tokens), device=tokens.device) if ids is None else ids
-    return same_image(ids, gather(ids, shared))
+    return same_image(ids, gather(ids, shared))  # [B, G]
 
 
 def joined_contrast(model: Stage1, image: Tensor, text: Tensor, positives: Tensor, shared: Share) -> Contrast:
@@ -126,13 +126,13 @@ def bring(negatives: HardNegatives, patches: Tensor, tokens: Tensor, valid: Tens
     asked = torch.stack([negatives.texts, negatives.images], dim=1)
     if shared.one:
         return Local(patches[:0], tokens, valid, negatives, len(tokens) + (asked >= 0).sum())
-    asked = gather(asked, shared)
+    asked = gather(asked, shared)  # of all processes, so that each knows what it has to send
     route = plan([part[:, 1].tolist() for part in asked.cpu().split(shared.counts)], shared)
     # One message for tokens and `valid`: padding is -1.
     marked = F.pad(tokens.where(valid, -1), (0, shared.most[0] - tokens.shape[1]), value=-1).to(torch.int32)
-    texts = torch.cat([marked, gather(marked, shared)]).long()
+    texts = torch.cat([marked, gather(marked, shared)]).long()  # ours first, so that true pairs have equal indices
     local = HardNegatives(
-        torch.where(negatives.texts < 0, -1, negatives.texts + len(tokens)),
+        torch.where(negatives.texts < 0, -1, negatives.texts + len(tokens)),  # the joined batch is after ours
         torch.tensor(route.places, dtype=torch.int64, device=tokens.device),
     )
     pairs = shared.total + int((asked >= 0).sum())
@@ -152,7 +152,7 @@ def stage2_losses(
 
     Arguments as for `Stage2.losses`; the generator is in the same state in all processes.
     """
-    draws = joined_splits(share(len(captions)), generator)
+    draws = joined_splits(share(len(captions)), generator)  # the same for any number of processes
     loss, count = scored(model, prompts, captions, draws, words, **given)
     shared = share(1, count)
     return {"lm" if words is None else "alignment": loss if shared.one else shared.weigh(loss, count, shared.sums[0])}
@@ -184,4 +184,4 @@ def scored(
         token = torch.zeros(1, 1, dtype=torch.int64, device=model.projection.weight.device)
         question = token, torch.ones_like(token, dtype=torch.bool)
     loss, _ = model.scored([""], ["a"], [0.0], words, images=images, features=features, question=question)
-    return loss * 0.0, 0
+    return loss * 0.0, 0  # 0 with a graph, so that this process takes part in the backward pass

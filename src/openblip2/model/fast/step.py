@@ -18,7 +18,7 @@ def step_losses(model: Stage1 | Stage2, chunk: int) -> Callable[..., dict[str, T
         chunk: `train.chunk`, pairs at a time in each process; 0 = all.
     """
     first = isinstance(model, Stage1)
-    if chunk:
+    if chunk:  # first: in several processes it uses the joined batch itself
         return partial(gradient_cache.stage1_losses if first else gradient_cache.stage2_losses, model, chunk)
     if world_size() > 1:
         return partial(joined_batch.stage1_losses if first else joined_batch.stage2_losses, model)

@@ -3,7 +3,7 @@
 Tan and Le 2019, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", in its Lite variant: ReLU6,
 no squeeze-and-excitation. Batch norms are folded into the convolutions in front of them, in eval mode the same.
 
-To `Vision` all of it is one layer, for its stages differ in width: `vision.layer` is -1. A place of the last map is a
+To `HFVision` all of it is one layer, for its stages differ in width: `vision.layer` is -1. A place of the last map is a
 token, row by row; there is no class token.
 
 Shapes: B images, S image side in px, P = (S / 32)^2 places, V encoder width (1280).
@@ -61,10 +61,11 @@ class EfficientNetLite(PreTrainedModel):
                 parts.append(Block(width, width_out, kernel, stride if n == 0 else 1, expand))
                 width = width_out
         parts += [convolution(width, config.hidden_size), Tokens()]
-        self.layers = nn.ModuleList([nn.Sequential(*parts)])
+        self.layers = nn.ModuleList([nn.Sequential(*parts)])  # `Vision` looks for the one list of layers
         self.post_init()
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = True) -> Tensor:
+        # The parameter says that it takes images of any size: there are no positions to interpolate.
         # Channels last in memory: on a CPU 1.4 times as fast in bf16 and 1.8 times in fp32.
         return self.layers[0](pixel_values.contiguous(memory_format=torch.channels_last))
 
@@ -78,7 +79,7 @@ class Block(nn.Module):
         wider = [convolution(width, inside)] if expand > 1 else []
         apart = convolution(inside, inside, kernel, stride, groups=inside)
         self.steps = nn.Sequential(*wider, apart, convolution(inside, width_out, active=False))
-        self.adds = stride == 1 and width == width_out
+        self.adds = stride == 1 and width == width_out  # as in MobileNetV2
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.steps(x) if self.adds else self.steps(x)
@@ -105,7 +106,5 @@ def convolution(
     return nn.Sequential(*padding, layer, *([nn.ReLU6()] if active else []))
 
 
-def known_to_transformers() -> None:
-    """From now on transformers' `AutoConfig` and `AutoModel` read this kind of model, too."""
-    AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
-    AutoModel.register(EfficientNetLiteConfig, EfficientNetLite, exist_ok=True)
+AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
+AutoModel.register(EfficientNetLiteConfig, EfficientNetLite, exist_ok=True)

@@ -1,0 +1,191 @@
+"""The corpora that `--data` knows by name, because installed packages contain them.
+
+easy-vqa: easy-VQA 1.0, images of one shape in one colour with questions, from the Python package of that name. stamps:
+Tux Paint's stamps, images of things, animals and signs, each with an English sentence (Debian package).
+"""
+
+import importlib.util
+import json
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from openblip2.apps.corpora.groups import alike, drawn, joined, thumbnail
+from openblip2.apps.scenes.grammar import Facts, Thing, sentences
+from openblip2.data.images import open_picture
+from openblip2.data.records import Question, Record
+from openblip2.data.sources import Source
+from openblip2.errors import UserError
+
+NAMES = ("easy-vqa", "stamps")
+STAMPS = Path("/usr/share/tuxpaint/stamps")
+_RIGHT = "install them: apt-get install tuxpaint-stamps-default"
+# The exact inks of easy-VQA.
+_INKS = {
+    (0, 0, 0): "black",
+    (0, 0, 255): "blue",
+    (165, 42, 42): "brown",
+    (128, 128, 128): "gray",
+    (0, 255, 0): "green",
+    (255, 0, 0): "red",
+    (0, 128, 128): "teal",
+    (255, 255, 0): "yellow",
+}
+
+
+def read_installed(name: str, split: Literal["train", "test"]) -> Source:
+    """What `--data` names; easy-VQA also has the training questions, for baselines that see no image.
+
+    Raises:
+        UserError: As `easy_vqa_records` or `stamps_records`.
+    """
+    if name == "stamps":
+        stamps = stamps_records()
+        return Source(stamps.train if split == "train" else stamps.test, stamps.skipped, name)
+    records = easy_vqa_records(split)
+    return Source(records, [], name, known=records if split == "train" else easy_vqa_records("train"))
+
+
+def easy_vqa_records(split: Literal["train", "test"]) -> list[Record]:
+    """The records of one split: images of 64 x 64 px, and the official questions.
+
+    4,000 images with 38,575 questions for training, 1,000 with 9,673 for the test. The images stay in the
+    installed package (MIT licence). It has no captions: they are generated from shape and colour with the grammar
+    of the drawn scenes, and so are the facts (without size and place). Shape and colour are read from the pixels,
+    because the questions about a tenth of the images do not name both. The kind of a question is "yes/no", or
+    "open" if a shape or a colour is asked for.
+
+    Source: https://github.com/vzhou842/easy-VQA
+
+    Raises:
+        UserError: the package is missing or its files are not as published.
+    """
+    right = "install it: pip install easy-vqa==1.0"
+    found = importlib.util.find_spec("easy_vqa")
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"easy-VQA: the package easy_vqa is missing; {right}")
+    folder = Path(found.submodule_search_locations[0]) / "data" / split
+    asked: dict[int, list[Question]] = {}
+    try:
+        for text, answer, image in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
+            kind = "yes/no" if answer in ("yes", "no") else "open"
+            asked.setdefault(image, []).append(Question(text, answer, kind))
+        return [_easy_vqa_record(folder, split, image, asked[image]) for image in sorted(asked)]
+    except UserError as problem:
+        raise UserError(f"{problem}; {right}") from problem
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: is not easy-VQA's data ({error}); {right}") from error
+
+
+def _easy_vqa_record(folder: Path, split: str, image: int, asked: Sequence[Question]) -> Record:
+    path = folder / "images" / f"{image}.png"
+    shape, colour = _shape_and_colour(path)
+    thing: Thing = {"noun": shape, "colour": colour, "size": None, "place": None, "number": 1}
+    facts: Facts = {"kind": "one", "objects": [thing], "relation": None}
+    return Record(f"easy-vqa-{split}-{image}", path, tuple(sentences(facts)), tuple(asked), dict(facts))
+
+
+def _shape_and_colour(path: Path) -> tuple[str, str]:
+    """Shape and colour in an image, from its ink and the share of the bounding box that the ink fills."""
+    picture = open_picture(path)
+    colours = {colour for _, colour in picture.getcolors(picture.width * picture.height) or []}
+    inks = [ink for ink in _INKS if ink in colours]
+    if len(inks) != 1:
+        raise UserError(f"{path}: has {len(inks)} of easy-VQA's colours; exactly one")
+    inked = (np.asarray(picture) == inks[0]).all(axis=-1)
+    widths = inked.sum(axis=1)[inked.any(axis=1)]
+    width = inked.any(axis=0).sum()
+    filled = widths.sum() / (len(widths) * width)
+    # Large complete shapes fill 1, 1/2 and pi/4 of it. The smallest triangle, of 8 px, fills 0.68, and so do some
+    # circles that are cut by the edge of the image; but only a triangle's last line is as wide as the box.
+    triangle = filled < 0.75 and widths[-1] == width
+    return "rectangle" if filled > 0.95 else "triangle" if triangle else "circle", _INKS[inks[0]]
+
+
+class Stamps(NamedTuple):
+    """The two splits, and one line "where: what is wrong; what would be right" for each stamp that was skipped."""
+
+    train: list[Record]
+    test: list[Record]
+    skipped: list[str]
+
+
+def stamps_records(root: Path = STAMPS, test_share: float = 0.15, seed: int = 0) -> Stamps:
+    """The installed stamps in two splits.
+
+    A stamp is `NAME.png` with `NAME.txt`, whose first line is the sentence. The images stay where they are; most have
+    a transparent background. A sixth of the package is SVG only and is left out, because Pillow cannot read it. The
+    licence is GPL-2, so the stamps are never part of this project.
+
+    The split is by group and drawn from `seed`. A group consists of the images that are nearly equal (also mirrored),
+    that have the same sentence, or that are numbered in one series (`lion.png`, `lion-2.png`). Stamps that cannot be
+    read are skipped and named.
+
+    Args:
+        root: the folder of the stamps.
+        test_share: the share of the images in the test split, approximately.
+        seed: of the split.
+
+    Raises:
+        UserError: `root` is missing or has no stamp.
+    """
+    stamps, skipped = read_stamps(root)
+    records: list[Record] = []
+    thumbnails: list[np.ndarray] = []
+    for record in stamps:
+        try:
+            thumbnails.append(thumbnail(open_picture(record.image)))
+            records.append(record)
+        except UserError as problem:
+            skipped.append(str(problem))
+    if not records:
+        raise UserError(f"{root}: no stamp in it can be read; {_RIGHT}")
+    groups = joined([_keys(record) for record in records], alike(np.stack(thumbnails)))
+    test = drawn([[records[i].id for i in group] for group in groups], test_share, seed)
+    return Stamps(
+        train=[record for record in records if record.id not in test],
+        test=[record for record in records if record.id in test],
+        skipped=sorted(skipped),
+    )
+
+
+def read_stamps(root: Path) -> tuple[list[Record], list[str]]:
+    """All stamps below `root`, with images not yet opened, and one line for each stamp that was skipped.
+
+    Raises:
+        UserError: `root` is missing or has no stamp.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: Tux Paint's stamps are missing; {_RIGHT}")
+    records: list[Record] = []
+    skipped: list[str] = []
+    for path in sorted(root.rglob("*.png")):
+        text = path.with_suffix(".txt")
+        if not text.exists():
+            continue  # NAME_mirror.png: the mirrored form of a stamp, if that is not simply its mirror image
+        try:
+            records.append(Record(path.relative_to(root).as_posix(), path, (_sentence(text),)))
+        except UserError as problem:
+            skipped.append(str(problem))
+    if not records:
+        raise UserError(f"{root}: no stamp (NAME.png with NAME.txt) in it; {_RIGHT}")
+    return records, skipped
+
+
+def _keys(stamp: Record) -> list[Hashable]:
+    """What the stamps of a group have in common: the sentence, and the name without its number."""
+    series = re.sub(r"[\d_-]+", "", stamp.image.stem)
+    return [stamp.captions[0].lower(), (stamp.image.parent, series) if series else stamp.image]
+
+
+def _sentence(path: Path) -> str:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); UTF-8 text") from error
+    if not lines or not lines[0].strip():
+        raise UserError(f"{path}: its first line is empty; an English sentence")
+    return lines[0].strip()

@@ -1,0 +1,122 @@
+"""Texts about pictures in batches: a picture is encoded once for all texts about it.
+
+Shapes: Q queries, L LLM width.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from openblip2.data.images import Picture
+from openblip2.data.tokens import QFormerTokens, question_tokens
+from openblip2.hardware import computing
+from openblip2.inference.inputs import GROUP, features_of, group_of, same_pictures
+from openblip2.model.context import require_room
+from openblip2.model.language import Decoding
+from openblip2.model.likelihood import text_logprobs
+from openblip2.model.stage2 import Stage2
+
+ROUNDS = 5  # of draws, at most, until the texts about a picture differ
+
+
+class Written(NamedTuple):
+    """A text, and its log-probability in nats: the sum over its tokens and its end; NaN if it was not asked for."""
+
+    text: str
+    logprob: float
+
+
+def write_texts(
+    model: Stage2,
+    precision: str,
+    images: Sequence[Picture],
+    prompts: Sequence[str],
+    decodings: Sequence[Decoding],
+    tokens: QFormerTokens | None = None,
+    questions: Sequence[str] | None = None,
+    at_once: int = GROUP,
+    score: bool = False,
+) -> list[list[Written]]:
+    """For each picture, a text after its prompt by each of `decodings`. Prompts of like length go together.
+
+    Args:
+        images: a picture that repeats, by its path or as the same object of a list, goes through the encoder and the
+            Q-Former once; and where prompts begin alike the language model reads it once, too.
+        tokens: where the Q-Former reads questions or prompts, its tokenizer.
+        questions: one for each picture, which it reads: then a picture that repeats goes through the encoder once in
+            each group, and through the Q-Former with each question.
+        at_once: texts that are written together, where `inputs.group_of` is not 1.
+        score: also the log-probabilities; all prompts must then be equal.
+
+    Raises:
+        UserError: a picture that cannot be opened, or a prompt that is too long for the language model.
+    """
+    names = same_pictures(images)
+    left, language = Counter(names), model.language
+    queries, new = model.connector.tokens, max((one.max_new_tokens for one in decodings), default=0)
+    lengths = {prompt: require_room(language, prompt, queries, new) for prompt in set(prompts)}
+    first = {name: n for n, name in reversed(list(enumerate(names)))}
+    # Prompts about one picture stay together, for they share more than padding costs.
+    order = sorted(
+        range(len(names)),
+        key=lambda n: (first[names[n]] if left[names[n]] > 1 else len(names), lengths[prompts[n]]),
+    )
+    found, soft = [list[Written]() for _ in names], dict[str | int, Tensor]()
+    with torch.inference_mode(), computing(model, precision):
+        at_once = at_once if group_of(model) > 1 else 1
+        for start in range(0, len(order), at_once):
+            rows = order[start : start + at_once]
+            here = {names[n]: n for n in rows}
+            about = [list(here).index(names[n]) for n in rows]
+            if questions is None:
+                unseen = [n for name, n in here.items() if name not in soft]
+                for features in features_of(model, [images[n] for n in unseen]):
+                    soft |= zip((names[n] for n in unseen), model.soft_prompt(features=features), strict=True)
+                given = torch.stack([soft[name] for name in here])
+            else:
+                features = torch.cat(list(features_of(model, [images[n] for n in here.values()])))
+                read = question_tokens(tokens, [questions[n] for n in rows], features.device)
+                given, about = model.soft_prompt(features=features[about], question=read), list(range(len(rows)))
+            for decoding in decodings:
+                texts = language.generate(given, [prompts[n] for n in rows], decoding, about)
+                scores = [math.nan] * len(rows)
+                if score:
+                    scores = text_logprobs(language, given[about], prompts[rows[0]], texts).tolist()
+                for n, text, logprob in zip(rows, texts, scores, strict=True):
+                    found[n].append(Written(text, logprob))
+            left.subtract(names[n] for n in rows)
+            soft = {name: one for name, one in soft.items() if left[name]}
+    return found
+
+
+def draw_texts(
+    model: Stage2,
+    precision: str,
+    images: Sequence[Picture],
+    prompt: str,
+    count: int,
+    decoding: Decoding,
+    tokens: QFormerTokens | None = None,
+    score: bool = False,
+) -> list[list[Written]]:
+    """For each picture up to `count` different texts after one prompt, by draws with the seeds after `decoding.seed`.
+
+    Args:
+        tokens: where the Q-Former reads the prompt, too, its tokenizer.
+    """
+    found = [dict[str, Written]() for _ in images]
+    for first in range(0, ROUNDS * count, count):
+        short = [n for n, own in enumerate(found) if len(own) < count]
+        seeds = [None if decoding.seed is None else decoding.seed + first + n for n in range(count)]
+        hows, prompts = [replace(decoding, seed=seed) for seed in seeds], [prompt] * len(short)
+        again, read = [images[n] for n in short], None if tokens is None else prompts
+        drawn = write_texts(model, precision, again, prompts, hows, tokens, read, score=score)
+        for n, own in zip(short, drawn, strict=True):
+            for one in own:
+                found[n].setdefault(one.text, one)
+    return [list(own.values())[:count] for own in found]
