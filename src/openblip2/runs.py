@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from errno import ENOSYS
@@ -184,6 +185,29 @@ def read_json(path: Path) -> Any:
     except ValueError as error:
         refuse_lfs_pointer(path)
         raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def cached_json(
+    path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any] | None], overwrite: bool
+) -> dict[str, Any]:
+    """The result of `make` and its seconds: read from `path` if it was made of the same `of`, else made and written.
+
+    Raises:
+        UserError: it was made of something else, and `overwrite` is False.
+    """
+    plain = json.loads(json.dumps(of))
+    if path.is_file():
+        found = read_json(path)
+        if found["of"] == plain:
+            return found
+        if not overwrite:
+            other = " and ".join(name for name in plain if found["of"].get(name) != plain[name])
+            raise UserError(f"{path} was made with other {other}: give another --out, or add --overwrite to replace it")
+        path.unlink()  # before anything of it is written over
+    began = time.perf_counter()
+    found = {"of": plain, **(make() or {}), "seconds": round(time.perf_counter() - began, 1)}
+    write_json(found, path)
+    return found
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:

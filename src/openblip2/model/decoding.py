@@ -75,8 +75,8 @@ class _Draw:
         return torch.full_like(scores, -torch.inf).scatter(1, torch.searchsorted(sums, draws, right=True), 0.0)
 
 
-def drop_own_settings(llm: Any) -> None:
-    """Drops a language model's own generation settings (its folder's `generation_config.json`), all but its first ids.
+def drop_own_settings(llm: Any) -> Any:
+    """A language model without its own generation settings (`generation_config.json`), except its first ids.
 
     A repetition penalty, forbidden words or `top_k` in there would change what `Decoding` says. The folder is not
     written to.
@@ -87,6 +87,7 @@ def drop_own_settings(llm: Any) -> None:
         llm.generation_config = GenerationConfig(
             bos_token_id=own.bos_token_id, decoder_start_token_id=own.decoder_start_token_id
         )
+    return llm
 
 
 def generate(

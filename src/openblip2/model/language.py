@@ -55,9 +55,8 @@ class FrozenLM(nn.Module):
         end: str | None = None,
     ) -> None:
         super().__init__()
-        self.llm = llm.requires_grad_(False).eval()  # frozen (3.2)
+        self.llm = drop_own_settings(llm).requires_grad_(False).eval()  # frozen (3.2)
         gather_head_input(llm)
-        drop_own_settings(llm)
         self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
         self.end, self.checkpointed = _end_ids(tokenizer, end), False

@@ -91,15 +91,13 @@ class Plan:
 
     Attributes:
         seeds: of training; the images are the same for all.
-        scenes: number of training scenes; None = the study's own.
-        test_scenes: number of test scenes.
+        scenes, test_scenes: numbers of training scenes (None = the study's own) and of test scenes.
         validated: number of test scenes that the curves are measured on.
         reranked: candidates that ITM scores.
         values: numbers of queries, or of images in `warm-start`; () = the study's own.
         steps: of a stage, instead of the study's.
         changes: to the settings of both stages.
-        stage1: settings of stage 1.
-        stage2: settings of stage 2.
+        stage1, stage2: settings of the stages.
         weaker: changes that select the weaker image encoder.
         overwrite: train runs again that have other settings or data.
     """

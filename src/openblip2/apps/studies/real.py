@@ -16,7 +16,6 @@ import numpy as np
 
 from openblip2.apps.corpora.fetch import fetch
 from openblip2.apps.corpora.prepare import by_fold, prepare
-from openblip2.apps.studies.trial import cached_json
 from openblip2.config import RunSettings, change, to_dict
 from openblip2.data.records import Record, read_records
 from openblip2.data.text import clean_caption
@@ -31,7 +30,7 @@ from openblip2.inference.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.presets import fine_tuning, preset
 from openblip2.progress import Progress
-from openblip2.runs import read_json, read_settings, write_json
+from openblip2.runs import cached_json, read_json, read_settings, write_json
 from openblip2.train.encode import make_cache
 from openblip2.train.recipes import train_stage
 

@@ -9,7 +9,6 @@ OUT/web, OUT/seed-N/web-WAY  of the study `capfilt` (studies/web.py)
 
 import json
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -37,7 +36,7 @@ from openblip2.inference.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.model.likelihood import likelihoods
 from openblip2.progress import Progress
-from openblip2.runs import read_json, write_json
+from openblip2.runs import cached_json
 from openblip2.train.encode import make_cache, whitened
 from openblip2.train.recipes import train_stage
 
@@ -215,29 +214,6 @@ def _cached(work: Work, path: Path, of: Mapping[str, Any], make: Callable[[], di
     """As `cached_json`; also notes the seconds."""
     found = cached_json(path, of, make, work.plan.overwrite)
     work.seconds[str(path)] = found["seconds"]
-    return found
-
-
-def cached_json(
-    path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any] | None], overwrite: bool
-) -> dict[str, Any]:
-    """The result of `make` and its seconds: read from `path` if it was made of the same `of`, else made and written.
-
-    Raises:
-        UserError: it was made of something else, and `overwrite` is False.
-    """
-    plain = json.loads(json.dumps(of))
-    if path.is_file():
-        found = read_json(path)
-        if found["of"] == plain:
-            return found
-        if not overwrite:
-            other = " and ".join(name for name in plain if found["of"].get(name) != plain[name])
-            raise UserError(f"{path} was made with other {other}: give another --out, or add --overwrite to replace it")
-        path.unlink()  # before anything of it is written over
-    began = time.perf_counter()
-    found = {"of": plain, **(make() or {}), "seconds": round(time.perf_counter() - began, 1)}
-    write_json(found, path)
     return found
 
 
