@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from openblip2.cli import app
 from openblip2.config import change
 from openblip2.data.records import read_records
 from openblip2.errors import UserError
+from openblip2.evaluate.validation import effective_rank
 from openblip2.inference.attend import look
-from openblip2.inference.captioner import ANSWER, CAPTION, Captioner, greedy
+from openblip2.inference.captioner import ANSWER, CAPTION, SAMPLED, Captioner, greedy
 from openblip2.inference.chat import Chat
 from openblip2.model.language import Decoding
 from openblip2.presets import fine_tuning
@@ -214,6 +216,42 @@ def test_attention_maps_of_the_default_prompt_and_of_a_question(home: Path) -> N
     captioner = load(home / "llama")
     assert look(captioner, pictures(1)[0]).text == captioner.caption(pictures(1), None, CAPTION)[0]
     assert look(captioner, pictures(1)[0], QUESTION).text == captioner.answer(pictures(1), [QUESTION], ANSWER)[0]
+
+
+def test_captions_likelihoods_choices_and_features_read_the_prompt(home: Path) -> None:
+    captioner, given = load(home / "llama"), pictures(3)
+    drawn = captioner.captions(given, 2, QUESTION, replace(SAMPLED, max_new_tokens=5), score=True)
+    for picture, own in zip(given, drawn, strict=True):
+        assert own is not None
+        assert len(own) == 2
+        alone = captioner.captions([picture], 1, QUESTION, replace(SAMPLED, max_new_tokens=5))[0]
+        assert alone is not None
+        assert alone[0].text == own[0].text
+    firsts = [own[0] for own in drawn if own is not None]
+    scores = captioner.log_likelihood(given, [one.text for one in firsts], QUESTION)
+    assert scores.tolist() == pytest.approx([one.logprob for one in firsts], abs=1e-4)
+
+    answers = ["red", "a dog"]
+    chances = captioner.choose(given, [QUESTION] * 3, answers)
+    logs = torch.stack([captioner.log_likelihood(given, [answer] * 3, QUESTION) for answer in answers], 1)
+    torch.testing.assert_close(chances, logs.softmax(1))
+
+    for texts in (None, [QUESTION] * 3):
+        found = captioner.features(given, texts)
+        torch.testing.assert_close(found.projected, captioner.soft_prompt(given, texts or [DEFAULT] * 3))
+        assert captioner.effective_rank(given, texts) == pytest.approx(effective_rank(found.queries), rel=1e-4)
+    long = ["dog " * POSITIONS] * 3
+    for refused in (
+        lambda: captioner.captions(given, 2, long[0]),
+        lambda: captioner.log_likelihood(given, answers[:1] * 3, long[0]),
+        lambda: captioner.choose(given, long, answers),
+        lambda: captioner.features(given, long),
+        lambda: captioner.soft_prompt(given, long),
+    ):
+        with pytest.raises(UserError, match="too long: the Q-Former reads at most"):
+            refused()
+    with pytest.raises(UserError, match="3 pictures and 2 questions"):
+        captioner.features(given, [QUESTION] * 2)
 
 
 # There and back.

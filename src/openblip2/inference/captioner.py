@@ -92,11 +92,9 @@ class Captioner(Pretrained):
             raise UserError(f"{count} captions of a picture have to be drawn: use Decoding(sample=True, beams=1)")
         prompt, model, precision = self._prompt(prompt), self.model, self.settings.train.precision
         self.qformer_texts([prompt])
-
-        def draw(some: Sequence[Picture], numbers: Sequence[int]) -> list[list[Written]]:
-            return draw_texts(model, precision, some, prompt, count, decoding, self.tokens, score)
-
-        found = each_readable(images, draw)
+        found = each_readable(
+            images, lambda some, _: draw_texts(model, precision, some, prompt, count, decoding, self.tokens, score)
+        )
         if few := sum(own is not None and len(own) < count for own in found):
             few = f"{few} of {len(found)} pictures have"
             log.warning("%s fewer than %d different captions in %d draws", few, count, ROUNDS * count)

@@ -41,7 +41,6 @@ def write_huggingface(
     from transformers import Blip2Processor, BlipImageProcessorPil, InstructBlipProcessor
 
     instructed = checkpoint.settings.qformer.question_in_qformer
-    theirs_column = INSTRUCTBLIP if instructed else HF
     with quiet_transformers():
         notes = _fit_encoder(checkpoint, vision)
         words = tokenizer if language is None else language.tokenizer
@@ -54,7 +53,7 @@ def write_huggingface(
             notes += _fit_language(language, image_token)
             model = _generation(checkpoint, vision, language, image_token)
         model.vision_model = vision.encoder
-        names, _ = rename(checkpoint.trained, OURS, theirs_column)
+        names, _ = rename(checkpoint.trained, OURS, INSTRUCTBLIP if instructed else HF)
         for theirs, ours in names.items():
             module, _, last = theirs.rpartition(".")
             weight = nn.Parameter(checkpoint.trained[ours].detach(), requires_grad=False)
@@ -124,8 +123,7 @@ def _shared(checkpoint: Checkpoint, vision: FrozenVision, reads_text: bool) -> d
         **({} if instructed else {"use_qformer_text_input": reads_text}),
     )
     encoder = vision.encoder.config.to_dict()
-    if instructed:
-        del encoder["model_type"]  # InstructBLIP has another name for it
+    del encoder["model_type"]  # InstructBLIP has another name for it
     return {
         "vision_config": encoder,
         "qformer_config": qformer.to_dict(),

@@ -141,13 +141,11 @@ def _settings(folder: Path, name: str, config: Mapping[str, Any], kind: str) -> 
     )
     if kind == RETRIEVAL:
         return settings
-    settings = replace(settings, stage="stage2", language=_language(folder, name))
+    language = _language(folder, name)
     if kind == INSTRUCTED:
-        settings = replace(
-            settings,
-            qformer=replace(settings.qformer, question_in_qformer=True),
-            language=replace(settings.language, **INSTRUCTIONS),
-        )
+        language = replace(language, **INSTRUCTIONS)
+        settings = replace(settings, qformer=replace(settings.qformer, question_in_qformer=True))
+    settings = replace(settings, stage="stage2", language=language)
     return _from_frame(settings, config[FRAME], folder) if FRAME in config else settings  # an export of ours
 
 
