@@ -186,7 +186,7 @@ class Captioner(Pretrained):
         prompts = [form.replace("{}", question) for question in asked]
         return prompts, self.qformer_texts(prompts, asked if self.tokens and not self.settings.reads_prompts else None)
 
-    def qformer_texts(self, prompts: Sequence[str], questions: Sequence[str] | None = None) -> Sequence[str] | None:
+    def qformer_texts(self, prompts: Sequence[str], questions: Sequence[str] | None = None) -> list[str] | None:
         """What the Q-Former reads with each picture: the questions, or the prompts of an InstructBLIP; None = nothing.
 
         Raises:
@@ -204,7 +204,7 @@ class Captioner(Pretrained):
             require_pairs(prompts, questions, "questions")
             if self.settings.reads_prompts:
                 require_readable(self.tokens, questions)
-        return questions
+        return None if questions is None else list(questions)
 
     def ask(self, image: Picture, questions: Sequence[str], decoding: Decoding = ANSWER) -> list[str]:
         """Answers to many questions about one picture, which is looked at once.
