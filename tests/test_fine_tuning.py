@@ -330,9 +330,9 @@ def test_retrieval_begins_where_stage_1_ended(home: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("task", "start", "changes", "message"),
     [
-        ("caption", "one", {}, "is no stage-2 run"),
-        ("retrieval", "two", {}, "is no stage-1 run"),
-        ("vqa", "two", {"text_start": "two"}, "is no stage-1 run"),
+        ("caption", "one", {}, "is not a stage-2 run"),
+        ("retrieval", "two", {}, "is not a stage-1 run"),
+        ("vqa", "two", {"text_start": "two"}, "is not a stage-1 run"),
         ("caption", "two", {"vision__trained": "true", "vision__dtype": "bf16"}, "weights that train are fp32"),
         ("retrieval", "one", {"vision__trained": "true", "train__chunk": 2}, "frozen image encoder"),
         ("retrieval", "one", {"vision__trained": "true", "data__features": "x"}, "has no fixed features"),
