@@ -60,9 +60,9 @@ def require_room(language: Language, prompt: str, queries: int, new: int, contex
     room = room_for_prompt(language, context, queries, new)
     if room is not None and length > room:
         raise UserError(
-            f"text {prompt[:40]!r}... takes {length:,} tokens with its template, but only {max(room, 0)} fit beside the "
-            f"picture and {new} new tokens: the language model has a context of {context:,}; give a shorter text, or "
-            "ask for fewer new tokens"
+            f"text {prompt[:40]!r}... takes {length:,} tokens with its template, but only {max(room, 0)} fit beside "
+            f"the picture and {new} new tokens: the language model has a context of {context:,}; give a shorter text, "
+            "or ask for fewer new tokens"
         )
     return length
 
