@@ -88,6 +88,15 @@ def qformer_without_question(folder: Path) -> None:
     assert tensors == {"query_embeds", "encoder_hidden_states", "encoder_attention_mask"}
 
 
+def prompt_in_the_qformer(folder: Path) -> None:
+    model: Any = hf.InstructBlipForConditionalGeneration.from_pretrained(tiny_blip2.instructed("opt", folder / "opt"))
+    given, losses = asked(model), []
+    for words in ([2, 5, 3], [2, 6, 3]):
+        found = model(**given, qformer_input_ids=torch.tensor([words]), labels=given["input_ids"])
+        losses.append(float(found.loss.detach()))
+    assert losses[0] != losses[1]
+
+
 def adapters_and_bits(folder: Path) -> None:
     pytest.importorskip("peft")
     from peft import LoraConfig, inject_adapter_in_model
@@ -107,6 +116,7 @@ HELD: dict[str, Callable[[Path], None]] = {
     "language model": both_kinds_of_language_model,
     "fine-tuning for retrieval": scores_without_losses,
     "fine-tuning for VQA, the question in the Q-Former (paper, 4.3)": qformer_without_question,
+    "InstructBLIP: the Q-Former reads the prompt": prompt_in_the_qformer,
     "LoRA, 8 and 4 bits": adapters_and_bits,
 }
 

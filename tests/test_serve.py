@@ -240,7 +240,7 @@ def test_what_is_no_picture_is_refused(home: Path, client: TestClient, content: 
     [
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user", "content": "hello"}]}, 400, "no picture: send one"),
-        ({"n": 2}, 400, "does not support 'n'"),
+        ({"presence_penalty": 0.5}, 400, "does not support 'presence_penalty'"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"temperature": 9}, 400, "temperature"),
     ],

@@ -81,7 +81,7 @@ def test_a_folder_without_pictures_is_one_line(home: Home, tmp_path: Path) -> No
     (tmp_path / "a.txt").write_text("a")
     said = call("caption", home.stage2, tmp_path)
     assert said.code == 2
-    assert f"{tmp_path}: no pictures in this folder (.avif, " in said.err
+    assert f"{tmp_path}: no pictures in this folder (.apng, .avif, " in said.err
 
 
 # --- decoding

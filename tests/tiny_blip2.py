@@ -33,7 +33,30 @@ SEEDS = {"opt": 14, "gpt2": 7, "llama": 28, "t5": 19}
 
 def generator(kind: str, folder: Path) -> Path:
     """`Blip2ForConditionalGeneration` and its processor. kind: opt, gpt2, llama or t5."""
-    model = hf.Blip2ForConditionalGeneration(_config(_language(kind), text=False, image_token_index=IMAGE))
+    return _generator(kind, folder, hf.Blip2ForConditionalGeneration(_config(_language(kind), False, IMAGE)))
+
+
+def instructed(kind: str, folder: Path) -> Path:
+    """`InstructBlipForConditionalGeneration` and its processor with two tokenizers. kind: as for `generator`."""
+    config = hf.InstructBlipConfig(
+        vision_config=hf.InstructBlipVisionConfig(**_ENCODER),
+        qformer_config=hf.InstructBlipQFormerConfig(**_QFORMER, **_TEXT),
+        text_config=_language(kind),
+        num_query_tokens=tiny.Q,
+        image_token_index=IMAGE,
+    )
+    return _generator(kind, folder, hf.InstructBlipForConditionalGeneration(config), bert())
+
+
+def bert() -> Any:
+    """The Q-Former's tokenizer, with [DEC]."""
+    words: Any = hf.BertTokenizer(vocab={word: n for n, word in enumerate(BERT_WORDS)})
+    words.add_special_tokens({"bos_token": "[DEC]"})
+    assert len(words) == RETRIEVER_WORDS
+    return words
+
+
+def _generator(kind: str, folder: Path, model: Any, qformer_tokenizer: Any = None) -> Path:
     _redraw(model)
     language: Any = model.language_model
     std = 0.2 if kind == "t5" else STD  # T5 does not scale its attention: more of it, and float32 loses 5 digits
@@ -42,7 +65,7 @@ def generator(kind: str, folder: Path) -> Path:
         language.set_output_embeddings(tiny.redraw(nn.Linear(L, W, bias=False), seed=1))
     language.get_output_embeddings().weight.data[tiny_models.WORDS.index(END[kind])] *= 2  # some texts end early
     model.save_pretrained(folder)
-    made = processor(tokenizer(kind))
+    made = processor(tokenizer(kind), qformer_tokenizer)
     assert made.tokenizer.convert_tokens_to_ids("<image>") == IMAGE
     made.save_pretrained(folder)
     return folder
@@ -51,10 +74,7 @@ def generator(kind: str, folder: Path) -> Path:
 def retriever(folder: Path) -> Path:
     """`Blip2ForImageTextRetrieval`, whose Q-Former reads text, and its processor."""
     _redraw(hf.Blip2ForImageTextRetrieval(_config(None, text=True))).save_pretrained(folder)
-    bert: Any = hf.BertTokenizer(vocab={word: n for n, word in enumerate(BERT_WORDS)})
-    bert.add_special_tokens({"bos_token": "[DEC]"})
-    assert len(bert) == RETRIEVER_WORDS
-    processor(bert).save_pretrained(folder)
+    processor(bert()).save_pretrained(folder)
     return folder
 
 
@@ -81,13 +101,15 @@ def _redraw(model: Any) -> Any:
     return model
 
 
+_ENCODER: dict[str, Any] = {**named(width=V, layers=3, heads=2, ffn=40), "image_size": SIDE, "patch_size": PATCH}
+_QFORMER: dict[str, Any] = named(width=tiny.D, layers=tiny.LAYERS, heads=tiny.HEADS, ffn=tiny.FFN)
+_TEXT: dict[str, Any] = {"vocab_size": RETRIEVER_WORDS, "max_position_embeddings": POSITIONS}
+
+
 def _config(language: hf.PreTrainedConfig | None, text: bool, image_token_index: int | None = None) -> hf.Blip2Config:
-    vision: dict[str, Any] = named(width=V, layers=3, heads=2, ffn=40)
-    qformer: dict[str, Any] = named(width=tiny.D, layers=tiny.LAYERS, heads=tiny.HEADS, ffn=tiny.FFN)
-    if text:
-        qformer |= {"vocab_size": RETRIEVER_WORDS, "max_position_embeddings": POSITIONS}
+    qformer = _QFORMER | _TEXT if text else _QFORMER
     return hf.Blip2Config(
-        vision_config=hf.Blip2VisionConfig(**vision, image_size=SIDE, patch_size=PATCH),
+        vision_config=hf.Blip2VisionConfig(**_ENCODER),
         qformer_config=hf.Blip2QFormerConfig(**qformer, use_qformer_text_input=text),
         text_config=language,
         num_query_tokens=tiny.Q,
@@ -119,9 +141,11 @@ def _language(kind: str) -> hf.PreTrainedConfig:
     return hf.OPTConfig(**shared, **sizes, ffn_dim=INNER, word_embed_proj_dim=L, max_position_embeddings=50)
 
 
-def processor(words: Any) -> Any:
-    """transformers' processor around a tokenizer, to which it adds `<image>`."""
+def processor(words: Any, qformer_tokenizer: Any = None) -> Any:
+    """transformers' processor around a tokenizer, to which it adds `<image>`; InstructBLIP's if there are two."""
     pictures = hf.BlipImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)
     )
+    if qformer_tokenizer is not None:
+        return hf.InstructBlipProcessor(pictures, words, qformer_tokenizer, num_query_tokens=tiny.Q)
     return hf.Blip2Processor(pictures, words, num_query_tokens=tiny.Q)

@@ -211,6 +211,11 @@ class RunSettings:
         """Whether the Q-Former reads text, so that the run has its tokenizer."""
         return self.stage == "stage1" or self.qformer.question_in_qformer
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the Q-Former reads the language model's prompt, as InstructBLIP's does; after VQA, the question."""
+        return self.qformer.question_in_qformer and self.task == "pretraining"
+
 
 def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
     """The same settings with some changed, by dotted name; text values are read as their field's type.

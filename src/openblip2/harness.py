@@ -161,16 +161,23 @@ class OpenBlip2(lmms):
             kinds = ", ".join(type(one).__name__ for one in pictures[:3])
             raise UserError(f"it shows {len(pictures)} things ({kinds}); this model takes one picture or none")
         plain = _plain(words)
+        if self.captioner.settings.reads_prompts:
+            self.captioner.qformer_texts([self.form.replace("{}", plain)])
         return Asked(plain, self._prompt(plain), open_picture(pictures[0]) if pictures else None)
 
     def _prompt(self, words: str) -> str:
         return dialogue([], _plain(words), self.form, self.language.template, self.language.tokenizer)
 
+    def _read(self, asked: Asked) -> str:
+        """What a Q-Former that reads text reads of a request."""
+        as_written = self.captioner.settings.reads_prompts
+        return self.form.replace("{}", asked.words) if as_written else clean_question(asked.words)
+
     def _write(self, asked: Sequence[Asked], decoding: Decoding) -> list[str]:
         """One text for each request."""
         shown = [one for one in asked if one.picture is not None]
         others = [one.prompt for one in asked if one.picture is None]
-        read = [clean_question(one.words) for one in shown] if self.captioner.tokens else None
+        read = [self._read(one) for one in shown] if self.captioner.tokens else None
         pictures = [one.picture for one in shown if one.picture is not None]
         texts = iter(self.captioner.generate(pictures, [one.prompt for one in shown], decoding, read) if shown else ())
         with torch.inference_mode(), self._computing():
@@ -182,7 +189,7 @@ class OpenBlip2(lmms):
         """`[1, Q, L]`, or `[1, 0, L]` where there is no picture."""
         if asked.picture is None:
             return self._nothing()
-        read = [clean_question(asked.words)] if self.captioner.tokens else None
+        read = [self._read(asked)] if self.captioner.tokens else None
         return self.captioner.soft_prompt([asked.picture], read).to(self.device)
 
     def _nothing(self) -> Tensor:

@@ -210,7 +210,7 @@ def _captioner(name: str) -> str:
     checkpoint = read_checkpoint(name)
     if checkpoint.settings.stage == "stage1":
         raise UserError(f"--captioner {name} is a stage-1 run, which cannot write text; give a stage-2 run")
-    if checkpoint.settings.qformer.question_in_qformer:
+    if checkpoint.settings.qformer.question_in_qformer and not checkpoint.settings.reads_prompts:
         raise UserError(f"--captioner {name} answers questions, which its Q-Former reads; give a run for captions")
     return _of_checkpoint(checkpoint)
 

@@ -67,7 +67,9 @@ def score_answers(
         "prompt": captioner.settings.language.question,
         "metric": METRICS[metric],
         "lemmatised": lemmatised,
-        "question_cleaning": "lower case, most punctuation that is not between digits removed, at most 50 words",
+        "question_cleaning": "none"
+        if captioner.settings.reads_prompts
+        else "lower case, most punctuation that is not between digits removed, at most 50 words",
     }
     result.samples += [
         {"image": records[n].id, "question_id": question.id, "question": question.text, "answer": answer}

@@ -18,10 +18,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from openblip2.data.images import Picture, open_picture, to_pixels
-from openblip2.data.text import clean_caption, clean_question
+from openblip2.data.text import clean_caption
+from openblip2.data.tokens import question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
-from openblip2.inference.captioner import CAPTION, Captioner
+from openblip2.inference.captioner import ANSWER, CAPTION, Captioner
 from openblip2.inference.inputs import clean_texts
 from openblip2.inference.matcher import Matcher
 from openblip2.model.likelihood import word_scores
@@ -118,12 +119,11 @@ def _of_captioner(
     stage2, language = model.model, model.settings.language
     prompt, question = language.prompts[0], None
     if model.tokens is not None:
-        if text is None:
+        if text is None and not model.settings.reads_prompts:
             raise UserError("this run's Q-Former reads questions: give one as the text")
-        (asked,) = clean_texts([text], clean_question)
-        prompt, (tokens, valid) = language.question.replace("{}", asked), model.tokens([asked])
-        question = tokens.to(features.device), valid.to(features.device)
-        (text,) = model.ask(picture, [text])
+        (prompt,), asked = ([prompt], [prompt]) if text is None else model.read_questions([text])
+        question = question_tokens(model.tokens, asked, features.device)
+        (text,) = model.generate([picture], [prompt], CAPTION if text is None else ANSWER, asked)
     elif text is None:
         (text,) = model.generate([picture], [prompt], CAPTION)
     else:

@@ -13,20 +13,20 @@ from torch import Tensor
 from openblip2.compat import log
 from openblip2.config import RunSettings
 from openblip2.data.images import Picture
-from openblip2.data.text import clean_question
 from openblip2.data.tokens import QFormerTokens, question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.inputs import (
     GROUP,
-    clean_texts,
+    clean_questions,
     each_readable,
     features_of,
     require_pairs,
+    require_readable,
     warn_unknown,
 )
 from openblip2.inference.pretrained import Features, Pretrained
-from openblip2.inference.writing import Written, write_texts
+from openblip2.inference.writing import ROUNDS, Written, draw_texts, write_texts
 from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
@@ -35,7 +35,6 @@ CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short
 CHAT = replace(ANSWER, max_new_tokens=30)  # these three are the defaults of the command line, Python and the server
 SAMPLED = Decoding(beams=1, sample=True, seed=0)  # several captions of a picture
-ROUNDS = 5  # of draws, at most, until the captions of a picture differ
 
 
 class Captioner(Pretrained):
@@ -52,7 +51,7 @@ class Captioner(Pretrained):
         measured: Mapping[str, Any] | None = None,
         tokens: QFormerTokens | None = None,
     ) -> None:
-        """`tokens`: where the Q-Former reads questions (fine-tuned for VQA)."""
+        """`tokens`: where the Q-Former reads questions (fine-tuned for VQA) or prompts (InstructBLIP)."""
         super().__init__(model, settings, carries, measured, tokens.tokenizer if tokens else None)
         self.tokens = tokens
 
@@ -62,7 +61,11 @@ class Captioner(Pretrained):
         """One caption for each picture; None for a picture that cannot be opened, which a warning names.
 
         Args:
-            prompt: Text after the soft prompt; None = the one of training.
+            prompt: Text after the soft prompt, which the Q-Former of an InstructBLIP also reads; None = the one of
+                training.
+
+        Raises:
+            UserError: a prompt that is too long, or a run whose Q-Former reads questions.
         """
         prompt = self._prompt(prompt)
         return each_readable(images, lambda some, numbers: self.generate(some, [prompt] * len(some), decoding))
@@ -87,23 +90,11 @@ class Captioner(Pretrained):
         """
         if count > 1 and not decoding.sample:
             raise UserError(f"{count} captions of a picture have to be drawn: use Decoding(sample=True, beams=1)")
-        self._require_questions(images, None)
-        prompt, precision = self._prompt(prompt), self.settings.train.precision
-
-        def draw(some: Sequence[Picture], numbers: Sequence[int]) -> list[list[Written]]:
-            found = [dict[str, Written]() for _ in some]
-            for first in range(0, ROUNDS * count, count):
-                short = [n for n, own in enumerate(found) if len(own) < count]
-                seeds = [None if decoding.seed is None else decoding.seed + first + n for n in range(count)]
-                hows = [replace(decoding, seed=seed) for seed in seeds]
-                again = [some[n] for n in short]
-                drawn = write_texts(self.model, precision, again, [prompt] * len(again), hows, score=score)
-                for n, own in zip(short, drawn, strict=True):
-                    for one in own:
-                        found[n].setdefault(one.text, one)
-            return [list(own.values())[:count] for own in found]
-
-        found = each_readable(images, draw)
+        prompt, model, precision = self._prompt(prompt), self.model, self.settings.train.precision
+        self.qformer_texts([prompt])
+        found = each_readable(
+            images, lambda some, _: draw_texts(model, precision, some, prompt, count, decoding, self.tokens, score)
+        )
         if few := sum(own is not None and len(own) < count for own in found):
             few = f"{few} of {len(found)} pictures have"
             log.warning("%s fewer than %d different captions in %d draws", few, count, ROUNDS * count)
@@ -120,11 +111,11 @@ class Captioner(Pretrained):
             prompt: as in `caption`.
         """
         require_pairs(images, texts, "texts")
-        self._require_questions(images, None)
         prompt = self._prompt(prompt)
+        asked = self.qformer_texts([prompt] * len(images))
 
         def score(features: Tensor, numbers: Sequence[int]) -> Tensor:
-            soft = self.model.soft_prompt(features=features)
+            soft = self.model.soft_prompt(features=features, question=self._read(asked, numbers))
             return text_logprobs(self.model.language, soft, prompt, [texts[n] for n in numbers])
 
         return self._rows(images, score)
@@ -149,7 +140,7 @@ class Captioner(Pretrained):
         prompts, asked = self.read_questions(questions)
 
         def score(features: Tensor, numbers: Sequence[int]) -> Tensor:
-            read = self._read(None if asked is None else [asked[n] for n in numbers])
+            read = self._read(asked, numbers)
             soft, language = self.model.soft_prompt(features=features, question=read), self.model.language
             rows = [text_logprobs(language, soft[k, None], prompts[n], answers) for k, n in enumerate(numbers)]
             return torch.stack(rows).softmax(dim=1)
@@ -165,7 +156,7 @@ class Captioner(Pretrained):
         opened, which a warning names.
 
         Raises:
-            UserError: an empty question, one of more than 50 words, or not as many as pictures.
+            UserError: as `read_questions`, or not as many questions as pictures.
         """
         require_pairs(images, questions, "questions")
         prompts, asked = self.read_questions(questions)
@@ -176,18 +167,44 @@ class Captioner(Pretrained):
 
         return each_readable(images, write)
 
-    def read_questions(self, questions: Sequence[str]) -> tuple[list[str], list[str] | None]:
-        """Prompts that ask the questions, and the questions for a Q-Former that reads them, as `generate` takes them.
+    def read_questions(self, questions: Sequence[str], form: str | None = None) -> tuple[list[str], list[str] | None]:
+        """Prompts that ask the questions, and the texts for a Q-Former that reads some, as `generate` takes them.
+
+        Questions are cleaned, as in training for VQA. The Q-Former of an InstructBLIP reads the prompts as written.
+
+        Args:
+            questions: in words.
+            form: how a question is put, with `{}` for its words; None = the run's `language.question`.
 
         Raises:
-            UserError: an empty question, or one of more than 50 words.
+            UserError: an empty question, one of more than 50 words, or a prompt that is longer than the Q-Former reads.
         """
-        asked = clean_texts(questions, clean_question)
-        warn_unknown(
-            self.tokens.tokenizer if self.tokens else self.model.language.tokenizer, list(dict.fromkeys(asked))
-        )
-        form = self.settings.language.question
-        return [form.replace("{}", question) for question in asked], asked if self.tokens else None
+        asked = clean_questions(questions, self.settings.reads_prompts)
+        tokenizer = self.tokens.tokenizer if self.tokens else self.model.language.tokenizer
+        warn_unknown(tokenizer, list(dict.fromkeys(asked)))
+        form = self.settings.language.question if form is None else form
+        prompts = [form.replace("{}", question) for question in asked]
+        return prompts, self.qformer_texts(prompts, asked if self.tokens and not self.settings.reads_prompts else None)
+
+    def qformer_texts(self, prompts: Sequence[str], questions: Sequence[str] | None = None) -> list[str] | None:
+        """What the Q-Former reads with each picture: the questions, or the prompts of an InstructBLIP; None = nothing.
+
+        Raises:
+            UserError: no questions where they are read, some where they are not, or a prompt that is too long.
+        """
+        if questions is None and self.settings.reads_prompts:
+            questions = prompts
+        if (questions is None) != (self.tokens is None):
+            raise UserError(
+                "this run answers questions, which its Q-Former reads: give one with each picture, as for `answer`"
+                if questions is None
+                else f"this run's {self.settings.connector.name} reads no questions: give them in the prompts alone"
+            )
+        if questions is not None and self.tokens is not None:
+            require_pairs(prompts, questions, "questions")
+            if self.settings.reads_prompts:
+                require_readable(self.tokens, questions)
+        return None if questions is None else list(questions)
 
     def ask(self, image: Picture, questions: Sequence[str], decoding: Decoding = ANSWER) -> list[str]:
         """Answers to many questions about one picture, which is looked at once.
@@ -203,17 +220,17 @@ class Captioner(Pretrained):
 
         Args:
             images: N pictures.
-            texts: a question for each, where the Q-Former reads questions.
+            texts: a question for each, where the Q-Former reads questions; of an InstructBLIP a prompt for each, or
+                None = the one of captions.
 
         Returns:
             `queries [N, Q, D]` and, in `projected`, the soft prompt `[N, Q, L]`; on the CPU.
         """
-        asked = None if texts is None else clean_texts(texts, clean_question)
-        self._require_questions(images, asked)
+        asked = None if texts is None else clean_questions(texts, self.settings.reads_prompts)
+        asked = self.qformer_texts([self._prompt(None)] * len(images), asked)
 
         def read(features: Tensor, numbers: Sequence[int]) -> Tensor:
-            question = self._read(None if asked is None else [asked[n] for n in numbers])
-            queries = self.model.query_output(features=features, question=question)
+            queries = self.model.query_output(features=features, question=self._read(asked, numbers))
             return torch.cat([queries.float(), self.model.projection(queries).float()], dim=2)
 
         sizes = self.model.connector.width, self.model.language.width
@@ -222,7 +239,7 @@ class Captioner(Pretrained):
     def soft_prompt(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> Tensor:
         """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU.
 
-        `questions`: one for each picture, where the Q-Former reads them.
+        `questions`: as `texts` of `features`, but they are not cleaned.
         """
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             outputs = self._query_output(images, questions)
@@ -233,10 +250,10 @@ class Captioner(Pretrained):
     ) -> tuple[Tensor, Tensor]:
         """All that the language model reads for picture n and prompt n: `[N, T, L]` and mask `[N, T]`, on the CPU.
 
-        What another program needs to write the text with the language model alone.
+        What another program needs to write the text with the language model alone; `questions` as in `generate`.
         """
         require_pairs(images, prompts, "prompts")
-        soft = self.soft_prompt(images, questions).to(next(self.model.parameters()).device)
+        soft = self.soft_prompt(images, self.qformer_texts(prompts, questions)).to(next(self.model.parameters()).device)
         with torch.inference_mode():
             embeds, mask = self.model.language.embed(soft, prompts)
         return embeds.float().cpu(), mask.cpu()
@@ -252,40 +269,28 @@ class Captioner(Pretrained):
         """The language model's text for picture n after prompt n; see `writing.write_texts`.
 
         Args:
-            questions: one for each picture, where the Q-Former reads them.
+            questions: one for each picture, where the Q-Former reads them; None = the prompts, for an InstructBLIP.
             at_once: texts that are written together, where `inputs.group_of` is not 1.
 
         Raises:
             UserError: as `write_texts`; or no questions where they are read, or some where they are not.
         """
-        self._require_questions(images, questions)
-        asked = None if questions is None or self.tokens is None else (self.tokens, questions)
-        found = write_texts(self.model, self.settings.train.precision, images, prompts, [decoding], asked, at_once)
+        asked, precision = self.qformer_texts(prompts, questions), self.settings.train.precision
+        found = write_texts(self.model, precision, images, prompts, [decoding], self.tokens, asked, at_once)
         return [text for ((text, _),) in found]
 
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
-        self._require_questions(images, questions)
-        start = 0
+        asked, start = self.qformer_texts([self._prompt(None)] * len(images), questions), 0
         for part in features_of(self.model, images):
-            read = self._read(questions[start : start + len(part)] if questions else None)
-            yield self.model.query_output(features=part, question=read)
+            yield self.model.query_output(features=part, question=self._read(asked, range(start, start + len(part))))
             start += len(part)
 
     def _prompt(self, prompt: str | None) -> str:
         return self.settings.language.prompts[0] if prompt is None else prompt
 
-    def _read(self, questions: Sequence[str] | None) -> tuple[Tensor, Tensor] | None:
+    def _read(self, asked: Sequence[str] | None, numbers: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+        questions = None if asked is None else [asked[n] for n in numbers]
         return question_tokens(self.tokens, questions, self.model.projection.weight.device)
-
-    def _require_questions(self, images: Sequence[Picture], questions: Sequence[str] | None) -> None:
-        if (questions is None) != (self.tokens is None):
-            raise UserError(
-                "this run answers questions, which its Q-Former reads: give one with each picture, as for `answer`"
-                if questions is None
-                else f"this run's {self.settings.connector.name} reads no questions: give them in the prompts alone"
-            )
-        if questions is not None:
-            require_pairs(images, questions, "questions")
 
 
 def greedy(decoding: Decoding) -> Decoding:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from openblip2.data.images import Picture
-from openblip2.data.text import clean_question
 from openblip2.data.tokens import question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
@@ -80,7 +79,7 @@ class Chat:
     """A dialogue about one picture, which is encoded once, when the chat is made.
 
     A question is asked as it is written. `Captioner.answer` differs: it cleans questions, as the authors do for VQA. A
-    Q-Former that reads questions reads each one, cleaned.
+    Q-Former that reads questions reads each one without the turns before it: cleaned, or of an InstructBLIP as written.
 
     Args:
         captioner: a trained stage 2.
@@ -131,5 +130,6 @@ class Chat:
         """`[1, Q, L]`."""
         if self.soft is not None:
             return self.soft
-        tokens = question_tokens(self.captioner.tokens, [clean_question(question)], self.features.device)
+        _, asked = self.captioner.read_questions([question], self.dialogue.question)
+        tokens = question_tokens(self.captioner.tokens, asked, self.features.device)
         return self.captioner.model.soft_prompt(features=self.features, question=tokens)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from openblip2.compat import log
 from openblip2.data.images import Picture, open_picture, to_pixels
-from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS
-from openblip2.data.tokens import only_unknown
+from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, clean_question
+from openblip2.data.tokens import QFormerTokens, only_unknown
 from openblip2.errors import UserError
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -99,6 +99,23 @@ def clean_texts(texts: Sequence[str], clean: Callable[[str, int], str]) -> list[
         if len(cleaned) > MAX_CHARACTERS:
             raise UserError(f"text {text[:40]!r}... has {len(cleaned):,} characters: at most {MAX_CHARACTERS:,}")
     return found
+
+
+def clean_questions(questions: Sequence[str], as_written: bool = False) -> list[str]:
+    """Questions as in training for VQA; `as_written`, for an InstructBLIP: only outer white space is removed."""
+    if not as_written:
+        return clean_texts(questions, clean_question)
+    found = [question.strip() for question in questions]
+    if "" in found:
+        raise UserError("an empty question: ask something in words")
+    return found
+
+
+def require_readable(tokens: QFormerTokens, texts: Sequence[str]) -> None:
+    """Raises a `UserError` if the Q-Former cannot read these texts to their end."""
+    if long := tokens.too_long(texts):
+        begins, most = texts[long[0]][:40], tokens.longest
+        raise UserError(f"text {begins!r}... is too long: the Q-Former reads at most {most} tokens; shorten it")
 
 
 def warn_unknown(tokenizer: Any, texts: Sequence[str]) -> None:

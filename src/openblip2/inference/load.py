@@ -27,7 +27,7 @@ def load(
     """A trained model: a `Matcher` from stage 1, a `Captioner` from stage 2.
 
     Args:
-        source: a run of ours, a LAVIS `.pth`, or transformers' BLIP-2: a path, or a name on the hub.
+        source: a run of ours, a LAVIS `.pth`, or transformers' BLIP-2 or InstructBLIP: a path, or a name on the hub.
         device: "cpu", "cuda", ...; None = a GPU if there is one.
         precision: "auto", "bf16" or "fp32" instead of the run's own (`train.precision`).
         heads: attention heads of the Q-Former, which no LAVIS file tells; None = BERT's 12.

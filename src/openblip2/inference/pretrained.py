@@ -13,12 +13,11 @@ from torch import Tensor
 from openblip2 import hardware
 from openblip2.config import RunSettings, change
 from openblip2.data.images import Picture
-from openblip2.data.text import clean_question
 from openblip2.data.tokens import QFormerTokens
 from openblip2.errors import UserError, one_line
 from openblip2.evaluate.validation import effective_rank
 from openblip2.hardware import computing
-from openblip2.inference.inputs import clean_texts, each_readable, features_of, stacked
+from openblip2.inference.inputs import clean_questions, each_readable, features_of, stacked
 from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -75,7 +74,7 @@ class Pretrained(ABC):
     Args:
         carries: frozen parts ("vision", "language") that no name leads to: saving writes them along.
         measured: what the last validation found, for the model card.
-        tokenizer: the Q-Former's, of a stage 1.
+        tokenizer: the Q-Former's, where it reads text.
     """
 
     model_class: ClassVar[type[Stage1 | Stage2]]
@@ -118,7 +117,7 @@ class Pretrained(ABC):
         """
         if len(images) < 2:
             raise UserError(f"effective rank compares pictures: give at least two, not {len(images)}")
-        asked = None if questions is None else clean_texts(questions, clean_question)
+        asked = None if questions is None else clean_questions(questions, self.settings.reads_prompts)
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             outputs = [part.float().cpu() for part in self._query_output(images, asked)]
         return effective_rank(torch.cat(outputs))

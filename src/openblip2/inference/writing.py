@@ -6,6 +6,7 @@ Shapes: Q queries, L LLM width.
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from openblip2.model.context import require_room
 from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
+
+ROUNDS = 5  # of draws, at most, until the texts about a picture differ
 
 
 class Written(NamedTuple):
@@ -34,7 +37,8 @@ def write_texts(
     images: Sequence[Picture],
     prompts: Sequence[str],
     decodings: Sequence[Decoding],
-    asked: tuple[QFormerTokens, Sequence[str]] | None = None,
+    tokens: QFormerTokens | None = None,
+    questions: Sequence[str] | None = None,
     at_once: int = GROUP,
     score: bool = False,
 ) -> list[list[Written]]:
@@ -43,8 +47,9 @@ def write_texts(
     Args:
         images: a picture that repeats, by its path or as the same object of a list, goes through the encoder and the
             Q-Former once; and where prompts begin alike the language model reads it once, too.
-        asked: where the Q-Former reads questions, its tokenizer and one for each picture: then a picture that repeats
-            goes through the encoder once in each group, and through the Q-Former with each question.
+        tokens: where the Q-Former reads questions or prompts, its tokenizer.
+        questions: one for each picture, which it reads: then a picture that repeats goes through the encoder once in
+            each group, and through the Q-Former with each question.
         at_once: texts that are written together, where `inputs.group_of` is not 1.
         score: also the log-probabilities; all prompts must then be equal.
 
@@ -68,13 +73,12 @@ def write_texts(
             rows = order[start : start + at_once]
             here = {names[n]: n for n in rows}
             about = [list(here).index(names[n]) for n in rows]
-            if asked is None:
+            if questions is None:
                 unseen = [n for name, n in here.items() if name not in soft]
                 for features in features_of(model, [images[n] for n in unseen]):
                     soft |= zip((names[n] for n in unseen), model.soft_prompt(features=features), strict=True)
                 given = torch.stack([soft[name] for name in here])
             else:
-                tokens, questions = asked
                 features = torch.cat(list(features_of(model, [images[n] for n in here.values()])))
                 read = question_tokens(tokens, [questions[n] for n in rows], features.device)
                 given, about = model.soft_prompt(features=features[about], question=read), list(range(len(rows)))
@@ -88,3 +92,31 @@ def write_texts(
             left.subtract(names[n] for n in rows)
             soft = {name: one for name, one in soft.items() if left[name]}
     return found
+
+
+def draw_texts(
+    model: Stage2,
+    precision: str,
+    images: Sequence[Picture],
+    prompt: str,
+    count: int,
+    decoding: Decoding,
+    tokens: QFormerTokens | None = None,
+    score: bool = False,
+) -> list[list[Written]]:
+    """For each picture up to `count` different texts after one prompt, by draws with the seeds after `decoding.seed`.
+
+    Args:
+        tokens: where the Q-Former reads the prompt, too, its tokenizer.
+    """
+    found = [dict[str, Written]() for _ in images]
+    for first in range(0, ROUNDS * count, count):
+        short = [n for n, own in enumerate(found) if len(own) < count]
+        seeds = [None if decoding.seed is None else decoding.seed + first + n for n in range(count)]
+        hows, prompts = [replace(decoding, seed=seed) for seed in seeds], [prompt] * len(short)
+        again, read = [images[n] for n in short], None if tokens is None else prompts
+        drawn = write_texts(model, precision, again, prompts, hows, tokens, read, score=score)
+        for n, own in zip(short, drawn, strict=True):
+            for one in own:
+                found[n].setdefault(one.text, one)
+    return [list(own.values())[:count] for own in found]

@@ -45,11 +45,13 @@ def bert_tokenizer(start: str, vocabulary: int | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer, words = _load(AutoTokenizer, start), (vocabulary or bert_sizes(start)["vocabulary"]) - 1
+    # The published InstructBLIP's tokenizer has [DEC] itself; those of our runs leave its row to the Q-Former.
+    tokenizer, words = _load(AutoTokenizer, start), vocabulary or bert_sizes(start)["vocabulary"] - 1
     if not words // 2 <= len(tokenizer) <= words:  # transformers makes an almost empty one where its files are missing
+        what = "qformer.start" if vocabulary is None else "Q-Former tokenizer"
         raise UserError(
-            f"qformer.start {start!r}: its tokenizer has {len(tokenizer)} tokens and the model {words}: are the "
-            "tokenizer's files there?"
+            f"{what} {start!r}: its tokenizer has {len(tokenizer)} tokens and the model {words}: are the tokenizer's "
+            "files there?"
         )
     return tokenizer
 

@@ -61,7 +61,8 @@ def require_room(language: Language, prompt: str, queries: int, new: int, contex
     if room is not None and length > room:
         raise UserError(
             f"text {prompt[:40]!r}... takes {length:,} tokens with its template, but only {max(room, 0)} fit beside "
-            f"the picture and {new} new tokens: the language model has a context of {context:,}; give a shorter text"
+            f"the picture and {new} new tokens: the language model has a context of {context:,}; give a shorter text, "
+            "or ask for fewer new tokens"
         )
     return length
 

@@ -92,7 +92,7 @@ def _load_encoder(name: str, source: str, dtype: torch.dtype, revision: str | No
 
 def _vision_config(name: str, source: str, revision: str | None) -> tuple[Any, bool]:
     """The configuration of the vision part, and whether it is part of a larger model."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, Blip2VisionConfig
 
     from openblip2.model import encoders
 
@@ -108,6 +108,8 @@ def _vision_config(name: str, source: str, revision: str | None) -> tuple[Any, b
         ) from error
     part_of_larger = "vision_config" in config.sub_configs
     config = config.vision_config if part_of_larger else config
+    if config.model_type == "instructblip_vision_model":  # the same encoder by another name, which AutoModel lacks
+        config = Blip2VisionConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
     if not {"image_size", "patch_size", "num_hidden_layers"} <= config.to_dict().keys():
         raise UserError(f"image encoder {name!r} is a {config.model_type!r}: it needs a vision transformer")
     return config, part_of_larger

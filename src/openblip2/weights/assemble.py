@@ -118,7 +118,7 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
             return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name}: no tokenizer ({one_line(error)}): give the one that stage 1 was trained with as tokenizer="
+            f"{name}: no tokenizer ({one_line(error)}): give the one that the Q-Former was trained with as tokenizer="
         ) from error
 
 

@@ -107,22 +107,24 @@ def usage(stage: str, source: str) -> str:
     return f'import openblip2\n\nmodel = openblip2.load("{source}")\n{use}'
 
 
-def transformers_usage(stage: str, source: str) -> str:
+def transformers_usage(settings: RunSettings, source: str) -> str:
     """Python that loads an export with transformers alone."""
-    kind = "Blip2ForConditionalGeneration" if stage == "stage2" else "Blip2ForImageTextRetrieval"
+    stage2, family = settings.stage == "stage2", "InstructBlip" if settings.qformer.question_in_qformer else "Blip2"
+    kind = f"{family}ForConditionalGeneration" if stage2 else "Blip2ForImageTextRetrieval"
+    prompt = "a photo of" if family == "Blip2" else "What is in the picture?"
     use = (
-        'seen = processor(images=Image.open("photo.jpg"), text="a photo of", return_tensors="pt")\n'
+        f'seen = processor(images=Image.open("photo.jpg"), text="{prompt}", return_tensors="pt")\n'
         "print(processor.batch_decode(model.generate(**seen), skip_special_tokens=True))"
-        if stage == "stage2"
+        if stage2
         else 'seen = processor(images=Image.open("photo.jpg"), text="a dog", return_tensors="pt")\n'
         "print(model(**seen).logits_per_image)  # the cosine; use_image_text_matching_head=True for matching"
     )
     lines = [
         "from PIL import Image",
-        f"from transformers import {kind}, Blip2Processor",
+        f"from transformers import {kind}, {family}Processor",
         "",
         f'model = {kind}.from_pretrained("{source}")',
-        f'processor = Blip2Processor.from_pretrained("{source}", backend="pil")',
+        f'processor = {family}Processor.from_pretrained("{source}", backend="pil")',
         use,
     ]
     return "\n".join(lines)

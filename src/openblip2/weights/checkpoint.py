@@ -56,7 +56,7 @@ class Checkpoint:
         tower: a ready image encoder from the same file; None = `settings.vision.name`.
         whitening: of the image features, if the source was trained with one.
         parts: what the user handed in.
-        tokenizer: the Q-Former's, a folder or a name; stage 1 alone has one.
+        tokenizer: the Q-Former's, a folder or a name, where it reads text.
         carries: frozen parts that the source holds itself ("vision", "language"): a copy must hold them, too.
         measured: what the last validation of a run found, by name.
         left_out: one line for each thing in the source that is not used.

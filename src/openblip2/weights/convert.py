@@ -69,7 +69,7 @@ def convert(
     checkpoint = read_checkpoint(source, parts, revision)
     if (connector := checkpoint.settings.connector.name) != "qformer" and to in ("hf", "lavis"):
         raise UserError(f"{source}: its connector is {connector!r}, --to {to} has a place for the Q-Former alone")
-    if checkpoint.settings.qformer.question_in_qformer and to != "openblip2":
+    if checkpoint.settings.qformer.question_in_qformer and to not in ("openblip2", "hf"):
         raise UserError(f"{source}: its Q-Former reads questions, for which --to {to} has no place")
     with locked(out.parent, f".{out.name}.lock"):
         return _write(checkpoint, out, to)
@@ -103,7 +103,7 @@ def _to_openblip2(checkpoint: Checkpoint, out: Path) -> list[str]:
         language, settings = _stored_language(checkpoint, settings)
     elif isinstance(checkpoint.parts.language, str):
         settings = replace(settings, language=replace(settings.language, name=checkpoint.parts.language))
-    if settings.stage == "stage1":
+    if settings.reads_text:
         tokenizer = find_tokenizer(checkpoint)
     with fresh_folder(out, overwrite=True) as folder:
         whitening = checkpoint.whitening
@@ -117,16 +117,18 @@ def _to_openblip2(checkpoint: Checkpoint, out: Path) -> list[str]:
 def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     settings = _stored(checkpoint.settings)
     vision, settings = _stored_vision(checkpoint, settings)
-    language = tokenizer = None
-    if settings.stage == "stage1":
-        tokenizer = find_tokenizer(checkpoint)
-    else:
+    language, reads_question = None, settings.qformer.question_in_qformer
+    tokenizer = find_tokenizer(checkpoint) if settings.reads_text else None
+    if settings.stage == "stage2":
         language, settings = _stored_language(checkpoint, settings)
     if not has_home(vision) or (language is not None and not fits_projection(language)):
+        why = "its Q-Former reads questions, and " * reads_question
+        family = "InstructBLIP" if reads_question else "BLIP-2"
+        others = f", or take --to onnx{' or --to projected' * (language is not None)}" * (not reads_question)
         raise UserError(
-            f"transformers' BLIP-2 cannot store the image encoder {vision.kind!r}"
+            f"{why}transformers' {family} cannot store the image encoder {vision.kind!r}"
             f"{' with whitening' * settings.vision.whiten}, or the width of the language model: openblip2 can "
-            f"serve it, or take --to onnx{' or --to projected' * (language is not None)}"
+            f"serve it{others}"
         )
     with fresh_folder(out, overwrite=True) as folder:
         checkpoint = replace(checkpoint, settings=settings)
@@ -258,7 +260,7 @@ def _write_card(
     library: Literal["openblip2", "transformers"] = "openblip2",
 ) -> None:
     count = sum(tensor.numel() for tensor in checkpoint.trained.values())
-    use = (usage if library == "openblip2" else transformers_usage)(settings.stage, out.name)
+    use = usage(settings.stage, out.name) if library == "openblip2" else transformers_usage(settings, out.name)
     card = model_card(settings, count, checkpoint.measured, use, tuple(notes), carries, library)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

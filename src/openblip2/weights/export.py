@@ -1,4 +1,4 @@
-"""Writing transformers' BLIP-2, as transformers and vLLM load it.
+"""Writing transformers' BLIP-2, as transformers and vLLM load it; InstructBLIP, where the Q-Former reads the prompt.
 
 Such a folder holds the frozen parts, too. It has no temperature and no head of ITG, and only one kind of image encoder.
 """
@@ -14,7 +14,7 @@ from openblip2.model.language import LanguageModel
 from openblip2.model.template import resolve_template
 from openblip2.model.vision import FrozenVision
 from openblip2.weights.checkpoint import Checkpoint
-from openblip2.weights.huggingface import FRAME, FRAMED, HF, IMAGE_TOKEN, OURS, usual_template
+from openblip2.weights.huggingface import FRAME, FRAMED, HF, IMAGE_TOKEN, INSTRUCTBLIP, OURS, usual_template
 from openblip2.weights.names import rename
 
 
@@ -36,10 +36,11 @@ def write_huggingface(
     Args:
         vision: an encoder that `has_home`.
         language: of stage 2.
-        tokenizer: of stage 1. In the dtypes to be written.
+        tokenizer: of a Q-Former that reads text. In the dtypes to be written.
     """
-    from transformers import Blip2Processor, BlipImageProcessorPil
+    from transformers import Blip2Processor, BlipImageProcessorPil, InstructBlipProcessor
 
+    instructed = checkpoint.settings.qformer.question_in_qformer
     with quiet_transformers():
         notes = _fit_encoder(checkpoint, vision)
         words = tokenizer if language is None else language.tokenizer
@@ -52,7 +53,7 @@ def write_huggingface(
             notes += _fit_language(language, image_token)
             model = _generation(checkpoint, vision, language, image_token)
         model.vision_model = vision.encoder
-        names, _ = rename(checkpoint.trained, OURS, HF)
+        names, _ = rename(checkpoint.trained, OURS, INSTRUCTBLIP if instructed else HF)
         for theirs, ours in names.items():
             module, _, last = theirs.rpartition(".")
             weight = nn.Parameter(checkpoint.trained[ours].detach(), requires_grad=False)
@@ -62,7 +63,9 @@ def write_huggingface(
         pictures = BlipImageProcessorPil(size=side, image_mean=list(vision.mean), image_std=list(vision.std))
         pictures.save_pretrained(out)  # preprocessor_config.json, which older readers look for
         queries = checkpoint.settings.qformer.queries
-        Blip2Processor(pictures, words, num_query_tokens=queries).save_pretrained(out)
+        processor: Any = InstructBlipProcessor if instructed else Blip2Processor
+        tokenizers = (words, tokenizer) if instructed else (words,)
+        processor(pictures, *tokenizers, num_query_tokens=queries).save_pretrained(out)
     return notes
 
 
@@ -101,10 +104,12 @@ def _fit_language(language: LanguageModel, image_token: int) -> list[str]:
 
 def _shared(checkpoint: Checkpoint, vision: FrozenVision, reads_text: bool) -> dict[str, Any]:
     """What the configurations of both classes begin with."""
-    from transformers import Blip2QFormerConfig
+    from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 
+    instructed = checkpoint.settings.qformer.question_in_qformer
+    kind: Any = InstructBlipQFormerConfig if instructed else Blip2QFormerConfig
     sizes, settings = checkpoint.sizes, checkpoint.settings.qformer
-    qformer = Blip2QFormerConfig(
+    qformer = kind(
         vocab_size=sizes["vocabulary"] or 30522,
         hidden_size=sizes["width"],
         num_hidden_layers=sizes["layers"],
@@ -115,10 +120,12 @@ def _shared(checkpoint: Checkpoint, vision: FrozenVision, reads_text: bool) -> d
         hidden_dropout_prob=settings.dropout,
         attention_probs_dropout_prob=settings.dropout,
         encoder_hidden_size=vision.width,
-        use_qformer_text_input=reads_text,
+        **({} if instructed else {"use_qformer_text_input": reads_text}),
     )
+    encoder = vision.encoder.config.to_dict()
+    del encoder["model_type"]  # InstructBLIP has another name for it
     return {
-        "vision_config": vision.encoder.config.to_dict(),
+        "vision_config": encoder,
         "qformer_config": qformer.to_dict(),
         "num_query_tokens": settings.queries,
     }
@@ -137,19 +144,28 @@ def _retrieval(checkpoint: Checkpoint, vision: FrozenVision, image_token: int) -
 
 
 def _generation(checkpoint: Checkpoint, vision: FrozenVision, language: LanguageModel, image_token: int) -> Any:
-    from transformers import Blip2Config, Blip2ForConditionalGeneration, GenerationConfig
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        GenerationConfig,
+        InstructBlipConfig,
+        InstructBlipForConditionalGeneration,
+    )
 
-    llm, tokenizer = language.llm, language.tokenizer
+    llm, tokenizer, settings = language.llm, language.tokenizer, checkpoint.settings
+    instructed = settings.qformer.question_in_qformer
     llm.config.architectures = [type(llm).__name__]  # vLLM reads it; transformers leaves it out by itself
-    config: Any = Blip2Config(
+    config: Any = (InstructBlipConfig if instructed else Blip2Config)(
         **_shared(checkpoint, vision, reads_text=False),
         text_config=llm.config.to_dict(),
         image_token_index=image_token,
     )
-    frame = {name: getattr(checkpoint.settings.language, name) for name in FRAMED}
-    setattr(config, FRAME, frame | {"template": language.template})
+    frame = {name: getattr(settings.language, name) for name in FRAMED} | {"template": language.template}
+    if instructed:
+        frame["task"] = settings.task  # after VQA it reads the question, else the prompt
+    setattr(config, FRAME, frame)
     with torch.device("meta"):
-        model: Any = Blip2ForConditionalGeneration(config)
+        model: Any = (InstructBlipForConditionalGeneration if instructed else Blip2ForConditionalGeneration)(config)
     model.language_model = llm
     # `generate` begins and ends there as it does here.
     model.generation_config = GenerationConfig.from_model_config(llm.config)

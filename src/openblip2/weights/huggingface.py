@@ -1,6 +1,7 @@
 """Reading transformers' BLIP-2: `Blip2ForImageTextRetrieval` (stage 1), `Blip2ForConditionalGeneration` (stage 2).
 
-Such a folder holds the frozen parts, too: `load_vision` and `load_language` read them out of it by its name. It has no
+And `InstructBlipForConditionalGeneration` (Dai et al., 2023), a stage 2 whose Q-Former reads the prompt, too. Such a
+folder holds the frozen parts, too: `load_vision` and `load_language` read them out of it by its name. It has no
 temperature and no head of ITG, so training of stage 1 cannot go on from it.
 """
 
@@ -16,20 +17,26 @@ from torch import Tensor
 from openblip2.compat import quiet_transformers
 from openblip2.config import LanguageSettings, QFormerSettings, RunSettings, VisionSettings
 from openblip2.errors import UserError, one_line
+from openblip2.model.bert import bert_tokenizer
 from openblip2.model.qformer import NORM_EPS
 from openblip2.runs import read_json
 from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_of, sizes_of
 from openblip2.weights.names import column, rename
 
-OURS, HF = column("openblip2"), column("hf")
+OURS, HF, INSTRUCTBLIP = column("openblip2"), column("hf"), column("instructblip")
 GENERATION, RETRIEVAL = "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
+INSTRUCTED = "InstructBlipForConditionalGeneration"
 IMAGE_TOKEN = "<image>"
 FRAME = "openblip2"  # the key of config.json under which an export keeps what stands around the soft prompt
 FRAMED = ("template", "end", "prompts", "question")
+# Of an InstructBLIP: the paper's prompt for NoCaps and Flickr30K; a question is asked as it is written.
+INSTRUCTIONS = {"prompts": ("A short image description:",), "question": "{}"}
+QFORMER_TOKENIZER = "qformer_tokenizer"  # the subfolder of an InstructBLIP's second tokenizer
 
 # What is in such a folder and not used, and why.
 LEFT_OUT = {
     "embeddings.position_ids": "a buffer: 0, 1, 2, ...",
+    "qformer.embeddings.position_ids": "a buffer: 0, 1, 2, ...",
 }
 
 
@@ -38,15 +45,18 @@ def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
 
     Raises:
         UserError: another architecture, a missing or damaged file, a key that is not known or missing, a setting that
-            the Q-Former cannot have, a tokenizer without `<image>`.
+            the Q-Former cannot have, another number of visual tokens than of queries, a tokenizer without `<image>`,
+            an InstructBLIP without the Q-Former's tokenizer.
     """
     config = read_json(folder / "config.json")
     kind = (config.get("architectures") or [None])[0]
-    if kind not in (GENERATION, RETRIEVAL):
-        raise UserError(f"{folder / 'config.json'}: architectures is {kind!r}: it must be {GENERATION} or {RETRIEVAL}")
-    files = read_files(folder)
-    names, others = rename((name for name in files if name not in LEFT_OUT), HF, OURS)
-    frozen = ("vision_model.", "language_model.") if kind == GENERATION else ("vision_model.",)
+    if kind not in (GENERATION, RETRIEVAL, INSTRUCTED):
+        raise UserError(
+            f"{folder / 'config.json'}: architectures is {kind!r}: it must be {GENERATION}, {RETRIEVAL} or {INSTRUCTED}"
+        )
+    files, theirs_column = read_files(folder), INSTRUCTBLIP if kind == INSTRUCTED else HF
+    names, others = rename((name for name in files if name not in LEFT_OUT), theirs_column, OURS)
+    frozen = ("vision_model.",) if kind == RETRIEVAL else ("vision_model.", "language_model.")
     if unknown := [name for name in others if not name.startswith(frozen)]:
         raise UserError(f"{folder}: {len(unknown)} keys are not of a {kind}: {listed(unknown)}")
     _require_tower(folder, config, {name for name in others if name.startswith("vision_model.")})
@@ -60,16 +70,23 @@ def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
     heads = _heads(qformer, parts.heads, folder)
     settings = settings_of(trained, _settings(folder, name, config, kind), str(folder))
     sizes = sizes_of(trained, heads, str(folder))
-    require_whole(trained, settings, sizes, str(folder), HF)
-    if kind == GENERATION:
-        _require_image_token(folder)
+    require_whole(trained, settings, sizes, str(folder), theirs_column)
+    _require_queries(folder, config, settings.qformer.queries)
+    tokenizer = str(folder) if kind == RETRIEVAL else None
+    if kind != RETRIEVAL:
+        _require_image_token(folder, "InstructBlipProcessor" if kind == INSTRUCTED else "Blip2Processor")
+    if kind == INSTRUCTED:
+        settings = replace(settings, data=replace(settings.data, max_tokens=sizes["positions"]))
+        tokenizer = str(folder / QFORMER_TOKENIZER)
+        if parts.tokenizer is None:
+            _require_qformer_tokenizer(folder, sizes["vocabulary"])
     return Checkpoint(
         source=str(folder),
         settings=settings,
         sizes=sizes,
         trained=trained,
         parts=parts,
-        tokenizer=str(folder) if kind == RETRIEVAL else None,
+        tokenizer=tokenizer,
         carries=frozenset({"vision"} if kind == RETRIEVAL else {"vision", "language"}),
         left_out=tuple(left_out),
     )
@@ -125,9 +142,11 @@ def _settings(folder: Path, name: str, config: Mapping[str, Any], kind: str) -> 
     if kind == RETRIEVAL:
         return settings
     language = _language(folder, name)
-    if FRAME in config:  # an export of ours
-        language = _from_frame(language, config[FRAME], folder)
-    return replace(settings, stage="stage2", language=language)
+    if kind == INSTRUCTED:
+        language = replace(language, **INSTRUCTIONS)
+        settings = replace(settings, qformer=replace(settings.qformer, question_in_qformer=True))
+    settings = replace(settings, stage="stage2", language=language)
+    return _from_frame(settings, config[FRAME], folder) if FRAME in config else settings  # an export of ours
 
 
 def _tower_config(config: Mapping[str, Any]) -> Any:
@@ -165,12 +184,14 @@ def usual_template(tokenizer: Any) -> str:
     return "{image}{bos}{prompt}" if begins else "{image}{prompt}"
 
 
-def _from_frame(language: LanguageSettings, frame: Any, folder: Path) -> LanguageSettings:
-    """The settings with what an export of ours wrote into `config.json` about prompts put over them."""
-    if not isinstance(frame, dict) or not frame.keys() <= set(FRAMED):
-        raise UserError(f"{folder / 'config.json'}: {FRAME} must name some of {', '.join(FRAMED)}")
+def _from_frame(settings: RunSettings, frame: Any, folder: Path) -> RunSettings:
+    """The settings with what an export of ours wrote into `config.json` about prompts and the task put over them."""
+    if not isinstance(frame, dict) or not frame.keys() <= {*FRAMED, "task"}:
+        raise UserError(f"{folder / 'config.json'}: {FRAME} must name some of {', '.join(FRAMED)}, task")
+    words = {name: value for name, value in frame.items() if name != "task"}
     try:
-        return replace(language, **frame)
+        language = replace(settings.language, **words)
+        return replace(settings, language=language, task=frame.get("task", settings.task))
     except ValueError as error:
         raise UserError(f"{folder / 'config.json'}: {FRAME} does not fit: {one_line(error)}") from error
 
@@ -192,12 +213,32 @@ def _tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from error
 
 
-def _require_image_token(folder: Path) -> None:
+def _require_image_token(folder: Path, processor: str) -> None:
     if IMAGE_TOKEN not in _tokenizer(folder).get_vocab():
         raise UserError(
             f"{folder / 'tokenizer.json'}: no token {IMAGE_TOKEN!r} in it, where pictures go: save the folder again "
-            "with a Blip2Processor, which adds it"
+            f"with the {processor}, which adds it"
         )
+
+
+def _require_queries(folder: Path, config: Mapping[str, Any], queries: int) -> None:
+    """Checks that as many tokens as there are queries stand for a picture in a prompt."""
+    told = {"config.json": config.get("num_query_tokens", 32)}  # transformers writes what differs from its defaults
+    if (path := folder / "processor_config.json").is_file():
+        told[path.name] = read_json(path).get("num_query_tokens")
+    for file, count in told.items():
+        if count not in (None, queries):
+            raise UserError(f"{folder / file}: num_query_tokens is {count}, but query_tokens has {queries} queries")
+
+
+def _require_qformer_tokenizer(folder: Path, vocabulary: int) -> None:
+    where = folder / QFORMER_TOKENIZER
+    if not any((where / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
+        raise UserError(
+            f"{folder}: no {QFORMER_TOKENIZER}/ with a tokenizer in it, by which the Q-Former of an InstructBLIP reads "
+            "the prompt: save the folder again with an InstructBlipProcessor, or name one with tokenizer="
+        )
+    bert_tokenizer(str(where), vocabulary)
 
 
 def _heads(qformer: Mapping[str, Any], heads: int | None, folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""The same weight by three names: ours, the authors' (LAVIS) and transformers'. One table, read in every direction.
+"""The same weight by its names: ours, the authors' (LAVIS), transformers'. One table, read in every direction.
 
 A row names a module or a single parameter; what follows a module's name (`.weight`, `.bias`) is the same everywhere.
 `{n}` is the number of a layer. `None`: the format has no such thing.
@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
-Format = Literal["openblip2", "lavis", "hf"]
+Format = Literal["openblip2", "lavis", "hf", "instructblip"]
 
-_COLUMNS: dict[str, int] = {"openblip2": 0, "lavis": 1, "hf": 2}
+_COLUMNS: dict[str, int] = {"openblip2": 0, "lavis": 1, "hf": 2, "instructblip": 3}
 
 _LAYER = ("qformer.layers.{n}.", "Qformer.bert.encoder.layer.{n}.", "qformer.encoder.layer.{n}.")
 _IN_LAYER = [
@@ -32,8 +32,15 @@ _IN_LAYER = [
     ("text_ffn.norm", "output.LayerNorm", "output.LayerNorm"),
 ]
 
-# The trained parts of both stages.
-TRAINED: list[tuple[str | None, ...]] = [
+# InstructBLIP of transformers has the names of its BLIP-2, but for these.
+_INSTRUCTBLIP = {
+    "qformer.word_embeddings": "qformer.embeddings.word_embeddings",
+    "qformer.positions": "qformer.embeddings.position_embeddings",
+    "qformer.norm": "qformer.embeddings.layernorm",
+}
+
+# The trained parts of both stages; the column of InstructBLIP is added below.
+_TRAINED: list[tuple[str | None, ...]] = [
     ("qformer.queries", "query_tokens", "query_tokens"),
     ("qformer.image_norm", "ln_vision", "vision_model.post_layernorm"),
     ("qformer.word_embeddings", "Qformer.bert.embeddings.word_embeddings", "embeddings.word_embeddings"),
@@ -52,6 +59,7 @@ TRAINED: list[tuple[str | None, ...]] = [
     ("projection", "opt_proj", "language_projection"),
     ("projection", "t5_proj", "language_projection"),
 ]
+TRAINED = [(*row, _INSTRUCTBLIP.get(str(row[0]), row[2])) for row in _TRAINED]
 
 # The image encoder EVA-CLIP ViT-g: LAVIS' `visual_encoder.` and transformers' `Blip2VisionModel`. Both are frozen
 # parts to us, in transformers' names. The bias of qkv is not here: LAVIS keeps its two parts apart (lavis.py).

@@ -10,14 +10,14 @@ from openblip2.weights.huggingface import read_huggingface
 from openblip2.weights.lavis import read_lavis
 from openblip2.weights.run import read_run
 
-KINDS = "a run of ours, a LAVIS .pth file, or a folder or hub name of transformers' BLIP-2"
+KINDS = "a run of ours, a LAVIS .pth file, or a folder or hub name of transformers' BLIP-2 or InstructBLIP"
 LAVIS_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # What may come from a hub: JSON, tokenizers, safetensors. No pickles, no code.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jsonl"]
 
 
 def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: str | None = None) -> Checkpoint:
-    """Reads a run of ours, a LAVIS `.pth`, or transformers' BLIP-2, from a path or by its hub name.
+    """Reads a run of ours, a LAVIS `.pth`, or transformers' BLIP-2 or InstructBLIP, from a path or by its hub name.
 
     Args:
         parts: frozen parts instead of those that the source names.
@@ -42,7 +42,7 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
     if isinstance(config, dict) and {"settings", "sizes"} <= config.keys():
         return read_run(folder, parts)
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind == "blip-2":
+    if kind in ("blip-2", "instructblip"):
         # A name stays good on another machine; of a revision only the folder is known.
         return read_huggingface(folder, str(folder if path.is_dir() or revision else source), parts)
     raise UserError(

@@ -16,13 +16,12 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from openblip2.apps.search.find import ImageSearch
 from openblip2.apps.serve.jobs import Call, Job, Served, Write, Written
 from openblip2.data.images import PictureFile, open_picture
-from openblip2.data.text import clean_question
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.attend import By, look, overlay
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.chat import DialoguePrompt
-from openblip2.inference.inputs import clean_texts, group_of
+from openblip2.inference.inputs import group_of
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.context import require_room
@@ -117,24 +116,23 @@ class Engine:
         return results
 
     def _inputs(self, job: Write) -> tuple[PictureFile, str, str]:
-        """The picture, the prompt of the language model, and the question for a Q-Former that reads questions."""
+        """The picture, the prompt of the language model, and the text for a Q-Former that reads some."""
         picture, captioner = _opened(job.picture), self.captioner
-        reads_questions = captioner.tokens is not None
         if job.question is None:
-            if reads_questions:
+            if captioner.tokens is not None and not captioner.settings.reads_prompts:
                 raise UserError("this model answers questions: ask one")
             prompt = captioner.settings.language.prompts[0] if job.prompt is None else job.prompt
             self._require_room(prompt, job)
-            return picture, prompt, ""
-        question = ""
-        if job.plain or reads_questions:
-            (question,) = clean_texts([job.question], clean_question)
+            read = captioner.qformer_texts([prompt])
+            return picture, prompt, read[0] if read else ""
+        prompt, read = "", None
+        if job.plain or captioner.tokens is not None:
+            (prompt,), read = captioner.read_questions([job.question])
         if job.plain:
-            prompt = captioner.settings.language.question.replace("{}", question)
             self._require_room(prompt, job)
         else:
             prompt = self.dialogue.write(job.turns, job.question, job.decoding.max_new_tokens)
-        return picture, prompt, question if reads_questions else ""
+        return picture, prompt, read[0] if read else ""
 
     def _require_room(self, prompt: str, job: Write) -> None:
         model = self.captioner.model
