@@ -10,7 +10,7 @@ import pytest
 import tiny_runs
 from openblip2.apps.studies import trial, web
 from openblip2.apps.studies.ablations import ablate
-from openblip2.apps.studies.design import Plan
+from openblip2.apps.studies.study import Plan
 from openblip2.capfilt.pool import How
 from openblip2.config import change
 from openblip2.data.records import Record

@@ -14,7 +14,8 @@ import tiny_runs
 from openblip2 import cli
 from openblip2.apps.studies import trial
 from openblip2.apps.studies.ablations import ablate, can_plot, figure, in_words, judge, plot
-from openblip2.apps.studies.design import GAP, LOSS, OTHER, STUDIES, Claim, Plan, sentence, study_of
+from openblip2.apps.studies.design import STUDIES, study_of
+from openblip2.apps.studies.study import GAP, LOSS, OTHER, Claim, Plan, sentence
 from openblip2.apps.studies.trial import Trial
 from openblip2.config import change, from_dict
 from openblip2.errors import UserError
@@ -130,6 +131,16 @@ def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -
     assert len({round(value, 4) for value in values[LOSS]}) > 1
 
 
+SLUGS = {
+    "Q-Former after stage 1": "q-former-after-stage-1",
+    "Q-Former without stage 1": "q-former-without-stage-1",
+    "perceiver resampler": "perceiver-resampler",
+    "MLP on all patches": "mlp-on-all-patches",
+    "MLP on pooled patches": "mlp-on-pooled-patches",
+    "C-Abstractor": "c-abstractor",
+}
+
+
 def test_an_objective_is_left_out(plan: Plan, tmp_path: Path) -> None:
     result = ablate("itg", tmp_path, plan, QUIET)
     rows = {}
@@ -157,6 +168,18 @@ def test_queries_and_encoders(plan: Plan, tmp_path: Path) -> None:
     differs = encoders["ways"]["EfficientNet-Lite0"]["differs"]
     assert set(differs["stage1"]) == set(differs["stage2"]) == {"vision.name", "vision.layer"}
     assert len(list((tmp_path / "encoder" / "features").iterdir())) == 2
+
+
+def test_connectors_have_equal_steps_and_tokens(plan: Plan, tmp_path: Path, trained: list[str]) -> None:
+    result = ablate("connector", tmp_path, replace(plan, values=(3,)), QUIET)
+    assert len(trained) == 1 + len(result["ways"]), "one run of stage 1, for the first way alone"
+    runs = {name: tmp_path / "seed-0" / f"stage2-{slug}" for name, slug in SLUGS.items()}
+    assert list(runs) == list(result["ways"])
+    steps = {settings_in(run).train.steps for run in runs.values()}
+    assert len(steps) == 1
+    sizes = {name: json.loads((run / "config.json").read_text())["sizes"] for name, run in runs.items()}
+    assert {sizes[name]["tokens"] for name in ("perceiver resampler", "MLP on pooled patches", "C-Abstractor")} == {9}
+    assert {claim["worse"] for claim in result["claims"]} == set(list(runs)[2:])
 
 
 def test_warm_start_takes_fewer_pictures_from_one_stage_1_run(plan: Plan, tmp_path: Path, trained: list[str]) -> None:

@@ -277,7 +277,7 @@ def test_the_language_model_joins_after_the_alignment(home: Path, tmp_path: Path
     changes = {"stage2__lm_start_step": 2, "train__steps": 4, "train__validate_every": 0}
     train_stage(recipe(home, "stage2", **changes), records, tmp_path / "run", quiet())
     rows = [row for row in log_of(tmp_path / "run") if "loss" in row]
-    assert [("alignment" in row, "lm" in row) for row in rows] == [(True, False)] * 2 + [(False, True)] * 2
+    assert [("alignment" in row, "lm" in row) for row in rows] == [(True, False)] * 2 + [(True, True)] * 2
     with pytest.raises(UserError, match=r"lm_start_step=4: with train\.steps=4 the language model never runs"):
         train_stage(recipe(home, "stage2", **changes | {"stage2__lm_start_step": 4}), records, tmp_path / "no", quiet())
     with pytest.raises(UserError, match="belongs to stage 2 with captions"):

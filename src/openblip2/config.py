@@ -100,8 +100,9 @@ class Stage1Settings:
 class Stage2Settings:
     """The objective of stage 2 (paper 3.2): language modelling."""
 
-    # Ours, 0 = the paper: this number of first steps trains the soft prompt to be the embeddings of the caption's
-    # words (`Stage2.alignment`). The language model does not run in them; in the demo they take a ninth of the time.
+    # Ours, 0 = the paper: the language model joins after this number of steps. The steps before it only train the soft
+    # prompt to be the embeddings of the caption's words (`Stage2.alignment`), which goes on as a second loss after it;
+    # in the demo they take a ninth of the time of a step with the language model.
     lm_start_step: Natural = 0
 
 

@@ -8,19 +8,23 @@ import typer
 from openblip2.commands.shared import Overwrite, Settings, among, keeping, progress, read_changes
 from openblip2.errors import UserError
 
-STUDIES = ("stage1", "itg", "queries", "encoder", "warm-start", "capfilt")
+STUDIES = ("stage1", "itg", "queries", "encoder", "connector", "warm-start", "capfilt")
 
 
 def ablate(
     name: Annotated[
         str,
-        typer.Argument(help="stage1, itg, queries, encoder, warm-start or capfilt.", autocompletion=among(STUDIES)),
+        typer.Argument(
+            help="stage1, itg, queries, encoder, connector, warm-start or capfilt.", autocompletion=among(STUDIES)
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Output folder for runs, ablation.json, ablation.md and ablation.svg.")],
     seeds: Annotated[str, typer.Option(help="Training seeds, separated by commas.")] = "0",
     scenes: Annotated[int | None, typer.Option(min=8, help="Training images; default: set by the study.")] = None,
     test_scenes: Annotated[int, typer.Option(min=8, help="Number of test images.")] = 200,
-    values: Annotated[str | None, typer.Option(help="Numbers of queries or images, with commas.")] = None,
+    values: Annotated[
+        str | None, typer.Option(help="Numbers of queries or images; side of a grid.")
+    ] = None,
     stage1_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 1; default: by study.")] = None,
     stage2_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 2; default: by study.")] = None,
     changes: Settings = None,
@@ -30,7 +34,7 @@ def ablate(
     says = progress()
     says.doing("drawing scenes")
     from openblip2.apps.studies.ablations import ablate as run
-    from openblip2.apps.studies.design import Plan
+    from openblip2.apps.studies.study import Plan
     from openblip2.runs import locked
 
     steps = {stage: n for stage, n in (("stage1", stage1_steps), ("stage2", stage2_steps)) if n}

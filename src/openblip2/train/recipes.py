@@ -234,16 +234,14 @@ def _stage2(
             asked = drawn_prompts(wording.prompts, len(batch.captions), draws)
         else:
             asked = [wording.question.replace("{}", question) for question in batch.questions]
-        return losses_of(
-            asked,
-            [longest[name] for name in batch.names or ()]
-            if number < aligned
-            else batch.captions,  # for VQA the answers
-            words=words if number < aligned else None,
-            **on_device(batch),
-            question=question_tokens(tokens, batch.questions, device()),
-            generator=draws,
-        )
+        given = on_device(batch) | {"question": question_tokens(tokens, batch.questions, device()), "generator": draws}
+        parts: dict[str, Tensor] = {}
+        # It goes on when the language model joins: without it the soft tokens leave the words (docs/decisions.md).
+        if words is not None:
+            parts |= losses_of(asked, [longest[name] for name in batch.names or ()], words=words, **given)
+        if number >= aligned:
+            parts |= losses_of(asked, batch.captions, **given)  # for VQA the answers
+        return parts
 
     def validate() -> dict[str, Any]:
         if settings.task == "vqa":

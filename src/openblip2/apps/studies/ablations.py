@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from openblip2.apps.studies.design import LOWER, Claim, Plan, is_share, sentence, study_of
+from openblip2.apps.studies.design import study_of
+from openblip2.apps.studies.study import LOWER, Claim, Plan, is_share, sentence
 from openblip2.apps.studies.trial import OWN, Points, Trial, Work, prepare_work, run_trial
 from openblip2.config import RunSettings, to_dict
 from openblip2.evaluate.intervals import difference_interval, mean_interval

@@ -19,7 +19,7 @@ import torch
 
 from openblip2.apps.scenes.draw import Split, draw_scenes
 from openblip2.apps.studies import web
-from openblip2.apps.studies.design import BOTH, GAP, LOSS, OTHER, SCORES, WAYS, Plan, Study, Way
+from openblip2.apps.studies.study import BOTH, GAP, LOSS, OTHER, SCORES, WAYS, Plan, Study, Way
 from openblip2.config import RunSettings, VisionSettings, change, to_dict
 from openblip2.data.feature_cache import FeatureCache
 from openblip2.data.features import find_records
