@@ -62,7 +62,7 @@ def test_the_best_are_kept() -> None:
     assert best([0.1, 0.5, 0.3, 0.5], 2) == [1, 3], "of equal ones the earlier"
     assert best([0.1, 0.5, 0.3, 0.5], 3, threshold=0.3) == [1, 3, 2]
     assert best([0.1], 2, threshold=0.3) == []
-    with pytest.raises(UserError, match="no numbers"):
+    with pytest.raises(UserError, match="not numbers"):
         best([0.1, float("nan")], 2)
 
 

@@ -325,7 +325,7 @@ SETTINGS: dict[str, Bad] = {
     "few pictures": (lambda h: h.train("stage1", "x", "--set", "data.held_out=0.1"), ("16 pictures", "data.held_out")),
     "vision": (lambda h: h.train("stage1", "x", "--set", f"vision.name={h.data}"), ("{}/data", "image encoder")),
     "start": (lambda h: h.train("stage2", "x", "--start", h.root / "nowhere"), ("{}/nowhere", "not a run")),
-    "start is stage 2": (lambda h: h.train("stage2", "x", "--start", h.stage2), ("{}/stage2", "no stage-1 run")),
+    "start is stage 2": (lambda h: h.train("stage2", "x", "--start", h.stage2), ("{}/stage2", "is not a stage-1 run")),
     "start of stage 1": (lambda h: h.train("stage1", "x", "--start", h.stage1), ("{}/stage1", "only stage 2")),
     "damaged checkpoint": (
         lambda h: h.train("stage1", h.broken("spoilt-checkpoint", spoil_checkpoint, "stage1").name, "--resume"),
@@ -427,7 +427,7 @@ def seen(content: Callable[[bytes], bytes]) -> Callable[[Home], tuple[object, ..
 
 INPUTS: dict[str, Bad] = {
     "missing": (lambda h: ("caption", h.stage2, h.root / "nowhere.png"), ("{}/nowhere.png", "does not exist")),
-    "folder": (lambda h: ("caption", h.stage2, h.data), ("{}/data", "is not a file")),
+    "folder": (lambda h: ("rank", h.stage1, "a dog", h.data), ("{}/data", "is not a file")),
     "truncated": (seen(lambda b: b[: len(b) // 2]), ("{}/bad.png", "truncated")),
     "zero bytes": (seen(lambda b: b""), ("{}/bad.png", "empty")),
     "no picture": (seen(lambda b: b"hello, world"), ("{}/bad.png", "not a picture")),

@@ -182,7 +182,7 @@ def test_a_list_in_a_subfolder_is_named(folder: Path) -> None:
     (folder / "sub/metadata.csv").write_text("file_name,text\nbus.webp,a bus\n")
     (folder / "cat.txt").write_text("a cat")
     _, skipped = read_records(folder)
-    assert any("bus.webp: no caption file; give" in line and "metadata.csv" in line for line in skipped)
+    assert any("bus.webp: no caption file: give" in line and "metadata.csv" in line for line in skipped)
     assert read_records(folder / "sub")[0][0].captions == ("a bus",)
 
 
@@ -204,13 +204,13 @@ def test_caption_files_by_any_name(folder: Path) -> None:
         ("dog.PNG", ("ein Hündchen",)),
         ("sub/bus.jpg", ("a bus",)),
     ]
-    assert skipped == [f"{folder / 'sub/bus.webp'}: bus.txt is used for bus.jpg; give it a bus.webp.txt of its own"]
+    assert skipped == [f"{folder / 'sub/bus.webp'}: bus.txt is used for bus.jpg: give it a bus.webp.txt of its own"]
 
 
 def test_a_caption_file_in_another_encoding_is_named(folder: Path) -> None:
     (folder / "cat.txt").write_bytes("le café".encode("latin-1"))
     (folder / "dog.txt").write_text("a dog")
-    assert "cat.jpg: its caption file cat.txt is not UTF-8 text; save it as UTF-8" in read_records(folder)[1][0]
+    assert "cat.jpg: its caption file cat.txt is not UTF-8 text: save it as UTF-8" in read_records(folder)[1][0]
 
 
 def test_pictures_that_have_to_be_converted_are_counted(folder: Path) -> None:
@@ -282,7 +282,7 @@ BAD_ROWS = {
     "folder for a file": ({"image": "sub", "caption": "a cat"}, "'sub' is missing"),
     "name with a zero": ({"image": "cat\0.jpg", "caption": "a cat"}, "is missing"),
     "endless name": ({"image": "x" * 5000, "caption": "a cat"}, "is missing"),
-    "backslash": ({"image": "sub\\bus.webp", "caption": "a bus"}, "has a backslash; write /"),
+    "backslash": ({"image": "sub\\bus.webp", "caption": "a bus"}, "has a backslash: write /"),
     "address": ({"image": "http://example.org/a.jpg", "caption": "a cat"}, "pictures are not downloaded"),
     "pandas' nan": ({"image": "cat.jpg", "caption": "nan"}, "pandas writes if there is none"),
     "upwards": ({"image": "../cat.jpg", "caption": "a cat"}, "outside the data folder"),

@@ -12,8 +12,10 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "openblip2"
 FILES = sorted(SOURCE.rglob("*.py"))
 
-LINES = 26_705  # goal: 18,000; raised once, from 26,610, when stage 2 learned to align the soft prompt
-MODULES = 197  # goal: 150
+# Goal: 18,000. Raised from 26,705 by what users asked for (tables of other tools, folders of pictures, drawn
+# captions, likelihoods), InstructBLIP, and the seam with its four connectors.
+LINES = 27_901
+MODULES = 186  # goal: 150
 TRAIN_FILES = 12  # the goal
 LONGEST = 300  # lines of one module
 # Too long already, with their lines today. Remove an entry when its module fits.

@@ -46,13 +46,13 @@ class How:
     def __post_init__(self) -> None:
         for name, value, least in (("captions", self.captions, 0), ("keep", self.keep, 1), ("seed", self.seed, 0)):
             if value < least:
-                raise UserError(f"--{name} {value}: a whole number, {least} or more")
+                raise UserError(f"--{name} {value}: it must be a whole number, {least} or more")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p}: above 0 and at most 1, 0.9 for one")
+            raise UserError(f"--top-p {self.top_p}: it must be above 0 and at most 1, for example 0.9")
         if not 0 <= self.threshold <= 1:
-            raise UserError(f"--threshold {self.threshold}: a probability, from 0 to 1")
+            raise UserError(f"--threshold {self.threshold}: it must be a probability, from 0 to 1")
         if self.filter not in ("similarity", "itm"):
-            raise UserError(f"--filter {self.filter}: similarity or itm")
+            raise UserError(f"--filter {self.filter}: it must be similarity or itm")
         find_reader(self.reader)
 
 

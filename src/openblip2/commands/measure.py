@@ -173,12 +173,15 @@ def bench_real(
     """Train and evaluate on real images of four sources; takes hours and can be resumed."""
     says = progress()
     says.doing("gathering pictures")
+    from dataclasses import replace
+
     from openblip2.apps.studies.real import Plan
     from openblip2.apps.studies.real import bench_real as run
     from openblip2.runs import locked
 
-    folds = {"folds": tuple(sorted(set(fold)))} if fold else {}
-    plan = Plan(seed=seed, overwrite=overwrite, **folds)
+    plan = Plan(seed=seed, overwrite=overwrite)
+    if fold:
+        plan = replace(plan, folds=tuple(sorted(set(fold))))
     with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):
         run(out, plan, says, table)
     typer.echo((out / "real.md").read_text(encoding="utf-8"))

@@ -22,9 +22,7 @@ def ablate(
     seeds: Annotated[str, typer.Option(help="Training seeds, separated by commas.")] = "0",
     scenes: Annotated[int | None, typer.Option(min=8, help="Training images; default: set by the study.")] = None,
     test_scenes: Annotated[int, typer.Option(min=8, help="Number of test images.")] = 200,
-    values: Annotated[
-        str | None, typer.Option(help="Numbers of queries or images; side of a grid.")
-    ] = None,
+    values: Annotated[str | None, typer.Option(help="Numbers of queries or images; side of a grid.")] = None,
     stage1_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 1; default: by study.")] = None,
     stage2_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 2; default: by study.")] = None,
     changes: Settings = None,

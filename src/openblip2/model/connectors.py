@@ -130,6 +130,7 @@ class Resampler(Connector):
         image = self.image(self.image_norm(patches.float())) + self.positions
         rows = self.queries.expand(len(patches), -1, -1)
         for layer in self.layers:
+            assert isinstance(layer, nn.ModuleDict)
             normed = layer["norm"](rows)
             source = torch.cat([layer["patch_norm"](image), normed], dim=1)
             rows = rows + layer["attention"](normed, source, source, need_weights=False)[0]

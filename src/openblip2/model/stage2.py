@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from openblip2.model.connector import Connector, Question
 from openblip2.model.language import Decoding, LanguageModel
+from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import see
 from openblip2.model.token_rows import template_ids, text_ids
 from openblip2.model.vision import FrozenVision
@@ -37,6 +38,8 @@ class Stage2(nn.Module):
         language: `DecoderLM` or `EncoderDecoderLM`.
         vision: the frozen encoder; None when only ready-made features are given.
     """
+
+    qformer: QFormer  # the connector, if it is one
 
     def __init__(self, connector: Connector, language: LanguageModel, vision: FrozenVision | None = None) -> None:
         super().__init__()

@@ -149,7 +149,8 @@ def frozen_vision(encoder: Vision) -> FrozenVision:
     """
     if isinstance(encoder, FrozenVision):
         return encoder
-    kind, sizes = type(encoder).__name__, [getattr(encoder, name, None) for name in ("width", "image_size")]
+    kind = type(encoder).__name__
+    sizes: list[Any] = [getattr(encoder, name, None) for name in ("width", "image_size")]
     if not isinstance(encoder, nn.Module) or not all(type(size) is int for size in sizes):
         raise UserError(f"image encoder {kind}: it must be an nn.Module with two whole numbers, width and image_size")
     vision = FrozenVision(encoder, *sizes)

@@ -94,7 +94,7 @@ def _build_language(settings: RunSettings, dtype: torch.dtype) -> LanguageModel:
 class LengthTokenizer:
     """Stands in for a tokenizer that is not there: a token for every four characters, about as many as in English."""
 
-    bos_token, eos_token, unk_token_id = "</s>", "</s>", None
+    bos_token, eos_token, unk_token_id, model_max_length = "</s>", "</s>", None, int(1e30)
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:

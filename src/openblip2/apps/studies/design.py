@@ -25,7 +25,7 @@ def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
     values = tuple(sorted(set(plan.values or usual.get(name, ()))))
     if name == "connector" and len(values) > 1:
         raise UserError("--values: connector takes one number, the side of the grid of visual tokens")
-    if plan.values and (len(values) < (2 if name == "queries" else 1) or values[0] < 1):
+    if plan.values and (len(values) < (2 if name == "queries" else 1) or min(values) < 1):
         raise UserError(
             f"--values {','.join(map(str, plan.values))}: give numbers of 1 or more, for queries two at least"
         )
