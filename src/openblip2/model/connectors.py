@@ -50,7 +50,7 @@ class PatchMLP(Connector):
 
     def visual_tokens(self, patches: Tensor, question: Question | None = None) -> Tensor:
         """The last Q patches `[B, Q, V]`, one by one, to `[B, Q, D]`."""
-        return F.gelu(self.hidden(self.norm(patches[:, -self.tokens :].float())))
+        return F.gelu(self.hidden(self.norm(patches[:, -self.tokens :].float())))  # without [CLS] and registers
 
 
 class PooledMLP(PatchMLP):
@@ -69,11 +69,11 @@ class PooledMLP(PatchMLP):
         side = require_grid(patches, grid)
         super().__init__(patches, image_width, width)
         self.side, self.grid, self.tokens = side, grid, grid * grid
-        self.sizes["tokens"] = self.tokens
+        self.sizes["tokens"] = self.tokens  # PatchMLP has counted the patches
 
     def visual_tokens(self, patches: Tensor, question: Question | None = None) -> Tensor:
         """Cells instead of patches."""
-        cells = F.adaptive_avg_pool2d(as_square(patches.float(), self.side), self.grid)
+        cells = F.adaptive_avg_pool2d(as_square(patches.float(), self.side), self.grid)  # [B, V, grid, grid]
         return super().visual_tokens(as_rows(cells))
 
 
@@ -108,7 +108,7 @@ class Resampler(Connector):
             raise UserError(f"connector.options: width={width} is not a multiple of heads={heads}: change one of them")
         self.image_norm = nn.LayerNorm(image_width)
         self.image = nn.Linear(image_width, width)
-        self.positions = nn.Parameter(torch.randn(1, patches, width) * INIT_STD)
+        self.positions = nn.Parameter(torch.randn(1, patches, width) * INIT_STD)  # attention knows no order
         self.queries = nn.Parameter(torch.randn(1, queries, width) * INIT_STD)
         self.layers = nn.ModuleList(
             nn.ModuleDict(
@@ -128,14 +128,14 @@ class Resampler(Connector):
     def visual_tokens(self, patches: Tensor, question: Question | None = None) -> Tensor:
         """Features `[B, P, V]` to `[B, Q, D]`."""
         image = self.image(self.image_norm(patches.float())) + self.positions
-        rows = self.queries.expand(len(patches), -1, -1)
+        rows = self.queries.expand(len(patches), -1, -1)  # [B, Q, D]
         for layer in self.layers:
             assert isinstance(layer, nn.ModuleDict)
             normed = layer["norm"](rows)
-            source = torch.cat([layer["patch_norm"](image), normed], dim=1)
+            source = torch.cat([layer["patch_norm"](image), normed], dim=1)  # queries are read, too (Flamingo)
             rows = rows + layer["attention"](normed, source, source, need_weights=False)[0]
             rows = rows + layer["ffn"](rows)
-        return self.norm(rows)
+        return self.norm(rows)  # the layers add to the rows, so that their size grows with depth
 
 
 class CAbstractor(Connector):
@@ -157,7 +157,7 @@ class CAbstractor(Connector):
         self.side, self.grid = side, grid
         self.norm = nn.LayerNorm(image_width)
         self.positions = nn.Parameter(torch.randn(1, self.side**2, image_width) * INIT_STD)
-        self.enter = nn.Conv2d(image_width, width, 1)
+        self.enter = nn.Conv2d(image_width, width, 1)  # to D, patch by patch
         self.before = nn.Sequential(*(ConvBlock(width) for _ in range(depth)))
         self.after = nn.Sequential(*(ConvBlock(width) for _ in range(depth)))
         self.readout = nn.Linear(width, width)
@@ -165,7 +165,7 @@ class CAbstractor(Connector):
     def visual_tokens(self, patches: Tensor, question: Question | None = None) -> Tensor:
         """Features `[B, P, V]` to `[B, Q, D]`."""
         rows = self.norm(patches[:, -(self.side**2) :].float()) + self.positions
-        square = self.before(self.enter(as_square(rows, self.side)))
+        square = self.before(self.enter(as_square(rows, self.side)))  # [B, D, S, S]
         cells = self.after(F.adaptive_avg_pool2d(square, self.grid))
         return F.gelu(self.readout(as_rows(cells)))
 
@@ -175,7 +175,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        groups = math.gcd(width, 24)
+        groups = math.gcd(width, 24)  # RegNet's groups; any width has some divisor in common with 24
         self.reduce = nn.Sequential(nn.Conv2d(width, width, 1), nn.GroupNorm(1, width), nn.SiLU())
         self.mix = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, groups=groups), nn.GroupNorm(1, width), nn.SiLU()
@@ -186,8 +186,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, square: Tensor) -> Tensor:
         inner = self.mix(self.reduce(square))
-        inner = inner * self.gate(inner.mean((2, 3), keepdim=True))
-        return F.silu(square + self.widen(inner))
+        inner = inner * self.gate(inner.mean((2, 3), keepdim=True))  # channels weighed by the whole picture
+        return F.silu(square + self.widen(inner))  # the residual sum first, as in RegNet
 
 
 def require_grid(patches: int, grid: int) -> int:

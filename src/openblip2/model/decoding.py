@@ -66,9 +66,9 @@ class _Draw:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits `[B, W]`: 0 for the drawn token, and minus infinity for all others."""
-        logits = (scores - scores.amax(1, keepdim=True)).double()
+        logits = (scores - scores.amax(1, keepdim=True)).double()  # fp32 sums of 50,000 numbers are too coarse
         chances, order = (logits / self.how.temperature).softmax(1).sort(1, descending=True)
-        nucleus = chances.masked_fill(chances.cumsum(1) - chances >= self.how.top_p, 0)
+        nucleus = chances.masked_fill(chances.cumsum(1) - chances >= self.how.top_p, 0)  # keeps the first
         # In the order of the ids again: tokens that are equally likely have no other order that lasts.
         sums = torch.zeros_like(chances).scatter(1, order, nucleus).cumsum(1)
         draws = sums.new_tensor([[generator.random()] for generator in self.generators]) * sums[:, -1:]
@@ -116,7 +116,7 @@ def generate(
         skipped = int(llm.config.is_encoder_decoder)
         processors.append(RepetitionPenaltyLogitsProcessor(float(how.repetition_penalty), skipped))
     if how.sample:
-        processors.append(_Draw(how, len(embeds)))
+        processors.append(_Draw(how, len(embeds)))  # last, after what changes the logits
     beams = {"length_penalty": how.length_penalty} if how.beams > 1 else {}  # without beams it is unknown there
     known = {} if cache is None else {str(cache_name(llm)): cache}
     found = llm.generate(
