@@ -369,7 +369,7 @@ def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
 def test_a_captioner_that_reads_questions_is_refused(home: Path, tmp_path: Path) -> None:
     copytree(home / "stage2", tmp_path / "asks")
     config = json.loads((tmp_path / "asks" / "config.json").read_text())
-    config["settings"]["qformer"]["question_in_qformer"] = True
+    config["settings"]["qformer"]["question_in_qformer"], config["settings"]["task"] = True, "vqa"
     (tmp_path / "asks" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="answers questions, which its Q-Former reads"):
         capfilt(str(home / "set"), Models(str(tmp_path / "asks"), str(home / "clip")), tmp_path / "out", HOW, QUIET)

@@ -155,7 +155,7 @@ def test_the_number_of_tokens_follows_from_an_option(home: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"connector__name": "pool"}, r"connector.name='pool' is none of qformer, pooled, summed"),
+        ({"connector__name": "pool"}, r"connector.name='pool' is none of qformer, .*, pooled, summed"),
         (
             {"connector__options": {"side": "two"}},
             "side='two': input should be a valid integer.*'pooled' has side, wid",

@@ -13,7 +13,7 @@ from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_sizes, start_from_bert
 from openblip2.model.connector import Connector
-from openblip2.model.connectors import CAbstractor, PatchMLP, PooledMLP, Resampler
+from openblip2.model.connectors import OTHERS
 from openblip2.model.fast.compiled import compile_blocks
 from openblip2.model.language import EncoderDecoderLM, LanguageModel
 from openblip2.model.load_language import load_language
@@ -26,9 +26,7 @@ from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import HANDED_IN, FrozenVision, HFVision
 
 # What can stand between image encoder and language model in stage 2, by the setting `connector.name`.
-CONNECTORS: dict[str, type[Connector]] = {
-    kind.name: kind for kind in (QFormer, Resampler, PatchMLP, PooledMLP, CAbstractor)
-}
+CONNECTORS: dict[str, type[Connector]] = {kind.name: kind for kind in (QFormer, *OTHERS)}
 
 
 def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> FrozenVision:

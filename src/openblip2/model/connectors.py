@@ -212,3 +212,6 @@ def as_square(rows: Tensor, side: int) -> Tensor:
 def as_rows(square: Tensor) -> Tensor:
     """`[B, D, S, S]` to `[B, S * S, D]`, row by row."""
     return square.flatten(2).transpose(1, 2)
+
+
+OTHERS = (Resampler, PatchMLP, PooledMLP, CAbstractor)
