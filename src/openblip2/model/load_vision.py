@@ -62,12 +62,14 @@ def last_useful_layer(name: str) -> int:
 
 
 def _load_encoder(name: str, source: str, dtype: torch.dtype, revision: str | None) -> "PreTrainedModel":
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModel, Blip2VisionModel
 
     config, part_of_larger = _vision_config(name, source, revision)
-    # The one vision model that AutoModel does not know.
-    loader: Any = Blip2VisionModel if config.model_type == "blip_2_vision_model" else AutoModel
+    # The one vision model that AutoModel does not know; imported only if it is needed, because that takes a second.
+    loader: Any = getattr(
+        transformers, "Blip2VisionModel" if config.model_type == "blip_2_vision_model" else "AutoModel"
+    )
     try:
         encoder, report = load_in(
             loader,

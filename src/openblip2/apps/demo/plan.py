@@ -13,7 +13,7 @@ from openblip2.data.records import Record
 from openblip2.presets import preset
 
 # How long it takes, for the first lines in the terminal: a measured figure of the small world, which is the default.
-DURATION = "the small world took 21 minutes on two CPU cores with AVX-512 (docs/results.md)"
+DURATION = "the small world took 83 minutes on one CPU core without AVX-512 (docs/results.md)"
 
 # What differs from the laptop preset and from the fields of `Plan`: of the small world, the full world, the stamps.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
