@@ -354,7 +354,7 @@ def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
         (refused("--part", "4/4"), "3 shards leave none for it"),
         (refused(data=tmp_path / "empty"), "holds no .tar file"),
         (refused(data=home / "set" / "00000.jpg"), "it must end in .tar"),
-        (refused(data=tmp_path / "out", out="out"), "lies in --out"),
+        (refused(data=tmp_path / "out", out="out"), "is in --out"),
         (refused(data=home / f"set/00000.tar::{whole}/00000.tar"), "the same name twice"),
     ):
         assert err.startswith("openblip2: ")

@@ -353,21 +353,7 @@ def test_folders_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
         assert "\n" not in line
         assert all(word in line for word in words), line
 
-    def config(change: Any, file: str = "config.json") -> Any:
-        def changed(folder: Path) -> None:
-            values = json.loads((folder / file).read_text())
-            change(values)
-            (folder / file).write_text(json.dumps(values))
-
-        return changed
-
-    def keys(change: Any) -> Any:
-        def changed(folder: Path) -> None:
-            tensors = load_file(folder / "model.safetensors")
-            change(tensors)
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-        return changed
+    config, keys = tiny_blip2.changed_config, tiny_blip2.changed_tensors
 
     def other_words(folder: Path) -> None:
         words = {f"w{n}": n for n in range(99)} | dict.fromkeys(("[UNK]", "[CLS]"), 0)

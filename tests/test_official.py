@@ -481,7 +481,7 @@ def test_bad_rows_of_a_list(write: Write, images: Path) -> None:
         ({"image": "../secret.jpg", "caption": "a cake"}, "is outside the folder"),
         ({"image": "val2014\\..\\..\\secret.jpg", "caption": "a cake"}, "is outside the folder"),
         ({"image": str(images / name), "caption": "a cake"}, "is outside the folder"),
-        ({"image": f"other/{Path(name).name}", "caption": "a cake"}, "id '522418' already stands for"),
+        ({"image": f"other/{Path(name).name}", "caption": "a cake"}, "id '522418' is already used for"),
     ]
     path = write([good, *(row for row, _ in rows)])
     records, skipped = read_official(None, path, images)

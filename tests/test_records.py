@@ -348,7 +348,7 @@ def test_one_id_stands_for_one_image(folder: Path) -> None:
     path = jsonl(folder, {**GOOD, "id": "x"}, {"image": "dog.PNG", "caption": "a dog", "id": "x"})
     records, skipped = read_records(path)
     assert [record.image.name for record in records] == ["cat.jpg"]
-    assert f"{path}:2: id 'x' already stands for" in skipped[0]
+    assert f"{path}:2: id 'x' is already used for" in skipped[0]
 
 
 def test_two_rows_of_one_image_cannot_tell_different_facts(folder: Path) -> None:

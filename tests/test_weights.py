@@ -579,21 +579,7 @@ def test_transformers_folders_that_cannot_be_used(home: Path, tmp_path: Path) ->
         line = refused(folder, **options)
         assert all(word in line for word in words), line
 
-    def keys(change: Any) -> Any:
-        def changed(folder: Path) -> None:
-            tensors = load_file(folder / "model.safetensors")
-            change(tensors)
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-        return changed
-
-    def config(change: Any, file: str = "config.json") -> Any:
-        def changed(folder: Path) -> None:
-            values = json.loads((folder / file).read_text())
-            change(values)
-            (folder / file).write_text(json.dumps(values))
-
-        return changed
+    config, keys = tiny_blip2.changed_config, tiny_blip2.changed_tensors
 
     def cut(folder: Path) -> None:
         path = folder / "model.safetensors"

@@ -2,14 +2,17 @@
 
 Redrawn because a fresh one hides bugs: its queries are zeros and its image encoder has weights of 1e-10. Like the
 published ones, OPT stops at a line break and calls its first token "</s>", T5 writes with a matrix of its own, and the
-Q-Former that reads text has `[DEC]` behind BERT's words.
+Q-Former that reads text has `[DEC]` after BERT's words.
 """
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import Tensor, nn
 
@@ -149,3 +152,25 @@ def processor(words: Any, qformer_tokenizer: Any = None) -> Any:
     if qformer_tokenizer is not None:
         return hf.InstructBlipProcessor(pictures, words, qformer_tokenizer, num_query_tokens=tiny.Q)
     return hf.Blip2Processor(pictures, words, num_query_tokens=tiny.Q)
+
+
+def changed_config(change: Any, file: str = "config.json") -> Callable[[Path], None]:
+    """Changes the values of a JSON file of a folder."""
+
+    def changed(folder: Path) -> None:
+        values = json.loads((folder / file).read_text())
+        change(values)
+        (folder / file).write_text(json.dumps(values))
+
+    return changed
+
+
+def changed_tensors(change: Any) -> Callable[[Path], None]:
+    """Changes the tensors of a folder."""
+
+    def changed(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return changed

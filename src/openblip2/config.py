@@ -71,7 +71,7 @@ class QFormerSettings:
 
 @dataclass(config=STRICT)
 class ConnectorSettings:
-    """What stands between image encoder and language model in stage 2: the Q-Former (paper), or another connector."""
+    """The module between image encoder and language model in stage 2: the Q-Former (paper), or another connector."""
 
     name: str = "qformer"  # a name in CONNECTORS (model/build.py)
     # Of another connector than the Q-Former: parameters of its class, by name.

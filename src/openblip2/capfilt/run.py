@@ -128,7 +128,7 @@ def named(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
                 f"{found[name]} and {url}: the same name twice: give one folder at a time, each its own --out"
             )
         if not is_url(url) and Path(url).resolve().parent == out.resolve():
-            raise UserError(f"{url} lies in --out, where the new shard would replace it: give another folder")
+            raise UserError(f"{url} is in --out, where the new shard would replace it: give another folder")
         found[name] = url if is_url(url) else str(Path(url).resolve())
     return list(found.items())
 

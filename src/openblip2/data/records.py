@@ -152,7 +152,7 @@ def _add(record: Record, records: dict[str, Record]) -> None:
         records[record.id] = record
         return
     if known.image != record.image:
-        raise UserError(f"id {record.id!r} already stands for {known.image}: give each image its own id")
+        raise UserError(f"id {record.id!r} is already used for {known.image}: give each image its own id")
     if record.facts is not None and known.facts not in (None, record.facts):
         raise UserError(f'other "facts" than an earlier row of id {record.id!r}: repeat the same, or leave it out')
     records[record.id] = replace(

@@ -1,4 +1,4 @@
-"""What stage 2 asks of whatever stands between the frozen image encoder and the language model.
+"""What stage 2 asks of the module between the frozen image encoder and the language model.
 
 The paper's connector is the Q-Former (`model/qformer.py`). Another one is a subclass of `Connector` in a file of its
 own, and one entry in `CONNECTORS` of `model/build.py`; a caller's own class is added there from outside.

@@ -51,7 +51,7 @@ class Stage2(nn.Module):
 
     @property
     def connector(self) -> Connector:
-        """What stands between image encoder and language model."""
+        """The module between image encoder and language model."""
         found = self.get_submodule(self._connector)
         assert isinstance(found, Connector)
         return found

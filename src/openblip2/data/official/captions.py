@@ -89,7 +89,7 @@ def listed(path: Path, data: object, pictures: Pictures, skipped: list[str]) -> 
         file = pictures.find(row.get("image"))
         name = _name_id(file)
         if files.get(name, file) != file:
-            raise UserError(f"id {name!r} already stands for {files[name]}: give each picture its own file name")
+            raise UserError(f"id {name!r} is already used for {files[name]}: give each picture its own file name")
         given = row.get("caption")
         new = _captions(given if isinstance(given, list) else [given], f"{where}.caption", skipped)
         files[name] = file
