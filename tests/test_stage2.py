@@ -55,6 +55,21 @@ def test_losses_and_texts_are_those_of_the_language_model(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", tiny_models.MODELS)
+def test_the_language_model_can_read_the_first_visual_tokens_only(kind: str) -> None:
+    model, patches = stage2(kind), tiny.features()
+    soft, how = model.soft_prompt(features=patches), Decoding(max_new_tokens=5, beams=2)
+    assert model.tokens == Q
+    model.first = 2
+    assert model.tokens == 2
+    torch.testing.assert_close(model.soft_prompt(features=patches), soft[:, :2])
+    expected = model.language.scored(soft[:, :2], PROMPTS, CAPTIONS)[0]
+    torch.testing.assert_close(model.losses(PROMPTS, CAPTIONS, features=patches)["lm"], expected)
+    assert model.generate(PROMPTS, how, features=patches) == model.language.generate(soft[:, :2], PROMPTS, how)
+    table = model.word_table(CAPTIONS)
+    assert torch.isfinite(model.losses(PROMPTS, CAPTIONS, features=patches, words=table)["alignment"])
+
+
+@pytest.mark.parametrize("kind", tiny_models.MODELS)
 def test_a_soft_prompt_of_the_captions_own_words_is_aligned(kind: str) -> None:
     model = stage2(kind)
     table = model.word_table(CAPTIONS)

@@ -20,6 +20,8 @@ from openblip2.data.batches import Sampler, pair_ids
 from openblip2.data.records import Question, Record, read_records
 from openblip2.data.samples import Answers, Captions, fewer_negations
 from openblip2.errors import UserError
+from openblip2.inference.captioner import Captioner
+from openblip2.model.language import DecoderLM
 from openblip2.presets import preset
 from openblip2.progress import Progress
 from openblip2.runs import RENAMED
@@ -282,6 +284,35 @@ def test_the_language_model_joins_after_the_alignment(home: Path, tmp_path: Path
         train_stage(recipe(home, "stage2", **changes | {"stage2__lm_start_step": 4}), records, tmp_path / "no", quiet())
     with pytest.raises(UserError, match="belongs to stage 2 with captions"):
         train_stage(recipe(home, "stage1", **changes), records, tmp_path / "no", quiet())
+
+
+def test_an_elastic_run_trains_and_answers_with_the_first_tokens(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, _ = read_records(home / "data")
+    read: list[int] = []
+    scored = DecoderLM.scored
+
+    def noted(self: DecoderLM, soft: Tensor, *rest: Any) -> Any:
+        if soft.requires_grad:
+            read.append(soft.shape[1])
+        return scored(self, soft, *rest)
+
+    monkeypatch.setattr(DecoderLM, "scored", noted)
+    elastic = {"stage2__elastic_tokens": "true", "train__steps": 8, "train__validate_every": 4}
+    for name in ("run", "again"):
+        train_stage(recipe(home, "stage2", **elastic), records, tmp_path / name, quiet())
+    queries = load(str(tmp_path / "run"), device="cpu").model.connector.tokens
+    assert read[:8] == read[8:]  # by seed and number
+    assert len(set(read)) > 1
+    assert set(read) <= set(range(1, queries + 1))
+    few = load(str(tmp_path / "run"), device="cpu", visual_tokens=1)
+    assert isinstance(few, Captioner)
+    assert few.soft_prompt([str(records[0].image)]).shape[1] == 1
+    assert len(few.caption([str(records[0].image)])) == 1
+    for wrong in (0, queries + 1):
+        with pytest.raises(UserError, match=f"visual_tokens {wrong}: this model has 1 to {queries}"):
+            load(str(tmp_path / "run"), device="cpu", visual_tokens=wrong)
 
 
 @pytest.mark.parametrize(("stage", "aligned"), [("stage1", 0), ("stage2", 0), ("stage2", 2)])

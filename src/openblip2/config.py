@@ -104,6 +104,9 @@ class Stage2Settings:
     # prompt to be the embeddings of the caption's words (`Stage2.alignment`), which goes on as a second loss after it;
     # in the demo they take a ninth of the time of a step with the language model.
     lm_start_step: Natural = 0
+    # Ours: each step trains the first n visual tokens, n drawn from 1 to all of them, so that a trained model can use
+    # any number of them (Matryoshka Query Transformer, Hu et al., 2024). False = the paper: always all.
+    elastic_tokens: bool = False
 
 
 @dataclass(config=STRICT)

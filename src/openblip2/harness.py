@@ -200,7 +200,7 @@ class OpenBlip2(lmms):
 
     def _fitting(self, prompt: str, new: int) -> int:
         """How many of `new` tokens can be written after a prompt, 1 or more."""
-        queries = self.captioner.model.connector.tokens
+        queries = self.captioner.model.tokens
         length, room = self.language.length(prompt), room_for_prompt(self.language, self.context, queries, 1)
         if room is None:
             return new

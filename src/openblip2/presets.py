@@ -99,33 +99,41 @@ def with_examples(template: str, examples: Sequence[tuple[str, str, str]], end: 
     return "".join(shown) + template
 
 
-# A language model of 135M parameters needs examples before it answers a question from a sentence that it has read:
-# docs/decisions.md, "What the language model can answer". The captions among them have the prompt of training.
+# A language model of 135M parameters needs examples before it repeats a caption or answers a question from a sentence
+# that it has read. Which examples, and in which order, decides how often it is right, above all between yes and no:
+# docs/decisions.md, "What the language model can answer". A row: sentence, question (None: its caption is asked for),
+# answer.
+LAPTOP_PROMPT = " Caption:"
 LAPTOP_QUESTION = " Question: {} Answer:"
-LAPTOP_PROMPT = LAPTOP_QUESTION.replace("{}", "what is in the picture?")
 LAPTOP_EXAMPLES = (
-    ("a green car above a pink fish", "what is in the picture?", "a green car above a pink fish"),
+    ("a red bus above a green cup", "what color is the cup?", "green"),
+    ("an orange airplane and a gray tree", "is there a tree?", "yes"),
+    ("a small yellow bus in the bottom left corner", "is the bus blue?", "no"),
+    ("two pink apples", "is there an apple?", "yes"),
+    ("a big gray cat in the middle", "is there a cat?", "yes"),
+    ("a green car above a pink fish", None, "a green car above a pink fish"),
     ("a green car above a pink fish", "what is below the car?", "fish"),
     ("a white apple above a red dog", "is the apple red?", "no"),
-    ("an orange airplane and a gray tree", "is there a tree?", "yes"),
-    ("a teal horse below a purple key", "what is in the picture?", "a teal horse below a purple key"),
+    ("a teal horse below a purple key", None, "a teal horse below a purple key"),
     ("a teal horse below a purple key", "is the horse teal?", "yes"),
-    ("four yellow bicycles", "what objects are in the picture?", "bicycles"),
     ("a black dog to the right of a brown fish", "what color is the dog?", "black"),
-    ("two pink apples", "what is in the picture?", "two pink apples"),
+    ("two pink apples", None, "two pink apples"),
     ("two pink apples", "are the apples pink?", "yes"),
     ("a white house to the left of a red car", "what is to the left of the car?", "house"),
     ("a big gray cat in the middle", "what object is in the picture?", "cat"),
-    ("a small orange tree at the top", "what is in the picture?", "a small orange tree at the top"),
-    ("a small orange tree at the top", "is there a cup?", "no"),
+    ("a small orange tree at the top", None, "a small orange tree at the top"),
+    ("four yellow bicycles", "what objects are in the picture?", "bicycles"),
+    ("a white house to the left of a red car", "is there a car?", "yes"),
     ("three blue keys", "how many keys are there?", "three"),
-    ("a red bus above a green cup", "what color is the cup?", "green"),
 )
 LAPTOP_LANGUAGE = LanguageSettings(
     name="wheel:smollm2-135m-instruct",
     template=with_examples(
         "Picture: {image}.{prompt}",
-        [(text, LAPTOP_QUESTION.replace("{}", asked), f" {written}") for text, asked, written in LAPTOP_EXAMPLES],
+        [
+            (text, LAPTOP_QUESTION.replace("{}", asked) if asked else LAPTOP_PROMPT, f" {written}")
+            for text, asked, written in LAPTOP_EXAMPLES
+        ],
         "\n",
     ),
     end="\n",

@@ -21,6 +21,10 @@ Run = Annotated[str, typer.Argument(help="Run written by `train` or `demo`, or p
 Images = Annotated[Path | None, typer.Option(help="Folder of the images, if --data is an official .json.")]
 Split = Annotated[str | None, typer.Option(help="Split of easy-vqa, of stamps, or of an official file with several.")]
 Questions = Annotated[Path | None, typer.Option(help="File of the questions, for VQAv2 and OK-VQA.")]
+VisualTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Use only so many visual tokens, the first ones (a run with stage2.elastic_tokens)."),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting, for example optim.lr=2e-4; can be repeated.", metavar="NAME=VALUE"),
@@ -129,15 +133,15 @@ def read_data(
     return read_installed(data, split)
 
 
-def load_captioner(run: str) -> Any:
-    """A run that can write text: a `Captioner`."""
+def load_captioner(run: str, visual_tokens: int | None = None) -> Any:
+    """A run that can write text, a `Captioner`; `visual_tokens` as for `load`."""
     progress().doing(f"loading {run}")
     gc.disable()  # what is imported stays, so looking for garbage in it would only take an eighth of the time
     try:
         from openblip2.inference.captioner import Captioner
         from openblip2.inference.load import load
 
-        model = load(run)
+        model = load(run, visual_tokens=visual_tokens)
     finally:
         gc.enable()
     if not isinstance(model, Captioner):

@@ -15,6 +15,7 @@ from openblip2.commands.shared import (
     AsJson,
     Overwrite,
     Run,
+    VisualTokens,
     among,
     load_captioner,
     open_single,
@@ -39,6 +40,7 @@ def caption(
     sample: Annotated[bool, typer.Option("--sample", help="Draw each caption at random, without beams.")] = False,
     captions: Annotated[int, typer.Option(min=1, help="Different captions of each image, drawn as by --sample.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of --sample and --captions.")] = 0,
+    visual_tokens: VisualTokens = None,
     beside: Annotated[
         bool,
         typer.Option("--beside", help="Also write a.txt beside a.jpg; images that have one are left alone."),
@@ -63,7 +65,7 @@ def caption(
             todo = _without_text(todo)
         if not todo:
             return
-        model = load_captioner(run)
+        model = load_captioner(run, visual_tokens)
         from openblip2.inference.captioner import CAPTION, SAMPLED
 
         changes = {"beams": beams, "max_new_tokens": tokens, "seed": seed if drawn else None}
@@ -142,6 +144,7 @@ def answer(
     among: Annotated[str | None, typer.Option(help="Possible answers, separated by commas: yes,no.")] = None,
     beams: Beams = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Maximum number of new tokens; default: 10.")] = None,
+    visual_tokens: VisualTokens = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a question about an image.
@@ -150,7 +153,7 @@ def answer(
     """
     if among is not None and (beams or tokens):
         raise UserError("--among compares the answers that you give: leave out --beams and --tokens")
-    model = load_captioner(run)
+    model = load_captioner(run, visual_tokens)
     from openblip2.inference.captioner import ANSWER
 
     row = {"path": str(image), "question": question}

@@ -234,7 +234,7 @@ class Captioner(Pretrained):
             return torch.cat([queries.float(), self.model.projection(queries).float()], dim=2)
 
         sizes = self.model.connector.width, self.model.language.width
-        return Features(*self._rows(images, read, self.model.connector.tokens, sum(sizes)).split(sizes, 2))
+        return Features(*self._rows(images, read, self.model.tokens, sum(sizes)).split(sizes, 2))
 
     def soft_prompt(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> Tensor:
         """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU.

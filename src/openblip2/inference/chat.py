@@ -36,7 +36,7 @@ class DialoguePrompt:
 
     def __init__(self, captioner: Captioner, question: str | None = None, context: int | None = None) -> None:
         self.language, settings = captioner.model.language, captioner.settings.language
-        self.queries = captioner.model.connector.tokens
+        self.queries = captioner.model.tokens
         self.question = settings.question if question is None else question
         if "{}" not in self.question:
             raise UserError(f"question {self.question!r}: it needs {{}} where the words of a question go")

@@ -23,6 +23,7 @@ def load(
     revision: str | None = None,
     language_dtype: str | None = None,
     vision_heads: int | None = None,
+    visual_tokens: int | None = None,
 ) -> "Matcher | Captioner":
     """A trained model: a `Matcher` from stage 1, a `Captioner` from stage 2.
 
@@ -37,10 +38,14 @@ def load(
         language_dtype: as the setting `language.dtype`, "int8" for one, instead of the source's own.
         vision_heads: attention heads of an image encoder in a LAVIS file, which does not tell them; None = ViT-g's 16,
             if it is as wide as ViT-g.
+        visual_tokens: the language model reads only so many of them, the first ones; for a model that was trained with
+            `stage2.elastic_tokens`. None = all.
 
     Raises:
         UserError: none of these, an unfinished or damaged one, or keys, sizes or parts that do not fit.
     """
     parts = {"heads": heads, "vision": vision, "language": language, "tokenizer": tokenizer}
-    trained = read_trained(source, device, precision, revision, language_dtype, vision_heads=vision_heads, **parts)
+    trained = read_trained(
+        source, device, precision, revision, language_dtype, visual_tokens, vision_heads=vision_heads, **parts
+    )
     return (Captioner if isinstance(trained.model, Stage2) else Matcher)(**trained._asdict())

@@ -53,6 +53,7 @@ def read_trained(
     precision: str | None = None,
     revision: str | None = None,
     language_dtype: str | None = None,
+    visual_tokens: int | None = None,
     **parts: Any,
 ) -> Trained:
     """A trained model from any source; for the arguments see `inference.load`, `parts` are the fields of `Parts`."""
@@ -64,6 +65,12 @@ def read_trained(
         checkpoint = replace(checkpoint, settings=settings)
     where = torch.device(device) if device else hardware.device()
     model, settings = assemble(checkpoint, where, precision or checkpoint.settings.train.precision)
+    if visual_tokens is not None:
+        if not isinstance(model, Stage2):
+            raise UserError("visual_tokens is for a captioner, whose language model reads them: this is a matcher")
+        if not 1 <= visual_tokens <= model.connector.tokens:
+            raise UserError(f"visual_tokens {visual_tokens}: this model has 1 to {model.connector.tokens}")
+        model.first = visual_tokens
     tokens = QFormerTokens(find_tokenizer(checkpoint), settings.data.max_tokens) if settings.reads_text else None
     return Trained(model, settings, carried(checkpoint), checkpoint.measured, tokens)
 

@@ -58,7 +58,7 @@ def write_texts(
     """
     names = same_pictures(images)
     left, language = Counter(names), model.language
-    queries, new = model.connector.tokens, max((one.max_new_tokens for one in decodings), default=0)
+    queries, new = model.tokens, max((one.max_new_tokens for one in decodings), default=0)
     lengths = {prompt: require_room(language, prompt, queries, new) for prompt in set(prompts)}
     first = {name: n for n, name in reversed(list(enumerate(names)))}
     # Prompts about one picture stay together, for they share more than padding costs.

@@ -48,6 +48,7 @@ class Stage2(nn.Module):
         self.add_module(connector.name, connector)
         self.language = language
         self.projection = nn.Linear(connector.width, language.width)
+        self.first: int | None = None  # the language model reads so many visual tokens, the first ones; None = all
 
     @property
     def connector(self) -> Connector:
@@ -55,6 +56,11 @@ class Stage2(nn.Module):
         found = self.get_submodule(self._connector)
         assert isinstance(found, Connector)
         return found
+
+    @property
+    def tokens(self) -> int:
+        """How many visual tokens the language model reads."""
+        return self.connector.tokens if self.first is None else self.first
 
     def losses(
         self,
@@ -103,8 +109,8 @@ class Stage2(nn.Module):
         return self.language.scored(soft, prompts, captions, draws)
 
     def first_words(self, caption: str) -> list[str]:
-        """The words that the Q soft tokens are aligned with; "" in place of those that a short caption lacks."""
-        count = self.connector.tokens
+        """The words that the soft tokens are aligned with; "" in place of those that a short caption lacks."""
+        count = self.tokens
         return (caption.split() + [""] * count)[:count]
 
     @torch.no_grad()
@@ -157,6 +163,8 @@ class Stage2(nn.Module):
     ) -> Tensor:
         """The connector's visual tokens of the images, `[B, Q, D]`: uint8 `[B, 3, S, S]` or features `[B, P, V]`.
 
+        Only the first `self.tokens` of them.
+
         Args:
             question: what the queries look for, where the connector reads questions: of B rows, or of a multiple of
                 the images, each image's in a row.
@@ -166,7 +174,7 @@ class Stage2(nn.Module):
         """
         if (question is None) == self.connector.reads_questions:
             raise ValueError("a question belongs to a Q-Former with a text path, and such a Q-Former to a question")
-        return self.connector.visual_tokens(see(self.vision, images, features), question)
+        return self.connector.visual_tokens(see(self.vision, images, features), question)[:, : self.tokens]
 
     def generate(
         self,

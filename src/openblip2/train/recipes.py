@@ -230,6 +230,8 @@ def _stage2(
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
         draws = joint_draws(settings.train.seed, number)
+        if settings.stage2.elastic_tokens:  # drawn first, so that all processes draw the same number
+            model.first = int(torch.randint(1, model.connector.tokens + 1, (), generator=draws))
         if batch.questions is None:
             asked = drawn_prompts(wording.prompts, len(batch.captions), draws)
         else:
@@ -244,6 +246,7 @@ def _stage2(
         return parts
 
     def validate() -> dict[str, Any]:
+        model.first = None
         if settings.task == "vqa":
             return measure_answers(model, tokens, data.held_out_features(), wording.question, settings.train.seed)
         return grounding(model, data.held_out_features(), settings.train.seed, wording.prompts[0])

@@ -136,7 +136,7 @@ class Engine:
 
     def _require_room(self, prompt: str, job: Write) -> None:
         model = self.captioner.model
-        require_room(model.language, prompt, model.connector.tokens, job.decoding.max_new_tokens)
+        require_room(model.language, prompt, model.tokens, job.decoding.max_new_tokens)
 
     def _soft_prompts(self, pictures: list[PictureFile], questions: list[str]) -> tuple[Tensor, list[int]]:
         """Soft prompts `[N, Q, L]`, and the row of each picture in them; a picture that repeats has one row.
