@@ -10,8 +10,8 @@ import pytest
 from starlette.requests import Request
 
 from openblip2.apps.serve.batcher import Batcher, Limits
+from openblip2.apps.serve.engine import Call, Job, Write, Written
 from openblip2.apps.serve.http import ServeError
-from openblip2.apps.serve.jobs import Call, Job, Write, Written
 from openblip2.apps.serve.worker import Worker
 from openblip2.errors import UserError
 from openblip2.model.decoding import Decoding
@@ -37,9 +37,12 @@ class Recorder(Worker):
         self.cancelled += 1
         self.go.set()
 
+    def close(self) -> None:
+        self.go.set()
+
 
 def embed(text: str) -> Call:
-    return Call("embed", (text,))
+    return Call("embed", text)
 
 
 def texts_of(jobs: list[Job]) -> list[Any]:
@@ -72,7 +75,7 @@ def test_what_waits_runs_together() -> None:
         found = await in_turn(batcher, worker, [embed(str(n)) for n in range(6)])
         assert found == ["first", *map(str, range(6))]
         assert [len(batch) for batch in worker.batches] == [1, 4, 2]
-        await batcher.close()
+        batcher.close()
 
     asyncio.run(body())
 
@@ -86,9 +89,18 @@ def test_only_what_fits_runs_together() -> None:
         jobs: list[Job] = [Write(b"a", greedy), Write(b"b", beams), Write(b"c", greedy), embed("x")]
         await in_turn(batcher, worker, jobs)
         assert worker.batches[1:] == [[jobs[0], jobs[2]], [jobs[1]], [jobs[3]]]
-        await batcher.close()
+        batcher.close()
 
     asyncio.run(body())
+
+
+def busy(batcher: Batcher) -> str | None:
+    """The seconds after which a refused client may try again; None = the server is not busy."""
+    try:
+        batcher.check_room()
+    except ServeError as error:
+        return dict(error.headers or {})["Retry-After"]
+    return None
 
 
 def test_a_full_queue_says_so_and_empties_again() -> None:
@@ -98,32 +110,31 @@ def test_a_full_queue_says_so_and_empties_again() -> None:
         batcher = Batcher(worker, Limits(queue=3, wait=0))
         tasks = [asyncio.create_task(batcher.do(embed(str(n)))) for n in range(3)]
         await until(lambda: bool(worker.batches))
-        assert batcher.full
+        assert busy(batcher) == "1"
         with pytest.raises(ServeError, match="429: the server is busy"):
             await batcher.do(embed("one too many"))
         worker.go.set()
         assert [await task for task in tasks] == ["0", "1", "2"]
-        assert not batcher.full
+        assert busy(batcher) is None
         assert await batcher.do(embed("later")) == "later"
-        await batcher.close()
+        batcher.close()
 
     asyncio.run(body())
 
 
-def test_when_to_ask_again_is_what_half_the_queue_takes() -> None:
+@pytest.mark.parametrize(("seconds", "retry"), [(0.05, "10"), (0.6, "30")])
+def test_when_to_ask_again_is_what_half_the_queue_takes(seconds: float, retry: str) -> None:
     async def body() -> None:
         worker = Recorder()
         batcher = Batcher(worker, Limits(queue=400, wait=0, seconds=30))
-        assert batcher.retry_after == 1
-        worker.does = lambda jobs: time.sleep(0.05) or ["done"] * len(jobs)
-        for _ in range(3):
-            await batcher.do(embed("one"))
-        assert 10 <= batcher.retry_after <= 20  # 200 of 0.05 s, on a machine that may be busy
-        worker.does = lambda jobs: time.sleep(0.6) or ["done"] * len(jobs)
-        await batcher.do(embed("slow"))
-        assert batcher.retry_after == 30
-        assert not batcher.full
-        await batcher.close()
+        worker.go.clear()
+        tasks = [asyncio.create_task(batcher.do(embed(str(n)))) for n in range(400)]
+        await until(lambda: bool(worker.batches))
+        batcher.seconds_per_job = seconds
+        assert busy(batcher) == retry
+        for task in tasks:
+            task.cancel()
+        batcher.close()
 
     asyncio.run(body())
 
@@ -135,14 +146,14 @@ def test_who_could_not_be_served_in_time_is_told_at_once() -> None:
         worker.does = lambda jobs: time.sleep(0.4) or ["done"]
         tasks = [asyncio.create_task(batcher.do(embed("one")))]
         await tasks[0]
+        assert batcher.seconds_per_job >= 0.4
         tasks += [asyncio.create_task(batcher.do(embed("one"))) for _ in range(3)]
         await asyncio.sleep(0.01)
-        assert batcher.full  # three of 0.4 s and more are before it
-        with pytest.raises(ServeError, match="429: the server is busy"):
+        with pytest.raises(ServeError, match="429: the server is busy"):  # three of 0.4 s and more are before it
             await batcher.do(embed("one too many"))
         for task in tasks:
             task.cancel()
-        await batcher.close()
+        batcher.close()
 
     asyncio.run(body())
 
@@ -163,7 +174,7 @@ def test_who_goes_away_is_taken_out() -> None:
         await until(lambda: worker.cancelled == 1)
         assert len(worker.batches) == 1
         assert await batcher.do(embed("third")) == "third"
-        await batcher.close()
+        batcher.close()
 
     asyncio.run(body())
 
@@ -179,9 +190,9 @@ def test_the_batch_of_a_client_that_disconnects_is_stopped() -> None:
             return {"type": "http.disconnect"}
 
         with pytest.raises(ServeError, match="499: the client disconnected"):
-            await batcher.answer(Request({"type": "http"}, receive), embed("a"))
+            await batcher.answers(Request({"type": "http"}, receive), [embed("a")])
         await until(lambda: worker.cancelled == 1)
-        await batcher.close()
+        batcher.close()
 
     asyncio.run(body())
 
@@ -198,7 +209,7 @@ def test_a_batch_goes_on_while_anybody_waits() -> None:
         assert worker.cancelled == 0
         worker.go.set()
         assert await tasks[1] == "1"
-        await batcher.close()
+        batcher.close()
 
     asyncio.run(body())
 
@@ -211,7 +222,7 @@ def test_what_takes_too_long_is_late() -> None:
         with pytest.raises(ServeError, match="504: the request took longer"):
             await batcher.do(embed("a"))
         assert worker.cancelled == 1
-        await batcher.close()
+        batcher.close()
 
     asyncio.run(body())
 
@@ -229,7 +240,7 @@ def test_an_error_is_the_batchs_alone() -> None:
             await batcher.do(embed("a"))
         worker.does = right
         assert await batcher.do(embed("b")) == "b"
-        await batcher.close()
+        batcher.close()
 
     asyncio.run(body())
 
@@ -253,7 +264,7 @@ def test_pieces_come_before_the_result(end: Any) -> None:
         except UserError as error:
             found.append(error)
         assert found == ["a ", "cat", end]
-        await batcher.close()
+        batcher.close()
 
     asyncio.run(body())
 
@@ -267,6 +278,6 @@ def test_a_stream_runs_alone() -> None:
         for stream in streams:
             assert [piece async for piece in stream] == [0]
         assert [len(batch) for batch in worker.batches] == [1, 1]
-        await batcher.close()
+        batcher.close()
 
     asyncio.run(body())

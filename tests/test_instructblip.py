@@ -22,8 +22,7 @@ import openblip2
 import tiny
 import tiny_blip2
 import tiny_runs
-from openblip2.apps.serve.engine import Engine
-from openblip2.apps.serve.jobs import Served, Write
+from openblip2.apps.serve.engine import Engine, Served, Write
 from openblip2.cli import app
 from openblip2.config import change
 from openblip2.data.records import read_records

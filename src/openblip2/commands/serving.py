@@ -28,16 +28,16 @@ def serve(
 ) -> None:
     """Serve a run as a web page and an OpenAI-compatible API."""
     try:
-        import multipart  # noqa: F401
+        import python_multipart  # noqa: F401
 
+        from openblip2.apps.serve import start
         from openblip2.apps.serve.batcher import Limits
-        from openblip2.apps.serve.start import serve as start
     except ImportError as error:
         raise UserError(f"the server needs {error.name}: pip install 'openblip2[serve]'") from error
     if host not in LOOPBACK and not token:
         raise UserError(f"--host {host}: other machines can reach it, so set --token (or OPENBLIP2_TOKEN)")
     limits = Limits(int(megabytes * 2**20), queue, batch, seconds=seconds, remote=remote)
-    start(run, matcher, index, host, port, token, name or [], limits)
+    start.serve(start.find_runs(run, matcher, index), host, port, token, name or [], limits)
 
 
 def bench_serve(

@@ -1,83 +1,30 @@
-"""The web application: the page, the routes beside OpenAI's, and how errors are answered."""
+"""The web application: the page, and the routes beside OpenAI's."""
 
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Form, Request, UploadFile
+from fastapi import APIRouter, FastAPI, Request
+from fastapi import Form as FormField
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 import openblip2
 from openblip2.apps.search.index import open_index
 from openblip2.apps.serve import openai
 from openblip2.apps.serve.batcher import Batcher, Limits
+from openblip2.apps.serve.engine import Call, Job, Write
 from openblip2.apps.serve.http import Guard, ServeError, error_response
-from openblip2.apps.serve.jobs import Call, Job, Write
+from openblip2.apps.serve.requests import AnswerForm, AttendForm, CaptionForm, MatchForm, SearchForm
 from openblip2.apps.serve.worker import Worker
 from openblip2.errors import UserError
 from openblip2.inference.captioner import ANSWER, CAPTION
 
-ASSETS = {"page.js": "text/javascript", "page.css": "text/css"}
-# The page loads nothing from elsewhere, and no text that it shows can run.
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
-POLICY += "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-
-MULTIPART = Form(media_type="multipart/form-data")
-Text = Annotated[str, Field(max_length=4000)]
-
-
-class Fields(BaseModel):
-    """Fields of a form. Others are refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class CaptionForm(Fields):
-    """POST /caption."""
-
-    image: UploadFile
-    prompt: Annotated[str, Field(max_length=1000)] | None = None
-    beams: Annotated[int, Field(ge=1, le=5)] = CAPTION.beams
-
-
-class AnswerForm(Fields):
-    """POST /answer."""
-
-    image: UploadFile
-    question: Text
-
-
-class MatchForm(Fields):
-    """POST /match."""
-
-    image: UploadFile
-    text: list[str]
-
-
-class AttendForm(Fields):
-    """POST /attend."""
-
-    image: UploadFile
-    text: Text | None = None
-    by: Literal["itc", "itm"] = "itc"
-
-
-class SearchForm(Fields):
-    """POST /search."""
-
-    text: Text | None = None
-    image: UploadFile | None = None
-    best: Annotated[int, Field(ge=1, le=100)] = 12
-    rerank: Annotated[int, Field(ge=0, le=64)] = 0
-
+FOLDER = Path(__file__).parent
+MULTIPART = FormField(media_type="multipart/form-data")
 
 router = APIRouter()
 
@@ -96,40 +43,35 @@ def make_app(worker: Worker, limits: Limits, token: str | None, hosts: list[str]
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.batcher = Batcher(worker, limits)
         yield
-        await app.state.batcher.close()
-        worker.close()
+        app.state.batcher.close()
 
-    # The pages at docs_url and redoc_url load scripts from elsewhere; /openapi.json is served.
+    async def answer_error(request: Request, error: Exception) -> Response:
+        return error_response(error)
+
+    # The pages at docs_url and redoc_url load scripts from other sites; /openapi.json is served.
     app = FastAPI(title="openblip2", version=openblip2.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    served = worker.served
-    app.state.served = {kind: Path(path).name or "openblip2" for kind, path in vars(served).items() if path}
-    app.state.created = int(time.time())
-    app.state.index = open_index(Path(served.index)) if served.index is not None else None
+    app.state.served = {kind: Path(path).name or "openblip2" for kind, path in vars(worker.served).items() if path}
+    app.state.index = open_index(Path(worker.served.index)) if worker.served.index is not None else None
     app.include_router(router)
     app.include_router(openai.router)
     app.add_middleware(Guard, hosts=hosts, token=token, limit=limits.bytes)
     for kind in (UserError, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, _answer_error)
+        app.add_exception_handler(kind, answer_error)
     return app
-
-
-async def _answer_error(request: Request, error: Exception) -> Response:
-    return error_response(error)
 
 
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
     """The web page."""
-    text = (files("openblip2.apps.serve") / "page.html").read_text(encoding="utf-8")
-    return Response(text, media_type="text/html", headers={"Content-Security-Policy": POLICY})
+    return FileResponse(FOLDER / "page.html")
 
 
 @router.get("/assets/{name}", include_in_schema=False)
 async def asset(name: str) -> Response:
     """A file of the page."""
-    if name not in ASSETS:
+    if name not in ("page.js", "page.css"):
         raise ServeError("no such file", 404)
-    return Response((files("openblip2.apps.serve") / name).read_bytes(), media_type=ASSETS[name])
+    return FileResponse(FOLDER / name)
 
 
 @router.get("/health")
@@ -147,34 +89,35 @@ async def metrics() -> Response:
 
 
 @router.post("/caption")
-async def caption(request: Request, form: Annotated[CaptionForm, MULTIPART]) -> dict[str, str]:
-    """A caption of a picture, which begins with `prompt`."""
-    job = Write(await form.image.read(), replace(CAPTION, beams=form.beams), prompt=form.prompt)
-    return {"caption": (await _answer(request, job, "captioner")).text}
+async def caption(request: Request, form: Annotated[CaptionForm, MULTIPART]) -> dict[str, Any]:
+    """A caption of a picture, which begins with `prompt`; `captions` if `n` is above 1."""
+    picture = await form.image.read()
+    jobs = [Write(picture, how, prompt=form.prompt) for how in form.decodings(CAPTION)]
+    texts = [written.text for written in await _answers(request, "captioner", *jobs)]
+    return {"caption": texts[0]} if form.n == 1 else {"captions": texts}
 
 
 @router.post("/answer")
-async def answer(request: Request, form: Annotated[AnswerForm, MULTIPART]) -> dict[str, str]:
-    """A short answer to a question about a picture."""
-    job = Write(await form.image.read(), ANSWER, form.question, plain=True)
-    return {"answer": (await _answer(request, job, "captioner")).text}
+async def answer(request: Request, form: Annotated[AnswerForm, MULTIPART]) -> dict[str, Any]:
+    """A short answer to a question about a picture; `answers` if `n` is above 1."""
+    picture = await form.image.read()
+    jobs = [Write(picture, how, form.question, plain=True) for how in form.decodings(ANSWER)]
+    texts = [written.text for written in await _answers(request, "captioner", *jobs)]
+    return {"answer": texts[0]} if form.n == 1 else {"answers": texts}
 
 
 @router.post("/match")
 async def match(request: Request, form: Annotated[MatchForm, MULTIPART]) -> dict[str, Any]:
     """How well texts fit a picture: the cosine of ITC and the probability of ITM, sorted by the cosine."""
-    most = request.app.state.batcher.limits.texts
-    if not 0 < len(form.text) <= most:
-        raise ServeError(f"{len(form.text)} texts: send 1 to {most}", param="text")
-    rows = await _answer(request, Call("match", (await form.image.read(), form.text)), "matcher")
+    (rows,) = await _answers(request, "matcher", Call("match", await form.image.read(), form.text))
     return {"texts": sorted(rows, key=lambda row: -row["similarity"])}
 
 
 @router.post("/attend")
 async def attend(request: Request, form: Annotated[AttendForm, MULTIPART]) -> Response:
     """The picture with an attention map over it, as PNG: for a text, or of all queries."""
-    job = Call("attend", (await form.image.read(), form.text or None, form.by))
-    return Response(await _answer(request, job), media_type="image/png")
+    (png,) = await _answers(request, None, Call("attend", await form.image.read(), form.text or None, form.by))
+    return Response(png, media_type="image/png")
 
 
 @router.post("/search")
@@ -183,7 +126,8 @@ async def search(request: Request, form: Annotated[SearchForm, MULTIPART]) -> di
     if (form.text is None) == (form.image is None):
         raise ServeError("give either a text or an image")
     query = form.text if form.image is None else await form.image.read()
-    return {"pictures": await _answer(request, Call("find", (query, form.best, form.rerank)), "index")}
+    (pictures,) = await _answers(request, "index", Call("find", query, form.best, form.rerank))
+    return {"pictures": pictures}
 
 
 @router.get("/pictures/{number}")
@@ -202,7 +146,8 @@ async def picture(request: Request, number: int, whole: bool = False) -> Respons
     return FileResponse(path, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
 
 
-async def _answer(request: Request, job: Job, needs: str | None = None) -> Any:
+async def _answers(request: Request, needs: str | None, *jobs: Job) -> list[Any]:
+    """Results of jobs that need the `captioner`, `matcher` or `index`; None = any model."""
     if needs is not None:
         openai.require(request, needs)
-    return await request.app.state.batcher.answer(request, job)
+    return await request.app.state.batcher.answers(request, jobs)

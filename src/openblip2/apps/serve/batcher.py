@@ -6,15 +6,14 @@ disconnected clients leave the queue, and a batch is stopped when all of its cli
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import Gauge, Histogram
 from starlette.requests import Request
 
+from openblip2.apps.serve.engine import Job, Write
 from openblip2.apps.serve.http import ServeError
-from openblip2.apps.serve.jobs import Call, Job, Write
 from openblip2.apps.serve.worker import Worker
 
 BATCH = Histogram("openblip2_batch_jobs", "Jobs in a batch.", buckets=(1, 2, 4, 8, 16, 32))
@@ -31,8 +30,6 @@ class Limits:
         batch: requests in one batch.
         wait: seconds to wait for others to fill a batch.
         seconds: time for one request; after it the status is 504.
-        tokens: new tokens of one answer.
-        texts: texts of one request, to match or to embed.
         remote: whether pictures are fetched from http(s) addresses.
     """
 
@@ -41,18 +38,15 @@ class Limits:
     batch: int = 16
     wait: float = 0.01
     seconds: float = 60.0
-    tokens: int = 256
-    texts: int = 64
     remote: bool = False
 
 
 @dataclass(eq=False)
 class Waiting:
-    """A job whose client waits. `events` are the pieces of a streamed text, then the result or an exception."""
+    """A job whose client waits. Its `events`: the text so far of a stream, then the result or an exception."""
 
     job: Job
     events: "asyncio.Queue[tuple[str, Any]]" = field(default_factory=asyncio.Queue)
-    left: bool = False
 
 
 class Batcher:
@@ -64,44 +58,26 @@ class Batcher:
 
     Attributes:
         waiting: jobs that are in no batch yet.
-        running: jobs of the batch that runs.
+        running: jobs of the batch that runs, without those of disconnected clients.
     """
 
     def __init__(self, worker: Worker, limits: Limits) -> None:
         self.worker, self.limits = worker, limits
         self.waiting: list[Waiting] = []
         self.running: list[Waiting] = []
-        self._seconds_per_job = 0.0  # moving average
-        self._thread = ThreadPoolExecutor(1, "batches")
+        self.seconds_per_job = 0.0  # moving average
         self._arrived = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._run_batches())
         QUEUE.set_function(lambda: len(self.waiting) + len(self.running))
 
-    @property
-    def full(self) -> bool:
-        """Whether one more job would be refused: too many wait, or it could not be done in time."""
-        ahead = len(self.waiting) + len(self.running)
-        return ahead >= self.limits.queue or ahead * self._seconds_per_job > self.limits.seconds
-
-    @property
-    def retry_after(self) -> int:
-        """Seconds in which half of a full queue will be done, from the time that recent jobs took."""
-        return max(1, round(min(self._seconds_per_job * self.limits.queue / 2, self.limits.seconds)))
-
-    def refusal(self) -> ServeError | None:
-        """The error for one more job if the queue is full."""
-        headers = {"Retry-After": str(self.retry_after)}
-        message = "the server is busy: try again later"
-        return ServeError(message, 429, "rate_limit_exceeded", headers=headers) if self.full else None
-
-    async def do(self, job: Job) -> Any:
-        """The result of a job; see `stream`."""
-        return [event async for event in self.stream(job)][-1]
-
-    async def answer(self, request: Request, job: Job) -> Any:
-        """As `answers`, of one job."""
-        return (await self.answers(request, [job]))[0]
+    def check_room(self) -> None:
+        """Raises a `ServeError` if too many jobs wait, or if one more could not be done in time."""
+        jobs, limits = len(self.waiting) + len(self.running), self.limits
+        if jobs >= limits.queue or jobs * self.seconds_per_job > limits.seconds:
+            # Half of a full queue will be done in this time.
+            seconds = max(1, round(min(self.seconds_per_job * limits.queue / 2, limits.seconds)))
+            headers = {"Retry-After": str(seconds)}
+            raise ServeError("the server is busy: try again later", 429, "rate_limit_exceeded", headers=headers)
 
     async def answers(self, request: Request, jobs: Sequence[Job]) -> list[Any]:
         """Results of a request's jobs, cancelled if the client disconnects. The body must have been read."""
@@ -115,41 +91,46 @@ class Batcher:
             work.cancel()
             disconnect.cancel()
 
+    async def do(self, job: Job) -> Any:
+        """The result of a job; see `stream`."""
+        return [event async for event in self.stream(job)][-1]
+
     def stream(self, job: Job) -> AsyncIterator[Any]:
-        """Pieces of the text while it is written, then the result.
+        """The text so far while it is written, then the result.
 
         Raises:
             ServeError: the queue is full (at once), or the job took too long.
             UserError: the request is wrong.
         """
-        if refusal := self.refusal():
-            raise refusal
+        self.check_room()
         waiting = Waiting(job)
         self.waiting.append(waiting)
         self._arrived.set()
         return self._events(waiting)
 
     async def _events(self, waiting: Waiting) -> AsyncIterator[Any]:
-        deadline, kind = self._loop.time() + self.limits.seconds, "text"
+        deadline, kind = asyncio.get_running_loop().time() + self.limits.seconds, "text"
         try:
             while kind == "text":
-                kind, value = await asyncio.wait_for(waiting.events.get(), deadline - self._loop.time())
+                async with asyncio.timeout_at(deadline):
+                    kind, value = await waiting.events.get()
                 if isinstance(value, Exception):
                     raise value
                 yield value
         except TimeoutError as error:
             raise ServeError("the request took longer than the server allows", 504) from error
         finally:
-            waiting.left = True
             if waiting in self.waiting:
                 self.waiting.remove(waiting)
-            elif self.running and all(one.left for one in self.running):
-                self.worker.cancel()
+            elif waiting in self.running:
+                self.running.remove(waiting)
+                if not self.running:
+                    self.worker.cancel()
 
-    async def close(self) -> None:
-        """Stops taking jobs."""
+    def close(self) -> None:
+        """Ends the worker, and with it the batch that runs."""
         self._task.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self.worker.close()
 
     async def _run_batches(self) -> None:
         while True:
@@ -161,24 +142,23 @@ class Batcher:
 
     async def _run_batch(self) -> None:
         """Runs the first job that waits, with later ones that can share its batch."""
-        first = self.waiting[0]
+        first, loop = self.waiting[0], asyncio.get_running_loop()
         batch = [one for one in self.waiting if one is first or _can_share(one.job, first.job)][: self.limits.batch]
         self.waiting = [one for one in self.waiting if one not in batch]
-        self.running = batch
+        self.running = list(batch)
         BATCH.observe(len(batch))
 
         def send_text(text: str) -> None:  # in the worker's thread; a streamed job runs alone
-            self._loop.call_soon_threadsafe(first.events.put_nowait, ("text", text))
+            loop.call_soon_threadsafe(first.events.put_nowait, ("text", text))
 
-        start = self._loop.time()
+        start = loop.time()
         try:
-            jobs = [one.job for one in batch]
-            results = await self._loop.run_in_executor(self._thread, self.worker.run, jobs, send_text)
+            results = await asyncio.to_thread(self.worker.run, [one.job for one in batch], send_text)
         except Exception as error:  # these clients get it, and the others are served
             results = [error] * len(batch)
         self.running = []
-        seconds = (self._loop.time() - start) / len(batch)
-        self._seconds_per_job = 0.7 * (self._seconds_per_job or seconds) + 0.3 * seconds
+        seconds = (loop.time() - start) / len(batch)
+        self.seconds_per_job = 0.7 * (self.seconds_per_job or seconds) + 0.3 * seconds
         for one, result in zip(batch, results, strict=True):
             one.events.put_nowait(("result", result))
 
@@ -186,7 +166,7 @@ class Batcher:
 def _can_share(one: Job, other: Job) -> bool:
     if isinstance(one, Write) and isinstance(other, Write):
         return one.decoding == other.decoding and not (one.stream or other.stream)
-    return isinstance(one, Call) and isinstance(other, Call)
+    return type(one) is type(other)
 
 
 async def _disconnect(request: Request) -> None:

@@ -5,16 +5,17 @@ Shapes: L LLM width, Q queries.
 
 import hashlib
 import io
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from openblip2.apps.search.find import ImageSearch
-from openblip2.apps.serve.jobs import Call, Job, Served, Write, Written
 from openblip2.data.images import PictureFile, open_picture
 from openblip2.errors import UserError
 from openblip2.hardware import computing
@@ -25,9 +26,64 @@ from openblip2.inference.inputs import group_of
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.context import require_room
-from openblip2.model.likelihood import token_scores
+from openblip2.model.decoding import Decoding
+from openblip2.model.likelihood import TokenScore, token_scores
 
 CACHED = 256  # soft prompts of recent pictures
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server serves, each None where there is none: folders of a stage-2 run, a stage-1 run and an index."""
+
+    captioner: str | None = None
+    matcher: str | None = None
+    index: str | None = None
+
+
+@dataclass(frozen=True)
+class Write:
+    """Write a text about a picture; the result is a `Written`.
+
+    Attributes:
+        picture: content of a picture file.
+        decoding: jobs with equal settings can share a batch.
+        question: None = a caption.
+        turns: earlier questions and their answers.
+        prompt: how a caption begins; None = the run's own prompt.
+        plain: whether the question is asked as in VQA (`Captioner.answer`), else as it is written.
+        stream: whether the text is sent while it is written; such a job runs alone.
+        logprobs: number of most likely tokens to list at each position; None = no log-probabilities.
+    """
+
+    picture: bytes
+    decoding: Decoding
+    question: str | None = None
+    turns: Sequence[tuple[str, str]] = ()
+    prompt: str | None = None
+    plain: bool = False
+    stream: bool = False
+    logprobs: int | None = None
+
+
+class Written(NamedTuple):
+    """A text, the number of tokens read for it (soft tokens included), the number of tokens in it, and these tokens
+    with their log-probabilities where a job asks for them."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    tokens: Sequence[TokenScore] = ()
+
+
+class Call:
+    """Call a method of `Engine` with these arguments."""
+
+    def __init__(self, method: Literal["match", "embed", "find", "attend"], *arguments: Any) -> None:
+        self.method, self.arguments = method, arguments
+
+
+Job = Write | Call
 
 
 class Engine:
@@ -35,7 +91,7 @@ class Engine:
 
     Args:
         served: the models and the index.
-        send_text: called with each piece of a streamed text.
+        send_text: called with what is written so far of a streamed text.
         stopped: whether writing should stop, because all clients have disconnected.
     """
 
@@ -43,7 +99,7 @@ class Engine:
         self.captioner, self.matcher = _load(served.captioner, Captioner), _load(served.matcher, Matcher)
         self.search: Any = ImageSearch(Path(served.index), self.matcher) if served.index is not None else None
         self.dialogue: Any = DialoguePrompt(self.captioner) if self.captioner is not None else None
-        self._send_text, self._stop = send_text, StoppingCriteriaList([_Stop(stopped)])
+        self._send_text, self._stopped = send_text, stopped
         self._soft: dict[tuple[bytes, str], Tensor] = {}  # by content and question
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
@@ -70,9 +126,9 @@ class Engine:
             hits = self.search.by_picture(_opened(query), best)
         else:
             hits = self.search.by_text(query, best, rerank)
-        rows = self.search.index.rows
+        names = {hit.number: self.search.index.rows[hit.number].path for hit in hits}
         return [
-            {"id": hit.number, "path": rows[hit.number].path, "similarity": hit.similarity, "match": hit.match}
+            {"id": hit.number, "path": names[hit.number], "similarity": hit.similarity, "match": hit.match}
             for hit in hits
         ]
 
@@ -93,17 +149,17 @@ class Engine:
         pictures, prompts, questions = map(list, zip(*(results[n] for n in ready), strict=True))
         model, decoding = self.captioner.model, jobs[0].decoding
         language = model.language
-        language.watched["stopping_criteria"] = self._stop
-        if jobs[0].stream and decoding.beams == 1:
-            language.watched["streamer"] = _Streamer(language.tokenizer, self._send_text)
+        # Beam search knows its text only at the end.
+        send_text = self._send_text if jobs[0].stream and decoding.beams == 1 else None
+        watch = _Watch(language.tokenizer, send_text, self._stopped)
+        language.watched["stopping_criteria"] = StoppingCriteriaList([watch])
         try:
             with torch.inference_mode(), computing(model, self.captioner.settings.train.precision):
                 soft, about = self._soft_prompts(pictures, questions)
-                if group_of(model) > 1:
-                    texts = language.generate(soft, prompts, decoding, about)
-                else:
-                    pairs = zip(prompts, about, strict=True)
-                    texts = [language.generate(soft, [prompt], decoding, [picture])[0] for prompt, picture in pairs]
+                together, texts = min(group_of(model), len(ready)), list[str]()
+                for start in range(0, len(ready), together):
+                    rows = slice(start, start + together)
+                    texts += language.generate(soft, prompts[rows], decoding, about[rows])
                 for n, picture, prompt, text in zip(ready, about, prompts, texts, strict=True):
                     length = len(language.tokenizer(text, add_special_tokens=False)["input_ids"])
                     best = jobs[n].logprobs
@@ -111,32 +167,24 @@ class Engine:
                     results[n] = Written(text, language.length(prompt) + soft.shape[1], length, scores)
         finally:
             language.watched.clear()
-        if jobs[0].stream and decoding.beams > 1:  # beam search knows its text at the end only
-            self._send_text(texts[0])
         return results
 
     def _inputs(self, job: Write) -> tuple[PictureFile, str, str]:
         """The picture, the prompt of the language model, and the text for a Q-Former that reads some."""
-        picture, captioner = _opened(job.picture), self.captioner
+        picture, captioner, longest = _opened(job.picture), self.captioner, job.decoding.max_new_tokens
+        prompt, read = "", None
         if job.question is None:
             if captioner.tokens is not None and not captioner.settings.reads_prompts:
                 raise UserError("this model answers questions: ask one")
             prompt = captioner.settings.language.prompts[0] if job.prompt is None else job.prompt
-            self._require_room(prompt, job)
             read = captioner.qformer_texts([prompt])
-            return picture, prompt, read[0] if read else ""
-        prompt, read = "", None
-        if job.plain or captioner.tokens is not None:
+        elif job.plain or captioner.tokens is not None:
             (prompt,), read = captioner.read_questions([job.question])
-        if job.plain:
-            self._require_room(prompt, job)
+        if job.question is None or job.plain:
+            require_room(captioner.model.language, prompt, captioner.model.connector.tokens, longest)
         else:
-            prompt = self.dialogue.write(job.turns, job.question, job.decoding.max_new_tokens)
+            prompt = self.dialogue.write(job.turns, job.question, longest)
         return picture, prompt, read[0] if read else ""
-
-    def _require_room(self, prompt: str, job: Write) -> None:
-        model = self.captioner.model
-        require_room(model.language, prompt, model.tokens, job.decoding.max_new_tokens)
 
     def _soft_prompts(self, pictures: list[PictureFile], questions: list[str]) -> tuple[Tensor, list[int]]:
         """Soft prompts `[N, Q, L]`, and the row of each picture in them; a picture that repeats has one row.
@@ -177,19 +225,15 @@ def _result_or_error(do: Callable[..., Any], *arguments: Any) -> Any:
         return error
 
 
-class _Stop(StoppingCriteria):
-    def __init__(self, stopped: Callable[[], bool]) -> None:
-        self.stopped = stopped
+class _Watch(StoppingCriteria):
+    """Called after each token: sends the text so far, and stops when all clients have disconnected."""
+
+    def __init__(self, tokenizer: Any, send_text: Callable[[str], object] | None, stopped: Callable[[], bool]) -> None:
+        self.tokenizer, self.send_text, self.stopped = tokenizer, send_text, stopped
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
+        if self.send_text is not None:
+            text = self.tokenizer.decode(input_ids[0], skip_special_tokens=True).strip()
+            # What follows the last space can still change. Scripts without spaces are beyond U+024F.
+            self.send_text(re.sub(r"[!-\u024f\ufffd]+$", "", text))
         return torch.full((len(input_ids),), self.stopped(), device=input_ids.device)
-
-
-class _Streamer(TextStreamer):
-    def __init__(self, tokenizer: Any, send_text: Callable[[str], object]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.send_text = send_text
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.send_text(text)

@@ -1,4 +1,4 @@
-"""What all requests have in common: checks before they are read, metrics, headers, and errors in OpenAI's shape."""
+"""What all requests have in common: checks before the body is read, metrics, headers, and errors in OpenAI's form."""
 
 import hmac
 import json
@@ -15,11 +15,14 @@ from starlette.responses import Response
 from openblip2.errors import UserError
 
 OPEN = ("/", "/health")  # and /assets/: the page asks the user for the token
-HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
+# The page loads nothing from other sites, and no text that it shows can run.
+POLICY = b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+POLICY += b"base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+HEADERS = ((b"content-security-policy", POLICY), (b"x-content-type-options", b"nosniff"))
+HEADERS += ((b"referrer-policy", b"no-referrer"),)
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 REQUESTS = Counter("openblip2_requests", "Answered requests.", ("path", "status"))
 SECONDS = Histogram("openblip2_request_seconds", "Time to answer a request.", ("path",), buckets=BUCKETS)
-CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
 
 
 class ServeError(HTTPException):
@@ -66,11 +69,15 @@ def _validation_error(error: RequestValidationError) -> ServeError:
     first = max(error.errors(), key=lambda one: len(one["loc"]))
     if first["type"] == "json_invalid":
         return ServeError("the body of the request is not valid JSON")
-    field, *inner = [str(part) for part in first["loc"][1:]] or [""]
+    field, *inner = [str(part) for part in first["loc"][1:]] or ["the body of the request"]
     path = [part for part in inner if re.fullmatch(r"[a-z0-9_]+", part)]  # without names of types
     param = ".".join([field, *path])[:200]
-    message = f"{param or 'the body of the request'}: {first['msg']}"
-    return ServeError(message, code=CODES.get(first["type"]), param=param or None)
+    if first["type"] == "extra_forbidden":
+        hint = ", or use repetition_penalty" if field.endswith("_penalty") else ""
+        message = f"this server does not support {param!r}: leave it out{hint}"
+        return ServeError(message, code="unsupported_parameter", param=param)
+    code = "missing_required_parameter" if first["type"] == "missing" else None
+    return ServeError(f"{param}: {first['msg']}", code=code, param=param)
 
 
 class Guard:
@@ -96,8 +103,7 @@ class Guard:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.limit:  # sent in chunks, without a length
-                raise self._too_large()
+            self._check_size(received)  # a body sent in chunks has no length in its headers
             return message
 
         async def counted_send(message: Any) -> None:
@@ -107,32 +113,33 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
 
-        refusal = self._refusal(scope)
-        app = self.app if refusal is None else error_response(refusal)
         try:
-            await app(scope, limited_receive, counted_send)
+            self._check(scope)
+            await self.app(scope, limited_receive, counted_send)
+        except ServeError as error:
+            await error_response(error)(scope, receive, counted_send)
         finally:
             path = getattr(scope.get("route"), "path", "none")  # the declared path, so that there are few
             REQUESTS.labels(path, str(status)).inc()
             SECONDS.labels(path).observe(time.perf_counter() - start)
 
-    def _refusal(self, scope: dict[str, Any]) -> ServeError | None:
+    def _check(self, scope: dict[str, Any]) -> None:
         headers, path = dict(scope["headers"]), scope["path"]
         # A page of another name that resolves to this machine (DNS rebinding) must not reach it.
         host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
         if not any(host == name or (name[:1] == "*" and host.endswith(name[1:])) for name in self.hosts):
-            return ServeError("this server is not called by that name: start it with --name", 400, "unknown_host")
+            raise ServeError("this server is not called by that name: start it with --name", 400, "unknown_host")
         if self.token is not None and path not in OPEN and not path.startswith("/assets/"):
             token = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
             if not hmac.compare_digest(token, self.token.encode()):
                 message = "wrong or missing token: send the server's token as Authorization: Bearer ..."
-                return ServeError(message, 401, "invalid_api_key")
+                raise ServeError(message, 401, "invalid_api_key")
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length[:20]) > self.limit:
-            return self._too_large()
-        return scope["app"].state.batcher.refusal() if scope["method"] == "POST" else None
+        self._check_size(int(length[:20]) if length.isdigit() else self.limit + 1)
+        if scope["method"] == "POST":
+            scope["app"].state.batcher.check_room()
 
-    def _too_large(self) -> ServeError:
-        # The rest of the body is not read, so the connection cannot be used again.
-        message = f"the request has more than {self.limit:,} bytes: send a smaller picture"
-        return ServeError(message, 413, "too_large", headers={"Connection": "close"})
+    def _check_size(self, size: int) -> None:
+        if size > self.limit:  # the rest of the body is not read, so the connection cannot be used again
+            message = f"the request has more than {self.limit:,} bytes: send a smaller picture"
+            raise ServeError(message, 413, "too_large", headers={"Connection": "close"})

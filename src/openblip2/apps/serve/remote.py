@@ -26,10 +26,13 @@ def is_data_url(text: str) -> bool:
     return DATA_URL.match(text[:300]) is not None
 
 
-def read_url(url: str, remote: bool, limit: int) -> bytes:
-    """The bytes of a data URL, or if `remote` at most `limit` bytes of an address. Raises `UserError` without any.
+def read_url(url: str, limit: int) -> bytes:
+    """The bytes of a data URL, or at most `limit` bytes of an address; 0 = addresses are not fetched.
 
     In a data URL, white space, URL-safe and percent-encoded base64, and missing padding are accepted.
+
+    Raises:
+        UserError: there are no such bytes.
     """
     if found := DATA_URL.match(url[:300]):
         data = re.sub(r"\s", "", unquote(url[found.end() :])).translate(str.maketrans("-_", "+/")).rstrip("=")
@@ -39,7 +42,7 @@ def read_url(url: str, remote: bool, limit: int) -> bytes:
             raise UserError("the data URL of the picture is not valid base64: use data:image/png;base64,...") from error
     if url[:20].strip().lower().startswith("data:"):
         raise UserError("the data URL of the picture is not in base64: use data:image/png;base64,...")
-    if not remote:
+    if not limit:
         raise UserError("this server does not fetch addresses of pictures: send a data URL, data:image/png;base64,...")
     return fetch(url, limit)
 
@@ -49,23 +52,18 @@ def fetch(address: str, limit: int) -> bytes:
     deadline = time.monotonic() + SECONDS
     for _ in range(REDIRECTS + 1):
         try:
-            connection, path = _connect(address, deadline)
-            with connection.sock as connected:
-                connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "openblip2"})
-                response = connection.getresponse()
-                target = response.getheader("Location")
-                if response.status == 200:
-                    return _body(address, response, connected, limit, deadline)
-                if response.status not in (301, 302, 303, 307, 308) or not target:
-                    raise UserError(f"{address[:100]}: its server answers {response.status}: check the address")
-                address = urljoin(address, target)
+            content = _get(address, limit, deadline)
         except UserError:
             raise
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            message = (
-                f"{address[:100]}: cannot be fetched ({type(error).__name__}): check the address, or send the file"
-            )
-            raise UserError(message) from error
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"cannot be fetched ({type(error).__name__}): check the address, or send the file"
+            raise UserError(f"{address[:100]}: {problem}") from error
+        except ValueError as error:
+            problem = "not an address that is fetched: use http://... or https://..."
+            raise UserError(f"{address[:100]}: {problem}") from error
+        if isinstance(content, bytes):
+            return content
+        address = urljoin(address, content)
     raise UserError(f"{address[:100]}: more than {REDIRECTS} redirects: give the address of the picture itself")
 
 
@@ -88,33 +86,34 @@ def _is_public(number: str) -> bool:
     return address.is_global and not address.is_multicast and (inner is None or inner.is_global)
 
 
-def _connect(address: str, deadline: float) -> tuple[http.client.HTTPConnection, str]:
-    """A connection to the address's host, and the path to ask for."""
-    try:
-        parts = urlsplit(address)
-        port = parts.port or {"https": 443}.get(parts.scheme, 80)
-    except ValueError as error:
-        raise UserError(f"{address[:100]}: not an address: use http://... or https://...") from error
+def _get(address: str, limit: int, deadline: float) -> bytes | str:
+    """The content of an address, or the address that it redirects to."""
+    shown, parts = address[:100], urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
-        raise UserError(f"{address[:100]}: not an address that is fetched: use http://... or https://...")
-    connection = http.client.HTTPConnection(parts.hostname, port)
-    connection.sock = socket.create_connection((public_address(parts.hostname, port), port), _left(deadline))
+        raise ValueError
+    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    connected = socket.create_connection((public_address(parts.hostname, port), port), _left(deadline))
     if parts.scheme == "https":
-        connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
-    return connection, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-
-
-def _body(
-    address: str, response: http.client.HTTPResponse, connected: socket.socket, limit: int, deadline: float
-) -> bytes:
-    body = bytearray()
-    while len(body) <= limit:
-        connected.settimeout(_left(deadline))
-        piece = response.read1(2**16)
-        if not piece:
-            return bytes(body)
-        body += piece
-    raise UserError(f"{address[:100]}: more than {limit:,} bytes: use a smaller picture")
+        connected = ssl.create_default_context().wrap_socket(connected, server_hostname=parts.hostname)
+    connection = http.client.HTTPConnection(parts.hostname, port)
+    connection.sock = connected
+    with connected:
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "openblip2"})
+        response = connection.getresponse()
+        target = response.getheader("Location")
+        if response.status in (301, 302, 303, 307, 308) and target:
+            return target
+        if response.status != 200:
+            raise UserError(f"{shown}: its server answers {response.status}: check the address")
+        body = bytearray()
+        while len(body) <= limit:
+            connected.settimeout(_left(deadline))
+            piece = response.read1(2**16)
+            if not piece:
+                return bytes(body)
+            body += piece
+        raise UserError(f"{shown}: more than {limit:,} bytes: use a smaller picture")
 
 
 def _left(deadline: float) -> float:

@@ -1,127 +1,203 @@
-"""The bodies of requests that OpenAI's clients send: what is accepted, and which parameters are refused."""
+"""What clients may send: the forms of our own endpoints, and the bodies that OpenAI's clients send."""
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from fastapi import UploadFile
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from openblip2.apps.serve.http import ServeError
+from openblip2.inference.attend import By
+from openblip2.model.decoding import Decoding
 
+MAX_TEXTS = 64  # of one request, to match or to embed
+MAX_TOKENS = 256  # new tokens of one answer
 Text = Annotated[str, Field(max_length=20_000)]
 Url = Annotated[str, Field(max_length=2**27)]  # the limit of the body is lower
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-# Parameters that we do not have, with the value that changes nothing; None and {} or [] change nothing either.
-UNSUPPORTED = {"presence_penalty": 0, "frequency_penalty": 0, "echo": False, "tool_choice": "none"}
-UNSUPPORTED |= {"response_format": {"type": "text"}, "modalities": ["text"]}
+Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+# Parameters of OpenAI that are not in the classes below, with the value that changes nothing.
+NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "echo": False, "tool_choice": "none"}
+NEUTRAL |= {"response_format": {"type": "text"}, "modalities": ["text"]}
 NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 NO_EFFECT |= {"parallel_tool_calls", "include_obfuscation", "detail"}  # `detail`: an image encoder has one resolution
 
 
-class Strict(BaseModel):
-    """A body or a part of one. Parameters that could change the answer and are not declared are refused."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @model_validator(mode="after")
-    def refuse_unsupported(self) -> "Strict":
-        """Raises `ServeError` for a parameter that this server cannot honour."""
-        for name, value in (self.model_extra or {}).items():
-            if name not in NO_EFFECT and value not in (None, {}, [], UNSUPPORTED.get(name)):
-                message = f"this server does not support {name[:100]!r}: leave it out"
-                message += ", or use repetition_penalty" if name in ("frequency_penalty", "presence_penalty") else ""
-                raise ServeError(message, code="unsupported_parameter", param=name[:100])
-        return self
+def as_list(value: Any) -> Any:
+    """One text stands for a list of one. Raises `ServeError` for token ids, which LangChain sends by default."""
+    if isinstance(value, list) and any(isinstance(one, int | list) for one in value):
+        raise ServeError("send texts, not token ids (LangChain: check_embedding_ctx_length=False)", param="input")
+    return [value] if isinstance(value, str) else value
 
 
-class ImageUrl(Strict):
+def as_parts(value: Any) -> Any:
+    """A text stands for one part of a message."""
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class Form(BaseModel):
+    """A form of ours. Fields that are not declared are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Body(BaseModel):
+    """A body of OpenAI's, or a part of one. A field that is not declared is refused if it could change the answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def drop_without_effect(cls, fields: Any) -> Any:
+        """Removes null, and undeclared fields that change nothing. Those that are left are refused."""
+        if not isinstance(fields, dict):
+            return fields
+
+        def has_effect(name: str, value: Any) -> bool:
+            return name not in NO_EFFECT and value not in ({}, [], NEUTRAL.get(name))
+
+        given = {name: value for name, value in fields.items() if value is not None}
+        return {name: value for name, value in given.items() if name in cls.model_fields or has_effect(name, value)}
+
+
+class Sampling(BaseModel):
+    """How texts are written: the fields of `/caption`, `/answer` and chats. None = as by default."""
+
+    beams: Annotated[int, Field(ge=1, le=5)] | None = None
+    max_tokens: Tokens | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    n: Annotated[int, Field(ge=1, le=8)] = 1
+    seed: int | None = None
+
+    def decodings(self, default: Decoding) -> list[Decoding]:
+        """How each of the `n` texts is decoded: `default` with the changes that are asked for.
+
+        Texts are sampled if `temperature` is above 0, `top_p` below 1 or `n` above 1; text k has the seed `seed` + k.
+
+        Raises:
+            ServeError: fields that exclude each other.
+        """
+        changes = {"max_new_tokens": self.max_tokens, "repetition_penalty": self.repetition_penalty}
+        how = replace(default, **{name: value for name, value in changes.items() if value is not None})
+        if self.temperature == 0 and self.n > 1:
+            raise ServeError("n: at temperature 0 all answers are the same; set a higher temperature", param="n")
+        if self.temperature == 0:
+            return [replace(how, beams=self.beams or 1)]
+        if self.temperature is None and self.top_p in (None, 1) and self.n == 1:
+            return [replace(how, beams=self.beams or default.beams)]
+        if self.beams not in (None, 1):
+            raise ServeError(
+                "beams: sampling uses no beams; leave out beams, or temperature, top_p and n", param="beams"
+            )
+        how = replace(how, beams=1, sample=True, temperature=self.temperature or 1.0, top_p=self.top_p or 1.0)
+        return [replace(how, seed=None if self.seed is None else self.seed + k) for k in range(self.n)]
+
+
+class CaptionForm(Form, Sampling):
+    """POST /caption."""
+
+    image: UploadFile
+    prompt: Annotated[str, Field(max_length=1000)] | None = None
+
+
+class AnswerForm(Form, Sampling):
+    """POST /answer."""
+
+    image: UploadFile
+    question: Text
+
+
+class MatchForm(Form):
+    """POST /match."""
+
+    image: UploadFile
+    text: Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
+
+
+class AttendForm(Form):
+    """POST /attend."""
+
+    image: UploadFile
+    text: Text | None = None
+    by: By = "itc"
+
+
+class SearchForm(Form):
+    """POST /search."""
+
+    text: Text | None = None
+    image: UploadFile | None = None
+    best: Annotated[int, Field(ge=1, le=100)] = 12
+    rerank: Annotated[int, Field(ge=0, le=64)] = 0
+
+
+class ImageUrl(Body):
     """Where a picture is."""
 
     url: Url
 
 
-class Part(Strict):
+class Part(Body):
     """A part of a message."""
 
     type: Literal["text", "image_url"]
-    text: Text | None = None
-    image_url: ImageUrl | Url | None = None
-
-    @model_validator(mode="after")
-    def require_image(self) -> "Part":
-        """Raises `ServeError` for a picture's part without one."""
-        if self.type == "image_url" and self.image_url is None:
-            raise ServeError("a part of type image_url has no image_url", param="messages")
-        return self
+    text: Text = ""
+    image_url: (
+        Annotated[ImageUrl, BeforeValidator(lambda url: {"url": url} if isinstance(url, str) else url)] | None
+    ) = None
 
 
-class Message(Strict):
+class Message(Body):
     """A message of a dialogue."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Part] = []
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def make_parts(cls, value: Any) -> Any:
-        """A text is one part."""
-        return [{"type": "text", "text": value}] if isinstance(value, str) else [] if value is None else value
+    content: Annotated[list[Part], BeforeValidator(as_parts)] = []
 
     @property
     def text(self) -> str:
         """All texts of the message."""
-        return " ".join(part.text or "" for part in self.content if part.type == "text").strip()
+        return " ".join(part.text for part in self.content if part.type == "text").strip()
 
 
-class StreamOptions(Strict):
+class StreamOptions(Body):
     """What a stream ends with."""
 
     include_usage: bool = False
 
 
-class ChatRequest(Strict):
+class ChatRequest(Body, Sampling):
     """POST /v1/chat/completions."""
 
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=200)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    n: Annotated[int, Field(ge=1, le=8)] | None = None
-    seed: int | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_completion_tokens: Tokens | None = None
+    stop: Annotated[list[Stop], BeforeValidator(as_list), Field(max_length=4)] = []
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
 
     @model_validator(mode="after")
     def check_combinations(self) -> "ChatRequest":
         """Raises `ServeError` for parameters that exclude each other."""
-        if self.logprobs and self.stream:
+        if self.stream and self.logprobs:
             raise ServeError("logprobs: a stream has none; use stream=false", 400, "unsupported_parameter", "logprobs")
-        if self.stream and (self.n or 1) > 1:
+        if self.stream and self.n > 1:
             raise ServeError("n: a stream has one answer; use stream=false", 400, "unsupported_parameter", "n")
-        if (self.n or 1) > 1 and self.temperature == 0:
-            raise ServeError("n: at temperature 0 all answers are the same; set a higher temperature", param="n")
         if self.top_logprobs and not self.logprobs:
             raise ServeError("top_logprobs: set logprobs=true as well", param="top_logprobs")
+        if self.messages[-1].role != "user":
+            message = f"the last message has the role {self.messages[-1].role}: end with the user's question"
+            raise ServeError(message, param="messages")
+        self.max_tokens = self.max_completion_tokens or self.max_tokens
         return self
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(Body):
     """POST /v1/embeddings. An input is a text, or a picture as a data URL."""
 
     model: str | None = None
-    input: Url | Annotated[list[Url], Field(min_length=1, max_length=2048)]
+    input: Annotated[list[Url], BeforeValidator(as_list), Field(min_length=1, max_length=MAX_TEXTS)]
     encoding_format: Literal["float", "base64"] = "float"
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def refuse_token_ids(cls, value: Any) -> Any:
-        """Raises `ServeError` for token ids, which LangChain sends by default."""
-        first = value[0] if isinstance(value, list) and value else None
-        if isinstance(first, list) or (isinstance(first, int) and not isinstance(first, bool)):
-            message = "input: send texts, not token ids (LangChain: check_embedding_ctx_length=False)"
-            raise ServeError(message, param="input")
-        return value

@@ -1,4 +1,4 @@
-"""Start a server from what the command line gives."""
+"""Which runs are served, and how the server is started."""
 
 import signal
 import socket
@@ -9,28 +9,18 @@ import uvicorn
 
 from openblip2.apps.serve.app import make_app
 from openblip2.apps.serve.batcher import Limits
-from openblip2.apps.serve.jobs import Served
+from openblip2.apps.serve.engine import Served
 from openblip2.apps.serve.worker import Worker
 from openblip2.errors import UserError
 from openblip2.weights.source import read_checkpoint
 
 
-def serve(
-    run: str,
-    matcher: str | None,
-    index: Path | None,
-    host: str,
-    port: int,
-    token: str | None,
-    names: list[str],
-    limits: Limits,
-) -> None:
+def serve(served: Served, host: str, port: int, token: str | None, names: list[str], limits: Limits) -> None:
     """Serves until it is stopped. The arguments are the options of `openblip2 serve`.
 
     Raises:
-        UserError: no such runs, an index without a stage-1 run, or an address that cannot be used.
+        UserError: models that cannot be loaded, or an address that cannot be used.
     """
-    served = find_runs(run, matcher, index)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
@@ -41,15 +31,10 @@ def serve(
     print("openblip2: loading the models ...", file=sys.stderr, flush=True)
     name = f"[{host}]" if ":" in host else host
     app = make_app(Worker(served, 2 * limits.seconds), limits, token, [*names, name, "127.0.0.1", "localhost", "[::1]"])
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            address = f"http://{name}:{listener.getsockname()[1]}/"
-            print(f"openblip2: {address} is ready; press Ctrl-C to stop", flush=True)
-
+    # The socket listens already: who connects from now on is answered.
+    print(f"openblip2: http://{name}:{listener.getsockname()[1]}/ is ready; press Ctrl-C to stop", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
-    Server(config).run(sockets=[listener])
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def find_runs(run: str, matcher: str | None, index: Path | None) -> Served:
@@ -69,10 +54,9 @@ def find_runs(run: str, matcher: str | None, index: Path | None) -> Served:
             raise UserError(f"{run} is a stage-1 run: leave out --matcher, or give a stage-2 run in its place")
         captioner, matcher = None, run
     elif matcher is None:
-        start = read_checkpoint(run).settings.start
+        start = Path(read_checkpoint(run).settings.start or ".")
         # Runs that were moved together are still side by side.
-        folders = [Path(start), Path(run).parent / Path(start).name] if start else []
-        found = [str(folder) for folder in folders if (folder / "config.json").is_file()]
+        found = [str(folder) for folder in (start, Path(run).parent / start.name) if (folder / "config.json").is_file()]
         matcher = found[0] if found and _stage(found[0]) == "stage1" else None
     elif _stage(matcher) != "stage1":
         raise UserError(f"--matcher {matcher} is a stage-2 run: give a stage-1 run")

@@ -10,8 +10,8 @@ from typing import Any
 
 from prometheus_client import Counter
 
+from openblip2.apps.serve.engine import Engine, Job, Served
 from openblip2.apps.serve.http import ServeError
-from openblip2.apps.serve.jobs import Job, Served
 from openblip2.errors import UserError
 
 RESTARTS = Counter("openblip2_worker_restarts", "Restarts of the models' process.")
@@ -40,11 +40,17 @@ class Worker:
 
         Args:
             jobs: one batch.
-            on_text: called with each piece of a streamed text.
+            on_text: called with what is written so far of a streamed text.
         """
         try:
-            return self._exchange(jobs, on_text)
-        except TimeoutError:
+            self._stop.value = 0
+            self._pipe.send(list(jobs))
+            deadline = time.monotonic() + self.seconds
+            while self._pipe.poll(max(0.0, deadline - time.monotonic())):
+                message = self._pipe.recv()
+                if isinstance(message, list):
+                    return message
+                on_text(message)
             self._restart()
             return [ServeError("the request took longer than the server allows", 503)] * len(jobs)
         except (EOFError, OSError):  # the process died
@@ -66,25 +72,12 @@ class Worker:
         self._process.kill()
         self._process.join()
 
-    def _exchange(self, jobs: Sequence[Job], on_text: Callable[[str], object]) -> list[Any]:
-        deadline = time.monotonic() + self.seconds
-        self._stop.value = 0
-        self._pipe.send(list(jobs))
-        while self._pipe.poll(max(0.0, deadline - time.monotonic())):
-            kind, value = self._pipe.recv()
-            if kind == "results":
-                return value
-            if kind == "error":
-                raise RuntimeError(f"in the process with the models:\n{value}")
-            on_text(value)
-        raise TimeoutError
-
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, child_pipe = context.Pipe()
         self._stop: Any = context.Value("b", 0, lock=False)  # a process that is killed can hold no lock of it
         args = (self.served, child_pipe, self._stop)
-        self._process = context.Process(target=_main, args=args, daemon=True)
+        self._process = context.Process(target=_answer_batches, args=args, daemon=True)
         self._process.start()
         child_pipe.close()  # else the end of the process would not end the pipe
         try:
@@ -106,14 +99,15 @@ class Worker:
             raise ServeError(f"the models cannot be loaded again: {error}", 503) from error
 
 
-def _main(served: Served, pipe: Any, stop: Any) -> None:
-    """The process: loads the models, sends None or what is wrong, then answers each batch that it receives."""
+def _answer_batches(served: Served, pipe: Any, stop: Any) -> None:
+    """The process: loads the models, sends None or what is wrong, then answers each batch that it receives.
+
+    It sends what is written so far of a streamed text, then a list of results.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the server ends this one
     warnings.filterwarnings("ignore", category=FutureWarning)  # as `cli.main`
-    from openblip2.apps.serve.engine import Engine
-
     try:
-        engine = Engine(served, send_text=lambda text: pipe.send(("text", text)), stopped=lambda: bool(stop.value))
+        engine = Engine(served, send_text=pipe.send, stopped=lambda: bool(stop.value))
     except UserError as error:
         pipe.send(str(error))
         return
@@ -124,7 +118,7 @@ def _main(served: Served, pipe: Any, stop: Any) -> None:
         except EOFError:  # the server has ended
             return
         try:
-            reply = ("results", engine.run(jobs))
+            pipe.send(engine.run(jobs))
         except Exception:  # the server logs it and answers 500
-            reply = ("error", traceback.format_exc())
-        pipe.send(reply)
+            problem = RuntimeError(f"in the process with the models:\n{traceback.format_exc()}")
+            pipe.send([problem] * len(jobs))
