@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 import tiny_runs
 from openblip2.apps.search.find import ImageSearch
-from openblip2.apps.search.index import open_index, recall_of, update_index
-from openblip2.apps.search.vectors import Vectors
+from openblip2.apps.search.index import open_index, update_index
+from openblip2.apps.search.vectors import Vectors, recall_of
 from openblip2.cli import app
 from openblip2.commands.find import _like_a_path
 from openblip2.errors import UserError
@@ -33,8 +33,7 @@ def unit(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
 def test_the_best_are_those_of_exact_search() -> None:
     pictures, asked = unit(300, 5, 64), unit(20, 64, seed=1)
     vectors = Vectors(5, 64)
-    vectors.add(np.arange(300), pictures)
-    assert len(vectors) == 300
+    vectors.add(list(range(300)), pictures)
     stored = np.stack([vectors.of(n) for n in range(300)])
     assert np.abs(stored - pictures).max() < 0.01
     for one in asked:
@@ -42,25 +41,24 @@ def test_the_best_are_those_of_exact_search() -> None:
         found = vectors.best(one, 10)
         assert [number for number, _ in found] == np.argsort(-scores)[:10].tolist()
         np.testing.assert_allclose([score for _, score in found], np.sort(scores)[::-1][:10], atol=1e-4)
-    assert recall_of(vectors, np.arange(300), pictures) > 0.95
+    assert recall_of(vectors, dict(enumerate(pictures))) > 0.95
 
 
 def test_more_are_asked_for_than_there_are() -> None:
     vectors = Vectors(2, 8)
     assert vectors.best(unit(8), 3) == []
-    vectors.add(np.array([7]), unit(1, 2, 8))
+    vectors.add([7], unit(1, 2, 8))
     assert [number for number, _ in vectors.best(unit(8), 3)] == [7]
 
 
 def test_a_picture_is_most_like_itself_and_what_is_removed_is_gone() -> None:
     pictures = unit(50, 4, 16)
     vectors = Vectors(4, 16)
-    vectors.add(np.arange(100, 150), pictures)
+    vectors.add(list(range(100, 150)), pictures)
     assert vectors.alike(pictures[20], 3)[0][0] == 120
-    vectors.remove(np.array([120]))
-    assert 120 not in vectors.numbers()
+    vectors.remove([120])
+    assert vectors.numbers() == {*range(100, 120), *range(121, 150)}
     assert vectors.alike(pictures[20], 3)[0][0] != 120
-    assert len(vectors) == 49
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +144,7 @@ def test_an_interruption_between_two_files_is_healed(run: Path, folder: Path, tm
     assert (done.pictures, done.added) == (10, 2)
     index = open_index(out)
     assert index.vectors.numbers() == index.rows.keys()
-    assert len(index.vectors) == 10
+    assert index.vectors.index.ntotal == 10 * index.vectors.queries
 
 
 def test_links_that_lead_out_are_not_followed(run: Path, folder: Path, tmp_path: Path) -> None:
@@ -158,8 +156,7 @@ def test_links_that_lead_out_are_not_followed(run: Path, folder: Path, tmp_path:
     number = next(n for n, row in index.rows.items() if row.path == "0.png")
     (folder / "0.png").unlink()
     os.symlink(tmp_path / "secret.png", folder / "0.png")
-    with pytest.raises(UserError, match="is missing since"):
-        index.path(number)
+    assert index.path(number) is None
     # A file that went keeps its place by similarity behind those that ITM has seen.
     assert len(ImageSearch(index).by_text("a dog", best=10, rerank=10)) == 10
 

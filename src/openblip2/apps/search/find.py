@@ -84,18 +84,11 @@ class ImageSearch:
     def _hits(self, scores: Sequence[tuple[int, float]]) -> list[Hit]:
         rows, root = self.index.rows, self.index.root
         # In 8 bits, a cosine of 1 can become slightly more.
-        return [Hit(number, root / rows[number].path, min(score, 1.0)) for number, score in scores if number in rows]
+        return [Hit(number, root / rows[number].path, min(score, 1.0)) for number, score in scores]
 
     def _rerank(self, hits: Sequence[Hit], text: str) -> list[Hit]:
-        files: list[tuple[Hit, Path]] = []
-        missing: list[Hit] = []
-        for hit in hits:
-            try:
-                files.append((hit, self.index.path(hit.number)))
-            except UserError:  # deleted since; it is shown last
-                missing.append(hit)
-        if not files:
-            return missing
-        scores = self.matcher.match([path for _, path in files], [text] * len(files)).tolist()
-        scored = [replace(hit, match=score) for (hit, _), score in zip(files, scores, strict=True)]
+        missing = [hit for hit in hits if self.index.path(hit.number) is None]  # deleted since; they come last
+        there = [hit for hit in hits if hit not in missing]
+        scores = self.matcher.match([hit.path for hit in there], [text] * len(there)).tolist() if there else []
+        scored = [replace(hit, match=score) for hit, score in zip(there, scores, strict=True)]
         return sorted(scored, key=lambda hit: -(hit.match or 0.0)) + missing

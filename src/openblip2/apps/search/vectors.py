@@ -5,6 +5,7 @@ A picture has Q vectors of length 1. As in ITC, its similarity to a text is that
 Shapes: N pictures, Q queries, E shared space.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from openblip2.errors import UserError, one_line
 from openblip2.runs import atomic_write
 
 Array = np.ndarray[Any, Any]
+QUERIES = 100  # vectors that are searched for to compare search in 8 bits with exact search
 RANGE = 4.0  # standard deviations of one of the E values of a random direction
 
 
@@ -34,25 +36,22 @@ class Vectors:
             index = faiss.IndexIDMap2(quantiser)
         self.index = index
 
-    def __len__(self) -> int:
-        return self.index.ntotal // self.queries
-
     def numbers(self) -> set[int]:
         """The numbers of all pictures."""
         ids = require_faiss().vector_to_array(self.index.id_map)
         return set((ids // self.queries).tolist())
 
-    def add(self, numbers: Array, vectors: Array) -> None:
-        """Adds new pictures: `numbers [N]` int64, `vectors [N, Q, E]`."""
+    def add(self, numbers: list[int], vectors: Array) -> None:
+        """Adds N new pictures with vectors `[N, Q, E]`."""
         rows = np.ascontiguousarray(vectors.reshape(-1, self.width), np.float32)
         if not self.index.is_trained:  # the range of the 8 bits: of these vectors, or the usual one if it is larger
             usual = np.full((1, self.width), RANGE / self.width**0.5, np.float32)
             self.index.train(np.concatenate([rows, usual, -usual]))
-        self.index.add_with_ids(rows, self._ids(numbers).reshape(-1))
+        self.index.add_with_ids(rows, self._ids(numbers))
 
-    def remove(self, numbers: Array) -> None:
-        """Removes pictures: `[N]`."""
-        self.index.remove_ids(self._ids(numbers).reshape(-1))
+    def remove(self, numbers: list[int]) -> None:
+        """Removes N pictures."""
+        self.index.remove_ids(self._ids(numbers))
 
     def best(self, query: Array, k: int) -> list[tuple[int, float]]:
         """Numbers and cosines of the k pictures whose best vector is nearest to `query [E]`, nearest first.
@@ -79,7 +78,7 @@ class Vectors:
 
     def of(self, number: int) -> Array:
         """A picture's vectors, decoded from 8 bits: `[Q, E]`."""
-        return np.stack([self.index.reconstruct(int(i)) for i in self._ids(np.array([number]))[0]])
+        return np.stack([self.index.reconstruct(int(i)) for i in self._ids([number])])
 
     def save(self, path: Path) -> None:
         """Writes the index; an error leaves what was there before."""
@@ -98,14 +97,34 @@ class Vectors:
         except RuntimeError as error:
             raise UserError(f"{path}: cannot be read ({one_line(error)[:100]}): run `openblip2 index` again") from error
         if index.d != width or index.ntotal % queries:
-            raise UserError(
-                f"{path}: {index.ntotal} vectors of width {index.d}, but index.json says {queries} of width {width} "
-                "for each picture: run `openblip2 index` with a new folder"
-            )
+            problem = f"{index.ntotal} vectors of width {index.d}, but index.json says {queries} of width {width} "
+            raise UserError(f"{path}: {problem}for each picture: run `openblip2 index` with a new folder")
         return cls(queries, width, index)
 
-    def _ids(self, numbers: Array) -> Array:
-        return np.asarray(numbers, np.int64)[:, None] * self.queries + np.arange(self.queries)
+    def _ids(self, numbers: list[int]) -> Array:
+        return (np.array(numbers, np.int64)[:, None] * self.queries + np.arange(self.queries)).reshape(-1)
+
+
+def recall_of(vectors: Vectors, exact: Mapping[int, Array]) -> float:
+    """The share of the ten nearest pictures by exact search that search in 8 bits finds, too.
+
+    The queries are halfway between the vectors of two pictures, because texts are near pictures but not on them.
+
+    Args:
+        vectors: of the index.
+        exact: the vectors `[Q, E]` before they were quantised, by the numbers of the pictures that are searched.
+    """
+    random = np.random.default_rng(0)
+    rows, stored = np.stack(list(exact.values())), np.stack([vectors.of(number) for number in exact])
+    flat = rows.reshape(-1, vectors.width)
+    queries = flat[random.integers(len(flat), size=(QUERIES, 2))].sum(axis=1)
+    queries /= np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-9)
+    k = min(10, len(rows))
+
+    def nearest(query: Array, rows: Array) -> set[int]:
+        return set(np.argsort(-(rows @ query).max(axis=1), kind="stable")[:k].tolist())
+
+    return float(np.mean([len(nearest(query, rows) & nearest(query, stored)) / k for query in queries]))
 
 
 def require_faiss() -> Any:

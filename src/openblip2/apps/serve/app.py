@@ -136,12 +136,9 @@ async def picture(request: Request, number: int, whole: bool = False) -> Respons
     index = request.app.state.index
     if index is None or number not in index.rows:
         raise ServeError("no such picture", 404)
-    try:
-        path = index.path(number) if whole else index.thumbnail(number)
-    except UserError as error:
-        raise ServeError(str(error), 404) from error
-    if not path.is_file():
-        raise ServeError("no such picture", 404)
+    path = index.path(number) if whole else index.thumbnail(number)
+    if path is None or not path.is_file():
+        raise ServeError("this picture is missing since the index was made: run `openblip2 index` again", 404)
     # A file of the folder could be HTML or SVG: nothing in it may run.
     return FileResponse(path, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
 
