@@ -4,13 +4,14 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 from starlette.requests import Request
 
 from openblip2.apps.serve.batcher import Batcher, Limits
-from openblip2.apps.serve.engine import Call, Job, Write, Written
+from openblip2.apps.serve.engine import Engine, Job, Write, Written
 from openblip2.apps.serve.http import ServeError
 from openblip2.apps.serve.worker import Worker
 from openblip2.errors import UserError
@@ -41,12 +42,12 @@ class Recorder(Worker):
         self.go.set()
 
 
-def embed(text: str) -> Call:
-    return Call("embed", text)
+def embed(text: str) -> Job:
+    return partial(Engine.embed, inputs=[text])
 
 
 def texts_of(jobs: list[Job]) -> list[Any]:
-    return [job.arguments[0] if isinstance(job, Call) else None for job in jobs]
+    return [None if isinstance(job, Write) else job.keywords["inputs"][0] for job in jobs]
 
 
 async def until(true: Callable[[], bool]) -> None:

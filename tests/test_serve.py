@@ -7,6 +7,8 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,13 @@ from typer.testing import CliRunner
 import tiny_runs
 from openblip2.apps.search.index import update_index
 from openblip2.apps.serve.batcher import Limits
-from openblip2.apps.serve.engine import Call, Engine, Served, Write
+from openblip2.apps.serve.engine import Engine, Job, Served, Write
 from openblip2.apps.serve.http import ServeError
 from openblip2.apps.serve.start import find_runs
 from openblip2.apps.serve.worker import RESTARTS, Worker
 from openblip2.cli import app as cli
 from openblip2.errors import UserError
-from openblip2.inference.captioner import CAPTION, CHAT, Captioner, greedy
+from openblip2.inference.captioner import ANSWER, CAPTION, CHAT, Captioner, greedy
 from openblip2.inference.chat import Chat
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
@@ -75,8 +77,6 @@ def test_it_says_what_the_models_say(home: Path, client: TestClient) -> None:
     said = client.post("/caption", files=picture(home)).json()
     assert said == {"caption": captioner.caption([path])[0]}
     prompted = client.post("/caption", files=picture(home), data={"prompt": "a red", "beams": 2}).json()
-    from dataclasses import replace
-
     assert prompted["caption"] == captioner.caption([path], "a red", replace(CAPTION, beams=2))[0]
     asked = client.post("/answer", files=picture(home), data={"question": "what colour is it?"}).json()
     assert asked == {"answer": captioner.answer([path], ["what colour is it?"])[0]}
@@ -137,7 +137,7 @@ def test_a_stream_is_the_whole_in_pieces(home: Path, client: TestClient, more: d
     assert lines[-2:] == ["data: [DONE]", ""]
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
     text = "".join(event["choices"][0]["delta"].get("content", "") for event in events if event["choices"])
-    assert text.split() == whole["choices"][0]["message"]["content"].split()
+    assert text == whole["choices"][0]["message"]["content"]
     assert events[-1]["usage"] == whole["usage"]
     assert events[-2]["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
 
@@ -333,8 +333,8 @@ class Sleeper:
         return time.sleep, (60,)
 
 
-def embed(text: str) -> Call:
-    return Call("embed", [text])
+def embed(text: str) -> Job:
+    return partial(Engine.embed, inputs=[text])
 
 
 def restarts() -> float:
@@ -396,7 +396,9 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXTS, inner, max_size=3)),
     max_leaves=8,
 )
-NAMES = st.sampled_from(["image", "text", "question", "prompt", "beams", "best", "rerank", "by", "messages", "input"])
+NAMES = st.sampled_from(
+    ["image", "text", "question", "prompt", "beams", "n", "seed", "temperature", "best", "rerank", "by", "messages"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -487,6 +489,55 @@ def test_seed_n_and_repetition_penalty_are_honoured(home: Path, client: TestClie
     assert fewer < repeats
 
 
+def test_captions_and_answers_are_written_as_asked(home: Path, client: TestClient) -> None:
+    """The fields are those of chats, and the texts are those of Python."""
+    captioner = load(home / "stage2")
+    assert isinstance(captioner, Captioner)
+    path = home / "data" / "0.png"
+
+    def texts(where: str, **fields: Any) -> Any:
+        data = fields if where == "caption" else {"question": "what is it?", **fields}
+        answer = client.post(f"/{where}", files=picture(home), data=data)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def python(where: str, **changes: Any) -> str | None:
+        if where == "caption":
+            return captioner.caption([path], None, replace(CAPTION, **changes))[0]
+        return captioner.answer([path], ["what is it?"], replace(ANSWER, **changes))[0]
+
+    for where in ("caption", "answer"):
+        drawn = {"sample": True, "beams": 1, "max_new_tokens": 8, "temperature": 1.5, "top_p": 0.8}
+        many = [python(where, **drawn, seed=seed) for seed in (5, 6, 7)]
+        sampling = {"max_tokens": 8, "temperature": 1.5, "top_p": 0.8}
+        assert texts(where, **sampling, n=3, seed=5) == {f"{where}s": many}
+        assert texts(where, **sampling, seed=6) == {where: many[1]}
+        assert texts(where, temperature=0, max_tokens=6) == {where: python(where, beams=1, max_new_tokens=6)}
+        changed = {where: python(where, beams=2, repetition_penalty=3.0)}
+        assert texts(where, beams=2, repetition_penalty=3) == changed
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"beams": 3, "temperature": 1}, "beams"),
+        ({"n": 2, "temperature": 0}, "n"),
+        ({"n": 9}, "n"),
+        ({"max_tokens": 257}, "max_tokens"),
+        ({"temperature": 3}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"top_k": 5}, "top_k"),
+        ({"user": "a"}, "user"),
+    ],
+)
+def test_wrong_sampling_fields_are_named(home: Path, client: TestClient, fields: dict[str, Any], param: str) -> None:
+    for path, question in (("/caption", {}), ("/answer", {"question": "what is it?"})):
+        answer = client.post(path, files=picture(home), data={**question, **fields})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+
+
 def test_stop_ends_the_text_and_the_stream(home: Path, client: TestClient) -> None:
     whole = client.post("/v1/chat/completions", json=chat(home, "what is it?")).json()["choices"][0]["message"][
         "content"
@@ -500,7 +551,7 @@ def test_stop_ends_the_text_and_the_stream(home: Path, client: TestClient) -> No
     events = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
     text = "".join(event["delta"].get("content", "") for event in events)
     assert stop not in text
-    assert text.strip() == whole.split(stop)[0].strip()
+    assert text == whole.split(stop)[0]
 
 
 def test_errors_have_openais_shape(home: Path, client: TestClient) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import openblip2
 from openblip2.apps.search.index import open_index
 from openblip2.apps.serve import openai
 from openblip2.apps.serve.batcher import Batcher, Limits
-from openblip2.apps.serve.engine import Call, Job, Write
+from openblip2.apps.serve.engine import Engine, Job, Write
 from openblip2.apps.serve.http import Guard, ServeError, error_response
 from openblip2.apps.serve.requests import AnswerForm, AttendForm, CaptionForm, MatchForm, SearchForm
 from openblip2.apps.serve.worker import Worker
@@ -109,14 +110,16 @@ async def answer(request: Request, form: Annotated[AnswerForm, MULTIPART]) -> di
 @router.post("/match")
 async def match(request: Request, form: Annotated[MatchForm, MULTIPART]) -> dict[str, Any]:
     """How well texts fit a picture: the cosine of ITC and the probability of ITM, sorted by the cosine."""
-    (rows,) = await _answers(request, "matcher", Call("match", await form.image.read(), form.text))
+    job = partial(Engine.match, picture=await form.image.read(), texts=form.text)
+    (rows,) = await _answers(request, "matcher", job)
     return {"texts": sorted(rows, key=lambda row: -row["similarity"])}
 
 
 @router.post("/attend")
 async def attend(request: Request, form: Annotated[AttendForm, MULTIPART]) -> Response:
     """The picture with an attention map over it, as PNG: for a text, or of all queries."""
-    (png,) = await _answers(request, None, Call("attend", await form.image.read(), form.text or None, form.by))
+    job = partial(Engine.attend, picture=await form.image.read(), text=form.text or None, by=form.by)
+    (png,) = await _answers(request, None, job)
     return Response(png, media_type="image/png")
 
 
@@ -125,8 +128,9 @@ async def search(request: Request, form: Annotated[SearchForm, MULTIPART]) -> di
     """Pictures of the index that fit a text, or that are like a picture."""
     if (form.text is None) == (form.image is None):
         raise ServeError("give either a text or an image")
-    query = form.text if form.image is None else await form.image.read()
-    (pictures,) = await _answers(request, "index", Call("find", query, form.best, form.rerank))
+    query = form.text or "" if form.image is None else await form.image.read()
+    job = partial(Engine.find, query=query, best=form.best, rerank=form.rerank)
+    (pictures,) = await _answers(request, "index", job)
     return {"pictures": pictures}
 
 

@@ -8,8 +8,9 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,14 +77,7 @@ class Written(NamedTuple):
     tokens: Sequence[TokenScore] = ()
 
 
-class Call:
-    """Call a method of `Engine` with these arguments."""
-
-    def __init__(self, method: Literal["match", "embed", "find", "attend"], *arguments: Any) -> None:
-        self.method, self.arguments = method, arguments
-
-
-Job = Write | Call
+Job = Write | partial[Any]  # the second: of a method of `Engine`, without the engine
 
 
 class Engine:
@@ -104,9 +98,9 @@ class Engine:
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
         """Results in the jobs' order, a `UserError` where a job cannot be done. All jobs are of one kind."""
-        if isinstance(jobs[0], Write):
-            return self._write(cast(Sequence[Write], jobs))
-        return [_result_or_error(getattr(self, job.method), *job.arguments) for job in cast(Sequence[Call], jobs)]
+        writes = [job for job in jobs if isinstance(job, Write)]
+        calls = [job for job in jobs if isinstance(job, partial)]
+        return self._write(writes) if writes else [_result_or_error(call, self) for call in calls]
 
     def match(self, picture: bytes, texts: list[str]) -> list[dict[str, Any]]:
         """How well texts fit a picture: the cosine of ITC and the probability of ITM."""
@@ -126,9 +120,9 @@ class Engine:
             hits = self.search.by_picture(_opened(query), best)
         else:
             hits = self.search.by_text(query, best, rerank)
-        names = {hit.number: self.search.index.rows[hit.number].path for hit in hits}
+        rows = self.search.index.rows
         return [
-            {"id": hit.number, "path": names[hit.number], "similarity": hit.similarity, "match": hit.match}
+            {"id": hit.number, "path": rows[hit.number].path, "similarity": hit.similarity, "match": hit.match}
             for hit in hits
         ]
 

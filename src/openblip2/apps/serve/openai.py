@@ -6,6 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from openblip2.apps.serve.batcher import Limits
-from openblip2.apps.serve.engine import Call, Write, Written
+from openblip2.apps.serve.engine import Engine, Write, Written
 from openblip2.apps.serve.http import ServeError, error_response
 from openblip2.apps.serve.remote import is_data_url, read_url
 from openblip2.apps.serve.requests import ChatRequest, EmbeddingRequest
@@ -79,7 +80,7 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]
     """One vector of length 1 for each text or picture."""
     name = require(request, "matcher", body.model)
     inputs = [read_url(one, 0) if is_data_url(one) else one for one in body.input]
-    (vectors,) = await request.app.state.batcher.answers(request, [Call("embed", inputs)])
+    (vectors,) = await request.app.state.batcher.answers(request, [partial(Engine.embed, inputs=inputs)])
     if body.encoding_format == "base64":
         vectors = [base64.b64encode(np.array(vector, "<f4").tobytes()).decode() for vector in vectors]
     data = [{"object": "embedding", "index": n, "embedding": vector} for n, vector in enumerate(vectors)]
