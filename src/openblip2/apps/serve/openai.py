@@ -122,7 +122,7 @@ def _picture(body: ChatRequest, limits: Limits) -> bytes:
     # The same picture may be written in several ways, so it is compared by content.
     urls = {part.url for part in parts if part is not None}
     pictures = {read_url(url, 0) if is_data_url(url) else url for url in urls}
-    if not pictures:
+    if not pictures or None in parts:
         raise ServeError("no picture: send one in a part of type image_url", param="messages")
     if len(pictures) > 1:
         message = f"{len(pictures)} different pictures: a dialogue is about one, which may come in several messages; "
@@ -132,7 +132,7 @@ def _picture(body: ChatRequest, limits: Limits) -> bytes:
 
 
 async def _events(
-    pieces: AsyncIterator[Any], body: ChatRequest, job: Write, about: dict[str, Any]
+    progress: AsyncIterator[Any], body: ChatRequest, job: Write, about: dict[str, Any]
 ) -> AsyncIterator[str]:
     """The stream as server-sent events."""
 
@@ -146,18 +146,18 @@ async def _events(
     sent = 0
     held = max(map(len, body.stop), default=1) - 1  # characters that may be the beginning of a stop sequence
     try:
-        async for piece in pieces:
-            done = isinstance(piece, Written)
-            shown = before_stop(piece.text if done else piece, body)
+        async for written in progress:  # the text so far, then the whole `Written`
+            done = isinstance(written, Written)
+            shown = before_stop(written.text if done else written, body)
             if not done:
-                shown = shown[: max(0, len(piece) - held)]
+                shown = shown[: max(0, len(written) - held)]
             if len(shown) > sent:
                 yield event(choice({"content": shown[sent:]}))
                 sent = len(shown)
             if done:
-                yield event(choice({}, _finish_reason(piece, shown, job)))
+                yield event(choice({}, _finish_reason(written, shown, job)))
                 if body.stream_options.include_usage:
-                    yield event([], usage=_usage([piece]))
+                    yield event([], usage=_usage([written]))
     except Exception as error:  # the status is sent already, so the error is an event
         yield f"data: {bytes(error_response(error).body).decode()}\n\n"
     yield "data: [DONE]\n\n"

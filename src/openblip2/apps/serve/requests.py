@@ -35,6 +35,11 @@ def as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+def as_object(value: Any) -> Any:
+    """An address stands for an object with this address."""
+    return {"url": value} if isinstance(value, str) else value
+
+
 class Form(BaseModel):
     """A form of ours. Fields that are not declared are refused."""
 
@@ -75,6 +80,7 @@ class Sampling(BaseModel):
         """How each of the `n` texts is decoded: `default` with the changes that are asked for.
 
         Texts are sampled if `temperature` is above 0, `top_p` below 1 or `n` above 1; text k has the seed `seed` + k.
+        At temperature 0, decoding is greedy unless `beams` is given.
 
         Raises:
             ServeError: fields that exclude each other.
@@ -88,9 +94,7 @@ class Sampling(BaseModel):
         if self.temperature is None and self.top_p in (None, 1) and self.n == 1:
             return [replace(how, beams=self.beams or default.beams)]
         if self.beams not in (None, 1):
-            raise ServeError(
-                "beams: sampling uses no beams; leave out beams, or temperature, top_p and n", param="beams"
-            )
+            raise ServeError("beams: sampling uses none; leave out beams, or temperature, top_p and n", param="beams")
         how = replace(how, beams=1, sample=True, temperature=self.temperature or 1.0, top_p=self.top_p or 1.0)
         return [replace(how, seed=None if self.seed is None else self.seed + k) for k in range(self.n)]
 
@@ -144,9 +148,7 @@ class Part(Body):
 
     type: Literal["text", "image_url"]
     text: Text = ""
-    image_url: (
-        Annotated[ImageUrl, BeforeValidator(lambda url: {"url": url} if isinstance(url, str) else url)] | None
-    ) = None
+    image_url: Annotated[ImageUrl, BeforeValidator(as_object)] | None = None
 
 
 class Message(Body):
