@@ -125,8 +125,42 @@ def test_in_bf16_on_a_cpu_an_answer_does_not_depend_on_other_requests(home: Path
     jobs = [Write(picture(home, n)["image"], CAPTION, question="what is it?") for n in range(5)]
     together = engine.run(jobs)
     assert rows == [1] * len(jobs)
-    engine._soft.clear()
     assert together == [engine.run([job])[0] for job in jobs]
+
+
+def test_recent_pictures_are_encoded_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openblip2.apps.serve.engine.CACHED", 2)
+    engine = Engine(Served(str(home / "stage2"), str(home / "stage1")), send_text=print, stopped=lambda: False)
+    captioner, matcher = load(home / "stage2"), load(home / "stage1")
+    assert isinstance(captioner, Captioner)
+    assert isinstance(matcher, Matcher)
+    encoded: list[int] = []
+
+    def counting(encode: Any) -> Any:
+        return lambda pixels: encoded.append(len(pixels)) or encode(pixels)
+
+    for model in (engine.captioner, engine.matcher):
+        monkeypatch.setattr(model.model.vision, "_encode", counting(model.model.vision._encode))
+    texts, paths = ["a red dog", "a blue bus"], [home / "data" / f"{n}.png" for n in range(4)]
+    for _ in range(2):
+        rows = engine.match(paths[0].read_bytes(), texts)
+        assert [row["similarity"] for row in rows] == matcher.similarity([paths[0]], texts)[0].tolist()
+    assert encoded == [1]
+    engine.match(paths[1].read_bytes(), texts)
+    engine.match(paths[2].read_bytes(), texts)
+    engine.match(paths[0].read_bytes(), texts)  # the oldest was dropped
+    assert encoded == [1] * 4
+    encoded.clear()
+    jobs = [Write(paths[n].read_bytes(), CAPTION) for n in (0, 1, 0, 2)]
+    for _ in range(2):  # one batch may have more pictures than are kept
+        assert [one.text for one in engine.run(jobs)] == captioner.caption([paths[n] for n in (0, 1, 0, 2)])
+    assert encoded == [3, 1]
+    # Maps need gradients, also after a caption, whose features were computed without.
+    alone = Engine(Served(str(home / "stage2")), send_text=print, stopped=lambda: False)
+    fresh = alone.attend(paths[3].read_bytes(), None, "itc")
+    alone.run([Write(paths[0].read_bytes(), CAPTION)])
+    assert alone.attend(paths[0].read_bytes(), None, "itc") != fresh
+    assert alone.attend(paths[3].read_bytes(), None, "itc") == fresh
 
 
 @pytest.mark.parametrize("more", [{}, {"temperature": 0}])

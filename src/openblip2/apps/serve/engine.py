@@ -1,7 +1,4 @@
-"""The models and the index in the worker process: batches of jobs in, results out. Nothing of HTTP is known here.
-
-Shapes: L LLM width, Q queries.
-"""
+"""The models and the index in the worker process: batches of jobs in, results out. Nothing of HTTP is known here."""
 
 import hashlib
 import io
@@ -23,14 +20,13 @@ from openblip2.hardware import computing
 from openblip2.inference.attend import By, look, overlay
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.chat import DialoguePrompt
-from openblip2.inference.inputs import group_of
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.context import require_room
 from openblip2.model.decoding import Decoding
 from openblip2.model.likelihood import TokenScore, token_scores
 
-CACHED = 256  # soft prompts of recent pictures
+CACHED = 64  # pictures whose features are kept
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,6 @@ class Engine:
         self.search: Any = ImageSearch(Path(served.index), self.matcher) if served.index is not None else None
         self.dialogue: Any = DialoguePrompt(self.captioner) if self.captioner is not None else None
         self._send_text, self._stopped = send_text, stopped
-        self._soft: dict[tuple[bytes, str], Tensor] = {}  # by content and question
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
         """Results in the jobs' order, a `UserError` where a job cannot be done. All jobs are of one kind."""
@@ -140,36 +135,35 @@ class Engine:
         ready = [n for n, inputs in enumerate(results) if not isinstance(inputs, UserError)]
         if not ready:
             return results
-        pictures, prompts, questions = map(list, zip(*(results[n] for n in ready), strict=True))
-        model, decoding = self.captioner.model, jobs[0].decoding
-        language = model.language
+        pictures, prompts, read = map(list, zip(*(results[n] for n in ready), strict=True))
+        decoding, language = jobs[0].decoding, self.captioner.model.language
         # Beam search knows its text only at the end.
         send_text = self._send_text if jobs[0].stream and decoding.beams == 1 else None
         watch = _Watch(language.tokenizer, send_text, self._stopped)
         language.watched["stopping_criteria"] = StoppingCriteriaList([watch])
         try:
-            with torch.inference_mode(), computing(model, self.captioner.settings.train.precision):
-                soft, about = self._soft_prompts(pictures, questions)
-                together, texts = min(group_of(model), len(ready)), list[str]()
-                for start in range(0, len(ready), together):
-                    rows = slice(start, start + together)
-                    texts += language.generate(soft, prompts[rows], decoding, about[rows])
-                for n, picture, prompt, text in zip(ready, about, prompts, texts, strict=True):
-                    length = len(language.tokenizer(text, add_special_tokens=False)["input_ids"])
-                    best = jobs[n].logprobs
-                    scores = [] if best is None else token_scores(language, soft[[picture]], prompt, text, best)
-                    results[n] = Written(text, language.length(prompt) + soft.shape[1], length, scores)
+            texts = self.captioner.generate(pictures, prompts, decoding, read if self.captioner.tokens else None)
         finally:
             language.watched.clear()
+        for n, picture, prompt, asked, text in zip(ready, pictures, prompts, read, texts, strict=True):
+            results[n] = self._written(picture, prompt, asked, text, jobs[n].logprobs)
         return results
 
-    def _inputs(self, job: Write) -> tuple[PictureFile, str, str]:
+    def _written(self, picture: PictureFile, prompt: str, read: str | None, text: str, best: int | None) -> Written:
+        model, scores = self.captioner.model, list[TokenScore]()
+        if best is not None:
+            soft = self.captioner.soft_prompt([picture], None if read is None else [read])
+            with computing(model, self.captioner.settings.train.precision):
+                soft = soft.to(model.projection.weight.device)
+                scores = token_scores(model.language, soft, prompt, text, best)
+        length = len(model.language.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return Written(text, model.language.length(prompt) + model.connector.tokens, length, scores)
+
+    def _inputs(self, job: Write) -> tuple[PictureFile, str, str | None]:
         """The picture, the prompt of the language model, and the text for a Q-Former that reads some."""
         picture, captioner, longest = _opened(job.picture), self.captioner, job.decoding.max_new_tokens
         prompt, read = "", None
         if job.question is None:
-            if captioner.tokens is not None and not captioner.settings.reads_prompts:
-                raise UserError("this model answers questions: ask one")
             prompt = captioner.settings.language.prompts[0] if job.prompt is None else job.prompt
             read = captioner.qformer_texts([prompt])
         elif job.plain or captioner.tokens is not None:
@@ -178,31 +172,34 @@ class Engine:
             require_room(captioner.model.language, prompt, captioner.model.connector.tokens, longest)
         else:
             prompt = self.dialogue.write(job.turns, job.question, longest)
-        return picture, prompt, read[0] if read else ""
-
-    def _soft_prompts(self, pictures: list[PictureFile], questions: list[str]) -> tuple[Tensor, list[int]]:
-        """Soft prompts `[N, Q, L]`, and the row of each picture in them; a picture that repeats has one row.
-
-        Pictures that were encoded lately are not encoded again.
-        """
-        keys = list(zip((hashlib.sha256(picture.content).digest() for picture in pictures), questions, strict=True))
-        new = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self._soft}
-        if new:
-            asked = None if self.captioner.tokens is None else [question for _, question in new]
-            self._soft |= zip(new, self.captioner.soft_prompt(list(new.values()), asked), strict=True)
-        recent = {key: self._soft.pop(key) for key in dict.fromkeys(keys)}
-        self._soft |= recent  # at the end
-        for key in list(self._soft)[:-CACHED]:
-            del self._soft[key]
-        rows = torch.stack(list(recent.values())).to(self.captioner.model.projection.weight.device)
-        return rows, [list(recent).index(key) for key in keys]
+        return picture, prompt, read[0] if read else None
 
 
 def _load(run: str | None, kind: type) -> Any:
     model = None if run is None else load(run)
     if model is not None and not isinstance(model, kind):
         raise UserError(f"{run} is a {type(model).__name__}, not a {kind.__name__}")
+    if model is not None:
+        _cache_features(model.model.vision)
     return model
+
+
+def _cache_features(vision: Any) -> None:
+    """Makes an encoder keep the features of recent pictures, by the hash of their pixels."""
+    encode, known = vision.forward, dict[bytes, Tensor]()
+
+    def forward(pixels: Tensor) -> Tensor:
+        keys = [hashlib.sha256(picture.numpy().tobytes()).digest() for picture in pixels.cpu()]
+        new = {key: picture for key, picture in zip(keys, pixels, strict=True) if key not in known}
+        if new:
+            known.update(zip(new, encode(torch.stack(list(new.values()))).cpu(), strict=True))
+        recent = {key: known.pop(key) for key in dict.fromkeys(keys)}
+        known.update(recent)  # at the end
+        for key in list(known)[:-CACHED]:
+            del known[key]
+        return torch.stack([recent[key] for key in keys]).to(pixels.device)
+
+    vision.forward = forward
 
 
 def _opened(content: bytes) -> PictureFile:
