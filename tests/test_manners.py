@@ -268,7 +268,7 @@ def test_an_interrupted_index_keeps_the_pictures_it_has_read(
     monkeypatch.setattr(index, "GROUP", 4)
     words = ("index", home.data, "--run", home.stage1, "--out", tmp_path / "index")
     with monkeypatch.context() as patch:
-        patch.setattr(index, "vectors_of", interrupted_after(2, index.vectors_of, []))
+        patch.setattr(index.Index, "add", interrupted_after(2, index.Index.add, []))
         said = call(*words)
     assert (said.code, said.err.count("\n")) == (130, 1)
     assert len(index.open_index(tmp_path / "index").rows) == 8

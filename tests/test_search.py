@@ -157,8 +157,12 @@ def test_links_that_lead_out_are_not_followed(run: Path, folder: Path, tmp_path:
     (folder / "0.png").unlink()
     os.symlink(tmp_path / "secret.png", folder / "0.png")
     assert index.path(number) is None
-    # A file that went keeps its place by similarity behind those that ITM has seen.
-    assert len(ImageSearch(index).by_text("a dog", best=10, rerank=10)) == 10
+    # A file that is missing or broken now comes after those that ITM has seen.
+    (folder / "1.png").write_bytes(b"no picture")
+    hits = ImageSearch(index).by_text("a dog", best=10, rerank=10)
+    assert len(hits) == 10
+    assert [hit.match is None for hit in hits] == [False] * 8 + [True] * 2
+    assert {hit.path.name for hit in hits[8:]} == {"0.png", "1.png"}
 
 
 def test_pictures_of_all_kinds_are_counted(run: Path, folder: Path, tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """Search an index for pictures that fit a text, or that are similar to a picture."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from openblip2.apps.search.index import Index, open_index, vectors_of
-from openblip2.data.images import Picture
+from openblip2.apps.search.index import Index, open_index
+from openblip2.data.images import Picture, open_picture
 from openblip2.errors import UserError
 from openblip2.evaluate.run import weights_digest
 from openblip2.inference.load import load
@@ -59,7 +60,7 @@ class ImageSearch:
             text: to search for.
             best: number of pictures.
             rerank: how many of the most similar pictures are sorted again by ITM, which opens their files. Missing
-                files come after the others of them.
+                and broken files come after the others of them.
 
         Raises:
             UserError: an empty text, or one longer than the run's text limit.
@@ -78,8 +79,8 @@ class ImageSearch:
         Raises:
             UserError: it cannot be opened.
         """
-        (vectors,) = vectors_of(self.matcher, [picture])
-        return self._hits(self.index.vectors.alike(vectors, best))
+        vectors = self.matcher.features([open_picture(picture)]).projected[0]
+        return self._hits(self.index.vectors.alike(vectors.numpy(), best))
 
     def _hits(self, scores: Sequence[tuple[int, float]]) -> list[Hit]:
         rows, root = self.index.rows, self.index.root
@@ -87,8 +88,9 @@ class ImageSearch:
         return [Hit(number, root / rows[number].path, min(score, 1.0)) for number, score in scores]
 
     def _rerank(self, hits: Sequence[Hit], text: str) -> list[Hit]:
-        missing = [hit for hit in hits if self.index.path(hit.number) is None]  # deleted since; they come last
-        there = [hit for hit in hits if hit not in missing]
+        there = [hit for hit in hits if self.index.path(hit.number) is not None]
         scores = self.matcher.match([hit.path for hit in there], [text] * len(there)).tolist() if there else []
-        scored = [replace(hit, match=score) for hit, score in zip(there, scores, strict=True)]
-        return sorted(scored, key=lambda hit: -(hit.match or 0.0)) + missing
+        pairs = [(hit, score) for hit, score in zip(there, scores, strict=True) if not math.isnan(score)]
+        scored = {hit.number: replace(hit, match=score) for hit, score in pairs}
+        rest = [hit for hit in hits if hit.number not in scored]  # their files are missing or broken now
+        return sorted(scored.values(), key=lambda hit: -(hit.match or 0.0)) + rest

@@ -14,16 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 
 from openblip2.apps.search.vectors import Array, Vectors, recall_of, require_faiss
-from openblip2.data.images import PICTURE_SUFFIXES, THREADS, Picture, left_out, open_picture
+from openblip2.data.images import PICTURE_SUFFIXES, THREADS, left_out, open_picture
 from openblip2.errors import UserError
-from openblip2.evaluate.ranking import image_vectors
 from openblip2.evaluate.run import weights_digest
-from openblip2.hardware import computing
-from openblip2.inference.inputs import features_of
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
@@ -74,7 +70,7 @@ class Index:
 
     def add(self, rows: Sequence[Row], pictures: Sequence[Image.Image], matcher: Matcher) -> Array:
         """Adds N new pictures and writes their thumbnails. Returns their vectors `[N, Q, E]`."""
-        vectors = vectors_of(matcher, pictures)
+        vectors = matcher.features(pictures).projected.numpy()
         self.vectors.add([row.number for row in rows], vectors)
         for row, picture in zip(rows, pictures, strict=True):
             small = picture.copy()
@@ -188,22 +184,12 @@ def update_index(root: Path, run: str, folder: Path, progress: Progress) -> Upda
                 if n % SAVE_EVERY == 0:
                     index.save()
                 bar.advance(count=len(group))
-        except KeyboardInterrupt:
+        finally:
             index.save()
-            raise
     if not index.rows:
         raise UserError(f"{root}: none of its pictures can be read; the first: {skipped[0]}")
-    index.save()
     recall = recall_of(index.vectors, exact) if exact else None
     return Updated(len(index.rows), len(new) - len(skipped), len(gone), others + skipped, recall, len(exact))
-
-
-def vectors_of(matcher: Matcher, pictures: Sequence[Picture]) -> Array:
-    """The query vectors of pictures: `[N, Q, E]`."""
-    model = matcher.model
-    with torch.inference_mode(), computing(model, matcher.settings.train.precision):
-        vectors = torch.cat([image_vectors(model, features) for features in features_of(model, pictures)])
-    return vectors.float().cpu().numpy()
 
 
 def _open_or_new(root: Path, run: str, folder: Path, matcher: Matcher) -> Index:
