@@ -52,7 +52,10 @@ def make_app(worker: Worker, limits: Limits, token: str | None, hosts: list[str]
     # The pages at docs_url and redoc_url load scripts from other sites; /openapi.json is served.
     app = FastAPI(title="openblip2", version=openblip2.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.served = {kind: Path(path).name or "openblip2" for kind, path in vars(worker.served).items() if path}
-    app.state.index = open_index(Path(worker.served.index)) if worker.served.index is not None else None
+    app.state.index = None
+    if worker.served.index is not None:
+        app.state.index = open_index(Path(worker.served.index))
+        del app.state.index.vectors  # most of its memory; the process with the models searches in them
     app.include_router(router)
     app.include_router(openai.router)
     app.add_middleware(Guard, hosts=hosts, token=token, limit=limits.bytes)

@@ -176,11 +176,12 @@ class Engine:
 
 
 def _load(run: str | None, kind: type) -> Any:
-    model = None if run is None else load(run)
-    if model is not None and not isinstance(model, kind):
+    if run is None:
+        return None
+    model = load(run)
+    if not isinstance(model, kind):
         raise UserError(f"{run} is a {type(model).__name__}, not a {kind.__name__}")
-    if model is not None:
-        _cache_features(model.model.vision)
+    _cache_features(model.model.vision)
     return model
 
 

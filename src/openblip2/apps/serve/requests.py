@@ -1,10 +1,14 @@
-"""What clients may send: the forms of our own endpoints, and the bodies that OpenAI's clients send."""
+"""What clients may send: the forms of our own endpoints, and the bodies that OpenAI's clients send.
 
+Fields that are not declared here are refused.
+"""
+
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import UploadFile
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from openblip2.apps.serve.http import ServeError
 from openblip2.inference.attend import By
@@ -15,6 +19,7 @@ MAX_TOKENS = 256  # new tokens of one answer
 Text = Annotated[str, Field(max_length=20_000)]
 Url = Annotated[str, Field(max_length=2**27)]  # the limit of the body is lower
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Inputs = Annotated[list[Url], Field(min_length=1, max_length=MAX_TEXTS)]
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 # Parameters of OpenAI that are not in the classes below, with the value that changes nothing.
 NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "echo": False, "tool_choice": "none"}
@@ -23,33 +28,20 @@ NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "
 NO_EFFECT |= {"parallel_tool_calls", "include_obfuscation", "detail"}  # `detail`: an image encoder has one resolution
 
 
-def as_list(value: Any) -> Any:
-    """One text stands for a list of one. Raises `ServeError` for token ids, which LangChain sends by default."""
+def text_as(make: Callable[[str], Any]) -> BeforeValidator:
+    """A text stands for what `make` makes of it."""
+    return BeforeValidator(lambda value: make(value) if isinstance(value, str) else value)
+
+
+def refuse_token_ids(value: Any) -> Any:
+    """Raises a `ServeError` for token ids, which LangChain sends by default."""
     if isinstance(value, list) and any(isinstance(one, int | list) for one in value):
         raise ServeError("send texts, not token ids (LangChain: check_embedding_ctx_length=False)", param="input")
-    return [value] if isinstance(value, str) else value
+    return value
 
 
-def as_parts(value: Any) -> Any:
-    """A text stands for one part of a message."""
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-def as_object(value: Any) -> Any:
-    """An address stands for an object with this address."""
-    return {"url": value} if isinstance(value, str) else value
-
-
-class Form(BaseModel):
-    """A form of ours. Fields that are not declared are refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Body(BaseModel):
+class Body(BaseModel, extra="forbid"):
     """A body of OpenAI's, or a part of one. A field that is not declared is refused if it could change the answer."""
-
-    model_config = ConfigDict(extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
@@ -65,7 +57,7 @@ class Body(BaseModel):
         return {name: value for name, value in given.items() if name in cls.model_fields or has_effect(name, value)}
 
 
-class Sampling(BaseModel):
+class Sampling(BaseModel, extra="forbid"):
     """How texts are written: the fields of `/caption`, `/answer` and chats. None = as by default."""
 
     beams: Annotated[int, Field(ge=1, le=5)] | None = None
@@ -99,28 +91,28 @@ class Sampling(BaseModel):
         return [replace(how, seed=None if self.seed is None else self.seed + k) for k in range(self.n)]
 
 
-class CaptionForm(Form, Sampling):
+class CaptionForm(Sampling):
     """POST /caption."""
 
     image: UploadFile
     prompt: Annotated[str, Field(max_length=1000)] | None = None
 
 
-class AnswerForm(Form, Sampling):
+class AnswerForm(Sampling):
     """POST /answer."""
 
     image: UploadFile
     question: Text
 
 
-class MatchForm(Form):
+class MatchForm(BaseModel, extra="forbid"):
     """POST /match."""
 
     image: UploadFile
     text: Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]
 
 
-class AttendForm(Form):
+class AttendForm(BaseModel, extra="forbid"):
     """POST /attend."""
 
     image: UploadFile
@@ -128,7 +120,7 @@ class AttendForm(Form):
     by: By = "itc"
 
 
-class SearchForm(Form):
+class SearchForm(BaseModel, extra="forbid"):
     """POST /search."""
 
     text: Text | None = None
@@ -148,14 +140,14 @@ class Part(Body):
 
     type: Literal["text", "image_url"]
     text: Text = ""
-    image_url: Annotated[ImageUrl, BeforeValidator(as_object)] | None = None
+    image_url: Annotated[ImageUrl, text_as(lambda url: {"url": url})] | None = None
 
 
 class Message(Body):
     """A message of a dialogue."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(as_parts)] = []
+    content: Annotated[list[Part], text_as(lambda text: [{"type": "text", "text": text}])] = []
 
     @property
     def text(self) -> str:
@@ -175,7 +167,7 @@ class ChatRequest(Body, Sampling):
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=200)]
     max_completion_tokens: Tokens | None = None
-    stop: Annotated[list[Stop], BeforeValidator(as_list), Field(max_length=4)] = []
+    stop: Annotated[list[Stop], text_as(lambda text: [text]), Field(max_length=4)] = []
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     logprobs: bool = False
@@ -201,5 +193,5 @@ class EmbeddingRequest(Body):
     """POST /v1/embeddings. An input is a text, or a picture as a data URL."""
 
     model: str | None = None
-    input: Annotated[list[Url], BeforeValidator(as_list), Field(min_length=1, max_length=MAX_TEXTS)]
+    input: Annotated[Inputs, text_as(lambda text: [text]), BeforeValidator(refuse_token_ids)]
     encoding_format: Literal["float", "base64"] = "float"
