@@ -6,6 +6,7 @@ disconnected clients leave the queue, and a batch is stopped when all of its cli
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,7 @@ class Batcher:
         self.waiting: list[Waiting] = []
         self.running: list[Waiting] = []
         self.seconds_per_job = 0.0  # moving average
+        self._thread = ThreadPoolExecutor(1)  # not asyncio's, all of which may be fetching pictures
         self._arrived = asyncio.Event()
         self._task = asyncio.create_task(self._run_batches())
         QUEUE.set_function(lambda: len(self.waiting) + len(self.running))
@@ -131,6 +133,7 @@ class Batcher:
         """Ends the worker, and with it the batch that runs."""
         self._task.cancel()
         self.worker.close()
+        self._thread.shutdown(wait=False)
 
     async def _run_batches(self) -> None:
         while True:
@@ -153,7 +156,8 @@ class Batcher:
 
         start = loop.time()
         try:
-            results = await asyncio.to_thread(self.worker.run, [one.job for one in batch], send_text)
+            jobs = [one.job for one in batch]
+            results = await loop.run_in_executor(self._thread, self.worker.run, jobs, send_text)
         except Exception as error:  # these clients get it, and the others are served
             results = [error] * len(batch)
         self.running = []
