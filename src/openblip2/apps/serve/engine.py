@@ -157,7 +157,7 @@ class Engine:
                 soft = soft.to(model.projection.weight.device)
                 scores = token_scores(model.language, soft, prompt, text, best)
         length = len(model.language.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return Written(text, model.language.length(prompt) + model.connector.tokens, length, scores)
+        return Written(text, model.language.length(prompt) + model.tokens, length, scores)
 
     def _inputs(self, job: Write) -> tuple[PictureFile, str, str | None]:
         """The picture, the prompt of the language model, and the text for a Q-Former that reads some."""
@@ -169,7 +169,7 @@ class Engine:
         elif job.plain or captioner.tokens is not None:
             (prompt,), read = captioner.read_questions([job.question])
         if job.question is None or job.plain:
-            require_room(captioner.model.language, prompt, captioner.model.connector.tokens, longest)
+            require_room(captioner.model.language, prompt, captioner.model.tokens, longest)
         else:
             prompt = self.dialogue.write(job.turns, job.question, longest)
         return picture, prompt, read[0] if read else None
