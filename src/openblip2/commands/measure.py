@@ -159,7 +159,7 @@ def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Find
     if len(good) < 2:
         require_all(images, bad)
     rank = model.effective_rank(good, None if question is None else [question] * len(good))
-    queries = model.model.tokens
+    queries = model.model.connector.tokens
     return rank_finding(rank, queries), {"effective_rank": rank, "queries": queries, "pictures": len(good)}, bad
 
 

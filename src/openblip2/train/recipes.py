@@ -237,13 +237,13 @@ def _stage2(
         else:
             asked = [wording.question.replace("{}", question) for question in batch.questions]
         given = on_device(batch) | {"question": question_tokens(tokens, batch.questions, device()), "generator": draws}
-        parts: dict[str, Tensor] = {}
-        # It goes on when the language model joins: without it the soft tokens leave the words (docs/decisions.md).
-        if words is not None:
-            parts |= losses_of(asked, [longest[name] for name in batch.names or ()], words=words, **given)
-        if number >= aligned:
-            parts |= losses_of(asked, batch.captions, **given)  # for VQA the answers
-        return parts
+        if words is None:
+            return losses_of(asked, batch.captions, **given)  # for VQA the answers
+        # The language model learns the same captions, so that it only has to repeat what the soft prompt says. The
+        # alignment goes on: without it the soft tokens leave the words (docs/decisions.md).
+        captions = [longest[name] for name in batch.names or ()]
+        parts = losses_of(asked, captions, words=words, **given)
+        return parts if number < aligned else parts | losses_of(asked, captions, **given)
 
     def validate() -> dict[str, Any]:
         model.first = None
