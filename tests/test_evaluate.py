@@ -18,8 +18,8 @@ from openblip2.data.trained_on import picture_digest, pictures_trained_on, write
 from openblip2.errors import UserError
 from openblip2.evaluate.intervals import mean_interval
 from openblip2.evaluate.ranking import Matches, best_images, best_texts, recalls, rerank
-from openblip2.evaluate.result import Result, compare
-from openblip2.evaluate.run import Options, evaluate, overlap, weights_digest
+from openblip2.evaluate.result import Options, Result, compare
+from openblip2.evaluate.run import evaluate, overlap, weights_digest
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.objectives import similarity

@@ -39,6 +39,7 @@ from openblip2.data.records import Record, read_records
 from openblip2.data.rows import RECORDS
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
+from openblip2.evaluate.result import Options
 from openblip2.evaluate.retrieval import score_retrieval
 from openblip2.evaluate.validation import GROUP
 from openblip2.hardware import compute_dtype, computing, device
@@ -235,7 +236,7 @@ def retrieval_values(
 
     `reranked` is the number of candidates that ITM scores; 0: ITC alone.
     """
-    rows = score_retrieval(matcher, test, reranked, progress, features).samples
+    rows = score_retrieval(matcher, test, Options(rerank=reranked, features=features), progress).samples
     values: dict[str, list[float]] = {}
     for score, named in SCORES.items() if reranked else [("itc", SCORES["itc"])]:
         for k in (1, 5):

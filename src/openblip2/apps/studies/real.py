@@ -24,9 +24,10 @@ from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
 from openblip2.evaluate.caption import score_captions
 from openblip2.evaluate.intervals import difference_interval, mean_interval
+from openblip2.evaluate.result import Options, PartialTexts
 from openblip2.evaluate.retrieval import score_retrieval
 from openblip2.hardware import keep_freed_memory
-from openblip2.inference.captioner import CAPTION, Captioner, greedy
+from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.presets import fine_tuning, preset
@@ -133,12 +134,12 @@ def _fold(
         for stage, run in (("stage 1", first[name]), ("fine-tuned", second)):
             matcher = load(run.folder)
             assert isinstance(matcher, Matcher)
-            scored = score_retrieval(matcher, test, plan.reranked, runs.progress, features)
+            scored = score_retrieval(matcher, test, Options(rerank=plan.reranked, features=features), runs.progress)
             rows[f"{name}, {stage}"] = scored.samples
     settings = change(plan.captioner, common | plan.stage2)
     captioner = load(runs.train(settings, train, folder / "joint" / "stage2", first["joint"]).folder)
     assert isinstance(captioner, Captioner)
-    rows["captions"] = score_captions(captioner, test, greedy(CAPTION), None, runs.progress).samples
+    rows["captions"] = score_captions(captioner, test, Options(beams=1), runs.progress, PartialTexts()).samples
 
     known = {caption for record in train for caption in record.captions}
     tested = {record.id: record for record in test}
