@@ -15,7 +15,7 @@ from openblip2 import cli
 from openblip2.apps.studies import frame
 from openblip2.apps.studies.ablations import ablate, can_plot, figure, in_words, judge, plot, sentence
 from openblip2.apps.studies.design import STUDIES, study_of
-from openblip2.apps.studies.study import GAP, LOSS, OTHER, Claim, Plan, Trial
+from openblip2.apps.studies.study import GAP, LOSS, OTHER, Claim, Plan, Study, Trial, Way
 from openblip2.config import change, from_dict
 from openblip2.errors import UserError
 from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig
@@ -190,6 +190,37 @@ def test_warm_start_takes_fewer_pictures_from_one_stage_1_run(plan: Plan, tmp_pa
         assert len((run / "trained_on.txt").read_text().splitlines()) <= number
         assert settings_in(run).start.endswith("stage1-random-10-pictures"), "the one run, by the first way's name"
     assert "not shown" in (tmp_path / "ablation.md").read_text()
+
+
+def test_a_new_study_is_one_function(
+    plan: Plan, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ways that limit both stages, and ways that differ only in the use of one run."""
+    seen: list[str] = []
+
+    def by_pictures(plan: Plan) -> Study:
+        ways = [Way(f"{n} pictures", {}, {}, {"stage1": n, "stage2": n}) for n in plan.values]
+        used = [
+            Way(f"again, {word}", {}, {}, ways[0].pictures, adapt=lambda _, w=word: seen.append(w)) for word in "ab"
+        ]
+        claim = Claim("more is better", "ours", LOSS, ways[1].name, ways[0].name)
+        return Study("by-pictures", "how many?", (*ways, *used), (claim,), ("stage2",), {"stage1": 3, "stage2": 2})
+
+    monkeypatch.setitem(STUDIES, "by-pictures", (by_pictures, (8, 12)))
+    result = ablate("by-pictures", tmp_path, replace(plan, scenes=None), QUIET)
+    assert result["pictures"]["train"] == 12
+    assert trained == [f"seed-0/{stage}-{n}-pictures" for n in (8, 12) for stage in ("stage1", "stage2")]
+    assert seen == ["a", "b"]
+    run = tmp_path / "seed-0" / "stage2-8-pictures"
+    assert {path.name for path in run.glob("scores*")} == {"scores.json", "scores-again-a.json", "scores-again-b.json"}
+    for n in (8, 12):
+        for stage in ("stage1", "stage2"):
+            listed = (tmp_path / "seed-0" / f"{stage}-{n}-pictures" / "trained_on.txt").read_text().splitlines()
+            assert len(listed) == n
+    assert (
+        "- 8 pictures: stage 1: as the preset; stage 2: as the preset; stage 1 on 8 pictures; stage 2 on 8"
+        in (tmp_path / "ablation.md").read_text()
+    )
 
 
 def test_what_is_finished_is_not_trained_again_unless_it_is_of_something_else(

@@ -3,7 +3,7 @@
 OUT/data, OUT/features       scenes, and their frozen features by each encoder
 OUT/seed-N/STAGE-WAY         a run; a run that several ways share has the name of the first of them
     trained.json             what the finished run depends on; if that differs, only --overwrite trains it again
-    scores.json              the figures of every test image
+    scores.json              the figures of every test image; scores-WAY.json of a way that adapts the model
 """
 
 import json
