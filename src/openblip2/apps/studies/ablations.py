@@ -212,7 +212,7 @@ def in_words(result: Mapping[str, Any]) -> str:
         "",
         *(f"- {note}" for note in (*result["notes"], *([one] if len(seeds) == 1 else []))),
         "",
-        f"Training and scoring took {_minutes(result['seconds']['training and scoring'])}.",
+        f"Training and scoring took {result['seconds']['training and scoring'] / 60:.1f} min.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -262,20 +262,12 @@ def _number(figure: str, value: float, sign: str = "") -> str:
 
 
 def _list_changes(ways: Mapping[str, Any]) -> list[str]:
-    """What each way is: the settings that it changes, and the pictures that a stage is limited to."""
+    """The settings that each way changes, and the numbers of pictures that a stage is limited to."""
     lines = ["What each way changes:", ""]
     for name, way in ways.items():
-        parts = [f"stage {stage[-1]}: {_settings(values)}" for stage, values in way["changes"].items()]
-        parts += [f"stage {stage[-1]} on {count:,} pictures" for stage, count in way["pictures"].items()]
+        parts = [f"stage {stage[-1]} on {count:,} pictures" for stage, count in way["pictures"].items()]
+        for stage, values in way["changes"].items():
+            changed = ", ".join(f"`{key}={value}`" for key, value in (values or {}).items()) or "as the preset"
+            parts.append(f"stage {stage[-1]}: {'not trained' if values is None else changed}")
         lines.append(f"- {name}: {'; '.join(parts)}")
     return lines
-
-
-def _settings(values: Mapping[str, Any] | None) -> str:
-    if values is None:
-        return "not trained"
-    return ", ".join(f"`{name}={value}`" for name, value in values.items()) or "as the preset"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

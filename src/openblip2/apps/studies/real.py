@@ -8,7 +8,7 @@ stamps with captions that were trained on and for stamps with new captions.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,15 @@ WAYS = ("tr@1", "ir@1")  # image to text, text to image
 START, END = "<!-- bench-real -->", "<!-- /bench-real -->"  # of the table in a document
 
 
+# Changes to the settings of each training: stage 1 on all sources and on stamps alone, fine-tuning, the captioner.
+CHANGES: dict[str, dict[str, Any]] = {
+    "joint": {"train.steps": 240, "stage1.itm_start_step": 40},
+    "alone": {"train.steps": 60, "stage1.itm_start_step": 20},
+    "retrieval": {"train.steps": 60, "optim.lr": 1e-4},
+    "captions": {"train.steps": 60},
+}
+
+
 @dataclass(frozen=True)
 class Plan:
     """The sizes of the study.
@@ -46,12 +55,12 @@ class Plan:
     Attributes:
         k: number of folds.
         folds: those that are run; the others are left out of the figures.
+        seed: of the folds and of training.
         reranked: candidates that ITM scores.
-        joint: changes to the settings of stage 1 on all sources.
-        alone: changes to those of stage 1 on stamps.
-        retrieval: changes to those of fine-tuning.
-        stage2: changes to those of the captioner.
+        changes: as `CHANGES`.
         overwrite: train runs again that have other settings or data.
+        stage1: settings of stage 1.
+        stage2: settings of the captioner.
     """
 
     k: int = 5
@@ -59,12 +68,9 @@ class Plan:
     seed: int = 0
     overwrite: bool = False
     reranked: int = 16
-    joint: dict[str, Any] = field(default_factory=lambda: {"train.steps": 240, "stage1.itm_start_step": 40})
-    alone: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60, "stage1.itm_start_step": 20})
-    retrieval: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60, "optim.lr": 1e-4})
-    stage2: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60})
+    changes: Mapping[str, dict[str, Any]] = field(default_factory=lambda: CHANGES)
     stage1: RunSettings = field(default_factory=lambda: preset("stage1", "laptop"))
-    captioner: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
+    stage2: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
 
 
 def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = None) -> dict[str, Any]:
@@ -126,17 +132,19 @@ def _fold(
     stamps = [record for record in train if _source(record) == SOURCE]
     common = {"data.features": str(features), "train.seed": plan.seed}
     first, rows = {}, {}
-    for name, part, changes in (("joint", train, plan.joint), ("alone", stamps, plan.alone)):
-        first[name] = runs.train(change(plan.stage1, common | changes), part, folder / name / "stage1")
+    for name, part in (("joint", train), ("alone", stamps)):
+        settings = change(plan.stage1, common | plan.changes[name])
+        first[name] = runs.train(settings, part, folder / name / "stage1")
         start = first[name].folder
-        tuned = change(fine_tuning("retrieval", "laptop", read_settings(start), str(start)), common | plan.retrieval)
+        tuned = fine_tuning("retrieval", "laptop", read_settings(start), str(start))
+        tuned = change(tuned, common | plan.changes["retrieval"])
         second = runs.train(tuned, stamps, folder / name / "retrieval", first[name])
         for stage, run in (("stage 1", first[name]), ("fine-tuned", second)):
             matcher = load(run.folder)
             assert isinstance(matcher, Matcher)
             scored = score_retrieval(matcher, test, Options(rerank=plan.reranked, features=features), runs.progress)
             rows[f"{name}, {stage}"] = scored.samples
-    settings = change(plan.captioner, common | plan.stage2)
+    settings = change(plan.stage2, common | plan.changes["captions"])
     captioner = load(runs.train(settings, train, folder / "joint" / "stage2", first["joint"]).folder)
     assert isinstance(captioner, Captioner)
     rows["captions"] = score_captions(captioner, test, Options(beams=1), runs.progress, PartialTexts()).samples
@@ -187,9 +195,8 @@ def summary(rows: dict[str, list[dict[str, Any]]], plan: Plan) -> dict[str, Any]
 
 def _first_right(rows: Sequence[dict[str, Any]], way: str, score: str) -> tuple[np.ndarray, list[Any]]:
     """`hits` of the images ("tr@1") or texts ("ir@1"), and the group of each."""
-    direction = way.removesuffix("@1")
-    groups = [row["group"] for row in rows if ("caption" in row) == (direction == "ir")]
-    return np.array(hits(rows, direction, score)), groups
+    groups = [row["group"] for row in rows if ("caption" in row) == (way == "ir@1")]
+    return np.array(hits(rows, way[:2], score)), groups
 
 
 def in_words(figures: dict[str, Any]) -> str:

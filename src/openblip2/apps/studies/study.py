@@ -3,16 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from openblip2.config import RunSettings
 from openblip2.data.records import Record
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.matcher import Matcher
 from openblip2.presets import preset
-
-if TYPE_CHECKING:
-    from openblip2.apps.studies.frame import Work
 
 LOSS = "caption loss, right picture"
 OTHER = "caption loss, another picture"
@@ -33,7 +30,7 @@ class Way:
         stage1: changes to the settings of stage 1, by dotted name; None = it is not trained.
         stage2: the same for stage 2.
         pictures: number of images that a stage is trained on, from the beginning; a stage that is missing takes all.
-        records: what the stages are trained on, from the work and the seed; None = the training images.
+        records: what the stages are trained on, from the `frame.Work` and the seed; None = the training images.
         adapt: changes the loaded model before it is scored, for ways that differ in the use of one run.
     """
 
@@ -41,7 +38,7 @@ class Way:
     stage1: Mapping[str, Any] | None = field(default_factory=dict)
     stage2: Mapping[str, Any] | None = None
     pictures: Mapping[str, int] = field(default_factory=dict)
-    records: Callable[["Work", int], list[Record]] | None = None
+    records: Callable[[Any, int], list[Record]] | None = None
     adapt: Callable[[Captioner | Matcher], object] | None = None
 
     @property
