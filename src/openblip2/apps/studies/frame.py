@@ -189,8 +189,9 @@ def _owner(study: Study, way: Way, stage: str) -> Way:
     """The first way with the same run of a stage, which also depends on the stage that it starts from."""
 
     def depends_on(one: Way) -> list[Any]:
-        stages = ("stage1",) if stage == "stage1" else ("stage1", "stage2")
-        return [one.records, *((one.stages.get(name), one.pictures.get(name)) for name in stages)]
+        stages = [name for name in one.stages if name <= stage]
+        # Only a run that nothing starts from is validated (`_settings`).
+        return [one.records, list(one.stages)[-1] == stage, *((one.stages[s], one.pictures.get(s)) for s in stages)]
 
     return next((one for one in study.ways if depends_on(one) == depends_on(way)), way)
 
