@@ -7,7 +7,6 @@ OUT/seed-N/STAGE-WAY         a run; a run that several ways share has the name o
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,6 +29,7 @@ from openblip2.apps.studies.study import (
     Study,
     Trial,
     Way,
+    slug,
 )
 from openblip2.capfilt.models import digest
 from openblip2.config import RunSettings, VisionSettings, change, to_dict
@@ -294,8 +294,3 @@ def _scenes(folder: Path, count: int, split: Split) -> list[Record]:
 def digest_of(records: Sequence[Record]) -> str:
     """A digest that identifies a list of images and captions."""
     return digest([(record.id, record.captions) for record in records])
-
-
-def slug(name: str) -> str:
-    """The name in small letters and digits, with hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,5 +1,6 @@
 """What a study is made of: ways that are compared, claims about them, and the sizes of a study."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,3 +143,8 @@ class Run:
     folder: Path
     settings: RunSettings
     of: Any
+
+
+def slug(name: str) -> str:
+    """The name in small letters and digits, with hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
