@@ -16,12 +16,12 @@ from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
 from openblip2.data.tokens import QFormerTokens, only_unknown
 from openblip2.evaluate.ranking import (
-    Matches,
     Ranking,
     best_images,
     best_texts,
     image_vectors,
     log_odds,
+    match_candidates,
     text_vectors,
 )
 from openblip2.evaluate.result import Options, Result
@@ -135,16 +135,17 @@ def _rankings(
         if not best:
             return found
         by_image, by_text = by_image.first(best), by_text.first(best)
-        matches = Matches(by_image, by_text)
         with progress.steps("re-ranking", count) as bar:
-            matches.score(model, lambda n: stored.take([n]).to(device()), ids, valid, bar.advance)
-        pairs = (by_image, matches.of_images(by_image)), (by_text, matches.of_texts(by_text))
+            matches = match_candidates(
+                model, lambda n: stored.take([n]).to(device()), ids, valid, by_image, by_text, bar.advance
+            )
         temperature = float(model.temperature)
         for name, score in {
             "itm": lambda logits, cosine: log_odds(logits),
             "itm+itc": lambda logits, cosine: log_odds(logits) + cosine / temperature,
             "itm+itc, the authors'": lambda logits, cosine: logits[..., 1] + cosine,
         }.items():
+            pairs = zip((by_image, by_text), matches, strict=True)
             first, second = (ranking.by(score(logits, ranking.scores.float())) for ranking, logits in pairs)
             found[name] = first, second
     return found
