@@ -18,6 +18,7 @@ from openblip2.cli import app
 from openblip2.data.records import Record
 from openblip2.errors import UserError
 from openblip2.evaluate import pointing
+from openblip2.evaluate.result import Options
 from openblip2.inference.attend import Looked, attention, look, overlay, relevance, sheet, text_relevance, watching
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
@@ -196,14 +197,14 @@ def test_the_pointing_game(home: Path, tmp_path: Path, monkeypatch: pytest.Monke
         )
 
     monkeypatch.setattr(pointing, "text_relevance", seeing)
-    result = pointing.score_pointing(model, records, "itc", Progress())
+    result = pointing.score_pointing(model, records, Options(by="itc"), Progress())
     hits = seeing(model, torch.empty(0), [], "itc")
     assert result.scores["pointing"].score == pytest.approx(np.mean(hits.max((1, 2))))
     assert result.scores["chance"].score == pytest.approx(hits.mean())
     assert result.scores["best fixed place"].score == pytest.approx(hits.mean(0).max())
     assert len(result.samples) == len(boxes)
     with pytest.raises(UserError, match="none of these pictures has boxes"):
-        pointing.score_pointing(model, [Record("a", records[0].image, ("a",))], "itc", Progress())
+        pointing.score_pointing(model, [Record("a", records[0].image, ("a",))], Options(), Progress())
 
 
 def test_boxes_hold_their_objects(tmp_path: Path) -> None:

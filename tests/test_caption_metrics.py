@@ -281,4 +281,4 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     nothing: Any = None
     with pytest.raises(UserError, match=r"needs pycocoevalcap: pip install 'openblip2\[eval\]'"):
-        score_captions(nothing, [], nothing, None, nothing)
+        score_captions(nothing, [], nothing, nothing, nothing)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from openblip2.apps.corpora.groups import joined
 from openblip2.apps.corpora.installed import STAMPS, easy_vqa_records, stamps_records
+from openblip2.apps.corpora.prepare import joined
 from openblip2.apps.scenes.grammar import Judgement, judge
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record

@@ -17,9 +17,9 @@ from openblip2.data.sources import read_source
 from openblip2.data.trained_on import picture_digest, pictures_trained_on, write_trained_on
 from openblip2.errors import UserError
 from openblip2.evaluate.intervals import mean_interval
-from openblip2.evaluate.ranking import Matches, best_images, best_texts, recalls, rerank
-from openblip2.evaluate.result import Result, compare
-from openblip2.evaluate.run import Options, evaluate, overlap, weights_digest
+from openblip2.evaluate.ranking import best_images, best_texts, match_candidates, recalls, rerank
+from openblip2.evaluate.result import Options, Result, compare
+from openblip2.evaluate.run import evaluate, overlap, weights_digest
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.objectives import similarity
@@ -64,14 +64,13 @@ def test_candidates_have_the_scores_of_their_pairs_and_each_picture_is_asked_onc
         by_image = best_texts(torch.eye(4)[:, None], scores.T, 2)
         by_text = best_images(torch.eye(4)[:, None], scores.T, 3)
         assert torch.equal(by_image.indices, scores.topk(2, dim=1).indices)
-        matches = Matches(by_image, by_text)
         asked: list[int] = []
 
         def look(n: int) -> Tensor:
             asked.append(n)
             return features[n : n + 1]
 
-        matches.score(model, look, tokens, valid)
+        of_images, of_texts = match_candidates(model, look, tokens, valid, by_image, by_text)
         assert asked == [0, 1, 2, 3]
         for n in range(4):
             for m in range(6):
@@ -79,20 +78,19 @@ def test_candidates_have_the_scores_of_their_pairs_and_each_picture_is_asked_onc
                 memory = model.qformer.encode_image(features[n : n + 1])
                 alone = model.match(memory, tokens[m : m + 1, :length], valid[m : m + 1, :length])[0]
                 for place in (by_image.indices[n] == m).nonzero().flatten().tolist():
-                    assert torch.allclose(matches.of_images(by_image)[n, place], alone, atol=1e-5)
+                    assert torch.allclose(of_images[n, place], alone, atol=1e-5)
                 for place in (by_text.indices[m] == n).nonzero().flatten().tolist():
-                    assert torch.allclose(matches.of_texts(by_text)[m, place], alone, atol=1e-5)
+                    assert torch.allclose(of_texts[m, place], alone, atol=1e-5)
         # And the recall is that of the dense way.
         dense_image, dense_text = rerank(model, features, tokens, valid, scores, 2)
         correct = torch.zeros(4, 6, dtype=torch.bool)
         correct[torch.tensor([0, 1, 2, 3, 0, 1]), torch.arange(6)] = True
         found = recalls(dense_image, dense_text, correct, ks=(1,))
         few = best_images(torch.eye(4)[:, None], scores.T, 2)
-        matches = Matches(by_image, few)
-        matches.score(model, look, tokens, valid)
+        of_images, of_texts = match_candidates(model, look, tokens, valid, by_image, few)
         for ranking, logits, is_right, name in (
-            (by_image, matches.of_images(by_image), lambda n, m: bool(correct[n, m]), "tr@1"),
-            (few, matches.of_texts(few), lambda m, n: bool(correct[n, m]), "ir@1"),
+            (by_image, of_images, lambda n, m: bool(correct[n, m]), "tr@1"),
+            (few, of_texts, lambda m, n: bool(correct[n, m]), "ir@1"),
         ):
             ranks = ranking.by(logits[..., 1] - logits[..., 0]).first_right(is_right)
             assert np.mean([rank == 1 for rank in ranks]) == pytest.approx(found[name])

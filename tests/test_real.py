@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from openblip2.apps.corpora import groups, openclipart
 from openblip2.apps.corpora import prepare as real
-from openblip2.apps.corpora.prepare import by_fold, emoji, furniture, prepare
+from openblip2.apps.corpora import readers
+from openblip2.apps.corpora.prepare import by_fold, prepare
+from openblip2.apps.corpora.readers import emoji, furniture, openclipart
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record, read_records
 from openblip2.errors import UserError
@@ -118,7 +119,7 @@ def test_a_drawings_caption_is_its_title_cleaned(tmp_path: Path) -> None:
     }
     for name, title in titles.items():
         drawing(tmp_path, name, title)
-    assert captions(real.openclipart(tmp_path)) == {
+    assert captions(openclipart(tmp_path)) == {
         "animals/owl_on_branch_somebody_01": "Owl on Branch",
         "food/pie_apple_bw": "Apple Pie in black and white",
         "people/hat1": "blue hat",
@@ -133,7 +134,7 @@ def test_a_collections_title_gives_way_to_the_files_name(tmp_path: Path) -> None
     drawing(tmp_path, "computer/icons/hat", "A hat")
     drawing(tmp_path, "special/hat", "A hat")  # templates and patterns
     drawing(tmp_path, "animals/gufo", "Un gufo")
-    records, skipped = real.openclipart(tmp_path)
+    records, skipped = openclipart(tmp_path)
     assert captions((records, [])) == {
         "animals/bat": "bat",
         "animals/black_cat_02": "black cat",
@@ -146,13 +147,13 @@ def test_a_collections_title_gives_way_to_the_files_name(tmp_path: Path) -> None
 def test_a_title_that_agrees_with_the_file_is_believed_however_many_share_it(tmp_path: Path) -> None:
     for i in range(5):
         drawing(tmp_path, f"animals/owl_somebody_{i:02}", f"Owl {i}")
-    assert set(captions(real.openclipart(tmp_path)).values()) == {"Owl"}
+    assert set(captions(openclipart(tmp_path)).values()) == {"Owl"}
 
 
 def test_flags_are_called_flags(tmp_path: Path) -> None:
     drawing(tmp_path, "flags/uganda", "Uganda", tag="flag")
     drawing(tmp_path, "flags/blue", "Blue flag", tag="flags")
-    assert list(captions(real.openclipart(tmp_path)).values()) == ["Blue flag", "flag of Uganda"]
+    assert list(captions(openclipart(tmp_path)).values()) == ["Blue flag", "flag of Uganda"]
 
 
 BOMB = "[" + "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "bang"}">' for i in range(12)) + "]"
@@ -165,7 +166,7 @@ BOMB = "[" + "".join(f'<!ENTITY e{i} "{f"&e{i - 1};" * 10 if i else "bang"}">' f
 def test_entities_are_refused(entities: str, title: str, tmp_path: Path) -> None:
     drawing(tmp_path, "animals/owl", "Owl")
     path = drawing(tmp_path, "animals/cat", title, entities=entities)
-    records, skipped = real.openclipart(tmp_path)
+    records, skipped = openclipart(tmp_path)
     assert [record.id for record in records] == ["animals/owl"]
     assert skipped[0] == f"{path}: defines entities, which are not expanded; a drawing without"
 
@@ -178,8 +179,8 @@ def test_what_is_broken_in_openclipart_is_skipped_and_named(tmp_path: Path, monk
     broken[2].write_text(SVG.format(title="Owl", tag="", entities="") + " " * 9000, encoding="utf-8")
     (tmp_path / PICTURES / "animals/d.png").unlink()
     (tmp_path / DRAWINGS / "animals/link.svg").symlink_to("owl.svg")  # another name of one that is read
-    monkeypatch.setattr(openclipart, "_MAX_BYTES", 8000)
-    records, skipped = real.openclipart(tmp_path)
+    monkeypatch.setattr(readers, "_MAX_BYTES", 8000)
+    records, skipped = openclipart(tmp_path)
     assert [record.id for record in records] == ["animals/owl"]
     assert [str(broken[i].with_suffix("")) in line for i, line in enumerate(skipped[:3])] == [True] * 3
     assert str(tmp_path / PICTURES / "animals/d.png") in skipped[3]
@@ -191,7 +192,7 @@ def test_openclipart_needs_all_its_packages(gone: str, tmp_path: Path) -> None:
     drawing(tmp_path, "animals/owl", "Owl")
     (tmp_path / gone).rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"openclipart|English words") as error:
-        real.openclipart(tmp_path)
+        openclipart(tmp_path)
     assert str(tmp_path / gone) in one_line(error)
 
 
@@ -389,8 +390,8 @@ def test_folds_need_groups(tmp_path: Path) -> None:
 def test_pairs_are_those_of_all_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [blots(i % 5) if i % 2 else ImageOps.mirror(blots(i % 5)) for i in range(11)]
     pictures += [Image.new("RGB", (60, 40), ink) for ink in ("red", "blue")]
-    thumbnails = np.stack([groups.thumbnail(open_picture(picture)) for picture in pictures])
-    monkeypatch.setattr(groups, "_ROWS", 3)
+    thumbnails = np.stack([real.thumbnail(open_picture(picture)) for picture in pictures])
+    monkeypatch.setattr(real, "_ROWS", 3)
     naive = []
     for i in range(len(thumbnails)):
         for j in range(i + 1, len(thumbnails)):
@@ -401,7 +402,7 @@ def test_pairs_are_those_of_all_comparisons(monkeypatch: pytest.MonkeyPatch) -> 
                     naive.append((i, j))
                     break
     assert len(naive) >= 8
-    assert groups.alike(thumbnails) == naive
+    assert real.alike(thumbnails) == naive
 
 
 def flag(*stripes: str, shape: str = "rectangle", size: tuple[int, int] = (90, 60)) -> Image.Image:
@@ -426,4 +427,4 @@ def flag(*stripes: str, shape: str = "rectangle", size: tuple[int, int] = (90, 6
     ],
 )
 def test_copies_agree_in_their_outline_and_inside(one: Image.Image, other: Image.Image, copies: bool) -> None:
-    assert bool(groups.alike(np.stack([groups.thumbnail(one), groups.thumbnail(other)]))) == copies
+    assert bool(real.alike(np.stack([real.thumbnail(one), real.thumbnail(other)]))) == copies

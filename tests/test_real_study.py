@@ -43,12 +43,9 @@ def plan(home: Path, **more: object) -> real.Plan:
         k=3,
         folds=(0, 2),
         reranked=4,
-        joint=few,
-        alone=few,
-        retrieval=few,
-        stage2=few,
+        changes=dict.fromkeys(real.CHANGES, few),
         stage1=change(preset("stage1", "laptop"), values),
-        captioner=change(preset("stage2", "laptop"), values),
+        stage2=change(preset("stage2", "laptop"), values),
         **more,  # pyright: ignore[reportArgumentType]
     )
 

@@ -12,11 +12,10 @@ from typer.testing import CliRunner
 
 import tiny_runs
 from openblip2 import cli
-from openblip2.apps.studies import trial
-from openblip2.apps.studies.ablations import ablate, can_plot, figure, in_words, judge, plot
+from openblip2.apps.studies import frame
+from openblip2.apps.studies.ablations import ablate, can_plot, figure, in_words, judge, plot, sentence
 from openblip2.apps.studies.design import STUDIES, study_of
-from openblip2.apps.studies.study import GAP, LOSS, OTHER, Claim, Plan, sentence
-from openblip2.apps.studies.trial import Trial
+from openblip2.apps.studies.study import GAP, LOSS, OTHER, Claim, Plan, Study, Trial, Way
 from openblip2.config import change, from_dict
 from openblip2.errors import UserError
 from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig
@@ -62,8 +61,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(f"{run.parent.name}/{run.name}")
         real(settings, records, run, *more, **options)
 
-    real = trial.train_stage
-    monkeypatch.setattr(trial, "train_stage", train)
+    real = frame.train_stage
+    monkeypatch.setattr(frame, "train_stage", train)
     return found
 
 
@@ -93,8 +92,8 @@ def test_stage1_is_left_out_or_started_as_the_paper_does(plan: Plan, tmp_path: P
     way = result["ways"]["with stage 1"]
     assert set(way["figures"]) == {LOSS, OTHER, GAP}
     assert [point[0] for point in way["curves"]["loss_right"][0]] == [1, 2]
-    assert way["differs"] == {"stage1": {"warm_start": False}, "stage2": {"warm_start": False}}
-    assert result["ways"]["without stage 1"]["differs"]["stage1"] is None
+    assert way["changes"] == {"stage1": {"warm_start": False}, "stage2": {"warm_start": False}}
+    assert result["ways"]["without stage 1"]["changes"]["stage1"] is None
     assert result["steps"] == {"stage1": [3, 4], "stage2": [2, 4]}
     text = (tmp_path / "ablation.md").read_text()
     for claim in result["claims"]:
@@ -113,14 +112,14 @@ def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -
 
     ablate("stage1", tmp_path, plan, QUIET)
     study, plan = study_of("stage1", plan)
-    work = trial.prepare_work(study, plan, tmp_path, QUIET)
+    work = frame.prepare_work(study, plan, tmp_path, QUIET)
     run = tmp_path / "seed-0" / "stage2-with-stage-1-closed-form-starts"
     captioner = load(run)
     assert isinstance(captioner, Captioner)
     assert captioner.model.vision is not None
     values = json.loads((run / "scores.json").read_text())["values"]
-    (cache,) = work.features.values()
-    features = find_records(work.test, FeatureCache(cache), whitened(captioner.model.vision))[0].load()
+    cache = FeatureCache(work.features(captioner.settings))
+    features = find_records(work.test, cache, whitened(captioner.model.vision))[0].load()
     for n, record in enumerate(work.test):
         for name, seen in ((LOSS, n), (OTHER, n - 1)):
             with torch.no_grad():
@@ -155,7 +154,7 @@ def test_an_objective_is_left_out(plan: Plan, tmp_path: Path) -> None:
             for score in ("ITC alone", "re-ranked by ITM", "re-ranked by ITM + ITC"):
                 one, five = (way["figures"][f"recall@{k}, {words}, {score}"]["score"] for k in (1, 5))
                 assert 0 <= one <= five <= 1
-    assert list(result["ways"]["ITC + ITM"]["differs"]["stage1"]) == ["stage1.objectives"]
+    assert list(result["ways"]["ITC + ITM"]["changes"]["stage1"]) == ["stage1.objectives"]
 
 
 def test_queries_and_encoders(plan: Plan, tmp_path: Path) -> None:
@@ -165,8 +164,8 @@ def test_queries_and_encoders(plan: Plan, tmp_path: Path) -> None:
         assert settings_in(tmp_path / "queries" / "seed-0" / f"{stage}-6-queries").qformer.queries == 6
     assert {claim["figure"] for claim in numbers["claims"]} == {LOSS, "recall@1, both ways, ITC alone"}
     encoders = ablate("encoder", tmp_path / "encoder", plan, QUIET)
-    differs = encoders["ways"]["EfficientNet-Lite0"]["differs"]
-    assert set(differs["stage1"]) == set(differs["stage2"]) == {"vision.name", "vision.layer"}
+    changes = encoders["ways"]["EfficientNet-Lite0"]["changes"]
+    assert set(changes["stage1"]) == set(changes["stage2"]) == {"vision.name", "vision.layer"}
     assert len(list((tmp_path / "encoder" / "features").iterdir())) == 2
 
 
@@ -193,6 +192,35 @@ def test_warm_start_takes_fewer_pictures_from_one_stage_1_run(plan: Plan, tmp_pa
     assert "not shown" in (tmp_path / "ablation.md").read_text()
 
 
+def test_a_new_study_is_one_function(
+    plan: Plan, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ways that limit both stages, and ways that differ only in the use of one run."""
+    seen: list[str] = []
+
+    def by_pictures(plan: Plan) -> Study:
+        ways = [Way(f"{n} pictures", {}, {}, {"stage1": n, "stage2": n}) for n in plan.values]
+        used = [
+            Way(f"again, {word}", {}, {}, ways[0].pictures, adapt=lambda _, w=word: seen.append(w)) for word in "ab"
+        ]
+        claim = Claim("more is better", "ours", LOSS, ways[1].name, ways[0].name)
+        return Study("by-pictures", "how many?", (*ways, *used), (claim,), ("stage2",), {"stage1": 3, "stage2": 2})
+
+    monkeypatch.setitem(STUDIES, "by-pictures", (by_pictures, (8, 12)))
+    result = ablate("by-pictures", tmp_path, replace(plan, scenes=None), QUIET)
+    assert result["pictures"]["train"] == 12
+    assert trained == [f"seed-0/{stage}-{n}-pictures" for n in (8, 12) for stage in ("stage1", "stage2")]
+    assert seen == ["a", "b"]
+    run = tmp_path / "seed-0" / "stage2-8-pictures"
+    assert {path.name for path in run.glob("scores*")} == {"scores.json", "scores-again-a.json", "scores-again-b.json"}
+    for n in (8, 12):
+        for stage in ("stage1", "stage2"):
+            listed = (tmp_path / "seed-0" / f"{stage}-{n}-pictures" / "trained_on.txt").read_text().splitlines()
+            assert len(listed) == n
+    text = (tmp_path / "ablation.md").read_text()
+    assert "- 8 pictures: stage 1 on 8 pictures; stage 2 on 8 pictures; stage 1: as the preset" in text
+
+
 def test_what_is_finished_is_not_trained_again_unless_it_is_of_something_else(
     plan: Plan, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +241,7 @@ def test_what_is_finished_is_not_trained_again_unless_it_is_of_something_else(
     trained.clear()
 
     # Interrupted while a run is trained anew: what lies there from before is not taken for it.
-    counting = trial.train_stage
+    counting = frame.train_stage
 
     def stop(settings: Any, records: Any, run: Path, *more: Any, **options: Any) -> None:
         if run.name == "stage2-2-queries":
@@ -221,7 +249,7 @@ def test_what_is_finished_is_not_trained_again_unless_it_is_of_something_else(
         counting(settings, records, run, *more, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trial, "train_stage", stop)
+        patch.setattr(frame, "train_stage", stop)
         with pytest.raises(KeyboardInterrupt):
             ablate("queries", tmp_path, replace(few, overwrite=True), QUIET)
     assert trained == ["seed-0/stage1-2-queries"]
@@ -248,7 +276,7 @@ def test_what_does_not_fit_is_refused(plan: Plan, tmp_path: Path) -> None:
     for name, changed, message in (
         ("stage3", {}, f"unknown study 'stage3': studies are {', '.join(STUDIES)}"),
         ("itg", {"values": (1, 2)}, "itg compares no numbers"),
-        ("queries", {"values": (4,)}, "for queries two at least"),
+        ("queries", {"values": (4,)}, "queries takes two numbers of queries or more"),
         ("warm-start", {"values": (8, 21)}, "there are 20 scenes"),
         ("queries", {"changes": {"qformer.queries": 3}}, "--set qformer.queries: the study queries sets it itself"),
         ("itg", {"changes": {"train.steps": 3}}, "steps: --stage1-steps"),
@@ -291,8 +319,8 @@ def test_verdicts_follow_from_the_figures(better: list[Trial], worse: list[Trial
 def result_of(figures: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     ways = {
         name: {
-            "pictures": None,
-            "differs": {"stage1": None, "stage2": {"warm_start": name == "b"}},
+            "pictures": {},
+            "changes": {"stage1": None, "stage2": {"warm_start": name == "b"}},
             "figures": {LOSS: {"score": value, "low": value - 0.1, "high": value + 0.1, "n": 6, "seeds": [value]}},
             "curves": {"loss_right": [[(2, 3.0), (4, value)]], "loss_shuffled": [[(2, 3.1), (4, 3.2)]]},
         }
@@ -318,7 +346,7 @@ def test_the_document_holds_every_figure() -> None:
     assert text.startswith("# What is it worth?\n")
     assert "| caption loss, right picture, nats a token | 2.00 [1.90, 2.10] | 1.00 [0.90, 1.10] |" in text
     assert "b less a: -1.00 nats a token [" in text
-    assert "- b: stage 1: none; stage 2: `warm_start=True`" in text
+    assert "- b: stage 1: not trained; stage 2: `warm_start=True`" in text
     assert "took 2.0 min" in text
 
 

@@ -12,14 +12,8 @@ import pytest
 
 from openblip2.data.records import Question, Record
 from openblip2.errors import UserError
-from openblip2.evaluate.vqa_metrics import (
-    Protocol,
-    exact_scores,
-    lemmas,
-    summary,
-    vqa_normal,
-    vqa_scores,
-)
+from openblip2.evaluate.validation import exact_scores, summary
+from openblip2.evaluate.vqa import Protocol, lemmas, vqa_normal, vqa_scores
 from openblip2.train.prepare import cleaned
 
 ROWS = json.loads((Path(__file__).parent / "data" / "vqa_reference.json").read_text())["questions"]

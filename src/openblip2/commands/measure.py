@@ -64,8 +64,9 @@ def evaluate(
     """Evaluate a run: scores with 95 % confidence intervals, and the protocol."""
     says = progress()
     says.doing(f"loading {run}")
-    from openblip2.evaluate.run import Options, require_task
+    from openblip2.evaluate.result import Options
     from openblip2.evaluate.run import evaluate as score
+    from openblip2.evaluate.run import require_task
     from openblip2.runs import new_result
 
     options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed)

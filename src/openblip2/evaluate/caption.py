@@ -11,7 +11,7 @@ the whole; an empty caption and an empty reference are a match for ROUGE-L and n
 import contextlib
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from subprocess import CalledProcessError
 from typing import Any
@@ -21,9 +21,8 @@ import numpy as np
 from openblip2.data.records import Record
 from openblip2.errors import one_line, require
 from openblip2.evaluate.ptb import reference_folder, tokenise, why_no_jar
-from openblip2.evaluate.result import WITHHELD, PartialTexts, Result, decoding_card
-from openblip2.inference.captioner import Captioner
-from openblip2.model.decoding import Decoding
+from openblip2.evaluate.result import WITHHELD, Options, PartialTexts, Result, decoding_card
+from openblip2.inference.captioner import CAPTION, Captioner
 from openblip2.progress import Progress
 
 GROUP = 64  # images that are captioned and kept together
@@ -36,35 +35,31 @@ Texts = Mapping[int, list[str]]  # by image
 def score_captions(
     captioner: Captioner,
     records: Sequence[Record],
-    decoding: Decoding,
-    prompt: str | None,
+    options: Options,
     progress: Progress,
-    slow: bool = False,
-    seed: int = 0,
-    partial_texts: PartialTexts | None = None,
+    partial_texts: PartialTexts,
 ) -> Result:
     """Scores of the captions of all images, and for NoCaps also of each domain.
 
     Args:
         records: images, with captions unless the split is withheld.
-        prompt: text after the soft prompt; None = the run's own.
-        slow: also METEOR and SPICE, which need Java.
-        partial_texts: where captions are kept until they are scored; None = nowhere.
+        partial_texts: where captions are kept until they are scored.
 
     Raises:
         UserError: pycocoevalcap is missing, or an image cannot be opened.
     """
     require("scoring captions", "eval", "pycocoevalcap")  # before minutes are spent on generating captions
-    prompt = captioner.settings.language.prompts[0] if prompt is None else prompt
+    decoding = replace(CAPTION, beams=options.beams or CAPTION.beams)
+    prompt = captioner.settings.language.prompts[0] if options.prompt is None else options.prompt
 
     def generate(rows: slice) -> list[str]:
         images = [record.image for record in records[rows]]
         return captioner.generate(images, [prompt] * len(images), decoding)
 
     names, how = [str(record.image) for record in records], [prompt, decoding_card(decoding)]
-    captions = (partial_texts or PartialTexts()).texts("captions", "pictures", names, GROUP, generate, progress, how)
+    captions = partial_texts.texts("captions", "pictures", names, GROUP, generate, progress, how)
     progress.doing("scoring")
-    result = Result("caption", len(records), seed)
+    result = Result("caption", len(records), options.seed)
     result.protocol |= decoding_card(decoding) | {"prompt": prompt}
     result.samples += [
         {"image": record.id, "caption": caption} for record, caption in zip(records, captions, strict=True)
@@ -78,7 +73,7 @@ def score_captions(
         "tokeniser": tokens.by,
         "cider": "CIDEr-D, idf of the captions scored",
     }
-    scores = caption_scores(tokens, METRICS if slow else FAST)
+    scores = caption_scores(tokens, METRICS if options.slow else FAST)
     add_domains(result, records, scores.samples)
     counts = bleu_counts(tokens)
     for order, name in enumerate(BLEU, 1):
@@ -88,7 +83,7 @@ def score_captions(
             result.add(name, scores.samples[name])
     if "METEOR" in scores.corpus:
         result.alone["METEOR"] = scores.corpus["METEOR"]
-    if not slow:
+    if not options.slow:
         scores.missing.update(dict.fromkeys(("METEOR", "SPICE"), "not asked for: --slow"))
     result.protocol["not_measured"] = scores.missing
     for n, (row, record) in enumerate(zip(result.samples, records, strict=True)):
@@ -171,7 +166,7 @@ def caption_scores(tokens: Tokenised, wanted: Sequence[str]) -> CaptionScores:
             continue
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                corpus, samples = _SCORERS[name](references, captions)
+                corpus, samples = _score(name, references, captions)
         except (CalledProcessError, OSError, ValueError) as error:  # a Java that ended returns no number
             if not in_java:
                 raise
@@ -209,42 +204,27 @@ def bleu(sums: np.ndarray, order: int = 4) -> np.ndarray:
     return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
-def _bleu(references: Texts, captions: Texts) -> tuple[Any, Any]:
+def _score(name: str, references: Texts, captions: Texts) -> tuple[Any, Any]:
+    """The scores of all captions together and of each, by the reference's scorer; BLEU has four of both."""
     from pycocoevalcap.bleu.bleu import Bleu
-
-    return Bleu(4).compute_score(references, captions, verbose=0)
-
-
-def _rouge(references: Texts, captions: Texts) -> tuple[Any, Any]:
-    from pycocoevalcap.rouge.rouge import Rouge
-
-    return Rouge().compute_score(references, captions)
-
-
-def _cider(references: Texts, captions: Texts) -> tuple[Any, Any]:
     from pycocoevalcap.cider.cider import Cider
-
-    if not any(caption for given in references.values() for caption in given):
-        return 0.0, [0.0] * len(references)  # the reference fails if no reference has a word; nothing can match
-    return Cider().compute_score(references, captions)
-
-
-def _meteor(references: Texts, captions: Texts) -> tuple[Any, Any]:
     from pycocoevalcap.meteor.meteor import Meteor
-
-    process = Meteor()
-    try:
-        return process.compute_score(references, captions)
-    finally:
-        if process.lock.locked():  # after a failure it keeps its lock, and would wait for it when it is deleted
-            process.lock.release()
-
-
-def _spice(references: Texts, captions: Texts) -> tuple[Any, Any]:
+    from pycocoevalcap.rouge.rouge import Rouge
     from pycocoevalcap.spice.spice import Spice
 
-    corpus, samples = Spice().compute_score(references, captions)
-    return corpus, [parts["All"]["f"] for parts in samples]
+    if name == "BLEU":
+        return Bleu(4).compute_score(references, captions, verbose=0)
+    if name == "SPICE":
+        corpus, samples = Spice().compute_score(references, captions)
+        return corpus, [parts["All"]["f"] for parts in samples]
+    if name == "CIDEr-D" and not any(caption for given in references.values() for caption in given):
+        return 0.0, [0.0] * len(references)  # the reference fails if no reference has a word; nothing can match
+    scorer = {"ROUGE-L": Rouge, "CIDEr-D": Cider, "METEOR": Meteor}[name]()
+    try:
+        return scorer.compute_score(references, captions)
+    finally:
+        if name == "METEOR" and scorer.lock.locked():  # after a failure it would wait for its lock when it is deleted
+            scorer.lock.release()
 
 
 def _why_not(name: str) -> str | None:
@@ -260,5 +240,4 @@ def _why_not(name: str) -> str | None:
 
 
 FAST = ("BLEU", "ROUGE-L", "CIDEr-D")
-_SCORERS = {"BLEU": _bleu, "ROUGE-L": _rouge, "CIDEr-D": _cider, "METEOR": _meteor, "SPICE": _spice}
-METRICS = tuple(_SCORERS)  # those not in FAST run in Java
+METRICS = (*FAST, "METEOR", "SPICE")  # those not in FAST run in Java

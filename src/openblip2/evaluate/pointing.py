@@ -4,6 +4,7 @@ For each kind of object in an image, such as "a red cat": is the patch on which 
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch
 from openblip2.data.images import to_pixels
 from openblip2.data.records import Record
 from openblip2.errors import UserError
-from openblip2.evaluate.result import Result
+from openblip2.evaluate.result import Options, Result
 from openblip2.hardware import computing
 from openblip2.inference.attend import By, text_relevance
 from openblip2.inference.inputs import GROUP
@@ -19,7 +20,7 @@ from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
 
 
-def score_pointing(matcher: Matcher, records: Sequence[Record], by: By, progress: Progress, seed: int = 0) -> Result:
+def score_pointing(matcher: Matcher, records: Sequence[Record], options: Options, progress: Progress) -> Result:
     """How often the centre of the brightest patch is in a box of the named object, compared with three guessers.
 
     chance: a random place. centre: always the centre of the image. best fixed place: the patch that is right most
@@ -36,6 +37,7 @@ def score_pointing(matcher: Matcher, records: Sequence[Record], by: By, progress
     ]
     if not asked:
         raise UserError("none of these pictures has boxes of its objects: give drawn scenes, runs/demo/data/test")
+    by = cast(By, options.by or "itc")
     found: list[np.ndarray] = []
     vision = matcher.model.vision
     assert vision is not None
@@ -57,7 +59,7 @@ def score_pointing(matcher: Matcher, records: Sequence[Record], by: By, progress
     hits = np.array([[_inside(boxes, x, y) for y in centres for x in centres] for _, _, boxes in asked])
     brightest = [int(one.argmax()) for one in found]
     groups = [record.id for record, _, _ in asked]
-    result = Result("pointing", len(records), seed)
+    result = Result("pointing", len(records), options.seed)
     result.protocol |= {"maps": f"{by}, weight times gradient", "grid": side, "texts": len(asked)}
     result.add("pointing", hits[np.arange(len(asked)), brightest], groups)
     result.add("chance", hits.mean(axis=1), groups)

@@ -1,11 +1,10 @@
 """Image-text retrieval (paper, section 4.4): candidates by ITC, then re-ranked by ITM, and how many of them are right.
 
-`best_texts`, `best_images` and `Matches` use bounded memory, for large data sets: no matrix of all images and texts is
-held, and an image's features only until its candidates are scored. `similarities`, `rerank` and `recalls` do the same
-with whole matrices, for small sets.
+`best_texts`, `best_images` and `match_candidates` use bounded memory, for large data sets: no matrix of all images and
+texts is held, and an image's features only until its candidates are scored. `similarities`, `rerank` and `recalls` do
+the same with whole matrices, for small sets.
 
-Shapes: N images, M texts, K candidates, Q queries, E shared space, T text tokens, P patch tokens, V encoder width,
-C pairs that ITM scores.
+Shapes: N images, M texts, K candidates, Q queries, E shared space, T text tokens, P patch tokens, V encoder width.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -83,63 +82,47 @@ def log_odds(logits: Tensor) -> Tensor:
     return logits[..., 1] - logits[..., 0]
 
 
-class Matches:
-    """ITM's logits of the pairs in two rankings, each pair computed once.
+def match_candidates(
+    model: Stage1,
+    features: Callable[[int], Tensor],
+    tokens: Tensor,
+    valid: Tensor,
+    by_image: Ranking,
+    by_text: Ranking,
+    advance: Callable[[], object] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """ITM's logits of each image's texts, `[N, K, 2]`, and of each text's images, `[M, K, 2]`.
+
+    A pair that is in both rankings is computed once. The keys and values of an image are computed once, and texts of
+    similar length go together.
 
     Args:
+        features: image number -> `[1, P, V]`; called once for each, in order.
+        tokens: `[M, T]`.
+        valid: `[M, T]`, which tokens are no padding.
         by_image: texts of each image.
         by_text: images of each text, of the same N and M.
+        advance: called after each image.
     """
-
-    def __init__(self, by_image: Ranking, by_text: Ranking) -> None:
-        self.images, self.texts = len(by_image.indices), len(by_text.indices)
-        self.codes = torch.cat([self._of_images(by_image).flatten(), self._of_texts(by_text).flatten()]).unique()
-        # [C], image * M + text of each pair: the pairs of an image are next to each other
-        self.logits = torch.zeros(len(self.codes), 2, device=self.codes.device)
-
-    def score(
-        self,
-        model: Stage1,
-        features: Callable[[int], Tensor],
-        tokens: Tensor,
-        valid: Tensor,
-        advance: Callable[[], object] = lambda: None,
-    ) -> None:
-        """Computes the logits, image by image.
-
-        The keys and values of an image are computed once, and texts of similar length go together.
-
-        Args:
-            features: image number -> `[1, P, V]`; called once for each, in order.
-            tokens: `[M, T]`.
-            valid: `[M, T]`, which tokens are no padding.
-            advance: called after each image.
-        """
-        lengths = valid.sum(dim=1)
-        bounds = torch.searchsorted(self.codes, torch.arange(self.images + 1, device=self.codes.device) * self.texts)
-        for n, (first, last) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-            memory = model.connector.encode_image(features(n))
-            texts = self.codes[first:last] - n * self.texts
-            for part in lengths[texts].argsort(stable=True).split(CHUNK):
-                rows = texts[part]
-                longest = int(lengths[rows[-1]])
-                self.logits[first + part] = model.match(memory, tokens[rows, :longest], valid[rows, :longest]).float()
-            advance()
-
-    def of_images(self, ranking: Ranking) -> Tensor:
-        """The logits of each image's candidates: `[N, K, 2]`."""
-        return self.logits[torch.searchsorted(self.codes, self._of_images(ranking))]
-
-    def of_texts(self, ranking: Ranking) -> Tensor:
-        """The logits of each text's candidates: `[M, K, 2]`."""
-        return self.logits[torch.searchsorted(self.codes, self._of_texts(ranking))]
-
-    def _of_images(self, ranking: Ranking) -> Tensor:
-        """The code of each pair of a ranking of images, `[N, K]`."""
-        return torch.arange(self.images, device=ranking.indices.device)[:, None] * self.texts + ranking.indices
-
-    def _of_texts(self, ranking: Ranking) -> Tensor:
-        return ranking.indices * self.texts + torch.arange(self.texts, device=ranking.indices.device)[:, None]
+    lengths, (count, own) = valid.sum(dim=1), by_image.indices.shape
+    images = by_text.indices.flatten()  # [M * K]
+    order = images.argsort()  # the places in `images` of image 0, then those of image 1, ...
+    bounds = torch.searchsorted(images[order], torch.arange(count + 1, device=images.device)).tolist()
+    of_images = torch.zeros(count, own, 2, device=images.device)
+    of_texts = torch.zeros(len(images), 2, device=images.device)
+    for n in range(count):
+        memory = model.connector.encode_image(features(n))
+        places = order[bounds[n] : bounds[n + 1]]
+        pairs = torch.cat([by_image.indices[n], places // by_text.indices.shape[1]])
+        texts, number = pairs.unique(return_inverse=True)
+        logits = torch.zeros(len(texts), 2, device=images.device)
+        for part in lengths[texts].argsort(stable=True).split(CHUNK):
+            rows = texts[part]
+            longest = int(lengths[rows[-1]])
+            logits[part] = model.match(memory, tokens[rows, :longest], valid[rows, :longest]).float()
+        of_images[n], of_texts[places] = logits[number[:own]], logits[number[own:]]
+        advance()
+    return of_images, of_texts.unflatten(0, by_text.indices.shape)
 
 
 def rerank(
@@ -157,13 +140,10 @@ def rerank(
     of the ITM head. All others are ranked after them in their old order. `advance` is called after each image.
     """
     texts, images = _best_of([scores], best), _best_of([scores.T], best)
-    matches = Matches(texts, images)
-    matches.score(model, lambda n: features[n : n + 1], tokens, valid, advance)
-    odds = log_odds(matches.logits).to(scores.dtype)
-    others = scores - scores.max() + odds.min() - 1
-    by_image = others.scatter(1, texts.indices, log_odds(matches.of_images(texts)).to(scores.dtype))
-    by_text = others.T.scatter(1, images.indices, log_odds(matches.of_texts(images)).to(scores.dtype)).T
-    return by_image, by_text
+    matches = match_candidates(model, lambda n: features[n : n + 1], tokens, valid, texts, images, advance)
+    of_images, of_texts = (log_odds(logits).to(scores.dtype) for logits in matches)
+    others = scores - scores.max() + torch.minimum(of_images.min(), of_texts.min()) - 1
+    return others.scatter(1, texts.indices, of_images), others.T.scatter(1, images.indices, of_texts).T
 
 
 def recalls(scores_by_image: Tensor, scores_by_text: Tensor, correct: Tensor, ks: Sequence[int] = (1, 5)) -> dict:

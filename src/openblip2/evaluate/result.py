@@ -19,6 +19,37 @@ Row = dict[str, Any]
 WITHHELD = "the truth of this split is withheld: nothing is scored, the predictions are in the samples"
 
 
+@dataclass(frozen=True)
+class Options:
+    """How to score. An option that the task does not use is refused.
+
+    Attributes:
+        prompt: of captions, text after the soft prompt; None = the run's own.
+        beams: of text; None = the paper's 5.
+        metric: of answers; None = the usual one for the data.
+        lemmatised: compare nouns and verbs of answers in their dictionary form, as OK-VQA does.
+        slow: also METEOR and SPICE, which need Java.
+        rerank: candidates that ITM scores; None = the paper's 128; 0 = by ITC alone.
+        strict: only an image's own captions are right. Otherwise every image with the same caption is right, too.
+        by: of pointing: itc or itm.
+        features: a cache of these images that `openblip2 features` wrote; None = a temporary one.
+        limit: use only this many images, from the beginning; None = all.
+        seed: of the bootstrap.
+    """
+
+    prompt: str | None = None
+    beams: int | None = None
+    metric: str | None = None
+    lemmatised: bool = False
+    slow: bool = False
+    rerank: int | None = None
+    strict: bool = False
+    by: str | None = None
+    features: Path | None = None
+    limit: int | None = None
+    seed: int = 0
+
+
 @dataclass
 class Result:
     """Scores of one task, filled piece by piece.

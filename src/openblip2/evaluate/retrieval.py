@@ -16,42 +16,30 @@ from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
 from openblip2.data.tokens import QFormerTokens, only_unknown
 from openblip2.evaluate.ranking import (
-    Matches,
     Ranking,
     best_images,
     best_texts,
     image_vectors,
     log_odds,
+    match_candidates,
     text_vectors,
 )
-from openblip2.evaluate.result import Result
+from openblip2.evaluate.result import Options, Result
 from openblip2.hardware import computing, device
 from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.train.encode import make_cache, open_cache, whitened
 
 KS = (1, 5, 10)
+CANDIDATES = 128
 TOKENS = 35  # the longest text in the authors' evaluation; 32 in training
 GROUP = 32  # images at once
 
 
-def score_retrieval(
-    matcher: Matcher,
-    records: Sequence[Record],
-    best: int,
-    progress: Progress,
-    features: Path | None = None,
-    strict: bool = False,
-    seed: int = 0,
-) -> Result:
-    """Recall at 1, 5 and 10 in both directions, by ITC alone and, unless `best` is 0, re-ranked by ITM.
+def score_retrieval(matcher: Matcher, records: Sequence[Record], options: Options, progress: Progress) -> Result:
+    """Recall at 1, 5 and 10 in both directions, by ITC alone and, unless `options.rerank` is 0, re-ranked by ITM.
 
     The features of the images are in a cache on the disk meanwhile, so that memory does not grow with them.
-
-    Args:
-        best: candidates that ITM scores.
-        features: a cache of these images that `openblip2 features` wrote; None = a temporary one.
-        strict: only an image's own captions are right. Otherwise every image with the same caption is right, too.
 
     Raises:
         UserError: a cache that does not fit, or a full disk.
@@ -60,26 +48,27 @@ def score_retrieval(
     vision = matcher.model.vision
     assert vision is not None
     with tempfile.TemporaryDirectory(prefix="openblip2-") as folder:
-        if features is None:
+        if options.features is None:
             cache = make_cache(vision, records, settings, Path(folder), progress, "pictures")
         else:
-            cache = open_cache(vision, settings, features)
+            cache = open_cache(vision, settings, options.features)
         stored, problems = find_records(records, cache, whitened(vision))
-        result = _score(matcher, stored, best, progress, strict, seed)
+        result = _score(matcher, stored, options, progress)
     result.skipped.extend(problems)
-    result.protocol["features"] = "fp16" if features is None else f"{cache.made_by['precision']}, {features}"
+    own = "" if options.features is None else f", {options.features}"
+    result.protocol["features"] = f"{cache.made_by['precision']}{own}"
     return result
 
 
-def _score(matcher: Matcher, stored: StoredFeatures, best: int, progress: Progress, strict: bool, seed: int) -> Result:
-    records = stored.records
+def _score(matcher: Matcher, stored: StoredFeatures, options: Options, progress: Progress) -> Result:
+    records, best = stored.records, CANDIDATES if options.rerank is None else options.rerank
     tokens = QFormerTokens(matcher.tokens.tokenizer, TOKENS)
     owners = [n for n, record in enumerate(records) for _ in record.captions]
     captions = [clean_caption(caption) for record in records for caption in record.captions]
     unknown = only_unknown(tokens.tokenizer, captions)
     rankings = _rankings(matcher, stored, tokens, captions, best, progress)
     progress.doing("scoring")
-    result = Result("retrieval", len(records), seed)
+    result = Result("retrieval", len(records), options.seed)
     for which, what in ((tokens.too_long(captions), f"are cut at {TOKENS} tokens"), (unknown, "become only [UNK]")):
         if which:
             first = records[owners[which[0]]].id
@@ -92,9 +81,11 @@ def _score(matcher: Matcher, stored: StoredFeatures, best: int, progress: Progre
         "itm": f"log-odds of a match, of the best {best} by ITC",
         "itm+itc": "log-odds of a match + cosine / temperature",
         "itm+itc, the authors'": "logit of a match + cosine",
-        "right": "a picture's own captions" + ("" if strict else ", and every picture with the same one"),
+        "right": "a picture's own captions" + ("" if options.strict else ", and every picture with the same one"),
     }
-    names: Sequence[int | str] = owners if strict else captions  # texts of the same name are right for the same images
+    names: Sequence[int | str] = (
+        owners if options.strict else captions
+    )  # texts of the same name are right for the same images
     right: list[set[int | str]] = [set() for _ in records]
     for owner, name in zip(owners, names, strict=True):
         right[owner].add(name)
@@ -144,16 +135,17 @@ def _rankings(
         if not best:
             return found
         by_image, by_text = by_image.first(best), by_text.first(best)
-        matches = Matches(by_image, by_text)
         with progress.steps("re-ranking", count) as bar:
-            matches.score(model, lambda n: stored.take([n]).to(device()), ids, valid, bar.advance)
-        pairs = (by_image, matches.of_images(by_image)), (by_text, matches.of_texts(by_text))
+            matches = match_candidates(
+                model, lambda n: stored.take([n]).to(device()), ids, valid, by_image, by_text, bar.advance
+            )
         temperature = float(model.temperature)
         for name, score in {
             "itm": lambda logits, cosine: log_odds(logits),
             "itm+itc": lambda logits, cosine: log_odds(logits) + cosine / temperature,
             "itm+itc, the authors'": lambda logits, cosine: logits[..., 1] + cosine,
         }.items():
+            pairs = zip((by_image, by_text), matches, strict=True)
             first, second = (ranking.by(score(logits, ranking.scores.float())) for ranking, logits in pairs)
             found[name] = first, second
     return found

@@ -4,10 +4,10 @@ import hashlib
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -19,12 +19,12 @@ from openblip2.data.trained_on import pictures_trained_on
 from openblip2.errors import UserError
 from openblip2.evaluate.caption import score_captions
 from openblip2.evaluate.pointing import score_pointing
-from openblip2.evaluate.result import PartialTexts, Result
+from openblip2.evaluate.result import Options, PartialTexts, Result
 from openblip2.evaluate.retrieval import score_retrieval
 from openblip2.evaluate.vqa import METRICS, score_answers, usual_metric
 from openblip2.hardware import compute_dtype, computing, device
-from openblip2.inference.attend import BY, By
-from openblip2.inference.captioner import ANSWER, CAPTION, Captioner
+from openblip2.inference.attend import BY
+from openblip2.inference.captioner import Captioner
 from openblip2.inference.inputs import group_of
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
@@ -35,37 +35,6 @@ from openblip2.train.parameters import saved_parameters
 Task = Literal["caption", "vqa", "retrieval", "pointing"]
 STAGE1_TASKS = ("retrieval", "pointing")
 PACKAGES = ("openblip2", "torch", "transformers", "tokenizers", "pillow", "numpy", "pycocoevalcap", "spacy")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to score. An option that the task does not use is refused.
-
-    Attributes:
-        prompt: of captions; None = the run's own.
-        beams: of text; None = the paper's 5.
-        metric: of answers; None = the usual one for the data.
-        lemmatised: compare nouns and verbs of answers in their dictionary form.
-        slow: also METEOR and SPICE.
-        rerank: candidates that ITM scores; None = the paper's 128.
-        strict: see `score_retrieval`.
-        by: of pointing: itc or itm.
-        features: a cache of these images.
-        limit: use only this many images, from the beginning; None = all.
-        seed: of the bootstrap.
-    """
-
-    prompt: str | None = None
-    beams: int | None = None
-    metric: str | None = None
-    lemmatised: bool = False
-    slow: bool = False
-    rerank: int | None = None
-    strict: bool = False
-    by: str | None = None
-    features: Path | None = None
-    limit: int | None = None
-    seed: int = 0
 
 
 # The tasks that use an option; all tasks use the others.
@@ -100,22 +69,14 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     partial_texts = PartialTexts(out.with_suffix(".partial.jsonl"), [task, run, __version__, weights_digest(model)])
     records, bad = _openable(source.records[: options.limit], progress)
     if isinstance(model, Matcher) and task == "pointing":
-        result = score_pointing(model, records, cast(By, options.by or "itc"), progress, options.seed)
+        result = score_pointing(model, records, options, progress)
     elif isinstance(model, Matcher):
-        best = 128 if options.rerank is None else options.rerank
-        result = score_retrieval(model, records, best, progress, options.features, options.strict, options.seed)
+        result = score_retrieval(model, records, options, progress)
+    elif task == "caption":
+        result = score_captions(model, records, options, progress, partial_texts)
     else:
-        how = CAPTION if task == "caption" else ANSWER
-        how = how if options.beams is None else replace(how, beams=options.beams)
-        if task == "caption":
-            result = score_captions(
-                model, records, how, options.prompt, progress, options.slow, options.seed, partial_texts
-            )
-        else:
-            metric: Any = options.metric or usual_metric(source.kind, records)
-            result = score_answers(
-                model, records, how, metric, progress, options.lemmatised, source.known, options.seed, partial_texts
-            )
+        options = replace(options, metric=options.metric or usual_metric(source.kind, records))
+        result = score_answers(model, records, options, progress, partial_texts, source.known)
     result.skipped[:0] = [*source.skipped, *bad]
     result.protocol = card(model, run, options.seed) | {"data": source.kind} | result.protocol
     result.protocol["zero_shot"] = model.settings.task == "pretraining"

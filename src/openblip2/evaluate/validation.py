@@ -4,17 +4,20 @@ Shapes: N images, Q queries, E shared space.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from openblip2.data.batches import pair_ids
 from openblip2.data.features import Features
+from openblip2.data.records import Question
 from openblip2.data.tokens import QFormerTokens, question_tokens
 from openblip2.evaluate.ranking import recalls, similarities, text_vectors
-from openblip2.evaluate.vqa_metrics import accuracy
 from openblip2.model.decoding import Decoding
 from openblip2.model.objectives import HardNegatives, similarity
 from openblip2.model.stage1 import Stage1, itm_pairs
@@ -24,6 +27,7 @@ STAGE1_GROUP = 48  # pairs at once: the in-batch negatives of the losses, as man
 GROUP = 32  # images at once in stage 2
 MIN_GAP = 0.02  # a grounding gap below this share of the loss is no more than noise
 GREEDY = Decoding(max_new_tokens=10, beams=1)
+ARTICLES = ("a", "an", "the")
 
 
 def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, seed: int) -> dict[str, Any]:
@@ -193,6 +197,50 @@ def _summary(parts: Sequence[tuple[Tensor, Sequence[float]]]) -> dict[str, Any]:
         "effective_rank": effective_rank(queries),
         "verdict": verdict,
     }
+
+
+def normalise(answer: str) -> str:
+    """Lower case, without articles, punctuation and repeated spaces: how "exact" compares answers."""
+    plain = re.sub(r"[^\w\s]", " ", answer.lower())
+    return " ".join(word for word in plain.split() if word not in ARTICLES)
+
+
+def exact_scores(
+    answers: Sequence[str], questions: Sequence[Question], normal: Callable[[str], str] = normalise
+) -> np.ndarray:
+    """Whether each answer equals the question's answer, [n] of 0 and 1, both after `normal`: `vqa_normal` for GQA."""
+    hits = [normal(answer) == normal(q.answer) for answer, q in zip(answers, questions, strict=True)]
+    return np.array(hits, dtype=np.float64)
+
+
+def summary(scores: np.ndarray, questions: Sequence[Question]) -> dict[str, Any]:
+    """Mean score in [0, 1] over all questions, and for each kind apart: `{"n", "accuracy", kind: {...}}`."""
+    assert len(scores) == len(questions)
+    kinds = np.array([question.kind for question in questions])
+    found: dict[str, Any] = {"n": len(scores), "accuracy": float(np.mean(scores))}
+    for kind in sorted(set(kinds.tolist())):
+        part = scores[kinds == kind]
+        found[kind] = {"n": len(part), "accuracy": float(part.mean())}
+    return found
+
+
+def accuracy(answers: Sequence[str], questions: Sequence[Question]) -> dict[str, Any]:
+    """`summary` of `exact_scores`."""
+    return summary(exact_scores(answers, questions), questions)
+
+
+def baselines(known: Sequence[Question], asked: Sequence[Question]) -> dict[str, Any]:
+    """The accuracy on `asked` of two guessers that see no image and know the training questions `known`.
+
+    majority: always the most common answer. question_only: the most common answer to the same question, or the
+    majority's if the question is new.
+    """
+    usual = Counter(q.answer for q in known).most_common(1)[0][0]
+    by_text: dict[str, Counter[str]] = {}
+    for question in known:
+        by_text.setdefault(question.text, Counter())[question.answer] += 1
+    guesses = [by_text[q.text].most_common(1)[0][0] if q.text in by_text else usual for q in asked]
+    return {"majority": accuracy([usual] * len(asked), asked), "question_only": accuracy(guesses, asked)}
 
 
 def effective_rank(queries: Tensor) -> float:

@@ -1,56 +1,183 @@
-"""Visual question answering scored as in the paper (4.1 and 4.3): all questions, against the annotators' answers."""
+"""Visual question answering (paper, 4.1 and 4.3), scored as published results are: VQA accuracy, OK-VQA, GQA.
 
-from collections.abc import Sequence
-from typing import Literal
+Every score is given per question, in [0, 1]. Sources: `VQAEval` of GT-Vision-Lab/VQA (2017-10, the last version) for
+"official"; its older version in salesforce/LAVIS for "lavis", with which BLIP-2's published results were computed. The
+rules are theirs, with all that is odd about them; the code is ours.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
 from openblip2.data.records import Question, Record
-from openblip2.evaluate.result import WITHHELD, PartialTexts, Result, decoding_card
-from openblip2.evaluate.vqa_metrics import baselines, exact_scores, lemmas, normalise, vqa_normal, vqa_scores
-from openblip2.inference.captioner import Captioner
-from openblip2.model.decoding import Decoding
+from openblip2.data.text import clean_answer
+from openblip2.errors import UserError, require
+from openblip2.evaluate.result import WITHHELD, Options, PartialTexts, Result, decoding_card
+from openblip2.evaluate.validation import ARTICLES, baselines, exact_scores
+from openblip2.inference.captioner import ANSWER, Captioner
 from openblip2.progress import Progress
 
-Metric = Literal["vqa", "vqa-lavis", "gqa", "exact"]
-METRICS = {
-    "vqa": "VQA accuracy, the official normaliser",
-    "vqa-lavis": "VQA accuracy, the normaliser of the authors' code (LAVIS)",
-    "gqa": "exact match after the VQA rules, both sides",
-    "exact": "exact match, case, articles and punctuation aside",
+Protocol = Literal["official", "lavis"]
+
+_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+# The rules mean that no digit is on either side; as they are written, only what follows counts, and they stop at 32
+# periods.
+_PERIOD = re.compile(r"\.(?!\d)")
+_MOST_PERIODS = 32
+_NUMBERS = ("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_DIGITS = {word: str(max(0, value - 1)) for value, word in enumerate(_NUMBERS)}
+# Words with one apostrophe left out are corrected to these.
+_CONTRACTIONS = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd
+it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't shan't should've shouldn't somebody'll
+somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd they'll
+they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd who'll
+who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+couldn't've hadn't've he'd've it'd've mightn't've 'ow's'at she'd've shouldn't've somebody'd've someone'd've
+something'd've there'd've they'd've we'd've who'd've wouldn't've y'all'd've y'all'll you'd've
+"""
+_CORRECTED = {
+    word[:at] + word[at + 1 :]: word
+    for word in _CONTRACTIONS.split()
+    for at, letter in enumerate(word)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}  # the wrong way round in the reference's table, too
+
+
+def vqa_normal(answer: str) -> str:
+    """An answer as the VQA rules compare it: punctuation, digits for number words, no articles, apostrophes; lower
+    case, single spaces.
+
+    Special cases that change scores: "none" is "0"; a hyphen becomes a space, but is deleted if one hyphen of the
+    answer is beside a space or a number has a comma ("1,000-2,000" is "10002000"); a period is deleted unless a digit
+    follows.
+    """
+    return _words(_without_punctuation(clean_answer(answer)))
+
+
+def vqa_scores(answers: Sequence[str], questions: Sequence[Question], protocol: Protocol = "official") -> np.ndarray:
+    """VQA accuracy of each answer, [n] in [0, 1]: min(annotators who gave it / 3, 1), averaged over leaving out one.
+
+    For OK-VQA, whose five answers count twice, `Question.given` holds all ten. The formula also holds for 4 to 9
+    answers; with 3 or fewer, even the answer of all annotators scores less than 1.
+
+    Args:
+        answers: of the model.
+        questions: with at least two answers each.
+        protocol: how answers are compared. "official": after the VQA rules (`vqa_normal`); only white space is changed
+            if all annotators gave the same answer, so that "Yes" fails there. "lavis": the rules are always applied to
+            the model's answer, and to the annotators' answers only those for punctuation, and only if they differ; an
+            answer that was given as "two", "the beach" or "Nike" cannot be matched.
+
+    Raises:
+        UserError: a question has only one answer, so that nothing can be right.
+    """
+    return np.array([_vqa_score(a, q, protocol) for a, q in zip(answers, questions, strict=True)], dtype=np.float64)
+
+
+def lemmas(answers: Sequence[str], analyse: Callable[[str], Any] | None = None) -> list[str]:
+    """Answers with nouns and verbs in their dictionary form ("bananas" is "banana"), before any other rule.
+
+    For OK-VQA, whose annotators' answers are given in this form; the other data sets are scored without. Source: the
+    authors' `_lemmatize`.
+
+    Args:
+        answers: of the model.
+        analyse: a spaCy pipeline with tagger and lemmatiser; None = spaCy's "en_core_web_sm", as the authors do.
+
+    Raises:
+        UserError: spaCy or its English model is not installed.
+    """
+    analyse = analyse or _spacy_english()
+    return [" ".join(t.lemma_ if t.pos_ in ("NOUN", "VERB") else t.text for t in analyse(answer)) for answer in answers]
+
+
+def _spacy_english() -> Callable[[str], Any]:
+    require("the lemmatiser of OK-VQA", "lemmas", "spacy")
+    import spacy  # pyright: ignore[reportMissingImports]  (not among what the developers install)
+
+    try:
+        return spacy.load("en_core_web_sm")
+    except OSError as error:
+        raise UserError("spaCy's English model is missing: python -m spacy download en_core_web_sm") from error
+
+
+def _vqa_score(answer: str, question: Question, protocol: Protocol) -> float:
+    given = list(question.given)
+    if len(given) < 2:
+        raise UserError(
+            f"the question {question.text[:40]!r} has one person's answer and VQA accuracy leaves one out; "
+            "ten answers each, or another score (exact match, GQA)"
+        )
+    answer = clean_answer(answer)
+    if protocol == "official":
+        given = [clean_answer(said) for said in given]
+        if len(set(given)) > 1:
+            given, answer = [vqa_normal(said) for said in given], vqa_normal(answer)
+    else:
+        answer = vqa_normal(answer)
+        if len(set(given)) > 1:
+            given = [_without_punctuation(said) for said in given]
+    same, people = given.count(answer), len(given)
+    return (same * min((same - 1) / 3, 1) + (people - same) * min(same / 3, 1)) / people
+
+
+def _without_punctuation(answer: str) -> str:
+    """Each mark is deleted if one of its kind is beside a space or any number has a comma, else it becomes a space."""
+    all_go = _DIGIT_COMMA_DIGIT.search(answer) is not None
+    marks = {mark: "" if all_go or f"{mark} " in answer or f" {mark}" in answer else " " for mark in _PUNCTUATION}
+    return _PERIOD.sub("", answer.translate(str.maketrans(marks)), count=_MOST_PERIODS)
+
+
+def _words(answer: str) -> str:
+    words = [_DIGITS.get(word, word) for word in answer.lower().split()]
+    return " ".join(_CORRECTED.get(word, word) for word in words if word not in ARTICLES)
+
+
+METRICS: dict[str, tuple[str, Callable[[Sequence[str], Sequence[Question]], np.ndarray]]] = {
+    "vqa": ("VQA accuracy, the official normaliser", vqa_scores),
+    "vqa-lavis": (
+        "VQA accuracy, the normaliser of the authors' code (LAVIS)",
+        partial(vqa_scores, protocol="lavis"),
+    ),
+    "gqa": ("exact match after the VQA rules, both sides", partial(exact_scores, normal=vqa_normal)),
+    "exact": ("exact match, case, articles and punctuation aside", exact_scores),
 }
 USUAL = {"vqav2": "vqa", "okvqa": "vqa", "gqa": "gqa"}  # by the kind of data
 GROUP = 256  # questions that are answered and kept together
 
 
-def usual_metric(kind: str, records: Sequence[Record]) -> Metric:
+def usual_metric(kind: str, records: Sequence[Record]) -> str:
     """The official metric of a data set; of other data VQA accuracy if all questions have many answers, else exact."""
     many = all(len(question.given) > 3 for record in records for question in record.questions)
-    return USUAL.get(kind, "vqa" if many else "exact")  # pyright: ignore[reportReturnType]
+    return USUAL.get(kind, "vqa" if many else "exact")
 
 
 def score_answers(
     captioner: Captioner,
     records: Sequence[Record],
-    decoding: Decoding,
-    metric: Metric,
+    options: Options,
     progress: Progress,
-    lemmatised: bool = False,
+    partial_texts: PartialTexts,
     known: Sequence[Record] = (),
-    seed: int = 0,
-    partial_texts: PartialTexts | None = None,
 ) -> Result:
     """Accuracy over all questions and for each kind of question; intervals over images, not over questions.
 
     Args:
         records: images with questions; without answers if the split is withheld.
-        lemmatised: compare nouns and verbs of the answers in their dictionary form, as OK-VQA does.
+        partial_texts: where answers are kept until they are scored.
         known: training images with questions, for the scores of guessers that see no image; () = not measured.
-        partial_texts: where answers are kept until they are scored; None = nowhere.
 
     Raises:
         UserError: VQA accuracy of questions with one answer; no lemmatiser; a question that cannot be asked.
     """
+    decoding = replace(ANSWER, beams=options.beams or ANSWER.beams)
+    named, measure = METRICS[options.metric or "exact"]
     asked = [(n, question) for n, record in enumerate(records) for question in record.questions]
     owners, questions = [n for n, _ in asked], [question for _, question in asked]
 
@@ -59,14 +186,14 @@ def score_answers(
         return captioner.generate([records[n].image for n in owners[rows]], prompts, decoding, read)
 
     names, how = [(str(records[n].image), question.text) for n, question in asked], decoding_card(decoding)
-    answers = (partial_texts or PartialTexts()).texts("answers", "questions", names, GROUP, generate, progress, how)
+    answers = partial_texts.texts("answers", "questions", names, GROUP, generate, progress, how)
     progress.doing("scoring")
-    result = Result("vqa", len(records), seed)
+    result = Result("vqa", len(records), options.seed)
     result.protocol |= decoding_card(decoding) | {
         "questions": len(questions),
         "prompt": captioner.settings.language.question,
-        "metric": METRICS[metric],
-        "lemmatised": lemmatised,
+        "metric": named,
+        "lemmatised": options.lemmatised,
         "question_cleaning": "none"
         if captioner.settings.reads_prompts
         else "lower case, most punctuation that is not between digits removed, at most 50 words",
@@ -78,8 +205,8 @@ def score_answers(
     if not all(question.answer for question in questions):
         result.warnings.append(WITHHELD)
         return result
-    judged = lemmas(answers) if lemmatised else answers
-    scores = _scores(judged, questions, metric)
+    judged = lemmas(answers) if options.lemmatised else answers
+    scores = measure(judged, questions)
     result.add("accuracy", scores, groups=owners)
     for kind in sorted({question.kind for question in questions}):
         rows = [n for n, question in enumerate(questions) if question.kind == kind]
@@ -87,12 +214,6 @@ def score_answers(
     if known:
         result.beside["blind"] = baselines([question for record in known for question in record.questions], questions)
     for row, question, plain, score in zip(result.samples, questions, judged, scores.tolist(), strict=True):
-        row |= {"judged_as": plain} if lemmatised else {}
+        row |= {"judged_as": plain} if options.lemmatised else {}
         row |= {"given": list(question.given), "kind": question.kind, "score": score}
     return result
-
-
-def _scores(answers: Sequence[str], questions: Sequence[Question], metric: Metric) -> np.ndarray:
-    if metric in ("vqa", "vqa-lavis"):
-        return vqa_scores(answers, questions, "official" if metric == "vqa" else "lavis")
-    return exact_scores(answers, questions, vqa_normal if metric == "gqa" else normalise)

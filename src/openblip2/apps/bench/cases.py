@@ -14,7 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from openblip2.apps.bench.models import BOS, EOS, IMAGE, Pair, Size, jpeg, normalised, pictures, sentences, texts
+from openblip2.apps.bench.models import (
+    BOS,
+    EOS,
+    IMAGE,
+    Size,
+    build_models,
+    jpeg,
+    normalised,
+    pictures,
+    sentences,
+    texts,
+)
 from openblip2.apps.bench.naive import naive_losses, naive_picture, naive_rerank
 from openblip2.data.feature_cache import FeatureCache, writing
 from openblip2.data.features import StoredFeatures
@@ -57,45 +68,59 @@ class Case:
 class Bench:
     """Makes the cases of one size, computed in `precision`."""
 
-    def __init__(self, pair: Pair, size: Size, device: torch.device, precision: str) -> None:
-        self.pair, self.size, self.device, self.precision = pair, size, device, precision
-        self.vision: Any = pair.stage2.vision
+    def __init__(self, size: Size, device: torch.device, precision: str, dtype: torch.dtype) -> None:
+        self.size, self.device, self.precision = size, device, precision
+        self.one, self.two, self.theirs = build_models(size, device, dtype)
+        self.vision: Any = self.two.vision
         self._folders: list[tempfile.TemporaryDirectory[str]] = []  # of caches; they are removed with this object
 
     def loader(self) -> Case:
-        """A batch of images from a shard; the naive way uses Pillow."""
-        return loader_case(self._folder())
+        """A batch of images from a shard, by ours in one thread; the naive way is Pillow, with the files in memory.
+
+        There is no random crop, because each way would draw another one. A crop takes as much time as it saves by
+        making the image smaller.
+        """
+        files = {f"{n:09}": jpeg(n, SIDE) for n in range(PICTURES)}
+        shard = self._folder() / "00000.tar"
+        with write_tar(shard) as writer:
+            for key, file in files.items():
+                writer.add(Sample(key, file, "jpg", (f"picture {key}",), {"url": key, "width": SIDE, "height": SIDE}))
+        write_stats(shard, writer.count)
+        parts = count_parts(read_parts(str(shard)), print)
+        loader = ShardPairs(parts, PICTURES, 0, SIZE, 1, print, augmented=False, threads=1)
+        order = [name.rpartition(": ")[2].removesuffix(".jpg") for name in loader(0).names or ()]
+
+        def naive() -> Tensor:
+            return torch.stack([naive_picture(files[key], SIZE) for key in order])
+
+        return self._case("loader", {OURS: lambda: loader(0).images, NAIVE: naive}, PICTURES, "pictures", equal=0.0)
 
     def cache(self) -> Case:
         """The features of a batch, read from a feature cache on the disk; the naive way runs the encoder."""
         images = pictures(self.size.pairs, self.size.side, self.device)
-        stored = self._keep(self._encode(images))
-
-        def ours() -> Tensor:
-            return stored.take(range(len(images))).to(self.device)
-
-        return self._case("cache", {OURS: ours, NAIVE: lambda: self._encode(images)}, len(images), "pictures")
+        cached = self._cache(self._encode(images))
+        return self._case("cache", {OURS: cached, NAIVE: lambda: self._encode(images)}, len(images), "pictures")
 
     def stage1(self, name: str, from_images: bool) -> Case:
         """A step of stage 1, forward and backward, on features, or from images.
 
         From images, ours reads features from a cache; the naive way runs the encoder.
         """
-        size, model = self.size, self.pair.stage1
+        size, model = self.size, self.one
         images = pictures(size.pairs, size.side, self.device)
         features = self._encode(images)
-        tokens, valid = texts(size.pairs, size.text, size.qformer["vocabulary"], self.device)
+        tokens, valid = texts(size.pairs, size.text, size.qformer_words, self.device)
         ids = torch.arange(size.pairs, device=self.device)
         negatives = ids.roll(1), ids.roll(2)
-        stored = self._keep(features) if from_images else None
+        cached = self._cache(features)
 
         def ours() -> dict[str, Tensor]:
-            seen = features if stored is None else stored.take(range(len(images))).to(self.device)
-            return self._step(model, lambda: model.losses(tokens, valid, ids, features=seen, negatives=negatives))
+            read = cached() if from_images else features
+            return self._step(model, lambda: model.losses(tokens, valid, ids, features=read, negatives=negatives))
 
         def naive() -> dict[str, Tensor]:
-            seen = self._encode(images) if from_images else features
-            return self._step(model, lambda: naive_losses(model, tokens, valid, ids, seen, negatives))
+            read = self._encode(images) if from_images else features
+            return self._step(model, lambda: naive_losses(model, tokens, valid, ids, read, negatives))
 
         return self._case(name, {OURS: ours, NAIVE: naive}, size.pairs, "pairs")
 
@@ -104,10 +129,10 @@ class Bench:
 
         Transformers always runs the encoder.
         """
-        size, model, theirs = self.size, self.pair.stage2, self.pair.theirs
+        size, model, theirs = self.size, self.two, self.theirs
         images = pictures(size.captions, size.side, self.device)
-        cache = self._keep(self._encode(images)) if cached else None
-        captions = sentences(size.captions, size.text, size.language["vocab_size"])
+        read = self._cache(self._encode(images))
+        captions = sentences(size.captions, size.text, size.words)
         prompts = [""] * len(captions)
         rows = [[*[IMAGE] * size.queries, BOS, *model.language.tokenizer(c)["input_ids"], EOS] for c in captions]  # pyright: ignore
         ids, mask = _padded(rows, "right", self.device)
@@ -116,35 +141,29 @@ class Bench:
         pixels = normalised(self.vision, images, theirs.vision_model.dtype)
 
         def ours() -> dict[str, Tensor]:
-            if cache is None:
-                return self._step(model, lambda: model.losses(prompts, captions, images=images))
-            features = cache.take(range(len(images))).to(self.device)
-            return self._step(model, lambda: model.losses(prompts, captions, features=features))
+            seen: dict[str, Any] = {"features": read()} if cached else {"images": images}
+            return self._step(model, lambda: model.losses(prompts, captions, **seen))
 
         def transformers() -> dict[str, Tensor]:
-            def losses() -> dict[str, Tensor]:
-                found = theirs(pixel_values=pixels, input_ids=ids, attention_mask=mask, labels=labels)
-                return {"lm": found.loss}
-
-            return self._step(theirs, losses)
+            inputs = {"pixel_values": pixels, "input_ids": ids, "attention_mask": mask, "labels": labels}
+            return self._step(theirs, lambda: {"lm": theirs(**inputs).loss})
 
         return self._case(name, {OURS: ours, THEIRS: transformers}, size.captions, "pictures")
 
     def captions(self, beams: int) -> Case:
         """Captions from pictures, without a prompt, all of the same length."""
-        size = self.size
-        images = pictures(size.pictures, size.side, self.device)
+        images = pictures(self.size.pictures, self.size.side, self.device)
         return self._generation(f"captions-{'beam' if beams > 1 else 'greedy'}", images, [""] * len(images), beams)
 
     def questions(self) -> Case:
         """Many questions about one image, which transformers gets again for each question."""
         size = self.size
         images = pictures(1, size.side, self.device).expand(size.questions, -1, -1, -1)
-        asked = sentences(size.questions, size.text, size.language["vocab_size"])
+        asked = sentences(size.questions, size.text, size.words)
         return self._generation("questions", images, asked, beams=1)
 
     def _generation(self, name: str, images: Tensor, prompts: list[str], beams: int) -> Case:
-        size, model, theirs = self.size, self.pair.stage2, self.pair.theirs
+        size, model, theirs = self.size, self.two, self.theirs
         how = Decoding(size.new_tokens, size.new_tokens, beams)
         tokenizer: Any = model.language.tokenizer
         rows = [[*[IMAGE] * size.queries, BOS, *tokenizer(prompt)["input_ids"]] for prompt in prompts]
@@ -175,28 +194,32 @@ class Bench:
 
     def rerank(self) -> Case:
         """ITM scores of the best candidates of one image, at the image size with which retrieval is fine-tuned."""
-        size, model = self.size, self.pair.stage1
+        size, model = self.size, self.one
         features = self._encode(pictures(1, size.rerank_side, self.device))
-        tokens, valid = texts(size.candidates, size.text, size.qformer["vocabulary"], self.device)
+        tokens, valid = texts(size.candidates, size.text, size.qformer_words, self.device)
         scores = torch.linspace(0, 1, size.candidates, device=self.device)[None]
 
-        def ours() -> Tensor:
+        def run(way: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
             with self._computing(model):
-                return rerank(model, features, tokens, valid, scores, size.candidates)[0]
+                return way(model, features, tokens, valid, scores, size.candidates)[0]
 
-        def naive() -> Tensor:
-            with self._computing(model):
-                return naive_rerank(model, features, tokens, valid, scores, size.candidates)[0]
+        ways = {OURS: lambda: run(rerank), NAIVE: lambda: run(naive_rerank)}
+        return self._case("rerank", ways, size.candidates, "pairs")
 
-        return self._case("rerank", {OURS: ours, NAIVE: naive}, size.candidates, "pairs")
-
-    def _case(self, name: str, candidates: Mapping[str, Callable[[], Any]], samples: int, unit: str) -> Case:
+    def _case(
+        self,
+        name: str,
+        candidates: Mapping[str, Callable[[], Any]],
+        samples: int,
+        unit: str,
+        equal: float | None = None,
+    ) -> Case:
         found = [_numbers(run()) for run in candidates.values()]
         difference = max(_difference(found[0], other) for other in found[1:])
         # With random weights all words are nearly as likely, so in bf16 texts may differ by rounding; it is reported.
-        equal = 1e-4 if self.precision == "fp32" else 1.0 if isinstance(found[0], list) else 3e-2
-        if name in CACHED:
-            equal = max(equal, 1e-3)  # features in the cache are rounded to fp16
+        if equal is None:
+            equal = 1e-4 if self.precision == "fp32" else 1.0 if isinstance(found[0], list) else 3e-2
+            equal = max(equal, 1e-3 if name in CACHED else 0.0)  # features in the cache are rounded to fp16
         return Case(name, candidates, samples, unit, difference, equal)
 
     def _step(self, model: nn.Module, losses: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -213,12 +236,13 @@ class Bench:
         with torch.inference_mode(), computing(model, self.precision):
             yield
 
-    def _keep(self, features: Tensor) -> StoredFeatures:
-        """These features in a cache on the disk, as a run uses them."""
+    def _cache(self, features: Tensor) -> Callable[[], Tensor]:
+        """Writes features to a cache on the disk; what reads them from there, as a run does."""
         folder, records = self._folder(), [Record(str(n), Path(f"{n}.png"), ()) for n in range(len(features))]
         with writing(folder, {"precision": "fp16"}, (1, *features.shape[1:]), print) as writer:
             writer.add(records, [None] * len(records), features[:, None])
-        return StoredFeatures(records, FeatureCache(folder), lambda values: values)
+        stored = StoredFeatures(records, FeatureCache(folder), lambda values: values)
+        return lambda: stored.take(range(len(features))).to(self.device)
 
     def _folder(self) -> Path:
         folder = tempfile.TemporaryDirectory(prefix="openblip2-bench-")
@@ -268,31 +292,3 @@ def _difference(mine: Any, theirs: Any) -> float:
     if isinstance(mine, list):
         return sum(a != b for a, b in zip(mine, theirs, strict=True)) / len(mine)
     return float((mine - theirs).abs().max() / theirs.abs().max())
-
-
-def loader_case(folder: Path) -> Case:
-    """A batch from a shard in `folder`: ours in one thread; the naive way has the files in memory.
-
-    There is no random crop, because each way would draw another one. A crop takes as much time as it saves by making
-    the image smaller.
-    """
-    files = {f"{n:09}": jpeg(n, SIDE) for n in range(PICTURES)}
-    shard = folder / "00000.tar"
-    with write_tar(shard) as writer:
-        for key, file in files.items():
-            writer.add(Sample(key, file, "jpg", (f"picture {key}",), {"url": key, "width": SIDE, "height": SIDE}))
-    write_stats(shard, writer.count)
-    parts = count_parts(read_parts(str(shard)), print)
-    loader = ShardPairs(parts, PICTURES, 0, SIZE, 1, print, augmented=False, threads=1)
-    order = [name.rpartition(": ")[2].removesuffix(".jpg") for name in loader(0).names or ()]
-
-    def ours() -> Tensor:
-        images = loader(0).images
-        assert images is not None
-        return images
-
-    def naive() -> Tensor:
-        return torch.stack([naive_picture(files[key], SIZE) for key in order])
-
-    difference = (ours().float() - naive().float()).abs().max().item() / 255
-    return Case("loader", {OURS: ours, NAIVE: naive}, PICTURES, "pictures", difference, 0.0)

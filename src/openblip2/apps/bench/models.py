@@ -29,14 +29,17 @@ PAD, BOS, EOS, UNK, IMAGE = range(5)
 
 @dataclass(frozen=True)
 class Size:
-    """One size: arguments of transformers' configurations, and batch sizes."""
+    """One size: the models, each as (width, layers, heads, width of its MLPs), and batch sizes."""
 
-    encoder: dict[str, int]
-    qformer: dict[str, int]
-    language: dict[str, int]  # OPT's
-    queries: int = 32
+    encoder: tuple[int, int, int, int]
+    qformer: tuple[int, int, int, int]
+    language: tuple[int, int, int, int]  # OPT's
+    patch: int = 14  # px
     side: int = 224  # px
     rerank_side: int = 364  # px: retrieval is fine-tuned at this size
+    words: int = 50272  # of the language model
+    qformer_words: int = 30523
+    queries: int = 32
     pairs: int = 16  # of a stage-1 step
     captions: int = 8  # of a stage-2 step
     pictures: int = 32  # captioned at once
@@ -46,36 +49,19 @@ class Size:
     new_tokens: int = 12
 
 
-def _encoder(width: int, layers: int, heads: int, mlp: int, patch: int = 14, side: int = 224) -> dict[str, int]:
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "image_size")
-    return dict(zip(names, (width, layers, heads, mlp, patch, side), strict=True))
-
-
-def _qformer_sizes(width: int, layers: int, heads: int, ffn: int, vocabulary: int = 30523) -> dict[str, int]:
-    return {"width": width, "layers": layers, "heads": heads, "ffn": ffn, "vocabulary": vocabulary, "positions": 512}
-
-
-def _opt(width: int, layers: int, heads: int, vocabulary: int = 50272) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "ffn_dim": 4 * width,
-        "word_embed_proj_dim": width,
-        "vocab_size": vocabulary,
-    }
-
-
-BERT_BASE = _qformer_sizes(768, 12, 12, 3072)
-
+BERT_BASE = (768, 12, 12, 3072)
+OPT_1B = (2048, 24, 32, 8192)
 SIZES = {
     "tiny": Size(
-        encoder=_encoder(32, 2, 4, 64, patch=8, side=32),
-        qformer=_qformer_sizes(24, 2, 3, 48, vocabulary=500),
-        language=_opt(32, 2, 4, vocabulary=600),
-        queries=4,
+        (32, 2, 4, 64),
+        (24, 2, 3, 48),
+        (32, 2, 4, 128),
+        patch=8,
         side=32,
         rerank_side=64,
+        words=600,
+        qformer_words=500,
+        queries=4,
         pairs=4,
         captions=3,
         pictures=4,
@@ -83,40 +69,26 @@ SIZES = {
         candidates=8,
         new_tokens=6,
     ),
-    "laptop": Size(  # as large as the demo's: DINOv2-S, MiniLM-L6, an LLM of 125M
-        encoder=_encoder(384, 11, 6, 1536),
-        qformer=_qformer_sizes(384, 6, 12, 1536),
-        language=_opt(768, 12, 12),
-        queries=16,
-        pairs=32,
-        captions=16,
-    ),
-    "vit-l": Size(encoder=_encoder(1024, 23, 16, 4096), qformer=BERT_BASE, language=_opt(2048, 24, 32)),
-    "vit-g": Size(encoder=_encoder(1408, 39, 16, 6144), qformer=BERT_BASE, language=_opt(2048, 24, 32)),
+    # As large as the demo's: DINOv2-S, MiniLM-L6, an LLM of 125M.
+    "laptop": Size((384, 11, 6, 1536), (384, 6, 12, 1536), (768, 12, 12, 3072), queries=16, pairs=32, captions=16),
+    "vit-l": Size((1024, 23, 16, 4096), BERT_BASE, OPT_1B),
+    "vit-g": Size((1408, 39, 16, 6144), BERT_BASE, OPT_1B),
 }
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Our stage 2 and transformers' model, which share encoder and language model and have equal trained parts; and a
-    stage 1.
+def build_models(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Stage1, Stage2, Any]:
+    """Our stage 1, our stage 2 and transformers' model: frozen parts in `dtype`, trained ones in fp32.
+
+    They share the encoder, stage 2 and transformers' model also the language model, and their trained parts are equal.
     """
-
-    stage1: Stage1
-    stage2: Stage2
-    theirs: Any  # Blip2ForConditionalGeneration
-
-
-def build_pair(size: Size, device: torch.device, dtype: torch.dtype) -> Pair:
-    """Frozen parts in `dtype`, trained ones in fp32."""
     theirs = _transformers(size, device, dtype)
     vision = HFVision(theirs.vision_model, layer=-1, image_size=size.side)
     # A copy of the modules that shares the weights, so that changes to our modules do not affect theirs.
     shared = {id(p): p for p in theirs.language_model.parameters()}
-    language = DecoderLM(copy.deepcopy(theirs.language_model, shared), tokenizer(size.language["vocab_size"]))
+    language = DecoderLM(copy.deepcopy(theirs.language_model, shared), tokenizer(size.words))
     with device:
         stage2 = Stage2(_qformer(size, vision.width, vocabulary=0), language, vision)
-        stage1 = Stage1(_qformer(size, vision.width, size.qformer["vocabulary"]), vision)
+        stage1 = Stage1(_qformer(size, vision.width, size.qformer_words), vision)
     named = {name: p for name, p in stage2.named_parameters() if name.startswith(("qformer.", "projection."))}
     names, without = rename(named, column("openblip2"), column("hf"))
     assert not without
@@ -127,7 +99,7 @@ def build_pair(size: Size, device: torch.device, dtype: torch.dtype) -> Pair:
     stage2.qformer.image_norm.eps = theirs.config.vision_config.layer_norm_eps
     for model in (stage1, stage2, theirs):  # without dropout, whose masks would differ between the models
         model.eval()
-    return Pair(stage1, stage2, theirs)
+    return stage1, stage2, theirs
 
 
 def tokenizer(vocabulary: int) -> Any:
@@ -184,27 +156,21 @@ def normalised(vision: HFVision, images: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _qformer(size: Size, image_width: int, vocabulary: int) -> QFormer:
-    sizes = {**size.qformer, "vocabulary": vocabulary}
-    return QFormer(**sizes, queries=size.queries, image_width=image_width, dropout=0.0)
+    sizes: dict[str, Any] = {"vocabulary": vocabulary, "positions": 512, "dropout": 0.0}
+    return QFormer(*size.qformer, queries=size.queries, image_width=image_width, **sizes)
 
 
 def _transformers(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
     import transformers as hf
 
-    ids: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    encoder: dict[str, Any] = size.encoder
-    language: dict[str, Any] = size.language
-    qformer = size.qformer
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    encoder, qformer, language = (dict(zip(names, s, strict=True)) for s in (size.encoder, size.qformer, size.language))
+    ids: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "vocab_size": size.words}
+    ids |= {"ffn_dim": language.pop("intermediate_size"), "word_embed_proj_dim": language["hidden_size"]}
+    no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = hf.Blip2Config(
-        vision_config=hf.Blip2VisionConfig(**encoder),
-        qformer_config=hf.Blip2QFormerConfig(
-            hidden_size=qformer["width"],
-            num_hidden_layers=qformer["layers"],
-            num_attention_heads=qformer["heads"],
-            intermediate_size=qformer["ffn"],
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        ),
+        vision_config=hf.Blip2VisionConfig(**encoder, patch_size=size.patch, image_size=size.side),
+        qformer_config=hf.Blip2QFormerConfig(**qformer, **no_dropout),
         text_config=hf.OPTConfig(**language, **ids),
         num_query_tokens=size.queries,
         image_token_index=IMAGE,

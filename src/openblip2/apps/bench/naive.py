@@ -37,12 +37,9 @@ def naive_losses(
     """
     former, smoothing = model.qformer, model.label_smoothing
     assert former.word_embeddings is not None
-    assert former.positions is not None
     assert model.lm_head is not None
     count = former.queries.shape[1]
-    longest = min(LONGEST, former.positions.num_embeddings)
-    more = longest - tokens.shape[1]
-    tokens, valid = F.pad(tokens, (0, more)), F.pad(valid, (0, more))
+    tokens, valid = _padded(model, tokens, valid)
 
     image = former(former.encode_image(features)).queries
     text = former(tokens=tokens, mask=unimodal_mask(0, valid)).text
@@ -57,12 +54,9 @@ def naive_losses(
     # Pairs: the true ones, each text with another image, each image with another text.
     texts, images = negatives
     own, with_image, with_text = torch.arange(len(ids), device=ids.device), images >= 0, texts >= 0
+    wrong_image, wrong_text = (images[with_image], own[with_image]), (own[with_text], texts[with_text])
     logits, matches = [], []
-    for of_image, of_text in (
-        (own, own),
-        (images[with_image], own[with_image]),
-        (own[with_text], texts[with_text]),
-    ):
+    for of_image, of_text in ((own, own), wrong_image, wrong_text):
         mask = bidirectional_mask(count, valid[of_text])
         seen = former(former.encode_image(features[of_image]), tokens[of_text], mask).queries
         logits.append(model.itm_head(seen).mean(dim=1))
@@ -86,13 +80,16 @@ def naive_match(model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor) -
 
     The image is repeated for every candidate, so its keys and values are computed again, and texts are padded.
     """
-    missing = max(0, LONGEST - tokens.shape[1])
-    positions = model.qformer.positions
-    assert positions is not None
-    missing = min(missing, positions.num_embeddings - tokens.shape[1])
-    tokens, valid = F.pad(tokens, (0, missing)), F.pad(valid, (0, missing))
+    tokens, valid = _padded(model, tokens, valid)
     logits = model.match(model.qformer.encode_image(patches.repeat(len(tokens), 1, 1)), tokens, valid).float()
     return logits[:, 1] - logits[:, 0]
+
+
+def _padded(model: Stage1, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The texts with as many tokens as the authors' code gives them, or as the model has positions."""
+    assert model.qformer.positions is not None
+    missing = max(0, min(LONGEST, model.qformer.positions.num_embeddings) - tokens.shape[1])
+    return F.pad(tokens, (0, missing)), F.pad(valid, (0, missing))
 
 
 def naive_rerank(

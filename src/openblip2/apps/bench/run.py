@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from openblip2 import __version__
 from openblip2.apps.bench.cases import CASES, OURS, Bench, Case
-from openblip2.apps.bench.models import SIZES, build_pair
+from openblip2.apps.bench.models import SIZES
 from openblip2.errors import UserError
 from openblip2.hardware import compute_dtype, keep_freed_memory
 from openblip2.hardware import device as default_device
@@ -58,10 +58,10 @@ def run_bench(
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     keep_freed_memory()
     say(f"building {size} with random weights")
-    bench = Bench(build_pair(SIZES[size], device, dtype), SIZES[size], device, precision)
+    bench = Bench(SIZES[size], device, precision, dtype)
     peak = matmul_peak(dtype, device)
     machine, cases = _machine(device, precision, peak), {}
-    for line in bench.pair.stage2.language.slow_paths():
+    for line in bench.two.language.slow_paths():
         say(line)
     say(f"{machine['name']}, {precision}, matrix products at {peak / 1e12:.2f} TFLOP/s")
     found = {"machine": machine, "size": size, "repeats": repeats, "cases": cases}

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from openblip2.apps.corpora.groups import alike, drawn, joined, thumbnail
+from openblip2.apps.corpora.prepare import alike, drawn, joined, thumbnail
+from openblip2.apps.corpora.readers import read_stamps
 from openblip2.apps.scenes.grammar import Facts, Thing, sentences
 from openblip2.data.images import open_picture
 from openblip2.data.records import Question, Record
@@ -22,7 +23,6 @@ from openblip2.errors import UserError
 
 NAMES = ("easy-vqa", "stamps")
 STAMPS = Path("/usr/share/tuxpaint/stamps")
-_RIGHT = "install them: apt-get install tuxpaint-stamps-default"
 # The exact inks of easy-VQA.
 _INKS = {
     (0, 0, 0): "black",
@@ -142,7 +142,7 @@ def stamps_records(root: Path = STAMPS, test_share: float = 0.15, seed: int = 0)
         except UserError as problem:
             skipped.append(str(problem))
     if not records:
-        raise UserError(f"{root}: no stamp in it can be read; {_RIGHT}")
+        raise UserError(f"{root}: no stamp in it can be read; install the package tuxpaint-stamps-default again")
     groups = joined([_keys(record) for record in records], alike(np.stack(thumbnails)))
     test = drawn([[records[i].id for i in group] for group in groups], test_share, seed)
     return Stamps(
@@ -152,40 +152,7 @@ def stamps_records(root: Path = STAMPS, test_share: float = 0.15, seed: int = 0)
     )
 
 
-def read_stamps(root: Path) -> tuple[list[Record], list[str]]:
-    """All stamps below `root`, with images not yet opened, and one line for each stamp that was skipped.
-
-    Raises:
-        UserError: `root` is missing or has no stamp.
-    """
-    if not root.is_dir():
-        raise UserError(f"{root}: Tux Paint's stamps are missing; {_RIGHT}")
-    records: list[Record] = []
-    skipped: list[str] = []
-    for path in sorted(root.rglob("*.png")):
-        text = path.with_suffix(".txt")
-        if not text.exists():
-            continue  # NAME_mirror.png: the mirrored form of a stamp, if that is not simply its mirror image
-        try:
-            records.append(Record(path.relative_to(root).as_posix(), path, (_sentence(text),)))
-        except UserError as problem:
-            skipped.append(str(problem))
-    if not records:
-        raise UserError(f"{root}: no stamp (NAME.png with NAME.txt) in it; {_RIGHT}")
-    return records, skipped
-
-
 def _keys(stamp: Record) -> list[Hashable]:
     """What the stamps of a group have in common: the sentence, and the name without its number."""
     series = re.sub(r"[\d_-]+", "", stamp.image.stem)
     return [stamp.captions[0].lower(), (stamp.image.parent, series) if series else stamp.image]
-
-
-def _sentence(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); UTF-8 text") from error
-    if not lines or not lines[0].strip():
-        raise UserError(f"{path}: its first line is empty; an English sentence")
-    return lines[0].strip()

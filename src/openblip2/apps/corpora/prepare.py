@@ -1,116 +1,38 @@
-"""Images with English captions from four sources that copy from each other, in groups of near-duplicates and folds.
-
-| source      | images                                       | caption                               |
-|-------------|----------------------------------------------|---------------------------------------|
-| stamps      | Tux Paint's stamps: photographs and drawings | its sentence ("A rainbow lorikeet.")  |
-| openclipart | drawings                                     | its title, or its file's name         |
-| emoji       | Noto Emoji, 64 x 64 px, one skin tone        | its Unicode name ("flag of Aruba")    |
-| furniture   | renders of Sweet Home 3D's models            | its name in the catalogue ("Armchair")|
+"""Images of packages as one data folder, in groups of near-duplicates and in folds that do not divide a group.
 
 `fetch` downloads the packages; `prepare` converts them to one data folder, which `read_records` reads.
+
+N images; a thumbnail has 2 x 16 x 16 values.
 """
 
-import json
+import hashlib
 import re
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from openblip2.apps.corpora.groups import alike, folds, joined, thumbnail
-from openblip2.apps.corpora.installed import read_stamps
-from openblip2.apps.corpora.openclipart import openclipart
+from openblip2.apps.corpora.readers import SOURCES, Found
+from openblip2.data.batches import group_rows
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record, write_records
 from openblip2.errors import UserError
 
 SIDE = 384  # px: the maximum for prepared images, so that crops for an encoder at 224 px are not enlarged
-_PAPER = 247  # gray levels above this are background
+_GROUND = 247  # gray levels above this are background
 _LEAST = 0.1  # minimum length of the content, as a share of the longer side
-
-
-class Found(NamedTuple):
-    """Records, and one line "where: what is wrong; what would be right" for each entry that was skipped."""
-
-    records: list[Record]
-    skipped: list[str]
-
-
-def stamps(folder: Path) -> Found:
-    """Tux Paint's stamps, unpacked in `folder`. Errors as `read_stamps`."""
-    records, skipped = read_stamps(folder / "tuxpaint-stamps-default/usr/share/tuxpaint/stamps")
-    return Found([replace(record, id=record.id.removesuffix(".png")) for record in records], skipped)
-
-
-def emoji(folder: Path) -> Found:
-    """Noto Emoji with their Unicode (CLDR) names, without variants of skin tone.
-
-    Raises:
-        UserError: one of the two packages is missing, or its files are not as published.
-    """
-    package = folder / "emoji-datasource-google/package"
-    told = _json(folder / "unicode-emoji-json/package/data-by-emoji.json", dict)
-    names = {_plain_emoji(key): value.get("name") for key, value in told.items() if isinstance(value, dict)}
-    records: list[Record] = []
-    skipped: list[str] = []
-    for row in _json(package / "emoji.json", list):
-        try:
-            code, image, category = row["unified"], row["image"], row["category"]
-            name = names.get(_plain_emoji("".join(chr(int(part, 16)) for part in code.split("-"))))
-            path = package / "img/google/64" / Path(image).name
-        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
-            skipped.append(f"{package / 'emoji.json'}: {row!r:.80} is no emoji; unified, image and category")
-            continue
-        if category == "Component":  # the skin tones by themselves
-            continue
-        if not isinstance(name, str) or not name.strip():
-            skipped.append(f"{path}: has no name; one in unicode-emoji-json")
-        elif not path.is_file():
-            skipped.append(f"{path}: is missing; the picture of {name!r}")
-        else:
-            records.append(Record(path.stem, path, (re.sub("^flag ", "flag of ", " ".join(name.split())),)))
-    return Found(records, skipped)
-
-
-def furniture(folder: Path) -> Found:
-    """Sweet Home 3D's furniture, from the catalogues that `fetch` unpacks.
-
-    Raises:
-        UserError: there is no catalogue.
-    """
-    root = folder / "sweethome3d-furniture/usr/share/sweethome3d/furniture"
-    records: dict[str, Record] = {}
-    skipped: list[str] = []
-    for catalogue in sorted(root.glob("*/PluginFurnitureCatalog.properties")):
-        entries = _properties(catalogue)
-        for key, icon in entries.items():
-            number = key.removeprefix("icon#")
-            if number == key:
-                continue
-            path = catalogue.parent / icon.lstrip("/")
-            name = entries.get(f"name#{number}", "").strip()
-            if not name:
-                skipped.append(f"{catalogue}: entry {number} has no name; name#{number}=Armchair")
-            elif ".." in Path(icon).parts or not path.is_file():
-                skipped.append(f"{path}: is missing; the picture of {name!r}")
-            else:
-                record = Record(f"{catalogue.parent.name}/{path.stem}", path, (name,))
-                records.setdefault(record.id, record)
-    if not records:
-        raise UserError(f"{root}: no furniture with a name and a picture; the unpacked package sweethome3d-furniture")
-    return Found(list(records.values()), skipped)
-
-
-SOURCES: dict[str, Callable[[Path], tuple[list[Record], list[str]]]] = {
-    "stamps": stamps,
-    "openclipart": openclipart,
-    "emoji": emoji,
-    "furniture": furniture,
-}
+# Two images are copies if their gray thumbnails correlate at least so much, and so do their insides unless both are of
+# one shade. Without the second condition, all flags would be copies, and a coin and an apple. The limits were chosen by
+# looking at pairs: above them are recoloured, mirrored and retouched copies.
+_THUMBNAIL = 16
+_ALIKE = 0.95
+_INSIDE = 0.75
+_PAPER = 8  # gray levels from white that still count as background
+_SHADE = 10  # standard deviation in gray levels that still counts as one shade
+_ROWS = 512  # thumbnails that are compared with all others at once; limits the memory
 
 
 def prepare(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) -> Found:
@@ -153,7 +75,7 @@ def _written(found: Sequence[tuple[str, Record]], folder: Path, skipped: list[st
     records: list[Record] = []
     thumbnails: list[np.ndarray] = []
     for source, record in found:
-        name = f"{source}/{record.id}"
+        name = f"{source}/{record.id.removesuffix('.png')}"
         path = folder / f"{name}.png"
         try:
             picture = _small(record.image)
@@ -200,7 +122,7 @@ def _small(path: Path) -> Image.Image:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         picture = open_picture(path)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
-    ink = picture.convert("L").point([255 * (level <= _PAPER) for level in range(256)])
+    ink = picture.convert("L").point([255 * (level <= _GROUND) for level in range(256)])
     left, top, right, bottom = ink.getbbox() or (0, 0, 0, 0)
     if max(right - left, bottom - top) < _LEAST * max(picture.size):
         raise UserError(f"{path}: is nearly empty; a picture of something")
@@ -217,29 +139,85 @@ def _series(record: Record) -> Hashable:
     return (folder, stem) if stem else record.id
 
 
-def _plain_emoji(text: str) -> str:
-    return text.replace("\ufe0f", "")  # the selector of the coloured form, which is not always written
+def thumbnail(picture: Image.Image) -> np.ndarray:
+    """`[512]`: gray values of the image without margins, padded to a square, and then those inside its outline.
+
+    Each half has mean 0 and length 1; the second half is 0 if the inside is of one shade.
+    """
+    gray = ImageOps.invert(picture.convert("L"))
+    ink = gray.point([255 * (level > _PAPER) for level in range(256)])
+    values, inked = (_square(each.crop(ink.getbbox())) for each in (gray, ink))
+    inside = inked > 200
+    spread = values[inside].std() if inside.any() else 0.0
+    shades = np.where(inside, values - values[inside].mean(), 0.0) if spread > _SHADE else np.zeros_like(values)
+    return np.concatenate([_unit(values - values.mean()), _unit(shades)])
 
 
-def _json(path: Path, kind: type) -> Any:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the unpacked package") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{path}: contains no {kind.__name__}; the unpacked package")
-    return value
+def _square(content: Image.Image) -> np.ndarray:
+    side = max(content.size)
+    square = ImageOps.pad(content, (side, side), color=0)
+    return np.asarray(square.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX), dtype=np.float64).ravel()
 
 
-def _properties(path: Path) -> dict[str, str]:
-    """A Java properties file of one `key=value` a line."""
-    try:
-        lines = path.read_text(encoding="latin-1").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); a catalogue") from error
-    pairs = (line.partition("=") for line in lines if not line.lstrip().startswith(("#", "!")))
-    return {key.strip(): _unescaped(value.strip()) for key, _, value in pairs}
+def _unit(values: np.ndarray) -> np.ndarray:
+    return values / max(float(np.linalg.norm(values)), 1e-9)
 
 
-def _unescaped(text: str) -> str:
-    return re.sub(r"\\u([0-9a-fA-F]{4})|\\(.)", lambda m: chr(int(m[1], 16)) if m[1] else m[2], text)
+def alike(thumbnails: np.ndarray) -> list[tuple[int, int]]:
+    """The pairs i < j of thumbnails `[N, 512]` that are nearly equal, also if one is mirrored."""
+    count = len(thumbnails)
+    halves = thumbnails.reshape(count, 2, _THUMBNAIL, _THUMBNAIL)
+    plain = np.abs(halves[:, 1]).sum(axis=(1, 2)) == 0  # of one shade
+    pairs: list[tuple[int, int]] = []
+    for first in range(0, count, _ROWS):
+        rows = slice(first, first + _ROWS)
+        found = np.zeros((len(halves[rows]), count), dtype=bool)
+        for others in (halves, halves[:, :, :, ::-1]):
+            whole, inside = (halves[rows, i].reshape(-1, 256) @ others[:, i].reshape(-1, 256).T for i in (0, 1))
+            found |= (whole >= _ALIKE) & ((inside >= _INSIDE) | (plain[rows][:, None] & plain))
+        pairs += [(first + int(i), int(j)) for i, j in np.argwhere(np.triu(found, k=first + 1))]
+    return pairs
+
+
+def joined(keys: Sequence[Iterable[Hashable]], pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """0..N-1 in groups: those that share a key or are a pair, directly or through others."""
+    linked: list[list[Hashable]] = [list(own) for own in keys]
+    for pair in pairs:
+        for i in pair:
+            linked[i].append(("pair", *pair))
+    groups: dict[int, list[int]] = {}
+    for i, first in enumerate(group_rows(linked)):
+        groups.setdefault(first, []).append(i)
+    return list(groups.values())
+
+
+def drawn(groups: Sequence[Sequence[str]], share: float, seed: int) -> set[str]:
+    """The ids of random groups, up to `share` of all ids. A group that is too large is left out."""
+    room = round(share * sum(len(group) for group in groups))
+    taken: set[str] = set()
+    for group in sorted(groups, key=lambda ids: _lot(seed, ids[0])):
+        if len(taken) + len(group) <= room:
+            taken.update(group)
+    return taken
+
+
+def folds(names: Sequence[str], k: int, seed: int) -> list[int]:
+    """The fold 0..k-1 of each image from the name of its group; a group is in one fold.
+
+    Groups are assigned at random, large ones first, each to the smallest fold so far. If no group is very large, the
+    sizes of the folds differ by one at most.
+    """
+    sizes = {name: 0 for name in names}
+    for name in names:
+        sizes[name] += 1
+    filled = [0] * k
+    fold: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], _lot(seed, name))):
+        fold[name] = filled.index(min(filled))
+        filled[fold[name]] += sizes[name]
+    return [fold[name] for name in names]
+
+
+def _lot(seed: int, name: str) -> bytes:
+    """A random order that is the same on every machine and changes little if images are added."""
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()

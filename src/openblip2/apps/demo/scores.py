@@ -14,8 +14,8 @@ from openblip2.data.records import Question, Record
 from openblip2.data.text import clean_caption
 from openblip2.evaluate.pointing import score_pointing
 from openblip2.evaluate.ranking import recalls, rerank, similarities
-from openblip2.evaluate.validation import grounding
-from openblip2.evaluate.vqa_metrics import accuracy, baselines
+from openblip2.evaluate.result import Options
+from openblip2.evaluate.validation import accuracy, baselines, grounding
 from openblip2.hardware import computing, device
 from openblip2.inference.attend import look, overlay
 from openblip2.inference.captioner import ANSWER, CAPTION, Captioner, greedy
@@ -188,7 +188,7 @@ def _grounding(captioner: Captioner, test: Features, plan: Plan, progress: Progr
 def _pointing(matcher: Matcher, test: Sequence[Record], plan: Plan, progress: Progress) -> dict[str, Any] | None:
     if plan.corpus != "scenes":  # the boxes of things are unknown
         return None
-    found = score_pointing(matcher, test[: plan.pointed], "itc", progress, plan.seed)
+    found = score_pointing(matcher, test[: plan.pointed], Options(seed=plan.seed), progress)
     return {"n": found.pictures, "texts": found.protocol["texts"]} | {k: v.score for k, v in found.scores.items()}
 
 

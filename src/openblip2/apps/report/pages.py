@@ -17,7 +17,7 @@ from openblip2.config import RunSettings, from_dict
 from openblip2.data.images import open_picture
 from openblip2.data.records import QUESTION_KINDS
 from openblip2.evaluate.health import ITM_CHANCE, Finding, findings
-from openblip2.evaluate.vqa_metrics import normalise
+from openblip2.evaluate.validation import normalise
 from openblip2.runs import read_config, read_json, write_text
 from openblip2.train.log import read_log
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from openblip2.apps.studies.design import study_of
-from openblip2.apps.studies.study import LOWER, Claim, Plan, is_share, sentence
-from openblip2.apps.studies.trial import OWN, Points, Trial, Work, prepare_work, run_trial
-from openblip2.config import RunSettings, to_dict
+from openblip2.apps.studies.frame import Work, prepare_work, run_trial
+from openblip2.apps.studies.study import LOWER, Claim, Plan, Points, Trial
+from openblip2.config import RunSettings
 from openblip2.evaluate.intervals import difference_interval, mean_interval
 from openblip2.hardware import keep_freed_memory
 from openblip2.progress import Progress
@@ -46,14 +46,14 @@ def ablate(name: str, out: Path, plan: Plan, progress: Progress) -> dict[str, An
 
 
 def summary(work: Work, trials: Mapping[str, Sequence[Trial]]) -> dict[str, Any]:
-    """Figures, curves, settings that differ, seconds and verdicts of all ways, as plain values."""
+    """Figures, curves, changed settings, seconds and verdicts of all ways, as plain values."""
     study, plan = work.study, work.plan
-    all_trials = [trial for of_way in trials.values() for trial in of_way]
-    differing = _differing({name: of_way[0] for name, of_way in trials.items()})
+    settings = [pair for of_way in trials.values() for pair in of_way[0].settings.items()]
+    stages = sorted({stage for stage, _ in settings})
     ways = {
         way.name: {
-            "pictures": way.pictures,
-            "differs": differing[way.name],
+            "pictures": dict(way.pictures),
+            "changes": {stage: way.stages.get(stage) for stage in stages},
             "figures": {name: figure(trials[way.name], name) for name in trials[way.name][0].values},
             "curves": _curves(trials[way.name]),
         }
@@ -64,16 +64,12 @@ def summary(work: Work, trials: Mapping[str, Sequence[Trial]]) -> dict[str, Any]
         "question": study.question,
         "pictures": {"train": len(work.train), "test": len(work.test), "validated": plan.validated},
         "seeds": list(plan.seeds),
-        "steps": {
-            stage: [settings.train.steps, settings.train.batch]
-            for trial in reversed(all_trials)
-            for stage, settings in trial.settings.items()
-        },
-        "models": _models(all_trials),
+        "steps": dict(sorted((stage, [one.train.steps, one.train.batch]) for stage, one in settings)),
+        "models": _models(settings),
         "ways": ways,
         "claims": [judge(claim, trials[claim.better], trials[claim.worse]) for claim in study.claims],
         "notes": list(study.notes),
-        "seconds": {"training and scoring": round(sum(work.seconds.values()), 1)},
+        "seconds": {"training and scoring": round(sum(work.runs.seconds.values()), 1)},
     }
 
 
@@ -118,38 +114,14 @@ def _curves(trials: Sequence[Trial]) -> dict[str, list[Points]]:
     return {"recall": [[(step, (tr + ir) / 2) for (step, tr), (_, ir) in side] for side in sides]}
 
 
-def _models(trials: Sequence[Trial]) -> dict[str, list[str]]:
+def _models(settings: Sequence[tuple[str, RunSettings]]) -> dict[str, list[str]]:
     """The names of the models by purpose; several names if the ways differ in a model."""
-    names: dict[str, set[str]] = {}
-    for trial in trials:
-        for stage, settings in trial.settings.items():
-            names.setdefault("image encoder", set()).add(settings.vision.name)
-            names.setdefault("Q-Former from", set()).add(settings.qformer.start)
-            if stage == "stage2":
-                names.setdefault("language model", set()).add(settings.language.name)
-    return {label: sorted(found) for label, found in names.items()}
-
-
-def _differing(trials: Mapping[str, Trial]) -> dict[str, dict[str, dict[str, Any] | None]]:
-    """For each way and stage, the settings that are not the same in all ways that train it; None: not trained."""
-    found: dict[str, dict[str, dict[str, Any] | None]] = {name: {} for name in trials}
-    for stage in ("stage1", "stage2"):
-        flat = {name: _flat(trial.settings[stage]) for name, trial in trials.items() if stage in trial.settings}
-        if not flat:
-            continue
-        first = next(iter(flat.values()))
-        names = [key for key in first if any(values[key] != first[key] for values in flat.values())]
-        for way, stages in found.items():
-            stages[stage] = {key: flat[way][key] for key in names} if way in flat else None
-    return found
-
-
-def _flat(settings: RunSettings) -> dict[str, Any]:
-    """Settings by dotted name, without those that a study sets itself."""
-    found: dict[str, Any] = {}
-    for name, value in to_dict(settings).items():
-        found |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return {name: value for name, value in found.items() if name not in OWN}
+    names = {
+        "image encoder": {one.vision.name for _, one in settings},
+        "Q-Former from": {one.qformer.start for _, one in settings},
+        "language model": {one.language.name for stage, one in settings if stage == "stage2"},
+    }
+    return {label: sorted(found) for label, found in names.items() if found}
 
 
 # Distinguishable with any colour vision (Okabe and Ito, 2008); lines also differ in their marks, for print.
@@ -178,16 +150,18 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     looks = {name: (COLOURS[n % len(COLOURS)], MARKS[n % len(MARKS)]) for n, name in enumerate(ways)}
     _draw_curves(first, ways, looks)
     for panel, figure in zip(others, figures, strict=True):
-        scale, digits, unit = (100, 1, "%") if is_share(figure) else (1, 2, "nats a token")
+        scale = 100 if is_share(figure) else 1
         for row, (name, way) in enumerate(ways.items()):
             found, (colour, mark) = way["figures"][figure], looks[name]
             score, low, high = (scale * found[key] for key in ("score", "low", "high"))
             panel.plot([low, high], [row, row], color=colour, linewidth=2)
             panel.plot([score], [row], mark, color=colour, markersize=7)
-            panel.annotate(f"{score:.{digits}f}", (score, row), (0, 8), textcoords="offset points", ha="center")
+            panel.annotate(
+                _number(figure, found["score"]), (score, row), (0, 8), textcoords="offset points", ha="center"
+            )
         panel.set_yticks([])
         panel.set_ylim(len(ways) - 0.4, -0.6)
-        panel.set_xlabel(f"{figure}, {unit}", wrap=True)
+        panel.set_xlabel(_label(figure), wrap=True)
         panel.set_title("test scenes, 95 % intervals", fontsize=9)
         panel.grid(axis="x", alpha=0.3)
     page.savefig(path)
@@ -213,7 +187,7 @@ def _draw_curves(panel: Any, ways: Mapping[str, Any], looks: Mapping[str, tuple[
 
 
 def in_words(result: Mapping[str, Any]) -> str:
-    """The contents of `ablation.json` as Markdown: what was run, verdicts, figures, settings that differ, limits."""
+    """The contents of `ablation.json` as Markdown: what was run, verdicts, figures, changed settings, limits."""
     pictures, seeds = result["pictures"], result["seeds"]
     run = [
         f"{pictures['train']:,} drawn scenes to train on",
@@ -234,11 +208,11 @@ def in_words(result: Mapping[str, Any]) -> str:
         "",
         *_table(result["ways"]),
         "",
-        *_list_differences(result["ways"]),
+        *_list_changes(result["ways"]),
         "",
         *(f"- {note}" for note in (*result["notes"], *([one] if len(seeds) == 1 else []))),
         "",
-        f"Training and scoring took {_minutes(result['seconds']['training and scoring'])}.",
+        f"Training and scoring took {result['seconds']['training and scoring'] / 60:.1f} min.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -258,8 +232,7 @@ def _table(ways: Mapping[str, Any]) -> list[str]:
     """A row for each figure, a column for each way."""
     rows = [["", *ways]]
     for name in next(iter(ways.values()))["figures"]:
-        label = f"{name}, {'%' if is_share(name) else 'nats a token'}"
-        rows.append([label, *(_cell(name, way["figures"][name]) for way in ways.values())])
+        rows.append([_label(name), *(_cell(name, way["figures"][name]) for way in ways.values())])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
 
@@ -270,25 +243,31 @@ def _cell(name: str, figure: Mapping[str, Any]) -> str:
     return f"{score} [{low}, {high}{'; ' if seeds else ''}{' to '.join(seeds)}]"
 
 
+def is_share(figure: str) -> bool:
+    """Whether a figure is a fraction in [0, 1], shown in per cent; all others are nats per token."""
+    return figure.startswith("recall")
+
+
+def sentence(text: str) -> str:
+    """With a capital first letter; the others stay as they are."""
+    return text[:1].upper() + text[1:]
+
+
+def _label(figure: str) -> str:
+    return f"{figure}, {'%' if is_share(figure) else 'nats a token'}"
+
+
 def _number(figure: str, value: float, sign: str = "") -> str:
     return f"{100 * value:{sign}.1f}" if is_share(figure) else f"{value:{sign}.2f}"
 
 
-def _list_differences(ways: Mapping[str, Any]) -> list[str]:
-    """The settings of each way that are not the same in all ways."""
-    lines = ["What differs between the ways:", ""]
+def _list_changes(ways: Mapping[str, Any]) -> list[str]:
+    """The settings that each way changes, and the numbers of pictures that a stage is limited to."""
+    lines = ["What each way changes:", ""]
     for name, way in ways.items():
-        parts = [f"stage {stage[-1]}: {_settings(values)}" for stage, values in way["differs"].items()]
-        parts += [f"stage 2 on {way['pictures']:,} pictures"] if way["pictures"] else []
+        parts = [f"stage {stage[-1]} on {count:,} pictures" for stage, count in way["pictures"].items()]
+        for stage, values in way["changes"].items():
+            changed = ", ".join(f"`{key}={value}`" for key, value in (values or {}).items()) or "as the preset"
+            parts.append(f"stage {stage[-1]}: {'not trained' if values is None else changed}")
         lines.append(f"- {name}: {'; '.join(parts)}")
     return lines
-
-
-def _settings(values: Mapping[str, Any] | None) -> str:
-    if values is None:
-        return "none"
-    return ", ".join(f"`{name}={value}`" for name, value in values.items()) or "as the others"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"

@@ -1,14 +1,29 @@
 """The studies as values: the ways that each one compares, and the claims that its figures test.
 
-A way is a set of changes to the settings of the plan; two ways of a study differ in nothing else.
+A way is a set of changes to the settings of the plan; two ways of a study differ in nothing else. A new study is one
+function here and one line in `STUDIES`.
 """
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from random import Random
+from shutil import rmtree
 from typing import Any
 
-from openblip2.apps.studies.study import BOTH, GAP, LOSS, SCORES, Claim, Plan, Study, Way
+from openblip2.apps.studies.frame import Work, digest_of, train_way
+from openblip2.apps.studies.study import BOTH, GAP, LOSS, SCORES, Claim, Plan, Run, Study, Way
+from openblip2.capfilt.models import Models
+from openblip2.capfilt.pool import How
+from openblip2.capfilt.run import capfilt
+from openblip2.data.records import Record
+from openblip2.data.web.tars import read_tar
+from openblip2.data.web.write_shards import write_shards
 from openblip2.errors import UserError
+
+SCENES = 1500  # to train on, unless the study or --scenes says otherwise
 
 
 def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
@@ -19,21 +34,19 @@ def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
     """
     if name not in STUDIES:
         raise UserError(f"unknown study {name!r}: studies are {', '.join(STUDIES)}")
-    usual = {"queries": (4, 16, 32), "warm-start": (250, 1000, 4000), "connector": (4,)}
-    if plan.values and name not in usual:
-        raise UserError(f"--values: {name} compares no numbers; {' and '.join(usual)} do")
-    values = tuple(sorted(set(plan.values or usual.get(name, ()))))
-    if name == "connector" and len(values) > 1:
-        raise UserError("--values: connector takes one number, the side of the grid of visual tokens")
-    if plan.values and (len(values) < (2 if name == "queries" else 1) or min(values) < 1):
-        raise UserError(
-            f"--values {','.join(map(str, plan.values))}: give numbers of 1 or more, for queries two at least"
-        )
-    scenes = plan.scenes or (max(values) if name == "warm-start" else 1500)
-    if name == "warm-start" and max(values) > scenes:
-        raise UserError(f"--values {max(values)}: there are {scenes} scenes to train on (--scenes)")
-    plan = replace(plan, scenes=scenes, values=values)
-    return STUDIES[name](plan), plan
+    make, usual = STUDIES[name]
+    if plan.values and not usual:
+        others = " and ".join(other for other, (_, values) in STUDIES.items() if values)
+        raise UserError(f"--values: {name} compares no numbers; {others} do")
+    plan = replace(plan, values=tuple(sorted(set(plan.values or usual))))
+    if usual and plan.values[0] < 1:
+        raise UserError(f"--values {plan.values[0]}: give numbers of 1 or more")
+    study = make(plan)
+    needed = max((count for way in study.ways for count in way.pictures.values()), default=0)
+    plan = replace(plan, scenes=plan.scenes or needed or SCENES)
+    if needed > (plan.scenes or 0):
+        raise UserError(f"--values {needed}: there are {plan.scenes} scenes to train on (--scenes)")
+    return study, plan
 
 
 def _stage1(plan: Plan) -> Study:
@@ -83,6 +96,8 @@ def _itg(plan: Plan) -> Study:
 
 
 def _queries(plan: Plan) -> Study:
+    if len(plan.values) < 2:
+        raise UserError("--values: queries takes two numbers of queries or more")
     names = [f"{number} queries" for number in plan.values]
     ways = [{"qformer.queries": number} for number in plan.values]
     return Study(
@@ -123,7 +138,9 @@ def _encoder(plan: Plan) -> Study:
 
 
 def _connector(plan: Plan) -> Study:
-    (side,) = plan.values
+    side, *more = plan.values
+    if more:
+        raise UserError("--values: connector takes one number, the side of the grid of visual tokens")
     queries = {"qformer.queries": side * side}
 
     def other(name: str, **options: int) -> dict[str, Any]:
@@ -158,8 +175,8 @@ def _warm_start(plan: Plan) -> Study:
     for number in plan.values:
         random, closed = f"random, {number:,} pictures", f"closed form, {number:,} pictures"
         ways += [
-            Way(random, {}, {"warm_start": False}, number),
-            Way(closed, {}, {"warm_start": True}, number),
+            Way(random, {}, {"warm_start": False}, {"stage2": number}),
+            Way(closed, {}, {"warm_start": True}, {"stage2": number}),
         ]
         says = f"with {number:,} pictures the projection's closed-form start is better than a random one"
         claims.append(Claim(says, "ours", LOSS, closed, random))
@@ -171,8 +188,8 @@ def _warm_start(plan: Plan) -> Study:
         ("stage2",),
         {"stage1": 60, "stage2": 16},
         (
-            f"All ways start from one stage-1 run on {plan.scenes:,} pictures, whose own start is closed-form; only "
-            "stage 2 is short of pictures.",
+            "All ways start from one stage-1 run on all pictures, whose own start is closed-form; only stage 2 is "
+            "short of pictures.",
             "Swapping the language model under a finished stage 1 takes these same steps: the projection is solved "
             "for anew, from the new model's own word embeddings, and stage 2 goes on from there. Here that is done "
             "with one language model, the only one that packages carry: that a second or a larger one gains as much is "
@@ -189,10 +206,10 @@ def _capfilt(plan: Plan) -> Study:
         "capfilt",
         "what is CapFilt worth?",
         (
-            Way(swapped, web="swapped"),
-            Way(filtered, web="capfilt"),
-            Way(itm, web="itm"),
-            Way(right, web="right"),
+            Way(swapped, records=lambda work, seed: web_half(work.train)),
+            Way(filtered, records=partial(_filtered, name="capfilt")),
+            Way(itm, records=partial(_filtered, name="itm")),
+            Way(right, records=lambda work, seed: right_half(work.train)),
         ),
         (
             Claim(says.format("CapFilt"), "paper, section 3.4; BLIP, table 1", figure, filtered, swapped),
@@ -207,16 +224,72 @@ def _capfilt(plan: Plan) -> Study:
             "up to two of two. A picture of which none is left is not trained on.",
             "The paper ranks by CLIP ViT-L/14, which packages do not carry: here it is our own stage 1.",
         ),
-        helper=Way("captioner", {}, {}),
     )
 
 
-STUDIES = {
-    "stage1": _stage1,
-    "itg": _itg,
-    "queries": _queries,
-    "encoder": _encoder,
-    "connector": _connector,
-    "warm-start": _warm_start,
-    "capfilt": _capfilt,
+NOISE = 0.5  # fraction of the web's images that have another image's caption
+SHARD = 250  # images per shard
+FILTERS = {"capfilt": How(), "itm": How(captions=1, filter="itm")}
+
+
+def clean_half(records: Sequence[Record]) -> list[Record]:
+    """The images that CapFilt's captioner and ranker are trained on."""
+    return list(records[: len(records) // 2])
+
+
+def right_half(records: Sequence[Record]) -> list[Record]:
+    """The other images, the web's, each with its own first caption."""
+    return [replace(record, captions=record.captions[:1]) for record in records[len(records) // 2 :]]
+
+
+def web_half(records: Sequence[Record]) -> list[Record]:
+    """The other images, of which a fraction `NOISE` have exchanged their captions."""
+    half = right_half(records)
+    swapped = Random("0/swapped").sample(range(len(half)), round(NOISE * len(half)))
+    captions = [half[n].captions for n in [*swapped[1:], *swapped[:1]]]
+    for n, texts in zip(swapped, captions, strict=True):
+        half[n] = replace(half[n], captions=texts)
+    return half
+
+
+def _filtered(work: Work, seed: int, name: str) -> list[Record]:
+    """The web's images that have captions left after CapFilt, with these."""
+    helper = Way("captioner", {}, {}, records=lambda work, seed: clean_half(work.train))
+    models, noisy, out = train_way(work, helper, seed), web_half(work.train), work.runs.out / f"seed-{seed}"
+    of = {"captioner": models["stage2"].of, "how": asdict(FILTERS[name]), "captions": digest_of(noisy)}
+    run = partial(_run_capfilt, work, noisy, out / f"web-{name}", models, FILTERS[name])
+    kept = work.runs.cached(out / f"web-{name}.json", of, run)["captions"]
+    return [replace(record, captions=tuple(kept[record.id])) for record in noisy if record.id in kept]
+
+
+def _run_capfilt(
+    work: Work, records: Sequence[Record], out: Path, models: Mapping[str, Run], how: How
+) -> dict[str, Any]:
+    """Captions after CapFilt by image, and its counts, by the same code as the command `capfilt`."""
+    shards, progress = work.runs.out / "web", work.runs.progress
+    for folder in (shards, out):
+        rmtree(folder, ignore_errors=True)
+    with progress.steps("shards", len(records)) as bar:
+        write_shards(records, shards, SHARD, 0, lambda count: bar.advance(count=count))
+    names = Models(str(models["stage2"].folder), str(models["stage1"].folder))
+    written = capfilt(str(shards), names, out, how, progress)
+    kept = {
+        sample.about["image_id"]: list(sample.captions)
+        for path in sorted(out.glob("*.tar"))
+        for sample in read_tar(str(path), progress.say)
+    }
+    if not kept:
+        raise UserError(f"{out}: CapFilt left no picture: train captioner and ranker for longer (--stage1-steps)")
+    return {"captions": kept, "counts": dict(written.counts)}
+
+
+# By name: the study, and the numbers that it compares unless `--values` gives others.
+STUDIES: dict[str, tuple[Callable[[Plan], Study], tuple[int, ...]]] = {
+    "stage1": (_stage1, ()),
+    "itg": (_itg, ()),
+    "queries": (_queries, (4, 16, 32)),
+    "encoder": (_encoder, ()),
+    "connector": (_connector, (4,)),
+    "warm-start": (_warm_start, (250, 1000, 4000)),
+    "capfilt": (_capfilt, ()),
 }

@@ -7,7 +7,8 @@ The test images of a fold share no group with its training images. A caption may
 stamps with captions that were trained on and for stamps with new captions.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,35 @@ import numpy as np
 
 from openblip2.apps.corpora.fetch import fetch
 from openblip2.apps.corpora.prepare import by_fold, prepare
-from openblip2.config import RunSettings, change, to_dict
+from openblip2.apps.studies.frame import Runs, hits
+from openblip2.config import RunSettings, change
 from openblip2.data.records import Record, read_records
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
 from openblip2.evaluate.caption import score_captions
 from openblip2.evaluate.intervals import difference_interval, mean_interval
+from openblip2.evaluate.result import Options, PartialTexts
 from openblip2.evaluate.retrieval import score_retrieval
-from openblip2.hardware import compute_dtype, device, keep_freed_memory
-from openblip2.inference.captioner import CAPTION, Captioner, greedy
+from openblip2.hardware import keep_freed_memory
+from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
-from openblip2.model.build import build_vision
 from openblip2.presets import fine_tuning, preset
 from openblip2.progress import Progress
-from openblip2.runs import cached_json, read_json, read_settings, write_json
-from openblip2.train.encode import make_cache
-from openblip2.train.recipes import train_stage
+from openblip2.runs import read_settings, write_json
 
 SOURCE = "stamps"  # retrieved and captioned; the other sources are only trained on
 WAYS = ("tr@1", "ir@1")  # image to text, text to image
 START, END = "<!-- bench-real -->", "<!-- /bench-real -->"  # of the table in a document
+
+
+# Changes to the settings of each training: stage 1 on all sources and on stamps alone, fine-tuning, the captioner.
+CHANGES: dict[str, dict[str, Any]] = {
+    "joint": {"train.steps": 240, "stage1.itm_start_step": 40},
+    "alone": {"train.steps": 60, "stage1.itm_start_step": 20},
+    "retrieval": {"train.steps": 60, "optim.lr": 1e-4},
+    "captions": {"train.steps": 60},
+}
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,12 @@ class Plan:
     Attributes:
         k: number of folds.
         folds: those that are run; the others are left out of the figures.
+        seed: of the folds and of training.
         reranked: candidates that ITM scores.
-        joint: changes to the settings of stage 1 on all sources.
-        alone: changes to those of stage 1 on stamps.
-        retrieval: changes to those of fine-tuning.
-        stage2: changes to those of the captioner.
+        changes: as `CHANGES`.
         overwrite: train runs again that have other settings or data.
+        stage1: settings of stage 1.
+        stage2: settings of the captioner.
     """
 
     k: int = 5
@@ -59,12 +68,9 @@ class Plan:
     seed: int = 0
     overwrite: bool = False
     reranked: int = 16
-    joint: dict[str, Any] = field(default_factory=lambda: {"train.steps": 240, "stage1.itm_start_step": 40})
-    alone: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60, "stage1.itm_start_step": 20})
-    retrieval: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60, "optim.lr": 1e-4})
-    stage2: dict[str, Any] = field(default_factory=lambda: {"train.steps": 60})
+    changes: Mapping[str, dict[str, Any]] = field(default_factory=lambda: CHANGES)
     stage1: RunSettings = field(default_factory=lambda: preset("stage1", "laptop"))
-    captioner: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
+    stage2: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
 
 
 def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = None) -> dict[str, Any]:
@@ -83,18 +89,16 @@ def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = N
     keep_freed_memory()
     records = gather(out, progress)
     parts = by_fold(records, plan.k, plan.seed)
-    base = change(plan.stage1, {"data.features": str(out / "features"), "train.seed": plan.seed})
-    vision = build_vision(base, compute_dtype(device(), base.train.precision)).to(device())
-    make_cache(vision, records, base, out / "features", progress, "pictures")
-    del vision
+    runs = Runs(out, progress, plan.overwrite)
+    runs.encode(plan.stage1, records, out / "features")
     rows: dict[str, list[dict[str, Any]]] = {}
     for number in plan.folds:
         progress.say(f"fold {number + 1} of {plan.k}")
         test = [record for record in parts[number] if _source(record) == SOURCE]
         train = [record for n, part in enumerate(parts) if n != number for record in part]
-        for name, found in _fold(out, out / f"fold-{number}", train, test, plan, base, progress).items():
-            rows.setdefault(name, []).extend({**row, "fold": number} for row in found)
-    figures = summary(rows, plan) | {"pictures": {s: sum(_source(r) == s for r in records) for s in _sources(records)}}
+        for name, found in _fold(runs, number, train, test, plan).items():
+            rows.setdefault(name, []).extend(found)
+    figures = summary(rows, plan) | {"pictures": dict(Counter(map(_source, records)))}
     write_json(figures, out / "real.json")
     text = in_words(figures)
     (out / "real.md").write_text(text, encoding="utf-8")
@@ -118,46 +122,41 @@ def gather(out: Path, progress: Progress) -> list[Record]:
 
 
 def _fold(
-    out: Path, folder: Path, train: list[Record], test: list[Record], plan: Plan, base: RunSettings, progress: Progress
+    runs: Runs, number: int, train: list[Record], test: list[Record], plan: Plan
 ) -> dict[str, list[dict[str, Any]]]:
-    """Trains the missing runs of a fold and scores them: rows of samples, by the name of what was scored."""
+    """Trains the missing runs of a fold and scores them: rows of samples, by the name of what was scored.
+
+    Each row also has its fold, the group of its image, and whether training had one of its captions.
+    """
+    folder, features = runs.out / f"fold-{number}", runs.out / "features"
     stamps = [record for record in train if _source(record) == SOURCE]
-    known = {caption for record in train for caption in record.captions}
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for name, part, changes in (("joint", train, plan.joint), ("alone", stamps, plan.alone)):
-        first, second = folder / name / "stage1", folder / name / "retrieval"
-        _train(change(base, changes), part, first, plan, progress)
-        tuned = fine_tuning("retrieval", "laptop", read_settings(first), str(first))
-        common = {"data.features": base.data.features, "train.seed": plan.seed}
-        _train(change(tuned, common | plan.retrieval), stamps, second, plan, progress)
-        for stage, run in (("stage 1", first), ("fine-tuned", second)):
-            matcher = load(run)
+    common = {"data.features": str(features), "train.seed": plan.seed}
+    first, rows = {}, {}
+    for name, part in (("joint", train), ("alone", stamps)):
+        settings = change(plan.stage1, common | plan.changes[name])
+        first[name] = runs.train(settings, part, folder / name / "stage1")
+        start = first[name].folder
+        tuned = fine_tuning("retrieval", "laptop", read_settings(start), str(start))
+        tuned = change(tuned, common | plan.changes["retrieval"])
+        second = runs.train(tuned, stamps, folder / name / "retrieval", first[name])
+        for stage, run in (("stage 1", first[name]), ("fine-tuned", second)):
+            matcher = load(run.folder)
             assert isinstance(matcher, Matcher)
-            found = score_retrieval(matcher, test, plan.reranked, progress, out / "features")
-            rows[f"{name}, {stage}"] = [row | _about(row, test, known) for row in found.samples]
-    second = folder / "joint" / "stage2"
-    changes = {"data.features": base.data.features, "train.seed": plan.seed, "start": str(folder / "joint" / "stage1")}
-    _train(change(plan.captioner, changes | plan.stage2), train, second, plan, progress)
-    captioner = load(second)
+            scored = score_retrieval(matcher, test, Options(rerank=plan.reranked, features=features), runs.progress)
+            rows[f"{name}, {stage}"] = scored.samples
+    settings = change(plan.stage2, common | plan.changes["captions"])
+    captioner = load(runs.train(settings, train, folder / "joint" / "stage2", first["joint"]).folder)
     assert isinstance(captioner, Captioner)
-    captions = score_captions(captioner, test, greedy(CAPTION), None, progress)
-    rows["captions"] = [row | _about(row, test, known) for row in captions.samples]
+    rows["captions"] = score_captions(captioner, test, Options(beams=1), runs.progress, PartialTexts()).samples
+
+    known = {caption for record in train for caption in record.captions}
+    tested = {record.id: record for record in test}
+    for row in (row for some in rows.values() for row in some):
+        record = tested[row["image"]]
+        captions = [row["caption"]] if "caption" in row and "references" not in row else record.captions
+        row |= {"fold": number, "group": (record.facts or {}).get("group")}
+        row["known"] = not known.isdisjoint(captions)
     return rows
-
-
-def _train(settings: RunSettings, records: Sequence[Record], run: Path, plan: Plan, progress: Progress) -> None:
-    """Trains a run, unless it is finished with these settings and images and started from the same run."""
-    start = read_json(Path(settings.start) / "trained.json") if settings.start else None
-    of = {"settings": to_dict(settings), "pictures": [record.id for record in records], "start": start}
-    cached_json(run / "trained.json", of, lambda: train_stage(settings, records, run, progress), plan.overwrite)
-
-
-def _about(row: dict[str, Any], test: Sequence[Record], known: set[str]) -> dict[str, Any]:
-    """The group of a sample, and whether training had one of its captions."""
-    record = next(record for record in test if record.id == row["image"])
-    caption = row.get("caption") if "references" not in row else None
-    captions = [caption] if caption else record.captions
-    return {"group": (record.facts or {}).get("group"), "known": not known.isdisjoint(captions)}
 
 
 def summary(rows: dict[str, list[dict[str, Any]]], plan: Plan) -> dict[str, Any]:
@@ -166,24 +165,24 @@ def summary(rows: dict[str, list[dict[str, Any]]], plan: Plan) -> dict[str, Any]
     for name in ("joint, stage 1", "joint, fine-tuned", "alone, stage 1", "alone, fine-tuned"):
         for way in WAYS:
             for score in ("itc", "itm", "itm+itc"):
-                scores[f"{name}: {score} {way}"] = mean_interval(*_hits(rows[name], way, score))
+                scores[f"{name}: {score} {way}"] = mean_interval(*_first_right(rows[name], way, score))
             for known, kind in ((True, "known captions"), (False, "new captions")):
-                hits, groups = _hits([row for row in rows[name] if row["known"] == known], way, "itc")
-                if len(hits):
-                    scores[f"{name}: itc {way}, {kind}"] = mean_interval(hits, groups)
+                right, groups = _first_right([row for row in rows[name] if row["known"] == known], way, "itc")
+                if len(right):
+                    scores[f"{name}: itc {way}, {kind}"] = mean_interval(right, groups)
     for way in WAYS:
-        joint, groups = _hits(rows["joint, fine-tuned"], way, "itc")
+        joint, groups = _first_right(rows["joint, fine-tuned"], way, "itc")
         for score in ("itm", "itm+itc"):
-            better, _ = _hits(rows["joint, fine-tuned"], way, score)
+            better, _ = _first_right(rows["joint, fine-tuned"], way, score)
             differences[f"{score} less itc, {way}"] = difference_interval(better, joint, groups)
-        alone, _ = _hits(rows["alone, fine-tuned"], way, "itc")
+        alone, _ = _first_right(rows["alone, fine-tuned"], way, "itc")
         differences[f"joint less alone, {way}"] = difference_interval(joint, alone, groups)
     captions = rows["captions"]
     groups = [row["group"] for row in captions]
     scores["captions: CIDEr-D"] = mean_interval(np.array([row["CIDEr-D"] for row in captions]), groups)
     exact = np.array([row["caption"] in row["references"] for row in captions])
     scores["captions: exactly a stamp's own"] = mean_interval(exact, groups)
-    counts = [sum(row["fold"] == n and "caption" not in row for row in rows["joint, stage 1"]) for n in plan.folds]
+    counts = [sum(row["fold"] == n for row in captions) for n in plan.folds]
     return {
         "folds": list(plan.folds),
         "k": plan.k,
@@ -194,10 +193,10 @@ def summary(rows: dict[str, list[dict[str, Any]]], plan: Plan) -> dict[str, Any]
     }
 
 
-def _hits(rows: Sequence[dict[str, Any]], way: str, score: str) -> tuple[np.ndarray, list[Any]]:
-    """Whether the first candidate was right, of images ("tr@1") or of texts ("ir@1"), and the group of each."""
-    chosen = [row for row in rows if ("caption" in row) == (way == "ir@1")]
-    return np.array([float(row[f"{score} first right"] == 1) for row in chosen]), [row["group"] for row in chosen]
+def _first_right(rows: Sequence[dict[str, Any]], way: str, score: str) -> tuple[np.ndarray, list[Any]]:
+    """`hits` of the images ("tr@1") or texts ("ir@1"), and the group of each."""
+    groups = [row["group"] for row in rows if ("caption" in row) == (way == "ir@1")]
+    return np.array(hits(rows, way[:2], score)), groups
 
 
 def in_words(figures: dict[str, Any]) -> str:
@@ -227,7 +226,3 @@ def _with_table(document: Path, table: str) -> str:
 
 def _source(record: Record) -> str:
     return str((record.facts or {}).get("source"))
-
-
-def _sources(records: Sequence[Record]) -> list[str]:
-    return list(dict.fromkeys(map(_source, records)))

@@ -1,10 +1,15 @@
 """What a study is made of: ways that are compared, claims about them, and the sizes of a study."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from openblip2.config import RunSettings
+from openblip2.data.records import Record
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.matcher import Matcher
 from openblip2.presets import preset
 
 LOSS = "caption loss, right picture"
@@ -13,37 +18,35 @@ GAP = "caption loss, another picture less right picture"
 LOWER = frozenset({LOSS})  # lower is better; for all other figures higher is better
 BOTH = "recall@1, both ways, {}"  # by one of the scores below
 SCORES = {"itc": "ITC alone", "itm": "re-ranked by ITM", "itm+itc": "re-ranked by ITM + ITC"}
-WAYS = {"tr": "image to text", "ir": "text to image"}
+DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
 
-
-def is_share(figure: str) -> bool:
-    """Whether a figure is a fraction in [0, 1], shown in per cent; all others are nats per token."""
-    return figure.startswith("recall")
-
-
-def sentence(text: str) -> str:
-    """With a capital first letter; the others stay as they are."""
-    return text[:1].upper() + text[1:]
+Points = list[tuple[int, float]]  # of a curve: step and value
 
 
 @dataclass(frozen=True)
 class Way:
-    """One of the ways that a study compares.
+    """One of the ways that a study compares. Ways whose stage is the same share its run.
 
     Attributes:
-        stage1: changes to the settings of stage 1, by dotted name; None = it is not trained. Ways with the same
-            `stage1` share the run.
+        stage1: changes to the settings of stage 1, by dotted name; None = it is not trained.
         stage2: the same for stage 2.
-        pictures: number of images that stage 2 is trained on, from the beginning; None = all.
-        web: train only on the web's half of the images, with these captions, one of `studies.web.WAYS`; "" = train on
-            all images with their own captions.
+        pictures: number of images that a stage is trained on, from the beginning; a stage that is missing takes all.
+        records: what the stages are trained on, from the `frame.Work` and the seed; None = the training images.
+        adapt: changes the loaded model before it is scored, for ways that differ in the use of one run.
     """
 
     name: str
     stage1: Mapping[str, Any] | None = field(default_factory=dict)
     stage2: Mapping[str, Any] | None = None
-    pictures: int | None = None
-    web: str = ""
+    pictures: Mapping[str, int] = field(default_factory=dict)
+    records: Callable[[Any, int], list[Record]] | None = None
+    adapt: Callable[[Captioner | Matcher], object] | None = None
+
+    @property
+    def stages(self) -> dict[str, Mapping[str, Any]]:
+        """The changes of each stage that is trained."""
+        both = {"stage1": self.stage1, "stage2": self.stage2}
+        return {stage: changes for stage, changes in both.items() if changes is not None}
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,6 @@ class Study:
         steps: of each stage.
         notes: limits of the figures.
         reranks: whether retrieval is also scored after re-ranking by ITM.
-        helper: trained on the clean half of the images, for the ways on the web's half; not scored.
     """
 
     name: str
@@ -77,7 +79,6 @@ class Study:
     steps: Mapping[str, int]
     notes: tuple[str, ...] = ()
     reranks: bool = False
-    helper: Way | None = None
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,17 @@ class Plan:
 
     Attributes:
         seeds: of training; the images are the same for all.
-        scenes, test_scenes: numbers of training scenes (None = the study's own) and of test scenes.
+        scenes: number of training scenes; None = the study's own.
+        test_scenes: number of test scenes.
         validated: number of test scenes that the curves are measured on.
         reranked: candidates that ITM scores.
-        values: numbers of queries, of images in `warm-start`, side of the grid in `connector`; () = the study's own.
+        values: the numbers that the study compares; () = its own.
         steps: of a stage, instead of the study's.
         changes: to the settings of both stages.
-        stage1, stage2: settings of the stages.
-        weaker: changes that select the weaker image encoder.
         overwrite: train runs again that have other settings or data.
+        stage1: settings of stage 1.
+        stage2: settings of stage 2.
+        weaker: changes that select the weaker image encoder.
     """
 
     seeds: tuple[int, ...] = (0,)
@@ -116,3 +119,32 @@ class Plan:
             "vision.dtype": "fp32",  # in bf16 its features are 8 % off
         }
     )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The outcome of one way with one seed.
+
+    Attributes:
+        values: By figure, one for each test image.
+        curves: By the name of a validation value, of the last stage trained.
+        settings: By stage.
+    """
+
+    values: dict[str, list[float]]
+    curves: dict[str, Points]
+    settings: dict[str, RunSettings]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run; `of` is what it depends on."""
+
+    folder: Path
+    settings: RunSettings
+    of: Any
+
+
+def slug(name: str) -> str:
+    """The name in small letters and digits, with hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,296 @@
+"""What all studies share: the ways that are compared, and their runs, each trained and scored once with every seed.
+
+OUT/data, OUT/features       scenes, and their frozen features by each encoder
+OUT/seed-N/STAGE-WAY         a run; a run that several ways share has the name of the first of them
+    trained.json             what the finished run depends on; if that differs, only --overwrite trains it again
+    scores.json              the figures of every test image; scores-WAY.json of a way that adapts the model
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openblip2.apps.scenes.draw import Split, draw_scenes
+from openblip2.apps.studies.study import (
+    BOTH,
+    DIRECTIONS,
+    GAP,
+    LOSS,
+    OTHER,
+    SCORES,
+    Plan,
+    Points,
+    Run,
+    Study,
+    Trial,
+    Way,
+    slug,
+)
+from openblip2.capfilt.models import digest
+from openblip2.config import RunSettings, VisionSettings, change, to_dict
+from openblip2.data.feature_cache import FeatureCache
+from openblip2.data.features import find_records
+from openblip2.data.records import Record, read_records
+from openblip2.data.rows import RECORDS
+from openblip2.data.text import clean_caption
+from openblip2.errors import UserError
+from openblip2.evaluate.result import Options
+from openblip2.evaluate.retrieval import score_retrieval
+from openblip2.evaluate.validation import GROUP
+from openblip2.hardware import compute_dtype, computing, device
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.load import load
+from openblip2.inference.matcher import Matcher
+from openblip2.model.build import build_vision
+from openblip2.model.likelihood import likelihoods
+from openblip2.progress import Progress
+from openblip2.runs import cached_json
+from openblip2.train.encode import make_cache, whitened
+from openblip2.train.recipes import train_stage
+
+DATA_SEED = 0
+VALIDATIONS = 5  # of a run
+OWN = ("train.seed", "train.steps", "data.source", "data.features", "start")  # settings that a study sets itself
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Encodes, trains and scores in one folder. What is finished is read, unless it is of something else.
+
+    Attributes:
+        overwrite: replace results of something else instead of refusing them.
+        seconds: that training and scoring took, by the file with the result.
+    """
+
+    out: Path
+    progress: Progress
+    overwrite: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def cached(self, path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        """As `cached_json`; also notes the seconds."""
+        found = cached_json(path, of, make, self.overwrite)
+        self.seconds[str(path)] = found["seconds"]
+        return found
+
+    def encode(self, settings: RunSettings, records: Sequence[Record], folder: Path) -> Path:
+        """The folder with the features of images by the encoder of the settings."""
+        self.progress.doing(f"loading {settings.vision.name}")
+        vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
+        make_cache(vision, records, settings, folder, self.progress, settings.vision.name, replace=True)
+        return folder
+
+    def train(
+        self,
+        settings: RunSettings,
+        records: Sequence[Record],
+        folder: Path,
+        start: Run | None = None,
+        held_out: Sequence[Record] | None = None,
+    ) -> Run:
+        """Trains a run, unless a finished one depends on the same.
+
+        Args:
+            start: the run that training starts from.
+            held_out: the images that it is validated on; None = a share of `records`.
+        """
+        if start is not None:
+            settings = change(settings, {"start": str(start.folder)})
+        of = {
+            "settings": to_dict(settings),
+            "pictures": digest_of(records),
+            "validated": None if held_out is None else len(held_out),
+            "start": start and start.of,
+        }
+        train = partial(train_stage, settings, records, folder, self.progress, held_out=held_out)
+        return Run(folder, settings, self.cached(folder / "trained.json", of, train)["of"])
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all trials of a study share.
+
+    Attributes:
+        test: scenes with one caption each.
+        encoded: the folder with the features of each encoder.
+    """
+
+    study: Study
+    plan: Plan
+    runs: Runs
+    train: list[Record]
+    test: list[Record]
+    encoded: dict[VisionSettings, Path] = field(default_factory=dict)
+
+    def features(self, settings: RunSettings) -> Path:
+        """The features of all scenes by the encoder of the settings."""
+        if settings.vision not in self.encoded:
+            name = f"{len(self.encoded)}-{slug(settings.vision.name.split('/')[-1])}"
+            folder = self.runs.out / "features" / name
+            self.encoded[settings.vision] = self.runs.encode(settings, [*self.train, *self.test], folder)
+        return self.encoded[settings.vision]
+
+
+def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Work:
+    """Draws the scenes, unless they exist.
+
+    Raises:
+        UserError: a change to a setting that the study sets itself; errors of drawing.
+    """
+    varied = {name for way in study.ways for changes in way.stages.values() for name in changes}
+    for name in plan.changes:
+        if name in varied or name in OWN:
+            raise UserError(
+                f"--set {name}: the study {study.name} sets it itself; steps: --stage1-steps, --stage2-steps"
+            )
+    change(plan.stage1, plan.changes)  # an unknown setting is reported before anything is drawn
+    assert plan.scenes is not None
+    train = _scenes(out / "data" / "train", plan.scenes, "train")
+    test = [
+        replace(record, captions=(clean_caption(record.captions[0]),))
+        for record in _scenes(out / "data" / "test", plan.test_scenes, "test")
+    ]
+    return Work(study, plan, Runs(out, progress, plan.overwrite), train, test)
+
+
+def run_trial(work: Work, way: Way, seed: int) -> Trial:
+    """Trains and scores a way, unless that has been done."""
+    values: dict[str, list[float]] = {}
+    runs = train_way(work, way, seed)
+    for stage, run in runs.items():
+        if stage in work.study.scored:
+            values |= _scored(work, way, run)
+    last = next(reversed(runs.values()))
+    return Trial(values, _curves(last.folder), {stage: run.settings for stage, run in runs.items()})
+
+
+def train_way(work: Work, way: Way, seed: int) -> dict[str, Run]:
+    """The runs of a way, by stage; each stage starts from the one before."""
+    records = work.train if way.records is None else way.records(work, seed)
+    runs: dict[str, Run] = {}
+    for stage in way.stages:
+        settings = _settings(work, way, stage)
+        settings = change(settings, {"train.seed": seed, "data.features": str(work.features(settings))})
+        folder = work.runs.out / f"seed-{seed}" / f"{stage}-{slug(_owner(work.study, way, stage).name)}"
+        work.runs.progress.say(f"{folder}: {way.name}, seed {seed}")
+        held_out = work.test[: work.plan.validated]
+        runs[stage] = work.runs.train(
+            settings, records[: way.pictures.get(stage)], folder, next(reversed(runs.values()), None), held_out
+        )
+    return runs
+
+
+def _owner(study: Study, way: Way, stage: str) -> Way:
+    """The first way with the same run of a stage, which also depends on the stage that it starts from."""
+
+    def depends_on(one: Way) -> list[Any]:
+        stages = [name for name in one.stages if name <= stage]
+        # Only a run that nothing starts from is validated (`_settings`).
+        return [one.records, list(one.stages)[-1] == stage, *((one.stages[s], one.pictures.get(s)) for s in stages)]
+
+    return next((one for one in study.ways if depends_on(one) == depends_on(way)), way)
+
+
+def _settings(work: Work, way: Way, stage: str) -> RunSettings:
+    """The settings of a stage that a way trains, except seed, features and start."""
+    steps = work.plan.steps.get(stage, work.study.steps[stage])
+    last = stage == "stage2" or way.stage2 is None  # the curves of other stages are not used
+    common = {
+        "data.source": str(work.runs.out / "data"),
+        "train.steps": steps,
+        "train.validate_every": -(-steps // VALIDATIONS) if last else 0,
+        "train.checkpoint_every": 0,
+    }
+    if stage == "stage1":
+        common["stage1.itm_start_step"] = steps * 3 // 7  # as in the laptop preset, 60 of 140
+    return change(getattr(work.plan, stage), {**common, **work.plan.changes, **way.stages[stage]})
+
+
+def _scored(work: Work, way: Way, run: Run) -> dict[str, list[float]]:
+    """The figures of a run for every test image: from `scores.json` if that depends on the same."""
+    reranked = work.plan.reranked if work.study.reranks else 0
+    features = work.features(run.settings)
+
+    def score() -> dict[str, Any]:
+        work.runs.progress.doing(f"scoring {run.folder}")
+        model = load(run.folder)
+        if way.adapt is not None:
+            way.adapt(model)
+        if isinstance(model, Matcher):
+            return {"values": retrieval_values(model, work.test, reranked, features, work.runs.progress)}
+        return {"values": caption_values(model, work.test, features)}
+
+    name = "scores.json" if way.adapt is None else f"scores-{slug(way.name)}.json"
+    of = {"run": run.of, "test": digest_of(work.test), "reranked": reranked}
+    return work.runs.cached(run.folder / name, of, score)["values"]
+
+
+def retrieval_values(
+    matcher: Matcher, test: Sequence[Record], reranked: int, features: Path, progress: Progress
+) -> dict[str, list[float]]:
+    """By figure, for each test image: 1 if it, or its caption, found its partner among the first k, else 0.
+
+    `reranked` is the number of candidates that ITM scores; 0: ITC alone.
+    """
+    rows = score_retrieval(matcher, test, Options(rerank=reranked, features=features), progress).samples
+    values: dict[str, list[float]] = {}
+    for score, named in SCORES.items() if reranked else [("itc", SCORES["itc"])]:
+        for k in (1, 5):
+            for way, words in DIRECTIONS.items():
+                values[f"recall@{k}, {words}, {named}"] = hits(rows, way, score, k)
+        sides = (values[f"recall@1, {words}, {named}"] for words in DIRECTIONS.values())
+        values[BOTH.format(named)] = [sum(pair) / 2 for pair in zip(*sides, strict=True)]
+    return values
+
+
+def hits(rows: Sequence[Mapping[str, Any]], way: str, score: str, k: int = 1) -> list[float]:
+    """1 for each image ("tr") or text ("ir") of retrieval's samples that found a partner among the first k, else 0."""
+    ranks = [row[f"{score} first right"] for row in rows if ("caption" in row) == (way == "ir")]
+    return [float(rank is not None and rank <= k) for rank in ranks]
+
+
+def caption_values(captioner: Captioner, test: Sequence[Record], features: Path) -> dict[str, list[float]]:
+    """By figure, for each test image: the loss of its caption in nats per token, and how much another image adds.
+
+    The other image is the one before it. Each image has the same weight, other than in `validation.grounding`.
+    """
+    model, prompt = captioner.model, captioner.settings.language.prompts[0]
+    assert model.vision is not None
+    stored, problems = find_records(test, FeatureCache(features), whitened(model.vision))
+    assert not problems, problems
+    with torch.inference_mode(), computing(model, captioner.settings.train.precision):
+        parts = stored.load().values.split(GROUP)
+        soft = torch.cat([model.soft_prompt(features=part.to(device())) for part in parts])
+        found: dict[str, list[float]] = {LOSS: [], OTHER: []}
+        for losses, prompts in ((found[LOSS], soft), (found[OTHER], soft.roll(1, dims=0))):
+            for rows in torch.arange(len(test)).split(GROUP):
+                captions = [test[n].captions[0] for n in rows.tolist()]
+                losses += likelihoods(model.language, prompts[rows.to(device())], prompt, captions)[0].tolist()
+    return found | {GAP: [other - right for right, other in zip(found[LOSS], found[OTHER], strict=True)]}
+
+
+def _curves(run: Path) -> dict[str, Points]:
+    """The values of a run's validations over its steps, by name."""
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "validation" in row]
+    names = [name for name, value in rows[0]["validation"].items() if isinstance(value, float)]
+    return {name: [(row["step"], row["validation"][name]) for row in rows] for name in names}
+
+
+def _scenes(folder: Path, count: int, split: Split) -> list[Record]:
+    """The first `count` scenes of `split`, drawn unless they exist."""
+    if (folder / RECORDS).is_file():
+        found, _ = read_records(folder)
+        if [record.id for record in found] == [f"{split}-{DATA_SEED}-{n:05d}" for n in range(count)]:
+            return found
+    return draw_scenes(folder, count, split, DATA_SEED)
+
+
+def digest_of(records: Sequence[Record]) -> str:
+    """A digest that identifies a list of images and captions."""
+    return digest([(record.id, record.captions) for record in records])
