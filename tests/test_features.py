@@ -21,8 +21,8 @@ from torch import Tensor
 import tiny_runs
 from openblip2.apps.scenes.draw import draw_scenes
 from openblip2.config import RunSettings, change
-from openblip2.data.feature_cache import FeatureCache, picture_bytes, writing
-from openblip2.data.features import FeaturePairs, StoredFeatures, find_records
+from openblip2.data.batches import FeaturePairs
+from openblip2.data.features import FeatureCache, StoredFeatures, find_records, picture_bytes, writing
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Captions
@@ -233,7 +233,7 @@ def test_a_batch_draws_a_view_of_each_picture_by_its_number(records: list[Record
     for entry in range(4):
         values = stored.take(range(20), [entry - 1] * 20 if entry else None)
         owners |= {row.numpy().tobytes(): (picture, entry) for picture, row in enumerate(values)}
-    pairs, again = (FeaturePairs(stored, Captions(stored.records), 6, seed=2, drawn=True) for _ in range(2))
+    pairs, again = (FeaturePairs(stored, Captions(stored.records), 6, seed=2, augmented=True) for _ in range(2))
     seen = []
     for number in (0, 9, 4):
         batch, same = pairs(number), again(number)
@@ -244,7 +244,7 @@ def test_a_batch_draws_a_view_of_each_picture_by_its_number(records: list[Record
         assert [picture for picture, _ in found] == pairs.sampler(number)
         seen += [entry for _, entry in found]
     assert set(seen) == {1, 2, 3}  # never the plain one
-    plain = FeaturePairs(stored, Captions(stored.records), 6, seed=2)(4).features
+    plain = FeaturePairs(stored, Captions(stored.records), 6, seed=2, augmented=False)(4).features
     assert plain is not None
     assert {owners[row.numpy().tobytes()][1] for row in plain} == {0}
 
@@ -258,7 +258,7 @@ def test_texts_with_left_or_right_get_views_that_are_not_mirrored(records: list[
     for view in range(4):
         values = stored.take(range(20), [view] * 20)
         owners |= {row.numpy().tobytes(): (picture, view) for picture, row in enumerate(values)}
-    pairs = FeaturePairs(stored, Captions(stored.records), 6, seed=2, drawn=True)
+    pairs = FeaturePairs(stored, Captions(stored.records), 6, seed=2, augmented=True)
     drawn: dict[bool, set[int]] = {True: set(), False: set()}
     for number in range(12):
         features = pairs(number).features
@@ -283,7 +283,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "index": (lambda f: edit(f, '"r3", ', '"r3", , '), r"features\.jsonl is damaged: remove"),
     "version": (lambda f: edit(f, '"version": 2', '"version": 7'), "has version 7 and this program reads 2"),
     "no cache": (lambda f: (f / "features.jsonl").unlink(), "is not a feature cache"),
-    "old": (lambda f: (f / "cache.json").write_text('{"version": 1}'), "was written by an older version: run"),
 }
 
 
@@ -296,19 +295,6 @@ def test_damage_is_named(what: str, records: list[Record], tmp_path: Path) -> No
     with pytest.raises(UserError, match=said) as caught:
         FeatureCache(folder)
     assert "\n" not in str(caught.value)
-
-
-def test_a_cache_of_an_older_version_is_made_anew(records: list[Record], tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    for name in ("cache.json", "shard-00000.json", "shard-00000.safetensors"):
-        (folder / name).write_text("{}")
-    (folder / "notes.txt").write_text("mine")
-    told = Told()
-    cache = build(records, folder, told=told)
-    assert told.lines == [f"{folder} was written by an older version: its features are computed again"]
-    assert torch.equal(cache.read(ids(records)), truth(records).half())
-    assert sorted(files(folder)) == sorted([cache.path.name, "features.jsonl", "notes.txt"])
 
 
 def test_a_disk_that_fills_up_ends_in_one_line(

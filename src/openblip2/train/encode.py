@@ -1,4 +1,4 @@
-"""Runs the frozen image encoder over pictures, into a feature cache (`data/feature_cache.py`) or into memory.
+"""Runs the frozen image encoder over pictures, into a feature cache (`data/features.py`) or into memory.
 
 Shapes: E entries of a picture (the plain one, then random crops of it), P patch tokens, V encoder width, B images,
 S image side in px.
@@ -8,7 +8,6 @@ import hashlib
 import json
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -20,9 +19,15 @@ import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
-from openblip2.data import feature_cache as stored
-from openblip2.data.feature_cache import FeatureCache, picture_bytes, require_same
-from openblip2.data.features import Features, find_records
+from openblip2.data.features import (
+    CACHE_DTYPES,
+    FeatureCache,
+    Features,
+    find_records,
+    picture_bytes,
+    require_same,
+    writing,
+)
 from openblip2.data.images import CROP_AREA, CROP_RATIO, THREADS, augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.errors import UserError
@@ -71,7 +76,7 @@ def make_cache(
     made_by = maker(vision, settings) | drawn
     shape = shape_of(vision, crops)
     with (
-        stored.writing(folder, made_by, shape, progress.say, records, replace) as writer,
+        writing(folder, made_by, shape, progress.say, records, replace) as writer,
         progress.steps(f"features ({name})", len(records)) as bar,
     ):
         # An interrupted command goes on where it was, and new pictures can be added to a cache.
@@ -129,8 +134,8 @@ def write_features(
     Args:
         views: 1 for the plain pictures; more for so many random crops of each beside it.
     """
-    if precision not in stored.CACHE_DTYPES:
-        raise UserError(f"precision {precision!r} is unknown: it must be one of {', '.join(stored.CACHE_DTYPES)}")
+    if precision not in CACHE_DTYPES:
+        raise UserError(f"precision {precision!r} is unknown: it must be one of {', '.join(CACHE_DTYPES)}")
     crops = 0 if views == 1 else views
     shape = shape_of(vision, crops)
     size, free = len(records) * picture_bytes(shape), free_bytes(folder)
@@ -165,16 +170,12 @@ def open_batches(
     """
     open_one = partial(_open, size=size, crops=crops, seed=seed)
     # Two batches at most: opened pictures take much memory, and more would not make the encoder faster.
-    opening: deque[tuple[Sequence[Record], Iterator[Tensor | str]]] = deque()
     with ThreadPoolExecutor(THREADS) as threads:
+        following = threads.map(open_one, records[:BATCH])
         for start in range(0, len(records), BATCH):
-            part = records[start : start + BATCH]
-            opening.append((part, threads.map(open_one, part)))
-            if len(opening) > 1:  # the one after it is being opened
-                first, opened = opening.popleft()
-                yield first, list(opened)
-        for part, opened in opening:
-            yield part, list(opened)
+            opened, end = following, start + BATCH
+            following = threads.map(open_one, records[end : end + BATCH])
+            yield records[start:end], list(opened)
 
 
 def _open(record: Record, size: int, crops: int, seed: int) -> Tensor | str:
