@@ -28,7 +28,7 @@ from openblip2.capfilt.models import Ranker, digest
 from openblip2.capfilt.pool import How, Text, best, pool
 from openblip2.data.images import THREADS, PictureFile, to_pixels
 from openblip2.data.web.mixture import find_reader, sample_captions
-from openblip2.data.web.shard_files import stats_path, write_stats
+from openblip2.data.web.shard_files import read_stats, write_stats
 from openblip2.data.web.tars import MAX_JSON, Sample, Shard
 from openblip2.data.web.write_shards import write_tar
 from openblip2.errors import UserError
@@ -102,16 +102,8 @@ def finished(task: Task) -> Made | None:
     Raises:
         UserError: the shard was made with other settings.
     """
-    stats = Path(stats_path(str(task.path)))
-    if not task.path.exists() or not stats.exists():
-        return None
-    try:
-        told = json.loads(stats.read_text(encoding="utf-8"))
-        if told["settings"] == task.settings:
-            return Made(task.name, told["counts"]) if told["of"] == task.of else None
-    except (ValueError, KeyError, TypeError):
-        pass  # stats, and so a shard, of another program
-    raise UserError(f"{task.path}: was made with other settings: give another --out, or remove it")
+    stats = read_stats(task.path, "settings", task.settings)
+    return Made(task.name, stats["counts"]) if stats and stats["of"] == task.of else None
 
 
 class Maker:

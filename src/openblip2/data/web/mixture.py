@@ -199,16 +199,14 @@ def count_parts(
     """
     counted: list[Part] = []
     problems: list[str] = []
-
-    def tell(line: str) -> None:
-        problems.append(line)
-        problem(line)
-
     with ThreadPoolExecutor(_THREADS) as threads:
         for part in parts:
             counts: list[int] = []
-            for samples in threads.map(lambda shard: _count(shard, tell), part.shards):
+            for samples, lines in threads.map(_count, part.shards):
                 counts.append(samples)
+                problems += lines
+                for line in lines:
+                    problem(line)
                 advance()
             if not any(counts):
                 why = f"the first problem: {problems[0]}" if problems else "give shards with images"
@@ -217,20 +215,18 @@ def count_parts(
     return counted
 
 
-def _count(shard: str, problem: Callable[[str], object]) -> int:
+def _count(shard: str) -> tuple[int, list[str]]:
+    """The number of samples of a shard, and if there are none, the problems with it."""
     stated = stated_samples(shard)
     if stated is not None:
-        return stated
+        return stated, []
     problems: list[str] = []
     try:
-        opened = Shard(shard, problems.append)  # reported when it is read, unless it never will be
+        opened = Shard(shard, problems.append)
     except UserError as error:
-        problem(str(error))
-        return 0
+        return 0, [str(error)]
     opened.close()
-    for line in problems if not len(opened) else ():
-        problem(line)
-    return len(opened)
+    return len(opened), [] if len(opened) else problems  # of other shards they are reported in training
 
 
 def hold_out(parts: Sequence[Part], wanted: int) -> list[Part]:

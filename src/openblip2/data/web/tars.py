@@ -132,12 +132,16 @@ class Shard:
         url: path or URL.
         problem: called with each problem, "shard: member: what is wrong; what would be right".
 
+    Attributes:
+        bad: numbers of samples that the caller found unusable.
+
     Raises:
         UserError: the file cannot be opened.
     """
 
     def __init__(self, url: str, problem: Problem) -> None:
         self.url, self.problem = url, lambda what: problem(f"{url}: {what}")
+        self.bad = set[int]()
         self._file, self._lock = open_shard(url), threading.Lock()
         members = tar_members(self._file, os.fstat(self._file.fileno()).st_size, self.problem)
         samples = _group(members, self.problem)
