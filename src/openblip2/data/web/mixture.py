@@ -202,7 +202,7 @@ def count_parts(
     with ThreadPoolExecutor(_THREADS) as threads:
         for part in parts:
             counts: list[int] = []
-            for samples, lines in threads.map(_count, part.shards):
+            for samples, lines in threads.map(count_samples, part.shards):
                 counts.append(samples)
                 problems += lines
                 for line in lines:
@@ -215,7 +215,7 @@ def count_parts(
     return counted
 
 
-def _count(shard: str) -> tuple[int, list[str]]:
+def count_samples(shard: str) -> tuple[int, list[str]]:
     """The number of samples of a shard, and if there are none, the problems with it."""
     stated = stated_samples(shard)
     if stated is not None:
