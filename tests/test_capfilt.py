@@ -262,12 +262,6 @@ def test_training_draws_one_of_the_two(home: Path, whole: Path, tmp_path: Path) 
     assert said.code == 0, said.err
 
 
-def test_the_ranker_alone(home: Path, tmp_path: Path) -> None:
-    written = capfilt(str(home / "set"), Models(None, str(home / "clip")), tmp_path, How(captions=0), QUIET)
-    assert written.counts["captions"] == written.counts["pictures"] == 52
-    assert written.counts["captions by the captioner"] == 0
-
-
 def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
     both = ["--captioner", home / "stage2", "--ranker", home / "stage1"]
     said = call("capfilt", home / "set", *both, "--out", tmp_path / "out", "--captions", 3)

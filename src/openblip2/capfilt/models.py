@@ -19,17 +19,16 @@ from openblip2.compat import quiet_transformers
 from openblip2.config import to_dict
 from openblip2.data.images import PictureFile, open_picture, to_pixels
 from openblip2.errors import UserError, one_line, refuse_lfs_pointer
-from openblip2.evaluate.ranking import text_vectors
+from openblip2.evaluate.ranking import similarities
 from openblip2.hardware import computing
 from openblip2.hardware import device as default_device
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.mapped import load_in
-from openblip2.model.objectives import similarity
 from openblip2.runs import read_json
 from openblip2.weights.checkpoint import Checkpoint
-from openblip2.weights.source import LAVIS_SUFFIXES, fetch, read_checkpoint
+from openblip2.weights.source import fetch, read_checkpoint
 
 _WEIGHTS = (".json", ".safetensors", ".txt", ".model")
 CHUNK = 64  # texts, or pairs for ITM, at once
@@ -67,21 +66,15 @@ class RunRanker:
         assert model.vision is not None
         device = model.temperature.device
         owners = _owners(pools, device)
+        pairs = torch.arange(len(owners), device=device)
         tokens, valid = (t.to(device) for t in self.matcher.tokens([text for texts in pools for text in texts]))
         with torch.inference_mode(), computing(model, self.matcher.settings.train.precision):
-            memory = model.qformer.encode_image(model.vision(torch.stack(list(pixels)).to(device)))
-            if self.itm:
-                logits = [
-                    model.match(memory.take(owners[rows]), tokens[rows], valid[rows])
-                    for rows in torch.arange(len(owners), device=device).split(CHUNK)
-                ]
-                scores = torch.cat(logits).float().softmax(dim=1)[:, 1]
-            else:
-                cosines = similarity(
-                    model.image_vectors(model.qformer.query_pass(memory)[0]), text_vectors(model, tokens, valid)
-                )
-                scores = cosines[owners, torch.arange(len(owners), device=device)]
-        return _split(scores, pools)
+            features = model.vision(torch.stack(list(pixels)).to(device))
+            if not self.itm:
+                return _split(similarities(model, features, tokens, valid)[owners, pairs], pools)
+            image = model.qformer.encode_image(features)
+            logits = [model.match(image.take(owners[n]), tokens[n], valid[n]) for n in pairs.split(CHUNK)]
+            return _split(torch.cat(logits).float().softmax(dim=1)[:, 1], pools)
 
 
 class ClipRanker:
@@ -155,9 +148,9 @@ Ranker = RunRanker | ClipRanker
 
 
 class Models(NamedTuple):
-    """The names of both as the user gives them; captioner None: no captions are generated."""
+    """The names of both as the user gives them."""
 
-    captioner: str | None
+    captioner: str
     ranker: str
 
 
@@ -166,7 +159,7 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def digests(models: Models, itm: bool) -> tuple[str | None, str]:
+def digests(models: Models, itm: bool) -> tuple[str, str]:
     """Digests of captioner and ranker: their weights and everything else that their results depend on.
 
     Args:
@@ -176,8 +169,8 @@ def digests(models: Models, itm: bool) -> tuple[str | None, str]:
     Raises:
         UserError: one does not exist, is of the wrong kind, or cannot do what the settings require.
     """
-    captioner = None if models.captioner is None else _captioner(models.captioner)
-    if not _is_run(models.ranker):
+    captioner = _captioner(models.captioner)
+    if _is_other(models.ranker):
         if itm:
             raise UserError(f"--ranker {models.ranker} is not a run of openblip2: --filter itm needs a stage-1 run")
         if not {"text_config", "vision_config"} <= read_json(_folder(models.ranker) / "config.json").keys():
@@ -191,15 +184,15 @@ def digests(models: Models, itm: bool) -> tuple[str | None, str]:
     return captioner, _of_checkpoint(checkpoint)
 
 
-def open_models(models: Models, itm: bool) -> tuple[Captioner | None, Ranker]:
+def open_models(models: Models, itm: bool) -> tuple[Captioner, Ranker]:
     """Loads both, on a GPU if there is one.
 
     Raises:
         UserError: as `digests`, or a part cannot be loaded.
     """
-    captioner = None if models.captioner is None else load(models.captioner)
-    assert captioner is None or isinstance(captioner, Captioner)  # checked by `digests`
-    if not _is_run(models.ranker):
+    captioner = load(models.captioner)
+    assert isinstance(captioner, Captioner)  # checked by `digests`
+    if _is_other(models.ranker):
         return captioner, ClipRanker(_folder(models.ranker))
     matcher = load(models.ranker)
     assert isinstance(matcher, Matcher)
@@ -220,21 +213,11 @@ def _folder(name: str) -> Path:
     return path if path.exists() else fetch(name)
 
 
-def _is_run(name: str) -> bool:
-    """Whether `read_checkpoint` reads it. If not, it may be a CLIP.
-
-    Raises:
-        UserError: it does not exist, or it contains no model.
-    """
-    folder = _folder(name)
-    if folder.is_file():
-        if folder.suffix not in LAVIS_SUFFIXES:
-            raise UserError(f"{name} is not a model: give a stage-1 run, or the folder of a CLIP")
-        return True
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{name} is not a model (it has no config.json): give a stage-1 run, or the folder of a CLIP")
-    config = read_json(folder / "config.json")
-    return isinstance(config, dict) and ("settings" in config or config.get("model_type") == "blip-2")
+def _is_other(name: str) -> bool:
+    """Whether it is a model of transformers that `read_checkpoint` does not read. It may be a CLIP."""
+    path = _folder(name) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    return isinstance(config, dict) and "model_type" in config and config["model_type"] != "blip-2"
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> str:

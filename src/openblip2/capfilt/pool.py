@@ -22,7 +22,7 @@ class How:
     """Settings; the defaults are the paper's.
 
     Attributes:
-        captions: number of captions to sample for each image; 0 = none, only rank.
+        captions: number of captions to sample for each image.
         top_p: probability mass for nucleus sampling, in (0, 1].
         keep: number of captions to keep for each image, the best ones.
         filter: "similarity" ranks captions by their similarity to the image; "itm", as in BLIP, by the probability of
@@ -44,7 +44,7 @@ class How:
     reader: str = "web"
 
     def __post_init__(self) -> None:
-        for name, value, least in (("captions", self.captions, 0), ("keep", self.keep, 1), ("seed", self.seed, 0)):
+        for name, value, least in (("captions", self.captions, 1), ("keep", self.keep, 1), ("seed", self.seed, 0)):
             if value < least:
                 raise UserError(f"--{name} {value}: it must be a whole number, {least} or more")
         if not 0 < self.top_p <= 1:

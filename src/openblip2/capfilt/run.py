@@ -88,7 +88,7 @@ def capfilt(
     return Written(len(done) - len(dead), counts, dead)
 
 
-def settings_of(how: How, captioner: str | None, ranker: str) -> dict[str, Any]:
+def settings_of(how: How, captioner: str, ranker: str) -> dict[str, Any]:
     """Everything that captions depend on besides the shard, with digests of the weights of both models."""
     values = asdict(how) if how.filter == "itm" else {k: v for k, v in asdict(how).items() if k != "threshold"}
     return {"format": _FORMAT, **values, "captioner": captioner, "ranker": ranker}

@@ -52,7 +52,7 @@ class _Ready(NamedTuple):
     """A sample with its pixels for captioner and ranker, and the captions it has."""
 
     sample: Sample
-    picture: np.ndarray[Any, Any] | None
+    picture: np.ndarray[Any, Any]
     ranker_pixels: Tensor
     web: tuple[str, ...]
 
@@ -61,7 +61,7 @@ class Maker:
     """Captions and filters shards.
 
     Args:
-        captioner: None to rank only.
+        captioner: samples captions.
         ranker: scores captions.
         how: the settings.
         settings: a digest of all settings, for the stats.
@@ -70,7 +70,7 @@ class Maker:
 
     def __init__(
         self,
-        captioner: Captioner | None,
+        captioner: Captioner,
         ranker: Ranker,
         how: How,
         settings: str,
@@ -135,26 +135,24 @@ class Maker:
             return ""
         picture = PictureFile(sample.image, f"{shard.url}: {sample.key}.{sample.suffix}")
         try:
-            pixels = None
-            if self.captioner is not None:
-                vision = self.captioner.model.vision
-                assert vision is not None
-                pixels = to_pixels([picture], vision.image_size)[0].permute(1, 2, 0).contiguous().numpy()
+            vision = self.captioner.model.vision
+            assert vision is not None
+            pixels = to_pixels([picture], vision.image_size)[0].permute(1, 2, 0).contiguous().numpy()
             return _Ready(sample, pixels, self.ranker.pixels(picture), sample_captions(sample, self.reader))
         except UserError as error:
             return str(error)
 
     def _write(self, group: Sequence[_Ready], seed: int) -> list[list[str]]:
         """The generated captions of each image."""
-        if self.captioner is None or not group:
-            return [[] for _ in group]
+        if not group:
+            return []
         count = self.how.captions
         pictures = [one.picture for one in group for _ in range(count)]  # the same object, which is encoded once
         prompts = [self.captioner.settings.language.prompts[0]] * len(pictures)
         decoding = Decoding(beams=1, sample=True, top_p=self.how.top_p)
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             torch.manual_seed(seed)
-            texts = self.captioner.generate(pictures, prompts, decoding, at_once=AT_ONCE)  # pyright: ignore
+            texts = self.captioner.generate(pictures, prompts, decoding, at_once=AT_ONCE)
         return [texts[start : start + count] for start in range(0, len(texts), count)]
 
     def _best(
