@@ -7,10 +7,8 @@ S image side in px.
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,7 @@ import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
-from openblip2.data.features import (
-    CACHE_DTYPES,
-    FeatureCache,
-    Features,
-    find_records,
-    picture_bytes,
-    require_same,
-    writing,
-)
+from openblip2.data.features import CACHE_DTYPES, FeatureCache, Features, picture_bytes, require_same, writing
 from openblip2.data.images import CROP_AREA, CROP_RATIO, THREADS, augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.errors import UserError
@@ -125,11 +115,10 @@ def write_features(
     precision: str,
     views: int,
     progress: Progress,
-    dry_run: bool = False,
-) -> dict[str, int | float]:
-    """What `openblip2 features` does: says what it takes, then makes the cache (`make_cache`) unless it is a dry run.
+) -> dict[str, int]:
+    """What `openblip2 features` does: says how large the cache will be, makes it, and names skipped pictures.
 
-    Returns the pictures, bytes, free bytes and seconds; with a cache also how many pictures were skipped.
+    Returns the numbers of pictures, of bytes and of skipped pictures.
 
     Args:
         views: 1 for the plain pictures; more for so many random crops of each beside it.
@@ -142,23 +131,11 @@ def write_features(
     kinds = "the plain picture" if not crops else f"the plain picture and {crops} views"
     progress.say(f"{len(records):,} pictures, {kinds} of each: {shape[1]} tokens x {shape[2]} in {precision}")
     progress.say(f"{size / 1e9:.3g} GB in {folder}, of {free / 1e9:,.3g} GB free")
-    # A real batch, also in a dry run: the time depends on the disk, the pictures' sizes and the encoder.
-    began = time.monotonic()
-    first, opened = next(open_batches(records[:BATCH], vision.image_size, crops, settings.train.seed))
-    encode_raw(vision, opened, shape)
-    seconds = (time.monotonic() - began) / len(first) * len(records)
-    progress.say(
-        f"about {timedelta(seconds=round(seconds))} by the first {len(first)} pictures; the encoder then runs once and "
-        "not once an epoch"
-    )
-    takes = {"pictures": len(records), "bytes": size, "free_bytes": free, "seconds": seconds}
-    if dry_run:
-        return takes
     cache = make_cache(vision, records, settings, folder, progress, "all", precision, crops)
     problems = [problem for record in records if (problem := cache.pictures[record.id].problem)]
     for number, problem in enumerate(problems, 1):
         progress.say(f"skipped ({number} so far): {problem}")
-    return takes | {"skipped": len(problems)}
+    return {"pictures": len(records), "bytes": size, "skipped": len(problems)}
 
 
 def open_batches(
@@ -209,15 +186,6 @@ def encode_raw(vision: FrozenVision, opened: Sequence[Tensor | str], shape: tupl
             return torch.cat(features).unflatten(0, (-1, shape[0]))
     finally:
         vision.whitening = whitening
-
-
-def encode_all(
-    vision: FrozenVision, records: Sequence[Record], settings: RunSettings, folder: Path, name: str, progress: Progress
-) -> tuple[Features, list[str]]:
-    """The features of records as the models get them, by a cache in `folder`; and one line for each bad picture."""
-    cache = make_cache(vision, records, settings, folder, progress, name, replace=True)
-    features, problems = find_records(records, cache, whitened(vision))
-    return features.load(), problems
 
 
 def openable(records: Sequence[Record], size: int) -> tuple[list[Record], list[str]]:
