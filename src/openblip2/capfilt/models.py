@@ -7,7 +7,7 @@ Shapes: N images, M captions of all of them, S image side, E shared space.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openblip2.compat import quiet_transformers
-from openblip2.config import to_dict
+from openblip2.config import RunSettings
 from openblip2.data.images import PictureFile, open_picture, to_pixels
 from openblip2.errors import UserError, one_line, refuse_lfs_pointer
 from openblip2.evaluate.ranking import similarities
@@ -27,7 +27,6 @@ from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.mapped import load_in
 from openblip2.runs import read_json
-from openblip2.weights.checkpoint import Checkpoint
 from openblip2.weights.source import fetch, read_checkpoint
 
 _WEIGHTS = (".json", ".safetensors", ".txt", ".model")
@@ -177,11 +176,11 @@ def digests(models: Models, itm: bool) -> tuple[str, str]:
             raise UserError(
                 f"--ranker {models.ranker} does not compare pictures with texts: give a stage-1 run or a CLIP"
             )
-        return captioner, _of_files(_folder(models.ranker))
-    checkpoint = read_checkpoint(models.ranker)
-    if checkpoint.settings.stage != "stage1":
+        return captioner, _of_model(_folder(models.ranker))
+    settings = read_checkpoint(models.ranker).settings
+    if settings.stage != "stage1":
         raise UserError(f"--ranker {models.ranker} is a stage-2 run, which cannot rank; give a stage-1 run or a CLIP")
-    return captioner, _of_checkpoint(checkpoint)
+    return captioner, _of_run(models.ranker, settings)
 
 
 def open_models(models: Models, itm: bool) -> tuple[Captioner, Ranker]:
@@ -200,12 +199,12 @@ def open_models(models: Models, itm: bool) -> tuple[Captioner, Ranker]:
 
 
 def _captioner(name: str) -> str:
-    checkpoint = read_checkpoint(name)
-    if checkpoint.settings.stage == "stage1":
+    settings = read_checkpoint(name).settings
+    if settings.stage == "stage1":
         raise UserError(f"--captioner {name} is a stage-1 run, which cannot write text; give a stage-2 run")
-    if checkpoint.settings.qformer.question_in_qformer and not checkpoint.settings.reads_prompts:
+    if settings.qformer.question_in_qformer and not settings.reads_prompts:
         raise UserError(f"--captioner {name} answers questions, which its Q-Former reads; give a run for captions")
-    return _of_checkpoint(checkpoint)
+    return _of_run(name, settings)
 
 
 def _folder(name: str) -> Path:
@@ -220,42 +219,22 @@ def _is_other(name: str) -> bool:
     return isinstance(config, dict) and "model_type" in config and config["model_type"] != "blip-2"
 
 
-def _of_checkpoint(checkpoint: Checkpoint) -> str:
-    settings = to_dict(checkpoint.settings)
-    parts = {part: dict(settings[part]) for part in ("vision", "language")}
-    for part in parts.values():
-        if Path(part["name"]).is_dir():  # by its content, wherever it is
-            part["name"] = _of_files(Path(part["name"]))
-    if checkpoint.settings.stage == "stage1":
-        parts.pop("language")
-    whitening = checkpoint.whitening
-    return digest(
-        {
-            **parts,
-            "stage": settings["stage"],
-            "sizes": dict(checkpoint.sizes),
-            **({"connector": settings["connector"]} if checkpoint.settings.connector.name != "qformer" else {}),
-            "longest": settings["data"]["max_tokens"],
-            "precision": settings["train"]["precision"],
-            "trained": _of_tensors(checkpoint.trained),
-            "tower": _of_tensors(checkpoint.tower.state_dict()) if checkpoint.tower else None,
-            "whitening": _of_tensors({"mean": whitening.mean, "matrix": whitening.matrix}) if whitening else None,
-        }
-    )
+def _of_run(name: str, settings: RunSettings) -> str:
+    """A digest of the weights and settings of a run, and of its frozen models if they are in local folders."""
+    run = _folder(name)
+    files = [run] if run.is_file() else [run / "config.json", *sorted(run.glob("*.safetensors"))]
+    frozen = [Path(part.name) for part in (settings.vision, settings.language)]
+    return digest([_of_files(files), *(_of_model(folder) for folder in frozen if folder.is_dir())])
 
 
-def _of_tensors(tensors: Mapping[str, Tensor]) -> str:
+def _of_model(folder: Path) -> str:
+    """A digest of a model of transformers, with its tokenizer and its preprocessing."""
+    return _of_files(sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS))
+
+
+def _of_files(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _of_files(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS):
+    for path in files:
         digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -19,7 +19,7 @@ from openblip2.progress import Progress
 from openblip2.runs import atomic_write, make_folder, read_json
 
 FILE = "capfilt.json"  # the settings and models that OUT was made with
-_FORMAT = 1  # raise it when the same settings give other captions
+_FORMAT = 2  # raise it when the same settings give other captions
 
 
 class Written(NamedTuple):
