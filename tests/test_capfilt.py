@@ -289,7 +289,6 @@ def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
         (refused("--threshold", 0.3), "--threshold belongs to --filter itm"),
         (refused("--filter", "itm", "--threshold", 1.5), "--threshold 1.5: it must be a probability"),
         (refused("--top-p", 0), "--top-p 0.0: it must be above 0"),
-        (refused("--reader", "flickr"), "unknown reader 'flickr'"),
         (refused("--part", "3/2"), "--part '3/2': write it as K/N"),
         (refused("--part", "4/4"), "3 shards leave none for it"),
         (refused(data=tmp_path / "empty"), "holds no .tar file"),

@@ -67,7 +67,6 @@ def test_what_is_completed_is_what_there_is() -> None:
     from openblip2.apps.studies.design import STUDIES
     from openblip2.capfilt.pool import How
     from openblip2.data.features import CACHE_DTYPES
-    from openblip2.data.web.mixture import READERS
     from openblip2.evaluate.run import Task
     from openblip2.evaluate.vqa import METRICS
     from openblip2.inference.attend import BY
@@ -87,7 +86,6 @@ def test_what_is_completed_is_what_there_is() -> None:
     assert tuple(SIZES) == measure.SIZES
     assert tuple(PRESETS) == planning.STAGES
     assert values(How, "filter") == scale.FILTERS
-    assert tuple(READERS) == scale.READERS
     assert tuple(STUDIES) == study.STUDIES
     assert get_args(Target) == TARGETS
     assert BY == ("itc", "itm")

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from openblip2.data.text import clean_caption
-from openblip2.data.web.mixture import find_reader
 from openblip2.errors import UserError
 
 Origin = Literal["web", "captioner"]
@@ -29,10 +28,9 @@ class How:
             a match, and drops those below `threshold`.
         threshold: in [0, 1].
         seed: of the sampled captions.
-        reader: of the shards (data/web/mixture.py).
 
     Raises:
-        UserError: a number is out of its range, or the filter or reader is unknown.
+        UserError: a number is out of its range, or the filter is unknown.
     """
 
     captions: int = 10
@@ -41,7 +39,6 @@ class How:
     filter: Literal["similarity", "itm"] = "similarity"
     threshold: float = 0.5
     seed: int = 0
-    reader: str = "web"
 
     def __post_init__(self) -> None:
         for name, value, least in (("captions", self.captions, 1), ("keep", self.keep, 1), ("seed", self.seed, 0)):
@@ -53,7 +50,6 @@ class How:
             raise UserError(f"--threshold {self.threshold}: it must be a probability, from 0 to 1")
         if self.filter not in ("similarity", "itm"):
             raise UserError(f"--filter {self.filter}: it must be similarity or itm")
-        find_reader(self.reader)
 
 
 class Text(NamedTuple):

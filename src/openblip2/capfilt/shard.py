@@ -25,7 +25,6 @@ from torch import Tensor
 from openblip2.capfilt.models import Ranker
 from openblip2.capfilt.pool import How, Text, best, pool
 from openblip2.data.images import THREADS, PictureFile, to_pixels
-from openblip2.data.web.mixture import find_reader, sample_captions
 from openblip2.data.web.shard_files import write_stats
 from openblip2.data.web.tars import MAX_JSON, Sample, Shard
 from openblip2.data.web.write_shards import write_tar
@@ -76,7 +75,7 @@ class Maker:
         settings: str,
         advance: Callable[[int], object] = lambda count: None,
     ) -> None:
-        self.captioner, self.ranker, self.how, self.reader = captioner, ranker, how, find_reader(how.reader)
+        self.captioner, self.ranker, self.how = captioner, ranker, how
         self.settings, self.advance = settings, advance
 
     def __call__(self, url: str, path: Path) -> Made:
@@ -138,7 +137,7 @@ class Maker:
             vision = self.captioner.model.vision
             assert vision is not None
             pixels = to_pixels([picture], vision.image_size)[0].permute(1, 2, 0).contiguous().numpy()
-            return _Ready(sample, pixels, self.ranker.pixels(picture), sample_captions(sample, self.reader))
+            return _Ready(sample, pixels, self.ranker.pixels(picture), sample.captions)
         except UserError as error:
             return str(error)
 

@@ -14,6 +14,7 @@ Shapes: B pairs of this process, S image side in pixels.
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,11 +26,20 @@ from torch import Tensor
 from openblip2.data.batches import PairBatch, pair_ids
 from openblip2.data.images import PictureFile, augment, to_pixels
 from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, clean_caption, names_side
-from openblip2.data.web.mixture import Part, find_reader, sample_captions, sample_picture
+from openblip2.data.web.mixture import Part
 from openblip2.data.web.shard_order import Order, Spot, Turns, generator
-from openblip2.data.web.tars import Shard
+from openblip2.data.web.tars import Sample, Shard
 from openblip2.distributed.collectives import part_of
 from openblip2.errors import UserError
+
+# Names in the .json of a sample, of img2dataset and of the data sets' own tables.
+COCO_NUMBERS = ("cocoid", "coco_id")
+URLS = ("url", "URL", "coco_url", "image_url", "image_urls")
+# URLs of data sets whose images have numbers.
+ADDRESSES = {
+    "coco": re.compile(r"(?:train|val|test)20\d\d/(?:COCO_\w+?_)?0*(\d+)\.jpg"),
+    "vg": re.compile(r"VG_100K(?:_2)?/(\d+)\.jpg"),
+}
 
 THREADS = min(16, os.cpu_count() or 1)  # Pillow releases the GIL while it decodes and resizes
 OPENING_THREADS = 4  # they wait for disks and networks, and more of them slow each other down
@@ -156,7 +166,6 @@ class ShardPairs:
     ) -> None:
         self.parts, self.batch, self.seed, self.size, self.lanes = list(parts), batch, seed, size, lanes
         self.augmented, self.part = augmented, part
-        self.readers = [find_reader(part.reader) for part in parts]
         self.orders = []
         for n, part_ in enumerate(parts):
             counts = [count - held for count, held in zip(part_.counts, part_.held_out, strict=True)]
@@ -200,13 +209,13 @@ class ShardPairs:
                 name = f"{shard.url}: {sample.key}.{sample.suffix}"
                 random = generator(self.seed, "sample", part, position)
                 try:
-                    caption, sided = self._caption(sample_captions(sample, self.readers[part]), name, random)
+                    caption, sided = self._caption(sample.captions, name, random)
                     image = PictureFile(sample.image, name)
                     if self.augmented:
                         pixels = augment(image, self.size, random, mirror=False if sided else None)
                     else:
                         pixels = to_pixels([image], self.size)[0]
-                    return DrawnSample(pixels, caption, sample_picture(sample, self.readers[part], shard.url), name)
+                    return DrawnSample(pixels, caption, picture_of(sample, shard.url), name)
                 except UserError as error:
                     self.shards.problem(str(error))
             shard.bad.add(number)
@@ -222,6 +231,25 @@ class ShardPairs:
             most = f"at most {MAX_WORDS} words and {MAX_CHARACTERS:,} characters"
             self.shards.problem(f"{name}: the end of a caption, after {cut[-20:]!r}; {most}")
         return cut, names_side(texts)
+
+
+def picture_of(sample: Sample, shard: str) -> str:
+    """What identifies the image of a sample: its number in COCO or Visual Genome, its URL, or its shard and key.
+
+    COCO has five captions for each image, and Visual Genome shares images with it. Two samples with the same image are
+    not negatives of each other.
+    """
+    numbers = (sample.about.get(name) for name in COCO_NUMBERS)
+    number = next((n for n in numbers if isinstance(n, int | str) and not isinstance(n, bool) and str(n).strip()), None)
+    if number is not None:
+        return f"coco:{str(number).lstrip('0') or 0}"
+    url = next((url for name in URLS if isinstance(url := sample.about.get(name), str) and url), None)
+    if url is None:
+        return f"{shard}:{sample.key}"
+    for collection, pattern in ADDRESSES.items():
+        if match := pattern.search(url):
+            return f"{collection}:{match[1]}"
+    return url
 
 
 def _hash(text: str) -> int:

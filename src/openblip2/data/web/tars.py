@@ -2,7 +2,8 @@
 
 A sample consists of the members with one name: `000017.jpg` (or `.png` and so on), `000017.txt` with a
 caption, and `000017.json` with everything else. The captions are "captions" in the .json, a list of texts or of
-`{"text": ..., "score": ...}`, best first; if it is missing, the .txt; if that is missing, "caption" in the .json.
+`{"text": ..., "score": ...}`, best first; if it is missing, the .txt; if that is missing, one of `CAPTIONS` in the
+.json.
 
 Nothing is unpacked to disk, and what is read into memory is limited. Any problem in a shard is reported, never raised.
 """
@@ -23,6 +24,7 @@ from openblip2.errors import one_line
 
 PICTURES = frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES)
 KINDS = ("image", "txt", "json")
+CAPTIONS = ("caption", "TEXT", "phrase")  # of img2dataset, of COCO's and LAION's tables, of Visual Genome
 MAX_CAPTION = 64 * 2**10  # bytes of one caption
 MAX_JSON = 2**20  # bytes of one .json
 MOST_HEADER = 64 * 2**10  # bytes of a long name or of pax keywords; real ones have some hundred
@@ -174,8 +176,9 @@ class Shard:
         captions = self._usable(key, self._listed(key, about["captions"])) if "captions" in about else ()
         if not captions:
             captions = self._usable(f"{key}.txt", self._text(number))
-        if not captions and isinstance(about.get("caption"), str):
-            captions = self._usable(key, [about["caption"]])
+        if not captions:
+            texts = (about.get(name) for name in CAPTIONS)
+            captions = self._usable(key, [text for text in texts if isinstance(text, str)])[:1]
         return captions, about
 
     def close(self) -> None:
