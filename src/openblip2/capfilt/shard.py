@@ -36,7 +36,7 @@ from openblip2.runs import write_text
 GROUP = 32  # images at once
 AT_ONCE = 320  # captions at once: ten for each of 32 images
 # The counts of a shard. The new shard contains "pictures", but not "broken" and "without captions".
-COUNTS = ("samples", "pictures", "broken", "without captions", "captions", "captions by the captioner")
+COUNTS: tuple[str, ...] = ("samples", "pictures", "broken", "without captions", "captions", "captions by the captioner")
 
 
 class Made(NamedTuple):
@@ -165,7 +165,9 @@ class Maker:
         """The samples of a group with the best of their own and of the generated captions."""
         pools = [pool(one.web, texts) for one, texts in zip(group, written, strict=True)]
         some = [n for n, texts in enumerate(pools) if texts]
-        scores = dict(zip(some, self._scores([group[n] for n in some], [pools[n] for n in some]), strict=True))
+        texts = [[text.text for text in pools[n]] for n in some]
+        found = self.ranker.scores([group[n].ranker_pixels for n in some], texts) if some else []
+        scores = {n: [round(score, 6) for score in own] for n, own in zip(some, found, strict=True)}
         threshold = self.how.threshold if self.how.filter == "itm" else None
         samples: list[Sample] = []
         for n, one in enumerate(group):
@@ -181,12 +183,6 @@ class Maker:
                 counts["without captions"] += 1
                 lines.append(f"{url}: {one.sample.key}: none of its {len(pools[n])} captions is kept")
         return samples
-
-    def _scores(self, group: Sequence[_Ready], texts: Sequence[Sequence[Text]]) -> list[list[float]]:
-        if not group:
-            return []
-        found = self.ranker.scores([one.ranker_pixels for one in group], [[text.text for text in own] for own in texts])
-        return [[round(score, 6) for score in scores] for scores in found]
 
 
 def _with(sample: Sample, kept: Sequence[tuple[Text, float]]) -> Sample:

@@ -21,7 +21,7 @@ Flickr30K and GQA, and the id of the question.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from openblip2.data.official.annotations import AnnotationFile, Pictures, first_entry, read_json, uncollected
 from openblip2.data.official.formats import COCO_NAME, gqa, karpathy, listed, nocaps, vqa
@@ -35,23 +35,11 @@ _EXPECTED = (
 )
 
 
-class Official(NamedTuple):
-    """What an official file contains.
-
-    Attributes:
-        kind: the first column of the table above.
-        records: in the order of the file.
-        skipped: one line "where: what; what would be right" for each entry that was skipped.
-    """
-
-    kind: str
-    records: list[Record]
-    skipped: list[str]
-
-
 @uncollected()
-def read_official(annotations: Path, images: Path, split: str | None = None, questions: Path | None = None) -> Official:
-    """The records of an official file, whose kind is recognised by its content.
+def read_official(
+    annotations: Path, images: Path, split: str | None = None, questions: Path | None = None
+) -> tuple[str, list[Record], list[str]]:
+    """The kind of an official file, by its content, its records in its order, and a line for each skipped entry.
 
     All questions about an image, and all of LAVIS's captions of an image, are one record. Bad captions are left out one
     by one. Images are not opened, but they must exist; captions, questions and answers are not changed.
@@ -85,7 +73,7 @@ def read_official(annotations: Path, images: Path, split: str | None = None, que
         count = len(file.skipped)
         why = f"{count} cannot be used; the first: {file.skipped[0]}" if count else "another split or file"
         raise UserError(f"{path}: holds {what}; {why}")
-    return Official(kind, records, file.skipped)
+    return kind, records, file.skipped
 
 
 def _recognised(data: Any, path: Path) -> tuple[str, Callable[[AnnotationFile], list[Record]]]:

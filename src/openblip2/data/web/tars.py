@@ -157,21 +157,14 @@ class Shard:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def key(self, number: int) -> str:
-        """The name of sample `number`."""
-        return self._keys[number]
-
     def read(self, number: int) -> Sample | None:
         """Sample `number`, from 0; None if its image cannot be read, which is reported."""
         key, suffix = self._keys[number], self._suffixes[number]
         image = self._content(number, "image", suffix, MAX_BYTES)
         if image == b"":
             self.problem(f"{shown(key)}.{suffix}: is empty; an image")
-        return Sample(key, image, suffix, *self.texts(number)) if image else None
-
-    def texts(self, number: int) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """The captions and the .json of sample `number`. Its image is not read."""
-        key = self._keys[number]
+        if not image:
+            return None
         about = self._json(number)
         captions = self._usable(key, self._listed(key, about["captions"])) if "captions" in about else ()
         if not captions:
@@ -179,7 +172,7 @@ class Shard:
         if not captions:
             texts = (about.get(name) for name in CAPTIONS)
             captions = self._usable(key, [text for text in texts if isinstance(text, str)])[:1]
-        return captions, about
+        return Sample(key, image, suffix, captions, about)
 
     def close(self) -> None:
         self._file.close()
@@ -242,11 +235,11 @@ class Shard:
         return tuple(captions)
 
 
-def read_tar(url: str, problem: Problem, start: int = 0) -> Iterator[Sample]:
-    """The samples of a shard in its order, from number `start` on. Args and errors as `Shard`."""
+def read_tar(url: str, problem: Problem) -> Iterator[Sample]:
+    """The samples of a shard in its order. Args and errors as `Shard`."""
     shard = Shard(url, problem)
     try:
-        yield from filter(None, map(shard.read, range(start, len(shard))))
+        yield from filter(None, map(shard.read, range(len(shard))))
     finally:
         shard.close()
 

@@ -23,7 +23,7 @@ from openblip2.data.records import Record
 from openblip2.data.web.shard_files import read_stats, write_stats
 from openblip2.data.web.tars import PICTURES, Sample, shown, texts_of
 from openblip2.errors import UserError
-from openblip2.runs import atomic_write, locked
+from openblip2.runs import atomic_write, locked, make_folder
 
 
 @contextmanager
@@ -121,10 +121,7 @@ def write_shards(
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     shards = -(-len(records) // size)
     paths = [out / f"{number:05}.tar" for number in range(shards)]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be made ({error.strerror}): give another folder") from error
+    make_folder(out)
     if others := sorted({path.name for path in out.glob("*.tar")} - {path.name for path in paths}):
         raise UserError(f"{out} holds shards of other records ({others[0]}): give another folder, or remove them")
     samples, skipped = 0, list[str]()
