@@ -73,8 +73,11 @@ def capfilt(
         progress.say(f"{len(done):,} of {len(mine):,} shards are done")
     if left:
         began = time.perf_counter()
-        with ThreadPoolExecutor() as threads:
-            total = sum(count for count, _ in threads.map(count_samples, [url for url, _ in left]))
+        total = 0
+        with progress.steps("counting pictures", len(left), unit="shards") as bar, ThreadPoolExecutor() as threads:
+            for count, _ in threads.map(count_samples, [url for url, _ in left]):
+                total += count
+                bar.advance()
         with progress.steps("captions for pictures", total) as bar:
             both = open_models(models, how.filter == "itm")
             maker = Maker(*both, how, digest(settings), lambda count: bar.advance(count=count))

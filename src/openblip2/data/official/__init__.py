@@ -23,10 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from openblip2.data.official.annotations import AnnotationFile, Pictures, first_entry, read_json, uncollected
+from openblip2.data.official.annotations import AnnotationFile, Pictures, first_entry, uncollected
 from openblip2.data.official.formats import COCO_NAME, gqa, karpathy, listed, nocaps, vqa
 from openblip2.data.records import Record
 from openblip2.errors import UserError
+from openblip2.runs import read_json
 
 _EXPECTED = (
     'Karpathy\'s {"images": [{"filename", "split", "sentences"}, ...]}, LAVIS\'s [{"image", "caption"}, ...], '

@@ -1,7 +1,6 @@
-"""Annotation files: reading JSON, checking its values, and finding the images."""
+"""Annotation files: checking their values, and finding the images."""
 
 import gc
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openblip2.data.text import is_unicode
-from openblip2.errors import UserError, refuse_lfs_pointer
+from openblip2.errors import UserError
 
 
 class Pictures:
@@ -127,24 +126,6 @@ def uncollected() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it is missing, cannot be read, is cut off or not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): give an annotation file, .json") from error
-    except json.JSONDecodeError as error:
-        refuse_lfs_pointer(path)
-        problem = f"not JSON, or cut off ({error.msg} at character {error.colno})"
-        raise UserError(f"{path}:{error.lineno}: {problem}: give the complete, unpacked annotation file") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON in UTF-8: give an annotation file, .json") from error
 
 
 def text(value: object, what: str, right: str) -> str:

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openblip2.data.official.annotations import AnnotationFile, identity, read_json, shown, text
+from openblip2.data.official.annotations import AnnotationFile, identity, shown, text
 from openblip2.data.records import Question, Record, kind_of
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
+from openblip2.runs import read_json
 
 # Karpathy and Li validate on 5,000 of COCO's validation images and test on 5,000. The other 30,504 are "restval", which
 # are usually added to the training images: 113,287 in total.
