@@ -54,26 +54,26 @@ class RunRanker:
         assert vision is not None
         return to_pixels([picture], vision.image_size)[0]
 
-    def scores(self, pixels: Sequence[Tensor], pools: Sequence[Sequence[str]]) -> list[list[float]]:
-        """The scores of each image's own captions. A text that is too long is cut as in training.
+    def scores(self, pixels: Sequence[Tensor], texts: Sequence[str], owners: Sequence[int]) -> list[float]:
+        """The score of each text with its own image. A text that is too long is cut as in training.
 
         Args:
             pixels: of N images.
-            pools: the cleaned captions of each image, at least one.
+            texts: M cleaned captions, at least one.
+            owners: the number of the image of each caption.
         """
         model = self.matcher.model
         assert model.vision is not None
         device = model.temperature.device
-        owners = _owners(pools, device)
-        pairs = torch.arange(len(owners), device=device)
-        tokens, valid = (t.to(device) for t in self.matcher.tokens([text for texts in pools for text in texts]))
+        own, pairs = torch.tensor(owners, device=device), torch.arange(len(owners), device=device)
+        tokens, valid = (t.to(device) for t in self.matcher.tokens(texts))
         with torch.inference_mode(), computing(model, self.matcher.settings.train.precision):
             features = model.vision(torch.stack(list(pixels)).to(device))
             if not self.itm:
-                return _split(similarities(model, features, tokens, valid)[owners, pairs], pools)
+                return similarities(model, features, tokens, valid)[own, pairs].tolist()
             image = model.qformer.encode_image(features)
-            logits = [model.match(image.take(owners[n]), tokens[n], valid[n]) for n in pairs.split(CHUNK)]
-            return _split(torch.cat(logits).float().softmax(dim=1)[:, 1], pools)
+            logits = [model.match(image.take(own[n]), tokens[n], valid[n]) for n in pairs.split(CHUNK)]
+            return torch.cat(logits).float().softmax(dim=1)[:, 1].tolist()
 
 
 class ClipRanker:
@@ -120,19 +120,17 @@ class ClipRanker:
         except ValueError as error:  # for example an image that is one pixel high
             raise UserError(f"{picture.name}: the ranker cannot read it ({one_line(error)})") from error
 
-    def scores(self, pixels: Sequence[Tensor], pools: Sequence[Sequence[str]]) -> list[list[float]]:
+    def scores(self, pixels: Sequence[Tensor], texts: Sequence[str], owners: Sequence[int]) -> list[float]:
         """As `RunRanker.scores`. A text that is too long for the model is cut."""
-        device = self.model.device
-        texts = [text for own in pools for text in own]
-        owners = _owners(pools, device)
         with torch.inference_mode():
-            images = _directions(self.model.get_image_features(pixel_values=torch.stack(list(pixels)).to(device)))
+            batch = torch.stack(list(pixels)).to(self.model.device)
+            images = _directions(self.model.get_image_features(pixel_values=batch))
             parts = [self._texts(texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)]
-            return _split((images[owners] * torch.cat(parts)).sum(dim=1), pools)
+            return (images[list(owners)] * torch.cat(parts)).sum(dim=1).tolist()
 
-    def _texts(self, texts: list[str]) -> Tensor:
+    def _texts(self, texts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(
-            texts,
+            list(texts),
             padding=self.padding,
             truncation=True,
             max_length=self.longest,
@@ -239,16 +237,6 @@ def _of_files(files: Sequence[Path]) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _owners(pools: Sequence[Sequence[str]], device: torch.device) -> Tensor:
-    """The number of the image of each caption: `[M]`."""
-    return torch.tensor([n for n, texts in enumerate(pools) for _ in texts], device=device)
-
-
-def _split(scores: Tensor, pools: Sequence[Sequence[str]]) -> list[list[float]]:
-    """Scores `[M]` by image."""
-    return [part.tolist() for part in scores.float().cpu().split([len(texts) for texts in pools])]
 
 
 def _directions(output: Any) -> Tensor:

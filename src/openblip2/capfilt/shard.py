@@ -164,14 +164,16 @@ class Maker:
     ) -> list[Sample]:
         """The samples of a group with the best of their own and of the generated captions."""
         pools = [pool(one.web, texts) for one, texts in zip(group, written, strict=True)]
-        some = [n for n, texts in enumerate(pools) if texts]
-        texts = [[text.text for text in pools[n]] for n in some]
-        found = self.ranker.scores([group[n].ranker_pixels for n in some], texts) if some else []
-        scores = {n: [round(score, 6) for score in own] for n, own in zip(some, found, strict=True)}
+        pairs = [(n, text.text) for n, texts in enumerate(pools) for text in texts]
+        pixels = [one.ranker_pixels for one in group]
+        found = self.ranker.scores(pixels, [text for _, text in pairs], [n for n, _ in pairs]) if pairs else []
+        scores: list[list[float]] = [[] for _ in group]
+        for (n, _), score in zip(pairs, found, strict=True):
+            scores[n].append(round(score, 6))
         threshold = self.how.threshold if self.how.filter == "itm" else None
         samples: list[Sample] = []
         for n, one in enumerate(group):
-            kept = [(pools[n][m], scores[n][m]) for m in best(scores.get(n, ()), self.how.keep, threshold)]
+            kept = [(pools[n][m], scores[n][m]) for m in best(scores[n], self.how.keep, threshold)]
             if kept:
                 samples.append(_with(one.sample, kept))
                 if len(json.dumps(samples[-1].about)) > MAX_JSON:  # it could not be read back

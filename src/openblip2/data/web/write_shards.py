@@ -31,16 +31,15 @@ def write_tar(path: Path) -> Iterator["TarWriter"]:
     """Writes a shard, which gets its name when it is complete.
 
     Raises:
-        UserError: another process writes it, or it cannot be written.
+        UserError: another process writes it, or the folder cannot be written to.
     """
     # Locked, because two parts of one job may write the same shard.
-    with locked(path.parent, f".{path.name}.lock"), atomic_write(path) as draft:
-        try:
-            tar = tarfile.open(draft, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}): give another folder") from error
-        with tar:
-            yield TarWriter(path, tar)
+    with (
+        locked(path.parent, f".{path.name}.lock"),
+        atomic_write(path) as draft,
+        tarfile.open(draft, "w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        yield TarWriter(path, tar)
 
 
 class TarWriter:
