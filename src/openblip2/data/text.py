@@ -111,15 +111,6 @@ def only_unknown(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     return [n for n, ids in enumerate(rows) if ids and set(ids) == {tokenizer.unk_token_id}]
 
 
-def stack(batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Joins tokenised batches of different lengths, padding the shorter ones."""
-    longest = max(tokens.shape[1] for tokens, _ in batches)
-    pad = torch.nn.functional.pad
-    tokens = torch.cat([pad(tokens, (0, longest - tokens.shape[1])) for tokens, _ in batches])
-    valid = torch.cat([pad(valid, (0, longest - valid.shape[1])) for _, valid in batches])
-    return tokens, valid
-
-
 def question_tokens(
     tokens: QFormerTokens | None, questions: Sequence[str] | None, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor] | None:

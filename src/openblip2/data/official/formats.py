@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from openblip2.data.official.annotations import AnnotationFile, identity, shown, text
 from openblip2.data.records import Question, Record, kind_of
@@ -152,15 +152,16 @@ def vqa(file: AnnotationFile) -> list[Record]:
                 answered = answers[name]
                 if answered is None:
                     continue  # its annotation was skipped
-                if answered.image != image:
-                    problem = f"image {image} here, {shown(answered.image)} in its annotation"
+                _, its_image, with_answers = answered
+                if its_image != image:
+                    problem = f"image {image} here, {shown(its_image)} in its annotation"
                     raise UserError(f"{problem}: they must be equal")
-                question = replace(question, answer=answered.answer, kind=answered.kind, answers=answered.answers)
+                question = replace(with_answers, text=question.text)
             path = file.pictures.find(f"{folder}/COCO_{folder}_{image:012d}.jpg")
             by_image.setdefault(str(image), (path, []))[1].append(question)
     for name, answered in answers.items():
         if answered is not None and name not in seen:
-            file.skipped.append(f"{answered.where}: question {name} is not among the questions: remove it")
+            file.skipped.append(f"{answered[0]}: question {name} is not among the questions: remove it")
     return [Record(image, path, (), tuple(questions)) for image, (path, questions) in by_image.items()]
 
 
@@ -183,14 +184,8 @@ def gqa(file: AnnotationFile) -> list[Record]:
     return [Record(image, path, (), tuple(questions)) for image, (path, questions) in by_image.items()]
 
 
-class _Answered(NamedTuple):
-    """The answers to a question and their position in the file; `image` is the id in the file, of any type."""
-
-    where: str
-    image: object
-    answer: str
-    kind: str
-    answers: tuple[str, ...]
+# The position of an annotation in its file, the id of its image as it stands there, and the question without its text.
+_Answered = tuple[str, object, Question]
 
 
 def _answers(file: AnnotationFile) -> dict[str, _Answered | None]:
@@ -213,7 +208,7 @@ def _answers(file: AnnotationFile) -> dict[str, _Answered | None]:
                 answer = Counter(given).most_common(1)[0][0]
             answer = text(answer, what, _ANSWERS)
             kind = _KINDS.get(str(annotation.get("answer_type"))) or kind_of(answer)
-            answers[name] = _Answered(where, annotation.get("image_id"), answer, kind, given)
+            answers[name] = where, annotation.get("image_id"), Question("", answer, kind, given, name)
     return answers
 
 
