@@ -48,15 +48,15 @@ def make_cache(
 
     Args:
         settings: Of `vision`, and the seed of the crops.
-        folder: The cache, which is made if it is not there.
-        name: What it calls the pictures.
+        folder: The cache, which is created if it does not exist.
+        name: Of the pictures, for the progress bar.
         precision: fp16 or bf16.
-        crops: How many random crops of each picture are encoded beside it.
-        replace: Whether a cache that something else made, or that has none of the pictures, gives way to a new one.
+        crops: Number of random crops of each picture that are encoded in addition to the plain picture.
+        replace: Whether to replace a cache that was made with something else or has none of the pictures.
 
     Raises:
-        UserError: The cache was made by something else; it is damaged; not one picture can be opened; the disk is or
-            would be full.
+        UserError: The cache was made with something else or is damaged; no picture can be opened; the disk is full or
+            too small.
     """
     if len({record.id for record in records}) < len(records):
         raise UserError(f"{folder}: two pictures have one id; give each its own (`id` in records.jsonl)")
@@ -69,7 +69,7 @@ def make_cache(
         writing(folder, made_by, shape, progress.say, records, replace) as writer,
         progress.steps(f"features ({name})", len(records)) as bar,
     ):
-        # An interrupted command goes on where it was, and new pictures can be added to a cache.
+        # An interrupted command continues, and new pictures can be added to a cache.
         missing = [record for record in records if not writer.cache.has(record)]
         bar.advance(count=len(records) - len(missing))
         needed, free = len(missing) * writer.cache.picture_bytes, free_bytes(folder)
@@ -90,7 +90,7 @@ def make_cache(
 
 
 def open_cache(vision: FrozenVision, settings: RunSettings, folder: Path) -> FeatureCache:
-    """The cache that the user named, if the settings' encoder made it and it has the crops that `data.augment` needs.
+    """The cache that the user named: made with the settings' encoder, and with the crops that `data.augment` needs.
 
     Raises:
         UserError: It does not fit; see also `FeatureCache`.
@@ -121,7 +121,7 @@ def write_features(
     Returns the numbers of pictures, of bytes and of skipped pictures.
 
     Args:
-        views: 1 for the plain pictures; more for so many random crops of each beside it.
+        views: 1 = the plain pictures only; more = as many random crops of each picture in addition.
     """
     if precision not in CACHE_DTYPES:
         raise UserError(f"precision {precision!r} is unknown: it must be one of {', '.join(CACHE_DTYPES)}")
@@ -218,7 +218,7 @@ def whitened(vision: FrozenVision) -> Callable[[Tensor], Tensor]:
 
 
 def shape_of(vision: FrozenVision, crops: int) -> tuple[int, int, int]:
-    """The shape (E, P, V) of a picture's features, from one gray picture."""
+    """The shape (E, P, V) of a picture's features, found by encoding one gray picture."""
     side = vision.image_size
     with torch.no_grad():
         _, tokens, width = vision(torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=device())).shape
