@@ -27,7 +27,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from openblip2.data.records import Record, write_records
 from openblip2.data.text import clean_caption
 from openblip2.data.web.shard_files import expand, is_url, stated_samples
-from openblip2.data.web.tars import Shard
+from openblip2.data.web.tars import Shard, read_tar
 from openblip2.errors import UserError, one_line
 from openblip2.runs import write_text
 
@@ -164,16 +164,11 @@ def write_held_out(part: Part, wanted: int, folder: Path, problem: Callable[[str
     folder.mkdir()
     records: list[Record] = []
     for url, held in zip(part.shards, part.held_out, strict=True):
-        if not held:
-            continue
-        shard = Shard(url, problem)
-        for number in range(min(held, len(shard))):
-            sample = shard.read(number)
-            if sample and any(map(clean_caption, sample.captions)):
+        for sample in read_tar(url, problem, held) if held else ():
+            if any(map(clean_caption, sample.captions)):
                 path = folder / f"{len(records):06}.{sample.suffix}"
                 path.write_bytes(sample.image)
                 records.append(Record(f"{Path(url).stem}/{sample.key}", path, sample.captions))
-        shard.close()
     if len(records) < 2:
         raise UserError(
             f"{wanted} samples are held out, {len(records)} of them with a caption: at least 2; give --held-out "

@@ -235,11 +235,11 @@ class Shard:
         return tuple(captions)
 
 
-def read_tar(url: str, problem: Problem) -> Iterator[Sample]:
-    """The samples of a shard in its order. Args and errors as `Shard`."""
+def read_tar(url: str, problem: Problem, count: int | None = None) -> Iterator[Sample]:
+    """The readable ones among the first `count` samples of a shard, or among all. Other args and errors as `Shard`."""
     shard = Shard(url, problem)
     try:
-        yield from filter(None, map(shard.read, range(len(shard))))
+        yield from filter(None, map(shard.read, range(len(shard))[:count]))
     finally:
         shard.close()
 
