@@ -15,7 +15,6 @@ import transformers as hf
 import tiny_capfilt
 import tiny_runs
 from openblip2.capfilt import shard as shard_module
-from openblip2.capfilt.duplicates import Duplicates, Twin, _twins
 from openblip2.capfilt.models import ClipRanker, Models, RunRanker, digests, open_models
 from openblip2.capfilt.pool import How, Text, best, pool
 from openblip2.capfilt.run import capfilt
@@ -64,20 +63,6 @@ def test_the_best_are_kept() -> None:
     assert best([0.1], 2, threshold=0.3) == []
     with pytest.raises(UserError, match="not numbers"):
         best([0.1, float("nan")], 2)
-
-
-def test_twins_are_those_of_a_naive_search() -> None:
-    drawn = np.random.default_rng(0)
-    for count in (0, 1, 2, 50, 300):
-        hashes = drawn.integers(0, max(2, count // 2), count).astype(np.uint64)
-        seen: dict[int, int] = {}
-        expected = []
-        for n, one in enumerate(hashes.tolist()):
-            if one and one in seen:
-                expected.append((n, seen[one]))
-            seen.setdefault(one, n)
-        later, first = _twins(hashes)
-        assert list(zip(later.tolist(), first.tolist(), strict=True)) == expected
 
 
 @pytest.mark.parametrize(("ranker", "how"), [("stage1", HOW), ("stage1", How(captions=1, filter="itm")), ("clip", HOW)])
@@ -255,45 +240,6 @@ def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -
         capfilt(str(folder / "00009.tar"), tiny_capfilt.models(home), tmp_path / "none", HOW, QUIET)
 
 
-def test_a_picture_that_stands_twice_is_kept_once_with_all_its_captions(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, out = tmp_path / "set", tmp_path / "out"
-    folder.mkdir()
-    urls = [["a", "b", "a", "c"], ["b", None, "d"], ["a", None, "c"]]
-    for shard, names in enumerate(urls):
-        samples = [sample(shard, n, f"web {shard} {n}", **({"url": url} if url else {})) for n, url in enumerate(names)]
-        write_shard(folder / f"{shard:05}.tar", samples)
-    pools: dict[str, list[str]] = {}
-
-    def noted(web, written):
-        web = list(web)
-        pools[web[0]] = web
-        return pool(web, written)
-
-    monkeypatch.setattr(shard_module, "pool", noted)
-    written = capfilt(str(folder), tiny_capfilt.models(home), out, HOW, QUIET)
-    assert samples_of(out).keys() == {"000000000", "000000001", "000000003", "001000001", "001000002", "002000001"}
-    assert pools["web 0 0"] == ["web 0 0", "web 0 2", "web 2 0"]
-    assert pools["web 0 1"] == ["web 0 1", "web 1 0"]
-    assert pools["web 0 3"] == ["web 0 3", "web 2 2"]
-    assert (written.counts["duplicates"], written.counts["captions joined"]) == (4, 4)
-    known = Duplicates(["00000", "00001", "00002"], out / "urls")
-    assert known.of(1) == [Twin(0, "", -1)]
-    joins = {Twin(0, "00000", 2), Twin(0, "00002", 0), Twin(1, "00001", 0), Twin(3, "00002", 2)}
-    assert set(known.of(0)) == {Twin(2, "", -1)} | joins
-    # A shard more: only what it touches is made anew.
-    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    write_shard(folder / "00003.tar", [sample(3, 0, "web 3 0", url="d"), sample(3, 1, "web 3 1", url="e")])
-    written = capfilt(str(folder), tiny_capfilt.models(home), out, HOW, QUIET)
-    after = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert [name for name in before if before[name] != after[name]] == ["00001.tar"]
-    assert pools["web 1 2"] == ["web 1 2", "web 3 0"]
-    (out / "urls" / "00001.npy").write_bytes(b"half")
-    with pytest.raises(UserError, match=r"00001.npy: is damaged: remove it"):
-        capfilt(str(folder), tiny_capfilt.models(home), out, HOW, QUIET)
-
-
 def test_training_draws_one_of_the_two(home: Path, whole: Path, tmp_path: Path) -> None:
     kept = {one.key: set(one.captions) for one in samples_of(whole).values()}
     assert {len(texts) for texts in kept.values()} >= {2}
@@ -314,12 +260,6 @@ def test_training_draws_one_of_the_two(home: Path, whole: Path, tmp_path: Path) 
     ]
     said = call("train", "stage1", "--data", whole, "--out", tmp_path / "run", *options)
     assert said.code == 0, said.err
-
-
-def test_the_ranker_alone(home: Path, tmp_path: Path) -> None:
-    written = capfilt(str(home / "set"), Models(None, str(home / "clip")), tmp_path, How(captions=0), QUIET)
-    assert written.counts["captions"] == written.counts["pictures"] == 52
-    assert written.counts["captions by the captioner"] == 0
 
 
 def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
@@ -349,7 +289,6 @@ def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
         (refused("--threshold", 0.3), "--threshold belongs to --filter itm"),
         (refused("--filter", "itm", "--threshold", 1.5), "--threshold 1.5: it must be a probability"),
         (refused("--top-p", 0), "--top-p 0.0: it must be above 0"),
-        (refused("--reader", "flickr"), "unknown reader 'flickr'"),
         (refused("--part", "3/2"), "--part '3/2': write it as K/N"),
         (refused("--part", "4/4"), "3 shards leave none for it"),
         (refused(data=tmp_path / "empty"), "holds no .tar file"),
@@ -400,10 +339,11 @@ def test_rankers_encode_each_picture_and_text_once(home: Path, monkeypatch: pyte
     rows: list[int] = []
     vision.register_forward_pre_hook(lambda module, given: rows.append(len(given[0])))
     picture = PictureFile(next(read_tar(str(home / "set" / "00000.tar"), pytest.fail)).image, "")
-    scores = ranker.scores([ranker.pixels(picture)] * 3, [["a dog"], ["a cat", "a bus", "a dog"], ["a dog"]])
+    texts, owners = ["a dog", "a cat", "a bus", "a dog", "a dog"], [0, 1, 1, 1, 2]
+    scores = ranker.scores([ranker.pixels(picture)] * 3, texts, owners)
     assert rows == [3]
-    assert [len(own) for own in scores] == [1, 3, 1]
-    assert scores[0][0] == pytest.approx(scores[1][2], abs=1e-5)
+    assert len(scores) == 5
+    assert scores[0] == pytest.approx(scores[3], abs=1e-5)
 
 
 def test_a_broken_clip_is_one_line(home: Path, tmp_path: Path) -> None:

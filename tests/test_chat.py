@@ -15,7 +15,7 @@ import tiny_models
 from openblip2 import cli
 from openblip2.commands import use
 from openblip2.config import RunSettings, change
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.text import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.inference.captioner import ANSWER, Captioner
 from openblip2.inference.chat import Chat

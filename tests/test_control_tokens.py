@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 
 import tiny_models
 import tiny_runs
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.text import QFormerTokens
 from openblip2.model.template import Turns, dialogue, split_control_tokens
 from openblip2.model.token_rows import text_ids
 from tiny_models import BOS, EOS, PAD, language

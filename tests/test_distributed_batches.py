@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openblip2.data.batches import ImagePairs, PairBatch
-from openblip2.data.features import FeaturePairs, StoredFeatures
+from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
+from openblip2.data.features import StoredFeatures
 from openblip2.data.records import Question, Record
 from openblip2.data.samples import Answers, Captions
 from openblip2.distributed.collectives import part_of
@@ -52,7 +52,7 @@ def make(kind: str, records: list[Record], batch: int, part: tuple[int, int], sa
     if kind == "images":
         return ImagePairs(records, Captions(records), batch, 5, SIDE, said.append, part=part)
     samples = Answers(records) if kind == "answers" else Captions(records)
-    return FeaturePairs(cast(StoredFeatures, Stored(records)), samples, batch, 5, drawn=kind == "views", part=part)
+    return FeaturePairs(cast(StoredFeatures, Stored(records)), samples, batch, 5, augmented=kind == "views", part=part)
 
 
 def rows_of(batch: PairBatch) -> list[str]:

@@ -21,8 +21,8 @@ from torch import Tensor
 import tiny_runs
 from openblip2.apps.scenes.draw import draw_scenes
 from openblip2.config import RunSettings, change
-from openblip2.data.feature_cache import FeatureCache, picture_bytes, writing
-from openblip2.data.features import FeaturePairs, StoredFeatures, find_records
+from openblip2.data.batches import FeaturePairs
+from openblip2.data.features import FeatureCache, StoredFeatures, find_records, picture_bytes, writing
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Captions
@@ -32,7 +32,7 @@ from openblip2.presets import preset
 from openblip2.progress import Progress
 from openblip2.runs import read_tensors
 from openblip2.train import encode
-from openblip2.train.encode import CROPS, crop_generator, encode_all, maker, open_cache
+from openblip2.train.encode import CROPS, crop_generator, maker, open_cache, whitened
 from openblip2.train.recipes import train_stage
 from test_cli import Said, call
 
@@ -233,7 +233,7 @@ def test_a_batch_draws_a_view_of_each_picture_by_its_number(records: list[Record
     for entry in range(4):
         values = stored.take(range(20), [entry - 1] * 20 if entry else None)
         owners |= {row.numpy().tobytes(): (picture, entry) for picture, row in enumerate(values)}
-    pairs, again = (FeaturePairs(stored, Captions(stored.records), 6, seed=2, drawn=True) for _ in range(2))
+    pairs, again = (FeaturePairs(stored, Captions(stored.records), 6, seed=2, augmented=True) for _ in range(2))
     seen = []
     for number in (0, 9, 4):
         batch, same = pairs(number), again(number)
@@ -244,7 +244,7 @@ def test_a_batch_draws_a_view_of_each_picture_by_its_number(records: list[Record
         assert [picture for picture, _ in found] == pairs.sampler(number)
         seen += [entry for _, entry in found]
     assert set(seen) == {1, 2, 3}  # never the plain one
-    plain = FeaturePairs(stored, Captions(stored.records), 6, seed=2)(4).features
+    plain = FeaturePairs(stored, Captions(stored.records), 6, seed=2, augmented=False)(4).features
     assert plain is not None
     assert {owners[row.numpy().tobytes()][1] for row in plain} == {0}
 
@@ -258,7 +258,7 @@ def test_texts_with_left_or_right_get_views_that_are_not_mirrored(records: list[
     for view in range(4):
         values = stored.take(range(20), [view] * 20)
         owners |= {row.numpy().tobytes(): (picture, view) for picture, row in enumerate(values)}
-    pairs = FeaturePairs(stored, Captions(stored.records), 6, seed=2, drawn=True)
+    pairs = FeaturePairs(stored, Captions(stored.records), 6, seed=2, augmented=True)
     drawn: dict[bool, set[int]] = {True: set(), False: set()}
     for number in range(12):
         features = pairs(number).features
@@ -283,7 +283,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "index": (lambda f: edit(f, '"r3", ', '"r3", , '), r"features\.jsonl is damaged: remove"),
     "version": (lambda f: edit(f, '"version": 2', '"version": 7'), "has version 7 and this program reads 2"),
     "no cache": (lambda f: (f / "features.jsonl").unlink(), "is not a feature cache"),
-    "old": (lambda f: (f / "cache.json").write_text('{"version": 1}'), "was written by an older version: run"),
 }
 
 
@@ -296,19 +295,6 @@ def test_damage_is_named(what: str, records: list[Record], tmp_path: Path) -> No
     with pytest.raises(UserError, match=said) as caught:
         FeatureCache(folder)
     assert "\n" not in str(caught.value)
-
-
-def test_a_cache_of_an_older_version_is_made_anew(records: list[Record], tmp_path: Path) -> None:
-    folder = tmp_path / "cache"
-    folder.mkdir()
-    for name in ("cache.json", "shard-00000.json", "shard-00000.safetensors"):
-        (folder / name).write_text("{}")
-    (folder / "notes.txt").write_text("mine")
-    told = Told()
-    cache = build(records, folder, told=told)
-    assert told.lines == [f"{folder} was written by an older version: its features are computed again"]
-    assert torch.equal(cache.read(ids(records)), truth(records).half())
-    assert sorted(files(folder)) == sorted([cache.path.name, "features.jsonl", "notes.txt"])
 
 
 def test_a_disk_that_fills_up_ends_in_one_line(
@@ -489,21 +475,14 @@ def train(home: Home, stage: str, out: Path, *more: object) -> Said:
     return call("train", stage, "--data", home.root / "data", "--out", out, *home.options, *more)
 
 
-def test_the_command_says_what_it_will_take(home: Home, tmp_path: Path) -> None:
+def test_the_command_says_what_it_will_take(home: Home) -> None:
     plain, crops = home.said
     assert (plain.code, plain.out) == (0, f"{home.root / 'plain'}\n"), plain.err
     assert (crops.code, crops.out) == (0, f"{home.root / 'crops'}\n"), crops.err
     assert "16 pictures, the plain picture of each: 10 tokens x 24 in fp16" in plain.err
     assert "16 pictures, the plain picture and 2 views of each: 10 tokens x 24 in bf16" in crops.err
-    for words in ("GB free", "by the first 4 pictures", "once and not once an epoch", "5.png"):
+    for words in ("GB free", "5.png"):
         assert words in plain.err
-    said = call(
-        *("features", home.root / "data", "--out", tmp_path / "dry", "--dry-run"),
-        *("--set", f"vision.name={home.root / 'vision'}", "--set", "vision.image_size=12", "--set", "vision.layer=-2"),
-    )
-    assert said.code == 0, said.err
-    assert "by the first 4 pictures" in said.err
-    assert not (tmp_path / "dry").exists()
     before = files(home.root / "plain")
     assert make_cache(home, "plain").code == 0  # all of it is there
     assert files(home.root / "plain") == before
@@ -598,7 +577,9 @@ def test_features_are_what_the_encoder_gives(home: Home, tmp_path: Path) -> None
     vision = build_vision(settings(home))
     for whitening in (None, Whitening(torch.randn(24), torch.randn(24, 24))):
         vision.whitening = whitening
-        found, problems = encode_all(vision, records, settings(home), tmp_path / "c", "x", Progress(quiet=True))
+        cache = build(records, tmp_path / "c", vision=vision, settings=settings(home))
+        stored, problems = find_records(records, cache, whitened(vision))
+        found = stored.load()
         assert problems == []
         wanted = vision(to_pixels([record.image for record in records], 12))
         assert torch.allclose(found.values.float(), wanted, atol=0.01 if whitening is None else 0.1)

@@ -9,7 +9,6 @@ import pytest
 import tiny_runs
 from openblip2 import load
 from openblip2.data.images import PictureFile, open_picture
-from openblip2.data.official.annotations import read_json as read_annotations
 from openblip2.errors import UserError, refuse_lfs_pointer
 from openblip2.model.load_language import is_encoder_decoder, load_language
 from openblip2.model.load_vision import load_vision
@@ -19,7 +18,6 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 READERS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a picture": (open_picture, "a.jpg"),
     "a picture in a shard": (lambda path: open_picture(PictureFile(POINTER, str(path))), "a.jpg"),
-    "annotations": (read_annotations, "a.json"),
     "JSON": (read_json, "a.json"),
     "tensors": (read_tensors, "model.safetensors"),
     "a .pth": (load, "a.pth"),

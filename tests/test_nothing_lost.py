@@ -18,7 +18,7 @@ from PIL import Image
 import openblip2
 from openblip2.config import change
 from openblip2.data.records import Record
-from openblip2.data.tokens import only_unknown
+from openblip2.data.text import only_unknown
 from openblip2.data.web.write_shards import write_tar
 from openblip2.errors import UserError
 from openblip2.inference.attend import look

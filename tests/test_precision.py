@@ -15,7 +15,7 @@ import tiny
 import tiny_models
 import tiny_runs
 from openblip2.config import RunSettings, change
-from openblip2.data.feature_cache import FeatureCache
+from openblip2.data.features import FeatureCache
 from openblip2.errors import UserError
 from openblip2.model.build import build_stage2, build_vision, parts_table
 from openblip2.model.language import Decoding, LanguageModel

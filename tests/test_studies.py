@@ -104,8 +104,7 @@ def test_stage1_is_left_out_or_started_as_the_paper_does(plan: Plan, tmp_path: P
 
 def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -> None:
     """One picture at a time, by the loss that is trained; another picture is the one before."""
-    from openblip2.data.feature_cache import FeatureCache
-    from openblip2.data.features import find_records
+    from openblip2.data.features import FeatureCache, find_records
     from openblip2.inference.captioner import Captioner
     from openblip2.inference.load import load
     from openblip2.train.encode import whitened

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import tiny
 import tiny_models
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.text import QFormerTokens
 from openblip2.evaluate.ranking import recalls, similarities
 from openblip2.model.qformer import Attention, Layer, QFormer
 from openblip2.model.stage2 import Stage2

@@ -236,13 +236,13 @@ def test_a_mixture_by_weights_from_a_file(tmp_path: Path) -> None:
 
 def test_a_picture_that_stands_in_two_sets_is_one(tmp_path: Path) -> None:
     address = "images/train2014/COCO_train2014_000000000139.jpg"
-    told: list[tuple[str, dict[str, Any]]] = [("coco", {"url": address}), ("vg", {"image_id": 7, "coco_id": 139})]
+    told: list[tuple[str, dict[str, Any]]] = [("coco", {"URL": address}), ("vg", {"image_id": 7, "coco_id": 139})]
     for name, about in told:
         (tmp_path / name).mkdir()
         write_shard(tmp_path / name / "0.tar", [sample(0, 0, f"a {name} caption", **about)])
     write_shard(tmp_path / "0.tar", [sample(0, 0, "another", url="elsewhere/1.jpg")])
     file = tmp_path / "mix.toml"
-    rows = [f'[[part]]\nshards = "{name}/0.tar"\nreader = "{name}"\n' for name in ("coco", "vg")]
+    rows = [f'[[part]]\nshards = "{name}/0.tar"\n' for name in ("coco", "vg")]
     file.write_text("".join(rows) + '[[part]]\nshards = "0.tar"\n')
     batch = pairs(file, batch=3, lanes=1)(0)
     ids = dict(zip(batch.captions, batch.ids.tolist(), strict=True))
@@ -266,7 +266,7 @@ def test_counts_are_kept_with_the_run(tmp_path: Path) -> None:
     shards[0].unlink()  # what has gone since does not change the order
     assert kept_parts(tmp_path, parts) == counted
     with pytest.raises(UserError, match="other shards"):
-        kept_parts(tmp_path, [Part("x", "web", 1, ("x.tar",))])
+        kept_parts(tmp_path, [Part("x", 1, ("x.tar",))])
     (tmp_path / "shards.json").write_text("{}")
     with pytest.raises(UserError, match="damaged"):
         kept_parts(tmp_path, parts)
@@ -280,7 +280,6 @@ def test_counts_are_kept_with_the_run(tmp_path: Path) -> None:
         ("[[part]]\nshards = 3", r"part\.0\.shards: .*string"),
         ('[[part]]\nshards = "a.tar"\nweights = 3', r"part\.0\.weights: .*not permitted"),
         ('[[part]]\nshards = "a.tar"\nweight = 0.5', "whole number"),
-        ('[[part]]\nshards = "a.tar"\nreader = "cocos"', "unknown reader"),
         ("[[part", "not TOML"),
     ],
 )

@@ -16,7 +16,7 @@ from test_cli import call
 from tiny_shards import sample, write_shard
 
 TOKENS = 14  # of a text, for all rankers
-HOW = How(captions=3, reader="web")
+HOW = How(captions=3)
 
 
 def clip(folder: Path) -> Path:

@@ -58,7 +58,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
 for command, example in (
     (demo, "--out runs/demo"),
     (train, "stage1 --data pictures/ --out runs/stage1"),
-    (features, "pictures/ --out cache --dry-run"),
+    (features, "pictures/ --out cache"),
     (prepare, "pictures/ --out shards/"),
     (capfilt, "shards/ --captioner runs/two --ranker runs/one --out new/"),
     (caption, "runs/demo/stage2 a.jpg b.jpg"),

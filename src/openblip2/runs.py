@@ -176,15 +176,17 @@ def read_json(path: Path) -> Any:
     """Reads JSON.
 
     Raises:
-        UserError: No such file, or not JSON.
+        UserError: No such file, it cannot be read, or it is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except ValueError as error:
+        raise UserError(f"{path}: no such file: give a JSON file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): give a JSON file") from error
+    except (ValueError, RecursionError) as error:
         refuse_lfs_pointer(path)
-        raise UserError(f"{path}: not JSON ({error})") from error
+        raise UserError(f"{path}: not JSON, or cut off ({error}): give the complete file") from error
 
 
 def cached_json(

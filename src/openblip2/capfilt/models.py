@@ -7,7 +7,7 @@ Shapes: N images, M captions of all of them, S image side, E shared space.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,20 +16,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openblip2.compat import quiet_transformers
-from openblip2.config import to_dict
+from openblip2.config import RunSettings
 from openblip2.data.images import PictureFile, open_picture, to_pixels
 from openblip2.errors import UserError, one_line, refuse_lfs_pointer
-from openblip2.evaluate.ranking import text_vectors
+from openblip2.evaluate.ranking import similarities
 from openblip2.hardware import computing
 from openblip2.hardware import device as default_device
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.mapped import load_in
-from openblip2.model.objectives import similarity
 from openblip2.runs import read_json
-from openblip2.weights.checkpoint import Checkpoint
-from openblip2.weights.source import LAVIS_SUFFIXES, fetch, read_checkpoint
+from openblip2.weights.source import fetch, read_checkpoint
 
 _WEIGHTS = (".json", ".safetensors", ".txt", ".model")
 CHUNK = 64  # texts, or pairs for ITM, at once
@@ -56,32 +54,26 @@ class RunRanker:
         assert vision is not None
         return to_pixels([picture], vision.image_size)[0]
 
-    def scores(self, pixels: Sequence[Tensor], pools: Sequence[Sequence[str]]) -> list[list[float]]:
-        """The scores of each image's own captions. A text that is too long is cut as in training.
+    def scores(self, pixels: Sequence[Tensor], texts: Sequence[str], owners: Sequence[int]) -> list[float]:
+        """The score of each text with its own image. A text that is too long is cut as in training.
 
         Args:
             pixels: of N images.
-            pools: the cleaned captions of each image, at least one.
+            texts: M cleaned captions, at least one.
+            owners: the number of the image of each caption.
         """
         model = self.matcher.model
         assert model.vision is not None
         device = model.temperature.device
-        owners = _owners(pools, device)
-        tokens, valid = (t.to(device) for t in self.matcher.tokens([text for texts in pools for text in texts]))
+        own, pairs = torch.tensor(owners, device=device), torch.arange(len(owners), device=device)
+        tokens, valid = (t.to(device) for t in self.matcher.tokens(texts))
         with torch.inference_mode(), computing(model, self.matcher.settings.train.precision):
-            memory = model.qformer.encode_image(model.vision(torch.stack(list(pixels)).to(device)))
-            if self.itm:
-                logits = [
-                    model.match(memory.take(owners[rows]), tokens[rows], valid[rows])
-                    for rows in torch.arange(len(owners), device=device).split(CHUNK)
-                ]
-                scores = torch.cat(logits).float().softmax(dim=1)[:, 1]
-            else:
-                cosines = similarity(
-                    model.image_vectors(model.qformer.query_pass(memory)[0]), text_vectors(model, tokens, valid)
-                )
-                scores = cosines[owners, torch.arange(len(owners), device=device)]
-        return _split(scores, pools)
+            features = model.vision(torch.stack(list(pixels)).to(device))
+            if not self.itm:
+                return similarities(model, features, tokens, valid)[own, pairs].tolist()
+            image = model.qformer.encode_image(features)
+            logits = [model.match(image.take(own[n]), tokens[n], valid[n]) for n in pairs.split(CHUNK)]
+            return torch.cat(logits).float().softmax(dim=1)[:, 1].tolist()
 
 
 class ClipRanker:
@@ -128,19 +120,17 @@ class ClipRanker:
         except ValueError as error:  # for example an image that is one pixel high
             raise UserError(f"{picture.name}: the ranker cannot read it ({one_line(error)})") from error
 
-    def scores(self, pixels: Sequence[Tensor], pools: Sequence[Sequence[str]]) -> list[list[float]]:
+    def scores(self, pixels: Sequence[Tensor], texts: Sequence[str], owners: Sequence[int]) -> list[float]:
         """As `RunRanker.scores`. A text that is too long for the model is cut."""
-        device = self.model.device
-        texts = [text for own in pools for text in own]
-        owners = _owners(pools, device)
         with torch.inference_mode():
-            images = _directions(self.model.get_image_features(pixel_values=torch.stack(list(pixels)).to(device)))
+            batch = torch.stack(list(pixels)).to(self.model.device)
+            images = _directions(self.model.get_image_features(pixel_values=batch))
             parts = [self._texts(texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)]
-            return _split((images[owners] * torch.cat(parts)).sum(dim=1), pools)
+            return (images[list(owners)] * torch.cat(parts)).sum(dim=1).tolist()
 
-    def _texts(self, texts: list[str]) -> Tensor:
+    def _texts(self, texts: Sequence[str]) -> Tensor:
         tokens = self.tokenizer(
-            texts,
+            list(texts),
             padding=self.padding,
             truncation=True,
             max_length=self.longest,
@@ -155,9 +145,9 @@ Ranker = RunRanker | ClipRanker
 
 
 class Models(NamedTuple):
-    """The names of both as the user gives them; captioner None: no captions are generated."""
+    """The names of both as the user gives them."""
 
-    captioner: str | None
+    captioner: str
     ranker: str
 
 
@@ -166,7 +156,7 @@ def digest(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def digests(models: Models, itm: bool) -> tuple[str | None, str]:
+def digests(models: Models, itm: bool) -> tuple[str, str]:
     """Digests of captioner and ranker: their weights and everything else that their results depend on.
 
     Args:
@@ -176,30 +166,30 @@ def digests(models: Models, itm: bool) -> tuple[str | None, str]:
     Raises:
         UserError: one does not exist, is of the wrong kind, or cannot do what the settings require.
     """
-    captioner = None if models.captioner is None else _captioner(models.captioner)
-    if not _is_run(models.ranker):
+    captioner = _captioner(models.captioner)
+    if _is_other(models.ranker):
         if itm:
             raise UserError(f"--ranker {models.ranker} is not a run of openblip2: --filter itm needs a stage-1 run")
         if not {"text_config", "vision_config"} <= read_json(_folder(models.ranker) / "config.json").keys():
             raise UserError(
                 f"--ranker {models.ranker} does not compare pictures with texts: give a stage-1 run or a CLIP"
             )
-        return captioner, _of_files(_folder(models.ranker))
-    checkpoint = read_checkpoint(models.ranker)
-    if checkpoint.settings.stage != "stage1":
+        return captioner, _of_model(_folder(models.ranker))
+    settings = read_checkpoint(models.ranker).settings
+    if settings.stage != "stage1":
         raise UserError(f"--ranker {models.ranker} is a stage-2 run, which cannot rank; give a stage-1 run or a CLIP")
-    return captioner, _of_checkpoint(checkpoint)
+    return captioner, _of_run(models.ranker, settings)
 
 
-def open_models(models: Models, itm: bool) -> tuple[Captioner | None, Ranker]:
+def open_models(models: Models, itm: bool) -> tuple[Captioner, Ranker]:
     """Loads both, on a GPU if there is one.
 
     Raises:
         UserError: as `digests`, or a part cannot be loaded.
     """
-    captioner = None if models.captioner is None else load(models.captioner)
-    assert captioner is None or isinstance(captioner, Captioner)  # checked by `digests`
-    if not _is_run(models.ranker):
+    captioner = load(models.captioner)
+    assert isinstance(captioner, Captioner)  # checked by `digests`
+    if _is_other(models.ranker):
         return captioner, ClipRanker(_folder(models.ranker))
     matcher = load(models.ranker)
     assert isinstance(matcher, Matcher)
@@ -207,12 +197,12 @@ def open_models(models: Models, itm: bool) -> tuple[Captioner | None, Ranker]:
 
 
 def _captioner(name: str) -> str:
-    checkpoint = read_checkpoint(name)
-    if checkpoint.settings.stage == "stage1":
+    settings = read_checkpoint(name).settings
+    if settings.stage == "stage1":
         raise UserError(f"--captioner {name} is a stage-1 run, which cannot write text; give a stage-2 run")
-    if checkpoint.settings.qformer.question_in_qformer and not checkpoint.settings.reads_prompts:
+    if settings.qformer.question_in_qformer and not settings.reads_prompts:
         raise UserError(f"--captioner {name} answers questions, which its Q-Former reads; give a run for captions")
-    return _of_checkpoint(checkpoint)
+    return _of_run(name, settings)
 
 
 def _folder(name: str) -> Path:
@@ -220,73 +210,33 @@ def _folder(name: str) -> Path:
     return path if path.exists() else fetch(name)
 
 
-def _is_run(name: str) -> bool:
-    """Whether `read_checkpoint` reads it. If not, it may be a CLIP.
-
-    Raises:
-        UserError: it does not exist, or it contains no model.
-    """
-    folder = _folder(name)
-    if folder.is_file():
-        if folder.suffix not in LAVIS_SUFFIXES:
-            raise UserError(f"{name} is not a model: give a stage-1 run, or the folder of a CLIP")
-        return True
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{name} is not a model (it has no config.json): give a stage-1 run, or the folder of a CLIP")
-    config = read_json(folder / "config.json")
-    return isinstance(config, dict) and ("settings" in config or config.get("model_type") == "blip-2")
+def _is_other(name: str) -> bool:
+    """Whether it is a model of transformers that `read_checkpoint` does not read. It may be a CLIP."""
+    path = _folder(name) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    return isinstance(config, dict) and "model_type" in config and config["model_type"] != "blip-2"
 
 
-def _of_checkpoint(checkpoint: Checkpoint) -> str:
-    settings = to_dict(checkpoint.settings)
-    parts = {part: dict(settings[part]) for part in ("vision", "language")}
-    for part in parts.values():
-        if Path(part["name"]).is_dir():  # by its content, wherever it is
-            part["name"] = _of_files(Path(part["name"]))
-    if checkpoint.settings.stage == "stage1":
-        parts.pop("language")
-    whitening = checkpoint.whitening
-    return digest(
-        {
-            **parts,
-            "stage": settings["stage"],
-            "sizes": dict(checkpoint.sizes),
-            **({"connector": settings["connector"]} if checkpoint.settings.connector.name != "qformer" else {}),
-            "longest": settings["data"]["max_tokens"],
-            "precision": settings["train"]["precision"],
-            "trained": _of_tensors(checkpoint.trained),
-            "tower": _of_tensors(checkpoint.tower.state_dict()) if checkpoint.tower else None,
-            "whitening": _of_tensors({"mean": whitening.mean, "matrix": whitening.matrix}) if whitening else None,
-        }
-    )
+def _of_run(name: str, settings: RunSettings) -> str:
+    """A digest of the weights and settings of a run, and of its frozen models if they are in local folders."""
+    run = _folder(name)
+    files = [run] if run.is_file() else [run / "config.json", *sorted(run.glob("*.safetensors"))]
+    frozen = [Path(part.name) for part in (settings.vision, settings.language)]
+    return digest([_of_files(files), *(_of_model(folder) for folder in frozen if folder.is_dir())])
 
 
-def _of_tensors(tensors: Mapping[str, Tensor]) -> str:
+def _of_model(folder: Path) -> str:
+    """A digest of a model of transformers, with its tokenizer and its preprocessing."""
+    return _of_files(sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS))
+
+
+def _of_files(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _of_files(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS):
+    for path in files:
         digest.update(path.name.encode() + b"\0")
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _owners(pools: Sequence[Sequence[str]], device: torch.device) -> Tensor:
-    """The number of the image of each caption: `[M]`."""
-    return torch.tensor([n for n, texts in enumerate(pools) for _ in texts], device=device)
-
-
-def _split(scores: Tensor, pools: Sequence[Sequence[str]]) -> list[list[float]]:
-    """Scores `[M]` by image."""
-    return [part.tolist() for part in scores.float().cpu().split([len(texts) for texts in pools])]
 
 
 def _directions(output: Any) -> Tensor:

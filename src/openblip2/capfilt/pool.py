@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from openblip2.data.text import clean_caption
-from openblip2.data.web.mixture import find_reader
 from openblip2.errors import UserError
 
 Origin = Literal["web", "captioner"]
@@ -22,17 +21,16 @@ class How:
     """Settings; the defaults are the paper's.
 
     Attributes:
-        captions: number of captions to sample for each image; 0 = none, only rank.
+        captions: number of captions to sample for each image.
         top_p: probability mass for nucleus sampling, in (0, 1].
         keep: number of captions to keep for each image, the best ones.
         filter: "similarity" ranks captions by their similarity to the image; "itm", as in BLIP, by the probability of
             a match, and drops those below `threshold`.
         threshold: in [0, 1].
         seed: of the sampled captions.
-        reader: of the shards (data/web/mixture.py).
 
     Raises:
-        UserError: a number is out of its range, or the filter or reader is unknown.
+        UserError: a number is out of its range, or the filter is unknown.
     """
 
     captions: int = 10
@@ -41,10 +39,9 @@ class How:
     filter: Literal["similarity", "itm"] = "similarity"
     threshold: float = 0.5
     seed: int = 0
-    reader: str = "web"
 
     def __post_init__(self) -> None:
-        for name, value, least in (("captions", self.captions, 0), ("keep", self.keep, 1), ("seed", self.seed, 0)):
+        for name, value, least in (("captions", self.captions, 1), ("keep", self.keep, 1), ("seed", self.seed, 0)):
             if value < least:
                 raise UserError(f"--{name} {value}: it must be a whole number, {least} or more")
         if not 0 < self.top_p <= 1:
@@ -53,7 +50,6 @@ class How:
             raise UserError(f"--threshold {self.threshold}: it must be a probability, from 0 to 1")
         if self.filter not in ("similarity", "itm"):
             raise UserError(f"--filter {self.filter}: it must be similarity or itm")
-        find_reader(self.reader)
 
 
 class Text(NamedTuple):

@@ -4,21 +4,22 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openblip2.capfilt.duplicates import FOLDER, Duplicates, write_index
 from openblip2.capfilt.models import Models, digest, digests, open_models
 from openblip2.capfilt.pool import How
-from openblip2.capfilt.shard import Made, Maker, Task, finished
-from openblip2.data.web.shard_files import expand, is_url
+from openblip2.capfilt.shard import Made, Maker
+from openblip2.data.web.mixture import count_samples
+from openblip2.data.web.shard_files import expand, is_url, read_stats
 from openblip2.errors import UserError
 from openblip2.progress import Progress
 from openblip2.runs import atomic_write, make_folder, read_json
 
 FILE = "capfilt.json"  # the settings and models that OUT was made with
-_FORMAT = 1  # raise it when the same settings give other captions
+_FORMAT = 2  # raise it when the same settings give other captions
 
 
 class Written(NamedTuple):
@@ -57,28 +58,32 @@ def capfilt(
     claim(out, settings)
     if others := sorted({path.stem for path in out.glob("*.tar") if path.name[0] != "."} - {name for name, _ in names}):
         raise UserError(f"{out} holds other shards ({others[0]}.tar): give another --out, or remove them")
-    mine = range(part[0] - 1, len(names), part[1])
+    mine = names[part[0] - 1 :: part[1]]
     if not mine:
         raise UserError(f"--part {part[0]}/{part[1]}: {len(names)} shards leave none for it: use fewer parts")
-    with progress.steps("looking for duplicate pictures", len(names), unit="shards") as bar:
-        write_index(names, out / FOLDER, how.reader, lambda line: progress.say(f"skipped: {line}"), mine, bar.advance)
-    known = Duplicates([name for name, _ in names], out / FOLDER)
-
-    def task(number: int) -> Task:
-        return Task(*names[number], str(out.resolve()), digest(settings), known.of(number))
-
-    found = {n: finished(task(n)) for n in mine}
-    done = [made for made in found.values() if made]
-    left = (task(n) for n, made in found.items() if made is None)
+    done: list[Made] = []
+    left: list[tuple[str, Path]] = []
+    for name, url in mine:
+        path = out.resolve() / f"{name}.tar"
+        if stats := read_stats(path, "settings", digest(settings)):
+            done.append(Made(name, stats["counts"]))
+        else:
+            left.append((url, path))
     if done:
         progress.say(f"{len(done):,} of {len(mine):,} shards are done")
-    if len(done) < len(mine):
-        began, total = time.perf_counter(), sum(known.pictures(n) for n, made in found.items() if made is None)
+    if left:
+        began = time.perf_counter()
+        total = 0
+        with progress.steps("counting pictures", len(left), unit="shards") as bar, ThreadPoolExecutor() as threads:
+            for count, _ in threads.map(count_samples, [url for url, _ in left]):
+                total += count
+                bar.advance()
         with progress.steps("captions for pictures", total) as bar:
-            maker = Maker(*open_models(models, how.filter == "itm"), how, lambda count: bar.advance(count=count))
-            for made in map(maker, left):
-                done.append(made)
-                progress.say(_line(made, len(done), len(mine), time.perf_counter() - began))
+            both = open_models(models, how.filter == "itm")
+            maker = Maker(*both, how, digest(settings), lambda count: bar.advance(count=count))
+            for url, path in left:
+                done.append(maker(url, path))
+                progress.say(_line(done[-1], len(done), len(mine), time.perf_counter() - began))
     dead = [made.dead for made in done if made.dead]
     if len(dead) == len(mine):
         raise UserError(f"none of the {len(mine)} shards can be read; the first: {dead[0]}")
@@ -86,7 +91,7 @@ def capfilt(
     return Written(len(done) - len(dead), counts, dead)
 
 
-def settings_of(how: How, captioner: str | None, ranker: str) -> dict[str, Any]:
+def settings_of(how: How, captioner: str, ranker: str) -> dict[str, Any]:
     """Everything that captions depend on besides the shard, with digests of the weights of both models."""
     values = asdict(how) if how.filter == "itm" else {k: v for k, v in asdict(how).items() if k != "threshold"}
     return {"format": _FORMAT, **values, "captioner": captioner, "ranker": ranker}
@@ -138,7 +143,7 @@ def _line(made: Made, number: int, total: int, seconds: float) -> str:
         return f"skipped: {made.dead}"
     pictures, kept = made.counts["pictures"], made.counts["captions"]
     left_out = ", ".join(
-        f"{made.counts[name]:,} {name}" for name in ("broken", "duplicates", "without captions") if made.counts[name]
+        f"{made.counts[name]:,} {name}" for name in ("broken", "without captions") if made.counts[name]
     )
     return (
         f"{number}/{total} {made.name}: {pictures:,} pictures, {made.counts['captions by the captioner']:,} of "

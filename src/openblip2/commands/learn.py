@@ -158,7 +158,6 @@ def features(
     changes: Settings = None,
     precision: Annotated[str, typer.Option(help="fp16 or bf16.", autocompletion=among(STORED))] = "fp16",
     views: Annotated[int, typer.Option(min=1, help="If above 1: random crops to add to each image.")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the required space and time, and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compute the features of images once, for any number of `train --features` runs."""
@@ -185,9 +184,9 @@ def features(
     keep_freed_memory()
     vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
     with keeping(f"what is encoded is in {out}; run the same command to continue"):
-        takes = write_features(vision, records, settings, out, precision, views, says, dry_run)
+        numbers = write_features(vision, records, settings, out, precision, views, says)
     if as_json:
-        put({"out": str(out), **takes})
+        put({"out": str(out), **numbers})
     else:
         typer.echo(str(out))
 

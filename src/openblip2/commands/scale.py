@@ -10,7 +10,6 @@ from openblip2.commands.shared import AsJson, Images, Split, among, keeping, pro
 from openblip2.errors import UserError
 
 FILTERS = ("similarity", "itm")
-READERS = ("web", "coco", "vg", "cc3m", "cc12m", "sbu", "laion")
 
 
 def prepare(
@@ -58,10 +57,6 @@ def capfilt(
     ] = "similarity",
     threshold: Annotated[float | None, typer.Option(help="itm: minimum match probability; default: 0.5.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled captions.")] = 0,
-    reader: Annotated[
-        str,
-        typer.Option(help="Kind of data: web, coco, vg, cc3m, cc12m, sbu or laion.", autocompletion=among(READERS)),
-    ] = "web",
     part: Annotated[str, typer.Option(help="K/N: process every Nth shard from the Kth on, for job arrays.")] = "1/1",
     as_json: AsJson = False,
 ) -> None:
@@ -81,7 +76,6 @@ def capfilt(
         filter=filter,  # pyright: ignore[reportArgumentType]
         threshold=0.5 if threshold is None else threshold,
         seed=seed,
-        reader=reader,
     )
     with keeping(f"finished shards are in {out}; run the same command to continue"):
         written = run(shards, Models(captioner, ranker), out, how, says, _part(part))

@@ -99,7 +99,7 @@ def _caption(
 
 def _pictures(paths: list[Path]) -> list[Path]:
     """The files, and of each folder the pictures in it and in its folders, as `train --data` reads it."""
-    from openblip2.data.rows import PICTURE_SUFFIXES
+    from openblip2.data.images import PICTURE_SUFFIXES
 
     found: dict[Path, None] = {}
     for path in paths:

@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from openblip2.data.features import StoredFeatures
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.data.samples import Samples
@@ -77,13 +79,34 @@ class Sampler:
         return rows
 
 
-Part = tuple[int, int]  # (r, N): process r of N, which has a part of each batch
-
-
 class Batches(ABC):
-    """Batches by number. `part`: which rows of the joined batch this process has."""
+    """Batches by number.
 
-    part: Part
+    Args:
+        records: with the images.
+        samples: their texts.
+        batch: pairs of the joined batch.
+        seed: of everything random.
+        augmented: whether images are cropped and flipped at random; one whose texts say left or right is not flipped.
+        part: (r, N): process r of N has a part of each joined batch, which does not depend on it.
+        mixed: see `Sampler`.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        samples: Samples,
+        batch: int,
+        seed: int,
+        augmented: bool = True,
+        part: tuple[int, int] = (0, 1),
+        mixed: int = 0,
+    ) -> None:
+        self.records, self.samples, self.part = list(records), samples, part
+        self.seed, self.augmented = seed, augmented
+        self.sampler = Sampler(samples.lengths, batch, seed, mixed)
+        # Differs from the paper, which mirrors these, too.
+        self.sided = {n for n, record in enumerate(self.records) if augmented and names_side(record.texts)}
 
     def __call__(self, number: int) -> PairBatch:
         return self._make(number, self.part)
@@ -92,8 +115,29 @@ class Batches(ABC):
         """The batch of all processes."""
         return self._make(number, (0, 1))
 
+    def _make(self, number: int, part: tuple[int, int]) -> PairBatch:
+        rows = self.sampler(number)
+        pictures = [self.samples.pictures[row] for row in rows]
+        texts, questions = self.samples.draw(rows, batch_generator(self.seed, number, "caption"))
+        ids = pair_ids(pictures, texts)
+        places, content = self._open(number, pictures, range(len(rows))[part_of(len(rows), *part)])
+        return PairBatch(
+            [texts[n] for n in places],
+            ids[list(places)],
+            questions=None if questions is None else [questions[n] for n in places],
+            names=[self.records[pictures[n]].id for n in places],
+            **content,
+        )
+
     @abstractmethod
-    def _make(self, number: int, part: Part) -> PairBatch: ...
+    def _open(self, number: int, pictures: Sequence[int], own: range) -> tuple[Sequence[int], dict[str, Tensor]]:
+        """The places in batch `number` whose image can be used, and their images or features as in `PairBatch`.
+
+        Args:
+            number: of the batch.
+            pictures: the record of each row of the joined batch.
+            own: the places to open.
+        """
 
 
 class ImagePairs(Batches):
@@ -103,15 +147,9 @@ class ImagePairs(Batches):
     none.
 
     Args:
-        records: with the images.
-        samples: their texts.
-        batch: pairs of the joined batch.
-        seed: of everything random.
         size: S.
         problem: called with a line for each image that cannot be opened.
-        augmented: whether to crop and flip at random; a picture whose texts say left or right is not flipped.
-        part: which rows of the joined batch this process has. The joined batch does not depend on it.
-        mixed: see `Sampler`.
+        options: as in `Batches`, by name.
     """
 
     def __init__(
@@ -122,56 +160,53 @@ class ImagePairs(Batches):
         seed: int,
         size: int,
         problem: Callable[[str], object],
-        augmented: bool = True,
-        part: Part = (0, 1),
-        mixed: int = 0,
+        **options: Any,
     ) -> None:
-        self.records, self.samples, self.part = list(records), samples, part
-        self.seed, self.size, self.problem, self.augmented = seed, size, problem, augmented
-        self.sampler = Sampler(samples.lengths, batch, seed, mixed)
-        self.bad: set[int] = set()
-        # Differs from the paper, which mirrors these, too.
-        self.sided = {n for n, record in enumerate(self.records) if augmented and names_side(record.texts)}
+        super().__init__(records, samples, batch, seed, **options)
+        self.size, self.problem, self.bad = size, problem, set[int]()
 
-    def _make(self, number: int, part: Part) -> PairBatch:
-        every = Pairs(self.samples, self.sampler(number), batch_generator(self.seed, number, "caption"))
+    def _open(self, number: int, pictures: Sequence[int], own: range) -> tuple[Sequence[int], dict[str, Tensor]]:
         # One for each picture: what is drawn for it does not depend on who opened which before it.
-        seeds = torch.randint(
-            2**62, (len(every.pictures),), generator=batch_generator(self.seed, number, "crop")
-        ).tolist()
+        seeds = torch.randint(2**62, (len(pictures),), generator=batch_generator(self.seed, number, "crop")).tolist()
         good, images = [], [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)]
-        for n in range(len(every.pictures))[part_of(len(every.pictures), *part)]:
-            picture = every.pictures[n]
-            if picture in self.bad:
+        for n in own:
+            if pictures[n] in self.bad:
                 continue
             try:
-                images.append(self._open(picture, torch.Generator().manual_seed(seeds[n]))[None])
+                images.append(self._pixels(pictures[n], torch.Generator().manual_seed(seeds[n]))[None])
                 good.append(n)
             except UserError as error:
-                self.bad.add(picture)
+                self.bad.add(pictures[n])
                 self.problem(str(error))
-        if not good and part[1] == 1:
+        if not good and len(own) == len(pictures):
             raise UserError(f"batch {number}: not one of its pictures can be opened; see the log for their names")
-        return every.take(good, [self.records[every.pictures[n]].id for n in good], images=torch.cat(images))
+        return good, {"images": torch.cat(images)}
 
-    def _open(self, picture: int, generator: torch.Generator) -> Tensor:
+    def _pixels(self, picture: int, generator: torch.Generator) -> Tensor:
         path, mirror = self.records[picture].image, False if picture in self.sided else None
         return augment(path, self.size, generator, mirror) if self.augmented else to_pixels([path], self.size)[0]
 
 
-class Pairs:
-    """The pairs of a joined batch before any image is opened."""
+class FeaturePairs(Batches):
+    """Batches of stored features. If augmented, of a random one of each image's crops instead of the plain image.
 
-    def __init__(self, samples: Samples, rows: Sequence[int], generator: torch.Generator) -> None:
-        self.pictures = [samples.pictures[row] for row in rows]
-        self.texts, self.questions = samples.draw(rows, generator)
-        self.ids = pair_ids(self.pictures, self.texts)
+    Args:
+        features: of the records.
+        options: as in `Batches`, by name.
+    """
 
-    def take(self, places: Sequence[int], names: list[str], **pictures: Tensor) -> PairBatch:
-        """The pairs at these places, with their images or features, by the names of `PairBatch`."""
-        texts = [self.texts[n] for n in places]
-        questions = None if self.questions is None else [self.questions[n] for n in places]
-        return PairBatch(texts, self.ids[list(places)], questions=questions, names=names, **pictures)
+    def __init__(self, features: StoredFeatures, samples: Samples, batch: int, seed: int, **options: Any) -> None:
+        super().__init__(features.records, samples, batch, seed, **options)
+        self.features = features
+
+    def _open(self, number: int, pictures: Sequence[int], own: range) -> tuple[Sequence[int], dict[str, Tensor]]:
+        views = None
+        if self.augmented:
+            random = batch_generator(self.seed, number, "crop")
+            drawn = torch.randint(self.features.views, (len(pictures),), generator=random).tolist()
+            # Every second view is mirrored (train/encode.py).
+            views = [drawn[n] - drawn[n] % 2 if pictures[n] in self.sided else drawn[n] for n in own]
+        return own, {"features": self.features.take([pictures[n] for n in own], views)}
 
 
 def pair_ids(pictures: Sequence[Hashable], captions: Sequence[Hashable]) -> Tensor:

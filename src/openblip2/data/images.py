@@ -176,7 +176,7 @@ def _opened(picture: Picture, at_least: int | None) -> Image.Image:
     if isinstance(picture, str | Path):
         return _from_file(Path(picture), at_least)
     if isinstance(picture, PictureFile):
-        return _from_stream(io.BytesIO(picture.content), picture.name, at_least)
+        return _from_bytes(picture.content, picture.name, at_least)
     if isinstance(picture, Image.Image):
         name = str(picture.filename) if isinstance(picture, ImageFile.ImageFile) else "a PIL image"
         _check_pixels(picture.width, picture.height, name)
@@ -198,20 +198,19 @@ def _from_file(path: Path, at_least: int | None) -> Image.Image:
             raise UserError(f"{path}: is empty (0 bytes): give a picture file")
         if bytes_ > MAX_BYTES:
             raise UserError(f"{path}: has {bytes_:,} bytes: give a picture file of at most {MAX_BYTES:,}")
-        with path.open("rb") as file:
-            return _from_stream(file, str(path), at_least)
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): give a readable picture") from error
+    return _from_bytes(content, str(path), at_least)
 
 
-def _from_stream(file: Any, name: str, at_least: int | None) -> Image.Image:
+def _from_bytes(content: bytes, name: str, at_least: int | None) -> Image.Image:
     try:
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{name}: has too many pixels: give a picture of at most {MAX_PIXELS:,}") from error
     except Exception as error:  # Pillow's parsers raise exceptions of any type
-        file.seek(0)
-        refuse_lfs_pointer(name, file.read(64))
+        refuse_lfs_pointer(name, content[:64])
         if left_out([name]):
             raise UserError(f"{name}: pictures of this kind cannot be read: convert it to JPEG") from error
         raise UserError(f"{name}: is not a picture in a known format: give {', '.join(FORMATS)}") from error

@@ -21,7 +21,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,19 +130,10 @@ def _row(record: Record, folder: Path) -> dict[str, Any]:
     if record.captions:
         row["captions"] = list(record.captions)
     if record.questions:
-        row["questions"] = [_question_row(question) for question in record.questions]
+        row["questions"] = [{k: v for k, v in asdict(question).items() if v} for question in record.questions]
     if record.facts is not None:
         row["facts"] = record.facts
     return row
-
-
-def _question_row(question: Question) -> dict[str, Any]:
-    row: dict[str, Any] = {"text": question.text, "answer": question.answer, "kind": question.kind}
-    return (
-        row
-        | ({"answers": list(question.answers)} if question.answers else {})
-        | ({"id": question.id} if question.id else {})
-    )
 
 
 def _add(record: Record, records: dict[str, Record]) -> None:

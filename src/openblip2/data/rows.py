@@ -28,7 +28,6 @@ ACCEPTED = (
 DELIMITERS = (",", "\t", ";", "|")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _AS_UTF8 = "save it as UTF-8 (in Excel: CSV UTF-8)"
-MOST_SWALLOWED = 10  # rows within the text of another row; with more, a table is refused
 MOST_LINES = 100  # of one row; a caption has 50 words
 _ROW = 'one {"image": "cat.jpg", "caption": "a cat"} a line'
 
@@ -138,54 +137,44 @@ def _form(line: str) -> tuple[str, list[str]]:
 
 
 def _table(path: Path) -> Iterator[tuple[str, Row]]:
-    source = _lines(path)
-    if (line := next(source, None)) is None:
+    lines = list(_lines(path))
+    if not lines:
         return
-    delimiter, header = _form(line)
+    delimiter, header = _form(lines[0])
     if not header:
-        utf8 = "\0" not in line and is_unicode(line)
         right = "it has to name the columns image and caption, or image, question and answer: rename them"
-        wrong = (
-            f"the first line is {ascii(line.strip())[:80]}; {right if utf8 else 'it is not UTF-8 text: ' + _AS_UTF8}"
-        )
-        raise UserError(f"{path}:1: {wrong}")
-    taken: list[str] = []  # the lines of the current row
-
-    def lines() -> Iterator[str]:
-        for one in source:
-            taken.append(one)
-            yield one
-
-    # strict: otherwise the reader guesses where a text with a wrong quotation mark ends.
-    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-    while True:
-        first = reader.line_num + 2
-        where = f"{path}:{first}"
-        taken.clear()
-        try:
-            cells: list[str] | UserError = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            cells = UserError(f'not a table row ({error}): write text with quotation marks as "so ""said"""')
-        several = enumerate(taken, first) if len(taken) > 1 else ()
-        rows = [n for n, line in several if _is_row(line, header, delimiter, path.parent)]
-        # Of the lines of one row, at most the first or the last contains an image.
-        swallowed = [n for n in rows if n > first] if len(rows) > 1 or isinstance(cells, UserError) else []
-        if len(swallowed) > MOST_SWALLOWED or len(taken) > MOST_LINES:
-            raise UserError(
-                f"{where}: a quotation mark is not closed: lines {first} to {first + len(taken) - 1} were read as one "
-                "row; close it, or write it twice if it belongs to the text"
-            )
-        if swallowed:
-            cells = UserError("a quotation mark is not closed, so later rows were read as a part of this one")
-        elif not all(map(is_unicode, taken)):
+        if "\0" in lines[0] or not is_unicode(lines[0]):
+            right = f"it is not UTF-8 text: {_AS_UTF8}"
+        raise UserError(f"{path}:1: the first line is {ascii(lines[0].strip())[:80]}; {right}")
+    first = 1
+    while first < len(lines):
+        cells, after = _cells(lines, first, header, delimiter, path.parent)
+        if not all(map(is_unicode, lines[first:after])):
             cells = UserError(f"not Unicode text in UTF-8; {_AS_UTF8}")
-        if isinstance(cells, UserError):
-            yield where, cells
-            yield from ((f"{path}:{n}", UserError(f"read as a part of line {first}")) for n in swallowed)
-        elif cells:
-            yield where, _table_row(cells, header)
+        if cells:
+            yield f"{path}:{first + 1}", cells if isinstance(cells, UserError) else _table_row(cells, header)
+        first = after
+
+
+def _cells(
+    lines: list[str], first: int, header: list[str], delimiter: str, folder: Path
+) -> tuple[list[str] | UserError, int]:
+    """The cells of the row that begins in line `first`, from 0, and the number of the line after it."""
+    rows = 0
+    for after in range(first + 1, min(first + MOST_LINES, len(lines)) + 1):
+        # A text in quotation marks may have several lines, and the first or the last one contains the image. If another
+        # line looks like a row, too, the mark is not closed.
+        rows += _is_row(lines[after - 1], header, delimiter, folder)
+        if rows > 1:
+            break
+        try:
+            # strict: otherwise the reader guesses where a text with a wrong quotation mark ends.
+            return next(csv.reader(lines[first:after], delimiter=delimiter, strict=True)), after
+        except csv.Error as error:
+            if str(error) != "unexpected end of data":
+                right = 'write text with quotation marks as "so ""said"""'
+                return UserError(f"not a table row ({error}): {right}"), first + 1
+    return UserError("a quotation mark is not closed: close it, or write it twice if it belongs to the text"), first + 1
 
 
 def _is_row(line: str, header: list[str], delimiter: str, folder: Path) -> bool:

@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
@@ -16,13 +15,6 @@ from openblip2.data.text import clean_question
 
 MOST_TIMES = 10  # how often balancing shows one question in an epoch at most
 NEGATION = re.compile(r"\b(no|not|never|none)\b|n['\u2019]t\b", re.IGNORECASE)
-
-
-class Drawn(NamedTuple):
-    """The texts of a batch that are to be generated, and the questions, None for captions."""
-
-    texts: list[str]
-    questions: list[str] | None
 
 
 class Captions:
@@ -38,8 +30,9 @@ class Captions:
         self.pictures = list(range(len(records)))
         self.lengths = [max(len(caption.split()) for caption in record.captions) for record in records]
 
-    def draw(self, rows: Sequence[int], generator: torch.Generator) -> Drawn:
-        return Drawn(_draw([self.records[row].captions for row in rows], generator), None)
+    def draw(self, rows: Sequence[int], generator: torch.Generator) -> tuple[list[str], None]:
+        """The texts of a batch that are to be generated, and no questions."""
+        return _draw([self.records[row].captions for row in rows], generator), None
 
 
 class Answers:
@@ -63,10 +56,11 @@ class Answers:
         self.pictures = [n for n, _ in self.asked]
         self.lengths = [len(question.text.split()) for _, question in self.asked]
 
-    def draw(self, rows: Sequence[int], generator: torch.Generator) -> Drawn:
+    def draw(self, rows: Sequence[int], generator: torch.Generator) -> tuple[list[str], list[str]]:
+        """The texts of a batch that are to be generated, and the questions."""
         questions = [self.asked[row][1] for row in rows]
         texts = _draw([question.given for question in questions], generator)
-        return Drawn(texts, [clean_question(question.text) for question in questions])
+        return texts, [clean_question(question.text) for question in questions]
 
 
 Samples = Captions | Answers

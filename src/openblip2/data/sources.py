@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from openblip2.data.official.read import official_kind, read_official
+from openblip2.data.official import read_official
 from openblip2.data.records import Record, Wanted, read_records
 from openblip2.data.web.mixture import Part, names_shards, read_parts
 from openblip2.errors import UserError
@@ -37,7 +37,7 @@ def read_source(
     withheld: bool = False,
     shards: bool = False,
 ) -> Source:
-    """The records of `data`: an official `.json` (data/official/read.py) or the user's own images (data/records.py).
+    """The records of `data`: an official `.json` (data/official/) or the user's own images (data/records.py).
 
     Args:
         wanted: what every record must have.
@@ -62,8 +62,7 @@ def read_source(
     if path.suffix.lower() == ".json":
         if images is None:
             raise UserError(f"{path}: give --images, the folder of its images")
-        kind = official_kind(path)
-        records, skipped = read_official(None, path, images, split, questions)
+        kind, records, skipped = read_official(path, images, split, questions)
         usable = [record for record in records if withheld or _has(record, wanted)]
         if not usable:
             raise UserError(f"{path}: holds no {wanted} (it is {kind}'s)")

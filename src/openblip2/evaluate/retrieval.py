@@ -13,8 +13,7 @@ import torch
 from openblip2.config import change
 from openblip2.data.features import StoredFeatures, find_records
 from openblip2.data.records import Record
-from openblip2.data.text import clean_caption
-from openblip2.data.tokens import QFormerTokens, only_unknown
+from openblip2.data.text import QFormerTokens, clean_caption, only_unknown
 from openblip2.evaluate.ranking import (
     Ranking,
     best_images,

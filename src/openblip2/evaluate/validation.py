@@ -16,7 +16,7 @@ from torch import Tensor
 from openblip2.data.batches import pair_ids
 from openblip2.data.features import Features
 from openblip2.data.records import Question
-from openblip2.data.tokens import QFormerTokens, question_tokens
+from openblip2.data.text import QFormerTokens, question_tokens
 from openblip2.evaluate.ranking import recalls, similarities, text_vectors
 from openblip2.model.decoding import Decoding
 from openblip2.model.objectives import HardNegatives, similarity

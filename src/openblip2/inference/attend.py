@@ -18,8 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from openblip2.data.images import Picture, open_picture, to_pixels
-from openblip2.data.text import clean_caption
-from openblip2.data.tokens import question_tokens
+from openblip2.data.text import clean_caption, question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.captioner import ANSWER, CAPTION, Captioner

@@ -13,7 +13,7 @@ from torch import Tensor
 from openblip2.compat import log
 from openblip2.config import RunSettings
 from openblip2.data.images import Picture
-from openblip2.data.tokens import QFormerTokens, question_tokens
+from openblip2.data.text import QFormerTokens, question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.inputs import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from openblip2.data.images import Picture
-from openblip2.data.tokens import question_tokens
+from openblip2.data.text import question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.captioner import CHAT, Captioner

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from openblip2.compat import log
 from openblip2.data.images import Picture, open_picture, to_pixels
-from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, clean_question
-from openblip2.data.tokens import QFormerTokens, only_unknown
+from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, QFormerTokens, clean_question, only_unknown
 from openblip2.errors import UserError
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2

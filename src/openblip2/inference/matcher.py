@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from openblip2.config import RunSettings
 from openblip2.data.images import Picture
-from openblip2.data.text import clean_caption
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.text import QFormerTokens, clean_caption
 from openblip2.errors import UserError
 from openblip2.evaluate.ranking import rerank, similarities
 from openblip2.hardware import computing

@@ -13,7 +13,7 @@ from torch import Tensor
 from openblip2 import hardware
 from openblip2.config import RunSettings, change
 from openblip2.data.images import Picture
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.text import QFormerTokens
 from openblip2.errors import UserError, one_line
 from openblip2.evaluate.validation import effective_rank
 from openblip2.hardware import computing

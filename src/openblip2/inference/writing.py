@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openblip2.data.images import Picture
-from openblip2.data.tokens import QFormerTokens, question_tokens
+from openblip2.data.text import QFormerTokens, question_tokens
 from openblip2.hardware import computing
 from openblip2.inference.inputs import GROUP, features_of, group_of, same_pictures
 from openblip2.model.context import require_room

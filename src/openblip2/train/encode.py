@@ -1,4 +1,4 @@
-"""Runs the frozen image encoder over pictures, into a feature cache (`data/feature_cache.py`) or into memory.
+"""Runs the frozen image encoder over pictures, into a feature cache (`data/features.py`) or into memory.
 
 Shapes: E entries of a picture (the plain one, then random crops of it), P patch tokens, V encoder width, B images,
 S image side in px.
@@ -7,11 +7,8 @@ S image side in px.
 import hashlib
 import json
 import shutil
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,7 @@ import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
-from openblip2.data import feature_cache as stored
-from openblip2.data.feature_cache import FeatureCache, picture_bytes, require_same
-from openblip2.data.features import Features, find_records
+from openblip2.data.features import CACHE_DTYPES, FeatureCache, Features, picture_bytes, require_same, writing
 from openblip2.data.images import CROP_AREA, CROP_RATIO, THREADS, augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.errors import UserError
@@ -53,15 +48,15 @@ def make_cache(
 
     Args:
         settings: Of `vision`, and the seed of the crops.
-        folder: The cache, which is made if it is not there.
-        name: What it calls the pictures.
+        folder: The cache, which is created if it does not exist.
+        name: Of the pictures, for the progress bar.
         precision: fp16 or bf16.
-        crops: How many random crops of each picture are encoded beside it.
-        replace: Whether a cache that something else made, or that has none of the pictures, gives way to a new one.
+        crops: Number of random crops of each picture that are encoded in addition to the plain picture.
+        replace: Whether to replace a cache that was made with something else or has none of the pictures.
 
     Raises:
-        UserError: The cache was made by something else; it is damaged; not one picture can be opened; the disk is or
-            would be full.
+        UserError: The cache was made with something else or is damaged; no picture can be opened; the disk is full or
+            too small.
     """
     if len({record.id for record in records}) < len(records):
         raise UserError(f"{folder}: two pictures have one id; give each its own (`id` in records.jsonl)")
@@ -71,10 +66,10 @@ def make_cache(
     made_by = maker(vision, settings) | drawn
     shape = shape_of(vision, crops)
     with (
-        stored.writing(folder, made_by, shape, progress.say, records, replace) as writer,
+        writing(folder, made_by, shape, progress.say, records, replace) as writer,
         progress.steps(f"features ({name})", len(records)) as bar,
     ):
-        # An interrupted command goes on where it was, and new pictures can be added to a cache.
+        # An interrupted command continues, and new pictures can be added to a cache.
         missing = [record for record in records if not writer.cache.has(record)]
         bar.advance(count=len(records) - len(missing))
         needed, free = len(missing) * writer.cache.picture_bytes, free_bytes(folder)
@@ -95,7 +90,7 @@ def make_cache(
 
 
 def open_cache(vision: FrozenVision, settings: RunSettings, folder: Path) -> FeatureCache:
-    """The cache that the user named, if the settings' encoder made it and it has the crops that `data.augment` needs.
+    """The cache that the user named: made with the settings' encoder, and with the crops that `data.augment` needs.
 
     Raises:
         UserError: It does not fit; see also `FeatureCache`.
@@ -120,40 +115,27 @@ def write_features(
     precision: str,
     views: int,
     progress: Progress,
-    dry_run: bool = False,
-) -> dict[str, int | float]:
-    """What `openblip2 features` does: says what it takes, then makes the cache (`make_cache`) unless it is a dry run.
+) -> dict[str, int]:
+    """What `openblip2 features` does: says how large the cache will be, makes it, and names skipped pictures.
 
-    Returns the pictures, bytes, free bytes and seconds; with a cache also how many pictures were skipped.
+    Returns the numbers of pictures, of bytes and of skipped pictures.
 
     Args:
-        views: 1 for the plain pictures; more for so many random crops of each beside it.
+        views: 1 = the plain pictures only; more = as many random crops of each picture in addition.
     """
-    if precision not in stored.CACHE_DTYPES:
-        raise UserError(f"precision {precision!r} is unknown: it must be one of {', '.join(stored.CACHE_DTYPES)}")
+    if precision not in CACHE_DTYPES:
+        raise UserError(f"precision {precision!r} is unknown: it must be one of {', '.join(CACHE_DTYPES)}")
     crops = 0 if views == 1 else views
     shape = shape_of(vision, crops)
     size, free = len(records) * picture_bytes(shape), free_bytes(folder)
     kinds = "the plain picture" if not crops else f"the plain picture and {crops} views"
     progress.say(f"{len(records):,} pictures, {kinds} of each: {shape[1]} tokens x {shape[2]} in {precision}")
     progress.say(f"{size / 1e9:.3g} GB in {folder}, of {free / 1e9:,.3g} GB free")
-    # A real batch, also in a dry run: the time depends on the disk, the pictures' sizes and the encoder.
-    began = time.monotonic()
-    first, opened = next(open_batches(records[:BATCH], vision.image_size, crops, settings.train.seed))
-    encode_raw(vision, opened, shape)
-    seconds = (time.monotonic() - began) / len(first) * len(records)
-    progress.say(
-        f"about {timedelta(seconds=round(seconds))} by the first {len(first)} pictures; the encoder then runs once and "
-        "not once an epoch"
-    )
-    takes = {"pictures": len(records), "bytes": size, "free_bytes": free, "seconds": seconds}
-    if dry_run:
-        return takes
     cache = make_cache(vision, records, settings, folder, progress, "all", precision, crops)
     problems = [problem for record in records if (problem := cache.pictures[record.id].problem)]
     for number, problem in enumerate(problems, 1):
         progress.say(f"skipped ({number} so far): {problem}")
-    return takes | {"skipped": len(problems)}
+    return {"pictures": len(records), "bytes": size, "skipped": len(problems)}
 
 
 def open_batches(
@@ -165,16 +147,12 @@ def open_batches(
     """
     open_one = partial(_open, size=size, crops=crops, seed=seed)
     # Two batches at most: opened pictures take much memory, and more would not make the encoder faster.
-    opening: deque[tuple[Sequence[Record], Iterator[Tensor | str]]] = deque()
     with ThreadPoolExecutor(THREADS) as threads:
+        following = threads.map(open_one, records[:BATCH])
         for start in range(0, len(records), BATCH):
-            part = records[start : start + BATCH]
-            opening.append((part, threads.map(open_one, part)))
-            if len(opening) > 1:  # the one after it is being opened
-                first, opened = opening.popleft()
-                yield first, list(opened)
-        for part, opened in opening:
-            yield part, list(opened)
+            opened, end = following, start + BATCH
+            following = threads.map(open_one, records[end : end + BATCH])
+            yield records[start:end], list(opened)
 
 
 def _open(record: Record, size: int, crops: int, seed: int) -> Tensor | str:
@@ -210,15 +188,6 @@ def encode_raw(vision: FrozenVision, opened: Sequence[Tensor | str], shape: tupl
         vision.whitening = whitening
 
 
-def encode_all(
-    vision: FrozenVision, records: Sequence[Record], settings: RunSettings, folder: Path, name: str, progress: Progress
-) -> tuple[Features, list[str]]:
-    """The features of records as the models get them, by a cache in `folder`; and one line for each bad picture."""
-    cache = make_cache(vision, records, settings, folder, progress, name, replace=True)
-    features, problems = find_records(records, cache, whitened(vision))
-    return features.load(), problems
-
-
 def openable(records: Sequence[Record], size: int) -> tuple[list[Record], list[str]]:
     """The records whose pictures can be opened, and one line for each other."""
     # Whether a file is a picture is known only when it is decoded.
@@ -249,7 +218,7 @@ def whitened(vision: FrozenVision) -> Callable[[Tensor], Tensor]:
 
 
 def shape_of(vision: FrozenVision, crops: int) -> tuple[int, int, int]:
-    """The shape (E, P, V) of a picture's features, from one gray picture."""
+    """The shape (E, P, V) of a picture's features, found by encoding one gray picture."""
     side = vision.image_size
     with torch.no_grad():
         _, tokens, width = vision(torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=device())).shape

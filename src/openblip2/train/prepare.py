@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
-from openblip2.data.batches import ImagePairs, PairBatch
-from openblip2.data.feature_cache import FeatureCache
-from openblip2.data.features import FeaturePairs, Features, StoredFeatures, find_records
+from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
+from openblip2.data.features import FeatureCache, Features, StoredFeatures, find_records
 from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
 from openblip2.data.text import clean_answer, clean_caption, clean_question
@@ -105,8 +104,9 @@ def prepare(
         return Answers(part, settings.data.balance) if settings.task == "vqa" else Captions(part)
 
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
-    part, augment = (rank(), world_size()), settings.data.augment
+    augment = settings.data.augment
     mixed = settings.stage2.lm_start_step * settings.train.accumulate
+    how = {"augmented": augment, "part": (rank(), world_size()), "mixed": mixed}
     if settings.vision.trained:
         if settings.data.features:
             raise UserError(f"data.features={settings.data.features}: an encoder that trains has no fixed features")
@@ -116,7 +116,7 @@ def prepare(
         skip(*problems)
         _require_enough(held, trained, settings, skip)
         # Features change with the encoder, so that pictures are opened in every step.
-        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, augment, part, mixed)
+        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, **how)
         return Prepared(pairs, pairs.joined, trained, held, lambda: encode_now(vision, held))
 
     # Evenly spread; never of the held-out pictures.
@@ -144,13 +144,13 @@ def prepare(
     _require_enough(held_features.records, trained, settings, skip)  # without those that cannot be opened
     # With crops in the user's cache no picture has to be opened in training.
     if augment and not settings.data.features:
-        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, part=part, mixed=mixed)
+        pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, **how)
         return Prepared(pairs, pairs.joined, trained, held_features.records, lambda: held_features)
     features = stored(trained)
     _require_enough(held_features.records, features.records, settings, skip)
     if batch > len(features.records) and settings.task != "vqa":
         progress.say(f"train.batch={batch}: only {len(features.records)} training pictures, so batches have that many")
-    pairs = FeaturePairs(features, samples_of(features.records), batch, seed, augment, part, mixed)
+    pairs = FeaturePairs(features, samples_of(features.records), batch, seed, **how)
     return Prepared(pairs, pairs.joined, features.records, held_features.records, lambda: held_features)
 
 

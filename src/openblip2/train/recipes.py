@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from openblip2.config import RunSettings
 from openblip2.data.batches import PairBatch, Prefetcher, drawn_prompts, joined_ids
 from openblip2.data.records import Record
-from openblip2.data.tokens import QFormerTokens, question_tokens
+from openblip2.data.text import QFormerTokens, question_tokens
 from openblip2.data.trained_on import data_digest, write_trained_on
 from openblip2.data.web.mixture import Part
 from openblip2.distributed.collectives import is_first

@@ -15,8 +15,7 @@ from typing import Any
 
 from openblip2.data.batches import PairBatch
 from openblip2.data.records import Record
-from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, clean_caption, clean_question
-from openblip2.data.tokens import QFormerTokens, only_unknown
+from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, QFormerTokens, clean_caption, clean_question, only_unknown
 from openblip2.distributed.collectives import is_first, rank
 from openblip2.errors import UserError
 from openblip2.progress import Progress

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.text import QFormerTokens
 from openblip2.model.connector import Connector
 from openblip2.model.qformer import Layer, QFormer
 from openblip2.model.stage1 import Stage1

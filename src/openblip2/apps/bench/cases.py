@@ -27,8 +27,7 @@ from openblip2.apps.bench.models import (
     texts,
 )
 from openblip2.apps.bench.naive import naive_losses, naive_picture, naive_rerank
-from openblip2.data.feature_cache import FeatureCache, writing
-from openblip2.data.features import StoredFeatures
+from openblip2.data.features import FeatureCache, StoredFeatures, writing
 from openblip2.data.records import Record
 from openblip2.data.web.mixture import count_parts, read_parts
 from openblip2.data.web.pairs import ShardPairs

@@ -16,7 +16,7 @@ from openblip2.apps.demo.plan import Plan, announcement, gather_corpus, settings
 from openblip2.apps.demo.scores import score
 from openblip2.apps.report.pages import examine, write_report
 from openblip2.config import RunSettings
-from openblip2.data.features import Features
+from openblip2.data.features import Features, find_records
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
 from openblip2.errors import require
@@ -27,7 +27,7 @@ from openblip2.inference.matcher import Matcher
 from openblip2.model.build import build_vision
 from openblip2.progress import Progress
 from openblip2.runs import make_folder, require_absent, write_json
-from openblip2.train.encode import encode_all
+from openblip2.train.encode import make_cache, whitened
 from openblip2.train.prepare import prepare
 from openblip2.train.recipes import train_stage
 
@@ -96,10 +96,11 @@ def run_demo(out: Path, plan: Plan, progress: Progress, overwrite: bool = False)
 
 
 def _encode(vision, records: list[Record], settings: RunSettings, out: Path, name: str, progress: Progress) -> Features:
-    found, problems = encode_all(vision, records, settings, out / "features" / name, name, progress)
+    cache = make_cache(vision, records, settings, out / "features" / name, progress, name, replace=True)
+    features, problems = find_records(records, cache, whitened(vision))
     for line in problems:
         progress.say(f"skipped: {line}")
-    return found
+    return features.load()
 
 
 def _cleaned(features: Features) -> Features:

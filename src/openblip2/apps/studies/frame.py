@@ -33,8 +33,7 @@ from openblip2.apps.studies.study import (
 )
 from openblip2.capfilt.models import digest
 from openblip2.config import RunSettings, VisionSettings, change, to_dict
-from openblip2.data.feature_cache import FeatureCache
-from openblip2.data.features import find_records
+from openblip2.data.features import FeatureCache, find_records
 from openblip2.data.records import Record, read_records
 from openblip2.data.rows import RECORDS
 from openblip2.data.text import clean_caption

@@ -1,16 +1,16 @@
-"""Annotation files: reading JSON, checking its values, and finding the images."""
+"""Annotation files: checking their values, and finding the images."""
 
 import gc
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from openblip2.data.text import is_unicode
-from openblip2.errors import UserError, refuse_lfs_pointer
+from openblip2.errors import UserError
 
 
 class Pictures:
@@ -55,14 +55,62 @@ class Pictures:
         except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: an impossible name
             return frozenset()
         except OSError as error:
-            raise UserError(
-                f"{self.root / folder}: cannot be listed ({error.strerror}): give a readable one"
-            ) from error
+            problem = f"cannot be listed ({error.strerror}): give a readable one"
+            raise UserError(f"{self.root / folder}: {problem}") from error
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
     # Unlike entry.is_file(), os.path.isfile() does not raise for a link to itself.
     return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+
+
+@dataclass
+class AnnotationFile:
+    """An annotation file that is being read.
+
+    Attributes:
+        path: of the file.
+        data: its content.
+        pictures: finds the images.
+        split: that the user asked for, or None.
+        questions: the second file, or None.
+        skipped: a line "where: what; what would be right" for each entry that is left out.
+    """
+
+    path: Path
+    data: Any
+    pictures: Pictures
+    split: str | None = None
+    questions: Path | None = None
+    skipped: list[str] = field(default_factory=list)
+
+    def entries(self, name: str, values: object, right: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The objects in a list with their positions, "file: name[0]". Other entries are skipped.
+
+        Args:
+            name: of the list in the file.
+            values: the list.
+            right: what would be right in place of an entry that is not an object.
+
+        Raises:
+            UserError: `values` is not a list.
+        """
+        if not isinstance(values, list):
+            raise UserError(f'{self.path}: "{name}" is {shown(values)}: it must be a list of objects')
+        for number, entry in enumerate(values):
+            where = f"{self.path}: {name}[{number}]"
+            if isinstance(entry, dict):
+                yield where, entry
+            else:
+                self.skipped.append(f"{where}: no object, but {shown(entry)}; {right}")
+
+    @contextmanager
+    def skipping(self, where: str) -> Iterator[None]:
+        """A `UserError` within the block skips the entry at `where`."""
+        try:
+            yield
+        except UserError as problem:
+            self.skipped.append(f"{where}: {problem}")
 
 
 @contextmanager
@@ -78,36 +126,6 @@ def uncollected() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: it is missing, cannot be read, is cut off or not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): give an annotation file, .json") from error
-    except json.JSONDecodeError as error:
-        refuse_lfs_pointer(path)
-        problem = f"not JSON, or cut off ({error.msg} at character {error.colno})"
-        raise UserError(f"{path}:{error.lineno}: {problem}: give the complete, unpacked annotation file") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON in UTF-8: give an annotation file, .json") from error
-
-
-def repeated_keys(path: Path) -> set[str]:
-    """The keys that occur more than once in the JSON object in `path`. `read_json` keeps only the last of each."""
-    outermost: list[tuple[str, Any]] = []
-
-    def keep(pairs: list[tuple[str, Any]]) -> None:
-        outermost[:] = pairs  # called for the outermost object last
-
-    json.loads(path.read_bytes(), object_pairs_hook=keep)
-    seen: set[str] = set()
-    return {key for key, _ in outermost if key in seen or seen.add(key)}
 
 
 def text(value: object, what: str, right: str) -> str:
@@ -142,42 +160,6 @@ def identity(value: object, what: str) -> str:
     if not name.isprintable():
         raise UserError(f"{what} is {shown(name)}: it must be a whole number or text of one line")
     return name
-
-
-def each(
-    entries: Iterable[tuple[str, object]], right: str, use: Callable[[str, dict[str, Any]], None], skipped: list[str]
-) -> None:
-    """Calls `use(where, entry)` for each entry.
-
-    Args:
-        entries: the position of each in the file, and the entry.
-        right: what would be right instead of an entry that is not an object.
-        use: may raise a `UserError`.
-        skipped: gets a line for each entry that is not an object, or for which `use` raises.
-    """
-    for where, entry in entries:
-        try:
-            if not isinstance(entry, dict):
-                raise UserError(f"no object, but {shown(entry)}; {right}")
-            use(where, entry)
-        except UserError as problem:
-            skipped.append(f"{where}: {problem}")
-
-
-def numbered(path: Path, name: str, values: object) -> Iterator[tuple[str, object]]:
-    """The entries of a list, each with its position, "file: name[0]".
-
-    Args:
-        path: the file.
-        name: of the list in the file.
-        values: the list.
-
-    Raises:
-        UserError: `values` is not a list.
-    """
-    if not isinstance(values, list):
-        raise UserError(f'{path}: "{name}" is {shown(values)}: it must be a list of objects')
-    return ((f"{path}: {name}[{number}]", value) for number, value in enumerate(values))
 
 
 def first_entry(values: object) -> dict[str, Any]:

@@ -2,116 +2,39 @@
 
     [[part]]
     shards = "coco/{00000..00056}.tar"   # as in `expand`; relative to the folder of the .toml
-    reader = "coco"                      # one of `READERS`; default: "web"
     weight = 3
 
     [[part]]
     shards = "s3://bucket/laion/{00000..11499}.tar"
-    reader = "laion"
     weight = 60
 
 A run counts the samples of each shard once and stores the numbers in RUN/shards.json, so that every process and every
 later start uses the same samples in the same order. The number is "successes" in the shard's `_stats.json`, which
 img2dataset and `openblip2 prepare` write; without this file, the headers of the shard are read.
-
-A reader defines which fields of a sample's .json contain a caption and identify the image. img2dataset writes the
-caption to .txt and "caption", the address to "url", and other columns under their own names. The identity matters if an
-image occurs several times (COCO has five captions per image, and Visual Genome shares images with COCO): two samples of
-one image are not negatives of each other.
 """
 
 import json
-import re
 import shutil
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from openblip2.data.records import Record, write_records
 from openblip2.data.text import clean_caption
 from openblip2.data.web.shard_files import expand, is_url, stated_samples
-from openblip2.data.web.tars import Sample, Shard
+from openblip2.data.web.tars import Shard, read_tar
 from openblip2.errors import UserError, one_line
 from openblip2.runs import write_text
 
 FILE = "shards.json"
 _FORMAT = 1
 _THREADS = 16  # they wait for disks and networks
-_RIGHT = 'a mixture: [[part]] with shards = "web/{00000..00099}.tar", reader = "web", weight = 1 (a whole number)'
-
-
-class Reader(NamedTuple):
-    """How the samples of one data set are read.
-
-    Attributes:
-        captions: fields with a caption, used if the sample has none in the usual places (tars.py).
-        pictures: fields with an image number, each with the collection that the number belongs to.
-        address: a pattern that finds such a number in the image's url, and the collection.
-        urls: fields with the address of the image.
-    """
-
-    captions: tuple[str, ...] = ()
-    pictures: tuple[tuple[str, str], ...] = ()
-    address: tuple[re.Pattern[str], str] | None = None
-    urls: tuple[str, ...] = ("url",)
-
-
-_COCO = re.compile(r"(?:train|val|test)20\d\d/(?:COCO_\w+?_)?0*(\d+)\.jpg")
-_VG = re.compile(r"VG_100K(?:_2)?/(\d+)\.jpg")
-
-# Names in upper case or in the plural are columns of the data sets' own tables.
-READERS: Mapping[str, Reader] = {
-    "web": Reader(),
-    "coco": Reader(
-        captions=("TEXT",),
-        pictures=(("cocoid", "coco"), ("coco_id", "coco"), ("image_id", "coco")),
-        address=(_COCO, "coco"),
-        urls=("url", "URL", "coco_url"),
-    ),
-    "vg": Reader(captions=("phrase",), pictures=(("coco_id", "coco"), ("image_id", "vg")), address=(_VG, "vg")),
-    "cc3m": Reader(),
-    "cc12m": Reader(),
-    "sbu": Reader(urls=("url", "image_url", "image_urls")),
-    "laion": Reader(captions=("TEXT",), urls=("url", "URL")),
-}
-
-
-def find_reader(name: str) -> Reader:
-    """The reader of that name.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name not in READERS:
-        raise UserError(f"unknown reader {name!r} of shards: it must be one of {', '.join(READERS)}")
-    return READERS[name]
-
-
-def sample_captions(sample: Sample, reader: Reader) -> tuple[str, ...]:
-    """The captions of a sample, possibly none."""
-    if sample.captions:
-        return sample.captions
-    texts = (sample.about.get(field) for field in reader.captions)
-    return next(((text,) for text in texts if isinstance(text, str) and text.strip()), ())
-
-
-def sample_picture(sample: Sample, reader: Reader, shard: str) -> str:
-    """What identifies the image of a sample: "coco:139", its url, or its shard and key."""
-    for field, collection in reader.pictures:
-        number = sample.about.get(field)
-        if isinstance(number, int | str) and not isinstance(number, bool) and str(number).strip():
-            return f"{collection}:{str(number).lstrip('0') or 0}"
-    urls = (sample.about.get(field) for field in reader.urls)
-    url = next((url for url in urls if isinstance(url, str) and url), None)
-    if url is None:
-        return f"{shard}:{sample.key}"
-    match = reader.address[0].search(url) if reader.address else None
-    return f"{reader.address[1]}:{match[1]}" if match and reader.address else url
+_RIGHT = 'a mixture: [[part]] with shards = "web/{00000..00099}.tar", weight = 1 (a whole number)'
 
 
 @dataclass(frozen=True)
@@ -120,7 +43,6 @@ class Part:
 
     Attributes:
         name: the text that named the shards.
-        reader: one of `READERS`.
         weight: its share in a mixture, 1 or more.
         shards: paths and URLs.
         counts: number of samples in each shard; empty if not counted yet.
@@ -128,7 +50,6 @@ class Part:
     """
 
     name: str
-    reader: str
     weight: int
     shards: tuple[str, ...]
     counts: tuple[int, ...] = ()
@@ -142,7 +63,7 @@ class Part:
 
 class _Row(BaseModel, extra="forbid", strict=True):
     shards: str
-    reader: str = "web"
+    reader: str = ""  # of earlier versions; all data sets are now read alike
     weight: Annotated[int, Field(ge=1)] = 1
 
 
@@ -161,10 +82,10 @@ def read_parts(data: str) -> list[Part]:
     """The parts that `--data` names, not counted yet.
 
     Raises:
-        UserError: the mixture cannot be read or is invalid, a part has no shards, or a reader is unknown.
+        UserError: the mixture cannot be read or is invalid, or a part has no shards.
     """
     if not data.endswith(".toml"):
-        return [Part(data, "web", 1, tuple(expand(data)))]
+        return [Part(data, 1, tuple(expand(data)))]
     path = Path(data)
     try:
         with path.open("rb") as file:
@@ -178,9 +99,8 @@ def read_parts(data: str) -> list[Part]:
         raise UserError(f"{path}: not TOML ({one_line(error)}); {_RIGHT}") from error
     parts: list[Part] = []
     for row in mixture.part:
-        find_reader(row.reader)
         names = [name if is_url(name) else str(path.parent / name) for name in row.shards.split("::") if name]
-        parts.append(Part(row.shards, row.reader, row.weight, tuple(expand("::".join(names)))))
+        parts.append(Part(row.shards, row.weight, tuple(expand("::".join(names)))))
     return parts
 
 
@@ -199,16 +119,14 @@ def count_parts(
     """
     counted: list[Part] = []
     problems: list[str] = []
-
-    def tell(line: str) -> None:
-        problems.append(line)
-        problem(line)
-
     with ThreadPoolExecutor(_THREADS) as threads:
         for part in parts:
             counts: list[int] = []
-            for samples in threads.map(lambda shard: _count(shard, tell), part.shards):
+            for samples, lines in threads.map(count_samples, part.shards):
                 counts.append(samples)
+                problems += lines
+                for line in lines:
+                    problem(line)
                 advance()
             if not any(counts):
                 why = f"the first problem: {problems[0]}" if problems else "give shards with images"
@@ -217,20 +135,18 @@ def count_parts(
     return counted
 
 
-def _count(shard: str, problem: Callable[[str], object]) -> int:
+def count_samples(shard: str) -> tuple[int, list[str]]:
+    """The number of samples of a shard, and if there are none, the problems with it."""
     stated = stated_samples(shard)
     if stated is not None:
-        return stated
+        return stated, []
     problems: list[str] = []
     try:
-        opened = Shard(shard, problems.append)  # reported when it is read, unless it never will be
+        opened = Shard(shard, problems.append)
     except UserError as error:
-        problem(str(error))
-        return 0
+        return 0, [str(error)]
     opened.close()
-    for line in problems if not len(opened) else ():
-        problem(line)
-    return len(opened)
+    return len(opened), [] if len(opened) else problems  # of other shards they are reported in training
 
 
 def hold_out(parts: Sequence[Part], wanted: int) -> list[Part]:
@@ -246,19 +162,13 @@ def write_held_out(part: Part, wanted: int, folder: Path, problem: Callable[[str
     """The first `wanted` samples of a part as a data folder, without those that have no caption."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    reader, records = find_reader(part.reader), list[Record]()
+    records: list[Record] = []
     for url, held in zip(part.shards, part.held_out, strict=True):
-        if not held:
-            continue
-        shard = Shard(url, problem)
-        for number in range(min(held, len(shard))):
-            sample = shard.read(number)
-            texts = sample_captions(sample, reader) if sample else ()
-            if sample and any(map(clean_caption, texts)):
+        for sample in read_tar(url, problem, held) if held else ():
+            if any(map(clean_caption, sample.captions)):
                 path = folder / f"{len(records):06}.{sample.suffix}"
                 path.write_bytes(sample.image)
-                records.append(Record(f"{Path(url).stem}/{sample.key}", path, texts))
-        shard.close()
+                records.append(Record(f"{Path(url).stem}/{sample.key}", path, sample.captions))
     if len(records) < 2:
         raise UserError(
             f"{wanted} samples are held out, {len(records)} of them with a caption: at least 2; give --held-out "

@@ -14,6 +14,7 @@ Shapes: B pairs of this process, S image side in pixels.
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,21 +26,23 @@ from torch import Tensor
 from openblip2.data.batches import PairBatch, pair_ids
 from openblip2.data.images import PictureFile, augment, to_pixels
 from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, clean_caption, names_side
-from openblip2.data.web.mixture import Part, find_reader, sample_captions, sample_picture
+from openblip2.data.web.mixture import Part
 from openblip2.data.web.shard_order import Order, Spot, Turns, generator
-from openblip2.data.web.tars import Shard
+from openblip2.data.web.tars import Sample, Shard
 from openblip2.distributed.collectives import part_of
 from openblip2.errors import UserError
 
+# Names in the .json of a sample, of img2dataset and of the data sets' own tables.
+COCO_NUMBERS = ("cocoid", "coco_id")
+URLS = ("url", "URL", "coco_url", "image_url", "image_urls")
+# URLs of data sets whose images have numbers.
+ADDRESSES = {
+    "coco": re.compile(r"(?:train|val|test)20\d\d/(?:COCO_\w+?_)?0*(\d+)\.jpg"),
+    "vg": re.compile(r"VG_100K(?:_2)?/(\d+)\.jpg"),
+}
+
 THREADS = min(16, os.cpu_count() or 1)  # Pillow releases the GIL while it decodes and resizes
 OPENING_THREADS = 4  # they wait for disks and networks, and more of them slow each other down
-
-
-class OpenedShard(NamedTuple):
-    """A shard, None if it cannot be opened, and the numbers of its samples that turned out bad."""
-
-    shard: Shard | None
-    bad: set[int]
 
 
 class OpenShards:
@@ -55,7 +58,7 @@ class OpenShards:
         self.parts, self.orders = parts, orders
         self._tell, self._told, self._lock = problem, set[int](), threading.RLock()
         self._threads = ThreadPoolExecutor(OPENING_THREADS, "shards")
-        self._open: dict[tuple[int, int], Future[OpenedShard]] = {}  # by part and shard
+        self._open: dict[tuple[int, int], Future[Shard | None]] = {}  # by part and shard; None if it cannot be opened
 
     def turn_to(self, spots: Sequence[tuple[int, Spot]]) -> None:
         """Opens the shards of these spots of parts and those that follow, and closes all others.
@@ -68,12 +71,12 @@ class OpenShards:
         for name in [*sorted(needed), *sorted(following - needed)]:
             self._start(name)
         for name in self._open.keys() - needed - following:
-            shard = self._open[name].result().shard
+            shard = self._open[name].result()
             if shard:  # one that cannot be opened is remembered, and not tried again
                 shard.close()
                 del self._open[name]
 
-    def samples(self, part: int, spot: Spot) -> Iterator[tuple[OpenedShard, Shard, int]]:
+    def samples(self, part: int, spot: Spot) -> Iterator[tuple[Shard, int]]:
         """The sample of a spot and then those that may replace it: shard and number. Called by any thread.
 
         Raises:
@@ -81,14 +84,14 @@ class OpenShards:
         """
         order, held_out = self.orders[part], self.parts[part].held_out
         for _ in range(2 * len(order.counts)):
-            opened = self._start((part, spot.shard)).result()
+            shard = self._start((part, spot.shard)).result()
             numbers = order.within(spot)
             for n in range(len(numbers)):
                 number = held_out[spot.shard] + numbers[(spot.place + n) % len(numbers)]
-                if opened.shard and number < len(opened.shard) and number not in opened.bad:
-                    yield opened, opened.shard, number
-            epoch, shard = order.after(spot)
-            spot = Spot(spot.lane, epoch, shard, spot.place % order.counts[shard])
+                if shard and number < len(shard) and number not in shard.bad:
+                    yield shard, number
+            epoch, following = order.after(spot)
+            spot = Spot(spot.lane, epoch, following, spot.place % order.counts[following])
         raise UserError(
             f"{self.parts[part].name}: no good sample is left to read: skipped.jsonl says what is wrong with each"
         )
@@ -99,23 +102,23 @@ class OpenShards:
                 self._told.add(hash(line))
                 self._tell(line)
 
-    def _start(self, name: tuple[int, int]) -> Future[OpenedShard]:
+    def _start(self, name: tuple[int, int]) -> Future[Shard | None]:
         with self._lock:
             if name not in self._open:
                 self._open[name] = self._threads.submit(self._opened, *name)
             return self._open[name]
 
-    def _opened(self, part: int, number: int) -> OpenedShard:
+    def _opened(self, part: int, number: int) -> Shard | None:
         url, count = self.parts[part].shards[number], self.parts[part].counts[number]
         try:
             shard = Shard(url, self.problem)
         except UserError as error:
             self.problem(f"{error}; its {count:,} samples are skipped")
-            return OpenedShard(None, set())
+            return None
         if len(shard) != count:
             what = "the rest is skipped" if len(shard) < count else "the others are left out"
             self.problem(f"{url}: contains {len(shard):,} samples, {count:,} were counted; {what}")
-        return OpenedShard(shard, set())
+        return shard
 
 
 class DrawnSample(NamedTuple):
@@ -163,7 +166,6 @@ class ShardPairs:
     ) -> None:
         self.parts, self.batch, self.seed, self.size, self.lanes = list(parts), batch, seed, size, lanes
         self.augmented, self.part = augmented, part
-        self.readers = [find_reader(part.reader) for part in parts]
         self.orders = []
         for n, part_ in enumerate(parts):
             counts = [count - held for count, held in zip(part_.counts, part_.held_out, strict=True)]
@@ -201,32 +203,53 @@ class ShardPairs:
 
     def _draw(self, row: tuple[int, int, Spot]) -> DrawnSample:
         part, position, spot = row
-        reader = self.readers[part]
-        for opened, shard, number in self.shards.samples(part, spot):
+        for shard, number in self.shards.samples(part, spot):
             sample = shard.read(number)
             if sample is not None:
                 name = f"{shard.url}: {sample.key}.{sample.suffix}"
                 random = generator(self.seed, "sample", part, position)
-                texts = [text for one in sample_captions(sample, reader) if (text := clean_caption(one, len(one)))]
                 try:
-                    if not texts:
-                        raise UserError(f"{name}: has no caption: give text beside it")
-                    text = texts[int(torch.rand((), generator=random).item() * len(texts))]
+                    caption, sided = self._caption(sample.captions, name, random)
                     image = PictureFile(sample.image, name)
-                    mirror = False if names_side(texts) else None
                     if self.augmented:
-                        pixels = augment(image, self.size, random, mirror)
+                        pixels = augment(image, self.size, random, mirror=False if sided else None)
                     else:
                         pixels = to_pixels([image], self.size)[0]
-                    if (cut := clean_caption(text)) != text:
-                        most = f"at most {MAX_WORDS} words and {MAX_CHARACTERS:,} characters"
-                        self.shards.problem(f"{name}: the end of a caption, after {cut[-20:]!r}; {most}")
-                    text = cut
-                    return DrawnSample(pixels, text, sample_picture(sample, reader, shard.url), name)
+                    return DrawnSample(pixels, caption, picture_of(sample, shard.url), name)
                 except UserError as error:
                     self.shards.problem(str(error))
-            opened.bad.add(number)
+            shard.bad.add(number)
         raise AssertionError("`samples` ends with an error")
+
+    def _caption(self, captions: Sequence[str], name: str, random: torch.Generator) -> tuple[str, bool]:
+        """One of the captions, cleaned, and whether one of them says left or right."""
+        texts = [text for one in captions if (text := clean_caption(one, len(one)))]
+        if not texts:
+            raise UserError(f"{name}: has no caption: give text beside it")
+        text = texts[int(torch.rand((), generator=random).item() * len(texts))]
+        if (cut := clean_caption(text)) != text:
+            most = f"at most {MAX_WORDS} words and {MAX_CHARACTERS:,} characters"
+            self.shards.problem(f"{name}: the end of a caption, after {cut[-20:]!r}; {most}")
+        return cut, names_side(texts)
+
+
+def picture_of(sample: Sample, shard: str) -> str:
+    """What identifies the image of a sample: its number in COCO or Visual Genome, its URL, or its shard and key.
+
+    COCO has five captions for each image, and Visual Genome shares images with it. Two samples with the same image are
+    not negatives of each other.
+    """
+    numbers = (sample.about.get(name) for name in COCO_NUMBERS)
+    number = next((n for n in numbers if isinstance(n, int | str) and not isinstance(n, bool) and str(n).strip()), None)
+    if number is not None:
+        return f"coco:{str(number).lstrip('0') or 0}"
+    url = next((url for name in URLS if isinstance(url := sample.about.get(name), str) and url), None)
+    if url is None:
+        return f"{shard}:{sample.key}"
+    for collection, pattern in ADDRESSES.items():
+        if match := pattern.search(url):
+            return f"{collection}:{match[1]}"
+    return url
 
 
 def _hash(text: str) -> int:

@@ -126,6 +126,31 @@ def stated_samples(shard: str) -> int | None:
     return successes if type(successes) is int and 0 <= successes < 2**40 else None
 
 
-def write_stats(shard: Path, samples: int, **more: Any) -> None:
-    """Writes the file beside a shard in one step: "successes", as img2dataset calls it, and `more`."""
-    write_json({"successes": samples} | more, Path(stats_path(str(shard))))
+def read_stats(shard: Path, name: str, value: str) -> dict[str, Any] | None:
+    """The file beside a shard that an earlier run completed; None if there is none.
+
+    Args:
+        shard: the shard.
+        name: of what the shard was made with, in the file.
+        value: which `name` must have.
+
+    Raises:
+        UserError: it was made with something else, or by another program.
+    """
+    path = Path(stats_path(str(shard)))
+    if not shard.exists() or not path.exists():
+        return None
+    try:
+        stats = json.loads(path.read_text(encoding="utf-8"))
+        if stats[name] == value:
+            return stats
+    except (ValueError, KeyError, TypeError):
+        pass  # of another program
+    raise UserError(f"{shard}: was made with other {name}: give another folder, or remove it")
+
+
+def write_stats(shard: Path, samples: int, **more: Any) -> dict[str, Any]:
+    """Writes the file beside a shard in one step, and returns it: "successes", as img2dataset calls it, and `more`."""
+    stats = {"successes": samples} | more
+    write_json(stats, Path(stats_path(str(shard))))
+    return stats

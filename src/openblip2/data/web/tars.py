@@ -2,7 +2,8 @@
 
 A sample consists of the members with one name: `000017.jpg` (or `.png` and so on), `000017.txt` with a
 caption, and `000017.json` with everything else. The captions are "captions" in the .json, a list of texts or of
-`{"text": ..., "score": ...}`, best first; if it is missing, the .txt; if that is missing, "caption" in the .json.
+`{"text": ..., "score": ...}`, best first; if it is missing, the .txt; if that is missing, one of `CAPTIONS` in the
+.json.
 
 Nothing is unpacked to disk, and what is read into memory is limited. Any problem in a shard is reported, never raised.
 """
@@ -23,6 +24,7 @@ from openblip2.errors import one_line
 
 PICTURES = frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES)
 KINDS = ("image", "txt", "json")
+CAPTIONS = ("caption", "TEXT", "phrase")  # of img2dataset, of COCO's and LAION's tables, of Visual Genome
 MAX_CAPTION = 64 * 2**10  # bytes of one caption
 MAX_JSON = 2**20  # bytes of one .json
 MOST_HEADER = 64 * 2**10  # bytes of a long name or of pax keywords; real ones have some hundred
@@ -132,12 +134,16 @@ class Shard:
         url: path or URL.
         problem: called with each problem, "shard: member: what is wrong; what would be right".
 
+    Attributes:
+        bad: numbers of samples that the caller found unusable.
+
     Raises:
         UserError: the file cannot be opened.
     """
 
     def __init__(self, url: str, problem: Problem) -> None:
         self.url, self.problem = url, lambda what: problem(f"{url}: {what}")
+        self.bad = set[int]()
         self._file, self._lock = open_shard(url), threading.Lock()
         members = tar_members(self._file, os.fstat(self._file.fileno()).st_size, self.problem)
         samples = _group(members, self.problem)
@@ -151,28 +157,22 @@ class Shard:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def key(self, number: int) -> str:
-        """The name of sample `number`."""
-        return self._keys[number]
-
     def read(self, number: int) -> Sample | None:
         """Sample `number`, from 0; None if its image cannot be read, which is reported."""
         key, suffix = self._keys[number], self._suffixes[number]
         image = self._content(number, "image", suffix, MAX_BYTES)
         if image == b"":
             self.problem(f"{shown(key)}.{suffix}: is empty; an image")
-        return Sample(key, image, suffix, *self.texts(number)) if image else None
-
-    def texts(self, number: int) -> tuple[tuple[str, ...], dict[str, Any]]:
-        """The captions and the .json of sample `number`. Its image is not read."""
-        key = self._keys[number]
+        if not image:
+            return None
         about = self._json(number)
         captions = self._usable(key, self._listed(key, about["captions"])) if "captions" in about else ()
         if not captions:
             captions = self._usable(f"{key}.txt", self._text(number))
-        if not captions and isinstance(about.get("caption"), str):
-            captions = self._usable(key, [about["caption"]])
-        return captions, about
+        if not captions:
+            texts = (about.get(name) for name in CAPTIONS)
+            captions = self._usable(key, [text for text in texts if isinstance(text, str)])[:1]
+        return Sample(key, image, suffix, captions, about)
 
     def close(self) -> None:
         self._file.close()
@@ -235,11 +235,11 @@ class Shard:
         return tuple(captions)
 
 
-def read_tar(url: str, problem: Problem, start: int = 0) -> Iterator[Sample]:
-    """The samples of a shard in its order, from number `start` on. Args and errors as `Shard`."""
+def read_tar(url: str, problem: Problem, count: int | None = None) -> Iterator[Sample]:
+    """The readable ones among the first `count` samples of a shard, or among all. Other args and errors as `Shard`."""
     shard = Shard(url, problem)
     try:
-        yield from filter(None, map(shard.read, range(start, len(shard))))
+        yield from filter(None, map(shard.read, range(len(shard))[:count]))
     finally:
         shard.close()
 

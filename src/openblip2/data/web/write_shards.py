@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from openblip2.data.images import THREADS, open_picture
 from openblip2.data.records import Record
-from openblip2.data.web.shard_files import stats_path, write_stats
+from openblip2.data.web.shard_files import read_stats, write_stats
 from openblip2.data.web.tars import PICTURES, Sample, shown, texts_of
 from openblip2.errors import UserError
-from openblip2.runs import atomic_write, locked
+from openblip2.runs import atomic_write, locked, make_folder
 
 
 @contextmanager
@@ -31,16 +31,15 @@ def write_tar(path: Path) -> Iterator["TarWriter"]:
     """Writes a shard, which gets its name when it is complete.
 
     Raises:
-        UserError: another process writes it, or it cannot be written.
+        UserError: another process writes it, or the folder cannot be written to.
     """
     # Locked, because two parts of one job may write the same shard.
-    with locked(path.parent, f".{path.name}.lock"), atomic_write(path) as draft:
-        try:
-            tar = tarfile.open(draft, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}): give another folder") from error
-        with tar:
-            yield TarWriter(path, tar)
+    with (
+        locked(path.parent, f".{path.name}.lock"),
+        atomic_write(path) as draft,
+        tarfile.open(draft, "w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        yield TarWriter(path, tar)
 
 
 class TarWriter:
@@ -121,22 +120,20 @@ def write_shards(
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     shards = -(-len(records) // size)
     paths = [out / f"{number:05}.tar" for number in range(shards)]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be made ({error.strerror}): give another folder") from error
+    make_folder(out)
     if others := sorted({path.name for path in out.glob("*.tar")} - {path.name for path in paths}):
         raise UserError(f"{out} holds shards of other records ({others[0]}): give another folder, or remove them")
     samples, skipped = 0, list[str]()
     with ThreadPoolExecutor(THREADS) as threads:
         for number, path in enumerate(paths):
             part = [records[n] for n in order[number * size : (number + 1) * size]]
-            done = _finished(path, part)
+            done = read_stats(path, "records", _digest(part))
             if done:
                 advance(len(part))
-            good, bad = done or _write(path, part, f"{number:05}", threads, advance)
-            samples += good
-            skipped += bad
+            else:
+                done = _write(path, part, f"{number:05}", threads, advance)
+            samples += done["successes"]
+            skipped += done["skipped"]
     if not samples:
         raise UserError(f"{out}: none of the pictures can be read; the first: {skipped[0]}")
     return Written(shards, samples, skipped)
@@ -144,7 +141,8 @@ def write_shards(
 
 def _write(
     path: Path, records: Sequence[Record], shard: str, threads: ThreadPoolExecutor, advance: Callable[[int], object]
-) -> tuple[int, list[str]]:
+) -> dict[str, Any]:
+    """Writes a shard and its stats, which it returns."""
     skipped: list[str] = []
     digits = max(4, len(str(len(records) - 1)))  # keys as in img2dataset: number of the shard, then of the sample
     with write_tar(path) as writer:
@@ -154,8 +152,7 @@ def _write(
             else:
                 writer.add(found._replace(key=f"{shard}{number:0{digits}}"))
             advance(1)
-    write_stats(path, writer.count, count=len(records), skipped=skipped, records=_digest(records))
-    return writer.count, skipped
+    return write_stats(path, writer.count, count=len(records), skipped=skipped, records=_digest(records))
 
 
 def _take(record: Record) -> Sample | str:
@@ -171,20 +168,6 @@ def _take(record: Record) -> Sample | str:
     except OSError as error:
         return f"{record.image}: cannot be read ({error.strerror}): give a readable picture"
     return Sample("", content, suffix, record.captions, {"image_id": record.id})
-
-
-def _finished(path: Path, records: Sequence[Record]) -> tuple[int, list[str]] | None:
-    """Samples and skipped records of a shard that an earlier run completed; None if there is none."""
-    stats = Path(stats_path(str(path)))
-    if not path.exists() or not stats.exists():
-        return None
-    try:
-        told = json.loads(stats.read_text(encoding="utf-8"))
-        if told["records"] == _digest(records):
-            return told["successes"], told["skipped"]
-    except (ValueError, KeyError, TypeError):
-        pass  # stats, and so a shard, of another program
-    raise UserError(f"{path}: is of other records: give another folder, or remove it")
 
 
 def _digest(records: Sequence[Record]) -> str:
