@@ -5,7 +5,6 @@ Retrieval is fine-tuned as stage 1 is trained, captioning and VQA as stage 2 is.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +132,12 @@ def train_stage(
         add_adapters(model, settings)
     set_speed(model, settings)
     show_parts(model, progress)
-    advise, optim, train = partial(bad_signs, settings), settings.optim, settings.train
+    optim, train = settings.optim, settings.train
+
+    def advise(rows: Sequence[dict[str, Any]]) -> list[str]:
+        """A line for each thing in the log that `openblip2 doctor` finds bad."""
+        return [one.in_words() for one in findings(settings, rows) if one.level == "bad"]
+
     fit(model, losses, run, optim, train, validate, progress, last, batches.samples, sparse, advise, digest)
 
 
@@ -253,11 +257,6 @@ def _stage2(
 
     # Of a Q-Former that reads the question, nothing uses the question's rows of the last layer.
     return model, losses, validate, settings.qformer.question_in_qformer
-
-
-def bad_signs(settings: RunSettings, rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each thing in a run's log that `openblip2 doctor` finds bad."""
-    return [one.in_words() for one in findings(settings, rows) if one.level == "bad"]
 
 
 def prefetched(data: Prepared, settings: RunSettings) -> Batches:
