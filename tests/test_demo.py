@@ -99,13 +99,13 @@ def test_demo_as_json_is_one_object_a_line(little_demo: Path) -> None:
 
 
 def test_worlds_and_budgets_are_plans() -> None:
-    usual = {stage: preset(stage, "laptop") for stage in ("stage1", "stage2")}
-    full = plan_for("scenes", "full", 3)
-    assert full == Plan(world="full", seed=3)
-    assert {"stage1": full.stage1, "stage2": full.stage2} == usual
-    longer = plan_for("scenes", "full", budget=2.5)
-    assert (longer.stage1.train.steps, longer.stage2.train.steps) == (350, 330)
+    full, longer = plan_for("scenes", "full", 3), plan_for("scenes", "full", budget=2.5)
+    assert (full.world, full.seed) == ("full", 3)
+    assert full.stage1.vision == full.stage2.vision
+    for usual, more in ((full.stage1, longer.stage1), (full.stage2, longer.stage2)):
+        assert more.train.steps == 2.5 * usual.train.steps
     assert longer.stage1.stage1 == full.stage1.stage1
+    assert longer.stage2.stage2.lm_start_step == 2.5 * full.stage2.stage2.lm_start_step
     small, shorter = plan_for("scenes"), plan_for("scenes", budget=0.1)
     assert small.world == "small"
     assert small.stage1.vision == small.stage2.vision  # stage 2 starts from stage 1 and reads the same features
