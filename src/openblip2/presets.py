@@ -16,6 +16,7 @@ from openblip2.config import (
     change,
 )
 from openblip2.errors import UserError
+from openblip2.instructions import CAPTION_TEMPLATES, QUESTION_TEMPLATES
 
 # Paper, 3.4: "ViT-L/14 from CLIP" and "ViT-g/14 from EVA-CLIP", "we remove the last layer of the ViT and use the
 # second last layer's output features".
@@ -208,6 +209,24 @@ _VQA = _PAPER | {
     "data.max_tokens": 32,
 }
 _RETRIEVAL = _PAPER | {"vision.image_size": 364, "train.steps": 12_651, "train.batch": 224}
+# InstructBLIP (Dai et al. 2023, 2.6): at most 60K steps, validated every 3K; batches of 192 with a language model of 3B
+# and of 64 with one of 11B; AdamW with betas 0.9 and 0.999 and weight decay 0.05; 1,000 steps of warm-up to 1e-5, and
+# a cosine to 0; a frozen image encoder at 224 px. Questions of VQAv2 are asked as below. 128 tokens: the authors' code.
+_INSTRUCT = {
+    "qformer.question_in_qformer": True,
+    "language.prompts": CAPTION_TEMPLATES,
+    "language.questions": QUESTION_TEMPLATES,
+    "language.question": "Question: {} Short answer:",
+    "data.max_tokens": 128,
+}
+_INSTRUCT_PAPER = _INSTRUCT | {
+    "optim.lr": 1e-5,
+    "optim.min_lr": 0.0,
+    "optim.warmup": 1000,
+    "optim.betas": (0.9, 0.999),
+    "train.steps": 60_000,
+    "train.validate_every": 3000,
+}
 # Ours: frozen features, in minutes.
 _LAPTOP = {
     "vision.trained": False,
@@ -236,6 +255,16 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
         "vit-g-opt-2.7b": _VQA | {"optim.layer_decay": 0.95},
         "vit-g-opt-6.7b": _VQA | {"optim.layer_decay": 0.9},
     },
+    "instruct": {
+        "laptop": _LAPTOP
+        | _INSTRUCT
+        | {"optim.lr": 3e-4, "train.steps": 400, "train.batch": 24}
+        # The laptop's template ends right after the picture, and its frozen examples ask as below.
+        | {name: tuple(f" {text}" for text in _INSTRUCT[name]) for name in ("language.prompts", "language.questions")}
+        | {"language.question": " Question: {} Short answer:"},
+        "vit-g-flant5-xl": _INSTRUCT_PAPER | {"train.batch": 192},
+        "vit-g-flant5-xxl": _INSTRUCT_PAPER | {"train.batch": 64},
+    },
     "retrieval": {
         "laptop": _LAPTOP | {"stage1.itm_start_step": 0, "optim.lr": 1e-4, "train.steps": 100, "train.batch": 32},
         "vit-l": _RETRIEVAL | {"optim.lr": 5e-6, "optim.betas": (0.9, 0.98)},
@@ -247,7 +276,8 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
 def fine_tuning(task: str, name: str, start: RunSettings, run: str) -> RunSettings:
     """The settings that fine-tune the run `run`, whose own are `start`, for a task.
 
-    Models, precision, wording and the objectives' constants are the run's; how it trains is the preset's.
+    Models, precision, wording and the objectives' constants are the run's; how it trains, and the wording of
+    instructions, are the preset's.
 
     Raises:
         UserError: an unknown name; the known ones are listed.
