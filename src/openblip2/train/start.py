@@ -77,6 +77,12 @@ def require_start(settings: RunSettings) -> None:
         )
     if text_run := _text_run(settings):
         _require_stage(text_run, "stage1")
+    # Instructions are longer than questions.
+    if settings.reads_prompts and settings.data.max_tokens > (most := sizes_to_start(settings)["positions"]):
+        raise UserError(
+            f"data.max_tokens={settings.data.max_tokens}: the Q-Former of this run reads at most {most} tokens; set "
+            f"data.max_tokens={most}"
+        )
 
 
 def sizes_to_start(settings: RunSettings) -> dict[str, int]:
