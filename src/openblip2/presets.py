@@ -258,10 +258,14 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
     "instruct": {
         "laptop": _LAPTOP
         | _INSTRUCT
-        | {"optim.lr": 3e-4, "train.steps": 400, "train.batch": 24}
-        # The laptop's template ends right after the picture, and its frozen examples ask as below.
-        | {name: tuple(f" {text}" for text in _INSTRUCT[name]) for name in ("language.prompts", "language.questions")}
-        | {"language.question": " Question: {} Short answer:"},
+        | {"optim.lr": 3e-4, "train.steps": 400, "train.batch": 24, "data.caption_share": 0.2}
+        # A language model of 135M parameters answers well in the form of its examples alone: this form comes first and
+        # is the one of use; of the others a few, each with a space, because the template ends right after the picture.
+        | {
+            "language.prompts": (LAPTOP_PROMPT, *(f" {text}" for text in CAPTION_TEMPLATES[:2])),
+            "language.questions": (LAPTOP_QUESTION, *(f" {form}" for form in QUESTION_TEMPLATES[2:5])),
+            "language.question": LAPTOP_QUESTION,
+        },
         "vit-g-flant5-xl": _INSTRUCT_PAPER | {"train.batch": 192},
         "vit-g-flant5-xxl": _INSTRUCT_PAPER | {"train.batch": 64},
     },
