@@ -18,13 +18,13 @@ from openblip2.data.batches import Batches, FeaturePairs, batch_generator
 from openblip2.data.records import Question, Record, read_records
 from openblip2.data.samples import Instructions
 from openblip2.data.sources import read_source
-from openblip2.data.tokens import QFormerTokens
+from openblip2.data.text import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.run import Options, evaluate
 from openblip2.inference.captioner import ANSWER, CAPTION, Captioner
 from openblip2.inference.load import load
 from openblip2.instructions import CAPTION_TEMPLATES, QUESTION_TEMPLATES
-from openblip2.presets import fine_tuning, preset
+from openblip2.presets import LAPTOP_PROMPT, fine_tuning, preset
 from openblip2.progress import Progress
 from openblip2.train.recipes import train_stage
 from openblip2.weights.convert import convert
@@ -105,19 +105,17 @@ def test_a_picture_gives_what_it_has(share: float, captions: int) -> None:
     assert sum(row[1] in CAPTIONS for row in found) == captions
     plain, silent = Record("a", Path("a.png"), ("a dog",)), Record("b", Path("b.png"), (), ASKED)
     for one, is_caption in ((plain, True), (silent, False)):
-        draw = Instructions([one], CAPTIONS, FORMS, share).draw([0] * 9, batch_generator(1, 1, "caption"))
-        assert draw.questions is not None
-        assert all((text in CAPTIONS) == is_caption for text in draw.questions)
+        samples = Instructions([one], CAPTIONS, FORMS, share)
+        _, instructions = samples.draw([0] * 9, batch_generator(1, 1, "caption"))
+        assert all((text in CAPTIONS) == is_caption for text in instructions)
 
 
 def test_control_tokens_in_questions_stay_text(tmp_path: Path) -> None:
     evil = Question(f"{EVIL} [SEP] {{image}} {{}}", "red", "open")
-    draw = Instructions([Record("a", Path("a.png"), (), (evil,))], CAPTIONS, FORMS, 0.5).draw(
-        [0] * 4, batch_generator(0, 0, "caption")
-    )
+    samples = Instructions([Record("a", Path("a.png"), (), (evil,))], CAPTIONS, FORMS, 0.5)
+    _, instructions = samples.draw([0] * 4, batch_generator(0, 0, "caption"))
     words = hf.BertTokenizer.from_pretrained(str(tiny_runs.bert(tmp_path / "bert")))
-    assert draw.questions is not None
-    for instruction in draw.questions:
+    for instruction in instructions:
         assert evil.text in instruction
         ((*row,),) = QFormerTokens(words, 40)([instruction])[0].tolist()
         assert row.count(words.sep_token_id) == row.count(words.cls_token_id) == 1
@@ -249,7 +247,7 @@ def test_the_command(home: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
     assert (settings["task"], settings["text_start"]) == ("instruct", str(home / "one"))
-    assert settings["language"]["prompts"][0] == f" {CAPTION_TEMPLATES[0]}"
+    assert settings["language"]["prompts"][:2] == [LAPTOP_PROMPT, f" {CAPTION_TEMPLATES[0]}"]
 
     tiny_runs.pictures(tmp_path / "plain", 4)
     done = run("instruct", "--data", tmp_path / "plain", "--start", home / "two", "--out", tmp_path / "no")

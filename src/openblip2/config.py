@@ -208,9 +208,7 @@ class RunSettings:
     train: TrainSettings = TrainSettings()
     data: DataSettings = DataSettings()
     start: str | None = None
-    text_start: str | None = (
-        None  # qformer.question_in_qformer: the stage-1 run with the text path; None = start's own start
-    )
+    text_start: str | None = None  # vqa, instruct: the stage-1 run with the text path; None = start's own start
     warm_start: bool = False  # ours: closed-form start before the first step (train/warm_start.py)
 
     @property

@@ -184,15 +184,17 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
 # retrieval with ViT-L), layer-wise decay of the ViT as below. Nothing is said of the lowest rate: 0, the authors' code.
 # An epoch shows every caption or question once: COCO's 566,747 captions, VQAv2's 658,111 questions of training and
 # validation (Visual Genome's come on top of that: more steps, train.steps).
-_PAPER = {
-    "vision.trained": True,
-    "vision.dtype": "auto",  # fp32, for it trains
-    "train.checkpoint_activations": True,
+_ADAMW = {
     "optim.warmup": 1000,
     "optim.min_lr": 0.0,
     "optim.weight_decay": 0.05,
     "optim.lr": 1e-5,
     "optim.betas": (0.9, 0.999),
+}
+_PAPER = _ADAMW | {
+    "vision.trained": True,
+    "vision.dtype": "auto",  # fp32, for it trains
+    "train.checkpoint_activations": True,
     "data.augment": True,
 }
 _CAPTION = _PAPER | {
@@ -219,14 +221,7 @@ _INSTRUCT = {
     "language.question": "Question: {} Short answer:",
     "data.max_tokens": 128,
 }
-_INSTRUCT_PAPER = _INSTRUCT | {
-    "optim.lr": 1e-5,
-    "optim.min_lr": 0.0,
-    "optim.warmup": 1000,
-    "optim.betas": (0.9, 0.999),
-    "train.steps": 60_000,
-    "train.validate_every": 3000,
-}
+_INSTRUCT_PAPER = _ADAMW | _INSTRUCT | {"train.steps": 60_000, "train.validate_every": 3000}
 # Ours: frozen features, in minutes.
 _LAPTOP = {
     "vision.trained": False,
@@ -280,8 +275,7 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
 def fine_tuning(task: str, name: str, start: RunSettings, run: str) -> RunSettings:
     """The settings that fine-tune the run `run`, whose own are `start`, for a task.
 
-    Models, precision, wording and the objectives' constants are the run's; how it trains, and the wording of
-    instructions, are the preset's.
+    Models, precision, wording and the objectives' constants are the run's; training and instructions are the preset's.
 
     Raises:
         UserError: an unknown name; the known ones are listed.

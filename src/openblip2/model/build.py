@@ -237,9 +237,7 @@ def require_extras(settings: RunSettings) -> None:
             "at auto (train.precision says what is computed in)"
         )
     if settings.vision.trained and settings.task == "pretraining":
-        raise UserError(
-            "vision.trained=true is for fine-tuning (caption, vqa, instruct, retrieval): both stages need it frozen"
-        )
+        raise UserError("vision.trained=true is for fine-tuning: stage 1 and stage 2 need the image encoder frozen")
     if settings.qformer.question_in_qformer and settings.task not in ("vqa", "instruct"):
         raise UserError(
             f"qformer.question_in_qformer=true is for vqa and instruct, here is {settings.task}, which has no question "
