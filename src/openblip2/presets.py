@@ -253,7 +253,7 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
     "instruct": {
         "laptop": _LAPTOP
         | _INSTRUCT
-        | {"optim.lr": 3e-4, "train.steps": 400, "train.batch": 24, "data.caption_share": 0.2}
+        | {"optim.lr": 3e-4, "train.steps": 300, "train.batch": 16, "data.caption_share": 0.2}
         # A language model of 135M parameters answers well in the form of its examples alone: this form comes first and
         # is the one of use; of the others a few, each with a space, because the template ends right after the picture.
         | {
