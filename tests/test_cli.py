@@ -301,7 +301,10 @@ def test_sigterm_has_an_exit_code_of_its_own(home: Home, monkeypatch: pytest.Mon
 Bad = tuple[Callable[[Home], tuple[object, ...]], tuple[str, ...]]
 
 SETTINGS: dict[str, Bad] = {
-    "stage": (lambda h: h.train("stage3", "x"), ("'stage3'", "one of stage1, stage2, caption, vqa, retrieval")),
+    "stage": (
+        lambda h: h.train("stage3", "x"),
+        ("'stage3'", "one of stage1, stage2, caption, vqa, instruct, retrieval"),
+    ),
     "preset": (lambda h: h.train("stage1", "x", "--preset", "lapdog"), ("preset 'lapdog'", "laptop, vit-l")),
     "setting": (lambda h: h.train("stage1", "x", "--set", "train.stepz=3"), ("'train.stepz'", "'train.steps'?")),
     "type": (lambda h: h.train("stage1", "x", "--set", "train.steps=abc"), ("train.steps='abc'", "integer")),

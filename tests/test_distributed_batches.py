@@ -13,7 +13,7 @@ from torch import Tensor
 from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
 from openblip2.data.features import StoredFeatures
 from openblip2.data.records import Question, Record
-from openblip2.data.samples import Answers, Captions
+from openblip2.data.samples import Answers, Captions, Instructions
 from openblip2.distributed.collectives import part_of
 
 SIDE, VIEWS = 12, 3
@@ -51,7 +51,8 @@ class Stored:
 def make(kind: str, records: list[Record], batch: int, part: tuple[int, int], said: list[str]) -> Any:
     if kind == "images":
         return ImagePairs(records, Captions(records), batch, 5, SIDE, said.append, part=part)
-    samples = Answers(records) if kind == "answers" else Captions(records)
+    templated = Instructions(records, ("short:", "an image of"), ("{}", "Q: {} A:"), 0.5)
+    samples = {"answers": Answers(records), "instructions": templated}.get(kind, Captions(records))
     return FeaturePairs(cast(StoredFeatures, Stored(records)), samples, batch, 5, augmented=kind == "views", part=part)
 
 
@@ -66,7 +67,7 @@ def rows_of(batch: PairBatch) -> list[str]:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 8])
-@pytest.mark.parametrize("kind", ["images", "features", "views", "answers"])
+@pytest.mark.parametrize("kind", ["images", "features", "views", "answers", "instructions"])
 def test_the_parts_are_the_batch(records: list[Record], kind: str, world: int) -> None:
     batch = 8 if world == 4 else 7
     said: list[str] = []

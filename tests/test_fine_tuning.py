@@ -170,8 +170,11 @@ def test_fine_tuning_an_encoder_decoder_makes_the_whole_text_the_target() -> Non
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_home(tmp_path_factory.mktemp("fine-tuning"))
+
+
+def trained_home(root: Path) -> Path:
     """Models, pictures with captions and questions, a stage-1 run and a stage-2 run."""
-    root = tmp_path_factory.mktemp("fine-tuning")
     tiny_runs.home(root, count=24)
     rows = [json.loads(line) for line in (root / "data" / "records.jsonl").read_text().splitlines()]
     for row in rows:
@@ -352,7 +355,7 @@ def test_what_only_fine_tuning_may_is_refused_elsewhere(home: Path, tmp_path: Pa
     records, _ = read_records(home / "data", "questions")
     with pytest.raises(UserError, match="is for fine-tuning"):
         train_stage(recipe(home, "stage1", vision__trained="true"), records, tmp_path / "run", quiet())
-    with pytest.raises(UserError, match="is for vqa, here is caption"):
+    with pytest.raises(UserError, match="is for vqa and instruct, here is caption"):
         train_stage(
             tuning(home, "caption", "two", qformer__question_in_qformer="true"), records, tmp_path / "run", quiet()
         )

@@ -25,7 +25,7 @@ import tiny_runs
 from openblip2.apps.serve.engine import Engine, Served, Write
 from openblip2.cli import app
 from openblip2.config import change
-from openblip2.data.records import read_records
+from openblip2.data.records import Record, read_records
 from openblip2.errors import UserError
 from openblip2.evaluate.validation import effective_rank
 from openblip2.inference.attend import look
@@ -303,17 +303,56 @@ def test_the_card_of_an_export_runs_as_it_stands(
     assert capsys.readouterr().out.strip()
 
 
-def test_fine_tuning_for_vqa_begins_with_it_and_becomes_one(home: Path, tmp_path: Path) -> None:
-    tiny_runs.pictures(tmp_path / "data", 12)
-    rows = [json.loads(line) for line in (tmp_path / "data" / "records.jsonl").read_text().splitlines()]
+SHORT_TRAINING = {
+    "train.steps": 2,
+    "train.batch": 4,
+    "train.precision": "fp32",
+    "data.held_out": 0.25,
+    "optim.warmup": 0,
+}
+
+
+def asked_records(folder: Path) -> list[Record]:
+    """Pictures with a caption and a question each."""
+    tiny_runs.pictures(folder, 12)
+    rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     for row in rows:
         row["questions"] = [{"text": "What colour is it?", "answer": row["caption"].split()[1], "kind": "open"}]
-    (tmp_path / "data" / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    records, _ = read_records(tmp_path / "data", "questions")
+    (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_records(folder, "questions")[0]
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_instruction_tuning_begins_with_it_and_becomes_one(home: Path, tmp_path: Path, kind: str) -> None:
+    openblip2.convert(home / kind, tmp_path / "start", "openblip2")
+    start, records = read_run(tmp_path / "start", Parts()).settings, asked_records(tmp_path / "data")
+    settings = fine_tuning("instruct", "laptop", start, str(tmp_path / "start"))
+    with pytest.raises(
+        UserError, match=f"data.max_tokens=128: the Q-Former of this run reads at most {POSITIONS} tokens"
+    ):
+        train_stage(settings, records, tmp_path / "tuned", Progress(quiet=True))
+    wording = {"language.prompts": ("A red dog:", "a"), "language.questions": ("{}", "Is it {}?")}
+    wording |= {"language.question": "Is it {}?", "data.max_tokens": POSITIONS}
+    train_stage(change(settings, SHORT_TRAINING | wording), records, tmp_path / "tuned", Progress(quiet=True))
+
+    tuned = load(tmp_path / "tuned")
+    captions, answers = tuned.caption(pictures(3), None, SHORT), tuned.answer(pictures(3), [QUESTION] * 3, SHORT)
+    openblip2.convert(tmp_path / "tuned", tmp_path / "out", "hf")
+    model: Any = hf.InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    assert their_texts(model, tmp_path / "out", ["A red dog:"] * 3, SHORT) == captions
+    assert their_texts(model, tmp_path / "out", [f"Is it {QUESTION}?"] * 3, SHORT) == answers
+    back = load(tmp_path / "out")
+    assert back.settings.task == "instruct"
+    assert back.caption(pictures(3), None, SHORT) == captions
+    assert back.answer(pictures(3), [QUESTION] * 3, SHORT) == answers
+
+
+def test_fine_tuning_for_vqa_begins_with_it_and_becomes_one(home: Path, tmp_path: Path) -> None:
+    records = asked_records(tmp_path / "data")
     run = str(home / "llama-run")
     start = read_run(Path(run), Parts()).settings
     settings = fine_tuning("vqa", "laptop", start, run)
-    changes = {"train.steps": 2, "train.batch": 4, "train.precision": "fp32", "data.held_out": 0.25, "optim.warmup": 0}
+    changes = SHORT_TRAINING
     train_stage(change(settings, changes), records, tmp_path / "tuned", Progress(quiet=True))
     before, after = (load_file(folder / "model.safetensors") for folder in (Path(run), tmp_path / "tuned"))
     assert before.keys() == after.keys()
@@ -333,7 +372,7 @@ def test_fine_tuning_for_vqa_begins_with_it_and_becomes_one(home: Path, tmp_path
     with pytest.raises(UserError, match="answers questions"):
         back.caption(pictures(1))
     caption = change(fine_tuning("caption", "laptop", start, run), changes)
-    with pytest.raises(UserError, match="question_in_qformer=true is for vqa, here is caption"):
+    with pytest.raises(UserError, match="question_in_qformer=true is for vqa and instruct, here is caption"):
         train_stage(caption, records, tmp_path / "caption", Progress(quiet=True))
 
 

@@ -35,9 +35,10 @@ Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
-Task = Literal["pretraining", "caption", "vqa", "retrieval"]
+Task = Literal["pretraining", "caption", "vqa", "instruct", "retrieval"]
 Objective = Literal["itc", "itm", "itg"]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Form = Annotated[str, Field(pattern=r"\{\}")]  # {} is the question
 
 
 @dataclass(config=STRICT)
@@ -63,7 +64,7 @@ class QFormerSettings:
     cross_every: Count = 2
     dropout: Share = 0.1
     # VQA (paper 4.3, figure 7): the question's tokens share the queries' self-attention, so that the queries can look
-    # for what is asked. The text path comes from stage 1.
+    # for what is asked. Instruct: the whole instruction's. The text path comes from stage 1.
     question_in_qformer: bool = False
     image_norm_eps: Positive = 1e-5  # of the LayerNorm on the image features; transformers' checkpoints have 1e-6
     lora_rank: Natural = 0  # ours: rank of adapters, which train instead of its own weights (model/lora.py); 0 = none
@@ -118,6 +119,7 @@ class LanguageSettings:
     end: str | None = None  # what ends a caption; None = the tokenizer's end token
     prompts: tuple[str, ...] = ("",)  # one is drawn for each training caption
     question: str = "Question: {} Answer:"  # how a question is asked; {} is the question
+    questions: tuple[Form, ...] = ()  # instruct: one is drawn for each question in training; () = `question`
     exact_gelu: bool = False  # T5: exact GELU instead of its tanh approximation, as the authors run FlanT5
     # Of its weights and its computation. auto: by train.precision. int8, int4: by bitsandbytes, the rest as with auto.
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
@@ -180,6 +182,7 @@ class DataSettings:
     open_shards: Count = 16
     augment: bool = True  # random crop and flip (not of texts with left or right); False: features are computed once
     negations: Annotated[float, Field(ge=0, le=1)] = 1.0  # ours, vqa: share of the questions with "not" to keep
+    caption_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # ours, instruct: of the samples; the rest are questions
     balance: bool = False  # ours, vqa: show each question as often with yes as with no (data/samples.py)
     features: str = ""  # ours: a cache that `openblip2 features` wrote; `--features` sets it
     max_tokens: Annotated[int, Field(ge=4)] = 32  # of the Q-Former's text; longer captions are cut, counted and named
@@ -190,11 +193,11 @@ class RunSettings:
     """A whole run.
 
     `start`: the run to start from. Stage 2 and retrieval start from a stage-1 run (without it, the paper warns,
-    stage 2 can collapse), caption and vqa from a stage-2 run.
+    stage 2 can collapse), caption, vqa and instruct from a stage-2 run.
     """
 
     stage: Literal["stage1", "stage2"] = "stage1"
-    task: Task = "pretraining"  # the others fine-tune (paper 4.2 to 4.4)
+    task: Task = "pretraining"  # the others fine-tune (paper 4.2 to 4.4; instruct: InstructBLIP)
     vision: VisionSettings = VisionSettings()
     qformer: QFormerSettings = QFormerSettings()
     connector: ConnectorSettings = ConnectorSettings()
@@ -205,9 +208,7 @@ class RunSettings:
     train: TrainSettings = TrainSettings()
     data: DataSettings = DataSettings()
     start: str | None = None
-    text_start: str | None = (
-        None  # qformer.question_in_qformer: the stage-1 run with the text path; None = start's own start
-    )
+    text_start: str | None = None  # vqa, instruct: the stage-1 run with the text path; None = start's own start
     warm_start: bool = False  # ours: closed-form start before the first step (train/warm_start.py)
 
     @property
@@ -218,7 +219,7 @@ class RunSettings:
     @property
     def reads_prompts(self) -> bool:
         """Whether the Q-Former reads the language model's prompt, as InstructBLIP's does; after VQA, the question."""
-        return self.qformer.question_in_qformer and self.task == "pretraining"
+        return self.qformer.question_in_qformer and self.task in ("pretraining", "instruct")
 
 
 def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:

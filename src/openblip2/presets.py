@@ -16,6 +16,7 @@ from openblip2.config import (
     change,
 )
 from openblip2.errors import UserError
+from openblip2.instructions import CAPTION_TEMPLATES, QUESTION_TEMPLATES
 
 # Paper, 3.4: "ViT-L/14 from CLIP" and "ViT-g/14 from EVA-CLIP", "we remove the last layer of the ViT and use the
 # second last layer's output features".
@@ -183,15 +184,17 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
 # retrieval with ViT-L), layer-wise decay of the ViT as below. Nothing is said of the lowest rate: 0, the authors' code.
 # An epoch shows every caption or question once: COCO's 566,747 captions, VQAv2's 658,111 questions of training and
 # validation (Visual Genome's come on top of that: more steps, train.steps).
-_PAPER = {
-    "vision.trained": True,
-    "vision.dtype": "auto",  # fp32, for it trains
-    "train.checkpoint_activations": True,
+_ADAMW = {
     "optim.warmup": 1000,
     "optim.min_lr": 0.0,
     "optim.weight_decay": 0.05,
     "optim.lr": 1e-5,
     "optim.betas": (0.9, 0.999),
+}
+_PAPER = _ADAMW | {
+    "vision.trained": True,
+    "vision.dtype": "auto",  # fp32, for it trains
+    "train.checkpoint_activations": True,
     "data.augment": True,
 }
 _CAPTION = _PAPER | {
@@ -208,6 +211,17 @@ _VQA = _PAPER | {
     "data.max_tokens": 32,
 }
 _RETRIEVAL = _PAPER | {"vision.image_size": 364, "train.steps": 12_651, "train.batch": 224}
+# InstructBLIP (Dai et al. 2023, 2.6): at most 60K steps, validated every 3K; batches of 192 with a language model of 3B
+# and of 64 with one of 11B; AdamW with betas 0.9 and 0.999 and weight decay 0.05; 1,000 steps of warm-up to 1e-5, and
+# a cosine to 0; a frozen image encoder at 224 px. Questions of VQAv2 are asked as below. 128 tokens: the authors' code.
+_INSTRUCT = {
+    "qformer.question_in_qformer": True,
+    "language.prompts": CAPTION_TEMPLATES,
+    "language.questions": QUESTION_TEMPLATES,
+    "language.question": "Question: {} Short answer:",
+    "data.max_tokens": 128,
+}
+_INSTRUCT_PAPER = _ADAMW | _INSTRUCT | {"train.steps": 60_000, "train.validate_every": 3000}
 # Ours: frozen features, in minutes.
 _LAPTOP = {
     "vision.trained": False,
@@ -236,6 +250,20 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
         "vit-g-opt-2.7b": _VQA | {"optim.layer_decay": 0.95},
         "vit-g-opt-6.7b": _VQA | {"optim.layer_decay": 0.9},
     },
+    "instruct": {
+        "laptop": _LAPTOP
+        | _INSTRUCT
+        | {"optim.lr": 3e-4, "train.steps": 300, "train.batch": 16, "data.caption_share": 0.2}
+        # A language model of 135M parameters answers well in the form of its examples alone: this form comes first and
+        # is the one of use; of the others a few, each with a space, because the template ends right after the picture.
+        | {
+            "language.prompts": (LAPTOP_PROMPT, *(f" {text}" for text in CAPTION_TEMPLATES[:2])),
+            "language.questions": (LAPTOP_QUESTION, *(f" {form}" for form in QUESTION_TEMPLATES[2:5])),
+            "language.question": LAPTOP_QUESTION,
+        },
+        "vit-g-flant5-xl": _INSTRUCT_PAPER | {"train.batch": 192},
+        "vit-g-flant5-xxl": _INSTRUCT_PAPER | {"train.batch": 64},
+    },
     "retrieval": {
         "laptop": _LAPTOP | {"stage1.itm_start_step": 0, "optim.lr": 1e-4, "train.steps": 100, "train.batch": 32},
         "vit-l": _RETRIEVAL | {"optim.lr": 5e-6, "optim.betas": (0.9, 0.98)},
@@ -247,7 +275,7 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
 def fine_tuning(task: str, name: str, start: RunSettings, run: str) -> RunSettings:
     """The settings that fine-tune the run `run`, whose own are `start`, for a task.
 
-    Models, precision, wording and the objectives' constants are the run's; how it trains is the preset's.
+    Models, precision, wording and the objectives' constants are the run's; training and instructions are the preset's.
 
     Raises:
         UserError: an unknown name; the known ones are listed.

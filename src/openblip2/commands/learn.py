@@ -28,7 +28,7 @@ from openblip2.errors import UserError
 
 CORPORA = ("scenes", "stamps")
 WORLDS = {"small": 12, "full": 222}  # number of nouns
-TRAININGS = ("stage1", "stage2", "caption", "vqa", "retrieval")
+TRAININGS = ("stage1", "stage2", "caption", "vqa", "instruct", "retrieval")
 STORED = ("fp16", "bf16")
 
 
@@ -86,10 +86,13 @@ def train(
     what: Annotated[
         str,
         typer.Argument(
-            help="stage1 or stage2; or fine-tuning: caption, vqa or retrieval.", autocompletion=among(TRAININGS)
+            help="stage1 or stage2; or fine-tuning: caption, vqa, instruct or retrieval.",
+            autocompletion=among(TRAININGS),
         ),
     ],
-    data: Annotated[str, typer.Option(help="Images with captions (vqa: questions): a folder, .csv, shards, ...")],
+    data: Annotated[
+        str, typer.Option(help="Images with captions (vqa, instruct: questions): a folder, .csv, shards, ...")
+    ],
     out: Annotated[Path, typer.Option(help="Output folder of the run.")],
     images: Images = None,
     split: Split = None,
@@ -98,6 +101,9 @@ def train(
         str, typer.Option(help="Name of a complete set of settings.", autocompletion=among(presets))
     ] = "laptop",
     start: Annotated[Path | None, typer.Option(help="Run to start from (not for stage1).")] = None,
+    text_start: Annotated[
+        Path | None, typer.Option(help="vqa, instruct: stage-1 run that --start began with; default: as --start says.")
+    ] = None,
     changes: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, if any.")] = False,
     features: Annotated[Path | None, typer.Option(help="Cache of the same images, written by `features`.")] = None,
@@ -125,8 +131,9 @@ def train(
         else:
             raise UserError(f"unknown training {what!r}: it must be one of {', '.join([*PRESETS, *FINE_TUNING])}")
         settings = change(settings, read_changes(changes))
-        settings = change(settings, {"data.source": data} | ({"start": str(start)} if start else {}))
-        settings = change(settings, {"data.features": str(features)} if features else {})
+        named = {"start": start, "text_start": text_start, "data.features": features}
+        named = {name: str(value) for name, value in named.items() if value}
+        settings = change(settings, {"data.source": data, **named})
         from openblip2.distributed.collectives import is_first
         from openblip2.runs import locked
 
@@ -138,7 +145,7 @@ def train(
         with locked(out):
             if not resume:
                 require_new(out, overwrite)
-            wanted = "questions" if what == "vqa" else "captions"
+            wanted = "questions" if what in ("vqa", "instruct") else "captions"
             source = read_data(data, wanted, images, split, questions, shards=True)
             skipped, kept = source.skipped, None
             if held_out is not None:

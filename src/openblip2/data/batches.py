@@ -25,11 +25,11 @@ from openblip2.errors import UserError
 class PairBatch:
     """B pictures with one text each; `features [B, P, V]` or `images [B, 3, S, S]` uint8, the other is None."""
 
-    captions: list[str]  # or answers, where there are questions
+    captions: list[str]  # or answers, where there are questions; with instructions, one or the other
     ids: Tensor  # [B] int64, equal for the same picture and for the same caption
     features: Tensor | None = None
     images: Tensor | None = None
-    questions: list[str] | None = None
+    questions: list[str] | None = None  # or whole instructions (`samples.Instructions`)
     names: list[str] | None = None  # ids of the pictures, for people
     # [B, 2] int64, hashes of picture and caption, if a process does not know the rows of the others: `ids` are then
     # those within its own rows.

@@ -7,12 +7,14 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
 from openblip2.data.records import Question, Record
 from openblip2.data.text import clean_question
 
+T = TypeVar("T")
 MOST_TIMES = 10  # how often balancing shows one question in an epoch at most
 NEGATION = re.compile(r"\b(no|not|never|none)\b|n['\u2019]t\b", re.IGNORECASE)
 
@@ -63,7 +65,54 @@ class Answers:
         return texts, [clean_question(question.text) for question in questions]
 
 
-Samples = Captions | Answers
+class Instructions:
+    """One row for each image: an instruction, with one of its captions or with the answer to one of its questions.
+
+    Whether it is a caption or a question, which one, and the template of the instruction are drawn for each sample. An
+    image that has only captions or only questions always gives what it has. Differs from InstructBLIP (Dai et al. 2023,
+    section 2.4), which draws each sample from one of many data sets, in proportion to the square root of their sizes.
+
+    Args:
+        records: each with a caption or a question.
+        caption_templates: instructions that ask for a caption.
+        question_templates: with `{}` for the question.
+        caption_share: of the samples that are captions, in [0, 1].
+
+    Attributes:
+        pictures: as in `Captions`.
+        lengths: equal for all rows, because texts are not known before they are drawn.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        caption_templates: Sequence[str],
+        question_templates: Sequence[str],
+        caption_share: float,
+    ) -> None:
+        self.records, self.caption_share = records, caption_share
+        self.caption_templates, self.question_templates = caption_templates, question_templates
+        self.pictures = list(range(len(records)))
+        self.lengths = [0] * len(records)
+
+    def draw(self, rows: Sequence[int], generator: torch.Generator) -> tuple[list[str], list[str]]:
+        """The texts of a batch that are to be generated, and the whole instructions."""
+        texts, instructions = [], []
+        # The same number of draws for each row, so that what one row becomes does not change the others.
+        for row, draws in zip(rows, torch.rand(len(rows), 4, generator=generator).tolist(), strict=True):
+            kind, text, template, answer = draws
+            record = self.records[row]
+            if record.captions and (kind < self.caption_share or not record.questions):
+                texts.append(_pick(record.captions, text))
+                instructions.append(_pick(self.caption_templates, template))
+            else:
+                question = _pick(record.questions, text)
+                texts.append(_pick(question.given, answer))
+                instructions.append(_pick(self.question_templates, template).replace("{}", question.text))
+        return texts, instructions
+
+
+Samples = Captions | Answers | Instructions
 
 
 def fewer_negations(records: Sequence[Record], share: float) -> list[Record]:
@@ -99,4 +148,9 @@ def _times(questions: Sequence[Question]) -> list[int]:
 def _draw(choices: Sequence[Sequence[str]], generator: torch.Generator) -> list[str]:
     """One of each row's texts, with equal probability; a text that occurs twice is drawn twice as often."""
     places = torch.rand(len(choices), generator=generator).tolist()
-    return [texts[int(place * len(texts))] for texts, place in zip(choices, places, strict=True)]
+    return [_pick(texts, place) for texts, place in zip(choices, places, strict=True)]
+
+
+def _pick(choices: Sequence[T], place: float) -> T:
+    """The choice at a place in [0, 1) of the whole sequence."""
+    return choices[int(place * len(choices))]

@@ -49,6 +49,15 @@ def clean_question(text: str, max_words: int = MAX_WORDS) -> str:
     return _fold(_REMOVED.sub("", text.lower()), max_words)
 
 
+def plain_question(text: str) -> str:
+    """A question inside an instruction: as written, on one line, at most as long as `clean_question` leaves it.
+
+    Differs from the authors of InstructBLIP, who clean it as for VQA. An instruction is not cleaned in use, so that
+    training with cleaned questions would not know capitals and punctuation.
+    """
+    return _fold(text, MAX_WORDS)
+
+
 def clean_answer(text: str) -> str:
     """An answer as it is taught and scored: as annotated ("10:30", "$1.50"), on one line without outer white space.
 

@@ -127,7 +127,13 @@ def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", mo
 
 
 def measure_answers(
-    model: Stage2, tokens: QFormerTokens | None, held_out: Features, form: str, seed: int, most: int = 256
+    model: Stage2,
+    tokens: QFormerTokens | None,
+    held_out: Features,
+    form: str,
+    seed: int,
+    reads_prompts: bool = False,
+    most: int = 256,
 ) -> dict[str, Any]:
     """Exact match of greedy answers, by kind of question, and the loss of the right answers as in `grounding`.
 
@@ -137,15 +143,17 @@ def measure_answers(
         tokens: of the Q-Former; None = it reads no questions.
         form: the prompt, with {} for the question.
         seed: of the draw of one question of each image.
+        reads_prompts: whether the Q-Former reads the whole prompt and not the question alone.
         most: images used, from the beginning.
     """
     draw = torch.Generator().manual_seed(seed)
     asked = [r.questions[int(torch.randint(len(r.questions), (), generator=draw))] for r in held_out.records[:most]]
     answers: list[str] = []
     parts = []
-    texts = [question.text for question in asked]
-    for rows, queries, right, other in _groups(model, held_out.values[: len(asked)], tokens, texts):
-        prompts = [form.replace("{}", texts[n]) for n in rows]
+    every = [form.replace("{}", question.text) for question in asked]
+    read = every if reads_prompts else [question.text for question in asked]
+    for rows, queries, right, other in _groups(model, held_out.values[: len(asked)], tokens, read):
+        prompts = [every[n] for n in rows]
         targets = [asked[n].answer for n in rows]
         answers += model.language.generate(right, prompts, GREEDY)
         parts.append((queries, [float(model.language.scored(soft, prompts, targets)[0]) for soft in (right, other)]))
@@ -172,7 +180,9 @@ def _groups(
         if question is None:
             other = right.roll(1, dims=0)
         else:  # the outputs depend on the question, which stays
-            other = model.soft_prompt(features=features.roll(1, dims=0), question=question)
+            # Not `features.roll`, which fails for cached fp16 features where a CPU computes in bf16.
+            previous = features[torch.arange(len(rows)).roll(1)]
+            other = model.soft_prompt(features=previous, question=question)
         yield rows.tolist(), queries, right, other
 
 

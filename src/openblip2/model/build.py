@@ -237,11 +237,11 @@ def require_extras(settings: RunSettings) -> None:
             "at auto (train.precision says what is computed in)"
         )
     if settings.vision.trained and settings.task == "pretraining":
-        raise UserError("vision.trained=true is for fine-tuning (caption, vqa, retrieval): both stages need it frozen")
-    if settings.qformer.question_in_qformer and settings.task != "vqa":
+        raise UserError("vision.trained=true is for fine-tuning: stage 1 and stage 2 need the image encoder frozen")
+    if settings.qformer.question_in_qformer and settings.task not in ("vqa", "instruct"):
         raise UserError(
-            f"qformer.question_in_qformer=true is for vqa, here is {settings.task}, which has no question to read; a "
-            "run fine-tuned for vqa cannot be fine-tuned for anything else"
+            f"qformer.question_in_qformer=true is for vqa and instruct, here is {settings.task}, which has no question "
+            "to read; a run fine-tuned for vqa or instruct can only be fine-tuned for these two"
         )
     if (settings.data.balance or settings.data.negations < 1) and settings.task != "vqa":
         raise UserError(

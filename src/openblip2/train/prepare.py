@@ -19,8 +19,8 @@ from openblip2.config import RunSettings
 from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
 from openblip2.data.features import FeatureCache, Features, StoredFeatures, find_records
 from openblip2.data.records import Record, read_records
-from openblip2.data.samples import Answers, Captions, Samples, fewer_negations
-from openblip2.data.text import clean_answer, clean_caption, clean_question
+from openblip2.data.samples import Answers, Captions, Instructions, Samples, fewer_negations
+from openblip2.data.text import clean_answer, clean_caption, clean_question, plain_question
 from openblip2.data.web import mixture
 from openblip2.data.web.mixture import Part
 from openblip2.data.web.pairs import ShardPairs
@@ -34,6 +34,7 @@ from openblip2.train.parameters import whitening_of_run
 from openblip2.train.skipped import Skipped, name_wordy_texts
 
 HELD_OUT = "held_out"
+ASKING = ("vqa", "instruct")  # tasks that need questions
 WHITENING_PICTURES = 256  # enough for a covariance: each has a hundred patches and more
 
 
@@ -66,9 +67,10 @@ class Prepared:
         """All captions, each after the id of its picture."""
         return [(record.id, caption) for record in (*self.records, *self.held_out) for caption in record.captions]
 
-    def questions(self) -> list[tuple[str, str]]:
-        """All questions, each after the id of its picture."""
-        return [(record.id, q.text) for record in (*self.records, *self.held_out) for q in record.questions]
+    def questions(self, form: str = "{}") -> list[tuple[str, str]]:
+        """All questions, put into a form, each after the id of its picture."""
+        records = (*self.records, *self.held_out)
+        return [(record.id, form.replace("{}", q.text)) for record in records for q in record.questions]
 
 
 def prepare(
@@ -101,6 +103,9 @@ def prepare(
     _require_a_pair_for_each_process(settings)
 
     def samples_of(part: Sequence[Record]) -> Samples:
+        if settings.task == "instruct":
+            forms = settings.language.questions or (settings.language.question,)
+            return Instructions(part, settings.language.prompts, forms, settings.data.caption_share)
         return Answers(part, settings.data.balance) if settings.task == "vqa" else Captions(part)
 
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
@@ -247,17 +252,30 @@ def _require_enough(
 
 
 def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
-    """The records with their texts cleaned; for VQA those with questions that are to be asked."""
-    records = [cleaned(record) for record in records]
-    if settings.task != "vqa":
+    """The records with their texts cleaned; for VQA and instructions those with questions that are to be asked."""
+    records = [cleaned(record, settings.reads_prompts) for record in records]
+    if settings.task not in ASKING:
         return records
-    return [record for record in fewer_negations(records, settings.data.negations) if record.questions]
+    asked = [record for record in fewer_negations(records, settings.data.negations) if record.questions]
+    if records and not asked:
+        raise UserError(f"{settings.task}: none of {len(records)} pictures has a question; give --data with questions")
+    if asked and settings.task == "instruct" and not any(record.captions for record in asked):
+        raise UserError(
+            f"instruct mixes captions and questions: none of {len(asked)} pictures with questions has a caption; add "
+            "captions to --data, or use train vqa"
+        )
+    return asked
 
 
-def cleaned(record: Record) -> Record:
-    """A record with its texts as models learn them."""
+def cleaned(record: Record, as_written: bool = False) -> Record:
+    """A record with its texts as models learn them.
+
+    Args:
+        as_written: whether questions keep their capitals and punctuation, as in an instruction.
+    """
+    clean = plain_question if as_written else clean_question
     questions = tuple(
-        replace(q, text=clean_question(q.text), answers=tuple(map(clean_answer, q.given))) for q in record.questions
+        replace(q, text=clean(q.text), answers=tuple(map(clean_answer, q.given))) for q in record.questions
     )
     return replace(record, captions=tuple(clean_caption(c) for c in record.captions), questions=questions)
 

@@ -1,6 +1,6 @@
 """The two recipes: what stage 1 and stage 2 do with the same loop, in pre-training and in fine-tuning.
 
-Retrieval is fine-tuned as stage 1 is trained, captioning and VQA as stage 2 is.
+Retrieval is fine-tuned as stage 1 is trained; captioning, VQA and instructions as stage 2 is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +44,7 @@ from openblip2.model.vision import FrozenVision, Vision, frozen_vision
 from openblip2.progress import Progress
 from openblip2.runs import make_folder, write_config
 from openblip2.train.loop import fit, joint_draws
-from openblip2.train.prepare import Prepared, prepare, prepare_shards
+from openblip2.train.prepare import ASKING, Prepared, prepare, prepare_shards
 from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same
 from openblip2.train.skipped import RecordingBatches, name_long_texts, name_unknown_texts
 from openblip2.train.start import (
@@ -131,7 +131,8 @@ def train_stage(
     if settings.task == "pretraining":
         add_adapters(model, settings)
     set_speed(model, settings)
-    show_parts(model, progress)
+    for name, count, state in parts_table(model):
+        progress.say(f"{name:12} {count:>13,} {state}")
     optim, train = settings.optim, settings.train
 
     def advise(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -197,6 +198,7 @@ def _stage2(
     settings: RunSettings, parts: Parts, data: Prepared, batches: Batches, run: Path, progress: Progress, begins: bool
 ) -> Recipe:
     fine_tunes, dtype = settings.task != "pretraining", compute_dtype(device(), settings.train.precision)
+    wording, reads_prompts, seed = settings.language, settings.reads_prompts, settings.train.seed
     sizes = sizes_to_start(settings) if fine_tunes else None
     progress.doing(f"loading {settings.language.name}")
     model = build_stage2(settings, parts[0], sizes, dtype, device(), parts[1])
@@ -210,7 +212,8 @@ def _stage2(
     tokens = None
     if settings.qformer.question_in_qformer:
         tokens = QFormerTokens(tokenizer_to_start(settings), settings.data.max_tokens)
-        name_long_texts(tokens, data.questions(), run, progress)
+        form = max(wording.questions, key=len, default=wording.question) if reads_prompts else "{}"
+        name_long_texts(tokens, data.questions(form), run, progress)
         if is_first():
             tokens.tokenizer.save_pretrained(run / "tokenizer")
     name_unknown_texts(model.language.tokenizer, [*data.captions(), *data.questions()], run, progress)
@@ -224,7 +227,6 @@ def _stage2(
             progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
     if is_first():
         write_config(run, settings, model.connector.sizes)
-    wording = settings.language
     losses_of = step_losses(model, settings.train.chunk)
     # A soft token that is to be two words becomes neither: so the longest caption of each picture, which says most.
     aligned = settings.stage2.lm_start_step * settings.train.accumulate
@@ -238,11 +240,13 @@ def _stage2(
             model.first = int(torch.randint(1, model.connector.tokens + 1, (), generator=draws))
         if batch.questions is None:
             asked = drawn_prompts(wording.prompts, len(batch.captions), draws)
+        elif settings.task == "instruct":
+            asked = batch.questions  # whole instructions, which the Q-Former reads, too
         else:
             asked = [wording.question.replace("{}", question) for question in batch.questions]
         given = on_device(batch) | {"question": question_tokens(tokens, batch.questions, device()), "generator": draws}
         if words is None:
-            return losses_of(asked, batch.captions, **given)  # for VQA the answers
+            return losses_of(asked, batch.captions, **given)  # for VQA and instructions also answers
         # The language model learns the same captions, so that it only has to repeat what the soft prompt says. The
         # alignment goes on: without it the soft tokens leave the words (docs/decisions.md).
         captions = [longest[name] for name in batch.names or ()]
@@ -251,9 +255,9 @@ def _stage2(
 
     def validate() -> dict[str, Any]:
         model.first = None
-        if settings.task == "vqa":
-            return measure_answers(model, tokens, data.held_out_features(), wording.question, settings.train.seed)
-        return grounding(model, data.held_out_features(), settings.train.seed, wording.prompts[0])
+        if settings.task in ASKING:
+            return measure_answers(model, tokens, data.held_out_features(), wording.question, seed, reads_prompts)
+        return grounding(model, data.held_out_features(), seed, wording.prompts[0])
 
     # Of a Q-Former that reads the question, nothing uses the question's rows of the last layer.
     return model, losses, validate, settings.qformer.question_in_qformer
@@ -292,9 +296,3 @@ def on_device(batch: PairBatch) -> dict[str, Any]:
         "images": None if batch.images is None else batch.images.to(device(), non_blocking=True),
         "features": None if batch.features is None else batch.features.to(device(), non_blocking=True),
     }
-
-
-def show_parts(model: nn.Module, progress: Progress) -> None:
-    """Prints part, parameters, trained or frozen."""
-    for name, count, state in parts_table(model):
-        progress.say(f"{name:12} {count:>13,} {state}")

@@ -1,6 +1,7 @@
 """What a run starts from: stage 2 from a stage-1 run's query path, fine-tuning from a whole run.
 
-For VQA the stage-2 run's Q-Former gets back the text path that stage 2 leaves out (paper 4.3): it is stage 1's.
+For VQA (paper 4.3) and instructions the stage-2 run's Q-Former gets back the text path that stage 2 leaves out: it is
+stage 1's.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from openblip2.train.parameters import fill_trained, saved_parameters
 TEXT_PATH = ("qformer.word_embeddings.", "qformer.positions.", ".text_ffn.")
 # The heads of the three losses, and their scalars, which stage 2 has no use for.
 HEADS = ("vision_proj.", "text_proj.", "itm_head.", "lm_head.", "temperature", "contrast_bias")
-STARTS = {"retrieval": "stage1", "caption": "stage2", "vqa": "stage2"}  # what each task starts from
+STARTS = {"retrieval": "stage1", "caption": "stage2", "vqa": "stage2", "instruct": "stage2"}  # by task
 
 
 def require_start(settings: RunSettings) -> None:
@@ -34,12 +35,17 @@ def require_start(settings: RunSettings) -> None:
         UserError: It is not, or there are steps without a language model that it would have no use for.
     """
     if aligned := settings.stage2.lm_start_step:
-        if settings.stage == "stage1" or settings.task == "vqa":
+        if settings.stage == "stage1" or settings.task in ("vqa", "instruct"):
             raise UserError(f"stage2.lm_start_step={aligned} belongs to stage 2 with captions: set it to 0 here")
         if aligned >= settings.train.steps:
             raise UserError(
                 f"stage2.lm_start_step={aligned}: with train.steps={settings.train.steps} the language model never runs"
             )
+    if settings.text_start and not (settings.qformer.question_in_qformer and settings.stage == "stage2"):
+        raise UserError(
+            f"text_start={settings.text_start} is for vqa and instruct with qformer.question_in_qformer=true: leave it "
+            "out"
+        )
     if settings.task == "pretraining":
         if not settings.start:
             return
@@ -71,6 +77,12 @@ def require_start(settings: RunSettings) -> None:
         )
     if text_run := _text_run(settings):
         _require_stage(text_run, "stage1")
+    # Instructions are longer than questions.
+    if settings.reads_prompts and settings.data.max_tokens > (most := sizes_to_start(settings)["positions"]):
+        raise UserError(
+            f"data.max_tokens={settings.data.max_tokens}: the Q-Former of this run reads at most {most} tokens; set "
+            f"data.max_tokens={most}"
+        )
 
 
 def sizes_to_start(settings: RunSettings) -> dict[str, int]:
@@ -88,7 +100,7 @@ def fine_tune_from(model: Stage1 | Stage2, settings: RunSettings) -> None:
     """Fills a model with the run that fine-tuning starts from, strictly."""
     run = Path(str(settings.start))
     weights = read_tensors(run / "model.safetensors")
-    # For VQA (paper 4.3), stage 2's Q-Former gets the text path of the stage-1 run that it began with.
+    # To read questions, stage 2's Q-Former gets the text path of the stage-1 run that it began with (paper 4.3).
     if text_run := _text_run(settings):
         weights |= _text_path(read_tensors(text_run / "model.safetensors"))
     # An encoder that trains for the first time begins with its published weights, which the model already has.
@@ -140,7 +152,7 @@ def _text_run(settings: RunSettings) -> Path | None:
     if not run:
         raise UserError(
             f"start={settings.start} does not say which stage-1 run it began with, whose text path reads the question: "
-            "give --set text_start=RUN, or --set qformer.question_in_qformer=false"
+            "give --text-start RUN, or --set qformer.question_in_qformer=false"
         )
     if not settings.text_start and not Path(run).exists():
         return Path(str(settings.start)).parent / Path(run).name  # both runs were moved to another folder
