@@ -13,7 +13,11 @@ from openblip2.data.records import Record
 from openblip2.presets import preset
 
 # How long it takes, for the first lines in the terminal: a measured figure of the small world, which is the default.
-DURATION = "the small world took 83 minutes on one CPU core without AVX-512 (docs/results.md)"
+DURATION = "TIME"
+
+# A dozen nouns can be told from lower layers, which know colours better. A linear map finds 99 % of the nouns and 99 %
+# of the colours of unseen combinations in layer 5; in layer 8, the laptop preset's, 100 and 92 % (docs/decisions.md).
+SMALL_LAYER = 5
 
 # What differs from the laptop preset and from the fields of `Plan`: of the small world, the full world, the stamps.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -21,7 +25,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         # Its questions are about its own dozen nouns; those of easy-VQA are about shapes it never draws.
         "plan": {"train_scenes": 3000, "test_scenes": 500, "train_easy_vqa": 0, "pointed": 40},
         "stage1": {
-            "vision.image_size": 112,
+            "vision.layer": SMALL_LAYER,
             "optim.lr": 5e-4,
             # Half the laptop preset's batch: at equal seconds, more and smaller steps teach more (docs/decisions.md).
             "train.batch": 16,
@@ -35,7 +39,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "stage1.decorrelation": 0.7,
         },
         "stage2": {
-            "vision.image_size": 112,
+            "vision.layer": SMALL_LAYER,
             "train.batch": 12,
             "train.steps": 1500,
             "optim.min_lr": 5e-5,
