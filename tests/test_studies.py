@@ -220,6 +220,19 @@ def test_a_new_study_is_one_function(
     assert "- 8 pictures: stage 1 on 8 pictures; stage 2 on 8 pictures; stage 1: as the preset" in text
 
 
+def test_the_learning_curve_and_the_first_visual_tokens(plan: Plan, tmp_path: Path, trained: list[str]) -> None:
+    curve = ablate("pictures", tmp_path / "pictures", replace(plan, values=(8, 12), scenes=None), QUIET)
+    assert list(curve["ways"]) == ["8 pictures", "12 pictures"]
+    assert trained == [f"seed-0/{stage}-{n}-pictures" for n in (8, 12) for stage in ("stage1", "stage2")]
+    trained.clear()
+    result = ablate("elastic", tmp_path / "elastic", replace(plan, values=(1, 2)), QUIET)
+    assert len(trained) == 3  # one stage 1, and stage 2 with and without elastic tokens
+    losses = [way["figures"][LOSS]["score"] for way in result["ways"].values()]
+    assert len(set(losses)) == 4
+    with pytest.raises(UserError, match=r"--values 99: there are \d+ visual tokens"):
+        ablate("elastic", tmp_path / "no", replace(plan, values=(1, 99)), QUIET)
+
+
 def test_what_is_finished_is_not_trained_again_unless_it_is_of_something_else(
     plan: Plan, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from openblip2.commands.shared import (
     Questions,
     Run,
     Split,
+    VisualTokens,
     among,
     keeping,
     progress,
@@ -58,6 +59,7 @@ def evaluate(
     features: Annotated[Path | None, typer.Option(help="retrieval: feature cache written by `features`.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many images, from the beginning.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the confidence intervals.")] = 0,
+    visual_tokens: VisualTokens = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -69,7 +71,7 @@ def evaluate(
     from openblip2.evaluate.run import require_task
     from openblip2.runs import new_result
 
-    options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed)
+    options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed, visual_tokens)
     require_task(task, options)
     texts = f"texts written so far are beside {out}; run the same command to continue"
     with keeping(texts if task in ("caption", "vqa") else f"nothing is kept of {task}"), new_result(out, overwrite):

@@ -8,15 +8,13 @@ import typer
 from openblip2.commands.shared import Overwrite, Settings, among, keeping, progress, read_changes
 from openblip2.errors import UserError
 
-STUDIES = ("stage1", "itg", "queries", "encoder", "connector", "warm-start", "capfilt")
+STUDIES = ("stage1", "itg", "queries", "encoder", "connector", "warm-start", "capfilt", "pictures", "elastic")
 
 
 def ablate(
     name: Annotated[
         str,
-        typer.Argument(
-            help="stage1, itg, queries, encoder, connector, warm-start or capfilt.", autocompletion=among(STUDIES)
-        ),
+        typer.Argument(help=f"{', '.join(STUDIES)}.", autocompletion=among(STUDIES)),
     ],
     out: Annotated[Path, typer.Option(help="Output folder for runs, ablation.json, ablation.md and ablation.svg.")],
     seeds: Annotated[str, typer.Option(help="Training seeds, separated by commas.")] = "0",

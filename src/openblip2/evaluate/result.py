@@ -35,6 +35,7 @@ class Options:
         features: a cache of these images that `openblip2 features` wrote; None = a temporary one.
         limit: use only this many images, from the beginning; None = all.
         seed: of the bootstrap.
+        visual_tokens: of captions and answers, how many the language model reads; None = all.
     """
 
     prompt: str | None = None
@@ -48,6 +49,7 @@ class Options:
     features: Path | None = None
     limit: int | None = None
     seed: int = 0
+    visual_tokens: int | None = None
 
 
 @dataclass

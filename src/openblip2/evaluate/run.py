@@ -48,6 +48,7 @@ _TASKS = {
     "strict": ("retrieval",),
     "by": ("pointing",),
     "features": ("retrieval",),
+    "visual_tokens": ("caption", "vqa"),
 }
 
 
@@ -62,11 +63,12 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     require_task(task, options)
     make_folder(out.parent)
     began = time.perf_counter()
-    model = load(run)
+    model = load(run, visual_tokens=options.visual_tokens)
     kind, stage = (Matcher, "stage-1") if task in STAGE1_TASKS else (Captioner, "stage-2")
     if not isinstance(model, kind):
         raise UserError(f"{run} is a {type(model).__name__}: {task} needs a {stage} run, or one fine-tuned from one")
-    partial_texts = PartialTexts(out.with_suffix(".partial.jsonl"), [task, run, __version__, weights_digest(model)])
+    key = [task, run, __version__, weights_digest(model), options.visual_tokens]
+    partial_texts = PartialTexts(out.with_suffix(".partial.jsonl"), key)
     records, bad = _openable(source.records[: options.limit], progress)
     if isinstance(model, Matcher) and task == "pointing":
         result = score_pointing(model, records, options, progress)
@@ -97,7 +99,7 @@ def require_task(task: str, options: Options) -> None:
         raise UserError(f"unknown task {task!r}: it must be one of {', '.join(get_args(Task))}")
     for name, tasks in _TASKS.items():
         if getattr(options, name) != getattr(Options(), name) and task not in tasks:
-            raise UserError(f"--{name} belongs to {' and '.join(tasks)}, not to {task}")
+            raise UserError(f"--{name.replace('_', '-')} belongs to {' and '.join(tasks)}, not to {task}")
     if options.metric is not None and options.metric not in METRICS:
         raise UserError(f"unknown metric {options.metric!r}: it must be one of {', '.join(METRICS)}")
     if options.by not in (None, *BY):
@@ -158,6 +160,7 @@ def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
             "language_model": settings.language.name,
             "language_weights": settings.language.dtype,
             "template": settings.language.template,
+            "visual_tokens": model.model.tokens,
             "question_in_qformer": settings.qformer.question_in_qformer,
         }
     return found

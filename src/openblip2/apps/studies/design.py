@@ -13,6 +13,7 @@ from random import Random
 from shutil import rmtree
 from typing import Any
 
+from openblip2.apps.studies import curves
 from openblip2.apps.studies.frame import Work, digest_of, train_way
 from openblip2.apps.studies.study import BOTH, GAP, LOSS, SCORES, Claim, Plan, Run, Study, Way
 from openblip2.capfilt.models import Models
@@ -292,4 +293,6 @@ STUDIES: dict[str, tuple[Callable[[Plan], Study], tuple[int, ...]]] = {
     "connector": (_connector, (4,)),
     "warm-start": (_warm_start, (250, 1000, 4000)),
     "capfilt": (_capfilt, ()),
+    "pictures": (curves.pictures, (250, 1000, 4000)),
+    "elastic": (curves.elastic, (1, 4, 8, 16)),
 }
