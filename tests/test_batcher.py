@@ -11,7 +11,7 @@ import pytest
 from starlette.requests import Request
 
 from openblip2.apps.serve.batcher import Batcher, Limits
-from openblip2.apps.serve.engine import Engine, Job, Write, Written
+from openblip2.apps.serve.engine import Engine, Job, Reply, Write
 from openblip2.apps.serve.http import ServeError
 from openblip2.apps.serve.worker import Worker
 from openblip2.errors import UserError
@@ -246,7 +246,7 @@ def test_an_error_is_the_batchs_alone() -> None:
     asyncio.run(body())
 
 
-@pytest.mark.parametrize("end", [Written("a cat", 3, 2), UserError("no")])
+@pytest.mark.parametrize("end", [Reply("a cat", 3, 2), UserError("no")])
 def test_pieces_come_before_the_result(end: Any) -> None:
     async def body() -> None:
         worker = Recorder()

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_runs
-from openblip2.apps.demo import Plan, plan_for, run_demo
+from openblip2.apps.demo import DemoPlan, plan_for, run_demo
 from openblip2.apps.demo.plan import announcement
 from openblip2.apps.scenes.vocabulary import WORLDS
 from openblip2.cli import app
@@ -20,7 +20,7 @@ from openblip2.errors import UserError
 from openblip2.presets import preset
 from openblip2.progress import Progress
 
-LITTLE = Plan(train_scenes=24, test_scenes=8, train_easy_vqa=6, asked=6, reranked=3)
+LITTLE = DemoPlan(train_scenes=24, test_scenes=8, train_easy_vqa=6, asked=6, reranked=3)
 FEWER: dict[str, Any] = {"train_scenes": 24, "test_scenes": 8, "asked": 6, "reranked": 3, "pointed": 4, "looked": 2}
 
 
@@ -60,7 +60,7 @@ def test_a_missing_plotting_library_is_said_before_anything_is_trained(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"the report needs matplotlib: pip install 'openblip2\[demo\]'"):
-        run_demo(tmp_path / "out", Plan(), Progress(quiet=True))
+        run_demo(tmp_path / "out", DemoPlan(), Progress(quiet=True))
     assert not (tmp_path / "out").exists()
 
 

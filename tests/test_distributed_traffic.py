@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from openblip2.distributed.collectives import Share, fetch, plan
+from openblip2.distributed.collectives import Share, fetch_rows, plan_route
 from openblip2.model.fast.joined_batch import bring
 from openblip2.model.objectives import HardNegatives, hard_negatives
 from processes import run
@@ -36,7 +36,7 @@ def test_at_most_an_eighth_of_gathering(spread: float) -> None:
     assert gathered == 173_690_880
     for seed in range(5):
         wanted = wanted_at_random(counts, seed, spread)
-        routes = [plan(wanted, Share(counts, place)) for place in range(WORLD)]
+        routes = [plan_route(wanted, Share(counts, place)) for place in range(WORLD)]
         received = [sum(route.receives) * P * V * BYTES for route in routes]
         assert max(received) <= EACH * P * V * BYTES == 11_579_392
         assert max(received) <= gathered / 8
@@ -48,21 +48,21 @@ def test_at_most_an_eighth_of_gathering(spread: float) -> None:
 def test_a_route() -> None:
     """Three processes with rows 0-2, 3, and 4-6 of the joined batch."""
     counts, wanted = (3, 1, 3), [[4, -1, 4], [0], [5, 3, 0]]
-    first, second, third = (plan(wanted, Share(counts, place)) for place in range(3))
+    first, second, third = (plan_route(wanted, Share(counts, place)) for place in range(3))
     assert first.places == (3, -1, 3)  # what is wanted twice stands there once
     assert (first.sent, first.sends, first.receives) == ((0, 0), (0, 1, 1), (0, 0, 1))
     assert (second.sent, second.sends, second.receives) == ((0,), (0, 0, 1), (1, 0, 0))
     assert third.places == (1, 4, 3)  # its own row 5; row 3, behind row 0, after its three own
     assert (third.sent, third.sends, third.receives) == ((0,), (1, 0, 0), (1, 1, 0))
     assert not first.idle
-    assert plan([[1, -1, 0], [3], [4, 4, 4]], Share(counts, 1)).idle
+    assert plan_route([[1, -1, 0], [3], [4, 4, 4]], Share(counts, 1)).idle
 
 
 def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
     """Fetches, counts the bytes that are handed to gloo, and goes back."""
     shared, sent = Share(counts, process), []
     wanted = wanted_at_random(counts, 2, 1.0)
-    route = plan(wanted, shared)
+    route = plan_route(wanted, shared)
     rows = torch.arange(float(shared.total * 6)).view(-1, 2, 3)[shared.own].clone().requires_grad_()
     real = dist.all_to_all_single
 
@@ -72,7 +72,7 @@ def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
         return real(output, given, *sizes)  # pyright: ignore[reportArgumentType]
 
     with patch.object(dist, "all_to_all_single", counted):
-        found = fetch(rows, route)
+        found = fetch_rows(rows, route)
         at_hand = torch.cat([rows, found])[list(route.places)]
         forth = list(sent)
         (at_hand * (process + 1)).sum().backward()

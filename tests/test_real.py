@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from openblip2.apps.corpora import prepare as real
 from openblip2.apps.corpora import readers
-from openblip2.apps.corpora.prepare import by_fold, prepare
+from openblip2.apps.corpora.prepare import by_fold, prepare_images
 from openblip2.apps.corpora.readers import emoji, furniture, openclipart
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record, read_records
@@ -294,7 +294,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_prepared_pictures_are_one_data_folder(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    records, skipped = prepare(folder, out)
+    records, skipped = prepare_images(folder, out)
     assert skipped == [f"openclipart: {folder / DRAWINGS}: 0 drawings have no English caption of their own; left out"]
     again, unread = read_records(out)
     assert (again, unread) == (records, [])
@@ -310,7 +310,7 @@ def test_prepared_pictures_are_one_data_folder(folder: Path, tmp_path: Path) -> 
 
 
 def test_copies_are_one_group_across_sources(folder: Path, tmp_path: Path) -> None:
-    records, _ = prepare(folder, tmp_path / "out")
+    records, _ = prepare_images(folder, tmp_path / "out")
     members: dict[str, set[str]] = {}
     for record in records:
         assert record.facts is not None
@@ -334,7 +334,7 @@ def test_pictures_that_cannot_be_used_are_skipped_and_named(folder: Path, tmp_pa
     dot.paste("black", (20, 20, 26, 26))
     dot.save(stamps[3])
     stamps[4].with_suffix(".txt").write_bytes(b"\xff")
-    records, skipped = prepare(folder, tmp_path / "out")
+    records, skipped = prepare_images(folder, tmp_path / "out")
     assert len(records) == 13
     told = [line for line in skipped if line.startswith("stamps: ")]
     assert len(told) == 5
@@ -344,10 +344,10 @@ def test_pictures_that_cannot_be_used_are_skipped_and_named(folder: Path, tmp_pa
 
 def test_a_source_that_is_not_there_is_skipped_unless_none_is(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "unicode-emoji-json")
-    records, skipped = prepare(folder, tmp_path / "out")
+    records, skipped = prepare_images(folder, tmp_path / "out")
     assert len(records) == 10
     assert [line for line in skipped if line.startswith("emoji: ") and "data-by-emoji.json" in line]
-    assert len(prepare(folder, tmp_path / "one", ["furniture"]).records) == 2
+    assert len(prepare_images(folder, tmp_path / "one", ["furniture"]).records) == 2
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     for match, given, out, sources in (
@@ -356,7 +356,7 @@ def test_a_source_that_is_not_there_is_skipped_unless_none_is(folder: Path, tmp_
         ("cannot be written", folder, tmp_path / "file", ["furniture"]),
     ):
         with pytest.raises(UserError, match=match) as error:
-            prepare(given, out, sources)
+            prepare_images(given, out, sources)
         one_line(error)
 
 

@@ -34,12 +34,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def plan(home: Path, **more: object) -> real.Plan:
+def plan(home: Path, **more: object) -> real.RealPlan:
     words = tiny_runs.options(home)[1::2]
     values = {k: v for k, v in (word.split("=", 1) for word in words)}
     values |= {"vision.whiten": "false", "warm_start": "false", "data.augment": "false", "train.steps": "2"}
     few = {"train.steps": 2, "train.batch": 4, "train.validate_every": 0, "data.held_out": 0.25}
-    return real.Plan(
+    return real.RealPlan(
         k=3,
         folds=(0, 2),
         reranked=4,
@@ -84,4 +84,4 @@ def test_what_cannot_be_run_is_one_line(home: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no place for the table: write a line"):
         real.bench_real(home / "out", plan(home), Progress(quiet=True), document)
     with pytest.raises(UserError, match="give some of 0 to 4"):
-        real.bench_real(home / "out", real.Plan(folds=(7,)), Progress(quiet=True))
+        real.bench_real(home / "out", real.RealPlan(folds=(7,)), Progress(quiet=True))

@@ -46,7 +46,7 @@ def answering(*numbers: str) -> Any:
 def test_inner_addresses_are_refused(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", answering(number))
     with pytest.raises(UserError, match="not a public address"):
-        remote.fetch("http://picture.example/a.png", 1000)
+        remote.fetch_image("http://picture.example/a.png", 1000)
 
 
 def test_one_inner_address_among_others_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,14 +75,14 @@ def test_public_addresses_are_taken(number: str, monkeypatch: pytest.MonkeyPatch
 )
 def test_other_addresses_are_refused(address: str) -> None:
     with pytest.raises(UserError, match="not an address"):
-        remote.fetch(address, 1000)
+        remote.fetch_image(address, 1000)
 
 
 def test_numbers_written_otherwise_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """The resolver takes 2130706433 and 0x7f.1 for 127.0.0.1; what it answers is what is judged."""
     for address in ("http://2130706433/", "http://0x7f.1/", "http://[::1]/", "http://localhost/"):
         with pytest.raises(UserError, match=r"not a public address|no such host"):
-            remote.fetch(address, 1000)
+            remote.fetch_image(address, 1000)
 
 
 @pytest.fixture
@@ -119,16 +119,16 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 def test_a_picture_is_fetched_within_limits(server: int, monkeypatch: pytest.MonkeyPatch) -> None:
     at = f"http://picture.example:{server}"
-    assert remote.fetch(f"{at}/500", 1000) == b"x" * 500
-    assert remote.fetch(f"{at}/to//7", 1000) == b"x" * 7
+    assert remote.fetch_image(f"{at}/500", 1000) == b"x" * 500
+    assert remote.fetch_image(f"{at}/to//7", 1000) == b"x" * 7
     with pytest.raises(UserError, match="more than 1,000 bytes"):
-        remote.fetch(f"{at}/1001", 1000)
+        remote.fetch_image(f"{at}/1001", 1000)
     with pytest.raises(UserError, match="answers 404"):
-        remote.fetch(f"{at}/gone", 1000)
+        remote.fetch_image(f"{at}/gone", 1000)
     with pytest.raises(UserError, match="not a public address"):
-        remote.fetch(f"{at}/to/http://127.0.0.1:{server}/5", 1000)
+        remote.fetch_image(f"{at}/to/http://127.0.0.1:{server}/5", 1000)
     with pytest.raises(UserError, match="more than 3 redirects"):
-        remote.fetch(f"{at}/to//to//to//to//to//5", 1000)
+        remote.fetch_image(f"{at}/to//to//to//to//to//5", 1000)
     monkeypatch.setattr(remote, "SECONDS", -1.0)
     with pytest.raises(UserError, match="TimeoutError"):
-        remote.fetch(f"{at}/5", 1000)
+        remote.fetch_image(f"{at}/5", 1000)

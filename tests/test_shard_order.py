@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from openblip2.data.web.shard_order import Order, Turns
+from openblip2.data.web.shard_order import Order, PartTurns
 from openblip2.errors import UserError
 
 
@@ -59,14 +59,14 @@ def test_processes_share_no_shard_where_their_number_divides_the_lanes() -> None
 
 def test_a_mixture_has_its_weights_exactly() -> None:
     weights, row = [3, 1, 6], 4
-    turns = Turns(weights, row, seed=2)
+    turns = PartTurns(weights, row, seed=2)
     found = [turns(n) for n in range(5 * 10 * row)]
     for cycle in range(5):
         part = found[cycle * 10 * row : (cycle + 1) * 10 * row]
         assert Counter(part for part, _ in part) == {0: 12, 1: 4, 2: 24}
     for part in range(3):  # each part's own order without a gap
         assert [position for p, position in found if p == part] == list(range(5 * weights[part] * row))
-    assert Turns(weights, row, seed=2)(137) == found[137]
+    assert PartTurns(weights, row, seed=2)(137) == found[137]
     orders = {tuple(p for p, _ in found[cycle * 40 : (cycle + 1) * 40]) for cycle in range(5)}
     assert len(orders) > 1
 
@@ -75,4 +75,4 @@ def test_what_cannot_be_ordered() -> None:
     with pytest.raises(UserError, match="no sample"):
         Order([0, 0], 4, seed=0)
     with pytest.raises(UserError, match="weights"):
-        Turns([99_999, 2], 16, seed=0)
+        PartTurns([99_999, 2], 16, seed=0)

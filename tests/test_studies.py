@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import tiny_runs
 from openblip2 import cli
 from openblip2.apps.studies import frame
-from openblip2.apps.studies.ablations import ablate, can_plot, figure, in_words, judge, plot, sentence
+from openblip2.apps.studies.ablations import ablate, ablation_in_words, can_plot, figure, judge_claim, plot, sentence
 from openblip2.apps.studies.design import STUDIES, study_of
 from openblip2.apps.studies.study import GAP, LOSS, OTHER, Claim, Plan, Study, Trial, Way
 from openblip2.config import change, from_dict
@@ -227,7 +227,7 @@ def test_the_learning_curve_and_the_first_visual_tokens(plan: Plan, tmp_path: Pa
     trained.clear()
     result = ablate("elastic", tmp_path / "elastic", replace(plan, values=(1, 2)), QUIET)
     assert len(trained) == 3  # one stage 1, and stage 2 with and without elastic tokens
-    losses = [way["figures"][LOSS]["score"] for way in result["ways"].values()]
+    losses = [way["figures"][LOSS]["mean"] for way in result["ways"].values()]
     assert len(set(losses)) == 4
     with pytest.raises(UserError, match=r"--values 99: there are \d+ visual tokens"):
         ablate("elastic", tmp_path / "no", replace(plan, values=(1, 99)), QUIET)
@@ -320,7 +320,7 @@ LOW, HIGH = [1.0, 1.1, 0.9, 1.0, 1.2, 0.8], [2.0, 2.2, 1.9, 2.1, 2.0, 1.8]
 )
 def test_verdicts_follow_from_the_figures(better: list[Trial], worse: list[Trial], verdict: str) -> None:
     claim = Claim("a is better", "ours", next(iter(better[0].values)), "a", "b")
-    found = judge(claim, better, worse)
+    found = judge_claim(claim, better, worse)
     assert verdict in found["verdict"]
     means = [sum(sum(t.values[claim.figure]) / 6 for t in side) / len(side) for side in (better, worse)]
     assert found["difference"] == pytest.approx(means[0] - means[1])
@@ -338,7 +338,7 @@ def result_of(figures: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         }
         for name, value in figures["loss"].items()
     }
-    claim = judge(Claim("b is better", "ours", LOSS, "b", "a"), [made(loss=LOW)], [made(loss=HIGH)])
+    claim = judge_claim(Claim("b is better", "ours", LOSS, "b", "a"), [made(loss=LOW)], [made(loss=HIGH)])
     return {
         "study": "stage1",
         "question": "what is it worth?",
@@ -354,7 +354,7 @@ def result_of(figures: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def test_the_document_holds_every_figure() -> None:
-    text = in_words(result_of({"loss": {"a": 2.0, "b": 1.0}}))
+    text = ablation_in_words(result_of({"loss": {"a": 2.0, "b": 1.0}}))
     assert text.startswith("# What is it worth?\n")
     assert "| caption loss, right picture, nats a token | 2.00 [1.90, 2.10] | 1.00 [0.90, 1.10] |" in text
     assert "b less a: -1.00 nats a token [" in text

@@ -13,7 +13,7 @@ from openblip2.data.batches import PairBatch
 from openblip2.data.web.mixture import (
     Part,
     count_parts,
-    hold_out,
+    hold_out_samples,
     kept_parts,
     names_shards,
     read_parts,
@@ -37,7 +37,7 @@ def pairs(
     part: tuple[int, int] = (0, 1),
 ) -> ShardPairs:
     told: list[str] = [] if problems is None else problems
-    parts = hold_out(count_parts(read_parts(str(data)), told.append), held)
+    parts = hold_out_samples(count_parts(read_parts(str(data)), told.append), held)
     return ShardPairs(parts, batch, seed=5, size=SIDE, lanes=lanes, problem=told.append, augmented=augmented, part=part)
 
 
@@ -259,7 +259,7 @@ def test_the_first_samples_are_held_out(tmp_path: Path) -> None:
 def test_counts_are_kept_with_the_run(tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "set", [3, 4], stats=False)
     parts = read_parts(str(tmp_path / "set"))
-    counted = hold_out(count_parts(parts, pytest.fail), 2)
+    counted = hold_out_samples(count_parts(parts, pytest.fail), 2)
     assert (counted[0].counts, counted[0].held_out, counted[0].samples) == ((3, 4), (2, 0), 5)
     assert kept_parts(tmp_path, parts) is None
     write_parts(counted, tmp_path)

@@ -10,7 +10,7 @@ import transformers as hf
 import tiny_runs
 from openblip2.capfilt.models import Models
 from openblip2.capfilt.pool import How
-from openblip2.capfilt.run import Written, capfilt
+from openblip2.capfilt.run import Finished, capfilt
 from openblip2.progress import Progress
 from test_cli import call
 from tiny_shards import sample, write_shard
@@ -76,7 +76,7 @@ def models(root: Path, ranker: str = "stage1") -> Models:
     return Models(str(root / "stage2"), str(root / ranker))
 
 
-def run(root: Path, out: Path, how: How = HOW, ranker: str = "stage1", data: str = "set", **more: Any) -> Written:
+def run(root: Path, out: Path, how: How = HOW, ranker: str = "stage1", data: str = "set", **more: Any) -> Finished:
     return capfilt(str(root / data), models(root, ranker), out, how, Progress(quiet=True), **more)
 
 

@@ -27,7 +27,7 @@ from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.mapped import load_in
 from openblip2.runs import read_json
-from openblip2.weights.source import fetch, read_checkpoint
+from openblip2.weights.source import fetch_repository, read_checkpoint
 
 _WEIGHTS = (".json", ".safetensors", ".txt", ".model")
 CHUNK = 64  # texts, or pairs for ITM, at once
@@ -207,7 +207,7 @@ def _captioner(name: str) -> str:
 
 def _folder(name: str) -> Path:
     path = Path(name).expanduser()
-    return path if path.exists() else fetch(name)
+    return path if path.exists() else fetch_repository(name)
 
 
 def _is_other(name: str) -> bool:

@@ -22,7 +22,7 @@ FILE = "capfilt.json"  # the settings and models that OUT was made with
 _FORMAT = 2  # raise it when the same settings give other captions
 
 
-class Written(NamedTuple):
+class Finished(NamedTuple):
     """The finished shards: their number, the sum of their counts, and a line for each that cannot be read."""
 
     shards: int
@@ -37,7 +37,7 @@ def capfilt(
     how: How,
     progress: Progress,
     part: tuple[int, int] = (1, 1),
-) -> Written:
+) -> Finished:
     """Captions and filters shards into `out`. An interrupted run continues with the shards that are not finished.
 
     Args:
@@ -53,8 +53,8 @@ def capfilt(
         UserError: no shards, two with the same name, models of the wrong kind, an `out` that has other settings or
             contains the shards themselves, or no shard that can be read.
     """
-    names = named(expand(shards), out)
-    settings = settings_of(how, *digests(models, how.filter == "itm"))
+    names = named_shards(expand(shards), out)
+    settings = capfilt_settings(how, *digests(models, how.filter == "itm"))
     claim(out, settings)
     if others := sorted({path.stem for path in out.glob("*.tar") if path.name[0] != "."} - {name for name, _ in names}):
         raise UserError(f"{out} holds other shards ({others[0]}.tar): give another --out, or remove them")
@@ -88,10 +88,10 @@ def capfilt(
     if len(dead) == len(mine):
         raise UserError(f"none of the {len(mine)} shards can be read; the first: {dead[0]}")
     counts = sum((Counter(made.counts) for made in done), Counter[str]())
-    return Written(len(done) - len(dead), counts, dead)
+    return Finished(len(done) - len(dead), counts, dead)
 
 
-def settings_of(how: How, captioner: str, ranker: str) -> dict[str, Any]:
+def capfilt_settings(how: How, captioner: str, ranker: str) -> dict[str, Any]:
     """Everything that captions depend on besides the shard, with digests of the weights of both models."""
     values = asdict(how) if how.filter == "itm" else {k: v for k, v in asdict(how).items() if k != "threshold"}
     return {"format": _FORMAT, **values, "captioner": captioner, "ranker": ranker}
@@ -116,7 +116,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"{out} was made with another {', '.join(names) or 'program'}: give the same, or a new --out")
 
 
-def named(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
+def named_shards(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
     """The name of each shard, which the new shard gets too, and its path or URL.
 
     Raises:

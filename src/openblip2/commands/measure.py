@@ -178,11 +178,11 @@ def bench_real(
     says.doing("gathering pictures")
     from dataclasses import replace
 
-    from openblip2.apps.studies.real import Plan
+    from openblip2.apps.studies.real import RealPlan
     from openblip2.apps.studies.real import bench_real as run
     from openblip2.runs import locked
 
-    plan = Plan(seed=seed, overwrite=overwrite)
+    plan = RealPlan(seed=seed, overwrite=overwrite)
     if fold:
         plan = replace(plan, folds=tuple(sorted(set(fold))))
     with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):

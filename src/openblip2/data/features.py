@@ -209,7 +209,7 @@ def writing(
                 head = {"version": VERSION, "made_by": made_by, "shape": shape, "file": f"features-{uuid4().hex}.bin"}
                 _append(index, json.dumps(head).encode() + b"\n")
             cache = FeatureCache(folder)
-            require_same(folder, cache.made_by, made_by, "give another --out, or remove that folder")
+            require_same_cache(folder, cache.made_by, made_by, "give another --out, or remove that folder")
             index.truncate(sum(map(len, _index_lines(folder))))
             with cache.path.open("ab") as values:
                 values.truncate(cache.count * cache.picture_bytes)
@@ -226,14 +226,14 @@ def _outdated(folder: Path, made_by: Made, say: Say, records: Sequence[Record], 
         return False
     cache = FeatureCache(folder)
     try:
-        require_same(folder, cache.made_by, made_by, "its features are computed again")
+        require_same_cache(folder, cache.made_by, made_by, "its features are computed again")
     except UserError as difference:
         say(str(difference))
         return True
     return not any(cache.has(record) for record in records)  # features of other images would only take space
 
 
-def require_same(folder: Path, theirs: Made, ours: Made, way_out: str) -> None:
+def require_same_cache(folder: Path, theirs: Made, ours: Made, way_out: str) -> None:
     """Checks that a cache was made with `ours`. The encoder's name may differ, because its weights are compared.
 
     Raises:

@@ -175,7 +175,7 @@ class Route:
     idle: bool
 
 
-def plan(wanted: Sequence[Sequence[int]], shared: Share) -> Route:
+def plan_route(wanted: Sequence[Sequence[int]], shared: Share) -> Route:
     """How the rows of the joined batch that each process wants (-1: none) are sent; one wanted twice is sent once."""
     # Every process computes all of it from the same numbers, so that nothing has to be agreed on.
     ends = [sum(shared.counts[: n + 1]) for n in range(len(shared.counts))]
@@ -196,7 +196,7 @@ def plan(wanted: Sequence[Sequence[int]], shared: Share) -> Route:
     )
 
 
-def fetch(rows: Tensor, route: Route) -> Tensor:
+def fetch_rows(rows: Tensor, route: Route) -> Tensor:
     """The rows of others that are wanted here: ours `[B, ...]` -> theirs `[n, ...]`, each once, in the joined order.
 
     Gradients, if any are needed, go back the same way.

@@ -25,7 +25,7 @@ from openblip2.inference.inputs import (
     require_readable,
     warn_unknown,
 )
-from openblip2.inference.pretrained import Features, Pretrained
+from openblip2.inference.pretrained import Pretrained, QueryFeatures
 from openblip2.inference.writing import ROUNDS, Written, draw_texts, write_texts
 from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
@@ -215,7 +215,7 @@ class Captioner(Pretrained):
         prompts, asked = self.read_questions(questions)
         return self.generate([image] * len(questions), prompts, decoding, asked)
 
-    def features(self, images: Sequence[Picture], texts: Sequence[str] | None = None) -> Features:
+    def features(self, images: Sequence[Picture], texts: Sequence[str] | None = None) -> QueryFeatures:
         """What the queries read from N pictures. Rows of a picture that cannot be opened are NaN, as in `caption`.
 
         Args:
@@ -234,7 +234,7 @@ class Captioner(Pretrained):
             return torch.cat([queries.float(), self.model.projection(queries).float()], dim=2)
 
         sizes = self.model.connector.width, self.model.language.width
-        return Features(*self._rows(images, read, self.model.tokens, sum(sizes)).split(sizes, 2))
+        return QueryFeatures(*self._rows(images, read, self.model.tokens, sum(sizes)).split(sizes, 2))
 
     def soft_prompt(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> Tensor:
         """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU.

@@ -17,7 +17,7 @@ from openblip2.errors import UserError
 from openblip2.evaluate.ranking import rerank, similarities
 from openblip2.hardware import computing
 from openblip2.inference.inputs import clean_texts, each_readable, features_of, require_pairs, stacked, warn_unknown
-from openblip2.inference.pretrained import Features, Pretrained
+from openblip2.inference.pretrained import Pretrained, QueryFeatures
 from openblip2.model.stage1 import Stage1
 
 
@@ -66,7 +66,7 @@ class Matcher(Pretrained):
 
         return self._rows(images, score)
 
-    def features(self, images: Sequence[Picture], texts: Sequence[str] | None = None) -> Features:
+    def features(self, images: Sequence[Picture], texts: Sequence[str] | None = None) -> QueryFeatures:
         """What the queries read from N pictures. Rows of a picture that cannot be opened are NaN, as in `similarity`.
 
         Args:
@@ -94,7 +94,7 @@ class Matcher(Pretrained):
             return torch.cat(outputs, dim=2)
 
         sizes = [qformer.width, self.model.vision_proj.out_features, qformer.width][: 2 if read is None else 3]
-        return Features(*self._rows(images, compute, qformer.queries.shape[1], sum(sizes)).split(sizes, dim=2))
+        return QueryFeatures(*self._rows(images, compute, qformer.queries.shape[1], sum(sizes)).split(sizes, dim=2))
 
     def embed_image(self, image: Picture) -> list[float]:
         """One direction for a picture: E numbers, of length 1. The mean of its queries', so cosines with it are lower

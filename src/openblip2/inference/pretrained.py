@@ -39,7 +39,7 @@ class Trained(NamedTuple):
     tokens: QFormerTokens | None
 
 
-class Features(NamedTuple):
+class QueryFeatures(NamedTuple):
     """What the queries read from N pictures: see `Matcher.features` and `Captioner.features`."""
 
     queries: Tensor

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
-from openblip2.data.features import CACHE_DTYPES, FeatureCache, Features, picture_bytes, require_same, writing
+from openblip2.data.features import CACHE_DTYPES, FeatureCache, Features, picture_bytes, require_same_cache, writing
 from openblip2.data.images import CROP_AREA, CROP_RATIO, THREADS, augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.errors import UserError
@@ -103,7 +103,7 @@ def open_cache(vision: FrozenVision, settings: RunSettings, folder: Path) -> Fea
         )
     # Without augmentation the crops are not read, and may be any.
     ours |= {"crops": CROPS} if settings.data.augment else {}
-    require_same(folder, cache.made_by, ours, "train with the settings of the cache, or make one with these")
+    require_same_cache(folder, cache.made_by, ours, "train with the settings of the cache, or make one with these")
     return cache
 
 

@@ -23,7 +23,7 @@ from openblip2.progress import Progress
 from openblip2.train.log import Log, open_tracker
 from openblip2.train.optim import adamw, layer_rates, learning_rate
 from openblip2.train.parameters import save_trained, trained_parameters
-from openblip2.train.resume import Done, forget_checkpoints, keep_last, read_checkpoint, write_checkpoint
+from openblip2.train.resume import Done, forget_checkpoints, keep_last, restore_checkpoint, write_checkpoint
 from openblip2.train.skipped import count_step, give_up, not_finite
 
 
@@ -65,7 +65,7 @@ def fit(
     optimizer = adamw(trained, optim, layer_rates(model, optim.layer_decay))
     if last is None:
         forget_checkpoints(run)
-    done = Done(data=data) if last is None else read_checkpoint(last, model, optimizer)
+    done = Done(data=data) if last is None else restore_checkpoint(last, model, optimizer)
     keep_last(run, settings.keep_checkpoints)  # a process may have ended between writing one and this
     parallel_losses = DataParallelLosses(model, losses, sparse)
     track = open_tracker(settings.track if is_first() else "", run, asdict(settings) | asdict(optim))

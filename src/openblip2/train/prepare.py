@@ -196,7 +196,7 @@ def prepare_shards(
             counted = mixture.count_parts(parts, skip, bar.advance)
         if held_out is None:
             wanted = min(int(counted[0].samples * settings.data.held_out), settings.data.most_held_out)
-            counted = mixture.hold_out(counted, wanted)
+            counted = mixture.hold_out_samples(counted, wanted)
             mixture.write_held_out(counted[0], wanted, run / HELD_OUT, skip)
         mixture.write_parts(counted, run)  # last: a start that ended before this counts again
     if held_out is None:

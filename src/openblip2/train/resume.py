@@ -119,7 +119,7 @@ def find_checkpoint(run: Path, say: Callable[[str], object]) -> Path | None:
     return None if step < 0 else run / "resume" / f"step-{step:08}"
 
 
-def read_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Done:
+def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Done:
     """Puts model and optimizer back where `write_checkpoint` found them. Every process reads the whole.
 
     Raises:

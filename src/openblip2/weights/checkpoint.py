@@ -130,7 +130,7 @@ def sizes_of(trained: Mapping[str, Tensor], heads: int | None, source: str) -> d
     }
 
 
-def settings_of(trained: Mapping[str, Tensor], start: RunSettings, source: str) -> RunSettings:
+def settings_from_tensors(trained: Mapping[str, Tensor], start: RunSettings, source: str) -> RunSettings:
     """The settings, with what the tensors say put over them.
 
     Raises:

@@ -25,7 +25,7 @@ from openblip2.errors import UserError, one_line
 from openblip2.model.vision import HFVision
 from openblip2.presets import FLANT5_XL, FLANT5_XXL, OPT_2_7B, OPT_6_7B, VIT_G, VIT_L
 from openblip2.runs import atomic_write
-from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_of, sizes_of
+from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_from_tensors, sizes_of
 from openblip2.weights.names import TOWER, column, rename
 
 OURS, LAVIS = column("openblip2"), column("lavis")
@@ -75,7 +75,7 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
     if unknown:
         raise UserError(f"{path}: {len(unknown)} keys are not of BLIP-2: {listed(unknown)}")
     trained = {ours: model[theirs] for ours, theirs in names.items()}
-    settings = settings_of(trained, _settings(path, model, trained, bool(tower), parts), str(path))
+    settings = settings_from_tensors(trained, _settings(path, model, trained, bool(tower), parts), str(path))
     if settings.stage == "stage2":
         text = [
             name

@@ -35,7 +35,7 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
         return read_lavis(path, parts)
     if parts.vision_heads is not None:
         raise UserError(f"{source}: vision_heads is for a LAVIS .pth with an image encoder in it: leave it out")
-    folder = path if path.is_dir() else fetch(str(source), revision)
+    folder = path if path.is_dir() else fetch_repository(str(source), revision)
     if not (folder / "config.json").is_file():
         raise UserError(f"{source} is not a run (no config.json in it): give {KINDS}")
     config = read_json(folder / "config.json")
@@ -50,7 +50,7 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
     )
 
 
-def fetch(name: str, revision: str | None = None) -> Path:
+def fetch_repository(name: str, revision: str | None = None) -> Path:
     """The folder of a repository of the hub, downloaded unless it is here: no pickles, no code.
 
     Raises:

@@ -23,7 +23,7 @@ from openblip2.apps.bench.models import (
     jpeg,
     normalised,
     pictures,
-    sentences,
+    random_texts,
     texts,
 )
 from openblip2.apps.bench.naive import naive_losses, naive_picture, naive_rerank
@@ -131,7 +131,7 @@ class Bench:
         size, model, theirs = self.size, self.two, self.theirs
         images = pictures(size.captions, size.side, self.device)
         read = self._cache(self._encode(images))
-        captions = sentences(size.captions, size.text, size.words)
+        captions = random_texts(size.captions, size.text, size.words)
         prompts = [""] * len(captions)
         rows = [[*[IMAGE] * size.queries, BOS, *model.language.tokenizer(c)["input_ids"], EOS] for c in captions]  # pyright: ignore
         ids, mask = _padded(rows, "right", self.device)
@@ -158,7 +158,7 @@ class Bench:
         """Many questions about one image, which transformers gets again for each question."""
         size = self.size
         images = pictures(1, size.side, self.device).expand(size.questions, -1, -1, -1)
-        asked = sentences(size.questions, size.text, size.words)
+        asked = random_texts(size.questions, size.text, size.words)
         return self._generation("questions", images, asked, beams=1)
 
     def _generation(self, name: str, images: Tensor, prompts: list[str], beams: int) -> Case:

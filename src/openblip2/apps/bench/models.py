@@ -142,7 +142,7 @@ def texts(count: int, longest: int, vocabulary: int, device: torch.device) -> tu
     return tokens.where(valid, 0).to(device), valid.to(device)
 
 
-def sentences(count: int, longest: int, vocabulary: int) -> list[str]:
+def random_texts(count: int, longest: int, vocabulary: int) -> list[str]:
     """Words for the language model, 6 to `longest` of them."""
     random = torch.Generator().manual_seed(count + 1)
     ids = torch.randint(len(SPECIAL), vocabulary, (count, longest), generator=random).tolist()

@@ -71,7 +71,7 @@ _FILES_OF_NPM = re.compile(r"package/([^/]+\.(json|md)|LICENSE|img/google/64/[^/
 _FILES_OF_FURNITURE = re.compile(r"PluginFurnitureCatalog\.properties|LICENSE\.TXT|.+\.png")
 
 
-def fetch(
+def fetch_packages(
     folder: Path, sources: Sequence[str] = tuple(PACKAGES), say: Callable[[str], object] = lambda line: None
 ) -> list[str]:
     """Fetches packages and unpacks each into a folder with its name. Packages that are there are not fetched again.

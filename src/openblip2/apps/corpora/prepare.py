@@ -35,7 +35,7 @@ _SHADE = 10  # standard deviation in gray levels that still counts as one shade
 _ROWS = 512  # thumbnails that are compared with all others at once; limits the memory
 
 
-def prepare(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) -> Found:
+def prepare_images(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) -> Found:
     """Converts the packages in `folder` to the data folder `out`: images and `records.jsonl`.
 
     Each image is written on white, with at most `SIDE` px, as `out/pictures/ID.png`; ids begin with the source. `facts`

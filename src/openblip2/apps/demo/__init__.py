@@ -1,6 +1,6 @@
 """`openblip2 demo`: from pictures to a report, in one piece."""
 
-from openblip2.apps.demo.plan import Plan, plan_for
+from openblip2.apps.demo.plan import DemoPlan, plan_for
 from openblip2.apps.demo.run import run_demo
 
-__all__ = ["Plan", "plan_for", "run_demo"]
+__all__ = ["DemoPlan", "plan_for", "run_demo"]

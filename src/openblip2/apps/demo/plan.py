@@ -86,7 +86,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class DemoPlan:
     """How much of everything; `plan_for` makes one.
 
     Attributes:
@@ -129,7 +129,7 @@ class Corpus:
     skipped: list[str]
 
 
-def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: int = 0, budget: float = 1) -> Plan:
+def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: int = 0, budget: float = 1) -> DemoPlan:
     """The plan of a demo.
 
     Args:
@@ -144,7 +144,7 @@ def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: 
     # Fewer steps than usual leave ITM and the language model their shares of them.
     itm = round(min(1, budget) * stages["stage1"].stage1.itm_start_step)
     lm = min(round(budget * stages["stage2"].stage2.lm_start_step), steps["stage2"] - 1)
-    return Plan(
+    return DemoPlan(
         corpus,
         world,
         seed,
@@ -154,7 +154,7 @@ def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: 
     )
 
 
-def announcement(plan: Plan, out: Path) -> str:
+def announcement(plan: DemoPlan, out: Path) -> str:
     """What the demo will do, in the order in which it does it, and how long that takes."""
     first, second = plan.stage1, plan.stage2
     pictures = "find Tux Paint's stamps, pictures with sentences, and hold some of them out"
@@ -181,13 +181,13 @@ def announcement(plan: Plan, out: Path) -> str:
     return "\n".join(lines)
 
 
-def settings_of(plan: Plan, out: Path) -> tuple[RunSettings, RunSettings]:
+def settings_of(plan: DemoPlan, out: Path) -> tuple[RunSettings, RunSettings]:
     """The settings of both stages, bound to this demo's folders and seed."""
     common = {"data.source": str(out / "data"), "train.seed": plan.seed}
     return change(plan.stage1, common), change(plan.stage2, {**common, "start": str(out / "stage1")})
 
 
-def gather_corpus(plan: Plan, folder: Path) -> Corpus:
+def gather_corpus(plan: DemoPlan, folder: Path) -> Corpus:
     """Draws or finds the pictures: training and test never share a noun with a colour, or a group of look-alikes."""
     if plan.corpus == "stamps":
         stamps = stamps_records(seed=plan.seed)

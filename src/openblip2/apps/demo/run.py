@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from openblip2.apps.demo.plan import Plan, announcement, gather_corpus, settings_of
+from openblip2.apps.demo.plan import DemoPlan, announcement, gather_corpus, settings_of
 from openblip2.apps.demo.scores import score
 from openblip2.apps.report.pages import examine, write_report
 from openblip2.config import RunSettings
@@ -34,7 +34,7 @@ from openblip2.train.recipes import train_stage
 EXAMPLES = 5  # captions in `metrics.json`, of the first test pictures
 
 
-def run_demo(out: Path, plan: Plan, progress: Progress, overwrite: bool = False) -> dict[str, Any]:
+def run_demo(out: Path, plan: DemoPlan, progress: Progress, overwrite: bool = False) -> dict[str, Any]:
     """Runs it all into `out` and returns what `out/metrics.json` holds. An interrupted demo is continued.
 
     Args:
@@ -109,7 +109,7 @@ def _cleaned(features: Features) -> Features:
     return Features(records, features.values)
 
 
-def _asked_pictures(records: Sequence[Record], plan: Plan) -> list[Record]:
+def _asked_pictures(records: Sequence[Record], plan: DemoPlan) -> list[Record]:
     """Pictures with one question each, enough for `plan.asked` questions."""
     random = Random(plan.seed)
     chosen = random.sample(list(records), min(plan.asked, len(records)))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openblip2.apps.demo.plan import Corpus, Plan
+from openblip2.apps.demo.plan import Corpus, DemoPlan
 from openblip2.apps.scenes.grammar import judge, named
 from openblip2.data.features import Features
 from openblip2.data.records import Question, Record
@@ -33,7 +33,7 @@ def score(
     test: Features,
     asked: Mapping[str, Features],
     corpus: Corpus,
-    plan: Plan,
+    plan: DemoPlan,
     maps: Path,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -60,7 +60,7 @@ def score(
 
 
 def _retrieval(
-    matcher: Matcher, test: Features, plan: Plan, examples: dict[str, Any], progress: Progress
+    matcher: Matcher, test: Features, plan: DemoPlan, examples: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
     model, place = matcher.model, device()
     captions = [record.captions[0] for record in test.records]
@@ -140,7 +140,7 @@ def _vqa(
     captioner: Captioner,
     asked: Features,
     known: Sequence[Record],
-    plan: Plan,
+    plan: DemoPlan,
     name: str,
     examples: dict[str, Any],
     progress: Progress,
@@ -178,14 +178,14 @@ def _generate(
     return found
 
 
-def _grounding(captioner: Captioner, test: Features, plan: Plan, progress: Progress) -> dict[str, Any]:
+def _grounding(captioner: Captioner, test: Features, plan: DemoPlan, progress: Progress) -> dict[str, Any]:
     progress.doing("grounding")
     model = captioner.model
     with torch.inference_mode(), computing(model, captioner.settings.train.precision):
         return grounding(model, test, plan.seed, captioner.settings.language.prompts[0])
 
 
-def _pointing(matcher: Matcher, test: Sequence[Record], plan: Plan, progress: Progress) -> dict[str, Any] | None:
+def _pointing(matcher: Matcher, test: Sequence[Record], plan: DemoPlan, progress: Progress) -> dict[str, Any] | None:
     if plan.corpus != "scenes":  # the boxes of things are unknown
         return None
     found = score_pointing(matcher, test[: plan.pointed], Options(seed=plan.seed), progress)

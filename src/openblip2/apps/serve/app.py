@@ -153,5 +153,5 @@ async def picture(request: Request, number: int, whole: bool = False) -> Respons
 async def _answers(request: Request, needs: str | None, *jobs: Job) -> list[Any]:
     """Results of jobs that need the `captioner`, `matcher` or `index`; None = any model."""
     if needs is not None:
-        openai.require(request, needs)
+        openai.require_served(request, needs)
     return await request.app.state.batcher.answers(request, jobs)

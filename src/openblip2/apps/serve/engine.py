@@ -63,7 +63,7 @@ class Write:
     logprobs: int | None = None
 
 
-class Written(NamedTuple):
+class Reply(NamedTuple):
     """A text, the number of tokens read for it (soft tokens included), the number of tokens in it, and these tokens
     with their log-probabilities where a job asks for them."""
 
@@ -149,7 +149,7 @@ class Engine:
             results[n] = self._written(picture, prompt, asked, text, jobs[n].logprobs)
         return results
 
-    def _written(self, picture: PictureFile, prompt: str, read: str | None, text: str, best: int | None) -> Written:
+    def _written(self, picture: PictureFile, prompt: str, read: str | None, text: str, best: int | None) -> Reply:
         model, scores = self.captioner.model, list[TokenScore]()
         if best is not None:
             soft = self.captioner.soft_prompt([picture], None if read is None else [read])
@@ -157,7 +157,7 @@ class Engine:
                 soft = soft.to(model.projection.weight.device)
                 scores = token_scores(model.language, soft, prompt, text, best)
         length = len(model.language.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return Written(text, model.language.length(prompt) + model.tokens, length, scores)
+        return Reply(text, model.language.length(prompt) + model.tokens, length, scores)
 
     def _inputs(self, job: Write) -> tuple[PictureFile, str, str | None]:
         """The picture, the prompt of the language model, and the text for a Q-Former that reads some."""

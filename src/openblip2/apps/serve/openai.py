@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
 from openblip2.apps.serve.batcher import Limits
-from openblip2.apps.serve.engine import Engine, Write, Written
+from openblip2.apps.serve.engine import Engine, Reply, Write
 from openblip2.apps.serve.http import ServeError, error_response
 from openblip2.apps.serve.remote import is_data_url, read_url
 from openblip2.apps.serve.requests import ChatRequest, EmbeddingRequest
@@ -28,7 +28,7 @@ STARTED = int(time.time())
 router = APIRouter(prefix="/v1")
 
 
-def require(request: Request, kind: str, model: str | None = None) -> str:
+def require_served(request: Request, kind: str, model: str | None = None) -> str:
     """The name of the `captioner`, `matcher` or `index`. Raises `ServeError` if there is none, or not this `model`."""
     name = request.app.state.served.get(kind)
     if name is None:
@@ -58,7 +58,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 @router.post("/chat/completions")
 async def chat(request: Request, body: ChatRequest) -> Any:
     """An answer in a dialogue about one picture, as a whole or as a stream."""
-    name, batcher = require(request, "captioner", body.model), request.app.state.batcher
+    name, batcher = require_served(request, "captioner", body.model), request.app.state.batcher
     jobs = await asyncio.to_thread(write_jobs, body, batcher.limits)  # a picture may have to be fetched
     about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
     if body.stream:
@@ -78,7 +78,7 @@ async def chat(request: Request, body: ChatRequest) -> Any:
 @router.post("/embeddings")
 async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
     """One vector of length 1 for each text or picture."""
-    name = require(request, "matcher", body.model)
+    name = require_served(request, "matcher", body.model)
     inputs = [read_url(one, 0) if is_data_url(one) else one for one in body.input]
     (vectors,) = await request.app.state.batcher.answers(request, [partial(Engine.embed, inputs=inputs)])
     if body.encoding_format == "base64":
@@ -147,7 +147,7 @@ async def _events(
     held = max(map(len, body.stop), default=1) - 1  # characters that may be the beginning of a stop sequence
     try:
         async for written in progress:  # the text so far, then the whole `Written`
-            done = isinstance(written, Written)
+            done = isinstance(written, Reply)
             shown = before_stop(written.text if done else written, body)
             if not done:
                 shown = shown[: max(0, len(written) - held)]
@@ -163,11 +163,11 @@ async def _events(
     yield "data: [DONE]\n\n"
 
 
-def _finish_reason(written: Written, text: str, job: Write) -> str:
+def _finish_reason(written: Reply, text: str, job: Write) -> str:
     return "length" if text == written.text and written.completion_tokens >= job.decoding.max_new_tokens else "stop"
 
 
-def _logprobs(written: Written, text: str) -> dict[str, Any]:
+def _logprobs(written: Reply, text: str) -> dict[str, Any]:
     """The tokens of the part of the text that is sent, as OpenAI lists them."""
 
     def entry(token: str, logprob: float) -> dict[str, Any]:
@@ -182,6 +182,6 @@ def _logprobs(written: Written, text: str) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def _usage(texts: list[Written]) -> dict[str, int]:
+def _usage(texts: list[Reply]) -> dict[str, int]:
     prompt, completion = texts[0].prompt_tokens, sum(written.completion_tokens for written in texts)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

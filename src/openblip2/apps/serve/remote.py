@@ -44,10 +44,10 @@ def read_url(url: str, limit: int) -> bytes:
         raise UserError("the data URL of the picture is not in base64: use data:image/png;base64,...")
     if not limit:
         raise UserError("this server does not fetch addresses of pictures: send a data URL, data:image/png;base64,...")
-    return fetch(url, limit)
+    return fetch_image(url, limit)
 
 
-def fetch(address: str, limit: int) -> bytes:
+def fetch_image(address: str, limit: int) -> bytes:
     """At most `limit` bytes of a public http(s) address. Raises `UserError` if they cannot be had."""
     deadline = time.monotonic() + SECONDS
     for _ in range(REDIRECTS + 1):

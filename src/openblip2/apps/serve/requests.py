@@ -135,7 +135,7 @@ class ImageUrl(Body):
     url: Url
 
 
-class Part(Body):
+class MessagePart(Body):
     """A part of a message."""
 
     type: Literal["text", "image_url"]
@@ -147,7 +147,7 @@ class Message(Body):
     """A message of a dialogue."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], text_as(lambda text: [{"type": "text", "text": text}])] = []
+    content: Annotated[list[MessagePart], text_as(lambda text: [{"type": "text", "text": text}])] = []
 
     @property
     def text(self) -> str:

@@ -34,10 +34,10 @@ def ablate(name: str, out: Path, plan: Plan, progress: Progress) -> dict[str, An
     began = time.perf_counter()
     work = prepare_work(study, plan, out, progress)
     trials = {way.name: [run_trial(work, way, seed) for seed in plan.seeds] for way in study.ways}
-    result = summary(work, trials)
+    result = ablation_summary(work, trials)
     result["seconds"]["this call"] = round(time.perf_counter() - began, 1)
     write_json(result, out / "ablation.json")
-    (out / "ablation.md").write_text(in_words(result), encoding="utf-8")
+    (out / "ablation.md").write_text(ablation_in_words(result), encoding="utf-8")
     if can_plot():
         plot(result, out / "ablation.svg")
     else:
@@ -45,7 +45,7 @@ def ablate(name: str, out: Path, plan: Plan, progress: Progress) -> dict[str, An
     return result
 
 
-def summary(work: Work, trials: Mapping[str, Sequence[Trial]]) -> dict[str, Any]:
+def ablation_summary(work: Work, trials: Mapping[str, Sequence[Trial]]) -> dict[str, Any]:
     """Figures, curves, changed settings, seconds and verdicts of all ways, as plain values."""
     study, plan = work.study, work.plan
     settings = [pair for of_way in trials.values() for pair in of_way[0].settings.items()]
@@ -67,7 +67,7 @@ def summary(work: Work, trials: Mapping[str, Sequence[Trial]]) -> dict[str, Any]
         "steps": dict(sorted((stage, [one.train.steps, one.train.batch]) for stage, one in settings)),
         "models": _models(settings),
         "ways": ways,
-        "claims": [judge(claim, trials[claim.better], trials[claim.worse]) for claim in study.claims],
+        "claims": [judge_claim(claim, trials[claim.better], trials[claim.worse]) for claim in study.claims],
         "notes": list(study.notes),
         "seconds": {"training and scoring": round(sum(work.runs.seconds.values()), 1)},
     }
@@ -78,7 +78,7 @@ def figure(trials: Sequence[Trial], name: str) -> dict[str, Any]:
     return {**mean_interval(_over_seeds(trials, name)).as_json(), "seeds": _seeds(trials, name)}
 
 
-def judge(claim: Claim, better: Sequence[Trial], worse: Sequence[Trial]) -> dict[str, Any]:
+def judge_claim(claim: Claim, better: Sequence[Trial], worse: Sequence[Trial]) -> dict[str, Any]:
     """Whether a claim holds here.
 
     Two sources of chance are kept apart: which images are tested (95 % intervals, bootstrap over test images, paired),
@@ -186,7 +186,7 @@ def _draw_curves(panel: Any, ways: Mapping[str, Any], looks: Mapping[str, tuple[
     panel.legend(fontsize=8, frameon=False)
 
 
-def in_words(result: Mapping[str, Any]) -> str:
+def ablation_in_words(result: Mapping[str, Any]) -> str:
     """The contents of `ablation.json` as Markdown: what was run, verdicts, figures, changed settings, limits."""
     pictures, seeds = result["pictures"], result["seeds"]
     run = [

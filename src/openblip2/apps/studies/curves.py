@@ -9,7 +9,7 @@ from openblip2.inference.captioner import Captioner
 from openblip2.inference.matcher import Matcher
 
 
-def pictures(plan: Plan) -> Study:
+def pictures_study(plan: Plan) -> Study:
     """Learning curve: both stages from scratch, with equal steps, on the first n pictures."""
     names = [f"{number:,} pictures" for number in plan.values]
     amounts = [{"stage1": number, "stage2": number} for number in plan.values]
@@ -28,7 +28,7 @@ def pictures(plan: Plan) -> Study:
     )
 
 
-def elastic(plan: Plan) -> Study:
+def elastic_study(plan: Plan) -> Study:
     """One stage-2 run with elastic tokens and one without, each used with its first n visual tokens."""
     queries = plan.stage2.qformer.queries
     if plan.values[-1] > queries:

@@ -293,6 +293,6 @@ STUDIES: dict[str, tuple[Callable[[Plan], Study], tuple[int, ...]]] = {
     "connector": (_connector, (4,)),
     "warm-start": (_warm_start, (250, 1000, 4000)),
     "capfilt": (_capfilt, ()),
-    "pictures": (curves.pictures, (250, 1000, 4000)),
-    "elastic": (curves.elastic, (1, 4, 8, 16)),
+    "pictures": (curves.pictures_study, (250, 1000, 4000)),
+    "elastic": (curves.elastic_study, (1, 4, 8, 16)),
 }

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from openblip2.apps.corpora.fetch import fetch
-from openblip2.apps.corpora.prepare import by_fold, prepare
+from openblip2.apps.corpora.fetch import fetch_packages
+from openblip2.apps.corpora.prepare import by_fold, prepare_images
 from openblip2.apps.studies.frame import Runs, hits
 from openblip2.config import RunSettings, change
 from openblip2.data.records import Record, read_records
@@ -49,7 +49,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class RealPlan:
     """The sizes of the study.
 
     Attributes:
@@ -73,7 +73,7 @@ class Plan:
     stage2: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
 
 
-def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = None) -> dict[str, Any]:
+def bench_real(out: Path, plan: RealPlan, progress: Progress, table: Path | None = None) -> dict[str, Any]:
     """Runs the study in `out`, continuing where it was interrupted; returns the contents of `out/real.json`.
 
     Args:
@@ -87,7 +87,7 @@ def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = N
     if not plan.folds or not set(plan.folds) <= set(range(plan.k)):
         raise UserError(f"folds {', '.join(map(str, plan.folds))}: give some of 0 to {plan.k - 1}")
     keep_freed_memory()
-    records = gather(out, progress)
+    records = gather_images(out, progress)
     parts = by_fold(records, plan.k, plan.seed)
     runs = Runs(out, progress, plan.overwrite)
     runs.encode(plan.stage1, records, out / "features")
@@ -98,22 +98,22 @@ def bench_real(out: Path, plan: Plan, progress: Progress, table: Path | None = N
         train = [record for n, part in enumerate(parts) if n != number for record in part]
         for name, found in _fold(runs, number, train, test, plan).items():
             rows.setdefault(name, []).extend(found)
-    figures = summary(rows, plan) | {"pictures": dict(Counter(map(_source, records)))}
+    figures = real_summary(rows, plan) | {"pictures": dict(Counter(map(_source, records)))}
     write_json(figures, out / "real.json")
-    text = in_words(figures)
+    text = real_in_words(figures)
     (out / "real.md").write_text(text, encoding="utf-8")
     if table is not None:
         table.write_text(_with_table(table, text), encoding="utf-8")
     return figures
 
 
-def gather(out: Path, progress: Progress) -> list[Record]:
+def gather_images(out: Path, progress: Progress) -> list[Record]:
     """The images in `out/data`, which are fetched and prepared if they do not exist."""
     if not (out / "data" / "records.jsonl").is_file():
-        for line in fetch(out / "packages", say=progress.say):
+        for line in fetch_packages(out / "packages", say=progress.say):
             progress.say(f"left out: {line}")
         progress.doing("preparing pictures")
-        found = prepare(out / "packages", out / "data")
+        found = prepare_images(out / "packages", out / "data")
         progress.say(f"{len(found.records)} pictures; {len(found.skipped)} were skipped")
     records, skipped = read_records(out / "data")
     for line in skipped:
@@ -122,7 +122,7 @@ def gather(out: Path, progress: Progress) -> list[Record]:
 
 
 def _fold(
-    runs: Runs, number: int, train: list[Record], test: list[Record], plan: Plan
+    runs: Runs, number: int, train: list[Record], test: list[Record], plan: RealPlan
 ) -> dict[str, list[dict[str, Any]]]:
     """Trains the missing runs of a fold and scores them: rows of samples, by the name of what was scored.
 
@@ -159,7 +159,7 @@ def _fold(
     return rows
 
 
-def summary(rows: dict[str, list[dict[str, Any]]], plan: Plan) -> dict[str, Any]:
+def real_summary(rows: dict[str, list[dict[str, Any]]], plan: RealPlan) -> dict[str, Any]:
     """Scores with intervals over groups, and the differences that the study is about, paired by sample."""
     scores, differences = {}, {}
     for name in ("joint, stage 1", "joint, fine-tuned", "alone, stage 1", "alone, fine-tuned"):
@@ -199,7 +199,7 @@ def _first_right(rows: Sequence[dict[str, Any]], way: str, score: str) -> tuple[
     return np.array(hits(rows, way[:2], score)), groups
 
 
-def in_words(figures: dict[str, Any]) -> str:
+def real_in_words(figures: dict[str, Any]) -> str:
     """The figures as a Markdown table."""
     sources = ", ".join(f"{count:,} {name}" for name, count in figures["pictures"].items())
     lines = [

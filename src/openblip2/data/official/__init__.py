@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from openblip2.data.official.annotations import AnnotationFile, Pictures, first_entry, uncollected
-from openblip2.data.official.formats import COCO_NAME, gqa, karpathy, listed, nocaps, vqa
+from openblip2.data.official.formats import COCO_NAME, gqa, karpathy, lavis_list, nocaps, vqa
 from openblip2.data.records import Record
 from openblip2.errors import UserError
 from openblip2.runs import read_json
@@ -82,7 +82,7 @@ def _recognised(data: Any, path: Path) -> tuple[str, Callable[[AnnotationFile], 
     if isinstance(data, list):
         row = first_entry(data)
         if {"image", "caption"} <= row.keys():
-            return "coco-karpathy" if COCO_NAME.search(str(row["image"])) else "flickr30k", listed
+            return "coco-karpathy" if COCO_NAME.search(str(row["image"])) else "flickr30k", lavis_list
     if isinstance(data, dict):
         image, answered = first_entry(data.get("images")), first_entry(data.get("annotations"))
         if "sentences" in image:

@@ -38,7 +38,7 @@ class Pictures:
         """
         name = text(name, "picture name", "a path relative to the folder of pictures")
         if os.path.isabs(name) or os.path.splitdrive(name)[0] or ".." in re.split(r"[/\\]", name):
-            raise UserError(f"image {shown(name)} is outside the folder of pictures: give a path inside {self.root}")
+            raise UserError(f"image {brief(name)} is outside the folder of pictures: give a path inside {self.root}")
         folder, _, file = name.rpartition("/")
         for place in (folder, "") if folder else ("",):
             if place not in self._folders:
@@ -46,7 +46,7 @@ class Pictures:
             path, files = self._folders[place]
             if file in files:
                 return path / file
-        raise UserError(f"image {shown(name)} is missing: it must be in {self.root}")
+        raise UserError(f"image {brief(name)} is missing: it must be in {self.root}")
 
     def _list(self, folder: str) -> frozenset[str]:
         try:
@@ -96,13 +96,13 @@ class AnnotationFile:
             UserError: `values` is not a list.
         """
         if not isinstance(values, list):
-            raise UserError(f'{self.path}: "{name}" is {shown(values)}: it must be a list of objects')
+            raise UserError(f'{self.path}: "{name}" is {brief(values)}: it must be a list of objects')
         for number, entry in enumerate(values):
             where = f"{self.path}: {name}[{number}]"
             if isinstance(entry, dict):
                 yield where, entry
             else:
-                self.skipped.append(f"{where}: no object, but {shown(entry)}; {right}")
+                self.skipped.append(f"{where}: no object, but {brief(entry)}; {right}")
 
     @contextmanager
     def skipping(self, where: str) -> Iterator[None]:
@@ -140,11 +140,11 @@ def text(value: object, what: str, right: str) -> str:
         UserError: it is not.
     """
     if not isinstance(value, str):
-        raise UserError(f"no {what}, but {shown(value)}; {right}")
+        raise UserError(f"no {what}, but {brief(value)}; {right}")
     if not value.strip():
         raise UserError(f"the {what} is empty; {right}")
     if not is_unicode(value):
-        raise UserError(f"the {what} {shown(value)} is not Unicode text; {right}")
+        raise UserError(f"the {what} {brief(value)} is not Unicode text; {right}")
     return value
 
 
@@ -158,7 +158,7 @@ def identity(value: object, what: str) -> str:
         return str(value)
     name = text(value, what, "a whole number or text")
     if not name.isprintable():
-        raise UserError(f"{what} is {shown(name)}: it must be a whole number or text of one line")
+        raise UserError(f"{what} is {brief(name)}: it must be a whole number or text of one line")
     return name
 
 
@@ -167,6 +167,6 @@ def first_entry(values: object) -> dict[str, Any]:
     return next((value for value in values if isinstance(value, dict)), {}) if isinstance(values, list) else {}
 
 
-def shown(value: object) -> str:
+def brief(value: object) -> str:
     """`value` in a message: one line, not long."""
     return ascii(value)[:80]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openblip2.data.official.annotations import AnnotationFile, identity, shown, text
+from openblip2.data.official.annotations import AnnotationFile, brief, identity, text
 from openblip2.data.records import Question, Record, kind_of
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
@@ -44,7 +44,7 @@ def karpathy(file: AnnotationFile) -> list[Record]:
         with file.skipping(where):
             part = image.get("split")
             if part not in tuple(SPLITS):
-                raise UserError(f'"split" is {shown(part)}: it must be one of {", ".join(SPLITS)}')
+                raise UserError(f'"split" is {brief(part)}: it must be one of {", ".join(SPLITS)}')
             if part not in parts:
                 continue
             name = text(image.get("filename"), "file name", _KARPATHY)
@@ -55,13 +55,13 @@ def karpathy(file: AnnotationFile) -> list[Record]:
             _require_new(number, records)
             sentences = image.get("sentences")
             if not isinstance(sentences, list):
-                raise UserError(f'"sentences" is {shown(sentences)}: it must be {_KARPATHY}')
+                raise UserError(f'"sentences" is {brief(sentences)}: it must be {_KARPATHY}')
             raw = [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in sentences]
             records[number] = Record(number, path, _captions(raw, f"{where}.sentences", file))
     return list(records.values())
 
 
-def listed(file: AnnotationFile) -> list[Record]:
+def lavis_list(file: AnnotationFile) -> list[Record]:
     """LAVIS's lists: one row per caption for training, and one row per image with all its captions for evaluation.
 
     The id of an image is taken from its file name, so that it is the same in all lists and in Karpathy's file: their
@@ -109,7 +109,7 @@ def nocaps(file: AnnotationFile) -> list[Record]:
                 raise UserError(f"image {number} has no caption: at least one {_CAPTION} is needed")
             domain = image.get("domain")
             if domain is not None and domain not in DOMAINS:
-                raise UserError(f"unknown domain {shown(domain)}: it must be one of {', '.join(DOMAINS)}")
+                raise UserError(f"unknown domain {brief(domain)}: it must be one of {', '.join(DOMAINS)}")
             facts = None if domain is None else {"domain": domain}
             records[number] = Record(number, path, tuple(captions.get(number, ())), facts=facts)
     return list(records.values())
@@ -145,7 +145,7 @@ def vqa(file: AnnotationFile) -> list[Record]:
             question = Question(text(row.get("question"), "question", _QUESTION), "", "open", id=name)
             image = row.get("image_id")
             if not isinstance(image, int) or isinstance(image, bool):
-                raise UserError(f'"image_id" is {shown(image)}: it must be a whole number')
+                raise UserError(f'"image_id" is {brief(image)}: it must be a whole number')
             if not withheld:
                 if name not in answers:
                     raise UserError(f"question {name} has no annotation: give one with its id")
@@ -154,7 +154,7 @@ def vqa(file: AnnotationFile) -> list[Record]:
                     continue  # its annotation was skipped
                 _, its_image, with_answers = answered
                 if its_image != image:
-                    problem = f"image {image} here, {shown(its_image)} in its annotation"
+                    problem = f"image {image} here, {brief(its_image)} in its annotation"
                     raise UserError(f"{problem}: they must be equal")
                 question = replace(with_answers, text=question.text)
             path = file.pictures.find(f"{folder}/COCO_{folder}_{image:012d}.jpg")
@@ -173,9 +173,9 @@ def gqa(file: AnnotationFile) -> list[Record]:
     withheld = not any("answer" in row for row in file.data.values() if isinstance(row, dict))
     by_image: dict[str, tuple[Path, list[Question]]] = {}
     for key, row in file.data.items():
-        with file.skipping(f"{file.path}: question {shown(key)}"):
+        with file.skipping(f"{file.path}: question {brief(key)}"):
             if not isinstance(row, dict):
-                raise UserError(f"no object, but {shown(row)}; {_GQA}")
+                raise UserError(f"no object, but {brief(row)}; {_GQA}")
             image = identity(row.get("imageId"), '"imageId"')
             asked = text(row.get("question"), "question", _GQA)
             answer = "" if withheld else text(row.get("answer"), "answer", _GQA)
@@ -233,7 +233,7 @@ def _subtype(file: AnnotationFile) -> str:
     """The "data_subtype" of a file: "val2014" or "test-dev2015", for example."""
     subtype = file.data.get("data_subtype")
     if not isinstance(subtype, str) or not _SUBTYPE.fullmatch(subtype):
-        raise UserError(f'{file.path}: "data_subtype" is {shown(subtype)}: it must be train2014, val2014 or test2015')
+        raise UserError(f'{file.path}: "data_subtype" is {brief(subtype)}: it must be train2014, val2014 or test2015')
     return subtype
 
 
@@ -255,7 +255,7 @@ def _captions(values: list[Any], where: str, file: AnnotationFile) -> tuple[str,
 def _caption(value: object) -> str:
     caption = text(value, "caption", "a text of one word at least")
     if not clean_caption(caption):
-        raise UserError(f"the caption {shown(caption)} is empty: at least one word is needed")
+        raise UserError(f"the caption {brief(caption)} is empty: at least one word is needed")
     return caption
 
 

@@ -149,7 +149,7 @@ def count_samples(shard: str) -> tuple[int, list[str]]:
     return len(opened), [] if len(opened) else problems  # of other shards they are reported in training
 
 
-def hold_out(parts: Sequence[Part], wanted: int) -> list[Part]:
+def hold_out_samples(parts: Sequence[Part], wanted: int) -> list[Part]:
     """The parts, with the first `wanted` samples of the first part held out of training."""
     first, left, held = parts[0], wanted, []
     for count in first.counts:

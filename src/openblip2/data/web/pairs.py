@@ -27,7 +27,7 @@ from openblip2.data.batches import PairBatch, pair_ids
 from openblip2.data.images import PictureFile, augment, to_pixels
 from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, clean_caption, names_side
 from openblip2.data.web.mixture import Part
-from openblip2.data.web.shard_order import Order, Spot, Turns, generator
+from openblip2.data.web.shard_order import Order, PartTurns, Spot, generator
 from openblip2.data.web.tars import Sample, Shard
 from openblip2.distributed.collectives import part_of
 from openblip2.errors import UserError
@@ -170,7 +170,7 @@ class ShardPairs:
         for n, part_ in enumerate(parts):
             counts = [count - held for count, held in zip(part_.counts, part_.held_out, strict=True)]
             self.orders.append(Order(counts, lanes, seed, f"{n} {part_.name}"))
-        self.turns = Turns([part.weight for part in parts], lanes, seed)
+        self.turns = PartTurns([part.weight for part in parts], lanes, seed)
         self.shards = OpenShards(self.parts, self.orders, problem)
         self._threads = ThreadPoolExecutor(threads, "pictures")
 

@@ -109,7 +109,7 @@ class _Epoch:
         return lane, epoch, self.shards[lane][n], number - self.firsts[lane][n]
 
 
-class Turns:
+class PartTurns:
     """Whose turn it is in a mixture: `turns(number)` -> part and position in that part's order.
 
     Args:

@@ -88,7 +88,7 @@ class TarWriter:
         self._tar.addfile(member, io.BytesIO(content))
 
 
-class Written(NamedTuple):
+class WrittenShards(NamedTuple):
     """Number of shards and samples; one line for each record that was skipped."""
 
     shards: int
@@ -102,7 +102,7 @@ def write_shards(
     size: int = 10_000,
     seed: int = 0,
     advance: Callable[[int], object] = lambda count: None,
-) -> Written:
+) -> WrittenShards:
     """Writes shards of up to `size` records each.
 
     Every image is opened first; one that cannot be opened is skipped and named.
@@ -136,7 +136,7 @@ def write_shards(
             skipped += done["skipped"]
     if not samples:
         raise UserError(f"{out}: none of the pictures can be read; the first: {skipped[0]}")
-    return Written(shards, samples, skipped)
+    return WrittenShards(shards, samples, skipped)
 
 
 def _write(

@@ -60,7 +60,7 @@ def stage1_losses(
     shared, _, targets = joined_batch.share_texts(valid)
     if chunk >= max(shared.counts):  # the same in all processes, which wait for each other
         given: dict[str, Any] = {"images": images, "features": features, "negatives": negatives}
-        return joined_batch.stage1_losses(
+        return joined_batch.joined_stage1_losses(
             model, tokens, valid, ids, objectives=objectives, generator=generator, **given
         )
     patches = _see(model, -(-max(shared.counts) // chunk), images, features)
@@ -143,7 +143,7 @@ def stage2_losses(
     most = max(shared.counts)
     if chunk >= most:
         options: dict[str, Any] = {"images": images, "features": features, "question": question}
-        return joined_batch.stage2_losses(model, prompts, captions, generator=generator, words=words, **options)
+        return joined_batch.joined_stage2_losses(model, prompts, captions, generator=generator, words=words, **options)
     draws = joined_batch.joined_splits(shared, generator)
     gradients = Gradients(model)
     total, scored = torch.zeros((), device=model.projection.weight.device), 0

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openblip2.distributed.collectives import Share, fetch, gather, plan, share, transpose, world_size
+from openblip2.distributed.collectives import Share, fetch_rows, gather, plan_route, share, transpose, world_size
 from openblip2.model.objectives import Contrast, HardNegatives, decorrelation, hard_negatives, matching, same_image
 from openblip2.model.stage1 import OBJECTIVES, Stage1, in_order, itm_pairs, see
 from openblip2.model.stage2 import Stage2, WordTable
 
 
-def stage1_losses(
+def joined_stage1_losses(
     model: Stage1,
     tokens: Tensor,
     valid: Tensor,
@@ -127,7 +127,7 @@ def bring(negatives: HardNegatives, patches: Tensor, tokens: Tensor, valid: Tens
     if shared.one:
         return Local(patches[:0], tokens, valid, negatives, len(tokens) + (asked >= 0).sum())
     asked = gather(asked, shared)  # of all processes, so that each knows what it has to send
-    route = plan([part[:, 1].tolist() for part in asked.cpu().split(shared.counts)], shared)
+    route = plan_route([part[:, 1].tolist() for part in asked.cpu().split(shared.counts)], shared)
     # One message for tokens and `valid`: padding is -1.
     marked = F.pad(tokens.where(valid, -1), (0, shared.most[0] - tokens.shape[1]), value=-1).to(torch.int32)
     texts = torch.cat([marked, gather(marked, shared)]).long()  # ours first, so that true pairs have equal indices
@@ -136,10 +136,10 @@ def bring(negatives: HardNegatives, patches: Tensor, tokens: Tensor, valid: Tens
         torch.tensor(route.places, dtype=torch.int64, device=tokens.device),
     )
     pairs = shared.total + int((asked >= 0).sum())
-    return Local(fetch(patches, route), texts.clamp(min=0), texts >= 0, local, pairs)
+    return Local(fetch_rows(patches, route), texts.clamp(min=0), texts >= 0, local, pairs)
 
 
-def stage2_losses(
+def joined_stage2_losses(
     model: Stage2,
     prompts: Sequence[str],
     captions: Sequence[str],

@@ -21,5 +21,5 @@ def step_losses(model: Stage1 | Stage2, chunk: int) -> Callable[..., dict[str, T
     if chunk:  # first: in several processes it uses the joined batch itself
         return partial(gradient_cache.stage1_losses if first else gradient_cache.stage2_losses, model, chunk)
     if world_size() > 1:
-        return partial(joined_batch.stage1_losses if first else joined_batch.stage2_losses, model)
+        return partial(joined_batch.joined_stage1_losses if first else joined_batch.joined_stage2_losses, model)
     return model.losses
