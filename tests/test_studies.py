@@ -227,7 +227,7 @@ def test_the_learning_curve_and_the_first_visual_tokens(plan: Plan, tmp_path: Pa
     trained.clear()
     result = ablate("elastic", tmp_path / "elastic", replace(plan, values=(1, 2)), QUIET)
     assert len(trained) == 3  # one stage 1, and stage 2 with and without elastic tokens
-    losses = [way["figures"][LOSS]["mean"] for way in result["ways"].values()]
+    losses = [way["figures"][LOSS]["score"] for way in result["ways"].values()]
     assert len(set(losses)) == 4
     with pytest.raises(UserError, match=r"--values 99: there are \d+ visual tokens"):
         ablate("elastic", tmp_path / "no", replace(plan, values=(1, 99)), QUIET)
