@@ -116,7 +116,7 @@ def test_worlds_and_budgets_are_plans() -> None:
 
 def test_the_announcement_has_the_plan_in_it() -> None:
     told = announcement(plan_for("scenes"), Path("runs/x"))
-    for part in ("12 things", "cat, dog, fish", "at 112 px", "runs/x/report.html", "wheel:dinov2-small"):
+    for part in ("12 things", "cat, dog, fish", "at 168 px", "runs/x/report.html", "wheel:dinov2-small"):
         assert part in told
     assert "222 things" in announcement(plan_for("scenes", "full"), Path("x"))
     assert "stamps" in announcement(plan_for("stamps"), Path("x"))

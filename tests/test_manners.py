@@ -217,7 +217,7 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
         "out",
     ),
     "evaluate": ("evaluate.run.evaluate", ("caption", "{stage2}", "--data", "{data}", "--out", "{out}"), "out"),
-    "bench": ("apps.bench.run.build_pair", ("--size", "tiny", "--out", "{out}"), "out"),
+    "bench": ("apps.bench.run.Bench", ("--size", "tiny", "--out", "{out}"), "out"),
     "bench-real": ("apps.studies.real.bench_real", ("--out", "{out}"), "out"),
     "ablate": ("apps.studies.ablations.ablate", ("itg", "--out", "{out}"), "out"),
     "demo": ("apps.demo.run_demo", ("--out", "{out}"), "out"),

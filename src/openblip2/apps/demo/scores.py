@@ -15,7 +15,8 @@ from openblip2.data.text import clean_caption
 from openblip2.evaluate.pointing import score_pointing
 from openblip2.evaluate.ranking import recalls, rerank, similarities
 from openblip2.evaluate.result import Options
-from openblip2.evaluate.validation import accuracy, baselines, grounding
+from openblip2.evaluate.validation import baselines, exact_scores, grounding, summary
+from openblip2.evaluate.vqa import vqa_normal
 from openblip2.hardware import computing, device
 from openblip2.inference.attend import look, overlay
 from openblip2.inference.captioner import ANSWER, CAPTION, Captioner, greedy
@@ -154,7 +155,8 @@ def _vqa(
         for r, q, answer in list(zip(asked.records, questions, answers, strict=True))[:SHOWN]
     ]
     blind = baselines([question for record in known for question in record.questions], questions)
-    return accuracy(answers, questions) | {"zero_shot": True, "prompt": form, "baselines": blind}
+    found = summary(exact_scores(answers, questions, vqa_normal), questions)  # "3" is "three"
+    return found | {"zero_shot": True, "prompt": form, "baselines": blind}
 
 
 def _generate(
