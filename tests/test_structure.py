@@ -33,6 +33,16 @@ def test_size() -> None:
     assert len(list((SOURCE / "train").rglob("*.py"))) <= TRAIN_FILES
 
 
+def test_public_names_are_defined_once() -> None:
+    """Except the functions of commands, which have the names of what they run."""
+    places: dict[str, list[str]] = {}
+    for file in FILES:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(file.relative_to(SOURCE).parts[0])
+    assert {name for name, of in places.items() if len(of) - of.count("commands") > 1} == set()
+
+
 def test_no_module_is_too_long() -> None:
     sizes = {file.relative_to(SOURCE).as_posix(): lines(file) for file in FILES}
     assert {name: size for name, size in sizes.items() if size > TOO_LONG.get(name, LONGEST)} == {}
