@@ -310,6 +310,8 @@ def test_an_elastic_run_trains_and_answers_with_the_first_tokens(
     assert isinstance(few, Captioner)
     assert few.soft_prompt([str(records[0].image)]).shape[1] == 1
     assert len(few.caption([str(records[0].image)])) == 1
+    with pytest.raises(UserError, match=r"elastic_tokens=true belongs to stage 2"):
+        train_stage(recipe(home, "stage1", **elastic), records, tmp_path / "no", quiet())
     for wrong in (0, queries + 1):
         with pytest.raises(UserError, match=f"visual_tokens {wrong}: this model has 1 to {queries}"):
             load(str(tmp_path / "run"), device="cpu", visual_tokens=wrong)

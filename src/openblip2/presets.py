@@ -213,7 +213,8 @@ _VQA = _PAPER | {
 _RETRIEVAL = _PAPER | {"vision.image_size": 364, "train.steps": 12_651, "train.batch": 224}
 # InstructBLIP (Dai et al. 2023, 2.6): at most 60K steps, validated every 3K; batches of 192 with a language model of 3B
 # and of 64 with one of 11B; AdamW with betas 0.9 and 0.999 and weight decay 0.05; 1,000 steps of warm-up to 1e-5, and
-# a cosine to 0; a frozen image encoder at 224 px. Questions of VQAv2 are asked as below. 128 tokens: the authors' code.
+# a cosine to 0; a frozen image encoder at 224 px. These figures were not checked against the paper's text. Questions of
+# VQAv2 are asked as below. 128 tokens: the authors' code.
 _INSTRUCT = {
     "qformer.question_in_qformer": True,
     "language.prompts": CAPTION_TEMPLATES,

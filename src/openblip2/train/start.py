@@ -34,6 +34,10 @@ def require_start(settings: RunSettings) -> None:
     Raises:
         UserError: It is not, or there are steps without a language model that it would have no use for.
     """
+    if settings.stage2.elastic_tokens and settings.stage == "stage1":
+        raise UserError(
+            "stage2.elastic_tokens=true belongs to stage 2: stage 1 has no language model that reads tokens"
+        )
     if aligned := settings.stage2.lm_start_step:
         if settings.stage == "stage1" or settings.task in ("vqa", "instruct"):
             raise UserError(f"stage2.lm_start_step={aligned} belongs to stage 2 with captions: set it to 0 here")

@@ -19,7 +19,7 @@ DURATION = "the small world took 15 minutes on two CPU cores with AVX512-bf16 (d
 # of the colours of unseen combinations in layer 5; in layer 8, the laptop preset's, 100 and 92 % (docs/decisions.md).
 SMALL_LAYER = 5
 
-# What differs from the laptop preset and from the fields of `Plan`: of the small world, the full world, the stamps.
+# What differs from the laptop preset and from the fields of `DemoPlan`: of the small world, the full world, the stamps.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         # Its questions are about its own dozen nouns; those of easy-VQA are about shapes it never draws.
@@ -32,8 +32,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.steps": 900,
             "train.validate_every": 100,
             "train.checkpoint_every": 100,
-            # A step with ITM takes more than twice as long as one without, and ITM learns nothing before ITC has. After
-            # 700 steps re-ranking by ITM is about as good as ITC alone, after 900 it is better (docs/decisions.md).
+            # A step with ITM takes more than twice as long as one without, and ITM learns nothing before ITC has.
             "stage1.itm_start_step": 100,
             # With 0.3 the queries may become one vector in the first ten steps, for good (docs/decisions.md).
             "stage1.decorrelation": 0.7,
@@ -49,7 +48,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.checkpoint_every": 300,
         },
     },
-    # 18 times as many nouns, so more pictures and steps, and pictures in which small things are larger.
+    # 18 times as many nouns, so more pictures and steps, and the laptop preset's layer. No whole run was measured yet.
     "full": {
         "plan": {"train_scenes": 6000},
         "stage1": {
