@@ -102,8 +102,7 @@ def with_examples(template: str, examples: Sequence[tuple[str, str, str]], end: 
 
 # A language model of 135M parameters needs examples before it repeats a caption or answers a question from a sentence
 # that it has read. Which examples, and in which order, decides how often it is right, above all between yes and no:
-# docs/decisions.md, "What the language model can answer". A row: sentence, question (None: its caption is asked for),
-# answer.
+# docs/decisions.md, "What the language model can answer". A row: sentence, question (None: "Caption:"), answer.
 LAPTOP_PROMPT = " Caption:"
 LAPTOP_QUESTION = " Question: {} Answer:"
 LAPTOP_EXAMPLES = (
