@@ -16,12 +16,13 @@ TRAINING := tests/test_training.py::test_a_tiny_run_learns_and_looks
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help check test test-slow test-versions $(SETS:%=test-versions-%) browser docs demo bench-real lock clean
+.PHONY: help check test test-slow test-versions $(SETS:%=test-versions-%) browser docs demo bench-real bench-lavis lock clean
 
 help:
 	@echo "make demo    train both stages on pictures it draws, score them, write $(OUT)/report.html"
 	@echo "             (OUT=folder puts it elsewhere)"
 	@echo "make bench-real  the whole way on real pictures, 5 folds: hours; its table goes into docs/results.md"
+	@echo "make bench-lavis  a stage-1 step of the authors' code beside ours: outputs, seconds, memory"
 	@echo "make test    the tests, without the slow ones"
 	@echo "make test-slow  the slow ones that end within minutes: several processes, kills, a server under load"
 	@echo "make test-versions  the tests that touch other libraries' internals, with their oldest and newest versions"
@@ -75,6 +76,19 @@ demo: .venv/.demo-stamp .venv/.models-stamp
 # Fetches pictures with apt-get and npm (their names: src/openblip2/apps/corpora/fetch.py). Interrupted? The same command goes on.
 bench-real: .venv/.dev-stamp .venv/.models-stamp
 	.venv/bin/openblip2 bench-real --out runs/real --table docs/results.md
+
+# A stage-1 step of the authors' code (LAVIS 1.0.2, transformers 4.26) beside ours, on the same weights and inputs.
+bench-lavis: export HF_HUB_OFFLINE = 1
+bench-lavis: export OMP_NUM_THREADS = 1
+bench-lavis: .venv/.demo-stamp .venv/.models-stamp .venv-lavis/.stamp
+	.venv/bin/python benchmarks/lavis/compare.py --lavis .venv-lavis/bin/python
+
+.venv-lavis/.stamp: requirements/lavis.txt requirements/constraints.txt
+	test -x .venv-lavis/bin/python || $(PYTHON) -m venv .venv-lavis
+	.venv-lavis/bin/python $(PIP) $(TORCH) torch numpy
+	.venv-lavis/bin/python $(PIP) --requirement requirements/lavis.txt
+	.venv-lavis/bin/python $(PIP) --no-deps salesforce-lavis==1.0.2
+	@touch $@
 
 clean:
 	rm -rf .venv .venv-* site screens .pytest_cache .ruff_cache .hypothesis dist
