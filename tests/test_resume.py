@@ -206,8 +206,8 @@ def test_checkpoints_of_another_version_are_refused_by_name(tmp_path: Path) -> N
         go(tmp_path)
     (tmp_path / "resume" / "progress.json").unlink()
     manifest = tmp_path / "resume" / "step-00000002" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
-    with pytest.raises(UserError, match=r"format 9, this openblip2 reads 1"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 9'))
+    with pytest.raises(UserError, match=r"format 9, this openblip2 reads 2"):
         go(tmp_path)
 
 

@@ -39,43 +39,26 @@ class PairBatch:
 class Sampler:
     """Row numbers of batch n: every epoch is shuffled anew and cut into batches.
 
-    Texts of similar length are in one batch: the rows of `WINDOW` batches are sorted by length and cut into batches,
-    which are shuffled. This saves padding, gives few different shapes, and makes the captions of a batch similar and so
-    its negatives hard. The last window of an epoch is filled from the next epoch.
+    Batches contain texts of all lengths. If texts of one length were put together, there would be less padding, but
+    "a cat above a dog" and "a cat to the left of a dog" would never be hard negatives of each other.
 
     Args:
-        lengths: of each row's text, in words.
+        rows: how many there are.
         batch: B, at most the number of rows.
         seed: of the shuffles.
-        mixed: so many first batches are as they were shuffled, with texts of all lengths: for losses that have no
-            padding to save. Captions of one length are often of one form, and each step then teaches that form alone.
     """
 
-    WINDOW = 8
-
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int, mixed: int = 0) -> None:
-        self.lengths, self.batch, self.seed = list(lengths), min(batch, len(lengths)), seed
-        self.mixed = mixed
+    def __init__(self, rows: int, batch: int, seed: int) -> None:
+        self.rows, self.batch, self.seed = rows, min(batch, rows), seed
 
     def __call__(self, number: int) -> list[int]:
         """The rows of batch `number`: `[B]`."""
-        if number < self.mixed:
-            return self._shuffled(number * self.batch, self.batch)
-        window, place = divmod(number, self.WINDOW)
-        rows = self._shuffled(window * self.WINDOW * self.batch, self.WINDOW * self.batch)
-        rows.sort(key=lambda row: self.lengths[row])  # stable: equal lengths stay shuffled
-        order = torch.randperm(self.WINDOW, generator=batch_generator(self.seed, window, "window"))
-        first = int(order[place]) * self.batch
-        return rows[first : first + self.batch]
-
-    def _shuffled(self, first: int, count: int) -> list[int]:
-        """`count` rows of the endless sequence of shuffled epochs, from position `first`."""
         rows: list[int] = []
-        while len(rows) < count:
-            epoch, place = divmod(first + len(rows), len(self.lengths))
-            order = torch.randperm(len(self.lengths), generator=batch_generator(self.seed, epoch, "epoch"))
+        while len(rows) < self.batch:
+            epoch, place = divmod(number * self.batch + len(rows), self.rows)
+            order = torch.randperm(self.rows, generator=batch_generator(self.seed, epoch, "epoch"))
             # A batch that crosses into the next epoch may contain an image twice, which its ids take into account.
-            rows += order[place : place + count - len(rows)].tolist()
+            rows += order[place : place + self.batch - len(rows)].tolist()
         return rows
 
 
@@ -89,7 +72,6 @@ class Batches(ABC):
         seed: of everything random.
         augmented: whether images are cropped and flipped at random; one whose texts say left or right is not flipped.
         part: (r, N): process r of N has a part of each joined batch, which does not depend on it.
-        mixed: see `Sampler`.
     """
 
     def __init__(
@@ -100,11 +82,10 @@ class Batches(ABC):
         seed: int,
         augmented: bool = True,
         part: tuple[int, int] = (0, 1),
-        mixed: int = 0,
     ) -> None:
         self.records, self.samples, self.part = list(records), samples, part
         self.seed, self.augmented = seed, augmented
-        self.sampler = Sampler(samples.lengths, batch, seed, mixed)
+        self.sampler = Sampler(len(samples.pictures), batch, seed)
         # Differs from the paper, which mirrors these, too.
         self.sided = {n for n, record in enumerate(self.records) if augmented and names_side(record.texts)}
 
@@ -250,9 +231,9 @@ def joined_ids(batch: PairBatch, place: torch.device) -> Tensor:
 
 
 def batch_generator(seed: int, number: int, purpose: str) -> torch.Generator:
-    """The random generator of batch, epoch or window `number` for one purpose."""
+    """The random generator of batch or epoch `number` for one purpose."""
     # Distinct streams for distinct purposes; the factor keeps (seed, number) pairs apart.
-    salt = {"epoch": 0, "caption": 1, "crop": 2, "window": 3}[purpose]
+    salt = {"epoch": 0, "caption": 1, "crop": 2}[purpose]
     return torch.Generator().manual_seed((seed * 4 + salt) * 1_000_000_007 + number)
 
 

@@ -24,13 +24,11 @@ class Captions:
 
     Attributes:
         pictures: the number of each row's record.
-        lengths: of each row's longest text, in words.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
         self.pictures = list(range(len(records)))
-        self.lengths = [max(len(caption.split()) for caption in record.captions) for record in records]
 
     def draw(self, rows: Sequence[int], generator: torch.Generator) -> tuple[list[str], None]:
         """The texts of a batch that are to be generated, and no questions."""
@@ -48,7 +46,6 @@ class Answers:
 
     Attributes:
         pictures: as in `Captions`.
-        lengths: of the questions, in words.
     """
 
     def __init__(self, records: Sequence[Record], balanced: bool = False) -> None:
@@ -56,7 +53,6 @@ class Answers:
         times = _times([question for _, question in asked]) if balanced else [1] * len(asked)
         self.asked = [one for one, count in zip(asked, times, strict=True) for _ in range(count)]
         self.pictures = [n for n, _ in self.asked]
-        self.lengths = [len(question.text.split()) for _, question in self.asked]
 
     def draw(self, rows: Sequence[int], generator: torch.Generator) -> tuple[list[str], list[str]]:
         """The texts of a batch that are to be generated, and the questions."""
@@ -80,7 +76,6 @@ class Instructions:
 
     Attributes:
         pictures: as in `Captions`.
-        lengths: equal for all rows, because texts are not known before they are drawn.
     """
 
     def __init__(
@@ -93,7 +88,6 @@ class Instructions:
         self.records, self.caption_share = records, caption_share
         self.caption_templates, self.question_templates = caption_templates, question_templates
         self.pictures = list(range(len(records)))
-        self.lengths = [0] * len(records)
 
     def draw(self, rows: Sequence[int], generator: torch.Generator) -> tuple[list[str], list[str]]:
         """The texts of a batch that are to be generated, and the whole instructions."""

@@ -110,8 +110,7 @@ def prepare(
 
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
     augment = settings.data.augment
-    mixed = settings.stage2.lm_start_step * settings.train.accumulate
-    how = {"augmented": augment, "part": (rank(), world_size()), "mixed": mixed}
+    how = {"augmented": augment, "part": (rank(), world_size())}
     if settings.vision.trained:
         if settings.data.features:
             raise UserError(f"data.features={settings.data.features}: an encoder that trains has no fixed features")

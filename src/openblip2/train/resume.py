@@ -52,7 +52,7 @@ MAY_CHANGE = (
     "most_bad_steps",
     "track",
 )
-FORMAT = 1
+FORMAT = 2  # 1: before batches were drawn from texts of all lengths, so that batch n is another one
 _NAME = re.compile(r"step-(\d{8,})")
 _MANIFEST = "manifest.json"
 _FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
