@@ -25,7 +25,6 @@ from openblip2.apps.search.index import update_index
 from openblip2.apps.serve.batcher import Limits
 from openblip2.apps.serve.engine import Engine, Job, Served, Write
 from openblip2.apps.serve.http import ServeError
-from openblip2.apps.serve.start import find_runs
 from openblip2.apps.serve.worker import RESTARTS, Worker
 from openblip2.cli import app as cli
 from openblip2.errors import UserError
@@ -40,7 +39,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("faiss")
 from starlette.testclient import TestClient
 
-from openblip2.apps.serve.app import make_app
+from openblip2.apps.serve.app import find_runs, make_app
 
 MAX = 300_000  # bytes of a request, here
 

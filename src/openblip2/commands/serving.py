@@ -24,20 +24,19 @@ def serve(
     batch: Annotated[int, typer.Option(min=1, help="Maximum number of requests in one batch.")] = 16,
     seconds: Annotated[float, typer.Option(min=1, help="Time limit for one request, in seconds.")] = 60.0,
     megabytes: Annotated[float, typer.Option(min=0.01, max=64, help="Size limit for one request, in MiB.")] = 16.0,
-    remote: Annotated[bool, typer.Option("--remote-images", help="Allow images from public URLs.")] = False,
 ) -> None:
     """Serve a run as a web page and an OpenAI-compatible API."""
     try:
         import python_multipart  # noqa: F401
 
-        from openblip2.apps.serve import start
+        from openblip2.apps.serve import app
         from openblip2.apps.serve.batcher import Limits
     except ImportError as error:
         raise UserError(f"the server needs {error.name}: pip install 'openblip2[serve]'") from error
     if host not in LOOPBACK and not token:
         raise UserError(f"--host {host}: other machines can reach it, so set --token (or OPENBLIP2_TOKEN)")
-    limits = Limits(int(megabytes * 2**20), queue, batch, seconds=seconds, remote=remote)
-    start.serve(start.find_runs(run, matcher, index), host, port, token, name or [], limits)
+    limits = Limits(int(megabytes * 2**20), queue, batch, seconds=seconds)
+    app.serve(app.find_runs(run, matcher, index), host, port, token, name or [], limits)
 
 
 def bench_serve(

@@ -31,7 +31,6 @@ class Limits:
         batch: requests in one batch.
         wait: seconds to wait for others to fill a batch.
         seconds: time for one request; after it the status is 504.
-        remote: whether pictures are fetched from http(s) addresses.
     """
 
     bytes: int = 16 * 2**20
@@ -39,7 +38,6 @@ class Limits:
     batch: int = 16
     wait: float = 0.01
     seconds: float = 60.0
-    remote: bool = False
 
 
 @dataclass(eq=False)
@@ -67,7 +65,7 @@ class Batcher:
         self.waiting: list[Waiting] = []
         self.running: list[Waiting] = []
         self.seconds_per_job = 0.0  # moving average
-        self._thread = ThreadPoolExecutor(1)  # not asyncio's, all of which may be fetching pictures
+        self._thread = ThreadPoolExecutor(1)
         self._arrived = asyncio.Event()
         self._task = asyncio.create_task(self._run_batches())
         QUEUE.set_function(lambda: len(self.waiting) + len(self.running))
