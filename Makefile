@@ -9,7 +9,7 @@ TORCH  := --constraint requirements/constraints.txt
 # Sets of versions of the libraries whose internals we use, and the tests that touch those internals.
 SETS     := oldest 5.23 newest
 # The extras that are part of the package and not tools for its development.
-RUNTIME  := demo eval load lora onnx plots quant search serve
+RUNTIME  := demo eval lora onnx plots quant search serve
 INTERNAL := compat fast_path generation language lora onnx parity precision reuse stage2 weights
 TRAINING := tests/test_training.py::test_a_tiny_run_learns_and_looks
 

@@ -17,8 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from openblip2 import cli, progress
-from openblip2.commands import learn, measure, planning, scale, study
-from openblip2.commands.convert import TARGETS
+from openblip2.commands import learn, measure, planning, scale
 from openblip2.evaluate.result import PartialTexts
 from openblip2.inference.captioner import Captioner
 from openblip2.progress import Progress
@@ -86,8 +85,8 @@ def test_what_is_completed_is_what_there_is() -> None:
     assert tuple(SIZES) == measure.SIZES
     assert tuple(PRESETS) == planning.STAGES
     assert values(How, "filter") == scale.FILTERS
-    assert tuple(STUDIES) == study.STUDIES
-    assert get_args(Target) == TARGETS
+    assert tuple(STUDIES) == measure.STUDIES
+    assert get_args(Target) == learn.TARGETS
     assert BY == ("itc", "itm")
 
 

@@ -16,7 +16,7 @@ from openblip2.apps.search.find import ImageSearch
 from openblip2.apps.search.index import open_index, update_index
 from openblip2.apps.search.vectors import Vectors, recall_of
 from openblip2.cli import app
-from openblip2.commands.find import _like_a_path
+from openblip2.commands.serving import _like_a_path
 from openblip2.errors import UserError
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
