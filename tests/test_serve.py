@@ -21,7 +21,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiny_runs
-from openblip2.apps.search.index import update_index
+from openblip2.apps.search.search import update_index
 from openblip2.apps.serve.batcher import Limits
 from openblip2.apps.serve.engine import Engine, Job, Served, Write
 from openblip2.apps.serve.http import ServeError

@@ -23,7 +23,7 @@ def index(
     """Index a folder of images for search, or update its index."""
     says = progress()
     says.doing(f"loading {run}")
-    from openblip2.apps.search.index import update_index
+    from openblip2.apps.search.search import update_index
     from openblip2.runs import locked
 
     with keeping(f"the pictures read so far are in {out}; run the same command to continue"), locked(out):
@@ -33,10 +33,6 @@ def index(
     if as_json:
         put({"out": str(out), **asdict(done)})
         return
-    if done.recall is not None:
-        typer.echo(
-            f"{100 * done.recall:.1f} % of the 10 best images of an exact search are found (measured on {done.among:,})"
-        )
     typer.echo(f"{out}: {done.pictures:,} pictures; {done.added:,} read, {done.gone:,} gone or changed")
 
 
@@ -54,7 +50,7 @@ def search(
             f"{query!r} looks like a path, but there is no such image file; to search for a text, write it as words"
         )
     progress().doing(f"loading the model of {index}")
-    from openblip2.apps.search.find import ImageSearch
+    from openblip2.apps.search.search import ImageSearch
 
     searcher = ImageSearch(index)
     if is_picture and rerank:
