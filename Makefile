@@ -21,7 +21,7 @@ TRAINING := tests/test_training.py::test_a_tiny_run_learns_and_looks
 help:
 	@echo "make demo    train both stages on pictures it draws, score them, write $(OUT)/report.html"
 	@echo "             (OUT=folder puts it elsewhere)"
-	@echo "make bench-real  the whole way on real pictures, 5 folds: hours; its table goes into docs/results.md"
+	@echo "make bench-real  the whole way on real pictures, 5 folds: hours; its table: runs/real/real.md"
 	@echo "make test    the tests, without the slow ones"
 	@echo "make test-slow  the slow ones that end within minutes: several processes, kills, a server under load"
 	@echo "make test-versions  the tests that touch other libraries' internals, with their oldest and newest versions"
@@ -74,7 +74,7 @@ demo: .venv/.demo-stamp .venv/.models-stamp
 
 # Fetches pictures with apt-get and npm (their names: src/openblip2/apps/corpora/fetch.py). Interrupted? The same command goes on.
 bench-real: .venv/.dev-stamp .venv/.models-stamp
-	.venv/bin/openblip2 bench-real --out runs/real --table docs/results.md
+	.venv/bin/openblip2 bench-real --out runs/real
 
 clean:
 	rm -rf .venv .venv-* site screens .pytest_cache .ruff_cache .hypothesis dist

@@ -172,7 +172,6 @@ def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Find
 def bench_real(
     out: Annotated[Path, typer.Option(help="Output folder for images, runs, real.json and real.md.")],
     fold: Annotated[list[int] | None, typer.Option(help="Fold to run, 0 to 4; can be repeated; default: all.")] = None,
-    table: Annotated[Path | None, typer.Option(help="Markdown file whose marked table is replaced.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the folds and of training.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -189,7 +188,7 @@ def bench_real(
     if fold:
         plan = replace(plan, folds=tuple(sorted(set(fold))))
     with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):
-        run(out, plan, says, table)
+        run(out, plan, says)
     typer.echo((out / "real.md").read_text(encoding="utf-8"))
 
 
