@@ -22,6 +22,7 @@ from openblip2.commands.shared import (
     put,
     read_changes,
     read_data,
+    show,
     tell,
 )
 from openblip2.errors import UserError
@@ -193,10 +194,7 @@ def features(
     vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
     with keeping(f"what is encoded is in {out}; run the same command to continue"):
         numbers = write_features(vision, records, settings, out, precision, views, says)
-    if as_json:
-        put({"out": str(out), **numbers})
-    else:
-        typer.echo(str(out))
+    show({"out": str(out), **numbers}, [str(out)], as_json)
 
 
 def convert(
@@ -221,12 +219,7 @@ def convert(
 
     parts = {"vision": vision, "language": language, "tokenizer": tokenizer}
     notes = write(source, out, to, heads=heads, vision_heads=vision_heads, overwrite=overwrite, **parts)
-    if as_json:
-        put({"out": str(out), "notes": notes})
-        return
-    for note in notes:
-        typer.echo(f"note: {note}")
-    typer.echo(str(out))
+    show({"out": str(out), "notes": notes}, [*(f"note: {note}" for note in notes), str(out)], as_json)
 
 
 def _others() -> AbstractContextManager[None]:

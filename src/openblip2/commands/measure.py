@@ -23,6 +23,7 @@ from openblip2.commands.shared import (
     read_changes,
     read_data,
     require_all,
+    show,
     tell,
 )
 from openblip2.errors import UserError
@@ -81,12 +82,7 @@ def evaluate(
         wanted = "questions" if task == "vqa" else "captions"
         source = read_data(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
         result = score(task, run, source, out, options, says)
-    if as_json:
-        put({"out": str(out), **result.as_json()})
-        return
-    for line in result.in_words():
-        typer.echo(line)
-    typer.echo(str(out))
+    show({"out": str(out), **result.as_json()}, [*result.in_words(), str(out)], as_json)
 
 
 def compare(
@@ -100,10 +96,9 @@ def compare(
 
     for name, found in differences(first, second).items():
         verdict = "no more than luck" if not found.excludes(0) else "first" if found.score > 0 else "second"
-        if as_json:
-            put({"name": name, "difference": found.score, "low": found.low, "high": found.high, "better": verdict})
-            continue
-        typer.echo(f"{name:24} {100 * found.score:+7.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]  {verdict}")
+        values = {"name": name, "difference": found.score, "low": found.low, "high": found.high, "better": verdict}
+        line = f"{name:24} {100 * found.score:+7.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]  {verdict}"
+        show(values, [line], as_json)
 
 
 def doctor(
@@ -124,7 +119,7 @@ def doctor(
         if out is not None:
             raise UserError("--out draws the log of a run: leave the pictures out")
         one, measured, bad = _rank(run, images, question)
-        put(asdict(one) | measured) if as_json else typer.echo(one.in_words())
+        show(asdict(one) | measured, [one.in_words()], as_json)
         require_all(images, bad)
         return
     if question is not None:
@@ -140,7 +135,7 @@ def doctor(
     with nullcontext() if out is None else new_result(out, overwrite):
         settings, rows, found = examine(Path(run))
         for one in found:
-            put(asdict(one)) if as_json else typer.echo(one.in_words())
+            show(asdict(one), [one.in_words()], as_json)
         if out is not None:
             write_findings(out, run, settings, rows, found)
     if out is not None and not as_json:

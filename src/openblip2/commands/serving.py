@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Run, keeping, progress, put
+from openblip2.commands.shared import AsJson, Run, keeping, progress, put, show
 from openblip2.errors import UserError, printable
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -30,10 +30,8 @@ def index(
         done = update_index(folder, run, out, says)
     for line in done.skipped:
         says.say(f"skipped: {line}")
-    if as_json:
-        put({"out": str(out), **asdict(done)})
-        return
-    typer.echo(f"{out}: {done.pictures:,} pictures; {done.added:,} read, {done.gone:,} gone or changed")
+    line = f"{out}: {done.pictures:,} pictures; {done.added:,} read, {done.gone:,} gone or changed"
+    show({"out": str(out), **asdict(done)}, [line], as_json)
 
 
 def search(
