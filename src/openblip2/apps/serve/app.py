@@ -14,7 +14,6 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi import Form as FormField
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 import openblip2
@@ -143,12 +142,6 @@ async def health(request: Request) -> dict[str, Any]:
     served = request.app.state.served
     can = {"write": "captioner" in served, "match": "matcher" in served, "search": "index" in served}
     return {"status": "ok", "model": next(iter(served.values())), "can": can, "version": openblip2.__version__}
-
-
-@router.get("/metrics")
-async def metrics() -> Response:
-    """Metrics for Prometheus."""
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.post("/caption")

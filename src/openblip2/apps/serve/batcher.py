@@ -10,15 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import Gauge, Histogram
 from starlette.requests import Request
 
 from openblip2.apps.serve.engine import Job, Write
 from openblip2.apps.serve.http import ServeError
 from openblip2.apps.serve.worker import Worker
-
-BATCH = Histogram("openblip2_batch_jobs", "Jobs in a batch.", buckets=(1, 2, 4, 8, 16, 32))
-QUEUE = Gauge("openblip2_queue_jobs", "Jobs that wait or run.")
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,6 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1)
         self._arrived = asyncio.Event()
         self._task = asyncio.create_task(self._run_batches())
-        QUEUE.set_function(lambda: len(self.waiting) + len(self.running))
 
     def check_room(self) -> None:
         """Raises a `ServeError` if too many jobs wait, or if one more could not be done in time."""
@@ -147,7 +142,6 @@ class Batcher:
         batch = [one for one in self.waiting if one is first or _can_share(one.job, first.job)][: self.limits.batch]
         self.waiting = [one for one in self.waiting if one not in batch]
         self.running = list(batch)
-        BATCH.observe(len(batch))
 
         def send_text(text: str) -> None:  # in the worker's thread; a streamed job runs alone
             loop.call_soon_threadsafe(first.events.put_nowait, ("text", text))
