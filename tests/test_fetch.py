@@ -6,15 +6,15 @@ import re
 import tarfile
 import zipfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from openblip2.apps.corpora import fetch as module
-from openblip2.apps.corpora.fetch import PACKAGES, fetch_packages, untar, unzip
+from openblip2.apps.corpora.fetch import PACKAGES, fetch_packages, unpack
 from openblip2.errors import UserError
 
-ALL = re.compile(".*", re.DOTALL)
 SCRIPTS = {
     # What they are called with goes to a log; what they leave is what the real ones leave.
     "apt-get": 'echo "$@" >> "$LOG"; [ "$1" = download ] && echo "$2" > "$2_1.0-1_all.deb"',
@@ -64,16 +64,9 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     store.mkdir()
     for name, script in SCRIPTS.items():
         install(tools, name, script)
-    kept = ["LICENSE", "README.md", "emoji.json", "img/google/64/1f600.png"]
-    left = ["img/google/sheets/64.png", "index.js", "img/google/64/deeper/1f600.png"]
-    tgz(store / "package.tgz", {f"package/{name}": name.encode() for name in [*kept, *left]})
-    names = [
-        "PluginFurnitureCatalog.properties",
-        "PluginFurnitureCatalog_de.properties",
-        "LICENSE.TXT",
-        "m/a.png",
-        "m/a.obj",
-    ]
+    names = ["LICENSE", "emoji.json", "img/google/64/1f600.png"]
+    tgz(store / "package.tgz", {f"package/{name}": name.encode() for name in names})
+    names = ["PluginFurnitureCatalog.properties", "LICENSE.TXT", "m/a.png"]
     zipped(store / "Maker.sh3f", {name: name.encode() for name in names})
     for name, value in {"PATH": tools, "STORE": store, "LOG": tmp_path / "log"}.items():
         monkeypatch.setenv(name, str(value))
@@ -110,11 +103,10 @@ def test_every_package_is_fetched_once_with_its_licence(tools: Path, tmp_path: P
     assert (called(tmp_path), len(said)) == (before, len(packages))
 
 
-def test_only_what_is_read_is_kept(tools: Path, tmp_path: Path) -> None:
+def test_archives_in_packages_are_unpacked(tools: Path, tmp_path: Path) -> None:
     fetch_packages(tmp_path / "real", ["emoji", "furniture"])
     assert files(tmp_path / "real/emoji-datasource-google") == [
         "package/LICENSE",
-        "package/README.md",
         "package/emoji.json",
         "package/img/google/64/1f600.png",
     ]
@@ -206,51 +198,30 @@ def test_a_folder_that_cannot_be_written_is_one_line(tools: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["../outside", "package/../../outside", "/absolute/outside"])
-def test_a_path_outside_is_refused(name: str, tmp_path: Path) -> None:
-    archives = (
-        tgz(tmp_path / "a.tgz", {"fine": b"1", name: b"2"}),
-        zipped(tmp_path / "a.zip", {"fine": b"1", name: b"2"}),
-    )
-    for unpack, archive in zip((untar, unzip), archives, strict=True):
-        with pytest.raises(UserError, match="a path outside it") as error:
-            unpack(archive, tmp_path / "into", ALL)
-        assert str(archive) in one_line(error)
-    assert files(tmp_path) == ["a.tgz", "a.zip"]
+def test_nothing_is_written_outside(name: str, tmp_path: Path) -> None:
+    members = {"fine": b"1", name: b"2"}
+    with pytest.raises(UserError, match="cannot be unpacked") if ".." in name else nullcontext():
+        unpack(tgz(tmp_path / "a.tgz", members), tmp_path / "into", "gztar")
+    unpack(zipped(tmp_path / "a.zip", members), tmp_path / "into", "zip")
+    assert {path for path in files(tmp_path) if not path.startswith("into/")} == {"a.tgz", "a.zip"}
+    assert not Path("/absolute").exists()
 
 
 def test_links_are_not_followed_out(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
-    members = {
-        "door": link("door", str(tmp_path / "outside")),
-        "hard": link("hard", "door", tarfile.LNKTYPE),
-        "pipe": link("pipe", "", tarfile.FIFOTYPE),
-        "door/file": b"1",
-    }
-    untar(tgz(tmp_path / "a.tgz", members), tmp_path / "into", ALL)
+    for target in (str(tmp_path / "outside"), "../outside"):
+        members = {"door": link("door", target), "door/file": b"1"}
+        with pytest.raises(UserError, match="cannot be unpacked"):
+            unpack(tgz(tmp_path / "a.tgz", members), tmp_path / "into", "gztar")
     assert files(tmp_path / "outside") == []
-    assert files(tmp_path / "into") == ["door/file"]
-    assert not (tmp_path / "into/door").is_symlink()
 
 
-def test_archives_do_not_unfold_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    members = {name: bytes(2_000_000) for name in "ab"}
-    archives = tgz(tmp_path / "a.tgz", members), zipped(tmp_path / "a.zip", members)
-    for unpack, archive in zip((untar, unzip), archives, strict=True):
-        monkeypatch.setattr(module, "_MAX_BYTES", 3_000_000)
-        with pytest.raises(UserError, match="unpacks to more than 3,000,000 bytes"):
-            unpack(archive, tmp_path / "into", ALL)
-        monkeypatch.setattr(module, "_MAX_BYTES", 4_000_000)
-        unpack(archive, tmp_path / "into", ALL)
-
-
-@pytest.mark.parametrize("harm", ["cut", "changed", "something else", "empty"])
+@pytest.mark.parametrize("harm", ["cut", "something else", "empty"])
 def test_a_broken_archive_is_one_line(harm: str, tmp_path: Path) -> None:
     members = {name: os.urandom(5000) for name in "abc"}
-    for unpack, archive in ((untar, tgz(tmp_path / "a.tgz", members)), (unzip, zipped(tmp_path / "a.zip", members))):
-        whole = archive.read_bytes()
-        changed = bytes(byte ^ 255 if 6000 < i < 6100 else byte for i, byte in enumerate(whole))
-        harmed = {"cut": whole[:8000], "changed": changed, "something else": b"<html>" * 99, "empty": b""}
+    for kind, archive in (("gztar", tgz(tmp_path / "a.tgz", members)), ("zip", zipped(tmp_path / "a.zip", members))):
+        harmed = {"cut": archive.read_bytes()[:8000], "something else": b"<html>" * 99, "empty": b""}
         archive.write_bytes(harmed[harm])
-        with pytest.raises(UserError, match="is not an archive that can be unpacked") as error:
-            unpack(archive, tmp_path / "into", ALL)
+        with pytest.raises(UserError, match="cannot be unpacked") as error:
+            unpack(archive, tmp_path / "into", kind)
         assert str(archive) in one_line(error)

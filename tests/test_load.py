@@ -1,15 +1,12 @@
-"""bench-serve: what the figures are made of, and (slow) a real server under it."""
+"""The load test of the server: what its figures are made of, and (slow) a real server under it."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import tiny_runs
-from openblip2.apps.bench.load import Load
-from openblip2.cli import app
+from server_load import Load, measure
 
 
 def test_figures() -> None:
@@ -23,24 +20,13 @@ def test_figures() -> None:
     assert found["memory_over_time"] == [[0, 10]]
 
 
-def test_nothing_to_ask_about_is_one_line(tmp_path: Path) -> None:
-    found = CliRunner().invoke(app, ["bench-serve", "none", str(tmp_path)])
-    assert str(found.exception) == f"{tmp_path}: no pictures in it"
-
-
 @pytest.mark.slow
-def test_a_server_under_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_server_under_load(tmp_path: Path, batch: int) -> None:
     tiny_runs.trained(tmp_path)
-    words = ["bench-serve", tmp_path / "stage2", tmp_path / "data", "--clients", 80, "--seconds", 4]
-    found = CliRunner().invoke(
-        app, [*map(str, words), "--batch", "1", "--batch", "8", "--out", str(tmp_path / "a.json")]
-    )
-    assert found.exit_code == 0, found.output
-    one, many = json.loads((tmp_path / "a.json").read_text())
-    assert (one["batch"], many["batch"]) == (1, 8)
-    for figures in (one, many):
-        assert figures["errors"] == 0
-        assert figures["answered"] > 0  # how many depends on the machine
-        assert figures["statuses"].keys() == {"200", "429"}  # 64 wait, the others are told to
-        assert 0 < figures["p50"] <= figures["p95"]
-        assert figures["memory"] > 10**8
+    figures = measure(str(tmp_path / "stage2"), tmp_path / "data", clients=80, seconds=4, batch=batch)
+    assert figures["errors"] == 0
+    assert figures["answered"] > 0  # how many depends on the machine
+    assert figures["statuses"].keys() == {"200", "429"}  # 64 wait, the others are told to
+    assert 0 < figures["p50"] <= figures["p95"]
+    assert figures["memory"] > 10**8

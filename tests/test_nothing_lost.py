@@ -100,8 +100,6 @@ def test_earlier_results_are_refused_unless_overwrite(home: Home, tmp_path: Path
     figures = tmp_path / "figures.json"
     figures.write_text("mine")
     one_line(call("bench", "--size", "tiny", "--out", figures), figures, "exists already", "--overwrite")
-    words = ("bench-serve", home.stage2, home.data, "--out", figures)
-    one_line(call(*words), figures, "exists already", "--overwrite")
     assert files(tmp_path) == before | {figures: b"mine"}
     assert call(*maps, "--overwrite").code == 0
     assert call(*page, "--overwrite").code == 0

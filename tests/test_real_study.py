@@ -50,16 +50,11 @@ def plan(home: Path, **more: object) -> real.RealPlan:
     )
 
 
-def test_folds_are_trained_scored_and_put_into_a_document(home: Path, tmp_path: Path) -> None:
+def test_folds_are_trained_scored_and_put_into_a_table(home: Path) -> None:
     pytest.importorskip("pycocoevalcap")
-    document = tmp_path / "results.md"
-    document.write_text(f"# Results\n{real.START}\nold\n{real.END}\n\nrest\n")
     out = home / "out"
-    figures = real.bench_real(out, plan(home), Progress(quiet=True), document)
-    text = document.read_text()
-    assert text.startswith("# Results\n")
-    assert text.endswith(f"{real.END}\n\nrest\n")
-    assert "\nold\n" not in text
+    figures = real.bench_real(out, plan(home), Progress(quiet=True))
+    text = (out / "real.md").read_text()
     assert "| itm less itc, tr@1 |" in text
     assert figures == json.loads((out / "real.json").read_text())
     assert figures["scores"]["joint, stage 1: itc tr@1"]["n"] == figures["stamps"] == 16
@@ -78,10 +73,6 @@ def test_folds_are_trained_scored_and_put_into_a_document(home: Path, tmp_path: 
     assert {path: path.stat().st_mtime_ns for path in out.glob("fold-*/*/*/model.safetensors")} == before
 
 
-def test_what_cannot_be_run_is_one_line(home: Path, tmp_path: Path) -> None:
-    document = tmp_path / "results.md"
-    document.write_text("# Results\n")
-    with pytest.raises(UserError, match="has no place for the table: write a line"):
-        real.bench_real(home / "out", plan(home), Progress(quiet=True), document)
+def test_what_cannot_be_run_is_one_line(home: Path) -> None:
     with pytest.raises(UserError, match="give some of 0 to 4"):
         real.bench_real(home / "out", real.RealPlan(folds=(7,)), Progress(quiet=True))

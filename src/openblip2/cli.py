@@ -14,15 +14,12 @@ from typing import Annotated, Any
 
 import typer
 
-from openblip2.commands.convert import convert
-from openblip2.commands.find import index, search
-from openblip2.commands.learn import demo, features, train
-from openblip2.commands.measure import bench, bench_real, compare, doctor, evaluate
+from openblip2.commands.learn import convert, demo, features, train
+from openblip2.commands.measure import ablate, bench, bench_real, compare, doctor, evaluate
 from openblip2.commands.planning import plan
 from openblip2.commands.scale import capfilt, prepare
-from openblip2.commands.serving import bench_serve, serve
+from openblip2.commands.serving import index, search, serve
 from openblip2.commands.shared import be_quiet
-from openblip2.commands.study import ablate
 from openblip2.commands.use import answer, attend, caption, chat, rank
 from openblip2.errors import Stopped, UserError
 
@@ -75,7 +72,6 @@ for command, example in (
     (convert, "runs/demo/stage2 exported --to hf"),
     (bench, "--size tiny --case rerank"),
     (bench_real, "--out runs/real --fold 0"),
-    (bench_serve, "runs/demo/stage2 pictures/ --batch 16 --batch 1"),
     (plan, "--preset stage1-vit-g --gpus 16xA100-40G"),
     (ablate, "queries --out runs/queries --values 4,16,32"),
 ):

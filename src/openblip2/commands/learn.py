@@ -1,4 +1,4 @@
-"""Commands that train: demo, train, features."""
+"""Commands that make runs, features and weights: demo, train, features, convert."""
 
 import math
 import os
@@ -22,6 +22,7 @@ from openblip2.commands.shared import (
     put,
     read_changes,
     read_data,
+    show,
     tell,
 )
 from openblip2.errors import UserError
@@ -30,6 +31,7 @@ CORPORA = ("scenes", "stamps")
 WORLDS = {"small": 12, "full": 222}  # number of nouns
 TRAININGS = ("stage1", "stage2", "caption", "vqa", "instruct", "retrieval")
 STORED = ("fp16", "bf16")
+TARGETS = ("openblip2", "hf", "lavis", "onnx", "projected")
 
 
 def demo(
@@ -192,10 +194,32 @@ def features(
     vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
     with keeping(f"what is encoded is in {out}; run the same command to continue"):
         numbers = write_features(vision, records, settings, out, precision, views, says)
-    if as_json:
-        put({"out": str(out), **numbers})
-    else:
-        typer.echo(str(out))
+    show({"out": str(out), **numbers}, [str(out)], as_json)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A run, a LAVIS .pth, or transformers' BLIP-2 (folder or hub name).")],
+    out: Annotated[Path, typer.Argument(help="New folder, or new file (lavis: .pth, onnx: .onnx).")],
+    to: Annotated[
+        str, typer.Option(help="Format: openblip2, hf, lavis, onnx or projected.", autocompletion=among(TARGETS))
+    ],
+    heads: Annotated[int | None, typer.Option(help="Attention heads of the Q-Former, if not 12 as in BERT.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Image encoder to use instead of the source's.")] = None,
+    language: Annotated[str | None, typer.Option(help="Language model to use instead of the source's.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer of the Q-Former, if the source has none.")] = None,
+    vision_heads: Annotated[
+        int | None, typer.Option(help="Attention heads of the image encoder in a .pth, if it is not ViT-g.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote to OUT.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert weights between openblip2, transformers and LAVIS, or export the image path to ONNX."""
+    progress().doing(f"converting {source}")
+    from openblip2.weights.convert import convert as write
+
+    parts = {"vision": vision, "language": language, "tokenizer": tokenizer}
+    notes = write(source, out, to, heads=heads, vision_heads=vision_heads, overwrite=overwrite, **parts)
+    show({"out": str(out), "notes": notes}, [*(f"note: {note}" for note in notes), str(out)], as_json)
 
 
 def _others() -> AbstractContextManager[None]:

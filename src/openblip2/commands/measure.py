@@ -1,4 +1,4 @@
-"""Commands that measure: evaluate, compare, doctor, bench."""
+"""Commands that measure: evaluate, compare, doctor, bench, and the studies bench-real and ablate."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,14 +13,17 @@ from openblip2.commands.shared import (
     Overwrite,
     Questions,
     Run,
+    Settings,
     Split,
     VisualTokens,
     among,
     keeping,
     progress,
     put,
+    read_changes,
     read_data,
     require_all,
+    show,
     tell,
 )
 from openblip2.errors import UserError
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 TASKS = ("caption", "vqa", "retrieval", "pointing")
 METRICS = ("vqa", "vqa-lavis", "gqa", "exact")
 SIZES = ("tiny", "laptop", "vit-l", "vit-g")
+STUDIES = ("stage1", "itg", "queries", "encoder", "connector", "warm-start", "capfilt", "pictures", "elastic")
 
 
 def evaluate(
@@ -78,12 +82,7 @@ def evaluate(
         wanted = "questions" if task == "vqa" else "captions"
         source = read_data(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
         result = score(task, run, source, out, options, says)
-    if as_json:
-        put({"out": str(out), **result.as_json()})
-        return
-    for line in result.in_words():
-        typer.echo(line)
-    typer.echo(str(out))
+    show({"out": str(out), **result.as_json()}, [*result.in_words(), str(out)], as_json)
 
 
 def compare(
@@ -97,10 +96,9 @@ def compare(
 
     for name, found in differences(first, second).items():
         verdict = "no more than luck" if not found.excludes(0) else "first" if found.score > 0 else "second"
-        if as_json:
-            put({"name": name, "difference": found.score, "low": found.low, "high": found.high, "better": verdict})
-            continue
-        typer.echo(f"{name:24} {100 * found.score:+7.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]  {verdict}")
+        values = {"name": name, "difference": found.score, "low": found.low, "high": found.high, "better": verdict}
+        line = f"{name:24} {100 * found.score:+7.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]  {verdict}"
+        show(values, [line], as_json)
 
 
 def doctor(
@@ -121,7 +119,7 @@ def doctor(
         if out is not None:
             raise UserError("--out draws the log of a run: leave the pictures out")
         one, measured, bad = _rank(run, images, question)
-        put(asdict(one) | measured) if as_json else typer.echo(one.in_words())
+        show(asdict(one) | measured, [one.in_words()], as_json)
         require_all(images, bad)
         return
     if question is not None:
@@ -137,7 +135,7 @@ def doctor(
     with nullcontext() if out is None else new_result(out, overwrite):
         settings, rows, found = examine(Path(run))
         for one in found:
-            put(asdict(one)) if as_json else typer.echo(one.in_words())
+            show(asdict(one), [one.in_words()], as_json)
         if out is not None:
             write_findings(out, run, settings, rows, found)
     if out is not None and not as_json:
@@ -169,7 +167,6 @@ def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Find
 def bench_real(
     out: Annotated[Path, typer.Option(help="Output folder for images, runs, real.json and real.md.")],
     fold: Annotated[list[int] | None, typer.Option(help="Fold to run, 0 to 4; can be repeated; default: all.")] = None,
-    table: Annotated[Path | None, typer.Option(help="Markdown file whose marked table is replaced.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the folds and of training.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
@@ -186,7 +183,7 @@ def bench_real(
     if fold:
         plan = replace(plan, folds=tuple(sorted(set(fold))))
     with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):
-        run(out, plan, says, table)
+        run(out, plan, says)
     typer.echo((out / "real.md").read_text(encoding="utf-8"))
 
 
@@ -216,3 +213,48 @@ def bench(
         found = run_bench(size, case or [], out, repeats, precision, says.doing if as_json else tell, says)
     if as_json:
         put(found)
+
+
+def ablate(
+    name: Annotated[
+        str,
+        typer.Argument(help=f"{', '.join(STUDIES)}.", autocompletion=among(STUDIES)),
+    ],
+    out: Annotated[Path, typer.Option(help="Output folder for runs, ablation.json, ablation.md and ablation.svg.")],
+    seeds: Annotated[str, typer.Option(help="Training seeds, separated by commas.")] = "0",
+    scenes: Annotated[int | None, typer.Option(min=8, help="Training images; default: set by the study.")] = None,
+    test_scenes: Annotated[int, typer.Option(min=8, help="Number of test images.")] = 200,
+    values: Annotated[str | None, typer.Option(help="Numbers of queries or images; side of a grid.")] = None,
+    stage1_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 1; default: by study.")] = None,
+    stage2_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 2; default: by study.")] = None,
+    changes: Settings = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run one of the ablation studies on drawn scenes; can be resumed."""
+    says = progress()
+    says.doing("drawing scenes")
+    from openblip2.apps.studies.ablations import ablate as run
+    from openblip2.apps.studies.study import Plan
+    from openblip2.runs import locked
+
+    steps = {stage: n for stage, n in (("stage1", stage1_steps), ("stage2", stage2_steps)) if n}
+    plan = Plan(
+        seeds=_numbers("--seeds", seeds),
+        scenes=scenes,
+        test_scenes=test_scenes,
+        values=_numbers("--values", values) if values else (),
+        steps=steps,
+        changes=read_changes(changes),
+        overwrite=overwrite,
+    )
+    with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):
+        run(name, out, plan, says)
+    typer.echo((out / "ablation.md").read_text(encoding="utf-8"))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Different whole numbers, 0 or more, with commas between them, in their order."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"{option} {text!r}: give whole numbers with commas between them, for example 0,1,2")
+    return tuple(dict.fromkeys(map(int, parts)))

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from openblip2.commands.shared import AsJson, Settings, among, presets, progress, put, read_changes
+from openblip2.commands.shared import AsJson, Settings, among, presets, progress, read_changes, show
 from openblip2.errors import UserError
 
 STAGES = ("stage1", "stage2")
@@ -61,10 +61,7 @@ def plan(
     figures: dict[str, Any] = {"preset": preset}
     figures |= make_plan(settings, gpu, count, efficiency, cached, text_tokens)
     figures["features"] |= {"images": number, "bytes": number * figures["features"]["bytes_of_an_image"]}
-    if as_json:
-        put(figures)
-    else:
-        typer.echo("\n".join(_lines(figures)))
+    show(figures, _lines(figures), as_json)
 
 
 def read_gpus(text: str) -> tuple[str, int]:

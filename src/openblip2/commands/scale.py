@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Images, Split, among, keeping, progress, put, read_data
+from openblip2.commands.shared import AsJson, Images, Split, among, keeping, progress, put, read_data, show
 from openblip2.errors import UserError
 
 FILTERS = ("similarity", "itm")
@@ -37,10 +37,8 @@ def prepare(
     skipped = [*source.skipped, *written.skipped]
     for line in skipped:
         says.say(f"skipped: {line}")
-    if as_json:
-        put({"out": str(out), "samples": written.samples, "shards": written.shards, "skipped": skipped})
-        return
-    typer.echo(f"{out}: {written.samples:,} samples in {written.shards:,} shards")
+    values = {"out": str(out), "samples": written.samples, "shards": written.shards, "skipped": skipped}
+    show(values, [f"{out}: {written.samples:,} samples in {written.shards:,} shards"], as_json)
 
 
 def capfilt(

@@ -1,15 +1,73 @@
-"""Commands that serve a run and measure the server under load: serve, bench-serve."""
+"""Commands that search a folder of pictures and serve a run: index, search, serve."""
 
-from contextlib import nullcontext
+import os
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Overwrite, Run, progress, put, tell
-from openblip2.errors import UserError
+from openblip2.commands.shared import AsJson, Run, keeping, progress, put, show
+from openblip2.errors import UserError, printable
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def index(
+    folder: Annotated[Path, typer.Argument(help="Folder of images; subfolders are included.")],
+    run: Annotated[str, typer.Option(help="Stage-1 run that encodes the images.")],
+    out: Annotated[Path, typer.Option(help="Folder of the index; an existing index is updated.")],
+    as_json: AsJson = False,
+) -> None:
+    """Index a folder of images for search, or update its index."""
+    says = progress()
+    says.doing(f"loading {run}")
+    from openblip2.apps.search.search import update_index
+    from openblip2.runs import locked
+
+    with keeping(f"the pictures read so far are in {out}; run the same command to continue"), locked(out):
+        done = update_index(folder, run, out, says)
+    for line in done.skipped:
+        says.say(f"skipped: {line}")
+    line = f"{out}: {done.pictures:,} pictures; {done.added:,} read, {done.gone:,} gone or changed"
+    show({"out": str(out), **asdict(done)}, [line], as_json)
+
+
+def search(
+    index: Annotated[Path, typer.Argument(help="Folder written by `index`.")],
+    query: Annotated[str, typer.Argument(help="Text, or path of an image.")],
+    best: Annotated[int, typer.Option(min=1, max=1000, help="Number of images to print.")] = 10,
+    rerank: Annotated[int, typer.Option(min=0, max=1000, help="Text only: best images to re-rank by ITM.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Search an index by a text or an image: prints `similarity<TAB>path`, best first."""
+    is_picture = os.path.isfile(query)  # unlike Path.is_file, no error for a text longer than a file name
+    if not is_picture and _like_a_path(query):
+        raise UserError(
+            f"{query!r} looks like a path, but there is no such image file; to search for a text, write it as words"
+        )
+    progress().doing(f"loading the model of {index}")
+    from openblip2.apps.search.search import ImageSearch
+
+    searcher = ImageSearch(index)
+    if is_picture and rerank:
+        raise UserError("--rerank is for a text, which ITM matches with pictures")
+    hits = searcher.by_picture(Path(query), best) if is_picture else searcher.by_text(query, best, rerank)
+    for hit in hits:
+        if as_json:
+            put({"path": str(hit.path), "similarity": hit.similarity, "match": hit.match})
+        else:
+            match = "" if hit.match is None else f"\t{hit.match:.3f}"
+            typer.echo(f"{hit.similarity:.3f}{match}\t{printable(str(hit.path))}")
+
+
+def _like_a_path(query: str) -> bool:
+    from openblip2.data.images import PICTURE_SUFFIXES
+
+    one_word = len(query.split()) == 1 and re.search(r"[/\\]|\.\w{2,5}$", query) is not None
+    folder, suffix = os.path.dirname(query), os.path.splitext(query)[1].lower()
+    return one_word or os.path.isdir(folder) or query.startswith(("./", "../", "~/")) or suffix in PICTURE_SUFFIXES
 
 
 def serve(
@@ -24,46 +82,16 @@ def serve(
     batch: Annotated[int, typer.Option(min=1, help="Maximum number of requests in one batch.")] = 16,
     seconds: Annotated[float, typer.Option(min=1, help="Time limit for one request, in seconds.")] = 60.0,
     megabytes: Annotated[float, typer.Option(min=0.01, max=64, help="Size limit for one request, in MiB.")] = 16.0,
-    remote: Annotated[bool, typer.Option("--remote-images", help="Allow images from public URLs.")] = False,
 ) -> None:
     """Serve a run as a web page and an OpenAI-compatible API."""
     try:
         import python_multipart  # noqa: F401
 
-        from openblip2.apps.serve import start
+        from openblip2.apps.serve import app
         from openblip2.apps.serve.batcher import Limits
     except ImportError as error:
         raise UserError(f"the server needs {error.name}: pip install 'openblip2[serve]'") from error
     if host not in LOOPBACK and not token:
         raise UserError(f"--host {host}: other machines can reach it, so set --token (or OPENBLIP2_TOKEN)")
-    limits = Limits(int(megabytes * 2**20), queue, batch, seconds=seconds, remote=remote)
-    start.serve(start.find_runs(run, matcher, index), host, port, token, name or [], limits)
-
-
-def bench_serve(
-    run: Run,
-    pictures: Annotated[Path, typer.Argument(help="Folder of images for the requests.")],
-    clients: Annotated[int, typer.Option(min=1, help="Number of clients that send requests at once.")] = 200,
-    seconds: Annotated[float, typer.Option(min=1, help="Duration for each batch size, in seconds.")] = 120.0,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; can be repeated; default: 16.")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Load test of the server: throughput, latency and memory with many clients."""
-    from openblip2.apps.bench.load import bench_serve as press
-    from openblip2.runs import new_result, write_json
-
-    with nullcontext() if out is None else new_result(out, overwrite):
-        found = press(run, pictures, clients, seconds, batch or [16], progress())
-        if out is not None:
-            write_json(found, out)
-    for one in found:
-        if as_json:
-            put(one)
-            continue
-        tell(
-            f"batches of {one['batch']:2}: {one['per_second']:.1f} answers a second, half within {one['p50']:.1f} s, "
-            f"95 % within {one['p95']:.1f} s; {one['statuses'].get('429', 0):,} told to wait, {one['errors']} errors; "
-            f"{one['memory'] / 2**30:.2f} GiB, grew by {100 * one['memory_grew']:.1f} % after warming up"
-        )
+    limits = Limits(int(megabytes * 2**20), queue, batch, seconds=seconds)
+    app.serve(app.find_runs(run, matcher, index), host, port, token, name or [], limits)

@@ -3,7 +3,7 @@
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,6 +68,15 @@ def progress(first: bool = True) -> "Progress":
 def put(values: dict[str, Any]) -> None:
     """One object, one line, on standard output."""
     tell(json.dumps(values, ensure_ascii=False))
+
+
+def show(values: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
+    """The result of a command: one object in JSON, or these lines."""
+    if as_json:
+        put(values)
+        return
+    for line in lines:
+        tell(line)
 
 
 def tell(line: str) -> None:

@@ -22,6 +22,7 @@ from openblip2.commands.shared import (
     progress,
     put,
     require_all,
+    show,
     tell,
 )
 from openblip2.errors import UserError, printable
@@ -160,15 +161,13 @@ def answer(
     open_single([image], row | {"answer": None} if as_json else None)
     if among is None:
         (text,) = model.ask(image, [question], replace(ANSWER, **_given({"beams": beams, "max_new_tokens": tokens})))
-        put(row | {"answer": text}) if as_json else typer.echo(text)
+        show(row | {"answer": text}, [text], as_json)
         return
     answers = [one.strip() for one in among.split(",")]
     chances = model.choose([image], [question], answers)[0].tolist()
     best = dict(sorted(zip(answers, chances, strict=True), key=lambda pair: -pair[1]))
-    if as_json:
-        put(row | {"answer": next(iter(best)), "probabilities": best})
-    for text, chance in () if as_json else best.items():
-        typer.echo(f"{chance:.3f}\t{text}")
+    values = row | {"answer": next(iter(best)), "probabilities": best}
+    show(values, (f"{chance:.3f}\t{text}" for text, chance in best.items()), as_json)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -268,10 +267,5 @@ def attend(
         (out / "text.png").unlink(missing_ok=True)  # of an earlier picture
         for name, picture in drawn.items():
             picture.save(out / name)
-    if as_json:
-        put({"files": [str(out / name) for name in drawn], "text": found.text})
-        return
-    for name in drawn:
-        typer.echo(str(out / name))
-    if found.text is not None:
-        typer.echo(found.text)
+    files = [str(out / name) for name in drawn]
+    show({"files": files, "text": found.text}, [*files, *([] if found.text is None else [found.text])], as_json)

@@ -1,34 +1,117 @@
-"""An index of a folder of pictures on disk: make it and keep it up to date.
+"""An index of a folder of pictures on disk, and the pictures nearest to a vector.
 
 INDEX/index.json      folder of the pictures, run, hash of its weights, Q, E
 INDEX/pictures.jsonl  one row per picture: number, path in the folder, size and time of the file
-INDEX/vectors.faiss   their query vectors in 8 bits (vectors.py)
+INDEX/vectors.faiss   their query vectors in 8 bits
 INDEX/thumbnails/     NUMBER.jpg, at most 256 px wide and high
+
+A picture has Q vectors of length 1. As in ITC, its similarity to a text is that of its best vector.
+
+Shapes: N pictures, Q queries, E shared space.
 """
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
-from openblip2.apps.search.vectors import Array, Vectors, recall_of, require_faiss
-from openblip2.data.images import PICTURE_SUFFIXES, THREADS, left_out, open_picture
-from openblip2.errors import UserError
-from openblip2.evaluate.run import weights_digest
-from openblip2.inference.load import load
+from openblip2.errors import UserError, one_line
 from openblip2.inference.matcher import Matcher
-from openblip2.progress import Progress
-from openblip2.runs import atomic_write, make_folder, read_json, write_json
+from openblip2.runs import atomic_write, read_json, write_json
 
+Array = np.ndarray[Any, Any]
 SIDE = 256  # px, the longer side of a thumbnail
-GROUP = 64  # pictures that are read together
-SAVE_EVERY = 100  # groups
-CHECKED = 2000  # pictures among which search in 8 bits is compared with exact search
+RANGE = 4.0  # standard deviations of one of the E values of a random direction
+
+
+class Vectors:
+    """Vectors by the number of their picture; query q of picture n has the id n * Q + q.
+
+    Args:
+        queries: Q.
+        width: E.
+        index: of faiss; None = a new one.
+    """
+
+    def __init__(self, queries: int, width: int, index: Any = None) -> None:
+        faiss = require_faiss()
+        self.queries, self.width = queries, width
+        if index is None:
+            quantiser = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+            index = faiss.IndexIDMap2(quantiser)
+        self.index = index
+
+    def numbers(self) -> set[int]:
+        """The numbers of all pictures."""
+        ids = require_faiss().vector_to_array(self.index.id_map)
+        return set((ids // self.queries).tolist())
+
+    def add(self, numbers: list[int], vectors: Array) -> None:
+        """Adds N new pictures with vectors `[N, Q, E]`."""
+        rows = np.ascontiguousarray(vectors.reshape(-1, self.width), np.float32)
+        if not self.index.is_trained:  # the range of the 8 bits: of these vectors, or the usual one if it is larger
+            usual = np.full((1, self.width), RANGE / self.width**0.5, np.float32)
+            self.index.train(np.concatenate([rows, usual, -usual]))
+        self.index.add_with_ids(rows, self._ids(numbers))
+
+    def remove(self, numbers: list[int]) -> None:
+        """Removes N pictures."""
+        self.index.remove_ids(self._ids(numbers))
+
+    def best(self, query: Array, k: int) -> list[tuple[int, float]]:
+        """Numbers and cosines of the k pictures whose best vector is nearest to `query [E]`, nearest first.
+
+        Exact except for the 8 bits: the k * Q nearest vectors belong to at least k pictures.
+        """
+        count = min(k * self.queries, self.index.ntotal)
+        if not count:
+            return []
+        scores, ids = self.index.search(np.ascontiguousarray(query[None], np.float32), count)
+        best: dict[int, float] = {}
+        for score, i in zip(scores[0].tolist(), ids[0].tolist(), strict=True):
+            best.setdefault(i // self.queries, score)
+        return list(best.items())[:k]
+
+    def alike(self, query: Array, k: int) -> list[tuple[int, float]]:
+        """The k pictures most similar to one with vectors `query [Q, E]`: by the mean over them of the best cosine.
+
+        Only the 4k pictures nearest to each of the vectors are compared.
+        """
+        numbers = sorted({number for vector in query for number, _ in self.best(vector, 4 * k)})
+        scores = [float((query @ self.of(number).T).max(axis=1).mean()) for number in numbers]
+        return sorted(zip(numbers, scores, strict=True), key=lambda pair: -pair[1])[:k]
+
+    def of(self, number: int) -> Array:
+        """A picture's vectors, decoded from 8 bits: `[Q, E]`."""
+        return np.stack([self.index.reconstruct(int(i)) for i in self._ids([number])])
+
+    def save(self, path: Path) -> None:
+        """Writes the index; an error leaves what was there before."""
+        with atomic_write(path) as draft:
+            require_faiss().write_index(self.index, str(draft))
+
+    @classmethod
+    def read(cls, path: Path, queries: int, width: int) -> "Vectors":
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: the file is missing or broken, or its vectors have another number or width.
+        """
+        try:
+            index = require_faiss().read_index(str(path))
+        except RuntimeError as error:
+            raise UserError(f"{path}: cannot be read ({one_line(error)[:100]}): run `openblip2 index` again") from error
+        if index.d != width or index.ntotal % queries:
+            problem = f"{index.ntotal} vectors of width {index.d}, but index.json says {queries} of width {width} "
+            raise UserError(f"{path}: {problem}for each picture: run `openblip2 index` with a new folder")
+        return cls(queries, width, index)
+
+    def _ids(self, numbers: list[int]) -> Array:
+        return (np.array(numbers, np.int64)[:, None] * self.queries + np.arange(self.queries)).reshape(-1)
 
 
 class Row(NamedTuple):
@@ -68,16 +151,14 @@ class Index:
     def thumbnail(self, number: int) -> Path:
         return self.folder / "thumbnails" / f"{number}.jpg"
 
-    def add(self, rows: Sequence[Row], pictures: Sequence[Image.Image], matcher: Matcher) -> Array:
-        """Adds N new pictures and writes their thumbnails. Returns their vectors `[N, Q, E]`."""
-        vectors = matcher.features(pictures).projected.numpy()
-        self.vectors.add([row.number for row in rows], vectors)
+    def add(self, rows: Sequence[Row], pictures: Sequence[Image.Image], matcher: Matcher) -> None:
+        """Adds new pictures and writes their thumbnails."""
+        self.vectors.add([row.number for row in rows], matcher.features(pictures).projected.numpy())
         for row, picture in zip(rows, pictures, strict=True):
             small = picture.copy()
             small.thumbnail((SIDE, SIDE))
             small.save(self.thumbnail(row.number), quality=85)
             self.rows[row.number] = row
-        return vectors
 
     def remove(self, numbers: list[int]) -> None:
         """Removes pictures."""
@@ -92,27 +173,6 @@ class Index:
         with atomic_write(self.folder / "pictures.jsonl") as draft, draft.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row._asdict()) + "\n" for row in self.rows.values())
         write_json(self.about, self.folder / "index.json")
-
-
-@dataclass(frozen=True)
-class Updated:
-    """What an update did.
-
-    Attributes:
-        pictures: in the index now.
-        added: new and changed ones.
-        gone: deleted and changed ones.
-        skipped: a line for each file that could not be read, and for each kind of pictures that were left out.
-        recall: recall@10 of the 8 bits compared with exact search; None without new pictures.
-        among: number of new pictures among which it was measured.
-    """
-
-    pictures: int
-    added: int
-    gone: int
-    skipped: list[str]
-    recall: float | None
-    among: int
 
 
 def open_index(folder: Path) -> Index:
@@ -136,96 +196,10 @@ def open_index(folder: Path) -> Index:
     return Index(folder, about, {number: row for number, row in rows.items() if number in numbers}, vectors)
 
 
-def update_index(root: Path, run: str, folder: Path, progress: Progress) -> Updated:
-    """Indexes all pictures of a folder, or updates its index: only new and changed files are read.
-
-    After an interruption, the next call continues; after a kill, from the last `SAVE_EVERY` groups.
-
-    Args:
-        root: folder of pictures.
-        run: of stage 1.
-        folder: of the index.
-        progress: shows how far it is.
-
-    Raises:
-        UserError: no such folder, not a stage-1 run, an index of another folder or of other weights, no pictures.
-    """
-    require_faiss()
-    if not root.is_dir():
-        raise UserError(f"{root}: is not a folder: give a folder of pictures")
-    matcher = load(run)
-    if not isinstance(matcher, Matcher):
-        raise UserError(f"{run} is a stage-2 run: an index needs a stage-1 run")
-    index = _open_or_new(root, run, folder, matcher)
-    names = list(_files(root, folder))
-    others = [f"{root}: {line}" for line in left_out(names)]
-    stats = {name: (root / name).stat() for name in names if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES}
-    files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    if not files:  # perhaps a disk that is not mounted: an existing index does not change
-        raise UserError("; ".join([f"{root}: no pictures in it", *others]))
-    number = max(index.rows, default=-1) + 1
-    gone = [row.number for row in index.rows.values() if files.get(row.path) != (row.bytes, row.time)]
-    index.remove(gone)
-    new = sorted(files.keys() - {row.path for row in index.rows.values()})
-    skipped: list[str] = []
-    exact: dict[int, Array] = {}
-    with progress.steps("pictures", len(new)) as bar, ThreadPoolExecutor(THREADS) as threads:
-        try:
-            for n, start in enumerate(range(0, len(new), GROUP), 1):
-                group = new[start : start + GROUP]
-                opened = dict(zip(group, threads.map(_open, (root / name for name in group)), strict=True))
-                skipped += [one for one in opened.values() if isinstance(one, str)]
-                pictures = {name: one for name, one in opened.items() if isinstance(one, Image.Image)}
-                rows = [Row(number + k, name, *files[name]) for k, name in enumerate(pictures)]
-                number += len(rows)
-                vectors = index.add(rows, list(pictures.values()), matcher) if rows else ()
-                if len(exact) < CHECKED:
-                    exact |= zip((row.number for row in rows), vectors, strict=True)
-                if n % SAVE_EVERY == 0:
-                    index.save()
-                bar.advance(count=len(group))
-        finally:
-            index.save()
-    if not index.rows:
-        raise UserError(f"{root}: none of its pictures can be read; the first: {skipped[0]}")
-    recall = recall_of(index.vectors, exact) if exact else None
-    return Updated(len(index.rows), len(new) - len(skipped), len(gone), others + skipped, recall, len(exact))
-
-
-def _open_or_new(root: Path, run: str, folder: Path, matcher: Matcher) -> Index:
-    weights = weights_digest(matcher)
-    if (folder / "index.json").is_file():
-        index = open_index(folder)
-        if index.root != root.resolve():
-            raise UserError(f"{folder}: is an index of {index.root}, not of {root}: give another --out")
-        if index.about["weights"] != weights:
-            raise UserError(f"{folder}: was made with other weights ({index.about['run']}): give another --out")
-        return index
-    if folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
-        raise UserError(f"{folder}: is not empty and not an index: give a new folder")
-    make_folder(folder / "thumbnails")
-    about = {
-        "root": str(root.resolve()),
-        "run": str(Path(run).resolve()) if Path(run).exists() else run,
-        "weights": weights,
-        "queries": matcher.model.connector.tokens,
-        "width": matcher.model.vision_proj.out_features,
-    }
-    return Index(folder, about, {}, Vectors(about["queries"], about["width"]))
-
-
-def _files(root: Path, index: Path) -> Iterator[str]:
-    """Paths of files in a folder, without links, hidden folders and the index itself."""
-    for parent, folders, files in os.walk(root):
-        here = Path(parent)
-        folders[:] = [f for f in folders if not f.startswith(".") and (here / f).resolve() != index.resolve()]
-        paths = [here / file for file in files]
-        yield from (path.relative_to(root).as_posix() for path in paths if path.is_file() and not path.is_symlink())
-
-
-def _open(path: Path) -> Image.Image | str:
-    """The picture, or why it cannot be opened."""
+def require_faiss() -> Any:
+    """faiss, or a `UserError` that says how to install it."""
     try:
-        return open_picture(path)
-    except UserError as error:
-        return str(error)
+        import faiss
+    except ImportError as error:
+        raise UserError("the vector index needs faiss: pip install 'openblip2[search]'") from error
+    return faiss

@@ -10,15 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from prometheus_client import Gauge, Histogram
 from starlette.requests import Request
 
 from openblip2.apps.serve.engine import Job, Write
 from openblip2.apps.serve.http import ServeError
 from openblip2.apps.serve.worker import Worker
-
-BATCH = Histogram("openblip2_batch_jobs", "Jobs in a batch.", buckets=(1, 2, 4, 8, 16, 32))
-QUEUE = Gauge("openblip2_queue_jobs", "Jobs that wait or run.")
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,6 @@ class Limits:
         batch: requests in one batch.
         wait: seconds to wait for others to fill a batch.
         seconds: time for one request; after it the status is 504.
-        remote: whether pictures are fetched from http(s) addresses.
     """
 
     bytes: int = 16 * 2**20
@@ -39,7 +34,6 @@ class Limits:
     batch: int = 16
     wait: float = 0.01
     seconds: float = 60.0
-    remote: bool = False
 
 
 @dataclass(eq=False)
@@ -67,10 +61,9 @@ class Batcher:
         self.waiting: list[Waiting] = []
         self.running: list[Waiting] = []
         self.seconds_per_job = 0.0  # moving average
-        self._thread = ThreadPoolExecutor(1)  # not asyncio's, all of which may be fetching pictures
+        self._thread = ThreadPoolExecutor(1)
         self._arrived = asyncio.Event()
         self._task = asyncio.create_task(self._run_batches())
-        QUEUE.set_function(lambda: len(self.waiting) + len(self.running))
 
     def check_room(self) -> None:
         """Raises a `ServeError` if too many jobs wait, or if one more could not be done in time."""
@@ -149,7 +142,6 @@ class Batcher:
         batch = [one for one in self.waiting if one is first or _can_share(one.job, first.job)][: self.limits.batch]
         self.waiting = [one for one in self.waiting if one not in batch]
         self.running = list(batch)
-        BATCH.observe(len(batch))
 
         def send_text(text: str) -> None:  # in the worker's thread; a streamed job runs alone
             loop.call_soon_threadsafe(first.events.put_nowait, ("text", text))

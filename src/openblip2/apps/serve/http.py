@@ -1,14 +1,12 @@
-"""What all requests have in common: checks before the body is read, metrics, headers, and errors in OpenAI's form."""
+"""What all requests have in common: checks before the body is read, headers, and errors in OpenAI's form."""
 
 import hmac
 import json
 import re
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from prometheus_client import Counter, Histogram
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -20,9 +18,6 @@ POLICY = b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'sel
 POLICY += b"base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 HEADERS = ((b"content-security-policy", POLICY), (b"x-content-type-options", b"nosniff"))
 HEADERS += ((b"referrer-policy", b"no-referrer"),)
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-REQUESTS = Counter("openblip2_requests", "Answered requests.", ("path", "status"))
-SECONDS = Histogram("openblip2_request_seconds", "Time to answer a request.", ("path",), buckets=BUCKETS)
 
 
 class ServeError(HTTPException):
@@ -97,7 +92,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, status, received = time.perf_counter(), 0, 0
+        received = 0
 
         async def limited_receive() -> Any:
             nonlocal received
@@ -106,22 +101,16 @@ class Guard:
             self._check_size(received)  # a body sent in chunks has no length in its headers
             return message
 
-        async def counted_send(message: Any) -> None:
-            nonlocal status
+        async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
 
         try:
             self._check(scope)
-            await self.app(scope, limited_receive, counted_send)
+            await self.app(scope, limited_receive, send_with_headers)
         except ServeError as error:
-            await error_response(error)(scope, receive, counted_send)
-        finally:
-            path = getattr(scope.get("route"), "path", "none")  # the declared path, so that there are few
-            REQUESTS.labels(path, str(status)).inc()
-            SECONDS.labels(path).observe(time.perf_counter() - start)
+            await error_response(error)(scope, receive, send_with_headers)
 
     def _check(self, scope: dict[str, Any]) -> None:
         headers, path = dict(scope["headers"]), scope["path"]

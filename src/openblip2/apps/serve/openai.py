@@ -1,6 +1,5 @@
 """The part of the API that OpenAI's clients use: /v1/chat/completions, /v1/embeddings, /v1/models."""
 
-import asyncio
 import base64
 import json
 import time
@@ -13,11 +12,9 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from openblip2.apps.serve.batcher import Limits
 from openblip2.apps.serve.engine import Engine, Reply, Write
 from openblip2.apps.serve.http import ServeError, error_response
-from openblip2.apps.serve.remote import is_data_url, read_url
-from openblip2.apps.serve.requests import ChatRequest, EmbeddingRequest
+from openblip2.apps.serve.requests import ChatRequest, EmbeddingRequest, is_data_url, read_data_url
 from openblip2.inference.captioner import CHAT
 
 # What a server may lack, and how it gets it.
@@ -59,7 +56,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
 async def chat(request: Request, body: ChatRequest) -> Any:
     """An answer in a dialogue about one picture, as a whole or as a stream."""
     name, batcher = require_served(request, "captioner", body.model), request.app.state.batcher
-    jobs = await asyncio.to_thread(write_jobs, body, batcher.limits)  # a picture may have to be fetched
+    jobs = write_jobs(body)
     about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
     if body.stream:
         events = _events(batcher.stream(jobs[0]), body, jobs[0], about | {"object": "chat.completion.chunk"})
@@ -79,7 +76,7 @@ async def chat(request: Request, body: ChatRequest) -> Any:
 async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]:
     """One vector of length 1 for each text or picture."""
     name = require_served(request, "matcher", body.model)
-    inputs = [read_url(one, 0) if is_data_url(one) else one for one in body.input]
+    inputs = [read_data_url(one) if is_data_url(one) else one for one in body.input]
     (vectors,) = await request.app.state.batcher.answers(request, [partial(Engine.embed, inputs=inputs)])
     if body.encoding_format == "base64":
         vectors = [base64.b64encode(np.array(vector, "<f4").tobytes()).decode() for vector in vectors]
@@ -87,16 +84,15 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]
     return {"object": "list", "model": name, "data": data, "usage": {"prompt_tokens": 0, "total_tokens": 0}}
 
 
-def write_jobs(body: ChatRequest, limits: Limits) -> list[Write]:
+def write_jobs(body: ChatRequest) -> list[Write]:
     """A job for each answer that a chat asks for.
 
     The last user messages are the question, and system messages are put in front of it.
 
     Raises:
         ServeError: no picture or several ones, or fields that exclude each other.
-        UserError: a picture that cannot be fetched.
     """
-    picture = _picture(body, limits)
+    picture = _picture(body)
     system = " ".join(one.text for one in body.messages if one.role in ("system", "developer"))
     turns: list[tuple[str, str]] = []
     question = ""
@@ -117,18 +113,15 @@ def before_stop(text: str, body: ChatRequest) -> str:
     return text[: min((at for at in found if at >= 0), default=len(text))]
 
 
-def _picture(body: ChatRequest, limits: Limits) -> bytes:
+def _picture(body: ChatRequest) -> bytes:
     parts = [part.image_url for message in body.messages for part in message.content if part.type == "image_url"]
-    # The same picture may be written in several ways, so it is compared by content.
-    urls = {part.url for part in parts if part is not None}
-    pictures = {read_url(url, 0) if is_data_url(url) else url for url in urls}
+    pictures = {part.url for part in parts if part is not None}  # its content: a picture may be written in several ways
     if not pictures or None in parts:
         raise ServeError("no picture: send one in a part of type image_url", param="messages")
     if len(pictures) > 1:
         message = f"{len(pictures)} different pictures: a dialogue is about one, which may come in several messages; "
         raise ServeError(message + "start a new dialogue for another picture", param="messages")
-    (picture,) = pictures
-    return read_url(picture, limits.bytes if limits.remote else 0) if isinstance(picture, str) else picture
+    return pictures.pop()
 
 
 async def _events(

@@ -3,9 +3,12 @@
 Fields that are not declared here are refused.
 """
 
+import base64
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 from fastapi import UploadFile
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -17,15 +20,41 @@ from openblip2.model.decoding import Decoding
 MAX_TEXTS = 64  # of one request, to match or to embed
 MAX_TOKENS = 256  # new tokens of one answer
 Text = Annotated[str, Field(max_length=20_000)]
-Url = Annotated[str, Field(max_length=2**27)]  # the limit of the body is lower
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Inputs = Annotated[list[Url], Field(min_length=1, max_length=MAX_TEXTS)]
+Inputs = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]  # the size of the body is limited
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 # Parameters of OpenAI that are not in the classes below, with the value that changes nothing.
 NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "echo": False, "tool_choice": "none"}
 NEUTRAL |= {"response_format": {"type": "text"}, "modalities": ["text"]}
 NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 NO_EFFECT |= {"parallel_tool_calls", "include_obfuscation", "detail"}  # `detail`: an image encoder has one resolution
+
+# Any type is accepted, because the content tells what it is: clients also send "image/*" or "application/octet-stream".
+DATA_URL = re.compile(r"\s*data:\s*([\w.+-]+/[\w.+*-]+)?\s*(;\s*[\w-]+=(\"[^\"]*\"|[\w.-]+)\s*)*;\s*base64\s*,", re.I)
+
+
+def is_data_url(text: str) -> bool:
+    """Whether a text is a data URL in base64."""
+    return DATA_URL.match(text[:300]) is not None
+
+
+def read_data_url(url: str) -> bytes:
+    """The bytes of a data URL. White space, URL-safe and percent-encoded base64, and missing padding are accepted.
+
+    Raises:
+        ServeError: another URL, or not base64.
+    """
+    if found := DATA_URL.match(url[:300]):
+        data = re.sub(r"\s", "", unquote(url[found.end() :])).translate(str.maketrans("-_", "+/")).rstrip("=")
+        try:
+            return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
+        except ValueError:
+            problem = "the data URL of the picture is not valid base64"
+    elif url[:20].strip().lower().startswith("data:"):
+        problem = "the data URL of the picture is not in base64"
+    else:
+        problem = "this server does not fetch addresses of pictures"
+    raise ServeError(f"{problem}: send a data URL, data:image/png;base64,...")
 
 
 def text_as(make: Callable[[str], Any]) -> BeforeValidator:
@@ -130,9 +159,9 @@ class SearchForm(BaseModel, extra="forbid"):
 
 
 class ImageUrl(Body):
-    """Where a picture is."""
+    """A picture as a data URL."""
 
-    url: Url
+    url: Annotated[bytes, text_as(read_data_url)]
 
 
 class MessagePart(Body):

@@ -2,19 +2,16 @@
 
 import multiprocessing
 import signal
+import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prometheus_client import Counter
-
 from openblip2.apps.serve.engine import Engine, Job, Served
 from openblip2.apps.serve.http import ServeError
 from openblip2.errors import UserError
-
-RESTARTS = Counter("openblip2_worker_restarts", "Restarts of the models' process.")
 
 
 class Worker:
@@ -92,7 +89,7 @@ class Worker:
         if self._closed:
             raise ServeError("the server is stopping", 503)
         self._kill()
-        RESTARTS.inc()
+        print("openblip2: the process with the models is started again", file=sys.stderr, flush=True)
         try:
             self._start()
         except UserError as error:  # not the client's fault; the next batch tries again

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from openblip2.apps.studies.design import study_of
 from openblip2.apps.studies.frame import Work, prepare_work, run_trial
@@ -157,7 +158,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             panel.plot([low, high], [row, row], color=colour, linewidth=2)
             panel.plot([score], [row], mark, color=colour, markersize=7)
             panel.annotate(
-                _number(figure, found["score"]), (score, row), (0, 8), textcoords="offset points", ha="center"
+                _number(found["score"], figure), (score, row), (0, 8), textcoords="offset points", ha="center"
             )
         panel.set_yticks([])
         panel.set_ylim(len(ways) - 0.4, -0.6)
@@ -187,59 +188,23 @@ def _draw_curves(panel: Any, ways: Mapping[str, Any], looks: Mapping[str, tuple[
 
 
 def ablation_in_words(result: Mapping[str, Any]) -> str:
-    """The contents of `ablation.json` as Markdown: what was run, verdicts, figures, changed settings, limits."""
-    pictures, seeds = result["pictures"], result["seeds"]
-    run = [
-        f"{pictures['train']:,} drawn scenes to train on",
-        f"{pictures['test']:,} to score on, whose nouns have never been seen in their colours",
-        *(f"stage {stage[-1]} {count} steps of {batch}" for stage, (count, batch) in result["steps"].items()),
-        *(f"{label} {' and '.join(f'`{name}`' for name in names)}" for label, names in result["models"].items()),
-        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
-    ]
-    ranges = "; after the semicolon the range over seeds" if len(seeds) > 1 else ""
-    one = "One seed: what another draw of the training would give is not in the intervals (`--seeds 0,1,2`)."
-    lines = [
-        f"# {sentence(result['question'])}",
-        "",
-        f"`openblip2 ablate {result['study']}`: {'; '.join(run)}.",
-        f"Brackets: 95 % intervals, bootstrap over pictures{ranges}.",
-        "",
-        *map(_claim, result["claims"]),
-        "",
-        *_table(result["ways"]),
-        "",
-        *_list_changes(result["ways"]),
-        "",
-        *(f"- {note}" for note in (*result["notes"], *([one] if len(seeds) == 1 else []))),
-        "",
-        f"Training and scoring took {result['seconds']['training and scoring'] / 60:.1f} min.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _claim(claim: Mapping[str, Any]) -> str:
-    figure, unit = claim["figure"], "points" if is_share(claim["figure"]) else "nats a token"
-    value, low, high = (_number(figure, claim[key], "+") for key in ("difference", "low", "high"))
-    seeds = ", ".join(_number(figure, seed, "+") for seed in claim["seeds"])
-    return (
-        f"- **{sentence(claim['verdict'])}.** Claim ({claim['source']}): {claim['says']}. {sentence(figure)}, "
-        f"{claim['better']} less {claim['worse']}: {value} {unit} [{low}, {high}]"
-        f"{f'; by seed {seeds}' if len(claim['seeds']) > 1 else ''}."
+    """The contents of `ablation.json` as Markdown, by the template `ablation.md` beside this file."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
+    templates.filters |= {"sentence": sentence, "thousands": "{:,}".format, "label": _label}
+    templates.filters |= {"number": _number, "cell": _cell}
+    templates.tests["share"] = is_share
+    return templates.get_template("ablation.md").render(result)
 
 
-def _table(ways: Mapping[str, Any]) -> list[str]:
-    """A row for each figure, a column for each way."""
-    rows = [["", *ways]]
-    for name in next(iter(ways.values()))["figures"]:
-        rows.append([_label(name), *(_cell(name, way["figures"][name]) for way in ways.values())])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
-
-
-def _cell(name: str, figure: Mapping[str, Any]) -> str:
-    score, low, high = (_number(name, figure[key]) for key in ("score", "low", "high"))
-    seeds = [_number(name, pick(figure["seeds"])) for pick in (min, max)] if len(figure["seeds"]) > 1 else []
+def _cell(found: Mapping[str, Any], figure: str) -> str:
+    score, low, high = (_number(found[key], figure) for key in ("score", "low", "high"))
+    seeds = [_number(pick(found["seeds"]), figure) for pick in (min, max)] if len(found["seeds"]) > 1 else []
     return f"{score} [{low}, {high}{'; ' if seeds else ''}{' to '.join(seeds)}]"
 
 
@@ -257,17 +222,5 @@ def _label(figure: str) -> str:
     return f"{figure}, {'%' if is_share(figure) else 'nats a token'}"
 
 
-def _number(figure: str, value: float, sign: str = "") -> str:
+def _number(value: float, figure: str, sign: str = "") -> str:
     return f"{100 * value:{sign}.1f}" if is_share(figure) else f"{value:{sign}.2f}"
-
-
-def _list_changes(ways: Mapping[str, Any]) -> list[str]:
-    """The settings that each way changes, and the numbers of pictures that a stage is limited to."""
-    lines = ["What each way changes:", ""]
-    for name, way in ways.items():
-        parts = [f"stage {stage[-1]} on {count:,} pictures" for stage, count in way["pictures"].items()]
-        for stage, values in way["changes"].items():
-            changed = ", ".join(f"`{key}={value}`" for key, value in (values or {}).items()) or "as the preset"
-            parts.append(f"stage {stage[-1]}: {'not trained' if values is None else changed}")
-        lines.append(f"- {name}: {'; '.join(parts)}")
-    return lines

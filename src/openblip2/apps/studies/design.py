@@ -4,26 +4,19 @@ A way is a set of changes to the settings of the plan; two ways of a study diffe
 function here and one line in `STUDIES`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from random import Random
-from shutil import rmtree
 from typing import Any
 
-from openblip2.apps.studies import curves
-from openblip2.apps.studies.frame import Work, digest_of, train_way
-from openblip2.apps.studies.study import BOTH, GAP, LOSS, SCORES, Claim, Plan, Run, Study, Way
-from openblip2.capfilt.models import Models
-from openblip2.capfilt.pool import How
-from openblip2.capfilt.run import capfilt
-from openblip2.data.records import Record
-from openblip2.data.web.tars import read_tar
-from openblip2.data.web.write_shards import write_shards
+from openblip2.apps.studies.study import BOTH, GAP, LOSS, SCORES, Claim, Plan, Study, Way
+from openblip2.apps.studies.web import filtered_half, right_half, web_half
 from openblip2.errors import UserError
+from openblip2.inference.captioner import Captioner
+from openblip2.inference.matcher import Matcher
 
+RECALL, RERANKED = BOTH.format(SCORES["itc"]), BOTH.format(SCORES["itm"])
 SCENES = 1500  # to train on, unless the study or --scenes says otherwise
 
 
@@ -48,6 +41,13 @@ def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
     if needed > (plan.scenes or 0):
         raise UserError(f"--values {needed}: there are {plan.scenes} scenes to train on (--scenes)")
     return study, plan
+
+
+def _claims(
+    says: str, source: str, *pairs: tuple[str, str], figures: Sequence[str] = (LOSS, RECALL)
+) -> tuple[Claim, ...]:
+    """The claim `says` by each figure for each pair of a better and a worse way, which it may name as {}."""
+    return tuple(Claim(says.format(*pair), source, figure, *pair) for pair in pairs for figure in figures)
 
 
 def _stage1(plan: Plan) -> Study:
@@ -75,7 +75,6 @@ def _stage1(plan: Plan) -> Study:
 
 def _itg(plan: Plan) -> Study:
     without, all_three = "ITC + ITM", "ITC + ITM + ITG"
-    says = "retrieval is better when ITG is trained too"
     return Study(
         "itg",
         "does writing captions (ITG) help retrieval?",
@@ -83,8 +82,11 @@ def _itg(plan: Plan) -> Study:
             Way(without, {"stage1.objectives": ("itc", "itm")}),
             Way(all_three, {"stage1.objectives": ("itc", "itm", "itg")}),
         ),
-        tuple(
-            Claim(says, "paper, table 6", BOTH.format(SCORES[score]), all_three, without) for score in ("itc", "itm")
+        _claims(
+            "retrieval is better when ITG is trained too",
+            "paper, table 6",
+            (all_three, without),
+            figures=(RECALL, RERANKED),
         ),
         ("stage1",),
         {"stage1": 140},
@@ -101,17 +103,12 @@ def _queries(plan: Plan) -> Study:
         raise UserError("--values: queries takes two numbers of queries or more")
     names = [f"{number} queries" for number in plan.values]
     ways = [{"qformer.queries": number} for number in plan.values]
+    more_than = [(more, fewer) for fewer, more in pairwise(names)]
     return Study(
         "queries",
         "how many queries?",
         tuple(Way(name, way, way) for name, way in zip(names, ways, strict=True)),
-        tuple(
-            Claim(
-                f"{more} are better than {fewer}", "nobody's: the paper has 32 and tries no other", figure, more, fewer
-            )
-            for fewer, more in pairwise(names)
-            for figure in (LOSS, BOTH.format(SCORES["itc"]))
-        ),
+        _claims("{} are better than {}", "nobody's: the paper has 32 and tries no other", *more_than),
         ("stage1", "stage2"),
         {"stage1": 48, "stage2": 18},
     )
@@ -119,15 +116,11 @@ def _queries(plan: Plan) -> Study:
 
 def _encoder(plan: Plan) -> Study:
     strong, weak = "DINOv2-S/14", "EfficientNet-Lite0"
-    says = "a stronger image encoder makes a better model"
     return Study(
         "encoder",
         "does a stronger image encoder help?",
         (Way(weak, plan.weaker, plan.weaker), Way(strong, {}, {})),
-        tuple(
-            Claim(says, "paper, section 4.1 and table 2", figure, strong, weak)
-            for figure in (LOSS, BOTH.format(SCORES["itc"]))
-        ),
+        _claims("a stronger image encoder makes a better model", "paper, section 4.1 and table 2", (strong, weak)),
         ("stage1", "stage2"),
         {"stage1": 84, "stage2": 32},
         (
@@ -202,19 +195,18 @@ def _warm_start(plan: Plan) -> Study:
 def _capfilt(plan: Plan) -> Study:
     swapped, filtered, itm, right = "the web's captions", "CapFilt", "CapFilt, BLIP's form", "the right captions"
     says = "retrieval is better when the web's captions went through {} first"
-    figure = BOTH.format(SCORES["itc"])
     return Study(
         "capfilt",
         "what is CapFilt worth?",
         (
             Way(swapped, records=lambda work, seed: web_half(work.train)),
-            Way(filtered, records=partial(_filtered, name="capfilt")),
-            Way(itm, records=partial(_filtered, name="itm")),
+            Way(filtered, records=partial(filtered_half, name="capfilt")),
+            Way(itm, records=partial(filtered_half, name="itm")),
             Way(right, records=lambda work, seed: right_half(work.train)),
         ),
         (
-            Claim(says.format("CapFilt"), "paper, section 3.4; BLIP, table 1", figure, filtered, swapped),
-            Claim(says.format("an ITM filter"), "BLIP, table 1", figure, itm, swapped),
+            Claim(says.format("CapFilt"), "paper, section 3.4; BLIP, table 1", RECALL, filtered, swapped),
+            Claim(says.format("an ITM filter"), "BLIP, table 1", RECALL, itm, swapped),
         ),
         ("stage1",),
         {"stage1": 140, "stage2": 60},
@@ -228,60 +220,50 @@ def _capfilt(plan: Plan) -> Study:
     )
 
 
-NOISE = 0.5  # fraction of the web's images that have another image's caption
-SHARD = 250  # images per shard
-FILTERS = {"capfilt": How(), "itm": How(captions=1, filter="itm")}
+def _pictures(plan: Plan) -> Study:
+    """Learning curve: both stages from scratch, with equal steps, on the first n pictures."""
+    names = [f"{number:,} pictures" for number in plan.values]
+    amounts = [{"stage1": number, "stage2": number} for number in plan.values]
+    return Study(
+        "pictures",
+        "how many pictures are needed?",
+        tuple(Way(name, {}, {}, amount) for name, amount in zip(names, amounts, strict=True)),
+        _claims("{} are better than {}", "ours", *((more, fewer) for fewer, more in pairwise(names))),
+        ("stage1", "stage2"),
+        {"stage1": 140, "stage2": 60},
+        ("Steps are equal, so fewer pictures are seen more often.",),
+    )
 
 
-def clean_half(records: Sequence[Record]) -> list[Record]:
-    """The images that CapFilt's captioner and ranker are trained on."""
-    return list(records[: len(records) // 2])
+def _elastic(plan: Plan) -> Study:
+    """One stage-2 run with elastic tokens and one without, each used with its first n visual tokens."""
+    queries = plan.stage2.qformer.queries
+    if plan.values[-1] > queries:
+        raise UserError(f"--values {plan.values[-1]}: there are {queries} visual tokens (qformer.queries)")
+    ways, claims = [], []
+    for number in plan.values:
+        one, both = f"always {queries}, first {number}", f"elastic, first {number}"
+        adapt = partial(_use_first, number)
+        ways += [
+            Way(one, {}, {}, adapt=adapt),
+            Way(both, {}, {"stage2.elastic_tokens": True}, adapt=adapt),
+        ]
+        says = f"with the first {number} tokens elastic training is better"
+        claims.append(Claim(says, "Matryoshka Query Transformer (Hu et al., 2024)", LOSS, both, one))
+    return Study(
+        "elastic",
+        "what does elastic training gain and cost?",
+        tuple(ways),
+        tuple(claims),
+        ("stage2",),
+        {"stage1": 140, "stage2": 60},
+        ("Steps of stage 2 are equal.",),
+    )
 
 
-def right_half(records: Sequence[Record]) -> list[Record]:
-    """The other images, the web's, each with its own first caption."""
-    return [replace(record, captions=record.captions[:1]) for record in records[len(records) // 2 :]]
-
-
-def web_half(records: Sequence[Record]) -> list[Record]:
-    """The other images, of which a fraction `NOISE` have exchanged their captions."""
-    half = right_half(records)
-    swapped = Random("0/swapped").sample(range(len(half)), round(NOISE * len(half)))
-    captions = [half[n].captions for n in [*swapped[1:], *swapped[:1]]]
-    for n, texts in zip(swapped, captions, strict=True):
-        half[n] = replace(half[n], captions=texts)
-    return half
-
-
-def _filtered(work: Work, seed: int, name: str) -> list[Record]:
-    """The web's images that have captions left after CapFilt, with these."""
-    helper = Way("captioner", {}, {}, records=lambda work, seed: clean_half(work.train))
-    models, noisy, out = train_way(work, helper, seed), web_half(work.train), work.runs.out / f"seed-{seed}"
-    of = {"captioner": models["stage2"].of, "how": asdict(FILTERS[name]), "captions": digest_of(noisy)}
-    run = partial(_run_capfilt, work, noisy, out / f"web-{name}", models, FILTERS[name])
-    kept = work.runs.cached(out / f"web-{name}.json", of, run)["captions"]
-    return [replace(record, captions=tuple(kept[record.id])) for record in noisy if record.id in kept]
-
-
-def _run_capfilt(
-    work: Work, records: Sequence[Record], out: Path, models: Mapping[str, Run], how: How
-) -> dict[str, Any]:
-    """Captions after CapFilt by image, and its counts, by the same code as the command `capfilt`."""
-    shards, progress = work.runs.out / "web", work.runs.progress
-    for folder in (shards, out):
-        rmtree(folder, ignore_errors=True)
-    with progress.steps("shards", len(records)) as bar:
-        write_shards(records, shards, SHARD, 0, lambda count: bar.advance(count=count))
-    names = Models(str(models["stage2"].folder), str(models["stage1"].folder))
-    written = capfilt(str(shards), names, out, how, progress)
-    kept = {
-        sample.about["image_id"]: list(sample.captions)
-        for path in sorted(out.glob("*.tar"))
-        for sample in read_tar(str(path), progress.say)
-    }
-    if not kept:
-        raise UserError(f"{out}: CapFilt left no picture: train captioner and ranker for longer (--stage1-steps)")
-    return {"captions": kept, "counts": dict(written.counts)}
+def _use_first(number: int, model: Captioner | Matcher) -> None:
+    assert isinstance(model, Captioner)
+    model.model.first = number
 
 
 # By name: the study, and the numbers that it compares unless `--values` gives others.
@@ -293,6 +275,6 @@ STUDIES: dict[str, tuple[Callable[[Plan], Study], tuple[int, ...]]] = {
     "connector": (_connector, (4,)),
     "warm-start": (_warm_start, (250, 1000, 4000)),
     "capfilt": (_capfilt, ()),
-    "pictures": (curves.pictures_study, (250, 1000, 4000)),
-    "elastic": (curves.elastic_study, (1, 4, 8, 16)),
+    "pictures": (_pictures, (250, 1000, 4000)),
+    "elastic": (_elastic, (1, 4, 8, 16)),
 }

@@ -36,8 +36,6 @@ from openblip2.runs import read_settings, write_json
 
 SOURCE = "stamps"  # retrieved and captioned; the other sources are only trained on
 WAYS = ("tr@1", "ir@1")  # image to text, text to image
-START, END = "<!-- bench-real -->", "<!-- /bench-real -->"  # of the table in a document
-
 
 # Changes to the settings of each training: stage 1 on all sources and on stamps alone, fine-tuning, the captioner.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -73,17 +71,12 @@ class RealPlan:
     stage2: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
 
 
-def bench_real(out: Path, plan: RealPlan, progress: Progress, table: Path | None = None) -> dict[str, Any]:
+def bench_real(out: Path, plan: RealPlan, progress: Progress) -> dict[str, Any]:
     """Runs the study in `out`, continuing where it was interrupted; returns the contents of `out/real.json`.
 
-    Args:
-        table: a document whose part between `START` and `END` is replaced by the table of figures.
-
     Raises:
-        UserError: no source can be fetched, an unknown fold, or a document without that part.
+        UserError: no source can be fetched, or an unknown fold.
     """
-    if table is not None:
-        _with_table(table, "")  # before hours are spent
     if not plan.folds or not set(plan.folds) <= set(range(plan.k)):
         raise UserError(f"folds {', '.join(map(str, plan.folds))}: give some of 0 to {plan.k - 1}")
     keep_freed_memory()
@@ -100,10 +93,7 @@ def bench_real(out: Path, plan: RealPlan, progress: Progress, table: Path | None
             rows.setdefault(name, []).extend(found)
     figures = real_summary(rows, plan) | {"pictures": dict(Counter(map(_source, records)))}
     write_json(figures, out / "real.json")
-    text = real_in_words(figures)
-    (out / "real.md").write_text(text, encoding="utf-8")
-    if table is not None:
-        table.write_text(_with_table(table, text), encoding="utf-8")
+    (out / "real.md").write_text(real_in_words(figures), encoding="utf-8")
     return figures
 
 
@@ -214,14 +204,6 @@ def real_in_words(figures: dict[str, Any]) -> str:
             value = f"{100 * found['score']:{sign}.1f}"
             lines.append(f"| {name} | {value} | {100 * found['low']:{sign}.1f} to {100 * found['high']:{sign}.1f} |")
     return "\n".join(lines) + "\n"
-
-
-def _with_table(document: Path, table: str) -> str:
-    """The text of a document, with another table between `START` and `END`."""
-    text = document.read_text(encoding="utf-8") if document.is_file() else ""
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise UserError(f"{document} has no place for the table: write a line {START} and after it a line {END}")
-    return text[: text.index(START)] + f"{START}\n{table}" + text[text.index(END) :]
 
 
 def _source(record: Record) -> str:

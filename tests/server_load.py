@@ -1,24 +1,27 @@
-"""A server under load: many clients, each of which sends the next request as soon as it has an answer.
+"""A load test of the server: many clients, each of which sends the next request as soon as it has an answer.
+
+python tests/server_load.py runs/demo/stage2 pictures/ --clients 200 --seconds 120 --batch 16 --batch 1
 
 The server runs in its own processes, started by the command `serve`; the clients are one asyncio loop in this process.
 """
 
+import argparse
 import asyncio
+import json
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import httpx2
 import numpy as np
+import psutil
 
 from openblip2.data.images import PICTURE_SUFFIXES
-from openblip2.errors import UserError
-from openblip2.progress import Bar, Progress
 
 QUESTION = "what is in the picture?"
 STARTS = 300  # seconds that the server may take to load its models
@@ -61,75 +64,55 @@ class Load:
         }
 
 
-def bench_serve(
-    run: str, folder: Path, clients: int, seconds: float, batches: Sequence[int], progress: Progress
-) -> list[dict[str, Any]]:
-    """`Load.figures` of a server for each batch size.
+def measure(run: str, folder: Path, clients: int, seconds: float, batch: int) -> dict[str, Any]:
+    """`Load.figures` of a server.
 
     Each request is for a caption or an answer about one of the images, both drawn at random. After status 429 a client
     waits as long as the server says.
 
     Args:
+        run: of stage 2.
         folder: of images.
-        seconds: duration for each batch size.
-        batches: `--batch` of the server; 1 = one request at a time.
-
-    Raises:
-        UserError: no images, a server that does not start, or a missing package.
+        clients: number of clients.
+        seconds: duration.
+        batch: `--batch` of the server; 1 = one request at a time.
     """
-    try:
-        import httpx2  # noqa: F401
-        import psutil  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"bench-serve needs {error.name}: pip install 'openblip2[load]'") from error
     pictures = [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
-    if not pictures:
-        raise UserError(f"{folder}: no pictures in it")
-    found = []
-    for batch in batches:
-        command = [sys.executable, "-m", "openblip2", "serve", run, "--port", "0", "--batch", str(batch)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-            try:
-                assert server.stdout is not None
-                told = server.stdout.readline()
-                if "http://" not in told:
-                    raise UserError(f"{run}: the server did not start")
-                with progress.steps(f"{clients} clients, batches of {batch}", round(seconds), unit="s") as bar:
-                    load = asyncio.run(_press(told.split()[1], server.pid, pictures, clients, seconds, bar))
-            finally:
-                server.terminate()
-        found.append({"batch": batch, "clients": clients, "seconds": seconds} | load.figures(seconds))
-    return found
+    assert pictures, f"{folder}: no pictures in it"
+    command = [sys.executable, "-m", "openblip2", "serve", run, "--port", "0", "--batch", str(batch)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            told = server.stdout.readline()
+            assert "http://" in told, f"{run}: the server did not start"
+            load = asyncio.run(_press(told.split()[1], server.pid, pictures, clients, seconds))
+        finally:
+            server.terminate()
+    return {"batch": batch, "clients": clients, "seconds": seconds} | load.figures(seconds)
 
 
-async def _press(address: str, server: int, pictures: list[bytes], clients: int, seconds: float, bar: Bar) -> Load:
-    import httpx2
-
+async def _press(address: str, server: int, pictures: list[bytes], clients: int, seconds: float) -> Load:
     load = Load()
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx2.AsyncClient(base_url=address, limits=limits, timeout=120, trust_env=False) as http:
         await _ready(http)
         until = time.monotonic() + seconds
         asking = [_client(http, n, pictures, until, load) for n in range(clients)]
-        await asyncio.gather(_watch(server, until, seconds, load, bar), *asking)
+        await asyncio.gather(_watch(server, until, seconds, load), *asking)
     return load
 
 
-async def _ready(http: Any) -> None:
-    import httpx2
-
+async def _ready(http: httpx2.AsyncClient) -> None:
     for _ in range(STARTS):
         try:
             if (await http.get("/health")).status_code == 200:
                 return
         except httpx2.TransportError:  # not yet
             await asyncio.sleep(1)
-    raise UserError(f"the server is not ready after {STARTS} s")
+    raise AssertionError(f"the server is not ready after {STARTS} s")
 
 
-async def _client(http: Any, number: int, pictures: list[bytes], until: float, load: Load) -> None:
-    import httpx2
-
+async def _client(http: httpx2.AsyncClient, number: int, pictures: list[bytes], until: float, load: Load) -> None:
     random = Random(number)
     while time.monotonic() < until:
         content = random.choice(pictures)
@@ -147,12 +130,23 @@ async def _client(http: Any, number: int, pictures: list[bytes], until: float, l
             await asyncio.sleep(float(answer.headers["retry-after"]))
 
 
-async def _watch(server: int, until: float, seconds: float, load: Load, bar: Bar) -> None:
-    import psutil
-
+async def _watch(server: int, until: float, seconds: float, load: Load) -> None:
     process = psutil.Process(server)
     while (left := until - time.monotonic()) > 0:
         every = [process, *process.children(recursive=True)]
         load.memory.append((seconds - left, sum(one.memory_info().rss for one in every)))
         await asyncio.sleep(min(1.0, left))
-        bar.advance()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Load test of the server: prints figures as JSON, a line per batch size."
+    )
+    parser.add_argument("run", help="stage-2 run")
+    parser.add_argument("pictures", type=Path, help="folder of images for the requests")
+    parser.add_argument("--clients", type=int, default=200, help="clients that send requests at once")
+    parser.add_argument("--seconds", type=float, default=120, help="duration for each batch size")
+    parser.add_argument("--batch", type=int, action="append", help="batch size; can be repeated; default: 16")
+    asked = parser.parse_args()
+    for size in asked.batch or [16]:
+        print(json.dumps(measure(asked.run, asked.pictures, asked.clients, asked.seconds, size)), flush=True)
