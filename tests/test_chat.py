@@ -19,10 +19,10 @@ from openblip2.data.text import QFormerTokens
 from openblip2.errors import UserError
 from openblip2.inference.captioner import ANSWER, Captioner
 from openblip2.inference.chat import Chat
-from openblip2.model.context import context_of
 from openblip2.model.language import DecoderLM, Decoding
 from openblip2.model.stage2 import Stage2
 from openblip2.model.template import PAPER_TEMPLATE, dialogue, resolve_template
+from openblip2.model.token_rows import context_of
 from openblip2.presets import with_examples
 from tiny import Q
 

@@ -212,7 +212,7 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "prepare": ("data.web.write_shards.write_shards", ("{data}", "--out", "{out}"), "out"),
     "capfilt": (
-        "capfilt.run.capfilt",
+        "capfilt.capfilt",
         ("{data}", "--captioner", "{stage2}", "--ranker", "{stage1}", "--out", "{out}"),
         "out",
     ),
@@ -221,7 +221,7 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
     "bench-real": ("apps.studies.real.bench_real", ("--out", "{out}"), "out"),
     "ablate": ("apps.studies.ablations.ablate", ("itg", "--out", "{out}"), "out"),
     "demo": ("apps.demo.run_demo", ("--out", "{out}"), "out"),
-    "plan": ("plan.plan.make_plan", ("--preset", "stage1-vit-g", "--gpus", "H100"), ""),
+    "plan": ("plan.make_plan", ("--preset", "stage1-vit-g", "--gpus", "H100"), ""),
 }
 
 

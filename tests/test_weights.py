@@ -29,8 +29,8 @@ from openblip2.inference.captioner import greedy
 from openblip2.model.language import Decoding
 from openblip2.model.stage1 import Stage1
 from openblip2.runs import locked
+from openblip2.weights.assemble import read_checkpoint
 from openblip2.weights.checkpoint import Parts
-from openblip2.weights.source import read_checkpoint
 
 HEADS = tiny.HEADS
 SHORT = greedy(Decoding(max_new_tokens=6))

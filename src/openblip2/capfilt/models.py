@@ -25,9 +25,9 @@ from openblip2.hardware import device as default_device
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
-from openblip2.model.mapped import load_in
+from openblip2.model.precision import load_in
 from openblip2.runs import read_json
-from openblip2.weights.source import fetch_repository, read_checkpoint
+from openblip2.weights.assemble import fetch_repository, read_checkpoint
 
 _WEIGHTS = (".json", ".safetensors", ".txt", ".model")
 CHUNK = 64  # texts, or pairs for ITM, at once

@@ -14,9 +14,9 @@ from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.captioner import CHAT, Captioner
 from openblip2.inference.inputs import features_of
-from openblip2.model.context import context_of, require_room, room_for_prompt
 from openblip2.model.language import Decoding
 from openblip2.model.template import dialogue
+from openblip2.model.token_rows import context_of, require_room, room_for_prompt
 
 
 class DialoguePrompt:

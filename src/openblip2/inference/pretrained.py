@@ -22,11 +22,10 @@ from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.train.parameters import saved_parameters
-from openblip2.weights.assemble import assemble, find_tokenizer
+from openblip2.weights.assemble import assemble, find_tokenizer, read_checkpoint
 from openblip2.weights.card import model_card, usage
 from openblip2.weights.checkpoint import Parts, carried
 from openblip2.weights.run import fresh_folder, write_run
-from openblip2.weights.source import read_checkpoint
 
 
 class Trained(NamedTuple):

@@ -16,10 +16,10 @@ from openblip2.data.images import Picture
 from openblip2.data.text import QFormerTokens, question_tokens
 from openblip2.hardware import computing
 from openblip2.inference.inputs import GROUP, features_of, group_of, same_pictures
-from openblip2.model.context import require_room
 from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
+from openblip2.model.token_rows import require_room
 
 ROUNDS = 5  # of draws, at most, until the texts about a picture differ
 

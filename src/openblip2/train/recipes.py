@@ -36,7 +36,7 @@ from openblip2.model.build import (
     with_parts,
 )
 from openblip2.model.decoding import try_generation
-from openblip2.model.fast.step import step_losses
+from openblip2.model.fast.gradient_cache import step_losses
 from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import OBJECTIVES, Stage1, see
 from openblip2.model.stage2 import Stage2

@@ -12,7 +12,7 @@ from openblip2.apps.serve.batcher import Limits
 from openblip2.apps.serve.engine import Served
 from openblip2.apps.serve.worker import Worker
 from openblip2.errors import UserError
-from openblip2.weights.source import read_checkpoint
+from openblip2.weights.assemble import read_checkpoint
 
 
 def serve(served: Served, host: str, port: int, token: str | None, names: list[str], limits: Limits) -> None:
