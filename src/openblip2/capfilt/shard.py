@@ -94,7 +94,8 @@ class Maker:
         try:
             with write_tar(path) as writer:
                 for number, group in enumerate(self._groups(shard, counts, lines)):
-                    written = self._write(group, _seed(self.how.seed, name, number))
+                    seed = hashlib.blake2b(f"{self.how.seed} {name} {number}".encode(), digest_size=8).digest()
+                    written = self._write(group, int.from_bytes(seed, "little") >> 1)
                     for sample in self._best(url, group, written, counts, lines):
                         try:
                             writer.add(sample)
@@ -194,7 +195,3 @@ def _with(sample: Sample, kept: Sequence[tuple[Text, float]]) -> Sample:
     return sample._replace(
         key=key, captions=tuple(text.text for text, _ in kept), about=sample.about | {"captions": listed}
     )
-
-
-def _seed(seed: int, name: str, group: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {name} {group}".encode(), digest_size=8).digest(), "little") >> 1

@@ -78,8 +78,9 @@ class DialoguePrompt:
 class Chat:
     """A dialogue about one picture, which is encoded once, when the chat is made.
 
-    A question is asked as it is written. `Captioner.answer` differs: it cleans questions, as the authors do for VQA. A
-    Q-Former that reads questions reads each one without the turns before it: cleaned, or of an InstructBLIP as written.
+    A question is asked as it is written. `Captioner.answer` differs: it cleans questions, as the authors do for VQA.
+    A connector that reads questions reads each one without the turns before it: cleaned, or of an InstructBLIP as
+    written.
 
     Args:
         captioner: a trained stage 2.

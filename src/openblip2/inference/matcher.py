@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from openblip2.config import RunSettings
 from openblip2.data.images import Picture
-from openblip2.data.text import QFormerTokens, clean_caption
+from openblip2.data.text import BertTokens, clean_caption
 from openblip2.errors import UserError
 from openblip2.evaluate.ranking import rerank, similarities
 from openblip2.hardware import computing
@@ -30,7 +30,7 @@ class Matcher(Pretrained):
     def __init__(
         self,
         model: Stage1,
-        tokens: QFormerTokens,
+        tokens: BertTokens,
         settings: RunSettings,
         carries: frozenset[str] = frozenset(),
         measured: Mapping[str, Any] | None = None,

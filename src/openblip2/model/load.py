@@ -61,7 +61,9 @@ def load_language(
                 config = config.text_config  # of the language part alone
                 options |= {"config": config, "key_mapping": {rf"^{re.escape(prefix)}": ""}}
             if exact_gelu:
-                _set_exact_gelu(name, config)
+                if "dense_act_fn" not in config.to_dict():
+                    raise UserError(f"language.exact_gelu is for T5 models; {name!r} is a {config.model_type!r}")
+                config.dense_act_fn = "gelu"  # FlanT5's own setting is gelu_new, the tanh approximation
                 options |= {"config": config}
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
             loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -103,12 +105,6 @@ def load_language(
     return kind(llm, tokenizer, template, end)
 
 
-def _set_exact_gelu(name: str, config: Any) -> None:
-    if "dense_act_fn" not in config.to_dict():
-        raise UserError(f"language.exact_gelu is for T5 models; {name!r} is a {config.model_type!r}")
-    config.dense_act_fn = "gelu"  # FlanT5's own setting is gelu_new, the tanh approximation
-
-
 def is_encoder_decoder(name: str) -> bool:
     """Which kind a language model is, from its configuration alone.
 
@@ -129,7 +125,6 @@ def load_vision(
     layer: int = -2,
     image_size: int | None = None,
     dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
 ) -> HFVision:
     """Load a frozen image encoder.
 
@@ -141,7 +136,6 @@ def load_vision(
         image_size: Image side in px; by default the side that the model's published preprocessing crops to,
             and without one the side that its position embeddings are made for.
         dtype: Of the weights and of the features.
-        revision: Branch, tag or commit on the hub.
 
     Raises:
         UserError: There is no such model, it is not an image encoder, its weights do not fit, or `HFVision`
@@ -149,8 +143,8 @@ def load_vision(
     """
     source = locate(name)
     with quiet_transformers():
-        encoder = _load_encoder(name, source, dtype, revision)
-        mean, std, published = _read_preprocessing(name, source, revision)
+        encoder = _load_encoder(name, source, dtype)
+        mean, std, published = _read_preprocessing(name, source)
     config: Any = encoder.config
     if image_size is None:
         image_size = published or side_of(config.image_size)
@@ -166,15 +160,15 @@ def last_useful_layer(name: str) -> int:
         UserError: there is no such encoder.
     """
     with quiet_transformers():
-        config, _ = _vision_config(name, locate(name), None)
+        config, _ = _vision_config(name, locate(name))
     return -1 if config.model_type == "blip_2_vision_model" or config.num_hidden_layers == 1 else -2
 
 
-def _load_encoder(name: str, source: str, dtype: torch.dtype, revision: str | None) -> "PreTrainedModel":
+def _load_encoder(name: str, source: str, dtype: torch.dtype) -> "PreTrainedModel":
     import transformers
     from safetensors import SafetensorError
 
-    config, part_of_larger = _vision_config(name, source, revision)
+    config, part_of_larger = _vision_config(name, source)
     # The one vision model that AutoModel does not know; imported only if it is needed, because that takes a second.
     loader: Any = getattr(
         transformers, "Blip2VisionModel" if config.model_type == "blip_2_vision_model" else "AutoModel"
@@ -186,7 +180,6 @@ def _load_encoder(name: str, source: str, dtype: torch.dtype, revision: str | No
             dtype,
             "vision_model." if part_of_larger else "",
             config=config,
-            revision=revision,
             key_mapping={r"^vision_model\.": ""} if part_of_larger else None,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -201,16 +194,17 @@ def _load_encoder(name: str, source: str, dtype: torch.dtype, revision: str | No
     return encoder
 
 
-def _vision_config(name: str, source: str, revision: str | None) -> tuple[Any, bool]:
+def _vision_config(name: str, source: str) -> tuple[Any, bool]:
     """The configuration of the vision part, and whether it is part of a larger model."""
     from transformers import AutoConfig, Blip2VisionConfig
 
-    from openblip2.model import efficientnet  # noqa: F401  (registers itself with AutoConfig and AutoModel)
+    from openblip2.model import encoders
 
+    encoders.register()
     if Path(source).exists() and not Path(source, "config.json").is_file():
         raise UserError(f"image encoder {name!r} is not a model: give a directory with config.json and weights")
     try:
-        config: Any = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"image encoder {name!r} cannot be found: {one_line(error)} "
@@ -225,7 +219,7 @@ def _vision_config(name: str, source: str, revision: str | None) -> tuple[Any, b
     return config, part_of_larger
 
 
-def _read_preprocessing(name: str, source: str, revision: str | None) -> tuple[Triple, Triple, int | None]:
+def _read_preprocessing(name: str, source: str) -> tuple[Triple, Triple, int | None]:
     """Mean, deviation and image side of the published preprocessing; CLIP's if a directory has none."""
     from transformers import ImageProcessingMixin
 
@@ -233,7 +227,7 @@ def _read_preprocessing(name: str, source: str, revision: str | None) -> tuple[T
     if Path(source).is_dir() and not any(Path(source, file).is_file() for file in files):
         return CLIP_MEAN, CLIP_STD, None
     try:
-        fields, _ = ImageProcessingMixin.get_image_processor_dict(source, revision=revision)
+        fields, _ = ImageProcessingMixin.get_image_processor_dict(source)
         side = fields.get("crop_size") if fields.get("do_center_crop") else fields.get("size")
         side = None if side is None else side_of(side)
         if not fields.get("do_normalize", True):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from openblip2.config import RunSettings
 from openblip2.data.batches import PairBatch, Prefetcher, drawn_prompts, joined_ids
 from openblip2.data.records import Record
-from openblip2.data.text import QFormerTokens, question_tokens
+from openblip2.data.text import BertTokens, question_tokens
 from openblip2.data.trained_on import data_digest, write_trained_on
 from openblip2.data.web.mixture import Part
 from openblip2.distributed.collectives import is_first
@@ -124,7 +124,10 @@ def train_stage(
             data = prepare(settings, records, encoder, run, features or run / "features", progress, skipped, held_out)
     if is_first():
         write_trained_on(None if shards else data.records, run)
-    batches = RecordingBatches(prefetched(data, settings), settings.train.accumulate)
+    # Each batch is made while a GPU works on the one before; on a CPU that thread would take cores from the model.
+    steps, accumulate = settings.train.steps, settings.train.accumulate
+    source = data.batches if device().type == "cpu" else Prefetcher(data.batches, steps * accumulate)
+    batches = RecordingBatches(source, accumulate)
     recipe, parts = _stage1 if settings.stage == "stage1" else _stage2, (encoder, language)
     model, losses, validate, sparse = recipe(settings, parts, data, batches, run, progress, last is None)
     # Now that all weights are filled: adapters freeze them. In fine-tuning the model was built with its adapters.
@@ -159,7 +162,7 @@ def _stage1(
     shard(model, settings, device())
     model.to(device())
     tokenizer = tokenizer_to_start(settings) if fine_tunes else bert_tokenizer(settings.qformer.start)
-    tokens = QFormerTokens(tokenizer, settings.data.max_tokens)
+    tokens = BertTokens(tokenizer, settings.data.max_tokens)
     name_long_texts(tokens, data.captions(), run, progress)
     if is_first():
         write_config(run, settings, model.connector.sizes)
@@ -211,7 +214,7 @@ def _stage2(
         try_generation(model.language, model.connector.tokens, settings.language.prompts[0])
     tokens = None
     if settings.qformer.question_in_qformer:
-        tokens = QFormerTokens(tokenizer_to_start(settings), settings.data.max_tokens)
+        tokens = BertTokens(tokenizer_to_start(settings), settings.data.max_tokens)
         form = max(wording.questions, key=len, default=wording.question) if reads_prompts else "{}"
         name_long_texts(tokens, data.questions(form), run, progress)
         if is_first():
@@ -261,14 +264,6 @@ def _stage2(
 
     # Of a Q-Former that reads the question, nothing uses the question's rows of the last layer.
     return model, losses, validate, settings.qformer.question_in_qformer
-
-
-def prefetched(data: Prepared, settings: RunSettings) -> Batches:
-    """The batches, on a GPU each made while the model works on the one before."""
-    # On a CPU the thread would compete with the model for the same cores.
-    if device().type == "cpu":
-        return data.batches
-    return Prefetcher(data.batches, settings.train.steps * settings.train.accumulate)
 
 
 @contextmanager

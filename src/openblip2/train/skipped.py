@@ -15,7 +15,7 @@ from typing import Any
 
 from openblip2.data.batches import PairBatch
 from openblip2.data.records import Record
-from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, QFormerTokens, clean_caption, clean_question, only_unknown
+from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, BertTokens, clean_caption, clean_question, only_unknown
 from openblip2.distributed.collectives import is_first, rank
 from openblip2.errors import UserError
 from openblip2.progress import Progress
@@ -63,7 +63,7 @@ def name_unknown_texts(tokenizer: Any, texts: Sequence[tuple[str, str]], run: Pa
     _name("unknown", unknown, f"{share} and become only {tokenizer.unk_token}", run, progress)
 
 
-def name_long_texts(tokens: QFormerTokens, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
+def name_long_texts(tokens: BertTokens, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
     """Counts and names the texts that are cut at the token limit, as the paper cuts them, and the unknown ones."""
     long = [texts[n] for n in tokens.too_long([text for _, text in texts])]
     _name("cut", long, f"have more than {tokens.longest} tokens and are cut there (data.max_tokens)", run, progress)

@@ -6,13 +6,11 @@ Shapes: V encoder width, L language model width.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from openblip2.compat import quiet_transformers
 from openblip2.config import RunSettings, change
@@ -104,7 +102,9 @@ def assemble(checkpoint: Checkpoint, place: torch.device, precision: str) -> tup
     if settings.stage == "stage1":
         writes = "lm_head.bias" in checkpoint.trained
         stage1 = build_stage1(settings, vision, checkpoint.sizes, writes)
-        fill_trained(stage1, _with_temperature(checkpoint.trained, settings), checkpoint.source)
+        # transformers keeps no temperature; scores do not need it, and without ITG's head there is no training.
+        trained = {"temperature": torch.tensor(settings.stage1.temperature), **checkpoint.trained}
+        fill_trained(stage1, trained, checkpoint.source)
         return stage1.to(place).eval(), settings
     _require_connector(checkpoint, settings)
     language, settings = find_language(checkpoint, settings, dtype, place)
@@ -194,8 +194,3 @@ def _require_connector(checkpoint: Checkpoint, settings: RunSettings) -> None:
             f"{checkpoint.source} holds a connector {min(held)!r}, but the settings name {name!r}: set connector.name "
             "in config.json to the one it was trained with"
         )
-
-
-def _with_temperature(trained: Mapping[str, Tensor], settings: RunSettings) -> Mapping[str, Tensor]:
-    """transformers keeps no temperature; scores do not need it, and without ITG's head there is no training."""
-    return {"temperature": torch.tensor(settings.stage1.temperature), **trained}

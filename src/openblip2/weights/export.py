@@ -41,13 +41,14 @@ def write_huggingface(
         language: of stage 2.
         tokenizer: of a Q-Former that reads text. In the dtypes to be written.
     """
-    from transformers import Blip2Processor, BlipImageProcessorPil, InstructBlipProcessor
+    from transformers import AddedToken, Blip2Processor, BlipImageProcessorPil, InstructBlipProcessor
 
     instructed = checkpoint.settings.qformer.question_in_qformer
     with quiet_transformers():
         notes = _fit_encoder(checkpoint, vision)
         words = tokenizer if language is None else language.tokenizer
-        image_token = _add_image_token(words)
+        words.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
+        image_token = words.convert_tokens_to_ids(IMAGE_TOKEN)
         if language is None:
             model = _retrieval(checkpoint, vision, image_token)
             homeless = {name.split(".")[0] for name in rename(checkpoint.trained, OURS, HF)[1]}
@@ -178,13 +179,6 @@ def _generation(checkpoint: Checkpoint, vision: FrozenVision, language: Language
         language.end[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     )
     return model
-
-
-def _add_image_token(tokenizer: Any) -> int:
-    from transformers import AddedToken
-
-    tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
 
 EXAMPLE = '''"""Text about pictures, with openblip2 for the eyes and transformers or vLLM for the words.
