@@ -65,7 +65,7 @@ def test_what_is_completed_is_what_there_is() -> None:
     from openblip2.apps.demo import DemoPlan
     from openblip2.apps.scenes.vocabulary import WORLDS
     from openblip2.apps.studies.design import STUDIES
-    from openblip2.capfilt.pool import How
+    from openblip2.capfilt.shard import How
     from openblip2.data.features import CACHE_DTYPES
     from openblip2.evaluate.run import Task
     from openblip2.evaluate.vqa import METRICS

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from openblip2.capfilt.models import Models, digest, digests, open_models
-from openblip2.capfilt.pool import How
-from openblip2.capfilt.shard import Made, Maker
+from openblip2.capfilt.shard import How, Made, Maker
 from openblip2.data.web.mixture import count_samples
 from openblip2.data.web.shard_files import expand, is_url, read_stats
 from openblip2.errors import UserError

@@ -188,14 +188,22 @@ def encode_raw(vision: FrozenVision, opened: Sequence[Tensor | str], shape: tupl
         vision.whitening = whitening
 
 
-def openable(records: Sequence[Record], size: int) -> tuple[list[Record], list[str]]:
-    """The records whose pictures can be opened, and one line for each other."""
+def openable(
+    records: Sequence[Record], size: int, advance: Callable[[int], object] = lambda count: None
+) -> tuple[list[Record], list[str]]:
+    """The records whose pictures can be opened, and one line for each other.
+
+    Args:
+        size: that pictures are opened in, in px.
+        advance: called with the number of pictures that were just opened.
+    """
     # Whether a file is a picture is known only when it is decoded.
     good: list[Record] = []
     problems: list[str] = []
     for part, opened in open_batches(records, size):
         problems += [picture for picture in opened if isinstance(picture, str)]
         good += [record for record, picture in zip(part, opened, strict=True) if isinstance(picture, Tensor)]
+        advance(len(part))
     return good, problems
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
-from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
+from openblip2.data.batches import Batches, FeaturePairs, ImagePairs
 from openblip2.data.features import FeatureCache, Features, StoredFeatures, find_records
 from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Answers, Captions, Instructions, Samples, fewer_negations
@@ -43,16 +43,14 @@ class Prepared:
     """What a run trains and validates on.
 
     Attributes:
-        batches: Training batches of this process by number.
-        joined: Those of all processes together.
+        batches: Training batches of this process by number, and those of all processes together (`joined`).
         records: The pictures to train on; none with shards.
         held_out: The pictures to validate on.
         held_out_features: Their features as the image encoder now is: other ones whenever it trains.
         samples: How many samples shards have.
     """
 
-    batches: Callable[[int], PairBatch]
-    joined: Callable[[int], PairBatch]
+    batches: Batches | ShardPairs
     records: Sequence[Record]
     held_out: Sequence[Record]
     held_out_features: Callable[[], Features]
@@ -122,7 +120,7 @@ def prepare(
         _require_enough(held, trained, settings, skip)
         # Features change with the encoder, so that pictures are opened in every step.
         pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, **how)
-        return Prepared(pairs, pairs.joined, trained, held, lambda: encode_now(vision, held))
+        return Prepared(pairs, trained, held, lambda: encode_now(vision, held))
 
     # Evenly spread; never of the held-out pictures.
     sample = trained[:: -(-len(trained) // WHITENING_PICTURES)]
@@ -150,13 +148,13 @@ def prepare(
     # With crops in the user's cache no picture has to be opened in training.
     if augment and not settings.data.features:
         pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, **how)
-        return Prepared(pairs, pairs.joined, trained, held_features.records, lambda: held_features)
+        return Prepared(pairs, trained, held_features.records, lambda: held_features)
     features = stored(trained)
     _require_enough(held_features.records, features.records, settings, skip)
     if batch > len(features.records) and settings.task != "vqa":
         progress.say(f"train.batch={batch}: only {len(features.records)} training pictures, so batches have that many")
     pairs = FeaturePairs(features, samples_of(features.records), batch, seed, **how)
-    return Prepared(pairs, pairs.joined, features.records, held_features.records, lambda: held_features)
+    return Prepared(pairs, features.records, held_features.records, lambda: held_features)
 
 
 def prepare_shards(
@@ -216,11 +214,11 @@ def prepare_shards(
     if settings.vision.whiten:
         vision.whitening = whitening_of_run(settings, run, lambda: _first_features(vision, pairs)).to(device())
     if settings.vision.trained:
-        return Prepared(pairs, pairs.joined, [], held, lambda: encode_now(vision, held), samples)
+        return Prepared(pairs, [], held, lambda: encode_now(vision, held), samples)
     # A frozen encoder gives the same features in each validation.
     with torch.no_grad():
         held_features = encode_now(vision, held)
-    return Prepared(pairs, pairs.joined, [], held, lambda: held_features, samples)
+    return Prepared(pairs, [], held, lambda: held_features, samples)
 
 
 def hold_out(records: Sequence[Record], settings: RunSettings) -> tuple[list[Record], list[Record]]:

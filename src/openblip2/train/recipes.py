@@ -281,7 +281,7 @@ def some_pairs(
     """Features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
     # The batches of all processes together: each process solves the same equations, and nothing has to be sent.
     for number in range(-(-min(most, data.pictures) // settings.train.batch)):
-        batch = data.joined(number)
+        batch = data.batches.joined(number)
         yield see(model.vision, **on_device(batch)), batch.captions
 
 

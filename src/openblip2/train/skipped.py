@@ -76,13 +76,8 @@ def name_wordy_texts(records: Sequence[Record], run: Path, progress: Progress) -
     texts = [(r.id, clean_caption(text, len(text)), text) for r in records for text in r.captions]
     texts += [(r.id, clean_question(q.text, len(q.text)), q.text) for r in records for q in r.questions]
     long = [(picture, text) for picture, whole, text in texts if clean_caption(whole) != whole]
-    _name(
-        "cut",
-        long,
-        f"have more than {MAX_WORDS} words or {MAX_CHARACTERS:,} characters and are cut there",
-        run,
-        progress,
-    )
+    what = f"have more than {MAX_WORDS} words or {MAX_CHARACTERS:,} characters and are cut there"
+    _name("cut", long, what, run, progress)
 
 
 def _name(key: str, texts: Sequence[tuple[str, str]], what: str, run: Path, progress: Progress) -> None:
