@@ -5,6 +5,7 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without these there is one process, and n
 """
 
 import atexit
+import json
 import os
 import threading
 import time
@@ -98,12 +99,16 @@ def from_first(value: int) -> int:
 
 
 def from_all(value: Any) -> list[Any]:
-    """The values of all processes, in the order of ranks."""
+    """The values of all processes, in the order of ranks; they are sent as JSON."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value, group=patient_group())
-    return values
+    text = torch.frombuffer(bytearray(json.dumps(value).encode("ascii")), dtype=torch.uint8)
+    (longest,) = highest([len(text)])
+    padded = torch.full((longest,), ord(" "), dtype=torch.uint8)
+    padded[: len(text)] = text
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(parts, padded, group=patient_group())
+    return [json.loads(bytes(part.tolist())) for part in parts]
 
 
 def wait_for_all() -> None:
