@@ -4,7 +4,7 @@ RUN/config.json          the resolved settings, with the versions that made it
 RUN/model.safetensors    the trained parts, by name (the frozen ones are named in config.json), adapters among them
 RUN/whitening.safetensors  what the frozen features are whitened by, if they are
 RUN/tokenizer/           the connector's tokenizer, where it reads text
-RUN/trained_on.txt       which pictures it was trained on (data/trained_on.py)
+RUN/trained_on.txt       which pictures it was trained on (train/bookkeeping.py)
 RUN/log.jsonl            one line for each step and each validation
 RUN/resume/              the last checkpoints of an unfinished run (train/resume.py)
 """

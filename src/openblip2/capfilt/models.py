@@ -201,7 +201,7 @@ def _captioner(name: str) -> str:
     if settings.stage == "stage1":
         raise UserError(f"--captioner {name} is a stage-1 run, which cannot write text; give a stage-2 run")
     if settings.reads_text and not settings.reads_prompts:
-        raise UserError(f"--captioner {name} answers questions, which its connector reads; give a run for captions")
+        raise UserError(f"--captioner {name} answers questions, which its Q-Former reads; give a run for captions")
     return _of_run(name, settings)
 
 

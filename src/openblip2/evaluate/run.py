@@ -15,7 +15,6 @@ from openblip2 import __version__
 from openblip2.data.images import RESIZE
 from openblip2.data.records import Record
 from openblip2.data.sources import Source
-from openblip2.data.trained_on import pictures_trained_on
 from openblip2.errors import UserError
 from openblip2.evaluate.caption import score_captions
 from openblip2.evaluate.pointing import score_pointing
@@ -30,6 +29,7 @@ from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.runs import make_folder, read_config
+from openblip2.train.bookkeeping import pictures_trained_on
 from openblip2.train.encode import openable
 from openblip2.train.parameters import saved_parameters
 

@@ -29,9 +29,9 @@ from openblip2.errors import UserError
 from openblip2.hardware import device
 from openblip2.model.vision import FrozenVision
 from openblip2.progress import Progress
+from openblip2.train.bookkeeping import Skipped, name_wordy_texts
 from openblip2.train.encode import encode_now, make_cache, open_cache, openable, whitened
 from openblip2.train.parameters import whitening_of_run
-from openblip2.train.skipped import Skipped, name_wordy_texts
 
 HELD_OUT = "held_out"
 ASKING = ("vqa", "instruct")  # tasks that need questions
@@ -86,7 +86,7 @@ def prepare(
     Of several processes the first one calls this first, and writes; the others then read what it has written.
 
     Args:
-        run: The run's folder; what is left out is named in its `skipped.jsonl` (`train/skipped.py`).
+        run: The run's folder; what is left out is named in its `skipped.jsonl` (`train/bookkeeping.py`).
         cache_folder: Where features are kept, in a cache that is made if it is not there; `data.features` goes first.
         skipped: One line for each sample that was left out before.
         held_out: The pictures to validate on; None = a share of the records.

@@ -15,7 +15,6 @@ from openblip2.config import RunSettings
 from openblip2.data.batches import PairBatch, Prefetcher, drawn_prompts, joined_ids
 from openblip2.data.records import Record
 from openblip2.data.text import BertTokens, question_tokens
-from openblip2.data.trained_on import data_digest, write_trained_on
 from openblip2.data.web.mixture import Part
 from openblip2.distributed.collectives import is_first
 from openblip2.distributed.data_parallel import shard
@@ -43,10 +42,16 @@ from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import FrozenVision, Vision, frozen_vision
 from openblip2.progress import Progress
 from openblip2.runs import make_folder, write_config
+from openblip2.train.bookkeeping import (
+    RecordingBatches,
+    data_digest,
+    name_long_texts,
+    name_unknown_texts,
+    write_trained_on,
+)
 from openblip2.train.loop import fit, joint_draws
 from openblip2.train.prepare import ASKING, Prepared, prepare, prepare_shards
 from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same
-from openblip2.train.skipped import RecordingBatches, name_long_texts, name_unknown_texts
 from openblip2.train.start import (
     fine_tune_from,
     require_start,

@@ -16,8 +16,8 @@ from openblip2.model.language import LanguageModel
 from openblip2.model.template import resolve_template
 from openblip2.model.vision import FrozenVision
 from openblip2.weights.checkpoint import Checkpoint
-from openblip2.weights.huggingface import FRAME, FRAMED, HF, IMAGE_TOKEN, INSTRUCTBLIP, OURS, usual_template
-from openblip2.weights.names import rename
+from openblip2.weights.huggingface import FRAME, FRAMED, IMAGE_TOKEN, usual_template
+from openblip2.weights.names import HF, INSTRUCTBLIP, OURS, rename
 from openblip2.weights.run import write_run
 
 
@@ -46,7 +46,7 @@ def write_huggingface(
     instructed = checkpoint.settings.qformer.question_in_qformer
     with quiet_transformers():
         notes = _fit_encoder(checkpoint, vision)
-        words = tokenizer if language is None else language.tokenizer
+        words: Any = tokenizer if language is None else language.tokenizer
         words.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
         image_token = words.convert_tokens_to_ids(IMAGE_TOKEN)
         if language is None:
