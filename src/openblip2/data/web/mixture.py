@@ -63,6 +63,7 @@ class Part:
 
 class _Row(BaseModel, extra="forbid", strict=True):
     shards: str
+    reader: str = ""  # of earlier versions; all data sets are now read alike
     weight: Annotated[int, Field(ge=1)] = 1
 
 
