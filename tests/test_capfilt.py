@@ -14,10 +14,10 @@ import transformers as hf
 
 import tiny_capfilt
 import tiny_runs
+from openblip2.capfilt import capfilt
 from openblip2.capfilt import shard as shard_module
 from openblip2.capfilt.models import ClipRanker, Models, RunRanker, digests, open_models
-from openblip2.capfilt.pool import How, Text, best, pool
-from openblip2.capfilt.run import capfilt
+from openblip2.capfilt.shard import How, Text, best, pool
 from openblip2.data.images import PictureFile, open_picture
 from openblip2.data.text import clean_caption
 from openblip2.data.web.mixture import count_parts, read_parts

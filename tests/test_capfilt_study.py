@@ -11,7 +11,7 @@ import tiny_runs
 from openblip2.apps.studies import frame, web
 from openblip2.apps.studies.ablations import ablate
 from openblip2.apps.studies.study import Plan
-from openblip2.capfilt.pool import How
+from openblip2.capfilt.shard import How
 from openblip2.config import change
 from openblip2.data.records import Record
 from openblip2.errors import UserError

@@ -15,14 +15,14 @@ import tiny_models
 from openblip2 import cli
 from openblip2.commands import use
 from openblip2.config import RunSettings, change
-from openblip2.data.text import QFormerTokens
+from openblip2.data.text import BertTokens
 from openblip2.errors import UserError
 from openblip2.inference.captioner import ANSWER, Captioner
 from openblip2.inference.chat import Chat
-from openblip2.model.context import context_of
 from openblip2.model.language import DecoderLM, Decoding
 from openblip2.model.stage2 import Stage2
 from openblip2.model.template import PAPER_TEMPLATE, dialogue, resolve_template
+from openblip2.model.token_rows import context_of
 from openblip2.presets import with_examples
 from tiny import Q
 
@@ -58,7 +58,7 @@ def captioner(
     changes = {"language.question": question, "language.template": template, "train.precision": "fp32"}
     settings = change(RunSettings(stage="stage2"), changes)
     vocabulary = {word: n for n, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "what", "is", "red"])}
-    tokens = QFormerTokens(hf.BertTokenizer(vocab=vocabulary)) if reads else None
+    tokens = BertTokens(hf.BertTokenizer(vocab=vocabulary)) if reads else None
     return Captioner(model.eval(), settings, tokens=tokens)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from openblip2.config import RENAMED, RunSettings, change, from_dict, to_dict
+from openblip2.config import RENAMED, RunSettings, change, from_dict
 from openblip2.errors import UserError
 from openblip2.presets import PRESETS, preset
 
@@ -21,7 +21,7 @@ def refusal(changes: dict[str, Any]) -> str:
 
 
 def test_old_names_of_settings_are_read_in_a_run_and_refused_in_a_command() -> None:
-    values = to_dict(RunSettings())
+    values = dataclasses.asdict(RunSettings())
     del values["stage1"]["detach_gathered"], values["stage1"]["itm_start_step"]
     values["stage1"] |= {"one_sided": True, "matching_from": 7}
     found = from_dict(values)
@@ -35,7 +35,7 @@ def test_old_names_of_settings_are_read_in_a_run_and_refused_in_a_command() -> N
 
 def test_every_old_name_means_a_setting_of_today() -> None:
     for old, new in RENAMED.items():
-        values = to_dict(RunSettings())
+        values = dataclasses.asdict(RunSettings())
         section, name = old.split(".")
         values[section][name] = values[section].pop(new.split(".")[1])
         assert from_dict(values) == RunSettings()
@@ -43,7 +43,7 @@ def test_every_old_name_means_a_setting_of_today() -> None:
 
 
 def test_a_setting_that_is_gone_is_ignored_in_a_run_and_refused_in_a_command() -> None:
-    values = to_dict(RunSettings())
+    values = dataclasses.asdict(RunSettings())
     values["qformer"] |= {"cross_attention_std": 0.08, "self_attention_scale": 1.0, "queries": 16}
     assert from_dict(values) == change(RunSettings(), {"qformer.queries": 16})
     values["qformer"]["self_attention_scale"] = 0.1
@@ -81,8 +81,8 @@ def test_text_is_read_as_its_fields_type(name: str, text: str, value: object) ->
         found = getattr(found, part)
     assert found == value
     assert type(found) is type(value)
-    before = to_dict(RunSettings())
-    after = to_dict(changed)
+    before = dataclasses.asdict(RunSettings())
+    after = dataclasses.asdict(changed)
     section, _, field = name.partition(".")
     (after[section] if field else after)[field or section] = (before[section] if field else before)[field or section]
     assert after == before  # nothing else has moved
@@ -151,13 +151,13 @@ def test_settings_are_frozen() -> None:
 def test_presets_are_valid_and_pass_through_json(stage: str, name: str) -> None:
     settings = preset(stage, name)
     assert settings.stage == stage
-    again = from_dict(json.loads(json.dumps(to_dict(settings))))
+    again = from_dict(json.loads(json.dumps(dataclasses.asdict(settings))))
     assert again == settings
     assert change(settings, {}) == settings
 
 
 def test_unknown_and_missing_values_of_a_file() -> None:
-    values = to_dict(RunSettings())
+    values = dataclasses.asdict(RunSettings())
     values["optim"]["momentum"] = 0.9
     with pytest.raises(UserError, match=r"optim\.momentum"):
         from_dict(values)

@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 
 import tiny_models
 import tiny_runs
-from openblip2.data.text import QFormerTokens
+from openblip2.data.text import BertTokens
 from openblip2.model.template import Turns, dialogue, split_control_tokens
 from openblip2.model.token_rows import text_ids
 from tiny_models import BOS, EOS, PAD, language
@@ -68,11 +68,11 @@ def test_a_dialogue_has_only_the_chat_templates_own() -> None:
 
 def test_the_q_formers_texts_have_none(tmp_path: Path) -> None:
     words = hf.BertTokenizer.from_pretrained(str(tiny_runs.bert(tmp_path / "bert")))
-    tokens = QFormerTokens(words)
+    tokens = BertTokens(words)
     ((*row,),) = tokens(["a [SEP] dog [CLS] [MASK] [PAD]"])[0].tolist()
     assert row[0] == words.cls_token_id
     assert row.count(words.sep_token_id) == row.count(words.cls_token_id) == 1
     assert row[-1] == words.sep_token_id
     assert words.mask_token_id not in row
     assert words.pad_token_id not in row
-    assert QFormerTokens(words, 8).too_long(["[SEP] " * 4]) == [0]
+    assert BertTokens(words, 8).too_long(["[SEP] " * 4]) == [0]

@@ -16,8 +16,8 @@ import tiny
 from openblip2.distributed import collectives
 from openblip2.distributed.collectives import Share, gather, rank, transpose, world_size
 from openblip2.errors import UserError
+from openblip2.model.fast.gradient_cache import step_losses
 from openblip2.model.fast.joined_batch import share_texts
-from openblip2.model.fast.step import step_losses
 from openblip2.model.objectives import HardNegatives, same_image
 from processes import mean, mean_gradients, run
 from tiny import E

@@ -24,7 +24,7 @@ from openblip2.distributed.data_parallel import (
     shard,
 )
 from openblip2.errors import UserError
-from openblip2.model.fast.step import step_losses
+from openblip2.model.fast.gradient_cache import step_losses
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import HFVision

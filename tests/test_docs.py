@@ -45,7 +45,7 @@ BELOW = {
 BELOW["inference"] = BELOW["weights"] | {"weights"}
 BELOW["capfilt"] = BELOW["inference"] | {"inference"}
 # Modules of `evaluate/` that use trained runs; the others are metrics, which training imports.
-TASKS = {"caption", "vqa", "retrieval", "pointing", "protocol", "result", "partial_texts", "run"}
+TASKS = {"caption", "vqa", "retrieval", "pointing", "result", "run"}
 BELOW["tasks"] = BELOW["inference"] | {"inference"}
 
 

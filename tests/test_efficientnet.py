@@ -14,7 +14,7 @@ import tiny
 from openblip2.data.images import to_pixels
 from openblip2.errors import UserError
 from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig, convolution
-from openblip2.model.load_vision import last_useful_layer, load_vision
+from openblip2.model.load import last_useful_layer, load_vision
 from openblip2.model.vision import HFVision
 
 STAGES = [(1, 3, 1, 1, 4), (2, 5, 2, 3, 6), (2, 3, 1, 2, 7)]

@@ -14,7 +14,6 @@ import tiny
 import tiny_runs
 from openblip2.data.records import Record, read_records
 from openblip2.data.sources import read_source
-from openblip2.data.trained_on import picture_digest, pictures_trained_on, write_trained_on
 from openblip2.errors import UserError
 from openblip2.evaluate.intervals import mean_interval
 from openblip2.evaluate.ranking import best_images, best_texts, match_candidates, recalls, rerank
@@ -25,6 +24,7 @@ from openblip2.inference.matcher import Matcher
 from openblip2.model.objectives import similarity
 from openblip2.model.stage1 import Stage1
 from openblip2.progress import Progress
+from openblip2.train.bookkeeping import picture_digest, pictures_trained_on, write_trained_on
 from openblip2.train.encode import write_features
 from openblip2.train.recipes import train_stage
 from test_fine_tuning import recipe, tuning

@@ -18,14 +18,12 @@ from openblip2.config import RunSettings, change
 from openblip2.data.batches import PairBatch, Prefetcher
 from openblip2.errors import UserError
 from openblip2.hardware import attention_kernel, computing
-from openblip2.model import output_head
+from openblip2.model.blocks import compile_blocks
 from openblip2.model.build import set_speed
 from openblip2.model.decoding import Decoding
 from openblip2.model.fast import chunked_loss
-from openblip2.model.fast.chunked_loss import chunked_cross_entropy
-from openblip2.model.fast.compiled import compile_blocks
+from openblip2.model.fast.chunked_loss import chunked_cross_entropy, ends_in_head
 from openblip2.model.lora import add_lora
-from openblip2.model.output_head import ends_in_head
 from openblip2.model.qformer import QFormer, bidirectional_mask
 from openblip2.model.stage1 import Stage1
 from openblip2.train.parameters import saved_parameters
@@ -188,7 +186,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 7 rows wherever the losses use them."""
     in_chunks = functools.partial(chunked_cross_entropy, chunk=7)
     monkeypatch.setattr("openblip2.model.stage1.chunked_cross_entropy", in_chunks)
-    monkeypatch.setattr("openblip2.model.output_head.chunked_cross_entropy", in_chunks)
+    monkeypatch.setattr("openblip2.model.fast.chunked_loss.chunked_cross_entropy", in_chunks)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -274,7 +272,9 @@ def test_an_adapted_output_embedding_computes_for_itself() -> None:
 def test_logits_of_scored_positions_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = stage2(kind), []
     monkeypatch.setattr(
-        output_head, "chunked_cross_entropy", lambda *given: rows.append(len(given[0])) or chunked_cross_entropy(*given)
+        chunked_loss,
+        "chunked_cross_entropy",
+        lambda *given: rows.append(len(given[0])) or chunked_cross_entropy(*given),
     )
     head: Any = model.language.llm.get_output_embeddings()
     made: list[int] = []

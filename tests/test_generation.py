@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 import tiny_models
 from openblip2.model.language import DecoderLM, Decoding, LanguageModel
 from openblip2.model.likelihood import text_logprobs
-from openblip2.model.load_language import load_language
+from openblip2.model.load import load_language
 from tiny import Q
 from tiny_models import EOS, NEWLINE, PAD, WORDS, L, W, constant, embed, ids, language, soft_prompts
 

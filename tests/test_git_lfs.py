@@ -10,8 +10,7 @@ import tiny_runs
 from openblip2 import load
 from openblip2.data.images import PictureFile, open_picture
 from openblip2.errors import UserError, refuse_lfs_pointer
-from openblip2.model.load_language import is_encoder_decoder, load_language
-from openblip2.model.load_vision import load_vision
+from openblip2.model.load import is_encoder_decoder, load_language, load_vision
 from openblip2.runs import read_json, read_tensors
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"

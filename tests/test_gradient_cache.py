@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 import tiny
 import tiny_models
-from openblip2.model.fast.gradient_cache import stage1_losses, stage2_losses
-from openblip2.model.fast.step import step_losses
+from openblip2.model.fast.gradient_cache import stage1_losses, stage2_losses, step_losses
 from openblip2.model.objectives import HardNegatives, matching, same_image
 from openblip2.model.stage1 import Stage1, itm_pairs
 from openblip2.model.stage2 import Stage2

@@ -18,7 +18,7 @@ from openblip2.data.batches import Batches, FeaturePairs, batch_generator
 from openblip2.data.records import Question, Record, read_records
 from openblip2.data.samples import Instructions
 from openblip2.data.sources import read_source
-from openblip2.data.text import QFormerTokens
+from openblip2.data.text import BertTokens
 from openblip2.errors import UserError
 from openblip2.evaluate.run import Options, evaluate
 from openblip2.inference.captioner import ANSWER, CAPTION, Captioner
@@ -117,7 +117,7 @@ def test_control_tokens_in_questions_stay_text(tmp_path: Path) -> None:
     words = hf.BertTokenizer.from_pretrained(str(tiny_runs.bert(tmp_path / "bert")))
     for instruction in instructions:
         assert evil.text in instruction
-        ((*row,),) = QFormerTokens(words, 40)([instruction])[0].tolist()
+        ((*row,),) = BertTokens(words, 40)([instruction])[0].tolist()
         assert row.count(words.sep_token_id) == row.count(words.cls_token_id) == 1
         model: Any = language("opt")
         own = [one for one in model._head("", 2) if one in CONTROL]

@@ -35,9 +35,9 @@ from openblip2.model.language import Decoding
 from openblip2.presets import fine_tuning
 from openblip2.progress import Progress
 from openblip2.train.recipes import train_stage
+from openblip2.weights.assemble import _FILES
 from openblip2.weights.checkpoint import Parts
 from openblip2.weights.run import read_run
-from openblip2.weights.source import _FILES
 from test_parity import (
     CAPTIONS,
     DECODINGS,

@@ -24,8 +24,8 @@ from lives import AT, PHASE, SLOW_IMPORTS, Lives
 from openblip2.data.batches import PairBatch, Sampler
 from openblip2.data.records import read_records
 from openblip2.train import loop
+from openblip2.train.bookkeeping import RecordingBatches
 from openblip2.train.recipes import train_stage
-from openblip2.train.skipped import RecordingBatches
 from test_training import log_of, quiet, recipe
 
 SOURCE = str(Path(openblip2.__file__).parents[1])

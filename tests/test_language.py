@@ -13,7 +13,6 @@ from torch import Tensor
 import tiny_models
 from openblip2.errors import UserError
 from openblip2.model import prompt_cache
-from openblip2.model.context import _cut, fit_rows, require_room
 from openblip2.model.decoding import try_generation
 from openblip2.model.language import (
     IGNORED,
@@ -21,9 +20,9 @@ from openblip2.model.language import (
     Decoding,
     split_caption,
 )
-from openblip2.model.load_language import load_language
+from openblip2.model.load import load_language
 from openblip2.model.template import dialogue, resolve_template
-from openblip2.model.token_rows import SOFT
+from openblip2.model.token_rows import SOFT, _cut, fit_rows, require_room
 from openblip2.presets import with_examples
 from tiny import Q
 from tiny_models import LM_HEADS, NEWLINE, L, W, constant, embed, ids, language, soft_prompts

@@ -64,7 +64,7 @@ def test_what_is_completed_is_what_there_is() -> None:
     from openblip2.apps.demo import DemoPlan
     from openblip2.apps.scenes.vocabulary import WORLDS
     from openblip2.apps.studies.design import STUDIES
-    from openblip2.capfilt.pool import How
+    from openblip2.capfilt.shard import How
     from openblip2.data.features import CACHE_DTYPES
     from openblip2.evaluate.run import Task
     from openblip2.evaluate.vqa import METRICS
@@ -211,7 +211,7 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "prepare": ("data.web.write_shards.write_shards", ("{data}", "--out", "{out}"), "out"),
     "capfilt": (
-        "capfilt.run.capfilt",
+        "capfilt.capfilt",
         ("{data}", "--captioner", "{stage2}", "--ranker", "{stage1}", "--out", "{out}"),
         "out",
     ),
@@ -220,7 +220,7 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
     "bench-real": ("apps.studies.real.bench_real", ("--out", "{out}"), "out"),
     "ablate": ("apps.studies.ablations.ablate", ("itg", "--out", "{out}"), "out"),
     "demo": ("apps.demo.run_demo", ("--out", "{out}"), "out"),
-    "plan": ("plan.plan.make_plan", ("--preset", "stage1-vit-g", "--gpus", "H100"), ""),
+    "plan": ("plan.make_plan", ("--preset", "stage1-vit-g", "--gpus", "H100"), ""),
 }
 
 

@@ -9,7 +9,7 @@ import transformers as hf
 from safetensors.torch import load_file
 
 import tiny_models
-from openblip2.model.mapped import load_in
+from openblip2.model.precision import load_in
 
 LOADERS: dict[str, Any] = {
     "llama": hf.AutoModelForCausalLM,

@@ -27,9 +27,9 @@ from openblip2.inference.matcher import Matcher
 from openblip2.presets import preset
 from openblip2.progress import Progress
 from openblip2.runs import locked, require_absent
+from openblip2.train.bookkeeping import Skipped
 from openblip2.train.prepare import _require_enough, hold_out
 from openblip2.train.resume import require_new
-from openblip2.train.skipped import Skipped
 from test_cli import SOURCE, Home, Said, call, home
 
 __all__ = ["home"]

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import tiny_runs
-from openblip2.data.official import _recognised
-from openblip2.data.official import read_official as read_file
-from openblip2.data.official.annotations import Pictures
+from openblip2.data.annotations import Pictures
 from openblip2.data.records import Question, Record
+from openblip2.data.sources import _recognised
+from openblip2.data.sources import read_official as read_file
 from openblip2.errors import UserError
 
 # Pictures of every set under one roof; what is in them does not matter, reading annotations opens none.

@@ -21,7 +21,7 @@ from openblip2.config import change
 from openblip2.errors import UserError
 from openblip2.model.qformer import QFormer, bidirectional_mask, unimodal_mask
 from openblip2.model.stage1 import Stage1
-from openblip2.plan.plan import Meter, make_plan
+from openblip2.plan import Meter, make_plan
 from openblip2.presets import preset
 
 G = 1e9
@@ -280,7 +280,7 @@ def test_what_cannot_be_planned_is_said_in_a_line(options: list[str], word: str)
 
 
 def test_the_documents_example_is_what_is_printed(vit_g: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openblip2.plan.plan.make_plan", lambda *_: json.loads(json.dumps(vit_g)))  # counted once
+    monkeypatch.setattr("openblip2.plan.make_plan", lambda *_: json.loads(json.dumps(vit_g)))  # counted once
     text = (Path(__file__).parents[1] / "docs" / "planning.md").read_text(encoding="utf-8")
     (command,) = [line for line in text.splitlines() if line.startswith("openblip2 plan --preset stage1-vit-g")]
     shown = text.split("```text\n")[1].split("```")[0]

@@ -19,7 +19,7 @@ from openblip2.data.features import FeatureCache
 from openblip2.errors import UserError
 from openblip2.model.build import build_stage2, build_vision, parts_table
 from openblip2.model.language import Decoding, LanguageModel
-from openblip2.model.load_language import load_language
+from openblip2.model.load import load_language
 from openblip2.model.lora import add_lora, merge_lora
 from openblip2.model.precision import DTYPES
 from openblip2.model.vision import HFVision

@@ -10,8 +10,7 @@ import pytest
 import openblip2
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_sizes, bert_tokenizer
-from openblip2.model.load_language import is_encoder_decoder, load_language
-from openblip2.model.load_vision import load_vision
+from openblip2.model.load import is_encoder_decoder, load_language, load_vision
 from openblip2.weights.huggingface import _tokenizer
 
 CODE = """

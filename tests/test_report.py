@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +15,6 @@ from PIL import Image
 
 from openblip2.apps.report.goals import goals, percent
 from openblip2.apps.report.pages import chart, duration, smooth, write_report
-from openblip2.config import to_dict
 from openblip2.evaluate.health import ITM_CHANCE
 from openblip2.presets import preset
 
@@ -151,7 +151,7 @@ def logs(tmp_path: Path) -> list[Path]:
     for stage, losses in (("stage1", ("itc", "itm", "itg")), ("stage2", ("lm",))):
         run = tmp_path / stage
         run.mkdir()
-        (run / "config.json").write_text(json.dumps({"settings": to_dict(preset(stage, "laptop"))}))
+        (run / "config.json").write_text(json.dumps({"settings": asdict(preset(stage, "laptop"))}))
         rows: list[dict[str, Any]] = [
             {"step": n, "loss": 9.0, "lr": 1e-4} | {name: 3 / n for name in losses} for n in range(1, 121)
         ]

@@ -24,7 +24,7 @@ from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.model.build import CONNECTORS
 from openblip2.model.connector import Connector, Question
-from openblip2.plan.plan import make_plan
+from openblip2.plan import make_plan
 from openblip2.presets import fine_tuning, preset
 from openblip2.train.recipes import train_stage
 from openblip2.weights.convert import convert

@@ -12,10 +12,10 @@ import processes
 import tiny_runs
 from openblip2.data.batches import joined_ids
 from openblip2.data.records import read_records
-from openblip2.data.trained_on import pictures_trained_on
 from openblip2.data.web.mixture import count_parts, read_parts
 from openblip2.data.web.pairs import ShardPairs
 from openblip2.train import loop
+from openblip2.train.bookkeeping import pictures_trained_on
 from test_cli import call
 from tiny_shards import sample, write_shard
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from openblip2.errors import UserError
-from openblip2.model.load_vision import load_vision
+from openblip2.model.load import load_vision
 from openblip2.model.vision import CLIP_MEAN, CLIP_STD, HFVision
 
 SIZES: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2}

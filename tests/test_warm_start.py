@@ -8,7 +8,7 @@ from torch import Tensor
 
 import tiny
 import tiny_models
-from openblip2.data.text import QFormerTokens
+from openblip2.data.text import BertTokens
 from openblip2.evaluate.ranking import recalls, similarities
 from openblip2.model.qformer import Attention, Layer, QFormer
 from openblip2.model.stage2 import Stage2
@@ -143,7 +143,7 @@ def test_stage_1_finds_unseen_pictures_before_its_first_step() -> None:
             for rows in torch.arange(300).split(50):
                 yield pictures[rows], [str(int(row)) for row in rows]
 
-        class Rows(QFormerTokens):
+        class Rows(BertTokens):
             def __init__(self) -> None: ...
 
             def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,8 @@ from openblip2.inference.captioner import greedy
 from openblip2.model.language import Decoding
 from openblip2.model.stage1 import Stage1
 from openblip2.runs import locked
+from openblip2.weights.assemble import read_checkpoint
 from openblip2.weights.checkpoint import Parts
-from openblip2.weights.source import read_checkpoint
 
 HEADS = tiny.HEADS
 SHORT = greedy(Decoding(max_new_tokens=6))
@@ -230,11 +230,11 @@ def wide_cross_attention(width: int) -> dict[str, Tensor]:
 
 def test_names_of_lavis_at_full_size() -> None:
     """Stage 1 has 346 keys without the encoder."""
-    from openblip2.weights.names import column, rename
+    from openblip2.weights.names import LAVIS, OURS, rename
 
     with torch.device("meta"):
         model = Stage1(openblip2.QFormer())
-    names, without = rename((name for name, _ in model.named_parameters()), 0, column("lavis"))
+    names, without = rename((name for name, _ in model.named_parameters()), OURS, LAVIS)
     assert without == []
     extra = 3  # the buffer of positions, and the tied decoder's weight and bias
     assert len(names) + extra == 346

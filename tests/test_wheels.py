@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from openblip2.errors import UserError
-from openblip2.model.load_vision import load_vision
+from openblip2.model.load import load_vision
 from openblip2.model.wheels import WHEELS, Wheel, cache_directory, locate, materialise
 
 

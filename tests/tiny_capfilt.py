@@ -8,9 +8,9 @@ import torch
 import transformers as hf
 
 import tiny_runs
+from openblip2.capfilt import Finished, capfilt
 from openblip2.capfilt.models import Models
-from openblip2.capfilt.pool import How
-from openblip2.capfilt.run import Finished, capfilt
+from openblip2.capfilt.shard import How
 from openblip2.progress import Progress
 from test_cli import call
 from tiny_shards import sample, write_shard

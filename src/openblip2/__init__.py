@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from openblip2.inference.matcher import Matcher
     from openblip2.model.connector import Connector
     from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM
-    from openblip2.model.load_language import load_language
-    from openblip2.model.load_vision import load_vision
+    from openblip2.model.load import load_language, load_vision
     from openblip2.model.qformer import QFormer
     from openblip2.model.stage1 import Stage1
     from openblip2.model.stage2 import Stage2
@@ -56,8 +55,8 @@ _HOME = {
     "change": "config",
     "convert": "weights.convert",
     "load": "inference.load",
-    "load_language": "model.load_language",
-    "load_vision": "model.load_vision",
+    "load_language": "model.load",
+    "load_vision": "model.load",
     "preset": "presets",
     "read_records": "data.records",
     "train_stage": "train.recipes",

@@ -248,7 +248,7 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
 
 
 def from_dict(values: Mapping[str, Any]) -> RunSettings:
-    """Settings from plain values, as `to_dict` or a run's `config.json` gives them.
+    """Settings from plain values, as `dataclasses.asdict` or a run's `config.json` gives them.
 
     Names of earlier versions are read, too (`RENAMED`, `REMOVED`).
 
@@ -274,11 +274,6 @@ def from_dict(values: Mapping[str, Any]) -> RunSettings:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise UserError(f"setting {name}={first['input']!r}: {first['msg'].lower()}") from error
-
-
-def to_dict(config: RunSettings) -> dict[str, Any]:
-    """Plain values, ready for JSON."""
-    return asdict(config)
 
 
 def _names(section: Any, prefix: str = "") -> list[str]:

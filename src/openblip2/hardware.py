@@ -1,8 +1,6 @@
 """What depends on the hardware: device, precision, attention kernel, memory allocator."""
 
 import ctypes
-import platform
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -41,16 +39,16 @@ def _cpu_vendor() -> str:
     """As the CPU names its maker, where the system says so: "GenuineIntel", "AuthenticAMD"."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # no Linux: the name of the processor ends with it on Windows
-        return platform.processor().split(", ")[-1]
+    except OSError:  # no Linux
+        return ""
     return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def attention_kernel(model: nn.Module) -> AbstractContextManager[object]:
     """On CPUs, where gradients are wanted, attention as plain matrix products; a GPU keeps its own choice.
 
-    With a Q-Former's few rows and small heads the backward pass of a CPU's flash kernel takes several times as long.
-    Its forward pass takes less time, a quarter for many rows (docs/decisions.md).
+    With few rows and small heads, as queries have, the backward pass of a CPU's flash kernel takes several times as
+    long. Its forward pass takes less time, a quarter for many rows (docs/decisions.md).
     """
     plain = next(model.parameters()).device.type == "cpu" and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
@@ -74,10 +72,8 @@ def keep_freed_memory() -> None:
     Large tensors are otherwise mapped afresh in every step, and touching fresh pages costs a quarter of a step on a
     CPU. Elsewhere (other systems, other C libraries, GPUs' own allocators) there is nothing to do.
     """
-    if not sys.platform.startswith("linux"):
-        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # another C library
+    if mallopt is None:  # another system or C library
         return
     for parameter, value in _MALLOPT.items():
         mallopt(parameter, value)

@@ -25,11 +25,11 @@ from openblip2.data.text import clean_question
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.captioner import Captioner
-from openblip2.model.context import context_of, room_for_prompt
 from openblip2.model.decoding import Decoding
 from openblip2.model.language import EncoderDecoderLM
 from openblip2.model.likelihood import likelihoods
 from openblip2.model.template import dialogue
+from openblip2.model.token_rows import context_of, room_for_prompt
 
 GREEDY = Decoding(max_new_tokens=256, beams=1)  # of a task that says nothing
 # What tasks call the fields of `Decoding` whose names differ; `until` cuts what was written.

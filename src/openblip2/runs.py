@@ -3,8 +3,8 @@
 RUN/config.json          the resolved settings, with the versions that made it
 RUN/model.safetensors    the trained parts, by name (the frozen ones are named in config.json), adapters among them
 RUN/whitening.safetensors  what the frozen features are whitened by, if they are
-RUN/tokenizer/           the Q-Former's tokenizer, where it reads text
-RUN/trained_on.txt       which pictures it was trained on (data/trained_on.py)
+RUN/tokenizer/           the connector's tokenizer, where it reads text
+RUN/trained_on.txt       which pictures it was trained on (train/bookkeeping.py)
 RUN/log.jsonl            one line for each step and each validation
 RUN/resume/              the last checkpoints of an unfinished run (train/resume.py)
 """
@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from errno import ENOSYS
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from openblip2.compat import __version__
-from openblip2.config import RunSettings, from_dict, to_dict
+from openblip2.config import RunSettings, from_dict
 from openblip2.distributed.collectives import is_first
 from openblip2.errors import UserError, refuse_lfs_pointer
 
@@ -73,8 +74,6 @@ def _remove(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Returns when a file, or a folder's list of names, is on the disk and outlives a power cut."""
-    if path.is_dir() and os.name != "posix":
-        return  # elsewhere a folder cannot be opened
     file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(file)
@@ -242,7 +241,7 @@ def write_config(run: Path, settings: RunSettings, sizes: Mapping[str, int]) -> 
 
     write_json(
         {
-            "settings": to_dict(settings),
+            "settings": asdict(settings),
             "sizes": dict(sizes),
             "versions": {
                 "openblip2": __version__,

@@ -25,9 +25,9 @@ from openblip2.hardware import device as default_device
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
-from openblip2.model.mapped import load_in
+from openblip2.model.precision import load_in
 from openblip2.runs import read_json
-from openblip2.weights.source import fetch_repository, read_checkpoint
+from openblip2.weights.assemble import fetch_repository, read_checkpoint
 
 _WEIGHTS = (".json", ".safetensors", ".txt", ".model")
 CHUNK = 64  # texts, or pairs for ITM, at once
@@ -71,7 +71,7 @@ class RunRanker:
             features = model.vision(torch.stack(list(pixels)).to(device))
             if not self.itm:
                 return similarities(model, features, tokens, valid)[own, pairs].tolist()
-            image = model.qformer.encode_image(features)
+            image = model.connector.encode_image(features)
             logits = [model.match(image.take(own[n]), tokens[n], valid[n]) for n in pairs.split(CHUNK)]
             return torch.cat(logits).float().softmax(dim=1)[:, 1].tolist()
 
@@ -200,7 +200,7 @@ def _captioner(name: str) -> str:
     settings = read_checkpoint(name).settings
     if settings.stage == "stage1":
         raise UserError(f"--captioner {name} is a stage-1 run, which cannot write text; give a stage-2 run")
-    if settings.qformer.question_in_qformer and not settings.reads_prompts:
+    if settings.reads_text and not settings.reads_prompts:
         raise UserError(f"--captioner {name} answers questions, which its Q-Former reads; give a run for captions")
     return _of_run(name, settings)
 

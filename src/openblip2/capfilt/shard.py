@@ -8,23 +8,29 @@ OUT/NAME_stats.json  settings and counts; marks the shard as complete
 
 Images are captioned in groups of 32 samples, in the order of the shard, and each group has its own random numbers. So
 the bytes do not depend on which process makes which shard.
+
+BLIP-2 (Li et al. 2023), section 3.4: ten captions are sampled and pooled with those from the web, and the two that are
+most similar to the image are kept. BLIP (Li et al. 2022), section 3.3: one caption is sampled, and every text that does
+not match the image according to image-text matching is dropped.
 """
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openblip2.capfilt.models import Ranker
-from openblip2.capfilt.pool import How, Text, best, pool
 from openblip2.data.images import THREADS, PictureFile, to_pixels
+from openblip2.data.text import clean_caption
 from openblip2.data.web.shard_files import write_stats
 from openblip2.data.web.tars import MAX_JSON, Sample, Shard
 from openblip2.data.web.write_shards import write_tar
@@ -37,6 +43,79 @@ GROUP = 32  # images at once
 AT_ONCE = 320  # captions at once: ten for each of 32 images
 # The counts of a shard. The new shard contains "pictures", but not "broken" and "without captions".
 COUNTS: tuple[str, ...] = ("samples", "pictures", "broken", "without captions", "captions", "captions by the captioner")
+
+Origin = Literal["web", "captioner"]
+
+
+@dataclass(frozen=True)
+class How:
+    """Settings; the defaults are the paper's.
+
+    Attributes:
+        captions: number of captions to sample for each image.
+        top_p: probability mass for nucleus sampling, in (0, 1].
+        keep: number of captions to keep for each image, the best ones.
+        filter: "similarity" ranks captions by their similarity to the image; "itm", as in BLIP, by the probability of
+            a match, and drops those below `threshold`.
+        threshold: in [0, 1].
+        seed: of the sampled captions.
+
+    Raises:
+        UserError: a number is out of its range, or the filter is unknown.
+    """
+
+    captions: int = 10
+    top_p: float = 0.9
+    keep: int = 2
+    filter: Literal["similarity", "itm"] = "similarity"
+    threshold: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("captions", self.captions, 1), ("keep", self.keep, 1), ("seed", self.seed, 0)):
+            if value < least:
+                raise UserError(f"--{name} {value}: it must be a whole number, {least} or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p}: it must be above 0 and at most 1, for example 0.9")
+        if not 0 <= self.threshold <= 1:
+            raise UserError(f"--threshold {self.threshold}: it must be a probability, from 0 to 1")
+        if self.filter not in ("similarity", "itm"):
+            raise UserError(f"--filter {self.filter}: it must be similarity or itm")
+
+
+class Text(NamedTuple):
+    """A cleaned caption and its origin."""
+
+    text: str
+    origin: Origin
+
+
+def pool(web: Iterable[str], written: Iterable[str]) -> list[Text]:
+    """The captions that differ after they are cleaned as for training, those from the web first."""
+    texts = [Text(clean_caption(text), "web") for text in web]
+    texts += (Text(clean_caption(text), "captioner") for text in written)
+    different: dict[str, Text] = {}
+    for text in texts:
+        different.setdefault(text.text, text)  # the first of equal ones stays
+    different.pop("", None)
+    return list(different.values())
+
+
+def best(scores: Sequence[float], keep: int, threshold: float | None = None) -> list[int]:
+    """The numbers of the captions to keep, the best first; of equal ones the earlier.
+
+    Args:
+        scores: of all captions.
+        keep: how many to keep at most.
+        threshold: captions with a lower score are dropped.
+
+    Raises:
+        UserError: a score is not a number.
+    """
+    if not all(map(math.isfinite, scores)):
+        raise UserError("the ranker gives scores that are not numbers: are its weights complete?")
+    left = [n for n, score in enumerate(scores) if threshold is None or score >= threshold]
+    return sorted(left, key=lambda n: -scores[n])[:keep]
 
 
 class Made(NamedTuple):
@@ -94,7 +173,8 @@ class Maker:
         try:
             with write_tar(path) as writer:
                 for number, group in enumerate(self._groups(shard, counts, lines)):
-                    written = self._write(group, _seed(self.how.seed, name, number))
+                    seed = hashlib.blake2b(f"{self.how.seed} {name} {number}".encode(), digest_size=8).digest()
+                    written = self._write(group, int.from_bytes(seed, "little") >> 1)
                     for sample in self._best(url, group, written, counts, lines):
                         try:
                             writer.add(sample)
@@ -194,7 +274,3 @@ def _with(sample: Sample, kept: Sequence[tuple[Text, float]]) -> Sample:
     return sample._replace(
         key=key, captions=tuple(text.text for text, _ in kept), about=sample.about | {"captions": listed}
     )
-
-
-def _seed(seed: int, name: str, group: int) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed} {name} {group}".encode(), digest_size=8).digest(), "little") >> 1

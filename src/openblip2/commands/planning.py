@@ -43,7 +43,7 @@ def plan(
     """Say what a run will need: parameters, FLOPs, days, memory. Nothing is downloaded, and no GPU is needed."""
     progress().doing("planning")
     from openblip2.config import change
-    from openblip2.plan.plan import make_plan
+    from openblip2.plan import make_plan
     from openblip2.presets import PRESETS
     from openblip2.presets import preset as named
 
@@ -70,7 +70,7 @@ def read_gpus(text: str) -> tuple[str, int]:
     Raises:
         UserError: The GPU is not in the table, or the number is not 1 to 99,999.
     """
-    from openblip2.plan.plan import GPUS
+    from openblip2.plan import GPUS
 
     match = re.fullmatch(r"(?:([1-9]\d{0,4})x)?(.+)", text.strip().lower())
     names = {name.lower(): name for name in GPUS}

@@ -61,9 +61,9 @@ def capfilt(
     """CapFilt: sample new captions for the images of shards, and keep the captions that fit best."""
     says = progress()
     says.doing(f"loading {captioner} and {ranker}")
+    from openblip2.capfilt import capfilt as run
     from openblip2.capfilt.models import Models
-    from openblip2.capfilt.pool import How
-    from openblip2.capfilt.run import capfilt as run
+    from openblip2.capfilt.shard import How
 
     if threshold is not None and filter != "itm":
         raise UserError("--threshold belongs to --filter itm: leave it out, or add --filter itm")

@@ -113,7 +113,7 @@ def fewer_negations(records: Sequence[Record], share: float) -> list[Record]:
     """The records with only a share of the questions that contain "not" or "no", selected evenly.
 
     Ours, for a first part of training (docs/decisions.md): if half of the questions are negated, a match of words and
-    image means yes as often as no, and the Q-Former gets no gradient to look for matches.
+    image means yes as often as no, and the model gets no gradient to look for matches.
 
     Args:
         records: with questions.

@@ -1,13 +1,42 @@
-"""What `--data` may name: the user's images, an official annotation file and, for training, shards."""
+"""What `--data` may name: the user's images, an official annotation file and, for training, shards.
 
-from collections.abc import Sequence
+The official files of COCO, Flickr30K, NoCaps, VQAv2, OK-VQA and GQA:
+
+| kind | file | its split |
+|---|---|---|
+| coco-karpathy | `dataset_coco.json` | chosen |
+| | LAVIS's `coco_karpathy_train.json`, `..._val.json`, `..._test.json` | one |
+| flickr30k | `dataset_flickr30k.json` | chosen |
+| | LAVIS's `flickr30k_train.json`, `..._val.json`, `..._test.json` | one |
+| nocaps | `nocaps_val_4500_captions.json`, `nocaps_test_image_info.json`; any file in COCO's own form | one |
+| vqav2 | `v2_mscoco_val2014_annotations.json` with `v2_OpenEnded_mscoco_val2014_questions.json` | one, named |
+| | `v2_OpenEnded_mscoco_test-dev2015_questions.json` | one, named |
+| okvqa | `mscoco_val2014_annotations.json` with `OpenEnded_mscoco_val2014_questions.json` | one, named |
+| gqa | `testdev_balanced_questions.json` | one |
+
+Test splits contain no captions and answers. They are read so that predictions can be submitted: an image then has no
+caption, and the answer to a question is "", which is never a real answer.
+
+Ids are those for submitting results: the number of the image for COCO and NoCaps, the file name without its suffix for
+Flickr30K and GQA, and the id of the question.
+"""
+
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from openblip2.data.official import read_official
+from openblip2.data.annotations import AnnotationFile, Pictures, first_entry, uncollected
+from openblip2.data.official import COCO_NAME, gqa, karpathy, lavis_list, nocaps, vqa
 from openblip2.data.records import Record, Wanted, read_records
 from openblip2.data.web.mixture import Part, names_shards, read_parts
 from openblip2.errors import UserError
+from openblip2.runs import read_json
+
+_EXPECTED = (
+    'Karpathy\'s {"images": [{"filename", "split", "sentences"}, ...]}, LAVIS\'s [{"image", "caption"}, ...], '
+    'NoCaps\'s {"images": [{"id", "file_name"}, ...], "annotations": [{"image_id", "caption"}, ...]}, VQAv2\'s or '
+    'OK-VQA\'s {"annotations": [{"question_id", "answers"}, ...]} or GQA\'s {"1": {"imageId", "question"}, ...}'
+)
 
 
 class Source(NamedTuple):
@@ -37,7 +66,7 @@ def read_source(
     withheld: bool = False,
     shards: bool = False,
 ) -> Source:
-    """The records of `data`: an official `.json` (data/official/) or the user's own images (data/records.py).
+    """The records of `data`: an official `.json` or the user's own images (data/records.py).
 
     Args:
         wanted: what every record must have.
@@ -81,3 +110,65 @@ def _has(record: Record, wanted: Wanted) -> bool:
     if wanted == "captions":
         return bool(record.captions)
     return bool(record.questions) and all(question.answer for question in record.questions)
+
+
+@uncollected()
+def read_official(
+    annotations: Path, images: Path, split: str | None = None, questions: Path | None = None
+) -> tuple[str, list[Record], list[str]]:
+    """The kind of an official file, by its content, its records in its order, and a line for each skipped entry.
+
+    All questions about an image, and all of LAVIS's captions of an image, are one record. Bad captions are left out one
+    by one. Images are not opened, but they must exist; captions, questions and answers are not changed.
+
+    NoCaps's domain, one of `official.DOMAINS`, is `facts["domain"]`; without it, facts are None. `Question.answer` is
+    VQAv2's `multiple_choice_answer`, or the most common answer for OK-VQA, which has none. OK-VQA's answers are
+    stemmed, and there are ten per question: those of five annotators, each twice.
+
+    Args:
+        annotations: the file.
+        images: the folder that the paths in the file are relative to (for COCO, it contains `train2014`, `val2014` and
+            `test2015`), or the folder of the images themselves.
+        split: required for Karpathy's files, one of `official.SPLITS` ("train" includes restval). For VQAv2 and OK-VQA,
+            it can be given if it is the split of the files ("val2014" or "val").
+        questions: the second file of VQAv2 and OK-VQA; None if `annotations` are the questions of a test split.
+
+    Raises:
+        UserError: a file cannot be read, is cut off or has another format; `split` does not fit the file; questions and
+            annotations have different splits; `images` is not a folder; no entry is usable.
+    """
+    path, data = Path(annotations), read_json(Path(annotations))
+    kind, read = _recognised(data, path)
+    if questions is not None and read is not vqa:
+        raise UserError(f"{questions}: {kind} has no second file: leave the questions out")
+    if split is not None and read not in (karpathy, vqa):
+        raise UserError(f"{path}: is of one split, there is no {split!r} to choose: leave the split out")
+    file = AnnotationFile(path, data, Pictures(images), split, questions)
+    records = read(file)
+    if not records:
+        what = "no usable entry" + (f" of the split {split!r}" if split else "")
+        count = len(file.skipped)
+        why = f"{count} cannot be used; the first: {file.skipped[0]}" if count else "another split or file"
+        raise UserError(f"{path}: holds {what}; {why}")
+    return kind, records, file.skipped
+
+
+def _recognised(data: Any, path: Path) -> tuple[str, Callable[[AnnotationFile], list[Record]]]:
+    """The kind of a file and the reader of its format."""
+    if isinstance(data, list):
+        row = first_entry(data)
+        if {"image", "caption"} <= row.keys():
+            return "coco-karpathy" if COCO_NAME.search(str(row["image"])) else "flickr30k", lavis_list
+    if isinstance(data, dict):
+        image, answered = first_entry(data.get("images")), first_entry(data.get("annotations"))
+        if "sentences" in image:
+            return "coco-karpathy" if data.get("dataset") == "coco" or "cocoid" in image else "flickr30k", karpathy
+        if "file_name" in image:
+            return "nocaps", nocaps
+        if {"question_id", "answers"} <= answered.keys():
+            return "vqav2" if "multiple_choice_answer" in answered else "okvqa", vqa
+        if {"question_id", "question"} <= first_entry(data.get("questions")).keys():
+            return "vqav2", vqa
+        if {"imageId", "question"} <= first_entry(list(data.values())).keys():
+            return "gqa", gqa
+    raise UserError(f"{path}: is none of the official annotation files: give {_EXPECTED}")

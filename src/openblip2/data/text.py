@@ -83,8 +83,8 @@ def _fold(text: str, max_words: int) -> str:
     return " ".join(text.split()[:max_words])[: max_words * WORD_CHARACTERS].rstrip()
 
 
-class QFormerTokens:
-    """The tokenizer of the BERT that the Q-Former starts from.
+class BertTokens:
+    """Texts as tokens of the BERT that the Q-Former starts from.
 
     Args:
         tokenizer: a `transformers` tokenizer of the BERT family.
@@ -121,7 +121,7 @@ def only_unknown(tokenizer: Any, texts: Sequence[str]) -> list[int]:
 
 
 def question_tokens(
-    tokens: QFormerTokens | None, questions: Sequence[str] | None, device: torch.device | None = None
+    tokens: BertTokens | None, questions: Sequence[str] | None, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """Questions as a Q-Former reads them, `[B, T]` ids and which are no padding; None if it reads no questions."""
     if tokens is None or questions is None:

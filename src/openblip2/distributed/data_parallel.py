@@ -1,6 +1,6 @@
 """What the processes of a run share: the work of a batch, and what does not fit into one GPU.
 
-Every process has all that trains (Q-Former, heads, adapters: 0.2 billion parameters), and `DistributedDataParallel`
+Every process has all that trains (connector, heads, adapters: 0.2 billion parameters), and `DistributedDataParallel`
 takes the mean of its gradients. `train.parallel=fsdp2` cuts the layers of the image encoder and of the language model
 into pieces, one for each process (FSDP2), and gathers a layer while it computes: frozen billions need not fit into one
 GPU. An encoder that trains (`vision.trained`) then has its gradients and moments in pieces, too.

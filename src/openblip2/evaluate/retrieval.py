@@ -13,7 +13,7 @@ import torch
 from openblip2.config import change
 from openblip2.data.features import StoredFeatures, find_records
 from openblip2.data.records import Record
-from openblip2.data.text import QFormerTokens, clean_caption, only_unknown
+from openblip2.data.text import BertTokens, clean_caption, only_unknown
 from openblip2.evaluate.ranking import (
     Ranking,
     best_images,
@@ -61,7 +61,7 @@ def score_retrieval(matcher: Matcher, records: Sequence[Record], options: Option
 
 def _score(matcher: Matcher, stored: StoredFeatures, options: Options, progress: Progress) -> Result:
     records, best = stored.records, CANDIDATES if options.rerank is None else options.rerank
-    tokens = QFormerTokens(matcher.tokens.tokenizer, TOKENS)
+    tokens = BertTokens(matcher.tokens.tokenizer, TOKENS)
     owners = [n for n, record in enumerate(records) for _ in record.captions]
     captions = [clean_caption(caption) for record in records for caption in record.captions]
     unknown = only_unknown(tokens.tokenizer, captions)
@@ -111,7 +111,7 @@ def _score(matcher: Matcher, stored: StoredFeatures, options: Options, progress:
 def _rankings(
     matcher: Matcher,
     stored: StoredFeatures,
-    tokens: QFormerTokens,
+    tokens: BertTokens,
     captions: Sequence[str],
     best: int,
     progress: Progress,

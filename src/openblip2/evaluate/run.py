@@ -12,10 +12,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from openblip2 import __version__
-from openblip2.data.images import RESIZE, open_picture
+from openblip2.data.images import RESIZE
 from openblip2.data.records import Record
 from openblip2.data.sources import Source
-from openblip2.data.trained_on import pictures_trained_on
 from openblip2.errors import UserError
 from openblip2.evaluate.caption import score_captions
 from openblip2.evaluate.pointing import score_pointing
@@ -30,6 +29,8 @@ from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.progress import Progress
 from openblip2.runs import make_folder, read_config
+from openblip2.train.bookkeeping import pictures_trained_on
+from openblip2.train.encode import openable
 from openblip2.train.parameters import saved_parameters
 
 Task = Literal["caption", "vqa", "retrieval", "pointing"]
@@ -69,7 +70,12 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
         raise UserError(f"{run} is a {type(model).__name__}: {task} needs a {stage} run, or one fine-tuned from one")
     key = [task, run, __version__, weights_digest(model), options.visual_tokens]
     partial_texts = PartialTexts(out.with_suffix(".partial.jsonl"), key)
-    records, bad = _openable(source.records[: options.limit], progress)
+    assert model.model.vision is not None
+    chosen, side = source.records[: options.limit], model.model.vision.image_size
+    with progress.steps("opening pictures", len(chosen)) as bar:
+        records, bad = openable(chosen, side, lambda count: bar.advance(count=count))
+    if not records:
+        raise UserError(f"none of the {len(chosen)} pictures can be opened; the first: {bad[0]}")
     if isinstance(model, Matcher) and task == "pointing":
         result = score_pointing(model, records, options, progress)
     elif isinstance(model, Matcher):
@@ -104,22 +110,6 @@ def require_task(task: str, options: Options) -> None:
         raise UserError(f"unknown metric {options.metric!r}: it must be one of {', '.join(METRICS)}")
     if options.by not in (None, *BY):
         raise UserError(f"--by {options.by}: it must be one of {', '.join(BY)}")
-
-
-def _openable(records: Sequence[Record], progress: Progress) -> tuple[list[Record], list[str]]:
-    """The records whose images can be opened, and a line for each of the others."""
-    good, bad = [], []
-    with progress.steps("opening pictures", len(records)) as bar:
-        for record in records:
-            try:
-                open_picture(record.image)
-                good.append(record)
-            except UserError as problem:
-                bad.append(str(problem))
-            bar.advance()
-    if not good:
-        raise UserError(f"none of the {len(records)} pictures can be opened; the first: {bad[0]}")
-    return good, bad
 
 
 def _warn(result: Result, records: Sequence[Record], run: str) -> None:

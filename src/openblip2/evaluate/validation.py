@@ -16,7 +16,7 @@ from torch import Tensor
 from openblip2.data.batches import pair_ids
 from openblip2.data.features import Features
 from openblip2.data.records import Question
-from openblip2.data.text import QFormerTokens, question_tokens
+from openblip2.data.text import BertTokens, question_tokens
 from openblip2.evaluate.ranking import recalls, similarities, text_vectors
 from openblip2.model.decoding import Decoding
 from openblip2.model.objectives import HardNegatives, similarity
@@ -30,7 +30,7 @@ GREEDY = Decoding(max_new_tokens=10, beams=1)
 ARTICLES = ("a", "an", "the")
 
 
-def measure_stage1(model: Stage1, tokens: QFormerTokens, held_out: Features, seed: int) -> dict[str, Any]:
+def measure_stage1(model: Stage1, tokens: BertTokens, held_out: Features, seed: int) -> dict[str, Any]:
     """Held-out losses and accuracies of stage 1, with the first caption of each image.
 
     Returns:
@@ -128,7 +128,7 @@ def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", mo
 
 def measure_answers(
     model: Stage2,
-    tokens: QFormerTokens | None,
+    tokens: BertTokens | None,
     held_out: Features,
     form: str,
     seed: int,
@@ -137,13 +137,13 @@ def measure_answers(
 ) -> dict[str, Any]:
     """Exact match of greedy answers, by kind of question, and the loss of the right answers as in `grounding`.
 
-    If the Q-Former reads questions, the effective rank of its outputs depends on them, too.
+    If the connector reads questions, the effective rank of its outputs depends on them, too.
 
     Args:
-        tokens: of the Q-Former; None = it reads no questions.
+        tokens: of the connector; None = it reads no questions.
         form: the prompt, with {} for the question.
         seed: of the draw of one question of each image.
-        reads_prompts: whether the Q-Former reads the whole prompt and not the question alone.
+        reads_prompts: whether the connector reads the whole prompt and not the question alone.
         most: images used, from the beginning.
     """
     draw = torch.Generator().manual_seed(seed)
@@ -163,7 +163,7 @@ def measure_answers(
 
 
 def _groups(
-    model: Stage2, values: Tensor, tokens: QFormerTokens | None = None, questions: list[str] | None = None
+    model: Stage2, values: Tensor, tokens: BertTokens | None = None, questions: list[str] | None = None
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
     """Row numbers, query outputs, and soft prompts of the right image and of another one, `GROUP` images at a time.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from openblip2.compat import log
 from openblip2.config import RunSettings
 from openblip2.data.images import Picture
-from openblip2.data.text import QFormerTokens, question_tokens
+from openblip2.data.text import BertTokens, question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.inputs import (
@@ -49,7 +49,7 @@ class Captioner(Pretrained):
         settings: RunSettings,
         carries: frozenset[str] = frozenset(),
         measured: Mapping[str, Any] | None = None,
-        tokens: QFormerTokens | None = None,
+        tokens: BertTokens | None = None,
     ) -> None:
         """`tokens`: where the Q-Former reads questions (fine-tuned for VQA) or prompts (InstructBLIP)."""
         super().__init__(model, settings, carries, measured, tokens.tokenizer if tokens else None)

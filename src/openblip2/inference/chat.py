@@ -14,9 +14,9 @@ from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.captioner import CHAT, Captioner
 from openblip2.inference.inputs import features_of
-from openblip2.model.context import context_of, require_room, room_for_prompt
 from openblip2.model.language import Decoding
 from openblip2.model.template import dialogue
+from openblip2.model.token_rows import context_of, require_room, room_for_prompt
 
 
 class DialoguePrompt:
@@ -78,8 +78,9 @@ class DialoguePrompt:
 class Chat:
     """A dialogue about one picture, which is encoded once, when the chat is made.
 
-    A question is asked as it is written. `Captioner.answer` differs: it cleans questions, as the authors do for VQA. A
-    Q-Former that reads questions reads each one without the turns before it: cleaned, or of an InstructBLIP as written.
+    A question is asked as it is written. `Captioner.answer` differs: it cleans questions, as the authors do for VQA.
+    A connector that reads questions reads each one without the turns before it: cleaned, or of an InstructBLIP as
+    written.
 
     Args:
         captioner: a trained stage 2.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from openblip2.compat import log
 from openblip2.data.images import Picture, open_picture, to_pixels
-from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, QFormerTokens, clean_question, only_unknown
+from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, BertTokens, clean_question, only_unknown
 from openblip2.errors import UserError
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -110,7 +110,7 @@ def clean_questions(questions: Sequence[str], as_written: bool = False) -> list[
     return found
 
 
-def require_readable(tokens: QFormerTokens, texts: Sequence[str]) -> None:
+def require_readable(tokens: BertTokens, texts: Sequence[str]) -> None:
     """Raises a `UserError` if the Q-Former cannot read these texts to their end."""
     if long := tokens.too_long(texts):
         begins, most = texts[long[0]][:40], tokens.longest

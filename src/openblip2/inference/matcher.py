@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from openblip2.config import RunSettings
 from openblip2.data.images import Picture
-from openblip2.data.text import QFormerTokens, clean_caption
+from openblip2.data.text import BertTokens, clean_caption
 from openblip2.errors import UserError
 from openblip2.evaluate.ranking import rerank, similarities
 from openblip2.hardware import computing
@@ -30,7 +30,7 @@ class Matcher(Pretrained):
     def __init__(
         self,
         model: Stage1,
-        tokens: QFormerTokens,
+        tokens: BertTokens,
         settings: RunSettings,
         carries: frozenset[str] = frozenset(),
         measured: Mapping[str, Any] | None = None,
@@ -61,7 +61,7 @@ class Matcher(Pretrained):
         tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
 
         def score(features: Tensor, numbers: Sequence[int]) -> Tensor:
-            logits = self.model.match(self.model.qformer.encode_image(features), tokens[numbers], valid[numbers])
+            logits = self.model.match(self.model.connector.encode_image(features), tokens[numbers], valid[numbers])
             return logits.float().softmax(dim=1)[:, 1]
 
         return self._rows(images, score)
@@ -83,18 +83,18 @@ class Matcher(Pretrained):
         if texts is not None:
             require_pairs(images, texts, "texts")
         read = None if texts is None else [one.to(self.model.temperature.device) for one in self.tokenise(texts)]
-        qformer = self.model.qformer
+        connector = self.model.connector
 
         def compute(features: Tensor, numbers: Sequence[int]) -> Tensor:
-            queries = qformer.query_output(features)
+            queries = connector.query_output(features)
             outputs = [queries.float(), self.model.image_vectors(queries)]
             if read is not None:
                 tokens, valid = (one[numbers] for one in read)
-                outputs.append(qformer.joint_pass(qformer.encode_image(features), tokens, valid).float())
+                outputs.append(connector.joint_pass(connector.encode_image(features), tokens, valid).float())
             return torch.cat(outputs, dim=2)
 
-        sizes = [qformer.width, self.model.vision_proj.out_features, qformer.width][: 2 if read is None else 3]
-        return QueryFeatures(*self._rows(images, compute, qformer.queries.shape[1], sum(sizes)).split(sizes, dim=2))
+        sizes = [connector.width, self.model.vision_proj.out_features, connector.width][: 2 if read is None else 3]
+        return QueryFeatures(*self._rows(images, compute, connector.tokens, sum(sizes)).split(sizes, dim=2))
 
     def embed_image(self, image: Picture) -> list[float]:
         """One direction for a picture: E numbers, of length 1. The mean of its queries', so cosines with it are lower
@@ -146,7 +146,7 @@ class Matcher(Pretrained):
         return map(self.model.connector.query_output, features_of(self.model, images))
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The texts as the Q-Former reads them, `[M, T]` int64, and which tokens are real, `[M, T]` bool.
+        """The texts as the connector reads them, `[M, T]` int64, and which tokens are real, `[M, T]` bool.
 
         Raises:
             UserError: an empty text, or one longer than the run's text limit.

@@ -13,7 +13,7 @@ from torch import Tensor
 from openblip2 import hardware
 from openblip2.config import RunSettings, change
 from openblip2.data.images import Picture
-from openblip2.data.text import QFormerTokens
+from openblip2.data.text import BertTokens
 from openblip2.errors import UserError, one_line
 from openblip2.evaluate.validation import effective_rank
 from openblip2.hardware import computing
@@ -22,11 +22,10 @@ from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.train.parameters import saved_parameters
-from openblip2.weights.assemble import assemble, find_tokenizer
+from openblip2.weights.assemble import assemble, find_tokenizer, read_checkpoint
 from openblip2.weights.card import model_card, usage
 from openblip2.weights.checkpoint import Parts, carried
 from openblip2.weights.run import fresh_folder, write_run
-from openblip2.weights.source import read_checkpoint
 
 
 class Trained(NamedTuple):
@@ -36,7 +35,7 @@ class Trained(NamedTuple):
     settings: RunSettings
     carries: frozenset[str]
     measured: Mapping[str, Any]
-    tokens: QFormerTokens | None
+    tokens: BertTokens | None
 
 
 class QueryFeatures(NamedTuple):
@@ -71,7 +70,7 @@ def read_trained(
         if not 1 <= visual_tokens <= model.connector.tokens:
             raise UserError(f"visual_tokens {visual_tokens}: this model has 1 to {model.connector.tokens}")
         model.first = visual_tokens
-    tokens = QFormerTokens(find_tokenizer(checkpoint), settings.data.max_tokens) if settings.reads_text else None
+    tokens = BertTokens(find_tokenizer(checkpoint), settings.data.max_tokens) if settings.reads_text else None
     return Trained(model, settings, carried(checkpoint), checkpoint.measured, tokens)
 
 
@@ -81,7 +80,7 @@ class Pretrained(ABC):
     Args:
         carries: frozen parts ("vision", "language") that no name leads to: saving writes them along.
         measured: what the last validation found, for the model card.
-        tokenizer: the Q-Former's, where it reads text.
+        tokenizer: the connector's, where it reads text.
     """
 
     model_class: ClassVar[type[Stage1 | Stage2]]
@@ -117,7 +116,7 @@ class Pretrained(ABC):
 
         Args:
             images: at least two, the more the better: each query's mean over them is subtracted first.
-            questions: one for each picture, where the Q-Former reads them.
+            questions: one for each picture, where the connector reads them.
 
         Raises:
             UserError: there are fewer than two pictures, one cannot be opened, or the questions do not fit.

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from openblip2.data.images import Picture
-from openblip2.data.text import QFormerTokens, question_tokens
+from openblip2.data.text import BertTokens, question_tokens
 from openblip2.hardware import computing
 from openblip2.inference.inputs import GROUP, features_of, group_of, same_pictures
-from openblip2.model.context import require_room
 from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
+from openblip2.model.token_rows import require_room
 
 ROUNDS = 5  # of draws, at most, until the texts about a picture differ
 
@@ -37,7 +37,7 @@ def write_texts(
     images: Sequence[Picture],
     prompts: Sequence[str],
     decodings: Sequence[Decoding],
-    tokens: QFormerTokens | None = None,
+    tokens: BertTokens | None = None,
     questions: Sequence[str] | None = None,
     at_once: int = GROUP,
     score: bool = False,
@@ -46,10 +46,10 @@ def write_texts(
 
     Args:
         images: a picture that repeats, by its path or as the same object of a list, goes through the encoder and the
-            Q-Former once; and where prompts begin alike the language model reads it once, too.
-        tokens: where the Q-Former reads questions or prompts, its tokenizer.
+            connector once; and where prompts begin alike the language model reads it once, too.
+        tokens: where the connector reads questions or prompts, its tokenizer.
         questions: one for each picture, which it reads: then a picture that repeats goes through the encoder once in
-            each group, and through the Q-Former with each question.
+            each group, and through the connector with each question.
         at_once: texts that are written together, where `inputs.group_of` is not 1.
         score: also the log-probabilities; all prompts must then be equal.
 
@@ -101,13 +101,13 @@ def draw_texts(
     prompt: str,
     count: int,
     decoding: Decoding,
-    tokens: QFormerTokens | None = None,
+    tokens: BertTokens | None = None,
     score: bool = False,
 ) -> list[list[Written]]:
     """For each picture up to `count` different texts after one prompt, by draws with the seeds after `decoding.seed`.
 
     Args:
-        tokens: where the Q-Former reads the prompt, too, its tokenizer.
+        tokens: where the connector reads the prompt, too, its tokenizer.
     """
     found = [dict[str, Written]() for _ in images]
     for first in range(0, ROUNDS * count, count):

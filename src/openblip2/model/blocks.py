@@ -7,8 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from openblip2.compat import allow_recompiles
+from openblip2.errors import UserError, one_line
+
 INIT_STD = 0.02  # BERT's, and the paper's for the queries
 NORM_EPS = 1e-12  # BERT's
+KINDS = 64  # compiled forms of a block: with and without mask, gradient, text, dropout; torch stops at 8
 
 KeysValues = tuple[Tensor, Tensor]  # each [B, H, N, D / H]
 
@@ -81,3 +85,26 @@ class LMHead(nn.Module):
     def hidden(self, rows: Tensor) -> Tensor:
         """What the decoder reads: `rows [..., D]` -> `[..., D]`."""
         return self.norm(F.gelu(self.dense(rows)))
+
+
+def compile_blocks(connector: nn.Module) -> None:
+    """`torch.compile` for attention and feed-forward, in place and when they are first used; names of parameters stay.
+
+    Blocks and not the whole model: they are few kinds with the same code, so compiling takes seconds to a minute and
+    not many, and which pass they serve does not matter to them.
+
+    Raises:
+        UserError: this machine has no compiler.
+    """
+    blocks = [block for block in connector.modules() if isinstance(block, Attention | FeedForward)]
+    try:
+        for block in blocks[:1]:
+            torch.compile(nn.functional.gelu)(torch.ones(64, device=next(block.parameters()).device))
+    except Exception as error:  # what is missing decides what is raised: it is named
+        raise UserError(
+            f"train.compile=true: torch.compile does not work here ({one_line(error)}): a CPU needs a C++ compiler, a "
+            "GPU triton"
+        ) from error
+    allow_recompiles(KINDS)
+    for block in blocks:
+        block.compile(dynamic=True)

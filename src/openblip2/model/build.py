@@ -12,12 +12,11 @@ from torch import nn
 from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_sizes, start_from_bert
+from openblip2.model.blocks import compile_blocks
 from openblip2.model.connector import Connector
 from openblip2.model.connectors import OTHERS
-from openblip2.model.fast.compiled import compile_blocks
 from openblip2.model.language import EncoderDecoderLM, LanguageModel
-from openblip2.model.load_language import load_language
-from openblip2.model.load_vision import load_vision
+from openblip2.model.load import load_language, load_vision
 from openblip2.model.lora import adapt_qformer, add_lora, has_lora, require_lora
 from openblip2.model.precision import BITS, DTYPES, require_quantisation
 from openblip2.model.qformer import QFormer

@@ -19,12 +19,20 @@ from torch.utils.checkpoint import checkpoint
 from openblip2.compat import cache_name, checkpointable_layers, log
 from openblip2.errors import UserError
 from openblip2.model import prompt_cache
-from openblip2.model.context import fit_rows
 from openblip2.model.decoding import Decoding, drop_own_settings, generate
-from openblip2.model.output_head import ends_in_head, gather_head_input, loss_at
+from openblip2.model.fast.chunked_loss import ends_in_head, gather_head_input, loss_at
 from openblip2.model.precision import own_precision
 from openblip2.model.template import PAPER_TEMPLATE, resolve_template, split_control_tokens
-from openblip2.model.token_rows import SOFT, common_start, common_text, embed_rows, template_ids, text_ids
+from openblip2.model.token_rows import (
+    SOFT,
+    common_start,
+    common_text,
+    embed_rows,
+    end_ids,
+    fit_rows,
+    template_ids,
+    text_ids,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +67,7 @@ class FrozenLM(nn.Module):
         gather_head_input(llm)
         self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
-        self.end, self.checkpointed = _end_ids(tokenizer, end), False
+        self.end, self.checkpointed = end_ids(tokenizer, end), False
         self.sharded = False  # over processes, which then must run the model equally often
         self.watched: dict[str, Any] = {}  # by what `generate` is followed while it writes: see `decoding.generate`
         self.last_read = prompt_cache.LastRead()
@@ -288,16 +296,3 @@ def split_caption(caption: str, draw: float | None = None) -> tuple[str, str]:
         return "", caption
     place = 1 + int((torch.rand(()).item() if draw is None else draw) * (len(words) // 2))
     return " ".join(words[:place]), " ".join(words[place:])
-
-
-def _end_ids(tokenizer: Any, end: str | None) -> list[int]:
-    if end is None and not tokenizer.eos_token:
-        raise UserError("this tokenizer has no end-of-sequence token: set language.end to the end of a caption")
-    ids = template_ids(tokenizer, tokenizer.eos_token if end is None else end)
-    # T5's tokenizers, for one, drop line breaks: no text would ever end before the limit.
-    if end is not None and (not ids or tokenizer.unk_token_id in ids):
-        raise UserError(
-            f"language.end={end!r} is not a token of this model's tokenizer: set language.end to another text, "
-            "or to null for its end-of-sequence token"
-        )
-    return ids

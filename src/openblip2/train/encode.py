@@ -64,7 +64,7 @@ def make_cache(
     # Seed and crops are part of what made the cache: with others, the same picture would have other features.
     drawn = {"precision": precision, "views": crops or 1, "crops": CROPS if crops else "none", "seed": seed}
     made_by = maker(vision, settings) | drawn
-    shape = shape_of(vision, crops)
+    shape = (1 + crops, vision.patches, vision.width)
     with (
         writing(folder, made_by, shape, progress.say, records, replace) as writer,
         progress.steps(f"features ({name})", len(records)) as bar,
@@ -126,7 +126,7 @@ def write_features(
     if precision not in CACHE_DTYPES:
         raise UserError(f"precision {precision!r} is unknown: it must be one of {', '.join(CACHE_DTYPES)}")
     crops = 0 if views == 1 else views
-    shape = shape_of(vision, crops)
+    shape = (1 + crops, vision.patches, vision.width)
     size, free = len(records) * picture_bytes(shape), free_bytes(folder)
     kinds = "the plain picture" if not crops else f"the plain picture and {crops} views"
     progress.say(f"{len(records):,} pictures, {kinds} of each: {shape[1]} tokens x {shape[2]} in {precision}")
@@ -188,14 +188,22 @@ def encode_raw(vision: FrozenVision, opened: Sequence[Tensor | str], shape: tupl
         vision.whitening = whitening
 
 
-def openable(records: Sequence[Record], size: int) -> tuple[list[Record], list[str]]:
-    """The records whose pictures can be opened, and one line for each other."""
+def openable(
+    records: Sequence[Record], size: int, advance: Callable[[int], object] = lambda count: None
+) -> tuple[list[Record], list[str]]:
+    """The records whose pictures can be opened, and one line for each other.
+
+    Args:
+        size: that pictures are opened in, in px.
+        advance: called with the number of pictures that were just opened.
+    """
     # Whether a file is a picture is known only when it is decoded.
     good: list[Record] = []
     problems: list[str] = []
     for part, opened in open_batches(records, size):
         problems += [picture for picture in opened if isinstance(picture, str)]
         good += [record for record, picture in zip(part, opened, strict=True) if isinstance(picture, Tensor)]
+        advance(len(part))
     return good, problems
 
 
@@ -215,14 +223,6 @@ def whitened(vision: FrozenVision) -> Callable[[Tensor], Tensor]:
     # Caches are read by the thread that makes batches, on the CPU.
     on_cpu = type(vision.whitening)(vision.whitening.mean.cpu(), vision.whitening.matrix.cpu())
     return on_cpu.forward
-
-
-def shape_of(vision: FrozenVision, crops: int) -> tuple[int, int, int]:
-    """The shape (E, P, V) of a picture's features, found by encoding one gray picture."""
-    side = vision.image_size
-    with torch.no_grad():
-        _, tokens, width = vision(torch.full((1, 3, side, side), 128, dtype=torch.uint8, device=device())).shape
-    return 1 + crops, tokens, width
 
 
 def maker(vision: FrozenVision, settings: RunSettings) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from openblip2.distributed.launch import from_all, from_first, highest
 from openblip2.errors import Stopped
 from openblip2.hardware import attention_kernel, computing, keep_freed_memory
 from openblip2.progress import Progress
+from openblip2.train.bookkeeping import count_step, give_up, not_finite
 from openblip2.train.log import Log, open_tracker
 from openblip2.train.optim import adamw, layer_rates, learning_rate
 from openblip2.train.parameters import save_trained, trained_parameters
 from openblip2.train.resume import Done, forget_checkpoints, keep_last, restore_checkpoint, write_checkpoint
-from openblip2.train.skipped import count_step, give_up, not_finite
 
 
 def fit(
@@ -54,7 +54,7 @@ def fit(
         samples: The samples of the last step in this process, to be named if it is bad.
         sparse: Whether there are batches whose losses do not depend on all that trains (see `DataParallelLosses`).
         advise: Lines to say after a validation, from the rows of the log.
-        data: A digest of what is trained on (`data.trained_on.data_digest`), kept in the checkpoints.
+        data: A digest of what is trained on (`bookkeeping.data_digest`), kept in the checkpoints.
 
     Raises:
         UserError: A checkpoint cannot be read or written, or too many steps in a row were not finite.

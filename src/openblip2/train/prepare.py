@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
-from openblip2.data.batches import FeaturePairs, ImagePairs, PairBatch
+from openblip2.data.batches import Batches, FeaturePairs, ImagePairs
 from openblip2.data.features import FeatureCache, Features, StoredFeatures, find_records
 from openblip2.data.records import Record, read_records
 from openblip2.data.samples import Answers, Captions, Instructions, Samples, fewer_negations
@@ -29,9 +29,9 @@ from openblip2.errors import UserError
 from openblip2.hardware import device
 from openblip2.model.vision import FrozenVision
 from openblip2.progress import Progress
+from openblip2.train.bookkeeping import Skipped, name_wordy_texts
 from openblip2.train.encode import encode_now, make_cache, open_cache, openable, whitened
 from openblip2.train.parameters import whitening_of_run
-from openblip2.train.skipped import Skipped, name_wordy_texts
 
 HELD_OUT = "held_out"
 ASKING = ("vqa", "instruct")  # tasks that need questions
@@ -43,16 +43,14 @@ class Prepared:
     """What a run trains and validates on.
 
     Attributes:
-        batches: Training batches of this process by number.
-        joined: Those of all processes together.
+        batches: Training batches of this process by number, and those of all processes together (`joined`).
         records: The pictures to train on; none with shards.
         held_out: The pictures to validate on.
         held_out_features: Their features as the image encoder now is: other ones whenever it trains.
         samples: How many samples shards have.
     """
 
-    batches: Callable[[int], PairBatch]
-    joined: Callable[[int], PairBatch]
+    batches: Batches | ShardPairs
     records: Sequence[Record]
     held_out: Sequence[Record]
     held_out_features: Callable[[], Features]
@@ -88,7 +86,7 @@ def prepare(
     Of several processes the first one calls this first, and writes; the others then read what it has written.
 
     Args:
-        run: The run's folder; what is left out is named in its `skipped.jsonl` (`train/skipped.py`).
+        run: The run's folder; what is left out is named in its `skipped.jsonl` (`train/bookkeeping.py`).
         cache_folder: Where features are kept, in a cache that is made if it is not there; `data.features` goes first.
         skipped: One line for each sample that was left out before.
         held_out: The pictures to validate on; None = a share of the records.
@@ -121,7 +119,7 @@ def prepare(
         _require_enough(held, trained, settings, skip)
         # Features change with the encoder, so that pictures are opened in every step.
         pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, **how)
-        return Prepared(pairs, pairs.joined, trained, held, lambda: encode_now(vision, held))
+        return Prepared(pairs, trained, held, lambda: encode_now(vision, held))
 
     # Evenly spread; never of the held-out pictures.
     sample = trained[:: -(-len(trained) // WHITENING_PICTURES)]
@@ -149,13 +147,13 @@ def prepare(
     # With crops in the user's cache no picture has to be opened in training.
     if augment and not settings.data.features:
         pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, **how)
-        return Prepared(pairs, pairs.joined, trained, held_features.records, lambda: held_features)
+        return Prepared(pairs, trained, held_features.records, lambda: held_features)
     features = stored(trained)
     _require_enough(held_features.records, features.records, settings, skip)
     if batch > len(features.records) and settings.task != "vqa":
         progress.say(f"train.batch={batch}: only {len(features.records)} training pictures, so batches have that many")
     pairs = FeaturePairs(features, samples_of(features.records), batch, seed, **how)
-    return Prepared(pairs, pairs.joined, features.records, held_features.records, lambda: held_features)
+    return Prepared(pairs, features.records, held_features.records, lambda: held_features)
 
 
 def prepare_shards(
@@ -215,11 +213,11 @@ def prepare_shards(
     if settings.vision.whiten:
         vision.whitening = whitening_of_run(settings, run, lambda: _first_features(vision, pairs)).to(device())
     if settings.vision.trained:
-        return Prepared(pairs, pairs.joined, [], held, lambda: encode_now(vision, held), samples)
+        return Prepared(pairs, [], held, lambda: encode_now(vision, held), samples)
     # A frozen encoder gives the same features in each validation.
     with torch.no_grad():
         held_features = encode_now(vision, held)
-    return Prepared(pairs, pairs.joined, [], held, lambda: held_features, samples)
+    return Prepared(pairs, [], held, lambda: held_features, samples)
 
 
 def hold_out(records: Sequence[Record], settings: RunSettings) -> tuple[list[Record], list[Record]]:

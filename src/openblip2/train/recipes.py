@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from openblip2.config import RunSettings
 from openblip2.data.batches import PairBatch, Prefetcher, drawn_prompts, joined_ids
 from openblip2.data.records import Record
-from openblip2.data.text import QFormerTokens, question_tokens
-from openblip2.data.trained_on import data_digest, write_trained_on
+from openblip2.data.text import BertTokens, question_tokens
 from openblip2.data.web.mixture import Part
 from openblip2.distributed.collectives import is_first
 from openblip2.distributed.data_parallel import shard
@@ -36,17 +35,23 @@ from openblip2.model.build import (
     with_parts,
 )
 from openblip2.model.decoding import try_generation
-from openblip2.model.fast.step import step_losses
+from openblip2.model.fast.gradient_cache import step_losses
 from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import OBJECTIVES, Stage1, see
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import FrozenVision, Vision, frozen_vision
 from openblip2.progress import Progress
 from openblip2.runs import make_folder, write_config
+from openblip2.train.bookkeeping import (
+    RecordingBatches,
+    data_digest,
+    name_long_texts,
+    name_unknown_texts,
+    write_trained_on,
+)
 from openblip2.train.loop import fit, joint_draws
 from openblip2.train.prepare import ASKING, Prepared, prepare, prepare_shards
 from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same
-from openblip2.train.skipped import RecordingBatches, name_long_texts, name_unknown_texts
 from openblip2.train.start import (
     fine_tune_from,
     require_start,
@@ -124,7 +129,10 @@ def train_stage(
             data = prepare(settings, records, encoder, run, features or run / "features", progress, skipped, held_out)
     if is_first():
         write_trained_on(None if shards else data.records, run)
-    batches = RecordingBatches(prefetched(data, settings), settings.train.accumulate)
+    # Each batch is made while a GPU works on the one before; on a CPU that thread would take cores from the model.
+    steps, accumulate = settings.train.steps, settings.train.accumulate
+    source = data.batches if device().type == "cpu" else Prefetcher(data.batches, steps * accumulate)
+    batches = RecordingBatches(source, accumulate)
     recipe, parts = _stage1 if settings.stage == "stage1" else _stage2, (encoder, language)
     model, losses, validate, sparse = recipe(settings, parts, data, batches, run, progress, last is None)
     # Now that all weights are filled: adapters freeze them. In fine-tuning the model was built with its adapters.
@@ -159,7 +167,7 @@ def _stage1(
     shard(model, settings, device())
     model.to(device())
     tokenizer = tokenizer_to_start(settings) if fine_tunes else bert_tokenizer(settings.qformer.start)
-    tokens = QFormerTokens(tokenizer, settings.data.max_tokens)
+    tokens = BertTokens(tokenizer, settings.data.max_tokens)
     name_long_texts(tokens, data.captions(), run, progress)
     if is_first():
         write_config(run, settings, model.connector.sizes)
@@ -211,7 +219,7 @@ def _stage2(
         try_generation(model.language, model.connector.tokens, settings.language.prompts[0])
     tokens = None
     if settings.qformer.question_in_qformer:
-        tokens = QFormerTokens(tokenizer_to_start(settings), settings.data.max_tokens)
+        tokens = BertTokens(tokenizer_to_start(settings), settings.data.max_tokens)
         form = max(wording.questions, key=len, default=wording.question) if reads_prompts else "{}"
         name_long_texts(tokens, data.questions(form), run, progress)
         if is_first():
@@ -263,14 +271,6 @@ def _stage2(
     return model, losses, validate, settings.qformer.question_in_qformer
 
 
-def prefetched(data: Prepared, settings: RunSettings) -> Batches:
-    """The batches, on a GPU each made while the model works on the one before."""
-    # On a CPU the thread would compete with the model for the same cores.
-    if device().type == "cpu":
-        return data.batches
-    return Prefetcher(data.batches, settings.train.steps * settings.train.accumulate)
-
-
 @contextmanager
 def in_evaluation(model: nn.Module, settings: RunSettings) -> Iterator[None]:
     """Without dropout and gradients, in the precision of training."""
@@ -286,7 +286,7 @@ def some_pairs(
     """Features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
     # The batches of all processes together: each process solves the same equations, and nothing has to be sent.
     for number in range(-(-min(most, data.pictures) // settings.train.batch)):
-        batch = data.joined(number)
+        batch = data.batches.joined(number)
         yield see(model.vision, **on_device(batch)), batch.captions
 
 

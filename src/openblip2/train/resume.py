@@ -60,9 +60,9 @@ _FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 @dataclass(frozen=True)
 class Done:
-    """How far a run is: steps, batches drawn (the sampler's whole position), and `bad_*`: see `train/skipped.py`.
+    """How far a run is: steps, batches drawn (the sampler's whole position), and `bad_*`: see `train/bookkeeping.py`.
 
-    `data`: the digest of what it is trained on (`data/trained_on.py`); "" in checkpoints of older versions.
+    `data`: the digest of what it is trained on (`train/bookkeeping.py`); "" in checkpoints of older versions.
     """
 
     step: int = 0

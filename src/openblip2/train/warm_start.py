@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip2.data.text import QFormerTokens
+from openblip2.data.text import BertTokens
 from openblip2.model.connector import Connector
 from openblip2.model.qformer import Layer, QFormer
 from openblip2.model.stage1 import Stage1
@@ -51,7 +51,7 @@ STOP_WORDS = frozenset((
 # fmt: on
 
 
-def warm_start_stage1(model: Stage1, tokens: QFormerTokens, pairs: Callable[[], Iterable[Pair]]) -> float:
+def warm_start_stage1(model: Stage1, tokens: BertTokens, pairs: Callable[[], Iterable[Pair]]) -> float:
     """`open_image_path`, `place_queries`, then `align_heads`, on the given pictures and captions.
 
     Returns:

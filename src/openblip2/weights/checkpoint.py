@@ -20,7 +20,7 @@ from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import Stage1
 from openblip2.model.vision import HFVision, Vision
 from openblip2.model.whitening import Whitening
-from openblip2.weights.names import rename
+from openblip2.weights.names import OURS, rename
 
 BERT_HEADS = 12  # of BERT-base; no tensor says how many there are
 
@@ -165,11 +165,11 @@ def require_whole(
     missing, extra = sorted(wanted.keys() - trained.keys()), sorted(trained.keys() - wanted.keys())
     for what, names in (("missing", missing), ("unexpected", extra)):
         if names:
-            theirs, without = rename(names, 0, column)
+            theirs, without = rename(names, OURS, column)
             raise UserError(f"{source}: {len(names)} keys are {what}: {listed(sorted([*theirs, *without]))}")
     for name, shape in wanted.items():
         if trained[name].shape != shape:
-            theirs = next(iter(rename([name], 0, column)[0]), name)
+            theirs = next(iter(rename([name], OURS, column)[0]), name)
             raise UserError(f"{source}: {theirs} has shape {list(trained[name].shape)}, it must be {list(shape)}")
 
 

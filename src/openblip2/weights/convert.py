@@ -11,23 +11,21 @@ from torch import Tensor, nn
 from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.language import EncoderDecoderLM, LanguageModel
-from openblip2.model.load_language import is_encoder_decoder
+from openblip2.model.load import is_encoder_decoder
 from openblip2.model.lora import merge_lora
-from openblip2.model.mapped import local_folder
+from openblip2.model.precision import local_folder
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import FrozenVision, HFVision, Vision
 from openblip2.runs import locked, require_absent
 from openblip2.train.parameters import saved_parameters
-from openblip2.weights.assemble import assemble, find_language, find_tokenizer, find_vision
+from openblip2.weights.assemble import assemble, find_language, find_tokenizer, find_vision, read_checkpoint
 from openblip2.weights.card import model_card, transformers_usage, usage
 from openblip2.weights.checkpoint import Checkpoint, Parts, carried
-from openblip2.weights.export import fits_projection, has_home, write_huggingface
+from openblip2.weights.export import fits_projection, has_home, write_huggingface, write_projected
 from openblip2.weights.huggingface import dtypes_of
 from openblip2.weights.lavis import projection_name, write_lavis
 from openblip2.weights.onnx import export_onnx
-from openblip2.weights.projected import write_projected
 from openblip2.weights.run import fresh_folder, write_run
-from openblip2.weights.source import read_checkpoint
 
 Target = Literal["openblip2", "hf", "lavis", "onnx", "projected"]
 CPU = torch.device("cpu")

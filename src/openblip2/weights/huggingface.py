@@ -21,9 +21,8 @@ from openblip2.model.bert import bert_tokenizer
 from openblip2.model.qformer import NORM_EPS
 from openblip2.runs import read_json
 from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_from_tensors, sizes_of
-from openblip2.weights.names import column, rename
+from openblip2.weights.names import HF, INSTRUCTBLIP, OURS, rename
 
-OURS, HF, INSTRUCTBLIP = column("openblip2"), column("hf"), column("instructblip")
 GENERATION, RETRIEVAL = "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
 INSTRUCTED = "InstructBlipForConditionalGeneration"
 IMAGE_TOKEN = "<image>"

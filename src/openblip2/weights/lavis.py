@@ -26,9 +26,8 @@ from openblip2.model.vision import HFVision
 from openblip2.presets import FLANT5_XL, FLANT5_XXL, OPT_2_7B, OPT_6_7B, VIT_G, VIT_L
 from openblip2.runs import atomic_write
 from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_from_tensors, sizes_of
-from openblip2.weights.names import TOWER, column, rename
+from openblip2.weights.names import LAVIS, OURS, TOWER, rename
 
-OURS, LAVIS = column("openblip2"), column("lavis")
 TOWER_PREFIX = "visual_encoder."
 EVA_WIDTH, EVA_HEADS = 1408, 16  # of ViT-g; no tensor says how many heads there are
 EVA_EPS = 1e-6
@@ -220,7 +219,7 @@ def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, 
 
     plain = {name.removeprefix(TOWER_PREFIX): tensor for name, tensor in tower.items()}
     biases = {name: plain.pop(name) for name in list(plain) if name.endswith((".q_bias", ".v_bias"))}
-    names, unknown = rename(plain, 1, 0, TOWER)
+    names, unknown = rename(plain, LAVIS, OURS, TOWER)
     if unknown:
         raise UserError(
             f"{path}: the image encoder in it is not EVA-CLIP's, the only one that LAVIS trains here: "
@@ -269,6 +268,6 @@ def _tower_as_lavis(tower: HFVision) -> dict[str, Tensor]:
             raise UserError(f"the image encoder's {name} has a bias for keys, which LAVIS' EVA-CLIP has not")
         block = f"{TOWER_PREFIX}blocks.{name.split('.')[2]}.attn."
         found |= {block + "q_bias": query.contiguous(), block + "v_bias": value.contiguous()}
-    names, without = rename(tensors, 0, 1, TOWER)
+    names, without = rename(tensors, OURS, LAVIS, TOWER)
     assert set(without) == {"post_layernorm.weight", "post_layernorm.bias"}, without
     return found | {TOWER_PREFIX + theirs: tensors[ours].contiguous() for theirs, ours in names.items()}

@@ -6,11 +6,8 @@ A row names a module or a single parameter; what follows a module's name (`.weig
 
 import re
 from collections.abc import Iterable
-from typing import Literal
 
-Format = Literal["openblip2", "lavis", "hf", "instructblip"]
-
-_COLUMNS: dict[str, int] = {"openblip2": 0, "lavis": 1, "hf": 2, "instructblip": 3}
+OURS, LAVIS, HF, INSTRUCTBLIP = range(4)  # the columns of `TRAINED`; of `TOWER` there are OURS and LAVIS
 
 _LAYER = ("qformer.layers.{n}.", "Qformer.bert.encoder.layer.{n}.", "qformer.encoder.layer.{n}.")
 _IN_LAYER = [
@@ -74,11 +71,6 @@ TOWER: list[tuple[str | None, ...]] = [
     ("encoder.layers.{n}.mlp.fc1", "blocks.{n}.mlp.fc1"),
     ("encoder.layers.{n}.mlp.fc2", "blocks.{n}.mlp.fc2"),
 ]
-
-
-def column(format: Format) -> int:
-    """Which column of `TRAINED` a format has."""
-    return _COLUMNS[format]
 
 
 def rename(

@@ -1,9 +1,9 @@
 """A trained model's way from pixels to the language model as one ONNX graph, checked by running it.
 
-In the graph: normalisation, the frozen image encoder, whitening, the Q-Former's query path, and the linear layer
+In the graph: normalisation, the frozen image encoder, whitening, the connector without text, and the linear layer
 after it. Not in it: texts and the language model, which have runtimes of their own and read `soft_prompt`.
 
-Shapes: B images (any number), S image side in px, Q queries, D Q-Former width, L LLM width, E shared space.
+Shapes: B images (any number), S image side in px, Q queries, D width of visual tokens, L LLM width, E shared space.
 """
 
 import copy

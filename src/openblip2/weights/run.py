@@ -83,7 +83,7 @@ def write_run(
 
     Args:
         vision, language: those that are carried.
-        tokenizer: of a Q-Former that reads text.
+        tokenizer: of a connector that reads text.
         whitening: of the image features.
     """
     for part in sorted(carries):

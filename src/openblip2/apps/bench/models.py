@@ -21,7 +21,7 @@ from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import HFVision
-from openblip2.weights.names import column, rename
+from openblip2.weights.names import HF, OURS, rename
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 PAD, BOS, EOS, UNK, IMAGE = range(5)
@@ -90,7 +90,7 @@ def build_models(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[
         stage2 = Stage2(_qformer(size, vision.width, vocabulary=0), language, vision)
         stage1 = Stage1(_qformer(size, vision.width, size.qformer_words), vision)
     named = {name: p for name, p in stage2.named_parameters() if name.startswith(("qformer.", "projection."))}
-    names, without = rename(named, column("openblip2"), column("hf"))
+    names, without = rename(named, OURS, HF)
     assert not without
     weights = theirs.state_dict()
     with torch.no_grad():

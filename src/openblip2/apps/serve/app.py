@@ -26,7 +26,7 @@ from openblip2.apps.serve.requests import AnswerForm, AttendForm, CaptionForm, M
 from openblip2.apps.serve.worker import Worker
 from openblip2.errors import UserError
 from openblip2.inference.captioner import ANSWER, CAPTION
-from openblip2.weights.source import read_checkpoint
+from openblip2.weights.assemble import read_checkpoint
 
 FOLDER = Path(__file__).parent
 MULTIPART = FormField(media_type="multipart/form-data")

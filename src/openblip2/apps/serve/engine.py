@@ -22,9 +22,9 @@ from openblip2.inference.captioner import Captioner
 from openblip2.inference.chat import DialoguePrompt
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
-from openblip2.model.context import require_room
 from openblip2.model.decoding import Decoding
 from openblip2.model.likelihood import TokenScore, token_scores
+from openblip2.model.token_rows import require_room
 
 CACHED = 64  # pictures whose features are kept
 

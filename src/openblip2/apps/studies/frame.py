@@ -8,7 +8,7 @@ OUT/seed-N/STAGE-WAY         a run; a run that several ways share has the name o
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from openblip2.apps.studies.study import (
     slug,
 )
 from openblip2.capfilt.models import digest
-from openblip2.config import RunSettings, VisionSettings, change, to_dict
+from openblip2.config import RunSettings, VisionSettings, change
 from openblip2.data.features import FeatureCache, find_records
 from openblip2.data.records import Record, read_records
 from openblip2.data.rows import RECORDS
@@ -101,7 +101,7 @@ class Runs:
         if start is not None:
             settings = change(settings, {"start": str(start.folder)})
         of = {
-            "settings": to_dict(settings),
+            "settings": asdict(settings),
             "pictures": digest_of(records),
             "validated": None if held_out is None else len(held_out),
             "start": start and start.of,

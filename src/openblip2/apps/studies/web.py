@@ -10,9 +10,9 @@ from typing import Any
 
 from openblip2.apps.studies.frame import Work, digest_of, train_way
 from openblip2.apps.studies.study import Run, Way
+from openblip2.capfilt import capfilt
 from openblip2.capfilt.models import Models
-from openblip2.capfilt.pool import How
-from openblip2.capfilt.run import capfilt
+from openblip2.capfilt.shard import How
 from openblip2.data.records import Record
 from openblip2.data.web.tars import read_tar
 from openblip2.data.web.write_shards import write_shards

@@ -15,19 +15,34 @@ Shapes: B pairs, S side in px, P patch tokens, V encoder width, Q queries, T tex
 space.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from openblip2.distributed.collectives import part_of, share
+from openblip2.distributed.collectives import part_of, share, world_size
 from openblip2.model.fast import joined_batch
 from openblip2.model.objectives import HardNegatives, decorrelation, matching
 from openblip2.model.qformer import Cache, Memory
 from openblip2.model.stage1 import OBJECTIVES, Pairs, Stage1, itm_pairs, see
 from openblip2.model.stage2 import Stage2, WordTable
+
+
+def step_losses(model: Stage1 | Stage2, chunk: int) -> Callable[..., dict[str, Tensor]]:
+    """`model.losses`, or in several processes or in chunks what gives the same result; called with its arguments.
+
+    Args:
+        chunk: `train.chunk`, pairs at a time in each process; 0 = all.
+    """
+    first = isinstance(model, Stage1)
+    if chunk:  # first: in several processes it uses the joined batch itself
+        return partial(stage1_losses if first else stage2_losses, model, chunk)
+    if world_size() > 1:
+        return partial(joined_batch.joined_stage1_losses if first else joined_batch.joined_stage2_losses, model)
+    return model.losses
 
 
 def stage1_losses(

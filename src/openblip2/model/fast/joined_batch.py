@@ -49,8 +49,8 @@ def joined_stage1_losses(
     shared, *targets = share_texts(valid)
     positives = joined_positives(ids, tokens, shared)
     patches = see(model.vision, images, features)  # kept, because other processes may ask for them
-    memory = model.qformer.encode_image(patches)
-    queries, cache = model.qformer.query_pass(memory)
+    memory = model.connector.encode_image(patches)
+    queries, cache = model.connector.query_pass(memory)
     itc = joined_contrast(model, model.image_vectors(queries), model.text_vectors(tokens, valid), positives, shared)
     losses = {"itc": itc.loss}
     if "itg" in objectives:

@@ -1,12 +1,17 @@
-"""What a run leaves out, counted and named: pictures, ends of texts, and steps.
+"""What a run is trained on and what it leaves out, counted and named: pictures, ends of texts, and steps.
 
+RUN/trained_on.txt    a digest of each training picture, so that a score on it is not mistaken for one on an unseen
+                      picture; a copy under another name is recognised. A run on shards has none: RUN/shards.json
+                      names the shards, and whether a picture is in them is not known
 RUN/skipped.jsonl     one line for each sample that cannot be used, and for each text that is cut or unknown
 RUN/skipped-3.jsonl   the same of process 3, in training
 RUN/bad_batch.json    the samples of the last step, where too many steps in a row were not finite
 """
 
+import hashlib
 import json
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,15 +20,61 @@ from typing import Any
 
 from openblip2.data.batches import PairBatch
 from openblip2.data.records import Record
-from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, QFormerTokens, clean_caption, clean_question, only_unknown
+from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, BertTokens, clean_caption, clean_question, only_unknown
+from openblip2.data.web.mixture import FILE as SHARDS
 from openblip2.distributed.collectives import is_first, rank
 from openblip2.errors import UserError
 from openblip2.progress import Progress
-from openblip2.runs import write_json
+from openblip2.runs import write_json, write_text
 from openblip2.train.log import Log
 from openblip2.train.resume import Done
 
+TRAINED_ON = "trained_on.txt"
+_HEAD = 64 * 2**10  # bytes that are read; together with the size they identify an image
 SHOWN = 20  # lines that are shown; of the later ones every thousandth
+
+
+def picture_digest(image: Path) -> str | None:
+    """16 hexadecimal digits from an image's size and first 64 KiB; None if it cannot be read."""
+    try:
+        with image.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return hashlib.blake2b(b"%d " % size + file.read(_HEAD), digest_size=8).hexdigest()
+    except OSError:
+        return None  # which training has reported
+
+
+def data_digest(*parts: Sequence[Record]) -> str:
+    """The number of images that a run is trained and validated on, and a digest of their ids and texts, in order.
+
+    Held-out images and batches are drawn by number, so one image more or less changes all of them.
+    """
+    rows = [[(r.id, r.captions, [(q.text, q.given) for q in r.questions]) for r in records] for records in parts]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return f"{sum(map(len, parts)):,} pictures, digest {digest[:16]}"
+
+
+def write_trained_on(records: Sequence[Record] | None, run: Path) -> None:
+    """Writes `RUN/trained_on.txt` in one step, or deletes it for a run on shards (None)."""
+    if records is None:
+        (run / TRAINED_ON).unlink(missing_ok=True)
+        return
+    (run / SHARDS).unlink(missing_ok=True)
+    digests = sorted({digest for record in records if (digest := picture_digest(record.image))})
+    write_text("".join(digest + "\n" for digest in digests), run / TRAINED_ON)
+
+
+def pictures_trained_on(records: Sequence[Record], runs: Sequence[Path]) -> list[Record] | None:
+    """The records with images that one of the runs was trained on.
+
+    None if this is not known: no run has a list, or no image is in a list and a run was trained on shards.
+    """
+    files = [run / TRAINED_ON for run in runs if (run / TRAINED_ON).is_file()]
+    if not files:
+        return None
+    known = {line for file in files for line in file.read_text(encoding="ascii").split()}
+    found = [record for record in records if picture_digest(record.image) in known]
+    return found or (None if any((run / SHARDS).is_file() for run in runs) else found)
 
 
 class Skipped:
@@ -63,7 +114,7 @@ def name_unknown_texts(tokenizer: Any, texts: Sequence[tuple[str, str]], run: Pa
     _name("unknown", unknown, f"{share} and become only {tokenizer.unk_token}", run, progress)
 
 
-def name_long_texts(tokens: QFormerTokens, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
+def name_long_texts(tokens: BertTokens, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
     """Counts and names the texts that are cut at the token limit, as the paper cuts them, and the unknown ones."""
     long = [texts[n] for n in tokens.too_long([text for _, text in texts])]
     _name("cut", long, f"have more than {tokens.longest} tokens and are cut there (data.max_tokens)", run, progress)
@@ -76,13 +127,8 @@ def name_wordy_texts(records: Sequence[Record], run: Path, progress: Progress) -
     texts = [(r.id, clean_caption(text, len(text)), text) for r in records for text in r.captions]
     texts += [(r.id, clean_question(q.text, len(q.text)), q.text) for r in records for q in r.questions]
     long = [(picture, text) for picture, whole, text in texts if clean_caption(whole) != whole]
-    _name(
-        "cut",
-        long,
-        f"have more than {MAX_WORDS} words or {MAX_CHARACTERS:,} characters and are cut there",
-        run,
-        progress,
-    )
+    what = f"have more than {MAX_WORDS} words or {MAX_CHARACTERS:,} characters and are cut there"
+    _name("cut", long, what, run, progress)
 
 
 def _name(key: str, texts: Sequence[tuple[str, str]], what: str, run: Path, progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""The formats of annotation files: each reader returns the records of an `AnnotationFile` and notes what it skips."""
+"""The official annotation formats: each reader returns the records of an `AnnotationFile` and notes what it skips."""
 
 import re
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openblip2.data.official.annotations import AnnotationFile, brief, identity, text
+from openblip2.data.annotations import AnnotationFile, brief, identity, text
 from openblip2.data.records import Question, Record, kind_of
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError

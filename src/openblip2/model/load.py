@@ -1,0 +1,239 @@
+"""Frozen models by name: from a hub, a directory, a wheel, or inside a BLIP-2.
+
+Of an image encoder also its preprocessing, and the layer to take.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from openblip2.compat import keep_4bit_gradients, quiet_transformers
+from openblip2.errors import UserError, one_line
+from openblip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
+from openblip2.model.precision import load_in, quantised_options
+from openblip2.model.template import PAPER_TEMPLATE
+from openblip2.model.vision import CLIP_MEAN, CLIP_STD, HFVision, Triple, side_of
+from openblip2.model.wheels import WHEELS, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BLIP2_PREFIX = "language_model."  # of the language model's weights in a BLIP-2 of transformers
+BLIP2_OTHERS = ("vision_model.", "qformer.", "query_tokens", "language_projection.")  # and of the other parts
+
+
+def load_language(
+    name: str,
+    template: str = PAPER_TEMPLATE,
+    end: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
+    place: torch.device | None = None,
+    exact_gelu: bool = False,
+) -> LanguageModel:
+    """A frozen language model by hub name, directory, or wheel (`wheel:smollm2-135m-instruct`).
+
+    Whether it is a decoder or an encoder-decoder is read from its configuration. Of a BLIP-2 of transformers, the
+    language part alone is read.
+
+    Args:
+        dtype: of its weights.
+        bits: 8 or 4 to quantise its linear layers; all else is `dtype`.
+        exact_gelu: a T5's feed-forward layers compute GELU itself, not its tanh approximation.
+        place: where quantised weights go, None = a GPU if there is one; others are on the CPU until they are moved.
+
+    Raises:
+        UserError: there is no such model, it is neither kind, weights of it are missing or do not fit, or what
+            quantises it is not installed.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    options = {} if bits is None else quantised_options(bits, dtype, place)
+    source = locate(name)
+    try:
+        with quiet_transformers():
+            config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            prefix = BLIP2_PREFIX if "qformer_config" in config.sub_configs else ""
+            if prefix:
+                config = config.text_config  # of the language part alone
+                options |= {"config": config, "key_mapping": {rf"^{re.escape(prefix)}": ""}}
+            if exact_gelu:
+                if "dense_act_fn" not in config.to_dict():
+                    raise UserError(f"language.exact_gelu is for T5 models; {name!r} is a {config.model_type!r}")
+                config.dense_act_fn = "gelu"  # FlanT5's own setting is gelu_new, the tanh approximation
+                options |= {"config": config}
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            if bits is None:
+                llm, report = load_in(loader, source, dtype, prefix, **options)
+            else:
+                options["output_loading_info"] = True
+                llm, report = loader.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(
+            f"language model {name!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
+        ) from error
+    if missing := sorted(report["missing_keys"]):  # drawn at random, and never trained
+        raise UserError(
+            f"language model {name!r} cannot be loaded: {len(missing)} of its weights are not in it, "
+            f"{missing[0]} for one"
+        )
+    if prefix:
+        unknown = sorted(key for key in report["unexpected_keys"] if not key.startswith(BLIP2_OTHERS))
+        if unknown:
+            raise UserError(
+                f"language model {name!r}: {len(unknown)} keys of it are not of a {config.model_type!r}, "
+                f"{BLIP2_PREFIX}{unknown[0]} for one"
+            )
+    words = llm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) < words // 2:  # transformers makes an empty one where its files are missing
+        raise UserError(
+            f"language model {name!r} cannot be loaded: its tokenizer has {len(tokenizer)} tokens and the model "
+            f"{words}: are the tokenizer's files there?"
+        )
+    if len(tokenizer) > words:
+        raise UserError(
+            f"language model {name!r}: its tokenizer has {len(tokenizer)} tokens and its embedding {words} rows: call "
+            f"resize_token_embeddings({len(tokenizer)}) of the model, save it in a folder, and give that"
+        )
+    if bits is not None:
+        keep_4bit_gradients(llm)
+    kind = EncoderDecoderLM if config.is_encoder_decoder else DecoderLM
+    return kind(llm, tokenizer, template, end)
+
+
+def is_encoder_decoder(name: str) -> bool:
+    """Which kind a language model is, from its configuration alone.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"language model {name!r} cannot be found: {one_line(error)}") from error
+    return getattr(config, "text_config", config).is_encoder_decoder
+
+
+def load_vision(
+    name: str,
+    layer: int = -2,
+    image_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> HFVision:
+    """Load a frozen image encoder.
+
+    Of a model with more parts (CLIP, SigLIP, BLIP-2) only the vision part is read.
+
+    Args:
+        name: A hub name, a directory, or a wheel ("wheel:dinov2-small").
+        layer: Hidden-state index, see `HFVision`.
+        image_size: Image side in px; by default the side that the model's published preprocessing crops to,
+            and without one the side that its position embeddings are made for.
+        dtype: Of the weights and of the features.
+
+    Raises:
+        UserError: There is no such model, it is not an image encoder, its weights do not fit, or `HFVision`
+            refuses it.
+    """
+    source = locate(name)
+    with quiet_transformers():
+        encoder = _load_encoder(name, source, dtype)
+        mean, std, published = _read_preprocessing(name, source)
+    config: Any = encoder.config
+    if image_size is None:
+        image_size = published or side_of(config.image_size)
+    return HFVision(encoder, layer, image_size, mean, std)
+
+
+def last_useful_layer(name: str) -> int:
+    """The paper's choice for an encoder: its second-to-last layer; the last where that one is already cut off or alone.
+
+    BLIP-2's own encoder is published without its last layer.
+
+    Raises:
+        UserError: there is no such encoder.
+    """
+    with quiet_transformers():
+        config, _ = _vision_config(name, locate(name))
+    return -1 if config.model_type == "blip_2_vision_model" or config.num_hidden_layers == 1 else -2
+
+
+def _load_encoder(name: str, source: str, dtype: torch.dtype) -> "PreTrainedModel":
+    import transformers
+    from safetensors import SafetensorError
+
+    config, part_of_larger = _vision_config(name, source)
+    # The one vision model that AutoModel does not know; imported only if it is needed, because that takes a second.
+    loader: Any = getattr(
+        transformers, "Blip2VisionModel" if config.model_type == "blip_2_vision_model" else "AutoModel"
+    )
+    try:
+        encoder, report = load_in(
+            loader,
+            source,
+            dtype,
+            "vision_model." if part_of_larger else "",
+            config=config,
+            key_mapping={r"^vision_model\.": ""} if part_of_larger else None,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"image encoder {name!r} cannot be loaded: {one_line(error)}") from error
+    # What a checkpoint lacks is drawn at random: fatal, but for the pooler, which is never used.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(
+            f"image encoder {name!r} cannot be loaded: {len(missing)} weights of a {config.model_type!r} "
+            f"are not in it, {missing[0]} for one"
+        )
+    return encoder
+
+
+def _vision_config(name: str, source: str) -> tuple[Any, bool]:
+    """The configuration of the vision part, and whether it is part of a larger model."""
+    from transformers import AutoConfig, Blip2VisionConfig
+
+    from openblip2.model import encoders
+
+    encoders.register()
+    if Path(source).exists() and not Path(source, "config.json").is_file():
+        raise UserError(f"image encoder {name!r} is not a model: give a directory with config.json and weights")
+    try:
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"image encoder {name!r} cannot be found: {one_line(error)} "
+            f"(give a hub name, a directory, or one of {', '.join(WHEELS)})"
+        ) from error
+    part_of_larger = "vision_config" in config.sub_configs
+    config = config.vision_config if part_of_larger else config
+    if config.model_type == "instructblip_vision_model":  # the same encoder by another name, which AutoModel lacks
+        config = Blip2VisionConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
+    if not {"image_size", "patch_size", "num_hidden_layers"} <= config.to_dict().keys():
+        raise UserError(f"image encoder {name!r} is a {config.model_type!r}: it needs a vision transformer")
+    return config, part_of_larger
+
+
+def _read_preprocessing(name: str, source: str) -> tuple[Triple, Triple, int | None]:
+    """Mean, deviation and image side of the published preprocessing; CLIP's if a directory has none."""
+    from transformers import ImageProcessingMixin
+
+    files = ("preprocessor_config.json", "processor_config.json")
+    if Path(source).is_dir() and not any(Path(source, file).is_file() for file in files):
+        return CLIP_MEAN, CLIP_STD, None
+    try:
+        fields, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        side = fields.get("crop_size") if fields.get("do_center_crop") else fields.get("size")
+        side = None if side is None else side_of(side)
+        if not fields.get("do_normalize", True):
+            return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), side  # the encoder takes pixels in [0, 1]
+        return tuple(fields["image_mean"]), tuple(fields["image_std"]), side
+    except (OSError, KeyError, TypeError) as error:
+        raise UserError(
+            f"image encoder {name!r} has no usable image_mean and image_std in {files[0]}: {one_line(error)}"
+        ) from error
