@@ -19,6 +19,7 @@ import numpy as np
 from openblip2.data.images import PICTURE_SUFFIXES
 from openblip2.errors import UserError
 from openblip2.progress import Bar, Progress
+from openblip2.weights.source import read_checkpoint
 
 QUESTION = "what is in the picture?"
 STARTS = 300  # seconds that the server may take to load its models
@@ -82,9 +83,12 @@ def bench_serve(
         import psutil  # noqa: F401
     except ImportError as error:
         raise UserError(f"bench-serve needs {error.name}: pip install 'openblip2[load]'") from error
-    pictures = [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix.lower() in PICTURE_SUFFIXES]
+    if read_checkpoint(run).settings.stage == "stage1":
+        raise UserError(f"{run} is a stage-1 run, which cannot write text: give a stage-2 run")
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    pictures = [file.read_bytes() for file in files if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()]
     if not pictures:
-        raise UserError(f"{folder}: no pictures in it")
+        raise UserError(f"{folder}: no pictures in it: give a folder of pictures")
     found = []
     for batch in batches:
         command = [sys.executable, "-m", "openblip2", "serve", run, "--port", "0", "--batch", str(batch)]
