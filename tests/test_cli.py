@@ -85,7 +85,8 @@ class Home(NamedTuple):
         return self.data / f"{number}.png"
 
     def train(self, stage: str, out: str, *more: object) -> tuple[object, ...]:
-        return ("train", stage, "--data", self.data, "--out", self.root / out, *self.options, *more)
+        options = tiny_runs.for_training(self.options, stage)
+        return ("train", stage, "--data", self.data, "--out", self.root / out, *options, *more)
 
     def broken(self, name: str, change: Callable[[Path], object], run: str = "stage2") -> Path:
         """A copy of a run that `change` has been at."""
@@ -129,6 +130,30 @@ def test_a_language_model_that_cannot_generate_is_refused_before_the_first_step(
     assert said.code == 2
     assert "OpenAIGPTLMHeadModel cannot generate text" in said.err.splitlines()[-1]
     assert not (home.root / "gpt1-run" / "log.jsonl").exists()
+
+
+def test_half_a_character_on_the_command_line_is_one_line(home: Home, tmp_path: Path) -> None:
+    half, picture = "caf\udce9", home.picture()  # "café" in Latin-1
+    for words in (
+        ("rank", home.stage1, half, picture),
+        ("attend", home.stage1, picture, "--text", half, "--out", tmp_path / "maps"),
+        ("caption", home.stage2, picture, "--prompt", half),
+        ("answer", home.stage2, picture, half),
+        ("answer", home.stage2, picture, "what is it?", "--among", f"dog,{half}"),
+    ):
+        said = call(*words)
+        assert said.code == 2
+        assert said.err.splitlines()[-1].endswith(r"caf\udce9' is not Unicode text: write it in UTF-8")
+
+
+def test_a_link_to_nothing_in_a_folder_of_pictures_is_named(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(home.picture().read_bytes())
+    (tmp_path / "1.png").symlink_to("nowhere.png")
+    (tmp_path / "2.png").mkdir()
+    said = call("caption", home.stage2, tmp_path)
+    assert said.code == 2
+    assert said.out.startswith(f"{tmp_path / '0.png'}\t")
+    assert said.err.endswith(f"1 of 2 pictures cannot be read and have no result: {tmp_path / '1.png'}\n")
 
 
 def test_caption_writes_a_line_for_each_picture(home: Home) -> None:
@@ -336,7 +361,7 @@ SETTINGS: dict[str, Bad] = {
     ),
     "other settings": (
         lambda h: h.train("stage1", "stage1", "--set", "train.steps=4", "--resume"),
-        ("{}/stage1/config.json", "other settings"),
+        ("{}/stage1/config.json", "other settings (train.steps); give the same ones"),
     ),
 }
 
@@ -442,7 +467,7 @@ INPUTS: dict[str, Bad] = {
         ("is it is it", "60 words", "at most 50"),
     ),
     "empty text": (lambda h: ("rank", h.stage1, "...", h.picture()), ("empty text, '...'",)),
-    "long text": (lambda h: ("rank", h.stage1, "a red dog " * 11, h.picture()), ("a red dog", "longer", "32 tokens")),
+    "long text": (lambda h: ("rank", h.stage1, "a red dog " * 11, h.picture()), ("a red dog", "longer", "20 tokens")),
     "very long text": (lambda h: ("rank", h.stage1, "dog " * 60, h.picture()), ("dog dog", "60 words", "at most 50")),
 }
 

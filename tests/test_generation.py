@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tiny_models
+from openblip2.errors import UserError
 from openblip2.model.language import DecoderLM, Decoding, LanguageModel
-from openblip2.model.likelihood import text_logprobs
+from openblip2.model.likelihood import likelihoods, text_logprobs, token_scores, word_scores
 from openblip2.model.load import load_language
 from tiny import Q
 from tiny_models import EOS, NEWLINE, PAD, WORDS, L, W, constant, embed, ids, language, soft_prompts
@@ -230,3 +231,18 @@ def test_settings_in_a_language_models_folder_change_nothing(kind: str, tmp_path
             texts[name] += lm.generate(soft, PROMPTS, how)
         assert path.read_bytes() == written
     assert texts["own"] == texts["plain"]
+
+
+def test_a_text_beyond_the_context_has_no_likelihood() -> None:
+    lm, soft = language("opt"), soft_prompts(1)  # 50 positions: <s>, Q soft tokens, the words; the end is not read
+    longest = "dog" + " dog" * (50 - 1 - Q - 1)
+    assert text_logprobs(lm, soft, "", [longest]).isfinite().all()
+    for longer in (f"{longest} dog", "dog " * 200):
+        for read in (text_logprobs, likelihoods):
+            with pytest.raises(UserError, match=r"text 'dog .* takes \d+ tokens.* only 45 fit.*give a shorter text"):
+                read(lm, soft, "", ["dog", longer])
+        for read in (word_scores, token_scores):
+            with pytest.raises(UserError, match="give a shorter text"):
+                read(lm, soft, "", longer)
+    with pytest.raises(UserError, match="give a shorter text"):
+        text_logprobs(lm, soft, "dog " * 60, ["dog"])

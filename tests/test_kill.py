@@ -21,7 +21,7 @@ import torch
 import openblip2
 import tiny_runs
 from lives import AT, PHASE, SLOW_IMPORTS, Lives
-from openblip2.data.batches import PairBatch, Sampler
+from openblip2.data.batches import PairBatch
 from openblip2.data.records import read_records
 from openblip2.train import loop
 from openblip2.train.bookkeeping import RecordingBatches
@@ -30,7 +30,8 @@ from test_training import log_of, quiet, recipe
 
 SOURCE = str(Path(openblip2.__file__).parents[1])
 KILLS = int(os.environ.get("OPENBLIP2_KILLS", "12"))
-STEPS, BATCH, PICTURES, HELD = 24, 2, 20, 4  # three epochs of eight batches: a window of the sampler each
+STEPS, BATCH, PICTURES, HELD = 24, 2, 20, 4
+EPOCH = (PICTURES - HELD) // BATCH  # batches: the run has three epochs
 # When: at any time, and while the smallest targets are there. In seconds of computing since what is named.
 AIMS = [("start", 0.9)] * 10 + [("checkpoint", 0.02)] * 8 + [("validation", 0.02), ("end", 0.01)]
 IMPORTS = (
@@ -102,7 +103,6 @@ def test_random_kills_lose_nothing(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     tiny_runs.home(home, count=PICTURES)
-    assert Sampler.WINDOW * BATCH == PICTURES - HELD
     drawn = random.Random(6)
     fell: Counter[str] = Counter()
     again, runs = 0, 0
@@ -141,7 +141,7 @@ def check_run(folder: Path, whole: Path) -> int:
     found, again = batches_taken(folder)
     assert found == batches_taken(whole)[0], folder
     in_order = [name for number in range(STEPS) for name in found[number][0]]
-    for epoch in range(STEPS // Sampler.WINDOW):
+    for epoch in range(STEPS // EPOCH):
         pictures = in_order[epoch * (PICTURES - HELD) : (epoch + 1) * (PICTURES - HELD)]
         assert len(set(pictures)) == PICTURES - HELD, (folder, epoch)
     left = {path.name for path in (mine / "resume").iterdir()}

@@ -335,3 +335,20 @@ def test_mistaken_words_end_with_2() -> None:
         assert said.returncode == 2, words
         assert said.stdout == ""
         assert "Traceback" not in said.stderr
+
+
+def test_a_full_disk_is_one_line(home: Home) -> None:  # noqa: F811
+    words = [sys.executable, "-m", "openblip2", "answer", str(home.stage2), str(home.picture()), "what is it?"]
+    environment = {**os.environ, "PYTHONPATH": SOURCE, "HF_HUB_OFFLINE": "1"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("openblip2: the output cannot be written (No space left on device): make room")
+    assert done.stderr.count("\n") == 1
+
+
+def test_chat_without_standard_input_is_one_line(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(sys, "stdin", None)
+    said = call("chat", home.stage2, home.picture())
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "chat reads questions from standard input, which is closed" in said.err

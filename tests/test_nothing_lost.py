@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -109,7 +110,7 @@ def test_two_writers_of_a_result_do_not_mix(home: Home, tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
     with locked(tmp_path, ".scores.json.lock"):
         said = call("evaluate", "retrieval", home.stage1, "--data", home.data, "--out", out)
-        one_line(said, f"{out} is being written by process {os.getpid()} on", "another --out")
+        one_line(said, f"{out} is being written by process {os.getpid()} on", "another folder")
     with locked(tmp_path / "shards"):
         one_line(call("prepare", home.data, "--out", tmp_path / "shards"), tmp_path / "shards", "is being written by")
     assert list(tmp_path.rglob("*.*")) == []
@@ -197,7 +198,7 @@ def test_too_few_pictures_name_what_was_skipped_and_settings_that_work(home: Hom
     for n in range(3):
         (data / f"{n}.png").write_bytes(home.picture(n).read_bytes())
     (data / "records.jsonl").write_text("\n".join(rows))
-    said = call("train", "stage1", "--data", data, "--out", tmp_path / "run", *home.options)
+    said = call("train", "stage1", "--data", data, "--out", tmp_path / "run", *home.train("stage1", "")[6:])
     assert said.code == 2
     *skipped, last = said.err.splitlines()
     assert [line.split(": ")[0] for line in skipped] == [f"skipped ({n + 1} so far)" for n in range(13)]
@@ -344,7 +345,7 @@ def test_a_folder_has_one_writer_whose_lock_ends_with_it(home: Home, tmp_path: P
             assert holder.stdout.readline() == b"held\n"
             words = home.train("stage1", str(run)) if out == run else ("index", home.data, "--run", home.stage1)
             said = call(*words, *(() if out == run else ("--out", out)))
-            one_line(said, out, f"process {holder.pid} on {platform.node()}", "another --out")
+            one_line(said, out, f"process {holder.pid} on {platform.node()}", "another folder")
             assert [path.name for path in out.iterdir()] == [".lock"]
         finally:
             holder.kill()
@@ -352,6 +353,70 @@ def test_a_folder_has_one_writer_whose_lock_ends_with_it(home: Home, tmp_path: P
         with locked(out):  # although the file of the dead process is still there
             assert (out / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
         assert list(out.iterdir()) == []
+
+
+def test_what_is_refused_leaves_nothing(home: Home, tmp_path: Path) -> None:
+    def refused(*words: object, says: str) -> None:
+        one_line(call(*words), says)
+        assert list(tmp_path.iterdir()) == []
+
+    out = tmp_path / "new" / "run"
+    refused(*home.train("stage1", str(out), "--set", "data.held_out=0.01"), says="too few")
+    refused(*home.train("stage1", str(out), "--set", "qformer.start=no/bert"), says="'no/bert' cannot be loaded")
+    words = home.train("stage2", str(out), "--start", home.stage1)
+    refused(*words, "--set", "language.name=no/model", says="'no/model' cannot be loaded")
+    refused("prepare", home.root / "nowhere", "--out", out, says="does not exist")
+    refused("index", home.root / "nowhere", "--run", home.stage1, "--out", out, says="nowhere")
+    scores = tmp_path / "new" / "scores.json"
+    refused("evaluate", "retrieval", home.stage1, "--data", home.root / "nowhere", "--out", scores, says="nowhere")
+    # What the user made stays.
+    out.mkdir(parents=True)
+    one_line(call(*home.train("stage1", str(out), "--set", "qformer.start=no/bert")), "no/bert")
+    assert list(tmp_path.rglob("*")) == [out.parent, out]
+
+
+def test_texts_are_cut_at_the_positions_of_the_qformer(home: Home, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (home.data / "records.jsonl").read_text().splitlines()]
+    for row in rows[:4]:
+        row["caption"] = "a red dog " * 10
+    data = tmp_path / "data"
+    shutil.copytree(home.data, data)
+    (data / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("train", "stage1", "--data", data, *home.train("stage1", "")[6:], "--set", "data.max_tokens=1000")
+    said = call(*words, "--out", tmp_path / "run")
+    assert said.code == 0, said.err
+    assert "4 texts have more than 20 tokens and are cut there" in said.err  # the tiny BERT has 20 positions
+    one_line(call("rank", tmp_path / "run", "a red dog " * 10, home.picture(0)), "20 tokens")
+    words = ("evaluate", "retrieval", tmp_path / "run", "--data", data, "--out", tmp_path / "scores.json")
+    assert call(*words).code == 0
+
+
+# --- settings without effect
+
+
+def test_settings_without_effect_are_named(home: Home) -> None:
+    sets = {
+        "stage1": ("language.name=x", "data.caption_share=0.1", "optim.layer_decay=0.9", "stage2.lm_start_step=0"),
+        "stage2": ("stage1.temperature=0.1", "data.max_tokens=9", 'language.questions=["{}"]'),
+    }
+    for stage, changes in sets.items():
+        more = ["--start", home.stage1] if stage == "stage2" else []
+        words = [word for one in changes for word in ("--set", one)]
+        said = call(*home.train(stage, f"idle-{stage}", *more, *words, "--set", "train.steps=1"))
+        assert said.code == 0, said.err
+        (line,) = [line for line in said.err.splitlines() if "without effect" in line]
+        assert all(one.partition("=")[0] in line for one in changes)
+        assert "train.steps" not in line
+
+
+def test_settings_that_arguments_say_are_refused(home: Home) -> None:
+    for changed, remedy in (
+        ("stage=stage2", "the word after train"),
+        ("data.source=x", "--data"),
+        ("start=x", "--start"),
+    ):
+        one_line(call(*home.train("stage1", "twice", "--set", changed)), f"--set {changed}", f"give it as {remedy}")
+    one_line(call(*home.train("stage1", "twice", "--set", "language.question=what?")), "language.question")
 
 
 def test_two_writers_of_a_shard_do_not_mix(tmp_path: Path) -> None:

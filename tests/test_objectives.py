@@ -309,3 +309,9 @@ def test_decorrelation_of_equal_orthogonal_and_single_queries() -> None:
     assert float(decorrelation(axes * torch.tensor([1.0] + [0.01] * (Q - 1))[:, None])) > 0.99
     assert float(decorrelation(equal[:, :1])) == 0
     assert float(decorrelation(equal[:1])) == 0  # one picture differs from no other
+
+
+def test_similarities_that_are_not_numbers_have_negatives_that_exist() -> None:
+    scores, positives = torch.full((3, 3), torch.nan), torch.eye(3, dtype=torch.bool)
+    for drawn in hard_negatives(scores, scores, positives):  # the losses are NaN, and the step is left out
+        assert drawn.max() < 3

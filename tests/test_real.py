@@ -168,7 +168,7 @@ def test_entities_are_refused(entities: str, title: str, tmp_path: Path) -> None
     path = drawing(tmp_path, "animals/cat", title, entities=entities)
     records, skipped = openclipart(tmp_path)
     assert [record.id for record in records] == ["animals/owl"]
-    assert skipped[0] == f"{path}: defines entities, which are not expanded; a drawing without"
+    assert skipped[0] == f"{path}: defines entities, which are not expanded; it is skipped"
 
 
 def test_what_is_broken_in_openclipart_is_skipped_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ def test_what_cannot_be_used_is_refused(run: Path, folder: Path, tmp_path: Path)
     out = tmp_path / "index"
     with pytest.raises(UserError, match="is not a folder"):
         update_index(tmp_path / "none", str(run), out, quiet())
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is not an index: give a folder that"):
         open_index(out)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no pictures in it"):

@@ -100,7 +100,8 @@ def trained(root: Path) -> Path:
     """A home with 16 pictures and a run of each stage, as the command line trains them: `stage1`, `stage2`."""
     home(root, count=16)
     for stage, more in (("stage1", []), ("stage2", ["--start", str(root / "stage1")])):
-        words = ["train", stage, "--data", str(root / "data"), "--out", str(root / stage), *options(root), *more]
+        words = ["train", stage, "--data", str(root / "data"), "--out", str(root / stage)]
+        words += [*for_training(options(root), stage), *more]
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.output
     return root
@@ -127,3 +128,9 @@ def options(models: Path) -> list[str]:
         "data.held_out": 0.25,
     }
     return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+
+
+def for_training(words: list[str], what: str) -> list[str]:
+    """Those of such options that have an effect in `train WHAT`."""
+    idle = "language." if what in ("stage1", "retrieval") else "stage1."
+    return [word for n in range(0, len(words), 2) if not words[n + 1].startswith(idle) for word in words[n : n + 2]]

@@ -10,6 +10,7 @@ interrupted (one line says what is kept); 143 told to stop (SIGTERM).
 import functools
 import sys
 from collections.abc import Callable
+from errno import EDQUOT, EFBIG, ENOSPC, EROFS
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,8 @@ from openblip2.commands.serving import index, search, serve
 from openblip2.commands.shared import be_quiet
 from openblip2.commands.use import answer, attend, caption, chat, rank
 from openblip2.errors import Stopped, UserError
+
+NO_ROOM = (ENOSPC, EDQUOT, EFBIG, EROFS)  # of the system's errors
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -91,6 +94,12 @@ def main() -> None:
         app(prog_name="openblip2")  # also of `python -m openblip2`
     except UserError as error:
         print(f"openblip2: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = f"{error.filename} cannot be written" if error.filename else "the output cannot be written"
+        print(f"openblip2: {where} ({error.strerror}): make room and run the same command again", file=sys.stderr)
         sys.exit(2)
 
 

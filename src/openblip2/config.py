@@ -29,7 +29,7 @@ RENAMED = {
 # that is read does not draw again.
 REMOVED = {"qformer.cross_attention_std": None, "qformer.self_attention_scale": 1.0}
 
-STRICT = ConfigDict(extra="forbid", frozen=True)
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -118,7 +118,7 @@ class LanguageSettings:
     template: str = "{image}{bos}{prompt}"  # or "chat": the tokenizer's own chat template
     end: str | None = None  # what ends a caption; None = the tokenizer's end token
     prompts: tuple[str, ...] = ("",)  # one is drawn for each training caption
-    question: str = "Question: {} Answer:"  # how a question is asked; {} is the question
+    question: Form = "Question: {} Answer:"  # how a question is asked; {} is the question
     questions: tuple[Form, ...] = ()  # instruct: one is drawn for each question in training; () = `question`
     exact_gelu: bool = False  # T5: exact GELU instead of its tanh approximation, as the authors run FlanT5
     # Of its weights and its computation. auto: by train.precision. int8, int4: by bitsandbytes, the rest as with auto.
@@ -161,7 +161,7 @@ class TrainSettings:
     # For several processes. ddp: each holds a full copy. fsdp2: the layers of the frozen parts are sharded, for
     # language models that do not fit on one GPU (distributed/data_parallel.py).
     parallel: Literal["ddp", "fsdp2"] = "ddp"
-    seed: Natural = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     validate_every: Natural = 1000  # steps; 0 = only at the end
     checkpoint_every: Natural = 1000  # steps; 0 = only when asked to stop (docs/resuming.md)
     keep_checkpoints: Count = 2  # the newest ones; older ones are deleted when a new one is complete

@@ -39,6 +39,14 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 
+def require_unicode(text: str) -> None:
+    """Refuses a text that no tokenizer takes: with half a character, as bytes that are not UTF-8 are read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"text {text[:40]!r} is not Unicode text: write it in UTF-8") from error
+
+
 def one_line(error: Exception) -> str:
     """The first line of what another library says went wrong, or the kind of error where it says nothing."""
     if "trust_remote_code" in str(error):

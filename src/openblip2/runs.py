@@ -16,9 +16,9 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from errno import ENOSYS
+from errno import EIO, ENOSPC, ENOSYS
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -96,7 +96,7 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
     if not is_first():
         yield
         return
-    path = folder / name
+    path, made = folder / name, [one for one in (folder, *folder.parents) if not one.exists()]
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
             what = folder / name[1:].removesuffix("lock").removesuffix(".")  # ".lock" is the folder's own
             holder = f"{what} is being written by {file.read() or 'another process'}"
             if say is None:
-                raise UserError(f"{holder}: wait until it is done, or give another --out") from None
+                raise UserError(f"{holder}: wait until it is done, or use another folder") from None
             say(f"{holder}: waiting until it is done")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
@@ -127,6 +127,11 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
     finally:
         path.unlink(missing_ok=True)
         file.close()
+        with suppress(OSError):
+            if made and not any(one.is_dir() or one.stat().st_size for one in folder.iterdir()):
+                shutil.rmtree(folder)
+                for one in made[1:]:  # from the innermost on, up to one that is not empty
+                    one.rmdir()
 
 
 def make_folder(folder: Path) -> None:
@@ -214,7 +219,10 @@ def cached_json(
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Writes one safetensors file, whole or not at all."""
     with atomic_write(path) as draft:
-        save_file(tensors, draft)
+        try:
+            save_file(tensors, draft)
+        except SafetensorError as error:  # as other writers say it
+            raise OSError(ENOSPC if "os error 28" in str(error) else EIO, str(error), str(path)) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -32,6 +32,14 @@ WORLDS = {"small": 12, "full": 222}  # number of nouns
 TRAININGS = ("stage1", "stage2", "caption", "vqa", "instruct", "retrieval")
 STORED = ("fp16", "bf16")
 TARGETS = ("openblip2", "hf", "lavis", "onnx", "projected")
+ARGUMENTS = {  # of `train`, which say what these settings would
+    "stage": "the word after train",
+    "task": "the word after train",
+    "start": "--start",
+    "text_start": "--text-start",
+    "data.source": "--data",
+    "data.features": "--features",
+}
 
 
 def demo(
@@ -49,7 +57,7 @@ def demo(
         ),
     ] = None,
     budget: Annotated[float, typer.Option(help="Factor on the usual number of steps of both stages.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes and of training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the scenes and of training.")] = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -132,14 +140,20 @@ def train(
             settings = fine_tuning(what, preset, read_run(start, Parts()).settings, str(start))
         else:
             raise UserError(f"unknown training {what!r}: it must be one of {', '.join([*PRESETS, *FINE_TUNING])}")
-        settings = change(settings, read_changes(changes))
+        asked = read_changes(changes)
+        for name in ARGUMENTS.keys() & asked:
+            raise UserError(f"--set {name}={asked[name]}: give it as {ARGUMENTS[name]}")
+        settings = change(settings, asked)
         named = {"start": start, "text_start": text_start, "data.features": features}
         named = {name: str(value) for name, value in named.items() if value}
         settings = change(settings, {"data.source": data, **named})
         from openblip2.distributed.collectives import is_first
         from openblip2.runs import locked
+        from openblip2.train.start import without_effect
 
         says = progress(first=is_first())
+        if idle := without_effect(settings, asked):
+            says.say(f"settings without effect in train {what}: {', '.join(idle)}")
         says.doing("loading data and models")
         from openblip2.train.recipes import train_stage
         from openblip2.train.resume import require_new

@@ -62,7 +62,7 @@ def evaluate(
     ] = None,
     features: Annotated[Path | None, typer.Option(help="retrieval: feature cache written by `features`.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many images, from the beginning.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the confidence intervals.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the confidence intervals.")] = 0,
     visual_tokens: VisualTokens = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -167,7 +167,7 @@ def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Find
 def bench_real(
     out: Annotated[Path, typer.Option(help="Output folder for images, runs, real.json and real.md.")],
     fold: Annotated[list[int] | None, typer.Option(help="Fold to run, 0 to 4; can be repeated; default: all.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the folds and of training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the folds and of training.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Train and evaluate on real images of four sources; takes hours and can be resumed."""

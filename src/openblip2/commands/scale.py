@@ -18,7 +18,7 @@ def prepare(
     images: Images = None,
     split: Split = None,
     size: Annotated[int, typer.Option(min=1, help="Samples per shard.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the order of the samples.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Convert images with captions into shards for `train --data`."""
@@ -54,7 +54,7 @@ def capfilt(
         typer.Option(help="similarity; or itm: drop captions that do not match.", autocompletion=among(FILTERS)),
     ] = "similarity",
     threshold: Annotated[float | None, typer.Option(help="itm: minimum match probability; default: 0.5.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled captions.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampled captions.")] = 0,
     part: Annotated[str, typer.Option(help="K/N: process every Nth shard from the Kth on, for job arrays.")] = "1/1",
     as_json: AsJson = False,
 ) -> None:

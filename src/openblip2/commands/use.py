@@ -106,7 +106,9 @@ def _pictures(paths: list[Path]) -> list[Path]:
     for path in paths:
         pictures = [path]
         if path.is_dir():
-            inside = sorted(one for one in path.rglob("*") if one.suffix.lower() in PICTURE_SUFFIXES and one.is_file())
+            inside = sorted(
+                one for one in path.rglob("*") if one.suffix.lower() in PICTURE_SUFFIXES and not one.is_dir()
+            )
             pictures = [one for one in inside if not any(n.startswith(".") for n in one.relative_to(path).parts)]
             if not pictures:
                 raise UserError(f"{path}: no pictures in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
@@ -181,6 +183,8 @@ def chat(
     tokens: Tokens = None,
 ) -> None:
     """Chat about an image: reads questions line by line and answers them in context."""
+    if sys.stdin is None:
+        raise UserError("chat reads questions from standard input, which is closed: write them to it, or use `answer`")
     model = load_captioner(run)
     from openblip2.inference.captioner import CHAT
     from openblip2.inference.chat import Chat

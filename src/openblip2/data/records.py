@@ -192,7 +192,7 @@ def _image(name: object, root: Path) -> Path:
 
 
 def _captions(row: dict[str, Any]) -> tuple[str, ...]:
-    right = '"caption": "text", or "captions": ["text", ...]'
+    right = 'write "caption": "text", or "captions": ["text", ...]'
     if "caption" in row and "captions" in row:
         raise UserError(f'both "caption" and "captions"; {right}')
     captions = row.get("captions", row.get("caption", []))
@@ -201,7 +201,7 @@ def _captions(row: dict[str, Any]) -> tuple[str, ...]:
         raise UserError(f"no caption; {right}")
     for caption in captions:
         if not isinstance(caption, str) or not is_unicode(caption):
-            raise UserError(f"a caption is not Unicode text; {right}")
+            raise UserError(f"a caption is not text: {ascii(caption)[:40]}; {right}")
         if not clean_caption(caption):
             raise UserError(f"the caption {caption[:40]!r} is empty: at least one word is needed")
         if caption.strip().lower() == "nan":

@@ -29,7 +29,7 @@ DELIMITERS = (",", "\t", ";", "|")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _AS_UTF8 = "save it as UTF-8 (in Excel: CSV UTF-8)"
 MOST_LINES = 100  # of one row; a caption has 50 words
-_ROW = 'one {"image": "cat.jpg", "caption": "a cat"} a line'
+_ROW = 'write one {"image": "cat.jpg", "caption": "a cat"} a line'
 
 # The keys and values of one row, or why it could not be read.
 Row = dict[str, Any] | UserError
@@ -108,7 +108,7 @@ def _parsed(line: str) -> Row:
     except (ValueError, RecursionError):
         return UserError(f"not UTF-8 text, or JSON that cannot be read; {_ROW}")
     if not isinstance(row, dict):
-        return UserError(f"JSON, but not an object: write {_ROW}")
+        return UserError(f"JSON, but not an object: {_ROW}")
     names = _our_names(list(row))
     return dict(zip(names, row.values(), strict=True))
 
@@ -145,6 +145,8 @@ def _table(path: Path) -> Iterator[tuple[str, Row]]:
         right = "it has to name the columns image and caption, or image, question and answer: rename them"
         if "\0" in lines[0] or not is_unicode(lines[0]):
             right = f"it is not UTF-8 text: {_AS_UTF8}"
+        elif any(lines[0].lower().count(name) > 1 for name in ("image", "caption")):
+            right = "it names a column twice: rename one of the two"
         raise UserError(f"{path}:1: the first line is {ascii(lines[0].strip())[:80]}; {right}")
     first = 1
     while first < len(lines):
@@ -231,7 +233,7 @@ def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _picture(path: Path, folder: Path, text: str | None) -> Row:
-    right = f"{path.stem}.txt beside it, UTF-8 text, one caption a line"
+    right = f"write {path.stem}.txt beside it, UTF-8 text, one caption a line"
     if text is None:
         return UserError(f"no caption file; {right}")
     try:

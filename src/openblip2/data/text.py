@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openblip2.errors import require_unicode
+
 MAX_WORDS = 50
 WORD_CHARACTERS = 20  # a text has at most so many for each word that it may have
 MAX_CHARACTERS = MAX_WORDS * WORD_CHARACTERS
@@ -89,10 +91,11 @@ class BertTokens:
     Args:
         tokenizer: a `transformers` tokenizer of the BERT family.
         longest: maximum number of tokens of a text, including special tokens.
+        positions: how many the Q-Former has places for; None = at least `longest`.
     """
 
-    def __init__(self, tokenizer: Any, longest: int = 32) -> None:
-        self.tokenizer, self.longest = tokenizer, longest
+    def __init__(self, tokenizer: Any, longest: int = 32, positions: int | None = None) -> None:
+        self.tokenizer, self.longest = tokenizer, min(longest, positions or longest)
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`tokens [B, T]` int64 and `valid [B, T]` bool; T is the length of the longest text, at most `longest`."""
@@ -109,11 +112,15 @@ class BertTokens:
 
     def _read(self, texts: Sequence[str], **how: Any) -> Any:
         """Control tokens in the texts, such as "[SEP]", are read as plain text."""
+        for text in texts:
+            require_unicode(text)
         return self.tokenizer(list(texts), split_special_tokens=True, **how)
 
 
 def only_unknown(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     """Which of the texts become only the tokenizer's unknown token (`[UNK]`), so that nothing is left of them."""
+    for text in texts:
+        require_unicode(text)
     if tokenizer.unk_token_id is None or not texts:
         return []
     rows = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

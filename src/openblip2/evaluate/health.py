@@ -212,6 +212,10 @@ def _settings(settings: RunSettings) -> Iterator[Finding]:
     if settings.stage == "stage1" and batch < 16:
         advice = "train.batch of 32 or more; train.chunk for memory"
         yield Finding("batch", "note", f"{batch} pairs: ITC has {batch - 1} negatives", advice)
+    own = settings.stage1
+    if settings.stage == "stage1" and "itm" in own.objectives and own.itm_start_step >= steps:
+        seen = f"it starts after step {own.itm_start_step} of a run of {steps}: it is never trained"
+        yield Finding("ITM", "bad", seen, "stage1.itm_start_step=0, or more train.steps")
     if optim.warmup >= steps:
         seen = f"{optim.warmup} steps of warm-up in a run of {steps}: optim.lr is never reached"
         yield Finding("rate", "bad", seen, f"optim.warmup={max(1, steps // 20)}")

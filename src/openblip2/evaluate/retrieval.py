@@ -61,7 +61,7 @@ def score_retrieval(matcher: Matcher, records: Sequence[Record], options: Option
 
 def _score(matcher: Matcher, stored: StoredFeatures, options: Options, progress: Progress) -> Result:
     records, best = stored.records, CANDIDATES if options.rerank is None else options.rerank
-    tokens = BertTokens(matcher.tokens.tokenizer, TOKENS)
+    tokens = BertTokens(matcher.tokens.tokenizer, TOKENS, matcher.model.connector.sizes["positions"])
     owners = [n for n, record in enumerate(records) for _ in record.captions]
     captions = [clean_caption(caption) for record in records for caption in record.captions]
     unknown = only_unknown(tokens.tokenizer, captions)

@@ -70,7 +70,8 @@ def read_trained(
         if not 1 <= visual_tokens <= model.connector.tokens:
             raise UserError(f"visual_tokens {visual_tokens}: this model has 1 to {model.connector.tokens}")
         model.first = visual_tokens
-    tokens = BertTokens(find_tokenizer(checkpoint), settings.data.max_tokens) if settings.reads_text else None
+    most = settings.data.max_tokens, model.connector.sizes.get("positions")
+    tokens = BertTokens(find_tokenizer(checkpoint), *most) if settings.reads_text else None
     return Trained(model, settings, carried(checkpoint), checkpoint.measured, tokens)
 
 

@@ -121,5 +121,5 @@ def _load(kind: Any, start: str, **options: Any) -> Any:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"qformer.start {start!r} cannot be loaded: {one_line(error)} (a hub name, a directory or a wheel)"
+            f"qformer.start {start!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
         ) from error

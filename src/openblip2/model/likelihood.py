@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from openblip2.errors import UserError
+from openblip2.model.context import context_of, require_room
 from openblip2.model.language import IGNORED, DecoderLM, LanguageModel
 from openblip2.model.token_rows import common_text, embed_rows
 
@@ -33,7 +35,7 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
         Mean negative log-likelihood of a text's tokens, `[N]`; and whether each is the likeliest at its place, `[N]`
         bool: whether greedy decoding would write this text.
     """
-    logits, labels = _read(language, soft, prompt, [language._caption(prompt, text) for text in texts])
+    logits, labels = _read(language, soft, prompt, _tails(language, soft, prompt, texts))
     likeliest = (logits.argmax(2) == labels) | (labels == IGNORED)
     return -_sums(logits, labels) / (labels != IGNORED).sum(1), likeliest.all(1)
 
@@ -41,7 +43,7 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
 @torch.no_grad()
 def text_logprobs(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> Tensor:
     """The log-probability of each of N whole texts, its end counted: `[N]`, in nats; arguments as in `likelihoods`."""
-    return _sums(*_read(language, soft, prompt, [language._caption(prompt, text) for text in texts]))
+    return _sums(*_read(language, soft, prompt, _tails(language, soft, prompt, texts)))
 
 
 def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -> list[tuple[str, Tensor]]:
@@ -50,7 +52,7 @@ def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -
     Args:
         soft: `[1, Q, L]`; gradients lead back to it.
     """
-    tail = language._caption(prompt, text)
+    (tail,) = _tails(language, soft, prompt, [text])
     logits, labels = _read(language, soft, prompt, [tail])
     scores = -F.cross_entropy(logits[0], labels[0], reduction="none")
     found: list[tuple[str, Tensor]] = []
@@ -76,7 +78,7 @@ def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, 
         text: that is scored; the tokens' texts joined are this text.
         best: how many of the most likely tokens to list at each position.
     """
-    tail = language._caption(prompt, text)
+    (tail,) = _tails(language, soft, prompt, [text])
     logits, _ = _read(language, soft, prompt, [tail])
     tokens = tail[: len(tail) - len(language.end)]  # the end is predicted too, but has no text
     found: list[TokenScore] = []
@@ -90,6 +92,21 @@ def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, 
         found.append(TokenScore(whole[len(before) :], float(scores[token]), likely))
         before = whole
     return found
+
+
+def _tails(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, with its end; a `UserError` if they do not fit into the language model's context."""
+    before, context = require_room(language, prompt, soft.shape[1], 1) + soft.shape[1], context_of(language)
+    tails = [language._caption(prompt, text) for text in texts]
+    for text, tail in zip(texts, tails, strict=True):
+        # A decoder predicts the last token without reading it; an encoder-decoder reads what is in front elsewhere.
+        room = len(tail) if context is None else context - (before - 1 if isinstance(language, DecoderLM) else 0)
+        if len(tail) > room:
+            raise UserError(
+                f"text {text[:40]!r}... takes {len(tail):,} tokens with its end, but only {room:,} fit after the "
+                f"picture and the prompt: the language model has a context of {context:,}; give a shorter text"
+            )
+    return tails
 
 
 def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[list[int]]) -> tuple[Tensor, Tensor]:

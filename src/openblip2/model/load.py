@@ -116,7 +116,9 @@ def is_encoder_decoder(name: str) -> bool:
     try:
         config: Any = AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"language model {name!r} cannot be found: {one_line(error)}") from error
+        raise UserError(
+            f"language model {name!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
+        ) from error
     return getattr(config, "text_config", config).is_encoder_decoder
 
 

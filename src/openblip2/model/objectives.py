@@ -129,7 +129,8 @@ def _draw(scores: Tensor, positives: Tensor, draws: Tensor) -> Tensor:
     # The first index whose sum exceeds the draw: never one that adds nothing to the sum, as a positive does.
     # For any draw < 1 the product rounds to less than the last sum.
     found = torch.searchsorted(summed, draws[:, None] * summed[:, -1:], right=True)[:, 0]
-    return found.where(has_negative, -1)
+    # Beyond the last one where similarities are NaN: then so is the loss, and training leaves the step out.
+    return found.clamp(max=summed.shape[1] - 1).where(has_negative, -1)
 
 
 def matching(logits: Tensor, is_match: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from itertools import chain
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from openblip2.errors import UserError, one_line
+from openblip2.errors import UserError, one_line, require_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ class Turns(str):
 
 def split_control_tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """A user's text that no longer contains control tokens: "</s>" becomes "< /s>", which is read as plain text."""
+    require_unicode(text)
     if isinstance(text, Turns):
         return text
     pattern = _control_tokens(tokenizer)

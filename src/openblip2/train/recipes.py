@@ -98,7 +98,7 @@ def train_stage(
     # Everything that can be refused is refused first: loading models and encoding pictures takes minutes to hours.
     make_folder(run)
     require_extras(settings)
-    require_start(settings)
+    require_start(settings, language is not None)
     if run.resolve() in [Path(start).resolve() for start in (settings.start, settings.text_start) if start]:
         raise UserError(f"{run} is the run that training starts from: give another --out")
     last, digest = None, data_digest(records, held_out or ())
@@ -167,7 +167,7 @@ def _stage1(
     shard(model, settings, device())
     model.to(device())
     tokenizer = tokenizer_to_start(settings) if fine_tunes else bert_tokenizer(settings.qformer.start)
-    tokens = BertTokens(tokenizer, settings.data.max_tokens)
+    tokens = BertTokens(tokenizer, settings.data.max_tokens, model.connector.sizes["positions"])
     name_long_texts(tokens, data.captions(), run, progress)
     if is_first():
         write_config(run, settings, model.connector.sizes)
@@ -219,7 +219,8 @@ def _stage2(
         try_generation(model.language, model.connector.tokens, settings.language.prompts[0])
     tokens = None
     if settings.qformer.question_in_qformer:
-        tokens = BertTokens(tokenizer_to_start(settings), settings.data.max_tokens)
+        most = settings.data.max_tokens, model.connector.sizes["positions"]
+        tokens = BertTokens(tokenizer_to_start(settings), *most)
         form = max(wording.questions, key=len, default=wording.question) if reads_prompts else "{}"
         name_long_texts(tokens, data.questions(form), run, progress)
         if is_first():

@@ -4,7 +4,7 @@ For VQA (paper 4.3) and instructions the stage-2 run's Q-Former gets back the te
 stage 1's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from openblip2.config import RunSettings
 from openblip2.errors import UserError
-from openblip2.model.bert import bert_tokenizer
+from openblip2.model.bert import bert_sizes, bert_tokenizer
+from openblip2.model.load import is_encoder_decoder
 from openblip2.model.lora import adapt_qformer, merge_lora
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
@@ -28,8 +29,40 @@ HEADS = ("vision_proj.", "text_proj.", "itm_head.", "lm_head.", "temperature", "
 STARTS = {"retrieval": "stage1", "caption": "stage2", "vqa": "stage2", "instruct": "stage2"}  # by task
 
 
-def require_start(settings: RunSettings) -> None:
-    """Checks that the run that these settings start from is there and of the right kind.
+def without_effect(settings: RunSettings, names: Iterable[str]) -> list[str]:
+    """Those of the named settings that nothing reads in such a training, with where they have an effect."""
+    stage1, objectives = settings.stage == "stage1", settings.stage1.objectives
+    qformer = stage1 or settings.connector.name == "qformer"
+    rules = {
+        "stage1.": (stage1, "stage1 and retrieval"),
+        "stage1.itm_start_step": ("itm" in objectives, "runs whose stage1.objectives have itm"),
+        "stage1.contrast": ("itc" in objectives, "runs whose stage1.objectives have itc"),
+        "stage1.label_smoothing": (
+            "itc" in objectives and settings.stage1.contrast == "softmax",
+            "runs whose stage1.objectives have itc, with stage1.contrast=softmax",
+        ),
+        "stage2.": (not stage1, "stage 2"),
+        "language.": (not stage1, "trainings with a language model"),
+        "language.questions": (settings.task == "instruct", "instruct"),
+        "qformer.": (qformer, "runs with connector.name=qformer"),
+        "optim.layer_decay": (settings.vision.trained, "runs with vision.trained=true"),
+        "data.caption_share": (settings.task == "instruct", "instruct"),
+        "data.max_tokens": (settings.reads_text, "runs whose Q-Former reads text"),
+        "warm_start": (settings.task == "pretraining", "stage1 and stage2"),
+    }
+    found: dict[str, list[str]] = {}
+    for name in names:
+        broken = [where for rule, (holds, where) in rules.items() if not holds and f"{name}.".startswith(rule)]
+        if broken:
+            found.setdefault(broken[0], []).append(name)
+    return [f"{', '.join(of)} (only of {where})" for where, of in found.items()]
+
+
+def require_start(settings: RunSettings, ready: bool = False) -> None:
+    """Checks that the run that these settings start from is there and of the right kind, and so are their models.
+
+    Args:
+        ready: Whether the language model was handed in, so that its name says nothing.
 
     Raises:
         UserError: It is not, or there are steps without a language model that it would have no use for.
@@ -50,7 +83,11 @@ def require_start(settings: RunSettings) -> None:
             f"text_start={settings.text_start} is for vqa and instruct with qformer.question_in_qformer=true: leave it "
             "out"
         )
+    if settings.stage == "stage2" and not ready:
+        is_encoder_decoder(settings.language.name)
     if settings.task == "pretraining":
+        if settings.connector.name == "qformer":
+            bert_sizes(settings.qformer.start)
         if not settings.start:
             return
         if settings.stage == "stage1":

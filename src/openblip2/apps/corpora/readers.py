@@ -91,9 +91,9 @@ def _sentence(path: Path) -> str:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); UTF-8 text") from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); save it as UTF-8 text") from error
     if not lines or not lines[0].strip():
-        raise UserError(f"{path}: its first line is empty; an English sentence")
+        raise UserError(f"{path}: its first line is empty; write an English sentence there")
     return lines[0].strip()
 
 
@@ -113,14 +113,14 @@ def emoji(folder: Path) -> Found:
             name = names.get(_plain_emoji("".join(chr(int(part, 16)) for part in code.split("-"))))
             path = package / "img/google/64" / Path(image).name
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-            right = "unified, image and category"
-            raise UserError(f"{package / 'emoji.json'}: {row!r:.80} is no emoji; {right}") from error
+            wrong = f"an entry without unified, image and category ({row!r:.80})"
+            raise UserError(f"{package / 'emoji.json'}: {wrong}; it is skipped") from error
         if category == "Component":  # the skin tones by themselves
             return None
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{path}: has no name; one in unicode-emoji-json")
+            raise UserError(f"{path}: unicode-emoji-json has no name for it; it is skipped")
         if not path.is_file():
-            raise UserError(f"{path}: is missing; the picture of {name!r}")
+            raise UserError(f"{path}: the picture of {name!r} is missing; it is skipped")
         return Record(path.stem, path, (re.sub("^flag ", "flag of ", " ".join(name.split())),))
 
     return _read_each(_json(package / "emoji.json", list), read)
@@ -141,14 +141,14 @@ def furniture(folder: Path) -> Found:
         entries, number = catalogues[catalogue], key.removeprefix("icon#")
         path, name = catalogue.parent / entries[key].lstrip("/"), entries.get(f"name#{number}", "").strip()
         if not name:
-            raise UserError(f"{catalogue}: entry {number} has no name; name#{number}=Armchair")
+            raise UserError(f"{catalogue}: entry {number} has no name#{number}; it is skipped")
         if ".." in Path(entries[key]).parts or not path.is_file():
-            raise UserError(f"{path}: is missing; the picture of {name!r}")
+            raise UserError(f"{path}: the picture of {name!r} is missing; it is skipped")
         return Record(f"{catalogue.parent.name}/{path.stem}", path, (name,))
 
     records, skipped = _read_each(icons, read)
     if not records:
-        raise UserError(f"{root}: no furniture with a name and a picture; the unpacked package sweethome3d-furniture")
+        raise UserError(f"{root}: no furniture with name and picture; fetch the package sweethome3d-furniture again")
     first: dict[str, Record] = {}
     for record in records:
         first.setdefault(record.id, record)
@@ -172,7 +172,7 @@ def openclipart(packages: Path) -> Found:
     drawings = packages / "openclipart-svg/usr/share/openclipart/svg"
     for folder in (pictures, drawings):
         if not folder.is_dir():
-            raise UserError(f"{folder}: openclipart is missing; the unpacked packages openclipart-png and -svg")
+            raise UserError(f"{folder}: openclipart is missing; fetch the packages openclipart-png and openclipart-svg")
     words = _words(packages / "wamerican/usr/share/dict/american-english")
     titles: dict[str, tuple[str, bool]] = {}
 
@@ -190,12 +190,14 @@ def openclipart(packages: Path) -> Found:
         if not _is_english(caption, words):
             return None
         if not picture.is_file():
-            raise UserError(f"{picture}: is missing; the picture of {drawings / name}.svg")
+            raise UserError(f"{picture}: the picture of {drawings / name}.svg is missing; it is skipped")
         return Record(name, picture, (f"flag of {caption}" if flag and "flag" not in caption.lower() else caption,))
 
     records, missing = _read_each(titles, read)
     if not records:
-        raise UserError(f"{drawings}: no drawing with an English title and a picture; the package openclipart-svg")
+        raise UserError(
+            f"{drawings}: no drawing with English title and picture; fetch the package openclipart-svg again"
+        )
     without = f"{drawings}: {len(titles) - len(records):,} drawings have no English caption of their own; left out"
     return Found(records, [*broken, *missing, without])
 
@@ -212,7 +214,7 @@ def _words(dictionary: Path) -> frozenset[str]:
     try:
         return frozenset(dictionary.read_text(encoding="utf-8").lower().split())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{dictionary}: cannot be read ({error}); a list of English words") from error
+        raise UserError(f"{dictionary}: cannot be read ({one_line(error)}); fetch wamerican again") from error
 
 
 def _metadata(path: Path) -> tuple[str, bool]:
@@ -220,10 +222,10 @@ def _metadata(path: Path) -> tuple[str, bool]:
     title, tags = "", set[str]()
     try:
         if path.stat().st_size > _MAX_BYTES:
-            raise UserError(f"{path}: has more than {_MAX_BYTES:,} bytes; a drawing")
+            raise UserError(f"{path}: has more than {_MAX_BYTES:,} bytes; it is skipped")
         content = path.read_bytes()
         if b"<!ENTITY" in content:
-            raise UserError(f"{path}: defines entities, which are not expanded; a drawing without")
+            raise UserError(f"{path}: defines entities, which are not expanded; it is skipped")
         for _, element in ElementTree.iterparse(BytesIO(content)):
             name = element.tag.rpartition("}")[2]
             if name == "Work":
@@ -233,7 +235,7 @@ def _metadata(path: Path) -> tuple[str, bool]:
             elif name == "metadata":
                 break  # the drawing itself is not parsed
     except (OSError, ElementTree.ParseError) as error:
-        raise UserError(f"{path}: is not SVG that can be read ({one_line(error)}); a drawing") from error
+        raise UserError(f"{path}: is not SVG that can be read ({one_line(error)}); it is skipped") from error
     return _plain(html.unescape(title)), bool(tags & {"flag", "flags"})
 
 
@@ -277,9 +279,9 @@ def _json(path: Path, kind: type) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); the unpacked package") from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch the unpacked package again") from error
     if not isinstance(value, kind):
-        raise UserError(f"{path}: contains no {kind.__name__}; the unpacked package")
+        raise UserError(f"{path}: has another form than the published file; fetch the unpacked package again")
     return value
 
 
@@ -288,7 +290,7 @@ def _properties(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="latin-1").splitlines()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); a catalogue") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fetch the package again") from error
     pairs = (line.partition("=") for line in lines if not line.lstrip().startswith(("#", "!")))
     return {key.strip(): _unescaped(value.strip()) for key, _, value in pairs}
 

@@ -181,7 +181,7 @@ def open_index(folder: Path) -> Index:
     Raises:
         UserError: it is not an index, or broken.
     """
-    about = read_json(folder / "index.json")
+    about = read_json(folder / "index.json") if (folder / "index.json").exists() else None
     if not isinstance(about, dict) or not {"root", "run", "weights", "queries", "width"} <= about.keys():
         raise UserError(f"{folder}: is not an index: give a folder that `openblip2 index` wrote")
     try:

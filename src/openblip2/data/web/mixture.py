@@ -24,6 +24,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from openblip2.compat import log
 from openblip2.data.records import Record, write_records
 from openblip2.data.text import clean_caption
 from openblip2.data.web.shard_files import expand, is_url, stated_samples
@@ -34,7 +35,7 @@ from openblip2.runs import write_text
 FILE = "shards.json"
 _FORMAT = 1
 _THREADS = 16  # they wait for disks and networks
-_RIGHT = 'a mixture: [[part]] with shards = "web/{00000..00099}.tar", weight = 1 (a whole number)'
+_RIGHT = 'write each part as [[part]] with shards = "web/{00000..00099}.tar" and weight = 1 (a whole number)'
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ def read_parts(data: str) -> list[Part]:
         raise UserError(f"{path}: not TOML ({one_line(error)}); {_RIGHT}") from error
     parts: list[Part] = []
     for row in mixture.part:
+        if row.reader:
+            log.warning(
+                "%s: reader = %r has no effect, because all data sets are read alike: remove it", path, row.reader
+            )
         names = [name if is_url(name) else str(path.parent / name) for name in row.shards.split("::") if name]
         parts.append(Part(row.shards, row.weight, tuple(expand("::".join(names)))))
     return parts
