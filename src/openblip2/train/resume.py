@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from openblip2.config import RunSettings, to_dict
+from openblip2.config import RunSettings
 from openblip2.distributed.collectives import is_first
 from openblip2.distributed.data_parallel import full_tensor, like
 from openblip2.distributed.launch import from_first, wait_for_all
@@ -196,7 +196,7 @@ def require_same(settings: RunSettings, run: Path, last: Path | None, data: str)
     before = read_settings(run)
     # Compared with the new values of what may change.
     same = {name: getattr(settings.train, name) for name in MAY_CHANGE}
-    then, now = to_dict(replace(before, train=replace(before.train, **same))), to_dict(settings)
+    then, now = asdict(replace(before, train=replace(before.train, **same))), asdict(settings)
     if then != now:
         parts = [name for name in now if isinstance(now[name], dict)]
         other = [f"{part}.{name}" for part in parts for name in now[part] if now[part][name] != then[part][name]]
