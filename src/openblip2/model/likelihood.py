@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openblip2.errors import UserError
-from openblip2.model.token_rows import context_of, require_room
 from openblip2.model.language import IGNORED, DecoderLM, LanguageModel
-from openblip2.model.token_rows import common_text, embed_rows
+from openblip2.model.token_rows import common_text, context_of, embed_rows, require_room
 
 
 class TokenScore(NamedTuple):
