@@ -12,10 +12,12 @@ from typer.testing import CliRunner
 
 import tiny_runs
 from openblip2 import cli
+from openblip2.apps.demo.plan import plan_for
+from openblip2.apps.scenes.vocabulary import WORLDS
 from openblip2.apps.studies import frame
 from openblip2.apps.studies.ablations import ablate, ablation_in_words, can_plot, figure, judge_claim, plot, sentence
 from openblip2.apps.studies.design import STUDIES, study_of
-from openblip2.apps.studies.study import GAP, LOSS, OTHER, Claim, Plan, Study, Trial, Way
+from openblip2.apps.studies.study import GAP, LOSS, OTHER, Claim, Plan, Study, Trial, Way, small_world
 from openblip2.config import change, from_dict
 from openblip2.errors import UserError
 from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig
@@ -50,6 +52,21 @@ def plan(models: Path) -> Plan:
         weaker={"vision.name": str(models / "cnn"), "vision.layer": -1},
         **tiny,
     )
+
+
+def test_the_small_world_has_the_demos_settings_and_steps() -> None:
+    demo = plan_for("scenes", "small")
+    plan = small_world(seeds=(0, 1), steps={"stage2": 1450})
+    assert (plan.world, plan.seeds) == ("small", (0, 1))
+    assert plan.steps == {"stage1": demo.stage1.train.steps, "stage2": 1450}
+    assert (plan.stage1, plan.stage2) == (demo.stage1, demo.stage2)
+
+
+def test_a_study_in_the_small_world_draws_its_nouns(plan: Plan, tmp_path: Path) -> None:
+    study, plan = study_of("itg", replace(plan, world="small"))
+    work = frame.prepare_work(study, plan, tmp_path, QUIET)
+    nouns = {thing["noun"] for record in work.train for thing in (record.facts or {})["objects"]}
+    assert nouns <= set(WORLDS["small"])
 
 
 @pytest.fixture

@@ -222,6 +222,9 @@ def ablate(
     ],
     out: Annotated[Path, typer.Option(help="Output folder for runs, ablation.json, ablation.md and ablation.svg.")],
     seeds: Annotated[str, typer.Option(help="Training seeds, separated by commas.")] = "0",
+    world: Annotated[
+        str, typer.Option(help="Kind of scenes: full (222 nouns), or small, with the demo's recipe.")
+    ] = "full",
     scenes: Annotated[int | None, typer.Option(min=8, help="Training images; default: set by the study.")] = None,
     test_scenes: Annotated[int, typer.Option(min=8, help="Number of test images.")] = 200,
     values: Annotated[str | None, typer.Option(help="Numbers of queries or images; side of a grid.")] = None,
@@ -231,14 +234,16 @@ def ablate(
     overwrite: Overwrite = False,
 ) -> None:
     """Run one of the ablation studies on drawn scenes; can be resumed."""
+    if world not in ("full", "small"):
+        raise UserError(f"unknown world {world!r}: it must be full or small")
     says = progress()
     says.doing("drawing scenes")
     from openblip2.apps.studies.ablations import ablate as run
-    from openblip2.apps.studies.study import Plan
+    from openblip2.apps.studies.study import Plan, small_world
     from openblip2.runs import locked
 
     steps = {stage: n for stage, n in (("stage1", stage1_steps), ("stage2", stage2_steps)) if n}
-    plan = Plan(
+    plan = (small_world if world == "small" else Plan)(
         seeds=_numbers("--seeds", seeds),
         scenes=scenes,
         test_scenes=test_scenes,

@@ -1,6 +1,6 @@
 """What all studies share: the ways that are compared, and their runs, each trained and scored once with every seed.
 
-OUT/data, OUT/features       scenes, and their frozen features by each encoder
+OUT/data/WORLD, OUT/features scenes, and their frozen features by each encoder
 OUT/seed-N/STAGE-WAY         a run; a run that several ways share has the name of the first of them
     trained.json             what the finished run depends on; if that differs, only --overwrite trains it again
     scores.json              the figures of every test image; scores-WAY.json of a way that adapts the model
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from openblip2.apps.scenes.draw import Split, draw_scenes
+from openblip2.apps.scenes.vocabulary import World
 from openblip2.apps.studies.study import (
     BOTH,
     DIRECTIONS,
@@ -149,10 +150,11 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
             )
     change(plan.stage1, plan.changes)  # an unknown setting is reported before anything is drawn
     assert plan.scenes is not None
-    train = _scenes(out / "data" / "train", plan.scenes, "train")
+    data = out / "data" / plan.world
+    train = _scenes(data / "train", plan.scenes, "train", plan.world)
     test = [
         replace(record, captions=(clean_caption(record.captions[0]),))
-        for record in _scenes(out / "data" / "test", plan.test_scenes, "test")
+        for record in _scenes(data / "test", plan.test_scenes, "test", plan.world)
     ]
     return Work(study, plan, Runs(out, progress, plan.overwrite), train, test)
 
@@ -281,13 +283,13 @@ def _curves(run: Path) -> dict[str, Points]:
     return {name: [(row["step"], row["validation"][name]) for row in rows] for name in names}
 
 
-def _scenes(folder: Path, count: int, split: Split) -> list[Record]:
+def _scenes(folder: Path, count: int, split: Split, world: World) -> list[Record]:
     """The first `count` scenes of `split`, drawn unless they exist."""
     if (folder / RECORDS).is_file():
         found, _ = read_records(folder)
         if [record.id for record in found] == [f"{split}-{DATA_SEED}-{n:05d}" for n in range(count)]:
             return found
-    return draw_scenes(folder, count, split, DATA_SEED)
+    return draw_scenes(folder, count, split, DATA_SEED, world=world)
 
 
 def digest_of(records: Sequence[Record]) -> str:

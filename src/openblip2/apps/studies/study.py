@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openblip2.apps.demo.plan import plan_for
+from openblip2.apps.scenes.vocabulary import World
 from openblip2.config import RunSettings
 from openblip2.data.records import Record
 from openblip2.inference.captioner import Captioner
@@ -87,6 +89,7 @@ class Plan:
 
     Attributes:
         seeds: of training; the images are the same for all.
+        world: of the scenes.
         scenes: number of training scenes; None = the study's own.
         test_scenes: number of test scenes.
         validated: number of test scenes that the curves are measured on.
@@ -101,6 +104,7 @@ class Plan:
     """
 
     seeds: tuple[int, ...] = (0,)
+    world: World = "full"
     scenes: int | None = None
     test_scenes: int = 200
     validated: int = 64
@@ -119,6 +123,13 @@ class Plan:
             "vision.dtype": "fp32",  # in bf16 its features are 8 % off
         }
     )
+
+
+def small_world(**options: Any) -> Plan:
+    """A plan in the demo's small world with its settings and steps, so that ITM and stage 2 learn their tasks."""
+    demo = plan_for("scenes", "small")
+    steps = {"stage1": demo.stage1.train.steps, "stage2": demo.stage2.train.steps} | options.pop("steps", {})
+    return Plan(world="small", stage1=demo.stage1, stage2=demo.stage2, steps=steps, **options)
 
 
 @dataclass(frozen=True)
