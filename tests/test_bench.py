@@ -1,6 +1,9 @@
 """The benchmark runs, holds equal outputs against each other, and says what it measured. Timings are not asserted."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,3 +62,11 @@ def test_runs_take_turns() -> None:
     order: list[str] = []
     alternate({name: lambda name=name: order.append(name) for name in "ab"}, 3, torch.device("cpu"))
     assert order == [*"abab", *"ababab"]
+
+
+def test_the_comparison_with_lavis_finds_what_it_imports() -> None:
+    """The whole of it needs LAVIS, in an environment of its own: `make bench-lavis`."""
+    script = Path(__file__).parents[1] / "benchmarks" / "lavis" / "compare.py"
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--lavis" in done.stdout

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
-from openblip2.weights.names import column, rename
+from openblip2.weights.names import LAVIS, OURS, rename
 
 HERE = Path(__file__).parent
 SIZES = {
@@ -71,7 +71,7 @@ def ours(folder: Path, steps: int) -> None:
     qformer = QFormer(*(sizes[name] for name in names), vocabulary=sizes["words"] + 1, positions=512, dropout=0.0)
     model = Stage1(qformer, detach_gathered=True).train()  # as LAVIS does whenever there is a process group
     weights = torch.load(folder / "weights.pt", weights_only=True, mmap=True)["model"]
-    held, _ = rename(weights, column("lavis"), column("openblip2"))
+    held, _ = rename(weights, LAVIS, OURS)
     own = model.state_dict()
     missing = own.keys() - held.keys()
     assert not missing, f"LAVIS has no {sorted(missing)}"
