@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
 LOCKS = {"demo": ["demo"], "dev": ["demo", "dev"], "docs": ["demo", "docs"]}
-RUNTIME = ["demo", "eval", "load", "lora", "onnx", "plots", "quant", "search", "serve"]
+RUNTIME = ["demo", "eval", "lora", "onnx", "plots", "quant", "search", "serve"]
 
 
 def direct(extras: list[str]) -> list[Requirement]:

@@ -87,7 +87,7 @@ def fetch_packages(
         tools = {tool for package in wanted for tool in package.tools}
         missing = sorted(tool for tool in tools if shutil.which(tool) is None)
         if missing:
-            skipped.append(f"{source}: left out, because {' and '.join(missing)} is not installed; install it")
+            skipped.append(f"{source}: left out, because this is not installed: {', '.join(missing)}; install it")
             continue
         for package in wanted:
             say(f"fetching {package.name}")
