@@ -125,13 +125,14 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
         file.flush()
         yield
     finally:
-        path.unlink(missing_ok=True)
-        file.close()
+        # While the lock is still held: a process that waits for it finds the file gone, and begins again.
         with suppress(OSError):
-            if made and not any(one.is_dir() or one.stat().st_size for one in folder.iterdir()):
+            if made and not any(one.is_dir() or one.stat().st_size for one in folder.iterdir() if one != path):
                 shutil.rmtree(folder)
                 for one in made[1:]:  # from the innermost on, up to one that is not empty
                     one.rmdir()
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def make_folder(folder: Path) -> None:

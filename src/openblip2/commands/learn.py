@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from openblip2.commands.shared import (
+    WORLDS,
     AsJson,
     Images,
     Overwrite,
@@ -22,13 +23,13 @@ from openblip2.commands.shared import (
     put,
     read_changes,
     read_data,
+    require_world,
     show,
     tell,
 )
 from openblip2.errors import UserError
 
 CORPORA = ("scenes", "stamps")
-WORLDS = {"small": 12, "full": 222}  # number of nouns
 TRAININGS = ("stage1", "stage2", "caption", "vqa", "instruct", "retrieval")
 STORED = ("fp16", "bf16")
 TARGETS = ("openblip2", "hf", "lavis", "onnx", "projected")
@@ -68,8 +69,8 @@ def demo(
         raise UserError(
             f"--world {world} with --corpus {corpus}: only drawn scenes have a world; leave one of them out"
         )
-    if world is not None and world not in WORLDS:
-        raise UserError(f"unknown world {world!r}: it must be {' or '.join(WORLDS)}")
+    if world is not None:
+        require_world(world)
     if not 0 < budget < math.inf:
         raise UserError(f"--budget {budget:g}: it must be a number above 0; 4 trains for four times the usual steps")
     says = progress()

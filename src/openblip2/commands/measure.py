@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openblip2.commands.shared import (
+    WORLDS,
     AsJson,
     Images,
     Overwrite,
@@ -23,6 +24,7 @@ from openblip2.commands.shared import (
     read_changes,
     read_data,
     require_all,
+    require_world,
     show,
     tell,
 )
@@ -223,7 +225,11 @@ def ablate(
     out: Annotated[Path, typer.Option(help="Output folder for runs, ablation.json, ablation.md and ablation.svg.")],
     seeds: Annotated[str, typer.Option(help="Training seeds, separated by commas.")] = "0",
     world: Annotated[
-        str, typer.Option(help="Kind of scenes: full (222 nouns), or small, with the demo's recipe.")
+        str,
+        typer.Option(
+            help=f"Kind of scenes: full ({WORLDS['full']} nouns), or small, with the demo's recipe.",
+            autocompletion=among(tuple(WORLDS)),
+        ),
     ] = "full",
     scenes: Annotated[int | None, typer.Option(min=8, help="Training images; default: set by the study.")] = None,
     test_scenes: Annotated[int, typer.Option(min=8, help="Number of test images.")] = 200,
@@ -234,8 +240,7 @@ def ablate(
     overwrite: Overwrite = False,
 ) -> None:
     """Run one of the ablation studies on drawn scenes; can be resumed."""
-    if world not in ("full", "small"):
-        raise UserError(f"unknown world {world!r}: it must be full or small")
+    require_world(world)
     says = progress()
     says.doing("drawing scenes")
     from openblip2.apps.studies.ablations import ablate as run

@@ -32,7 +32,15 @@ Settings = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote to --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, one object per line.")]
 
+WORLDS = {"small": 12, "full": 222}  # kinds of drawn scenes: number of nouns
+
 _asked = {"quiet": False}
+
+
+def require_world(world: str) -> None:
+    """Refuses a kind of drawn scenes that does not exist."""
+    if world not in WORLDS:
+        raise UserError(f"unknown world {world!r}: it must be {' or '.join(WORLDS)}")
 
 
 def among(known: Sequence[str] | Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:

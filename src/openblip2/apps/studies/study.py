@@ -125,11 +125,11 @@ class Plan:
     )
 
 
-def small_world(**options: Any) -> Plan:
+def small_world(steps: Mapping[str, int], **options: Any) -> Plan:
     """A plan in the demo's small world with its settings and steps, so that ITM and stage 2 learn their tasks."""
     demo = plan_for("scenes", "small")
-    steps = {"stage1": demo.stage1.train.steps, "stage2": demo.stage2.train.steps} | options.pop("steps", {})
-    return Plan(world="small", stage1=demo.stage1, stage2=demo.stage2, steps=steps, **options)
+    usual = {"stage1": demo.stage1.train.steps, "stage2": demo.stage2.train.steps}
+    return Plan(world="small", stage1=demo.stage1, stage2=demo.stage2, steps={**usual, **steps}, **options)
 
 
 @dataclass(frozen=True)
