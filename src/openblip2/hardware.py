@@ -77,3 +77,13 @@ def keep_freed_memory() -> None:
         return
     for parameter, value in _MALLOPT.items():
         mallopt(parameter, value)
+
+
+def release_freed_memory() -> None:
+    """Gives the memory that `keep_freed_memory` kept back to Linux, once.
+
+    Texts of many lengths leave gaps between tensors. After 600 steps of the demo's stage 1 they were half of 3.5 GB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -71,8 +71,7 @@ def paper_stage2(vision: VisionSettings, language: LanguageSettings, train: Trai
     )
 
 
-# A laptop without a GPU: what `openblip2 demo --world full` runs; `apps/demo/plan.py` has what its other demos change.
-# Ours; docs/decisions.md says what was tried.
+# A laptop without a GPU; `apps/demo/plan.py` has what the demo changes. Ours; docs/decisions.md says what was tried.
 LAPTOP_VISION = VisionSettings(name="wheel:dinov2-small", layer=-5, image_size=168, whiten=True)
 # MiniLM has 6 layers: with cross-attention in each, the queries look at the picture six times, as in the paper's 12.
 LAPTOP_QFORMER = QFormerSettings(start="wheel:minilm-l6", queries=16, cross_every=1, dropout=0.0)
@@ -148,7 +147,8 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             vision=LAPTOP_VISION,
             qformer=LAPTOP_QFORMER,
             data=LAPTOP_DATA,
-            stage1=Stage1Settings(itm_start_step=20),
+            # With 0.3 all queries may become one vector in the first ten steps, for good (docs/decisions.md).
+            stage1=Stage1Settings(itm_start_step=20, decorrelation=0.7),
             optim=OptimSettings(lr=3e-4, min_lr=2.5e-5, warmup=10, clip=1.0),
             train=TrainSettings(steps=140, batch=32, validate_every=50, checkpoint_every=50),
             warm_start=True,

@@ -18,7 +18,7 @@ from openblip2.distributed.collectives import alone, is_first, mean_over_process
 from openblip2.distributed.data_parallel import DataParallelLosses, clip_gradients
 from openblip2.distributed.launch import from_all, from_first, highest
 from openblip2.errors import Stopped
-from openblip2.hardware import attention_kernel, computing, keep_freed_memory
+from openblip2.hardware import attention_kernel, computing, keep_freed_memory, release_freed_memory
 from openblip2.progress import Progress
 from openblip2.train.bookkeeping import count_step, give_up, not_finite
 from openblip2.train.log import Log, open_tracker
@@ -151,6 +151,7 @@ def measure(model: nn.Module, validate: Callable[[], dict[str, Any]], settings: 
             return validate()
     finally:
         model.train()
+        release_freed_memory()  # the next step maps pages anew, which costs little once in a validation
 
 
 def _accumulate(model: nn.Module, losses: DataParallelLosses, step: int, settings: TrainSettings) -> dict[str, float]:

@@ -34,8 +34,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.checkpoint_every": 100,
             # A step with ITM takes more than twice as long as one without, and ITM learns nothing before ITC has.
             "stage1.itm_start_step": 100,
-            # With 0.3 the queries may become one vector in the first ten steps, for good (docs/decisions.md).
-            "stage1.decorrelation": 0.7,
         },
         "stage2": {
             "vision.layer": SMALL_LAYER,
@@ -58,7 +56,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.validate_every": 200,
             "train.checkpoint_every": 100,
             "stage1.itm_start_step": 250,
-            "stage1.decorrelation": 0.7,
         },
         "stage2": {
             "train.batch": 12,

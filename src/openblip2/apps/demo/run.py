@@ -20,7 +20,7 @@ from openblip2.data.features import Features, find_records
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
 from openblip2.errors import require
-from openblip2.hardware import compute_dtype, device, keep_freed_memory
+from openblip2.hardware import compute_dtype, device, keep_freed_memory, release_freed_memory
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
@@ -73,6 +73,7 @@ def run_demo(out: Path, plan: DemoPlan, progress: Progress, overwrite: bool = Fa
     with _timed(seconds, "stage2"):
         resume = not overwrite and (out / "stage2" / "config.json").exists()
         train_stage(stage2, corpus.train, out / "stage2", progress, resume, out / "features")
+    release_freed_memory()
     with _timed(seconds, "evaluation"):
         progress.say("scoring on held-out pictures")
         matcher, captioner = load(out / "stage1"), load(out / "stage2")
