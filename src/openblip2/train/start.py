@@ -8,16 +8,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
 from openblip2.errors import UserError
+from openblip2.hardware import device
 from openblip2.model.bert import bert_sizes, bert_tokenizer
+from openblip2.model.build import build_stage1, build_stage2
+from openblip2.model.language import LanguageModel
 from openblip2.model.load import is_encoder_decoder
 from openblip2.model.lora import adapt_qformer, merge_lora
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
+from openblip2.model.vision import FrozenVision
+from openblip2.progress import Progress
 from openblip2.runs import read_config, read_settings, read_tensors
 from openblip2.train.parameters import fill_trained, saved_parameters
 
@@ -135,6 +141,26 @@ def tokenizer_to_start(settings: RunSettings) -> Any:
     """The Q-Former's tokenizer, for fine-tuning."""
     run = _text_run(settings) or Path(str(settings.start))
     return bert_tokenizer(str(run / "tokenizer"), read_config(run)["sizes"]["vocabulary"])
+
+
+def build_from_start(
+    settings: RunSettings, vision: FrozenVision, language: LanguageModel | None, dtype: torch.dtype, progress: Progress
+) -> Stage1 | Stage2:
+    """The model, filled with what it starts from. `language`: a ready one; `dtype`: as for `build_stage2`."""
+    fine_tunes = settings.task != "pretraining"
+    sizes = sizes_to_start(settings) if fine_tunes else None
+    if settings.stage == "stage1":
+        progress.doing(f"loading {settings.qformer.start}")
+        model = build_stage1(settings, vision, sizes)
+    else:
+        progress.doing(f"loading {settings.language.name}")
+        model = build_stage2(settings, vision, sizes, dtype, device(), language)
+    # Filled before it is cut into pieces: a run on disk has whole tensors.
+    if fine_tunes:
+        fine_tune_from(model, settings)
+    elif isinstance(model, Stage2) and settings.start:
+        start_from_stage1(model, Path(settings.start))
+    return model
 
 
 def fine_tune_from(model: Stage1 | Stage2, settings: RunSettings) -> None:
