@@ -132,8 +132,10 @@ def test_numbers_are_numbers_and_booleans_are_booleans() -> None:
         default = (values[section[0]] if section else values)[field]
         wrong = ["1", "0", '"true"', "yes"] if isinstance(default, bool) else ["true", '"1"', '"0.5"']
         for value in wrong if isinstance(default, bool | int | float) else []:
-            assert "valid boolean" in refusal({name: value}) or "valid integer" in refusal({name: value}) or (
-                "valid number" in refusal({name: value})
+            assert (
+                "valid boolean" in refusal({name: value})
+                or "valid integer" in refusal({name: value})
+                or ("valid number" in refusal({name: value}))
             )
             checked += 1
     assert checked > 100

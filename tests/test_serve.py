@@ -4,7 +4,11 @@ import base64
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+import openblip2
 import tiny_runs
 from openblip2.apps.search.search import update_index
 from openblip2.apps.serve.batcher import Limits
@@ -410,6 +415,21 @@ def test_which_run_is_which(home: Path, tmp_path: Path) -> None:
         find_runs(two, two, None)
     refused = CliRunner().invoke(cli, ["serve", two, "--host", "0.0.0.0"])
     assert "set --token" in str(refused.exception)
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_server_in_one_line(home: Path, kind: signal.Signals, code: int) -> None:
+    words = [sys.executable, "-m", "openblip2", "serve", str(home / "stage2"), "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(Path(openblip2.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        address = server.stdout.readline().split()[1]
+        with urllib.request.urlopen(f"{address}health") as answer:
+            assert answer.status == 200
+        server.send_signal(kind)
+        assert server.stderr.read() == "openblip2: loading the models ...\nopenblip2: interrupted\n"
+    assert server.returncode == code
 
 
 PATHS = ["/caption", "/answer", "/match", "/attend", "/search", "/v1/chat/completions", "/v1/embeddings", "/v1/models"]

@@ -78,8 +78,9 @@ def demo(
     from openblip2.apps.demo import plan_for, run_demo
     from openblip2.runs import locked
 
+    resume = out / "stage1" / "resume"
     plan = plan_for(corpus, world or "small", seed, budget)  # pyright: ignore[reportArgumentType]
-    with keeping(f"checkpoints and finished runs are in {out}; run the same command to continue"), locked(out):
+    with keeping(f"checkpoints and finished runs are in {out}; run the same command to continue", resume), locked(out):
         metrics = run_demo(out, plan, says, overwrite)
     report, figures = str(out / "report.html"), str(out / "metrics.json")
     if as_json:
@@ -125,7 +126,7 @@ def train(
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it: leave one of them out")
     # In this order: processes know `Stopped`, not the exit code.
-    with keeping(f"what was finished is in {out}, training goes on with --resume"), _others():
+    with keeping(f"what was finished is in {out}, training goes on with --resume", out / "resume"), _others():
         from openblip2.config import change
         from openblip2.presets import FINE_TUNING, PRESETS, fine_tuning
         from openblip2.presets import preset as find
@@ -207,7 +208,7 @@ def features(
         says.say(f"skipped: {line}")
     keep_freed_memory()
     vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
-    with keeping(f"what is encoded is in {out}; run the same command to continue"):
+    with keeping(f"what is encoded is in {out}; run the same command to continue", out):
         numbers = write_features(vision, records, settings, out, precision, views, says)
     show({"out": str(out), **numbers}, [str(out)], as_json)
 

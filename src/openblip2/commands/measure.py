@@ -80,7 +80,7 @@ def evaluate(
     options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed, visual_tokens)
     require_task(task, options)
     texts = f"texts written so far are beside {out}; run the same command to continue"
-    with keeping(texts if task in ("caption", "vqa") else f"nothing is kept of {task}"), new_result(out, overwrite):
+    with keeping(texts, out.with_suffix(".partial.jsonl")), new_result(out, overwrite):
         wanted = "questions" if task == "vqa" else "captions"
         source = read_data(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
         result = score(task, run, source, out, options, says)
@@ -184,7 +184,7 @@ def bench_real(
     plan = RealPlan(seed=seed, overwrite=overwrite)
     if fold:
         plan = replace(plan, folds=tuple(sorted(set(fold))))
-    with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):
+    with keeping(f"finished runs are in {out}; run the same command to continue", out), locked(out):
         run(out, plan, says)
     typer.echo((out / "real.md").read_text(encoding="utf-8"))
 
@@ -209,7 +209,7 @@ def bench(
     from openblip2.runs import new_result
 
     with (
-        keeping(f"the cases timed so far are in {out}" if out else "nothing is kept without --out"),
+        keeping(f"the cases timed so far are in {out}" if out else "nothing is kept without --out", out),
         nullcontext() if out is None else new_result(out, overwrite),
     ):
         found = run_bench(size, case or [], out, repeats, precision, says.doing if as_json else tell, says)
@@ -257,7 +257,7 @@ def ablate(
         changes=read_changes(changes),
         overwrite=overwrite,
     )
-    with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):
+    with keeping(f"finished runs are in {out}; run the same command to continue", out), locked(out):
         run(name, out, plan, says)
     typer.echo((out / "ablation.md").read_text(encoding="utf-8"))
 

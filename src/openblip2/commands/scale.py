@@ -29,7 +29,7 @@ def prepare(
 
     source = read_data(data, "captions", images, split)
     with (
-        keeping(f"whole shards are in {out}; run the same command to continue"),
+        keeping(f"whole shards are in {out}; run the same command to continue", out),
         locked(out),
         says.steps("pictures", len(source.records)) as bar,
     ):
@@ -75,7 +75,7 @@ def capfilt(
         threshold=0.5 if threshold is None else threshold,
         seed=seed,
     )
-    with keeping(f"finished shards are in {out}; run the same command to continue"):
+    with keeping(f"finished shards are in {out}; run the same command to continue", out):
         written = run(shards, Models(captioner, ranker), out, how, says, _part(part))
     counts = written.counts
     if as_json:

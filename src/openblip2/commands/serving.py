@@ -26,7 +26,7 @@ def index(
     from openblip2.apps.search.search import update_index
     from openblip2.runs import locked
 
-    with keeping(f"the pictures read so far are in {out}; run the same command to continue"), locked(out):
+    with keeping(f"the pictures read so far are in {out}; run the same command to continue", out), locked(out):
         done = update_index(folder, run, out, says)
     for line in done.skipped:
         says.say(f"skipped: {line}")

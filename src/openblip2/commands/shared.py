@@ -93,12 +93,13 @@ def tell(line: str) -> None:
 
 
 @contextmanager
-def keeping(what: str) -> Iterator[None]:
-    """Within, an interruption's one line says `what`: what is kept, and how to go on."""
+def keeping(what: str, kept: Path | None = None) -> Iterator[None]:
+    """Within, an interruption's one line says `what`, if `kept` is there and not empty: what is kept, how to go on."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        stop.add_note(what)
+        there = kept is None or (any(kept.iterdir()) if kept.is_dir() else kept.exists())
+        stop.add_note(what if there else "there is nothing to go on from yet: run the same command again")
         raise
 
 
