@@ -115,7 +115,11 @@ def connector_class(settings: RunSettings) -> type[Connector]:
         foreign: dict[str, Any] = {"connector.options": settings.connector.options}
     else:
         foreign = {"qformer.question_in_qformer": qformer.question_in_qformer, "qformer.lora_rank": qformer.lora_rank}
-        foreign["stage"] = settings.stage == "stage1" and settings.stage
+        if settings.stage == "stage1":
+            raise UserError(
+                f"connector.name={name}: stage 1 trains the Q-Former alone; another connector is trained by train "
+                f"stage2 --set connector.name={name}, without --start"
+            )
         foreign["start"] = settings.task == "pretraining" and not kind.has_stage1 and settings.start
     for setting, value in ((setting, value) for setting, value in foreign.items() if value):
         raise UserError(f"{setting}={value} does not apply to the connector {name!r}: leave it out")
