@@ -418,17 +418,29 @@ def test_texts_are_cut_at_the_positions_of_the_qformer(home: Home, tmp_path: Pat
 
 def test_settings_without_effect_are_named(home: Home) -> None:
     sets = {
-        "stage1": ("language.name=x", "data.caption_share=0.1", "optim.layer_decay=0.9", "stage2.lm_start_step=0"),
+        "stage1": (
+            *("language.name=x", "data.caption_share=0.1", "optim.layer_decay=0.9", "stage2.lm_start_step=0"),
+            *("train.parallel=fsdp2", "data.open_shards=3"),
+        ),
+        "retrieval": ("stage1.temperature=0.1", "qformer.start=x", "warm_start=true"),
         "stage2": ("stage1.temperature=0.1", "data.max_tokens=9", 'language.questions=["{}"]'),
     }
     for stage, changes in sets.items():
-        more = ["--start", home.stage1] if stage == "stage2" else []
+        more = [] if stage == "stage1" else ["--start", home.stage1]
         words = [word for one in changes for word in ("--set", one)]
         said = call(*home.train(stage, f"idle-{stage}", *more, *words, "--set", "train.steps=1"))
         assert said.code == 0, said.err
         (line,) = [line for line in said.err.splitlines() if "without effect" in line]
         assert all(one.partition("=")[0] in line for one in changes)
         assert "train.steps" not in line
+    given = ("--held-out", home.data, "--set", "data.most_held_out=9", "--set", "train.steps=1")
+    said = call(*home.train("stage1", "idle-held-out", *given))
+    assert "data.held_out, data.most_held_out (only of runs without --held-out)" in said.err
+    shards = home.root / "idle-shards"
+    assert call("prepare", home.data, "--out", shards).code == 0
+    words = ("--data", shards, "--set", "data.open_shards=3", "--set", "train.steps=1")
+    said = call(*home.train("stage1", "idle-of-shards", *words))
+    assert (said.code, "without effect" in said.err) == (0, False), said.err
 
 
 def test_settings_that_arguments_say_are_refused(home: Home) -> None:

@@ -149,13 +149,11 @@ def train(
         named = {"start": start, "text_start": text_start, "data.features": features}
         named = {name: str(value) for name, value in named.items() if value}
         settings = change(settings, {"data.source": data, **named})
-        from openblip2.distributed.collectives import is_first
+        from openblip2.distributed.collectives import is_first, world_size
         from openblip2.runs import locked
-        from openblip2.train.start import without_effect
+        from openblip2.train.start import say_without_effect
 
         says = progress(first=is_first())
-        if idle := without_effect(settings, asked):
-            says.say(f"settings without effect in train {what}: {', '.join(idle)}")
         says.doing("loading data and models")
         from openblip2.train.recipes import train_stage
         from openblip2.train.resume import require_new
@@ -165,6 +163,8 @@ def train(
                 require_new(out, overwrite)
             wanted = "questions" if what in ("vqa", "instruct") else "captions"
             source = read_data(data, wanted, images, split, questions, shards=True)
+            where = (bool(source.shards), held_out is not None, world_size())
+            say_without_effect(f"train {what}", asked, [settings], says, *where)
             skipped, kept = source.skipped, None
             if held_out is not None:
                 validation = read_data(str(held_out), wanted, None, None)

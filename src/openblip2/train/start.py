@@ -4,7 +4,7 @@ For VQA (paper 4.3) and instructions the stage-2 run's Q-Former gets back the te
 stage 1's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,52 @@ HEADS = ("vision_proj.", "text_proj.", "itm_head.", "lm_head.", "temperature", "
 STARTS = {"retrieval": "stage1", "caption": "stage2", "vqa": "stage2", "instruct": "stage2"}  # by task
 
 
-def without_effect(settings: RunSettings, names: Iterable[str]) -> list[str]:
-    """Those of the named settings that nothing reads in such a training, with where they have an effect."""
+def say_without_effect(
+    what: str,
+    names: Iterable[str],
+    trainings: Sequence[RunSettings],
+    progress: Progress,
+    shards: bool = False,
+    held_out: bool = False,
+    processes: int = 1,
+) -> None:
+    """Says which of the named settings nothing reads in any of these trainings, and where they have an effect.
+
+    Args:
+        what: The command.
+        names: Of the settings that are set.
+        trainings: The settings of each training.
+        progress: Where it is said.
+        shards: Whether they are trained on shards.
+        held_out: Whether the pictures for validation are given.
+        processes: How many there are.
+    """
+    given = {
+        "train.parallel": (processes > 1, "runs of several processes"),
+        "data.open_shards": (shards, "runs on shards"),
+        "data.held_out": (not held_out, "runs without --held-out"),
+        "data.most_held_out": (not held_out, "runs without --held-out"),
+    }
+    every = [{**_rules(settings), **given} for settings in trainings]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        broken = [[at for rule, (holds, at) in rules.items() if not holds and _under(name, rule)] for rules in every]
+        if all(broken):
+            found.setdefault(broken[0][0], []).append(name)
+    if found:
+        idle = ", ".join(f"{', '.join(of)} (only of {where})" for where, of in found.items())
+        progress.say(f"settings without effect in {what}: {idle}")
+
+
+def _under(name: str, rule: str) -> bool:
+    return name == rule or (rule.endswith(".") and name.startswith(rule))
+
+
+def _rules(settings: RunSettings) -> dict[str, tuple[bool, str]]:
+    """By a setting, or by a section with its dot: whether it has an effect, and the trainings in which it has one."""
     stage1, objectives = settings.stage == "stage1", settings.stage1.objectives
-    qformer = stage1 or settings.connector.name == "qformer"
-    rules = {
+    qformer, pretraining = stage1 or settings.connector.name == "qformer", settings.task == "pretraining"
+    return {
         "stage1.": (stage1, "stage1 and retrieval"),
         "stage1.itm_start_step": ("itm" in objectives, "runs whose stage1.objectives have itm"),
         "stage1.contrast": ("itc" in objectives, "runs whose stage1.objectives have itc"),
@@ -54,14 +95,11 @@ def without_effect(settings: RunSettings, names: Iterable[str]) -> list[str]:
         "optim.layer_decay": (settings.vision.trained, "runs with vision.trained=true"),
         "data.caption_share": (settings.task == "instruct", "instruct"),
         "data.max_tokens": (settings.reads_text, "runs whose Q-Former reads text"),
-        "warm_start": (settings.task == "pretraining", "stage1 and stage2"),
+        # Fine-tuning takes them from the run that it starts from.
+        "stage1.temperature": (pretraining, "stage1"),
+        "qformer.start": (pretraining, "stage1 and stage2"),
+        "warm_start": (pretraining, "stage1 and stage2"),
     }
-    found: dict[str, list[str]] = {}
-    for name in names:
-        broken = [where for rule, (holds, where) in rules.items() if not holds and f"{name}.".startswith(rule)]
-        if broken:
-            found.setdefault(broken[0], []).append(name)
-    return [f"{', '.join(of)} (only of {where})" for where, of in found.items()]
 
 
 def require_start(settings: RunSettings, ready: bool = False) -> None:
