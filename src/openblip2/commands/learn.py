@@ -18,11 +18,13 @@ from openblip2.commands.shared import (
     Split,
     among,
     keeping,
+    output,
     presets,
     progress,
     put,
     read_changes,
     read_data,
+    require_kind,
     require_world,
     show,
     tell,
@@ -76,11 +78,9 @@ def demo(
     says = progress()
     says.doing("loading the libraries")
     from openblip2.apps.demo import plan_for, run_demo
-    from openblip2.runs import locked
 
-    resume = out / "stage1" / "resume"
     plan = plan_for(corpus, world or "small", seed, budget)  # pyright: ignore[reportArgumentType]
-    with keeping(f"checkpoints and finished runs are in {out}; run the same command to continue", resume), locked(out):
+    with output(out, "a demo", "checkpoints and finished runs are in", out / "stage1" / "resume"):
         metrics = run_demo(out, plan, says, overwrite)
     report, figures = str(out / "report.html"), str(out / "metrics.json")
     if as_json:
@@ -158,6 +158,7 @@ def train(
         from openblip2.train.recipes import train_stage
         from openblip2.train.resume import require_new
 
+        require_kind(out, "a run or another model", data=data)
         with locked(out):
             if not resume:
                 require_new(out, overwrite)
@@ -203,6 +204,7 @@ def features(
     from openblip2.model.build import build_vision
     from openblip2.train.encode import write_features
 
+    require_kind(out, "a feature cache", data=data)
     records, skipped = read_records(data)
     for line in skipped:
         says.say(f"skipped: {line}")

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Images, Split, among, keeping, progress, put, read_data, show
+from openblip2.commands.shared import (
+    AsJson,
+    Images,
+    Split,
+    among,
+    keeping,
+    output,
+    progress,
+    put,
+    read_data,
+    require_kind,
+    show,
+)
 from openblip2.errors import UserError
 
 FILTERS = ("similarity", "itm")
@@ -25,12 +37,11 @@ def prepare(
     says = progress()
     says.doing(f"reading {data}")
     from openblip2.data.web.write_shards import write_shards
-    from openblip2.runs import locked
 
+    require_kind(out, "shards", data=data)
     source = read_data(data, "captions", images, split)
     with (
-        keeping(f"whole shards are in {out}; run the same command to continue", out),
-        locked(out),
+        output(out, "shards", "whole shards are in"),
         says.steps("pictures", len(source.records)) as bar,
     ):
         written = write_shards(source.records, out, size, seed, lambda count: bar.advance(count=count))
@@ -65,6 +76,7 @@ def capfilt(
     from openblip2.capfilt.models import Models
     from openblip2.capfilt.shard import How
 
+    require_kind(out, "captioned shards", "shards")
     if threshold is not None and filter != "itm":
         raise UserError("--threshold belongs to --filter itm: leave it out, or add --filter itm")
     how = How(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Run, keeping, progress, put, show
+from openblip2.commands.shared import AsJson, Run, output, progress, put, show
 from openblip2.errors import UserError, printable
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -24,9 +24,8 @@ def index(
     says = progress()
     says.doing(f"loading {run}")
     from openblip2.apps.search.search import update_index
-    from openblip2.runs import locked
 
-    with keeping(f"the pictures read so far are in {out}; run the same command to continue", out), locked(out):
+    with output(out, "an index", "the pictures read so far are in"):
         done = update_index(folder, run, out, says)
     for line in done.skipped:
         says.say(f"skipped: {line}")
