@@ -504,6 +504,20 @@ def test_nothing_that_is_sent_is_an_error_of_the_servers(home: Path, client: Tes
         ({"repetition_penalty": 0}, 400, "repetition_penalty"),
         ({"temperature": 1e-320}, 200, None),
         ({"max_tokens": 10_000}, 400, "max_tokens"),
+        ({"logprobs": "yes"}, 400, "logprobs"),
+        ({"logprobs": 1}, 400, "logprobs"),
+        ({"stream": "true"}, 400, "stream"),
+        ({"max_tokens": True}, 400, "max_tokens"),
+        ({"max_tokens": "12"}, 400, "max_tokens"),
+        ({"temperature": "0.5"}, 400, "temperature"),
+        ({"temperature": 1, "seed": True}, 400, "seed"),
+        ({"n": "2"}, 400, "n"),
+        ({"beams": True}, 400, "beams"),
+        ({"stop": [1]}, 400, "stop.0"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 400, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, 200, None),
+        ({"temperature": 1}, 200, None),
         ({"n": 1, "presence_penalty": 0.0, "tools": [], "user": "a", "seed": 1, "logprobs": False}, 200, None),
     ],
 )
@@ -697,6 +711,21 @@ def test_wrong_parts_are_named(client: TestClient, path: str, change: dict[str, 
     error = client.post(f"/v1/{path}", json=change).json()["error"]
     assert says in error["message"]
     assert error["param"] == (param if param == "input" else f"messages.0.content.0.{param}")
+
+
+def test_a_part_is_a_text_or_a_picture(home: Path, client: TestClient) -> None:
+    picture = {"image_url": {"url": data_url(home)}}
+    for part in ({"type": "text", "text": "a", **picture}, {"type": "image_url", "text": "a", **picture}):
+        asked = chat(home, "what is it?")
+        asked["messages"][0]["content"].append(part)
+        answer = client.post("/v1/chat/completions", json=asked)
+        assert answer.status_code == 400
+        assert "a part is a text or a picture" in answer.json()["error"]["message"]
+
+
+def test_only_a_text_is_reranked(home: Path, client: TestClient) -> None:
+    answer = client.post("/search", files=picture(home), data={"rerank": 4})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "rerank")
 
 
 @pytest.mark.parametrize("url", ["data:image/png,abc", "DATA:text/html,x"])

@@ -257,3 +257,10 @@ def test_captions_alone_are_captions_in_a_batch(captioner: Captioner, tmp_path: 
 @pytest.mark.parametrize("how", [Decoding(), SAMPLED])
 def test_500_captions_alone_are_captions_in_a_batch(captioner: Captioner, tmp_path: Path, how: Decoding) -> None:
     assert different(captioner, tmp_path, 500, (1, 8, 32), how) == 0
+
+
+def test_a_score_to_explain_needs_a_text_and_a_stage_1_run(home: Home, tmp_path: Path) -> None:  # noqa: F811
+    for run, more in ((home.stage1, ()), (home.stage2, ("--text", "a dog"))):
+        said = call("attend", run, home.picture(), "--by", "itm", "--out", tmp_path / "maps", *more)
+        assert said == (2, "", "openblip2: --by itm is for a stage-1 run and --text: leave it out\n")
+        assert not (tmp_path / "maps").exists()

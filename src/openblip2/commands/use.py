@@ -246,9 +246,9 @@ def attend(
     out: Annotated[Path, typer.Option(help="Output folder for the attention maps.")],
     text: Annotated[str | None, typer.Option(help="Text to explain; default for stage 2: its own caption.")] = None,
     by: Annotated[
-        str,
+        str | None,
         typer.Option(help="Stage-1 runs: score to explain, itc or itm.", autocompletion=among(("itc", "itm"))),
-    ] = "itc",
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -256,12 +256,16 @@ def attend(
     progress().doing(f"loading {run}")
     from openblip2.inference.attend import BY, look, overlay, sheet
     from openblip2.inference.load import load
+    from openblip2.inference.matcher import Matcher
     from openblip2.runs import new_result
 
-    if by not in BY:
+    if by not in (None, *BY):
         raise UserError(f"--by {by}: it must be one of {', '.join(BY)}")
     with new_result(out / "attention.png", overwrite):
-        found = look(load(run), image, text, by)
+        model = load(run)
+        if by and not (text and isinstance(model, Matcher)):
+            raise UserError(f"--by {by} is for a stage-1 run and --text: leave it out")
+        found = look(model, image, text, by or "itc")  # pyright: ignore[reportArgumentType]
         drawn = {
             "attention.png": overlay(image, found.average),
             "queries.png": sheet(image, [(f"query {n}", one) for n, one in enumerate(found.queries)]),

@@ -179,8 +179,6 @@ async def attend(request: Request, form: Annotated[AttendForm, MULTIPART]) -> Re
 @router.post("/search")
 async def search(request: Request, form: Annotated[SearchForm, MULTIPART]) -> dict[str, Any]:
     """Pictures of the index that fit a text, or that are like a picture."""
-    if (form.text is None) == (form.image is None):
-        raise ServeError("give either a text or an image")
     query = form.text or "" if form.image is None else await form.image.read()
     job = partial(Engine.find, query=query, best=form.best, rerank=form.rerank)
     (pictures,) = await _answers(request, "index", job)
