@@ -21,7 +21,7 @@ from openblip2.config import change
 from openblip2.data.records import Record
 from openblip2.data.text import only_unknown
 from openblip2.data.web.write_shards import write_tar
-from openblip2.errors import UserError
+from openblip2.errors import UserError, number_of
 from openblip2.inference.attend import look
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.matcher import Matcher
@@ -232,8 +232,8 @@ def test_texts_that_are_cut_or_unknown_are_counted_and_named_in_stage_2(home: Ho
     words = ("train", "stage2", "--data", data, "--start", home.stage1, "--out", tmp_path / "run", *home.options)
     said = call(*words, "--set", "train.batch=64")
     assert said.code == 0, said.err
-    assert "1 texts have more than 50 words or 1,000 characters and are cut there; the first is of 3.png" in said.err
-    assert "1 texts of 16 (6.2 %) have no word that the tokenizer knows and become only <unk>" in said.err
+    assert "1 text had to be cut at 50 words or 1,000 characters; the first is of 3.png" in said.err
+    assert "1 text of 16 (6.2 %) became only <unk>, because the tok" in said.err
     assert "train.batch=64: only 12 training pictures, so batches have that many" in said.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [next(iter(line.items())) for line in lines] == [
@@ -407,10 +407,24 @@ def test_texts_are_cut_at_the_positions_of_the_qformer(home: Home, tmp_path: Pat
     words = ("train", "stage1", "--data", data, *home.train("stage1", "")[6:], "--set", "data.max_tokens=1000")
     said = call(*words, "--out", tmp_path / "run")
     assert said.code == 0, said.err
-    assert "4 texts have more than 20 tokens and are cut there" in said.err  # the tiny BERT has 20 positions
+    assert "4 texts had to be cut at 20 tokens" in said.err  # the tiny BERT has 20 positions
     one_line(call("rank", tmp_path / "run", "a red dog " * 10, home.picture(0)), "20 tokens")
     words = ("evaluate", "retrieval", tmp_path / "run", "--data", data, "--out", tmp_path / "scores.json")
     assert call(*words).code == 0
+
+
+def test_one_is_no_plural(home: Home, tmp_path: Path) -> None:
+    assert [number_of(n, "row", "was") for n in (0, 1, 1200)] == ["0 rows were", "1 row was", "1,200 rows were"]
+    assert number_of(1, "picture") == "1 picture"
+    (tmp_path / "0.png").write_bytes(home.picture().read_bytes())
+    (tmp_path / "0.txt").write_text("a dog")
+    said = call("prepare", tmp_path, "--out", tmp_path / "shards")
+    assert said.out.endswith("shards: 1 sample in 1 shard\n")
+    said = call("train", "stage1", "--data", tmp_path, *home.train("stage1", "few")[4:])
+    one_line(said, "1 picture is too few")
+    (tmp_path / "rows.csv").write_text("image,caption\n1.png,a dog\n")
+    said = call("train", "stage1", "--data", tmp_path / "rows.csv", *home.train("stage1", "few")[4:])
+    one_line(said, "1 row cannot be used")
 
 
 KINDS = {"run": "config.json", "cache": "features.jsonl", "index": "index.json", "capfilt": "capfilt.json"}

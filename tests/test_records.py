@@ -399,7 +399,7 @@ def test_bad_table_rows_are_skipped_and_named(folder: Path) -> None:
         skipped,
         [
             "3 cells",
-            "1 cells",
+            "1 cell under",
             "not a table row",
             "not Unicode",
             "outside",

@@ -19,7 +19,7 @@ from openblip2.commands.shared import (
     require_kind,
     show,
 )
-from openblip2.errors import UserError
+from openblip2.errors import UserError, number_of
 
 FILTERS = ("similarity", "itm")
 
@@ -49,7 +49,7 @@ def prepare(
     for line in skipped:
         says.say(f"skipped: {line}")
     values = {"out": str(out), "samples": written.samples, "shards": written.shards, "skipped": skipped}
-    show(values, [f"{out}: {written.samples:,} samples in {written.shards:,} shards"], as_json)
+    show(values, [f"{out}: {number_of(written.samples, 'sample')} in {number_of(written.shards, 'shard')}"], as_json)
 
 
 def capfilt(
@@ -94,9 +94,9 @@ def capfilt(
         put({"out": str(out), "shards": written.shards, "counts": counts, "dead": written.dead})
         return
     if written.dead:
-        says.say(f"{len(written.dead):,} shards could not be read: the same command tries them again")
+        says.say(f"{number_of(len(written.dead), 'shard')} could not be read: the same command tries them again")
     typer.echo(
-        f"{out}: {counts['pictures']:,} pictures in {written.shards:,} shards, "
+        f"{out}: {number_of(counts['pictures'], 'picture')} in {number_of(written.shards, 'shard')}, "
         f"{counts['captions by the captioner']:,} of {counts['captions']:,} captions by the captioner"
     )
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from openblip2.commands.shared import AsJson, Run, output, progress, put, show
-from openblip2.errors import UserError, printable
+from openblip2.errors import UserError, number_of, printable
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -29,7 +29,7 @@ def index(
         done = update_index(folder, run, out, says)
     for line in done.skipped:
         says.say(f"skipped: {line}")
-    line = f"{out}: {done.pictures:,} pictures; {done.added:,} read, {done.gone:,} gone or changed"
+    line = f"{out}: {number_of(done.pictures, 'picture')}; {done.added:,} read, {done.gone:,} gone or changed"
     show({"out": str(out), **asdict(done)}, [line], as_json)
 
 

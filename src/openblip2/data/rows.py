@@ -12,7 +12,7 @@ from typing import Any
 
 from openblip2.data.images import PICTURE_SUFFIXES, UNREADABLE, left_out
 from openblip2.data.text import is_unicode
-from openblip2.errors import UserError, refuse_lfs_pointer
+from openblip2.errors import UserError, number_of, refuse_lfs_pointer
 
 RECORDS = "records.jsonl"
 LISTS = (RECORDS, "metadata.jsonl", "metadata.csv", "captions.txt")  # that a folder is read through, the first of them
@@ -203,7 +203,7 @@ def _is_row(line: str, header: list[str], delimiter: str, folder: Path) -> bool:
 def _table_row(cells: list[str], header: list[str]) -> Row:
     if len(cells) != len(header):
         right = "a caption that contains the separator stands in double quotes"
-        return UserError(f"{len(cells)} cells under {len(header)} columns; {right}")
+        return UserError(f"{number_of(len(cells), 'cell')} under {number_of(len(header), 'column')}; {right}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
     for name in {"caption", "captions"} & row.keys():
         if row[name].startswith(("['", '["')):  # a list, as pandas or JSON write it into a cell
