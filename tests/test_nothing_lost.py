@@ -106,6 +106,34 @@ def test_earlier_results_are_refused_unless_overwrite(home: Home, tmp_path: Path
     assert call(*page, "--overwrite").code == 0
 
 
+def test_a_folder_in_place_of_a_file_is_refused_before_the_work(home: Home, tmp_path: Path) -> None:
+    for words in (
+        ("evaluate", "retrieval", home.stage1, "--data", home.data),
+        ("doctor", home.stage1),
+        ("bench", "--size", "tiny", "--case", "rerank"),
+    ):
+        said = call(*words, "--out", tmp_path, "--overwrite")
+        one_line(said, f"{tmp_path} is a folder: give --out the name of a file")
+
+
+def test_a_start_of_the_wrong_stage_is_named_before_its_language_model(home: Home) -> None:
+    words = ("train", "caption", "--data", home.data, "--out", home.root / "wrong-start", "--start", home.stage1)
+    one_line(call(*words, "--set", "language.name=no/model"), f"start={home.stage1} is not a stage-2 run")
+
+
+def test_an_objective_counts_once(home: Home) -> None:
+    words = home.train("stage1", "twice-itc", "--set", 'stage1.objectives=["itc", "itc"]')
+    one_line(call(*words), "names one twice: name each once")
+
+
+def test_thumbnails_of_another_index_are_no_pictures(home: Home, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    shutil.copytree(home.data, tmp_path / "photos")
+    for out in (tmp_path / "photos" / "one", tmp_path / "two"):
+        said = call("index", tmp_path / "photos", "--run", home.stage1, "--out", out)
+        assert "16 pictures; 16 read" in said.out, said.err
+
+
 def test_two_writers_of_a_result_do_not_mix(home: Home, tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
     with locked(tmp_path, ".scores.json.lock"):

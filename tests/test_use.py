@@ -138,6 +138,7 @@ def test_options_of_the_command_line_are_those_of_decoding(home: Home, captioner
     for options, says in (
         (("--sample", "--beams", 3), "leave out --beams"),
         (("--captions", 2, "--beams", 3), "leave out --beams"),
+        (("--seed", 3), "--seed 3 is for --sample and --captions: add one of them, or leave it out"),
         (("--repetition-penalty", 0), "repetition_penalty=0.0: give a number above 0"),
         (("--tokens", 5000), "ask for fewer new tokens"),
     ):

@@ -40,7 +40,7 @@ def caption(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: words are repeated less often.")] = 1.0,
     sample: Annotated[bool, typer.Option("--sample", help="Draw each caption at random, without beams.")] = False,
     captions: Annotated[int, typer.Option(min=1, help="Different captions of each image, drawn as by --sample.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of --sample and --captions.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of --sample and --captions.", show_default="0")] = None,
     visual_tokens: VisualTokens = None,
     beside: Annotated[
         bool,
@@ -55,6 +55,8 @@ def caption(
     drawn = sample or captions > 1
     if drawn and beams is not None:
         raise UserError(f"{'--sample' if sample else '--captions'} draws at random, without beams: leave out --beams")
+    if seed is not None and not drawn:
+        raise UserError(f"--seed {seed} is for --sample and --captions: add one of them, or leave it out")
     todo = _pictures(images)
     with ExitStack() as locks:
         if beside:
@@ -69,7 +71,7 @@ def caption(
         model = load_captioner(run, visual_tokens)
         from openblip2.inference.captioner import CAPTION, SAMPLED
 
-        changes = {"beams": beams, "max_new_tokens": tokens, "seed": seed if drawn else None}
+        changes = {"beams": beams, "max_new_tokens": tokens, "seed": seed or 0 if drawn else None}
         how = replace(SAMPLED if drawn else CAPTION, repetition_penalty=repetition_penalty, **_given(changes))
         _caption(todo, lambda part: model.captions(part, captions, prompt, how, as_json), captions, beside, as_json)
 

@@ -229,6 +229,8 @@ def require_extras(settings: RunSettings) -> None:
             "leave detach_gathered out"
         )
     objectives = settings.stage1.objectives
+    if len(set(objectives)) < len(objectives):
+        raise UserError(f"stage1.objectives={list(objectives)} names one twice: name each once")
     if not objectives or (set(objectives) == {"itm"} and settings.stage1.itm_start_step):
         raise UserError(
             f"stage1.objectives={list(objectives)}, stage1.itm_start_step={settings.stage1.itm_start_step}: there are "

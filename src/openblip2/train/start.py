@@ -127,6 +127,8 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
             f"text_start={settings.text_start} is for vqa and instruct with qformer.question_in_qformer=true: leave it "
             "out"
         )
+    if settings.start:
+        _require_stage(Path(settings.start), STARTS.get(settings.task, "stage1"))
     if settings.stage == "stage2" and not ready:
         is_encoder_decoder(settings.language.name)
     if settings.task == "pretraining":
@@ -138,7 +140,6 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
             raise UserError(
                 f"start={settings.start}: stage 1 starts from qformer.start; only stage 2 starts from a run"
             )
-        _require_stage(Path(settings.start), "stage1")
         before = read_settings(Path(settings.start))
         if before.vision.trained:
             raise UserError(
@@ -148,7 +149,6 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
         return
     if not settings.start:
         raise UserError(f"{settings.task} starts from a run: give --start, a {STARTS[settings.task]} run")
-    _require_stage(Path(settings.start), STARTS[settings.task])
     before = read_settings(Path(settings.start))
     if before.connector != settings.connector:
         raise UserError(
