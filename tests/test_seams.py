@@ -170,7 +170,7 @@ def test_the_number_of_tokens_follows_from_an_option(home: Path) -> None:
         ({"qformer__lora_rank": 2}, "qformer.lora_rank=2 does not apply to the connector 'pooled'"),
         ({"qformer__question_in_qformer": "true", "task": "vqa"}, "question_in_qformer=True does not apply.*'pooled'"),
         ({"start": "{}/pooled"}, "start=.* does not apply to the connector 'pooled'"),
-        ({"stage1": True}, "connector.name=pooled: stage 1 trains the Q-Former alone; .* train stage2"),
+        ({"stage1": True}, "connector.name=pooled: stage 1 trains the Q-Former; .* train stage2"),
         ({"connector__name": "qformer", "connector__options": {"side": 2}}, "options=.*does not apply.*'qformer'"),
     ],
 )
