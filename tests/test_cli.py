@@ -303,15 +303,19 @@ def test_future_warnings_of_libraries_do_not_reach_users(monkeypatch: pytest.Mon
 
 
 def test_interruption_says_how_to_go_on(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = home.root / "stopped"
+
     def stopped(*_: object, **__: object) -> None:
+        if begun:
+            (run / "resume" / "step-00000002").mkdir(parents=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr("openblip2.train.recipes.train_stage", stopped)
-    said = call(*home.train("stage1", "stopped"))
-    assert said.code == 130
-    assert said.err.startswith("openblip2: interrupted; ")
-    assert str(home.root / "stopped") in said.err
-    assert "--resume" in said.err
+    nothing = "there is nothing to go on from yet: run the same command again"
+    for begun, says in ((False, nothing), (True, f"what was finished is in {run}, training goes on with --resume")):
+        said = call(*home.train("stage1", "stopped"))
+        assert said == (130, "", f"openblip2: interrupted; {says}\n")
+        assert run.exists() == begun
 
 
 def test_sigterm_has_an_exit_code_of_its_own(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +323,7 @@ def test_sigterm_has_an_exit_code_of_its_own(home: Home, monkeypatch: pytest.Mon
         raise Stopped(signal.SIGTERM)
 
     monkeypatch.setattr("openblip2.train.recipes.train_stage", stopped)
-    assert call(*home.train("stage1", "stopped")).code == 143
+    assert call(*home.train("stage1", "terminated")).code == 143
 
 
 # What each command is given, and what its one line must say. `{}` is the folder of `home`.

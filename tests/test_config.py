@@ -61,6 +61,8 @@ def test_a_setting_that_is_gone_is_ignored_in_a_run_and_refused_in_a_command() -
         ("optim.lr", "1", 1.0),
         ("optim.betas", "[0.8, 0.95]", (0.8, 0.95)),
         ("train.steps", "7", 7),
+        ("train.steps", "1e3", 1000),
+        ("data.source", "caf\udce9", "caf\udce9"),  # bytes of a file name that are no text
         ("vision.layer", "-1", -1),
         ("vision.name", "google/siglip-base-patch16-224", "google/siglip-base-patch16-224"),
         ("data.augment", "false", False),
@@ -98,7 +100,7 @@ def test_text_is_read_as_its_fields_type(name: str, text: str, value: object) ->
         ("optim.lr", "fast", "number"),
         ("optim.lr", "0", "greater than 0"),
         ("optim.lr", "-1e-4", "greater than 0"),
-        ("optim.lr", "inf", "finite number"),
+        ("optim.lr", "inf", "valid number"),
         ("optim.clip", "Infinity", "finite number"),
         ("train.seed", "99999999999999999999999", "less than 4294967296"),
         ("language.question", "what is it?", "pattern"),
@@ -110,7 +112,8 @@ def test_text_is_read_as_its_fields_type(name: str, text: str, value: object) ->
         ("train.precision", "fp8", "'auto', 'bf16' or 'fp32'"),
         ("stage", "stage3", "'stage1' or 'stage2'"),
         ("vision.name", "7", "string"),
-        ("language.prompts", "a photo of", "tuple"),
+        ("language.prompts", "a photo of", "array"),
+        ("language.prompts", "[]", "at least 1 item"),
         ("stage1.objectives", '["itc", "itx"]', "'itc', 'itm' or 'itg'"),
     ],
 )
@@ -118,6 +121,25 @@ def test_a_value_that_does_not_fit_is_named(name: str, value: str, why: str) -> 
     message = refusal({name: value})
     assert message.startswith(f"setting {name}")
     assert why in message
+
+
+def test_numbers_are_numbers_and_booleans_are_booleans() -> None:
+    values = dataclasses.asdict(RunSettings())
+    names = [f"{part}.{name}" for part in values if isinstance(values[part], dict) for name in values[part]]
+    checked = 0
+    for name in [*names, "warm_start"]:
+        *section, field = name.split(".")
+        default = (values[section[0]] if section else values)[field]
+        wrong = ["1", "0", '"true"', "yes"] if isinstance(default, bool) else ["true", '"1"', '"0.5"']
+        for value in wrong if isinstance(default, bool | int | float) else []:
+            assert (
+                "valid boolean" in refusal({name: value})
+                or "valid integer" in refusal({name: value})
+                or ("valid number" in refusal({name: value}))
+            )
+            checked += 1
+    assert checked > 100
+    assert "valid number" in refusal({"optim.betas": "[true, 0.9]"})
 
 
 @pytest.mark.parametrize(

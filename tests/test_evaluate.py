@@ -278,7 +278,7 @@ def test_bad_pictures_and_entries_are_named_and_cost_their_own_score(home: Path,
     assert len(result.skipped) == 2
     assert any("none.png" in line for line in result.skipped)
     assert any("1.png" in line for line in result.skipped)
-    assert "2 entries or pictures were left out" in result.warnings[-1]
+    assert "2 samples were left out" in result.warnings[-1]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -207,41 +208,69 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
     "features": (
         "train.encode.write_features",
         ("{data}", "--out", "{out}", "--set", "vision.name={root}/vision", "--set", "vision.layer=-2"),
-        "out",
+        "o/x",
     ),
-    "prepare": ("data.web.write_shards.write_shards", ("{data}", "--out", "{out}"), "out"),
+    "prepare": ("data.web.write_shards.write_shards", ("{data}", "--out", "{out}"), "o/x"),
     "capfilt": (
         "capfilt.capfilt",
         ("{data}", "--captioner", "{stage2}", "--ranker", "{stage1}", "--out", "{out}"),
-        "out",
+        "o/x",
     ),
-    "evaluate": ("evaluate.run.evaluate", ("caption", "{stage2}", "--data", "{data}", "--out", "{out}"), "out"),
-    "bench": ("apps.bench.run.Bench", ("--size", "tiny", "--out", "{out}"), "out"),
-    "bench-real": ("apps.studies.real.bench_real", ("--out", "{out}"), "out"),
-    "ablate": ("apps.studies.ablations.ablate", ("itg", "--out", "{out}"), "out"),
-    "demo": ("apps.demo.run_demo", ("--out", "{out}"), "out"),
+    "evaluate": (
+        "evaluate.run.evaluate",
+        ("caption", "{stage2}", "--data", "{data}", "--out", "{out}"),
+        "o.partial.jsonl",
+    ),
+    "bench": ("apps.bench.run.Bench", ("--size", "tiny", "--out", "{out}"), "o"),
+    "bench-real": ("apps.studies.real.bench_real", ("--out", "{out}"), "o/x"),
+    "ablate": ("apps.studies.ablations.ablate", ("itg", "--out", "{out}"), "o/x"),
+    "demo": ("apps.demo.run_demo", ("--out", "{out}"), "o/stage1/resume/x"),
     "plan": ("plan.make_plan", ("--preset", "stage1-vit-g", "--gpus", "H100"), ""),
 }
 
 
+@pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize("name", LONG)
 def test_an_interrupted_command_says_in_one_line_what_is_kept(
     name: str,
+    begun: bool,
     home: Home,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    target, words, kept = LONG[name]
+
     def stopped(*_: object, **__: object) -> None:
+        if begun and kept:
+            (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / kept).write_text("something")
         raise KeyboardInterrupt
 
-    target, words, kept = LONG[name]
     monkeypatch.setattr(f"openblip2.{target}", stopped)
     places = {"stage1": home.stage1, "stage2": home.stage2, "data": home.data, "root": home.root, "out": tmp_path / "o"}
     said = call(name, *(word.format(**places) for word in words))
     assert said.code == 130
     (line,) = said.err.splitlines()
     assert re.fullmatch(r"openblip2: interrupted(; .+)?", line)
-    assert (str(tmp_path / "o") in line) == bool(kept)
+    assert (str(tmp_path / "o") in line) == (begun and bool(kept))
+    assert line.endswith("there is nothing to go on from yet: run the same command again") == (not begun and bool(kept))
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_sigterm_ends_every_command_as_ctrl_c_does(
+    name: str,
+    home: Home,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target, words, _ = LONG[name]
+    monkeypatch.setattr(f"openblip2.{target}", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    places = {"stage1": home.stage1, "stage2": home.stage2, "data": home.data, "root": home.root, "out": tmp_path / "o"}
+    before = signal.getsignal(signal.SIGTERM)
+    said = call(name, *(word.format(**places) for word in words))
+    assert (said.code, said.err.count("\n")) == (143, 1)
+    assert said.err.startswith("openblip2: interrupted")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def interrupted_after(calls: int, real: Callable[..., Any], counted: list[int]) -> Callable[..., Any]:

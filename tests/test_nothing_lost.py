@@ -21,7 +21,7 @@ from openblip2.config import change
 from openblip2.data.records import Record
 from openblip2.data.text import only_unknown
 from openblip2.data.web.write_shards import write_tar
-from openblip2.errors import UserError
+from openblip2.errors import UserError, number_of
 from openblip2.inference.attend import look
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.matcher import Matcher
@@ -106,6 +106,34 @@ def test_earlier_results_are_refused_unless_overwrite(home: Home, tmp_path: Path
     assert call(*page, "--overwrite").code == 0
 
 
+def test_a_folder_in_place_of_a_file_is_refused_before_the_work(home: Home, tmp_path: Path) -> None:
+    for words in (
+        ("evaluate", "retrieval", home.stage1, "--data", home.data),
+        ("doctor", home.stage1),
+        ("bench", "--size", "tiny", "--case", "rerank"),
+    ):
+        said = call(*words, "--out", tmp_path, "--overwrite")
+        one_line(said, f"{tmp_path} is a folder: give --out the name of a file")
+
+
+def test_a_start_of_the_wrong_stage_is_named_before_its_language_model(home: Home) -> None:
+    words = ("train", "caption", "--data", home.data, "--out", home.root / "wrong-start", "--start", home.stage1)
+    one_line(call(*words, "--set", "language.name=no/model"), f"start={home.stage1} is not a stage-2 run")
+
+
+def test_an_objective_counts_once(home: Home) -> None:
+    words = home.train("stage1", "twice-itc", "--set", 'stage1.objectives=["itc", "itc"]')
+    one_line(call(*words), "names one twice: name each once")
+
+
+def test_thumbnails_of_another_index_are_no_pictures(home: Home, tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    shutil.copytree(home.data, tmp_path / "photos")
+    for out in (tmp_path / "photos" / "one", tmp_path / "two"):
+        said = call("index", tmp_path / "photos", "--run", home.stage1, "--out", out)
+        assert "16 pictures; 16 read" in said.out, said.err
+
+
 def test_two_writers_of_a_result_do_not_mix(home: Home, tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
     with locked(tmp_path, ".scores.json.lock"):
@@ -180,7 +208,7 @@ def test_resume_with_other_data_is_refused(home: Home) -> None:
         rows.write_text("".join(before.splitlines(keepends=True)[1:]))
         one_line(call(*home.train("stage1", "other-data", "--resume")), "15 pictures")
         held = call(*home.train("stage1", "other-data", "--resume", "--held-out", home.data))
-        one_line(held, "30 pictures")
+        assert "30 pictures" in held.err.splitlines()[-1]  # after the line on data.held_out, which has no effect
     finally:
         rows.write_text(before)
     said = call(*home.train("stage1", "other-data", "--resume"))
@@ -232,8 +260,8 @@ def test_texts_that_are_cut_or_unknown_are_counted_and_named_in_stage_2(home: Ho
     words = ("train", "stage2", "--data", data, "--start", home.stage1, "--out", tmp_path / "run", *home.options)
     said = call(*words, "--set", "train.batch=64")
     assert said.code == 0, said.err
-    assert "1 texts have more than 50 words or 1,000 characters and are cut there; the first is of 3.png" in said.err
-    assert "1 texts of 16 (6.2 %) have no word that the tokenizer knows and become only <unk>" in said.err
+    assert "1 text had to be cut at 50 words or 1,000 characters; the first is of 3.png" in said.err
+    assert "1 text of 16 (6.2 %) became only <unk>, because the tok" in said.err
     assert "train.batch=64: only 12 training pictures, so batches have that many" in said.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [next(iter(line.items())) for line in lines] == [
@@ -375,6 +403,28 @@ def test_what_is_refused_leaves_nothing(home: Home, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == [out.parent, out]
 
 
+def test_what_stage_2_cannot_use_is_refused_before_pictures_are_encoded(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encoded(*_: object, **__: object) -> None:
+        raise AssertionError("pictures were encoded")
+
+    monkeypatch.setattr("openblip2.train.recipes.prepare", encoded)
+    for changed, says in (
+        ("language.template={prompt}", "must hold {image} exactly once"),
+        ("language.template={imgae}{prompt}", "slots are {image}, {prompt} and {bos}"),
+        ("language.template=chat", "no chat template"),
+        ("language.end=wordless", "wordless"),
+        ("language.exact_gelu=true", "for T5 models"),
+        ("qformer.queries=6", "does not fit this stage 2"),
+    ):
+        words = home.train("stage2", "unusable", "--start", home.stage1, "--set", changed)
+        one_line(call(*words), says)
+    words = home.train("stage2", "unusable", "--set", "connector.name=mlp", "--set", 'connector.options={"depth": 2}')
+    assert "connector.options: depth=2" in call(*words).err.splitlines()[-1]
+    assert not (home.root / "unusable").exists()
+
+
 def test_texts_are_cut_at_the_positions_of_the_qformer(home: Home, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (home.data / "records.jsonl").read_text().splitlines()]
     for row in rows[:4]:
@@ -385,10 +435,62 @@ def test_texts_are_cut_at_the_positions_of_the_qformer(home: Home, tmp_path: Pat
     words = ("train", "stage1", "--data", data, *home.train("stage1", "")[6:], "--set", "data.max_tokens=1000")
     said = call(*words, "--out", tmp_path / "run")
     assert said.code == 0, said.err
-    assert "4 texts have more than 20 tokens and are cut there" in said.err  # the tiny BERT has 20 positions
+    assert "4 texts had to be cut at 20 tokens" in said.err  # the tiny BERT has 20 positions
     one_line(call("rank", tmp_path / "run", "a red dog " * 10, home.picture(0)), "20 tokens")
     words = ("evaluate", "retrieval", tmp_path / "run", "--data", data, "--out", tmp_path / "scores.json")
     assert call(*words).code == 0
+
+
+def test_one_is_no_plural(home: Home, tmp_path: Path) -> None:
+    assert [number_of(n, "row", "was") for n in (0, 1, 1200)] == ["0 rows were", "1 row was", "1,200 rows were"]
+    assert number_of(1, "picture") == "1 picture"
+    (tmp_path / "0.png").write_bytes(home.picture().read_bytes())
+    (tmp_path / "0.txt").write_text("a dog")
+    said = call("prepare", tmp_path, "--out", tmp_path / "shards")
+    assert said.out.endswith("shards: 1 sample in 1 shard\n")
+    said = call("train", "stage1", "--data", tmp_path, *home.train("stage1", "few")[4:])
+    one_line(said, "1 picture is too few")
+    (tmp_path / "rows.csv").write_text("image,caption\n1.png,a dog\n")
+    said = call("train", "stage1", "--data", tmp_path / "rows.csv", *home.train("stage1", "few")[4:])
+    one_line(said, "1 row cannot be used")
+
+
+KINDS = {"run": "config.json", "cache": "features.jsonl", "index": "index.json", "capfilt": "capfilt.json"}
+KINDS |= {"shards": "00000.tar", "demo": "metrics.json", "ablate": "ablation.json", "real": "real.json"}
+KINDS |= {"data": "records.jsonl"}
+
+
+def test_outputs_of_different_kinds_do_not_mix(home: Home, tmp_path: Path) -> None:
+    sets = [word for word in home.options if word.startswith("vision.")]
+    sets = [word for one in sets for word in ("--set", one)]
+    commands = {
+        "run": (*home.train("stage1", "x")[:4], "--out", "{}", *home.train("stage1", "x")[6:]),
+        "cache": ("features", home.data, "--out", "{}", *sets),
+        "shards": ("prepare", home.data, "--out", "{}"),
+        "capfilt": ("capfilt", tmp_path / "shards", "--captioner", home.stage2, "--ranker", home.stage1, "--out", "{}"),
+        "index": ("index", home.data, "--run", home.stage1, "--out", "{}"),
+        "demo": ("demo", "--out", "{}"),
+        "ablate": ("ablate", "itg", "--out", "{}"),
+        "real": ("bench-real", "--out", "{}"),
+    }
+    for own, words in commands.items():
+        for kind, mark in KINDS.items():
+            folder = tmp_path / f"{own}-into-{kind}"
+            folder.mkdir()
+            (folder / mark).write_text("{}")
+            if kind in (own, "shards" if own == "capfilt" else ""):
+                continue
+            one_line(call(*(folder if word == "{}" else word for word in words)), f"{folder} holds", mark, "--out")
+            assert files(folder) == {folder / mark: b"{}"}
+    for own in ("run", "cache", "shards"):
+        data = tmp_path / f"{own}-into-its-data"
+        data.mkdir()
+        (data / "0.png").write_bytes(home.picture().read_bytes())
+        (data / "0.txt").write_text("a dog")
+        before = files(data)
+        words = [data if word in ("{}", home.data) else word for word in commands[own]]
+        one_line(call(*words), f"{data} is the folder of the images: give another --out")
+        assert files(data) == before
 
 
 # --- settings without effect
@@ -396,17 +498,29 @@ def test_texts_are_cut_at_the_positions_of_the_qformer(home: Home, tmp_path: Pat
 
 def test_settings_without_effect_are_named(home: Home) -> None:
     sets = {
-        "stage1": ("language.name=x", "data.caption_share=0.1", "optim.layer_decay=0.9", "stage2.lm_start_step=0"),
+        "stage1": (
+            *("language.name=x", "data.caption_share=0.1", "optim.layer_decay=0.9", "stage2.lm_start_step=0"),
+            *("train.parallel=fsdp2", "data.open_shards=3"),
+        ),
+        "retrieval": ("stage1.temperature=0.1", "qformer.start=x", "warm_start=true"),
         "stage2": ("stage1.temperature=0.1", "data.max_tokens=9", 'language.questions=["{}"]'),
     }
     for stage, changes in sets.items():
-        more = ["--start", home.stage1] if stage == "stage2" else []
+        more = [] if stage == "stage1" else ["--start", home.stage1]
         words = [word for one in changes for word in ("--set", one)]
         said = call(*home.train(stage, f"idle-{stage}", *more, *words, "--set", "train.steps=1"))
         assert said.code == 0, said.err
         (line,) = [line for line in said.err.splitlines() if "without effect" in line]
         assert all(one.partition("=")[0] in line for one in changes)
         assert "train.steps" not in line
+    given = ("--held-out", home.data, "--set", "data.most_held_out=9", "--set", "train.steps=1")
+    said = call(*home.train("stage1", "idle-held-out", *given))
+    assert "data.held_out, data.most_held_out (only of runs without --held-out)" in said.err
+    shards = home.root / "idle-shards"
+    assert call("prepare", home.data, "--out", shards).code == 0
+    words = ("--data", shards, "--set", "data.open_shards=3", "--set", "train.steps=1")
+    said = call(*home.train("stage1", "idle-of-shards", *words))
+    assert (said.code, "without effect" in said.err) == (0, False), said.err
 
 
 def test_settings_that_arguments_say_are_refused(home: Home) -> None:

@@ -279,6 +279,26 @@ def test_what_cannot_be_planned_is_said_in_a_line(options: list[str], word: str)
     assert "\n" not in str(error.value)
 
 
+def test_a_plan_names_settings_without_effect(vit_g: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openblip2.plan.make_plan", lambda *_: json.loads(json.dumps(vit_g)))
+    words = [
+        "plan",
+        "--preset",
+        "stage1-vit-g",
+        "--gpus",
+        "H100",
+        "--set",
+        "language.dtype=int8",
+        "--set",
+        "optim.lr=1",
+    ]
+    for more, parallel in (([], False), (["--parallel", "fsdp2"], True)):
+        said = CliRunner().invoke(app, [*words, *more], catch_exceptions=False).stderr
+        assert "without effect in plan --preset stage1-vit-g: language.dtype (only of trainings with a lan" in said
+        assert ("train.parallel (only of runs of several processes)" in said) == parallel
+        assert "optim.lr" not in said
+
+
 def test_the_documents_example_is_what_is_printed(vit_g: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openblip2.plan.make_plan", lambda *_: json.loads(json.dumps(vit_g)))  # counted once
     text = (Path(__file__).parents[1] / "docs" / "planning.md").read_text(encoding="utf-8")

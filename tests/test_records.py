@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,9 @@ FORMS = {
     "Hugging Face": ("metadata.csv", "file_name,text\ncat.jpg,a cat\ndog.PNG,a dog\n"),
     "Hugging Face, tab": ("rows.tsv", "file_name\ttext\ncat.jpg\ta cat\ndog.PNG\ta dog\n"),
     "Excel in German": ("rows.csv", "image;caption\r\ncat.jpg;a cat\r\ndog.PNG;a dog\r\n"),
+    "Excel with sep": ("rows.csv", "sep=;\r\nimage;caption\r\ncat.jpg;a cat\r\ndog.PNG;a dog\r\n"),
+    "Excel with sep=|": ("rows.csv", '"sep=|"\nimage|caption\ncat.jpg|a cat\ndog.PNG|a dog\n'),
+    "Excel with a tab": ("rows.csv", "sep=\t\nimage\tcaption\ncat.jpg\ta cat\ndog.PNG\ta dog\n"),
     "tabs in a .csv": ("rows.csv", "image_path\tcaption\ncat.jpg\ta cat\ndog.PNG\ta dog\n"),
     "pandas": ("rows.csv", ",filename,captions\n0,cat.jpg,\"['a cat']\"\n1,dog.PNG,\"['a dog']\"\n"),
     "pandas, JSON": ("rows.csv", 'raw,filename\n"[""a cat""]",cat.jpg\na dog,dog.PNG\n'),
@@ -170,6 +174,20 @@ def test_columns_with_other_names_are_named(folder: Path) -> None:
     (folder / "cat.txt").write_text("a cat")
     with pytest.raises(UserError, match=r"metadata\.csv:1: the first line is 'file_name,label'; .*caption.*rename"):
         read_records(folder)
+
+
+@pytest.mark.parametrize("name", ["results_20130124.token", "Flickr8k.token.txt"])
+def test_a_table_without_names_of_columns_says_how_to_name_them(folder: Path, name: str) -> None:
+    rows = "cat.jpg#0\ta cat\ncat.jpg#1\tthe cat\ndog.PNG#0\ta dog\n"
+    (folder / name).write_text(rows)
+    remedy = "put image<TAB>caption in front, and take #0, #1, ... off the names"
+    with pytest.raises(UserError, match=rf"{name}:1: the first line is 'cat.jpg#0\\ta cat'; no line .*{remedy}"):
+        read_records(folder / name)
+    (folder / name).write_text("image\tcaption\n" + re.sub(r"#\d\t", "\t", rows))
+    assert [len(record.captions) for record in read_records(folder / name)[0]] == [2, 1]
+    (folder / "rows.csv").write_text("cat.jpg,a cat\ndog.PNG,a dog\n")
+    with pytest.raises(UserError, match=r"no line names the columns: put one in front of it, image,caption for"):
+        read_records(folder / "rows.csv")
 
 
 def test_a_captions_txt_that_is_no_table_is_a_text_like_any_other(folder: Path) -> None:
@@ -381,7 +399,7 @@ def test_bad_table_rows_are_skipped_and_named(folder: Path) -> None:
         skipped,
         [
             "3 cells",
-            "1 cells",
+            "1 cell under",
             "not a table row",
             "not Unicode",
             "outside",

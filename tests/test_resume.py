@@ -218,7 +218,7 @@ def test_half_a_line_in_the_log_is_dropped_and_counted(whole: Path, tmp_path: Pa
         file.write('{"step": 6, "lo')
     heard = Heard()
     go(tmp_path, progress=heard)
-    assert "1 lines are not JSON" in heard.lines[0]
+    assert "1 line was removed, not being JSON" in heard.lines[0]
     assert_same_run(whole, tmp_path)
 
 

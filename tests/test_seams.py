@@ -163,10 +163,14 @@ def test_the_number_of_tokens_follows_from_an_option(home: Path) -> None:
         ({"connector__options": {"side": 0}}, "side=0: input should be greater than or equal to 1"),
         ({"connector__options": {"sides": 2}}, "sides=2: unexpected keyword argument.*'pooled' has side, width"),
         ({"connector__options": {"side": 9}}, "side=9 is more than the 3 patches along a side"),
+        (
+            {"connector__name": "pooled_mlp", "connector__options": {"grid": True}},
+            "grid=True: input should be a valid int",
+        ),
         ({"qformer__lora_rank": 2}, "qformer.lora_rank=2 does not apply to the connector 'pooled'"),
         ({"qformer__question_in_qformer": "true", "task": "vqa"}, "question_in_qformer=True does not apply.*'pooled'"),
         ({"start": "{}/pooled"}, "start=.* does not apply to the connector 'pooled'"),
-        ({"stage1": True}, "stage=stage1 does not apply to the connector 'pooled'"),
+        ({"stage1": True}, "connector.name=pooled: stage 1 trains the Q-Former; .* train stage2"),
         ({"connector__name": "qformer", "connector__options": {"side": 2}}, "options=.*does not apply.*'qformer'"),
     ],
 )

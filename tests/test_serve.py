@@ -4,7 +4,11 @@ import base64
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+import openblip2
 import tiny_runs
 from openblip2.apps.search.search import update_index
 from openblip2.apps.serve.batcher import Limits
@@ -412,6 +417,21 @@ def test_which_run_is_which(home: Path, tmp_path: Path) -> None:
     assert "set --token" in str(refused.exception)
 
 
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_server_in_one_line(home: Path, kind: signal.Signals, code: int) -> None:
+    words = [sys.executable, "-m", "openblip2", "serve", str(home / "stage2"), "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(Path(openblip2.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True) as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        address = server.stdout.readline().split()[1]
+        with urllib.request.urlopen(f"{address}health") as answer:
+            assert answer.status == 200
+        server.send_signal(kind)
+        assert server.stderr.read() == "openblip2: loading the models ...\nopenblip2: interrupted\n"
+    assert server.returncode == code
+
+
 PATHS = ["/caption", "/answer", "/match", "/attend", "/search", "/v1/chat/completions", "/v1/embeddings", "/v1/models"]
 PATHS += ["/", "/health", "/openapi.json", "/pictures/0", "/assets/page.js", "/nowhere"]
 TEXTS = st.one_of(st.text(max_size=40), st.sampled_from(["", "itc", "a dog", "user", "\x00", "../..", "9" * 400, "-1"]))
@@ -484,6 +504,20 @@ def test_nothing_that_is_sent_is_an_error_of_the_servers(home: Path, client: Tes
         ({"repetition_penalty": 0}, 400, "repetition_penalty"),
         ({"temperature": 1e-320}, 200, None),
         ({"max_tokens": 10_000}, 400, "max_tokens"),
+        ({"logprobs": "yes"}, 400, "logprobs"),
+        ({"logprobs": 1}, 400, "logprobs"),
+        ({"stream": "true"}, 400, "stream"),
+        ({"max_tokens": True}, 400, "max_tokens"),
+        ({"max_tokens": "12"}, 400, "max_tokens"),
+        ({"temperature": "0.5"}, 400, "temperature"),
+        ({"temperature": 1, "seed": True}, 400, "seed"),
+        ({"n": "2"}, 400, "n"),
+        ({"beams": True}, 400, "beams"),
+        ({"stop": [1]}, 400, "stop.0"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "stream_options.include_usage"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, 400, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, 200, None),
+        ({"temperature": 1}, 200, None),
         ({"n": 1, "presence_penalty": 0.0, "tools": [], "user": "a", "seed": 1, "logprobs": False}, 200, None),
     ],
 )
@@ -677,6 +711,21 @@ def test_wrong_parts_are_named(client: TestClient, path: str, change: dict[str, 
     error = client.post(f"/v1/{path}", json=change).json()["error"]
     assert says in error["message"]
     assert error["param"] == (param if param == "input" else f"messages.0.content.0.{param}")
+
+
+def test_a_part_is_a_text_or_a_picture(home: Path, client: TestClient) -> None:
+    picture = {"image_url": {"url": data_url(home)}}
+    for part in ({"type": "text", "text": "a", **picture}, {"type": "image_url", "text": "a", **picture}):
+        asked = chat(home, "what is it?")
+        asked["messages"][0]["content"].append(part)
+        answer = client.post("/v1/chat/completions", json=asked)
+        assert answer.status_code == 400
+        assert "a part is a text or a picture" in answer.json()["error"]["message"]
+
+
+def test_only_a_text_is_reranked(home: Path, client: TestClient) -> None:
+    answer = client.post("/search", files=picture(home), data={"rerank": 4})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "rerank")
 
 
 @pytest.mark.parametrize("url", ["data:image/png,abc", "DATA:text/html,x"])

@@ -315,6 +315,20 @@ def test_what_does_not_fit_is_refused(plan: Plan, tmp_path: Path) -> None:
             ablate(name, tmp_path, replace(plan, **changed), QUIET)
 
 
+def test_settings_without_effect_are_named(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    progress = Progress(quiet=True)
+    monkeypatch.setattr(progress, "say", said.append)
+    monkeypatch.setattr("openblip2.apps.studies.frame._scenes", lambda *_: 1 / 0)
+    for name, changed in (("itg", "data.open_shards"), ("stage1", "data.caption_share"), ("itg", "optim.clip")):
+        with pytest.raises(ZeroDivisionError):
+            ablate(name, tmp_path, replace(plan, changes={changed: 1}), progress)
+    assert [line.partition(" (")[0] for line in said] == [
+        "settings without effect in ablate itg: data.open_shards",
+        "settings without effect in ablate stage1: data.caption_share",
+    ]
+
+
 def made(**values: list[float]) -> Trial:
     names = {"loss": LOSS, "gap": GAP}
     curves = {"loss_right": [(2, 3.0), (4, 2.0)]}

@@ -138,6 +138,7 @@ def test_options_of_the_command_line_are_those_of_decoding(home: Home, captioner
     for options, says in (
         (("--sample", "--beams", 3), "leave out --beams"),
         (("--captions", 2, "--beams", 3), "leave out --beams"),
+        (("--seed", 3), "--seed 3 is for --sample and --captions: add one of them, or leave it out"),
         (("--repetition-penalty", 0), "repetition_penalty=0.0: give a number above 0"),
         (("--tokens", 5000), "ask for fewer new tokens"),
     ):
@@ -257,3 +258,10 @@ def test_captions_alone_are_captions_in_a_batch(captioner: Captioner, tmp_path: 
 @pytest.mark.parametrize("how", [Decoding(), SAMPLED])
 def test_500_captions_alone_are_captions_in_a_batch(captioner: Captioner, tmp_path: Path, how: Decoding) -> None:
     assert different(captioner, tmp_path, 500, (1, 8, 32), how) == 0
+
+
+def test_a_score_to_explain_needs_a_text_and_a_stage_1_run(home: Home, tmp_path: Path) -> None:  # noqa: F811
+    for run, more in ((home.stage1, ()), (home.stage2, ("--text", "a dog"))):
+        said = call("attend", run, home.picture(), "--by", "itm", "--out", tmp_path / "maps", *more)
+        assert said == (2, "", "openblip2: --by itm is for a stage-1 run and --text: leave it out\n")
+        assert not (tmp_path / "maps").exists()

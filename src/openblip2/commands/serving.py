@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from openblip2.commands.shared import AsJson, Run, keeping, progress, put, show
-from openblip2.errors import UserError, printable
+from openblip2.commands.shared import AsJson, Run, output, progress, put, show
+from openblip2.errors import UserError, number_of, printable
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -24,13 +24,12 @@ def index(
     says = progress()
     says.doing(f"loading {run}")
     from openblip2.apps.search.search import update_index
-    from openblip2.runs import locked
 
-    with keeping(f"the pictures read so far are in {out}; run the same command to continue"), locked(out):
+    with output(out, "an index", "the pictures read so far are in"):
         done = update_index(folder, run, out, says)
     for line in done.skipped:
         says.say(f"skipped: {line}")
-    line = f"{out}: {done.pictures:,} pictures; {done.added:,} read, {done.gone:,} gone or changed"
+    line = f"{out}: {number_of(done.pictures, 'picture')}; {done.added:,} read, {done.gone:,} gone or changed"
     show({"out": str(out), **asdict(done)}, [line], as_json)
 
 

@@ -32,6 +32,18 @@ Settings = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote to --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, one object per line.")]
 
+# What a folder may hold, by the files that say so.
+HOLDS = {
+    "a run or another model": ("config.json", "model.safetensors"),
+    "a feature cache": ("features.jsonl",),
+    "an index": ("index.json",),
+    "captioned shards": ("capfilt.json",),
+    "shards": ("*.tar",),
+    "a demo": ("metrics.json",),
+    "a study": ("ablation.json",),
+    "results of bench-real": ("real.json",),
+    "images": ("records.jsonl", "metadata.jsonl", "metadata.csv"),
+}
 WORLDS = {"small": 12, "full": 222}  # kinds of drawn scenes: number of nouns
 
 _asked = {"quiet": False}
@@ -93,13 +105,40 @@ def tell(line: str) -> None:
 
 
 @contextmanager
-def keeping(what: str) -> Iterator[None]:
-    """Within, an interruption's one line says `what`: what is kept, and how to go on."""
+def keeping(what: str, kept: Path | None = None) -> Iterator[None]:
+    """Within, an interruption's one line says `what`, if `kept` is there and not empty: what is kept, how to go on."""
     try:
         yield
     except KeyboardInterrupt as stop:
-        stop.add_note(what)
+        there = kept is None or (any(kept.iterdir()) if kept.is_dir() else kept.exists())
+        stop.add_note(what if there else "there is nothing to go on from yet: run the same command again")
         raise
+
+
+def require_kind(out: Path, *kinds: str, data: str | Path | None = None) -> None:
+    """Refuses an output folder that is `data`, or holds another kind of `HOLDS` than these, so that nothing mixes."""
+    if data is not None and Path(data).resolve() == out.resolve():
+        raise UserError(f"{out} is the folder of the images: give another --out")
+    for kind, marks in HOLDS.items():
+        if kind not in kinds and (found := sorted(file.name for mark in marks for file in out.glob(mark))):
+            raise UserError(f"{out} holds {kind} ({found[0]}): give another --out")
+
+
+@contextmanager
+def output(out: Path, kind: str, what: str, kept: Path | None = None) -> Iterator[None]:
+    """Within, the output folder of a command is locked; it is refused if it holds another kind of `HOLDS`.
+
+    Args:
+        out: The folder.
+        kind: What it may hold.
+        what: As for `keeping`.
+        kept: The same; None = `out`.
+    """
+    from openblip2.runs import locked
+
+    require_kind(out, kind)
+    with keeping(f"{what} {out}; run the same command to continue", kept or out), locked(out):
+        yield
 
 
 def read_changes(pairs: list[str] | None) -> dict[str, str]:

@@ -40,7 +40,7 @@ def caption(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: words are repeated less often.")] = 1.0,
     sample: Annotated[bool, typer.Option("--sample", help="Draw each caption at random, without beams.")] = False,
     captions: Annotated[int, typer.Option(min=1, help="Different captions of each image, drawn as by --sample.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of --sample and --captions.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Seed of --sample and --captions.", show_default="0")] = None,
     visual_tokens: VisualTokens = None,
     beside: Annotated[
         bool,
@@ -55,6 +55,8 @@ def caption(
     drawn = sample or captions > 1
     if drawn and beams is not None:
         raise UserError(f"{'--sample' if sample else '--captions'} draws at random, without beams: leave out --beams")
+    if seed is not None and not drawn:
+        raise UserError(f"--seed {seed} is for --sample and --captions: add one of them, or leave it out")
     todo = _pictures(images)
     with ExitStack() as locks:
         if beside:
@@ -69,7 +71,7 @@ def caption(
         model = load_captioner(run, visual_tokens)
         from openblip2.inference.captioner import CAPTION, SAMPLED
 
-        changes = {"beams": beams, "max_new_tokens": tokens, "seed": seed if drawn else None}
+        changes = {"beams": beams, "max_new_tokens": tokens, "seed": seed or 0 if drawn else None}
         how = replace(SAMPLED if drawn else CAPTION, repetition_penalty=repetition_penalty, **_given(changes))
         _caption(todo, lambda part: model.captions(part, captions, prompt, how, as_json), captions, beside, as_json)
 
@@ -246,9 +248,9 @@ def attend(
     out: Annotated[Path, typer.Option(help="Output folder for the attention maps.")],
     text: Annotated[str | None, typer.Option(help="Text to explain; default for stage 2: its own caption.")] = None,
     by: Annotated[
-        str,
+        str | None,
         typer.Option(help="Stage-1 runs: score to explain, itc or itm.", autocompletion=among(("itc", "itm"))),
-    ] = "itc",
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -256,12 +258,16 @@ def attend(
     progress().doing(f"loading {run}")
     from openblip2.inference.attend import BY, look, overlay, sheet
     from openblip2.inference.load import load
+    from openblip2.inference.matcher import Matcher
     from openblip2.runs import new_result
 
-    if by not in BY:
+    if by not in (None, *BY):
         raise UserError(f"--by {by}: it must be one of {', '.join(BY)}")
     with new_result(out / "attention.png", overwrite):
-        found = look(load(run), image, text, by)
+        model = load(run)
+        if by and not (text and isinstance(model, Matcher)):
+            raise UserError(f"--by {by} is for a stage-1 run and --text: leave it out")
+        found = look(model, image, text, by or "itc")  # pyright: ignore[reportArgumentType]
         drawn = {
             "attention.png": overlay(image, found.average),
             "queries.png": sheet(image, [(f"query {n}", one) for n, one in enumerate(found.queries)]),

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from openblip2.data.rows import ACCEPTED, RECORDS, read_rows
 from openblip2.data.text import clean_caption, is_unicode
-from openblip2.errors import UserError
+from openblip2.errors import UserError, number_of
 from openblip2.runs import write_text
 
 QUESTION_KINDS = ("open", "yes/no", "number")
@@ -104,7 +104,8 @@ def read_records(source: Path, wanted: Wanted = "captions") -> tuple[list[Record
     except OSError as error:
         raise UserError(f"{error.filename or source}: cannot be read ({error.strerror}); give {ACCEPTED}") from error
     if not records:
-        why = f"{len(skipped)} rows cannot be used; the first: {skipped[0]}" if skipped else f"give {ACCEPTED}"
+        rows = number_of(len(skipped), "row")
+        why = f"{rows} cannot be used; the first: {skipped[0]}" if skipped else f"give {ACCEPTED}"
         raise UserError(f"{source}: holds no picture with {_WANTED[wanted]}; {why}")
     return list(records.values()), skipped
 

@@ -4,18 +4,19 @@ import ast
 import csv
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from openblip2.data.images import PICTURE_SUFFIXES, UNREADABLE, left_out
 from openblip2.data.text import is_unicode
-from openblip2.errors import UserError, refuse_lfs_pointer
+from openblip2.errors import UserError, number_of, refuse_lfs_pointer
 
 RECORDS = "records.jsonl"
 LISTS = (RECORDS, "metadata.jsonl", "metadata.csv", "captions.txt")  # that a folder is read through, the first of them
-TABLES = (".csv", ".tsv", ".txt")
+TABLES = (".csv", ".tsv", ".txt", ".token")
 # What other tools call our columns and keys: Hugging Face's image folders, kohya, COCO, Flickr30k.
 SYNONYMS = {
     "image": ("file_name", "filename", "image_path", "file_path", "filepath", "image_file", "image_name", "path"),
@@ -125,9 +126,9 @@ def _our_names(names: list[str]) -> list[str]:
     return renamed
 
 
-def _form(line: str) -> tuple[str, list[str]]:
+def _form(line: str, delimiters: Sequence[str] = DELIMITERS) -> tuple[str, list[str]]:
     """The delimiter and the columns of a table by its first line; no columns if it does not name them."""
-    for delimiter in DELIMITERS:
+    for delimiter in delimiters:
         cells = next(csv.reader([line[:10_000]], delimiter=delimiter), [])
         columns = _our_names([cell.strip().lower() for cell in cells])
         once = {name for name in columns if columns.count(name) == 1}
@@ -140,15 +141,22 @@ def _table(path: Path) -> Iterator[tuple[str, Row]]:
     lines = list(_lines(path))
     if not lines:
         return
-    delimiter, header = _form(lines[0])
+    first, delimiters = 1, DELIMITERS
+    if len(lines) > 1 and (named := re.fullmatch(r'"?sep=([^\w"])"?', lines[0].rstrip("\r\n"), re.IGNORECASE)):
+        first, delimiters = 2, (named[1],)  # Excel's first line
+    top = lines[first - 1]
+    delimiter, header = _form(top, delimiters)
     if not header:
         right = "it has to name the columns image and caption, or image, question and answer: rename them"
-        if "\0" in lines[0] or not is_unicode(lines[0]):
+        if "\0" in top or not is_unicode(top):
             right = f"it is not UTF-8 text: {_AS_UTF8}"
-        elif any(lines[0].lower().count(name) > 1 for name in ("image", "caption")):
+        elif re.search(r"^[^\t]*#\d\t", top):  # Flickr8k's and Flickr30k's own files
+            right = "no line names the columns: put image<TAB>caption in front, and take #0, #1, ... off the names"
+        elif any(top.lower().count(name) > 1 for name in ("image", "caption")):
             right = "it names a column twice: rename one of the two"
-        raise UserError(f"{path}:1: the first line is {ascii(lines[0].strip())[:80]}; {right}")
-    first = 1
+        elif any(Path(cell.strip(' "')).suffix.lower() in PICTURE_SUFFIXES for cell in re.split(r"[,\t;|]", top)):
+            right = "no line names the columns: put one in front of it, image,caption for example"
+        raise UserError(f"{path}:{first}: the first line is {ascii(top.strip())[:80]}; {right}")
     while first < len(lines):
         cells, after = _cells(lines, first, header, delimiter, path.parent)
         if not all(map(is_unicode, lines[first:after])):
@@ -195,7 +203,7 @@ def _is_row(line: str, header: list[str], delimiter: str, folder: Path) -> bool:
 def _table_row(cells: list[str], header: list[str]) -> Row:
     if len(cells) != len(header):
         right = "a caption that contains the separator stands in double quotes"
-        return UserError(f"{len(cells)} cells under {len(header)} columns; {right}")
+        return UserError(f"{number_of(len(cells), 'cell')} under {number_of(len(header), 'column')}; {right}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
     for name in {"caption", "captions"} & row.keys():
         if row[name].startswith(("['", '["')):  # a list, as pandas or JSON write it into a cell

@@ -15,7 +15,7 @@ from openblip2 import __version__
 from openblip2.data.images import RESIZE
 from openblip2.data.records import Record
 from openblip2.data.sources import Source
-from openblip2.errors import UserError
+from openblip2.errors import UserError, number_of
 from openblip2.evaluate.caption import score_captions
 from openblip2.evaluate.pointing import score_pointing
 from openblip2.evaluate.result import Options, PartialTexts, Result
@@ -122,7 +122,7 @@ def _warn(result: Result, records: Sequence[Record], run: str) -> None:
         )
     if result.skipped:
         result.warnings.append(
-            f"{len(result.skipped)} entries or pictures were left out; the first: {result.skipped[0]}"
+            f"{number_of(len(result.skipped), 'sample', 'was')} left out; the first: {result.skipped[0]}"
         )
 
 

@@ -34,8 +34,7 @@ def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> F
     Raises:
         UserError: it cannot be had, or is one that a caller handed in.
     """
-    named = settings.vision
-    _require_name("vision", named.name)
+    _require_name("vision", (named := settings.vision).name)
     vision = load_vision(named.name, named.layer, named.image_size, dtype=DTYPES.get(named.dtype, dtype))
     if named.trained:
         vision.unfreeze()
@@ -50,8 +49,7 @@ def build_language(
     Raises:
         UserError: it cannot be had, or is one that a caller handed in.
     """
-    language = settings.language
-    _require_name("language", language.name)
+    _require_name("language", (language := settings.language).name)
     return load_language(
         language.name,
         language.template,
@@ -115,7 +113,8 @@ def connector_class(settings: RunSettings) -> type[Connector]:
         foreign: dict[str, Any] = {"connector.options": settings.connector.options}
     else:
         foreign = {"qformer.question_in_qformer": qformer.question_in_qformer, "qformer.lora_rank": qformer.lora_rank}
-        foreign["stage"] = settings.stage == "stage1" and settings.stage
+        if settings.stage == "stage1":
+            raise UserError(f"connector.name={name}: stage 1 trains the Q-Former; use train stage2 without --start")
         foreign["start"] = settings.task == "pretraining" and not kind.has_stage1 and settings.start
     for setting, value in ((setting, value) for setting, value in foreign.items() if value):
         raise UserError(f"{setting}={value} does not apply to the connector {name!r}: leave it out")
@@ -225,6 +224,8 @@ def require_extras(settings: RunSettings) -> None:
             "leave detach_gathered out"
         )
     objectives = settings.stage1.objectives
+    if len(set(objectives)) < len(objectives):
+        raise UserError(f"stage1.objectives={list(objectives)} names one twice: name each once")
     if not objectives or (set(objectives) == {"itm"} and settings.stage1.itm_start_step):
         raise UserError(
             f"stage1.objectives={list(objectives)}, stage1.itm_start_step={settings.stage1.itm_start_step}: there are "

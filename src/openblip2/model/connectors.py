@@ -17,7 +17,7 @@ from openblip2.errors import UserError
 from openblip2.model.blocks import INIT_STD
 from openblip2.model.connector import Connector, Question
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 def patch_side(patches: int) -> int:

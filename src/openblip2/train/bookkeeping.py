@@ -23,7 +23,7 @@ from openblip2.data.records import Record
 from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, BertTokens, clean_caption, clean_question, only_unknown
 from openblip2.data.web.mixture import FILE as SHARDS
 from openblip2.distributed.collectives import is_first, rank
-from openblip2.errors import UserError
+from openblip2.errors import UserError, number_of
 from openblip2.progress import Progress
 from openblip2.runs import write_json, write_text
 from openblip2.train.log import Log
@@ -110,14 +110,14 @@ class Skipped:
 def name_unknown_texts(tokenizer: Any, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
     """Counts and names the texts of which a tokenizer leaves nothing; (id of a picture, text)."""
     unknown = [texts[n] for n in only_unknown(tokenizer, [text for _, text in texts])]
-    share = f"of {len(texts):,} ({100 * len(unknown) / max(1, len(texts)):.1f} %) have no word that the tokenizer knows"
-    _name("unknown", unknown, f"{share} and become only {tokenizer.unk_token}", run, progress)
+    share = f"of {len(texts):,} ({100 * len(unknown) / max(1, len(texts)):.1f} %) became only {tokenizer.unk_token}"
+    _name("unknown", unknown, f"{share}, because the tokenizer knows none of the words", run, progress)
 
 
 def name_long_texts(tokens: BertTokens, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
     """Counts and names the texts that are cut at the token limit, as the paper cuts them, and the unknown ones."""
     long = [texts[n] for n in tokens.too_long([text for _, text in texts])]
-    _name("cut", long, f"have more than {tokens.longest} tokens and are cut there (data.max_tokens)", run, progress)
+    _name("cut", long, f"had to be cut at {tokens.longest} tokens (data.max_tokens)", run, progress)
     name_unknown_texts(tokens.tokenizer, texts, run, progress)
 
 
@@ -127,7 +127,7 @@ def name_wordy_texts(records: Sequence[Record], run: Path, progress: Progress) -
     texts = [(r.id, clean_caption(text, len(text)), text) for r in records for text in r.captions]
     texts += [(r.id, clean_question(q.text, len(q.text)), q.text) for r in records for q in r.questions]
     long = [(picture, text) for picture, whole, text in texts if clean_caption(whole) != whole]
-    what = f"have more than {MAX_WORDS} words or {MAX_CHARACTERS:,} characters and are cut there"
+    what = f"had to be cut at {MAX_WORDS} words or {MAX_CHARACTERS:,} characters"
     _name("cut", long, what, run, progress)
 
 
@@ -136,7 +136,8 @@ def _name(key: str, texts: Sequence[tuple[str, str]], what: str, run: Path, prog
         return
     with (run / "skipped.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({key: f"{picture}: {text}"}) + "\n" for picture, text in texts)
-    progress.say(f"{len(texts):,} texts {what}; the first is of {texts[0][0]}; all are in {run / 'skipped.jsonl'}")
+    what = f"{number_of(len(texts), 'text')} {what}"
+    progress.say(f"{what}; the first is of {texts[0][0]}; all are in {run / 'skipped.jsonl'}")
 
 
 # Steps whose losses or gradients are not finite are left out and counted. One bad batch (a picture of one colour, a

@@ -20,7 +20,7 @@ from openblip2.config import RunSettings
 from openblip2.data.features import CACHE_DTYPES, FeatureCache, Features, picture_bytes, require_same_cache, writing
 from openblip2.data.images import CROP_AREA, CROP_RATIO, THREADS, augment, to_pixels
 from openblip2.data.records import Record
-from openblip2.errors import UserError
+from openblip2.errors import UserError, number_of
 from openblip2.hardware import device
 from openblip2.model.precision import DTYPES
 from openblip2.model.vision import FrozenVision
@@ -129,7 +129,8 @@ def write_features(
     shape = (1 + crops, vision.patches, vision.width)
     size, free = len(records) * picture_bytes(shape), free_bytes(folder)
     kinds = "the plain picture" if not crops else f"the plain picture and {crops} views"
-    progress.say(f"{len(records):,} pictures, {kinds} of each: {shape[1]} tokens x {shape[2]} in {precision}")
+    count = number_of(len(records), "picture")
+    progress.say(f"{count}, {kinds} of each: {shape[1]} tokens x {shape[2]} in {precision}")
     progress.say(f"{size / 1e9:.3g} GB in {folder}, of {free / 1e9:,.3g} GB free")
     cache = make_cache(vision, records, settings, folder, progress, "all", precision, crops)
     problems = [problem for record in records if (problem := cache.pictures[record.id].problem)]

@@ -17,7 +17,7 @@ from openblip2.config import OptimSettings, TrainSettings
 from openblip2.distributed.collectives import alone, is_first, mean_over_processes, rank, world_size
 from openblip2.distributed.data_parallel import DataParallelLosses, clip_gradients
 from openblip2.distributed.launch import from_all, from_first, highest
-from openblip2.errors import Stopped
+from openblip2.errors import Stopped, number_of
 from openblip2.hardware import attention_kernel, computing, keep_freed_memory, release_freed_memory
 from openblip2.progress import Progress
 from openblip2.train.bookkeeping import count_step, give_up, not_finite
@@ -71,7 +71,7 @@ def fit(
     track = open_tracker(settings.track if is_first() else "", run, asdict(settings) | asdict(optim))
     log = Log(run / "log.jsonl", None if last is None else done.step, is_first(), track)
     if log.torn:
-        progress.say(f"{log.path}: {log.torn} lines are not JSON and were removed")
+        progress.say(f"{log.path}: {number_of(log.torn, 'line', 'was')} removed, not being JSON")
 
     saved = done.step
 

@@ -25,7 +25,7 @@ from openblip2.data.web import mixture
 from openblip2.data.web.mixture import Part
 from openblip2.data.web.pairs import ShardPairs
 from openblip2.distributed.collectives import is_first, rank, world_size
-from openblip2.errors import UserError
+from openblip2.errors import UserError, number_of
 from openblip2.hardware import device
 from openblip2.model.vision import FrozenVision
 from openblip2.progress import Progress
@@ -199,14 +199,16 @@ def prepare_shards(
     if held_out is None:
         held_out, _ = read_records(run / HELD_OUT)
     samples = sum(part.samples for part in counted)
-    progress.say(f"{samples:,} samples of {sum(len(p.shards) for p in counted):,} shards")
+    progress.say(f"{number_of(samples, 'sample')} of {number_of(sum(len(p.shards) for p in counted), 'shard')}")
     # Few enough to be decoded now, so that validation always has the same pictures.
     progress.doing("encoding what is held out")
     name_wordy_texts(held_out, run, progress)
     held, problems = openable([cleaned(record) for record in held_out], settings.vision.image_size)
     skip(*problems)
     if len(held) < 2:
-        raise UserError(f"{len(held)} pictures to validate on can be opened; at least 2 (--held-out, data.held_out)")
+        raise UserError(
+            f"{number_of(len(held), 'picture')} to validate on can be opened; at least 2 (--held-out, data.held_out)"
+        )
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
     data, part = settings.data, (rank(), world_size())
     pairs = ShardPairs(counted, batch, seed, size, data.open_shards, skip.in_training, data.augment, part)
@@ -235,6 +237,7 @@ def _require_enough(
     if len(held) >= 2 and len(trained) >= 2:
         return
     count, left_out = len(held) + len(trained), f" ({skipped.count:,} more were skipped)" if skipped.count else ""
+    few = f"{number_of(count, 'picture')}{left_out} {'is' if count == 1 else 'are'} too few"
     remedy = "give more pictures"
     # With 4 pictures a share can leave 2 on each side. Rounded up to whole percents.
     if share and count >= 4:
@@ -243,8 +246,8 @@ def _require_enough(
         remedy = f"add --set data.held_out={held_out}"
         remedy += f" --set train.batch={batch}" if batch < settings.train.batch else ""
     raise UserError(
-        f"{count:,} pictures{left_out} are too few: {len(trained)} to train on and {len(held)} held out (data.held_out="
-        f"{settings.data.held_out}), at least 2 of each are needed; {remedy}"
+        f"{few}: {len(trained)} to train on and {len(held)} held out (data.held_out={settings.data.held_out}), at "
+        f"least 2 of each are needed; {remedy}"
     )
 
 

@@ -26,8 +26,6 @@ from openblip2.hardware import compute_dtype, computing, device
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.build import (
     add_adapters,
-    build_stage1,
-    build_stage2,
     build_vision,
     parts_table,
     require_extras,
@@ -39,7 +37,7 @@ from openblip2.model.fast.gradient_cache import step_losses
 from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import OBJECTIVES, Stage1, see
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import FrozenVision, Vision, frozen_vision
+from openblip2.model.vision import Vision, frozen_vision
 from openblip2.progress import Progress
 from openblip2.runs import make_folder, write_config
 from openblip2.train.bookkeeping import (
@@ -52,17 +50,10 @@ from openblip2.train.bookkeeping import (
 from openblip2.train.loop import fit, joint_draws
 from openblip2.train.prepare import ASKING, Prepared, prepare, prepare_shards
 from openblip2.train.resume import find_checkpoint, forget_checkpoints, require_same
-from openblip2.train.start import (
-    fine_tune_from,
-    require_start,
-    sizes_to_start,
-    start_from_stage1,
-    tokenizer_to_start,
-)
+from openblip2.train.start import build_from_start, require_start, tokenizer_to_start
 from openblip2.train.warm_start import warm_start_stage1, warm_start_stage2
 
 Batches = Callable[[int], PairBatch]
-Parts = tuple[FrozenVision, LanguageModel | None]  # frozen ones; None: the language model of the settings
 
 
 def train_stage(
@@ -119,8 +110,12 @@ def train_stage(
     progress.doing(f"loading {settings.vision.name}")
     # A frozen encoder is kept in the precision in which it computes. One that trains needs fp32: updates of AdamW are
     # smaller than what bf16 weights can take in.
-    dtype = torch.float32 if settings.vision.trained else compute_dtype(device(), settings.train.precision)
-    encoder = (handed_in or build_vision(settings, dtype)).to(device())
+    dtype = compute_dtype(device(), settings.train.precision)
+    encoder = handed_in or build_vision(settings, torch.float32 if settings.vision.trained else dtype)
+    # Before pictures are encoded, which takes hours: a model may be refused.
+    model = build_from_start(settings, encoder.to(device()), language, dtype, progress)
+    if settings.train.parallel == "ddp":
+        _ready(model, settings)
     # The first process counts, encodes and writes; the others then read the same files.
     with first_process_first():
         if shards:
@@ -133,8 +128,11 @@ def train_stage(
     steps, accumulate = settings.train.steps, settings.train.accumulate
     source = data.batches if device().type == "cpu" else Prefetcher(data.batches, steps * accumulate)
     batches = RecordingBatches(source, accumulate)
-    recipe, parts = _stage1 if settings.stage == "stage1" else _stage2, (encoder, language)
-    model, losses, validate, sparse = recipe(settings, parts, data, batches, run, progress, last is None)
+    if settings.train.parallel != "ddp":
+        shard(model, settings, device())
+        _ready(model, settings)
+    recipe: Any = _stage1 if settings.stage == "stage1" else _stage2
+    losses, validate, sparse = recipe(settings, model, data, batches, run, progress, last is None)
     # Now that all weights are filled: adapters freeze them. In fine-tuning the model was built with its adapters.
     if settings.task == "pretraining":
         add_adapters(model, settings)
@@ -150,22 +148,22 @@ def train_stage(
     fit(model, losses, run, optim, train, validate, progress, last, batches.samples, sparse, advise, digest)
 
 
-# The model, its losses by the number of a batch, its validation, and whether some batches do not reach all that trains.
-Recipe = tuple[Stage1 | Stage2, Callable[[int], dict[str, Tensor]], Callable[[], dict[str, Any]], bool]
+def _ready(model: Stage1 | Stage2, settings: RunSettings) -> None:
+    """Puts the model on the device, where its language model has to write: it should fail now, not in its first use."""
+    model.to(device())
+    if isinstance(model, Stage2):
+        with in_evaluation(model, settings):
+            try_generation(model.language, model.connector.tokens, settings.language.prompts[0])
+
+
+# The losses by the number of a batch, the validation, and whether some batches do not reach all that trains.
+Recipe = tuple[Callable[[int], dict[str, Tensor]], Callable[[], dict[str, Any]], bool]
 
 
 def _stage1(
-    settings: RunSettings, parts: Parts, data: Prepared, batches: Batches, run: Path, progress: Progress, begins: bool
+    settings: RunSettings, model: Stage1, data: Prepared, batches: Batches, run: Path, progress: Progress, begins: bool
 ) -> Recipe:
     fine_tunes = settings.task != "pretraining"
-    sizes = sizes_to_start(settings) if fine_tunes else None
-    progress.doing(f"loading {settings.qformer.start}")
-    model = build_stage1(settings, parts[0], sizes)
-    # Filled before it is cut into pieces: a run on disk has whole tensors.
-    if fine_tunes:
-        fine_tune_from(model, settings)
-    shard(model, settings, device())
-    model.to(device())
     tokenizer = tokenizer_to_start(settings) if fine_tunes else bert_tokenizer(settings.qformer.start)
     tokens = BertTokens(tokenizer, settings.data.max_tokens, model.connector.sizes["positions"])
     name_long_texts(tokens, data.captions(), run, progress)
@@ -199,24 +197,13 @@ def _stage1(
 
     # Without one of the three losses its head gets no gradient.
     sparse = len(settings.stage1.objectives) < len(OBJECTIVES) or settings.stage1.itm_start_step > 0
-    return model, losses, validate, sparse
+    return losses, validate, sparse
 
 
 def _stage2(
-    settings: RunSettings, parts: Parts, data: Prepared, batches: Batches, run: Path, progress: Progress, begins: bool
+    settings: RunSettings, model: Stage2, data: Prepared, batches: Batches, run: Path, progress: Progress, begins: bool
 ) -> Recipe:
-    fine_tunes, dtype = settings.task != "pretraining", compute_dtype(device(), settings.train.precision)
     wording, reads_prompts, seed = settings.language, settings.reads_prompts, settings.train.seed
-    sizes = sizes_to_start(settings) if fine_tunes else None
-    progress.doing(f"loading {settings.language.name}")
-    model = build_stage2(settings, parts[0], sizes, dtype, device(), parts[1])
-    if fine_tunes:
-        fine_tune_from(model, settings)
-    shard(model, settings, device())
-    model.to(device())
-    # A language model that cannot write after a soft prompt should fail now, not after the training.
-    with in_evaluation(model, settings):
-        try_generation(model.language, model.connector.tokens, settings.language.prompts[0])
     tokens = None
     if settings.qformer.question_in_qformer:
         most = settings.data.max_tokens, model.connector.sizes["positions"]
@@ -226,14 +213,11 @@ def _stage2(
         if is_first():
             tokens.tokenizer.save_pretrained(run / "tokenizer")
     name_unknown_texts(model.language.tokenizer, [*data.captions(), *data.questions()], run, progress)
-    if not fine_tunes:
-        if settings.start:
-            start_from_stage1(model, Path(settings.start))
-        if settings.warm_start and begins:
-            progress.doing("starting in closed form")
-            with in_evaluation(model, settings):
-                r2 = warm_start_stage2(model, some_pairs(model, data, settings))
-            progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
+    if settings.warm_start and begins and settings.task == "pretraining":
+        progress.doing("starting in closed form")
+        with in_evaluation(model, settings):
+            r2 = warm_start_stage2(model, some_pairs(model, data, settings))
+        progress.say(f"projection started in closed form: R2 {r2:.2f} on the training pictures")
     if is_first():
         write_config(run, settings, model.connector.sizes)
     losses_of = step_losses(model, settings.train.chunk)
@@ -269,7 +253,7 @@ def _stage2(
         return grounding(model, data.held_out_features(), seed, wording.prompts[0])
 
     # Of a Q-Former that reads the question, nothing uses the question's rows of the last layer.
-    return model, losses, validate, settings.qformer.question_in_qformer
+    return losses, validate, settings.qformer.question_in_qformer
 
 
 @contextmanager

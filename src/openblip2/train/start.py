@@ -4,20 +4,26 @@ For VQA (paper 4.3) and instructions the stage-2 run's Q-Former gets back the te
 stage 1's.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from openblip2.config import RunSettings
 from openblip2.errors import UserError
+from openblip2.hardware import device
 from openblip2.model.bert import bert_sizes, bert_tokenizer
+from openblip2.model.build import build_stage1, build_stage2
+from openblip2.model.language import LanguageModel
 from openblip2.model.load import is_encoder_decoder
 from openblip2.model.lora import adapt_qformer, merge_lora
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
+from openblip2.model.vision import FrozenVision
+from openblip2.progress import Progress
 from openblip2.runs import read_config, read_settings, read_tensors
 from openblip2.train.parameters import fill_trained, saved_parameters
 
@@ -29,11 +35,52 @@ HEADS = ("vision_proj.", "text_proj.", "itm_head.", "lm_head.", "temperature", "
 STARTS = {"retrieval": "stage1", "caption": "stage2", "vqa": "stage2", "instruct": "stage2"}  # by task
 
 
-def without_effect(settings: RunSettings, names: Iterable[str]) -> list[str]:
-    """Those of the named settings that nothing reads in such a training, with where they have an effect."""
+def say_without_effect(
+    what: str,
+    names: Iterable[str],
+    trainings: Sequence[RunSettings],
+    progress: Progress,
+    shards: bool = False,
+    held_out: bool = False,
+    processes: int = 1,
+) -> None:
+    """Says which of the named settings nothing reads in any of these trainings, and where they have an effect.
+
+    Args:
+        what: The command.
+        names: Of the settings that are set.
+        trainings: The settings of each training.
+        progress: Where it is said.
+        shards: Whether they are trained on shards.
+        held_out: Whether the pictures for validation are given.
+        processes: How many there are.
+    """
+    given = {
+        "train.parallel": (processes > 1, "runs of several processes"),
+        "data.open_shards": (shards, "runs on shards"),
+        "data.held_out": (not held_out, "runs without --held-out"),
+        "data.most_held_out": (not held_out, "runs without --held-out"),
+    }
+    every = [{**_rules(settings), **given} for settings in trainings]
+    found: dict[str, list[str]] = {}
+    for name in names:
+        broken = [[at for rule, (holds, at) in rules.items() if not holds and _under(name, rule)] for rules in every]
+        if all(broken):
+            found.setdefault(broken[0][0], []).append(name)
+    if found:
+        idle = ", ".join(f"{', '.join(of)} (only of {where})" for where, of in found.items())
+        progress.say(f"settings without effect in {what}: {idle}")
+
+
+def _under(name: str, rule: str) -> bool:
+    return name == rule or (rule.endswith(".") and name.startswith(rule))
+
+
+def _rules(settings: RunSettings) -> dict[str, tuple[bool, str]]:
+    """By a setting, or by a section with its dot: whether it has an effect, and the trainings in which it has one."""
     stage1, objectives = settings.stage == "stage1", settings.stage1.objectives
-    qformer = stage1 or settings.connector.name == "qformer"
-    rules = {
+    qformer, pretraining = stage1 or settings.connector.name == "qformer", settings.task == "pretraining"
+    return {
         "stage1.": (stage1, "stage1 and retrieval"),
         "stage1.itm_start_step": ("itm" in objectives, "runs whose stage1.objectives have itm"),
         "stage1.contrast": ("itc" in objectives, "runs whose stage1.objectives have itc"),
@@ -48,14 +95,11 @@ def without_effect(settings: RunSettings, names: Iterable[str]) -> list[str]:
         "optim.layer_decay": (settings.vision.trained, "runs with vision.trained=true"),
         "data.caption_share": (settings.task == "instruct", "instruct"),
         "data.max_tokens": (settings.reads_text, "runs whose Q-Former reads text"),
-        "warm_start": (settings.task == "pretraining", "stage1 and stage2"),
+        # Fine-tuning takes them from the run that it starts from.
+        "stage1.temperature": (pretraining, "stage1"),
+        "qformer.start": (pretraining, "stage1 and stage2"),
+        "warm_start": (pretraining, "stage1 and stage2"),
     }
-    found: dict[str, list[str]] = {}
-    for name in names:
-        broken = [where for rule, (holds, where) in rules.items() if not holds and f"{name}.".startswith(rule)]
-        if broken:
-            found.setdefault(broken[0], []).append(name)
-    return [f"{', '.join(of)} (only of {where})" for where, of in found.items()]
 
 
 def require_start(settings: RunSettings, ready: bool = False) -> None:
@@ -83,6 +127,8 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
             f"text_start={settings.text_start} is for vqa and instruct with qformer.question_in_qformer=true: leave it "
             "out"
         )
+    if settings.start:
+        _require_stage(Path(settings.start), STARTS.get(settings.task, "stage1"))
     if settings.stage == "stage2" and not ready:
         is_encoder_decoder(settings.language.name)
     if settings.task == "pretraining":
@@ -94,7 +140,6 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
             raise UserError(
                 f"start={settings.start}: stage 1 starts from qformer.start; only stage 2 starts from a run"
             )
-        _require_stage(Path(settings.start), "stage1")
         before = read_settings(Path(settings.start))
         if before.vision.trained:
             raise UserError(
@@ -104,7 +149,6 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
         return
     if not settings.start:
         raise UserError(f"{settings.task} starts from a run: give --start, a {STARTS[settings.task]} run")
-    _require_stage(Path(settings.start), STARTS[settings.task])
     before = read_settings(Path(settings.start))
     if before.connector != settings.connector:
         raise UserError(
@@ -135,6 +179,26 @@ def tokenizer_to_start(settings: RunSettings) -> Any:
     """The Q-Former's tokenizer, for fine-tuning."""
     run = _text_run(settings) or Path(str(settings.start))
     return bert_tokenizer(str(run / "tokenizer"), read_config(run)["sizes"]["vocabulary"])
+
+
+def build_from_start(
+    settings: RunSettings, vision: FrozenVision, language: LanguageModel | None, dtype: torch.dtype, progress: Progress
+) -> Stage1 | Stage2:
+    """The model, filled with what it starts from. `language`: a ready one; `dtype`: as for `build_stage2`."""
+    fine_tunes = settings.task != "pretraining"
+    sizes = sizes_to_start(settings) if fine_tunes else None
+    if settings.stage == "stage1":
+        progress.doing(f"loading {settings.qformer.start}")
+        model = build_stage1(settings, vision, sizes)
+    else:
+        progress.doing(f"loading {settings.language.name}")
+        model = build_stage2(settings, vision, sizes, dtype, device(), language)
+    # Filled before it is cut into pieces: a run on disk has whole tensors.
+    if fine_tunes:
+        fine_tune_from(model, settings)
+    elif isinstance(model, Stage2) and settings.start:
+        start_from_stage1(model, Path(settings.start))
+    return model
 
 
 def fine_tune_from(model: Stage1 | Stage2, settings: RunSettings) -> None:

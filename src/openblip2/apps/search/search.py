@@ -116,10 +116,13 @@ def _open_or_new(root: Path, run: str, folder: Path, matcher: Matcher) -> Index:
 
 
 def _files(root: Path, index: Path) -> Iterator[str]:
-    """Paths of files in a folder, without links, hidden folders and the index itself."""
+    """Paths of files in a folder, without links, hidden folders, the index itself and other indexes."""
     for parent, folders, files in os.walk(root):
         here = Path(parent)
-        folders[:] = [f for f in folders if not f.startswith(".") and (here / f).resolve() != index.resolve()]
+        indexes = {
+            f for f in folders if (here / f / "vectors.faiss").exists() or (here / f).resolve() == index.resolve()
+        }
+        folders[:] = [f for f in folders if not f.startswith(".") and f not in indexes]
         paths = [here / file for file in files]
         yield from (path.relative_to(root).as_posix() for path in paths if path.is_file() and not path.is_symlink())
 

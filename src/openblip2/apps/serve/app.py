@@ -1,6 +1,5 @@
 """The server: which runs it serves, how it is started, the page, and the routes beside OpenAI's."""
 
-import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -45,14 +44,13 @@ def serve(served: Served, host: str, port: int, token: str | None, names: list[s
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): give another --port or --host") from error
-    # uvicorn passes a signal on to the earlier handler when all is closed: then we end as other commands do.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     print("openblip2: loading the models ...", file=sys.stderr, flush=True)
     name = f"[{host}]" if ":" in host else host
     app = make_app(Worker(served, 2 * limits.seconds), limits, token, [*names, name, "127.0.0.1", "localhost", "[::1]"])
     # The socket listens already: who connects from now on is answered.
     print(f"openblip2: http://{name}:{listener.getsockname()[1]}/ is ready; press Ctrl-C to stop", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
+    # It passes a signal on to the earlier handler when all is closed: then we end as other commands do.
     uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -181,8 +179,6 @@ async def attend(request: Request, form: Annotated[AttendForm, MULTIPART]) -> Re
 @router.post("/search")
 async def search(request: Request, form: Annotated[SearchForm, MULTIPART]) -> dict[str, Any]:
     """Pictures of the index that fit a text, or that are like a picture."""
-    if (form.text is None) == (form.image is None):
-        raise ServeError("give either a text or an image")
     query = form.text or "" if form.image is None else await form.image.read()
     job = partial(Engine.find, query=query, best=form.best, rerank=form.rerank)
     (pictures,) = await _answers(request, "index", job)

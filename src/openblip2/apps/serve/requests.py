@@ -69,8 +69,11 @@ def refuse_token_ids(value: Any) -> Any:
     return value
 
 
-class Body(BaseModel, extra="forbid"):
-    """A body of OpenAI's, or a part of one. A field that is not declared is refused if it could change the answer."""
+class Body(BaseModel, extra="forbid", strict=True):
+    """A body of OpenAI's, or a part of one. A field that is not declared is refused if it could change the answer.
+
+    Types are JSON's: "yes" is no boolean, and true no number. In forms all fields are texts.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -157,6 +160,15 @@ class SearchForm(BaseModel, extra="forbid"):
     best: Annotated[int, Field(ge=1, le=100)] = 12
     rerank: Annotated[int, Field(ge=0, le=64)] = 0
 
+    @model_validator(mode="after")
+    def check_query(self) -> "SearchForm":
+        """Raises `ServeError` unless there is one query, and for a re-ranking of what ITM cannot match."""
+        if (self.text is None) == (self.image is None):
+            raise ServeError("give either a text or an image")
+        if self.image is not None and self.rerank:
+            raise ServeError("rerank: it is for a text, which ITM matches with images; leave it out", param="rerank")
+        return self
+
 
 class ImageUrl(Body):
     """A picture as a data URL."""
@@ -170,6 +182,14 @@ class MessagePart(Body):
     type: Literal["text", "image_url"]
     text: Text = ""
     image_url: Annotated[ImageUrl, text_as(lambda url: {"url": url})] | None = None
+
+    @model_validator(mode="after")
+    def check_type(self) -> "MessagePart":
+        """Raises `ServeError` for a part that is a text and a picture, of which one would be ignored."""
+        if self.image_url and (self.text or self.type == "text"):
+            message = "a part is a text or a picture: send the picture alone, in a part of type image_url"
+            raise ServeError(message, param="messages")
+        return self
 
 
 class Message(Body):
@@ -214,6 +234,8 @@ class ChatRequest(Body, Sampling):
         if self.messages[-1].role != "user":
             message = f"the last message has the role {self.messages[-1].role}: end with the user's question"
             raise ServeError(message, param="messages")
+        if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ServeError("max_tokens: leave it out, or max_completion_tokens", param="max_tokens")
         self.max_tokens = self.max_completion_tokens or self.max_tokens
         return self
 

@@ -52,6 +52,7 @@ from openblip2.progress import Progress
 from openblip2.runs import cached_json
 from openblip2.train.encode import make_cache, whitened
 from openblip2.train.recipes import train_stage
+from openblip2.train.start import say_without_effect
 
 DATA_SEED = 0
 VALIDATIONS = 5  # of a run
@@ -148,7 +149,9 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
             raise UserError(
                 f"--set {name}: the study {study.name} sets it itself; steps: --stage1-steps, --stage2-steps"
             )
-    change(plan.stage1, plan.changes)  # an unknown setting is reported before anything is drawn
+    # Wrong settings are reported before anything is drawn.
+    ways = [change(getattr(plan, s), {**plan.changes, **way.stages[s]}) for way in study.ways for s in way.stages]
+    say_without_effect(f"ablate {study.name}", plan.changes, ways, progress, held_out=True)
     assert plan.scenes is not None
     data = out / "data" / plan.world
     train = _scenes(data / "train", plan.scenes, "train", plan.world)
