@@ -35,8 +35,6 @@ CASES: dict[str, dict[str, Any]] = {
     "chunks": {"chunk": 2},
     "found in chunks": {"chunk": 2, "found": True},
     "detached chunks": {"detach_gathered": True, "chunk": 2},
-    "sigmoid": {"contrast": "sigmoid", "found": True},
-    "sigmoid chunks": {"contrast": "sigmoid", "chunk": 2},
     "without itg": {"objectives": ("itc", "itm")},
     "itc alone": {"objectives": ("itc",)},
     "trained encoder": {"encoder_trains": True},
@@ -56,7 +54,6 @@ def gradients(
     own: slice,
     found: bool = False,
     detach_gathered: bool = False,
-    contrast: Any = "softmax",
     chunk: int = 0,
     encoder_trains: bool = False,
     named: bool = True,
@@ -64,7 +61,7 @@ def gradients(
     objectives: tuple[str, ...] = ("itc", "itm", "itg"),
 ) -> Found:
     """Losses and gradients, means over processes, of some rows of the joined batch."""
-    model = tiny.stage1(detach_gathered, 0.0, contrast=contrast, decorrelation=decorrelation).train()
+    model = tiny.stage1(detach_gathered, 0.0, decorrelation=decorrelation).train()
     tokens, valid = (part[own] for part in tiny.texts())
     longest = max(3, int(valid.sum(dim=1).max())) if len(valid) else 4  # each process pads to its own longest text
     features = tiny.features()[own].requires_grad_(encoder_trains)

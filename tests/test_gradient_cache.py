@@ -23,9 +23,9 @@ CAPTIONS += ["what is it"]
 PROMPTS = ["", "a photo of"] * 4
 
 
-def stage1(contrast: Any = "softmax", dropout: float = 0.0, detach_gathered: bool = False) -> Stage1:
+def stage1(dropout: float = 0.0, detach_gathered: bool = False) -> Stage1:
     """The tiny one, in training mode."""
-    return tiny.stage1(detach_gathered, dropout, contrast=contrast).train()
+    return tiny.stage1(detach_gathered, dropout).train()
 
 
 def stepped(model: nn.Module, losses: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
@@ -70,11 +70,10 @@ def test_losses_are_the_models_own_unless_chunks_are_asked_for() -> None:
         assert (chosen.func, chosen.args) == (wanted, (model, 3))
 
 
-@pytest.mark.parametrize("contrast", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 7, B, 100])
-def test_chunks_are_the_whole_batch(chunk: int, drawn: bool, contrast: str) -> None:
-    model, patches = stage1(contrast), tiny.features()
+def test_chunks_are_the_whole_batch(chunk: int, drawn: bool) -> None:
+    model, patches = stage1(), tiny.features()
     options: dict[str, Any] = {"features": patches} | ({} if drawn else {"negatives": NEGATIVES})
     torch.manual_seed(7)
     whole = stepped(model, model.losses(*inputs(), **options))

@@ -14,7 +14,6 @@ from openblip2.model.objectives import (
     hard_negatives,
     matching,
     same_image,
-    sigmoid_contrastive,
     similarity,
 )
 
@@ -122,37 +121,6 @@ def test_contrastive_at_chance() -> None:
     same = image[:1].expand(B, -1, -1)
     loss = contrastive(same, text, temperature, same_image(IDS)).loss
     assert loss.item() == pytest.approx(math.log(B), abs=1e-5)
-
-
-@pytest.mark.parametrize("ids", [IDS, torch.arange(B)], ids=["several captions", "one caption"])
-def test_sigmoid_contrastive_equals_loops(ids: Tensor) -> None:
-    inputs = (*vectors(), torch.tensor(-1.5, requires_grad=True))
-    image, text, temperature, bias = inputs
-    naive = torch.tensor(0.0)
-    for n in range(B):
-        for m in range(B):
-            match = 1 / (1 + (-cosine(image[n], text[m]) / temperature - bias).exp())
-            naive = naive - (match if ids[n] == ids[m] else 1 - match).log() / B
-    ours = sigmoid_contrastive(*inputs, same_image(ids))
-    close(ours.loss, naive)
-    for mine, theirs in zip(torch.autograd.grad(ours.loss, inputs), torch.autograd.grad(naive, inputs), strict=True):
-        assert theirs.abs().max() > 1e-3
-        close(mine, theirs)
-    close(ours.image_to_text, similarity(image, text) / 0.3)
-    close(ours.text_to_image, similarity(image, text).T / 0.3)
-    assert not ours.text_to_image.requires_grad
-
-
-def test_sigmoid_contrastive_at_its_start_and_when_certain() -> None:
-    """Nothing is a match at bias -10: only the positives cost, 10 each, and the rest ln(1 + e^-10)."""
-    flat, same = torch.zeros(B, E), same_image(IDS)
-    begin = sigmoid_contrastive(flat[:, None], flat, torch.tensor(0.1), torch.tensor(-10.0), same).loss.item()
-    pairs = int(same.sum())
-    assert begin == pytest.approx((10 * pairs + B * B * math.log1p(math.exp(-10))) / B, abs=1e-4)
-    perfect = torch.eye(B)[[0, 1, 0, 3, 4, 0]]
-    done = sigmoid_contrastive(perfect[:, None], perfect, torch.tensor(0.02), torch.tensor(-25.0), same)
-    assert done.loss.item() == pytest.approx(0, abs=1e-6)
-    assert sigmoid_contrastive(flat[:1, None], flat[:1], torch.tensor(0.1), torch.tensor(-10.0), same[:1, :1]).loss > 9
 
 
 def floor(classes: int) -> float:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tiny_runs
-from openblip2 import convert, load
+from openblip2 import load
 from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
 from openblip2.data.batches import Sampler, pair_ids
 from openblip2.data.records import Question, Record, read_records
@@ -344,32 +344,6 @@ def test_chunks_change_no_step(home: Path, tmp_path: Path, stage: str, aligned: 
     for mine, theirs in zip(chunks, whole, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
     assert chunks[0] == pytest.approx(whole[0], rel=1e-5)
-
-
-def test_a_sigmoid_run_is_saved_loaded_and_converted(home: Path, tmp_path: Path) -> None:
-    records, _ = read_records(home / "data")
-    run = tmp_path / "run"
-    changes = {"stage1__contrast": "sigmoid", "stage1__temperature": 0.1, "vision__whiten": "false"}
-    train_stage(recipe(home, "stage1", **changes, train__chunk=3), records, run, quiet())
-    stored = load_file(run / "model.safetensors")
-    assert float(stored["contrast_bias"]) == pytest.approx(-10, abs=0.1)
-    assert float(stored["contrast_bias"]) != -10
-    loaded = load(str(run), device="cpu", precision="fp32").model
-    assert torch.equal(loaded.get_parameter("contrast_bias"), stored["contrast_bias"])
-    notes = convert(run, tmp_path / "run.pth", "lavis")
-    assert "contrast_bias: LAVIS cannot store it" in notes
-    assert "temp" in torch.load(tmp_path / "run.pth", weights_only=True)["model"]
-    convert(run, tmp_path / "copy", "openblip2")
-    assert torch.equal(load_file(tmp_path / "copy" / "model.safetensors")["contrast_bias"], stored["contrast_bias"])
-    train_stage(recipe(home, "stage2", start=str(run), vision__whiten="false"), records, tmp_path / "two", quiet())
-    train_stage(recipe(home, "stage1", train__chunk=3), records, tmp_path / "softmax", quiet())
-    assert "contrast_bias" not in load_file(tmp_path / "softmax" / "model.safetensors")
-
-
-def test_detach_gathered_sigmoid_is_refused(home: Path, tmp_path: Path) -> None:
-    changes = {"stage1__contrast": "sigmoid", "stage1__detach_gathered": "true"}
-    with pytest.raises(UserError, match=r"^stage1\.detach_gathered=true belongs to the two directions"):
-        train_stage(recipe(home, "stage1", **changes), [], tmp_path / "run", quiet())
 
 
 def test_matching_can_join_later(home: Path, tmp_path: Path) -> None:

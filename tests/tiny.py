@@ -3,7 +3,7 @@
 Nothing here imports transformers: the processes of `test_distributed` start with it.
 """
 
-from typing import Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +44,11 @@ def stage1(
     detach_gathered: bool = False,
     dropout: float = 0.1,
     seed: int = 0,
-    contrast: Literal["softmax", "sigmoid"] = "softmax",
     decorrelation: float = 0.0,
 ) -> Stage1:
     """A redrawn stage 1 in eval mode, without an image encoder."""
-    options = {"detach_gathered": detach_gathered, "contrast": contrast, "decorrelation": decorrelation}
-    model = redraw(Stage1(qformer(dropout=dropout), None, E, **options), seed)  # pyright: ignore[reportArgumentType]
+    options: dict[str, Any] = {"detach_gathered": detach_gathered, "decorrelation": decorrelation}
+    model = redraw(Stage1(qformer(dropout=dropout), None, E, **options), seed)
     nn.init.constant_(model.temperature, 0.2)
     return model
 

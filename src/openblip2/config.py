@@ -28,7 +28,11 @@ RENAMED = {
 }
 # Settings that are gone, with the value that is the same as not having them; None: of the first weights, which a run
 # that is read does not draw again.
-REMOVED = {"qformer.cross_attention_std": None, "qformer.self_attention_scale": 1.0}
+REMOVED = {
+    "qformer.cross_attention_std": None,
+    "qformer.self_attention_scale": 1.0,
+    "stage1.contrast": "softmax",
+}
 
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -87,9 +91,6 @@ class Stage1Settings:
     # The losses to sum: all three (paper), or fewer for an ablation (table 6 of the paper leaves out ITG).
     objectives: tuple[Objective, ...] = ("itc", "itm", "itg")
     shared_width: Count = 256
-    # ITC. softmax: the paper's. sigmoid: ours, the loss of SigLIP, in which each pair counts alone, with a learned bias
-    # and without smoothing (model/objectives.py). Both start at the temperature below; SigLIP's own start is 0.1.
-    contrast: Literal["softmax", "sigmoid"] = "softmax"
     temperature: Positive = 0.07
     label_smoothing: Share = 0.1
     detach_gathered: bool = False  # the authors' code: gathered features carry no gradient
@@ -238,7 +239,7 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
         if name in RENAMED:
             raise UserError(f"setting {name!r} is now called {RENAMED[name]!r}")
         if name in REMOVED:
-            raise UserError(f"setting {name!r} is gone, because the demo learns more without it (docs/decisions.md)")
+            raise UserError(f"setting {name!r} is gone: docs/decisions.md says why")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(known)}"

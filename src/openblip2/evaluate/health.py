@@ -26,8 +26,8 @@ COLLAPSED = 1.5
 DISTINCT = 2.0  # two directions of equal size; with more than 8 queries FEW_QUERIES of them, as for `queries_used`
 FEWEST_JUDGED = 4  # fewer queries can hardly be far above 1.5
 SPREAD = (
-    "stage 1 with stage1.decorrelation=1, because stage 2 cannot separate equal queries; or fewer queries, which then "
-    "lose nothing"
+    "stage 1 with stage1.decorrelation=0.7, because stage 2 cannot separate equal queries; or fewer queries, which "
+    "then lose nothing"
 )
 MORE_SPREAD = "a larger stage1.decorrelation in stage 1, or fewer queries, which then lose nothing"
 AUGMENT = "data.augment=true (pictures whose texts say left or right are not mirrored)"
@@ -111,7 +111,7 @@ def smoothed_floor(smoothing: float, choices: int) -> float:
 
 def _stage1(settings: RunSettings, steps: Sequence[Row], last: Row, vocabulary: int, early: bool) -> Iterator[Finding]:
     own, batch = settings.stage1, settings.train.batch
-    if own.contrast == "softmax" and (itc := _now(steps, "itc")) is not None:
+    if (itc := _now(steps, "itc")) is not None:
         recall = [last[name] for name in ("tr@1", "ir@1") if name in last]
         more = f"; recall@1 is {100 * fmean(recall):.0f} % among {last['n']} held-out pairs" if recall else ""
         advice = "a higher optim.lr or warm_start=true; also check that the captions belong to their images"

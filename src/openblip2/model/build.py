@@ -163,7 +163,6 @@ def build_stage1(
         settings.stage1.label_smoothing,
         settings.stage1.detach_gathered,
         writes,
-        settings.stage1.contrast,
         settings.stage1.decorrelation,
     )
     if sizes is None:
@@ -218,11 +217,6 @@ def require_extras(settings: RunSettings) -> None:
         UserError: they do not, or one is not.
     """
     language = settings.language
-    if settings.stage1.detach_gathered and settings.stage1.contrast == "sigmoid":
-        raise UserError(
-            "stage1.detach_gathered=true belongs to the two directions of stage1.contrast=softmax; sigmoid has one: "
-            "leave detach_gathered out"
-        )
     objectives = settings.stage1.objectives
     if len(set(objectives)) < len(objectives):
         raise UserError(f"stage1.objectives={list(objectives)} names one twice: name each once")

@@ -71,27 +71,6 @@ def contrastive(
     return Contrast(loss, image_to_text, text_to_image)
 
 
-def sigmoid_contrastive(
-    image: Tensor,
-    text: Tensor,
-    temperature: Tensor,
-    bias: Tensor,
-    positives: Tensor,
-    transpose: Callable[[Tensor], Tensor] = torch.t,
-) -> Contrast:
-    """SigLIP's contrastive loss (Zhai et al. 2023), not the paper's: for each pair by itself, is it a match or not?
-
-    Summed over an image's `G` texts, mean over images. A pair's logit is its similarity over the temperature, plus a
-    bias that starts low, since nearly all pairs are no match. Every pair trains both sides: there are no directions.
-
-    Arguments as for `contrastive`, and `bias`, a scalar; each of a row's positives counts in full.
-    """
-    image_to_text = similarity(image, text) / temperature
-    signs = positives.float() * 2 - 1  # z in the paper of SigLIP: 1 for a match, otherwise -1
-    loss = -F.logsigmoid(signs * (image_to_text + bias)).sum(dim=1).mean()
-    return Contrast(loss, image_to_text, transpose(image_to_text.detach()))  # only hard negatives read the transpose
-
-
 class HardNegatives(NamedTuple):
     """Hard negatives as indices into the batch; -1 where a row has none, because everything in it matches."""
 

@@ -4,7 +4,7 @@ Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, T te
 """
 
 from collections.abc import Callable, Collection
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,11 @@ from openblip2.model.objectives import (
     hard_negatives,
     matching,
     same_image,
-    sigmoid_contrastive,
 )
 from openblip2.model.qformer import Cache, Memory, QFormer
 from openblip2.model.vision import FrozenVision
 
 OBJECTIVES = ("itc", "itm", "itg")
-SIGMOID_BIAS = -10.0  # SigLIP's start: nearly all pairs are no match, and begin as none
 
 
 class Stage1(nn.Module):
@@ -40,7 +38,6 @@ class Stage1(nn.Module):
         label_smoothing: of ITC and ITG.
         detach_gathered: see `objectives.contrastive`.
         writes: False leaves out the head of ITG, as transformers' checkpoints do: good for scores, not for training.
-        contrast: ITC by `objectives.contrastive`, or (not the paper's) by `sigmoid_contrastive`, with a learned bias.
         decorrelation: weight of `objectives.decorrelation`, which is not in the paper; 0 = without it.
     """
 
@@ -53,20 +50,16 @@ class Stage1(nn.Module):
         label_smoothing: float = 0.1,
         detach_gathered: bool = False,
         writes: bool = True,
-        contrast: Literal["softmax", "sigmoid"] = "softmax",
         decorrelation: float = 0.0,
     ) -> None:
         super().__init__()
         assert qformer.word_embeddings is not None, "stage 1 needs the Q-Former's text path"
-        assert not (detach_gathered and contrast == "sigmoid"), "the sigmoid loss has one direction"
         self.vision, self.qformer = vision, qformer
         self.vision_proj = nn.Linear(qformer.width, shared_width)  # one for all queries, as in the authors' code
         self.text_proj = nn.Linear(qformer.width, shared_width)
         self.itm_head = nn.Linear(qformer.width, 2)  # "a two-class linear classifier" for each query (3.1)
         self.lm_head = LMHead(qformer.width, qformer.word_embeddings) if writes else None
         self.temperature = nn.Parameter(torch.tensor(temperature))  # learned, as in ALBEF
-        # None is no parameter: a checkpoint of the paper's ITC does not have it.
-        self.contrast_bias = nn.Parameter(torch.tensor(SIGMOID_BIAS)) if contrast == "sigmoid" else None
         self.label_smoothing, self.detach_gathered = label_smoothing, detach_gathered
         self.decorrelation = decorrelation
 
@@ -129,8 +122,6 @@ class Stage1(nn.Module):
         self, image: Tensor, text: Tensor, positives: Tensor, transpose: Callable[[Tensor], Tensor] = torch.t
     ) -> Contrast:
         """ITC of image vectors `[B, Q, E]` and text vectors `[G, E]`; the rest as for `objectives.contrastive`."""
-        if self.contrast_bias is not None:
-            return sigmoid_contrastive(image, text, self.temperature, self.contrast_bias, positives, transpose)
         smoothing, detach = self.label_smoothing, self.detach_gathered
         return contrastive(image, text, self.temperature, positives, smoothing, detach, transpose)
 

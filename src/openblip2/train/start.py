@@ -31,7 +31,7 @@ from openblip2.train.parameters import fill_trained, saved_parameters
 # without questions has none.
 TEXT_PATH = ("qformer.word_embeddings.", "qformer.positions.", ".text_ffn.")
 # The heads of the three losses, and their scalars, which stage 2 has no use for.
-HEADS = ("vision_proj.", "text_proj.", "itm_head.", "lm_head.", "temperature", "contrast_bias")
+HEADS = ("vision_proj.", "text_proj.", "itm_head.", "lm_head.", "temperature")
 STARTS = {"retrieval": "stage1", "caption": "stage2", "vqa": "stage2", "instruct": "stage2"}  # by task
 
 
@@ -85,11 +85,7 @@ def _rules(settings: RunSettings) -> dict[str, tuple[bool, str]]:
     return {
         "stage1.": (stage1, "stage1 and retrieval"),
         "stage1.itm_start_step": ("itm" in objectives, "runs whose stage1.objectives have itm"),
-        "stage1.contrast": ("itc" in objectives, "runs whose stage1.objectives have itc"),
-        "stage1.label_smoothing": (
-            "itc" in objectives and settings.stage1.contrast == "softmax",
-            "runs whose stage1.objectives have itc, with stage1.contrast=softmax",
-        ),
+        "stage1.label_smoothing": (objectives != ("itm",), "runs whose stage1.objectives have itc or itg"),
         "stage2.": (not stage1, "stage 2"),
         "language.": (not stage1, "trainings with a language model"),
         "language.questions": (settings.task == "instruct", "instruct"),

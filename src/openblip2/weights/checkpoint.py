@@ -181,7 +181,7 @@ def _shapes(trained: Mapping[str, Tensor], settings: RunSettings, sizes: Mapping
         if settings.stage == "stage1":
             writes = "temperature" in trained or any(name.startswith("lm_head.") for name in trained)
             stage1 = settings.stage1
-            model: nn.Module = Stage1(qformer, None, stage1.shared_width, writes=writes, contrast=stage1.contrast)
+            model: nn.Module = Stage1(qformer, None, stage1.shared_width, writes=writes)
             if not writes:
                 del model.temperature
         else:

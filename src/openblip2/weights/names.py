@@ -48,7 +48,6 @@ _TRAINED: list[tuple[str | None, ...]] = [
     ("text_proj", "text_proj", "text_projection"),
     ("itm_head", "itm_head", "itm_head"),
     ("temperature", "temp", None),
-    ("contrast_bias", None, None),  # of the sigmoid ITC, ours
     ("lm_head.dense", "Qformer.cls.predictions.transform.dense", None),
     ("lm_head.norm", "Qformer.cls.predictions.transform.LayerNorm", None),
     ("lm_head.bias", "Qformer.cls.predictions.bias", None),

@@ -71,7 +71,7 @@ def write_findings(
     path: Path, run: str, settings: RunSettings, rows: Sequence[Mapping[str, Any]], found: Sequence[Finding]
 ) -> None:
     """Writes what `examine` found, and curves, as a page, whole or not at all; it needs matplotlib."""
-    chance = math.log(settings.train.batch) if settings.stage1.contrast == "softmax" else None
+    chance = math.log(settings.train.batch)
     _write(path, "doctor.html", run=run, findings=found, charts=charts(rows, itc_chance=chance))
 
 
