@@ -421,7 +421,9 @@ def test_which_run_is_which(home: Path, tmp_path: Path) -> None:
 def test_a_signal_ends_the_server_in_one_line(home: Path, kind: signal.Signals, code: int) -> None:
     words = [sys.executable, "-m", "openblip2", "serve", str(home / "stage2"), "--port", "0"]
     environment = os.environ | {"PYTHONPATH": str(Path(openblip2.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True) as server:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background processes ignore it
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=environment, preexec_fn=heard, **pipes) as server:
         assert server.stdout is not None
         assert server.stderr is not None
         address = server.stdout.readline().split()[1]
