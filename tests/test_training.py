@@ -133,16 +133,18 @@ def test_sampler_shows_every_picture_once_an_epoch_and_forgets_nothing() -> None
     assert len(Sampler(3, 8, seed=3)(0)) == 3
 
 
-def test_similar_rows_share_as_many_words_as_any_and_have_other_captions() -> None:
-    captions = ["a red cat on a mat", "the red cat", "a red dog", *["a blue cat on a mat"] * 2, "of the", "owl"]
+def test_similar_rows_share_two_words_and_any_row_is_taken_if_none_does() -> None:
+    captions = ["a red cat on a mat", "the red cat", "a red dog", "a blue cat on a mat", "of the", "owl"]
     similar, generator = SimilarRows([[caption] for caption in captions]), torch.Generator().manual_seed(0)
 
-    def drawn(row: int) -> set[int]:
-        return {similar(row, generator) for _ in range(200)}
+    def drawn(row: int) -> list[int]:
+        return [similar(row, generator) for _ in range(300)]
 
-    assert drawn(0) == {1, 3, 4}  # two words in common; the dog has one
-    assert drawn(3) == {0}  # not the row with the same caption
-    assert drawn(6) == set(range(7))  # nobody shares "owl": any row
+    assert set(drawn(1)) == {0}  # red and cat
+    assert set(drawn(5)) == set(range(6))  # nobody shares "owl"
+    by_words = drawn(0)  # red and cat, cat and mat; for red and mat any row
+    assert by_words.count(1) > 80
+    assert by_words.count(3) > 80
 
 
 def test_sampler_gives_part_of_a_batch_to_similar_rows_and_still_shows_every_row_once_an_epoch() -> None:
@@ -153,8 +155,7 @@ def test_sampler_gives_part_of_a_batch_to_similar_rows_and_still_shows_every_row
     for number in range(8):
         rows = sampler(number)
         assert len(rows) == 8
-        for one, other in zip(rows[:4], rows[4:], strict=True):
-            assert len({*captions[one][0].split()} & {*captions[other][0].split()}) == 2  # "a", and colour or noun
+        assert all(captions[a] == captions[b] and a != b for a, b in zip(rows[:4], rows[4:], strict=True))
     assert sampler(5) == Sampler(16, 8, 3, SimilarRows(captions), 0.5)(5)
     assert sampler(5) != Sampler(16, 8, 4, SimilarRows(captions), 0.5)(5)
     quarter = Sampler(16, 8, 3, SimilarRows(captions), 0.3)(0)  # 2.4 rows are 2

@@ -13,32 +13,28 @@ from openblip2.data.text import content_words
 
 
 class SimilarRows:
-    """Finds rows whose captions have many words in common.
+    """Finds rows whose captions have two words in common.
 
     Args:
         captions: of each row.
     """
 
     def __init__(self, captions: Iterable[Sequence[str]]) -> None:
-        self.captions = [tuple(texts) for texts in captions]
-        self.words = [frozenset(word for text in texts for word in content_words(text)) for texts in self.captions]
+        self.words = [frozenset(word for text in texts for word in content_words(text)) for texts in captions]
         self.rows: dict[str, list[int]] = {}  # of each word
         for row, words in enumerate(self.words):
             for word in words:
                 self.rows.setdefault(word, []).append(row)
 
     def __call__(self, row: int, generator: torch.Generator) -> int:
-        """A random row with other captions that share most words with this row's; any row if none shares a word.
+        """A random other row with two random words of this row's captions; any row if there is none.
 
-        Words are taken in random order, and each that some row shares, too, is kept. So what differs in the end is
-        anything, the thing as often as its colour or its place. The nearest row by frequencies of words would mostly
-        be about the same things, which are rare words, and things would not be told apart any more.
+        Not with as many words as possible: such negatives are too hard, and ITM learns less (docs/decisions.md).
         """
-        words, found = sorted(self.words[row]), list[int]()
-        for n in torch.randperm(len(words), generator=generator).tolist():
-            candidates = found or self.rows[words[n]]
-            shared = (one for one in candidates if words[n] in self.words[one])
-            found = [one for one in shared if self.captions[one] != self.captions[row]] or found
-        if not found:
+        words = sorted(self.words[row])
+        chosen = {words[n] for n in torch.randperm(len(words), generator=generator)[:2].tolist()}
+        rarer = min(chosen, key=lambda word: len(self.rows[word]))
+        shared = [other for other in self.rows[rarer] if chosen <= self.words[other] and other != row]
+        if not shared:
             return int(torch.randint(len(self.words), (), generator=generator))
-        return found[int(torch.randint(len(found), (), generator=generator))]
+        return shared[int(torch.randint(len(shared), (), generator=generator))]
