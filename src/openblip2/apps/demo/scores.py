@@ -173,7 +173,7 @@ def _generate(
         computing(captioner.model, captioner.settings.train.precision),
         progress.steps(what, len(values)) as bar,
     ):
-        for features in values.split(50):
+        for features in values.split(25):
             part = prompts[len(found) : len(found) + len(features)]
             found += captioner.model.generate(part, decoding, features=features.to(device()))
             bar.advance(count=len(features))
