@@ -119,19 +119,16 @@ def test_sentences_word_for_word() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_sentence_of_a_scene_is_true_and_short(split: Literal["train", "test"]) -> None:
-    random, numbers = Random(0), []
     for facts in some_facts(500, split):
         for i, sentence in enumerate(sentences(facts)):
             relation = True if facts["kind"] == "pair" and i < 1 else None
             assert judge(sentence, facts) == Judgement(objects=True, attributes=True, relation=relation), sentence
             assert len(sentence.split()) <= 14
-        told = captions(facts, random)
-        numbers.append(len(told))
+        told = captions(facts, Random(0))
+        assert 2 <= len(told) <= 4
         assert len(set(told)) == len(told)
         assert set(told) <= set(sentences(facts))
         assert told[0] == sentences(facts)[0]
-    assert set(numbers) == {1, 2, 3, 4}
-    assert 0.65 < numbers.count(1) / len(numbers) < 0.85
 
 
 def test_a_sentence_with_one_thing_changed_is_false() -> None:

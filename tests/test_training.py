@@ -19,7 +19,6 @@ from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
 from openblip2.data.batches import Sampler, pair_ids
 from openblip2.data.records import Question, Record, read_records
 from openblip2.data.samples import Answers, Captions, fewer_negations
-from openblip2.data.similar import SimilarRows
 from openblip2.errors import UserError
 from openblip2.inference.captioner import Captioner
 from openblip2.model.language import DecoderLM
@@ -131,42 +130,6 @@ def test_sampler_shows_every_picture_once_an_epoch_and_forgets_nothing() -> None
     seen = [row for number in range(40) for row in odd(number)]  # 160 rows: 16 epochs
     assert {seen.count(row) for row in range(10)} == {16}
     assert len(Sampler(3, 8, seed=3)(0)) == 3
-
-
-def test_similar_rows_share_two_words_and_any_row_is_taken_if_none_does() -> None:
-    captions = ["a red cat on a mat", "the red cat", "a red dog", "a blue cat on a mat", "of the", "owl"]
-    similar, generator = SimilarRows([[caption] for caption in captions]), torch.Generator().manual_seed(0)
-
-    def drawn(row: int) -> list[int]:
-        return [similar(row, generator) for _ in range(300)]
-
-    assert set(drawn(1)) == {0}  # red and cat
-    assert set(drawn(5)) == set(range(6))  # nobody shares "owl"
-    by_words = drawn(0)  # red and cat, cat and mat; for red and mat any row
-    assert by_words.count(1) > 80
-    assert by_words.count(3) > 80
-
-
-def test_sampler_gives_part_of_a_batch_to_similar_rows_and_still_shows_every_row_once_an_epoch() -> None:
-    captions = [[f"a {colour} {noun}"] for colour in ("red", "blue") for noun in ("cat", "dog", "bus", "car")] * 2
-    sampler = Sampler(16, 8, 3, SimilarRows(captions), 0.5)
-    for epoch in range(3):
-        assert sorted(row for number in range(4) for row in sampler(4 * epoch + number)[:4]) == list(range(16))
-    for number in range(8):
-        rows = sampler(number)
-        assert len(rows) == 8
-        assert all(captions[a] == captions[b] and a != b for a, b in zip(rows[:4], rows[4:], strict=True))
-    assert sampler(5) == Sampler(16, 8, 3, SimilarRows(captions), 0.5)(5)
-    assert sampler(5) != Sampler(16, 8, 4, SimilarRows(captions), 0.5)(5)
-    quarter = Sampler(16, 8, 3, SimilarRows(captions), 0.3)(0)  # 2.4 rows are 2
-    assert len(quarter) == 8
-    assert quarter[:6] == [row for number in range(2) for row in Sampler(16, 6, 3)(number)][:6]
-    assert len(Sampler(3, 8, 3, SimilarRows(captions[:3]), 0.5)(0)) == 3
-    later = Sampler(16, 8, 3, SimilarRows(captions), 0.5, start=3)
-    assert [later(number) for number in range(3)] == [Sampler(16, 8, 3)(number) for number in range(3)]
-    shown = [row for number in range(3) for row in later(number)]  # an epoch and a half, then half batches
-    shown += [row for number in range(3, 9) for row in later(number)[:4]]
-    assert {shown.count(row) for row in range(16)} == {3}
 
 
 def test_the_same_picture_and_the_same_caption_are_no_negatives() -> None:

@@ -183,9 +183,6 @@ class DataSettings:
     # it, no shard is read by two processes (data/web/shard_order.py).
     open_shards: Count = 16
     augment: bool = True  # random crop and flip (not of texts with left or right); False: features are computed once
-    # Ours, stage1 and retrieval: share of a batch whose captions have words in common with others (data/similar.py).
-    similar_captions: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    similar_start_step: Natural = 0  # ours: the first step with such batches
     negations: Annotated[float, Field(ge=0, le=1)] = 1.0  # ours, vqa: share of the questions with "not" to keep
     caption_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # ours, instruct: of the samples; the rest are questions
     balance: bool = False  # ours, vqa: show each question as often with yes as with no (data/samples.py)

@@ -16,7 +16,6 @@ from openblip2.data.features import StoredFeatures
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.data.samples import Samples
-from openblip2.data.similar import SimilarRows
 from openblip2.data.text import names_side
 from openblip2.distributed.collectives import gather, part_of, share, world_size
 from openblip2.errors import UserError
@@ -47,31 +46,19 @@ class Sampler:
         rows: how many there are.
         batch: B, at most the number of rows.
         seed: of the shuffles.
-        similar: gives another row for some rows of each batch, in place of rows of the epoch.
-        share: of a batch that `similar` gives, at most 0.5.
-        start: the first batch with similar rows.
     """
 
-    def __init__(
-        self, rows: int, batch: int, seed: int, similar: SimilarRows | None = None, share: float = 0.0, start: int = 0
-    ) -> None:
+    def __init__(self, rows: int, batch: int, seed: int) -> None:
         self.rows, self.batch, self.seed = rows, min(batch, rows), seed
-        self.similar, self.start = similar, start
-        self.added = int(share * self.batch)
 
     def __call__(self, number: int) -> list[int]:
         """The rows of batch `number`: `[B]`."""
         rows: list[int] = []
-        added = self.added if number >= self.start else 0
-        shown = number * self.batch - self.added * max(0, number - self.start)  # rows of the epochs so far
-        while len(rows) < self.batch - added:
-            epoch, place = divmod(shown + len(rows), self.rows)
+        while len(rows) < self.batch:
+            epoch, place = divmod(number * self.batch + len(rows), self.rows)
             order = torch.randperm(self.rows, generator=batch_generator(self.seed, epoch, "epoch"))
             # A batch that crosses into the next epoch may contain an image twice, which its ids take into account.
-            rows += order[place : place + self.batch - added - len(rows)].tolist()
-        if self.similar is not None:
-            generator = batch_generator(self.seed, number, "similar")
-            rows += [self.similar(row, generator) for row in rows[:added]]
+            rows += order[place : place + self.batch - len(rows)].tolist()
         return rows
 
 
@@ -85,8 +72,6 @@ class Batches(ABC):
         seed: of everything random.
         augmented: whether images are cropped and flipped at random; one whose texts say left or right is not flipped.
         part: (r, N): process r of N has a part of each joined batch, which does not depend on it.
-        similar_captions: share of a batch whose captions have words in common with others (data/similar.py), and the
-            number of the first batch that has them.
     """
 
     def __init__(
@@ -97,13 +82,10 @@ class Batches(ABC):
         seed: int,
         augmented: bool = True,
         part: tuple[int, int] = (0, 1),
-        similar_captions: tuple[float, int] = (0.0, 0),
     ) -> None:
         self.records, self.samples, self.part = list(records), samples, part
         self.seed, self.augmented = seed, augmented
-        captions = (self.records[picture].captions for picture in samples.pictures)
-        similar = SimilarRows(captions) if similar_captions[0] else None
-        self.sampler = Sampler(len(samples.pictures), batch, seed, similar, *similar_captions)
+        self.sampler = Sampler(len(samples.pictures), batch, seed)
         # Differs from the paper, which mirrors these, too.
         self.sided = {n for n, record in enumerate(self.records) if augmented and names_side(record.texts)}
 
@@ -251,7 +233,7 @@ def joined_ids(batch: PairBatch, place: torch.device) -> Tensor:
 def batch_generator(seed: int, number: int, purpose: str) -> torch.Generator:
     """The random generator of batch or epoch `number` for one purpose."""
     # Distinct streams for distinct purposes; the factor keeps (seed, number) pairs apart.
-    salt = {"epoch": 0, "caption": 1, "crop": 2, "similar": 3}[purpose]
+    salt = {"epoch": 0, "caption": 1, "crop": 2}[purpose]
     return torch.Generator().manual_seed((seed * 4 + salt) * 1_000_000_007 + number)
 
 

@@ -24,14 +24,6 @@ _PUNCTUATION = '.!"()*#:;~'
 _TO_SPACES = str.maketrans(_PUNCTUATION, " " * len(_PUNCTUATION))
 _REMOVED = re.compile(rf"(?<!\d)[{re.escape(_PUNCTUATION)}]|[{re.escape(_PUNCTUATION)}](?!\d)")
 
-# fmt: off
-STOP_WORDS = frozenset((
-    "a", "an", "the", "of", "on", "in", "at", "to", "by", "and", "or", "with", "is", "are", "was", "were",
-    "be", "been", "being", "it", "its", "this", "that", "these", "those", "there", "here", "from", "for",
-    "as", "into", "onto", "over",
-))
-# fmt: on
-
 _SIDE = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
@@ -143,8 +135,3 @@ def question_tokens(
         return None
     ids, valid = tokens(questions)
     return ids.to(device), valid.to(device)
-
-
-def content_words(caption: str) -> list[str]:
-    """The words of a caption that are not `STOP_WORDS`; the whole caption where all are."""
-    return [word for word in re.findall(r"\w+", caption.lower()) if word not in STOP_WORDS] or [caption]

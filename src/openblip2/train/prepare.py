@@ -108,9 +108,7 @@ def prepare(
 
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
     augment = settings.data.augment
-    start = settings.data.similar_start_step * settings.train.accumulate
-    similar = (settings.data.similar_captions if settings.stage == "stage1" else 0.0, start)
-    how = {"augmented": augment, "part": (rank(), world_size()), "similar_captions": similar}
+    how = {"augmented": augment, "part": (rank(), world_size())}
     if settings.vision.trained:
         if settings.data.features:
             raise UserError(f"data.features={settings.data.features}: an encoder that trains has no fixed features")

@@ -61,8 +61,6 @@ def say_without_effect(
         "data.held_out": (not held_out, "runs without --held-out"),
         "data.most_held_out": (not held_out, "runs without --held-out"),
     }
-    if shards:  # whose captions are not known beforehand
-        given["data.similar_captions"] = (False, "runs that are not on shards")
     every = [{**_rules(settings), **given} for settings in trainings]
     found: dict[str, list[str]] = {}
     for name in names:
@@ -91,8 +89,6 @@ def _rules(settings: RunSettings) -> dict[str, tuple[bool, str]]:
         "language.questions": (settings.task == "instruct", "instruct"),
         "qformer.": (qformer, "runs with connector.name=qformer"),
         "optim.layer_decay": (settings.vision.trained, "runs with vision.trained=true"),
-        "data.similar_captions": (stage1, "stage1 and retrieval"),
-        "data.similar_start_step": (stage1 and settings.data.similar_captions > 0, "runs with data.similar_captions"),
         "data.caption_share": (settings.task == "instruct", "instruct"),
         "data.max_tokens": (settings.reads_text, "runs whose Q-Former reads text"),
         # Fine-tuning takes them from the run that it starts from.

@@ -15,6 +15,7 @@ Shapes: N pictures, P patch tokens, V encoder width, Q queries, D Q-Former width
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip2.data.text import BertTokens, content_words
+from openblip2.data.text import BertTokens
 from openblip2.model.connector import Connector
 from openblip2.model.qformer import Layer, QFormer
 from openblip2.model.stage1 import Stage1
@@ -40,6 +41,14 @@ SHARPNESS = 6.0
 
 # Features [B, P, V] on the model's device, and B captions.
 Pair = tuple[Tensor, Sequence[str]]
+
+# fmt: off
+STOP_WORDS = frozenset((
+    "a", "an", "the", "of", "on", "in", "at", "to", "by", "and", "or", "with", "is", "are", "was", "were",
+    "be", "been", "being", "it", "its", "this", "that", "these", "those", "there", "here", "from", "for",
+    "as", "into", "onto", "over",
+))
+# fmt: on
 
 
 def warm_start_stage1(model: Stage1, tokens: BertTokens, pairs: Callable[[], Iterable[Pair]]) -> float:
@@ -246,3 +255,8 @@ def content_embeddings(model: Stage2, captions: Sequence[str]) -> Tensor:
         vectors[word] = math.log((len(captions) + 1) / count) ** 2 * torch.cat([vector, vector.new_ones(1)])
     sums = torch.stack([torch.stack([vectors[word] for word in words]).sum(0) for words in content])
     return sums[:, :-1] / sums[:, -1:]
+
+
+def content_words(caption: str) -> list[str]:
+    """The words of a caption that are not `STOP_WORDS`; the whole caption where all are."""
+    return [word for word in re.findall(r"\w+", caption.lower()) if word not in STOP_WORDS] or [caption]

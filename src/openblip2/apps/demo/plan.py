@@ -34,9 +34,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.checkpoint_every": 100,
             # A step with ITM takes more than twice as long as one without, and ITM learns nothing before ITC has.
             "stage1.itm_start_step": 100,
-            # Harder negatives, once ITM has begun to learn from random ones (docs/decisions.md).
-            "data.similar_captions": 0.5,
-            "data.similar_start_step": 200,
         },
         "stage2": {
             "vision.layer": SMALL_LAYER,
@@ -59,8 +56,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.validate_every": 200,
             "train.checkpoint_every": 100,
             "stage1.itm_start_step": 250,
-            "data.similar_captions": 0.5,
-            "data.similar_start_step": 350,
         },
         "stage2": {
             "train.batch": 12,
@@ -142,18 +137,14 @@ def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: 
     recipe = RECIPES[world if corpus == "scenes" else corpus]
     stages = {stage: change(preset(stage, "laptop"), recipe[stage]) for stage in ("stage1", "stage2")}
     steps = {stage: max(1, round(budget * settings.train.steps)) for stage, settings in stages.items()}
-    # Fewer steps than usual leave ITM, similar captions and the language model their shares of them.
+    # Fewer steps than usual leave ITM and the language model their shares of them.
     itm = round(min(1, budget) * stages["stage1"].stage1.itm_start_step)
-    similar = round(min(1, budget) * stages["stage1"].data.similar_start_step)
     lm = min(round(budget * stages["stage2"].stage2.lm_start_step), steps["stage2"] - 1)
     return DemoPlan(
         corpus,
         world,
         seed,
-        stage1=change(
-            stages["stage1"],
-            {"train.steps": steps["stage1"], "stage1.itm_start_step": itm, "data.similar_start_step": similar},
-        ),
+        stage1=change(stages["stage1"], {"train.steps": steps["stage1"], "stage1.itm_start_step": itm}),
         stage2=change(stages["stage2"], {"train.steps": steps["stage2"], "stage2.lm_start_step": lm}),
         **recipe["plan"],
     )

@@ -29,8 +29,6 @@ from openblip2.apps.scenes.vocabulary import (
 from openblip2.data.records import Question
 from openblip2.data.text import clean_caption
 
-SHORT_SHARE = 0.25  # of the scenes: those that have short captions, too
-
 
 class Thing(TypedDict):
     """The objects of one noun in a scene. `size` and `place` are None if captions do not mention them.
@@ -87,13 +85,8 @@ def sentences(facts: Facts) -> list[str]:
 
 
 def captions(facts: Facts, random: Random) -> tuple[str, ...]:
-    """The most detailed of the `sentences`; of some scenes also the second, which is short, and up to two others.
-
-    Not of all: "a gray bus" is true of many scenes, and a batch then takes true pairs for wrong ones.
-    """
+    """Two to four of the `sentences`, including the first two, one detailed and one short."""
     first, second, *more = sentences(facts)
-    if random.random() >= SHORT_SHARE:
-        return (first,)
     return (first, second, *random.sample(more, random.randint(0, min(2, len(more)))))
 
 
