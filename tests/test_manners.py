@@ -229,6 +229,12 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
 }
 
 
+def call_long(name: str, home: Home, tmp_path: Path) -> Any:  # noqa: F811
+    """Calls one of `LONG`, with its output at `tmp_path / "o"`."""
+    places = {"stage1": home.stage1, "stage2": home.stage2, "data": home.data, "root": home.root, "out": tmp_path / "o"}
+    return call(name, *(word.format(**places) for word in LONG[name][1]))
+
+
 @pytest.mark.parametrize("begun", [True, False])
 @pytest.mark.parametrize("name", LONG)
 def test_an_interrupted_command_says_in_one_line_what_is_kept(
@@ -238,7 +244,7 @@ def test_an_interrupted_command_says_in_one_line_what_is_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    target, words, kept = LONG[name]
+    target, _, kept = LONG[name]
 
     def stopped(*_: object, **__: object) -> None:
         if begun and kept:
@@ -247,8 +253,7 @@ def test_an_interrupted_command_says_in_one_line_what_is_kept(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"openblip2.{target}", stopped)
-    places = {"stage1": home.stage1, "stage2": home.stage2, "data": home.data, "root": home.root, "out": tmp_path / "o"}
-    said = call(name, *(word.format(**places) for word in words))
+    said = call_long(name, home, tmp_path)
     assert said.code == 130
     (line,) = said.err.splitlines()
     assert re.fullmatch(r"openblip2: interrupted(; .+)?", line)
@@ -263,11 +268,9 @@ def test_sigterm_ends_every_command_as_ctrl_c_does(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    target, words, _ = LONG[name]
-    monkeypatch.setattr(f"openblip2.{target}", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
-    places = {"stage1": home.stage1, "stage2": home.stage2, "data": home.data, "root": home.root, "out": tmp_path / "o"}
+    monkeypatch.setattr(f"openblip2.{LONG[name][0]}", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
-    said = call(name, *(word.format(**places) for word in words))
+    said = call_long(name, home, tmp_path)
     assert (said.code, said.err.count("\n")) == (143, 1)
     assert said.err.startswith("openblip2: interrupted")
     assert signal.getsignal(signal.SIGTERM) is before
