@@ -173,7 +173,7 @@ def _generate(
         computing(captioner.model, captioner.settings.train.precision),
         progress.steps(what, len(values)) as bar,
     ):
-        for features in values.split(25):
+        for features in values.split(25):  # 50 at once take a sixth less time and 0.4 GB more
             part = prompts[len(found) : len(found) + len(features)]
             found += captioner.model.generate(part, decoding, features=features.to(device()))
             bar.advance(count=len(features))
