@@ -327,6 +327,17 @@ def test_sigterm_has_an_exit_code_of_its_own(home: Home, monkeypatch: pytest.Mon
 
 
 # What each command is given, and what its one line must say. `{}` is the folder of `home`.
+def test_stage_2_takes_encoder_and_qformer_from_its_start(home: Home) -> None:
+    own = [w for w in tiny_runs.for_training(home.options, "stage2") if not w.startswith(("vision.", "qformer."))]
+    words = [w for w, next_word in zip(own, [*own[1:], ""], strict=True) if w != "--set" or next_word != "--set"]
+    said = call("train", "stage2", "--data", home.data, "--out", home.root / "like-stage1", "--start", home.stage1, *words)
+    assert said.code == 0, said.err
+    runs = [json.loads((home.root / run / "config.json").read_text()) for run in ("stage1", "like-stage1")]
+    first, second = (run["settings"] for run in runs)
+    assert second["vision"] == first["vision"]
+    assert second["qformer"]["queries"] == first["qformer"]["queries"] == 5
+
+
 Bad = tuple[Callable[[Home], tuple[object, ...]], tuple[str, ...]]
 
 SETTINGS: dict[str, Bad] = {
@@ -353,12 +364,21 @@ SETTINGS: dict[str, Bad] = {
         lambda h: ("train", "stage1", "--data", h.root / "nowhere", "--out", h.root / "x"),
         ("{}/nowhere", "does not exist"),
     ),
+    "empty data": (lambda h: ("train", "stage1", "--data", "", "--out", h.root / "x"), ("--data is empty", "give a")),
     "out is a file": (lambda h: h.train("stage1", "data/0.png"), ("{}/data/0.png", "give a folder")),
     "few pictures": (lambda h: h.train("stage1", "x", "--set", "data.held_out=0.1"), ("16 pictures", "data.held_out")),
     "vision": (lambda h: h.train("stage1", "x", "--set", f"vision.name={h.data}"), ("{}/data", "image encoder")),
     "start": (lambda h: h.train("stage2", "x", "--start", h.root / "nowhere"), ("{}/nowhere", "not a run")),
     "start is stage 2": (lambda h: h.train("stage2", "x", "--start", h.stage2), ("{}/stage2", "is not a stage-1 run")),
     "start of stage 1": (lambda h: h.train("stage1", "x", "--start", h.stage1), ("{}/stage1", "only stage 2")),
+    "layer of another stage 1": (
+        lambda h: h.train("stage2", "x", "--start", h.stage1, "--set", "vision.layer=1"),
+        ("vision.layer=1", "{}/stage1", "set vision.layer=-2"),
+    ),
+    "whitening of another stage 1": (
+        lambda h: h.train("stage2", "x", "--start", h.stage1, "--set", "vision.whiten=false"),
+        ("vision.whiten=false", "{}/stage1", "set vision.whiten=true"),
+    ),
     "damaged checkpoint": (
         lambda h: h.train("stage1", h.broken("spoilt-checkpoint", spoil_checkpoint, "stage1").name, "--resume"),
         ("{}/spoilt-checkpoint/resume/step-00000002", "model.safetensors", "--overwrite"),

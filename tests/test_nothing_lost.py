@@ -72,6 +72,15 @@ def test_another_programs_model_is_never_replaced(tmp_path: Path) -> None:
     require_new(tmp_path / "new", overwrite=False)
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "tokenizer"])
+def test_a_file_of_the_user_is_not_taken_for_a_runs(name: str, home: Home, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    for more in ((), ("--overwrite",)):
+        said = call("train", "stage1", "--data", home.data, "--out", tmp_path, *more)
+        one_line(said, f"{tmp_path} holds {name}, which is not of a run: give another --out")
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_a_run_cannot_be_replaced_by_one_that_starts_from_it(home: Home) -> None:
     run = home.broken("start", lambda folder: None, "stage1")
     before = files(run)
@@ -98,6 +107,12 @@ def test_earlier_results_are_refused_unless_overwrite(home: Home, tmp_path: Path
     before = files(tmp_path)
     one_line(call(*maps), tmp_path / "maps" / "attention.png", "exists already", "--overwrite")
     one_line(call(*page), tmp_path / "page.html", "exists already", "--overwrite")
+    for name in ("text.png", "queries.png"):  # without the file that is written first
+        (tmp_path / name).write_bytes(b"mine")
+        before[tmp_path / name] = b"mine"
+        one_line(call(*maps[:-1], tmp_path), name, "exists already", "--overwrite")
+        (tmp_path / name).unlink()
+        del before[tmp_path / name]
     figures = tmp_path / "figures.json"
     figures.write_text("mine")
     one_line(call("bench", "--size", "tiny", "--out", figures), figures, "exists already", "--overwrite")

@@ -60,6 +60,15 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
             write_shards(others, out, size=size)
 
 
+def test_a_shard_of_another_program_is_not_replaced(tmp_path: Path) -> None:
+    records, _ = read_records(tiny_runs.pictures(tmp_path / "data", 3))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "00000.tar").write_bytes(b"of another program")
+    with pytest.raises(UserError, match=r"00000.tar: was made by another program or with other records: give another"):
+        write_shards(records, tmp_path / "out")
+    assert (tmp_path / "out" / "00000.tar").read_bytes() == b"of another program"
+
+
 def test_what_cannot_be_taken_is_named(tmp_path: Path) -> None:
     folder = tiny_runs.pictures(tmp_path / "data", 5)
     records, _ = read_records(folder)

@@ -185,7 +185,7 @@ class Maker:
                 # Sorted, because they come from several threads.
                 log = "".join(json.dumps({"skipped": line}) + "\n" for line in sorted(lines))
                 write_text(log, path.with_name(f"{name}_log.jsonl"))
-            write_stats(path, writer.count, counts=dict(counts), settings=self.settings)
+                write_stats(path, writer.count, counts=dict(counts), settings=self.settings)
         except OSError as error:
             problem = f"{error.filename or path}: {error.strerror}"
             raise UserError(f"{problem}: give another folder, with free space") from error

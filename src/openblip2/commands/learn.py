@@ -130,9 +130,13 @@ def train(
         from openblip2.config import change
         from openblip2.presets import FINE_TUNING, PRESETS, fine_tuning
         from openblip2.presets import preset as find
+        from openblip2.runs import read_settings
+        from openblip2.train.start import with_stage1
 
         if what in PRESETS:
             settings = find(what, preset)
+            if what == "stage2" and start is not None:
+                settings = with_stage1(settings, read_settings(start))
         elif what in FINE_TUNING:
             from openblip2.weights.checkpoint import Parts
             from openblip2.weights.run import read_run

@@ -182,6 +182,8 @@ def read_data(
     from openblip2.apps.corpora.installed import NAMES, read_installed
     from openblip2.data.sources import read_source
 
+    if not data.strip():
+        raise UserError("--data is empty, as a shell variable is that was never set: give a folder or a file")
     if data not in NAMES or (data == "stamps" and wanted == "questions"):
         return read_source(data, wanted, images, split, questions, **options)
     if images or questions or split not in ("train", "test"):

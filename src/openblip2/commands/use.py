@@ -259,11 +259,13 @@ def attend(
     from openblip2.inference.attend import BY, look, overlay, sheet
     from openblip2.inference.load import load
     from openblip2.inference.matcher import Matcher
-    from openblip2.runs import new_result
+    from openblip2.runs import new_result, require_absent
 
     if by not in (None, *BY):
         raise UserError(f"--by {by}: it must be one of {', '.join(BY)}")
     with new_result(out / "attention.png", overwrite):
+        for name in ("queries.png", "text.png"):
+            require_absent(out / name, overwrite)
         model = load(run)
         if by and not (text and isinstance(model, Matcher)):
             raise UserError(f"--by {by} is for a stage-1 run and --text: leave it out")

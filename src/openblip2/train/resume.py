@@ -171,6 +171,9 @@ def require_new(run: Path, overwrite: bool) -> None:
             read_config(run)
         except UserError as error:
             raise UserError(f"{run} holds files that are not of a run: give another --out") from error
+    # A run writes these after its config.json.
+    elif foreign := [name for name in ("log.jsonl", "tokenizer") if (run / name).exists()]:
+        raise UserError(f"{run} holds {foreign[0]}, which is not of a run: give another --out")
     if finished and not overwrite:
         raise UserError(f"{run} holds a finished run: give another --out, or add --overwrite to replace it")
     if begun and not overwrite:

@@ -4,7 +4,9 @@ For VQA (paper 4.3) and instructions the stage-2 run's Q-Former gets back the te
 stage 1's.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,12 @@ def _rules(settings: RunSettings) -> dict[str, tuple[bool, str]]:
     }
 
 
+def with_stage1(settings: RunSettings, before: RunSettings) -> RunSettings:
+    """The settings of a stage 2 with the image encoder and the Q-Former of the stage-1 run that it starts from."""
+    same = {name: getattr(before.qformer, name) for name in ("start", "queries", "cross_every", "image_norm_eps")}
+    return replace(settings, vision=before.vision, qformer=replace(settings.qformer, **same))
+
+
 def require_start(settings: RunSettings, ready: bool = False) -> None:
     """Checks that the run that these settings start from is there and of the right kind, and so are their models.
 
@@ -142,6 +150,7 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
                 f"start={settings.start} holds an image encoder of its own, which stage 2 would not use: start from a "
                 "stage-1 run with a frozen one"
             )
+        _require_same_features(settings, before)
         return
     if not settings.start:
         raise UserError(f"{settings.task} starts from a run: give --start, a {STARTS[settings.task]} run")
@@ -156,6 +165,7 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
             f"start={settings.start} holds an image encoder of its own: leave vision.trained at true, or give a run "
             "without one"
         )
+    _require_same_features(settings, before)
     if text_run := _text_run(settings):
         _require_stage(text_run, "stage1")
     # Instructions are longer than questions.
@@ -164,6 +174,17 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
             f"data.max_tokens={settings.data.max_tokens}: the Q-Former of this run reads at most {most} tokens; set "
             f"data.max_tokens={most}"
         )
+
+
+def _require_same_features(settings: RunSettings, before: RunSettings) -> None:
+    """Not their name or size: an encoder may have moved, and pictures may be larger than before, as in the paper."""
+    for name in ("layer", "whiten"):
+        now, then = (json.dumps(getattr(some.vision, name)) for some in (settings, before))
+        if now != then:
+            raise UserError(
+                f"vision.{name}={now}, but the run start={settings.start} was trained with vision.{name}={then}, and its "
+                f"Q-Former knows no other features: set vision.{name}={then}"
+            )
 
 
 def sizes_to_start(settings: RunSettings) -> dict[str, int]:

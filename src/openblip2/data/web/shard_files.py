@@ -127,7 +127,7 @@ def stated_samples(shard: str) -> int | None:
 
 
 def read_stats(shard: Path, name: str, value: str) -> dict[str, Any] | None:
-    """The file beside a shard that an earlier run completed; None if there is none.
+    """The file beside a shard that an earlier run completed; None if there is no shard.
 
     Args:
         shard: the shard.
@@ -137,20 +137,22 @@ def read_stats(shard: Path, name: str, value: str) -> dict[str, Any] | None:
     Raises:
         UserError: it was made with something else, or by another program.
     """
-    path = Path(stats_path(str(shard)))
-    if not shard.exists() or not path.exists():
+    if not shard.exists():
         return None
     try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
+        stats = json.loads(Path(stats_path(str(shard))).read_text(encoding="utf-8"))
         if stats[name] == value:
             return stats
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # of another program
-    raise UserError(f"{shard}: was made with other {name}: give another folder, or remove it")
+    raise UserError(f"{shard}: was made by another program or with other {name}: give another folder, or remove it")
 
 
 def write_stats(shard: Path, samples: int, **more: Any) -> dict[str, Any]:
-    """Writes the file beside a shard in one step, and returns it: "successes", as img2dataset calls it, and `more`."""
+    """Writes the file beside a shard in one step, and returns it: "successes", as img2dataset calls it, and `more`.
+
+    To be called before the shard gets its name, so that a shard without such a file is another program's.
+    """
     stats = {"successes": samples} | more
     write_json(stats, Path(stats_path(str(shard))))
     return stats

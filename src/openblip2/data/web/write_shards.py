@@ -3,7 +3,7 @@
 OUT/00000.tar         the unchanged image files, each with its captions (tars.py) and the id of its record, "image_id"
 OUT/00000_stats.json  "successes": number of samples; "count": number of records; "skipped": why the others are missing
 
-A shard is complete when its stats exist. An interrupted run continues: complete shards of the same records are kept.
+A shard has its name when it is complete. An interrupted run continues: complete shards of the same records are kept.
 """
 
 import hashlib
@@ -115,14 +115,16 @@ def write_shards(
         advance: called with the number of records that were just processed.
 
     Raises:
-        UserError: `out` cannot be written to or contains shards of other records, or no image can be opened.
+        UserError: `out` cannot be written to or contains shards that this call would not write, or no image can be opened.
     """
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     shards = -(-len(records) // size)
     paths = [out / f"{number:05}.tar" for number in range(shards)]
     make_folder(out)
     if others := sorted({path.name for path in out.glob("*.tar")} - {path.name for path in paths}):
-        raise UserError(f"{out} holds shards of other records ({others[0]}): give another folder, or remove them")
+        raise UserError(
+            f"{out} holds shards of other records or of another --size ({others[0]}): give another folder, or remove them"
+        )
     samples, skipped = 0, list[str]()
     with ThreadPoolExecutor(THREADS) as threads:
         for number, path in enumerate(paths):
@@ -152,7 +154,7 @@ def _write(
             else:
                 writer.add(found._replace(key=f"{shard}{number:0{digits}}"))
             advance(1)
-    return write_stats(path, writer.count, count=len(records), skipped=skipped, records=_digest(records))
+        return write_stats(path, writer.count, count=len(records), skipped=skipped, records=_digest(records))
 
 
 def _take(record: Record) -> Sample | str:
