@@ -330,7 +330,9 @@ def test_sigterm_has_an_exit_code_of_its_own(home: Home, monkeypatch: pytest.Mon
 def test_stage_2_takes_encoder_and_qformer_from_its_start(home: Home) -> None:
     own = [w for w in tiny_runs.for_training(home.options, "stage2") if not w.startswith(("vision.", "qformer."))]
     words = [w for w, next_word in zip(own, [*own[1:], ""], strict=True) if w != "--set" or next_word != "--set"]
-    said = call("train", "stage2", "--data", home.data, "--out", home.root / "like-stage1", "--start", home.stage1, *words)
+    said = call(
+        "train", "stage2", "--data", home.data, "--out", home.root / "like-stage1", "--start", home.stage1, *words
+    )
     assert said.code == 0, said.err
     runs = [json.loads((home.root / run / "config.json").read_text()) for run in ("stage1", "like-stage1")]
     first, second = (run["settings"] for run in runs)

@@ -19,6 +19,7 @@ from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
 from openblip2.data.batches import Sampler, pair_ids
 from openblip2.data.records import Question, Record, read_records
 from openblip2.data.samples import Answers, Captions, fewer_negations
+from openblip2.data.similar import SimilarRows
 from openblip2.errors import UserError
 from openblip2.inference.captioner import Captioner
 from openblip2.model.language import DecoderLM
@@ -130,6 +131,31 @@ def test_sampler_shows_every_picture_once_an_epoch_and_forgets_nothing() -> None
     seen = [row for number in range(40) for row in odd(number)]  # 160 rows: 16 epochs
     assert {seen.count(row) for row in range(10)} == {16}
     assert len(Sampler(3, 8, seed=3)(0)) == 3
+
+
+def test_half_of_a_batch_are_similar_rows() -> None:
+    captions = [f"a {colour} {noun}" for colour in ("red", "blue", "green") for noun in ("cat", "dog", "bus", "key")]
+    captions = ["a", *captions, "a red cat", "a red cat above a blue bus", "a blue bus above a red cat"]
+    similar = SimilarRows(captions)
+    first = len(captions) - 2
+    assert {similar(first, place) for place in (0.0, 0.3)} == {first + 1}  # all the same words
+    red_cat = captions.index("a red cat")
+    for place in (0.0, 0.5, 0.99):
+        assert captions[similar(red_cat, place)] != "a red cat"  # no negative of itself
+        assert {"red", "cat"} & set(captions[similar(red_cat, place)].split())
+        assert similar(0, place) != 0  # which has no word that tells it from others
+    assert SimilarRows(["a", "a"])(0, 0.5) in (0, 1)
+
+    plain, mixed = Sampler(len(captions), 5, 3), Sampler(len(captions), 5, 3, similar, similar_from=4)
+    assert [mixed(number) for number in range(4)] == [plain(number) for number in range(4)]
+    shuffled = [row for number in range(10) for row in plain(number)]
+    own = [row for number in range(4, 14) for row in mixed(number)[:3]]
+    assert own == shuffled[20:50]  # every row is shown as often as before
+    for number in range(4, 14):
+        rows = mixed(number)
+        near = [{similar(row, place / 10) for place in range(10)} for row in rows[:2]]
+        assert all(other in of_row for other, of_row in zip(rows[3:], near, strict=True))
+        assert rows == mixed(number)
 
 
 def test_the_same_picture_and_the_same_caption_are_no_negatives() -> None:

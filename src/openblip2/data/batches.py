@@ -16,6 +16,7 @@ from openblip2.data.features import StoredFeatures
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record
 from openblip2.data.samples import Samples
+from openblip2.data.similar import SimilarRows
 from openblip2.data.text import names_side
 from openblip2.distributed.collectives import gather, part_of, share, world_size
 from openblip2.errors import UserError
@@ -45,20 +46,35 @@ class Sampler:
     Args:
         rows: how many there are.
         batch: B, at most the number of rows.
-        seed: of the shuffles.
+        seed: of everything random.
+        similar: with it, the second half of a batch are rows similar to those of the first half.
+        similar_from: the first batch for which this holds.
     """
 
-    def __init__(self, rows: int, batch: int, seed: int) -> None:
+    def __init__(
+        self, rows: int, batch: int, seed: int, similar: SimilarRows | None = None, similar_from: int = 0
+    ) -> None:
         self.rows, self.batch, self.seed = rows, min(batch, rows), seed
+        self.similar, self.similar_from = similar, similar_from
 
     def __call__(self, number: int) -> list[int]:
         """The rows of batch `number`: `[B]`."""
+        if self.similar is None or number < self.similar_from:
+            return self._shuffled(number * self.batch, self.batch)
+        others = self.batch // 2
+        own = self.batch - others
+        rows = self._shuffled(self.similar_from * self.batch + (number - self.similar_from) * own, own)
+        places = torch.rand(others, generator=batch_generator(self.seed, number, "similar")).tolist()
+        return rows + [self.similar(row, place) for row, place in zip(rows, places, strict=False)]
+
+    def _shuffled(self, begin: int, count: int) -> list[int]:
+        """`count` rows from place `begin` on of all epochs, one after the other."""
         rows: list[int] = []
-        while len(rows) < self.batch:
-            epoch, place = divmod(number * self.batch + len(rows), self.rows)
+        while len(rows) < count:
+            epoch, place = divmod(begin + len(rows), self.rows)
             order = torch.randperm(self.rows, generator=batch_generator(self.seed, epoch, "epoch"))
             # A batch that crosses into the next epoch may contain an image twice, which its ids take into account.
-            rows += order[place : place + self.batch - len(rows)].tolist()
+            rows += order[place : place + count - len(rows)].tolist()
         return rows
 
 
@@ -71,6 +87,7 @@ class Batches(ABC):
         batch: pairs of the joined batch.
         seed: of everything random.
         augmented: whether images are cropped and flipped at random; one whose texts say left or right is not flipped.
+        similar_from: the first batch with similar rows (`Sampler`), by each picture's longest caption; None = no batch.
         part: (r, N): process r of N has a part of each joined batch, which does not depend on it.
     """
 
@@ -82,10 +99,14 @@ class Batches(ABC):
         seed: int,
         augmented: bool = True,
         part: tuple[int, int] = (0, 1),
+        similar_from: int | None = None,
     ) -> None:
         self.records, self.samples, self.part = list(records), samples, part
         self.seed, self.augmented = seed, augmented
-        self.sampler = Sampler(len(samples.pictures), batch, seed)
+        similar = None
+        if similar_from is not None:
+            similar = SimilarRows([max(self.records[n].captions, key=len) for n in samples.pictures])
+        self.sampler = Sampler(len(samples.pictures), batch, seed, similar, similar_from or 0)
         # Differs from the paper, which mirrors these, too.
         self.sided = {n for n, record in enumerate(self.records) if augmented and names_side(record.texts)}
 
@@ -233,7 +254,7 @@ def joined_ids(batch: PairBatch, place: torch.device) -> Tensor:
 def batch_generator(seed: int, number: int, purpose: str) -> torch.Generator:
     """The random generator of batch or epoch `number` for one purpose."""
     # Distinct streams for distinct purposes; the factor keeps (seed, number) pairs apart.
-    salt = {"epoch": 0, "caption": 1, "crop": 2}[purpose]
+    salt = {"epoch": 0, "caption": 1, "crop": 2, "similar": 3}[purpose]
     return torch.Generator().manual_seed((seed * 4 + salt) * 1_000_000_007 + number)
 
 

@@ -108,7 +108,9 @@ def prepare(
 
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
     augment = settings.data.augment
-    how = {"augmented": augment, "part": (rank(), world_size())}
+    similar = settings.stage1.similar_start_step if settings.stage == "stage1" else None
+    similar_from = None if similar is None else similar * settings.train.accumulate
+    how = {"augmented": augment, "part": (rank(), world_size()), "similar_from": similar_from}
     if settings.vision.trained:
         if settings.data.features:
             raise UserError(f"data.features={settings.data.features}: an encoder that trains has no fixed features")

@@ -60,6 +60,7 @@ def say_without_effect(
     given = {
         "train.parallel": (processes > 1, "runs of several processes"),
         "data.open_shards": (shards, "runs on shards"),
+        "stage1.similar_start_step": (not shards, "runs without shards"),
         "data.held_out": (not held_out, "runs without --held-out"),
         "data.most_held_out": (not held_out, "runs without --held-out"),
     }
@@ -182,8 +183,8 @@ def _require_same_features(settings: RunSettings, before: RunSettings) -> None:
         now, then = (json.dumps(getattr(some.vision, name)) for some in (settings, before))
         if now != then:
             raise UserError(
-                f"vision.{name}={now}, but the run start={settings.start} was trained with vision.{name}={then}, and its "
-                f"Q-Former knows no other features: set vision.{name}={then}"
+                f"vision.{name}={now}, but the run start={settings.start} was trained with vision.{name}={then}, and "
+                f"its Q-Former knows no other features: set vision.{name}={then}"
             )
 
 

@@ -34,6 +34,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.checkpoint_every": 100,
             # A step with ITM takes more than twice as long as one without, and ITM learns nothing before ITC has.
             "stage1.itm_start_step": 100,
+            "stage1.similar_start_step": 200,
         },
         "stage2": {
             "vision.layer": SMALL_LAYER,

@@ -1,9 +1,11 @@
 """Drawn scenes: coloured icons and shapes on a light background, with known content.
 
 The content of a scene, its `Facts`, is chosen first; image, captions and questions follow from it. Training and test
-scenes have the same nouns and colours, but no noun with the same colour.
+scenes have the same nouns and colours, but no noun with the same colour. In training, every second scene is the one
+before it with one detail changed.
 """
 
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -122,6 +124,41 @@ def draw_facts(
     return {"kind": "one", "objects": objects, "relation": None}
 
 
+def change_detail(facts: Facts, random: Random, split: Split) -> Facts:
+    """Facts that differ in one detail: of two things the order, the colours or the relation; of one its size, place or
+    number; of a group the number.
+    """
+    changed, draw = copy.deepcopy(facts), random.random()
+    first, *others = changed["objects"]
+    if others:
+        second = others[0]
+        if draw < 0.15:
+            changed["relation"] = "above" if facts["relation"] == "to the left of" else "to the left of"
+        elif draw < 0.6 and _may_exchange(first, second, split):
+            first["colour"], second["colour"] = second["colour"], first["colour"]
+        else:
+            changed["objects"] = [second, first]
+    elif facts["kind"] == "group" and draw < 0.7:
+        first["number"] = random.choice([n for n in range(2, len(NUMBERS) + 1) if n != first["number"]])
+    elif facts["kind"] == "group":
+        changed["kind"] = "one"
+        first.update(number=1, size=random.choice(SIZES), place=random.choice(PLACES))
+    elif draw < 0.2:
+        first["size"] = next(size for size in SIZES if size != first["size"])
+    elif draw < 0.75:
+        first["place"] = random.choice([place for place in PLACES if place != first["place"]])
+    else:
+        changed["kind"] = "group"
+        first.update(number=random.randint(2, len(NUMBERS)), size=None, place=None)
+    return changed
+
+
+def _may_exchange(first: Thing, second: Thing, split: Split) -> bool:
+    """Whether two things can have each other's colours in `split`, and would then differ."""
+    exchanged = (first["noun"], second["colour"]), (second["noun"], first["colour"])
+    return first["colour"] != second["colour"] and all(colour in colours_of(noun, split) for noun, colour in exchanged)
+
+
 def draw_picture(facts: Facts, random: Random, size: int) -> Image.Image:
     """An image of `size` x `size` px that shows `facts` (of `draw_facts`). Everything else about it is random.
 
@@ -148,7 +185,12 @@ def draw_picture(facts: Facts, random: Random, size: int) -> Image.Image:
 
 def _record(images: Path, index: int, split: Split, seed: int, size: int, nouns: Sequence[str]) -> Record:
     random = Random(f"{seed}/{split}/{index}")  # seeded with text: the same on every machine and Python
-    facts = draw_facts(random, split, nouns=nouns)
+    if split == "train" and index % 2:
+        # Without these a model hardly ever has to tell "a red cat above a blue bus" from "a blue bus above a red cat":
+        # 3,000 scenes of 12 nouns show a tenth of all such texts.
+        facts = change_detail(draw_facts(Random(f"{seed}/{split}/{index - 1}"), split, nouns=nouns), random, split)
+    else:
+        facts = draw_facts(random, split, nouns=nouns)
     path = images / f"{index:05d}.png"
     draw_picture(facts, random, size).save(path, compress_level=1)
     return Record(

@@ -115,7 +115,8 @@ def write_shards(
         advance: called with the number of records that were just processed.
 
     Raises:
-        UserError: `out` cannot be written to or contains shards that this call would not write, or no image can be opened.
+        UserError: `out` cannot be written to or contains other shards than those of this call, or no image can be
+            opened.
     """
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     shards = -(-len(records) // size)
@@ -123,7 +124,8 @@ def write_shards(
     make_folder(out)
     if others := sorted({path.name for path in out.glob("*.tar")} - {path.name for path in paths}):
         raise UserError(
-            f"{out} holds shards of other records or of another --size ({others[0]}): give another folder, or remove them"
+            f"{out} holds shards of other records or of another --size ({others[0]}): give another folder, or remove "
+            "them"
         )
     samples, skipped = 0, list[str]()
     with ThreadPoolExecutor(THREADS) as threads:
