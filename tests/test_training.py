@@ -18,8 +18,7 @@ from openblip2 import load
 from openblip2.config import OptimSettings, RunSettings, TrainSettings, change
 from openblip2.data.batches import Sampler, pair_ids
 from openblip2.data.records import Question, Record, read_records
-from openblip2.data.samples import Answers, Captions, fewer_negations
-from openblip2.data.similar import SimilarRows
+from openblip2.data.samples import Answers, Captions, SimilarRows, fewer_negations
 from openblip2.errors import UserError
 from openblip2.inference.captioner import Captioner
 from openblip2.model.language import DecoderLM

@@ -98,7 +98,7 @@ class Stage1Settings:
     decorrelation: NonNegative = 0.0
     itm_start_step: Natural = 0  # ours, 0 = the paper: first steps without ITM, which learns only after ITC
     # Ours, None = the paper: from this step on, half of a batch are pictures whose captions are similar to those of the
-    # other half (data/similar.py). ITM has to have begun to learn before.
+    # other half (data/samples.py). ITM has to have begun to learn before.
     similar_start_step: Natural | None = None
 
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from openblip2.data.features import StoredFeatures
 from openblip2.data.images import augment, to_pixels
 from openblip2.data.records import Record
-from openblip2.data.samples import Samples
-from openblip2.data.similar import SimilarRows
+from openblip2.data.samples import Samples, SimilarRows
 from openblip2.data.text import names_side
 from openblip2.distributed.collectives import gather, part_of, share, world_size
 from openblip2.errors import UserError

@@ -3,10 +3,12 @@
 A row is an image with a text that is drawn each time: one of its captions, or an answer to a question.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from openblip2.data.records import Question, Record
 from openblip2.data.text import clean_question
 
 T = TypeVar("T")
+NEAREST = 3  # similar rows of a row
 MOST_TIMES = 10  # how often balancing shows one question in an epoch at most
 NEGATION = re.compile(r"\b(no|not|never|none)\b|n['\u2019]t\b", re.IGNORECASE)
 
@@ -107,6 +110,40 @@ class Instructions:
 
 
 Samples = Captions | Answers | Instructions
+
+
+class SimilarRows:
+    """Finds rows with similar captions, to be hard negatives of each other. Ours, not the paper's.
+
+    The paper's batches of 1,680 pairs and more contain pictures that differ in one detail. A small batch of random
+    pictures hardly ever does, so neither ITC nor ITM has to learn details. GRIT-VLP (Byun et al. 2022) puts pairs into
+    one batch that the model itself finds similar. Here TF-IDF of words and of pairs of neighbouring words decides, so
+    that a batch stays a function of seed and number.
+
+    Args:
+        captions: one for each of R rows.
+    """
+
+    def __init__(self, captions: Sequence[str]) -> None:
+        counts = [Counter([*words, *pairwise(words)]) for words in map(str.split, captions)]
+        held_by = Counter(word for row in counts for word in row)
+        columns = {word: column for column, word in enumerate(held_by)}
+        weights = [{word: n * math.log(len(counts) / held_by[word]) for word, n in row.items()} for row in counts]
+        lengths = [math.hypot(*row.values()) or 1.0 for row in weights]
+        places = [(row, columns[word]) for row, words in enumerate(weights) for word in words]
+        values = [weight / length for row, length in zip(weights, lengths, strict=True) for weight in row.values()]
+        shape = (len(counts), len(columns))
+        vectors = torch.sparse_coo_tensor(torch.tensor(places).T, values, shape, check_invariants=True)
+        self.vectors = vectors.coalesce()  # [R, words and pairs], of length 1
+        first = {caption: row for row, caption in reversed([*enumerate(captions)])}
+        self.texts = torch.tensor([first[caption] for caption in captions])  # [R], equal for the same caption
+
+    def __call__(self, row: int, place: float) -> int:
+        """One of the `NEAREST` rows with another caption, the one at a place in [0, 1)."""
+        scores = torch.mv(self.vectors, self.vectors[row].to_dense())
+        scores[self.texts == self.texts[row]] = -1  # true pairs of this row's picture or caption
+        nearest = scores.topk(min(NEAREST, len(scores))).indices
+        return int(nearest[int(place * len(nearest))])
 
 
 def fewer_negations(records: Sequence[Record], share: float) -> list[Record]:

@@ -125,31 +125,25 @@ def draw_facts(
 
 
 def change_detail(facts: Facts, random: Random, split: Split) -> Facts:
-    """Facts that differ in one detail: of two things the order, the colours or the relation; of one its size, place or
-    number; of a group the number.
+    """Facts of the same kind that differ in one detail: the order of two things, their colours or their relation; the
+    number of a group; the size or the place of one thing.
     """
-    changed, draw = copy.deepcopy(facts), random.random()
+    changed = copy.deepcopy(facts)
     first, *others = changed["objects"]
     if others:
-        second = others[0]
+        second, draw = others[0], random.random()
         if draw < 0.15:
             changed["relation"] = "above" if facts["relation"] == "to the left of" else "to the left of"
-        elif draw < 0.6 and _may_exchange(first, second, split):
+        elif draw < 0.4 and _may_exchange(first, second, split):
             first["colour"], second["colour"] = second["colour"], first["colour"]
         else:
             changed["objects"] = [second, first]
-    elif facts["kind"] == "group" and draw < 0.7:
-        first["number"] = random.choice([n for n in range(2, len(NUMBERS) + 1) if n != first["number"]])
     elif facts["kind"] == "group":
-        changed["kind"] = "one"
-        first.update(number=1, size=random.choice(SIZES), place=random.choice(PLACES))
-    elif draw < 0.2:
-        first["size"] = next(size for size in SIZES if size != first["size"])
-    elif draw < 0.75:
-        first["place"] = random.choice([place for place in PLACES if place != first["place"]])
+        first["number"] = random.choice([n for n in range(2, len(NUMBERS) + 1) if n != first["number"]])
+    elif random.random() < 0.3:
+        first["size"] = random.choice([size for size in SIZES if size != first["size"]])
     else:
-        changed["kind"] = "group"
-        first.update(number=random.randint(2, len(NUMBERS)), size=None, place=None)
+        first["place"] = random.choice([place for place in PLACES if place != first["place"]])
     return changed
 
 
