@@ -111,6 +111,7 @@ def test_worlds_and_budgets_are_plans() -> None:
     assert small.stage1.vision == small.stage2.vision  # stage 2 starts from stage 1 and reads the same features
     assert shorter.stage1.train.steps == round(0.1 * small.stage1.train.steps)
     assert shorter.stage1.stage1.itm_start_step < shorter.stage1.train.steps
+    assert shorter.stage1.stage1.similar_start_step == round(0.1 * (small.stage1.stage1.similar_start_step or 0))
     assert plan_for("stamps").stage1.train.steps == 60
 
 

@@ -147,6 +147,8 @@ def test_thumbnails_of_another_index_are_no_pictures(home: Home, tmp_path: Path)
     for out in (tmp_path / "photos" / "one", tmp_path / "two"):
         said = call("index", tmp_path / "photos", "--run", home.stage1, "--out", out)
         assert "16 pictures; 16 read" in said.out, said.err
+    said = call("caption", home.stage2, tmp_path / "photos")
+    assert (said.code, len(said.out.splitlines())) == (0, 16), said.err
 
 
 def test_two_writers_of_a_result_do_not_mix(home: Home, tmp_path: Path) -> None:
@@ -515,7 +517,7 @@ def test_settings_without_effect_are_named(home: Home) -> None:
     sets = {
         "stage1": (
             *("language.name=x", "data.caption_share=0.1", "optim.layer_decay=0.9", "stage2.lm_start_step=0"),
-            *("train.parallel=fsdp2", "data.open_shards=3"),
+            *("train.parallel=fsdp2", "data.open_shards=3", "stage1.similar_start_step=1"),
         ),
         "retrieval": ("stage1.temperature=0.1", "qformer.start=x", "warm_start=true"),
         "stage2": ("stage1.temperature=0.1", "data.max_tokens=9", 'language.questions=["{}"]'),
@@ -536,6 +538,8 @@ def test_settings_without_effect_are_named(home: Home) -> None:
     words = ("--data", shards, "--set", "data.open_shards=3", "--set", "train.steps=1")
     said = call(*home.train("stage1", "idle-of-shards", *words))
     assert (said.code, "without effect" in said.err) == (0, False), said.err
+    said = call(*home.train("stage1", "idle-similar", *words[:2], "--set", "stage1.similar_start_step=0"))
+    assert "stage1.similar_start_step (only of runs without shards)" in said.err
 
 
 def test_settings_that_arguments_say_are_refused(home: Home) -> None:

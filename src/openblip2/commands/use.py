@@ -101,7 +101,7 @@ def _caption(
 
 
 def _pictures(paths: list[Path]) -> list[Path]:
-    """The files, and of each folder the pictures in it and in its folders, as `train --data` reads it."""
+    """The files, and of each folder the pictures in it and in its folders; not the thumbnails of an index."""
     from openblip2.data.images import PICTURE_SUFFIXES
 
     found: dict[Path, None] = {}
@@ -112,6 +112,7 @@ def _pictures(paths: list[Path]) -> list[Path]:
                 one for one in path.rglob("*") if one.suffix.lower() in PICTURE_SUFFIXES and not one.is_dir()
             )
             pictures = [one for one in inside if not any(n.startswith(".") for n in one.relative_to(path).parts)]
+            pictures = [one for one in pictures if not (one.parents[1] / "vectors.faiss").exists()]  # of an index
             if not pictures:
                 raise UserError(f"{path}: no pictures in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
         found |= dict.fromkeys(pictures)

@@ -60,10 +60,11 @@ def say_without_effect(
     given = {
         "train.parallel": (processes > 1, "runs of several processes"),
         "data.open_shards": (shards, "runs on shards"),
-        "stage1.similar_start_step": (not shards, "runs without shards"),
         "data.held_out": (not held_out, "runs without --held-out"),
         "data.most_held_out": (not held_out, "runs without --held-out"),
     }
+    if shards:
+        given["stage1.similar_start_step"] = (False, "runs without shards")
     every = [{**_rules(settings), **given} for settings in trainings]
     found: dict[str, list[str]] = {}
     for name in names:
@@ -82,10 +83,12 @@ def _under(name: str, rule: str) -> bool:
 def _rules(settings: RunSettings) -> dict[str, tuple[bool, str]]:
     """By a setting, or by a section with its dot: whether it has an effect, and the trainings in which it has one."""
     stage1, objectives = settings.stage == "stage1", settings.stage1.objectives
+    similar = settings.stage1.similar_start_step
     qformer, pretraining = stage1 or settings.connector.name == "qformer", settings.task == "pretraining"
     return {
         "stage1.": (stage1, "stage1 and retrieval"),
         "stage1.itm_start_step": ("itm" in objectives, "runs whose stage1.objectives have itm"),
+        "stage1.similar_start_step": ((similar or 0) < settings.train.steps, f"runs of more than {similar} steps"),
         "stage1.label_smoothing": (objectives != ("itm",), "runs whose stage1.objectives have itc or itg"),
         "stage2.": (not stage1, "stage 2"),
         "language.": (not stage1, "trainings with a language model"),

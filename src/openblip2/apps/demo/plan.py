@@ -138,14 +138,16 @@ def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: 
     recipe = RECIPES[world if corpus == "scenes" else corpus]
     stages = {stage: change(preset(stage, "laptop"), recipe[stage]) for stage in ("stage1", "stage2")}
     steps = {stage: max(1, round(budget * settings.train.steps)) for stage, settings in stages.items()}
-    # Fewer steps than usual leave ITM and the language model their shares of them.
-    itm = round(min(1, budget) * stages["stage1"].stage1.itm_start_step)
+    # Fewer steps than usual leave ITM, similar rows and the language model their shares of them.
+    own = stages["stage1"].stage1
+    begins = {"itm_start_step": own.itm_start_step, "similar_start_step": own.similar_start_step}
+    begins = {f"stage1.{name}": round(min(1, budget) * step) for name, step in begins.items() if step}
     lm = min(round(budget * stages["stage2"].stage2.lm_start_step), steps["stage2"] - 1)
     return DemoPlan(
         corpus,
         world,
         seed,
-        stage1=change(stages["stage1"], {"train.steps": steps["stage1"], "stage1.itm_start_step": itm}),
+        stage1=change(stages["stage1"], {"train.steps": steps["stage1"], **begins}),
         stage2=change(stages["stage2"], {"train.steps": steps["stage2"], "stage2.lm_start_step": lm}),
         **recipe["plan"],
     )
