@@ -30,10 +30,10 @@ def test_the_captions_are_of_the_first_test_pictures_and_counted_rightly(tmp_pat
 
 
 def test_the_first_commands_show_right_answers(tmp_path: Path) -> None:
-    scene = draw_scenes(tmp_path, 3, "test", 0, world="small")[2]
-    (caption,) = re.findall(r"^runs/demo/data/test/images/00002.png\t(.+)$", README, re.MULTILINE)
+    scene = draw_scenes(tmp_path, 4, "test", 0, world="small")[3]
+    (caption,) = re.findall(r"^runs/demo/data/test/images/00003.png\t(.+)$", README, re.MULTILINE)
     assert judge(caption, scene.facts).attributes  # pyright: ignore[reportArgumentType]
-    ((question, answer),) = re.findall(r'^\$ openblip2 answer \S+ \S+/00002.png "(.+)"\n(.+)$', README, re.MULTILINE)
+    ((question, answer),) = re.findall(r'^\$ openblip2 answer \S+ \S+/00003.png "(.+)"\n(.+)$', README, re.MULTILINE)
     assert (question, answer) in {(one.text, one.answer) for one in scene.questions}
     text, first = re.findall(r'^\$ openblip2 rank \S+ "(.+)" \S+\n\S+\t(\S+)$', README, re.MULTILINE)[0]
-    assert (text, Path(first).name) == (clean_caption(scene.captions[0]), "00002.png")
+    assert (text, Path(first).name) == (clean_caption(scene.captions[0]), "00003.png")
