@@ -45,8 +45,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settled(out: Path) -> dict[str, bytes]:
-    """What is there, but for the drafts of those that were killed."""
-    return {name: body for name, body in content(out).items() if not name.endswith(".new")}
+    """What is there, but for the drafts and locks of those that were killed."""
+    return {name: body for name, body in content(out).items() if not name.endswith((".new", ".lock"))}
 
 
 @pytest.mark.slow
