@@ -165,6 +165,9 @@ def test_a_finished_demo_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("{}")
     one_line(call("demo", "--out", tmp_path), tmp_path / "metrics.json", "--overwrite")
     require_absent(tmp_path / "metrics.json", overwrite=True)
+    (tmp_path / "mine.txt").touch()
+    said = call("demo", "--out", tmp_path, "--overwrite")
+    one_line(said, f"{tmp_path} holds mine.txt, which is not of a demo: give another --out")
 
 
 # --- pictures

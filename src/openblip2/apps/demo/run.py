@@ -19,7 +19,7 @@ from openblip2.config import RunSettings
 from openblip2.data.features import Features, find_records
 from openblip2.data.records import Record
 from openblip2.data.text import clean_caption
-from openblip2.errors import require
+from openblip2.errors import UserError, require
 from openblip2.hardware import compute_dtype, device, keep_freed_memory, release_freed_memory
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
@@ -31,6 +31,7 @@ from openblip2.train.encode import make_cache, whitened
 from openblip2.train.prepare import prepare
 from openblip2.train.recipes import train_stage
 
+OWN = ("data", "features", "stage1", "stage2", "maps", "metrics.json", "report.html")  # what a demo writes
 EXAMPLES = 5  # captions in `metrics.json`, of the first test pictures
 
 
@@ -42,10 +43,13 @@ def run_demo(out: Path, plan: DemoPlan, progress: Progress, overwrite: bool = Fa
 
     Raises:
         UserError: a package that the corpus or the models need is missing; the message says how to get it. Or `out`
-            holds a finished demo, or runs with other settings, and `overwrite` is False.
+            holds a finished demo, or runs with other settings, and `overwrite` is False; or files of something else.
     """
     require("the report", "demo", "matplotlib")  # said now, not after the training
     require_absent(out / "metrics.json", overwrite)
+    # A folder of data may have the same names inside.
+    if others := sorted(p.name for p in out.glob("[!.]*") if p.name not in OWN):
+        raise UserError(f"{out} holds {others[0]}, which is not of a demo: give another --out")
     make_folder(out)
     progress.say(announcement(plan, out))
     keep_freed_memory()
