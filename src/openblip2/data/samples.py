@@ -139,11 +139,12 @@ class SimilarRows:
         self.texts = torch.tensor([first[caption] for caption in captions])  # [R], equal for the same caption
 
     def __call__(self, row: int, place: float) -> int:
-        """One of the `NEAREST` rows with another caption, the one at a place in [0, 1)."""
+        """One of the `NEAREST` rows with another caption, the one at a place in [0, 1); of all rows if none is near."""
         scores = torch.mv(self.vectors, self.vectors[row].to_dense())
         scores[self.texts == self.texts[row]] = -1  # true pairs of this row's picture or caption
-        nearest = scores.topk(min(NEAREST, len(scores))).indices
-        return int(nearest[int(place * len(nearest))])
+        best, nearest = scores.topk(min(NEAREST, len(scores)))
+        near = nearest[best > 0]
+        return int(near[int(place * len(near))]) if len(near) else int(place * len(scores))
 
 
 def fewer_negations(records: Sequence[Record], share: float) -> list[Record]:
