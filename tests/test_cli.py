@@ -326,7 +326,6 @@ def test_sigterm_has_an_exit_code_of_its_own(home: Home, monkeypatch: pytest.Mon
     assert call(*home.train("stage1", "terminated")).code == 143
 
 
-# What each command is given, and what its one line must say. `{}` is the folder of `home`.
 def test_stage_2_takes_encoder_and_qformer_from_its_start(home: Home) -> None:
     own = [w for w in tiny_runs.for_training(home.options, "stage2") if not w.startswith(("vision.", "qformer."))]
     words = [w for w, next_word in zip(own, [*own[1:], ""], strict=True) if w != "--set" or next_word != "--set"]
@@ -340,6 +339,7 @@ def test_stage_2_takes_encoder_and_qformer_from_its_start(home: Home) -> None:
     assert second["qformer"]["queries"] == first["qformer"]["queries"] == 5
 
 
+# What each command is given, and what its one line must say. `{}` is the folder of `home`.
 Bad = tuple[Callable[[Home], tuple[object, ...]], tuple[str, ...]]
 
 SETTINGS: dict[str, Bad] = {

@@ -64,7 +64,7 @@ class Sampler:
         own = self.batch - others
         rows = self._shuffled(self.similar_from * self.batch + (number - self.similar_from) * own, own)
         places = torch.rand(others, generator=batch_generator(self.seed, number, "similar")).tolist()
-        return rows + [self.similar(row, place) for row, place in zip(rows, places, strict=False)]
+        return rows + [self.similar(row, place) for row, place in zip(rows[:others], places, strict=True)]
 
     def _shuffled(self, begin: int, count: int) -> list[int]:
         """`count` rows from place `begin` on of all epochs, one after the other."""
