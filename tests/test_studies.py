@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 import tiny_runs
 from openblip2 import cli
 from openblip2.apps.demo.plan import plan_for
+from openblip2.apps.scenes.grammar import judge
 from openblip2.apps.scenes.vocabulary import WORLDS
 from openblip2.apps.studies import frame
 from openblip2.apps.studies.ablations import ablate, ablation_in_words, can_plot, figure, judge_claim, plot, sentence
 from openblip2.apps.studies.design import STUDIES, study_of
-from openblip2.apps.studies.study import GAP, LOSS, OTHER, Claim, Plan, Study, Trial, Way, small_world
+from openblip2.apps.studies.study import GAP, LOSS, OTHER, RIGHT, Claim, Plan, Study, Trial, Way, small_world
 from openblip2.config import change, from_dict
 from openblip2.errors import UserError
 from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig
@@ -43,6 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(models: Path) -> Plan:
     words = dict(word.split("=", 1) for word in tiny_runs.options(models)[1::2])
     tiny: dict[str, Any] = {stage: change(preset(stage, "laptop"), words) for stage in ("stage1", "stage2")}
+    tiny["stage1"] = change(tiny["stage1"], {"stage1.itm_start_step": 1})
     return Plan(
         scenes=20,
         test_scenes=8,
@@ -60,6 +62,17 @@ def test_the_small_world_has_the_demos_settings_and_steps() -> None:
     assert (plan.world, plan.seeds) == ("small", (0, 1))
     assert plan.steps == {"stage1": demo.stage1.train.steps, "stage2": 1450}
     assert (plan.stage1, plan.stage2) == (demo.stage1, demo.stage2)
+
+
+def test_a_shorter_run_keeps_the_shares_of_its_parts(plan: Plan, tmp_path: Path) -> None:
+    small = replace(small_world(steps={"stage1": 90, "stage2": 150}), scenes=20)
+    study, small = study_of("stage1", small)
+    work = frame.Work(study, small, frame.Runs(tmp_path, QUIET), [], [])
+    first, second = (frame._settings(work, study.ways[1], stage) for stage in ("stage1", "stage2"))
+    demo = plan_for("scenes", "small", budget=0.1)
+    assert first.stage1.itm_start_step == demo.stage1.stage1.itm_start_step > 0
+    assert first.stage1.similar_start_step == demo.stage1.stage1.similar_start_step
+    assert second.stage2.lm_start_step == demo.stage2.stage2.lm_start_step > 0
 
 
 def test_a_study_in_the_small_world_draws_its_nouns(plan: Plan, tmp_path: Path) -> None:
@@ -107,7 +120,8 @@ def test_stage1_is_left_out_or_started_as_the_paper_does(plan: Plan, tmp_path: P
         assert settings_in(runs / f"stage2-{way}").warm_start is closed
     assert json.loads((tmp_path / "ablation.json").read_text()) == json.loads(json.dumps(result))
     way = result["ways"]["with stage 1"]
-    assert set(way["figures"]) == {LOSS, OTHER, GAP}
+    assert {LOSS, OTHER, GAP, RIGHT, "recall@1, both ways, re-ranked by ITM"} <= set(way["figures"])
+    assert set(result["ways"]["without stage 1"]["figures"]) == {LOSS, OTHER, GAP, RIGHT}, "it has no stage 1"
     assert [point[0] for point in way["curves"]["loss_right"][0]] == [1, 2]
     assert way["changes"] == {"stage1": {"warm_start": False}, "stage2": {"warm_start": False}}
     assert result["ways"]["without stage 1"]["changes"]["stage1"] is None
@@ -122,7 +136,7 @@ def test_stage1_is_left_out_or_started_as_the_paper_does(plan: Plan, tmp_path: P
 def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -> None:
     """One picture at a time, by the loss that is trained; another picture is the one before."""
     from openblip2.data.features import FeatureCache, find_records
-    from openblip2.inference.captioner import Captioner
+    from openblip2.inference.captioner import CAPTION, Captioner, greedy
     from openblip2.inference.load import load
     from openblip2.train.encode import whitened
 
@@ -144,6 +158,9 @@ def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -
             assert values[name][n] == pytest.approx(float(loss), rel=1e-4)
         assert values[GAP][n] == pytest.approx(values[OTHER][n] - values[LOSS][n])
     assert len({round(value, 4) for value in values[LOSS]}) > 1
+    written = captioner.caption([record.image for record in work.test], decoding=greedy(CAPTION))
+    judged = [judge(text, record.facts or {}) for text, record in zip(written, work.test, strict=True)]
+    assert values[RIGHT] == [float(one.objects and one.attributes) for one in judged]
 
 
 SLUGS = {
@@ -178,7 +195,7 @@ def test_queries_and_encoders(plan: Plan, tmp_path: Path) -> None:
     assert list(numbers["ways"]) == ["2 queries", "6 queries"]
     for stage in ("stage1", "stage2"):
         assert settings_in(tmp_path / "queries" / "seed-0" / f"{stage}-6-queries").qformer.queries == 6
-    assert {claim["figure"] for claim in numbers["claims"]} == {LOSS, "recall@1, both ways, ITC alone"}
+    assert {claim["figure"] for claim in numbers["claims"]} == {LOSS, RIGHT, "recall@1, both ways, ITC alone"}
     encoders = ablate("encoder", tmp_path / "encoder", plan, QUIET)
     changes = encoders["ways"]["EfficientNet-Lite0"]["changes"]
     assert set(changes["stage1"]) == set(changes["stage2"]) == {"vision.name", "vision.layer"}

@@ -136,21 +136,19 @@ def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: 
         budget: both stages take so many times their usual steps.
     """
     recipe = RECIPES[world if corpus == "scenes" else corpus]
-    stages = {stage: change(preset(stage, "laptop"), recipe[stage]) for stage in ("stage1", "stage2")}
-    steps = {stage: max(1, round(budget * settings.train.steps)) for stage, settings in stages.items()}
-    # Fewer steps than usual leave ITM, similar rows and the language model their shares of them.
-    own = stages["stage1"].stage1
-    begins = {"itm_start_step": own.itm_start_step, "similar_start_step": own.similar_start_step}
-    begins = {f"stage1.{name}": round(min(1, budget) * step) for name, step in begins.items() if step}
-    lm = min(round(budget * stages["stage2"].stage2.lm_start_step), steps["stage2"] - 1)
-    return DemoPlan(
-        corpus,
-        world,
-        seed,
-        stage1=change(stages["stage1"], {"train.steps": steps["stage1"], **begins}),
-        stage2=change(stages["stage2"], {"train.steps": steps["stage2"], "stage2.lm_start_step": lm}),
-        **recipe["plan"],
-    )
+    stages = [change(preset(stage, "laptop"), recipe[stage]) for stage in ("stage1", "stage2")]
+    first, second = (with_steps(one, max(1, round(budget * one.train.steps))) for one in stages)
+    return DemoPlan(corpus, world, seed, stage1=first, stage2=second, **recipe["plan"])
+
+
+def with_steps(settings: RunSettings, steps: int) -> RunSettings:
+    """A run of another number of steps. Fewer leave ITM, similar rows and the language model their shares of them."""
+    first, share = settings.stage1, steps / settings.train.steps
+    begins = {"itm_start_step": first.itm_start_step, "similar_start_step": first.similar_start_step}
+    changes: dict[str, Any] = {f"stage1.{name}": round(min(1, share) * step) for name, step in begins.items() if step}
+    if settings.stage2.lm_start_step:
+        changes["stage2.lm_start_step"] = min(round(share * settings.stage2.lm_start_step), steps - 1)
+    return change(settings, {"train.steps": steps, **changes})
 
 
 def announcement(plan: DemoPlan, out: Path) -> str:

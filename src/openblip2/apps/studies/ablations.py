@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from openblip2.apps.studies.design import study_of
 from openblip2.apps.studies.frame import Work, prepare_work, run_trial
-from openblip2.apps.studies.study import LOWER, Claim, Plan, Points, Trial
+from openblip2.apps.studies.study import LOWER, RIGHT, Claim, Plan, Points, Trial
 from openblip2.config import RunSettings
 from openblip2.evaluate.intervals import difference_interval, mean_interval
 from openblip2.hardware import keep_freed_memory
@@ -153,6 +153,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     for panel, figure in zip(others, figures, strict=True):
         scale = 100 if is_share(figure) else 1
         for row, (name, way) in enumerate(ways.items()):
+            if figure not in way["figures"]:  # of a stage that this way does not train
+                continue
             found, (colour, mark) = way["figures"][figure], looks[name]
             score, low, high = (scale * found[key] for key in ("score", "low", "high"))
             panel.plot([low, high], [row, row], color=colour, linewidth=2)
@@ -199,7 +201,8 @@ def ablation_in_words(result: Mapping[str, Any]) -> str:
     templates.filters |= {"sentence": sentence, "thousands": "{:,}".format, "label": _label}
     templates.filters |= {"number": _number, "cell": _cell}
     templates.tests["share"] = is_share
-    return templates.get_template("ablation.md").render(result)
+    figures = dict.fromkeys(name for way in result["ways"].values() for name in way["figures"])  # of all ways, in order
+    return templates.get_template("ablation.md").render(result, figures=figures)
 
 
 def _cell(found: Mapping[str, Any], figure: str) -> str:
@@ -210,7 +213,7 @@ def _cell(found: Mapping[str, Any], figure: str) -> str:
 
 def is_share(figure: str) -> bool:
     """Whether a figure is a fraction in [0, 1], shown in per cent; all others are nats per token."""
-    return figure.startswith("recall")
+    return figure == RIGHT or figure.startswith("recall")
 
 
 def sentence(text: str) -> str:

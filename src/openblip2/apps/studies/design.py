@@ -10,7 +10,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from openblip2.apps.studies.study import BOTH, GAP, LOSS, SCORES, Claim, Plan, Study, Way
+from openblip2.apps.studies.study import BOTH, GAP, LOSS, RIGHT, SCORES, Claim, Plan, Study, Way
 from openblip2.apps.studies.web import filtered_half, right_half, web_half
 from openblip2.errors import UserError
 from openblip2.inference.captioner import Captioner
@@ -44,7 +44,7 @@ def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
 
 
 def _claims(
-    says: str, source: str, *pairs: tuple[str, str], figures: Sequence[str] = (LOSS, RECALL)
+    says: str, source: str, *pairs: tuple[str, str], figures: Sequence[str] = (LOSS, RIGHT, RECALL)
 ) -> tuple[Claim, ...]:
     """The claim `says` by each figure for each pair of a better and a worse way, which it may name as {}."""
     return tuple(Claim(says.format(*pair), source, figure, *pair) for pair in pairs for figure in figures)
@@ -54,6 +54,7 @@ def _stage1(plan: Plan) -> Study:
     off, on = {"warm_start": False}, {"warm_start": True}
     none, paper, ours = "without stage 1", "with stage 1", "with stage 1, closed-form starts"
     helps = "stage 2 is better with stage 1 than without"
+    starts = "closed-form starts of both stages are better than random ones"
     return Study(
         "stage1",
         "what is stage 1 worth to stage 2?",
@@ -61,15 +62,16 @@ def _stage1(plan: Plan) -> Study:
         (
             Claim(helps, "paper, figure 5", LOSS, paper, none),
             Claim(f"{helps}: it looks at the picture more", "paper, figure 5", GAP, paper, none),
-            Claim("closed-form starts of both stages are better than random ones", "ours", LOSS, ours, paper),
+            *_claims(starts, "ours", (ours, paper), figures=(LOSS, RIGHT, RECALL, RERANKED)),
         ),
-        ("stage2",),
+        ("stage1", "stage2"),
         {"stage1": 60, "stage2": 32},
         (
             "The paper's figure 5 shows accuracy on VQAv2; here it is the loss of captions of unseen pictures.",
             "The first two ways have no closed-form start anywhere, as the paper has none. The third has it in both "
             "stages; the study `warm-start` takes the projection's alone.",
         ),
+        reranks=True,
     )
 
 
@@ -142,7 +144,7 @@ def _connector(plan: Plan) -> Study:
 
     trained, alone, resampler = "Q-Former after stage 1", "Q-Former without stage 1", "perceiver resampler"
     mlp, pooled, abstractor = "MLP on all patches", "MLP on pooled patches", "C-Abstractor"
-    rivals = (resampler, mlp, pooled, abstractor)
+    pairs = [(trained, rival) for rival in (resampler, mlp, pooled, abstractor)]
     return Study(
         "connector",
         "which connector between image encoder and language model?",
@@ -154,7 +156,7 @@ def _connector(plan: Plan) -> Study:
             Way(pooled, None, other("pooled_mlp", grid=side)),
             Way(abstractor, None, other("c_abstractor", grid=side)),
         ),
-        tuple(Claim("the Q-Former is the better connector", "paper", LOSS, trained, rival) for rival in rivals),
+        _claims("the Q-Former is better than another connector", "paper", *pairs, figures=(LOSS, RIGHT)),
         ("stage2",),
         {"stage1": 140, "stage2": 60},
         (

@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
+from openblip2.apps.demo.plan import with_steps
+from openblip2.apps.demo.scores import write_texts
 from openblip2.apps.scenes.draw import Split, draw_scenes
+from openblip2.apps.scenes.grammar import judge
 from openblip2.apps.scenes.vocabulary import World
 from openblip2.apps.studies.study import (
     BOTH,
@@ -23,16 +26,18 @@ from openblip2.apps.studies.study import (
     GAP,
     LOSS,
     OTHER,
+    RIGHT,
     SCORES,
     Plan,
     Points,
     Run,
     Study,
     Trial,
+    Values,
     Way,
+    digest_of,
     slug,
 )
-from openblip2.capfilt.models import digest
 from openblip2.config import RunSettings, VisionSettings, change
 from openblip2.data.features import FeatureCache, find_records
 from openblip2.data.records import Record, read_records
@@ -43,7 +48,7 @@ from openblip2.evaluate.result import Options
 from openblip2.evaluate.retrieval import score_retrieval
 from openblip2.evaluate.validation import GROUP
 from openblip2.hardware import compute_dtype, computing, device
-from openblip2.inference.captioner import Captioner
+from openblip2.inference.captioner import CAPTION, Captioner, greedy
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.build import build_vision
@@ -164,7 +169,7 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
 
 def run_trial(work: Work, way: Way, seed: int) -> Trial:
     """Trains and scores a way, unless that has been done."""
-    values: dict[str, list[float]] = {}
+    values: Values = {}
     runs = train_way(work, way, seed)
     for stage, run in runs.items():
         if stage in work.study.scored:
@@ -206,16 +211,13 @@ def _settings(work: Work, way: Way, stage: str) -> RunSettings:
     last = stage == "stage2" or way.stage2 is None  # the curves of other stages are not used
     common = {
         "data.source": str(work.runs.out / "data"),
-        "train.steps": steps,
         "train.validate_every": -(-steps // VALIDATIONS) if last else 0,
         "train.checkpoint_every": 0,
     }
-    if stage == "stage1":
-        common["stage1.itm_start_step"] = steps * 3 // 7  # as in the laptop preset, 60 of 140
-    return change(getattr(work.plan, stage), {**common, **work.plan.changes, **way.stages[stage]})
+    return change(with_steps(getattr(work.plan, stage), steps), {**common, **work.plan.changes, **way.stages[stage]})
 
 
-def _scored(work: Work, way: Way, run: Run) -> dict[str, list[float]]:
+def _scored(work: Work, way: Way, run: Run) -> Values:
     """The figures of a run for every test image: from `scores.json` if that depends on the same."""
     reranked = work.plan.reranked if work.study.reranks else 0
     features = work.features(run.settings)
@@ -227,22 +229,20 @@ def _scored(work: Work, way: Way, run: Run) -> dict[str, list[float]]:
             way.adapt(model)
         if isinstance(model, Matcher):
             return {"values": retrieval_values(model, work.test, reranked, features, work.runs.progress)}
-        return {"values": caption_values(model, work.test, features)}
+        return {"values": caption_values(model, work.test, features, work.runs.progress)}
 
     name = "scores.json" if way.adapt is None else f"scores-{slug(way.name)}.json"
     of = {"run": run.of, "test": digest_of(work.test), "reranked": reranked}
     return work.runs.cached(run.folder / name, of, score)["values"]
 
 
-def retrieval_values(
-    matcher: Matcher, test: Sequence[Record], reranked: int, features: Path, progress: Progress
-) -> dict[str, list[float]]:
+def retrieval_values(matcher: Matcher, test: Sequence[Record], reranked: int, store: Path, says: Progress) -> Values:
     """By figure, for each test image: 1 if it, or its caption, found its partner among the first k, else 0.
 
     `reranked` is the number of candidates that ITM scores; 0: ITC alone.
     """
-    rows = score_retrieval(matcher, test, Options(rerank=reranked, features=features), progress).samples
-    values: dict[str, list[float]] = {}
+    rows = score_retrieval(matcher, test, Options(rerank=reranked, features=store), says).samples
+    values: Values = {}
     for score, named in SCORES.items() if reranked else [("itc", SCORES["itc"])]:
         for k in (1, 5):
             for way, words in DIRECTIONS.items():
@@ -258,8 +258,9 @@ def hits(rows: Sequence[Mapping[str, Any]], way: str, score: str, k: int = 1) ->
     return [float(rank is not None and rank <= k) for rank in ranks]
 
 
-def caption_values(captioner: Captioner, test: Sequence[Record], features: Path) -> dict[str, list[float]]:
-    """By figure, for each test image: the loss of its caption in nats per token, and how much another image adds.
+def caption_values(captioner: Captioner, test: Sequence[Record], features: Path, progress: Progress) -> Values:
+    """By figure, for each test image: the loss of its caption in nats per token, how much another image adds, and 1 if
+    the caption that is written for it has every object and attribute right, else 0.
 
     The other image is the one before it. Each image has the same weight, other than in `validation.grounding`.
     """
@@ -268,14 +269,17 @@ def caption_values(captioner: Captioner, test: Sequence[Record], features: Path)
     stored, problems = find_records(test, FeatureCache(features), whitened(model.vision))
     assert not problems, problems
     with torch.inference_mode(), computing(model, captioner.settings.train.precision):
-        parts = stored.load().values.split(GROUP)
-        soft = torch.cat([model.soft_prompt(features=part.to(device())) for part in parts])
-        found: dict[str, list[float]] = {LOSS: [], OTHER: []}
+        values = stored.load().values
+        soft = torch.cat([model.soft_prompt(features=part.to(device())) for part in values.split(GROUP)])
+        found: Values = {LOSS: [], OTHER: []}
         for losses, prompts in ((found[LOSS], soft), (found[OTHER], soft.roll(1, dims=0))):
             for rows in torch.arange(len(test)).split(GROUP):
                 captions = [test[n].captions[0] for n in rows.tolist()]
                 losses += likelihoods(model.language, prompts[rows.to(device())], prompt, captions)[0].tolist()
-    return found | {GAP: [other - right for right, other in zip(found[LOSS], found[OTHER], strict=True)]}
+    found[GAP] = [other - right for right, other in zip(found[LOSS], found[OTHER], strict=True)]
+    written = write_texts(captioner, values, [prompt] * len(test), greedy(CAPTION), "captions", progress)
+    found[RIGHT] = [float(judge(text, one.facts or {}).attributes) for text, one in zip(written, test, strict=True)]
+    return found
 
 
 def _curves(run: Path) -> dict[str, Points]:
@@ -293,8 +297,3 @@ def _scenes(folder: Path, count: int, split: Split, world: World) -> list[Record
         if [record.id for record in found] == [f"{split}-{DATA_SEED}-{n:05d}" for n in range(count)]:
             return found
     return draw_scenes(folder, count, split, DATA_SEED, world=world)
-
-
-def digest_of(records: Sequence[Record]) -> str:
-    """A digest that identifies a list of images and captions."""
-    return digest([(record.id, record.captions) for record in records])

@@ -1,13 +1,14 @@
 """What a study is made of: ways that are compared, claims about them, and the sizes of a study."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from openblip2.apps.demo.plan import plan_for
 from openblip2.apps.scenes.vocabulary import World
+from openblip2.capfilt.models import digest
 from openblip2.config import RunSettings
 from openblip2.data.records import Record
 from openblip2.inference.captioner import Captioner
@@ -17,12 +18,14 @@ from openblip2.presets import preset
 LOSS = "caption loss, right picture"
 OTHER = "caption loss, another picture"
 GAP = "caption loss, another picture less right picture"
+RIGHT = "captions right in every object and attribute"
 LOWER = frozenset({LOSS})  # lower is better; for all other figures higher is better
 BOTH = "recall@1, both ways, {}"  # by one of the scores below
 SCORES = {"itc": "ITC alone", "itm": "re-ranked by ITM", "itm+itc": "re-ranked by ITM + ITC"}
 DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
 
 Points = list[tuple[int, float]]  # of a curve: step and value
+Values = dict[str, list[float]]  # by figure, one for each test image
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class Trial:
         settings: By stage.
     """
 
-    values: dict[str, list[float]]
+    values: Values
     curves: dict[str, Points]
     settings: dict[str, RunSettings]
 
@@ -154,6 +157,11 @@ class Run:
     folder: Path
     settings: RunSettings
     of: Any
+
+
+def digest_of(records: Sequence[Record]) -> str:
+    """A digest that identifies a list of images and captions."""
+    return digest([(record.id, record.captions) for record in records])
 
 
 def slug(name: str) -> str:

@@ -8,8 +8,8 @@ from random import Random
 from shutil import rmtree
 from typing import Any
 
-from openblip2.apps.studies.frame import Work, digest_of, train_way
-from openblip2.apps.studies.study import Run, Way
+from openblip2.apps.studies.frame import Work, train_way
+from openblip2.apps.studies.study import Run, Way, digest_of
 from openblip2.capfilt import capfilt
 from openblip2.capfilt.models import Models
 from openblip2.capfilt.shard import How
