@@ -63,6 +63,41 @@ def cache_classes() -> Any:
     return cache_utils
 
 
+def set_attention(model: "PreTrainedModel") -> None:
+    """On a CPU, lets a model whose attention is torch's take `hardware.plain_attention` where that takes less time.
+
+    `AttentionInterface` is documented; `_attn_implementation` and what an attention function is given are not. A model
+    that does not use the interface keeps its own attention.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations import sdpa_attention
+    from transformers.masking_utils import sdpa_mask
+
+    from openblip2 import hardware
+
+    def forward(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **given: Any) -> tuple[Any, None]:
+        if not hardware.plain_is_faster(query, key, value):
+            return sdpa_attention.sdpa_attention_forward(module, query, key, value, attention_mask, **given)
+        causal = given.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        causal = bool(causal) and attention_mask is None and query.shape[2] > 1  # as transformers decides it
+        if (bias := given.get("position_bias")) is not None:  # T5's, since 5.24
+            attention_mask, causal = (
+                sdpa_attention.create_position_bias_mask(bias, attention_mask, causal, query, key),
+                False,
+            )
+        shared = query.shape[1] > key.shape[1]
+        dropout, scale = given.get("dropout", 0.0), given.get("scaling")
+        found = hardware.plain_attention(query, key, value, attention_mask, dropout, causal, scale, shared)
+        return found.transpose(1, 2).contiguous(), None
+
+    usual = model.config._attn_implementation == "sdpa"
+    if usual and hardware.device().type == "cpu" and model._can_set_attn_implementation():
+        AttentionInterface.register("openblip2", forward)
+        AttentionMaskInterface.register("openblip2", sdpa_mask)
+        model.set_attn_implementation("openblip2")
+
+
 def checkpointable_layers(model: "PreTrainedModel") -> list[Any]:
     """The layers that transformers marks as fit for activation checkpointing (the marker class: since 4.53)."""
     from transformers.modeling_layers import GradientCheckpointingLayer

@@ -2,13 +2,15 @@
 
 import ctypes
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+MOST_WEIGHTS = 2**27  # attention weights without gradients: 0.25 GB in bf16
 # glibc's mallopt parameters (malloc.h) and what they are set to, in bytes.
 _MALLOPT = {-1: 2**31 - 1, -2: 256 * 2**20, -3: 2**31 - 1}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
@@ -44,25 +46,79 @@ def _cpu_vendor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
-def attention_kernel(model: nn.Module) -> AbstractContextManager[object]:
-    """On CPUs, where gradients are wanted, attention as plain matrix products; a GPU keeps its own choice.
+def dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, or `plain_attention` where that takes less time."""
+    found = plain_attention if plain_is_faster(query, key, value) else F.scaled_dot_product_attention
+    return found(query, key, value, attn_mask, dropout_p, **options)
 
-    With few rows and small heads, as queries have, the backward pass of a CPU's flash kernel takes several times as
-    long. Its forward pass takes less time, a quarter for many rows (docs/decisions.md).
+
+def plain_is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `plain_attention` takes less time than torch's kernels, and its weights have room.
+
+    On a CPU, torch's flash kernel is slow in its backward pass with few rows and small heads, as queries have. In bf16
+    it is slow in its forward pass, too: for one new token of a text it takes 17 times as long. torch's own plain form
+    computes bf16 in fp32 (docs/decisions.md, "Speed and memory"). A GPU has its own kernels.
     """
-    plain = next(model.parameters()).device.type == "cpu" and torch.is_grad_enabled()
-    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+    if query.device.type != "cpu":
+        return False
+    if query.requires_grad or key.requires_grad or value.requires_grad:
+        return True
+    bf16 = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return bf16 and query.shape[:3].numel() * key.shape[2] <= MOST_WEIGHTS
+
+
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` as two matrix products and a softmax.
+
+    A row that may attend to nothing (padding) attends to everything, where torch gives zeros or NaN.
+
+    Args:
+        query: `[B, H, N, d]`.
+        key: `[B, G, M, d]`; G = H, or with `enable_gqa` a divisor of H.
+        value: `[B, G, M, e]`.
+        attn_mask: `[B or 1, H or 1, N, M]`, bool (True = attend) or added to the logits.
+        dropout_p: share of the weights that are dropped.
+        is_causal: row n attends to the first n + 1 keys.
+        scale: of the logits; None = one by the root of d.
+        enable_gqa: H / G heads share a key and a value.
+    """
+    batch, heads, rows = query.shape[:3]
+    if is_causal:
+        attn_mask = torch.ones(1, 1, rows, key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if enable_gqa and heads > key.shape[1]:
+        # Heads with the same key are rows of one product, so that keys are not copied for each of them.
+        share = heads // key.shape[1]
+        query = query.reshape(batch, -1, share * rows, query.shape[3])
+        if attn_mask is not None and attn_mask.shape[1] > 1:
+            attn_mask = attn_mask.reshape(len(attn_mask), -1, share * rows, attn_mask.shape[3])
+        elif attn_mask is not None:
+            attn_mask = attn_mask.repeat(1, 1, share, 1)
+    logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
+    elif attn_mask is not None:
+        logits = logits + attn_mask
+    weights = F.dropout(logits.softmax(-1), dropout_p)
+    return (weights.to(value.dtype) @ value).reshape(batch, heads, rows, -1)
 
 
 @contextmanager
 def computing(model: nn.Module, precision: str) -> Iterator[None]:
-    """Runs a model in less time, with the same numbers up to rounding.
-
-    With its `attention_kernel`, and bf16 matrix products over fp32 weights where `compute_dtype` says so.
-    """
+    """Runs a model with bf16 matrix products over fp32 weights where `compute_dtype` says so."""
     device = next(model.parameters()).device
     bf16 = compute_dtype(device, precision) == torch.bfloat16
-    with attention_kernel(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         yield
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from openblip2.compat import allow_recompiles
 from openblip2.errors import UserError, one_line
+from openblip2.hardware import dot_product_attention
 
 INIT_STD = 0.02  # BERT's, and the paper's for the queries
 NORM_EPS = 1e-12  # BERT's
@@ -39,7 +40,7 @@ class Attention(nn.Module):
         queries = self._split(self.query(rows))
         if self.watched is None:
             dropped = self.drop if self.training else 0.0  # the function itself knows no eval mode
-            found = F.scaled_dot_product_attention(queries, *source, attn_mask=mask, dropout_p=dropped)
+            found = dot_product_attention(queries, *source, mask, dropped)
         else:
             found = self._watched(queries, *source, self.watched)
         return self.norm(rows + self.dropout(self.out(found.transpose(1, 2).flatten(2))))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from openblip2.compat import cache_name, checkpointable_layers, log
+from openblip2.compat import cache_name, checkpointable_layers, log, set_attention
 from openblip2.errors import UserError
 from openblip2.model import prompt_cache
 from openblip2.model.decoding import Decoding, drop_own_settings, generate
@@ -65,6 +65,7 @@ class FrozenLM(nn.Module):
         super().__init__()
         self.llm = drop_own_settings(llm).requires_grad_(False).eval()  # frozen (3.2)
         gather_head_input(llm)
+        set_attention(llm)
         self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
         self.end, self.checkpointed = end_ids(tokenizer, end), False

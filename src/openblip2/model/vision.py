@@ -10,17 +10,15 @@ Shapes: B images, P patch tokens (class and register tokens included), V encoder
 
 import inspect
 import math
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from openblip2.compat import keep_first_stages
+from openblip2.compat import keep_first_stages, set_attention
 from openblip2.errors import UserError
 from openblip2.model.precision import own_precision
 from openblip2.model.whitening import Whitening
@@ -130,10 +128,10 @@ class FrozenVision(nn.Module):
         side = self.image_size
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
             raise ValueError(f"pixels must be uint8 [B, 3, {side}, {side}], not {pixels.dtype} {list(pixels.shape)}")
-        if self.trained:  # precision and kernel are training's
+        if self.trained:  # precision is training's
             features = self._encode(pixels)
         else:
-            with own_precision(pixels.device, self.dtype), _forward_kernel(pixels.device):
+            with own_precision(pixels.device, self.dtype):
                 features = self._encode(pixels)
         return features if self.whitening is None else self.whitening(features)
 
@@ -193,6 +191,7 @@ class HFVision(FrozenVision):
     ) -> None:
         config: Any = encoder.config
         super().__init__(encoder, config.hidden_size, image_size)
+        set_attention(encoder)
         self.mean, self.std = mean, std
         self.kind, self.source = config.model_type, str(config.name_or_path) or self.source
         self.shaping = {name: value for name, value in config.to_dict().items() if name in _SHAPING}
@@ -238,13 +237,6 @@ class HFVision(FrozenVision):
         # Not buffers: `.to(torch.bfloat16)` on a parent would round them.
         mean, std = (torch.tensor(c, device=pixels.device).view(3, 1, 1) for c in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
-
-
-def _forward_kernel(place: torch.device) -> AbstractContextManager[object]:
-    """On CPUs the flash kernel, also where training uses another: a frozen encoder has no backward pass."""
-    if place.type != "cpu" or torch.compiler.is_compiling():
-        return nullcontext()
-    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
 
 
 def side_of(size: Any) -> int:

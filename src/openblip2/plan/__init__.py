@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from openblip2 import hardware
 from openblip2.config import RunSettings
 from openblip2.distributed.data_parallel import layers_of
 from openblip2.errors import UserError
@@ -121,8 +122,9 @@ def _run_step(
         if isinstance(model, Stage2):
             model.language.checkpoint_activations()
     # A patch and not a mode, which would be off where the backward pass computes a layer again.
+    gpu = patch.object(hardware, "plain_is_faster", lambda *_: False)
     attention = patch.object(F, "scaled_dot_product_attention", _attention)
-    with FakeTensorMode(allow_non_fake_inputs=True), _AllTrue(), attention:
+    with FakeTensorMode(allow_non_fake_inputs=True), _AllTrue(), gpu, attention:
         model.to_empty(device="cpu")  # in name alone: there is no autocast for "meta"
         with Meter(model) as meter, torch.autocast("cpu", torch.bfloat16, enabled=half):
             features = vision(torch.empty(pairs, 3, vision.image_size, vision.image_size, dtype=torch.uint8))

@@ -18,7 +18,7 @@ from openblip2.distributed.collectives import alone, is_first, mean_over_process
 from openblip2.distributed.data_parallel import DataParallelLosses, clip_gradients
 from openblip2.distributed.launch import from_all, from_first, highest
 from openblip2.errors import Stopped, number_of
-from openblip2.hardware import attention_kernel, computing, keep_freed_memory, release_freed_memory
+from openblip2.hardware import computing, keep_freed_memory, release_freed_memory
 from openblip2.progress import Progress
 from openblip2.train.bookkeeping import count_step, give_up, not_finite
 from openblip2.train.log import Log, open_tracker
@@ -162,8 +162,7 @@ def _accumulate(model: nn.Module, losses: DataParallelLosses, step: int, setting
         # Seeded by the batch's number, so that no state of a generator has to be saved. Dropout differs between
         # processes; what must be one draw of the joined batch has a generator of its own (`joint_draws`).
         torch.manual_seed(settings.seed * 1_000_003 + number + rank() * 2**40)
-        # Around the backward pass too: with activation checkpointing it computes layers again.
-        with losses.batch(number == numbers[-1]), attention_kernel(model):
+        with losses.batch(number == numbers[-1]):
             with computing(model, settings.precision):
                 parts = losses(number)
             (torch.stack(list(parts.values())).sum() / settings.accumulate).backward()
