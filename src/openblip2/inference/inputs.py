@@ -22,7 +22,7 @@ def group_of(model: Stage1 | Stage2) -> int:
     than fp32.
 
     There, rounding depends on the number of rows, so that a caption would depend on which pictures share its batch.
-    That is so on a GPU, too, where one by one would take many times as long. Ask within `train.hardware.computing`.
+    That is so on a GPU, too, where one by one would take many times as long. Ask within `hardware.computing`.
     """
     half = torch.is_autocast_enabled("cpu") or any(p.dtype != torch.float32 for p in model.parameters())
     return 1 if half and next(model.parameters()).device.type == "cpu" else GROUP
