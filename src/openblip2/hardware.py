@@ -104,6 +104,8 @@ def plain_attention(
             attn_mask = attn_mask.reshape(len(attn_mask), -1, share * rows, attn_mask.shape[3])
         elif attn_mask is not None:
             attn_mask = attn_mask.repeat(1, 1, share, 1)
+    if not key.requires_grad:
+        key = key.contiguous()  # of keys in a larger store: a bf16 product alone takes six times as long
     logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
