@@ -32,9 +32,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.steps": 900,
             "train.validate_every": 100,
             "train.checkpoint_every": 100,
-            # A step with ITM takes more than twice as long as one without, and ITM learns nothing before ITC has.
-            "stage1.itm_start_step": 100,
-            "stage1.similar_start_step": 200,
+            # A step with ITM takes more than twice as long as one without, and ITM learns nothing before ITC has. It
+            # leaves its chance level 150 steps later; with similar captions before that, it takes longer.
+            "stage1.itm_start_step": 200,
+            "stage1.similar_start_step": 350,
         },
         "stage2": {
             "vision.layer": SMALL_LAYER,
@@ -47,22 +48,23 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.checkpoint_every": 300,
         },
     },
-    # 18 times as many nouns, so more pictures and steps, and the laptop preset's layer. No whole run was measured yet.
+    # 18 times as many nouns, so more pictures and steps, and the laptop preset's layer, which knows nouns best.
     "full": {
-        "plan": {"train_scenes": 6000},
+        "plan": {"train_scenes": 8000},
         "stage1": {
             "optim.lr": 5e-4,
             "train.batch": 16,
-            "train.steps": 1400,
+            "train.steps": 2000,
             "train.validate_every": 200,
             "train.checkpoint_every": 100,
             "stage1.itm_start_step": 250,
+            "stage1.similar_start_step": 450,
         },
         "stage2": {
             "train.batch": 12,
-            "train.steps": 2200,
+            "train.steps": 3000,
             "optim.min_lr": 5e-5,
-            "stage2.lm_start_step": 2080,
+            "stage2.lm_start_step": 2860,
             "train.validate_every": 1000,
             "train.checkpoint_every": 300,
         },
