@@ -13,7 +13,7 @@ from openblip2.data.records import Record
 from openblip2.presets import preset
 
 # How long it takes, for the first lines in the terminal: a measured figure of the small world, which is the default.
-DURATION = "the small world took 28 minutes on two CPU cores with AVX512-bf16 (docs/results.md)"
+DURATION = "the small world took 22 minutes on two CPU cores with AVX512-bf16 (docs/results.md)"
 
 # A dozen nouns can be told from lower layers, which know colours better. A linear map finds 99 % of the nouns and 99 %
 # of the colours of unseen combinations in layer 5; in layer 8, the laptop preset's, 100 and 92 % (docs/decisions.md).
