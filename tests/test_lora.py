@@ -53,7 +53,8 @@ def test_fresh_adapters_change_nothing(kind: str) -> None:
     plain = loss_of(stage2(kind, dropout=0.0))
     model = both(kind, drawn=False)
     torch.manual_seed(0)
-    assert torch.equal(plain, loss_of(model))
+    # Where an adapter gets gradients, attention is computed in another way, which rounds differently.
+    torch.testing.assert_close(plain, loss_of(model), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", tiny_models.MODELS)

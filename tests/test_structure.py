@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Goal: 18,000. Raised from 26,705 by what users asked for (tables of other tools, folders of pictures, drawn
 # captions, likelihoods, refusals of what would be lost or ignored), InstructBLIP and its training, the seam with its
 # four connectors, batches of similar captions, attention on CPUs, and captions that are right as a figure of studies.
-LINES = 27_231
+LINES = 27_236
 MODULES = 159  # goal: 150
 TRAIN_FILES = 12  # the goal
 LONGEST = 300  # lines of one module

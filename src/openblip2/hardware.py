@@ -104,9 +104,14 @@ def plain_attention(
             attn_mask = attn_mask.reshape(len(attn_mask), -1, share * rows, attn_mask.shape[3])
         elif attn_mask is not None:
             attn_mask = attn_mask.repeat(1, 1, share, 1)
-    if not key.requires_grad:
-        key = key.contiguous()  # of keys in a larger store: a bf16 product alone takes six times as long
-    logits = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.dtype == torch.bfloat16:
+        query = query * scale
+        # Of keys in a larger store. A bf16 product that copies them itself takes six times as long.
+        key = key if key.requires_grad else key.contiguous()
+    else:  # half of the scale on either side rounds less
+        query, key = query * scale**0.5, key * scale**0.5
+    logits = query @ key.transpose(-1, -2)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
     elif attn_mask is not None:
