@@ -1,5 +1,6 @@
 """Attention as plain matrix products: equal to torch's own, alone and inside language models of transformers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ import tiny
 import tiny_models
 from openblip2 import compat, hardware
 
-MASKS = {
-    "none": None,
+MASKS: dict[str, Callable[[], torch.Tensor | None]] = {
+    "none": lambda: None,
     "padding": lambda: torch.arange(6)[None, None, None] < torch.tensor([4, 6])[:, None, None, None],
     "of each head": lambda: torch.rand(2, 4, 3, 6) < 0.7,
     "added": lambda: torch.randn(2, 1, 3, 6),
@@ -23,40 +24,40 @@ MASKS = {
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_it_is_torchs_with_the_same_gradients(mask: str, groups: int) -> None:
     torch.manual_seed(1)
-    make = MASKS[mask]
-    given = None if make is None else make().expand(2, -1, 3, 6)
+    given = MASKS[mask]()
+    given = None if given is None else given.expand(2, -1, 3, 6)
     if given is not None and given.dtype == torch.bool:
         given = given | (torch.arange(6) == 0)  # a row that attends to nothing has no right answer
     found = []
     for attend in (hardware.plain_attention, F.scaled_dot_product_attention):
         torch.manual_seed(2)
-        parts = [torch.randn(2, h, n, 5).requires_grad_() for h, n in ((4, 3), (groups, 6), (groups, 6))]
-        result = attend(*parts, given, scale=0.3, enable_gqa=groups < 4)
-        found.append((result, *torch.autograd.grad(result.square().sum(), parts)))
+        q, k, v = (torch.randn(2, h, n, 5).requires_grad_() for h, n in ((4, 3), (groups, 6), (groups, 6)))
+        result = attend(q, k, v, given, scale=0.3, enable_gqa=groups < 4)
+        found.append((result, *torch.autograd.grad(result.square().sum(), (q, k, v))))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_causal_rows_see_what_is_before_them() -> None:
-    parts = [torch.randn(2, 4, 6, 5) for _ in range(3)]
-    mine = hardware.plain_attention(*parts, is_causal=True)
-    torch.testing.assert_close(mine, F.scaled_dot_product_attention(*parts, is_causal=True), rtol=1e-5, atol=1e-5)
+    q, k, v = (torch.randn(2, 4, 6, 5) for _ in range(3))
+    mine = hardware.plain_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(mine, F.scaled_dot_product_attention(q, k, v, is_causal=True), rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_of_padding_is_finite() -> None:
     nothing = torch.zeros(1, 1, 3, 6, dtype=torch.bool)
-    parts = [torch.randn(1, 2, n, 5) for n in (3, 6, 6)]
     for kind in (torch.float32, torch.bfloat16):
-        assert torch.isfinite(hardware.plain_attention(*(part.to(kind) for part in parts), nothing)).all()
+        q, k, v = (torch.randn(1, 2, n, 5, dtype=kind) for n in (3, 6, 6))
+        assert torch.isfinite(hardware.plain_attention(q, k, v, nothing)).all()
 
 
 def test_weights_are_dropped() -> None:
     torch.manual_seed(0)
-    parts = [torch.ones(1, 1, n, 1) for n in (50, 400, 400)]  # the sum of the weights of each row
-    dropped = hardware.plain_attention(*parts, dropout_p=0.5)
+    q, k, v = (torch.ones(1, 1, n, 1) for n in (50, 400, 400))  # the sum of the weights of each row
+    dropped = hardware.plain_attention(q, k, v, dropout_p=0.5)
     assert 0.95 < float(dropped.mean()) < 1.05
     assert 0.03 < float(dropped.std()) < 0.07
-    torch.testing.assert_close(hardware.plain_attention(*parts), torch.ones_like(dropped))
+    torch.testing.assert_close(hardware.plain_attention(q, k, v), torch.ones_like(dropped))
 
 
 def test_where_it_is_taken() -> None:
@@ -72,19 +73,18 @@ def test_where_it_is_taken() -> None:
     assert not hardware.plain_is_faster(long, long, long)
 
 
+SIZES: dict[str, Any] = {"vocab_size": len(tiny_models.tokenizer()), "hidden_size": 16, "num_hidden_layers": 2}
+
+
 def mistral() -> hf.PreTrainedModel:
     """Two heads share a key, and a window of 4 tokens."""
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4}
-    return tiny.redraw(
-        hf.MistralForCausalLM(hf.MistralConfig(vocab_size=len(tiny_models.tokenizer()), **sizes, **heads))
-    )
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4}
+    return tiny.redraw(hf.MistralForCausalLM(hf.MistralConfig(**SIZES, **heads, intermediate_size=12)))
 
 
 def falcon() -> hf.PreTrainedModel:
     """It does not use transformers' `AttentionInterface`."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return tiny.redraw(hf.FalconForCausalLM(hf.FalconConfig(vocab_size=len(tiny_models.tokenizer()), **sizes)))
+    return tiny.redraw(hf.FalconForCausalLM(hf.FalconConfig(**SIZES, num_attention_heads=4)))
 
 
 KINDS = {**tiny_models.MODELS, "mistral": mistral, "falcon": falcon}
@@ -94,7 +94,7 @@ KINDS = {**tiny_models.MODELS, "mistral": mistral, "falcon": falcon}
 def test_a_language_model_writes_and_scores_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With padding on either side, with and without gradients."""
     torch.manual_seed(4)
-    llm = KINDS[kind]().eval()
+    llm: Any = KINDS[kind]().eval()
     ids = torch.randint(5, len(tiny_models.tokenizer()), (3, 7))
     found, calls = [], []
     own = hardware.plain_attention

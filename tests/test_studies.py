@@ -159,7 +159,7 @@ def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -
         assert values[GAP][n] == pytest.approx(values[OTHER][n] - values[LOSS][n])
     assert len({round(value, 4) for value in values[LOSS]}) > 1
     written = captioner.caption([record.image for record in work.test], decoding=greedy(CAPTION))
-    judged = [judge(text, record.facts or {}) for text, record in zip(written, work.test, strict=True)]
+    judged = [judge(str(text), record.facts or {}) for text, record in zip(written, work.test, strict=True)]
     assert values[RIGHT] == [float(one.objects and one.attributes) for one in judged]
 
 

@@ -337,7 +337,8 @@ def test_chunks_change_no_step(home: Path, tmp_path: Path, stage: str, aligned: 
     assert len(whole) == 3
     for mine, theirs in zip(chunks, whole, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
-    assert chunks[0] == pytest.approx(whole[0], rel=1e-5)
+    # Chunks are first read without gradients, by another attention kernel, which rounds differently.
+    assert chunks[0] == pytest.approx(whole[0], rel=5e-5)
 
 
 def test_matching_can_join_later(home: Path, tmp_path: Path) -> None:

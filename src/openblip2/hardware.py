@@ -104,13 +104,13 @@ def plain_attention(
             attn_mask = attn_mask.reshape(len(attn_mask), -1, share * rows, attn_mask.shape[3])
         elif attn_mask is not None:
             attn_mask = attn_mask.repeat(1, 1, share, 1)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
     if query.dtype == torch.bfloat16:
-        query = query * scale
+        query = query * factor
         # Of keys in a larger store. A bf16 product that copies them itself takes six times as long.
         key = key if key.requires_grad else key.contiguous()
     else:  # half of the scale on either side rounds less
-        query, key = query * scale**0.5, key * scale**0.5
+        query, key = query * factor**0.5, key * factor**0.5
     logits = query @ key.transpose(-1, -2)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
