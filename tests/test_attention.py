@@ -51,6 +51,14 @@ def test_a_row_of_padding_is_finite() -> None:
         assert torch.isfinite(hardware.plain_attention(q, k, v, nothing)).all()
 
 
+def test_no_rows_are_no_error() -> None:
+    """One of several processes may have none."""
+    q, k, v = (torch.randn(0, heads, 3, 5).requires_grad_() for heads in (4, 2, 2))
+    found = hardware.plain_attention(q, k, v, torch.ones(0, 1, 3, 3, dtype=torch.bool), enable_gqa=True)
+    assert found.shape == (0, 4, 3, 5)
+    found.sum().backward()
+
+
 def test_weights_are_dropped() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.ones(1, 1, n, 1) for n in (50, 400, 400))  # the sum of the weights of each row

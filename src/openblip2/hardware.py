@@ -99,9 +99,9 @@ def plain_attention(
     if enable_gqa and heads > key.shape[1]:
         # Heads with the same key are rows of one product, so that keys are not copied for each of them.
         share = heads // key.shape[1]
-        query = query.reshape(batch, -1, share * rows, query.shape[3])
+        query = query.reshape(batch, key.shape[1], share * rows, query.shape[3])
         if attn_mask is not None and attn_mask.shape[1] > 1:
-            attn_mask = attn_mask.reshape(len(attn_mask), -1, share * rows, attn_mask.shape[3])
+            attn_mask = attn_mask.reshape(len(attn_mask), key.shape[1], share * rows, attn_mask.shape[3])
         elif attn_mask is not None:
             attn_mask = attn_mask.repeat(1, 1, share, 1)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -117,7 +117,7 @@ def plain_attention(
     elif attn_mask is not None:
         logits = logits + attn_mask
     weights = F.dropout(logits.softmax(-1), dropout_p)
-    return (weights.to(value.dtype) @ value).reshape(batch, heads, rows, -1)
+    return (weights.to(value.dtype) @ value).reshape(batch, heads, rows, value.shape[3])
 
 
 @contextmanager
