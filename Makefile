@@ -10,7 +10,7 @@ TORCH  := --constraint requirements/constraints.txt
 SETS     := oldest 5.23 newest
 # The extras that are part of the package and not tools for its development.
 RUNTIME  := demo eval lora onnx plots quant search serve
-INTERNAL := compat fast_path generation language lora onnx parity precision reuse stage2 weights
+INTERNAL := attention compat fast_path generation language lora onnx parity precision reuse stage2 weights
 TRAINING := tests/test_training.py::test_a_tiny_run_learns_and_looks
 
 .DEFAULT_GOAL := help
