@@ -124,7 +124,8 @@ def test_a_language_model_writes_and_scores_the_same(kind: str, monkeypatch: pyt
             found.append((logits[mask.bool()], text))
         if not calls:
             compat.set_attention(llm)
-    assert bool(calls) == (kind != "falcon")
+    if kind != "t5":  # which uses the interface since 5.24
+        assert bool(calls) == (kind != "falcon")
     for mine, theirs in zip(found[2:], found[:2], strict=True):
         torch.testing.assert_close(mine[0], theirs[0], rtol=1e-4, atol=1e-5)
         assert mine[1].tolist() == theirs[1].tolist()
