@@ -109,7 +109,7 @@ def _retrieval_examples(
 
 def _captions(captioner: Captioner, test: Features, examples: dict[str, Any], progress: Progress) -> dict[str, Any]:
     prompts = [captioner.settings.language.prompts[0]] * len(test)
-    written = write_for(captioner, test.values, prompts, greedy(CAPTION), "captions", progress)
+    written = write_for_features(captioner, test.values, prompts, greedy(CAPTION), "captions", progress)
     examples["captions"] = [
         {"image": str(r.image), "caption": caption, "references": list(r.captions), "facts": r.facts}
         for r, caption in list(zip(test.records, written, strict=True))[:SHOWN]
@@ -149,7 +149,7 @@ def _vqa(
     questions: list[Question] = [record.questions[0] for record in asked.records]
     form = captioner.settings.language.question
     prompts = [form.replace("{}", question.text) for question in questions]
-    answers = write_for(captioner, asked.values, prompts, greedy(ANSWER), f"answers ({name})", progress)
+    answers = write_for_features(captioner, asked.values, prompts, greedy(ANSWER), f"answers ({name})", progress)
     examples.setdefault("answers", {})[name] = [
         {"image": str(r.image), "question": q.text, "answer": answer, "reference": q.answer}
         for r, q, answer in list(zip(asked.records, questions, answers, strict=True))[:SHOWN]
@@ -159,7 +159,7 @@ def _vqa(
     return found | {"zero_shot": True, "prompt": form, "baselines": blind}
 
 
-def write_for(
+def write_for_features(
     captioner: Captioner,
     values: Tensor,
     prompts: Sequence[str],

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from openblip2.apps.demo.plan import with_steps
-from openblip2.apps.demo.scores import write_for
+from openblip2.apps.demo.scores import write_for_features
 from openblip2.apps.scenes.draw import Split, draw_scenes
 from openblip2.apps.scenes.grammar import judge
 from openblip2.apps.scenes.vocabulary import World
@@ -277,7 +277,7 @@ def caption_values(captioner: Captioner, test: Sequence[Record], features: Path,
                 captions = [test[n].captions[0] for n in rows.tolist()]
                 losses += likelihoods(model.language, prompts[rows.to(device())], prompt, captions)[0].tolist()
     found[GAP] = [other - right for right, other in zip(found[LOSS], found[OTHER], strict=True)]
-    written = write_for(captioner, values, [prompt] * len(test), greedy(CAPTION), "captions", progress)
+    written = write_for_features(captioner, values, [prompt] * len(test), greedy(CAPTION), "captions", progress)
     found[RIGHT] = [float(judge(text, one.facts or {}).attributes) for text, one in zip(written, test, strict=True)]
     return found
 
