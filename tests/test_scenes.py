@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
 import sys
@@ -88,15 +89,26 @@ def test_every_second_scene_of_training_is_the_one_before_with_one_detail_change
     seen = collections.Counter()
     for record, changed in zip(records[::2], records[1::2], strict=True):
         before, after = record.facts or {}, changed.facts or {}
-        assert {o["noun"] for o in before["objects"]} == {o["noun"] for o in after["objects"]}
+        added = {o["noun"] for o in after["objects"]} - {o["noun"] for o in before["objects"]}
+        assert len({o["noun"] for o in after["objects"]}) == len(before["objects"]) and len(added) <= 1
         assert sorted(o["colour"] for o in before["objects"]) == sorted(o["colour"] for o in after["objects"])
         assert all(o["colour"] in colours_of(o["noun"], "train") for o in after["objects"])
         assert record.captions[0] != changed.captions[0]
         judged = judge(changed.captions[0], before)
-        seen[before["kind"], after["kind"], judged.objects, judged.attributes, judged.relation] += 1
+        # A scene with another noun differs in nothing else.
+        of = ("kind", "relation") if added else ("kind",)
+        assert [before[name] for name in of] == [after[name] for name in of]
+        if added:
+            same = [
+                {name: value for name, value in o.items() if name not in ("noun", "boxes")}
+                for o in (*before["objects"], *after["objects"])
+            ]
+            assert same[: len(same) // 2] == same[len(same) // 2 :]
+        seen[before["kind"], bool(added), judged.objects, judged.attributes, judged.relation] += 1
         assert not (judged.objects and judged.attributes) or judged.relation is False
-    assert {key[:2] for key in seen} == {("one", "one"), ("group", "group"), ("pair", "pair")}
-    assert any(key[0] == "pair" and not key[3] for key in seen)  # things in each other's colours
+    assert {key[:2] for key in seen} == set(itertools.product(("one", "group", "pair"), (False, True)))
+    assert 0.25 < sum(n for key, n in seen.items() if key[1]) / 200 < 0.42
+    assert any(key[0] == "pair" and not key[1] and not key[3] for key in seen)  # things in each other's colours
 
 
 def test_the_full_world_is_what_it_was(tmp_path: Path) -> None:

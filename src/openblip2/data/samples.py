@@ -6,12 +6,13 @@ A row is an image with a text that is drawn each time: one of its captions, or a
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from openblip2.data.records import Question, Record
 from openblip2.data.text import clean_question
@@ -117,8 +118,10 @@ class SimilarRows:
 
     The paper's batches of 1,680 pairs and more contain pictures that differ in one detail. A small batch of random
     pictures hardly ever does, so neither ITC nor ITM has to learn details. GRIT-VLP (Byun et al. 2022) puts pairs into
-    one batch that the model itself finds similar. Here TF-IDF of words and of pairs of neighbouring words decides, so
-    that a batch stays a function of seed and number.
+    one batch that the model itself finds similar. Here words and pairs of neighbouring words decide, so that a batch
+    stays a function of seed and number. In half of the cases rare words count more (TF-IDF): similar captions then
+    name the same things, with other colours, places or numbers. In the other half all words count the same, and
+    similar captions name other things in the same way. With the first half alone, ITM learns to ignore nouns.
 
     Args:
         captions: one for each of R rows.
@@ -127,24 +130,31 @@ class SimilarRows:
     def __init__(self, captions: Sequence[str]) -> None:
         counts = [Counter([*words, *pairwise(words)]) for words in map(str.split, captions)]
         held_by = Counter(word for row in counts for word in row)
-        columns = {word: column for column, word in enumerate(held_by)}
-        weights = [{word: n * math.log(len(counts) / held_by[word]) for word, n in row.items()} for row in counts]
-        lengths = [math.hypot(*row.values()) or 1.0 for row in weights]
-        places = [(row, columns[word]) for row, words in enumerate(weights) for word in words]
-        values = [weight / length for row, length in zip(weights, lengths, strict=True) for weight in row.values()]
-        shape = (len(counts), len(columns))
-        vectors = torch.sparse_coo_tensor(torch.tensor(places).T, values, shape, check_invariants=True)
-        self.vectors = vectors.coalesce()  # [R, words and pairs], of length 1
+        rare = {word: math.log(len(counts) / n) for word, n in held_by.items()}
+        self.vectors = [_unit_rows(counts, rare), _unit_rows(counts, dict.fromkeys(rare, 1.0))]
         first = {caption: row for row, caption in reversed([*enumerate(captions)])}
         self.texts = torch.tensor([first[caption] for caption in captions])  # [R], equal for the same caption
 
     def __call__(self, row: int, place: float) -> int:
         """One of the `NEAREST` rows with another caption, the one at a place in [0, 1); of all rows if none is near."""
-        scores = torch.mv(self.vectors, self.vectors[row].to_dense())
+        weighting, place = divmod(2 * place, 1)
+        vectors = self.vectors[int(weighting)]
+        scores = torch.mv(vectors, vectors[row].to_dense())
         scores[self.texts == self.texts[row]] = -1  # true pairs of this row's picture or caption
         best, nearest = scores.topk(min(NEAREST, len(scores)))
         near = nearest[best > 0]
         return int(near[int(place * len(near))]) if len(near) else int(place * len(scores))
+
+
+def _unit_rows(counts: Sequence[Counter], weights: Mapping[Any, float]) -> Tensor:
+    """The counts as vectors of length 1: sparse, `[R, words]`; a row without weight is 0."""
+    columns = {word: column for column, word in enumerate(weights)}
+    places = [(row, columns[word]) for row, words in enumerate(counts) for word in words]
+    values = [[n * weights[word] for word, n in words.items()] for words in counts]
+    lengths = [math.hypot(*row) or 1.0 for row in values]
+    unit = torch.tensor([value / length for row, length in zip(values, lengths, strict=True) for value in row])
+    shape = (len(counts), len(columns))
+    return torch.sparse_coo_tensor(torch.tensor(places).T, unit, shape, check_invariants=True).coalesce()
 
 
 def fewer_negations(records: Sequence[Record], share: float) -> list[Record]:
