@@ -1,4 +1,4 @@
-"""Where a model looks: weights, relevance, maps of the right place, the pointing game."""
+"""Attention maps: weights, relevance, the position of maps, the pointing game."""
 
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,13 @@ def test_watching_ends_with_an_error_too() -> None:
 
 
 def test_relevance_in_closed_form() -> None:
-    """Of a score that is linear in the weights its gradient is known."""
+    """For a score that is linear in the weights, the gradient is known."""
     slopes = torch.randn(2, 3, 4, 5)
     weights = torch.rand(2, 3, 4, 5).softmax(-1).requires_grad_()
     more = (slopes - (weights * slopes).sum(-1, keepdim=True)).clamp(min=0)
     expected = (weights * more).sum((1, 2)).detach()
     torch.testing.assert_close(relevance((weights * slopes).sum(), [weights]), expected)
-    # A constant on top changes nothing: more of one patch is less of all others.
+    # A constant added to the slopes changes nothing, because the weights of all patches sum to 1.
     torch.testing.assert_close(relevance((weights * (slopes + 7)).sum(), [weights]), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -87,7 +87,7 @@ def test_words_share_out_the_texts_likelihood(kind: str) -> None:
     words = word_scores(language, soft, "question:", text)
     assert [word for word, _ in words] == text.split()
     whole, _ = likelihoods(language, soft, "question:", [text])
-    # What is missing is the end's own score: behind the same text, with or without it.
+    # Words do not include the score of the end token, and a word's score does not depend on later words.
     total = -float(whole[0]) * (len(words) + len(language.end))
     assert sum(float(score) for _, score in words) > total
     shorter = word_scores(language, soft, "question:", text.rsplit(" ", 1)[0])
@@ -127,11 +127,11 @@ def test_of_a_stage_2_each_word_that_it_writes(home: Path) -> None:
 
 
 def test_a_picture_with_one_patch_that_differs_points_there(home: Path) -> None:
-    """All other patches are alike, so whatever a score rests on, they rest on alike."""
+    """All other patches are equal, so they have equal relevance to any score."""
     model = load(home / "stage1")
     assert isinstance(model, Matcher)
     features = torch.zeros(1, 10, 24)
-    features[0, 1 + 5] = torch.randn(24, generator=torch.Generator().manual_seed(0))  # behind the class token
+    features[0, 1 + 5] = torch.randn(24, generator=torch.Generator().manual_seed(0))  # after the class token
     found = sum(text_relevance(model, features, ["a red dog"], by)[0] for by in ("itc", "itm"))
     flat = np.asarray(found).reshape(-1)
     others = np.delete(flat, 5)
@@ -141,7 +141,7 @@ def test_a_picture_with_one_patch_that_differs_points_there(home: Path) -> None:
 
 @pytest.mark.parametrize("size", [(300, 100), (90, 200), (64, 64), (1, 500)])
 def test_maps_lie_where_their_patches_are(size: tuple[int, int]) -> None:
-    """Of any aspect: the encoder saw the whole picture, squeezed."""
+    """For any aspect ratio, because the encoder sees the whole picture, resized to a square."""
     found = np.zeros((4, 4), np.float32)
     found[0, 3] = 1.0
     drawn = overlay(Image.new("RGB", size, "white"), found, side=200)
@@ -164,7 +164,7 @@ def test_the_command_writes_pictures(home: Path, tmp_path: Path, stage: str, tex
     given = ["attend", str(home / stage), picture, "--out", str(tmp_path / "maps")]
     done = invoke_quietly(given + (["--text", text] if text else []))
     assert done.exit_code == 0, done.output
-    # A stage 2 this small may have nothing to say: then there is no word to draw.
+    # Such a small stage 2 may generate an empty text, and then there is no map of its words.
     said = text or look(load(home / stage), picture).text
     for name in ("attention.png", "queries.png", *(["text.png"] if said else [])):
         assert Image.open(tmp_path / "maps" / name).size[0] > 1
@@ -181,7 +181,7 @@ def scenes(folder: Path) -> list[Record]:
 
 
 def test_the_pointing_game(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Maps that are brightest in a box are always right; guessers are as good as the boxes are large."""
+    """Maps that are brightest in a box always score a hit; a random guess scores as often as the boxes are large."""
     model = load(home / "stage1")
     assert isinstance(model, Matcher)
     records = scenes(tmp_path)
@@ -208,7 +208,7 @@ def test_the_pointing_game(home: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_boxes_hold_their_objects(tmp_path: Path) -> None:
-    """All that is not paper lies in a box, and every box has something at each of its edges."""
+    """Everything that is drawn is inside a box, and every box has drawn pixels at each of its edges."""
     for record in scenes(tmp_path):
         pixels = np.asarray(Image.open(record.image).convert("RGB")).astype(int)
         inked = np.abs(pixels - pixels[0, 0]).sum(-1) > 60

@@ -27,7 +27,7 @@ def test_it_is_torchs_with_the_same_gradients(mask: str, groups: int) -> None:
     given = MASKS[mask]()
     given = None if given is None else given.expand(2, -1, 3, 6)
     if given is not None and given.dtype == torch.bool:
-        given = given | (torch.arange(6) == 0)  # a row that attends to nothing has no right answer
+        given = given | (torch.arange(6) == 0)  # a row that attends to nothing has no defined result
     found = []
     for attend in (hardware.plain_attention, F.scaled_dot_product_attention):
         torch.manual_seed(2)
@@ -52,7 +52,7 @@ def test_a_row_of_padding_is_finite() -> None:
 
 
 def test_no_rows_are_no_error() -> None:
-    """One of several processes may have none."""
+    """One of several processes may have no rows."""
     q, k, v = (torch.randn(0, heads, 3, 5).requires_grad_() for heads in (4, 2, 2))
     found = hardware.plain_attention(q, k, v, torch.ones(0, 1, 3, 3, dtype=torch.bool), enable_gqa=True)
     assert found.shape == (0, 4, 3, 5)
@@ -61,7 +61,7 @@ def test_no_rows_are_no_error() -> None:
 
 def test_weights_are_dropped() -> None:
     torch.manual_seed(0)
-    q, k, v = (torch.ones(1, 1, n, 1) for n in (50, 400, 400))  # the sum of the weights of each row
+    q, k, v = (torch.ones(1, 1, n, 1) for n in (50, 400, 400))  # an output is the sum of its row's weights
     dropped = hardware.plain_attention(q, k, v, dropout_p=0.5)
     assert 0.95 < float(dropped.mean()) < 1.05
     assert 0.03 < float(dropped.std()) < 0.07
@@ -69,7 +69,7 @@ def test_weights_are_dropped() -> None:
 
 
 def test_where_it_is_taken() -> None:
-    """With gradients, and in bf16; where all weights of an image would not fit, torch's kernel stays."""
+    """It is used with gradients and in bf16. If all weights of an image do not fit, torch's kernel is used."""
     small = [torch.randn(1, 2, 3, 4) for _ in range(3)]
     assert not hardware.plain_is_faster(*small)
     assert hardware.plain_is_faster(small[0].clone().requires_grad_(), *small[1:])
@@ -85,13 +85,13 @@ SIZES: dict[str, Any] = {"vocab_size": len(tiny_models.tokenizer()), "hidden_siz
 
 
 def mistral() -> hf.PreTrainedModel:
-    """Two heads share a key, and a window of 4 tokens."""
+    """A model in which two heads share a key, with a window of 4 tokens."""
     heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4}
     return tiny.redraw(hf.MistralForCausalLM(hf.MistralConfig(**SIZES, **heads, intermediate_size=12)))
 
 
 def falcon() -> hf.PreTrainedModel:
-    """It does not use transformers' `AttentionInterface`."""
+    """A model that does not use transformers' `AttentionInterface`."""
     return tiny.redraw(hf.FalconForCausalLM(hf.FalconConfig(**SIZES, num_attention_heads=4)))
 
 
@@ -124,7 +124,7 @@ def test_a_language_model_writes_and_scores_the_same(kind: str, monkeypatch: pyt
             found.append((logits[mask.bool()], text))
         if not calls:
             compat.set_attention(llm)
-    if kind != "t5":  # which uses the interface since 5.24
+    if kind != "t5":  # T5 uses the interface only since 5.24
         assert bool(calls) == (kind != "falcon")
     for mine, theirs in zip(found[2:], found[:2], strict=True):
         torch.testing.assert_close(mine[0], theirs[0], rtol=1e-4, atol=1e-5)

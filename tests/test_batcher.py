@@ -1,4 +1,4 @@
-"""Requests that come together run together: against a worker that only writes down what it is given."""
+"""Requests that arrive together run in one batch; tested with a worker that only records its jobs."""
 
 import asyncio
 import threading
@@ -59,7 +59,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 async def in_turn(batcher: Batcher, worker: Recorder, jobs: list[Job]) -> list[Any]:
-    """While one batch runs, all others come."""
+    """Runs a first job, and sends all other jobs while it runs. Returns the results."""
     worker.go.clear()
     first = asyncio.create_task(batcher.do(embed("first")))
     await until(lambda: bool(worker.batches))
@@ -150,7 +150,7 @@ def test_who_could_not_be_served_in_time_is_told_at_once() -> None:
         assert batcher.seconds_per_job >= 0.4
         tasks += [asyncio.create_task(batcher.do(embed("one"))) for _ in range(3)]
         await asyncio.sleep(0.01)
-        with pytest.raises(ServeError, match="429: the server is busy"):  # three of 0.4 s and more are before it
+        with pytest.raises(ServeError, match="429: the server is busy"):  # three jobs of at least 0.4 s are before it
             await batcher.do(embed("one too many"))
         for task in tasks:
             task.cancel()
@@ -171,7 +171,7 @@ def test_who_goes_away_is_taken_out() -> None:
         second.cancel()
         await until(lambda: not batcher.waiting)
         assert worker.cancelled == 0
-        first.cancel()  # nobody waits for the batch that runs
+        first.cancel()  # no client waits for the running batch now
         await until(lambda: worker.cancelled == 1)
         assert len(worker.batches) == 1
         assert await batcher.do(embed("third")) == "third"

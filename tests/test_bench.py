@@ -1,4 +1,4 @@
-"""The benchmark runs, holds equal outputs against each other, and says what it measured. Timings are not asserted."""
+"""The benchmark runs, checks that outputs are equal, and reports its measurements. Timings are not asserted."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def test_every_case_is_equal_before_it_is_timed(found: tuple[dict, dict, list[st
     assert figures == written
     assert list(figures["cases"]) == list(CASES)
     for name, case in figures["cases"].items():
-        assert case["difference"] <= (1e-3 if name in CACHED else 1e-4), name  # a cache is fp16
+        assert case["difference"] <= (1e-3 if name in CACHED else 1e-4), name  # a cache stores fp16
         (other,) = case["times_faster"]
         assert case["times_faster"][other] == pytest.approx(case[other]["seconds"] / case["openblip2"]["seconds"])
         assert any(line.startswith(name) for line in said)
@@ -65,7 +65,7 @@ def test_runs_take_turns() -> None:
 
 
 def test_the_comparison_with_lavis_finds_what_it_imports() -> None:
-    """The whole of it needs LAVIS, in an environment of its own: `make bench-lavis`."""
+    """The full comparison needs LAVIS in a separate environment: `make bench-lavis`."""
     script = Path(__file__).parents[1] / "benchmarks" / "lavis" / "compare.py"
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

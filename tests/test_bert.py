@@ -1,4 +1,4 @@
-"""Starting from BERT: the text stream and the word head are BERT's own, to rounding."""
+"""Starting from BERT: the text stream and the word head are BERT's own, up to rounding."""
 
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": LAYERS,
     "num_attention_heads": tiny.HEADS,
     "intermediate_size": tiny.FFN,
-    "vocab_size": WORDS - 1,  # the last word of the Q-Former is [DEC], which BERT has not
+    "vocab_size": WORDS - 1,  # the Q-Former's last word is [DEC], which BERT does not have
     "max_position_embeddings": POSITIONS,
 }
 
 
 def bert(head: bool = True) -> Any:
-    """A redrawn BERT without token types, which the Q-Former has not."""
+    """A BERT with random weights and without token types, which the Q-Former does not have."""
     from transformers import BertConfig, BertForMaskedLM, BertModel
 
     config = BertConfig(**SIZES)
@@ -135,7 +135,7 @@ def test_a_sentence_encoder_has_no_lm_head(tmp_path: Path) -> None:
 
 
 def refusal(start: str, sizes: bool = True) -> str:
-    """The one line that is said of a checkpoint that is none."""
+    """The one-line error message for a checkpoint that is not a usable BERT."""
     model, head = fresh()
     with pytest.raises(UserError) as caught:
         bert_sizes(start) if sizes else start_from_bert(model, start, head)
@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(start: str, tmp_path: Path)
         (tmp_path / name / "config.json").write_text(Path(start, "config.json").read_text())
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"not weights")
     assert "cannot be loaded" in refusal(str(tmp_path / "damaged"), sizes=False)
-    # What is not there must not be drawn at random in silence.
+    # Missing weights must not be drawn at random without an error.
     weights = {n: tensor for n, tensor in weights.items() if ".layer.1.output." not in n}
     save_file(weights, tmp_path / "partial" / "model.safetensors", {"format": "pt"})
     message = refusal(str(tmp_path / "partial"), sizes=False)

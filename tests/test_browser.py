@@ -1,6 +1,6 @@
-"""The page in a browser, as a person uses it: Chromium without a window, through Playwright.
+"""The web page in a browser, used as a person uses it: Chromium without a window, controlled by Playwright.
 
-Wants `pip install playwright` and Debian's `chromium`; OPENBLIP2_SCREENS names a folder for what it looked like.
+Needs `pip install playwright` and Debian's `chromium`. OPENBLIP2_SCREENS names a folder for screenshots.
 """
 
 import os
@@ -44,7 +44,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Pat
 def page(address: tuple[str, Path]) -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 800})  # a phone's
+        page = browser.new_page(viewport={"width": 390, "height": 800})  # a phone's screen
         page.set_default_timeout(60_000)
         wrong: list[str] = []
         page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -80,7 +80,7 @@ def test_a_person_finds_everything(page: Any, address: tuple[str, Path]) -> None
     page.set_input_files("#file", str(address[1] / "0.png"))
 
     page.get_by_role("button", name="Describe it").click()
-    page.get_by_role("textbox", name="Token").fill("secret")  # the server wants it, once
+    page.get_by_role("textbox", name="Token").fill("secret")  # the page asks for it once
     page.get_by_role("button", name="Continue").click()
     expect(page.locator("#caption")).not_to_be_empty()
 
@@ -90,9 +90,9 @@ def test_a_person_finds_everything(page: Any, address: tuple[str, Path]) -> None
         expect(page.get_by_label("Your question")).to_have_value("")
     expect(page.locator("#turns .q")).to_have_count(2)
     expect(page.locator("#turns .a").last).not_to_be_empty()
-    expect(page.locator("#turns .q").last).to_have_text(f"Youand {EVIL}?")  # shown, never run
+    expect(page.locator("#turns .q").last).to_have_text(f"Youand {EVIL}?")  # shown as text, never run
     expect(page.locator("#turns .a").last).to_contain_text("Model")
-    page.get_by_role("button", name="What is in the picture?").click()  # an example
+    page.get_by_role("button", name="What is in the picture?").click()  # an example question
     expect(page.locator("#turns .q")).to_have_count(3)
     expect(page.get_by_label("Your question")).to_have_value("")
 
@@ -113,7 +113,7 @@ def test_a_person_finds_everything(page: Any, address: tuple[str, Path]) -> None
     expect(page.locator("#hits li")).to_have_count(12)
     shoot(page, "search")
     page.locator("#hits button").first.click()
-    expect(page.locator("#turns .q")).to_have_count(0)  # another picture, another dialogue
+    expect(page.locator("#turns .q")).to_have_count(0)  # a new picture starts a new dialogue
     expect(page.get_by_alt_text("The chosen picture")).to_be_visible()
     assert page.title() == "openblip2"
 
@@ -142,7 +142,7 @@ def test_what_is_wrong_is_said(page: Any, address: tuple[str, Path], tmp_path: P
     playwright.expect(page.locator("#about")).to_contain_text("stage2")
     page.set_input_files("#file", str(tmp_path / "no.png"))
     page.get_by_role("button", name="Describe it").click()
-    problem = page.locator("#describing").get_by_role("alert")  # beside the button
+    problem = page.locator("#describing").get_by_role("alert")  # the message is beside the button
     playwright.expect(problem).to_contain_text("is not a picture")
     page.set_input_files("#file", str(address[1] / "0.png"))
     page.get_by_role("button", name="Describe it").click()

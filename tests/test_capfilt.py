@@ -1,4 +1,4 @@
-"""CapFilt in one process: the pool, the ranking, the shards, and that the bytes never depend on who makes them."""
+"""CapFilt in one process: the pool, the ranking, the shards; its output does not depend on how it is divided."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(home: Path) -> Path:
-    """The set, made in one go."""
+    """The set, written by one uninterrupted run."""
     written = run(home, home / "whole")
     assert (written.shards, written.counts["pictures"], written.dead) == (3, 52, [])
     return home / "whole"
@@ -69,7 +69,7 @@ def test_the_best_are_kept() -> None:
 def test_each_picture_keeps_the_best_of_its_own_pool(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranker: str, how: How
 ) -> None:
-    """One picture and one text at a time; the pools are noted on the way."""
+    """The reference scores one picture and one text at a time; the pools are recorded during the run."""
     pools: list[list[Text]] = []
     monkeypatch.setattr(shard_module, "pool", lambda web, written: pools.append(pool(web, written)) or pools[-1])
     written = run(home, tmp_path / "out", how, ranker)
@@ -111,7 +111,7 @@ def _naive(model: Path, itm: bool):
         tokenizer = hf.AutoTokenizer.from_pretrained(model)
 
         def of_clip(image: bytes, text: str) -> float:
-            picture = open_picture(PictureFile(image, "")).resize((13, 8), 3).crop((2, 0, 10, 8))  # 20 x 12 px
+            picture = open_picture(PictureFile(image, "")).resize((13, 8), 3).crop((2, 0, 10, 8))  # from 20 x 12 px
             pixels = torch.tensor(np.array(picture)).permute(2, 0, 1)[None] / 255
             mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.3, 0.2, 0.25])
             pixels = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -128,7 +128,7 @@ def _naive(model: Path, itm: bool):
 
 
 def _cut(text: str) -> str:
-    """What is left of a text of the longest: here a word is a token, and two are no words."""
+    """The text, cut to the maximum length: here a word is one token, and two tokens are special."""
     return " ".join(text.split()[: tiny_capfilt.TOKENS - 2])
 
 
@@ -136,7 +136,7 @@ def test_other_seeds_and_shards_draw_other_captions(home: Path, whole: Path, tmp
     run(home, tmp_path / "other", How(captions=3, seed=1))
     texts = [{n: one.captions for n, one in samples_of(folder).items()} for folder in (whole, tmp_path / "other")]
     assert texts[0] != texts[1]
-    # The same pictures under another shard's name.
+    # The same pictures in a shard with another name.
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "00009.tar").write_bytes((home / "set" / "00000.tar").read_bytes())
     capfilt(str(tmp_path / "set"), tiny_capfilt.models(home), tmp_path / "renamed", HOW, QUIET)
@@ -154,7 +154,7 @@ def test_parts_in_any_order_and_again_make_the_same_bytes(home: Path, whole: Pat
     again = run(home, out)
     assert (again.shards, again.counts["pictures"]) == (3, 52)
     assert (out / "00000.tar").stat().st_mtime_ns == before
-    torch.manual_seed(77)  # torch's own random numbers play no part
+    torch.manual_seed(77)  # torch's own random state must have no effect
     (out / "00001.tar").unlink()  # as if the process had been killed before the shard got its name
     run(home, out)
     assert content(out) == content(whole)
@@ -215,8 +215,8 @@ def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -
         add("long.txt", b"word " * 200_000)
         add("./dot.jpg", samples[0].image)
         add("wide.jpg", samples[0].image)
-        add("wide.txt", b"a dog " * 10_000)  # within the limits of a caption, beyond those of every model
-    (folder / "00001.tar").write_bytes((home / "set" / "00002.tar").read_bytes()[:9000])  # cut off
+        add("wide.txt", b"a dog " * 10_000)  # within the limits of captions, but too long for every model
+    (folder / "00001.tar").write_bytes((home / "set" / "00002.tar").read_bytes()[:9000])  # truncated
     (folder / "00002.tar").mkdir()
     for ranker in ("stage1", "clip"):
         out = tmp_path / ranker

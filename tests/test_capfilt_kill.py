@@ -1,6 +1,6 @@
-"""CapFilt killed at any moment, and gone on with, writes what an undisturbed run writes.
+"""CapFilt that is killed at any moment and then continued writes the same files as an undisturbed run.
 
-OPENBLIP2_KILLS=200 asks for as many; where they fell is printed: pytest -m slow -s.
+OPENBLIP2_KILLS=200 sets the number of kills. `pytest -m slow -s` prints at which points they happened.
 """
 
 import os
@@ -38,14 +38,14 @@ def short_life(root: str, out: str, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the set made in one go, in `whole`."""
+    """A folder that also has the set of an uninterrupted run, in `whole`."""
     home = tiny_capfilt.build(tmp_path_factory.mktemp("capfilt"))
     run(home, home / "whole")
     return home
 
 
 def settled(out: Path) -> dict[str, bytes]:
-    """What is there, but for the drafts and locks of those that were killed."""
+    """All files of an output folder, except drafts and locks of killed processes."""
     return {name: body for name, body in content(out).items() if not name.endswith((".new", ".lock"))}
 
 

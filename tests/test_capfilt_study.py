@@ -1,4 +1,4 @@
-"""The study of CapFilt with tiny models: what each way is trained on."""
+"""The study of CapFilt with tiny models: the captions on which each variant is trained."""
 
 import json
 from dataclasses import replace
@@ -43,7 +43,7 @@ def test_the_web_has_wrong_captions_and_no_other_difference() -> None:
 
 
 def test_each_way_is_trained_on_its_captions(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(web.FILTERS, "itm", How(captions=1, filter="itm", threshold=0.0))  # untrained, it may drop all
+    monkeypatch.setitem(web.FILTERS, "itm", How(captions=1, filter="itm", threshold=0.0))  # untrained ITM may drop all
     given: dict[str, list[Record]] = {}
     real = frame.train_stage
 
@@ -73,7 +73,7 @@ def test_each_way_is_trained_on_its_captions(plan: Plan, tmp_path: Path, monkeyp
     text = (tmp_path / "ablation.md").read_text()
     assert text.startswith("# What is CapFilt worth?")
 
-    # Again: nothing is trained or captioned anew; with other steps of the captioner, all that hangs on it is.
+    # A second call repeats nothing. With another number of captioner steps, all that depends on it is repeated.
     given.clear()
     again = ablate("capfilt", tmp_path, plan, QUIET)
     assert not given

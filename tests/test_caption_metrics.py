@@ -1,6 +1,6 @@
-"""Caption scores against pycocoevalcap's own scorers, the formulas written out, and the tokens against the jar's.
+"""Caption scores are compared with pycocoevalcap's scorers and with the formulas, and tokens with those of the jar.
 
-The jar's answers are in tests/data/ptb_reference.json, so that most of this runs without Java.
+The jar's answers are in tests/data/ptb_reference.json, so that most of these tests run without Java.
 """
 
 import json
@@ -166,7 +166,7 @@ def grams(line: str, n: int) -> Counter[tuple[str, ...]]:
 
 
 def cider_d(tokens: Tokenised) -> list[float]:
-    """The paper's formula (Vedantam 2015, section 5): tf-idf cosines of 1- to 4-grams, clipped, with the Gaussian."""
+    """The formula (Vedantam 2015, section 5): tf-idf cosines of 1- to 4-grams, clipped, with the Gaussian factor."""
     pictures = len(tokens.captions)
     frequency = Counter(
         gram
@@ -180,7 +180,7 @@ def cider_d(tokens: Tokenised) -> list[float]:
     def one(caption: str, reference: str, n: int) -> float:
         ours, theirs = vector(caption, n), vector(reference, n)
         norms = math.hypot(*ours.values()) * math.hypot(*theirs.values())
-        # the reference counts length in pairs of words, not words
+        # the reference measures length in pairs of words, not in words
         apart = max(0, len(caption.split()) - 1) - max(0, len(reference.split()) - 1)
         dot = sum(min(ours[g], theirs[g]) * theirs[g] for g in ours.keys() & theirs.keys())
         return math.exp(-(apart**2) / (2 * 6**2)) * dot / norms if norms else 0.0
@@ -211,7 +211,7 @@ def test_nothing_said_scores_nothing_and_breaks_nothing(captions: list[str], ref
     for scores in found.samples.values():
         assert scores.shape == (len(captions),)
         assert np.isfinite(scores).all()
-    assert found.corpus["CIDEr-D"] == 0  # as with any one picture
+    assert found.corpus["CIDEr-D"] == 0  # as for any single picture, whose idf is 0
 
 
 @pytest.mark.usefixtures("scorers")
@@ -277,7 +277,7 @@ def test_meteor_of_a_caption_that_is_its_reference_is_1() -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a caption is generated: nothing else of the model or the pictures is needed for the message."""
+    """The error is raised before a caption is generated, so the test needs no model and no pictures."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     nothing: Any = None
     with pytest.raises(UserError, match=r"needs pycocoevalcap: pip install 'openblip2\[eval\]'"):

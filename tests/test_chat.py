@@ -1,4 +1,4 @@
-"""Talk about a picture: what stands in front of a question, what is left out, and what is looked at once."""
+"""Dialogues about a picture: the turns before a question, the turns that are left out, and what is encoded once."""
 
 import sys
 from io import BytesIO, StringIO, TextIOWrapper
@@ -27,7 +27,7 @@ from openblip2.presets import with_examples
 from tiny import Q
 
 FORM = "question: {} answer:"
-KINDS = ["gpt2", "llama", "t5"]  # the tiny OPT says the same about everything
+KINDS = ["gpt2", "llama", "t5"]  # the tiny OPT gives the same answer to everything
 SHORT = Decoding(max_new_tokens=6, beams=1)
 CHAT = """{% for turn in messages %}<s>{{ turn['role'] }} {{ turn['content'] }}</s>
 {% endfor %}{% if add_generation_prompt %}<s>turn {it}
@@ -47,7 +47,7 @@ def chatty() -> Any:
 def captioner(
     kind: str = "llama", template: str = PAPER_TEMPLATE, question: str = FORM, reads: bool = False
 ) -> Captioner:
-    """`reads`: its Q-Former reads questions."""
+    """A tiny captioner. `reads`: whether its Q-Former reads questions."""
     lm = (
         tiny_models.language(kind, template=template)
         if kind == "t5"
@@ -67,7 +67,7 @@ def picture(seed: int = 0) -> Image.Image:
 
 
 def prompts_of(model: Captioner, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Fills with every prompt that the language model is handed from now on."""
+    """A list that collects every prompt that the language model gets from now on."""
     seen: list[str] = []
     generate = model.model.language.generate
 
@@ -115,7 +115,7 @@ def test_plain_turns_are_parted_by_one_space_and_one_stop() -> None:
 @pytest.mark.parametrize("template", ["chat", FRAMED])
 @pytest.mark.parametrize("count", [0, 1, 3, 11])
 def test_chat_turns_are_the_tokenizers_own(template: str, count: int) -> None:
-    """The picture stands in the first user's turn; what is in front of the frame stays there."""
+    """The picture is in the first user turn, and text before the frame stays before it."""
     words = chatty()
     turns = [(f"{{}} <<{n}>> it", f" a {n}.") for n in range(count)]
     resolved = resolve_template(template, words)
@@ -139,7 +139,7 @@ def test_a_chat_template_for_one_turn_is_refused() -> None:
         dialogue([("a", "b")], "it", FORM, resolved, words)
 
 
-# The talk.
+# Dialogues.
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -203,7 +203,7 @@ def test_a_qformer_that_reads_questions_reads_each() -> None:
     assert not torch.allclose(soft[0], soft[2], atol=1e-3)
 
 
-# What fits.
+# The context limit.
 
 
 def test_context_is_the_models_or_the_tokenizers() -> None:
@@ -218,7 +218,7 @@ def test_context_is_the_models_or_the_tokenizers() -> None:
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("context", [None, 110])
 def test_the_oldest_turns_make_room(template: str, context: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a decoder with 120 places, that has its answer in them, too."""
+    """The decoder has a context of 120 tokens, which includes the answer."""
     model = captioner("llama", template)
     language = model.model.language
     language.llm.config.max_position_embeddings = 120
@@ -248,7 +248,7 @@ def test_an_encoder_decoder_writes_elsewhere() -> None:
     model = captioner("t5")
     model.model.language.tokenizer.model_max_length = Q + 6
     chat = Chat(model, picture(), Decoding(max_new_tokens=20, beams=1))
-    chat.ask("what is it")  # with question:, answer: and the end 6 tokens
+    chat.ask("what is it")  # 6 tokens, including question:, answer: and the end
     assert chat.prompt("is it red") == "question: is it red answer:"
     with pytest.raises(UserError, match=r"takes 7 tokens .*, but only 6 fit"):
         chat.ask("is it a dog")
@@ -256,7 +256,7 @@ def test_an_encoder_decoder_writes_elsewhere() -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_a_question_too_long_alone_is_refused(kind: str) -> None:
-    model = captioner(kind)  # 50 places: 5 for the picture, 6 for the answer; 3 tokens stand around the question
+    model = captioner(kind)  # context 50: 5 for the picture, 6 for the answer, 3 for the tokens around the question
     chat = Chat(model, picture(), SHORT)
     chat.ask(" ".join(["red"] * 36))
     assert chat.prompt("it") == "question: it answer:"
@@ -296,7 +296,7 @@ class Terminal(StringIO):
 def talk(
     model: Captioner, said: TextIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *more: str
 ) -> tuple[Any, str, str]:
-    """Exit code, what was printed, and what was complained about."""
+    """Runs the command and returns its exit code, standard output and standard error."""
     monkeypatch.setattr(use, "load_captioner", lambda run: model)
     monkeypatch.setattr(sys, "stdin", said)
     monkeypatch.setattr(sys, "argv", ["openblip2", "chat", "run", "dog.png", *more])

@@ -1,4 +1,4 @@
-"""The command line: the whole path from training to answers, and one line for whatever cannot be used."""
+"""The command line: the whole path from training to answers, and one-line errors for input that cannot be used."""
 
 import json
 import os
@@ -30,7 +30,7 @@ SOURCE = str(Path(openblip2.__file__).parents[1])
 
 
 class Said(NamedTuple):
-    """What a command answered."""
+    """The result of a command."""
 
     code: Any
     out: str
@@ -38,7 +38,7 @@ class Said(NamedTuple):
 
 
 def call(*arguments: object) -> Said:
-    """`openblip2 ARGUMENTS...` in this process."""
+    """Runs `openblip2 ARGUMENTS...` in this process."""
     out, err, code = StringIO(), StringIO(), 0
     with (
         patch.object(sys, "argv", ["openblip2", *map(str, arguments)]),
@@ -53,7 +53,7 @@ def call(*arguments: object) -> Said:
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A Python of its own, with this package on its path."""
+    """Runs Python in a new process, with this package on its path."""
     environment = {**os.environ, "PYTHONPATH": SOURCE, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("TRANSFORMERS_VERBOSITY", None)
     environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
@@ -89,7 +89,7 @@ class Home(NamedTuple):
         return ("train", stage, "--data", self.data, "--out", self.root / out, *options, *more)
 
     def broken(self, name: str, change: Callable[[Path], object], run: str = "stage2") -> Path:
-        """A copy of a run that `change` has been at."""
+        """A copy of a run that `change` has modified."""
         folder = self.root / name
         shutil.copytree(self.root / run, folder, dirs_exist_ok=True)
         change(folder)
@@ -229,7 +229,7 @@ def test_a_bad_picture_is_skipped_and_named(home: Home) -> None:
 def test_loading_says_nothing(home: Home) -> None:
     said = python("-m", "openblip2.cli", "caption", str(home.stage2), str(home.picture()), "--beams", "1")
     assert said.returncode == 0, said.stderr
-    assert said.stderr == ""  # no load report, no bar of weights, no warning
+    assert said.stderr == ""  # no load report, no progress bar, no warning
     assert said.stdout.startswith(f"{home.picture()}\t")
 
 
@@ -339,7 +339,7 @@ def test_stage_2_takes_encoder_and_qformer_from_its_start(home: Home) -> None:
     assert second["qformer"]["queries"] == first["qformer"]["queries"] == 5
 
 
-# What each command is given, and what its one line must say. `{}` is the folder of `home`.
+# The arguments of each command, and the texts in its one-line error. `{}` is the folder of `home`.
 Bad = tuple[Callable[[Home], tuple[object, ...]], tuple[str, ...]]
 
 SETTINGS: dict[str, Bad] = {

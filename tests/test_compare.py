@@ -1,4 +1,4 @@
-"""docs/compare.md: what is said of us exists, and what is said to be checked by a test is checked here, row by row."""
+"""docs/compare.md: what it says about openblip2 exists, and every row that names a test as its check is tested."""
 
 import re
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def generator(folder: Path, kind: str = "opt") -> Any:
 
 
 def asked(model: Any) -> dict[str, Any]:
-    """A picture and a prompt as transformers' BLIP-2 takes them."""
+    """A picture and a prompt in the input format of transformers' BLIP-2."""
     pixels = tiny_blip2.pixel_values(tiny_models.pictures(1))
     places = [tiny_blip2.IMAGE] * model.config.num_query_tokens
     tokens = torch.tensor([[*places, *tiny_models.ids("a| dog")]])
@@ -52,7 +52,7 @@ def scores_without_losses(folder: Path) -> None:
         assert found.loss is None
         assert found.logits_per_image.shape == (2, 2)
     heads = {name for name, part in model.named_children() if isinstance(part, torch.nn.Linear)}
-    assert heads == {"vision_projection", "text_projection", "itm_head"}  # none of ITG
+    assert heads == {"vision_projection", "text_projection", "itm_head"}  # no head for ITG
     assert all(parameter.numel() > 1 for parameter in model.parameters())  # no temperature
 
 
@@ -71,7 +71,7 @@ def one_form_of_image_encoder(folder: Path) -> None:
     model = generator(folder)
     assert type(model.vision_model) is hf.Blip2VisionModel
     model.config.vision_config = hf.CLIPVisionConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(AttributeError, match="CLIPVisionConfig"):  # of a setting that EVA-CLIP's alone has
+    with pytest.raises(AttributeError, match="CLIPVisionConfig"):  # a setting that only EVA-CLIP has
         hf.Blip2ForConditionalGeneration(model.config)
 
 
@@ -101,13 +101,13 @@ def adapters_and_bits(folder: Path) -> None:
     pytest.importorskip("peft")
     from peft import LoraConfig, inject_adapter_in_model
 
-    # By peft's own function: transformers' `add_adapter` may ask for a peft that is not published yet (5.24: 0.22).
+    # peft's own function, because transformers' `add_adapter` may require an unpublished peft (5.24: 0.22).
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), generator(folder))
     assert any("lora" in name for name, _ in model.named_parameters())
     assert hf.BitsAndBytesConfig(load_in_8bit=True).load_in_8bit
 
 
-# The row's name -> what holds what it says of transformers.
+# The row's name -> the check of its statement about transformers.
 HELD: dict[str, Callable[[Path], None]] = {
     "training stage 1: ITC, ITM, ITG": scores_without_losses,
     "training stage 2": a_loss_of_labels,

@@ -1,4 +1,4 @@
-"""The names of other libraries that are not documented: used in one file, and right for the installed versions."""
+"""Undocumented names of other libraries are used in one file only, and are correct for the installed versions."""
 
 import ast
 import logging
@@ -21,7 +21,7 @@ PRIVATE = re.compile(r"\._(is_stateful|keep_in_fp32_modules|dynamo|supports_\w+|
 
 
 def internal_imports(file: Path) -> list[str]:
-    """Modules of other libraries, outside their documented ones, that a file imports when it runs."""
+    """Undocumented modules of other libraries that a file imports at run time."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     typing_only = [
         node
@@ -49,7 +49,7 @@ def test_internal_names_are_in_one_file() -> None:
 
 @pytest.mark.parametrize("kind", tiny_models.MODELS)
 def test_the_cache_has_the_name_of_the_installed_version(kind: str) -> None:
-    """Given under that name and read from the output: without a warning, and without effect on the logits."""
+    """The cache is passed and returned under that name, without a warning and without effect on the logits."""
     llm = tiny_models.language(kind).llm
     name = compat.cache_name(llm)
     newer = tuple(map(int, hf.__version__.split(".")[:2])) >= (5, 24)

@@ -1,4 +1,4 @@
-"""Settings: strict, frozen, and with the paper's numbers in the paper's presets."""
+"""Settings are strict and frozen, and the paper's presets have the paper's numbers."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def test_old_names_of_settings_are_read_in_a_run_and_refused_in_a_command() -> N
     values["stage1"] |= {"one_sided": True, "matching_from": 7}
     found = from_dict(values)
     assert (found.stage1.detach_gathered, found.stage1.itm_start_step) == (True, 7)
-    assert values["stage1"]["matching_from"] == 7  # what was given is left as it was
+    assert values["stage1"]["matching_from"] == 7  # the input is not changed
     assert (
         refusal({"stage1.matching_from": 7}) == "setting 'stage1.matching_from' is now called 'stage1.itm_start_step'"
     )
@@ -62,7 +62,7 @@ def test_a_setting_that_is_gone_is_ignored_in_a_run_and_refused_in_a_command() -
         ("optim.betas", "[0.8, 0.95]", (0.8, 0.95)),
         ("train.steps", "7", 7),
         ("train.steps", "1e3", 1000),
-        ("data.source", "caf\udce9", "caf\udce9"),  # bytes of a file name that are no text
+        ("data.source", "caf\udce9", "caf\udce9"),  # a file name with bytes that are not text
         ("vision.layer", "-1", -1),
         ("vision.name", "google/siglip-base-patch16-224", "google/siglip-base-patch16-224"),
         ("data.augment", "false", False),
@@ -87,7 +87,7 @@ def test_text_is_read_as_its_fields_type(name: str, text: str, value: object) ->
     after = dataclasses.asdict(changed)
     section, _, field = name.partition(".")
     (after[section] if field else after)[field or section] = (before[section] if field else before)[field or section]
-    assert after == before  # nothing else has moved
+    assert after == before  # nothing else has changed
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_numbers_are_numbers_and_booleans_are_booleans() -> None:
         ("qformer.querys", "qformer.queries"),
         ("vison.name", "vision.name"),
         ("warmstart", "warm_start"),
-        ("vision", "vision.name"),  # a section is no setting
+        ("vision", "vision.name"),  # a section is not a setting
     ],
 )
 def test_a_misspelt_name_gets_a_suggestion(name: str, meant: str) -> None:
@@ -187,7 +187,7 @@ def test_unknown_and_missing_values_of_a_file() -> None:
     values["optim"]["momentum"] = 0.9
     with pytest.raises(UserError, match=r"optim\.momentum"):
         from_dict(values)
-    assert from_dict({}) == RunSettings()  # what a file leaves out has its default
+    assert from_dict({}) == RunSettings()  # missing settings have their defaults
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:

@@ -1,4 +1,4 @@
-"""Connectors of other papers: their tokens against plain versions, and each through training, loading and captions."""
+"""Connectors of other papers: comparison with plain versions, and training, loading and captioning with each."""
 
 import math
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_pooled_tokens_are_the_means_of_the_cells_row_by_row() -> None:
 
 
 def test_the_resampler_is_attention_of_queries_to_patches_and_queries() -> None:
-    """Against one layer written out for one head."""
+    """Compared with one layer with one head that is written out here."""
     resampler, patches = made("resampler", layers=1, heads=1), features(1)
     assert isinstance(resampler, Resampler)
     layer: Any = resampler.layers[0]
@@ -96,7 +96,7 @@ def test_the_resampler_is_attention_of_queries_to_patches_and_queries() -> None:
 
 
 def test_the_abstractor_sees_neighbours_before_it_pools() -> None:
-    """A patch changes the token of the next cell too, and with pooling alone it would change its own cell only."""
+    """A patch also changes the token of the next cell; with pooling alone, it changes only its own cell."""
     abstractor, patches = made("c_abstractor", grid=4, depth=1), features(1)
     assert isinstance(abstractor, CAbstractor)
     changed = patches.clone()

@@ -36,7 +36,7 @@ def test_tokens_that_only_look_special_are_split_and_words_are_not() -> None:
 @pytest.mark.parametrize("kind", ["opt", "llama", "t5"])
 def test_prompts_and_captions_have_none(kind: str) -> None:
     model: Any = language(kind)
-    own = model._head("", 2)  # what the template and an encoder's end bring
+    own = model._head("", 2)  # with the tokens of the template and an encoder's end
     found = model._head(EVIL, 2)
     assert sorted(one for one in found if one in CONTROL) == sorted(one for one in own if one in CONTROL)
     soft = tiny_models.soft_prompts(1)
@@ -44,7 +44,7 @@ def test_prompts_and_captions_have_none(kind: str) -> None:
         model.splits = False
     _, clean = model.scored(soft, [""], ["a dog cat"])
     _, cut = model.scored(soft, [""], ["a dog </s> cat"])
-    assert cut == clean + 2  # two pieces of plain text, "<" and "/s>", and still one end
+    assert cut == clean + 2  # two pieces of plain text, "<" and "/s>", and still one end token
     if kind != "t5":
         assert model._caption("", "a dog </s> cat").count(EOS) == 1
 
@@ -62,7 +62,7 @@ def test_a_dialogue_has_only_the_chat_templates_own() -> None:
     for one in (EOS, BOS):
         assert words(prompt)["input_ids"].count(one) == words(plain)["input_ids"].count(one) == 2
     model.template = template
-    assert model._head(prompt, 0).count(EOS) == 3  # the turns' own reach the language model
+    assert model._head(prompt, 0).count(EOS) == 3  # the chat template's own tokens reach the language model
     assert model._head(str(prompt), 0).count(EOS) == 1
 
 

@@ -1,4 +1,4 @@
-"""easy-VQA against all its official answers; stamps read, grouped and split, on stamps made here."""
+"""easy-VQA is compared with all its official answers; stamps that are made here are read, grouped and split."""
 
 import importlib.util
 import re
@@ -54,7 +54,7 @@ def test_easy_vqa_is_whole(split: tuple[str, list[Record]]) -> None:
 
 
 def test_easy_vqas_facts_agree_with_every_official_answer(split: tuple[str, list[Record]]) -> None:
-    # The facts are read from the pixels and the answers come from who drew them: 48,248 checks of each other.
+    # The facts are read from the pixels, and the answers come from the authors of the images: 48,248 cross-checks.
     for record in split[1]:
         assert record.facts is not None
         (thing,) = record.facts["objects"]
@@ -125,7 +125,7 @@ def disc(path: Path, colour: str, ground: str | None = None) -> None:
 
 
 def blots(seed: int) -> Image.Image:
-    """A picture like no other: random blots on a transparent ground."""
+    """A unique picture: random blots on a transparent background."""
     random = np.random.default_rng(seed)
     picture = Image.new("RGBA", (80, 60), (0, 0, 0, 0))
     draw = ImageDraw.Draw(picture)
@@ -148,7 +148,7 @@ NAMES = [f"animals/{a}{b}" for a in "abcdefghij" for b in "klmnopqrst"]
 
 @pytest.fixture
 def stamps(tmp_path: Path) -> Path:
-    """100 stamps without anything in common."""
+    """100 stamps that have nothing in common."""
     for i, name in enumerate(NAMES):
         stamp(tmp_path, name, blots(i), f"A {name[8:]}.")
     return tmp_path
@@ -174,7 +174,7 @@ def test_the_split_is_drawn_from_the_seed(stamps: Path) -> None:
     assert first == again
     assert first != other
     assert len(stamps_records(stamps, test_share=0.4).test) == 40
-    # A stamp more moves few of the others: the sides do not depend on how many there are.
+    # One more stamp moves few of the others, because the split does not depend on the number of stamps.
     stamp(stamps, "animals/zz", blots(999), "A zz.")
     assert len(by_id(stamps_records(stamps).test) ^ first) <= 2
 
@@ -206,7 +206,7 @@ def test_copies_of_a_picture_stay_on_one_side(copy: str, stamps: Path) -> None:
 
 
 def on_one_side(stamps: Path, pairs: list[tuple[str, str]]) -> None:
-    """Nothing but groups keeps 12 pairs together over 6 seeds: by chance one in 1e9."""
+    """Only groups keep 12 pairs together over 6 seeds: the probability by chance is below 1e-9."""
     for seed in range(6):
         train, test, _ = stamps_records(stamps, test_share=0.5, seed=seed)
         assert all((a in by_id(train)) == (b in by_id(train)) for a, b in pairs)
@@ -231,7 +231,7 @@ def test_what_cannot_be_read_is_skipped_and_named(stamps: Path) -> None:
     harmed[1].write_bytes(harmed[1].read_bytes()[:60])
     harmed[2].with_suffix(".txt").write_text("\nde.utf8=Etwas.\n")
     harmed[3].with_suffix(".txt").write_bytes(b"A caf\xe9.\n")
-    shutil.copy(stamps / f"{NAMES[4]}.png", stamps / f"{NAMES[4]}_mirror.png")  # part of a stamp, not one
+    shutil.copy(stamps / f"{NAMES[4]}.png", stamps / f"{NAMES[4]}_mirror.png")  # belongs to a stamp, is not one itself
     train, test, skipped = stamps_records(stamps)
     assert by_id(train) | by_id(test) == set(NAMES[4:])
     assert len(skipped) == 4
@@ -242,7 +242,7 @@ def test_what_cannot_be_read_is_skipped_and_named(stamps: Path) -> None:
 
 def test_a_huge_picture_is_not_decoded(stamps: Path) -> None:
     path = stamps / f"{NAMES[0]}.png"
-    Image.new("1", (20_000, 20_000)).save(path)  # 50 kilobytes that unfold to 1.2 gigabytes
+    Image.new("1", (20_000, 20_000)).save(path)  # 50 kilobytes that decode to 1.2 gigabytes
     assert path.stat().st_size < 100_000
     (line,) = stamps_records(stamps).skipped
     assert line.startswith(str(path))

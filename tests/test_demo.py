@@ -1,4 +1,4 @@
-"""The demo, whole: with tiny models in seconds, and (slow) with the real ones it ships with."""
+"""The whole demo: with tiny models in seconds, and (slow) with the real models that it uses."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ FEWER: dict[str, Any] = {"train_scenes": 24, "test_scenes": 8, "asked": 6, "rera
 
 
 def tiny(root: Path) -> dict[str, Any]:
-    """Settings of both stages with tiny models that are made in `root`."""
+    """The settings of both stages, with tiny models that are created in `root`."""
     tiny_runs.home(root)
     words = dict(word.split("=", 1) for word in tiny_runs.options(root)[1::2])
     return {stage: change(preset(stage, "laptop"), words) for stage in ("stage1", "stage2")}
@@ -66,7 +66,7 @@ def test_a_missing_plotting_library_is_said_before_anything_is_trained(
 
 @pytest.fixture
 def little_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where `openblip2 demo` trains tiny models on few pictures, whatever its options say of world and seed."""
+    """The folder in which `openblip2 demo` trains tiny models on few pictures, for any world and seed."""
     import openblip2.apps.demo as module
 
     models = tiny(tmp_path)

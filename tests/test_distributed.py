@@ -1,7 +1,7 @@
-"""Several processes are one process with the joined batch: how many there are changes neither losses nor gradients.
+"""Several processes compute the same losses and gradients as one process with the joined batch.
 
-However the batch is shared out among them: here unevenly, one of four processes has nothing. Dropout is 0: each process
-has masks of its own, which one process with the joined batch would draw otherwise.
+This holds for any division of the batch. Here it is uneven, and one of four processes has no rows. Dropout is 0,
+because each process draws its own masks, which differ from those of one process with the joined batch.
 """
 
 from pathlib import Path
@@ -24,10 +24,10 @@ from tiny import E
 
 COUNTS = {2: (5, 3), 4: (3, 0, 4, 1)}
 IDS = torch.tensor([5, 3, 5, 8, 2, 3, 11, 5])  # 5 and 3 have captions in several processes
-# Negatives of other ids, mostly of another process, 1 and 6 several times; one is missing of each kind.
+# Negatives have other ids and are mostly in another process; 1 and 6 occur several times; each kind lacks one.
 NEGATIVES = HardNegatives(torch.tensor([1, 6, 4, -1, 3, 6, 1, 6]), torch.tensor([6, 2, 6, 1, 0, -1, 1, 3]))
 
-# What must not depend on the number of processes: arguments of `gradients`.
+# Arguments of `gradients` for which the result must not depend on the number of processes.
 CASES: dict[str, dict[str, Any]] = {
     "given": {},
     "found": {"found": True},
@@ -60,12 +60,12 @@ def gradients(
     decorrelation: float = 0.0,
     objectives: tuple[str, ...] = ("itc", "itm", "itg"),
 ) -> Found:
-    """Losses and gradients, means over processes, of some rows of the joined batch."""
+    """Losses and gradients of some rows of the joined batch, as means over processes."""
     model = tiny.stage1(detach_gathered, 0.0, decorrelation=decorrelation).train()
     tokens, valid = (part[own] for part in tiny.texts())
     longest = max(3, int(valid.sum(dim=1).max())) if len(valid) else 4  # each process pads to its own longest text
     features = tiny.features()[own].requires_grad_(encoder_trains)
-    torch.manual_seed(rank())  # of no consequence
+    torch.manual_seed(rank())  # must have no effect
     losses = step_losses(model, chunk)(
         tokens[:, :longest],
         valid[:, :longest],
@@ -85,7 +85,7 @@ def gradients(
 
 
 def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
-    """All that is tried in one process."""
+    """Everything that is tested in one process."""
     own = Share(counts, process).own
     assert (world_size(), rank()) == (len(counts), process)
     check_share(process, counts)
@@ -116,7 +116,7 @@ def check_gather(process: int, counts: tuple[int, ...]) -> None:
     mine = everything[shared.own].clone().requires_grad_()
     gathered = gather(mine, shared)
     assert torch.equal(gathered, everything)
-    # Each process wants something else of a row; the row's owner gets the sum.
+    # Each process has a different gradient for a row, and the row's owner gets the sum.
     (gathered * everything * (process + 1)).sum().backward()
     assert mine.grad is not None
     assert torch.equal(mine.grad, everything[shared.own] * sum(range(1, len(counts) + 1)))
@@ -154,7 +154,7 @@ def test_processes_are_one_with_the_joined_batch(results: list[dict[str, Any]], 
 
 
 def test_both_directions_differ(results: list[dict[str, Any]]) -> None:
-    """The setting is no other name for the same thing, in several processes either."""
+    """The setting changes gradients but not losses, also in several processes."""
     full, half = results[0]["given"], results[0]["detached"]
     torch.testing.assert_close(full[0]["itc"], half[0]["itc"])
     assert (full[1]["vision_proj.weight"] - half[1]["vision_proj.weight"]).abs().max() > 1e-3

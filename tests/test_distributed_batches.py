@@ -1,4 +1,4 @@
-"""The parts of a joined batch: disjoint, together the batch of one process, each sample drawn and cropped alike."""
+"""The parts of a joined batch are disjoint and together equal the batch of one process, with the same crops."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
 
 
 class Stored:
-    """Features that say which picture and which view they are of: `[B, 1, 2]`."""
+    """Features that contain the numbers of their picture and view: `[B, 1, 2]`."""
 
     views = VIEWS
 
@@ -57,7 +57,7 @@ def make(kind: str, records: list[Record], batch: int, part: tuple[int, int], sa
 
 
 def rows_of(batch: PairBatch) -> list[str]:
-    """Each pair as one text: all that it is made of."""
+    """Each pair as one text that contains all its parts."""
     seen = batch.images if batch.images is not None else batch.features
     assert seen is not None
     assert batch.names is not None
@@ -74,7 +74,7 @@ def test_the_parts_are_the_batch(records: list[Record], kind: str, world: int) -
     whole = make(kind, records, batch, (0, 1), [])
     parts = [make(kind, records, batch, (place, world), said) for place in range(world)]
     empty = 0
-    for number in (0, 1, 5, 2):  # out of order, too: a batch is a function of its number
+    for number in (0, 1, 5, 2):  # also out of order, because a batch depends only on its number
         expected = rows_of(whole(number))
         found = [rows_of(part(number)) for part in parts]
         assert list(itertools.chain(*found)) == expected
@@ -83,11 +83,11 @@ def test_the_parts_are_the_batch(records: list[Record], kind: str, world: int) -
         if kind != "images":
             assert {len(rows) for rows in found} <= {batch // world, batch // world + 1}
     assert bool(said) == (kind == "images")
-    assert (empty > 0) == (world == 8)  # a process may have nothing at all, and its batch then says so
+    assert (empty > 0) == (world == 8)  # a process may have no rows, and then its batch is empty
 
 
 def test_a_bad_picture_changes_nothing_for_the_others(records: list[Record], tmp_path: Path) -> None:
-    """Neither their crops nor their captions depend on whether another one could be opened."""
+    """Their crops and captions do not depend on whether another picture can be opened."""
     mended = list(records)
     for n in (3, 7):
         path = tmp_path / f"{n}.png"

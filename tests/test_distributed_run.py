@@ -1,4 +1,4 @@
-"""The command line under torchrun and accelerate launch, and processes that fail: runs of minutes."""
+"""The command line under torchrun and accelerate launch, and processes that fail. These tests take minutes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import tiny_runs
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 400  # a machine may be busy
+SECONDS = 400  # long, because a machine may be busy
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "openblip2"]
 ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "openblip2"]
@@ -52,7 +52,7 @@ def assert_same_log(one: Path, other: Path) -> None:
     first, second = (
         [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, other)
     )
-    assert len(first) == len(second) == 5  # three steps, two looks
+    assert len(first) == len(second) == 5  # three steps, two validations
     for mine, theirs in zip(first, second, strict=True):
         mine, theirs = mine.get("validation", mine), theirs.get("validation", theirs)
         assert mine.keys() == theirs.keys()
@@ -61,13 +61,13 @@ def assert_same_log(one: Path, other: Path) -> None:
 
 
 def names_in(run: Path) -> list[str]:
-    """All files, but for the random part in the name of the features' file."""
+    """The names of all files, without the random part of the feature file's name."""
     return sorted(re.sub(r"-\w{32}", "", str(path.relative_to(run))) for path in run.rglob("*"))
 
 
 @pytest.fixture(scope="module")
 def stage1(home: Path) -> Path:
-    """One process' run."""
+    """A run that one process has trained."""
     said = train(home, ALONE, "stage1", home / "one", "--set", "stage1.itm_start_step=0", "--set", "data.augment=true")
     assert said.returncode == 0, said.stderr
     return home / "one"
@@ -134,7 +134,7 @@ except UserError as error:
 
 
 def together(how: str) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of two processes that no launcher looks after."""
+    """Exit code, output and errors of two processes that are started without a launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

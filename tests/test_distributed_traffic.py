@@ -1,4 +1,4 @@
-"""What travels for hard negatives: the features that are wanted, each once to each process, and nothing else."""
+"""The data sent for hard negatives: only the features that are needed, each once to each process."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ WORLD, EACH = 16, 16
 
 
 def wanted_at_random(counts: tuple[int, ...], seed: int, spread: float) -> list[list[int]]:
-    """Hard negative images of the joined batch, by process; the larger the spread, the more want the same few."""
+    """Hard negative images of the joined batch, by process. With a larger spread, more rows need the same few."""
     count = sum(counts)
     torch.manual_seed(seed)
     likely = spread * torch.randn(count)
@@ -30,7 +30,7 @@ def wanted_at_random(counts: tuple[int, ...], seed: int, spread: float) -> list[
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 5.0])
 def test_at_most_an_eighth_of_gathering(spread: float) -> None:
-    """16 processes of 16 pairs, ViT-g: bytes that each receives, and that all send together."""
+    """16 processes with 16 pairs each, ViT-g: the bytes that each process receives, and that all send together."""
     counts = (EACH,) * WORLD
     gathered = (WORLD - 1) * EACH * P * V * BYTES
     assert gathered == 173_690_880
@@ -42,24 +42,24 @@ def test_at_most_an_eighth_of_gathering(spread: float) -> None:
         assert max(received) <= gathered / 8
         assert sum(sum(route.sends) for route in routes) == sum(sum(route.receives) for route in routes)
     keys_and_values = CROSSING * 2 * WIDTH
-    assert keys_and_values / V > 6.5  # what a patch would take instead, and as much again for the gradient's way back
+    assert keys_and_values / V > 6.5  # the cost if keys and values were sent, and the same again for gradients
 
 
 def test_a_route() -> None:
     """Three processes with rows 0-2, 3, and 4-6 of the joined batch."""
     counts, wanted = (3, 1, 3), [[4, -1, 4], [0], [5, 3, 0]]
     first, second, third = (plan_route(wanted, Share(counts, place)) for place in range(3))
-    assert first.places == (3, -1, 3)  # what is wanted twice stands there once
+    assert first.places == (3, -1, 3)  # a row that is wanted twice is fetched once
     assert (first.sent, first.sends, first.receives) == ((0, 0), (0, 1, 1), (0, 0, 1))
     assert (second.sent, second.sends, second.receives) == ((0,), (0, 0, 1), (1, 0, 0))
-    assert third.places == (1, 4, 3)  # its own row 5; row 3, behind row 0, after its three own
+    assert third.places == (1, 4, 3)  # own row 5 at 1; rows 3 and 0, fetched in the order 0, 3, after three own rows
     assert (third.sent, third.sends, third.receives) == ((0,), (1, 0, 0), (1, 1, 0))
     assert not first.idle
     assert plan_route([[1, -1, 0], [3], [4, 4, 4]], Share(counts, 1)).idle
 
 
 def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
-    """Fetches, counts the bytes that are handed to gloo, and goes back."""
+    """Fetches rows, counts the bytes that are passed to gloo, and runs the backward pass."""
     shared, sent = Share(counts, process), []
     wanted = wanted_at_random(counts, 2, 1.0)
     route = plan_route(wanted, shared)
@@ -77,7 +77,7 @@ def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
         forth = list(sent)
         (at_hand * (process + 1)).sum().backward()
         frozen = rows.detach().half()
-        mine = torch.tensor(wanted[process], dtype=torch.int64)  # of nothing it would be float
+        mine = torch.tensor(wanted[process], dtype=torch.int64)  # without dtype, an empty list gives float
         rivals = HardNegatives(mine, mine)
         tokens = torch.full((len(rows), 4 + process), process)
         texts = Share(counts, process, (), (4 + len(counts) - 1,))
@@ -108,6 +108,6 @@ def test_what_is_fetched(tmp_path: Path) -> None:
         assert result["lengths"] == [4 + owner[row] for row in result["wanted"]]
         for row in result["wanted"]:
             weights[row] += process + 1
-    # A row's gradient is the sum of what all who fetched it ask of it.
+    # A row's gradient is the sum of the gradients from all processes that fetched it.
     gradient = torch.cat([result["gradient"] for result in results])
     assert torch.equal(gradient, weights[:, None, None].expand(-1, 2, 3))

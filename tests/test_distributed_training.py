@@ -1,4 +1,4 @@
-"""Training in several processes: DDP and FSDP2 take the steps of one process, and gradients travel once a step."""
+"""Training in several processes: DDP and FSDP2 make the same steps as one process, and send gradients once per step."""
 
 from collections import Counter
 from pathlib import Path
@@ -32,7 +32,7 @@ from openblip2.train.optim import adamw
 from processes import run
 
 COUNTS = {2: (5, 3), 4: (3, 0, 4, 1)}
-BATCHES, STEPS = 2, 2  # batches to a step
+BATCHES, STEPS = 2, 2  # batches per step, and steps
 CAPTIONS = ["a red dog", "the blue bus sits on grass", "two small cat", "a bird", "it", "no tree is", "yes it is on"]
 CAPTIONS += ["what is it on the grass"]
 PROMPTS = ["", "a photo of", "question: what is it answer:", "the"] * 2
@@ -82,7 +82,7 @@ def trained(
     itm_from: int = 0,
     recomputed: bool = False,
 ) -> dict[str, Any]:
-    """Losses, gradient norms and last weights of two steps of two batches, of some rows of each batch."""
+    """Losses, gradient norms and final weights of two steps of two batches each, for some rows of each batch."""
     model = model_of(stage, encoder_trains)
     if recomputed:
         assert isinstance(model, Stage2)
@@ -119,7 +119,7 @@ def trained(
         if step == 0:
             grads = {name: full_tensor(p.grad).clone() for name, p in parameters.items() if p.grad is not None}
         norm = clip_gradients(parameters.values(), 0.5)
-        assert norm > 0.5  # so that it is clipped
+        assert norm > 0.5  # large enough to be clipped
         seen.append([*(parts / world_size()).tolist(), norm])
         optimizer.step()
         optimizer.zero_grad()
@@ -137,7 +137,7 @@ def work(process: int, counts: tuple[int, ...]) -> dict[str, Any]:
 
 
 def messages(own: slice) -> list[dict[str, int]]:
-    """How often gradients travel in each of three batches of one step."""
+    """How often gradients are sent in each of the three batches of one step."""
     model = model_of("opt", False)
     calls: Counter[str] = Counter()
 
@@ -148,7 +148,7 @@ def messages(own: slice) -> list[dict[str, int]]:
     together = DataParallelLosses(model, losses)
     assert together.ddp is not None
 
-    def hook(state, bucket):  # torch refuses every annotation but its own private one
+    def hook(state, bucket):  # torch refuses all annotations except its own private one
         calls["gradients"] += 1
         return allreduce_hook(dist.distributed_c10d._get_default_group(), bucket)
 
@@ -177,7 +177,7 @@ def test_steps_are_those_of_one_process(results: list[dict[str, Any]], case: str
     expected = _expected[case]
     assert not expected["pieces"]
     for result in results:
-        # Of the tiny T5 one process differs from itself by 4e-6 when it computes in chunks; of OPT by 6e-7.
+        # In one process, computing in chunks changes the results of the tiny T5 by 4e-6, and those of OPT by 6e-7.
         tolerance = 2e-5 if "t5" in case else 1e-5
         tiny.assert_same_gradients(result[case]["gradients"], expected["gradients"], tolerance)
         torch.testing.assert_close(result[case]["steps"][0], expected["steps"][0], rtol=1e-5, atol=1e-5)
@@ -185,9 +185,9 @@ def test_steps_are_those_of_one_process(results: list[dict[str, Any]], case: str
         for name, weight in expected["weights"].items():
             if name.endswith(
                 "key.bias"
-            ):  # softmax ignores it: its gradient is rounding, but Adam moves it a whole step
+            ):  # softmax ignores it: its gradient is only rounding error, but Adam makes a full step
                 continue
-            # What has hardly a gradient is moved by Adam as far as all else, and which way rounding says.
+            # Adam moves weights with almost no gradient as far as others, in a direction that depends on rounding.
             torch.testing.assert_close(result[case]["weights"][name], weight, rtol=0, atol=2.1e-5, msg=name)
             assert torch.equal(result[case]["weights"][name], results[0][case]["weights"][name])
         assert bool(result[case]["pieces"]) == ("fsdp2" in case)
@@ -201,7 +201,7 @@ def test_the_same_again(results: list[dict[str, Any]]) -> None:
 
 
 def test_what_lies_in_pieces(results: list[dict[str, Any]]) -> None:
-    """All layers of the large parts, the frozen and the trained; of Q-Former, heads and embeddings nothing."""
+    """All layers of the large parts are sharded, frozen or trained. The Q-Former, heads and embeddings are not."""
     pieces = results[0]["stage 1, encoder trains, fsdp2"]["pieces"]
     assert pieces
     assert all(name.startswith("vision.") and ".layer" in name for name in pieces)

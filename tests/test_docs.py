@@ -1,4 +1,4 @@
-"""What the documents say is true of this tree."""
+"""The statements in the documents agree with the code."""
 
 import ast
 import importlib
@@ -60,7 +60,7 @@ def blocks(document: Path, language: str) -> list[str]:
 
 def test_snippets_run(capsys: pytest.CaptureFixture[str]) -> None:
     (trained,) = blocks(ROOT / "README.md", "python")
-    compile(trained, "README.md", "exec")  # it needs the demo's runs
+    compile(trained, "README.md", "exec")  # not run, because it needs the demo's runs
     (untrained,) = blocks(ROOT / "docs" / "api.md", "python")
     exec(compile(untrained, "api.md", "exec"), {})
     assert set(re.findall(r"'(\w+)': ", capsys.readouterr().out)) == {"itc", "itm", "itg"}
@@ -116,7 +116,7 @@ def test_commands_of_the_documents_exist_with_their_options() -> None:
 
 
 def test_settings_named_in_the_documents_exist() -> None:
-    known = {*_names(RunSettings), *REMOVED}  # docs/decisions.md also says what is gone
+    known = {*_names(RunSettings), *REMOVED}  # docs/decisions.md also names removed settings
     one_of = "|".join({name.split(".")[0] for name in known if "." in name})
     for document in DOCUMENTS:
         for name in re.findall(rf"(?<!openblip2\.)\b((?:{one_of})\.[a-z_]+)\b(?!\()", document.read_text("utf-8")):
@@ -161,7 +161,7 @@ def test_public_names_can_be_used() -> None:
 
 
 def test_texts_that_the_docs_search_for_are_in_the_test_set() -> None:
-    """Of the demo: no noun has a colour there that it has in training."""
+    """The test set is that of the demo, in which no noun has a colour that it has in training."""
     text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/serving.md"))
     queries = re.findall(r'^(?:\$ )?openblip2 search \S+ "(.+?)"', text, re.MULTILINE)
     queries += re.findall(r'^(?:\$ )?openblip2 rank \S+ "(.+?)"', text, re.MULTILINE)

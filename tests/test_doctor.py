@@ -1,4 +1,4 @@
-"""The doctor: levels in closed form, and what it finds in logs that were made ill on purpose."""
+"""`openblip2 doctor`: reference losses in closed form, and its findings in logs with deliberate faults."""
 
 import importlib.util
 import json
@@ -22,7 +22,7 @@ from openblip2.runs import write_config
 
 @pytest.mark.parametrize(("choices", "smoothing"), [(32, 0.1), (1024, 0.1), (30523, 0.1), (7, 0.5), (5, 0.0), (1, 0.1)])
 def test_floors_are_what_a_perfect_model_has(choices: int, smoothing: float) -> None:
-    """Against the loss itself, its logits the very targets' logarithms."""
+    """Compared with the loss of logits that are the logarithms of the targets."""
     target = torch.full((choices,), smoothing / choices, dtype=torch.float64)
     target[0] += 1 - smoothing
     logits = target.clamp(min=1e-300).log()[None]
@@ -31,7 +31,7 @@ def test_floors_are_what_a_perfect_model_has(choices: int, smoothing: float) -> 
 
 
 def test_the_loss_of_itm_without_knowledge() -> None:
-    """One match in three: the loss of saying a third each time."""
+    """One pair in three is a match, and the model always predicts a probability of 1/3."""
     pairs = torch.tensor([1, 0, 0])
     logits = torch.tensor([[2.0, 1.0]]).log().expand(3, 2)
     assert pytest.approx(float(F.cross_entropy(logits, pairs)), abs=1e-6) == ITM_CHANCE
@@ -145,7 +145,7 @@ def test_queries_used_is_e_to_the_entropy() -> None:
 def test_easy_negatives_are_the_next_pictures_texts() -> None:
     model = tiny.stage1()
     features, (tokens, valid) = tiny.features(), tiny.texts()
-    ids = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])  # the first two are one picture: no negatives of each other
+    ids = torch.tensor([0, 0, 1, 2, 3, 4, 5, 6])  # the first two are one picture, so not negatives of each other
     with torch.no_grad():
         right, count = easy_hits(model, features, tokens, valid, ids)
         expected = 0
@@ -166,7 +166,7 @@ def test_a_page_runs_nothing_that_a_log_or_a_name_says(tmp_path: Path) -> None:
     write_findings(tmp_path / "page.html", evil, settings(), log(itc=1.0), found)
     page = (tmp_path / "page.html").read_text()
     assert "<img src=x" not in page
-    assert page.count("&lt;img src=x") == 5  # title, heading, finding, what is seen, advice
+    assert page.count("&lt;img src=x") == 5  # title, heading, finding, observation, advice
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a run that has begun" in str(refused.exception)
     rows = [*log(itc=math.log(32), itm=0.3, itg=1.5), look(itc=3.4)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (run / "log.jsonl").write_text(text + '{"step": 101, "lo')  # it is running
+    (run / "log.jsonl").write_text(text + '{"step": 101, "lo')  # as if the run were still running
     done = CliRunner().invoke(app, ["doctor", str(run), "--out", str(tmp_path / "out" / "page.html")])
     assert done.exit_code == 0, done.output
     assert "BAD   ITC: 3.466, no better than guessing (3.47)" in done.output

@@ -1,13 +1,13 @@
-"""openblip2: give any language model eyes. BLIP-2 (Li et al., 2023), both stages, any encoder, any language model.
+"""openblip2: BLIP-2 (Li et al., 2023) with both training stages, for any image encoder and any language model.
 
-Shapes are written with one legend everywhere:
+All shapes in this package use these letters:
 
-    B images or pairs here     G over all processes     S image side in px
-    P patch tokens             V image encoder width    Q queries
-    T text tokens              D Q-Former width         E shared image-text space
-    L language model width     W vocabulary             N rows of anything else
+    B images or pairs of this process   G those of all processes   S image side in pixels
+    P patch tokens                      V image encoder width      Q queries
+    T text tokens                       D Q-Former width           E shared image-text space
+    L language model width              W vocabulary               N rows of any other kind
 
-Nothing heavy is imported until a name below is used.
+PyTorch and other large libraries are imported only when a name below is first used.
 """
 
 import importlib

@@ -27,7 +27,7 @@ from openblip2.commands.shared import be_quiet
 from openblip2.commands.use import answer, attend, caption, chat, rank
 from openblip2.errors import Stopped, UserError
 
-NO_ROOM = (ENOSPC, EDQUOT, EFBIG, EROFS)  # of the system's errors
+NO_ROOM = (ENOSPC, EDQUOT, EFBIG, EROFS)  # errors of a full or read-only disk
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -53,7 +53,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(**given: Any) -> None:
         before = signal.getsignal(signal.SIGTERM)
-        # Several processes wait for each other where no handler of Python's would run.
+        # Only for a single process: Python would not run the handler while processes wait for each other.
         alone = threading.current_thread() is threading.main_thread() and os.environ.get("WORLD_SIZE", "1") == "1"
         try:
             if alone:
@@ -100,12 +100,12 @@ def main() -> None:
     """The `openblip2` command: what a user handed in wrongly becomes one line and exit code 2."""
     import warnings
 
-    # A bomb-sized picture is refused by its header; Pillow's own warning would only stand before that line.
+    # Images with too many pixels are refused; Pillow's own warning would only be printed before our message.
     warnings.filterwarnings("ignore", message="Image size .* could be decompression bomb")
-    # These are for developers of other libraries' callers; tests still show them.
+    # FutureWarnings are for developers, not for users; the tests still show them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app(prog_name="openblip2")  # also of `python -m openblip2`
+        app(prog_name="openblip2")  # also for `python -m openblip2`
     except UserError as error:
         print(f"openblip2: {error}", file=sys.stderr)
         sys.exit(2)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__version__ = "0.1.0"  # of this package; here because modules that note it must not import `openblip2` itself
+__version__ = "0.1.0"  # of this package; here because modules that record it must not import `openblip2` itself
 
 log = logging.getLogger("openblip2")
 
@@ -25,7 +25,7 @@ log = logging.getLogger("openblip2")
 # their outputs. The old argument still works there, with a FutureWarning, until 5.40.
 CACHE_NAMES = ("cache", "past_key_values")
 
-# peft (0.18 to 0.21): in an adapted layer the original one is `base_layer`, and adapters have these name parts.
+# peft (0.18 to 0.21): an adapted layer has the original layer as `base_layer`; names of adapters contain these parts.
 LORA_BASE = ".base_layer."
 LORA_PARTS = ".lora_"
 LORA_FIRST = ".lora_A."
@@ -47,15 +47,15 @@ def cache_of(output: Mapping[str, Any]) -> Any:
 
 
 def is_stateful(llm: "PreTrainedModel") -> bool:
-    """Whether a language model keeps recurrent states (Mamba, RecurrentGemma, ...): private in transformers 5.x."""
+    """Whether a language model has recurrent states, as Mamba or RecurrentGemma (private in transformers 5.x)."""
     return llm._is_stateful
 
 
 def cache_classes() -> Any:
-    """The module of transformers with the cache and its layers.
+    """The module of transformers that defines the key-value cache and its layers.
 
-    Used of it: `DynamicCache`, `EncoderDecoderCache`, `DynamicLayer`, `DynamicSlidingWindowLayer`; of a cache `layers`,
-    `batch_repeat_interleave` and `batch_select_indices`; of a layer `keys`, `values`, `update`, `reorder_cache` and
+    We use `DynamicCache`, `EncoderDecoderCache`, `DynamicLayer` and `DynamicSlidingWindowLayer`; in a cache, `layers`,
+    `batch_repeat_interleave` and `batch_select_indices`; in a layer, `keys`, `values`, `update`, `reorder_cache` and
     `lazy_initialization`. The layers appeared in transformers 4.56 and are not documented.
     """
     from transformers import cache_utils
@@ -64,10 +64,10 @@ def cache_classes() -> Any:
 
 
 def set_attention(model: "PreTrainedModel") -> None:
-    """On a CPU, lets a model whose attention is torch's take `hardware.plain_attention` where that takes less time.
+    """On a CPU, makes a model with PyTorch's attention use `hardware.plain_attention` where it is faster.
 
-    `AttentionInterface` is documented; `_attn_implementation` and what an attention function is given are not. A model
-    that does not use the interface keeps its own attention.
+    `AttentionInterface` is documented; `_attn_implementation` and the arguments of an attention function are not. A
+    model that does not support the interface keeps its own attention.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations import sdpa_attention
@@ -80,8 +80,8 @@ def set_attention(model: "PreTrainedModel") -> None:
             return sdpa_attention.sdpa_attention_forward(module, query, key, value, attention_mask, **given)
         causal = given.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        causal = bool(causal) and attention_mask is None and query.shape[2] > 1  # as transformers decides it
-        if (bias := given.get("position_bias")) is not None:  # T5's, since 5.24
+        causal = bool(causal) and attention_mask is None and query.shape[2] > 1  # same condition as in transformers
+        if (bias := given.get("position_bias")) is not None:  # T5 passes it since 5.24
             attention_mask, causal = (
                 sdpa_attention.create_position_bias_mask(bias, attention_mask, causal, query, key),
                 False,
@@ -99,7 +99,7 @@ def set_attention(model: "PreTrainedModel") -> None:
 
 
 def checkpointable_layers(model: "PreTrainedModel") -> list[Any]:
-    """The layers that transformers marks as fit for activation checkpointing (the marker class: since 4.53)."""
+    """The layers that support activation checkpointing in transformers (their base class exists since 4.53)."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
@@ -109,10 +109,10 @@ def keep_first_stages(config: Any, layers: int) -> None:
     """Removes the names of removed layers from the configuration of an encoder that is also a backbone.
 
     Args:
-        config: of the encoder, changed in place.
+        config: configuration of the encoder, changed in place.
         layers: number of layers that are kept.
     """
-    from transformers.backbone_utils import BackboneConfigMixin  # since 5.0; before in `utils.backbone_utils`
+    from transformers.backbone_utils import BackboneConfigMixin  # since 5.0; `utils.backbone_utils` before
 
     if issubclass(type(config), BackboneConfigMixin):
         config.stage_names = config.stage_names[: layers + 1]
@@ -123,37 +123,37 @@ def kept_in_fp32(model: "PreTrainedModel", half: bool) -> set[str]:
     """Names of the modules that transformers keeps in fp32 when it loads a model in lower precision.
 
     Args:
-        half: True for fp16, for which more modules are kept than for bf16.
+        half: True for fp16, for which more modules stay in fp32 than for bf16.
     """
     kept = set(model._keep_in_fp32_modules_strict or ())
     return kept | set(model._keep_in_fp32_modules or ()) if half else kept
 
 
 def unlimited_length() -> int:
-    """What `tokenizer.model_max_length` is at least where a tokenizer has no limit."""
+    """The smallest value of `tokenizer.model_max_length` that means that the tokenizer has no limit."""
     from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
     return VERY_LARGE_INTEGER
 
 
 def lora_layers(module: "nn.Module") -> list[tuple[str, Any]]:
-    """Name and layer of everything in a module that has a LoRA adapter."""
+    """The names and modules of all layers in a module that have a LoRA adapter."""
     from peft.tuners.lora import LoraLayer
 
     return [(name, layer) for name, layer in module.named_modules() if isinstance(layer, LoraLayer)]
 
 
 def forget_adapters(module: "nn.Module") -> None:
-    """Removes the attribute in which peft notes a module's adapters."""
+    """Removes the attribute in which peft stores the configurations of a module's adapters."""
     for part in module.modules():
         vars(part).pop("peft_config", None)
 
 
 def keep_4bit_gradients(llm: "PreTrainedModel") -> None:
-    """Keeps 4-bit layers in the form that has a backward pass.
+    """Keeps 4-bit layers in the format that supports a backward pass.
 
     On CPUs with bf16 instructions a layer of bitsandbytes (since 0.49) repacks its weights for inference in the first
-    pass without gradients. After that no gradient passes through it, and nothing says so.
+    pass without gradients. After that, no gradient passes through the layer, and there is no warning.
     """
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -163,7 +163,7 @@ def keep_4bit_gradients(llm: "PreTrainedModel") -> None:
 
 
 def allow_recompiles(count: int) -> None:
-    """Lets torch.compile keep so many compiled forms of one function (`recompile_limit`: so named since torch 2.6)."""
+    """Lets torch.compile keep `count` compiled versions of a function (the name `recompile_limit`: since torch 2.6)."""
     import torch
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
@@ -173,7 +173,7 @@ def versions_out_of_range(requirements: Iterable[str]) -> list[str]:
     """One sentence for each installed package whose version is outside its range.
 
     Args:
-        requirements: as in `pyproject.toml`, "transformers>=5.17,<6" for one, with or without a marker.
+        requirements: as in `pyproject.toml`, for example "transformers>=5.17,<6", with or without a marker.
     """
     from packaging.requirements import Requirement
 
@@ -181,7 +181,7 @@ def versions_out_of_range(requirements: Iterable[str]) -> list[str]:
     for requirement in map(Requirement, requirements):
         try:
             installed = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:  # of an extra that is not installed
+        except metadata.PackageNotFoundError:  # it belongs to an extra that is not installed
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             found[requirement.name] = f"{requirement.name} {installed} is not supported: {requirement.specifier}"
@@ -189,7 +189,7 @@ def versions_out_of_range(requirements: Iterable[str]) -> list[str]:
 
 
 def warn_of_versions() -> None:
-    """Logs one warning if libraries are outside the ranges of this package; silent where it is not installed."""
+    """Logs one warning if library versions are outside this package's ranges; does nothing if it is not installed."""
     try:
         requirements = metadata.requires("openblip2") or []
     except metadata.PackageNotFoundError:  # used from a source folder: no ranges are known
@@ -200,9 +200,9 @@ def warn_of_versions() -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hides transformers' load report, warnings and weight bars inside the block; downloads keep their own bars.
+    """Hides transformers' load report, warnings and weight progress bars in the block, but not download bars.
 
-    The report lists what a part of a larger model leaves unused. The caller has to check what a checkpoint lacks.
+    The report would list the unused weights of a larger model. The caller must check for missing weights.
     """
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
@@ -210,7 +210,7 @@ def quiet_transformers() -> Iterator[None]:
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     if bars:
-        transformers_logging.disable_progress_bar()  # and those of downloads with it
+        transformers_logging.disable_progress_bar()  # also disables those of downloads
         enable_progress_bars()
     try:
         yield
@@ -221,8 +221,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def quiet_bitsandbytes() -> None:
-    """From now on bitsandbytes logs errors only.
+    """Makes bitsandbytes log only errors from now on.
 
-    It warns that an optional kernel is missing, and in each layer of each pass that activations are cast to int8.
+    It would warn about a missing optional kernel, and in each layer and pass about the cast of activations to int8.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

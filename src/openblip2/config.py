@@ -1,7 +1,7 @@
-"""Every setting of a run: frozen, typed, strict. The defaults are the paper's (sections 3.4 and appendix).
+"""All settings of a run as frozen, typed dataclasses. The defaults are the paper's (section 3.4 and appendix).
 
-One way to change a setting, in Python or on the command line: `change(config, {"optim.lr": 2e-4})`, which is what
-`--set optim.lr=2e-4` does. Modules never see these classes; the builder hands them plain arguments.
+Settings are changed with `change(config, {"optim.lr": 2e-4})` in Python, or with `--set optim.lr=2e-4` on the command
+line, which calls it. PyTorch modules do not use these classes; the builder passes plain arguments to them.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from openblip2.errors import UserError
 
-# Settings that had another name when a run wrote its config.json: old name -> today's.
+# Settings with another name in the config.json of earlier versions: old name -> current name.
 RENAMED = {
     "stage1.one_sided": "stage1.detach_gathered",
     "stage1.matching_from": "stage1.itm_start_step",
@@ -26,8 +26,8 @@ RENAMED = {
     "language.weights": "language.dtype",
     "vision.weights": "vision.dtype",
 }
-# Settings that are gone, with the value that is the same as not having them; None: of the first weights, which a run
-# that is read does not draw again.
+# Removed settings, each with the value that has no effect. None: any value is accepted, because the setting only
+# affected the initial weights, which are not drawn again when a run is loaded.
 REMOVED = {
     "qformer.cross_attention_std": None,
     "qformer.self_attention_scale": 1.0,
@@ -53,26 +53,26 @@ class VisionSettings:
     name: str = "openai/clip-vit-large-patch14"  # hub name, directory, or wheel:dinov2-small
     layer: int = -2
     image_size: Count = 224
-    trained: bool = False  # fine-tuning: the encoder trains too (paper 4.2 to 4.4), and the run holds its weights
-    whiten: bool = False  # ours: features whitened by statistics of the training pictures (model/whitening.py)
+    trained: bool = False  # fine-tuning: also train the encoder (paper 4.2 to 4.4); the run then has its weights
+    whiten: bool = False  # ours: whiten the features with statistics of the training images (model/whitening.py)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # of its weights and its computation; auto: by train.precision
+        "auto"  # of its weights and its computation; auto: follows train.precision
     )
 
 
 @dataclass(config=STRICT)
 class QFormerSettings:
-    """The Q-Former (paper 3.1); its sizes and its tokenizer are those of the BERT it starts from."""
+    """The Q-Former (paper 3.1); its sizes and its tokenizer are those of the BERT that it is initialized from."""
 
     start: str = "google-bert/bert-base-uncased"  # any BERT-family checkpoint: hub name, directory, or wheel
     queries: Count = 32
     cross_every: Count = 2
     dropout: Share = 0.1
-    # VQA (paper 4.3, figure 7): the question's tokens share the queries' self-attention, so that the queries can look
-    # for what is asked. Instruct: the whole instruction's. The text path comes from stage 1.
+    # VQA (paper 4.3, figure 7): queries and question tokens attend to each other in self-attention, so that the queries
+    # extract what the question needs. Instruct: the same with the whole instruction. Text weights come from stage 1.
     question_in_qformer: bool = False
-    image_norm_eps: Positive = 1e-5  # of the LayerNorm on the image features; transformers' checkpoints have 1e-6
-    lora_rank: Natural = 0  # ours: rank of adapters, which train instead of its own weights (model/lora.py); 0 = none
+    image_norm_eps: Positive = 1e-5  # for the LayerNorm on the image features; 1e-6 in transformers' checkpoints
+    lora_rank: Natural = 0  # ours: rank of adapters that are trained instead of its weights (model/lora.py); 0 = none
 
 
 @dataclass(config=STRICT)
@@ -80,7 +80,7 @@ class ConnectorSettings:
     """The module between image encoder and language model in stage 2: the Q-Former (paper), or another connector."""
 
     name: str = "qformer"  # a name in CONNECTORS (model/build.py)
-    # Of another connector than the Q-Former: parameters of its class, by name.
+    # Parameters of the connector's class by name, for connectors other than the Q-Former.
     options: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -93,12 +93,12 @@ class Stage1Settings:
     shared_width: Count = 256
     temperature: Positive = 0.07
     label_smoothing: Share = 0.1
-    detach_gathered: bool = False  # the authors' code: gathered features carry no gradient
-    # Ours, 0 = the paper: weight of a fourth loss that keeps an image's queries different (model/objectives.py).
+    detach_gathered: bool = False  # True: gathered features have no gradient (authors' code)
+    # Ours, 0 = the paper: weight of a fourth loss that keeps the queries of an image different (model/objectives.py).
     decorrelation: NonNegative = 0.0
-    itm_start_step: Natural = 0  # ours, 0 = the paper: first steps without ITM, which learns only after ITC
-    # Ours, None = the paper: from this step on, half of a batch are pictures whose captions are similar to those of the
-    # other half (data/samples.py). ITM has to have begun to learn before.
+    itm_start_step: Natural = 0  # ours, 0 = the paper: first steps without ITM, because ITM learns only after ITC
+    # Ours, None = the paper: from this step on, half of each batch consists of images whose captions are similar to
+    # those of the other half (data/samples.py). Set it to a step at which ITM has already started to learn.
     similar_start_step: Natural | None = None
 
 
@@ -106,11 +106,11 @@ class Stage1Settings:
 class Stage2Settings:
     """The objective of stage 2 (paper 3.2): language modelling."""
 
-    # Ours, 0 = the paper: the language model joins after this number of steps. The steps before it only train the soft
-    # prompt to be the embeddings of the caption's words (`Stage2.alignment`), which goes on as a second loss after it;
-    # in the demo they take a ninth of the time of a step with the language model.
+    # Ours, 0 = the paper: number of first steps without the language model. They only train the soft prompt to match
+    # the embeddings of the caption's words (`Stage2.alignment`); later steps keep this as a second loss. In the demo, a
+    # step without the language model takes a ninth of the time of a step with it.
     lm_start_step: Natural = 0
-    # Ours: each step trains the first n visual tokens, n drawn from 1 to all of them, so that a trained model can use
+    # Ours: each step trains only the first n visual tokens, with n drawn from 1 to all, so that a trained model can use
     # any number of them (Matryoshka Query Transformer, Hu et al., 2024). False = the paper: always all.
     elastic_tokens: bool = False
 
@@ -121,29 +121,29 @@ class LanguageSettings:
 
     name: str = "facebook/opt-2.7b"  # hub name, directory, or wheel:smollm2-135m-instruct
     template: str = "{image}{bos}{prompt}"  # or "chat": the tokenizer's own chat template
-    end: str | None = None  # what ends a caption; None = the tokenizer's end token
+    end: str | None = None  # text at the end of a caption; None = the tokenizer's end token
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] = ("",)  # one is drawn for each training caption
-    question: Form = "Question: {} Answer:"  # how a question is asked; {} is the question
+    question: Form = "Question: {} Answer:"  # prompt for a question; {} is the question
     questions: tuple[Form, ...] = ()  # instruct: one is drawn for each question in training; () = `question`
     exact_gelu: bool = False  # T5: exact GELU instead of its tanh approximation, as the authors run FlanT5
-    # Of its weights and its computation. auto: by train.precision. int8, int4: by bitsandbytes, the rest as with auto.
+    # Of its weights and computation. auto: follows train.precision. int8, int4: with bitsandbytes, the rest as auto.
     dtype: Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"] = "auto"
-    lora_rank: Natural = 0  # ours: rank of adapters that train (alpha = 2 x rank, no dropout; model/lora.py); 0 = none
+    lora_rank: Natural = 0  # ours: rank of trained adapters (alpha = 2 x rank, no dropout; model/lora.py); 0 = none
 
 
 @dataclass(config=STRICT)
 class OptimSettings:
-    """AdamW with linear warm-up and a cosine per step (paper 3.4)."""
+    """AdamW with linear warm-up and a cosine decay that is updated at each step (paper 3.4)."""
 
     lr: Positive = 1e-4
     min_lr: NonNegative = 1e-5
     warmup: Natural = 2000  # steps
     betas: tuple[Share, Share] = (0.9, 0.98)
     weight_decay: NonNegative = 0.05
-    # For a trained image encoder: its last layer learns at lr x layer_decay, and each layer below at layer_decay times
-    # the rate of the layer above it (paper, table 9). 1 = the same rate for all.
+    # For a trained image encoder: the learning rate is lr x layer_decay in its last layer, and in each layer below it
+    # layer_decay times the rate of the layer above (paper, table 9). 1 = the same rate for all.
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    clip: NonNegative = 0.0  # largest gradient norm; 0 = no clipping, as in the paper
+    clip: NonNegative = 0.0  # maximum gradient norm; 0 = no clipping, as in the paper
 
 
 @dataclass(config=STRICT)
@@ -151,33 +151,33 @@ class TrainSettings:
     """Length of training, sizes of batches, and how often to validate and save."""
 
     steps: Count = 250_000
-    # Pairs of one batch, over all processes: each of N takes its N-th part. Results do not depend on N.
+    # Pairs in one batch over all processes; each of N processes gets 1/N of them. Results do not depend on N.
     batch: Count = 1680
-    accumulate: Count = 1  # batches to one step; ITC's negatives stay within one batch
-    # Ours: pairs that go through the model at once, in each process; 0 = all. The same losses and gradients in less
+    accumulate: Count = 1  # batches per optimizer step; ITC's negatives come from one batch only
+    # Ours: number of pairs that each process computes at once; 0 = all. Losses and gradients are the same, with less
     # memory. Unlike with `accumulate`, negatives come from the whole batch (model/fast/gradient_cache.py).
     chunk: Natural = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it takes less time than fp32
-    # Ours, the same results: layers of the Q-Former and of the language model are computed again in the backward pass
-    # instead of being stored. Takes less memory, and a quarter to a half more time.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it is faster than fp32
+    # Ours: activations in the Q-Former and the language model are computed again in the backward pass instead of being
+    # stored. The results are the same, with less memory and a quarter to a half more time.
     checkpoint_activations: bool = False
-    # Ours: torch.compile for the Q-Former's blocks. Dropout masks differ; otherwise the same up to rounding.
+    # Ours: torch.compile for the Q-Former's blocks. Dropout masks differ; other results are the same up to rounding.
     compile: bool = False
-    # For several processes. ddp: each holds a full copy. fsdp2: the layers of the frozen parts are sharded, for
+    # For several processes. ddp: each has a full copy. fsdp2: the layers of the frozen parts are sharded, for
     # language models that do not fit on one GPU (distributed/data_parallel.py).
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     validate_every: Natural = 1000  # steps; 0 = only at the end
-    checkpoint_every: Natural = 1000  # steps; 0 = only when asked to stop (docs/resuming.md)
+    checkpoint_every: Natural = 1000  # steps; 0 = only when the run is told to stop (docs/resuming.md)
     keep_checkpoints: Count = 2  # the newest ones; older ones are deleted when a new one is complete
     # A tracker to which the rows of log.jsonl are also sent (train/log.py).
     track: Literal["", "tensorboard", "wandb", "trackio"] = ""
-    most_bad_steps: Count = 5  # steps in a row with losses or gradients that are not finite, before the run stops
+    most_bad_steps: Count = 5  # the run stops after so many consecutive steps with non-finite losses or gradients
 
 
 @dataclass(config=STRICT)
 class DataSettings:
-    """Pictures and captions."""
+    """Images and texts."""
 
     source: str = ""  # a folder, .jsonl or .csv, or shards; `--data` sets it
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02  # share of the images that is kept for validation
@@ -185,20 +185,20 @@ class DataSettings:
     # Number of shards that are read at the same time, one sample from each in turn. If the number of processes divides
     # it, no shard is read by two processes (data/web/shard_order.py).
     open_shards: Count = 16
-    augment: bool = True  # random crop and flip (not of texts with left or right); False: features are computed once
+    augment: bool = True  # random crop and flip (no flip if texts say left or right); False: compute features once
     negations: Annotated[float, Field(ge=0, le=1)] = 1.0  # ours, vqa: share of the questions with "not" to keep
-    caption_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # ours, instruct: of the samples; the rest are questions
+    caption_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # ours, instruct: share of captions; others are questions
     balance: bool = False  # ours, vqa: show each question as often with yes as with no (data/samples.py)
     features: str = ""  # ours: a cache that `openblip2 features` wrote; `--features` sets it
-    max_tokens: Annotated[int, Field(ge=4)] = 32  # of the Q-Former's text; longer captions are cut, counted and named
+    max_tokens: Annotated[int, Field(ge=4)] = 32  # of the Q-Former's text; longer captions are cut, counted, reported
 
 
 @dataclass(config=STRICT)
 class RunSettings:
-    """A whole run.
+    """All settings of a run.
 
-    `start`: the run to start from. Stage 2 and retrieval start from a stage-1 run (without it, the paper warns,
-    stage 2 can collapse), caption, vqa and instruct from a stage-2 run.
+    `start`: the run to start from. Stage 2 and retrieval start from a stage-1 run (according to the paper, stage 2 can
+    collapse without it); caption, vqa and instruct start from a stage-2 run.
     """
 
     stage: Literal["stage1", "stage2"] = "stage1"
@@ -213,25 +213,25 @@ class RunSettings:
     train: TrainSettings = TrainSettings()
     data: DataSettings = DataSettings()
     start: str | None = None
-    text_start: str | None = None  # vqa, instruct: the stage-1 run with the text path; None = start's own start
-    warm_start: bool = False  # ours: closed-form start before the first step (train/warm_start.py)
+    text_start: str | None = None  # vqa, instruct: stage-1 run with the text weights; None = the `start` of `start`
+    warm_start: bool = False  # ours: closed-form initialization before the first step (train/warm_start.py)
 
     @property
     def reads_text(self) -> bool:
-        """Whether the Q-Former reads text, so that the run has its tokenizer."""
+        """Whether the Q-Former takes text as input; the run then has its tokenizer."""
         return self.stage == "stage1" or self.qformer.question_in_qformer
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether the Q-Former reads the language model's prompt, as InstructBLIP's does; after VQA, the question."""
+        """Whether the Q-Former's text is the language model's prompt, as in InstructBLIP; in VQA it is the question."""
         return self.qformer.question_in_qformer and self.task in ("pretraining", "instruct")
 
 
 def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
-    """The same settings with some changed, by dotted name; text values are read as their field's type.
+    """The settings with some of them changed, by dotted name; values given as text get their field's type.
 
     Raises:
-        UserError: an unknown name (the nearest known one is suggested) or a value its field cannot hold.
+        UserError: a name is unknown (the most similar known name is suggested), or a value is invalid for its field.
     """
     values = asdict(config)
     known = sorted(_names(RunSettings))
@@ -253,12 +253,12 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
 
 
 def from_dict(values: Mapping[str, Any]) -> RunSettings:
-    """Settings from plain values, as `dataclasses.asdict` or a run's `config.json` gives them.
+    """Settings from plain values, as in the result of `dataclasses.asdict` or in a run's `config.json`.
 
-    Names of earlier versions are read, too (`RENAMED`, `REMOVED`).
+    Names from earlier versions are accepted, too (`RENAMED`, `REMOVED`).
 
     Raises:
-        UserError: a missing, unknown or unfitting value, named.
+        UserError: a value is missing, unknown or invalid; the message names it.
     """
     for old in (*RENAMED, *REMOVED):
         section, name = old.split(".")
@@ -273,7 +273,7 @@ def from_dict(values: Mapping[str, Any]) -> RunSettings:
                 f"setting {old}={part[name]!r} is gone: a model with it needs an earlier version of openblip2"
             )
         values = {**values, section: kept}
-    # Strict, because "yes" and 1 are no boolean, and true is no number. Only JSON has its lists read as tuples then.
+    # Strict: "yes" and 1 are not booleans, and true is not a number. In strict mode, only JSON lists become tuples.
     text = json.dumps(values, ensure_ascii=False, default=str).encode(errors="replace")
     try:
         TypeAdapter(RunSettings).validate_json(text, strict=True)

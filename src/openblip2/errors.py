@@ -9,13 +9,13 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 
 
 class UserError(ValueError):
-    """What the user handed in cannot be used.
+    """The user's input cannot be used.
 
-    The message is one line: what was wrong, where, and what would be right. The command line prints it
+    The message is one line that says what is wrong, where, and what would be right. The command line prints it
     without a traceback and ends with exit code 2; from Python it is an ordinary `ValueError`.
 
     Args:
-        message: Control characters in it, of file names say, are written as in Python's strings.
+        message: The text. Control characters, for example in file names, are escaped as in Python's strings.
     """
 
     def __init__(self, message: str) -> None:
@@ -23,10 +23,10 @@ class UserError(ValueError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was asked to stop by a signal, and has: what it needs to go on is on disk.
+    """A run was stopped by a signal, after it saved everything that it needs to continue.
 
     Attributes:
-        code: what the process should exit with, as shells count: 130 for Ctrl-C, 143 for SIGTERM.
+        code: the exit code for the process by the convention of shells: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, kind: int) -> None:
@@ -35,19 +35,19 @@ class Stopped(KeyboardInterrupt):
 
 
 def printable(text: str) -> str:
-    """The text with line breaks and other control characters written as in Python's strings: "a\\nb.png"."""
+    """The text with line breaks and other control characters escaped as in Python's strings: "a\\nb.png"."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def number_of(number: int, noun: str, verb: str = "") -> str:
-    """A number of things, and what they do: "1 row is", "1,200 rows are"."""
+    """A number with its noun and, if given, its verb: "1 row is", "1,200 rows are"."""
     if number != 1:
         noun, verb = f"{noun}s", {"is": "are", "was": "were", "has": "have"}.get(verb, verb)
     return f"{number:,} {noun} {verb}".rstrip()
 
 
 def require_unicode(text: str) -> None:
-    """Refuses a text that no tokenizer takes: with half a character, as bytes that are not UTF-8 are read."""
+    """Refuses a text with lone surrogates (from bytes that are not UTF-8), which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -55,21 +55,21 @@ def require_unicode(text: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what another library says went wrong, or the kind of error where it says nothing."""
+    """The first line of another library's error message, or the type of the error if it has no message."""
     if "trust_remote_code" in str(error):
         return "it needs the Python code of its own repository, which openblip2 never runs"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def refuse_lfs_pointer(path: str | Path, start: bytes | None = None) -> None:
-    """Refuses the small text that git leaves in place of a file that is stored with git-LFS.
+    """Refuses a git-LFS pointer: the small text file that git puts in place of a file stored with git-LFS.
 
     Args:
-        path: a file, or a folder whose files are looked at; what is neither is not refused.
-        start: the file's first bytes, if they are already read.
+        path: a file, or a folder whose files are checked; any other path is accepted.
+        start: the file's first bytes, if they have already been read.
 
     Raises:
-        UserError: it is such a text.
+        UserError: a file is such a pointer.
     """
     for file in sorted(Path(path).iterdir()) if start is None and os.path.isdir(path) else [path]:
         if start is None and os.path.isfile(file):
@@ -86,10 +86,10 @@ def require(what: str, extra: str, *packages: str) -> None:
 
     Args:
         what: the setting or command that needs them.
-        extra: the extra of this package that brings them.
+        extra: the extra of this package that installs them.
 
     Raises:
-        UserError: one is not installed.
+        UserError: a package is not installed.
     """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:

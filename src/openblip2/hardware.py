@@ -10,38 +10,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MOST_WEIGHTS = 2**27  # attention weights without gradients: 0.25 GB in bf16
-# glibc's mallopt parameters (malloc.h) and what they are set to, in bytes.
+MOST_WEIGHTS = 2**27  # limit of attention weights for `plain_attention` without gradients: 0.25 GB in bf16
+# glibc's mallopt parameters (malloc.h) and the values that we set, in bytes.
 _MALLOPT = {-1: 2**31 - 1, -2: 256 * 2**20, -3: 2**31 - 1}  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
 
 
 def device() -> torch.device:
-    """Where models run: a GPU if there is one."""
+    """The device that models run on: a GPU if there is one, otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """`bf16`, `fp32`, or `auto`: bf16 where the hardware computes it in less time than fp32, fp32 elsewhere."""
+    """The dtype for `bf16`, `fp32` or `auto`, which means bf16 where the hardware computes it faster than fp32."""
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" or fast_bf16_cpu() else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def fast_bf16_cpu() -> bool:
-    """Whether this CPU multiplies matrices in less time in bf16 than in fp32.
+    """Whether this CPU multiplies matrices faster in bf16 than in fp32.
 
-    CPUs with AMX do, and AMD's with AVX512-bf16. Intel's with AVX512-bf16 but without AMX (where a virtual machine
-    hides it) take twice as long as for fp32, and CPUs without such instructions convert to fp32 and back.
+    CPUs with AMX do, and so do AMD's with AVX512-bf16. Intel's CPUs with AVX512-bf16 but without AMX (if a virtual
+    machine hides it) take twice as long as in fp32. CPUs without such instructions convert to fp32 and back.
     """
     cpu = torch.cpu.get_capabilities()
     return bool(cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and _cpu_vendor() != "GenuineIntel"))
 
 
 def _cpu_vendor() -> str:
-    """As the CPU names its maker, where the system says so: "GenuineIntel", "AuthenticAMD"."""
+    """The CPU's vendor, for example "GenuineIntel" or "AuthenticAMD"; empty if the system does not name it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return ""
     return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
 
@@ -49,17 +49,17 @@ def _cpu_vendor() -> str:
 def dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **options: Any
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, or `plain_attention` where that takes less time."""
+    """`torch.nn.functional.scaled_dot_product_attention`, or `plain_attention` where that is faster."""
     found = plain_attention if plain_is_faster(query, key, value) else F.scaled_dot_product_attention
     return found(query, key, value, attn_mask, dropout_p, **options)
 
 
 def plain_is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `plain_attention` takes less time than torch's kernels, and its weights have room.
+    """Whether `plain_attention` is faster than PyTorch's kernels and its attention weights fit into memory.
 
-    On a CPU, torch's flash kernel is slow in its backward pass with few rows and small heads, as queries have. In bf16
-    it is slow in its forward pass, too: for one new token of a text it takes 17 times as long. torch's own plain form
-    computes bf16 in fp32 (docs/decisions.md, "Speed and memory"). A GPU has its own kernels.
+    On a CPU, the backward pass of PyTorch's flash kernel is slow for few rows and small heads, as in the Q-Former. In
+    bf16, its forward pass is slow, too: for one new token of a text, it takes 17 times as long. PyTorch's own version
+    without the kernel computes bf16 in fp32 (docs/decisions.md, "Speed and memory"). GPUs have their own kernels.
     """
     if query.device.type != "cpu":
         return False
@@ -81,7 +81,7 @@ def plain_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` as two matrix products and a softmax.
 
-    A row that may attend to nothing (padding) attends to everything, where torch gives zeros or NaN.
+    A row that may not attend to any key (padding) attends to all keys here; PyTorch returns zeros or NaN for it.
 
     Args:
         query: `[B, H, N, d]`.
@@ -90,14 +90,14 @@ def plain_attention(
         attn_mask: `[B or 1, H or 1, N, M]`, bool (True = attend) or added to the logits.
         dropout_p: share of the weights that are dropped.
         is_causal: row n attends to the first n + 1 keys.
-        scale: of the logits; None = one by the root of d.
-        enable_gqa: H / G heads share a key and a value.
+        scale: factor of the logits; None = 1 / sqrt(d).
+        enable_gqa: H / G heads share each key and value.
     """
     batch, heads, rows = query.shape[:3]
     if is_causal:
         attn_mask = torch.ones(1, 1, rows, key.shape[2], dtype=torch.bool, device=query.device).tril()
     if enable_gqa and heads > key.shape[1]:
-        # Heads with the same key are rows of one product, so that keys are not copied for each of them.
+        # Heads that share a key become rows of one product, so that the keys are not copied for each head.
         share = heads // key.shape[1]
         query = query.reshape(batch, key.shape[1], share * rows, query.shape[3])
         if attn_mask is not None and attn_mask.shape[1] > 1:
@@ -107,9 +107,9 @@ def plain_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     if query.dtype == torch.bfloat16:
         query = query * factor
-        # Of keys in a larger store. A bf16 product that copies them itself takes six times as long.
+        # Copy keys that are a view of a larger tensor: a bf16 product that copies them itself takes six times as long.
         key = key if key.requires_grad else key.contiguous()
-    else:  # half of the scale on either side rounds less
+    else:  # scaling both factors by the root causes less rounding error
         query, key = query * factor**0.5, key * factor**0.5
     logits = query @ key.transpose(-1, -2)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -122,7 +122,7 @@ def plain_attention(
 
 @contextmanager
 def computing(model: nn.Module, precision: str) -> Iterator[None]:
-    """Runs a model with bf16 matrix products over fp32 weights where `compute_dtype` says so."""
+    """Within the block, a model with fp32 weights computes matrix products in bf16 if `compute_dtype` is bf16."""
     device = next(model.parameters()).device
     bf16 = compute_dtype(device, precision) == torch.bfloat16
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -130,10 +130,10 @@ def computing(model: nn.Module, precision: str) -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep freed memory for the next step instead of giving it back to Linux each time.
+    """Lets glibc keep freed memory for the next step instead of returning it to Linux each time.
 
-    Large tensors are otherwise mapped afresh in every step, and touching fresh pages costs a quarter of a step on a
-    CPU. Elsewhere (other systems, other C libraries, GPUs' own allocators) there is nothing to do.
+    Otherwise, large tensors get new pages in every step, and the first access to new pages takes a quarter of a step on
+    a CPU. Other systems, other C libraries and GPUs (which have their own allocators) do not need this.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # another system or C library
@@ -143,9 +143,9 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Gives the memory that `keep_freed_memory` kept back to Linux, once.
+    """Returns the memory that `keep_freed_memory` has kept to Linux, once.
 
-    Texts of many lengths leave gaps between tensors. After 600 steps of the demo's stage 1 they were half of 3.5 GB.
+    Texts of different lengths leave gaps between tensors: half of 3.5 GB after 600 steps of the demo's stage 1.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,9 +1,9 @@
-"""A trained stage 2 in the harness `lmms-eval`: `lmms-eval --model openblip2 --model_args run=RUN --tasks ...`.
+"""Evaluates a stage-2 run with lmms-eval: `lmms-eval --model openblip2 --model_args run=RUN --tasks ...`.
 
-The harness finds it by this package's entry point in the group `lmms_eval.models`, which is `manifest`. This is the one
-module that cannot be imported without its extra, `lmms`: its class is one of the harness's.
+The harness finds the model through `manifest`, this package's entry point in the group `lmms_eval.models`. This is the
+only module that cannot be imported without its extra, `lmms`, because it defines a subclass of a class of the harness.
 
-Shapes: Q queries, L LLM width.
+Shapes: Q queries, L language model width.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,13 +31,13 @@ from openblip2.model.likelihood import likelihoods
 from openblip2.model.template import dialogue
 from openblip2.model.token_rows import context_of, room_for_prompt
 
-GREEDY = Decoding(max_new_tokens=256, beams=1)  # of a task that says nothing
-# What tasks call the fields of `Decoding` whose names differ; `until` cuts what was written.
+GREEDY = Decoding(max_new_tokens=256, beams=1)  # for a task that sets no options
+# Names that tasks use -> different names of the same fields of `Decoding`. `until` is applied to the generated text.
 NAMES = {"num_beams": "beams", "do_sample": "sample"}
 
 
 class Asked(NamedTuple):
-    """A request's own words, the prompt made of them, and the picture that they are about, None where there is none."""
+    """A request: its text, the prompt with this text, and the image that it is about (None if there is none)."""
 
     words: str
     prompt: str
@@ -45,20 +45,20 @@ class Asked(NamedTuple):
 
 
 class OpenBlip2(lmms):
-    """One of our runs as the harness calls it, for tasks of one picture or none.
+    """A run as a model for the harness, for tasks with at most one image per request.
 
     Args:
-        run: whatever `openblip2.load` takes, a stage 2.
-        batch_size: requests at once.
+        run: a stage-2 run in any form that `openblip2.load` accepts.
+        batch_size: number of requests that are processed at once.
         device, precision: see `openblip2.load`.
-        question: how a task's words are put, `{}` being them ("{}": as they are); None = the run's own way
+        question: template for a task's text, which replaces `{}` ("{}": the text as it is); None = the run's template
             (`language.question`).
 
     Raises:
-        UserError: as `load`; or a stage-1 run, a batch size that is no number, or `question` without `{}`.
+        UserError: as `load`; or it is a stage-1 run, the batch size is not a number, or `question` has no `{}`.
     """
 
-    # Picture and words apart. What gets whole chats instead is asked for no likelihoods.
+    # The harness passes image and text separately. It does not request likelihoods from models that take whole chats.
     is_simple = True
 
     def __init__(
@@ -79,16 +79,16 @@ class OpenBlip2(lmms):
         if "{}" not in self.form:
             raise UserError(f"question={self.form}: it must hold {{}}, in whose place a task's words go")
         self.context, self.device = context_of(self.language), self.captioner.model.projection.weight.device
-        self.ignored: set[str] = set()  # options of tasks that have been named in the log
+        self.ignored: set[str] = set()  # options of tasks that the log has already reported
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """The text written for each request, up to the first of its task's `until`.
+        """The text generated for each request, cut before any of the strings in its task's `until`.
 
-        What the model cannot take (several pictures, a film, more words than fit) is answered with "", which counts as
-        wrong, and is named in the log.
+        A request that the model cannot process (several images, a video, text that is too long) gets the answer "",
+        which counts as wrong, and is reported in the log.
 
         Raises:
-            UserError: it can take none of them.
+            UserError: the model can process none of the requests.
         """
         refused: list[UserError] = []
         found = self._texts(requests, refused)
@@ -97,18 +97,18 @@ class OpenBlip2(lmms):
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
-        """Not supported, as in most adapters of the harness: a round may show several pictures."""
+        """Not supported, as in most adapters of the harness, because a round may contain several images."""
         raise UserError("this model takes no task of several rounds: leave it out of --tasks")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """How unlikely each request's continuation is, and whether greedy decoding would write it.
+        """The loss of each request's continuation, and whether greedy decoding would generate it.
 
-        Differs from its name: the harness takes the smallest for the answer, and its own adapters give the mean
-        negative log-likelihood of a token, as this does. Each pair is the text of a `GenerationResult`, for release
-        0.7.3 makes a string of a plain pair and fails to score it. Its `--use_cache` takes neither.
+        Despite the name, this is the mean negative log-likelihood per token, as in the harness's own adapters, because
+        the harness takes the smallest value as the answer. Each pair is the text of a `GenerationResult`, because
+        release 0.7.3 turns a plain pair into a string and cannot score it. Its `--use_cache` supports neither.
 
         Raises:
-            UserError: a request that the model cannot take.
+            UserError: the model cannot process a request.
         """
         found: list[Any] = []
         for (place, task, split), rows in groupby(requests, key=lambda request: request.args[3:6]):
@@ -127,7 +127,7 @@ class OpenBlip2(lmms):
         return found
 
     def clean(self) -> None:
-        """Frees the model's memory: the harness is done with it and may need the room for a judge."""
+        """Frees the model's memory, which the harness may need for a judge model."""
         del self.captioner, self.language
         super().clean()
 
@@ -169,12 +169,12 @@ class OpenBlip2(lmms):
         return dialogue([], _plain(words), self.form, self.language.template, self.language.tokenizer)
 
     def _read(self, asked: Asked) -> str:
-        """What a Q-Former that reads text reads of a request."""
+        """The text of a request for a Q-Former that takes text as input."""
         as_written = self.captioner.settings.reads_prompts
         return self.form.replace("{}", asked.words) if as_written else clean_question(asked.words)
 
     def _write(self, asked: Sequence[Asked], decoding: Decoding) -> list[str]:
-        """One text for each request."""
+        """Generates one text for each request."""
         shown = [one for one in asked if one.picture is not None]
         others = [one.prompt for one in asked if one.picture is None]
         read = [self._read(one) for one in shown] if self.captioner.tokens else None
@@ -186,7 +186,7 @@ class OpenBlip2(lmms):
         return [next(plain if one.picture is None else texts) for one in asked]
 
     def _soft_prompt(self, asked: Asked) -> Tensor:
-        """`[1, Q, L]`, or `[1, 0, L]` where there is no picture."""
+        """The soft prompt `[1, Q, L]`, or `[1, 0, L]` if there is no image."""
         if asked.picture is None:
             return self._nothing()
         read = [self._read(asked)] if self.captioner.tokens else None
@@ -199,7 +199,7 @@ class OpenBlip2(lmms):
         return computing(self.captioner.model, self.captioner.settings.train.precision)
 
     def _fitting(self, prompt: str, new: int) -> int:
-        """How many of `new` tokens can be written after a prompt, 1 or more."""
+        """How many of `new` tokens can be generated after a prompt, at least 1."""
         queries = self.captioner.model.tokens
         length, room = self.language.length(prompt), room_for_prompt(self.language, self.context, queries, 1)
         if room is None:
@@ -214,7 +214,7 @@ class OpenBlip2(lmms):
         if ignored := given.keys() - known - {"until"} - self.ignored:
             logger.warning(f"generation_kwargs that mean nothing to this model: {', '.join(sorted(ignored))}")
             self.ignored |= ignored
-        # As the harness's own adapters: a temperature of 0 is greedy, another one samples unless do_sample says no.
+        # As in the harness's own adapters: temperature 0 means greedy, any other samples unless do_sample is False.
         heat = given.get("temperature")
         given["sample"] = bool(given.get("sample", heat)) and heat != 0
         unread = () if given["sample"] else ("temperature", "top_p")
@@ -222,7 +222,7 @@ class OpenBlip2(lmms):
 
 
 def manifest() -> Any:
-    """What the harness's entry point asks for: the model's name there, and its class."""
+    """The result that the harness's entry point requires: the model's name in the harness, and its class."""
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
     return ModelManifest(model_id="openblip2", simple_class_path=f"{__name__}.{OpenBlip2.__name__}")
@@ -230,7 +230,7 @@ def manifest() -> Any:
 
 @contextmanager
 def _naming(task: str, place: int, refused: list[UserError]) -> Iterator[None]:
-    """A request that the model cannot take is named and counted."""
+    """Logs and collects the error of a request that the model cannot process."""
     try:
         yield
     except UserError as error:
@@ -239,7 +239,7 @@ def _naming(task: str, place: int, refused: list[UserError]) -> Iterator[None]:
 
 
 def _plain(words: str) -> str:
-    # Where the picture stands is the run's matter; a task's mark for it would be read as a word.
+    # The run's template sets the position of the image; the model would read a task's placeholder for it as text.
     return words.replace("<image>", "").strip()
 
 

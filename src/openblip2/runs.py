@@ -1,10 +1,10 @@
-"""A run folder: its files are read, written atomically, and locked. Nothing in it is pickled.
+"""The files of a run folder: reading, atomic writing, and locks. No file is pickled.
 
 RUN/config.json          the resolved settings, with the versions that made it
-RUN/model.safetensors    the trained parts, by name (the frozen ones are named in config.json), adapters among them
-RUN/whitening.safetensors  what the frozen features are whitened by, if they are
-RUN/tokenizer/           the connector's tokenizer, where it reads text
-RUN/trained_on.txt       which pictures it was trained on (train/bookkeeping.py)
+RUN/model.safetensors    the trained parts by name, with adapters; config.json names the frozen models
+RUN/whitening.safetensors  the whitening of the frozen features, if they are whitened
+RUN/tokenizer/           the connector's tokenizer, if it takes text as input
+RUN/trained_on.txt       the images that it was trained on (train/bookkeeping.py)
 RUN/log.jsonl            one line for each step and each validation
 RUN/resume/              the last checkpoints of an unfinished run (train/resume.py)
 """
@@ -33,7 +33,7 @@ from openblip2.config import RunSettings, from_dict
 from openblip2.distributed.collectives import is_first
 from openblip2.errors import UserError, refuse_lfs_pointer
 
-# Parts that had another name when a run wrote its weights: old name -> today's.
+# Parts with another name in the weights of earlier versions: old name -> current name.
 RENAMED = {
     "qformer.words.": "qformer.word_embeddings.",
     "image_head.": "vision_proj.",
@@ -47,12 +47,12 @@ RENAMED = {
 def atomic_write(path: Path, concurrent: bool = False) -> Iterator[Path]:
     """A temporary path to write a file or a folder to; at the end of the block it is renamed to `path`.
 
-    Nobody reads half a file, not even after a power cut. After an error `path` is as it was before.
+    No process reads an incomplete file, not even after a power failure. After an error, `path` is unchanged.
 
     Args:
         path: The file, which is replaced if it is there; or the folder, which must be missing or empty.
-        concurrent: Whether other processes may write to `path` at the same time. Each then has a temporary path of its
-            own; one that is killed leaves its file, which is not removed.
+        concurrent: Whether other processes may write to `path` at the same time. Each then has its own temporary path,
+            and the file of a process that is killed is not removed.
     """
     _remove(draft := path.with_name(f".{path.name}.{uuid4().hex}.new" if concurrent else f".{path.name}.new"))
     try:
@@ -72,7 +72,7 @@ def _remove(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or a folder's list of names, is on the disk and outlives a power cut."""
+    """Waits until a file, or the list of names in a folder, is on the disk and so survives a power failure."""
     file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(file)
@@ -82,12 +82,12 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | None = None) -> Iterator[None]:
-    """Keeps other processes from writing to a folder, which is made if needed; of one training, the first process does.
+    """Locks a folder, created if needed, against other processes; in a distributed run, only the first process does.
 
-    The system frees the lock when the process dies. The file is there while the lock is held, and names its holder.
+    The system releases the lock when the process dies. The file exists while the lock is held, and names its holder.
 
     Args:
-        say: Called with a line before waiting for another process; None = another process is an error.
+        say: Called with a line before waiting for another process; None = raise an error instead of waiting.
 
     Raises:
         UserError: Another process holds the lock, or the folder cannot be written to.
@@ -106,25 +106,25 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            what = folder / name[1:].removesuffix("lock").removesuffix(".")  # ".lock" is the folder's own
+            what = folder / name[1:].removesuffix("lock").removesuffix(".")  # ".lock" is the folder's own lock
             holder = f"{what} is being written by {file.read() or 'another process'}"
             if say is None:
                 raise UserError(f"{holder}: wait until it is done, or use another folder") from None
             say(f"{holder}: waiting until it is done")
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno != ENOSYS:  # clusters may mount Lustre without locks: let one process at a time write there
+            if error.errno != ENOSYS:  # on some clusters, Lustre has no locks: let one process at a time write there
                 raise
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             break
-        file.close()  # its last holder has just removed it
+        file.close()  # the last holder has just removed it: try again
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield
     finally:
-        # While the lock is still held: a process that waits for it finds the file gone, and begins again.
+        # Remove it while the lock is held, so that a process that waits for it finds no file and tries again.
         with suppress(OSError):
             if made and not any(one.is_dir() or one.stat().st_size for one in folder.iterdir() if one != path):
                 shutil.rmtree(folder)
@@ -135,10 +135,10 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder to write to, with those above it, unless it is there.
+    """Creates a folder to write to, and its parents, unless they exist.
 
     Raises:
-        UserError: It cannot be made.
+        UserError: It cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,17 +147,17 @@ def make_folder(folder: Path) -> None:
 
 
 def require_absent(path: Path, overwrite: bool, argument: str = "--out") -> None:
-    """A result that exists is only replaced where the user asks for it; else, a `UserError`."""
+    """Raises a `UserError` if a result exists and the user has not asked to replace it."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: give another {argument}, or add --overwrite to replace it")
 
 
 @contextmanager
 def new_result(path: Path, overwrite: bool) -> Iterator[None]:
-    """Keeps other processes from writing a result, a file, which must not exist unless `overwrite`.
+    """Locks a result file, which must not exist unless `overwrite` is set, against other processes.
 
     Raises:
-        UserError: It exists, or is a folder, another process writes it, or its folder cannot be written to.
+        UserError: It exists or is a folder, another process is writing it, or its folder cannot be written to.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder: give --out the name of a file")
@@ -168,13 +168,13 @@ def new_result(path: Path, overwrite: bool) -> Iterator[None]:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file atomically."""
     with atomic_write(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def write_json(values: Any, path: Path) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Writes a JSON file atomically."""
     write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", path)
 
 
@@ -182,7 +182,7 @@ def read_json(path: Path) -> Any:
     """Reads JSON.
 
     Raises:
-        UserError: No such file, it cannot be read, or it is not JSON.
+        UserError: It does not exist, cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -198,10 +198,10 @@ def read_json(path: Path) -> Any:
 def cached_json(
     path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any] | None], overwrite: bool
 ) -> dict[str, Any]:
-    """The result of `make` and its seconds: read from `path` if it was made of the same `of`, else made and written.
+    """The result of `make` with its time in seconds: read from `path` if `of` is the same, else made and written.
 
     Raises:
-        UserError: it was made of something else, and `overwrite` is False.
+        UserError: it was made from another `of`, and `overwrite` is False.
     """
     plain = json.loads(json.dumps(of))
     if path.is_file():
@@ -210,7 +210,7 @@ def cached_json(
         if not overwrite:
             other = " and ".join(name for name in plain if found["of"].get(name) != plain[name])
             raise UserError(f"{path} was made with other {other}: give another --out, or add --overwrite to replace it")
-        path.unlink()  # before anything of it is written over
+        path.unlink()  # before `make` overwrites other files of the old result
     began = time.perf_counter()
     found = {"of": plain, **(make() or {}), "seconds": round(time.perf_counter() - began, 1)}
     write_json(found, path)
@@ -218,19 +218,19 @@ def cached_json(
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes one safetensors file, whole or not at all."""
+    """Writes a safetensors file atomically."""
     with atomic_write(path) as draft:
         try:
             save_file(tensors, draft)
-        except SafetensorError as error:  # as other writers say it
+        except SafetensorError as error:  # the type of error that other writers raise
             raise OSError(ENOSPC if "os error 28" in str(error) else EIO, str(error), str(path)) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, those in `RENAMED` under their present names.
+    """All tensors of a safetensors file; those in `RENAMED` get their current names.
 
     Raises:
-        UserError: No such file, or not a whole safetensors file.
+        UserError: It does not exist, or is not a complete safetensors file.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run holds model.safetensors (has its training finished?)")
@@ -245,7 +245,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_config(run: Path, settings: RunSettings, sizes: Mapping[str, int]) -> None:
-    """`config.json`: the resolved settings, the sizes read off the checkpoints, and the versions."""
+    """Writes `config.json`: the resolved settings, the sizes from the checkpoints, and the versions."""
     import transformers
 
     write_json(
@@ -264,10 +264,10 @@ def write_config(run: Path, settings: RunSettings, sizes: Mapping[str, int]) -> 
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """What `RUN/config.json` holds: at least `settings` and `sizes`.
+    """The content of `RUN/config.json`: at least `settings` and `sizes`.
 
     Raises:
-        UserError: It is not a run, or sizes in it are none that a connector can have.
+        UserError: It is not a run, or its sizes are impossible for a connector.
     """
     wanted = "give the folder that `openblip2 train ... --out FOLDER` wrote"
     if not (run / "config.json").is_file():
@@ -280,7 +280,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_settings(run: Path) -> RunSettings:
-    """The settings of a run, as its config.json has them.
+    """The settings of a run from its config.json.
 
     Raises:
         UserError: It is not a run.
@@ -293,7 +293,7 @@ def _check_sizes(sizes: Any, path: Path) -> None:
     if not isinstance(sizes, dict) or sizes.keys() not in (set(names), others):
         raise UserError(f"{path}: sizes must name {', '.join(names)}; of another connector {', '.join(sorted(others))}")
     for name, size in sizes.items():
-        least = 0 if name == "vocabulary" else 1  # stage 2 has no text path
+        least = 0 if name == "vocabulary" else 1  # 0 in stage 2, which has no text embeddings
         if type(size) is not int or size < least:
             raise UserError(f"{path}: sizes.{name} is {size!r}: it must be a whole number, {least} or more")
     if sizes["width"] % sizes.get("heads", 1):

@@ -1,4 +1,4 @@
-"""CapFilt over all shards, in one process or in several of a job array; the captions are the same."""
+"""CapFilt for all shards, in one process or in several processes of a job array, with the same captions."""
 
 import json
 import time
@@ -18,7 +18,7 @@ from openblip2.progress import Progress
 from openblip2.runs import atomic_write, make_folder, read_json
 
 FILE = "capfilt.json"  # the settings and models that OUT was made with
-_FORMAT = 2  # raise it when the same settings give other captions
+_FORMAT = 2  # to be increased when the same settings give other captions
 
 
 class Finished(NamedTuple):
@@ -45,8 +45,8 @@ def capfilt(
         out: the folder of the new shards.
         how: the settings.
         progress: shows what is being done.
-        part: (K, N): every Nth shard, from the Kth on. N such runs, in any order or at the same time, give the same
-            as one run over all shards.
+        part: (K, N): every Nth shard, starting with the Kth. N such runs, in any order or at the same time, give the
+            same result as one run over all shards.
 
     Raises:
         UserError: no shards, two with the same name, models of the wrong kind, an `out` that has other settings or
@@ -107,7 +107,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
         if others := sorted(path.name for path in out.glob("*.tar")):
             raise UserError(f"{out} holds other shards ({others[0]}): give a new folder for the captioned ones")
-        with atomic_write(path, concurrent=True) as draft:  # the parts of a job array start at once
+        with atomic_write(path, concurrent=True) as draft:  # the parts of a job array start at the same time
             draft.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     before = read_json(path)
     if before != settings:

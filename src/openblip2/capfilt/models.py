@@ -2,7 +2,7 @@
 
 The paper ranks with CLIP ViT-L/14.
 
-Shapes: N images, M captions of all of them, S image side, E shared space.
+Shapes: N images, M captions of all images, S image side, E shared space.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from openblip2.runs import read_json
 from openblip2.weights.assemble import fetch_repository, read_checkpoint
 
 _WEIGHTS = (".json", ".safetensors", ".txt", ".model")
-CHUNK = 64  # texts, or pairs for ITM, at once
+CHUNK = 64  # number of texts, or of pairs for ITM, that are processed at once
 
 
 class RunRanker:
@@ -38,7 +38,7 @@ class RunRanker:
 
     Args:
         matcher: the run.
-        itm: rank by the probability of a match, in [0, 1], and not by the cosine of the best query, in [-1, 1].
+        itm: rank by the probability of a match, in [0, 1], instead of the cosine of the best query, in [-1, 1].
     """
 
     def __init__(self, matcher: Matcher, itm: bool = False) -> None:
@@ -77,10 +77,10 @@ class RunRanker:
 
 
 class ClipRanker:
-    """Ranks with a CLIP of transformers, or a model like it, by the cosine of image and text in [-1, 1], in fp32.
+    """Ranks with CLIP or a similar model of transformers by the cosine of image and text in [-1, 1], in fp32.
 
     Args:
-        folder: of the model with safetensors, its tokenizer and its preprocessing, which does not need torchvision.
+        folder: folder with the safetensors, tokenizer and preprocessing of the model, which does not need torchvision.
 
     Raises:
         UserError: a part is missing, or the model does not compare images with texts.
@@ -94,14 +94,14 @@ class ClipRanker:
         try:
             with quiet_transformers():
                 model, report = load_in(AutoModel, str(folder), torch.float32, use_safetensors=True)
-                # With Pillow: where torchvision is installed, it would be used otherwise.
+                # Uses Pillow: otherwise, torchvision would be used if it is installed.
                 self.processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
                 self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(f"ranker {folder} cannot be loaded: {one_line(error)}") from error
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
             raise UserError(f"ranker {folder} is a {model.config.model_type!r}; a CLIP, or a stage-1 run")
-        if missing := sorted(report["missing_keys"]):  # drawn at random
+        if missing := sorted(report["missing_keys"]):  # they would be random
             raise UserError(f"ranker {folder} cannot be loaded: {len(missing)} weights are not in it, {missing[0]}")
         self.model: Any = model.to(default_device()).eval().requires_grad_(False)  # pyright: ignore
         self.longest: int = self.model.config.text_config.max_position_embeddings
@@ -134,7 +134,7 @@ class ClipRanker:
             padding=self.padding,
             truncation=True,
             max_length=self.longest,
-            split_special_tokens=True,  # "<|endoftext|>" in a caption is text
+            split_special_tokens=True,  # "<|endoftext|>" in a caption is plain text
             return_tensors="pt",
         ).to(self.model.device)
         names = {"input_ids", "attention_mask"} & tokens.keys()
@@ -145,7 +145,7 @@ Ranker = RunRanker | ClipRanker
 
 
 class Models(NamedTuple):
-    """The names of both as the user gives them."""
+    """The names of captioner and ranker as the user gives them."""
 
     captioner: str
     ranker: str
@@ -164,7 +164,7 @@ def digests(models: Models, itm: bool) -> tuple[str, str]:
         itm: Whether the ranker gives the probability of a match.
 
     Raises:
-        UserError: one does not exist, is of the wrong kind, or cannot do what the settings require.
+        UserError: a model does not exist, is of the wrong kind, or cannot do what the settings require.
     """
     captioner = _captioner(models.captioner)
     if _is_other(models.ranker):
@@ -182,7 +182,7 @@ def digests(models: Models, itm: bool) -> tuple[str, str]:
 
 
 def open_models(models: Models, itm: bool) -> tuple[Captioner, Ranker]:
-    """Loads both, on a GPU if there is one.
+    """Loads both models, on a GPU if there is one.
 
     Raises:
         UserError: as `digests`, or a part cannot be loaded.
@@ -211,7 +211,7 @@ def _folder(name: str) -> Path:
 
 
 def _is_other(name: str) -> bool:
-    """Whether it is a model of transformers that `read_checkpoint` does not read. It may be a CLIP."""
+    """Whether `name` is a model of transformers that `read_checkpoint` does not read, for example a CLIP."""
     path = _folder(name) / "config.json"
     config = read_json(path) if path.is_file() else {}
     return isinstance(config, dict) and "model_type" in config and config["model_type"] != "blip-2"
@@ -240,5 +240,5 @@ def _of_files(files: Sequence[Path]) -> str:
 
 
 def _directions(output: Any) -> Tensor:
-    """The features in an output of transformers, `[N, E]`, of length 1."""
+    """The features `[N, E]` in an output of transformers, normalized to length 1."""
     return F.normalize(output.pooler_output.float(), dim=-1)

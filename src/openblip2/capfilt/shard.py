@@ -1,4 +1,4 @@
-"""One shard captioned and filtered: the result depends only on the shard and the settings.
+"""Captions and filters one shard; the result depends only on the shard and the settings.
 
 OUT/NAME.tar         its images with the best captions of their pools: "captions" in each .json is
                      [{"text": ..., "score": ..., "from": "web" or "captioner"}, ...], best first; the rest of the
@@ -7,7 +7,7 @@ OUT/NAME_log.jsonl   what was left out and why, one line each
 OUT/NAME_stats.json  settings and counts; marks the shard as complete
 
 Images are captioned in groups of 32 samples, in the order of the shard, and each group has its own random numbers. So
-the bytes do not depend on which process makes which shard.
+the output files do not depend on which process makes which shard.
 
 BLIP-2 (Li et al. 2023), section 3.4: ten captions are sampled and pooled with those from the web, and the two that are
 most similar to the image are kept. BLIP (Li et al. 2022), section 3.3: one caption is sampled, and every text that does
@@ -39,8 +39,8 @@ from openblip2.inference.captioner import Captioner
 from openblip2.model.decoding import Decoding
 from openblip2.runs import write_text
 
-GROUP = 32  # images at once
-AT_ONCE = 320  # captions at once: ten for each of 32 images
+GROUP = 32  # number of images that are captioned together
+AT_ONCE = 320  # captions that are sampled at once: ten for each of 32 images
 # The counts of a shard. The new shard contains "pictures", but not "broken" and "without captions".
 COUNTS: tuple[str, ...] = ("samples", "pictures", "broken", "without captions", "captions", "captions by the captioner")
 
@@ -57,8 +57,8 @@ class How:
         keep: number of captions to keep for each image, the best ones.
         filter: "similarity" ranks captions by their similarity to the image; "itm", as in BLIP, by the probability of
             a match, and drops those below `threshold`.
-        threshold: in [0, 1].
-        seed: of the sampled captions.
+        threshold: lowest probability of a match for "itm", in [0, 1].
+        seed: random seed for the sampled captions.
 
     Raises:
         UserError: a number is out of its range, or the filter is unknown.
@@ -91,21 +91,21 @@ class Text(NamedTuple):
 
 
 def pool(web: Iterable[str], written: Iterable[str]) -> list[Text]:
-    """The captions that differ after they are cleaned as for training, those from the web first."""
+    """The different captions after cleaning as for training, those from the web first."""
     texts = [Text(clean_caption(text), "web") for text in web]
     texts += (Text(clean_caption(text), "captioner") for text in written)
     different: dict[str, Text] = {}
     for text in texts:
-        different.setdefault(text.text, text)  # the first of equal ones stays
+        different.setdefault(text.text, text)  # the first of equal captions is kept
     different.pop("", None)
     return list(different.values())
 
 
 def best(scores: Sequence[float], keep: int, threshold: float | None = None) -> list[int]:
-    """The numbers of the captions to keep, the best first; of equal ones the earlier.
+    """The numbers of the captions to keep, the best first; with equal scores, the earlier first.
 
     Args:
-        scores: of all captions.
+        scores: the scores of all captions.
         keep: how many to keep at most.
         threshold: captions with a lower score are dropped.
 
@@ -127,7 +127,7 @@ class Made(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """A sample with its pixels for captioner and ranker, and the captions it has."""
+    """A sample with its pixels for captioner and ranker, and its captions from the web."""
 
     sample: Sample
     picture: np.ndarray[Any, Any]

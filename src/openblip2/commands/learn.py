@@ -35,7 +35,7 @@ CORPORA = ("scenes", "stamps")
 TRAININGS = ("stage1", "stage2", "caption", "vqa", "instruct", "retrieval")
 STORED = ("fp16", "bf16")
 TARGETS = ("openblip2", "hf", "lavis", "onnx", "projected")
-ARGUMENTS = {  # of `train`, which say what these settings would
+ARGUMENTS = {  # arguments of `train` that replace these settings
     "stage": "the word after train",
     "task": "the word after train",
     "start": "--start",
@@ -125,7 +125,7 @@ def train(
     """Train one stage, or fine-tune a run."""
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it: leave one of them out")
-    # In this order: processes know `Stopped`, not the exit code.
+    # `_others` is inside `keeping`, because it handles `Stopped` itself and not the exit code made from it.
     with keeping(f"what was finished is in {out}, training goes on with --resume", out / "resume"), _others():
         from openblip2.config import change
         from openblip2.presets import FINE_TUNING, PRESETS, fine_tuning
@@ -247,7 +247,7 @@ def convert(
 def _others() -> AbstractContextManager[None]:
     """The other processes of the run, where torchrun or accelerate launch has started this one (docs/clusters.md)."""
     if "RANK" not in os.environ:
-        return nullcontext()  # and torch is not imported yet
+        return nullcontext()  # returns here without importing torch
     from openblip2.distributed.launch import processes
 
     return processes()

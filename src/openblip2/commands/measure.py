@@ -130,7 +130,7 @@ def doctor(
     if out is not None:
         from openblip2.errors import require
 
-        require("--out", "plots", "matplotlib")  # before the findings are printed
+        require("--out", "plots", "matplotlib")  # checked before the findings are printed
     progress().doing(f"reading {run}")
     from openblip2.apps.report.pages import examine, write_findings
     from openblip2.runs import new_result

@@ -32,7 +32,7 @@ Settings = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote to --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON, one object per line.")]
 
-# What a folder may hold, by the files that say so.
+# Possible contents of a folder, and the files by which they are recognized.
 HOLDS = {
     "a run or another model": ("config.json", "model.safetensors"),
     "a feature cache": ("features.jsonl",),
@@ -101,7 +101,7 @@ def show(values: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
 
 def tell(line: str) -> None:
     """A line of the result, at once. Not `typer.echo`: it writes past a running bar, into its line."""
-    print(line.encode(errors="backslashreplace").decode(), flush=True)  # bytes of a file name that are no text
+    print(line.encode(errors="backslashreplace").decode(), flush=True)  # file names may have bytes that are not text
 
 
 @contextmanager
@@ -194,7 +194,7 @@ def read_data(
 def load_captioner(run: str, visual_tokens: int | None = None) -> Any:
     """A run that can write text, a `Captioner`; `visual_tokens` as for `load`."""
     progress().doing(f"loading {run}")
-    gc.disable()  # what is imported stays, so looking for garbage in it would only take an eighth of the time
+    gc.disable()  # imported modules are never freed; garbage collection would take an eighth of the time
     try:
         from openblip2.inference.captioner import Captioner
         from openblip2.inference.load import load

@@ -112,7 +112,7 @@ def _pictures(paths: list[Path]) -> list[Path]:
                 one for one in path.rglob("*") if one.suffix.lower() in PICTURE_SUFFIXES and not one.is_dir()
             )
             pictures = [one for one in inside if not any(n.startswith(".") for n in one.relative_to(path).parts)]
-            pictures = [one for one in pictures if not (one.parents[1] / "vectors.faiss").exists()]  # of an index
+            pictures = [one for one in pictures if not (one.parents[1] / "vectors.faiss").exists()]  # not of an index
             if not pictures:
                 raise UserError(f"{path}: no pictures in this folder ({', '.join(sorted(PICTURE_SUFFIXES))})")
         found |= dict.fromkeys(pictures)
@@ -197,7 +197,7 @@ def chat(
     while True:
         try:
             line = input("> " if terminal else "")
-            line.encode()  # a byte that is no text passes in some locales, as half a character
+            line.encode()  # raises for bytes that are not text, which some locales accept as lone surrogates
         except EOFError:
             return
         except UnicodeError as error:
@@ -208,7 +208,7 @@ def chat(
         except UserError as error:
             if not terminal:
                 raise
-            typer.echo(f"openblip2: {error}", err=True)  # and one may ask again
+            typer.echo(f"openblip2: {error}", err=True)  # the user may ask again
 
 
 def rank(
@@ -277,7 +277,7 @@ def attend(
         }
         if found.words:
             drawn["text.png"] = sheet(image, found.words, side=320, columns=4, one_scale=False)
-        (out / "text.png").unlink(missing_ok=True)  # of an earlier picture
+        (out / "text.png").unlink(missing_ok=True)  # from an earlier image
         for name, picture in drawn.items():
             picture.save(out / name)
     files = [str(out / name) for name in drawn]

@@ -29,9 +29,9 @@ class Pictures:
         self._folders: dict[str, tuple[Path, frozenset[str]]] = {}
 
     def find(self, name: object) -> Path:
-        """The file `name`, a path relative to the folder, or its last part.
+        """The file with the path `name` relative to the folder, or else with the last part of `name`.
 
-        So the folder can be the one that the annotations mean ("coco" for "val2014/x.jpg") or "coco/val2014".
+        So for "val2014/x.jpg", the folder can be "coco", as the annotations require, or "coco/val2014".
 
         Raises:
             UserError: `name` is not text, leads out of the folder, or does not exist.
@@ -69,11 +69,11 @@ class AnnotationFile:
     """An annotation file that is being read.
 
     Attributes:
-        path: of the file.
+        path: the path of the file.
         data: its content.
         pictures: finds the images.
-        split: that the user asked for, or None.
-        questions: the second file, or None.
+        split: the split that the user selected, or None.
+        questions: the path of the second file, or None.
         skipped: a line "where: what; what would be right" for each entry that is left out.
     """
 
@@ -88,9 +88,9 @@ class AnnotationFile:
         """The objects in a list with their positions, "file: name[0]". Other entries are skipped.
 
         Args:
-            name: of the list in the file.
+            name: the name of the list in the file.
             values: the list.
-            right: what would be right in place of an entry that is not an object.
+            right: what a correct entry is, for the message about an entry that is not an object.
 
         Raises:
             UserError: `values` is not a list.
@@ -115,9 +115,9 @@ class AnnotationFile:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Switches garbage collection off, which visits all objects of a large file many times.
+    """Switches garbage collection off, because it visits all objects of a large file many times.
 
-    With it, reading the questions of VQAv2's validation split takes 9 s, without it 5 s (one core).
+    With garbage collection, reading the questions of VQAv2's validation split takes 9 s, without it 5 s (one core).
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -132,12 +132,12 @@ def text(value: object, what: str, right: str) -> str:
     """`value`, if it is Unicode text that is not empty.
 
     Args:
-        value: from a file.
+        value: a value from a file.
         what: its name in the message.
-        right: what would be right.
+        right: what a correct value is, for the message.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not such a text.
     """
     if not isinstance(value, str):
         raise UserError(f"no {what}, but {brief(value)}; {right}")
@@ -168,5 +168,5 @@ def first_entry(values: object) -> dict[str, Any]:
 
 
 def brief(value: object) -> str:
-    """`value` in a message: one line, not long."""
+    """`value` for a message: one line of at most 80 characters."""
     return ascii(value)[:80]

@@ -23,31 +23,31 @@ from openblip2.errors import UserError
 
 @dataclass(frozen=True)
 class PairBatch:
-    """B pictures with one text each; `features [B, P, V]` or `images [B, 3, S, S]` uint8, the other is None."""
+    """B images with one text each, and either `features [B, P, V]` or `images [B, 3, S, S]` uint8."""
 
-    captions: list[str]  # or answers, where there are questions; with instructions, one or the other
+    captions: list[str]  # answers if there are questions; with instructions, captions or answers
     ids: Tensor  # [B] int64, equal for the same picture and for the same caption
     features: Tensor | None = None
     images: Tensor | None = None
     questions: list[str] | None = None  # or whole instructions (`samples.Instructions`)
-    names: list[str] | None = None  # ids of the pictures, for people
-    # [B, 2] int64, hashes of picture and caption, if a process does not know the rows of the others: `ids` are then
-    # those within its own rows.
+    names: list[str] | None = None  # names of the images: ids, or shards with members
+    # [B, 2] int64, hashes of image and caption, if a process does not know the rows of the other processes. `ids` then
+    # compare only the rows of this process.
     keys: Tensor | None = None
 
 
 class Sampler:
-    """Row numbers of batch n: every epoch is shuffled anew and cut into batches.
+    """Row numbers of batch n: every epoch is shuffled again and split into batches.
 
-    Batches contain texts of all lengths. If texts of one length were put together, there would be less padding, but
+    Batches contain texts of all lengths. Batches of texts with the same length would need less padding, but then
     "a cat above a dog" and "a cat to the left of a dog" would never be hard negatives of each other.
 
     Args:
-        rows: how many there are.
+        rows: number of rows.
         batch: B, at most the number of rows.
-        seed: of everything random.
-        similar: with it, the second half of a batch are rows similar to those of the first half.
-        similar_from: the first batch for which this holds.
+        seed: seed for everything random.
+        similar: if given, the second half of a batch consists of rows similar to those of the first half.
+        similar_from: the first batch with similar rows.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Sampler:
         return rows + [self.similar(row, place) for row, place in zip(rows[:others], places, strict=True)]
 
     def _shuffled(self, begin: int, count: int) -> list[int]:
-        """`count` rows from place `begin` on of all epochs, one after the other."""
+        """`count` rows from position `begin` on in the sequence of all epochs."""
         rows: list[int] = []
         while len(rows) < count:
             epoch, place = divmod(begin + len(rows), self.rows)
@@ -81,13 +81,13 @@ class Batches(ABC):
     """Batches by number.
 
     Args:
-        records: with the images.
+        records: records with the images.
         samples: their texts.
-        batch: pairs of the joined batch.
-        seed: of everything random.
-        augmented: whether images are cropped and flipped at random; one whose texts say left or right is not flipped.
-        similar_from: the first batch with similar rows (`Sampler`), by each picture's longest caption; None = no batch.
-        part: (r, N): process r of N has a part of each joined batch, which does not depend on it.
+        batch: number of pairs in a batch of all processes.
+        seed: seed for everything random.
+        augmented: whether images are cropped and flipped at random; no flip if an image's texts say left or right.
+        similar_from: the first batch with similar rows (`Sampler`), by each image's longest caption; None = no batch.
+        part: (r, N): process r of N has a part of each batch of all processes, which does not depend on N.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Batches(ABC):
         if similar_from is not None:
             similar = SimilarRows([max(self.records[n].captions, key=len) for n in samples.pictures])
         self.sampler = Sampler(len(samples.pictures), batch, seed, similar, similar_from or 0)
-        # Differs from the paper, which mirrors these, too.
+        # Differs from the paper, which also flips these images.
         self.sided = {n for n, record in enumerate(self.records) if augmented and names_side(record.texts)}
 
     def __call__(self, number: int) -> PairBatch:
@@ -132,20 +132,20 @@ class Batches(ABC):
 
     @abstractmethod
     def _open(self, number: int, pictures: Sequence[int], own: range) -> tuple[Sequence[int], dict[str, Tensor]]:
-        """The places in batch `number` whose image can be used, and their images or features as in `PairBatch`.
+        """The positions in batch `number` with usable images, and their images or features as in `PairBatch`.
 
         Args:
-            number: of the batch.
-            pictures: the record of each row of the joined batch.
-            own: the places to open.
+            number: the number of the batch.
+            pictures: the record number of each row in the batch of all processes.
+            own: the positions to open.
         """
 
 
 class ImagePairs(Batches):
     """Batches of images, with new random crops and flips each time (as in the paper) or plain.
 
-    An image that cannot be opened is left out of its batch and reported once, so one of several processes may have
-    none.
+    An image that cannot be opened is left out of its batch and reported once, so one of several processes may have no
+    image.
 
     Args:
         size: S.
@@ -167,7 +167,7 @@ class ImagePairs(Batches):
         self.size, self.problem, self.bad = size, problem, set[int]()
 
     def _open(self, number: int, pictures: Sequence[int], own: range) -> tuple[Sequence[int], dict[str, Tensor]]:
-        # One for each picture: what is drawn for it does not depend on who opened which before it.
+        # One seed for each image, so that its crop does not depend on which images were opened before it.
         seeds = torch.randint(2**62, (len(pictures),), generator=batch_generator(self.seed, number, "crop")).tolist()
         good, images = [], [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)]
         for n in own:
@@ -189,10 +189,10 @@ class ImagePairs(Batches):
 
 
 class FeaturePairs(Batches):
-    """Batches of stored features. If augmented, of a random one of each image's crops instead of the plain image.
+    """Batches of stored features: of a random crop of each image if augmented, otherwise of the plain image.
 
     Args:
-        features: of the records.
+        features: stored features of the records.
         options: as in `Batches`, by name.
     """
 
@@ -205,7 +205,7 @@ class FeaturePairs(Batches):
         if self.augmented:
             random = batch_generator(self.seed, number, "crop")
             drawn = torch.randint(self.features.views, (len(pictures),), generator=random).tolist()
-            # Every second view is mirrored (train/encode.py).
+            # Every second view is flipped (train/encode.py); the view before it is not.
             views = [drawn[n] - drawn[n] % 2 if pictures[n] in self.sided else drawn[n] for n in own]
         return own, {"features": self.features.take([pictures[n] for n in own], views)}
 
@@ -237,10 +237,10 @@ def group_rows(keys: Sequence[Iterable[Hashable]]) -> list[int]:
 
 
 def joined_ids(batch: PairBatch, place: torch.device) -> Tensor:
-    """The ids `[B]` of our rows in the joined batch. All processes must call it.
+    """The ids `[B]` of this process's rows in the batch of all processes. All processes must call it.
 
     Args:
-        batch: ours.
+        batch: the batch of this process.
         place: the device of the backend's tensors.
     """
     if batch.keys is None or world_size() == 1:
@@ -290,10 +290,10 @@ class Prefetcher:
 
 
 def drawn_prompts(prompts: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
-    """One of the prompts for each of our `count` captions, drawn for the joined batch."""
+    """One of the prompts for each of this process's `count` captions, drawn for all processes together."""
     if len(prompts) == 1:
         return [prompts[0]] * count
-    # For the joined batch, so that prompts do not depend on the number of processes.
+    # Drawn for all processes, so that prompts do not depend on the number of processes.
     shared = share(count)
     drawn = torch.randint(len(prompts), (shared.total,), generator=generator)[shared.own]
     return [prompts[int(n)] for n in drawn]

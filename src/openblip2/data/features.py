@@ -1,4 +1,4 @@
-"""Features of a frozen image encoder, which are computed once for each image: in memory, or in a cache on disk.
+"""Features of a frozen image encoder, computed once for each image and kept in memory or in a cache on disk.
 
 CACHE/features.jsonl  first line: what the features were made with, their file and shape; then one line for each image
 CACHE/features-X.bin  the features, one image after the other
@@ -52,7 +52,7 @@ class FeatureCache:
     Attributes:
         made_by: What the features were made with: encoder, image size and so on, by name.
         path: The file of the features.
-        shape: Of the features of an image, (E, P, V).
+        shape: The shape of the features of an image, (E, P, V).
         pictures: The images of the cache, by id.
         count: Number of images with features.
 
@@ -69,7 +69,7 @@ class FeatureCache:
         try:
             head = json.loads(lines[0])
             version, self.made_by, self.shape = head["version"], dict(head["made_by"]), tuple(head["shape"])
-            self.path = folder / head["file"]  # has a new name whenever the cache is started again
+            self.path = folder / head["file"]  # it has a new name each time the cache is started again
             self.dtype = CACHE_DTYPES[self.made_by["precision"]]
             # An image that was encoded again, because its file had changed, has several lines; the last one is valid.
             self.pictures = {p.id: p for p in (CachedPicture(*json.loads(line)) for line in lines[1:])}
@@ -97,7 +97,7 @@ class FeatureCache:
         known = self.pictures.get(record.id)
         if known is None or known.bytes != (state := file_state(record.image))[0]:
             return False
-        return known.changed == state[1] or known.digest == _digest(record.image)  # the time of a copy differs
+        return known.changed == state[1] or known.digest == _digest(record.image)  # a copy of the file has another time
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def find_records(
 
 
 class CacheWriter:
-    """Adds images to a cache that is open for writing. `cache` is its state before."""
+    """Adds images to a cache that is open for writing. `cache` is the state before the new images."""
 
     def __init__(self, cache: FeatureCache, index: BinaryIO, values: BinaryIO) -> None:
         self.cache, self._index, self._values, self._row = cache, index, values, cache.count
@@ -190,12 +190,12 @@ def writing(
     """Opens a cache for writing; waits for other processes that write it.
 
     Args:
-        folder: Of the cache. A new cache is started if there is none.
+        folder: The folder of the cache. A new cache is started if there is none.
         made_by: What the features are made with.
-        shape: Of the features of an image.
+        shape: The shape of the features of an image.
         say: Called with a line for the user.
         records: The images.
-        replace: Whether to start a new cache also if it was made with something else or has none of `records`.
+        replace: Whether to start a new cache if the old one was made with something else or has none of `records`.
 
     Raises:
         UserError: It was made with something else, or is damaged; or the disk is full.

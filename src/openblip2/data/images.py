@@ -1,4 +1,4 @@
-"""Images of any kind to pixels: opened with limits, turned upright, put on white, resized or cropped.
+"""Opens images of any kind with limits, turns them upright, puts them on white, and resizes or crops them.
 
 S  image side in px      B  images
 """
@@ -37,7 +37,7 @@ Picture = str | Path | PictureFile | Image.Image | np.ndarray[Any, Any]
 MAX_PIXELS = 64 * 2**20
 MAX_BYTES = 64 * 2**20
 
-THREADS = min(8, os.cpu_count() or 1)  # that open images in parallel
+THREADS = min(8, os.cpu_count() or 1)  # number of threads that open images in parallel
 
 # Pillow reads more formats (documents, PostScript with an external program), which are not safe for files from the web.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -72,7 +72,7 @@ CROP_TRIES = 10
 
 
 def left_out(names: Iterable[str]) -> list[str]:
-    """One line for each kind of pictures among files that has to be converted before it can be read."""
+    """One line for each image format among the files that has to be converted before it can be read."""
     counts = Counter(suffix for name in names if (suffix := os.path.splitext(name)[1].lower()) in UNREADABLE)
     return [
         f"1 {suffix} file is left out; convert it to JPEG"
@@ -124,8 +124,8 @@ def augment(picture: Picture, size: int, generator: torch.Generator, mirror: boo
     Args:
         picture: as in `open_picture`.
         size: S.
-        generator: of the crop and the flip.
-        mirror: whether to flip it; None = by chance, as in the paper.
+        generator: random generator for the crop and the flip.
+        mirror: whether to flip it; None = at random, as in the paper.
 
     Raises:
         UserError: as `open_picture`.
@@ -143,7 +143,7 @@ def augment(picture: Picture, size: int, generator: torch.Generator, mirror: boo
 def random_crop(width: int, height: int, generator: torch.Generator) -> tuple[int, int, int, int]:
     """A random box (left, top, right, bottom) in px with `CROP_AREA` of the image's area and aspect ratio `CROP_RATIO`.
 
-    If none of ten boxes fits (a very long image), the largest central box with an allowed ratio.
+    If none of ten boxes fits (a very long image), it is the largest central box with an allowed ratio.
     Source: torchvision's `RandomResizedCrop.get_params`.
     """
     import torch
@@ -244,7 +244,7 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # of any type; broken metadata in a good image: it is not turned
+    except Exception:  # of any type: an image with broken metadata is not rotated
         return 1
 
 
@@ -281,6 +281,6 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
 
 
 def _to_bytes(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-    if not (values.min() >= 0 and values.max() <= 1):  # in this form, NaN is refused, too
+    if not (values.min() >= 0 and values.max() <= 1):  # written so that NaN is refused, too
         raise UserError(f"{name}: has values outside [0, 1]: give floats in [0, 1], or uint8 in 0..255")
     return np.rint(values.astype(np.float32) * 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The official annotation formats: each reader returns the records of an `AnnotationFile` and notes what it skips."""
+"""The official annotation formats: each reader returns the records of an `AnnotationFile` and lists skipped entries."""
 
 import re
 from collections import Counter
@@ -184,7 +184,7 @@ def gqa(file: AnnotationFile) -> list[Record]:
     return [Record(image, path, (), tuple(questions)) for image, (path, questions) in by_image.items()]
 
 
-# The position of an annotation in its file, the id of its image as it stands there, and the question without its text.
+# The position of an annotation in its file, the id of its image as written there, and the question without its text.
 _Answered = tuple[str, object, Question]
 
 

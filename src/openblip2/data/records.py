@@ -3,7 +3,7 @@
 Four sources are read:
 
 - a folder with `records.jsonl` (what `write_records` writes), or `metadata.jsonl`, `metadata.csv`, `captions.txt`;
-- a `.jsonl` file, one object a line: `{"image": "cat.jpg", "caption": "a cat"}`, or `"captions": [...]`, or
+- a `.jsonl` file, one object per line: `{"image": "cat.jpg", "caption": "a cat"}`, or `"captions": [...]`, or
   `"question"` with `"answer"` (or `"answers"`, one per annotator), or `"questions": [{"text": ..., "answer": ...,
   "kind": ..., "answers": [...]}]`, and optionally `"id"` and `"facts"`;
 - a `.csv` or `.tsv` file or similar, whose first line names the columns `image` and `caption`, or `image`, `question`,
@@ -14,7 +14,7 @@ Columns and keys may also have the names in `rows.SYNONYMS`, as other tools writ
 
 Whether a row needs captions or questions depends on the task. Image paths are relative to the folder of the file and
 must be inside it. Rows with the same image, or the same id if there are ids, become one record with all their captions
-and questions. Rows that cannot be used are skipped and named.
+and questions. Rows that cannot be used are skipped and reported.
 """
 
 import json
@@ -44,8 +44,8 @@ class Question:
         text: the question.
         answer: the correct one; with several annotators, their most common answer.
         kind: one of `QUESTION_KINDS`.
-        answers: of all annotators, with repetitions; empty if there is only `answer`.
-        id: of the data set, for submitting results; "" = none.
+        answers: the answers of all annotators, with repetitions; empty if there is only `answer`.
+        id: the id in the data set, for submitting results; "" = none.
     """
 
     text: str
@@ -62,7 +62,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image with its texts. `facts` are more information about it, such as the content of a drawn scene."""
+    """One image with its texts. `facts` are additional information, such as the content of a drawn scene."""
 
     id: str
     image: Path
@@ -82,7 +82,7 @@ def read_records(source: Path, wanted: Wanted = "captions") -> tuple[list[Record
     Images are not opened, but they must exist. Captions are not changed.
 
     Args:
-        source: one of the four above.
+        source: one of the four sources above.
         wanted: what every row must have; the other may be missing.
 
     Raises:
@@ -179,10 +179,10 @@ def _image(name: object, root: Path) -> Path:
     image = Path(os.path.normpath(root / str(name)))
     if not Path(os.path.abspath(image)).is_relative_to(os.path.abspath(root)):
         raise UserError(f"image {name!r} is outside the data folder: give a path inside {root}")
-    # Flickr8k's and Flickr30k's tables lie beside the folder of their pictures, which they do not name.
+    # The tables of Flickr8k and Flickr30k are next to the folder of their images and do not name this folder.
     for folder in _FOLDERS:
         path = os.path.normpath(root / folder / str(name))
-        if os.path.isfile(path):  # False, where Path.is_file raises, for names that no file can have
+        if os.path.isfile(path):  # for impossible names, this is False, but Path.is_file raises
             return Path(path)
     shown = f"image {str(name)[:200]!r} is missing"
     if "://" in str(name):

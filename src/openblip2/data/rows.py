@@ -15,9 +15,9 @@ from openblip2.data.text import is_unicode
 from openblip2.errors import UserError, number_of, refuse_lfs_pointer
 
 RECORDS = "records.jsonl"
-LISTS = (RECORDS, "metadata.jsonl", "metadata.csv", "captions.txt")  # that a folder is read through, the first of them
+LISTS = (RECORDS, "metadata.jsonl", "metadata.csv", "captions.txt")  # a folder's list: the first one found
 TABLES = (".csv", ".tsv", ".txt", ".token")
-# What other tools call our columns and keys: Hugging Face's image folders, kohya, COCO, Flickr30k.
+# Names of our columns and keys in other tools: Hugging Face's image folders, kohya, COCO, Flickr30k.
 SYNONYMS = {
     "image": ("file_name", "filename", "image_path", "file_path", "filepath", "image_file", "image_name", "path"),
     "caption": ("text", "comment", "raw"),
@@ -29,10 +29,10 @@ ACCEPTED = (
 DELIMITERS = (",", "\t", ";", "|")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _AS_UTF8 = "save it as UTF-8 (in Excel: CSV UTF-8)"
-MOST_LINES = 100  # of one row; a caption has 50 words
+MOST_LINES = 100  # in one row; a caption has at most 50 words
 _ROW = 'write one {"image": "cat.jpg", "caption": "a cat"} a line'
 
-# The keys and values of one row, or why it could not be read.
+# The keys and values of one row, or the reason why it could not be read.
 Row = dict[str, Any] | UserError
 
 
@@ -64,14 +64,14 @@ def read_rows(source: Path) -> Iterator[tuple[str, Row]]:
 def find_list(folder: Path) -> Path | None:
     """The file that lists the pictures of a folder; None if there is none."""
     for path in (folder / name for name in LISTS):
-        # A captions.txt may also be about a picture, or about all of them.
+        # A captions.txt may also be a text about one image or about all images, without a list.
         if path.exists() and (path.suffix != ".txt" or (path.is_file() and _form(next(_lines(path), ""))[1])):
             return path
     return None
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a file, UTF-8 or UTF-16 with a byte-order mark; bytes that are not UTF-8 are lone surrogates.
+    """The lines of a file, UTF-8 or UTF-16 with a byte-order mark; bytes that are not UTF-8 become lone surrogates.
 
     Raises:
         UserError: the file is a git-LFS pointer, or many of its lines are not UTF-8.
@@ -88,7 +88,7 @@ def _lines(path: Path) -> Iterator[str]:
                 yield line
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not whole UTF-16 text; {_AS_UTF8}") from error
-    # One such line costs itself; more of them mean another encoding, whose plain-ASCII rest would be another data set.
+    # A single such line is skipped. Many mean another encoding; the ASCII lines alone would be another data set.
     if bad > max(1, count / 20):
         raise UserError(f"{path}: {bad:,} of its {count:,} lines are not UTF-8 text; {_AS_UTF8}")
 
@@ -118,7 +118,7 @@ def _our_names(names: list[str]) -> list[str]:
     """Names of columns or keys, with ours in place of the first synonym of each that is missing."""
     renamed = list(names)
     for ours, others in SYNONYMS.items():
-        # A "text" beside a question may be anything.
+        # A "text" next to a question may be anything, not only a caption.
         if ours in names or (ours == "caption" and {"captions", "question", "questions"} & set(names)):
             continue
         if found := next((name for name in others if names.count(name) == 1), None):
@@ -143,14 +143,14 @@ def _table(path: Path) -> Iterator[tuple[str, Row]]:
         return
     first, delimiters = 1, DELIMITERS
     if len(lines) > 1 and (named := re.fullmatch(r'"?sep=([^\w"])"?', lines[0].rstrip("\r\n"), re.IGNORECASE)):
-        first, delimiters = 2, (named[1],)  # Excel's first line
+        first, delimiters = 2, (named[1],)  # the first line for Excel
     top = lines[first - 1]
     delimiter, header = _form(top, delimiters)
     if not header:
         right = "it has to name the columns image and caption, or image, question and answer: rename them"
         if "\0" in top or not is_unicode(top):
             right = f"it is not UTF-8 text: {_AS_UTF8}"
-        elif re.search(r"^[^\t]*#\d\t", top):  # Flickr8k's and Flickr30k's own files
+        elif re.search(r"^[^\t]*#\d\t", top):  # the original files of Flickr8k and Flickr30k
             right = "no line names the columns: put image<TAB>caption in front, and take #0, #1, ... off the names"
         elif any(top.lower().count(name) > 1 for name in ("image", "caption")):
             right = "it names a column twice: rename one of the two"
@@ -169,11 +169,11 @@ def _table(path: Path) -> Iterator[tuple[str, Row]]:
 def _cells(
     lines: list[str], first: int, header: list[str], delimiter: str, folder: Path
 ) -> tuple[list[str] | UserError, int]:
-    """The cells of the row that begins in line `first`, from 0, and the number of the line after it."""
+    """The cells of the row that begins in line `first`, counted from 0, and the number of the line after the row."""
     rows = 0
     for after in range(first + 1, min(first + MOST_LINES, len(lines)) + 1):
         # A text in quotation marks may have several lines, and the first or the last one contains the image. If another
-        # line looks like a row, too, the mark is not closed.
+        # line looks like a row, too, a quotation mark is not closed.
         rows += _is_row(lines[after - 1], header, delimiter, folder)
         if rows > 1:
             break
@@ -206,23 +206,23 @@ def _table_row(cells: list[str], header: list[str]) -> Row:
         return UserError(f"{number_of(len(cells), 'cell')} under {number_of(len(header), 'column')}; {right}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
     for name in {"caption", "captions"} & row.keys():
-        if row[name].startswith(("['", '["')):  # a list, as pandas or JSON write it into a cell
+        if row[name].startswith(("['", '["')):  # a list in a cell, as written by pandas or in JSON
             with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 row[name] = ast.literal_eval(row[name])
     return {name: row[name] for name in ("image", "caption", "captions", "question", "answer") if name in row}
 
 
 def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
-    converted: list[str] = []  # pictures that have to be, with their captions
+    converted: list[str] = []  # images that must be converted before they can be read
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         names = sorted(name for name in files if not name.startswith("."))
         listed = find_list(Path(parent))
         texts = {name.lower(): name for name in names if name.lower().endswith(".txt")}
-        used: dict[str, str] = {}  # text file -> picture
+        used: dict[str, str] = {}  # text file -> image
         pictures = [name for name in names if Path(name).suffix.lower() in PICTURE_SUFFIXES]
         others = [name for name in names if Path(name).suffix.lower() in UNREADABLE]
-        for name in [*pictures, *others]:  # a text is that of a picture that was converted, if it is
+        for name in [*pictures, *others]:  # so that a text belongs to the converted image, if there is one
             path = Path(parent, name)
             text = texts.get(f"{name}.txt".lower()) or texts.get(f"{path.stem}.txt".lower())
             first = name if text is None else used.setdefault(text, name)

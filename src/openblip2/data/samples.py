@@ -18,8 +18,8 @@ from openblip2.data.records import Question, Record
 from openblip2.data.text import clean_question
 
 T = TypeVar("T")
-NEAREST = 3  # similar rows of a row
-MOST_TIMES = 10  # how often balancing shows one question in an epoch at most
+NEAREST = 3  # number of similar rows from which one is drawn
+MOST_TIMES = 10  # maximum number of times that balancing shows a question in an epoch
 NEGATION = re.compile(r"\b(no|not|never|none)\b|n['\u2019]t\b", re.IGNORECASE)
 
 
@@ -35,18 +35,18 @@ class Captions:
         self.pictures = list(range(len(records)))
 
     def draw(self, rows: Sequence[int], generator: torch.Generator) -> tuple[list[str], None]:
-        """The texts of a batch that are to be generated, and no questions."""
+        """The target texts of a batch, and None in place of questions."""
         return _draw([self.records[row].captions for row in rows], generator), None
 
 
 class Answers:
-    """One row for each question: one of the annotators' answers, drawn by its frequency (paper 4.3).
+    """One row for each question: one of the annotators' answers, drawn in proportion to its frequency (paper 4.3).
 
     Args:
-        records: with questions.
-        balanced: ours: of yes/no questions with the same words, those with the rarer answer are shown as often as the
-            others, each up to `MOST_TIMES` in an epoch. "Is there a red shape?" is mostly answered with no, and a model
-            that learns this from the words has little reason to use the image. VQA v2 adds images for this purpose.
+        records: records with questions.
+        balanced: ours: among yes/no questions with the same words, those with the rarer answer are repeated to be as
+            frequent as the others, up to `MOST_TIMES` each per epoch. "Is there a red shape?" is mostly answered no. A
+            model that learns this from the words has little reason to use the image. VQA v2 adds images for this.
 
     Attributes:
         pictures: as in `Captions`.
@@ -59,7 +59,7 @@ class Answers:
         self.pictures = [n for n, _ in self.asked]
 
     def draw(self, rows: Sequence[int], generator: torch.Generator) -> tuple[list[str], list[str]]:
-        """The texts of a batch that are to be generated, and the questions."""
+        """The target texts of a batch, and the questions."""
         questions = [self.asked[row][1] for row in rows]
         texts = _draw([question.given for question in questions], generator)
         return texts, [clean_question(question.text) for question in questions]
@@ -69,14 +69,14 @@ class Instructions:
     """One row for each image: an instruction, with one of its captions or with the answer to one of its questions.
 
     Whether it is a caption or a question, which one, and the template of the instruction are drawn for each sample. An
-    image that has only captions or only questions always gives what it has. Differs from InstructBLIP (Dai et al. 2023,
+    image with only captions or only questions always gives one of these. Differs from InstructBLIP (Dai et al. 2023,
     section 2.4), which draws each sample from one of many data sets, in proportion to the square root of their sizes.
 
     Args:
-        records: each with a caption or a question.
+        records: records that each have a caption or a question.
         caption_templates: instructions that ask for a caption.
-        question_templates: with `{}` for the question.
-        caption_share: of the samples that are captions, in [0, 1].
+        question_templates: instructions with `{}` for the question.
+        caption_share: share of the samples that are captions, in [0, 1].
 
     Attributes:
         pictures: as in `Captions`.
@@ -94,9 +94,9 @@ class Instructions:
         self.pictures = list(range(len(records)))
 
     def draw(self, rows: Sequence[int], generator: torch.Generator) -> tuple[list[str], list[str]]:
-        """The texts of a batch that are to be generated, and the whole instructions."""
+        """The target texts of a batch, and the whole instructions."""
         texts, instructions = [], []
-        # The same number of draws for each row, so that what one row becomes does not change the others.
+        # Each row uses the same number of random draws, so that the choices for one row do not affect other rows.
         for row, draws in zip(rows, torch.rand(len(rows), 4, generator=generator).tolist(), strict=True):
             kind, text, template, answer = draws
             record = self.records[row]
@@ -114,17 +114,17 @@ Samples = Captions | Answers | Instructions
 
 
 class SimilarRows:
-    """Finds rows with similar captions, to be hard negatives of each other. Ours, not the paper's.
+    """Finds rows with similar captions, which become hard negatives of each other. Ours, not in the paper.
 
-    The paper's batches of 1,680 pairs and more contain pictures that differ in one detail. A small batch of random
-    pictures hardly ever does, so neither ITC nor ITM has to learn details. GRIT-VLP (Byun et al. 2022) puts pairs into
-    one batch that the model itself finds similar. Here words and pairs of neighbouring words decide, so that a batch
-    stays a function of seed and number. In half of the cases rare words count more (TF-IDF): similar captions then
-    name the same things, with other colours, places or numbers. In the other half all words count the same, and
-    similar captions name other things in the same way. With the first half alone, ITM learns to ignore nouns.
+    The paper's batches of at least 1,680 pairs contain images that differ in one detail. A small random batch rarely
+    does, so neither ITC nor ITM has to learn details. GRIT-VLP (Byun et al. 2022) puts pairs into one batch that are
+    similar according to the model itself. Here, similarity is computed from words and pairs of adjacent words, so that
+    a batch remains a function of seed and number. In half of the cases, rare words have a larger weight (TF-IDF):
+    similar captions then name the same things, with other colours, places or numbers. In the other half, all words have
+    the same weight, and similar captions name other things in the same form. Without it, ITM learns to ignore nouns.
 
     Args:
-        captions: one for each of R rows.
+        captions: one caption for each of R rows.
     """
 
     def __init__(self, captions: Sequence[str]) -> None:
@@ -136,18 +136,18 @@ class SimilarRows:
         self.texts = torch.tensor([first[caption] for caption in captions])  # [R], equal for the same caption
 
     def __call__(self, row: int, place: float) -> int:
-        """One of the `NEAREST` rows with another caption, the one at a place in [0, 1); of all rows if none is near."""
+        """One of the `NEAREST` rows with another caption, selected by `place` in [0, 1); any row if none is similar."""
         weighting, place = divmod(2 * place, 1)
         vectors = self.vectors[int(weighting)]
         scores = torch.mv(vectors, vectors[row].to_dense())
-        scores[self.texts == self.texts[row]] = -1  # true pairs of this row's picture or caption
+        scores[self.texts == self.texts[row]] = -1  # the same caption: positives, not negatives
         best, nearest = scores.topk(min(NEAREST, len(scores)))
         near = nearest[best > 0]
         return int(near[int(place * len(near))]) if len(near) else int(place * len(scores))
 
 
 def _unit_rows(counts: Sequence[Counter], weights: Mapping[Any, float]) -> Tensor:
-    """The counts as vectors of length 1: sparse, `[R, words]`; a row without weight is 0."""
+    """The counts as vectors of length 1: sparse, `[R, words]`; a row without any weight is 0."""
     columns = {word: column for column, word in enumerate(weights)}
     places = [(row, columns[word]) for row, words in enumerate(counts) for word in words]
     values = [[n * weights[word] for word, n in words.items()] for words in counts]
@@ -161,11 +161,11 @@ def fewer_negations(records: Sequence[Record], share: float) -> list[Record]:
     """The records with only a share of the questions that contain "not" or "no", selected evenly.
 
     Ours, for a first part of training (docs/decisions.md): if half of the questions are negated, a match of words and
-    image means yes as often as no, and the model gets no gradient to look for matches.
+    image means yes as often as no, so that no gradient teaches the model to look for matches.
 
     Args:
-        records: with questions.
-        share: in [0, 1].
+        records: records with questions.
+        share: share of these questions that is kept, in [0, 1].
     """
     met = 0
 
@@ -194,5 +194,5 @@ def _draw(choices: Sequence[Sequence[str]], generator: torch.Generator) -> list[
 
 
 def _pick(choices: Sequence[T], place: float) -> T:
-    """The choice at a place in [0, 1) of the whole sequence."""
+    """The element of `choices` at the relative position `place` in [0, 1)."""
     return choices[int(place * len(choices))]

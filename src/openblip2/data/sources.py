@@ -2,16 +2,16 @@
 
 The official files of COCO, Flickr30K, NoCaps, VQAv2, OK-VQA and GQA:
 
-| kind | file | its split |
+| kind | file | splits |
 |---|---|---|
-| coco-karpathy | `dataset_coco.json` | chosen |
+| coco-karpathy | `dataset_coco.json` | several, one is selected |
 | | LAVIS's `coco_karpathy_train.json`, `..._val.json`, `..._test.json` | one |
-| flickr30k | `dataset_flickr30k.json` | chosen |
+| flickr30k | `dataset_flickr30k.json` | several, one is selected |
 | | LAVIS's `flickr30k_train.json`, `..._val.json`, `..._test.json` | one |
 | nocaps | `nocaps_val_4500_captions.json`, `nocaps_test_image_info.json`; any file in COCO's own form | one |
-| vqav2 | `v2_mscoco_val2014_annotations.json` with `v2_OpenEnded_mscoco_val2014_questions.json` | one, named |
-| | `v2_OpenEnded_mscoco_test-dev2015_questions.json` | one, named |
-| okvqa | `mscoco_val2014_annotations.json` with `OpenEnded_mscoco_val2014_questions.json` | one, named |
+| vqav2 | `v2_mscoco_val2014_annotations.json` with `v2_OpenEnded_mscoco_val2014_questions.json` | one, stated in it |
+| | `v2_OpenEnded_mscoco_test-dev2015_questions.json` | one, stated in it |
+| okvqa | `mscoco_val2014_annotations.json` with `OpenEnded_mscoco_val2014_questions.json` | one, stated in it |
 | gqa | `testdev_balanced_questions.json` | one |
 
 Test splits contain no captions and answers. They are read so that predictions can be submitted: an image then has no
@@ -43,11 +43,11 @@ class Source(NamedTuple):
     """What a data source contains.
 
     Attributes:
-        records: none for shards.
+        records: the records; empty for shards.
         skipped: one line for each entry that was skipped.
         kind: the format, "own" for the user's own.
-        shards: not counted yet.
-        known: training questions, from which baselines that see no image guess.
+        shards: the parts of a source of shards, not counted yet.
+        known: training questions, from which baselines guess answers without the image.
     """
 
     records: list[Record]
@@ -71,8 +71,8 @@ def read_source(
     Args:
         wanted: what every record must have.
         images: the folder of an official file's images.
-        split: of an official file that contains several.
-        questions: VQAv2's and OK-VQA's second file.
+        split: the split of an official file that contains several.
+        questions: the second file of VQAv2 and OK-VQA.
         withheld: whether images without captions and questions without answers are accepted, as in an official test
             split, for which predictions are made. Their answer is "".
         shards: whether shards are accepted.
@@ -118,8 +118,8 @@ def read_official(
 ) -> tuple[str, list[Record], list[str]]:
     """The kind of an official file, by its content, its records in its order, and a line for each skipped entry.
 
-    All questions about an image, and all of LAVIS's captions of an image, are one record. Bad captions are left out one
-    by one. Images are not opened, but they must exist; captions, questions and answers are not changed.
+    All questions about an image, and all of LAVIS's captions of an image, are one record. Unusable captions are skipped
+    one by one. Images are not opened, but they must exist; captions, questions and answers are not changed.
 
     NoCaps's domain, one of `official.DOMAINS`, is `facts["domain"]`; without it, facts are None. `Question.answer` is
     VQAv2's `multiple_choice_answer`, or the most common answer for OK-VQA, which has none. OK-VQA's answers are

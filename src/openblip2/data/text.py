@@ -1,7 +1,7 @@
-"""Text as BLIP-2 is trained on it, and as tokens for the Q-Former.
+"""Prepares text as for the training of BLIP-2, and converts it to tokens for the Q-Former.
 
 Captions and questions are in lower case, without most punctuation, and have at most 50 words; answers are as annotated.
-A text without spaces (Chinese, Thai, or a broken row) is one word of any length, so characters are limited, too.
+A text without spaces (Chinese, Thai, or a broken row) is one word of any length, so its characters are limited, too.
 
 The Q-Former's tokens are BERT's, `[CLS] words [SEP]`, with one more token `[DEC]` at the end of the vocabulary.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from openblip2.errors import require_unicode
 
 MAX_WORDS = 50
-WORD_CHARACTERS = 20  # a text has at most so many for each word that it may have
+WORD_CHARACTERS = 20  # maximum number of characters of a text per allowed word
 MAX_CHARACTERS = MAX_WORDS * WORD_CHARACTERS
 _PUNCTUATION = '.!"()*#:;~'
 _TO_SPACES = str.maketrans(_PUNCTUATION, " " * len(_PUNCTUATION))
@@ -46,30 +46,30 @@ def clean_question(text: str, max_words: int = MAX_WORDS) -> str:
     "what colour main?", "u.s." becomes "us". Between two digits it stays: "is it 10:30?", "a 3.5 mm lens?".
 
     Source: the authors' `BlipQuestionProcessor`. Differs from it: white space is reduced as in captions; the authors
-    also remove punctuation between digits, which makes 35 mm of 3.5 mm.
+    also remove punctuation between digits, which turns 3.5 mm into 35 mm.
     """
     return _fold(_REMOVED.sub("", text.lower()), max_words)
 
 
 def plain_question(text: str) -> str:
-    """A question inside an instruction: as written, on one line, at most as long as `clean_question` leaves it.
+    """A question inside an instruction: as written, on one line, with the same maximum length as in `clean_question`.
 
-    Differs from the authors of InstructBLIP, who clean it as for VQA. An instruction is not cleaned in use, so that
-    training with cleaned questions would not know capitals and punctuation.
+    Differs from the authors of InstructBLIP, who clean it as for VQA. Instructions are not cleaned at inference, so a
+    model that was trained with cleaned questions would not know capital letters and punctuation.
     """
     return _fold(text, MAX_WORDS)
 
 
 def clean_answer(text: str) -> str:
-    """An answer as it is taught and scored: as annotated ("10:30", "$1.50"), on one line without outer white space.
+    """An answer as used in training and scoring: as annotated ("10:30", "$1.50"), on one line and stripped.
 
-    Source: the authors' `COCOVQADataset`, which leaves answers alone, and the official VQA score (`VQAEval`).
+    Source: the authors' `COCOVQADataset`, which does not change answers, and the official VQA score (`VQAEval`).
     """
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: not JSON's "\\ud800", nor bytes that were read although they are not."""
+    """Whether a text can be encoded as UTF-8, so has no lone surrogates (from JSON's "\\ud800" or invalid bytes)."""
     try:
         return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
@@ -77,7 +77,7 @@ def is_unicode(text: str) -> bool:
 
 
 def names_side(texts: Iterable[str]) -> bool:
-    """Whether a text says left or right, which a mirrored picture makes wrong (English alone)."""
+    """Whether a text says left or right, which is wrong for a flipped image (only in English)."""
     return any(map(_SIDE.search, texts))
 
 
@@ -91,7 +91,7 @@ class BertTokens:
     Args:
         tokenizer: a `transformers` tokenizer of the BERT family.
         longest: maximum number of tokens of a text, including special tokens.
-        positions: how many the Q-Former has places for; None = at least `longest`.
+        positions: number of position embeddings in the Q-Former; None = at least `longest`.
     """
 
     def __init__(self, tokenizer: Any, longest: int = 32, positions: int | None = None) -> None:
@@ -99,7 +99,7 @@ class BertTokens:
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`tokens [B, T]` int64 and `valid [B, T]` bool; T is the length of the longest text, at most `longest`."""
-        if not texts:  # one of several processes may have none; 2 is the length of an empty text
+        if not texts:  # a process may have no texts; an empty text has 2 tokens
             return torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.bool)
         how = {"padding": True, "truncation": True, "max_length": self.longest, "return_tensors": "pt"}
         found = self._read(texts, **how)
@@ -118,7 +118,7 @@ class BertTokens:
 
 
 def only_unknown(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """Which of the texts become only the tokenizer's unknown token (`[UNK]`), so that nothing is left of them."""
+    """Which of the texts become only the tokenizer's unknown token (`[UNK]`) and so contain no information."""
     for text in texts:
         require_unicode(text)
     if tokenizer.unk_token_id is None or not texts:
@@ -130,7 +130,7 @@ def only_unknown(tokenizer: Any, texts: Sequence[str]) -> list[int]:
 def question_tokens(
     tokens: BertTokens | None, questions: Sequence[str] | None, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor] | None:
-    """Questions as a Q-Former reads them, `[B, T]` ids and which are no padding; None if it reads no questions."""
+    """Token ids `[B, T]` of questions for a Q-Former, and which are not padding; None if it takes no questions."""
     if tokens is None or questions is None:
         return None
     ids, valid = tokens(questions)

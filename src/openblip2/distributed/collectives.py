@@ -1,11 +1,11 @@
 """The processes that train together, the rows of their joined batch, and the tensors that they exchange.
 
-Each process has some rows of one joined batch of `G`, in the order of ranks; how many need not be equal. Its losses are
-weighted (`Share.weigh`) so that their mean over processes, and the mean of the gradients, which data parallelism
-computes, are those of one process with the joined batch.
+Each process has some rows of one joined batch of `G` rows, in rank order; the numbers of rows may differ. Its losses
+are weighted (`Share.weigh`) so that their mean over processes, and the mean gradient that data parallelism computes,
+equal those of one process with the joined batch.
 
-Without a process group there is one process, and nothing is sent. What one process calls here, all must call, in the
-same order.
+Without a process group there is one process, and nothing is sent. All processes must call these functions in the same
+order.
 
 Shapes: B rows here, G rows over all processes.
 """
@@ -24,19 +24,19 @@ from torch import distributed as dist
 
 from openblip2.errors import UserError
 
-PATIENCE = timedelta(days=7)  # for processes that wait while one of them prepares what all need
+PATIENCE = timedelta(days=7)  # timeout for processes that wait while one of them prepares the data of all
 
-_here = threading.local()  # `alone` of one thread must not hold for the thread that makes batches
+_here = threading.local()  # per thread, because `alone` must not affect the thread that makes batches
 
 
 def world_size() -> int:
-    """How many processes train together; 1 without a process group, and within `alone`."""
+    """Number of processes that train together; 1 without a process group, and within `alone`."""
     distributed = dist.is_available() and dist.is_initialized() and not getattr(_here, "alone", False)
     return dist.get_world_size() if distributed else 1
 
 
 def rank() -> int:
-    """This process' number, from 0."""
+    """The rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -47,7 +47,7 @@ def is_first() -> bool:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """The block runs, in this thread, as if there were one process: validation, which is the same in all."""
+    """Runs the block, in this thread, as if there were one process: for validation, which all processes run alike."""
     before = getattr(_here, "alone", False)
     _here.alone = True
     try:
@@ -57,19 +57,19 @@ def alone() -> Iterator[None]:
 
 
 def part_of(count: int, rank: int, world: int) -> slice:
-    """The rows of process `rank` of `world` among a batch's `count` rows; sizes differ by one at most."""
+    """The rows of process `rank` of `world` in a batch of `count` rows; the numbers of rows differ by one at most."""
     return slice(rank * count // world, (rank + 1) * count // world)
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which rows of the joined batch are this process' own.
+    """Which rows of the joined batch belong to this process.
 
     Attributes:
-        counts: Rows of each process.
-        rank: Of this process.
-        sums: Over processes, of the other numbers of `share`.
-        most: The largest of each.
+        counts: Number of rows in each process.
+        rank: The rank of this process.
+        sums: The sum over processes of each of the other numbers given to `share`.
+        most: The largest value over processes of each of them.
     """
 
     counts: tuple[int, ...]
@@ -79,38 +79,38 @@ class Share:
 
     @property
     def one(self) -> bool:
-        """Whether there is one process."""
+        """Whether there is only one process."""
         return len(self.counts) == 1
 
     @property
     def total(self) -> int:
-        """G."""
+        """G, the number of rows in the joined batch."""
         return sum(self.counts)
 
     @property
     def first(self) -> int:
-        """The number of our first row in the joined batch."""
+        """The index of this process' first row in the joined batch."""
         return sum(self.counts[: self.rank])
 
     @property
     def own(self) -> slice:
-        """Our rows of the joined batch."""
+        """This process' rows of the joined batch."""
         return slice(self.first, self.first + self.counts[self.rank])
 
     def weigh(self, mean: Tensor, count: int | Tensor, total: int | Tensor) -> Tensor:
-        """A mean over `count` things here, weighted so that its mean over processes is that over all `total`."""
+        """Weights a mean over `count` items here so that its mean over processes is that over all `total` items."""
         if self.one:
             return mean
         own, everywhere = int(count), max(1, int(total))
-        # The mean over nothing is NaN. It is not replaced by a new zero: all processes need the same graph.
+        # The mean of no items is NaN. It is not replaced by a new zero, because all processes need the same graph.
         return (mean if own else mean.nan_to_num(0.0)) * (len(self.counts) * own / everywhere)
 
 
 def share(rows: int, *others: int | Tensor) -> Share:
-    """Which rows of the joined batch each process has, when this one has `rows`; and sums of `others` over processes.
+    """Exchanges how many `rows` of the joined batch each process has, and the sums and maxima of `others`.
 
     Raises:
-        UserError: No process has any.
+        UserError: No process has any rows.
     """
     if world_size() == 1:
         return Share((rows,), 0)
@@ -125,14 +125,14 @@ def share(rows: int, *others: int | Tensor) -> Share:
 
 @cache
 def patient_group() -> "dist.ProcessGroup":
-    """All processes, on the CPU: for a few numbers, which need not wait for the GPU's queue, and for long waits."""
+    """A CPU group of all processes, for long waits and for a few numbers that need not wait for the GPU's queue."""
     group = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(group, dist.ProcessGroup)
     return group
 
 
 def gather(rows: Tensor, shared: Share | None = None) -> Tensor:
-    """The rows of all processes, in rank order: `[B, ...]` -> `[G, ...]`. `shared`: None = as many rows everywhere.
+    """Gathers the rows of all processes in rank order: `[B, ...]` -> `[G, ...]`. `shared=None`: equal row counts.
 
     Gradients flow back to the process a row came from, summed over all processes that used it.
     """
@@ -143,9 +143,9 @@ def gather(rows: Tensor, shared: Share | None = None) -> Tensor:
 
 
 def transpose(rows: Tensor, shared: Share) -> Tensor:
-    """Our rows `[B, G]` of a matrix `[G, G]` -> our rows `[B, G]` of its transpose. Gradients go back the same way."""
-    # Each number goes to the one process that needs it. So the similarities of all images to our texts cost `B x G`
-    # numbers; gathering the images would cost `G x Q x E`.
+    """Turns this process' rows `[B, G]` of a matrix `[G, G]` into those of its transpose; gradients flow back."""
+    # Each number is sent only to the process that needs it. The similarities of all images to this process' texts thus
+    # cost `B x G` numbers; gathering the images would cost `G x Q x E`.
     if world_size() == 1:
         return rows.T
     count = len(rows)
@@ -158,14 +158,14 @@ def transpose(rows: Tensor, shared: Share) -> Tensor:
 
 @dataclass(frozen=True)
 class Route:
-    """Which rows go from here to each process, and how many come from each.
+    """Which rows this process sends to each process, and how many it receives from each.
 
     Attributes:
-        sent: Our rows that are sent, those for process 0 first.
-        sends: How many to each process.
-        receives: How many from each process.
+        sent: The rows of this process that are sent, those for process 0 first.
+        sends: Number of rows sent to each process.
+        receives: Number of rows received from each process.
         places: The position of each wanted row in our own rows followed by those received; -1 where none was wanted.
-        idle: Whether nothing is sent, here or anywhere.
+        idle: Whether no process sends anything.
     """
 
     sent: tuple[int, ...]
@@ -176,8 +176,8 @@ class Route:
 
 
 def plan_route(wanted: Sequence[Sequence[int]], shared: Share) -> Route:
-    """How the rows of the joined batch that each process wants (-1: none) are sent; one wanted twice is sent once."""
-    # Every process computes all of it from the same numbers, so that nothing has to be agreed on.
+    """Plans how each process gets its `wanted` rows of the joined batch (-1: none); repeated rows are sent once."""
+    # Every process computes the whole plan from the same numbers, so that no communication is needed.
     ends = [sum(shared.counts[: n + 1]) for n in range(len(shared.counts))]
     owns = [range(end - count, end) for end, count in zip(ends, shared.counts, strict=True)]
     remote = [
@@ -197,9 +197,9 @@ def plan_route(wanted: Sequence[Sequence[int]], shared: Share) -> Route:
 
 
 def fetch_rows(rows: Tensor, route: Route) -> Tensor:
-    """The rows of others that are wanted here: ours `[B, ...]` -> theirs `[n, ...]`, each once, in the joined order.
+    """Gets the wanted rows of other processes, each once, in the joined order: own `[B, ...]` -> theirs `[n, ...]`.
 
-    Gradients, if any are needed, go back the same way.
+    Gradients, if any are needed, flow back the same way.
     """
     if route.idle:
         return rows[:0]
@@ -209,7 +209,7 @@ def fetch_rows(rows: Tensor, route: Route) -> Tensor:
 
 
 def mean_over_processes(values: Sequence[float]) -> list[float]:
-    """The mean of each number over all processes: what losses are logged as."""
+    """The mean of each number over all processes, used to log losses."""
     if world_size() == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
@@ -218,11 +218,11 @@ def mean_over_processes(values: Sequence[float]) -> list[float]:
 
 
 class _Gather(torch.autograd.Function):
-    """`all_gather` of unequal numbers of rows; its backward pass sums over processes."""
+    """`all_gather` for different numbers of rows; the backward pass sums gradients over processes."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, shared: Share) -> Tensor:
-        # `all_gather` needs equally many rows everywhere.
+        # `all_gather` needs equal numbers of rows in all processes.
         longest = max(shared.counts)
         padded = (
             torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])]) if len(rows) < longest else rows
@@ -240,7 +240,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _AllToAll(torch.autograd.Function):
-    """`all_to_all_single` of rows, so many to each process and so many from each, and of their gradients back."""
+    """`all_to_all_single` with given numbers of rows to and from each process; gradients are sent back the same way."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sends: list[int], receives: list[int]) -> Tensor:

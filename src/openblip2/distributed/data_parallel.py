@@ -1,9 +1,9 @@
-"""What the processes of a run share: the work of a batch, and what does not fit into one GPU.
+"""Data parallelism for the work of a batch, and sharding for models that do not fit into one GPU.
 
-Every process has all that trains (connector, heads, adapters: 0.2 billion parameters), and `DistributedDataParallel`
-takes the mean of its gradients. `train.parallel=fsdp2` cuts the layers of the image encoder and of the language model
-into pieces, one for each process (FSDP2), and gathers a layer while it computes: frozen billions need not fit into one
-GPU. An encoder that trains (`vision.trained`) then has its gradients and moments in pieces, too.
+Every process has all trained parameters (connector, heads, adapters: 0.2 billion), and `DistributedDataParallel`
+averages their gradients. `train.parallel=fsdp2` shards the layers of the image encoder and of the language model over
+the processes (FSDP2) and gathers a layer while it computes, so that billions of frozen parameters need not fit into
+one GPU. If the encoder is trained (`vision.trained`), its gradients and optimizer moments are sharded, too.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,14 +20,14 @@ Losses = Callable[[int], dict[str, Tensor]]
 
 
 class DataParallelLosses:
-    """`losses(number)`, whose backward pass leaves the mean gradient of all processes in each of them.
+    """Wraps `losses(number)` so that its backward pass gives each process the mean gradient over all processes.
 
-    All processes begin with the first one's trained parameters.
+    All processes start with the trained parameters of the first one.
 
     Args:
-        model: All of it that requires a gradient is trained.
-        losses: Batch number -> losses by name, as `Stage1.losses` gives them in several processes.
-        sparse: Whether there are batches whose losses do not depend on all that trains; each step then looks which.
+        model: All of its parameters that require a gradient are trained.
+        losses: Batch number -> losses by name, weighted as `Stage1.losses` does with several processes.
+        sparse: Whether some batches have losses that do not use all trained parameters; each step then finds these.
     """
 
     def __init__(self, model: nn.Module, losses: Losses, sparse: bool = False) -> None:
@@ -37,7 +37,7 @@ class DataParallelLosses:
             return
         from torch.distributed.fsdp import FSDPModule
 
-        # Parameters in pieces are left to FSDP2, which averages their gradients itself.
+        # Sharded parameters are left to FSDP2, which averages their gradients itself.
         replicated = [one for one in model.parameters() if one.requires_grad and not in_pieces(one)]
         self.ddp = nn.parallel.DistributedDataParallel(
             _Step(replicated, losses), find_unused_parameters=sparse, gradient_as_bucket_view=True
@@ -49,7 +49,7 @@ class DataParallelLosses:
 
     @contextmanager
     def batch(self, last: bool) -> Iterator[None]:
-        """Around one batch and its backward pass: gradients are sent with the last batch of a step only."""
+        """Wraps one batch and its backward pass; gradients are synchronised only after the last batch of a step."""
         with ExitStack() as stack:
             if self.ddp is not None and not last:
                 stack.enter_context(self.ddp.no_sync())
@@ -59,7 +59,7 @@ class DataParallelLosses:
 
 
 class _Step(nn.Module):
-    """Losses as a module of what trains alone: DDP would broadcast the frozen parts and their buffers, too."""
+    """Losses as a module with only the trained parameters, because DDP would broadcast frozen parts, too."""
 
     def __init__(self, trained: list[nn.Parameter], losses: Losses) -> None:
         super().__init__()
@@ -70,17 +70,17 @@ class _Step(nn.Module):
 
 
 def shard(model: nn.Module, settings: RunSettings, device: torch.device) -> None:
-    """With `train.parallel=fsdp2`, cuts the layers of encoder and language model into pieces on the processes' devices.
+    """With `train.parallel=fsdp2`, shards the layers of encoder and language model over the processes' devices.
 
     Args:
-        model: May be on the CPU: the large parts need not fit on one device.
-        settings: Of the run.
-        device: Where the pieces go.
+        model: May be on the CPU, because the large parts need not fit on one device.
+        settings: The settings of the run.
+        device: The device of the shards.
 
     Raises:
         UserError: The encoder has no layers, or the weights are quantised.
     """
-    # One process is no error: a run may go on with fewer processes than it began with.
+    # A single process is allowed, because a run may be resumed with fewer processes than before.
     if settings.train.parallel != "fsdp2" or world_size() == 1:
         return
     from torch.distributed.device_mesh import init_device_mesh
@@ -98,10 +98,10 @@ def shard(model: nn.Module, settings: RunSettings, device: torch.device) -> None
         raise UserError("train.parallel=fsdp2: this image encoder has no layers to lay in pieces: leave it at ddp")
     for layer in layers:
         trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
-        # Adapters in a frozen layer are few, and stay whole: DDP takes care of them.
+        # Adapters in a frozen layer are small, so they are not sharded and DDP averages their gradients.
         mixed = len(trained) < len(list(layer.parameters()))
-        # Each layer is a root of its own, because embeddings and heads are used outside of the model's `forward`. By
-        # default a root keeps its gathered parameters after the forward pass.
+        # Each layer is its own FSDP root, because embeddings and heads are used outside of the model's `forward`. By
+        # default a root keeps its gathered parameters after the forward pass, so resharding is requested.
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=trained if mixed else None)
     language = getattr(model, "language", None)
     if language is not None:
@@ -109,7 +109,7 @@ def shard(model: nn.Module, settings: RunSettings, device: torch.device) -> None
 
 
 def layers_of(part: nn.Module) -> list[nn.Module]:
-    """The layers of a transformer: the members of its outermost lists."""
+    """The layers of a transformer, which are the members of its outermost `ModuleList`s."""
     layers: list[nn.Module] = []
     for child in part.children():
         layers += list(child) if isinstance(child, nn.ModuleList) else layers_of(child)
@@ -117,9 +117,9 @@ def layers_of(part: nn.Module) -> list[nn.Module]:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:
-    """The norm of all gradients, in pieces or whole; where it is larger than `most` they are scaled to that."""
+    """Clips all gradients, sharded or not, to a total norm of `most`; returns the norm before clipping."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    # torch's functions take whole tensors or tensors in pieces, not both.
+    # torch's functions accept either whole or sharded tensors, not both.
     whole, pieces = ([p for p in with_gradient if in_pieces(p) == cut] for cut in (False, True))
     gradients = [[p.grad for p in kind if p.grad is not None] for kind in (whole, pieces) if kind]
     norms = [full_tensor(nn.utils.get_total_norm(kind, foreach=True)) for kind in gradients]
@@ -132,7 +132,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor, detached; one in pieces over the processes (a `DTensor`) is gathered.
+    """Detaches a tensor, and gathers it if it is sharded over the processes (a `DTensor`).
 
     All processes must call it, in the same order.
     """
@@ -141,27 +141,27 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def fill(target: Tensor, full: Tensor) -> None:
-    """Copies a tensor that every process has into one that may be in pieces: the opposite of `full_tensor`."""
+    """Copies a full tensor, which every process has, into one that may be sharded: the inverse of `full_tensor`."""
     assert full.shape == target.shape, f"a tensor of shape {list(full.shape)} does not fill {list(target.shape)}"
     target.detach().copy_(like(target, full))
 
 
 def like(target: Tensor, full: Tensor) -> Tensor:
-    """A tensor that every process has, on the device of `target` and cut in the same way; its dtype stays."""
+    """Moves a full tensor to the device of `target` and shards it in the same way; its dtype stays the same."""
     if not in_pieces(target):
         return full.to(target.device)
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     assert isinstance(target, DTensor)
-    # Every process has all of it: each takes its piece, and nothing is sent.
+    # Every process has the full tensor and takes its own shard, so nothing is sent.
     full = full.to(target.to_local().device)
     return distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
 
 
 def in_pieces(tensor: Tensor) -> bool:
-    """Whether a tensor is in pieces over the processes."""
+    """Whether a tensor is sharded over the processes."""
     if type(tensor) in (Tensor, nn.Parameter):
-        return False  # without the import below, which is slow
+        return False  # avoids the import below, which is slow
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)

@@ -1,7 +1,7 @@
 """The processes of one training run: how they connect, exchange numbers, wait, and all end when one of them fails.
 
 torchrun and accelerate launch start them with the variables that `torch.distributed` reads (RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without these there is one process, and nothing here does anything.
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without these there is one process, and this module has no effect.
 """
 
 import atexit
@@ -22,19 +22,19 @@ from openblip2.errors import Stopped, UserError, one_line
 from openblip2.hardware import device
 
 LOOKS = 1.0  # seconds between two checks whether another process has failed
-GRACE = 2.0  # seconds that it has to print why, before the others end
-_FAILED = "failed"  # key in the processes' common store: the rank of the first that failed
+GRACE = 2.0  # seconds that a failed process has to print its error before the others end
+_FAILED = "failed"  # key in the shared store: the rank of the first process that failed
 
 
 @contextmanager
 def processes() -> Iterator[None]:
     """Connects the processes that a launcher has started; each gets the GPU of its LOCAL_RANK.
 
-    An error in one of them ends all: the first that fails raises it, the others end silently with exit code 2, even if
-    they wait for a message that will never come. `Stopped`, which ends all, is raised in the first process only.
+    An error in one process ends all of them: the process that fails first raises it, and the others end silently with
+    exit code 2, even if they wait for a message that will never come. `Stopped` also ends all; only rank 0 raises it.
 
     Raises:
-        UserError: The variables do not fit together, or the connection to another process is lost.
+        UserError: The variables are inconsistent, or the connection to another process is lost.
     """
     if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
@@ -46,7 +46,7 @@ def processes() -> Iterator[None]:
         dist.init_process_group(_backend(), store=PrefixStore("training", store), rank=number, world_size=count)
         patient_group()  # now, because all processes must take part
         yield
-        watch.over.set()  # before any process ends: the store may end with the first one
+        watch.over.set()  # before any process ends, because the store may end with the first one
         dist.barrier(group=patient_group())
     except Stopped as stopped:
         watch.over.set()
@@ -69,7 +69,7 @@ def processes() -> Iterator[None]:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """The first process runs the block while the others wait, for hours if need be; then they run it."""
+    """Runs the block in the first process while the others wait, for hours if needed; then the others run it."""
     if world_size() == 1:
         yield
         return
@@ -81,7 +81,7 @@ def first_process_first() -> Iterator[None]:
 
 
 def highest(values: list[int]) -> list[int]:
-    """The largest of each whole number over all processes."""
+    """The largest value of each integer over all processes."""
     if world_size() == 1:
         return values
     largest = torch.tensor(values)
@@ -90,7 +90,7 @@ def highest(values: list[int]) -> list[int]:
 
 
 def from_first(value: int) -> int:
-    """The whole number that the first process has."""
+    """The integer of the first process."""
     if world_size() == 1:
         return value
     number = torch.tensor([value])
@@ -99,7 +99,7 @@ def from_first(value: int) -> int:
 
 
 def from_all(value: Any) -> list[Any]:
-    """The values of all processes, in the order of ranks; they are sent as JSON."""
+    """The values of all processes in rank order; they are sent as JSON."""
     if world_size() == 1:
         return [value]
     text = torch.frombuffer(bytearray(json.dumps(value).encode("ascii")), dtype=torch.uint8)
@@ -112,7 +112,7 @@ def from_all(value: Any) -> list[Any]:
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here."""
+    """Returns after every process has called it."""
     highest([0])
 
 
@@ -140,23 +140,23 @@ def _backend() -> str:
 
 
 def _stay(store: Store) -> None:
-    """Keeps the store, which may live in this process, until the others have read there that it failed."""
+    """Keeps the store, which this process may host, until the others have read in it that this process failed."""
     time.sleep(LOOKS + GRACE + 1.0)
     del store
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether an error of gloo, NCCL or the store means that another process is gone."""
+    """Whether an error of gloo, NCCL or the store means that another process has ended."""
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistError) or any(text in str(error) for text in lost)
 
 
 class _Watch(threading.Thread):
-    """Checks whether another process has failed: this one may wait for it in a call that never returns."""
+    """Ends this process if another one has failed, because it may wait for that one in a call that never returns."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(name="watch", daemon=True)
-        # A connection of its own: the other one is in use while the process waits for something in the store.
+        # A separate connection, because the other one is in use while the process waits for something in the store.
         self.store: Store = store.clone()  # pyright: ignore[reportAttributeAccessIssue] # its stub forgets it
         self.over = threading.Event()
 
@@ -164,15 +164,15 @@ class _Watch(threading.Thread):
         while not self.over.wait(LOOKS):
             try:
                 failed = self.store.check([_FAILED])
-            except Exception:  # of any type: the process that has the store is gone
+            except Exception:  # of any type: the process that hosts the store has ended
                 failed = True
             if failed and not self.over.wait(GRACE):
                 os._exit(2)
 
     def claim(self, number: int) -> bool:
-        """Whether this process is the first one that failed; the others are then told."""
+        """Reports that this process failed; returns whether it is the first one that failed."""
         self.over.set()
         try:
             return self.store.compare_set(_FAILED, "", str(number)) == str(number).encode()
-        except RuntimeError:  # the store is gone, with the process that failed
+        except RuntimeError:  # the store has ended with the process that failed
             return False

@@ -1,11 +1,11 @@
-"""Captions scored as in the paper (4.2): BLEU, METEOR, ROUGE-L, CIDEr-D and SPICE against captions by people.
+"""Scores captions as in the paper (4.2): BLEU, METEOR, ROUGE-L, CIDEr-D and SPICE against human captions.
 
-The scorers are pycocoevalcap's, with which published results on COCO and NoCaps are computed. Scores are in [0, 1],
-CIDEr-D's in [0, 10]; papers print all of them times 100.
+The scorers are those of pycocoevalcap, which published results on COCO and NoCaps use. Scores are in [0, 1], those of
+CIDEr-D in [0, 10]; papers print all of them times 100.
 
-What is odd about the reference is kept: "CIDEr" there is CIDEr-D; CIDEr-D weights n-grams by how rare they are among
-the references of the scored images, so that a single image scores 0 and a part of a data set scores differently than
-the whole; an empty caption and an empty reference are a match for ROUGE-L and not for the others.
+The peculiarities of pycocoevalcap are kept. Its "CIDEr" is CIDEr-D. CIDEr-D weights n-grams by how rare they are among
+the references of the scored images, so a single image scores 0, and a part of a data set scores differently from the
+whole. For ROUGE-L, an empty caption and an empty reference match; for the other metrics, they do not.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from openblip2.evaluate.result import WITHHELD, Options, PartialTexts, Result, d
 from openblip2.inference.captioner import CAPTION, Captioner
 from openblip2.progress import Progress
 
-GROUP = 64  # images that are captioned and kept together
+GROUP = 64  # images that are captioned and saved together
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")  # the names of BLEU's four scores
-# The corpus score of these is the mean over images, so their interval is that of a mean.
+# For these metrics, the corpus score is the mean over images, so the interval of a mean applies.
 MEANS = ("ROUGE-L", "CIDEr-D", "SPICE")
-Texts = Mapping[int, list[str]]  # by image
+Texts = Mapping[int, list[str]]  # captions by image number
 
 
 def score_captions(
@@ -39,11 +39,11 @@ def score_captions(
     progress: Progress,
     partial_texts: PartialTexts,
 ) -> Result:
-    """Scores of the captions of all images, and for NoCaps also of each domain.
+    """Scores the captions of all images; for NoCaps, also those of each domain.
 
     Args:
-        records: images, with captions unless the split is withheld.
-        partial_texts: where captions are kept until they are scored.
+        records: images, with captions unless the ground truth of the split is withheld.
+        partial_texts: stores the captions until they are scored.
 
     Raises:
         UserError: pycocoevalcap is missing, or an image cannot be opened.
@@ -93,12 +93,12 @@ def score_captions(
 
 
 def add_domains(result: Result, records: Sequence[Record], samples: Mapping[str, np.ndarray]) -> None:
-    """Adds CIDEr-D and SPICE of each domain if the records have domains, as those of NoCaps.
+    """Adds CIDEr-D and SPICE of each domain if the records have domains, as in NoCaps.
 
     The CIDEr-D of a domain uses the idf of the entire set. The code of NoCaps' server is not public, but published
-    results show this: in all nine rows that were tried (BLIP-2's, BLIP's, VinVL's, SimVLM's, UpDown's), the mean of the
-    domains, weighted by their 648, 2,938 and 914 images, equals the overall score up to rounding, by 0.01 points on
-    average. With the idf of each domain alone it would differ by tenths or more.
+    results show this: in all nine rows that were tried (of BLIP-2, BLIP, VinVL, SimVLM and UpDown), the mean of the
+    domains, weighted by their 648, 2,938 and 914 images, equals the overall score up to rounding (the difference is
+    0.01 points on average). With the idf of each domain alone, the difference would be tenths of a point or more.
     """
     domains = [(record.facts or {}).get("domain") for record in records]
     if not all(isinstance(domain, str) for domain in domains):
@@ -115,7 +115,7 @@ class Tokenised:
     """Captions and references as tokens, one entry per image.
 
     Attributes:
-        by: the tokeniser.
+        by: the name of the tokeniser.
     """
 
     captions: list[str]
@@ -128,9 +128,9 @@ class CaptionScores:
     """Scores of n captions.
 
     Attributes:
-        corpus: of all captions together; BLEU and METEOR are not the mean of the samples.
-        samples: of each image, [n].
-        missing: what was not measured, and why.
+        corpus: scores of all captions together; for BLEU and METEOR, they are not the mean of `samples`.
+        samples: scores of each image, [n].
+        missing: metrics that were not measured, and the reasons.
     """
 
     corpus: dict[str, float]
@@ -139,7 +139,7 @@ class CaptionScores:
 
 
 def tokenise_all(captions: Sequence[str], references: Sequence[Sequence[str]], jar: bool = True) -> Tokenised:
-    """Tokens of one caption and at least one reference per image, for `caption_scores`; `jar` as in `tokenise`."""
+    """Tokenises one caption and at least one reference per image, for `caption_scores`; `jar` as in `tokenise`."""
     assert captions, "at least one image"
     ours, by = tokenise(captions, jar)
     theirs = iter(tokenise([caption for of_image in references for caption in of_image], jar)[0])
@@ -147,14 +147,14 @@ def tokenise_all(captions: Sequence[str], references: Sequence[Sequence[str]], j
 
 
 def caption_scores(tokens: Tokenised, wanted: Sequence[str]) -> CaptionScores:
-    """Scores of captions that `tokenise_all` returned.
+    """Scores captions that were tokenised by `tokenise_all`.
 
     METEOR and SPICE are not measured, and `missing` says why, if there is no Java, if SPICE's language models (1 GB)
     have not been downloaded, or if Java fails.
 
     Args:
         tokens: captions and references.
-        wanted: names of `METRICS`. METEOR takes 10 s to start, SPICE minutes.
+        wanted: names of `METRICS`. METEOR takes 10 s to start; SPICE takes minutes.
     """
     references = dict(enumerate(tokens.references))
     captions = {n: [caption] for n, caption in enumerate(tokens.captions)}
@@ -167,7 +167,7 @@ def caption_scores(tokens: Tokenised, wanted: Sequence[str]) -> CaptionScores:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 corpus, samples = _score(name, references, captions)
-        except (CalledProcessError, OSError, ValueError) as error:  # a Java that ended returns no number
+        except (CalledProcessError, OSError, ValueError) as error:  # Java returns no number if it has failed
             if not in_java:
                 raise
             found.missing[name] = f"{name} failed in Java: {one_line(error)}"
@@ -179,9 +179,9 @@ def caption_scores(tokens: Tokenised, wanted: Sequence[str]) -> CaptionScores:
 
 
 def bleu_counts(tokens: Tokenised) -> np.ndarray:
-    """What each image adds to corpus BLEU, [n, 10]: matches and n-grams of 1 to 4 tokens, tokens, reference tokens.
+    """Counts of each image for corpus BLEU, [n, 10]: matches and n-grams of 1 to 4 tokens, tokens, reference tokens.
 
-    With `bleu` as the score of `intervals.interval`.
+    They are the `counts` of `intervals.interval` if its `score` is `bleu`.
     """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
@@ -196,7 +196,7 @@ def bleu_counts(tokens: Tokenised) -> np.ndarray:
 
 
 def bleu(sums: np.ndarray, order: int = 4) -> np.ndarray:
-    """BLEU-`order` of sums of `bleu_counts`: `[draws, 10]` -> [draws] in [0, 1]."""
+    """BLEU-`order` from sums of `bleu_counts`: `[draws, 10]` -> [draws] in [0, 1]."""
     correct, said, (ours, theirs) = sums[:, :order], sums[:, 4 : 4 + order], sums[:, 8:].T
     tiny, small = 1e-15, 1e-9  # the reference's guards against zero
     precision = np.prod((correct + tiny) / (said + small), axis=1) ** (1 / order)
@@ -205,7 +205,7 @@ def bleu(sums: np.ndarray, order: int = 4) -> np.ndarray:
 
 
 def _score(name: str, references: Texts, captions: Texts) -> tuple[Any, Any]:
-    """The scores of all captions together and of each, by the reference's scorer; BLEU has four of both."""
+    """Runs a scorer of pycocoevalcap: the score of all captions and the scores of each; BLEU returns four of both."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -218,12 +218,12 @@ def _score(name: str, references: Texts, captions: Texts) -> tuple[Any, Any]:
         corpus, samples = Spice().compute_score(references, captions)
         return corpus, [parts["All"]["f"] for parts in samples]
     if name == "CIDEr-D" and not any(caption for given in references.values() for caption in given):
-        return 0.0, [0.0] * len(references)  # the reference fails if no reference has a word; nothing can match
+        return 0.0, [0.0] * len(references)  # the scorer fails if no reference has a word; nothing can match
     scorer = {"ROUGE-L": Rouge, "CIDEr-D": Cider, "METEOR": Meteor}[name]()
     try:
         return scorer.compute_score(references, captions)
     finally:
-        if name == "METEOR" and scorer.lock.locked():  # after a failure it would wait for its lock when it is deleted
+        if name == "METEOR" and scorer.lock.locked():  # after a failure, its `__del__` would wait for this lock
             scorer.lock.release()
 
 

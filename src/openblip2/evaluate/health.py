@@ -1,4 +1,4 @@
-"""What the settings and the log of a run say about its health. Pure functions of plain values; nothing is loaded."""
+"""Diagnoses a training run by its settings and its log. Pure functions of plain values; nothing is loaded."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,20 +11,20 @@ from openblip2.config import RunSettings
 Row = Mapping[str, Any]
 Level = Literal["good", "note", "bad"]
 
-# The losses of a model that knows nothing, in nats. ITC: log(batch). ITG: log(vocabulary). ITM, where one pair in three
-# is a match, and its accuracy if the answer is always "no match":
+# Chance levels of the losses, in nats. ITC: log(batch). ITG: log(vocabulary). ITM: one pair in three is a match, and
+# the accuracy at chance is that of the constant answer "no match".
 ITM_CHANCE = math.log(3) - 2 / 3 * math.log(2)  # 0.6365
 ITM_ACCURACY_CHANCE = 2 / 3
 
-EARLY = 0.1  # fraction of the steps before which a loss may still be at chance
-NEAR = 0.02  # fraction of chance: a loss this near to it has learned nothing
-ITM_NEAR = 0.06  # of ITM, which gets a little below chance by telling easy pairs apart and learns little else
-FEW_QUERIES = 0.25  # fraction of the queries that should at least be used
-# Thresholds of the effective rank. Below 1.5, one direction has at least 86 % of the squared size of the query outputs
-# of an image. In our trials stage 2 learned more than twice as fast at 2.3 as at 1.0 (16 queries).
+EARLY = 0.1  # fraction of the steps; until then, a loss may still be at chance
+NEAR = 0.02  # fraction of the chance level: if the loss is nearer to it, nothing has been learned
+ITM_NEAR = 0.06  # for ITM, whose loss falls slightly below chance when only easy pairs are separated
+FEW_QUERIES = 0.25  # minimum fraction of the queries that should be used
+# Thresholds of the effective rank. Below 1.5, one direction has at least 86 % of the squared norm of the query outputs
+# of an image. In our trials, stage 2 learned more than twice as fast at 2.3 as at 1.0 (16 queries).
 COLLAPSED = 1.5
-DISTINCT = 2.0  # two directions of equal size; with more than 8 queries FEW_QUERIES of them, as for `queries_used`
-FEWEST_JUDGED = 4  # fewer queries can hardly be far above 1.5
+DISTINCT = 2.0  # two directions of equal size; with more than 8 queries, FEW_QUERIES of them, as for `queries_used`
+FEWEST_JUDGED = 4  # with fewer queries, the rank can hardly be far above 1.5
 SPREAD = (
     "stage 1 with stage1.decorrelation=0.7, because stage 2 cannot separate equal queries; or fewer queries, which "
     "then lose nothing"
@@ -32,8 +32,8 @@ SPREAD = (
 MORE_SPREAD = "a larger stage1.decorrelation in stage 1, or fewer queries, which then lose nothing"
 AUGMENT = "data.augment=true (pictures whose texts say left or right are not mirrored)"
 SPIKE = 10.0  # times the median norm of the gradient
-MEMORISED = 1.0  # nats between training and held-out loss
-LAST = 20  # steps whose mean is the present value
+MEMORISED = 1.0  # nats by which the held-out loss exceeds the training loss
+LAST = 20  # the current value is the mean over this many steps
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Finding:
 
 
 def findings(settings: RunSettings, rows: Sequence[Row], vocabulary: int = 30523) -> list[Finding]:
-    """Everything that the log of a run shows, the losses first.
+    """All findings about a run, the losses first.
 
     Args:
-        settings: of the run.
-        rows: of `log.jsonl`.
+        settings: the settings of the run.
+        rows: the rows of `log.jsonl`.
         vocabulary: size of the Q-Former's vocabulary.
     """
     steps = [row for row in rows if "loss" in row]
@@ -72,7 +72,7 @@ def findings(settings: RunSettings, rows: Sequence[Row], vocabulary: int = 30523
         found = [*_stage1(settings, steps, looks[-1] if looks else {}, vocabulary, early)]
     else:
         found = [*_stage2(steps, looks[-1] if looks else {})]
-    # How many visual tokens another connector has is not in the settings.
+    # The settings do not contain the number of visual tokens of other connectors.
     if looks and "effective_rank" in looks[-1] and settings.connector.name == "qformer":
         advice = MORE_SPREAD if settings.stage1.decorrelation else SPREAD
         found.append(rank_finding(looks[-1]["effective_rank"], settings.qformer.queries, early, advice))
@@ -83,7 +83,7 @@ def findings(settings: RunSettings, rows: Sequence[Row], vocabulary: int = 30523
 
 
 def rank_finding(rank: float, queries: int, early: bool = False, advice: str = SPREAD) -> Finding:
-    """What an effective rank says about a model with this number of queries. If `early`, nothing is bad yet."""
+    """Judges the effective rank of a model with this number of queries. If `early`, a low rank is only a note."""
     about, seen = "effective rank", f"{rank:.2f} of {queries}"
     if math.isnan(rank):
         return Finding(about, "bad", "the outputs of the queries are not finite")
@@ -100,7 +100,7 @@ def rank_finding(rank: float, queries: int, early: bool = False, advice: str = S
 def smoothed_floor(smoothing: float, choices: int) -> float:
     """The lowest loss with label smoothing, in nats: the entropy of the smoothed target.
 
-    The right one of `choices` has 1 - smoothing, and all of them share the smoothing evenly.
+    The right one of `choices` gets 1 - smoothing, and in addition `smoothing` is divided evenly among all of them.
     """
     if smoothing == 0 or choices < 2:
         return 0.0
@@ -142,7 +142,7 @@ def _stage1(settings: RunSettings, steps: Sequence[Row], last: Row, vocabulary: 
 
 def _stage2(steps: Sequence[Row], last: Row) -> Iterator[Finding]:
     if (lm := _now(steps, "lm")) is not None:
-        first = next(row["lm"] for row in steps if "lm" in row)  # not of the first step with stage2.lm_start_step
+        first = next(row["lm"] for row in steps if "lm" in row)  # with stage2.lm_start_step, this is not the first step
         yield Finding("caption loss", "good", f"{lm:.2f} nats a token now, {first:.2f} at first")
     if "loss_right" in last:
         right, other = last["loss_right"], last["loss_shuffled"]

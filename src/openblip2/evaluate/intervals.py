@@ -1,6 +1,6 @@
-"""Bootstrap confidence intervals: how far a score could be off because of which images happened to be in the test set.
+"""Bootstrap confidence intervals: the uncertainty of a score that comes from the choice of the test images.
 
-Images are drawn with replacement, as many as there are, and the score is computed for each draw; the interval holds
+Images are drawn with replacement, as many as there are, and the score is computed for each draw. The interval contains
 the middle 95 % of these scores (percentile interval; Efron, 1979). The questions or captions of one image are drawn
 together, because they are not independent. The paper gives no intervals.
 """
@@ -17,10 +17,10 @@ _AT_ONCE = 4_000_000  # indices held in memory at a time: 32 MiB
 
 @dataclass(frozen=True)
 class Interval:
-    """A score and the interval that holds 95 % of the draws, all in the score's own unit.
+    """A score and the interval that contains 95 % of the draws, all in the unit of the score.
 
     Attributes:
-        n: samples.
+        n: number of samples.
         groups: number of images, or of samples if they are drawn one by one.
     """
 
@@ -31,7 +31,7 @@ class Interval:
     groups: int
 
     def excludes(self, value: float) -> bool:
-        """Whether `value` is outside. A difference between two systems is significant if 0 is outside."""
+        """Whether `value` is outside the interval. A difference between two systems is significant if 0 is outside."""
         return not self.low <= value <= self.high
 
     def as_json(self) -> dict[str, float]:
@@ -43,14 +43,14 @@ def mean_interval(
 ) -> Interval:
     """Interval of the mean of per-sample scores.
 
-    For CIDEr-D, the mean of the scores per image: the idf of each n-gram stays that of all references and is not drawn
-    again. BLEU is not a mean: use `interval` with `caption_metrics.bleu_counts`.
+    For CIDEr-D, it is the mean of the scores per image: the idf of each n-gram comes from all references and is not
+    computed again for each draw. BLEU is not a mean: use `interval` with `caption.bleu_counts`.
 
     Args:
-        scores: [n].
+        scores: one score per sample, [n].
         groups: the image of each sample; None = each sample is drawn on its own.
-        draws: how many.
-        seed: of the draws.
+        draws: number of draws.
+        seed: seed of the draws.
     """
     scores = np.asarray(scores, dtype=np.float64)
     counts = np.stack([scores, np.ones_like(scores)], axis=1)
@@ -58,9 +58,9 @@ def mean_interval(
 
 
 def difference_interval(first: np.ndarray, second: np.ndarray, groups: Sequence[Hashable] | None = None) -> Interval:
-    """Interval of mean(first) - mean(second), two systems' scores of the same samples in the same order, [n] each.
+    """Interval of mean(first) - mean(second): scores of two systems for the same samples in the same order, [n] each.
 
-    Paired: each draw takes the same images for both, so that images which are hard for both do not widen the interval.
+    Each draw takes the same images for both systems, so images that are hard for both do not widen the interval.
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     assert first.shape == second.shape, "two systems' scores of the same samples"
@@ -74,14 +74,14 @@ def interval(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Interval:
-    """Interval of a score that is a function of sums over the samples, as BLEU is of its n-gram counts.
+    """Interval of a score that is a function of sums over the samples, such as BLEU, which depends on n-gram counts.
 
     Args:
         counts: [n, k], what each sample adds to the sums.
         score: sums [draws, k] -> scores [draws].
         groups: as in `mean_interval`.
-        draws: how many.
-        seed: of the draws.
+        draws: number of draws.
+        seed: seed of the draws.
     """
     assert len(counts) > 0, "at least one sample"
     sums = np.asarray(counts, dtype=np.float64)

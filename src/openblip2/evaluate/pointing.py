@@ -1,6 +1,6 @@
 """The pointing game (Zhang et al., 2016) on drawn scenes, in which the boxes of all objects are known.
 
-For each kind of object in an image, such as "a red cat": is the patch on which the text's score depends most in a box?
+For each kind of object, such as "a red cat", it tests whether the most relevant patch is in a box of such an object.
 """
 
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ from openblip2.progress import Progress
 
 
 def score_pointing(matcher: Matcher, records: Sequence[Record], options: Options, progress: Progress) -> Result:
-    """How often the centre of the brightest patch is in a box of the named object, compared with three guessers.
+    """How often the centre of the most relevant patch is in a box of the named object, compared with three guessers.
 
-    chance: a random place. centre: always the centre of the image. best fixed place: the patch that is right most
-    often in these images, which a real guesser cannot know.
+    chance: a random place. centre: always the centre of the image. best fixed place: the patch that is most often
+    right in these images, which a guesser could not know in practice.
 
     Raises:
         UserError: the images have no boxes.
@@ -55,7 +55,7 @@ def score_pointing(matcher: Matcher, records: Sequence[Record], options: Options
             bar.advance(count=len(part))
     progress.doing("scoring")
     side = vision.grid
-    centres = [round((n + 0.5) / side, 4) for n in range(side)]  # of the patches
+    centres = [round((n + 0.5) / side, 4) for n in range(side)]  # of the patches along a side
     hits = np.array([[_inside(boxes, x, y) for y in centres for x in centres] for _, _, boxes in asked])
     brightest = [int(one.argmax()) for one in found]
     groups = [record.id for record, _, _ in asked]
@@ -74,7 +74,7 @@ def score_pointing(matcher: Matcher, records: Sequence[Record], options: Options
 
 
 def _name(thing: dict[str, str]) -> str:
-    """What an object is called in the captions of drawn scenes: "a red cat"."""
+    """The name of an object in the captions of drawn scenes: "a red cat"."""
     article = "an" if thing["colour"][0] in "aeiou" else "a"
     return f"{article} {thing['colour']} {thing['noun']}"
 

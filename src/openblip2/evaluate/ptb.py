@@ -1,13 +1,13 @@
-"""Captions split into the tokens that published scores use: Penn Treebank style, lower case, without punctuation.
+"""Splits captions into the tokens that published scores use: Penn Treebank style, lower case, without punctuation.
 
 Source: `PTBTokenizer` of pycocoevalcap 1.2, which runs Stanford's PTBTokenizer 3.4.1 with -preserveLines -lowerCase
 and drops the punctuation. That jar is used if Java is installed, otherwise our port.
 
-The port was written from the jar's output, not from its source. What is odd about the jar's tokens is the same in the
-port: brackets stay as "-lrb-", "!!" stays although "!" is dropped, "£" is "#" and "1 1/2" is one token with a no-break
-space. `tests/test_caption_metrics.py` compares it with the jar's output for 720 captions; of 26,816 lines of English
-prose it differed in 1, of 20,000 captions made of odd pieces in 30. Known differences: quotes of several kinds in a
-row, an abbreviation with an "s", "&QUOT;", scripts whose letters have marks of their own (Thai, Hindi), characters
+The port was written from the jar's output, not from its source. It has the jar's peculiarities: brackets stay as
+"-lrb-", "!!" stays although "!" is dropped, "£" becomes "#", and "1 1/2" is one token with a no-break space.
+`tests/test_caption_metrics.py` compares it with the jar's output for 720 captions. It differed in 1 of 26,816 lines of
+English prose, and in 30 of 20,000 captions made of unusual pieces. Known differences: several kinds of quotes in a row,
+an abbreviation with an "s", "&QUOT;", scripts with combining marks of their own (Thai, Hindi), and characters that are
 newer than Unicode 6.
 """
 
@@ -31,12 +31,12 @@ _END = "endoflastcaption"  # without it the jar prints nothing for empty lines a
 
 
 def tokenise(captions: Sequence[str], jar: bool = True) -> tuple[list[str], str]:
-    """Tokens of captions as published scores use them, and the tokeniser, `JAR` or `PORT`.
+    """Returns the tokens of captions as published scores use them, and the tokeniser, `JAR` or `PORT`.
 
-    The tokens of a caption have one space between them; "" is a caption that is only punctuation.
+    The tokens of a caption are separated by one space; a caption that is only punctuation becomes "".
 
-    Differs from pycocoevalcap for captions with line breaks other than "\\n", which it assigns to the wrong image:
-    here all of them become spaces.
+    Differs from pycocoevalcap for captions with line breaks other than "\\n": pycocoevalcap assigns their tokens to the
+    wrong image; here, all line breaks become spaces.
 
     Args:
         captions: any text.
@@ -68,7 +68,7 @@ def reference_folder() -> Path | None:
 
 
 def _run_jar(lines: Sequence[str]) -> list[str]:
-    """The jar's tokens of captions without line breaks, called as pycocoevalcap calls it, punctuation dropped."""
+    """Runs the jar as pycocoevalcap does, on captions without line breaks, and drops the punctuation."""
     folder = reference_folder()
     assert folder is not None
     jar = folder / "tokenizer" / "stanford-corenlp-3.4.1.jar"
@@ -93,9 +93,9 @@ ft ga gen gov govs hon inc ind insp intl invt jan jos jr jul jun kan kans ky lie
 minn mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph ph.d plc ppte pptes ppty pptys
 pres prof profs pte ptes pty ptys pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt supts sys
 tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo"""
-_STATES = "La Pa Az Ark Del Ill Ore Tex Mass Miss Wash"  # only with a capital: "wash." ends a sentence
+_STATES = "La Pa Az Ark Del Ill Ore Tex Mass Miss Wash"  # only with a capital letter: "wash." ends a sentence
 _BEFORE_A_NUMBER = "ca no op pp art fig figs nos prop"
-# After which a single letter's period ends the sentence.
+# If one of these words follows a single letter and a period, the period ends the sentence.
 _STARTS = """A About According Additionally After An As At But Earlier He Her Here However If In It Last Many More
 Mr. Ms. Now Once One Other Our She Since So Some Such That The Their Then There These They This We What When While
 Yet You"""
@@ -114,7 +114,7 @@ def _any(words: str) -> str:
     return "|".join(map(re.escape, sorted(words.split(), key=len, reverse=True)))
 
 
-# A rule with a group makes a token of the group alone, but counts with all that it matched when the longest wins.
+# If a rule has a group, only the group becomes the token, but the length of the whole match decides which rule wins.
 _RULES = tuple(
     re.compile(rule)
     for rule in (
@@ -151,14 +151,14 @@ _RULES = tuple(
         r"@[A-Za-z_]\w*|#[^\W\d_]+",
         r"<[A-Za-z][\w:.-]*(?: +[A-Za-z][\w:.-]*(?: *= *(?:'[^'\n]*'|\"[^\"\n]*\"))?)* */?>|</[A-Za-z][\w:.-]* *>",
         r"<[!?][A-Za-z-][^>\n]*>|(?i:&(?:amp|lt|gt|quot|apos|nbsp|[mn]dash|md);)|&#\d+;",
-        # Faces.
+        # Emoticons.
         rf"[<>]?[:;=][-o*']?[()\[\]{{dDpPO|\\@]{_NOT_IN_A_WORD}|:[03]{_NOT_IN_A_WORD}|@_[xoTQvu0OX]",
         r"[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([-^x=~<>']-[\^x=~<>'`]\)",
-        # What is left.
+        # Everything else.
         r"\.{3,}|[!?]+|-{2,4}(?!-)|-{5,}|''|``|\\\*|\*+|#+|@+|_+|<<|>>|[^\S\n]+|\n|\S",
     )
 )
-_PLAIN = re.compile(r"[A-Za-z]+(?=\s|$)|[^\S\n]+")  # most of a caption; the rules are not needed for it
+_PLAIN = re.compile(r"[A-Za-z]+(?=\s|$)|[^\S\n]+")  # most of a caption, which does not need the rules
 _TWO_WORDS = frozenset(("cannot", "gonna", "wanna", "gotta", "gimme", "lemme"))
 
 _TOKENS_ALONE = re.compile(
@@ -178,10 +178,10 @@ _SPELT = {
 
 
 def port(captions: Sequence[str]) -> list[str]:
-    """The port: the tokens of each caption (without line breaks) with one space between them.
+    """Tokenises captions without line breaks with the port; tokens are separated by one space.
 
-    As in the jar, which reads them as the lines of one file, the tokens of a caption that ends in an abbreviation or a
-    single letter with a period can depend on the first word of the next caption.
+    The jar reads the captions as the lines of one file. Therefore, in the jar and in the port, the tokens of a caption
+    that ends with an abbreviation, or a letter with a period, can depend on the first word of the next caption.
     """
     text = "\n".join(captions)
     text = _UNUSUAL.sub(lambda found: _apart(found.group()), text.replace("\u00ad", "").replace("\u0092", "\u2019"))
@@ -195,7 +195,7 @@ def port(captions: Sequence[str]) -> list[str]:
 
 
 def _tokens(text: str) -> Iterator[str]:
-    """The tokens in lower case, with punctuation and line ends. At each position the longest match wins."""
+    """Yields tokens in lower case, with punctuation and line ends. At each position, the longest match is used."""
     at = 0
     while at < len(text):
         best = _PLAIN.match(text, at)
@@ -209,7 +209,7 @@ def _tokens(text: str) -> Iterator[str]:
 
 @lru_cache(maxsize=4096)
 def _apart(character: str) -> str:
-    """A character beyond Latin letters: part of a word, a token of its own, or nothing."""
+    """Replaces an unusual character: it stays in its word, becomes a token of its own, or is removed."""
     if unicodedata.category(character)[0] == "L" or unicodedata.category(character) == "Nd":
         return character
     return f" {character} " if _TOKENS_ALONE.match(character) else " "

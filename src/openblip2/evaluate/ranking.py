@@ -1,8 +1,8 @@
-"""Image-text retrieval (paper, section 4.4): candidates by ITC, then re-ranked by ITM, and how many of them are right.
+"""Image-text retrieval (paper, section 4.4): finds candidates by ITC, re-ranks them by ITM, and measures recall.
 
-`best_texts`, `best_images` and `match_candidates` use bounded memory, for large data sets: no matrix of all images and
-texts is held, and an image's features only until its candidates are scored. `similarities`, `rerank` and `recalls` do
-the same with whole matrices, for small sets.
+`best_texts`, `best_images` and `match_candidates` use bounded memory, for large data sets: they store no matrix of all
+images and texts, and keep the features of an image only until its candidates are scored. `similarities`, `rerank` and
+`recalls` do the same with whole matrices, for small sets.
 
 Shapes: N images, M texts, K candidates, Q queries, E shared space, T text tokens, P patch tokens, V encoder width.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from openblip2.model.objectives import similarity
 from openblip2.model.stage1 import Stage1
 
-CHUNK = 64  # images, texts or pairs at once
+CHUNK = 64  # images, texts or pairs per batch
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class Ranking:
     scores: Tensor
 
     def by(self, scores: Tensor) -> "Ranking":
-        """The same candidates in the order of other scores `[N, K]`."""
+        """The same candidates, sorted by other scores `[N, K]`."""
         in_order, order = scores.sort(dim=1, descending=True, stable=True)
         return Ranking(self.indices.gather(1, order), in_order)
 
     def first(self, k: int) -> "Ranking":
-        """The best k candidates alone."""
+        """Only the best k candidates."""
         return Ranking(self.indices[:, :k], self.scores[:, :k])
 
     def first_right(self, is_right: Callable[[int, int], bool]) -> list[int | None]:
-        """Of each row, the rank of the first candidate for which `is_right(row, candidate)`, from 1; None = none."""
+        """For each row, the rank (from 1) of the first candidate with `is_right(row, candidate)`; None = none."""
         return [
             next((rank for rank, column in enumerate(columns, 1) if is_right(row, column)), None)
             for row, columns in enumerate(self.indices.tolist())
@@ -56,23 +56,23 @@ def text_vectors(model: Stage1, tokens: Tensor, valid: Tensor) -> Tensor:
 
 
 def similarities(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-    """The best query's cosine for all images and texts: `[N, M]`."""
+    """Cosine similarity of all images and texts, the maximum over the queries: `[N, M]`."""
     texts = text_vectors(model, tokens, valid)
     return torch.cat([similarity(part, texts) for part in image_vectors(model, features).split(CHUNK)])
 
 
 def best_texts(images: Tensor, texts: Tensor, k: int) -> Ranking:
-    """The K texts nearest to each image by its best query's cosine: `images [N, Q, E]`, `texts [M, E]`."""
+    """The K texts most similar to each image, by the maximum over queries: `images [N, Q, E]`, `texts [M, E]`."""
     return _best_of((similarity(part, texts) for part in images.split(CHUNK)), k)
 
 
 def best_images(images: Tensor, texts: Tensor, k: int) -> Ranking:
-    """The K images nearest to each text: a ranking of M rows."""
+    """The K images most similar to each text: a ranking of M rows."""
     return _best_of((similarity(images, part).T for part in texts.split(CHUNK)), k)
 
 
 def _best_of(parts: Iterable[Tensor], k: int) -> Ranking:
-    """The K best columns of each row of a matrix that comes in parts, `[n, M]` each."""
+    """The K best columns of each row of a matrix that is given in parts of shape `[n, M]`."""
     tops = [part.topk(min(k, part.shape[1]), dim=1) for part in parts]
     return Ranking(torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops]))
 
@@ -91,22 +91,22 @@ def match_candidates(
     by_text: Ranking,
     advance: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """ITM's logits of each image's texts, `[N, K, 2]`, and of each text's images, `[M, K, 2]`.
+    """ITM logits for the texts of each image, `[N, K, 2]`, and for the images of each text, `[M, K, 2]`.
 
     A pair that is in both rankings is computed once. The keys and values of an image are computed once, and texts of
-    similar length go together.
+    similar length are batched together.
 
     Args:
-        features: image number -> `[1, P, V]`; called once for each, in order.
+        features: image number -> `[1, P, V]`; called once for each image, in order.
         tokens: `[M, T]`.
-        valid: `[M, T]`, which tokens are no padding.
-        by_image: texts of each image.
-        by_text: images of each text, of the same N and M.
+        valid: `[M, T]`, True for tokens that are not padding.
+        by_image: candidate texts of each image.
+        by_text: candidate images of each text, for the same N images and M texts.
         advance: called after each image.
     """
     lengths, (count, own) = valid.sum(dim=1), by_image.indices.shape
     images = by_text.indices.flatten()  # [M * K]
-    order = images.argsort()  # the places in `images` of image 0, then those of image 1, ...
+    order = images.argsort()  # the positions in `images` of image 0, then those of image 1, ...
     bounds = torch.searchsorted(images[order], torch.arange(count + 1, device=images.device)).tolist()
     of_images = torch.zeros(count, own, 2, device=images.device)
     of_texts = torch.zeros(len(images), 2, device=images.device)
@@ -134,10 +134,10 @@ def rerank(
     best: int,
     advance: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores in which the best candidates are in ITM's order, for both directions: two `[N, M]`.
+    """Re-ranks the best candidates by ITM, for both directions; returns two score matrices `[N, M]`.
 
-    For each image its `best` texts by `scores [N, M]`, and for each text its `best` images, are given the log-odds
-    of the ITM head. All others are ranked after them in their old order. `advance` is called after each image.
+    For each image, the `best` texts by `scores [N, M]` get the log-odds of the ITM head; for each text, the `best`
+    images get them. All others are ranked after them in their old order. `advance` is called after each image.
     """
     texts, images = _best_of([scores], best), _best_of([scores.T], best)
     matches = match_candidates(model, lambda n: features[n : n + 1], tokens, valid, texts, images, advance)
@@ -147,13 +147,13 @@ def rerank(
 
 
 def recalls(scores_by_image: Tensor, scores_by_text: Tensor, correct: Tensor, ks: Sequence[int] = (1, 5)) -> dict:
-    """Shares of images (`tr@k`) and texts (`ir@k`) with a correct partner among the best k, in [0, 1].
+    """Recall@k: fractions of images (`tr@k`) and texts (`ir@k`) with a correct partner among the best k, in [0, 1].
 
     Args:
         scores_by_image: `[N, M]`.
         scores_by_text: `[N, M]`, the same matrix unless it is re-ranked.
-        correct: `[N, M]` bool, every pair that counts as right.
-        ks: numbers of candidates.
+        correct: `[N, M]` bool, True for every pair that counts as right.
+        ks: the values of k.
     """
     found = {}
     for k in ks:

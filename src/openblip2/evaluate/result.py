@@ -1,4 +1,4 @@
-"""Results of an evaluation: scores with intervals, the protocol, and one line per sample; and two results compared."""
+"""Results of an evaluation: scores with intervals, the protocol, one line per sample; and the comparison of two."""
 
 import hashlib
 import json
@@ -21,21 +21,21 @@ WITHHELD = "the truth of this split is withheld: nothing is scored, the predicti
 
 @dataclass(frozen=True)
 class Options:
-    """How to score. An option that the task does not use is refused.
+    """Options of an evaluation. An option that the task does not use is an error.
 
     Attributes:
-        prompt: of captions, text after the soft prompt; None = the run's own.
-        beams: of text; None = the paper's 5.
-        metric: of answers; None = the usual one for the data.
+        prompt: for captions, the text after the soft prompt; None = the prompt of the run.
+        beams: number of beams for captions and answers; None = 5, as in the paper.
+        metric: metric for answers; None = the usual one for the data.
         lemmatised: compare nouns and verbs of answers in their dictionary form, as OK-VQA does.
-        slow: also METEOR and SPICE, which need Java.
-        rerank: candidates that ITM scores; None = the paper's 128; 0 = by ITC alone.
-        strict: only an image's own captions are right. Otherwise every image with the same caption is right, too.
-        by: of pointing: itc or itm.
-        features: a cache of these images that `openblip2 features` wrote; None = a temporary one.
+        slow: also measure METEOR and SPICE, which need Java.
+        rerank: number of candidates that ITM scores; None = 128, as in the paper; 0 = rank by ITC alone.
+        strict: only an image's own captions are right. Otherwise, every image with the same caption is also right.
+        by: for pointing, the score to use: itc or itm.
+        features: a feature cache of these images, written by `openblip2 features`; None = a temporary one.
         limit: use only this many images, from the beginning; None = all.
-        seed: of the bootstrap.
-        visual_tokens: of captions and answers, how many the language model reads; None = all.
+        seed: seed of the bootstrap.
+        visual_tokens: for captions and answers, number of visual tokens that the language model reads; None = all.
     """
 
     prompt: str | None = None
@@ -58,15 +58,15 @@ class Result:
 
     Attributes:
         task: caption, vqa, retrieval or pointing.
-        pictures: how many were scored.
-        seed: of the bootstrap.
-        scores: by name.
+        pictures: number of images that were scored.
+        seed: seed of the bootstrap.
+        scores: scores with intervals, by name.
         alone: scores without an interval, by name.
-        beside: other values to read the scores by, such as those of guessers.
-        protocol: what the scores depend on.
+        beside: other values to compare the scores with, such as the scores of guessers.
+        protocol: everything that the scores depend on.
         skipped: one line for each entry or image left out.
-        warnings: one line each.
-        samples: one row each.
+        warnings: one line for each warning.
+        samples: one row for each sample.
     """
 
     task: str
@@ -121,7 +121,7 @@ class Result:
 
 
 def decoding_card(decoding: Decoding) -> dict[str, Any]:
-    """How text was generated; lengths in new tokens."""
+    """How text was generated, for the protocol; lengths are in new tokens."""
     found: dict[str, Any] = {
         "beams": decoding.beams,
         "length_penalty": decoding.length_penalty if decoding.beams > 1 else None,
@@ -139,7 +139,7 @@ def compare(first: Path, second: Path) -> dict[str, Interval]:
     """The mean of each score in the first result minus that in the second, paired by sample, with its interval.
 
     Raises:
-        UserError: not results, results of two tasks, of different samples, or without a score in common.
+        UserError: a file is not a result, or the two differ in task or samples, or have no score in common.
     """
     a, b = _read(first), _read(second)
     if a["task"] != b["task"]:
@@ -150,7 +150,7 @@ def compare(first: Path, second: Path) -> dict[str, Interval]:
         raise UserError(
             f"{first} and {second} have other samples, {' / '.join(map(str, odd))} for example: evaluate the same data"
         )
-    values: dict[str, list[tuple[float, float, str]]] = {}  # of each score: first result, second result, image
+    values: dict[str, list[tuple[float, float, str]]] = {}  # for each score: first result, second result, image
     for key, row in ours.items():
         mine, other = _scores(row), _scores(theirs[key])
         for name in mine.keys() & other.keys():
@@ -177,7 +177,7 @@ def _scores(row: Row) -> dict[str, float]:
 
 
 def _name(row: Row) -> tuple[Any, ...]:
-    """What identifies a sample. A row with references is of an image, and its caption is the model's."""
+    """The key of a sample. In a row with references, the caption was generated, so it is not part of the key."""
     caption = row.get("caption") if "references" not in row else None
     return (row["image"], row.get("question_id"), row.get("question"), caption, row.get("text"))
 
@@ -194,11 +194,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class PartialTexts:
-    """`OUT.partial.jsonl`: a digest of what the texts depend on, then a line for each group of texts.
+    """The file `OUT.partial.jsonl`: a digest of what the texts depend on, then a line for each group of texts.
 
     Args:
-        path: of the file; None = nothing is kept.
-        of: all that the texts depend on, except the samples.
+        path: path of the file; None = texts are not stored.
+        of: everything that the texts depend on, except the arguments of `texts`.
     """
 
     def __init__(self, path: Path | None = None, of: Any = None) -> None:
@@ -214,13 +214,13 @@ class PartialTexts:
         progress: Progress,
         how: Any,
     ) -> list[str]:
-        """One text for each sample: those in the file, and new ones for the others.
+        """Returns one text for each sample, from the file if it is there; generates and stores the others.
 
         Args:
             samples: ids and questions; texts in the file are used only if these and `how` are the same.
             group: number of samples that are generated and written together.
-            generate: the texts of a slice of the samples.
-            how: prompt and decoding.
+            generate: returns the texts for a slice of the samples.
+            how: prompt and decoding settings.
         """
         depends_on = json.dumps([self.of, how, samples], default=str)
         found = self._read(json.dumps(hashlib.sha256(depends_on.encode()).hexdigest()))
@@ -235,15 +235,15 @@ class PartialTexts:
         return found
 
     def remove(self) -> None:
-        """Removes the file, once the result contains the texts."""
+        """Removes the file, which is no longer needed when the result contains the texts."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
     def _read(self, digest: str) -> list[str]:
-        """The texts in the file if it begins with this digest; otherwise a new file is begun."""
+        """Returns the texts in the file if it begins with this digest; otherwise, starts a new file."""
         if self.path is None:
             return []
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
-        complete = lines[:-1] if lines[0] == digest else [digest]  # after the last line end is an unfinished line
+        complete = lines[:-1] if lines[0] == digest else [digest]  # the last line may be unfinished
         write_text("".join(f"{line}\n" for line in complete), self.path)
         return [text for line in complete[1:] for text in json.loads(line)]

@@ -1,4 +1,4 @@
-"""Retrieval as in the paper (4.4): the best candidates by ITC, then re-ranked by ITM; for any number of images.
+"""Retrieval as in the paper (4.4): the best candidates by ITC are re-ranked by ITM; for any number of images.
 
 Shapes: N images, M texts, K candidates.
 """
@@ -31,17 +31,17 @@ from openblip2.train.encode import make_cache, open_cache, whitened
 
 KS = (1, 5, 10)
 CANDIDATES = 128
-TOKENS = 35  # the longest text in the authors' evaluation; 32 in training
-GROUP = 32  # images at once
+TOKENS = 35  # maximum length of a text in the authors' evaluation; 32 in training
+GROUP = 32  # images per batch
 
 
 def score_retrieval(matcher: Matcher, records: Sequence[Record], options: Options, progress: Progress) -> Result:
     """Recall at 1, 5 and 10 in both directions, by ITC alone and, unless `options.rerank` is 0, re-ranked by ITM.
 
-    The features of the images are in a cache on the disk meanwhile, so that memory does not grow with them.
+    The features of the images are in a cache on disk, so that memory use does not grow with their number.
 
     Raises:
-        UserError: a cache that does not fit, or a full disk.
+        UserError: the cache does not fit the model, or the disk is full.
     """
     settings = change(matcher.settings, {"data.augment": False})
     vision = matcher.model.vision
@@ -84,7 +84,7 @@ def _score(matcher: Matcher, stored: StoredFeatures, options: Options, progress:
     }
     names: Sequence[int | str] = (
         owners if options.strict else captions
-    )  # texts of the same name are right for the same images
+    )  # texts with the same name are right for the same images
     right: list[set[int | str]] = [set() for _ in records]
     for owner, name in zip(owners, names, strict=True):
         right[owner].add(name)
@@ -116,7 +116,7 @@ def _rankings(
     best: int,
     progress: Progress,
 ) -> dict[str, tuple[Ranking, Ranking]]:
-    """Rankings of texts for each image and of images for each text, by the name of the score."""
+    """For each score, by name: the rankings of texts for each image and of images for each text."""
     model, count = matcher.model, len(stored.records)
     with torch.inference_mode(), computing(model, matcher.settings.train.precision):
         progress.doing(f"reading {len(captions):,} texts")

@@ -1,4 +1,4 @@
-"""The command `evaluate`: a run, data and one of four tasks in; scores, protocol and samples out."""
+"""The command `evaluate`: scores a run on data for one of four tasks, and writes scores, protocol and samples."""
 
 import hashlib
 import platform
@@ -38,7 +38,7 @@ STAGE1_TASKS = ("retrieval", "pointing")
 PACKAGES = ("openblip2", "torch", "transformers", "tokenizers", "pillow", "numpy", "pycocoevalcap", "spacy")
 
 
-# The tasks that use an option; all tasks use the others.
+# The tasks that use each option; options that are not listed apply to all tasks.
 _TASKS = {
     "prompt": ("caption",),
     "beams": ("caption", "vqa"),
@@ -56,7 +56,7 @@ _TASKS = {
 def evaluate(task: str, run: str, source: Source, out: Path, options: Options, progress: Progress) -> Result:
     """Scores a run on data and writes `out` and, beside it, one line for each sample.
 
-    The texts generated so far are kept beside `out`, and an interrupted evaluation continues with them.
+    Generated texts are stored beside `out`, so that an interrupted evaluation can continue with them.
 
     Raises:
         UserError: an unknown task, a run of the other stage, an option of another task, or nothing to score.
@@ -130,7 +130,7 @@ def _warn(result: Result, records: Sequence[Record], run: str) -> None:
 
 
 def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
-    """What a score of this model depends on in every task: weights, frozen parts, image size, precision, versions."""
+    """The part of the protocol that all tasks have: weights, frozen parts, image size, precision, seed, versions."""
     settings = model.settings
     found: dict[str, Any] = {
         "checkpoint": source,
@@ -157,7 +157,7 @@ def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
 
 
 def weights_digest(model: Captioner | Matcher) -> str:
-    """SHA-256 of the names and weights that a run stores: the same for the same weights in another format."""
+    """SHA-256 of the names and weights that a run stores; it does not depend on the format of the file."""
     digest = hashlib.sha256()
     for name, parameter in sorted(saved_parameters(model.model).items()):
         digest.update(name.encode())
@@ -166,9 +166,9 @@ def weights_digest(model: Captioner | Matcher) -> str:
 
 
 def overlap(records: Sequence[Record], source: str) -> tuple[int | None, list[str]]:
-    """How many of the images the run, or a run that it started from, was trained on, and the ids of the first of them.
+    """The number of images that the run, or a run that it started from, was trained on, and the ids of the first five.
 
-    The number is None if no run has stored what it was trained on.
+    The number is None if no run has stored its training images.
     """
     runs: list[Path] = []
     run: Path | None = Path(source)
@@ -176,7 +176,7 @@ def overlap(records: Sequence[Record], source: str) -> tuple[int | None, list[st
         runs.append(run)
         settings = read_config(run)["settings"]
         starts = [Path(start) for name in ("start", "text_start") if (start := settings.get(name))]
-        # Runs that were moved together are found beside this one.
+        # If runs were moved together, the start is found beside this run.
         found = [folder for start in starts for folder in (start, run.parent / start.name) if folder.is_dir()]
         run = found[0] if found else None
     seen = pictures_trained_on(records, runs)

@@ -1,4 +1,4 @@
-"""What is measured on held-out images during training: stage 1, captions of stage 2, and answers.
+"""Measurements on held-out images during training: stage 1, captions of stage 2, and answers.
 
 Shapes: N images, Q queries, E shared space.
 """
@@ -23,9 +23,9 @@ from openblip2.model.objectives import HardNegatives, similarity
 from openblip2.model.stage1 import Stage1, itm_pairs
 from openblip2.model.stage2 import Stage2
 
-STAGE1_GROUP = 48  # pairs at once: the in-batch negatives of the losses, as many as in a small batch
-GROUP = 32  # images at once in stage 2
-MIN_GAP = 0.02  # a grounding gap below this share of the loss is no more than noise
+STAGE1_GROUP = 48  # pairs per batch; they are the in-batch negatives of the losses, as in a small training batch
+GROUP = 32  # images per batch in stage 2
+MIN_GAP = 0.02  # fraction of the loss; a smaller grounding gap counts as noise
 GREEDY = Decoding(max_new_tokens=10, beams=1)
 ARTICLES = ("a", "an", "the")
 
@@ -34,9 +34,9 @@ def measure_stage1(model: Stage1, tokens: BertTokens, held_out: Features, seed: 
     """Held-out losses and accuracies of stage 1, with the first caption of each image.
 
     Returns:
-        The losses itc, itm and itg; ITM accuracy on one true and two hard false pairs per image, and on one true and
-        one easy false pair (the next image's text; guessing: a half); recall@1 in both directions; the number of
-        queries by which texts find their images; and the effective rank of the query outputs.
+        The losses itc, itm and itg; ITM accuracy with one true pair and two hard negatives per image, and with one true
+        pair and one easy negative (the next image's text; chance is 0.5); recall@1 in both directions; the effective
+        number of queries that texts match; and the effective rank of the query outputs.
     """
     device = model.temperature.device
     captions = [record.captions[0] for record in held_out.records]
@@ -71,7 +71,7 @@ def measure_stage1(model: Stage1, tokens: BertTokens, held_out: Features, seed: 
 
 
 def hard_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, ids: Tensor) -> tuple[int, int]:
-    """Right decisions of ITM, and all decisions, on the true pairs and the most similar false ones."""
+    """Counts the right ITM decisions, and all decisions, on the true pairs and the hardest negatives."""
     scores = similarities(model, features, tokens, valid)
     same = ids[:, None] == ids[None, :]
     hardest, none = scores.masked_fill(same, -torch.inf), same.all(dim=1)
@@ -83,7 +83,7 @@ def hard_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, id
 
 
 def easy_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, ids: Tensor) -> tuple[int, int]:
-    """As `hard_hits`, on the true pairs and each image with the next image's text."""
+    """Like `hard_hits`, but the negatives are each image with the text of the next image."""
     other = torch.arange(len(ids), device=ids.device).roll(-1)
     wrong = ids != ids[other]
     memory = model.connector.encode_image(features)
@@ -97,9 +97,9 @@ def _share(hits: Sequence[tuple[int, int]]) -> float:
 
 
 def queries_used(images: Tensor, texts: Tensor) -> float:
-    """The effective number of queries by which texts find their own images, 1 to Q.
+    """The effective number of queries that texts match in their own images, 1 to Q.
 
-    It is the exponential of the entropy of the distribution of the nearest query.
+    It is the exponential of the entropy of the distribution of the query that is nearest to the text.
 
     Args:
         images: `[N, Q, E]`, the queries of N images in the shared space.
@@ -111,10 +111,10 @@ def queries_used(images: Tensor, texts: Tensor) -> float:
 
 
 def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", most: int = 128) -> dict[str, Any]:
-    """Whether the language model uses the image, on at most `most` held-out images with their first caption.
+    """Tests whether the language model uses the image, on at most `most` held-out images with their first caption.
 
-    The loss of the captions is compared with that for another image, which should be higher. The other image is the
-    previous one of the group. An encoder-decoder splits captions at random places, the same for both losses.
+    The loss of the captions is compared with their loss for another image, which should be higher. The other image is
+    the previous one of the group. For an encoder-decoder, captions are split at random, equally for both losses.
     """
     captions = [record.captions[0] for record in held_out.records[:most]]
     parts = []
@@ -135,16 +135,16 @@ def measure_answers(
     reads_prompts: bool = False,
     most: int = 256,
 ) -> dict[str, Any]:
-    """Exact match of greedy answers, by kind of question, and the loss of the right answers as in `grounding`.
+    """Measures exact match of greedy answers by kind of question, and the loss of the right answers as in `grounding`.
 
-    If the connector reads questions, the effective rank of its outputs depends on them, too.
+    If the connector reads questions, the effective rank of its outputs also depends on them.
 
     Args:
-        tokens: of the connector; None = it reads no questions.
+        tokens: the connector's tokenizer; None = the connector reads no questions.
         form: the prompt, with {} for the question.
-        seed: of the draw of one question of each image.
+        seed: seed for drawing one question per image.
         reads_prompts: whether the connector reads the whole prompt and not the question alone.
-        most: images used, from the beginning.
+        most: maximum number of images, from the beginning.
     """
     draw = torch.Generator().manual_seed(seed)
     asked = [r.questions[int(torch.randint(len(r.questions), (), generator=draw))] for r in held_out.records[:most]]
@@ -165,9 +165,9 @@ def measure_answers(
 def _groups(
     model: Stage2, values: Tensor, tokens: BertTokens | None = None, questions: list[str] | None = None
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-    """Row numbers, query outputs, and soft prompts of the right image and of another one, `GROUP` images at a time.
+    """Yields row numbers, query outputs, and soft prompts of the right and of another image, `GROUP` images at a time.
 
-    A last group of one image is left out: it has no other image.
+    A last group of one image is skipped, because there is no other image.
     """
     device = model.projection.weight.device
     for rows in torch.arange(len(values)).split(GROUP):
@@ -179,15 +179,15 @@ def _groups(
         right = model.projection(queries)
         if question is None:
             other = right.roll(1, dims=0)
-        else:  # the outputs depend on the question, which stays
-            # Not `features.roll`, which fails for cached fp16 features where a CPU computes in bf16.
+        else:  # the outputs depend on the question, which stays the same
+            # Not `features.roll`, which fails for cached fp16 features if the CPU computes in bf16.
             previous = features[torch.arange(len(rows)).roll(1)]
             other = model.soft_prompt(features=previous, question=question)
         yield rows.tolist(), queries, right, other
 
 
 def _summary(parts: Sequence[tuple[Tensor, Sequence[float]]]) -> dict[str, Any]:
-    """Losses in nats per token with the right image and with another one, their effective rank, and a verdict.
+    """Losses in nats per token with the right image and with another one, the effective rank, and a verdict.
 
     Args:
         parts: query outputs `[n, Q, D]` and the two losses of each group of n images.
@@ -210,7 +210,7 @@ def _summary(parts: Sequence[tuple[Tensor, Sequence[float]]]) -> dict[str, Any]:
 
 
 def normalise(answer: str) -> str:
-    """Lower case, without articles, punctuation and repeated spaces: how "exact" compares answers."""
+    """Lower-cases an answer and removes articles, punctuation and repeated spaces, for the metric "exact"."""
     plain = re.sub(r"[^\w\s]", " ", answer.lower())
     return " ".join(word for word in plain.split() if word not in ARTICLES)
 
@@ -218,13 +218,13 @@ def normalise(answer: str) -> str:
 def exact_scores(
     answers: Sequence[str], questions: Sequence[Question], normal: Callable[[str], str] = normalise
 ) -> np.ndarray:
-    """Whether each answer equals the question's answer, [n] of 0 and 1, both after `normal`: `vqa_normal` for GQA."""
+    """1 if an answer equals the right answer, both after `normal` (`vqa_normal` for GQA), else 0: [n]."""
     hits = [normal(answer) == normal(q.answer) for answer, q in zip(answers, questions, strict=True)]
     return np.array(hits, dtype=np.float64)
 
 
 def summary(scores: np.ndarray, questions: Sequence[Question]) -> dict[str, Any]:
-    """Mean score in [0, 1] over all questions, and for each kind apart: `{"n", "accuracy", kind: {...}}`."""
+    """Mean score in [0, 1] over all questions, and for each kind separately: `{"n", "accuracy", kind: {...}}`."""
     assert len(scores) == len(questions)
     kinds = np.array([question.kind for question in questions])
     found: dict[str, Any] = {"n": len(scores), "accuracy": float(np.mean(scores))}
@@ -235,7 +235,7 @@ def summary(scores: np.ndarray, questions: Sequence[Question]) -> dict[str, Any]
 
 
 def accuracy(answers: Sequence[str], questions: Sequence[Question]) -> dict[str, Any]:
-    """`summary` of `exact_scores`."""
+    """The `summary` of the `exact_scores`."""
     return summary(exact_scores(answers, questions), questions)
 
 
@@ -275,7 +275,7 @@ def effective_rank(queries: Tensor) -> float:
         return math.nan
     rows = queries.detach().cpu().double()
     centred = rows - rows.mean(dim=0)
-    squares = torch.linalg.eigvalsh(centred @ centred.mT).clamp(min=0)  # [N, Q], of the singular values
+    squares = torch.linalg.eigvalsh(centred @ centred.mT).clamp(min=0)  # [N, Q], the squared singular values
     total = squares.sum(dim=1, keepdim=True)
     rounding = torch.finfo(torch.float32).eps ** 2 * rows.square().sum(dim=(1, 2))[:, None]
     shares = torch.where(total > rounding, squares / total, 0.0)

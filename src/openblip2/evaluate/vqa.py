@@ -2,7 +2,7 @@
 
 Every score is given per question, in [0, 1]. Sources: `VQAEval` of GT-Vision-Lab/VQA (2017-10, the last version) for
 "official"; its older version in salesforce/LAVIS for "lavis", with which BLIP-2's published results were computed. The
-rules are theirs, with all that is odd about them; the code is ours.
+rules are the same, including their peculiarities; the code is ours.
 """
 
 import re
@@ -25,13 +25,13 @@ Protocol = Literal["official", "lavis"]
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
-# The rules mean that no digit is on either side; as they are written, only what follows counts, and they stop at 32
-# periods.
+# The rules intend to delete periods that have no digit on either side. As implemented in the reference, they check only
+# the next character, and they delete at most 32 periods.
 _PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32
 _NUMBERS = ("none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(max(0, value - 1)) for value, word in enumerate(_NUMBERS)}
-# Words with one apostrophe left out are corrected to these.
+# A word that lacks one apostrophe of these words is corrected to it.
 _CONTRACTIONS = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's isn't it'd
 it'll ma'am might've mightn't must've mustn't needn't not've o'clock oughtn't shan't should've shouldn't somebody'll
@@ -46,16 +46,16 @@ _CORRECTED = {
     for word in _CONTRACTIONS.split()
     for at, letter in enumerate(word)
     if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the wrong way round in the reference's table, too
+} | {"somebody'd": "somebodyd"}  # this entry is also reversed in the reference's table
 
 
 def vqa_normal(answer: str) -> str:
-    """An answer as the VQA rules compare it: punctuation, digits for number words, no articles, apostrophes; lower
-    case, single spaces.
+    """Normalises an answer by the VQA rules, so that it can be compared.
 
-    Special cases that change scores: "none" is "0"; a hyphen becomes a space, but is deleted if one hyphen of the
-    answer is beside a space or a number has a comma ("1,000-2,000" is "10002000"); a period is deleted unless a digit
-    follows.
+    Punctuation is removed, number words become digits, articles are removed, missing apostrophes are added; lower case,
+    single spaces. Special cases that change scores: "none" is "0"; a hyphen becomes a space, but is deleted if a hyphen
+    of the answer is beside a space or a number has a comma ("1,000-2,000" is "10002000"); a period is deleted unless a
+    digit follows.
     """
     return _words(_without_punctuation(clean_answer(answer)))
 
@@ -63,31 +63,31 @@ def vqa_normal(answer: str) -> str:
 def vqa_scores(answers: Sequence[str], questions: Sequence[Question], protocol: Protocol = "official") -> np.ndarray:
     """VQA accuracy of each answer, [n] in [0, 1]: min(annotators who gave it / 3, 1), averaged over leaving out one.
 
-    For OK-VQA, whose five answers count twice, `Question.given` holds all ten. The formula also holds for 4 to 9
-    answers; with 3 or fewer, even the answer of all annotators scores less than 1.
+    In OK-VQA, each of the five answers counts twice; `Question.given` contains all ten. The formula also holds for 4 to
+    9 answers; with 3 or fewer, even an answer that all annotators gave scores less than 1.
 
     Args:
-        answers: of the model.
-        questions: with at least two answers each.
-        protocol: how answers are compared. "official": after the VQA rules (`vqa_normal`); only white space is changed
-            if all annotators gave the same answer, so that "Yes" fails there. "lavis": the rules are always applied to
-            the model's answer, and to the annotators' answers only those for punctuation, and only if they differ; an
-            answer that was given as "two", "the beach" or "Nike" cannot be matched.
+        answers: the answers of the model.
+        questions: questions with at least two answers each.
+        protocol: how answers are compared. "official": after the VQA rules (`vqa_normal`); but if all annotators gave
+            the same answer, only white space is changed, so "Yes" does not match "yes". "lavis": the model's answer is
+            always normalised; in the annotators' answers, only punctuation is, and only if they differ. An answer that
+            was given as "two", "the beach" or "Nike" then cannot be matched.
 
     Raises:
-        UserError: a question has only one answer, so that nothing can be right.
+        UserError: a question has only one answer, so that no answer can be right.
     """
     return np.array([_vqa_score(a, q, protocol) for a, q in zip(answers, questions, strict=True)], dtype=np.float64)
 
 
 def lemmas(answers: Sequence[str], analyse: Callable[[str], Any] | None = None) -> list[str]:
-    """Answers with nouns and verbs in their dictionary form ("bananas" is "banana"), before any other rule.
+    """Lemmatises nouns and verbs of answers ("bananas" becomes "banana"), before any other rule is applied.
 
-    For OK-VQA, whose annotators' answers are given in this form; the other data sets are scored without. Source: the
-    authors' `_lemmatize`.
+    It is used for OK-VQA, because its annotators' answers have this form; the other data sets are scored without it.
+    Source: the authors' `_lemmatize`.
 
     Args:
-        answers: of the model.
+        answers: the answers of the model.
         analyse: a spaCy pipeline with tagger and lemmatiser; None = spaCy's "en_core_web_sm", as the authors do.
 
     Raises:
@@ -128,7 +128,7 @@ def _vqa_score(answer: str, question: Question, protocol: Protocol) -> float:
 
 
 def _without_punctuation(answer: str) -> str:
-    """Each mark is deleted if one of its kind is beside a space or any number has a comma, else it becomes a space."""
+    """Deletes a mark if one of its kind is beside a space or any number has a comma; else, it becomes a space."""
     all_go = _DIGIT_COMMA_DIGIT.search(answer) is not None
     marks = {mark: "" if all_go or f"{mark} " in answer or f" {mark}" in answer else " " for mark in _PUNCTUATION}
     return _PERIOD.sub("", answer.translate(str.maketrans(marks)), count=_MOST_PERIODS)
@@ -149,11 +149,11 @@ METRICS: dict[str, tuple[str, Callable[[Sequence[str], Sequence[Question]], np.n
     "exact": ("exact match, case, articles and punctuation aside", exact_scores),
 }
 USUAL = {"vqav2": "vqa", "okvqa": "vqa", "gqa": "gqa"}  # by the kind of data
-GROUP = 256  # questions that are answered and kept together
+GROUP = 256  # questions that are answered and saved together
 
 
 def usual_metric(kind: str, records: Sequence[Record]) -> str:
-    """The official metric of a data set; of other data VQA accuracy if all questions have many answers, else exact."""
+    """The official metric of a data set. For other data: "vqa" if all questions have over 3 answers, else "exact"."""
     many = all(len(question.given) > 3 for record in records for question in record.questions)
     return USUAL.get(kind, "vqa" if many else "exact")
 
@@ -166,15 +166,15 @@ def score_answers(
     partial_texts: PartialTexts,
     known: Sequence[Record] = (),
 ) -> Result:
-    """Accuracy over all questions and for each kind of question; intervals over images, not over questions.
+    """Measures accuracy over all questions and for each kind; intervals are over images, not over questions.
 
     Args:
         records: images with questions; without answers if the split is withheld.
-        partial_texts: where answers are kept until they are scored.
+        partial_texts: stores the answers until they are scored.
         known: training images with questions, for the scores of guessers that see no image; () = not measured.
 
     Raises:
-        UserError: VQA accuracy of questions with one answer; no lemmatiser; a question that cannot be asked.
+        UserError: VQA accuracy of a question with one answer; the lemmatiser is missing; or a question is not valid.
     """
     decoding = replace(ANSWER, beams=options.beams or ANSWER.beams)
     named, measure = METRICS[options.metric or "exact"]

@@ -1,6 +1,6 @@
-"""A trained stage 2 in people's hands: pictures, prompts and questions in, sentences out.
+"""`Captioner`: a trained stage-2 model that describes pictures and answers questions about them.
 
-Pictures are paths, PIL images or arrays (see `data/images.py`); everything below this module works on tensors.
+Pictures are paths, PIL images or arrays (see `data/images.py`); lower-level modules work on tensors.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,14 +31,14 @@ from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
 
-CAPTION = Decoding()  # the paper's: beam 5, at most 30 new tokens
-ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # the paper's for VQA: beam 5, short
+CAPTION = Decoding()  # as in the paper: beam 5, at most 30 new tokens
+ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # as in the paper for VQA: beam 5, short answers
 CHAT = replace(ANSWER, max_new_tokens=30)  # these three are the defaults of the command line, Python and the server
-SAMPLED = Decoding(beams=1, sample=True, seed=0)  # several captions of a picture
+SAMPLED = Decoding(beams=1, sample=True, seed=0)  # for several captions per picture
 
 
 class Captioner(Pretrained):
-    """A trained stage 2: what pictures show, and answers about them, in the language model's words."""
+    """A trained stage-2 model: the language model describes pictures and answers questions about them."""
 
     model: Stage2
     model_class = Stage2
@@ -51,17 +51,17 @@ class Captioner(Pretrained):
         measured: Mapping[str, Any] | None = None,
         tokens: BertTokens | None = None,
     ) -> None:
-        """`tokens`: where the Q-Former reads questions (fine-tuned for VQA) or prompts (InstructBLIP)."""
+        """`tokens`: the Q-Former's tokenizer, if it reads questions (fine-tuned for VQA) or prompts (InstructBLIP)."""
         super().__init__(model, settings, carries, measured, tokens.tokenizer if tokens else None)
         self.tokens = tokens
 
     def caption(
         self, images: Sequence[Picture], prompt: str | None = None, decoding: Decoding = CAPTION
     ) -> list[str | None]:
-        """One caption for each picture; None for a picture that cannot be opened, which a warning names.
+        """Writes one caption for each picture; None, with a warning, for a picture that cannot be opened.
 
         Args:
-            prompt: Text after the soft prompt, which the Q-Former of an InstructBLIP also reads; None = the one of
+            prompt: Text after the soft prompt, which InstructBLIP's Q-Former also reads; None = the prompt used in
                 training.
 
         Raises:
@@ -78,15 +78,15 @@ class Captioner(Pretrained):
         decoding: Decoding = SAMPLED,
         score: bool = False,
     ) -> list[list[Written] | None]:
-        """Different captions of each picture, in the order in which they were drawn; None as in `caption`.
+        """Generates different captions for each picture, in the order of sampling; None as in `caption`.
 
         Args:
             images: the pictures.
-            count: captions of each picture; it may have fewer, which a warning says.
+            count: number of captions per picture. If sampling gives fewer different ones, a warning is logged.
             prompt: as in `caption`.
-            decoding: has to sample if `count` is above 1. Draw n has the seed `decoding.seed + n`, so it depends
-                neither on the other pictures nor on `count`; captions that repeat are left out.
-            score: whether to compute their log-probabilities, too.
+            decoding: must sample if `count` is above 1. Sample n uses the seed `decoding.seed + n`, so it depends
+                neither on the other pictures nor on `count`; repeated captions are left out.
+            score: whether to compute the log-probabilities of the captions, too.
         """
         if count > 1 and not decoding.sample:
             raise UserError(f"{count} captions of a picture have to be drawn: use Decoding(sample=True, beams=1)")
@@ -101,13 +101,13 @@ class Captioner(Pretrained):
         return found
 
     def log_likelihood(self, images: Sequence[Picture], texts: Sequence[str], prompt: str | None = None) -> Tensor:
-        """The log-probability of caption n of picture n, its end counted: `[N]`, in nats.
+        """The log-probability of caption n given picture n, including the end token: `[N]`, in nats.
 
-        It is NaN for a picture that cannot be opened, and a warning names it.
+        It is NaN, with a warning, for a picture that cannot be opened.
 
         Args:
             images: N pictures.
-            texts: N captions, scored as they are given; training captions are in lower case.
+            texts: N captions, which are not cleaned; training captions are in lower case.
             prompt: as in `caption`.
         """
         require_pairs(images, texts, "texts")
@@ -121,18 +121,18 @@ class Captioner(Pretrained):
         return self._rows(images, score)
 
     def choose(self, images: Sequence[Picture], questions: Sequence[str], answers: Sequence[str]) -> Tensor:
-        """The probability of each of M answers to question n about picture n, if it is one of them: `[N, M]`.
+        """The probability of each of M answers to question n about picture n, normalised over them: `[N, M]`.
 
-        It is the probability of the whole answer, divided by the sum of all M. The row of a picture that cannot be
-        opened is NaN, and a warning names it.
+        It is the probability of the whole answer, divided by the sum over all M answers. The row of a picture that
+        cannot be opened is NaN, with a warning.
 
         Args:
             images: N pictures.
             questions: N questions, asked as in `answer`.
-            answers: for example "yes" and "no"; the same for all questions.
+            answers: M answers, for example "yes" and "no"; the same for all questions.
 
         Raises:
-            UserError: fewer than two different answers, or an empty one; or as `answer`.
+            UserError: fewer than two different answers, or an empty one; or as for `answer`.
         """
         if len(set(answers)) < max(2, len(answers)) or not all(map(str.strip, answers)):
             raise UserError(f"answers {','.join(answers)[:80]!r}: give two or more different ones, for example yes,no")
@@ -150,13 +150,13 @@ class Captioner(Pretrained):
     def answer(
         self, images: Sequence[Picture], questions: Sequence[str], decoding: Decoding = ANSWER
     ) -> list[str | None]:
-        """The answer to question n about picture n, asked in the run's own form (`language.question`).
+        """Answers question n about picture n, with the run's template for questions (`language.question`).
 
-        A picture that repeats is looked at once, as in `generate`. The answer is None for a picture that cannot be
-        opened, which a warning names.
+        A repeated picture is encoded once, as in `generate`. The answer is None, with a warning, for a picture that
+        cannot be opened.
 
         Raises:
-            UserError: as `read_questions`, or not as many questions as pictures.
+            UserError: as for `read_questions`; or the numbers of pictures and questions differ.
         """
         require_pairs(images, questions, "questions")
         prompts, asked = self.read_questions(questions)
@@ -168,16 +168,16 @@ class Captioner(Pretrained):
         return each_readable(images, write)
 
     def read_questions(self, questions: Sequence[str], form: str | None = None) -> tuple[list[str], list[str] | None]:
-        """Prompts that ask the questions, and the texts for a Q-Former that reads some, as `generate` takes them.
+        """Returns prompts for the questions, and the texts that the Q-Former reads, if any, for `generate`.
 
-        Questions are cleaned, as in training for VQA. The Q-Former of an InstructBLIP reads the prompts as written.
+        Questions are cleaned as in training for VQA. For InstructBLIP, the Q-Former reads the prompts, as written.
 
         Args:
-            questions: in words.
-            form: how a question is put, with `{}` for its words; None = the run's `language.question`.
+            questions: the questions, in words.
+            form: template of a question, with `{}` for its words; None = the run's `language.question`.
 
         Raises:
-            UserError: an empty question, one of more than 50 words, or a prompt that is longer than the Q-Former reads.
+            UserError: a question is empty or has more than 50 words, or a prompt is too long for the Q-Former.
         """
         asked = clean_questions(questions, self.settings.reads_prompts)
         tokenizer = self.tokens.tokenizer if self.tokens else self.model.language.tokenizer
@@ -187,10 +187,10 @@ class Captioner(Pretrained):
         return prompts, self.qformer_texts(prompts, asked if self.tokens and not self.settings.reads_prompts else None)
 
     def qformer_texts(self, prompts: Sequence[str], questions: Sequence[str] | None = None) -> list[str] | None:
-        """What the Q-Former reads with each picture: the questions, or the prompts of an InstructBLIP; None = nothing.
+        """The texts that the Q-Former reads with each picture: questions, or prompts for InstructBLIP; None = no texts.
 
         Raises:
-            UserError: no questions where they are read, some where they are not, or a prompt that is too long.
+            UserError: questions are missing, are given to a Q-Former that reads none, or a prompt is too long.
         """
         if questions is None and self.settings.reads_prompts:
             questions = prompts
@@ -207,21 +207,21 @@ class Captioner(Pretrained):
         return None if questions is None else list(questions)
 
     def ask(self, image: Picture, questions: Sequence[str], decoding: Decoding = ANSWER) -> list[str]:
-        """Answers to many questions about one picture, which is looked at once.
+        """Answers several questions about one picture, which is encoded once.
 
         Raises:
-            UserError: as `answer`; or the picture cannot be opened.
+            UserError: as for `answer`; or the picture cannot be opened.
         """
         prompts, asked = self.read_questions(questions)
         return self.generate([image] * len(questions), prompts, decoding, asked)
 
     def features(self, images: Sequence[Picture], texts: Sequence[str] | None = None) -> QueryFeatures:
-        """What the queries read from N pictures. Rows of a picture that cannot be opened are NaN, as in `caption`.
+        """Query outputs for N pictures. The rows of a picture that cannot be opened are NaN, with a warning.
 
         Args:
             images: N pictures.
-            texts: a question for each, where the Q-Former reads questions; of an InstructBLIP a prompt for each, or
-                None = the one of captions.
+            texts: one question per picture, if the Q-Former reads questions; for InstructBLIP, one prompt per picture,
+                or None = the prompt for captions.
 
         Returns:
             `queries [N, Q, D]` and, in `projected`, the soft prompt `[N, Q, L]`; on the CPU.
@@ -237,9 +237,9 @@ class Captioner(Pretrained):
         return QueryFeatures(*self._rows(images, read, self.model.tokens, sum(sizes)).split(sizes, 2))
 
     def soft_prompt(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> Tensor:
-        """What the language model sees of N pictures, the projected queries: `[N, Q, L]`, on the CPU.
+        """The soft prompts of N pictures, that is, the projected query outputs: `[N, Q, L]`, on the CPU.
 
-        `questions`: as `texts` of `features`, but they are not cleaned.
+        `questions`: like `texts` of `features`, but they are not cleaned.
         """
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             outputs = self._query_output(images, questions)
@@ -248,9 +248,9 @@ class Captioner(Pretrained):
     def embed(
         self, images: Sequence[Picture], prompts: Sequence[str], questions: Sequence[str] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """All that the language model reads for picture n and prompt n: `[N, T, L]` and mask `[N, T]`, on the CPU.
+        """The language model's input embeddings for picture n and prompt n, `[N, T, L]`, and mask `[N, T]`, on the CPU.
 
-        What another program needs to write the text with the language model alone; `questions` as in `generate`.
+        Another program can generate text from them with the language model alone. `questions`: as in `generate`.
         """
         require_pairs(images, prompts, "prompts")
         soft = self.soft_prompt(images, self.qformer_texts(prompts, questions)).to(next(self.model.parameters()).device)
@@ -266,14 +266,14 @@ class Captioner(Pretrained):
         questions: Sequence[str] | None = None,
         at_once: int = GROUP,
     ) -> list[str]:
-        """The language model's text for picture n after prompt n; see `writing.write_texts`.
+        """Generates text for picture n after prompt n; see `writing.write_texts`.
 
         Args:
-            questions: one for each picture, where the Q-Former reads them; None = the prompts, for an InstructBLIP.
-            at_once: texts that are written together, where `inputs.group_of` is not 1.
+            questions: one for each picture, if the Q-Former reads questions; for InstructBLIP, None = the prompts.
+            at_once: number of texts that are generated together, unless `inputs.group_of` is 1.
 
         Raises:
-            UserError: as `write_texts`; or no questions where they are read, or some where they are not.
+            UserError: as for `write_texts`; or questions are missing, or are given to a Q-Former that reads none.
         """
         asked, precision = self.qformer_texts(prompts, questions), self.settings.train.precision
         found = write_texts(self.model, precision, images, prompts, [decoding], self.tokens, asked, at_once)
@@ -294,5 +294,5 @@ class Captioner(Pretrained):
 
 
 def greedy(decoding: Decoding) -> Decoding:
-    """The same, without beams."""
+    """The same settings without beam search."""
     return replace(decoding, beams=1)

@@ -20,18 +20,18 @@ from openblip2.model.token_rows import context_of, require_room, room_for_prompt
 
 
 class DialoguePrompt:
-    """The prompt of a dialogue: how its turns are written for a language model, and how many of them fit.
+    """Writes the prompts of a dialogue for a language model, with as many turns as fit.
 
     Args:
-        captioner: a trained stage 2.
-        question: how a question is put, with `{}` for its words ("{}": the words alone); None = the run's
+        captioner: a trained stage-2 model.
+        question: template of a question, with `{}` for its words ("{}": the words alone); None = the run's
             `language.question`.
-        context: tokens that the language model may read and write together, including the Q soft ones; None = the
-            language model's own limit, which is the maximum.
+        context: maximum number of tokens that the language model reads and writes, including the Q soft tokens; None =
+            the language model's own limit, which is the maximum.
 
     Raises:
-        UserError: `question` without `{}`, a run whose template cannot hold a question, or a context beyond the
-            language model's own.
+        UserError: `question` has no `{}`, the run's template has no `{prompt}`, or the context is larger than that of
+            the language model.
     """
 
     def __init__(self, captioner: Captioner, question: str | None = None, context: int | None = None) -> None:
@@ -51,9 +51,9 @@ class DialoguePrompt:
         """The text for the template's `{prompt}`: as many of the latest turns as fit, and the question.
 
         Args:
-            turns: questions and their answers.
-            question: asked now.
-            longest: new tokens that the answer may have.
+            turns: earlier questions and their answers.
+            question: the new question.
+            longest: maximum number of new tokens in the answer.
 
         Raises:
             UserError: an empty question, or one that is too long even without turns.
@@ -76,16 +76,16 @@ class DialoguePrompt:
 
 
 class Chat:
-    """A dialogue about one picture, which is encoded once, when the chat is made.
+    """A dialogue about one picture, which is encoded once, when the chat is created.
 
-    A question is asked as it is written. `Captioner.answer` differs: it cleans questions, as the authors do for VQA.
-    A connector that reads questions reads each one without the turns before it: cleaned, or of an InstructBLIP as
-    written.
+    The language model reads questions as they are written, whereas `Captioner.answer` cleans them, as the authors do
+    for VQA. A connector that reads questions reads only the current one, without earlier turns: cleaned, or as written
+    for InstructBLIP.
 
     Args:
-        captioner: a trained stage 2.
+        captioner: a trained stage-2 model.
         image: the picture.
-        decoding: of the answers.
+        decoding: how answers are generated.
         question: see `DialoguePrompt`.
         context: see `DialoguePrompt`.
 
@@ -93,7 +93,7 @@ class Chat:
         turns: the questions and their answers so far.
 
     Raises:
-        UserError: as `DialoguePrompt`; or a picture that cannot be opened.
+        UserError: as for `DialoguePrompt`; or the picture cannot be opened.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class Chat:
             self.soft = captioner.model.soft_prompt(features=self.features) if captioner.tokens is None else None
 
     def ask(self, question: str) -> str:
-        """The answer. The question and the answer become a turn.
+        """Answers a question, and appends the question and the answer to `turns`.
 
         Raises:
-            UserError: an empty question, or one that is too long even without turns; `turns` do not change.
+            UserError: an empty question, or one that is too long even without turns; `turns` is then unchanged.
         """
         prompt, model = self.prompt(question), self.captioner.model
         with torch.inference_mode(), computing(model, self.captioner.settings.train.precision):
@@ -124,11 +124,11 @@ class Chat:
         return answer
 
     def prompt(self, question: str) -> str:
-        """The prompt that asks a question now; see `DialoguePrompt.write`."""
+        """The prompt for a new question; see `DialoguePrompt.write`."""
         return self.dialogue.write(self.turns, question, self.decoding.max_new_tokens)
 
     def _soft_prompt(self, question: str) -> Tensor:
-        """`[1, Q, L]`."""
+        """The soft prompt for a question, `[1, Q, L]`."""
         if self.soft is not None:
             return self.soft
         _, asked = self.captioner.read_questions([question], self.dialogue.question)

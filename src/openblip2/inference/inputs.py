@@ -1,4 +1,4 @@
-"""What people hand in for inference, checked and made ready: pictures and sentences."""
+"""Checks and prepares the inputs of inference: pictures and sentences."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,22 +14,22 @@ from openblip2.errors import UserError
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 
-GROUP = 32  # pictures at once
+GROUP = 32  # pictures per batch
 
 
 def group_of(model: Stage1 | Stage2) -> int:
-    """How many pictures, and texts about them, are computed together: `GROUP`, or 1 on a CPU that computes in less
-    than fp32.
+    """Batch size for pictures and texts about them: `GROUP`, or 1 on a CPU that computes in less than fp32.
 
-    There, rounding depends on the number of rows, so that a caption would depend on which pictures share its batch.
-    That is so on a GPU, too, where one by one would take many times as long. Ask within `hardware.computing`.
+    In low precision, rounding depends on the number of rows, so a caption would depend on the other pictures of its
+    batch. This is also true on a GPU, but a batch size of 1 would take many times as long there. Call this function
+    within `hardware.computing`.
     """
     half = torch.is_autocast_enabled("cpu") or any(p.dtype != torch.float32 for p in model.parameters())
     return 1 if half and next(model.parameters()).device.type == "cpu" else GROUP
 
 
 def features_of(model: Stage1 | Stage2, images: Sequence[Picture]) -> Iterator[Tensor]:
-    """Their features from the frozen encoder, `[<= group_of(model), P, V]` at a time."""
+    """Yields the features of pictures from the frozen encoder in batches, `[<= group_of(model), P, V]`."""
     assert model.vision is not None
     device, group = next(model.parameters()).device, group_of(model)
     for start in range(0, len(images), group):
@@ -42,9 +42,9 @@ T = TypeVar("T")
 def each_readable(
     images: Sequence[Picture], use: Callable[[Sequence[Picture], Sequence[int]], Iterable[T]]
 ) -> list[T | None]:
-    """One result for each picture; None for those that cannot be opened, each named in a warning.
+    """Returns one result for each picture; None, with a warning, for a picture that cannot be opened.
 
-    Bad pictures are only looked for when `use` has failed, so that good ones are not opened twice.
+    Bad pictures are searched for only if `use` has failed, so that good ones are not opened twice.
 
     Args:
         use: Takes pictures and their numbers in `images`, and returns a result for each of them.
@@ -66,7 +66,7 @@ def each_readable(
 
 
 def stacked(rows: Sequence[Tensor | None], *shape: int) -> Tensor:
-    """The rows, of one shape; NaN for those that are None."""
+    """Stacks rows of the same shape; a row that is None becomes NaN."""
     missing = torch.full(shape, torch.nan)
     return torch.stack([missing if row is None else row for row in rows])
 
@@ -80,15 +80,15 @@ def _problem(image: Picture) -> str | None:
 
 
 def same_pictures(images: Sequence[Picture]) -> list[str | int]:
-    """Equal for pictures that are the same: by path, or as one object of a list; others may be made at every look."""
-    lasting = isinstance(images, list | tuple)
+    """One key per picture; keys are equal if pictures have the same path or are the same object in a list or tuple."""
+    lasting = isinstance(images, list | tuple)  # other sequences may create a new object at every access
     return [
         str(image) if isinstance(image, str | Path) else id(image) if lasting else n for n, image in enumerate(images)
     ]
 
 
 def clean_texts(texts: Sequence[str], clean: Callable[[str, int], str]) -> list[str]:
-    """Texts as the models were trained on them, whole."""
+    """Cleans texts as in training, but raises an error instead of shortening a long text."""
     found = [clean(text, len(text)) for text in texts]
     for text, cleaned in zip(texts, found, strict=True):
         if not cleaned:
@@ -101,7 +101,7 @@ def clean_texts(texts: Sequence[str], clean: Callable[[str, int], str]) -> list[
 
 
 def clean_questions(questions: Sequence[str], as_written: bool = False) -> list[str]:
-    """Questions as in training for VQA; `as_written`, for an InstructBLIP: only outer white space is removed."""
+    """Cleans questions as in training for VQA; `as_written` (for InstructBLIP) removes only outer white space."""
     if not as_written:
         return clean_texts(questions, clean_question)
     found = [question.strip() for question in questions]
@@ -111,14 +111,14 @@ def clean_questions(questions: Sequence[str], as_written: bool = False) -> list[
 
 
 def require_readable(tokens: BertTokens, texts: Sequence[str]) -> None:
-    """Raises a `UserError` if the Q-Former cannot read these texts to their end."""
+    """Raises a `UserError` if a text is too long for the Q-Former."""
     if long := tokens.too_long(texts):
         begins, most = texts[long[0]][:40], tokens.longest
         raise UserError(f"text {begins!r}... is too long: the Q-Former reads at most {most} tokens; shorten it")
 
 
 def warn_unknown(tokenizer: Any, texts: Sequence[str]) -> None:
-    """Warns of the texts of which a tokenizer knows no word."""
+    """Warns about texts that contain no word that the tokenizer knows."""
     for n in only_unknown(tokenizer, texts):
         log.warning(
             "text %r: the model's tokenizer knows no word of it and reads only %s", texts[n], tokenizer.unk_token
@@ -126,6 +126,6 @@ def warn_unknown(tokenizer: Any, texts: Sequence[str]) -> None:
 
 
 def require_pairs(images: Sequence[Picture], texts: Sequence[str], what: str) -> None:
-    """One text for each picture, or a `UserError`."""
+    """Raises a `UserError` unless there is one text for each picture."""
     if len(images) != len(texts):
         raise UserError(f"{len(images)} pictures and {len(texts)} {what}: give one of the {what} for each picture")

@@ -1,4 +1,4 @@
-"""`load`: a trained model from a run, a checkpoint of LAVIS or transformers, or the hub."""
+"""`load`: loads a trained model from a run, a checkpoint of LAVIS or transformers, or the hub."""
 
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,24 @@ def load(
     vision_heads: int | None = None,
     visual_tokens: int | None = None,
 ) -> "Matcher | Captioner":
-    """A trained model: a `Matcher` from stage 1, a `Captioner` from stage 2.
+    """Loads a trained model: a `Matcher` from stage 1, a `Captioner` from stage 2.
 
     Args:
-        source: a run of ours, a LAVIS `.pth`, or transformers' BLIP-2 or InstructBLIP: a path, or a name on the hub.
+        source: an openblip2 run, a LAVIS `.pth`, or transformers' BLIP-2 or InstructBLIP: a path, or a name on the hub.
         device: "cpu", "cuda", ...; None = a GPU if there is one.
-        precision: "auto", "bf16" or "fp32" instead of the run's own (`train.precision`).
-        heads: attention heads of the Q-Former, which no LAVIS file tells; None = BERT's 12.
+        precision: "auto", "bf16" or "fp32", instead of the run's `train.precision`.
+        heads: attention heads of the Q-Former, which LAVIS files do not state; None = 12, as in BERT.
         vision, language, tokenizer: the image encoder, the language model and the Q-Former's tokenizer, by name or
-            ready, instead of those that the source names. A run that was trained with a caller's own needs them here.
+            as objects, instead of those that the source names. A run that was trained with custom objects needs them.
         revision: branch, tag or commit on the hub.
-        language_dtype: as the setting `language.dtype`, "int8" for one, instead of the source's own.
-        vision_heads: attention heads of an image encoder in a LAVIS file, which does not tell them; None = ViT-g's 16,
-            if it is as wide as ViT-g.
-        visual_tokens: the language model reads only so many of them, the first ones; for a model that was trained with
-            `stage2.elastic_tokens`. None = all.
+        language_dtype: like the setting `language.dtype`, for example "int8", instead of the source's value.
+        vision_heads: attention heads of an image encoder in a LAVIS file, which does not state them; None = 16, as in
+            ViT-g, if the encoder is as wide as ViT-g.
+        visual_tokens: the language model reads only this number of visual tokens, the first ones; for a model that was
+            trained with `stage2.elastic_tokens`. None = all.
 
     Raises:
-        UserError: none of these, an unfinished or damaged one, or keys, sizes or parts that do not fit.
+        UserError: the source is none of these, unfinished or damaged, or its keys, sizes or parts do not fit.
     """
     parts = {"heads": heads, "vision": vision, "language": language, "tokenizer": tokenizer}
     trained = read_trained(

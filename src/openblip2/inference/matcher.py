@@ -1,6 +1,6 @@
-"""A trained stage 1 in people's hands: pictures and sentences in, scores out.
+"""`Matcher`: a trained stage-1 model that scores how well sentences fit pictures.
 
-Pictures are paths, PIL images or arrays (see `data/images.py`); everything below this module works on tensors.
+Pictures are paths, PIL images or arrays (see `data/images.py`); lower-level modules work on tensors.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from openblip2.model.stage1 import Stage1
 
 
 class Matcher(Pretrained):
-    """A trained stage 1: how well texts fit pictures."""
+    """A trained stage-1 model: it scores how well texts fit pictures."""
 
     model: Stage1
     model_class = Stage1
@@ -39,9 +39,9 @@ class Matcher(Pretrained):
         self.tokens = tokens
 
     def similarity(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
-        """The best query's cosine for N pictures and M texts: `[N, M]`, in [-1, 1].
+        """Cosine similarity of N pictures and M texts, the maximum over the queries: `[N, M]`, in [-1, 1].
 
-        The row of a picture that cannot be opened is NaN, and a warning names it.
+        The row of a picture that cannot be opened is NaN, with a warning.
 
         Raises:
             UserError: an empty text, or one longer than the run's text limit.
@@ -52,10 +52,10 @@ class Matcher(Pretrained):
     def match(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
         """The probability, by the image-text matching head, that text n belongs to picture n: `[N]`.
 
-        It is NaN for a picture that cannot be opened, and a warning names it.
+        It is NaN, with a warning, for a picture that cannot be opened.
 
         Raises:
-            UserError: as `similarity`; or not as many texts as pictures.
+            UserError: as for `similarity`; or the numbers of pictures and texts differ.
         """
         require_pairs(images, texts, "texts")
         tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
@@ -67,18 +67,18 @@ class Matcher(Pretrained):
         return self._rows(images, score)
 
     def features(self, images: Sequence[Picture], texts: Sequence[str] | None = None) -> QueryFeatures:
-        """What the queries read from N pictures. Rows of a picture that cannot be opened are NaN, as in `similarity`.
+        """Query outputs for N pictures. The rows of a picture that cannot be opened are NaN, with a warning.
 
         Args:
             images: N pictures.
-            texts: one for each; with them also `joint`.
+            texts: one for each picture; if they are given, `joint` is also computed.
 
         Returns:
-            `queries [N, Q, D]`; `projected [N, Q, E]`, of length 1, which `similarity` compares with texts; and
-            `joint [N, Q, D]`, the queries that have read the text, too, as for image-text matching. On the CPU.
+            `queries [N, Q, D]`; `projected [N, Q, E]`, unit vectors that `similarity` compares with texts; and
+            `joint [N, Q, D]`, outputs of queries that also attend to the text, as in ITM. All are on the CPU.
 
         Raises:
-            UserError: as `match`.
+            UserError: as for `match`.
         """
         if texts is not None:
             require_pairs(images, texts, "texts")
@@ -97,11 +97,11 @@ class Matcher(Pretrained):
         return QueryFeatures(*self._rows(images, compute, connector.tokens, sum(sizes)).split(sizes, dim=2))
 
     def embed_image(self, image: Picture) -> list[float]:
-        """One direction for a picture: E numbers, of length 1. The mean of its queries', so cosines with it are lower
-        than `similarity`, which takes the best query's.
+        """A unit vector of E numbers for a picture: the direction of the mean over its queries.
+        Cosines with it are lower than those of `similarity`, which takes the maximum over the queries.
 
         Raises:
-            UserError: a picture that cannot be opened.
+            UserError: the picture cannot be opened.
         """
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             (features,) = features_of(self.model, [image])
@@ -109,7 +109,7 @@ class Matcher(Pretrained):
         return F.normalize(vectors.float().mean(dim=1), dim=-1)[0].tolist()
 
     def embed_text(self, text: str) -> list[float]:
-        """The direction of a text: E numbers, of length 1.
+        """A unit vector of E numbers for a text.
 
         Raises:
             UserError: an empty text, or one longer than the run's text limit.
@@ -119,14 +119,14 @@ class Matcher(Pretrained):
             return self.model.text_vectors(tokens, valid)[0].float().tolist()
 
     def rerank(self, images: Sequence[Picture], texts: Sequence[str], best: int = 128) -> tuple[Tensor, Tensor]:
-        """Scores of N pictures and M texts that rank as in the paper's retrieval: two `[N, M]`.
+        """Scores of N pictures and M texts, re-ranked as in the paper's retrieval: two tensors `[N, M]`.
 
-        By the first each picture finds its texts, by the second each text its pictures: the `best` by `similarity`
-        have the matching head's log-odds, and all others come after them. All pictures' features are in memory.
-        The rows of a picture that cannot be opened are NaN, and a warning names it.
+        The first ranks the texts of each picture, the second the pictures of each text. The `best` candidates by
+        `similarity` get the log-odds of the matching head, and all others come after them. The features of all
+        pictures are kept in memory. The rows of a picture that cannot be opened are NaN, with a warning.
 
         Raises:
-            UserError: as `similarity`.
+            UserError: as for `similarity`.
         """
         tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
 
@@ -146,7 +146,7 @@ class Matcher(Pretrained):
         return map(self.model.connector.query_output, features_of(self.model, images))
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The texts as the connector reads them, `[M, T]` int64, and which tokens are real, `[M, T]` bool.
+        """Token ids of texts for the connector, `[M, T]` int64, and a mask of the real tokens, `[M, T]` bool.
 
         Raises:
             UserError: an empty text, or one longer than the run's text limit.

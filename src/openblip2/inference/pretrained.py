@@ -1,4 +1,4 @@
-"""Trained models saved, loaded and published as the ecosystem expects."""
+"""Loading, saving and publishing of trained models: `from_pretrained`, `save_pretrained`, `push_to_hub`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +39,7 @@ class Trained(NamedTuple):
 
 
 class QueryFeatures(NamedTuple):
-    """What the queries read from N pictures: see `Matcher.features` and `Captioner.features`."""
+    """Query outputs for N pictures: see `Matcher.features` and `Captioner.features`."""
 
     queries: Tensor
     projected: Tensor
@@ -55,7 +55,7 @@ def read_trained(
     visual_tokens: int | None = None,
     **parts: Any,
 ) -> Trained:
-    """A trained model from any source; for the arguments see `inference.load`, `parts` are the fields of `Parts`."""
+    """Loads a trained model from any source; arguments as in `inference.load`; `parts` are the fields of `Parts`."""
     checkpoint = read_checkpoint(source, Parts(**parts), revision)
     if language_dtype is not None:
         if checkpoint.settings.stage == "stage1" or isinstance(checkpoint.parts.language, LanguageModel):
@@ -76,12 +76,12 @@ def read_trained(
 
 
 class Pretrained(ABC):
-    """What both kinds of trained model share: they are saved, loaded and published as the ecosystem expects.
+    """Base class of `Captioner` and `Matcher`: loading, saving, publishing, and the effective rank.
 
     Args:
-        carries: frozen parts ("vision", "language") that no name leads to: saving writes them along.
-        measured: what the last validation found, for the model card.
-        tokenizer: the connector's, where it reads text.
+        carries: frozen parts ("vision", "language") that cannot be loaded by name, so saving must include them.
+        measured: results of the last validation, for the model card.
+        tokenizer: the connector's tokenizer, if the connector reads text.
     """
 
     model_class: ClassVar[type[Stage1 | Stage2]]
@@ -99,10 +99,10 @@ class Pretrained(ABC):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | None = None, **options: Any) -> Self:
-        """Like `openblip2.load`, with the same arguments, where the kind of model is known.
+        """Loads a model of this class. The arguments are those of `openblip2.load`.
 
         Raises:
-            UserError: as `load`; or it is the other kind.
+            UserError: as for `load`; or the source is the other kind of model.
         """
         trained = read_trained(source, device, **options)
         if not isinstance(trained.model, cls.model_class):
@@ -111,13 +111,13 @@ class Pretrained(ABC):
         return cls(**trained._asdict())
 
     def effective_rank(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> float:
-        """How many directions the query outputs of a picture span, in effect: 1 to `min(Q, D)`, the mean over pictures.
+        """The effective number of directions that a picture's query outputs span, 1 to `min(Q, D)`; mean over pictures.
 
-        Near 1 all queries of a picture hold one and the same vector. See `evaluate.effective_rank`.
+        Near 1, all queries of a picture have almost the same output. See `evaluate.validation.effective_rank`.
 
         Args:
-            images: at least two, the more the better: each query's mean over them is subtracted first.
-            questions: one for each picture, where the connector reads them.
+            images: at least two. More are better, because each query's mean over them is subtracted first.
+            questions: one for each picture, if the connector reads questions.
 
         Raises:
             UserError: there are fewer than two pictures, one cannot be opened, or the questions do not fit.
@@ -131,15 +131,15 @@ class Pretrained(ABC):
 
     @abstractmethod
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
-        """The query outputs of these pictures, `[<= GROUP, Q, D]` at a time."""
+        """Yields the query outputs of the pictures in batches, `[<= GROUP, Q, D]`."""
 
     def _rows(
         self, images: Sequence[Picture], compute: Callable[[Tensor, Sequence[int]], Tensor], *shape: int
     ) -> Tensor:
-        """A row of `shape` for each picture, on the CPU; NaN if it cannot be opened, and a warning names it.
+        """A row of `shape` for each picture, on the CPU; NaN, with a warning, for a picture that cannot be opened.
 
         Args:
-            compute: takes features `[<= GROUP, P, V]` and the numbers of these pictures.
+            compute: takes features `[<= GROUP, P, V]` and the numbers of their pictures, and returns their rows.
         """
 
         def read(some: Sequence[Picture], numbers: Sequence[int]) -> Tensor:
@@ -153,26 +153,26 @@ class Pretrained(ABC):
         return stacked(each_readable(images, read), *shape)
 
     def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
-        """Writes a run of ours with a model card: the trained parts, and by name the frozen ones.
+        """Writes an openblip2 run with a model card: the trained parts, and the names of the frozen parts.
 
         Args:
-            folder: a new one.
-            merge: write the frozen parts along, too. Frozen parts are written in the precision in which they were
-                loaded; `convert` copies them unchanged from their files.
+            folder: a folder that does not exist yet.
+            merge: also write the frozen parts. They are written in the precision in which they were loaded; `convert`
+                copies them unchanged from their files.
 
         Raises:
-            UserError: the folder is there already, or a quantised language model would have to be written.
+            UserError: the folder already exists, or a quantised language model would have to be written.
         """
         carries = self.carries | ({"vision", "language"} if merge else set())
         self._save(Path(folder), Path(folder).name, carries)
 
     def push_to_hub(self, repo: str, private: bool = False, token: str | None = None, merge: bool = False) -> str:
-        """Publishes what `save_pretrained` writes as a repository of the hub; returns its address.
+        """Publishes the output of `save_pretrained` as a repository on the Hugging Face Hub; returns its address.
 
-        Frozen parts that were loaded from a folder of this machine are written along.
+        Frozen parts that were loaded from a local folder are included.
 
         Raises:
-            UserError: as `save_pretrained`; or the hub refuses.
+            UserError: as for `save_pretrained`; or the upload fails.
         """
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

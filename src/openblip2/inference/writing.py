@@ -1,4 +1,4 @@
-"""Texts about pictures in batches: a picture is encoded once for all texts about it.
+"""Generates texts about pictures in batches; each picture is encoded once for all texts about it.
 
 Shapes: Q queries, L LLM width.
 """
@@ -21,11 +21,11 @@ from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
 from openblip2.model.token_rows import require_room
 
-ROUNDS = 5  # of draws, at most, until the texts about a picture differ
+ROUNDS = 5  # maximum number of sampling rounds to get enough different texts about a picture
 
 
 class Written(NamedTuple):
-    """A text, and its log-probability in nats: the sum over its tokens and its end; NaN if it was not asked for."""
+    """A text and its log-probability in nats, summed over its tokens and the end token; NaN if not requested."""
 
     text: str
     logprob: float
@@ -42,26 +42,26 @@ def write_texts(
     at_once: int = GROUP,
     score: bool = False,
 ) -> list[list[Written]]:
-    """For each picture, a text after its prompt by each of `decodings`. Prompts of like length go together.
+    """Generates a text for each picture and prompt with each decoding. Prompts of similar length share a batch.
 
     Args:
-        images: a picture that repeats, by its path or as the same object of a list, goes through the encoder and the
-            connector once; and where prompts begin alike the language model reads it once, too.
-        tokens: where the connector reads questions or prompts, its tokenizer.
-        questions: one for each picture, which it reads: then a picture that repeats goes through the encoder once in
-            each group, and through the connector with each question.
-        at_once: texts that are written together, where `inputs.group_of` is not 1.
-        score: also the log-probabilities; all prompts must then be equal.
+        images: a repeated picture (the same path, or the same object in a list) passes through the encoder and the
+            connector once. If the text before it is also the same, the language model reads it once per batch.
+        tokens: the connector's tokenizer, if the connector reads questions or prompts.
+        questions: one for each picture, if the connector reads questions. A repeated picture then passes through the
+            encoder once per batch, and through the connector once per question.
+        at_once: number of texts that are generated together, unless `inputs.group_of` is 1.
+        score: also compute the log-probabilities; all prompts must then be equal.
 
     Raises:
-        UserError: a picture that cannot be opened, or a prompt that is too long for the language model.
+        UserError: a picture cannot be opened, or a prompt is too long for the language model.
     """
     names = same_pictures(images)
     left, language = Counter(names), model.language
     queries, new = model.tokens, max((one.max_new_tokens for one in decodings), default=0)
     lengths = {prompt: require_room(language, prompt, queries, new) for prompt in set(prompts)}
     first = {name: n for n, name in reversed(list(enumerate(names)))}
-    # Prompts about one picture stay together, for they share more than padding costs.
+    # Prompts about one picture stay together, because sharing the picture saves more than padding costs.
     order = sorted(
         range(len(names)),
         key=lambda n: (first[names[n]] if left[names[n]] > 1 else len(names), lengths[prompts[n]]),
@@ -104,10 +104,10 @@ def draw_texts(
     tokens: BertTokens | None = None,
     score: bool = False,
 ) -> list[list[Written]]:
-    """For each picture up to `count` different texts after one prompt, by draws with the seeds after `decoding.seed`.
+    """Samples up to `count` different texts for each picture and one prompt, with seeds from `decoding.seed` on.
 
     Args:
-        tokens: where the connector reads the prompt, too, its tokenizer.
+        tokens: the connector's tokenizer, if the connector also reads the prompt.
     """
     found = [dict[str, Written]() for _ in images]
     for first in range(0, ROUNDS * count, count):

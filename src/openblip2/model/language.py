@@ -1,7 +1,7 @@
 """Frozen language models that read a soft visual prompt (paper, section 3.2 and figure 3).
 
-A language model and its tokenizer are one thing here. `DecoderLM` and `EncoderDecoderLM` have the same methods:
-`scored` for training and `generate`, which is the language model's own.
+Each class holds a language model and its tokenizer. `DecoderLM` and `EncoderDecoderLM` have the same methods: `scored`
+for training, and `generate`, which calls the language model's own `generate`.
 
 Shapes: B images, Q queries, T tokens, L LLM width, W vocabulary.
 """
@@ -41,18 +41,18 @@ IGNORED = -100  # a position without a target
 
 
 class FrozenLM(nn.Module):
-    """What both kinds share: a frozen `transformers` language model, its tokenizer, and its frame.
+    """Base class: a frozen `transformers` language model, its tokenizer, and the template around picture and prompt.
 
-    It computes in the precision of its own weights: autocast to another is off inside.
+    It computes in the precision of its own weights: autocast to another dtype is disabled inside.
 
     Args:
         llm: the language model.
-        tokenizer: its own.
-        template: see `model/template.py`; `{bos}` is empty where the tokenizer has no first token.
-        end: the text that ends a caption ("\\n" for OPT, as the paper has it); None = the end-of-sequence token.
+        tokenizer: the tokenizer of `llm`.
+        template: see `model/template.py`; `{bos}` is empty if the tokenizer has no beginning-of-sequence token.
+        end: the text that ends a caption ("\\n" for OPT, as in the paper); None = the end-of-sequence token.
 
     Raises:
-        UserError: a template without `{image}` or with an unknown slot, or a tokenizer without an end token.
+        UserError: the template has no `{image}` or an unknown slot, or the tokenizer has no end token.
     """
 
     def __init__(
@@ -69,24 +69,24 @@ class FrozenLM(nn.Module):
         self.tokenizer, self.template = tokenizer, resolve_template(template, tokenizer)
         self.width: int = llm.get_input_embeddings().weight.shape[1]  # pyright: ignore
         self.end, self.checkpointed = end_ids(tokenizer, end), False
-        self.sharded = False  # over processes, which then must run the model equally often
-        self.watched: dict[str, Any] = {}  # by what `generate` is followed while it writes: see `decoding.generate`
+        self.sharded = False  # sharded over processes, which must then run the model equally often
+        self.watched: dict[str, Any] = {}  # `streamer` and `stopping_criteria` of `generate`: see `decoding.generate`
         self.last_read = prompt_cache.LastRead()
         self.reuse = prompt_cache.find_reuse(llm)
         if self.reuse.reason:
             log.warning("openblip2: %s", self._reuse_is_off())
 
     def train(self, mode: bool = True) -> "FrozenLM":
-        """Frozen parts stay in eval mode: the language model's own dropout is off (the authors leave it on)."""
+        """Stays in eval mode, so the language model's own dropout is off (the authors leave it on)."""
         return super().train(False)
 
     def checkpoint_activations(self) -> None:
-        """From now on the backward pass computes each layer again instead of keeping what is in it.
+        """Enables activation checkpointing: the backward pass recomputes each layer instead of storing activations.
 
-        Not by transformers' own switch, which works in training mode only, where dropout is on.
+        transformers' own option is not used, because it only works in training mode, where dropout is on.
 
         Raises:
-            UserError: a model whose layers transformers does not mark as fit for it.
+            UserError: transformers does not mark any layer of this model as fit for it.
         """
         layers = checkpointable_layers(self.llm)
         if not layers:
@@ -103,7 +103,7 @@ class FrozenLM(nn.Module):
         return found
 
     def slow_paths(self) -> list[str]:
-        """One sentence for each fast path that this language model cannot take; none of them changes a result."""
+        """One sentence for each optimisation that this language model does not support; none changes a result."""
         reuse = [self._reuse_is_off()] if self.reuse.reason else []
         return reuse + ([] if ends_in_head(self.llm) else [self._chunked_loss_is_off()])
 
@@ -118,11 +118,11 @@ class FrozenLM(nn.Module):
 
     @property
     def adapted(self) -> bool:
-        """Whether adapters train in it (model/lora.py)."""
+        """Whether adapters in the language model are trained (model/lora.py)."""
         return any(parameter.requires_grad for parameter in self.llm.parameters())
 
     def embed(self, soft: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """All that the language model reads before it writes: embeddings `[B, T, L]` and attention mask `[B, T]`.
+        """The input of the language model before it generates: embeddings `[B, T, L]` and attention mask `[B, T]`.
 
         Padded on the left for a decoder, on the right for an encoder.
 
@@ -134,21 +134,21 @@ class FrozenLM(nn.Module):
         return embed_rows(self.llm, rows, soft, left=not self.llm.config.is_encoder_decoder)
 
     def length(self, prompt: str) -> int:
-        """Tokens that it reads after a prompt's picture and in front of it, the soft ones not counted."""
+        """Number of tokens before and after the picture, of a prompt and its template; soft tokens are not counted."""
         return len(self._head(prompt, 0))
 
     def own_precision(self) -> AbstractContextManager[object]:
         return own_precision(self.llm.device, self.llm.dtype)
 
     def _head(self, prompt: str, queries: int) -> list[int]:
-        """Ids in front of what is to be written, `SOFT` in the soft tokens' places."""
+        """Token ids before the text to be generated, with `SOFT` in place of each soft token."""
         prompt = split_control_tokens(prompt, self.tokenizer)
         before, after = self.template.split("{image}")
         return [
             *template_ids(self.tokenizer, before.format(prompt=prompt)),
             *[SOFT] * queries,
             *template_ids(self.tokenizer, after.format(prompt=prompt)),
-            *(self.end if self.llm.config.is_encoder_decoder else ()),  # as its tokenizer ends every text
+            *(self.end if self.llm.config.is_encoder_decoder else ()),  # as its tokenizer does for every text
         ]
 
 
@@ -158,19 +158,19 @@ class DecoderLM(FrozenLM):
     def scored(
         self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str], draws: Sequence[float] | None = None
     ) -> tuple[Tensor, int]:
-        """Mean cross-entropy of the captions' tokens and END, `soft [B, Q, L]`, and how many positions these are.
+        """Mean cross-entropy of the captions' tokens and END after `soft [B, Q, L]`, and their number.
 
-        The prompt, soft tokens and padding have no target. `draws` is for encoder-decoders: nothing is split here.
+        The prompt, soft tokens and padding have no target. `draws` is only used by encoder-decoders, which split texts.
         """
         heads, tails = fit_rows(self, prompts, captions, soft.shape[1])
-        # What a layer computes again would be put into the cache again: then all rows are read whole.
+        # A checkpointed layer would append to the cache twice; a sharded model must run equally often in all processes.
         before = [] if self.checkpointed or self.sharded else common_text(heads)
         rows = [head[len(before) :] + tail for head, tail in zip(heads, tails, strict=True)]
-        embeds, mask = embed_rows(self.llm, rows, soft, left=False)  # on the right no token attends to padding
+        embeds, mask = embed_rows(self.llm, rows, soft, left=False)  # padding on the right: no token attends to it
         labels = torch.full_like(mask, IGNORED)  # [B, T]
         for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
             labels[row, len(head) - len(before) :][: len(tail)] = torch.tensor(tail)
-        # Output only from the first position that any row scores.
+        # Logits are only needed from the first position that is scored in any row.
         first = min(map(len, heads)) - len(before) - 1
         places = torch.arange(first, mask.shape[1] - 1, device=soft.device)
         mask = F.pad(mask, (len(before), 0), value=1)  # columns of the cached text
@@ -185,14 +185,14 @@ class DecoderLM(FrozenLM):
     def generate(
         self, soft: Tensor, prompts: Sequence[str], decoding: Decoding, pictures: Sequence[int] | None = None
     ) -> list[str]:
-        """One text for each of B prompts. A batch equals its single images: padded on the left, or one by one.
+        """Generates a text for each of B prompts; the batch does not affect it: prompts are left-padded or run singly.
 
-        Nothing is read twice: the text in front of all pictures once, a picture once for all prompts about it, and
-        all but the last token of a prompt once for all beams.
+        Each beginning is read only once: the text before all pictures, a picture for all prompts about it, and all but
+        the last token of a prompt for all beams.
 
         Args:
             soft: `[N, Q, L]` of N pictures.
-            pictures: which of them each prompt is about, `[B]`; None = prompt n is about picture n.
+            pictures: the index of each prompt's picture, `[B]`; None = prompt n is about picture n.
         """
         pictures = range(len(soft)) if pictures is None else pictures
         rows = [self._head(prompt, soft.shape[1]) for prompt in prompts]
@@ -201,22 +201,22 @@ class DecoderLM(FrozenLM):
         text, shared = self._shared(rows, pictures)
         embeds, mask = embed_rows(self.llm, rows, soft[list(pictures)], left=True, fixed=shared)
         every = list(range(len(rows)))
-        firsts = [pictures.index(picture) for picture in pictures]  # of each row, the first about the same picture
+        firsts = [pictures.index(picture) for picture in pictures]  # for each row, the first row with the same picture
         stages = [(text, [0] * len(rows)), (shared, firsts)]
         if self.reuse.cache and decoding.beams > 1:
             stages.append((embeds.shape[1] - 1, every))  # `generate` computes the last token itself
         with self.own_precision():
             cache = prompt_cache.read(self.llm, embeds, mask, stages, self.end[-1])
-            # `generate` wants the whole rows, and skips what it finds in the cache.
+            # `generate` takes the whole rows and skips the tokens that are in the cache.
             room = embeds.shape[1] + decoding.max_new_tokens
             if self.reuse.cache:
                 cache = prompt_cache.with_room(self.llm, cache, decoding.beams, room)
             return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache, self.watched)
 
     def _shared(self, rows: list[list[int]], pictures: Sequence[int]) -> tuple[int, int]:
-        """How many ids all rows begin with: those in front of the pictures, and those that end after them.
+        """Lengths of two common prefixes of all rows: the text before the pictures, and the prefix with the picture.
 
-        The second is the first unless pictures repeat. Padding, if it is needed, comes after what is shared.
+        They are equal unless pictures repeat. Padding, if it is needed, comes after the common prefix.
         """
         if not self.reuse.cache or not (self.reuse.gaps or len(set(map(len, rows))) == 1):
             return 0, 0
@@ -226,9 +226,9 @@ class DecoderLM(FrozenLM):
         return text, shared if len(set(pictures)) < len(rows) and SOFT in rows[0][:shared] else text
 
     def _read(self, text: list[int], count: int) -> dict[str, Any]:
-        """The keys and values of a text that `count` rows begin with; adapters change them with every step."""
+        """Keys and values of a text that `count` rows begin with; read again in every step if adapters are trained."""
         cache = prompt_cache.read_text(self.llm, text) if self.adapted else self.last_read(self.llm, text)
-        cache.batch_repeat_interleave(count)  # read in one row, needed in all
+        cache.batch_repeat_interleave(count)  # it was read as one row
         return {str(cache_name(self.llm)): cache, "use_cache": True}
 
     def _caption(self, prompt: str, caption: str) -> list[int]:
@@ -239,7 +239,7 @@ class DecoderLM(FrozenLM):
 class EncoderDecoderLM(FrozenLM):
     """A frozen encoder-decoder: `[Q soft tokens] [prompt] prefix` in the encoder, the suffix is the target.
 
-    splits: False: there is no prefix, the whole text is the target, as fine-tuning has it.
+    splits: False = there is no prefix, and the whole text is the target, as in fine-tuning.
     """
 
     splits = True
@@ -247,9 +247,9 @@ class EncoderDecoderLM(FrozenLM):
     def scored(
         self, soft: Tensor, prompts: Sequence[str], captions: Sequence[str], draws: Sequence[float] | None = None
     ) -> tuple[Tensor, int]:
-        """Prefix language modelling: mean cross-entropy of each caption's suffix, and how many positions these are.
+        """Prefix language modelling: mean cross-entropy of each caption's suffix, and the number of these positions.
 
-        `draws`: B in [0, 1), where each caption is split; None = from torch's generator.
+        `draws`: B numbers in [0, 1) that decide where each caption is split; None = from torch's generator.
         """
         draws = torch.rand(len(captions)).tolist() if draws is None else draws
         split = [
@@ -258,7 +258,7 @@ class EncoderDecoderLM(FrozenLM):
         ]
         read = [f"{prompt} {prefix}".strip() for prompt, (prefix, _) in zip(prompts, split, strict=True)]
         heads, tails = fit_rows(self, read, [suffix for _, suffix in split], soft.shape[1])
-        embeds, mask = embed_rows(self.llm, heads, soft, left=False)  # the encoder reads both ways: masked instead
+        embeds, mask = embed_rows(self.llm, heads, soft, left=False)  # the mask excludes padding in the encoder
         labels = torch.full((len(tails), max(map(len, tails))), IGNORED, device=soft.device)
         for row, tail in enumerate(tails):
             labels[row, : len(tail)] = torch.tensor(tail)
@@ -287,10 +287,10 @@ LanguageModel = DecoderLM | EncoderDecoderLM
 
 
 def split_caption(caption: str, draw: float | None = None) -> tuple[str, str]:
-    """Prefix and suffix of a caption, split after 1 to n // 2 of its n words, uniformly drawn.
+    """Splits a caption of n words into prefix and suffix after 1 to n // 2 words, drawn uniformly.
 
-    The split's range is the author's word; it is missing in the released code. A single word is all suffix.
-    `draw`: in [0, 1), the chance in it; None = from torch's generator.
+    The range was stated by an author and is missing in the released code. A single word is used as the suffix.
+    `draw`: the random number in [0, 1); None = from torch's generator.
     """
     words = caption.split()
     if len(words) < 2:  # one word cannot be split in two

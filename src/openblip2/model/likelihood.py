@@ -1,4 +1,4 @@
-"""How likely a language model finds given texts after a soft prompt, whole or word by word.
+"""Likelihood of given texts for a language model after a soft prompt: of whole texts, words or tokens.
 
 Shapes: Q queries, T tokens, L LLM width, N texts, W vocabulary.
 """
@@ -16,7 +16,7 @@ from openblip2.model.token_rows import common_text, context_of, embed_rows, requ
 
 
 class TokenScore(NamedTuple):
-    """A token's text, its log-probability in nats, and the most likely tokens in its place with theirs."""
+    """A token's text and log-probability in nats, and those of the most likely tokens at its position."""
 
     text: str
     logprob: float
@@ -25,14 +25,14 @@ class TokenScore(NamedTuple):
 
 @torch.no_grad()
 def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """How likely each of N texts is after a picture and the prompt, its end counted.
+    """The likelihood of each of N texts, including its end, after a picture and the prompt.
 
     Args:
-        soft: `[1, Q, L]`, all texts are about that picture, or `[N, Q, L]`, each about its own.
+        soft: `[1, Q, L]` if all texts are about one picture, or `[N, Q, L]` with one picture for each text.
 
     Returns:
-        Mean negative log-likelihood of a text's tokens, `[N]`; and whether each is the likeliest at its place, `[N]`
-        bool: whether greedy decoding would write this text.
+        Mean negative log-likelihood of each text's tokens, `[N]`; and whether every token is the most likely one at its
+        position, `[N]` bool, so that greedy decoding would generate this text.
     """
     logits, labels = _read(language, soft, prompt, _tails(language, soft, prompt, texts))
     likeliest = (logits.argmax(2) == labels) | (labels == IGNORED)
@@ -41,15 +41,15 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
 
 @torch.no_grad()
 def text_logprobs(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> Tensor:
-    """The log-probability of each of N whole texts, its end counted: `[N]`, in nats; arguments as in `likelihoods`."""
+    """The log-probability of each of N texts, including its end: `[N]`, in nats; arguments as in `likelihoods`."""
     return _sums(*_read(language, soft, prompt, _tails(language, soft, prompt, texts)))
 
 
 def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -> list[tuple[str, Tensor]]:
-    """The words of a text, each with its log-likelihood after all that stands in front of it: in nats, a scalar.
+    """The words of a text, each with its log-likelihood in nats, a scalar, given everything before it.
 
     Args:
-        soft: `[1, Q, L]`; gradients lead back to it.
+        soft: `[1, Q, L]`; the scores have gradients with respect to it.
     """
     (tail,) = _tails(language, soft, prompt, [text])
     logits, labels = _read(language, soft, prompt, [tail])
@@ -59,7 +59,7 @@ def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -
         words = str(language.tokenizer.decode(tail[: place + 1], skip_special_tokens=True)).split()
         if len(words) > len(found):
             found.append((words[-1], scores[place]))
-        elif found:  # a further piece of the word
+        elif found:  # another token of the same word
             found[-1] = (words[-1], found[-1][1] + scores[place])
     return found
 
@@ -73,8 +73,8 @@ def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, 
     Args:
         language: the language model.
         soft: `[1, Q, L]`.
-        prompt: of the text.
-        text: that is scored; the tokens' texts joined are this text.
+        prompt: the prompt before the text.
+        text: the text to score; the texts of the returned tokens joined together are this text.
         best: how many of the most likely tokens to list at each position.
     """
     (tail,) = _tails(language, soft, prompt, [text])
@@ -82,9 +82,9 @@ def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, 
     tokens = tail[: len(tail) - len(language.end)]  # the end is predicted too, but has no text
     found: list[TokenScore] = []
     before = ""
-    # There are more logits than tokens: those of the end, which is not scored.
+    # There are more logits than tokens, because those of the end are not scored.
     for n, (token, scores) in enumerate(zip(tokens, logits[0].log_softmax(dim=1), strict=False)):
-        # A character may take several tokens; it belongs to the last of them.
+        # A character may consist of several tokens; it is assigned to the last of them.
         whole = str(language.tokenizer.decode(tokens[: n + 1], skip_special_tokens=True)).lstrip().rstrip("\ufffd")
         top = zip(*(one.tolist() for one in scores.topk(best)), strict=True)
         likely = [(str(language.tokenizer.decode([other])), score) for score, other in top]
@@ -94,11 +94,11 @@ def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, 
 
 
 def _tails(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text, with its end; a `UserError` if they do not fit into the language model's context."""
+    """The tokens of each text, with its end; raises a `UserError` if the language model's context is too short."""
     before, context = require_room(language, prompt, soft.shape[1], 1) + soft.shape[1], context_of(language)
     tails = [language._caption(prompt, text) for text in texts]
     for text, tail in zip(texts, tails, strict=True):
-        # A decoder predicts the last token without reading it; an encoder-decoder reads what is in front elsewhere.
+        # A decoder predicts the last token without reading it; an encoder-decoder reads the prompt in its encoder.
         room = len(tail) if context is None else context - (before - 1 if isinstance(language, DecoderLM) else 0)
         if len(tail) > room:
             raise UserError(
@@ -109,10 +109,10 @@ def _tails(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[s
 
 
 def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Logits `[N, T, W]` at the places of N texts, and their tokens `[N, T]`, `IGNORED` where there is none.
+    """Logits `[N, T, W]` at the positions of N texts, and their token ids `[N, T]`, `IGNORED` on padding.
 
-    An encoder-decoder writes a text whole: nothing of it stands in the encoder. A decoder reads the text in front of
-    the pictures once.
+    An encoder-decoder has the whole text in the decoder and nothing of it in the encoder. A decoder reads the text
+    before the pictures only once.
     """
     labels = torch.full((len(tails), max(map(len, tails))), IGNORED)
     for row, tail in enumerate(tails):
@@ -120,7 +120,7 @@ def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[li
     labels = labels.to(soft.device)  # [N, T]
     llm: Any = language.llm
     head = language._head(prompt, soft.shape[1])
-    # The text after the last token of the head follows from its output, so that one is never left out.
+    # The last token of the head is never in `text`, because its output predicts the first token of each text.
     text = common_text([head])[: len(head) - 1] if isinstance(language, DecoderLM) else []
     parts = embed_rows(llm, [head[len(text) :]] * len(soft), soft, left=False)
     before, mask = (part.expand(len(tails), *part.shape[1:]) for part in parts)

@@ -1,6 +1,6 @@
-"""Frozen models by name: from a hub, a directory, a wheel, or inside a BLIP-2.
+"""Loads frozen models by name: from a hub, a directory, a wheel, or as part of a BLIP-2 model.
 
-Of an image encoder also its preprocessing, and the layer to take.
+For an image encoder, also reads its preprocessing and chooses the layer.
 """
 
 import re
@@ -20,8 +20,8 @@ from openblip2.model.wheels import WHEELS, locate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BLIP2_PREFIX = "language_model."  # of the language model's weights in a BLIP-2 of transformers
-BLIP2_OTHERS = ("vision_model.", "qformer.", "query_tokens", "language_projection.")  # and of the other parts
+BLIP2_PREFIX = "language_model."  # prefix of the language model's weights in a BLIP-2 of transformers
+BLIP2_OTHERS = ("vision_model.", "qformer.", "query_tokens", "language_projection.")  # prefixes of the other parts
 
 
 def load_language(
@@ -33,20 +33,20 @@ def load_language(
     place: torch.device | None = None,
     exact_gelu: bool = False,
 ) -> LanguageModel:
-    """A frozen language model by hub name, directory, or wheel (`wheel:smollm2-135m-instruct`).
+    """Loads a frozen language model by hub name, directory, or wheel (`wheel:smollm2-135m-instruct`).
 
-    Whether it is a decoder or an encoder-decoder is read from its configuration. Of a BLIP-2 of transformers, the
-    language part alone is read.
+    Its configuration determines whether it is a decoder or an encoder-decoder. From a BLIP-2 of transformers, only the
+    language model is read.
 
     Args:
-        dtype: of its weights.
-        bits: 8 or 4 to quantise its linear layers; all else is `dtype`.
-        exact_gelu: a T5's feed-forward layers compute GELU itself, not its tanh approximation.
-        place: where quantised weights go, None = a GPU if there is one; others are on the CPU until they are moved.
+        dtype: dtype of its weights.
+        bits: 8 or 4 to quantise its linear layers; the other weights are in `dtype`.
+        exact_gelu: the feed-forward layers of a T5 compute exact GELU instead of its tanh approximation.
+        place: device of quantised weights, None = a GPU if there is one; other weights are on the CPU until moved.
 
     Raises:
-        UserError: there is no such model, it is neither kind, weights of it are missing or do not fit, or what
-            quantises it is not installed.
+        UserError: there is no such model, it is of neither kind, weights are missing or do not fit, or a package for
+            quantisation is not installed.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
@@ -58,7 +58,7 @@ def load_language(
             config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
             prefix = BLIP2_PREFIX if "qformer_config" in config.sub_configs else ""
             if prefix:
-                config = config.text_config  # of the language part alone
+                config = config.text_config  # the configuration of the language model only
                 options |= {"config": config, "key_mapping": {rf"^{re.escape(prefix)}": ""}}
             if exact_gelu:
                 if "dense_act_fn" not in config.to_dict():
@@ -76,7 +76,7 @@ def load_language(
         raise UserError(
             f"language model {name!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
         ) from error
-    if missing := sorted(report["missing_keys"]):  # drawn at random, and never trained
+    if missing := sorted(report["missing_keys"]):  # they would be random, and are never trained
         raise UserError(
             f"language model {name!r} cannot be loaded: {len(missing)} of its weights are not in it, "
             f"{missing[0]} for one"
@@ -89,7 +89,7 @@ def load_language(
                 f"{BLIP2_PREFIX}{unknown[0]} for one"
             )
     words = llm.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) < words // 2:  # transformers makes an empty one where its files are missing
+    if len(tokenizer) < words // 2:  # transformers creates an empty one if its files are missing
         raise UserError(
             f"language model {name!r} cannot be loaded: its tokenizer has {len(tokenizer)} tokens and the model "
             f"{words}: are the tokenizer's files there?"
@@ -106,7 +106,7 @@ def load_language(
 
 
 def is_encoder_decoder(name: str) -> bool:
-    """Which kind a language model is, from its configuration alone.
+    """Whether a language model is an encoder-decoder, read from its configuration only.
 
     Raises:
         UserError: there is no such model.
@@ -130,18 +130,18 @@ def load_vision(
 ) -> HFVision:
     """Load a frozen image encoder.
 
-    Of a model with more parts (CLIP, SigLIP, BLIP-2) only the vision part is read.
+    From a model with more parts (CLIP, SigLIP, BLIP-2), only the vision part is read.
 
     Args:
         name: A hub name, a directory, or a wheel ("wheel:dinov2-small").
         layer: Hidden-state index, see `HFVision`.
-        image_size: Image side in px; by default the side that the model's published preprocessing crops to,
-            and without one the side that its position embeddings are made for.
-        dtype: Of the weights and of the features.
+        image_size: Image side in px; None = the side that the model's published preprocessing crops to, or, without
+            one, the side for which its position embeddings were made.
+        dtype: Dtype of the weights and of the features.
 
     Raises:
         UserError: There is no such model, it is not an image encoder, its weights do not fit, or `HFVision`
-            refuses it.
+            raises an error.
     """
     source = locate(name)
     with quiet_transformers():
@@ -154,7 +154,7 @@ def load_vision(
 
 
 def last_useful_layer(name: str) -> int:
-    """The paper's choice for an encoder: its second-to-last layer; the last where that one is already cut off or alone.
+    """The layer to use: the second-to-last as in the paper; the last if an encoder has only one or was cut already.
 
     BLIP-2's own encoder is published without its last layer.
 
@@ -171,7 +171,7 @@ def _load_encoder(name: str, source: str, dtype: torch.dtype) -> "PreTrainedMode
     from safetensors import SafetensorError
 
     config, part_of_larger = _vision_config(name, source)
-    # The one vision model that AutoModel does not know; imported only if it is needed, because that takes a second.
+    # The one vision model that AutoModel does not support; imported only if needed, because the import takes a second.
     loader: Any = getattr(
         transformers, "Blip2VisionModel" if config.model_type == "blip_2_vision_model" else "AutoModel"
     )
@@ -186,7 +186,7 @@ def _load_encoder(name: str, source: str, dtype: torch.dtype) -> "PreTrainedMode
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"image encoder {name!r} cannot be loaded: {one_line(error)}") from error
-    # What a checkpoint lacks is drawn at random: fatal, but for the pooler, which is never used.
+    # transformers initialises missing weights at random: this is an error, except in the pooler, which is never used.
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise UserError(
@@ -214,7 +214,7 @@ def _vision_config(name: str, source: str) -> tuple[Any, bool]:
         ) from error
     part_of_larger = "vision_config" in config.sub_configs
     config = config.vision_config if part_of_larger else config
-    if config.model_type == "instructblip_vision_model":  # the same encoder by another name, which AutoModel lacks
+    if config.model_type == "instructblip_vision_model":  # the same encoder under another name, which AutoModel lacks
         config = Blip2VisionConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
     if not {"image_size", "patch_size", "num_hidden_layers"} <= config.to_dict().keys():
         raise UserError(f"image encoder {name!r} is a {config.model_type!r}: it needs a vision transformer")
@@ -222,7 +222,7 @@ def _vision_config(name: str, source: str) -> tuple[Any, bool]:
 
 
 def _read_preprocessing(name: str, source: str) -> tuple[Triple, Triple, int | None]:
-    """Mean, deviation and image side of the published preprocessing; CLIP's if a directory has none."""
+    """Mean, standard deviation and image side of the published preprocessing; CLIP's if a directory has none."""
     from transformers import ImageProcessingMixin
 
     files = ("preprocessor_config.json", "processor_config.json")

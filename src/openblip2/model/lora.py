@@ -1,7 +1,7 @@
-"""LoRA, by peft: low-rank adapters in the linear layers of a part whose own weights are frozen.
+"""LoRA with peft: low-rank adapters in the linear layers of a part whose own weights are frozen.
 
-Not the paper's, opt-in. Each adapted layer computes `W x + (alpha / rank) B A x` with alpha = 2 x rank and no dropout;
-B starts at zero, so a fresh adapter changes nothing. Adapters are fp32 whatever the precision of the layer.
+Not in the paper; optional. Each adapted layer computes `W x + (alpha / rank) B A x` with alpha = 2 x rank and no
+dropout; B starts at zero, so a new adapter changes nothing. Adapters are fp32 for any precision of the layer.
 
 With `qformer.lora_rank` the queries, the image norm and everything outside the Q-Former (projection or heads) are
 trained in full, because they are small and adapt to new pictures or to a new language model. With `language.lora_rank`
@@ -18,7 +18,7 @@ from openblip2.compat import LORA_BASE, LORA_FIRST, LORA_PARTS, forget_adapters,
 from openblip2.errors import UserError, require
 from openblip2.model.qformer import QFormer
 
-# The names of attention's linear layers in a Q-Former: as usual for LoRA, its FFNs have none.
+# Name pattern of the linear layers of attention in a Q-Former: as usual for LoRA, FFNs get no adapters.
 QFORMER_LAYERS = r"layers\.\d+\.(attention|cross)\.(query|key|value|out)"
 
 
@@ -26,7 +26,7 @@ def require_lora() -> None:
     """Checks that peft is installed.
 
     Raises:
-        UserError: it is not.
+        UserError: peft is not installed.
     """
     require("qformer.lora_rank or language.lora_rank", "lora", "peft")
 
@@ -35,18 +35,18 @@ def add_lora(module: nn.Module, rank: int, layers: str = "all-linear") -> None:
     """Freezes a module and puts trainable adapters into its linear layers, in place.
 
     Args:
-        rank: of the adapters.
-        layers: pattern of the layers' names; "all-linear": those of a transformers model, but for its output embedding.
+        rank: rank of the adapters.
+        layers: pattern of layer names; "all-linear" = all of a transformers model except the output embedding.
 
     Raises:
         UserError: peft is not installed.
     """
     require_lora()
-    quiet_bitsandbytes()  # peft imports it where it is installed
+    quiet_bitsandbytes()  # peft imports bitsandbytes if it is installed
     from peft import LoraConfig, inject_adapter_in_model
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # GPT-2's; it is then set right
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # for GPT-2; peft then corrects it
         inject_adapter_in_model(
             LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers), module
         )
@@ -56,19 +56,19 @@ def add_lora(module: nn.Module, rank: int, layers: str = "all-linear") -> None:
 
 
 def adapt_qformer(qformer: QFormer, rank: int) -> None:
-    """`add_lora` in its self- and cross-attention; queries and image norm go on training whole."""
+    """Adds LoRA to self- and cross-attention; queries and image norm are still trained in full."""
     add_lora(qformer, rank, QFORMER_LAYERS)
     qformer.queries.requires_grad_(True)  # `add_lora` froze them
     qformer.image_norm.requires_grad_(True)
 
 
 def has_lora(module: nn.Module) -> bool:
-    """Whether a module holds adapters."""
+    """Whether a module contains adapters."""
     return any(LORA_FIRST in name for name, _ in module.named_parameters())
 
 
 def plain_state(module: nn.Module) -> dict[str, Any]:
-    """A module's own weights by the names that they have without adapters; the adapters' are left out."""
+    """A module's own weights, under the names that they have without adapters; adapter weights are left out."""
     return {
         name.replace(LORA_BASE, "."): tensor for name, tensor in module.state_dict().items() if LORA_PARTS not in name
     }
@@ -78,7 +78,7 @@ def plain_state(module: nn.Module) -> dict[str, Any]:
 def merge_lora(module: nn.Module) -> nn.Module:
     """Folds all adapters in a module into the weights and puts the plain layers back, in place; returns the module.
 
-    Exact up to the rounding of the weights' dtype. All parameters stay trained or frozen as they were.
+    This is exact up to the rounding of the weights' dtype. All parameters stay trained or frozen as they were.
 
     Raises:
         UserError: the layers hold 8- or 4-bit weights, which cannot take the sum without being rounded again.

@@ -19,7 +19,7 @@ def same_image(ids: Tensor, others: Tensor | None = None) -> Tensor:
 
     Args:
         ids: `[B]` int64, equal for captions of the same image.
-        others: `[G]`, of the texts; None = `ids`.
+        others: `[G]`, the ids of the texts; None = `ids`.
 
     Returns:
         `[B, G]` bool.
@@ -29,12 +29,12 @@ def same_image(ids: Tensor, others: Tensor | None = None) -> Tensor:
 
 def similarity(image: Tensor, text: Tensor) -> Tensor:
     """The best query's cosine for each image and text: `[B, Q, E]`, `[G, E]`, both normalised -> `[B, G]`."""
-    with torch.autocast(image.device.type, enabled=False):  # bf16 would round away the order of near candidates
+    with torch.autocast(image.device.type, enabled=False):  # bf16 would lose the order of close candidates
         return torch.einsum("bqe,ne->bqn", image.float(), text.float()).amax(dim=1)
 
 
 class Contrast(NamedTuple):
-    """ITC and the similarities over the temperature that it came from; hard negatives are drawn from these."""
+    """The ITC loss, and the similarities divided by the temperature, from which hard negatives are drawn."""
 
     loss: Tensor
     image_to_text: Tensor  # [B, G]
@@ -58,21 +58,21 @@ def contrastive(
         temperature: scalar.
         positives: `[B, G]` from `same_image`; a row's positives share its target equally.
         label_smoothing: share of each target that is spread evenly over all `G`.
-        detach_gathered: as the authors' code, which gathers the other side from all processes without gradient, so
-            that each of the two directions trains one side only. False (ours) gives the gradient of the whole batch.
-        transpose: gives `[B, G]`, our rows of a matrix's transpose, for our rows of the matrix.
+        detach_gathered: True = as in the authors' code, which gathers the other side from all processes without
+            gradient, so each direction trains only one side. False (ours) = the gradient of the whole batch.
+        transpose: a function from our rows of a `[G, G]` matrix to our rows of its transpose, both `[B, G]`.
     """
     image_to_text = similarity(image, text.detach() if detach_gathered else text) / temperature
     from_text = similarity(image.detach(), text) / temperature if detach_gathered else image_to_text
     text_to_image = transpose(from_text)  # [B, G]: our texts against all images
-    portion = positives.float() / positives.sum(dim=1, keepdim=True)  # never by 0: a pair is its own positive
+    portion = positives.float() / positives.sum(dim=1, keepdim=True)  # never 0: each pair is its own positive
     targets = (1 - label_smoothing) * portion + label_smoothing / positives.shape[1]
     loss = (F.cross_entropy(image_to_text.float(), targets) + F.cross_entropy(text_to_image.float(), targets)) / 2
     return Contrast(loss, image_to_text, text_to_image)
 
 
 class HardNegatives(NamedTuple):
-    """Hard negatives as indices into the batch; -1 where a row has none, because everything in it matches."""
+    """Hard negatives as indices into the batch; -1 if a row has none, because everything in the batch matches it."""
 
     texts: Tensor  # [B] int64: for each image, a text that is not its own
     images: Tensor  # [B] int64: for each text, an image that is not its own
@@ -81,10 +81,10 @@ class HardNegatives(NamedTuple):
 def hard_negatives(
     image_to_text: Tensor, text_to_image: Tensor, positives: Tensor, draws: Tensor | None = None
 ) -> HardNegatives:
-    """One negative text for each image and one negative image for each text; the more similar, the likelier.
+    """Draws a negative text for each image and a negative image for each text; more similar ones are more likely.
 
-    Drawn from the softmax of the similarities `[B, G]` with positives masked out *before* the softmax, so that no
-    rounding can bring one back. No gradient.
+    They are drawn from the softmax of the similarities `[B, G]`. Positives are masked out *before* the softmax, so that
+    rounding cannot make one of them possible. There is no gradient.
 
     Args:
         image_to_text: `[B, G]`.
@@ -101,21 +101,21 @@ def hard_negatives(
 
 
 def _draw(scores: Tensor, positives: Tensor, draws: Tensor) -> Tensor:
-    has_negative = ~positives.all(dim=1)  # False in a batch of captions of one image
+    has_negative = ~positives.all(dim=1)  # False if all captions in the batch are of one image
     weights = scores.double().masked_fill(positives, -torch.inf)  # their probability is exactly 0
-    # A row of -inf only would become NaN: give it any distribution, and mark what is drawn from it as no negative.
+    # A row with only -inf would become NaN, so it gets an arbitrary distribution, and -1 replaces its draw below.
     summed = weights.masked_fill(~has_negative[:, None], 0.0).softmax(dim=1).cumsum(dim=1)
-    # The first index whose sum exceeds the draw: never one that adds nothing to the sum, as a positive does.
+    # The first index whose sum exceeds the draw. It is never a positive, because positives add nothing to the sum.
     # For any draw < 1 the product rounds to less than the last sum.
     found = torch.searchsorted(summed, draws[:, None] * summed[:, -1:], right=True)[:, 0]
-    # Beyond the last one where similarities are NaN: then so is the loss, and training leaves the step out.
+    # The index is out of range if similarities are NaN: then the loss is NaN, too, and training skips the step.
     return found.clamp(max=summed.shape[1] - 1).where(has_negative, -1)
 
 
 def matching(logits: Tensor, is_match: Tensor) -> Tensor:
     """Image-text matching loss: `logits [N, 2]` (class 1 = match), `is_match [N]` bool.
 
-    With one true pair to two false ones chance is 0.6365: a loss that stays there has learned nothing.
+    With one match for every two mismatches, chance level is 0.6365: if the loss stays there, nothing was learned.
     """
     return F.cross_entropy(logits.float(), is_match.long())  # "two-class linear classifier" (3.1)
 
@@ -126,22 +126,22 @@ def generation(logits: Tensor, targets: Tensor, label_smoothing: float = 0.1) ->
 
 
 def decorrelation(queries: Tensor, mean: Tensor | None = None) -> Tensor:
-    """How much the outputs of a picture's queries are one vector, in what differs between pictures.
+    """How much the outputs of a picture's queries collapse to one vector, apart from what all pictures share.
 
-    Not in the paper. ITC, ITM and ITG are content if each query holds the whole picture, and then all queries become
+    Not in the paper. ITC, ITM and ITG can be low when each query encodes the whole picture, and then all queries become
     one vector. Each query's mean over the batch is subtracted first, without a gradient, because outputs that differ
-    by a constant alone hold the same about a picture.
+    only by a constant contain the same information about a picture.
 
-    Measured by the participation ratio of the squared singular values, which is what `effective_rank` measures, too,
-    but without having to find them. A mean of cosines would also be small for a query that hardly varies at all.
+    The measure is the participation ratio of the squared singular values. It is similar to `effective_rank`, but needs
+    no singular value decomposition. A mean of cosines would also be small for a query that hardly varies at all.
 
     Args:
         queries: `[B, Q, D]`, query outputs.
         mean: `[Q, D]`, over the whole batch; None = over these B.
 
     Returns:
-        A scalar in [0, 1]; 1 if the queries of each picture are multiples of one vector, 0 if they are orthogonal and
-        equally long, or if there is only one.
+        A scalar in [0, 1]: 1 if the queries of each picture are multiples of one vector, 0 if they are orthogonal and
+        of equal length, or if there is only one query.
     """
     rows = queries.float() - (queries.detach().float().mean(dim=0) if mean is None else mean)
     count, gram = rows.shape[1], rows @ rows.mT  # [B, Q, Q]; its eigenvalues are the squared singular values

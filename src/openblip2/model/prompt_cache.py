@@ -1,4 +1,4 @@
-"""What a language model keeps of a prompt that it has read: which of it can be reused, and where it is stored.
+"""Reuse of the keys and values that a language model computes for a prompt: when it is possible, and their storage.
 
 Shapes: N rows, H heads, T tokens, d width of a head.
 """
@@ -22,14 +22,14 @@ else:
 
 
 class Reuse(NamedTuple):
-    """Whether what a language model has read of a prompt can be reused.
+    """Whether the key-value cache of a prompt can be reused.
 
     Attributes:
-        cache: its state is keys and values alone, so the rows of the cache can be repeated and continued. A model with
-            recurrent states reads every prompt from the start.
-        gaps: padding is allowed after the part that was read: positions are given by `position_ids`, not by
-            distance, and no attention window counts the padding.
-        reason: why `cache` is False; empty where it is True.
+        cache: the model's state consists of keys and values only, so the rows of the cache can be repeated and
+            continued. A model with recurrent states must read every prompt from the start.
+        gaps: padding is allowed after the cached part: positions are given by `position_ids`, not by distance, and
+            no sliding attention window counts the padding.
+        reason: why `cache` is False; empty if it is True.
     """
 
     cache: bool
@@ -38,7 +38,7 @@ class Reuse(NamedTuple):
 
 
 def find_reuse(llm: "PreTrainedModel") -> Reuse:
-    """What can be reused for this language model, read from its class and its configuration."""
+    """Determines what can be reused for this language model from its class and its configuration."""
     name = type(llm).__name__
     if is_stateful(llm):
         return Reuse(False, False, f"{name} keeps recurrent states")
@@ -56,35 +56,35 @@ def find_reuse(llm: "PreTrainedModel") -> Reuse:
 
 
 def can_pad(llm: "PreTrainedModel") -> bool:
-    """Whether padding in front of a prompt is known to change nothing.
+    """Whether padding on the left of a prompt is known not to change the output.
 
-    Recurrent states may take in the padding, and a model that is not given `position_ids` may count it as places.
+    Recurrent states may include the padding, and a model without `position_ids` may count padding as positions.
     """
     return not is_stateful(llm) and "position_ids" in signature(llm.forward).parameters
 
 
 def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[int]]], pad: int) -> DynamicCache | None:
-    """Keys and values of the beginnings of B prompts, read in stages; None where no stage reads anything.
+    """Reads the beginnings of B prompts in stages; returns their keys and values, or None if no stage reads anything.
 
     Args:
         embeds: `[B, T, L]`.
         mask: `[B, T]`.
-        stages: up to which token, and for each row the one that is read in its place.
-        pad: an id for rows that have ended.
+        stages: pairs of an end position and, for each row, the index of the row that is read in its place.
+        pad: padding token id, for rows that have ended.
     """
     cache, done = None, 0
-    held = list(range(len(embeds)))  # of each row, its place in the cache
+    held = list(range(len(embeds)))  # the cache row of each prompt
     for end, standing in stages:
         if end <= done:
             continue
         rows = sorted(set(standing))
         cache = _empty(llm) if cache is None else _select(cache, [held[row] for row in rows])
-        # By the model's own `generate`, which knows what else its forward pass needs; the token it finds is dropped.
+        # The model's own `generate` prepares all other inputs of the forward pass; the token it generates is ignored.
         named: dict[str, Any] = {str(cache_name(llm)): cache}
         output = llm.generate(
             inputs_embeds=embeds[rows, :end],
             attention_mask=mask[rows, :end],
-            max_new_tokens=1,  # the fewest that it takes
+            max_new_tokens=1,  # the minimum that `generate` accepts
             num_beams=1,
             do_sample=False,
             pad_token_id=pad,
@@ -97,33 +97,33 @@ def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[in
 
 
 def read_text(llm: Any, text: list[int]) -> DynamicCache:
-    """Keys and values of a text without a picture in it, in one row."""
+    """Keys and values, in one row, of a text that contains no picture."""
     return cache_of(llm(input_ids=torch.tensor([text], device=llm.device), use_cache=True, logits_to_keep=1))
 
 
 class LastRead:
-    """Keeps the keys and values of the text that a frozen model read last, because every step begins with it."""
+    """Caches the keys and values of the text that a frozen model read last, because each step begins with it."""
 
     def __init__(self) -> None:
         self.key: tuple[object, ...] = ()
         self.cache: DynamicCache | None = None
 
     def __call__(self, llm: Any, text: list[int]) -> DynamicCache:
-        """As `read_text`. The caller may change what it gets."""
+        """Same as `read_text`; returns a copy that the caller may change."""
         # The versions count how often weights were written to, for example by `load_state_dict`.
         key = (*text, llm.device, llm.dtype, sum(weight._version for weight in llm.parameters()))
         if self.cache is None or self.key != key:
-            # Validation runs in inference mode, and what is made there cannot take part in training.
+            # Validation runs in inference mode, and tensors created in it cannot be used in training.
             with torch.inference_mode(False), torch.no_grad():
                 self.cache = read_text(llm, text)
             self.key = key
-        return deepcopy(self.cache)  # a pass appends to the cache that it is given
+        return deepcopy(self.cache)  # a forward pass appends to its cache
 
 
 def with_room(llm: "PreTrainedModel", cache: DynamicCache | None, beams: int, room: int) -> DynamicCache:
-    """The cache for `beams` continuations of each of its rows, `room` tokens long.
+    """Prepares a cache for `beams` continuations of each of its rows, with room for `room` more tokens.
 
-    It takes the cache given apart. None = nothing has been read.
+    The given cache is changed in place; None = nothing has been read yet.
     """
     cache = _empty(llm) if cache is None else cache
     for n, layer in enumerate(cache.layers):
@@ -135,7 +135,7 @@ def with_room(llm: "PreTrainedModel", cache: DynamicCache | None, beams: int, ro
 
 
 def encoder_decoder_cache(llm: "PreTrainedModel", room: int) -> EncoderDecoderCache:
-    """An empty cache of an encoder-decoder for texts of `room` tokens."""
+    """An empty cache of an encoder-decoder for texts of up to `room` tokens."""
     cross = _empty(llm)
     for n, layer in enumerate(cross.layers):
         if type(layer) is DynamicLayer:
@@ -144,15 +144,15 @@ def encoder_decoder_cache(llm: "PreTrainedModel", room: int) -> EncoderDecoderCa
 
 
 class Growing(DynamicLayer):
-    """Keys and values `[N, H, T, d]` with room after them: a new token is written there, and beams reorder it alone.
+    """Keys and values `[N, H, T, d]` in a preallocated buffer; reordering beams moves only the generated tokens.
 
-    transformers' own layer copies all of them for every new token, and again when beams are reordered. Beams of one
-    row begin with the same prompt, so that part of them stays where it is.
+    The layer of transformers copies all keys and values for every new token, and again when beams are reordered. Beams
+    of one row have the same prompt, so here the keys and values of the prompt are never moved.
 
     Args:
-        room: tokens to reserve.
-        read: what has been read, or an empty layer.
-        beams: copies of each of its rows.
+        room: number of tokens to reserve space for.
+        read: the layer with the keys and values computed so far, or an empty layer.
+        beams: number of copies of each row of `read`.
     """
 
     keys: Tensor
@@ -168,7 +168,7 @@ class Growing(DynamicLayer):
             self._reserve(read.keys, read.values, beams)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends keys and values `[N, H, new, d]`; all of them, as views."""
+        """Appends keys and values `[N, H, new, d]`; returns views of all keys and values."""
         if not self.stores:
             self._reserve(key_states, value_states, 1)
             return self.keys, self.values
@@ -182,7 +182,7 @@ class Growing(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Takes the beams' rows in this order; each stays within its prompt."""
+        """Reorders the beams by `beam_idx`; a beam only moves among the beams of the same prompt."""
         for store in self.stores:
             written = store[:, :, self.prompt : self.keys.shape[2]]
             written.copy_(written.index_select(0, beam_idx.to(store.device)))
@@ -200,14 +200,14 @@ class Growing(DynamicLayer):
 
 
 class Shared(DynamicLayer):
-    """Keys and values of what the encoder has read: the same for all beams of a row, so nothing is to be reordered."""
+    """Keys and values of the encoder output: the same for all beams of a row, so they are never reordered."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
 
 def _select(cache: DynamicCache, rows: list[int]) -> DynamicCache:
-    """Makes these the rows of the cache, repeats allowed."""
+    """Selects rows of the cache, in place; a row may be repeated."""
     held: Any = cache.layers[0]
     if rows != list(range(len(held.keys))):
         cache.batch_select_indices(torch.tensor(rows, device=held.keys.device))

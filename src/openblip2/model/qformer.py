@@ -1,11 +1,11 @@
 """The Querying Transformer (paper, section 3.1 and figure 2).
 
-One BERT-shaped stack, two streams of rows that share its self-attention: `Q` learned queries, which read the image
-by cross-attention in every second layer and have a feed-forward network of their own, and `T` text tokens, which
-never read the image directly and keep BERT's feed-forward network.
+A BERT-like stack of layers for two kinds of rows, which share self-attention: `Q` learned queries, which read the image
+by cross-attention in every second layer and have their own feed-forward network, and `T` text tokens, which never read
+the image directly and use BERT's feed-forward network.
 
-Who may attend to whom tells the three objectives apart. Figure 2 with Q = 2, T = 4 and a last token that is padding;
-rows attend to columns, query rows come before text rows, 1 = may attend. Below it are the passes that use each mask:
+The objectives differ in the self-attention mask. Below is figure 2 for Q = 2 and T = 4; the last token is padding, and
+its row is omitted. Rows attend to columns, queries come before text, 1 = may attend; under each mask are its passes:
 
     uni-modal (ITC)      bi-directional (ITM)   multimodal causal (ITG)
     1 1 . . . .          1 1 1 1 1 .            1 1 . . . .
@@ -46,19 +46,19 @@ def unimodal_mask(queries: int, valid: Tensor) -> Tensor:
 
 
 def bidirectional_mask(queries: int, valid: Tensor) -> Tensor:
-    """ITM: every row attends to every row but padding; arguments and shape as for `unimodal_mask`."""
+    """ITM: every row attends to all rows except padding; arguments and shape as for `unimodal_mask`."""
     rows, _, real = _grid(queries, valid)
-    return real & (rows >= 0)  # always True: it gives the mask its Q + T rows
+    return real & (rows >= 0)  # always True: it only expands the mask to Q + T rows
 
 
 def causal_mask(queries: int, valid: Tensor) -> Tensor:
-    """ITG: a query attends to queries, a token to queries, itself and what is before it; as for `unimodal_mask`."""
+    """ITG: queries attend to queries, a token to queries, itself and earlier tokens; as for `unimodal_mask`."""
     rows, columns, real = _grid(queries, valid)
-    return real & ((columns < queries) | (columns <= rows))  # for a query row both sides name queries only
+    return real & ((columns < queries) | (columns <= rows))  # for a query row, both conditions allow queries only
 
 
 def _grid(queries: int, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row numbers `[Q + T, 1]`, column numbers `[Q + T]`, and which columns are no padding: `[B, 1, 1, Q + T]`."""
+    """Row numbers `[Q + T, 1]`, column numbers `[Q + T]`, and which columns are not padding: `[B, 1, 1, Q + T]`."""
     numbers = torch.arange(queries + valid.shape[1], device=valid.device)
     real = torch.cat([valid.new_ones(len(valid), queries), valid], dim=1).bool()  # queries are never padding
     return numbers[:, None], numbers, real[:, None, None]
@@ -73,12 +73,12 @@ class Memory(NamedTuple):
     layers: tuple[KeysValues, ...]
 
     def take(self, images: Tensor) -> "Memory":
-        """The memory of the given images, in the given order, repeats allowed: `images [N]`, int64."""
-        # index_select and not keys[images]: the gradient of repeats is added up several times faster.
+        """The memory of the images with these indices, `images [N]` int64; an image may be repeated."""
+        # index_select instead of keys[images]: its backward pass is several times faster for repeated images.
         return Memory(tuple((k.index_select(0, images), v.index_select(0, images)) for k, v in self.layers))
 
     def join(self, others: "Memory") -> "Memory":
-        """The memory of these images, and of others after them."""
+        """The memory of these images, followed by that of `others`."""
         both = zip(self.layers, others.layers, strict=True)
         return Memory(tuple((torch.cat([k, more_k]), torch.cat([v, more_v])) for (k, v), (more_k, more_v) in both))
 
@@ -87,25 +87,25 @@ class QFormerOutput(NamedTuple):
     """The output of one pass."""
 
     queries: Tensor | None  # [B, Q, D]; None in a pass over text alone
-    text: Tensor | None  # [B, T, D], or the first `keep_text` rows; None without any
-    cache: Cache  # of all rows
+    text: Tensor | None  # [B, T, D], or the first `keep_text` rows; None if there are none
+    cache: Cache  # keys and values of all rows
 
 
 class QFormer(Connector):
-    """`Q` learned queries that read an image, and BERT's text stream beside them.
+    """The Q-Former: `Q` learned queries that read an image, combined with BERT's layers for text.
 
     Args:
         width: D.
-        layers: depth.
-        heads: attention heads, a divisor of `width`.
+        layers: number of layers.
+        heads: number of attention heads, a divisor of `width`.
         ffn: inner width of the feed-forward networks.
         queries: Q.
         image_width: V, of the frozen encoder.
-        vocabulary: W, `[DEC]` included; 0 leaves out the text path (stage 2).
-        positions: length of the longest text.
+        vocabulary: W, including `[DEC]`; 0 omits the text path (stage 2).
+        positions: maximum length of a text in tokens.
         cross_every: n, for cross-attention in layers 0, n, 2n, ...
-        dropout: share of units and of attention weights dropped in training.
-        image_norm_eps: of the LayerNorm on the image features.
+        dropout: dropout probability of units and of attention weights.
+        image_norm_eps: epsilon of the LayerNorm on the image features.
 
     Raises:
         ValueError: `width` is not a multiple of `heads`.
@@ -140,7 +140,7 @@ class QFormer(Connector):
         self.positions = nn.Embedding(positions, width) if vocabulary else None
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)  # BERT's embedding norm, shared by queries and text
         self.dropout = nn.Dropout(dropout)
-        crossing = [image_width if n % cross_every == 0 else 0 for n in range(layers)]  # 3.1: every second one
+        crossing = [image_width if n % cross_every == 0 else 0 for n in range(layers)]  # 3.1: every second layer
         self.layers = nn.ModuleList(Layer(width, heads, ffn, image, bool(vocabulary), dropout) for image in crossing)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -149,41 +149,41 @@ class QFormer(Connector):
                 nn.init.zeros_(module.bias)
 
     def encode_image(self, patches: Tensor) -> Memory:
-        """Cross-attention keys and values of images: `patches [B, P, V]`, as the frozen encoder gives them."""
-        # The encoder may give half precision, whose sums over V numbers are too coarse for a mean and a variance.
+        """Cross-attention keys and values of images, from the frozen encoder's output `patches [B, P, V]`."""
+        # In fp32, because a mean and a variance over V numbers would be too imprecise in half precision.
         with torch.autocast(patches.device.type, enabled=False):
             patches = self.image_norm(patches.float())
         crossing = [layer.cross for layer in self.layers if isinstance(layer, Layer) and layer.cross is not None]
         return Memory(tuple(cross.keys_values(patches) for cross in crossing))
 
     def query_pass(self, memory: Memory) -> tuple[Tensor, Cache]:
-        """Uni-modal mask, the queries alone: `[B, Q, D]`, and the cache that `causal_pass` continues."""
+        """Uni-modal mask, queries only: returns `[B, Q, D]` and the cache that `causal_pass` continues."""
         output = self(memory)
         return output.queries, output.cache
 
     def text_pass(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Uni-modal mask, the text alone: tokens `[B, T]` -> the output at `[CLS]`, `[B, D]`."""
-        return self(tokens=tokens, mask=unimodal_mask(0, valid), keep_text=1).text[:, 0]  # ITC reads [CLS] only
+        """Uni-modal mask, text only: tokens `[B, T]` -> the output at `[CLS]`, `[B, D]`."""
+        return self(tokens=tokens, mask=unimodal_mask(0, valid), keep_text=1).text[:, 0]  # ITC uses [CLS] only
 
     def joint_pass(self, memory: Memory, tokens: Tensor, valid: Tensor) -> Tensor:
-        """Bi-directional mask: images and tokens `[B, T]` -> the queries, which have read both, `[B, Q, D]`."""
+        """Bi-directional mask: images and tokens `[B, T]` -> the query outputs, which depend on both, `[B, Q, D]`."""
         return self(memory, tokens, bidirectional_mask(self.queries.shape[1], valid), keep_text=0).queries
 
     def causal_pass(self, cache: Cache, tokens: Tensor, valid: Tensor, keep_text: int | None = None) -> Tensor:
-        """Multimodal causal mask: tokens `[B, T]` -> the text rows, `[B, T, D]`, or the first `keep_text` of them.
+        """Multimodal causal mask: tokens `[B, T]` -> the text outputs, `[B, T, D]`, or the first `keep_text` of them.
 
-        Under this mask query rows never attend to text, so they are those of `query_pass`, whose `cache` is used. It
-        is not detached: gradients reach the queries.
+        Under this mask query rows never attend to text, so they are the same as in `query_pass`, whose `cache` is
+        reused. The cache is not detached, so gradients reach the queries.
         """
         mask = causal_mask(self.queries.shape[1], valid)[:, :, -tokens.shape[1] :]  # query rows are in the cache
         return self(tokens=tokens, mask=mask, keep_text=keep_text, past=cache).text
 
     def query_output(self, patches: Tensor) -> Tensor:
-        """What the queries read from images, without text: `patches [B, P, V]` -> `[B, Q, D]`."""
+        """Query outputs for images, without text: `patches [B, P, V]` -> `[B, Q, D]`."""
         return self.query_pass(self.encode_image(patches))[0]
 
     def visual_tokens(self, patches: Tensor, question: Question | None = None) -> Tensor:
-        """The queries' output; with a text path they have read the question, too (paper 4.3)."""
+        """The query outputs; with a question, the queries also attend to its tokens (paper 4.3)."""
         if question is None:
             return self.query_output(patches)
         return self.joint_pass(self.encode_image(patches), *question)
@@ -199,21 +199,21 @@ class QFormer(Connector):
         """One pass over queries (if `memory` is given), text (if `tokens` are given), or both, under any mask.
 
         Args:
-            memory: of `B` images; or of fewer, a divisor of `B`, each for `B / images` texts in a row, which then
-                share its keys and values.
+            memory: of `B` images; or of fewer images, a divisor of `B`: then `B / images` consecutive texts belong to
+                each image and share its keys and values.
             tokens: `[B, T]` int64.
             mask: broadcastable to `[B, H, rows, rows]`; None = every row attends to every row.
-            keep_text: how many text rows the caller reads, from the first on; None = all. The last layer computes
-                the others as keys and values only.
-            past: keys and values of rows that come before, from an earlier pass; `mask` has columns for them.
+            keep_text: how many text rows to return, counted from the first; None = all. For the other rows, the last
+                layer computes only keys and values.
+            past: keys and values of preceding rows, from an earlier pass; `mask` must have columns for them.
         """
         queries = self._embed_queries(memory, tokens) if memory is not None else None
         text = self.embed_text(tokens) if tokens is not None else None
         cache: list[KeysValues] = []
         images = iter(memory.layers) if memory is not None else iter(())
         for n, layer in enumerate(self.layers):
-            image = next(images) if layer.cross is not None and queries is not None else None  # text rows never read it
-            keep = keep_text if n == len(self.layers) - 1 else None  # the next layer reads all rows
+            image = next(images) if layer.cross is not None and queries is not None else None  # only queries read it
+            keep = keep_text if n == len(self.layers) - 1 else None  # the next layer needs all rows
             given = (queries, text, image, mask, past[n] if past else None, keep)
             if self.checkpoint_activations:
                 queries, text, own = checkpoint(layer, *given, use_reentrant=False)
@@ -227,7 +227,7 @@ class QFormer(Connector):
         return rows.expand((memory.layers[0][0] if tokens is None else tokens).shape[0], -1, -1)
 
     def embed_text(self, tokens: Tensor) -> Tensor:
-        """Text rows as they enter the first layer: `[B, T]` -> `[B, T, D]`."""
+        """Embeds text tokens, as input of the first layer: `[B, T]` -> `[B, T, D]`."""
         # Positions start at 0 whether or not queries come before; there is no token-type embedding.
         if self.word_embeddings is None or self.positions is None:
             raise ValueError("this Q-Former has no text path (stage 2 leaves it out); load a stage-1 run for text")
@@ -250,7 +250,7 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(width, heads, width, dropout)  # shared by queries and text (figure 2)
         self.cross = Attention(width, heads, image_width, dropout) if image_width else None
-        self.query_ffn = FeedForward(width, ffn, dropout)  # starts as a copy of the text's (model/bert.py)
+        self.query_ffn = FeedForward(width, ffn, dropout)  # initialised as a copy of the text FFN (model/bert.py)
         self.text_ffn = FeedForward(width, ffn, dropout) if text else None
 
     def forward(
@@ -266,8 +266,8 @@ class Layer(nn.Module):
         keys, values = self.attention.keys_values(rows)
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        if text is not None and keep_text is not None:  # the others are looked at, but look no more themselves
-            text = text[:, :keep_text] if keep_text else None  # after `keys_values`: the others are still read
+        if text is not None and keep_text is not None:  # the other rows need no output
+            text = text[:, :keep_text] if keep_text else None  # after `keys_values`, so they are still attended to
             rows = _join(queries, text)
             mask = None if mask is None else mask[:, :, : rows.shape[1]]
         rows = self.attention(rows, (keys, values), mask)
@@ -275,8 +275,8 @@ class Layer(nn.Module):
             count = queries.shape[1]
             looking, rows = rows[:, :count], rows[:, count:]
             if self.cross is not None and image is not None:
-                # All queries that look at one image form one row of the batch: its keys and values are never copied.
-                each = -1 if looking.shape[0] else count  # a process without images: -1 would be ambiguous
+                # All queries of an image form one row of the batch, so that its keys and values need not be copied.
+                each = -1 if looking.shape[0] else count  # with 0 rows (a process without images) -1 is ambiguous
                 beside = looking.reshape(image[0].shape[0], each, looking.shape[2])
                 looking = self.cross(beside, image).reshape(looking.shape)
             queries = self.query_ffn(looking)

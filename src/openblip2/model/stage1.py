@@ -1,4 +1,4 @@
-"""Stage 1: representation learning (paper, section 3.1). The queries learn to extract what text can say.
+"""Stage 1: representation learning (paper, section 3.1). The queries learn to extract text-relevant image features.
 
 Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, T text tokens, D width, E shared space.
 """
@@ -31,13 +31,13 @@ class Stage1(nn.Module):
     """A Q-Former between a frozen image encoder and text, with the heads of the three objectives.
 
     Args:
-        qformer: with its text path; the last id of its vocabulary is `[DEC]`.
-        vision: the frozen encoder; None when only ready-made features are given.
+        qformer: a Q-Former with its text path; the last id of its vocabulary is `[DEC]`.
+        vision: the frozen encoder; None if only precomputed features are given.
         shared_width: E.
-        temperature: the start of the learned temperature.
+        temperature: initial value of the learned temperature.
         label_smoothing: of ITC and ITG.
         detach_gathered: see `objectives.contrastive`.
-        writes: False leaves out the head of ITG, as transformers' checkpoints do: good for scores, not for training.
+        writes: False omits the head of ITG, as in transformers' checkpoints: such a model can score, but not train.
         decorrelation: weight of `objectives.decorrelation`, which is not in the paper; 0 = without it.
     """
 
@@ -65,7 +65,7 @@ class Stage1(nn.Module):
 
     @property
     def connector(self) -> QFormer:
-        """The Q-Former, as `Stage2.connector`."""
+        """The Q-Former, under the same name as in `Stage2`."""
         return self.qformer
 
     def losses(
@@ -80,20 +80,20 @@ class Stage1(nn.Module):
         objectives: Collection[str] = OBJECTIVES,
         generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
-        """The three losses, or those of them in `objectives`, by name, unweighted; the paper trains their sum.
+        """The three losses, or only those named in `objectives`, unweighted; the paper minimises their sum.
 
-        The loss of one process. `fast/` has the same loss over several processes, or in chunks.
+        These are the losses of one process. `fast/` computes the same losses over several processes, or in chunks.
 
         Args:
             tokens: `[B, T]`, `[CLS] words [SEP]`, right-padded.
             valid: `[B, T]` bool, False on padding.
             ids: `[B]` int64, equal for captions of the same image; None = all images differ.
-            images: `[B, 3, S, S]` uint8; either these or features.
+            images: `[B, 3, S, S]` uint8; give either these or features.
             features: `[B, P, V]`, from the frozen encoder.
-            negatives: given hard negatives `(texts [B], images [B])` instead of drawn ones, -1 for none.
-            objectives: which losses. Without ITM more than half of a step's work is saved; ITC is always computed,
-                since ITM's negatives come from it.
-            generator: draws the negatives, on the CPU; None = torch's own.
+            negatives: hard negatives `(texts [B], images [B])` to use instead of drawn ones; -1 = none.
+            objectives: which losses. A step without ITM needs less than half of the work. ITC is always computed,
+                because ITM's negatives are drawn from its similarities.
+            generator: random generator on the CPU for drawing negatives; None = torch's default generator.
         """
         memory = self.qformer.encode_image(see(self.vision, images, features))  # once, for all passes
         positives = same_image(torch.arange(len(tokens), device=tokens.device) if ids is None else ids)
@@ -103,7 +103,7 @@ class Stage1(nn.Module):
         itc = self.contrast(self.image_vectors(queries), self.text_vectors(tokens, valid), positives)
         losses = {"itc": itc.loss}
 
-        # Multimodal causal mask: the queries are as in the query pass, so `causal_pass` computes text rows only.
+        # Multimodal causal mask: query rows are as in the query pass, so `causal_pass` only computes text rows.
         if "itg" in objectives:
             losses["itg"] = self.generation_loss(cache, tokens, valid)
 
@@ -121,12 +121,12 @@ class Stage1(nn.Module):
     def contrast(
         self, image: Tensor, text: Tensor, positives: Tensor, transpose: Callable[[Tensor], Tensor] = torch.t
     ) -> Contrast:
-        """ITC of image vectors `[B, Q, E]` and text vectors `[G, E]`; the rest as for `objectives.contrastive`."""
+        """ITC of image vectors `[B, Q, E]` and text vectors `[G, E]`; other arguments: see `objectives.contrastive`."""
         smoothing, detach = self.label_smoothing, self.detach_gathered
         return contrastive(image, text, self.temperature, positives, smoothing, detach, transpose)
 
     def generation_loss(self, cache: Cache, tokens: Tensor, valid: Tensor) -> Tensor:
-        """ITG of texts `[B, T]` and of the images of a query pass: the mean over all positions with a target."""
+        """ITG of texts `[B, T]`, given the cache of a query pass: the mean over all positions with a target."""
         rows, targets = self.write(cache, tokens, valid)
         assert self.lm_head is not None
         assert self.qformer.word_embeddings is not None
@@ -134,11 +134,11 @@ class Stage1(nn.Module):
         return chunked_cross_entropy(rows, weight, bias, targets, self.label_smoothing)
 
     def image_vectors(self, queries: Tensor) -> Tensor:
-        """Each query's direction in the shared space: query outputs `[B, Q, D]` -> `[B, Q, E]`, of length 1."""
+        """Projects query outputs into the shared space and normalises them: `[B, Q, D]` -> `[B, Q, E]`, of length 1."""
         return F.normalize(self.vision_proj(queries).float(), dim=-1)
 
     def text_vectors(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        """The text's direction in the shared space, from its `[CLS]`: `[B, T]` -> `[B, E]`, of length 1."""
+        """Projects the text's `[CLS]` output into the shared space and normalises it: `[B, T]` -> `[B, E]`."""
         return F.normalize(self.text_proj(self.qformer.text_pass(tokens, valid)).float(), dim=-1)
 
     def match(self, memory: Memory, tokens: Tensor, valid: Tensor) -> Tensor:
@@ -146,9 +146,9 @@ class Stage1(nn.Module):
         return self.itm_head(self.qformer.joint_pass(memory, tokens, valid)).mean(dim=1)  # "average the logits" (3.1)
 
     def write(self, cache: Cache, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """What the word decoder reads, `[N, D]`, and targets `[N]`, at every position whose next token is real.
+        """Inputs of the word decoder, `[N, D]`, and targets, `[N]`, at every position whose next token is not padding.
 
-        `[DEC]` takes the place of `[CLS]`; it is never a target, `[SEP]` is one.
+        `[DEC]` replaces `[CLS]` and is never a target; `[SEP]` is a target.
 
         Raises:
             ValueError: the model has no head for ITG.
@@ -158,7 +158,7 @@ class Stage1(nn.Module):
             raise ValueError("this stage 1 has no head for ITG (it came from transformers, which has none): no losses")
         start = tokens.new_full((len(tokens), 1), self.qformer.word_embeddings.num_embeddings - 1)
         tokens = torch.cat([start, tokens[:, 1:]], dim=1)
-        # The last token has no next one to predict: its row is not computed.
+        # The last token has no next token to predict, so its row is not computed.
         hidden = self.qformer.causal_pass(cache, tokens, valid, keep_text=tokens.shape[1] - 1)
         scored = valid[:, 1:]  # row n predicts token n + 1
         return self.lm_head.hidden(hidden[scored]), tokens[:, 1:][scored]
@@ -174,33 +174,33 @@ class Pairs(NamedTuple):
 
 
 def itm_pairs(tokens: Tensor, valid: Tensor, negatives: HardNegatives, rows: Tensor | None = None) -> Pairs:
-    """N = 3B pairs, less those for which a row had no negative.
+    """Builds N = 3B pairs, or fewer if some rows have no negative.
 
     Args:
-        tokens: `[M, T]`, the texts of the batch's B rows, then others that may be negatives.
+        tokens: `[M, T]`, the texts of the batch's B rows, followed by others that can be negatives.
         valid: `[M, T]` bool.
         negatives: of the B rows.
-        rows: `[n]` int64: only the pairs of these rows of the batch, at most 3n; None = of all.
+        rows: `[n]` int64: only build the pairs of these rows of the batch, at most 3n; None = all rows.
     """
     own = torch.arange(len(negatives.texts), device=tokens.device) if rows is None else rows
     wrong_images, wrong_texts = negatives.images[own], negatives.texts[own]  # [n]
-    with_image, with_text = wrong_images >= 0, wrong_texts >= 0  # -1: all others match, there is no negative
+    with_image, with_text = wrong_images >= 0, wrong_texts >= 0  # -1: there is no negative, because all others match
     images = torch.cat([own, wrong_images[with_image], own[with_text]])
     texts = torch.cat([own, own[with_image], wrong_texts[with_text]])
     return Pairs(images, tokens[texts], valid[texts], torch.arange(len(images), device=tokens.device) < len(own))
 
 
 def in_order(losses: dict[str, Tensor], objectives: Collection[str]) -> dict[str, Tensor]:
-    """The wanted losses, always in the same order: the paper's `objectives`, and decorrelation where there is one."""
+    """Selects the losses in `objectives`, and decorrelation if present, always in the same order."""
     wanted = (*objectives, "decorrelation")
     return {name: losses[name] for name in (*OBJECTIVES, "decorrelation") if name in losses and name in wanted}
 
 
 def see(vision: FrozenVision | None, images: Tensor | None, features: Tensor | None) -> Tensor:
-    """Features `[B, P, V]`: those given, or what the frozen encoder makes of `images [B, 3, S, S]` uint8.
+    """Features `[B, P, V]`: the given ones, or the frozen encoder's output for `images [B, 3, S, S]` uint8.
 
     Raises:
-        ValueError: neither or both are given, or there are images and no encoder.
+        ValueError: neither or both are given, or images are given but there is no encoder.
     """
     if (images is None) == (features is None):
         raise ValueError("give either images or features, not both and not neither")
@@ -208,6 +208,6 @@ def see(vision: FrozenVision | None, images: Tensor | None, features: Tensor | N
         return features
     if vision is None:
         raise ValueError("this model was built without an image encoder: give features, or build it with one")
-    if images is not None and not len(images):  # one of several processes may have none, and encoders must have one
+    if images is not None and not len(images):  # a process may have no images, but encoders need at least one
         return vision(images.new_zeros(1, *images.shape[1:]))[:0]
     return vision(images)

@@ -1,6 +1,6 @@
 """Stage 2: generative learning (paper, section 3.2). A frozen language model reads visual tokens as a soft prompt.
 
-Fine-tuned for VQA the question goes into the Q-Former, too (section 4.3, figure 7).
+In fine-tuning for VQA, the Q-Former reads the question, too (section 4.3, figure 7).
 
 Shapes: B images, S side in px, P patch tokens, V encoder width, Q visual tokens, D their width, L LLM width, T tokens.
 """
@@ -19,12 +19,12 @@ from openblip2.model.stage1 import see
 from openblip2.model.token_rows import template_ids, text_ids
 from openblip2.model.vision import FrozenVision
 
-# Logit of a soft token that lies on a word's embedding, against one that lies as far away as embeddings are apart.
+# How much larger the logit of a word is at distance 0 from a soft token than at the typical distance of embeddings.
 SHARPNESS = 5.0
 
 
 class WordTable(NamedTuple):
-    """Words with their numbers, and an embedding of each, `[N, L]`; number 0 is ""."""
+    """Words with their numbers, and the embedding of each number, `[N, L]`; number 0 is ""."""
 
     numbers: dict[str, int]
     embeddings: Tensor
@@ -34,21 +34,21 @@ class Stage2(nn.Module):
     """Frozen image encoder -> connector -> one linear layer -> frozen language model.
 
     Args:
-        connector: the paper's is a Q-Former without its text path, unless it is to read questions.
+        connector: in the paper a Q-Former, which has no text path unless it reads questions.
         language: `DecoderLM` or `EncoderDecoderLM`.
-        vision: the frozen encoder; None when only ready-made features are given.
+        vision: the frozen encoder; None if only precomputed features are given.
     """
 
-    qformer: QFormer  # the connector, if it is one
+    qformer: QFormer  # the connector, if it is a Q-Former
 
     def __init__(self, connector: Connector, language: LanguageModel, vision: FrozenVision | None = None) -> None:
         super().__init__()
         self.vision, self._connector = vision, connector.name
-        # Under its own name, with which its tensors are stored: those of one kind do not fit into another.
+        # Registered and stored under its own name, because the tensors of one kind do not fit into another.
         self.add_module(connector.name, connector)
         self.language = language
         self.projection = nn.Linear(connector.width, language.width)
-        self.first: int | None = None  # the language model reads so many visual tokens, the first ones; None = all
+        self.first: int | None = None  # number of first visual tokens that the language model reads; None = all
 
     @property
     def connector(self) -> Connector:
@@ -75,16 +75,16 @@ class Stage2(nn.Module):
     ) -> dict[str, Tensor]:
         """Language-modelling loss of `captions` after the soft visual prompt and the text `prompts`, B of each.
 
-        The mean over all tokens with a target. The loss of one process; `fast/` has it over several, or in chunks.
+        The mean over all target tokens. This is the loss of one process; `fast/` has it over several, or in chunks.
 
         Args:
             prompts: B texts.
             captions: B texts.
-            images: uint8 `[B, 3, S, S]`; either these or features.
+            images: uint8 `[B, 3, S, S]`; give either these or features.
             features: `[B, P, V]`.
             question: see `query_output`.
-            generator: draws where an encoder-decoder's captions are split, on the CPU; None = torch's own.
-            words: with them, `alignment` in place of the language-modelling loss.
+            generator: on the CPU, draws where an encoder-decoder's captions are split; None = torch's default.
+            words: if given, `alignment` replaces the language-modelling loss.
         """
         draws = torch.rand(len(captions), generator=generator).tolist()
         given: dict[str, Any] = {"images": images, "features": features, "question": question}
@@ -99,9 +99,9 @@ class Stage2(nn.Module):
         words: WordTable | None = None,
         **given: Any,
     ) -> tuple[Tensor, int]:
-        """The mean over the tokens with a target, and how many they are; `draws` as in `EncoderDecoderLM.scored`.
+        """The mean loss over the target tokens, and their number; `draws` as in `EncoderDecoderLM.scored`.
 
-        With `words` it is that of `alignment`.
+        If `words` are given, it is the loss of `alignment`.
         """
         soft = self.soft_prompt(**given)
         if words is not None:
@@ -109,7 +109,7 @@ class Stage2(nn.Module):
         return self.language.scored(soft, prompts, captions, draws)
 
     def first_words(self, caption: str) -> list[str]:
-        """The words that the soft tokens are aligned with; "" in place of those that a short caption lacks."""
+        """The caption's words that the soft tokens are aligned with; "" for each missing word of a short caption."""
         count = self.tokens
         return (caption.split() + [""] * count)[:count]
 
@@ -117,8 +117,8 @@ class Stage2(nn.Module):
     def word_table(self, captions: Iterable[str]) -> WordTable:
         """The words of captions and their embeddings, for `alignment`.
 
-        A word's embedding is the mean of its tokens'; a word without tokens is left out. "" is what comes after the
-        picture in the template, or END.
+        A word's embedding is the mean of its tokens' embeddings; a word without tokens is left out. The embedding of ""
+        is that of the first token after the picture in the template, or of END.
         """
         language, device = self.language, self.projection.weight.device
         after = template_ids(language.tokenizer, language.template.split("{image}")[1].format(prompt=""))
@@ -130,22 +130,22 @@ class Stage2(nn.Module):
         return WordTable({word: n for n, word in enumerate(found)}, torch.stack(means))
 
     def alignment(self, soft: Tensor, captions: Sequence[str], table: WordTable) -> tuple[Tensor, int]:
-        """How far the soft prompt is from the captions' own words, and how many soft tokens that is the mean of.
+        """The distance between the soft prompt and the captions' words, and the number of soft tokens in this mean.
 
-        Not in the paper. Soft token k is compared with the embedding of the caption's word k: the mean squared
-        distance, and the cross-entropy of finding that word in the table by its distance. The language model does not
-        run, so that a step takes a small part of the time of one with it. It reads such a soft prompt as it reads the
-        caption itself.
+        Not in the paper. Soft token k is compared with the embedding of the caption's word k: the loss is the mean
+        squared distance, plus the cross-entropy of finding that word in the table by its distance. The language model
+        does not run, so a step takes a small part of the usual time. The language model reads such a soft prompt as it
+        reads the caption itself.
 
         Args:
             soft: `[B, Q, L]`.
             captions: B texts.
-            table: of all words that captions have. Those of one batch are too few: its captions are often of one form,
-                and nothing would tell one form from another. A word that is not in it counts as "".
+            table: of all words in the captions. The words of one batch are too few, because its captions often have one
+                form, and the loss would not separate different forms. A word that is not in it counts as "".
         """
         rows = [[table.numbers.get(word, 0) for word in self.first_words(caption)] for caption in captions]
         wanted = torch.tensor(rows, device=soft.device)
-        # With the mean taken off, and in units of their variance, the embeddings of all language models are alike.
+        # Without their mean, and in units of their variance, the embeddings of all language models have the same scale.
         embeddings = table.embeddings - (mean := table.embeddings.mean(0))
         unit = embeddings.square().sum(1).mean().clamp(min=torch.finfo(torch.float32).tiny)  # 0 for a single word
         distances = torch.cdist(soft.float() - mean, embeddings[None]).square() / unit
@@ -155,22 +155,22 @@ class Stage2(nn.Module):
     def soft_prompt(
         self, *, images: Tensor | None = None, features: Tensor | None = None, question: Question | None = None
     ) -> Tensor:
-        """What the language model sees of the images, `[B, Q, L]`: the projection of `query_output`."""
+        """The soft prompt for the language model, `[B, Q, L]`: the projection of `query_output`."""
         return self.projection(self.query_output(images=images, features=features, question=question))
 
     def query_output(
         self, *, images: Tensor | None = None, features: Tensor | None = None, question: Question | None = None
     ) -> Tensor:
-        """The connector's visual tokens of the images, `[B, Q, D]`: uint8 `[B, 3, S, S]` or features `[B, P, V]`.
+        """The connector's visual tokens `[B, Q, D]`, from images uint8 `[B, 3, S, S]` or features `[B, P, V]`.
 
-        Only the first `self.tokens` of them.
+        Only the first `self.tokens` of them are returned.
 
         Args:
-            question: what the queries look for, where the connector reads questions: of B rows, or of a multiple of
-                the images, each image's in a row.
+            question: the question for the queries, if the connector reads questions. It has one row
+                per image, or equally many consecutive rows for each image.
 
         Raises:
-            ValueError: a question and a connector that reads none, or none and one that does.
+            ValueError: a question is given but the connector reads none, or it reads questions but none is given.
         """
         if (question is None) == self.connector.reads_questions:
             raise ValueError("a question belongs to a Q-Former with a text path, and such a Q-Former to a question")
@@ -185,6 +185,6 @@ class Stage2(nn.Module):
         features: Tensor | None = None,
         question: Question | None = None,
     ) -> list[str]:
-        """One text for each image, by the language model's own `generate`."""
+        """Generates one text for each image with the language model's own `generate`."""
         soft = self.soft_prompt(images=images, features=features, question=question)
         return self.language.generate(soft, prompts, decoding)

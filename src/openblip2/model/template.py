@@ -1,8 +1,8 @@
 """The text around the soft visual prompt: one string with the slots `{image}`, `{prompt}` and `{bos}`.
 
-`{image}` is where the soft prompt goes, `{prompt}` the user's text, `{bos}` the tokenizer's first token. The paper's
-is `{image}{bos}{prompt}`; `chat` makes one from the tokenizer's chat template. A question, alone or after others and
-their answers, is the text in the `{prompt}` of any of them: `dialogue` writes it.
+`{image}` is replaced by the soft prompt, `{prompt}` by the user's text, and `{bos}` by the tokenizer's first token. The
+paper's template is `{image}{bos}{prompt}`; `chat` makes one from the tokenizer's chat template. For questions,
+`dialogue` writes the text for `{prompt}` of any template: one question, after earlier questions with answers if any.
 """
 
 import re
@@ -23,16 +23,16 @@ SLOTS = "{image}, {prompt} and {bos}"
 
 
 class Turns(str):
-    """A prompt whose control tokens are a chat template's own, and remain what they are."""
+    """A prompt whose control tokens come from a chat template, and keep their special meaning."""
 
 
 def split_control_tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """A user's text that no longer contains control tokens: "</s>" becomes "< /s>", which is read as plain text."""
+    """Breaks control tokens in a user's text: "</s>" becomes "< /s>", which is treated as plain text."""
     require_unicode(text)
     if isinstance(text, Turns):
         return text
     pattern = _control_tokens(tokenizer)
-    while pattern.search(text):  # what is left of one may contain another
+    while pattern.search(text):  # the replaced text may contain another one
         text = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
     return text
 
@@ -40,7 +40,7 @@ def split_control_tokens(text: str, tokenizer: "PreTrainedTokenizerBase") -> str
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
     added = tokenizer.added_tokens_decoder.values()
-    # Some tokenizers do not mark all of theirs as special: Qwen3's <think>, for one.
+    # Some tokenizers do not mark all control tokens as special, for example Qwen3's <think>.
     texts = {one.content for one in added if one.special or _LIKE_A_CONTROL_TOKEN.fullmatch(one.content)}
     longest_first = sorted((text for text in texts if len(text.strip()) > 1), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)", re.IGNORECASE)
@@ -49,10 +49,10 @@ def _control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
 def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The template with `{bos}` filled in, or, for `chat`, one made from the tokenizer's chat template.
 
-    Braces of the text itself are doubled in both.
+    In both cases, braces that belong to the text itself are doubled.
 
     Raises:
-        UserError: a slot is unknown, `{image}` is not in it exactly once, or there is no chat template.
+        UserError: a slot is unknown, `{image}` does not occur exactly once, or there is no chat template.
     """
     if template == "chat":
         filled = _chat_template(tokenizer)
@@ -73,25 +73,25 @@ def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str
 def dialogue(
     turns: Sequence[tuple[str, str]], question: str, form: str, template: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> str:
-    """The text in `{prompt}` that asks a question after earlier questions and their answers; the last is open.
+    """The text for `{prompt}` that asks a question after earlier questions and their answers.
 
-    Where the template goes on after `{prompt}` as the tokenizer's chat template does after a user's text, the turns
-    are the user's and the assistant's by that chat template, and the picture is in the first one. Everywhere else they
-    stand one after the other, as in the authors' demo: "Question: {} Answer: {}. Question: {} Answer:". Differs from
-    the demo where an answer ends a sentence itself: no second full stop.
+    If the template continues after `{prompt}` as the tokenizer's chat template continues after a user's text, the chat
+    template formats the turns of user and assistant, and the picture is in the first turn. Otherwise the turns follow
+    each other as in the authors' demo: "Question: {} Answer: {}. Question: {} Answer:". Unlike in the demo, no full
+    stop is added to an answer that already ends a sentence.
 
     Args:
-        turns: (question, answer) of each earlier one.
-        form: how each question is put, `{}` being it.
-        template: as `resolve_template` gives it.
+        turns: (question, answer) of each earlier turn.
+        form: format of a question, where `{}` stands for the question.
+        template: as returned by `resolve_template`.
 
     Raises:
-        UserError: a chat template without a place for each turn.
+        UserError: the chat template does not have a place for each turn.
     """
     turns = [(split_control_tokens(text, tokenizer), split_control_tokens(said, tokenizer)) for text, said in turns]
     question = split_control_tokens(question, tokenizer)
     asked = [form.replace("{}", text) for text in (*(text for text, _ in turns), question)]
-    # White space in front of a question parts it from the picture, and only the first question comes right after it.
+    # White space before a question separates it from the picture, and only the first question follows the picture.
     *earlier, newest = asked[0], *(text.lstrip() for text in asked[1:])
     answered = [(text, answer) for text, (_, answer) in zip(earlier, turns, strict=True)]
     if turns and _takes_turns(template, tokenizer):
@@ -107,9 +107,9 @@ def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
-    """The chat template around texts of the user and the assistant in turn, up to where the assistant writes.
+    """Applies the chat template to alternating texts of user and assistant, up to the start of the assistant's reply.
 
-    Thinking is off: a caption of 30 tokens would be all thoughts, and one that is trained would be one of them.
+    Thinking is disabled, because otherwise all 30 tokens of a caption, generated or in training, would be thoughts.
     """
     roles = ("user", "assistant")
     turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
@@ -119,12 +119,12 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
                 turns, tokenize=False, add_generation_prompt=True, enable_thinking=False, thinking=False
             )
         )
-    except Exception as error:  # a template is a program of others, which may raise anything
+    except Exception as error:  # a template is third-party code, which may raise any exception
         raise UserError(
             f"this tokenizer's chat template fails on a dialogue of length {len(texts)} ({one_line(error)}): set "
             f"language.template to another one, {PAPER_TEMPLATE!r} for example"
         ) from error
-    if text.rstrip().endswith("<think>"):  # of models that always think: no thoughts, as other templates write it
+    if text.rstrip().endswith("<think>"):  # a model that always thinks: adds empty thoughts, as other templates do
         text = text.rstrip() + "\n\n</think>\n\n"
     return text
 
@@ -137,7 +137,7 @@ def _takes_turns(template: str, tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def _between_turns(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
-    """The texts, and between each two what the chat template writes there."""
+    """Joins the texts with what the chat template writes between them."""
     frame, written = _chat(tokenizer, [f"<<{n}>>" for n in range(len(texts))]), ""
     for n, text in enumerate(texts):
         before, found, frame = frame.partition(f"<<{n}>>")

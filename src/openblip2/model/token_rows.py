@@ -1,4 +1,4 @@
-"""Rows of token ids, as a language model is given them: how they begin, how long they may be, and their embeddings.
+"""Rows of token ids for a language model: their common start, their maximum length and their embeddings.
 
 Shapes: B rows, T tokens, Q soft tokens, L LLM width.
 """
@@ -17,31 +17,31 @@ from openblip2.model.template import split_control_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SOFT = -1  # stands for one soft token in a row of ids
-MOST_TOKENS = 512  # of a text to train on: a longer one is no caption, and its whole batch would be as long
+SOFT = -1  # placeholder for one soft token in a row of ids
+MOST_TOKENS = 512  # limit for a training text: a longer one is no caption, and would make its batch as long
 _cut: set[int] = set()  # hashes of the texts that were cut, so that each is counted once
 
 
 def text_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The ids of a user's text. Control tokens in it are read as plain text, and none are added."""
+    """Token ids of a user's text. Control tokens in it are treated as plain text, and none are added."""
     return template_ids(tokenizer, split_control_tokens(text, tokenizer))
 
 
 def template_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The ids of a text whose control tokens are meant as such; none are added."""
+    """Token ids of a text in which control tokens keep their special meaning; none are added."""
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []  # pyright: ignore
 
 
 def end_ids(tokenizer: Any, end: str | None) -> list[int]:
-    """The ids that end a text: of `end`, or with None the end-of-sequence token.
+    """Token ids that end a text: those of `end`, or the end-of-sequence token if `end` is None.
 
     Raises:
-        UserError: there is no such token, or the tokenizer does not know the text.
+        UserError: the tokenizer has no end-of-sequence token, or cannot represent `end`.
     """
     if end is None and not tokenizer.eos_token:
         raise UserError("this tokenizer has no end-of-sequence token: set language.end to the end of a caption")
     ids = template_ids(tokenizer, tokenizer.eos_token if end is None else end)
-    # T5's tokenizers, for one, drop line breaks: no text would ever end before the limit.
+    # Some tokenizers (T5's, for example) drop line breaks: a text would then only end at the length limit.
     if end is not None and (not ids or tokenizer.unk_token_id in ids):
         raise UserError(
             f"language.end={end!r} is not a token of this model's tokenizer: set language.end to another text, "
@@ -51,20 +51,20 @@ def end_ids(tokenizer: Any, end: str | None) -> list[int]:
 
 
 def common_start(rows: list[list[int]]) -> list[int]:
-    """What all rows begin with, soft tokens included."""
-    columns = zip(*rows, strict=False)  # the shortest row ends it
+    """The longest common prefix of all rows, including soft tokens."""
+    columns = zip(*rows, strict=False)  # stops at the end of the shortest row
     return [first for first, *_ in takewhile(lambda ids: len(set(ids)) == 1, columns)]
 
 
 def common_text(rows: list[list[int]]) -> list[int]:
-    """The ids that all rows begin with, up to the first soft token."""
+    """The longest common prefix of all rows, up to the first soft token."""
     return list(takewhile(lambda token: token != SOFT, common_start(rows)))
 
 
 def embed_rows(llm: Any, rows: list[list[int]], soft: Tensor, left: bool, fixed: int = 0) -> tuple[Tensor, Tensor]:
-    """Embeds rows of ids in which `SOFT` marks the soft tokens' places: `[B, T, L]` and attention mask `[B, T]`.
+    """Embeds rows of ids, with soft tokens in place of `SOFT`: returns `[B, T, L]` and the attention mask `[B, T]`.
 
-    left: padding comes first, but after the first `fixed` ids, which are never moved.
+    left: True = padding on the left, but after the first `fixed` ids, which are never moved.
     """
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -80,7 +80,7 @@ def embed_rows(llm: Any, rows: list[list[int]], soft: Tensor, left: bool, fixed:
 
 
 class Language(Protocol):
-    """A language model of `model/language.py`, which imports this module and can therefore not be imported here."""
+    """The interface of the language models in `model/language.py`, which cannot be imported here (import cycle)."""
 
     llm: Any
     tokenizer: Any
@@ -92,24 +92,24 @@ class Language(Protocol):
 
 
 def context_of(language: Language) -> int | None:
-    """The most tokens that it takes at once, soft ones counted; None where nothing says so.
+    """Maximum context length of the language model in tokens, including soft tokens; None if it is unknown.
 
-    By its configuration, or where that knows no limit (T5 tells places by distance) by its tokenizer.
+    It is read from the configuration or, if that has no limit (T5: relative positions), from the tokenizer.
     """
     places = getattr(language.llm.config.get_text_config(), "max_position_embeddings", None)
     if places is not None and places > 0:
         return places
-    most = language.tokenizer.model_max_length  # a very large number where it is unknown
+    most = language.tokenizer.model_max_length  # a very large number if it is unknown
     return None if most >= unlimited_length() else most
 
 
 def room_for_prompt(language: Language, context: int | None, queries: int, new: int) -> int | None:
-    """How long a prompt may be, as `language.length` counts it; may be negative; None = however long.
+    """Maximum length of a prompt, as counted by `language.length`; it can be negative, and None means no limit.
 
     Args:
-        context: tokens that fit at once.
-        queries: Q, soft tokens beside it.
-        new: tokens that are to be written. An encoder-decoder writes them elsewhere.
+        context: maximum context length in tokens; None = no limit.
+        queries: Q, the number of soft tokens in the same context.
+        new: number of tokens to generate. An encoder-decoder generates them in its decoder, where they need no room.
     """
     if context is None:
         return None
@@ -117,10 +117,10 @@ def room_for_prompt(language: Language, context: int | None, queries: int, new: 
 
 
 def require_room(language: Language, prompt: str, queries: int, new: int, context: int | None = None) -> int:
-    """How long a prompt is, as `language.length` counts it; arguments as in `room_for_prompt`, None = its own context.
+    """Checks that a prompt fits, and returns its length; arguments as in `room_for_prompt`, None = the model's context.
 
     Raises:
-        UserError: it does not fit beside the picture and what is to be written.
+        UserError: the prompt, the soft tokens and the new tokens do not fit into the context.
     """
     length, context = language.length(prompt), context or context_of(language)
     room = room_for_prompt(language, context, queries, new)
@@ -136,9 +136,9 @@ def require_room(language: Language, prompt: str, queries: int, new: int, contex
 def fit_rows(
     language: Language, prompts: Sequence[str], captions: Sequence[str], queries: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Ids in front of each caption, and of each caption with END, for training: cut where they do not fit.
+    """Token ids of the text before each caption, and of each caption with END, for training; cut if they do not fit.
 
-    A bad row must not end a run, nor make its batch many times as large. Each text that is cut is counted in a warning.
+    One very long row must not stop a run, or make its batch many times larger. A warning counts the texts that are cut.
 
     Args:
         prompts: B texts.
@@ -147,14 +147,14 @@ def fit_rows(
     """
     end, separate = language.end, language.llm.config.is_encoder_decoder
     context = context_of(language) or unlimited_length()
-    # A caption keeps one token at least.
+    # At least one token of each caption is kept.
     longest = min(context - (0 if separate else len(end) + 1), queries + language.length("") + MOST_TOKENS)
     heads: list[list[int]] = []
     tails: list[list[int]] = []
     for prompt, caption in zip(prompts, captions, strict=True):
         head, tail = language._head(prompt, queries), language._caption(prompt, caption)
         whole, begin = len(head) + len(tail), prompt
-        while len(head) > longest and begin:  # of the text, for the ids have the soft tokens' places among them
+        while len(head) > longest and begin:  # cuts the text, because the ids include the soft tokens
             begin = begin[: len(begin) * max(longest, 0) // len(head)]
             head = language._head(begin, queries)
         room = min(MOST_TOKENS, context - (0 if separate else len(head)))
@@ -167,7 +167,7 @@ def fit_rows(
 
 
 def _count(text: str, tokens: int, left: int) -> None:
-    known = hash("".join(text.split()))  # an encoder-decoder's text is split at another place each time
+    known = hash("".join(text.split()))  # without spaces: an encoder-decoder splits a text at different places
     if known in _cut:
         return
     _cut.add(known)

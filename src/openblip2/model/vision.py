@@ -1,9 +1,9 @@
 """The frozen image encoder (paper, section 3.4): features of its second-to-last layer, all tokens.
 
 "We remove the last layer of the ViT and use the second last layer's output features, which leads to
-slightly better performance." Any vision transformer of `transformers` serves: CLIP, SigLIP, DINOv2, DINOv3,
-ViT, BLIP-2's own EVA-CLIP ViT-g, or the vision part of a larger model that has one (`HFVision`). So does any module
-that offers `Vision`.
+slightly better performance." Any vision transformer of `transformers` can be used: CLIP, SigLIP, DINOv2, DINOv3,
+ViT, BLIP-2's own EVA-CLIP ViT-g, or the vision part of a larger model (`HFVision`). So can any module that
+implements `Vision`.
 
 Shapes: B images, P patch tokens (class and register tokens included), V encoder width, S image side in px.
 """
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-HANDED_IN = "module:"  # begins the name of a part that a caller handed in, to which no name leads
-# Encoders that take any image size unasked: with interpolated positions (DINOv2) or rotary ones (DINOv3).
+HANDED_IN = "module:"  # prefix of the names of parts that a caller passed in: they cannot be loaded by name
+# Encoders that accept any image size without an option: positions are interpolated (DINOv2) or rotary (DINOv3).
 ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit"})
-# What of an encoder's configuration changes its features without showing in its weights.
+# Fields of an encoder's configuration that change its features but cannot be seen in its weights.
 _SHAPING = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "rope_theta")
 
 Triple = tuple[float, float, float]
 
 
 class Vision(Protocol):
-    """What an image encoder of a caller's own must offer: an `nn.Module` with two attributes.
+    """The interface of a user's own image encoder: an `nn.Module` with two attributes.
 
     Attributes:
         width: V.
@@ -58,21 +58,21 @@ class Vision(Protocol):
 
 
 class FrozenVision(nn.Module):
-    """An image encoder as both stages hold it: frozen, always in eval mode, in its own precision.
+    """An image encoder as both stages use it: frozen, always in eval mode, in its own precision.
 
     Args:
-        encoder: this takes it over and freezes it.
+        encoder: the encoder; it is frozen in place.
         width: V.
         image_size: S.
 
     Attributes:
         whitening: applied to the features, if set.
-        trained: whether it trains, for fine-tuning.
+        trained: whether the encoder is trained, in fine-tuning.
         kind: its architecture.
-        source: the setting `vision.name`; of a caller's own it leads to no file.
-        shaping: what changes its features without showing in its weights, as far as that is known.
-        layers: how many layers run, or -1 where that is not known.
-        mean, std: that it normalises pixels with, or () where that is not known.
+        source: the setting `vision.name`; for a user's own encoder it cannot be loaded.
+        shaping: what changes the features but cannot be seen in the weights, as far as it is known.
+        layers: how many layers run, or -1 if unknown.
+        mean, std: used to normalise pixels, or () if unknown.
     """
 
     layers = -1
@@ -90,7 +90,7 @@ class FrozenVision(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "FrozenVision":
-        """Stays in eval mode: a frozen encoder has no use for dropout, and a trained one does without."""
+        """Stays in eval mode: dropout is off, whether the encoder is frozen or trained."""
         return super().train(False)
 
     @cached_property
@@ -101,34 +101,34 @@ class FrozenVision(nn.Module):
 
     @property
     def grid(self) -> int:
-        """Patches along a side; they are the last `grid * grid` tokens, row by row."""
+        """Patches along a side; the patches are the last `grid * grid` tokens, row by row."""
         return math.isqrt(self.patches)
 
     def gray_picture(self) -> Tensor:
-        """Pixels of one picture, on the encoder's device."""
+        """Pixels of one gray picture, on the encoder's device."""
         some = next(chain(self.encoder.parameters(), self.encoder.buffers()), torch.empty(0))
         return torch.full((1, 3, self.image_size, self.image_size), 128, dtype=torch.uint8, device=some.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """The dtype of the encoder's weights."""
         return next((p.dtype for p in self.encoder.parameters()), torch.float32)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode images.
 
         Args:
-            pixels: uint8 `[B, 3, S, S]` RGB in [0, 255], on the encoder's device: sent as bytes, normalised
-                there in float32.
+            pixels: uint8 `[B, 3, S, S]` RGB in [0, 255], on the encoder's device. They are sent to it as bytes and
+                normalised on it in float32.
 
         Returns:
-            `[B, P, V]` in the encoder's dtype, which is also what it computes in: autocast to another is off inside,
-            unless it trains.
+            `[B, P, V]` in the encoder's dtype. The encoder also computes in this dtype: autocast to another one is
+            disabled inside, unless the encoder is trained.
         """
         side = self.image_size
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
             raise ValueError(f"pixels must be uint8 [B, 3, {side}, {side}], not {pixels.dtype} {list(pixels.shape)}")
-        if self.trained:  # precision is training's
+        if self.trained:  # uses the precision of training
             features = self._encode(pixels)
         else:
             with own_precision(pixels.device, self.dtype):
@@ -140,10 +140,10 @@ class FrozenVision(nn.Module):
 
 
 def frozen_vision(encoder: Vision) -> FrozenVision:
-    """What both stages hold of an encoder that a caller hands in, which may be one already.
+    """Makes a `FrozenVision` of an encoder that a caller passes in, unless it is one already.
 
     Raises:
-        UserError: it is no `Vision`.
+        UserError: the encoder does not implement `Vision`.
     """
     if isinstance(encoder, FrozenVision):
         return encoder
@@ -162,23 +162,23 @@ def frozen_vision(encoder: Vision) -> FrozenVision:
 class HFVision(FrozenVision):
     """A frozen image encoder of `transformers`, cut off after one of its layers; it normalises pixels itself.
 
-    `unfreeze` lets it train, for fine-tuning.
+    `unfreeze` makes it trainable, for fine-tuning.
 
-    The layers after the chosen one are removed from `encoder`, which this takes over: they cost neither
-    memory nor time. The output is the raw output of the chosen layer, what `transformers` calls
-    `hidden_states[layer]`: no final norm, no pooling, no projection. Nothing in it trains, and it stays in
-    eval mode whatever its parent is set to.
+    The layers after the chosen one are removed from `encoder` in place, so that they cost neither
+    memory nor time. The output is the raw output of the chosen layer, which `transformers` calls
+    `hidden_states[layer]`: no final norm, no pooling, no projection. Without `unfreeze`,
+    nothing in it is trained. It stays in eval mode even if its parent is set to training mode.
 
     Args:
-        encoder: A vision transformer of `transformers`, in the dtype in which it is to run.
+        encoder: A vision transformer of `transformers`, in the dtype in which it will run.
         layer: Which layer to take, counted as a hidden-state index: -1 is the last layer, -2 the second to
             last (the paper's), 1 the first.
         image_size: Image side S in px, a multiple of the patch side. If it is not the encoder's own, its
             position embeddings are interpolated (bicubic).
-        mean, std: Of the red, green and blue values that the encoder was trained with, in [0, 1].
+        mean, std: Mean and standard deviation of red, green and blue in the encoder's training, in [0, 1].
 
     Raises:
-        UserError: The encoder is no plain stack of layers, has no such layer, or cannot take that image size.
+        UserError: The encoder is not a plain stack of layers, has no such layer, or does not accept that image size.
     """
 
     def __init__(
@@ -203,10 +203,10 @@ class HFVision(FrozenVision):
         keep_first_stages(config, self.layers)
 
     def unfreeze(self) -> None:
-        """From now on all of it trains that its features depend on. It then computes in the precision around it."""
+        """Makes all parameters that affect its features trainable; it then computes in the precision of training."""
         self.trained = True
         parameters = dict(self.encoder.requires_grad_(True).named_parameters())
-        # Which these are (no pooler, no last norm, no mask token) is asked of one gray picture, not of names.
+        # These parameters (no pooler, last norm or mask token) are found by a backward pass for one gray picture.
         with torch.enable_grad():
             features = self(self.gray_picture())
         found = torch.autograd.grad(features.float().sum(), list(parameters.values()), allow_unused=True)
@@ -214,18 +214,18 @@ class HFVision(FrozenVision):
             parameter.requires_grad_(gradient is not None)
 
     def depths(self) -> dict[str, int]:
-        """The depth of each parameter, by name: 1 to `layers` in the layers, 0 in front of them."""
+        """The depth of each parameter, by name: 1 to `layers` in the layers, 0 before them."""
         layers = {id(p): n for n, layer in enumerate(_stack(self.encoder), 1) for p in layer.parameters()}
         return {name: layers.get(id(parameter), 0) for name, parameter in self.named_parameters()}
 
     def checkpoint_activations(self) -> None:
-        """From now on the backward pass computes each layer again instead of keeping what is in it."""
+        """Enables activation checkpointing: the backward pass recomputes each layer instead of storing activations."""
         for layer in _stack(self.encoder):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def _encode(self, pixels: Tensor) -> Tensor:
         seen: list[Any] = []
-        # A hook and not `output_hidden_states`, which would hold the output of every layer until the end.
+        # A hook instead of `output_hidden_states`, which would keep the output of every layer until the end.
         hook = _stack(self.encoder)[-1].register_forward_hook(lambda layer, given, output: seen.append(output))
         try:
             self.encoder(self._normalise(pixels).to(self.encoder.dtype), **self._options)
@@ -269,7 +269,7 @@ def _count(layer: int, depth: int, kind: str) -> int:
 
 
 def _options_for_size(encoder: "PreTrainedModel", image_size: int) -> dict[str, bool]:
-    """Checks an image size; the encoder's options for it."""
+    """Checks an image size, and returns the encoder's options for it."""
     config: Any = encoder.config
     patch, native = side_of(config.patch_size), side_of(config.image_size)
     if image_size < patch or image_size % patch:

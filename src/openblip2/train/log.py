@@ -1,4 +1,4 @@
-"""`log.jsonl`: what happened in a run, one JSON object a line; and the tracker that gets the same rows, if any."""
+"""`log.jsonl`, which has one JSON object per line for each event of a run, and optional experiment trackers."""
 
 import json
 import os
@@ -15,16 +15,16 @@ PROJECT = "openblip2"
 
 
 class Log:
-    """Lines appended as things happen. A resumed run drops what came after its step.
+    """A log to which rows are appended during a run. A resumed run removes the rows after its checkpoint's step.
 
     Args:
-        keep_steps: Keep what is there up to this step; None = begin anew.
-        writes: False for processes that only read along: one of a run's processes writes.
+        keep_steps: Keep the existing rows up to this step; None = start a new log.
+        writes: False for processes that only read the log, because one process of a run writes it.
         track: Called with each row that is written.
 
     Attributes:
-        validated: The steps that were validated.
-        torn: How many lines were no JSON and were dropped: a process that is killed may leave half a line.
+        validated: The steps that have a validation row.
+        torn: Number of dropped lines that were not JSON; a process that is killed may leave half a line.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Log:
         if keep_steps is not None and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 row = _row(line)
-                # Steps after the checkpoint are taken again, and would be in the log twice.
+                # Steps after the checkpoint are repeated, so their old rows would be duplicates.
                 if row is None:
                     self.torn += 1
                 elif row.get("step", 0) <= keep_steps:
                     rows.append(row)
         self.validated = {row["step"] for row in rows if "validation" in row}
-        # Rewritten even if nothing is dropped: half a line at its end would spoil the next one.
+        # Rewritten even if no row is dropped, because an incomplete last line would corrupt the next row.
         if writes:
             write_text("".join(json.dumps(row) + "\n" for row in rows), path)
 
@@ -57,20 +57,20 @@ class Log:
             self.track(row)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All that is there now."""
+        """All rows that are in the file now."""
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def to_disk(self) -> None:
-        """Sees to it that what was written outlives a power cut, as the checkpoint that counts on it does."""
+        """Syncs the log to the disk, so that it survives a power cut like the checkpoint that depends on it."""
         if self.writes:
             sync(self.path)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, which may be that of a run that is still training: half a line at its end is left out.
+    """The rows of a log. The run may still be training, so an incomplete last line is ignored.
 
     Raises:
-        UserError: no log, no step yet, or a line that is no row.
+        UserError: There is no log, it has no step yet, or a line is not a row.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -81,7 +81,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         row = _row(line)
         if row and isinstance(row.get("step"), int):
             rows.append(row)
-        elif n < len(lines) - 1:  # the last line may be half written
+        elif n < len(lines) - 1:  # the last line may be incomplete
             raise UserError(f"{path}: line {n + 1} is not a row of a log: give a run that `openblip2 train` wrote")
     if not rows:
         raise UserError(f"{path}: has no step yet: try again later")
@@ -89,7 +89,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """A line as an object; None where it is not one."""
+    """Parses a line as a JSON object; None if it is not one."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -98,14 +98,14 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
-    """A function that sends a row of the log to an experiment tracker.
+    """Returns a function that sends a row of the log to an experiment tracker.
 
     Args:
-        kind: Which one; "" = none.
-        settings: Of the run, for trackers that show them.
+        kind: The tracker; "" = none.
+        settings: The settings of the run, for trackers that display them.
 
     Raises:
-        UserError: The tracker is not installed, or it cannot begin, for one because nobody is logged in.
+        UserError: The tracker is not installed, or it cannot start, for example because nobody is logged in.
     """
     if not kind:
         return lambda row: None
@@ -120,13 +120,13 @@ def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Calla
             def write(row: Mapping[str, Any]) -> None:
                 for name, value in numbers(row).items():
                     writer.add_scalar(name, value, row["step"])
-                writer.flush()  # a killed run keeps its curves
+                writer.flush()  # so that a killed run keeps its curves
 
             return write
         if kind == "wandb":
             import wandb as module  # pyright: ignore[reportMissingImports]  (not among what the developers install)
 
-            # The same id makes a resumed run go on in the same chart.
+            # With the same id, a resumed run continues in the same chart.
             module.init(
                 project=PROJECT, name=run.name, dir=str(run), id=run.name, resume="allow", config=dict(settings)
             )
@@ -136,7 +136,7 @@ def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Calla
             module.init(project=PROJECT, name=run.name, resume="allow", config=dict(settings))
     except ImportError as error:
         raise UserError(f"train.track={kind}: pip install {kind} ({error.name} is missing)") from error
-    except Exception as error:  # each tracker has its own
+    except Exception as error:  # each tracker raises errors of its own types
         help_ = "run `wandb login`, or set WANDB_MODE=offline" if kind == "wandb" else "choose another train.track"
         raise UserError(f"train.track={kind}: {kind} does not start ({one_line(error)}): {help_}") from error
     finally:

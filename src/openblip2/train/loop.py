@@ -1,4 +1,4 @@
-"""One training loop for every stage. It knows losses by name and parameters by name, and nothing of BLIP-2."""
+"""The training loop for every stage. It handles losses and parameters by name and does not depend on BLIP-2."""
 
 import math
 import signal
@@ -41,24 +41,24 @@ def fit(
     advise: Callable[[list[dict[str, Any]]], list[str]] = lambda rows: [],
     data: str = "",
 ) -> None:
-    """Trains what requires a gradient in `model` and writes `run`.
+    """Trains the parameters of `model` that require a gradient and writes the run to `run`.
 
-    Every batch is a function of its number and every random draw of (seed, number), so a run that is stopped and
-    resumed takes the same steps as one that was not: bit-equal on CPU. A step whose losses or gradients are not finite
-    in any process is taken in none.
+    Each batch depends only on its number and each random draw only on (seed, number), so a resumed run takes the same
+    steps as an uninterrupted one: bit-equal on CPU. If the losses or gradients of a step are not finite in any
+    process, all processes skip the step.
 
     Args:
         losses: Batch number 0, 1, ... -> losses by name; their sum is minimised. Called under autocast.
-        validate: Measured every `validate_every` steps and at the end; called in eval mode without gradients.
-        last: The checkpoint to go on from (`resume.find_checkpoint`); None = begin, and remove what an older run left.
-        samples: The samples of the last step in this process, to be named if it is bad.
-        sparse: Whether there are batches whose losses do not depend on all that trains (see `DataParallelLosses`).
-        advise: Lines to say after a validation, from the rows of the log.
-        data: A digest of what is trained on (`bookkeeping.data_digest`), kept in the checkpoints.
+        validate: Called every `validate_every` steps and at the end, in eval mode without gradients.
+        last: The checkpoint to continue from (`resume.find_checkpoint`); None = start anew and remove older results.
+        samples: The samples of the last step in this process, reported if too many steps are bad.
+        sparse: Whether some batches have losses that do not use all trained parameters (see `DataParallelLosses`).
+        advise: Returns lines to print after a validation, from the rows of the log.
+        data: A digest of the training data (`bookkeeping.data_digest`), stored in the checkpoints.
 
     Raises:
         UserError: A checkpoint cannot be read or written, or too many steps in a row were not finite.
-        Stopped: The process was asked to stop; a checkpoint is written.
+        Stopped: The process was asked to stop; a checkpoint has been written.
     """
     keep_freed_memory()
     trained = trained_parameters(model)
@@ -66,7 +66,7 @@ def fit(
     if last is None:
         forget_checkpoints(run)
     done = Done(data=data) if last is None else restore_checkpoint(last, model, optimizer)
-    keep_last(run, settings.keep_checkpoints)  # a process may have ended between writing one and this
+    keep_last(run, settings.keep_checkpoints)  # an earlier process may have ended before this cleanup
     parallel_losses = DataParallelLosses(model, losses, sparse)
     track = open_tracker(settings.track if is_first() else "", run, asdict(settings) | asdict(optim))
     log = Log(run / "log.jsonl", None if last is None else done.step, is_first(), track)
@@ -78,7 +78,7 @@ def fit(
     def save() -> None:
         nonlocal saved
         if saved < done.step:
-            # The log first: a resumed run keeps its lines up to the checkpoint's step, so they must be there.
+            # Sync the log first: a resumed run keeps its rows up to the checkpoint's step, so they must be on the disk.
             log.to_disk()
             write_checkpoint(run, model, optimizer, done, settings.keep_checkpoints)
             saved = done.step
@@ -86,8 +86,8 @@ def fit(
     with progress.steps("training", settings.steps, done.step, "steps") as bar, stop_requests() as stops:
 
         def measure_and_log() -> None:
-            # Validation may take minutes. Nothing of it is saved, so that a request to stop need not wait for its end;
-            # a resumed run begins it again.
+            # Validation may take minutes. It saves no state, so a request to stop interrupts it, and a resumed run
+            # repeats it.
             try:
                 with stops.interrupting():
                     measured = measure(model, validate, settings)
@@ -99,8 +99,8 @@ def fit(
             for line in advise(log.rows()):
                 progress.say(line)
 
-        # The run may have ended in the validation of its last step. The first process decides for all: only its log is
-        # surely up to date.
+        # The run may have ended during the validation of its last step. The first process decides for all, because
+        # only its log is certain to be up to date.
         missing = from_first(done.step > 0 and done.step not in log.validated)
         if missing and _due(done.step, settings.validate_every, settings.steps):
             measure_and_log()
@@ -109,15 +109,15 @@ def fit(
             parts = _accumulate(model, parallel_losses, step, settings)
             grad_norm = clip_gradients(trained.values(), optim.clip or math.inf)
             broken = not_finite({**parts, "grad_norm": grad_norm})
-            # All processes must take the same branch: where one has a bad loss or a request to stop, all have.
+            # All processes must take the same branch, so one bad loss or one request to stop applies to all.
             is_bad, stop = highest([int(bool(broken)), stops.signal])
             rate = learning_rate(step, settings.steps, optim)
             if not is_bad:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["rate"]
                 optimizer.step()
-            optimizer.zero_grad()  # also after a bad step, whose gradients must not be added to the next
-            # A bad step counts, too: the number of the next batch and the learning rate depend on it.
+            optimizer.zero_grad()  # also after a bad step, so that its gradients are not added to the next ones
+            # Bad steps are counted, too, because the next batch number and the learning rate depend on the count.
             done = count_step(done, settings.accumulate, bool(is_bad))
             if is_bad:
                 broken = {name: text for one in from_all(broken) for name, text in one.items()}
@@ -127,7 +127,7 @@ def fit(
                 row = {"loss": sum(parts.values()), **parts, "lr": rate, "grad_norm": grad_norm}
             log.write({"step": done.step, **row, "seconds": round(time.perf_counter() - began, 4)})
             bar.advance(parts)
-            # Before a checkpoint is written: one of a run that gives up would only give up again.
+            # Before a checkpoint is written, because a run resumed from it would only give up again.
             if done.bad_in_a_row >= settings.most_bad_steps:
                 give_up(run, done, broken, [row for rows in from_all(samples()) for row in rows])
             # Before validation, which may take longer than a scheduler waits after its signal.
@@ -137,30 +137,30 @@ def fit(
                 raise Stopped(stop)
             if _due(done.step, settings.validate_every, settings.steps):
                 measure_and_log()
-        # Last: a run that has this file is finished.
+        # Written last, because a run with this file counts as finished.
         save_trained(model, run / "model.safetensors")
 
 
 def measure(model: nn.Module, validate: Callable[[], dict[str, Any]], settings: TrainSettings) -> dict[str, Any]:
-    """Runs `validate` in eval mode, without gradients, with draws that depend on the seed alone."""
+    """Runs `validate` in eval mode without gradients, with random draws that depend on the seed alone."""
     model.eval()
     torch.manual_seed(settings.seed)
     try:
-        # Each process measures all held-out pictures: they are few, and the results are equal everywhere.
+        # Each process evaluates all held-out pictures, because they are few; the results are the same everywhere.
         with alone(), torch.no_grad(), computing(model, settings.precision):
             return validate()
     finally:
         model.train()
-        release_freed_memory()  # the next step maps pages anew, which costs little once in a validation
+        release_freed_memory()  # the next step maps pages again, which costs little once per validation
 
 
 def _accumulate(model: nn.Module, losses: DataParallelLosses, step: int, settings: TrainSettings) -> dict[str, float]:
-    """Adds up the gradients of the step's batches and returns the mean of each loss, over processes too."""
+    """Accumulates the gradients of the step's batches and returns the mean of each loss, also over processes."""
     totals: dict[str, float] = {}
     numbers = range(step * settings.accumulate, (step + 1) * settings.accumulate)
     for number in numbers:
-        # Seeded by the batch's number, so that no state of a generator has to be saved. Dropout differs between
-        # processes; what must be one draw of the joined batch has a generator of its own (`joint_draws`).
+        # Seeded by the batch number, so that no generator state has to be saved. Dropout differs between processes;
+        # draws for the joined batch must be the same in all of them and use a separate generator (`joint_draws`).
         torch.manual_seed(settings.seed * 1_000_003 + number + rank() * 2**40)
         with losses.batch(number == numbers[-1]):
             with computing(model, settings.precision):
@@ -172,8 +172,8 @@ def _accumulate(model: nn.Module, losses: DataParallelLosses, step: int, setting
 
 
 def joint_draws(seed: int, number: int) -> torch.Generator:
-    """The generator of what is drawn for the joined batch: negatives, prompts, where captions are split."""
-    # Seeded equally in all processes, and with other numbers than dropout is (`_accumulate`).
+    """The generator for random draws over the joined batch: negatives, prompts, and where captions are split."""
+    # The seed is the same in all processes and differs from the seeds of dropout (`_accumulate`).
     return torch.Generator().manual_seed(seed * 1_000_003 + number + 2**60)
 
 
@@ -189,10 +189,10 @@ def _in_words(measured: dict[str, Any]) -> str:
 
 
 class StopRequests:
-    """Requests to stop: by Ctrl-C, or by SIGTERM, which schedulers send before they take a machine away.
+    """Requests to stop by Ctrl-C or by SIGTERM, which schedulers send before they take a machine away.
 
     Attributes:
-        signal: The number of the first one, 0 = none.
+        signal: The number of the first signal; 0 = none.
     """
 
     def __init__(self) -> None:
@@ -206,9 +206,9 @@ class StopRequests:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """A request interrupts the block at once, with `Stopped`; the block must change nothing that is saved.
+        """Lets a request interrupt the block at once with `Stopped`; the block must not change anything that is saved.
 
-        Not with several processes: the others would wait for one that is interrupted.
+        This works with a single process only, because other processes would wait for an interrupted one.
         """
         if self.signal and world_size() == 1:
             raise Stopped(self.signal)
@@ -221,7 +221,7 @@ class StopRequests:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Collects Ctrl-C and SIGTERM, which would end the process in the middle of a step."""
+    """Collects Ctrl-C and SIGTERM, which would otherwise end the process in the middle of a step."""
     stops = StopRequests()
     if threading.current_thread() is not threading.main_thread():
         yield stops  # only the main thread may handle signals

@@ -1,4 +1,4 @@
-"""The trained parameters of a model and the whitening of its features, written to files and read back."""
+"""Writes and reads the trained parameters of a model and the whitening of its features."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,26 +15,26 @@ from openblip2.runs import read_tensors, write_tensors
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name; a tied one is there once."""
+    """The parameters that require a gradient, by name; a tied parameter appears once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a run saves, by name: those that train, and all of the connector."""
-    # Other frozen parts can be loaded again by the names in config.json. The connector's weights are in no other file,
-    # even where adapters (LoRA) freeze them.
+    """The parameters that a run saves, by name: the trained ones, and all of the connector."""
+    # Other frozen parts can be loaded again by their names in config.json. The connector is always saved, even if
+    # adapters (LoRA) freeze it, because no other file has its weights.
     connectors = tuple(f"{name}." for name, part in model.named_children() if isinstance(part, Connector))
     return {n: p for n, p in model.named_parameters() if p.requires_grad or n.startswith(connectors)}
 
 
 def save_trained(model: nn.Module, path: Path) -> None:
-    """Writes the saved parameters to one safetensors file, whole or not at all.
+    """Writes the saved parameters to one safetensors file atomically.
 
     All processes of a run must call it; the first one writes.
     """
     weights = {}
     for name, parameter in saved_parameters(model).items():
-        # One by one: a parameter in pieces (FSDP2) is gathered in all processes, and only the first has room for all.
+        # One by one: a sharded parameter (FSDP2) is gathered in all processes, and only the first one keeps all.
         full = full_tensor(parameter).cpu().contiguous()
         if is_first():
             weights[name] = full  # the other processes only take part in gathering it
@@ -43,21 +43,21 @@ def save_trained(model: nn.Module, path: Path) -> None:
 
 
 def load_trained(model: nn.Module, path: Path) -> None:
-    """Fills the saved parameters from a file, strictly: the same names and shapes on both sides.
+    """Loads the saved parameters from a file; names and shapes must match exactly.
 
     Raises:
-        UserError: The file is missing or damaged, or holds other names or shapes; they are listed.
+        UserError: The file is missing or damaged, or has other names or shapes, which the message lists.
     """
     fill_trained(model, read_tensors(path), str(path))
 
 
 def fill_trained(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Fills the saved parameters from tensors, strictly: the same names and shapes on both sides.
+    """Copies tensors into the saved parameters; names and shapes must match exactly.
 
     Raises:
-        UserError: `source` holds other names or shapes; they are listed.
+        UserError: `source` has other names or shapes, which the message lists.
     """
-    # A missing or an extra name means that config.json describes another model than the one that was trained.
+    # A missing or unexpected name means that config.json does not describe the model that was trained.
     wanted = saved_parameters(model)
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or extra:
@@ -83,7 +83,7 @@ def read_whitening(run: Path) -> Whitening:
     """The whitening of the features that a run was trained on.
 
     Raises:
-        UserError: it has none, or a damaged one.
+        UserError: The run has no whitening, or its file is damaged.
     """
     tensors = read_tensors(run / "whitening.safetensors")
     if tensors.keys() != {"mean", "matrix"}:
@@ -92,8 +92,8 @@ def read_whitening(run: Path) -> Whitening:
 
 
 def whitening_of_run(settings: RunSettings, run: Path, features: Callable[[], Tensor] | None = None) -> Whitening:
-    """The whitening of the run to start from, which has learned with it; without one, of some features `[N, P, V]`."""
-    # Fitted once: in other processes rounding could make it another one.
+    """The whitening that the start run was trained with, or, without a start, one fitted to features `[N, P, V]`."""
+    # Fitted in one process only, because rounding could give another result in the others.
     if not is_first():
         return read_whitening(run)
     if settings.start:

@@ -1,8 +1,8 @@
-"""From records or shards to batches: texts cleaned, pictures held out, frozen features computed once.
+"""Turns records or shards into batches: cleans texts, holds pictures out, and computes frozen features once.
 
-RUN/shards.json   which shards, with how many samples each: by it the order of samples is the same in every process and
-                  after every start (data/web/mixture.py)
-RUN/held_out/     of shards: the pictures to validate on, a data folder that `evaluate --data` takes too
+RUN/shards.json   the shards and the number of samples in each, so that the order of samples is the same in every
+                  process and after every start (data/web/mixture.py)
+RUN/held_out/     with shards: the validation pictures, as a data folder that `evaluate --data` also accepts
 
 Shapes: B pairs, P patch tokens, V encoder width, S image side in px.
 """
@@ -35,19 +35,19 @@ from openblip2.train.parameters import whitening_of_run
 
 HELD_OUT = "held_out"
 ASKING = ("vqa", "instruct")  # tasks that need questions
-WHITENING_PICTURES = 256  # enough for a covariance: each has a hundred patches and more
+WHITENING_PICTURES = 256  # enough for a covariance, because each has a hundred patches or more
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains and validates on.
+    """The training and validation data of a run.
 
     Attributes:
         batches: Training batches of this process by number, and those of all processes together (`joined`).
-        records: The pictures to train on; none with shards.
-        held_out: The pictures to validate on.
-        held_out_features: Their features as the image encoder now is: other ones whenever it trains.
-        samples: How many samples shards have.
+        records: The training pictures; empty with shards.
+        held_out: The validation pictures.
+        held_out_features: Returns their features with the image encoder's current weights, which training may change.
+        samples: Number of samples in the shards.
     """
 
     batches: Batches | ShardPairs
@@ -58,15 +58,15 @@ class Prepared:
 
     @property
     def pictures(self) -> int:
-        """How many there are to train on."""
+        """Number of training pictures."""
         return self.samples or len(self.records)
 
     def captions(self) -> list[tuple[str, str]]:
-        """All captions, each after the id of its picture."""
+        """All captions, as (picture id, caption)."""
         return [(record.id, caption) for record in (*self.records, *self.held_out) for caption in record.captions]
 
     def questions(self, form: str = "{}") -> list[tuple[str, str]]:
-        """All questions, put into a form, each after the id of its picture."""
+        """All questions, inserted into a form, as (picture id, question)."""
         records = (*self.records, *self.held_out)
         return [(record.id, form.replace("{}", q.text)) for record in records for q in record.questions]
 
@@ -81,15 +81,15 @@ def prepare(
     skipped: Sequence[str] = (),
     held_out: Sequence[Record] | None = None,
 ) -> Prepared:
-    """Cleans texts, holds pictures out, and computes the features that are computed once.
+    """Cleans texts, holds pictures out, and computes the features that need to be computed only once.
 
-    Of several processes the first one calls this first, and writes; the others then read what it has written.
+    With several processes, the first one calls this first and writes files, which the others then read.
 
     Args:
-        run: The run's folder; what is left out is named in its `skipped.jsonl` (`train/bookkeeping.py`).
-        cache_folder: Where features are kept, in a cache that is made if it is not there; `data.features` goes first.
+        run: The run's folder; left-out samples are listed in its `skipped.jsonl` (`train/bookkeeping.py`).
+        cache_folder: The folder of the feature cache, which is created if needed; `data.features` takes precedence.
         skipped: One line for each sample that was left out before.
-        held_out: The pictures to validate on; None = a share of the records.
+        held_out: The validation pictures; None = a share of the records.
     """
     everything = [*records, *(held_out or ())]
     records, validation = (_usable(part, settings) for part in (records, held_out or ()))
@@ -97,7 +97,7 @@ def prepare(
     skip = Skipped(run, progress)
     skip(*skipped)
     _require_enough(held, trained, settings, skip, held_out is None)
-    name_wordy_texts(everything, run, progress)  # as they were: those of `records` are cut by now
+    name_wordy_texts(everything, run, progress)  # the original texts, because those of `records` are already cut
     _require_a_pair_for_each_process(settings)
 
     def samples_of(part: Sequence[Record]) -> Samples:
@@ -119,18 +119,18 @@ def prepare(
         held, problems = openable(held, size)
         skip(*problems)
         _require_enough(held, trained, settings, skip)
-        # Features change with the encoder, so that pictures are opened in every step.
+        # Features change with the encoder, so pictures are opened in every step.
         pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, **how)
         return Prepared(pairs, trained, held, lambda: encode_now(vision, held))
 
-    # Evenly spread; never of the held-out pictures.
+    # Evenly spread over the training pictures; held-out pictures are never used.
     sample = trained[:: -(-len(trained) // WHITENING_PICTURES)]
     if settings.data.features:
         cache = open_cache(vision, settings, Path(settings.data.features))
     elif not is_first():  # the first process has made it
         cache = FeatureCache(cache_folder / "pictures")
     else:
-        # Augmented pictures differ in every epoch: only the plain ones, for validation and whitening, are cached.
+        # Augmented pictures differ in every epoch, so only the plain ones for validation and whitening are cached.
         encoded = [*held, *sample] if augment else [*records, *validation]
         cache = make_cache(vision, encoded, settings, cache_folder / "pictures", progress, "pictures", replace=True)
     if settings.vision.whiten:
@@ -146,7 +146,7 @@ def prepare(
 
     held_features = stored(held).load()
     _require_enough(held_features.records, trained, settings, skip)  # without those that cannot be opened
-    # With crops in the user's cache no picture has to be opened in training.
+    # If the user's cache has crops, no picture has to be opened in training.
     if augment and not settings.data.features:
         pairs = ImagePairs(trained, samples_of(trained), batch, seed, size, skip.in_training, **how)
         return Prepared(pairs, trained, held_features.records, lambda: held_features)
@@ -171,12 +171,12 @@ def prepare_shards(
 
     Args:
         parts: The shards, not counted yet.
-        held_out: The pictures to validate on; None = the first samples of the first part, `data.held_out` of all its
-            samples and `data.most_held_out` at most.
-        resume: The counts that are in the run's folder hold.
+        held_out: The validation pictures; None = the first samples of the first part: a share `data.held_out` of its
+            samples, but at most `data.most_held_out`.
+        resume: Use the counts in the run's folder.
 
     Raises:
-        UserError: Settings that shards cannot have, no sample, or fewer than 2 pictures to validate on.
+        UserError: A setting that shards do not support, no sample, or fewer than 2 validation pictures.
     """
     if settings.task not in ("pretraining", "caption", "retrieval"):
         raise UserError(f"{settings.task} is not trained on shards, which hold captions: give --data with questions")
@@ -188,7 +188,7 @@ def prepare_shards(
         raise UserError("--features cannot be used with shards, whose pictures are encoded as they come")
     _require_a_pair_for_each_process(settings)
     skip = Skipped(run, progress)
-    # The order of samples follows from the counts, so all processes and all starts of a run must use the same ones.
+    # The order of samples depends on the counts, so all processes and all starts of a run must use the same ones.
     counted = mixture.kept_parts(run, parts) if resume or not is_first() else None
     if counted is None:
         with progress.steps("counting shards", sum(len(part.shards) for part in parts), unit="shards") as bar:
@@ -197,12 +197,12 @@ def prepare_shards(
             wanted = min(int(counted[0].samples * settings.data.held_out), settings.data.most_held_out)
             counted = mixture.hold_out_samples(counted, wanted)
             mixture.write_held_out(counted[0], wanted, run / HELD_OUT, skip)
-        mixture.write_parts(counted, run)  # last: a start that ended before this counts again
+        mixture.write_parts(counted, run)  # last, so that a start that ended before this counts again
     if held_out is None:
         held_out, _ = read_records(run / HELD_OUT)
     samples = sum(part.samples for part in counted)
     progress.say(f"{number_of(samples, 'sample')} of {number_of(sum(len(p.shards) for p in counted), 'shard')}")
-    # Few enough to be decoded now, so that validation always has the same pictures.
+    # They are few enough to be decoded now, so that validation always uses the same pictures.
     progress.doing("encoding what is held out")
     name_wordy_texts(held_out, run, progress)
     held, problems = openable([cleaned(record) for record in held_out], settings.vision.image_size)
@@ -218,30 +218,30 @@ def prepare_shards(
         vision.whitening = whitening_of_run(settings, run, lambda: _first_features(vision, pairs)).to(device())
     if settings.vision.trained:
         return Prepared(pairs, [], held, lambda: encode_now(vision, held), samples)
-    # A frozen encoder gives the same features in each validation.
+    # A frozen encoder gives the same features in each validation, so they are computed once.
     with torch.no_grad():
         held_features = encode_now(vision, held)
     return Prepared(pairs, [], held, lambda: held_features, samples)
 
 
 def hold_out(records: Sequence[Record], settings: RunSettings) -> tuple[list[Record], list[Record]]:
-    """The records to validate on and those to train on, drawn with the run's seed."""
+    """Splits the records at random, with the run's seed, into validation records and training records."""
     count = min(int(len(records) * settings.data.held_out), settings.data.most_held_out)
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(settings.train.seed)).tolist()
-    # In the order of the records: batches are drawn by position.
+    # In the order of the records, because batches are drawn by position.
     return [records[n] for n in sorted(order[:count])], [records[n] for n in sorted(order[count:])]
 
 
 def _require_enough(
     held: Sequence[Record], trained: Sequence[Record], settings: RunSettings, skipped: Skipped, share: bool = False
 ) -> None:
-    """Two pictures to train on and two to validate on, or an error. `share`: whether `data.held_out` may help."""
+    """Requires two training and two validation pictures. `share`: whether another `data.held_out` may help."""
     if len(held) >= 2 and len(trained) >= 2:
         return
     count, left_out = len(held) + len(trained), f" ({skipped.count:,} more were skipped)" if skipped.count else ""
     few = f"{number_of(count, 'picture')}{left_out} {'is' if count == 1 else 'are'} too few"
     remedy = "give more pictures"
-    # With 4 pictures a share can leave 2 on each side. Rounded up to whole percents.
+    # With 4 pictures or more, a share can leave 2 on each side. It is rounded up to whole percents.
     if share and count >= 4:
         held_out = math.ceil(200 / count) / 100
         batch = min(settings.train.batch, count - int(count * held_out))
@@ -254,7 +254,7 @@ def _require_enough(
 
 
 def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
-    """The records with their texts cleaned; for VQA and instructions those with questions that are to be asked."""
+    """The records with cleaned texts; for VQA and instructions, only those with questions to be asked."""
     records = [cleaned(record, settings.reads_prompts) for record in records]
     if settings.task not in ASKING:
         return records
@@ -270,7 +270,7 @@ def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
 
 
 def cleaned(record: Record, as_written: bool = False) -> Record:
-    """A record with its texts as models learn them.
+    """A record with its texts cleaned for training.
 
     Args:
         as_written: whether questions keep their capitals and punctuation, as in an instruction.
@@ -290,7 +290,7 @@ def _require_a_pair_for_each_process(settings: RunSettings) -> None:
 
 def _first_features(vision: FrozenVision, pairs: ShardPairs) -> Tensor:
     """Features `[N, P, V]` of the first batches."""
-    # Of all processes together, so that the whitening does not depend on their number.
+    # From the batches of all processes, so that the whitening does not depend on the number of processes.
     features: list[Tensor] = []
     with torch.no_grad():
         while sum(map(len, features)) < WHITENING_PICTURES:

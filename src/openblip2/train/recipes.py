@@ -1,6 +1,6 @@
-"""The two recipes: what stage 1 and stage 2 do with the same loop, in pre-training and in fine-tuning.
+"""The training recipes of stage 1 and stage 2, for pre-training and fine-tuning; both use the same training loop.
 
-Retrieval is fine-tuned as stage 1 is trained; captioning, VQA and instructions as stage 2 is.
+Retrieval is fine-tuned with the recipe of stage 1; captioning, VQA and instructions with that of stage 2.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -69,24 +69,24 @@ def train_stage(
     vision: Vision | None = None,
     language: LanguageModel | None = None,
 ) -> None:
-    """Trains one stage on records, or on shards, and writes the run.
+    """Trains one stage on records or on shards and writes the run.
 
     Args:
-        settings: What is trained, and how.
-        records: What it is trained on.
+        settings: The model and how it is trained.
+        records: The training data.
         run: The folder to write.
-        progress: Where it says how far it is.
-        resume: Go on from the run's last checkpoint, or begin where it has none; nothing is done if it is finished.
-        features: Where frozen features are kept between runs.
+        progress: Receives progress messages.
+        resume: Continue from the run's last checkpoint, if it has one; a finished run is not trained again.
+        features: The folder where frozen features are kept between runs.
         skipped: One line for each sample left out when the records were read.
-        held_out: The pictures to validate on; None = a share of what is trained on (`data.held_out`).
-        shards: What it is trained on in place of records.
-        vision: An image encoder in place of the settings': an `nn.Module` that offers `Vision`. This freezes it.
-        language: A language model in place of the settings'.
+        held_out: The validation pictures; None = a share of the training data (`data.held_out`).
+        shards: The training data, instead of records.
+        vision: An image encoder instead of that of the settings: an `nn.Module` that implements `Vision`. It is frozen.
+        language: A language model instead of that of the settings.
     """
     handed_in = None if vision is None else frozen_vision(vision)
     settings = with_parts(settings, handed_in, language)
-    # Everything that can be refused is refused first: loading models and encoding pictures takes minutes to hours.
+    # Check everything that can be rejected first, because loading models and encoding pictures takes minutes to hours.
     make_folder(run)
     require_extras(settings)
     require_start(settings, language is not None)
@@ -103,16 +103,16 @@ def train_stage(
             return
         progress.say(f"going on from {last}" if last else f"{run} has no checkpoint: training begins at the beginning")
     else:
-        # Before config.json is replaced: old weights beside new settings would look like a finished run.
+        # Before config.json is replaced, because old weights with new settings would look like a finished run.
         forget_checkpoints(run)
-    # For weights that are drawn at random; each step has a seed of its own (`loop.fit`).
+    # For weights that are initialised at random; each step sets its own seed (`loop.fit`).
     torch.manual_seed(settings.train.seed)
     progress.doing(f"loading {settings.vision.name}")
-    # A frozen encoder is kept in the precision in which it computes. One that trains needs fp32: updates of AdamW are
-    # smaller than what bf16 weights can take in.
+    # A frozen encoder is stored in the precision in which it computes. A trained one needs fp32, because AdamW's
+    # updates are too small for bf16 weights.
     dtype = compute_dtype(device(), settings.train.precision)
     encoder = handed_in or build_vision(settings, torch.float32 if settings.vision.trained else dtype)
-    # Before pictures are encoded, which takes hours: a model may be refused.
+    # Before pictures are encoded, which takes hours, because the model may be rejected.
     model = build_from_start(settings, encoder.to(device()), language, dtype, progress)
     if settings.train.parallel == "ddp":
         _ready(model, settings)
@@ -124,7 +124,7 @@ def train_stage(
             data = prepare(settings, records, encoder, run, features or run / "features", progress, skipped, held_out)
     if is_first():
         write_trained_on(None if shards else data.records, run)
-    # Each batch is made while a GPU works on the one before; on a CPU that thread would take cores from the model.
+    # On a GPU, each batch is made during the step before; on a CPU, that thread would take cores from the model.
     steps, accumulate = settings.train.steps, settings.train.accumulate
     source = data.batches if device().type == "cpu" else Prefetcher(data.batches, steps * accumulate)
     batches = RecordingBatches(source, accumulate)
@@ -133,7 +133,7 @@ def train_stage(
         _ready(model, settings)
     recipe: Any = _stage1 if settings.stage == "stage1" else _stage2
     losses, validate, sparse = recipe(settings, model, data, batches, run, progress, last is None)
-    # Now that all weights are filled: adapters freeze them. In fine-tuning the model was built with its adapters.
+    # After all weights are loaded, because adapters freeze them. In fine-tuning the model was built with its adapters.
     if settings.task == "pretraining":
         add_adapters(model, settings)
     set_speed(model, settings)
@@ -142,21 +142,21 @@ def train_stage(
     optim, train = settings.optim, settings.train
 
     def advise(rows: Sequence[dict[str, Any]]) -> list[str]:
-        """A line for each thing in the log that `openblip2 doctor` finds bad."""
+        """One line for each problem in the log that `openblip2 doctor` rates as bad."""
         return [one.in_words() for one in findings(settings, rows) if one.level == "bad"]
 
     fit(model, losses, run, optim, train, validate, progress, last, batches.samples, sparse, advise, digest)
 
 
 def _ready(model: Stage1 | Stage2, settings: RunSettings) -> None:
-    """Puts the model on the device, where its language model has to write: it should fail now, not in its first use."""
+    """Moves the model to the device and tests generation there, so that an unsuitable language model fails early."""
     model.to(device())
     if isinstance(model, Stage2):
         with in_evaluation(model, settings):
             try_generation(model.language, model.connector.tokens, settings.language.prompts[0])
 
 
-# The losses by the number of a batch, the validation, and whether some batches do not reach all that trains.
+# The losses by batch number, the validation, and whether some batches do not use all trained parameters.
 Recipe = tuple[Callable[[int], dict[str, Tensor]], Callable[[], dict[str, Any]], bool]
 
 
@@ -170,7 +170,7 @@ def _stage1(
     if is_first():
         write_config(run, settings, model.connector.sizes)
         tokens.tokenizer.save_pretrained(run / "tokenizer")
-    # Not in a resumed run, whose checkpoint has the weights that the closed-form start led to.
+    # Not in a resumed run, because its checkpoint has weights that were already trained from the closed-form start.
     if settings.warm_start and begins and not fine_tunes:
         progress.doing("starting in closed form")
         with in_evaluation(model, settings):
@@ -181,7 +181,7 @@ def _stage1(
     def losses(number: int) -> dict[str, Tensor]:
         batch = batches(number)
         texts, valid = tokens(batch.captions)
-        # Hard negatives are drawn by ITC's similarities: before these mean something, ITM learns little from them.
+        # Hard negatives are drawn by ITC's similarities; until these are useful, ITM learns little from the negatives.
         matches = number >= settings.stage1.itm_start_step * settings.train.accumulate
         return losses_of(
             texts.to(device()),
@@ -195,7 +195,7 @@ def _stage1(
     def validate() -> dict[str, Any]:
         return measure_stage1(model, tokens, data.held_out_features(), settings.train.seed)
 
-    # Without one of the three losses its head gets no gradient.
+    # If one of the three losses is left out, its head gets no gradient.
     sparse = len(settings.stage1.objectives) < len(OBJECTIVES) or settings.stage1.itm_start_step > 0
     return losses, validate, sparse
 
@@ -221,7 +221,7 @@ def _stage2(
     if is_first():
         write_config(run, settings, model.connector.sizes)
     losses_of = step_losses(model, settings.train.chunk)
-    # A soft token that is to be two words becomes neither: so the longest caption of each picture, which says most.
+    # One caption per picture, because a soft token cannot match two words at once; the longest has the most detail.
     aligned = settings.stage2.lm_start_step * settings.train.accumulate
     longest = {record.id: max(record.captions, key=len) for record in data.records} if aligned else {}
     words = model.word_table(longest.values()) if aligned else None
@@ -234,14 +234,14 @@ def _stage2(
         if batch.questions is None:
             asked = drawn_prompts(wording.prompts, len(batch.captions), draws)
         elif settings.task == "instruct":
-            asked = batch.questions  # whole instructions, which the Q-Former reads, too
+            asked = batch.questions  # whole instructions, which the Q-Former also reads
         else:
             asked = [wording.question.replace("{}", question) for question in batch.questions]
         given = on_device(batch) | {"question": question_tokens(tokens, batch.questions, device()), "generator": draws}
         if words is None:
-            return losses_of(asked, batch.captions, **given)  # for VQA and instructions also answers
-        # The language model learns the same captions, so that it only has to repeat what the soft prompt says. The
-        # alignment goes on: without it the soft tokens leave the words (docs/decisions.md).
+            return losses_of(asked, batch.captions, **given)  # for VQA and instructions, captions include answers
+        # The language model is trained on the same captions, so it only has to repeat the words of the soft prompt.
+        # Alignment continues, because without it the soft tokens drift away from the words (docs/decisions.md).
         captions = [longest[name] for name in batch.names or ()]
         parts = losses_of(asked, captions, words=words, **given)
         return parts if number < aligned else parts | losses_of(asked, captions, **given)
@@ -252,13 +252,13 @@ def _stage2(
             return measure_answers(model, tokens, data.held_out_features(), wording.question, seed, reads_prompts)
         return grounding(model, data.held_out_features(), seed, wording.prompts[0])
 
-    # Of a Q-Former that reads the question, nothing uses the question's rows of the last layer.
+    # If the Q-Former reads the question, the question's rows of its last layer are not used and get no gradient.
     return losses, validate, settings.qformer.question_in_qformer
 
 
 @contextmanager
 def in_evaluation(model: nn.Module, settings: RunSettings) -> Iterator[None]:
-    """Without dropout and gradients, in the precision of training."""
+    """Runs the block without dropout and gradients, in the precision of training."""
     model.eval()
     with torch.no_grad(), computing(model, settings.train.precision):
         yield
@@ -268,15 +268,15 @@ def in_evaluation(model: nn.Module, settings: RunSettings) -> Iterator[None]:
 def some_pairs(
     model: Stage1 | Stage2, data: Prepared, settings: RunSettings, most: int = 4000
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
-    # The batches of all processes together: each process solves the same equations, and nothing has to be sent.
+    """Yields features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
+    # Joined batches of all processes: each process solves the same equations, so nothing has to be sent.
     for number in range(-(-min(most, data.pictures) // settings.train.batch)):
         batch = data.batches.joined(number)
         yield see(model.vision, **on_device(batch)), batch.captions
 
 
 def on_device(batch: PairBatch) -> dict[str, Any]:
-    """The pictures of a batch as arguments of a model: images or features, on the device."""
+    """The pictures of a batch as model arguments: images or features, on the device."""
     return {
         "images": None if batch.images is None else batch.images.to(device(), non_blocking=True),
         "features": None if batch.features is None else batch.features.to(device(), non_blocking=True),

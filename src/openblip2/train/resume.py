@@ -1,14 +1,14 @@
-"""Checkpoints of an unfinished run, from which it goes on with the same steps that it would have taken.
+"""Checkpoints of an unfinished run, from which it continues with the same steps as without an interruption.
 
 RUN/resume/step-00000123/      one of the last `train.keep_checkpoints`
-    model.safetensors          the kept parameters, whole and by name, however many processes there were
+    model.safetensors          the saved parameters by name, not sharded, for any number of processes
     optimizer.safetensors      the optimizer's moments, by parameter and name
-    progress.json              `Done`: how far the run is
-    manifest.json              bytes and SHA-256 of each file; written last
+    progress.json              `Done`: the progress of the run
+    manifest.json              size and SHA-256 of each file; written last
 
-A folder gets its name when all of it is on the disk: one under another name was never finished. No state of a random
-generator, sampler or scheduler is in it, for they have none: a run's draws are functions of (seed, number of the
-batch), its learning rate one of the step.
+A folder gets its name only after all of it is on the disk, so a folder with another name is incomplete. A checkpoint
+contains no state of a random generator, sampler or scheduler, because they have none: random draws are functions of
+(seed, batch number), and the learning rate is a function of the step.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ from openblip2.runs import (
 )
 from openblip2.train.parameters import load_trained, save_trained, trained_parameters
 
-# Settings of `train` that may change when a run goes on. They say how steps are computed and saved; none of them
+# Settings of `train` that may change when a run is resumed. They control how steps are computed and saved; none of them
 # changes the result of a step, except by rounding.
 MAY_CHANGE = (
     "parallel",
@@ -52,7 +52,7 @@ MAY_CHANGE = (
     "most_bad_steps",
     "track",
 )
-FORMAT = 2  # 1: before batches were drawn from texts of all lengths, so that batch n is another one
+FORMAT = 2  # 1: from before batches were drawn from texts of all lengths, so that its batch n is different
 _NAME = re.compile(r"step-(\d{8,})")
 _MANIFEST = "manifest.json"
 _FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
@@ -60,9 +60,9 @@ _FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 @dataclass(frozen=True)
 class Done:
-    """How far a run is: steps, batches drawn (the sampler's whole position), and `bad_*`: see `train/bookkeeping.py`.
+    """The progress of a run: steps, batches drawn (the sampler's only state), and bad steps (`train/bookkeeping.py`).
 
-    `data`: the digest of what it is trained on (`train/bookkeeping.py`); "" in checkpoints of older versions.
+    `data` is a digest of the training data (`train/bookkeeping.py`); "" in checkpoints of older versions.
     """
 
     step: int = 0
@@ -73,17 +73,17 @@ class Done:
 
 
 def write_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, done: Done, keep: int) -> None:
-    """Writes a checkpoint and removes all but the last `keep`. All processes must call; the first one writes.
+    """Writes a checkpoint and removes all but the last `keep`. All processes must call it; the first one writes.
 
     Raises:
-        UserError: it cannot be written, for want of room, say; the last one is untouched.
+        UserError: it cannot be written, for example because the disk is full; the previous one is unchanged.
     """
     final = run / "resume" / f"step-{done.step:08}"
     try:
         with atomic_write(final) if is_first() else nullcontext(final) as folder:
             if is_first():
                 folder.mkdir(parents=True)
-            # All processes: parameters in pieces (FSDP2) are gathered. Only the first one writes.
+            # All processes take part, because sharded parameters (FSDP2) are gathered. Only the first one writes.
             save_trained(model, folder / "model.safetensors")
             moments = _moments(model, optimizer)
             if is_first():
@@ -91,7 +91,7 @@ def write_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimiz
                 write_json(asdict(done), folder / "progress.json")
                 files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
                 write_json({"format": FORMAT, "step": done.step, "files": files}, folder / _MANIFEST)
-        # Older checkpoints go only when the new one is on the disk.
+        # Older checkpoints are removed only after the new one is on the disk.
         if is_first():
             keep_last(run, keep)
             for path in final.parent.glob("step-*.damaged"):
@@ -101,45 +101,45 @@ def write_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             f"{final}: the checkpoint of step {done.step} cannot be written ({one_line(error)}); the one before it is "
             "whole: make room, and go on with --resume"
         ) from error
-    # No process may end the run, or the scheduler its job, before the checkpoint is there.
+    # No process may end the run, or the scheduler its job, before the checkpoint is complete.
     wait_for_all()
 
 
 def find_checkpoint(run: Path, say: Callable[[str], object]) -> Path | None:
-    """The last checkpoint that is as it was written, or None where there is none. All processes must call.
+    """Returns the last intact checkpoint, or None if there is no checkpoint. All processes must call it.
 
-    What was never finished is removed. A damaged checkpoint is named, put aside as `step-00000123.damaged`, and the one
-    before it is taken.
+    Incomplete checkpoints are removed. A damaged one is reported and renamed to `step-00000123.damaged`, and the one
+    before it is used.
 
     Raises:
-        UserError: there are checkpoints, and not one of them is whole; or they are of another version.
+        UserError: there are checkpoints, but none of them is intact, or they were written by another version.
     """
-    # The first process decides for all: on a network disk they may not see the same files yet.
+    # The first process decides for all, because on a network disk they may not see the same files yet.
     step = from_first(_find(run / "resume", say) if is_first() else -1)
     return None if step < 0 else run / "resume" / f"step-{step:08}"
 
 
 def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Done:
-    """Puts model and optimizer back where `write_checkpoint` found them. Every process reads the whole.
+    """Restores the model and the optimizer that `write_checkpoint` saved. Every process reads the whole checkpoint.
 
     Raises:
-        UserError: it does not fit the model.
+        UserError: the checkpoint does not fit the model.
     """
-    load_trained(model, folder / "model.safetensors")  # strict: a wrong checkpoint ends here
+    load_trained(model, folder / "model.safetensors")  # strict, so a checkpoint of another model fails here
     parameters = trained_parameters(model)
     for key, value in read_tensors(folder / "optimizer.safetensors").items():
         name, _, part = key.rpartition(":")
         if name not in parameters:
             raise UserError(f"{folder / 'optimizer.safetensors'}: {name} is not trained by this model")
         target = parameters[name]
-        # Moments are as large as their parameter and in the same pieces; `step` is one number.
+        # Moments have the shape and sharding of their parameter; `step` is a single number.
         optimizer.state[target][part] = like(target, value) if part != "step" else value.to(target.device)
     return Done(**read_json(folder / "progress.json"))
 
 
 def forget_checkpoints(run: Path) -> None:
-    """Removes the weights and checkpoints that an older run left in the folder of one that begins."""
-    # A run with model.safetensors is finished: --resume would not train.
+    """Removes the weights and checkpoints that an older run left in the folder of a new run."""
+    # A run with model.safetensors counts as finished, so --resume would not train.
     if is_first():
         for name in ("model.safetensors", "bad_batch.json"):
             (run / name).unlink(missing_ok=True)
@@ -148,14 +148,14 @@ def forget_checkpoints(run: Path) -> None:
 
 
 def keep_last(run: Path, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints. The first process does."""
+    """Removes all but the last `keep` checkpoints, in the first process only."""
     if is_first():
         for path in list(_steps(run / "resume").values())[:-keep]:
             shutil.rmtree(_aside(path, "old"))
 
 
 def require_new(run: Path, overwrite: bool) -> None:
-    """Checks that a training that begins in this folder destroys no earlier work.
+    """Checks that a new training in this folder does not destroy earlier work.
 
     Args:
         run: The output folder, which need not exist.
@@ -165,13 +165,13 @@ def require_new(run: Path, overwrite: bool) -> None:
         UserError: The folder holds a run and `overwrite` is False, or it holds another program's model.
     """
     finished, begun = (run / "model.safetensors").exists(), bool(_steps(run / "resume"))
-    # Not even with --overwrite: another program's model has the same file names.
+    # Also with --overwrite, because another program's model may have the same file names.
     if finished or (run / "config.json").exists():
         try:
             read_config(run)
         except UserError as error:
             raise UserError(f"{run} holds files that are not of a run: give another --out") from error
-    # A run writes these after its config.json.
+    # A run writes these after config.json, so without config.json they are not from a run.
     elif foreign := [name for name in ("log.jsonl", "tokenizer") if (run / name).exists()]:
         raise UserError(f"{run} holds {foreign[0]}, which is not of a run: give another --out")
     if finished and not overwrite:
@@ -184,12 +184,12 @@ def require_new(run: Path, overwrite: bool) -> None:
 
 
 def require_same(settings: RunSettings, run: Path, last: Path | None, data: str) -> None:
-    """Whether a run may go on from its checkpoint `last` with these settings, and with data of this digest.
+    """Checks that a run may continue from its checkpoint `last` with these settings and with data of this digest.
 
     Raises:
-        UserError: it was begun with others, which say what its steps are.
+        UserError: the run was started with other data, or with other settings that affect its steps.
     """
-    # Batches are drawn by number: with one picture more or less, all later steps would be others.
+    # Batches are drawn by position, so one picture more or less would change all later steps.
     then = read_json(last / "progress.json").get("data", "") if last else ""
     if then not in ("", data):
         raise UserError(
@@ -197,7 +197,7 @@ def require_same(settings: RunSettings, run: Path, last: Path | None, data: str)
             "and captions, or a new --out"
         )
     before = read_settings(run)
-    # Compared with the new values of what may change.
+    # Settings that may change get their new values on both sides, so that they do not count as different.
     same = {name: getattr(settings.train, name) for name in MAY_CHANGE}
     then, now = asdict(replace(before, train=replace(before.train, **same))), asdict(settings)
     if then != now:
@@ -211,17 +211,17 @@ def require_same(settings: RunSettings, run: Path, last: Path | None, data: str)
 
 
 def _find(folder: Path, say: Callable[[str], object]) -> int:
-    """The step of the last whole checkpoint; -1 = there is none."""
+    """The step of the last intact checkpoint; -1 if there is none."""
     if (folder / "progress.json").exists():
         raise UserError(
             f"{folder} holds a checkpoint of an older openblip2, without a manifest: finish the run with that one, or "
             "begin again with --overwrite"
         )
-    # What a killed process was still writing or removing.
+    # Remove what a killed process was still writing or removing.
     for left in [*folder.parent.glob("resume.old"), *folder.glob("*step-*.new"), *folder.glob("step-*.old")]:
         shutil.rmtree(left)
-    damaged: dict[Path, str] = {}  # and why
-    # The latest first: usually it is whole, and no other has to be read.
+    damaged: dict[Path, str] = {}  # checkpoint -> what is wrong with it
+    # The latest first, because it is usually intact and then no other has to be read.
     for step, path in reversed(_steps(folder).items()):
         problem = _problem(path)
         if problem is None:
@@ -255,7 +255,7 @@ def _problem(folder: Path) -> str | None:
     if not isinstance(manifest, dict) or not isinstance(files := manifest.get("files"), dict):
         return f"{_MANIFEST} names no files"
     if manifest.get("format") != FORMAT:
-        # Not damaged: it must not be put aside, the version that wrote it can go on from it.
+        # Not damaged, so it must not be renamed: the version that wrote it can continue from it.
         raise UserError(
             f"{folder / _MANIFEST}: format {manifest.get('format')!r}, this openblip2 reads {FORMAT}; go on with the "
             "version that wrote it"
@@ -271,7 +271,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def _aside(path: Path, why: str) -> Path:
-    """Renames a folder before it is removed, so that one that is half removed is not taken for a whole one."""
+    """Renames a folder, so that a damaged or partly removed one is not mistaken for an intact checkpoint."""
     other = path.with_name(f"{path.name}.{why}")
     if other.exists():
         shutil.rmtree(other)
@@ -284,11 +284,11 @@ def _digest(path: Path) -> dict[str, Any]:
 
 
 def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state by "parameter:name"; empty but in the first process, which gathers them one by one."""
+    """The optimizer's state by "parameter:name", which is gathered in the first process; empty in all others."""
     moments = {}
     for name, parameter in trained_parameters(model).items():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-            # One by one, and dropped at once in the other processes: all moments are twice as large as what trains.
+            # One by one, and freed at once in other processes: all moments are twice as large as all trained weights.
             full = full_tensor(value).cpu().contiguous()
             if is_first():
                 moments[f"{name}:{key}"] = full

@@ -1,7 +1,7 @@
-"""What a run starts from: stage 2 from a stage-1 run's query path, fine-tuning from a whole run.
+"""The weights that a run starts from: stage 2 uses a stage-1 run's connector, fine-tuning all weights of a run.
 
-For VQA (paper 4.3) and instructions the stage-2 run's Q-Former gets back the text path that stage 2 leaves out: it is
-stage 1's.
+For VQA (paper 4.3) and instructions, the Q-Former of the stage-2 run gets its text path back from stage 1, because
+stage 2 leaves it out.
 """
 
 import json
@@ -29,10 +29,10 @@ from openblip2.progress import Progress
 from openblip2.runs import read_config, read_settings, read_tensors
 from openblip2.train.parameters import fill_trained, saved_parameters
 
-# The Q-Former's text path: queries and texts share attention, but have feed-forward layers of their own. A stage 2
-# without questions has none.
+# The Q-Former's text path: queries and texts share self-attention but have separate feed-forward layers. Stage 2 has
+# no text path unless its Q-Former reads questions.
 TEXT_PATH = ("qformer.word_embeddings.", "qformer.positions.", ".text_ffn.")
-# The heads of the three losses, and their scalars, which stage 2 has no use for.
+# The heads of the three stage-1 losses and the temperature, which stage 2 does not use.
 HEADS = ("vision_proj.", "text_proj.", "itm_head.", "lm_head.", "temperature")
 STARTS = {"retrieval": "stage1", "caption": "stage2", "vqa": "stage2", "instruct": "stage2"}  # by task
 
@@ -46,16 +46,16 @@ def say_without_effect(
     held_out: bool = False,
     processes: int = 1,
 ) -> None:
-    """Says which of the named settings nothing reads in any of these trainings, and where they have an effect.
+    """Reports which of the named settings have no effect in any of these trainings, and where they would have one.
 
     Args:
         what: The command.
-        names: Of the settings that are set.
+        names: The names of the settings that were set.
         trainings: The settings of each training.
-        progress: Where it is said.
-        shards: Whether they are trained on shards.
-        held_out: Whether the pictures for validation are given.
-        processes: How many there are.
+        progress: Receives the message.
+        shards: Whether the trainings use shards.
+        held_out: Whether validation pictures are given.
+        processes: The number of processes.
     """
     given = {
         "train.parallel": (processes > 1, "runs of several processes"),
@@ -81,7 +81,7 @@ def _under(name: str, rule: str) -> bool:
 
 
 def _rules(settings: RunSettings) -> dict[str, tuple[bool, str]]:
-    """By a setting, or by a section with its dot: whether it has an effect, and the trainings in which it has one."""
+    """For each setting, or section with its dot: whether it has an effect, and the trainings in which it has one."""
     stage1, objectives = settings.stage == "stage1", settings.stage1.objectives
     similar = settings.stage1.similar_start_step
     qformer, pretraining = stage1 or settings.connector.name == "qformer", settings.task == "pretraining"
@@ -97,7 +97,7 @@ def _rules(settings: RunSettings) -> dict[str, tuple[bool, str]]:
         "optim.layer_decay": (settings.vision.trained, "runs with vision.trained=true"),
         "data.caption_share": (settings.task == "instruct", "instruct"),
         "data.max_tokens": (settings.reads_text, "runs whose Q-Former reads text"),
-        # Fine-tuning takes them from the run that it starts from.
+        # Fine-tuning takes these from the run that it starts from.
         "stage1.temperature": (pretraining, "stage1"),
         "qformer.start": (pretraining, "stage1 and stage2"),
         "warm_start": (pretraining, "stage1 and stage2"),
@@ -105,19 +105,19 @@ def _rules(settings: RunSettings) -> dict[str, tuple[bool, str]]:
 
 
 def with_stage1(settings: RunSettings, before: RunSettings) -> RunSettings:
-    """The settings of a stage 2 with the image encoder and the Q-Former of the stage-1 run that it starts from."""
+    """Stage-2 settings with the image encoder and Q-Former settings of the stage-1 run that training starts from."""
     same = {name: getattr(before.qformer, name) for name in ("start", "queries", "cross_every", "image_norm_eps")}
     return replace(settings, vision=before.vision, qformer=replace(settings.qformer, **same))
 
 
 def require_start(settings: RunSettings, ready: bool = False) -> None:
-    """Checks that the run that these settings start from is there and of the right kind, and so are their models.
+    """Checks that the run to start from exists and is of the right kind, and that the models can be used.
 
     Args:
-        ready: Whether the language model was handed in, so that its name says nothing.
+        ready: Whether the language model is passed as an object, so that its name is not checked.
 
     Raises:
-        UserError: It is not, or there are steps without a language model that it would have no use for.
+        UserError: A check fails, or settings such as `stage2.lm_start_step` do not apply to this training.
     """
     if settings.stage2.elastic_tokens and settings.stage == "stage1":
         raise UserError(
@@ -172,7 +172,7 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
     _require_same_features(settings, before)
     if text_run := _text_run(settings):
         _require_stage(text_run, "stage1")
-    # Instructions are longer than questions.
+    # Instructions are longer than questions, so they may exceed the Q-Former's number of positions.
     if settings.reads_prompts and settings.data.max_tokens > (most := sizes_to_start(settings)["positions"]):
         raise UserError(
             f"data.max_tokens={settings.data.max_tokens}: the Q-Former of this run reads at most {most} tokens; set "
@@ -181,7 +181,7 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
 
 
 def _require_same_features(settings: RunSettings, before: RunSettings) -> None:
-    """Not their name or size: an encoder may have moved, and pictures may be larger than before, as in the paper."""
+    """Compares only layer and whitening: the encoder may have moved, and images may be larger, as in the paper."""
     for name in ("layer", "whiten"):
         now, then = (json.dumps(getattr(some.vision, name)) for some in (settings, before))
         if now != then:
@@ -192,12 +192,12 @@ def _require_same_features(settings: RunSettings, before: RunSettings) -> None:
 
 
 def sizes_to_start(settings: RunSettings) -> dict[str, int]:
-    """The Q-Former's sizes for fine-tuning; those of a text path are the stage-1 run's."""
+    """The Q-Former's sizes for fine-tuning: those of the stage-1 run if its text path is used, else of the start."""
     return read_config(_text_run(settings) or Path(str(settings.start)))["sizes"]
 
 
 def tokenizer_to_start(settings: RunSettings) -> Any:
-    """The Q-Former's tokenizer, for fine-tuning."""
+    """The Q-Former's tokenizer for fine-tuning."""
     run = _text_run(settings) or Path(str(settings.start))
     return bert_tokenizer(str(run / "tokenizer"), read_config(run)["sizes"]["vocabulary"])
 
@@ -205,7 +205,7 @@ def tokenizer_to_start(settings: RunSettings) -> Any:
 def build_from_start(
     settings: RunSettings, vision: FrozenVision, language: LanguageModel | None, dtype: torch.dtype, progress: Progress
 ) -> Stage1 | Stage2:
-    """The model, filled with what it starts from. `language`: a ready one; `dtype`: as for `build_stage2`."""
+    """Builds the model and loads its start weights. `language`: a ready model; `dtype`: as for `build_stage2`."""
     fine_tunes = settings.task != "pretraining"
     sizes = sizes_to_start(settings) if fine_tunes else None
     if settings.stage == "stage1":
@@ -214,7 +214,7 @@ def build_from_start(
     else:
         progress.doing(f"loading {settings.language.name}")
         model = build_stage2(settings, vision, sizes, dtype, device(), language)
-    # Filled before it is cut into pieces: a run on disk has whole tensors.
+    # Loaded before the model is sharded, because a run on disk holds whole tensors.
     if fine_tunes:
         fine_tune_from(model, settings)
     elif isinstance(model, Stage2) and settings.start:
@@ -223,24 +223,24 @@ def build_from_start(
 
 
 def fine_tune_from(model: Stage1 | Stage2, settings: RunSettings) -> None:
-    """Fills a model with the run that fine-tuning starts from, strictly."""
+    """Loads the weights of the run that fine-tuning starts from; names and shapes must match exactly."""
     run = Path(str(settings.start))
     weights = read_tensors(run / "model.safetensors")
-    # To read questions, stage 2's Q-Former gets the text path of the stage-1 run that it began with (paper 4.3).
+    # To read questions, the Q-Former gets the text path of the stage-1 run that stage 2 started from (paper 4.3).
     if text_run := _text_run(settings):
         weights |= _text_path(read_tensors(text_run / "model.safetensors"))
-    # An encoder that trains for the first time begins with its published weights, which the model already has.
+    # An encoder that is trained for the first time starts from its pretrained weights, which the model already has.
     if settings.vision.trained and not read_settings(run).vision.trained:
         weights |= {n: p.data for n, p in saved_parameters(model).items() if n.startswith("vision.")}
     fill_trained(model, weights, str(run))
 
 
 def start_from_stage1(model: Stage2, run: Path) -> None:
-    """Copies a stage-1 run's connector into stage 2's, strictly; only the text path and the heads are left out.
+    """Copies a stage-1 run's connector, without text path and heads, into stage 2; all names and shapes must match.
 
-    Adapters that the stage-1 run trained (`qformer.lora_rank`) are folded into the weights.
+    Adapters that the stage-1 run trained (`qformer.lora_rank`) are merged into the weights.
     """
-    # Its weights have the names of an adapted Q-Former: this one gets adapters, too, until they are folded in.
+    # The saved weights have the names of a Q-Former with adapters, so this one gets adapters until they are merged.
     rank, connector = read_settings(run).qformer.lora_rank, model.connector
     if rank and isinstance(connector, QFormer):
         adapt_qformer(connector, rank)
@@ -266,10 +266,10 @@ def _text_path(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _text_run(settings: RunSettings) -> Path | None:
-    """The stage-1 run whose text path the Q-Former gets, to read questions; None if it needs none, or already has it.
+    """The stage-1 run that provides the Q-Former's text path; None if it is not needed or is already in the start.
 
     Raises:
-        UserError: It is not known which run that is.
+        UserError: The stage-1 run is not known.
     """
     before = read_settings(Path(str(settings.start)))
     if before.qformer.question_in_qformer or not settings.qformer.question_in_qformer:

@@ -1,15 +1,15 @@
-"""Closed-form starts of both stages. Ours, not the paper's; off unless `warm_start` is set.
+"""Closed-form initialisation of both stages. Not in the paper; off unless `warm_start` is set.
 
-Stage 1: in a random Q-Former attention to the image is uniform, so that all queries read the same mean patch, and
-little of it reaches their outputs. Training mends the second and never the first: the queries stay one pooled vector,
-which knows the things and colours of a picture but not where each of them is. `place_queries` makes each query begin
-at its own cell of a grid over the picture, and `open_image_path` lets what it reads there through to its output;
-`align_heads` solves for the two heads of ITC. All by ridge regression: what a linear map can know of the pictures is
-known before the first step, and only weights of the paper's model are set.
+Stage 1: in a randomly initialised Q-Former, attention to the image is uniform, so all queries read the same mean patch,
+and little of it reaches their outputs. Training solves the second problem but not the first: the queries remain one
+pooled vector, which encodes the things and colours of a picture but not where each of them is. `place_queries` makes
+each query attend to its own cell of a grid over the picture, `open_image_path` passes what it reads there to its
+output, and `align_heads` solves for the two heads of ITC. By ridge regression, all information that a linear map can
+extract is available before the first step. Only weights of the paper's model are set.
 
-Stage 2: from a random projection a language model learns to write captions long before it learns to look. Ridge
-regression from the mean query output of stage 1 to the mean input embedding of the caption's content words, rare words
-weighted up, moves the soft prompt, before the first step, to where the language model keeps the words of the picture.
+Stage 2: with a random projection, a language model learns to write captions long before it learns to use the image.
+Ridge regression from the mean query output of stage 1 to the mean input embedding of the caption's content words, with
+a higher weight for rare words, moves the soft prompt close to the picture's words before the first step.
 
 Shapes: N pictures, P patch tokens, V encoder width, Q queries, D Q-Former width, E shared space, L LLM width.
 """
@@ -30,13 +30,13 @@ from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.whitening import RIDGE, fit_whitening
 
-# BERT's FFN was never trained on pictures: at this share of its output the query rows survive six of them.
+# Factor of FFN outputs, so that query rows keep their content in six layers; BERT's FFN was not trained on pictures.
 FFN_SHARE = 0.3
-# Of self-attention in stage 2: at 1 alignment stays at a loss of 0.9, at 0.1 it does not (docs/decisions.md).
+# Factor of self-attention in stage 2: with 1 the alignment loss stays at 0.9, with 0.1 it falls (docs/decisions.md).
 SELF_ATTENTION_SHARE = 0.1
-# How many pictures show where each patch is and what its features look like.
+# Number of pictures to which the patch positions and the whitening of patch features are fitted.
 PICTURES = 128
-# Logit of a query and a patch of its own cell, where regression is right about both.
+# Attention logit of a query and a patch in its own cell, if the regression predicts both correctly.
 SHARPNESS = 6.0
 
 # Features [B, P, V] on the model's device, and B captions.
@@ -52,7 +52,7 @@ STOP_WORDS = frozenset((
 
 
 def warm_start_stage1(model: Stage1, tokens: BertTokens, pairs: Callable[[], Iterable[Pair]]) -> float:
-    """`open_image_path`, `place_queries`, then `align_heads`, on the given pictures and captions.
+    """Applies `open_image_path`, `place_queries`, then `align_heads`, fitted to the given pictures and captions.
 
     Returns:
         R2 in the shared space.
@@ -74,7 +74,7 @@ def warm_start_stage1(model: Stage1, tokens: BertTokens, pairs: Callable[[], Ite
 
 
 def open_image_path(qformer: QFormer, patches: Tensor) -> None:
-    """Lets cross-attention hand on the patches that it attends to: value = a rotated whitening, output = identity.
+    """Makes cross-attention output the patches that it attends to: value = a rotated whitening, output = identity.
 
     Args:
         patches: `[N, P, V]`, after the Q-Former's image norm.
@@ -83,22 +83,22 @@ def open_image_path(qformer: QFormer, patches: Tensor) -> None:
     for layer in qformer.layers:
         assert isinstance(layer, Layer)
         if layer.cross is not None:
-            # A rotation for each layer: what later layers add does not cover what earlier ones have written.
+            # A different rotation for each layer, so that later layers do not overwrite what earlier ones have added.
             rotation = nn.init.orthogonal_(patches.new_empty(qformer.width, qformer.image_width))
             weight = rotation @ whitening.matrix  # symmetric: x @ matrix is matrix @ x
             layer.cross.value.weight.data.copy_(weight)
             layer.cross.value.bias.data.copy_(-weight @ whitening.mean)
-            nn.init.eye_(layer.cross.out.weight)  # what a query attends to is added to its row as it is
+            nn.init.eye_(layer.cross.out.weight)  # the attended values are added to the query's row unchanged
         layer.query_ffn.narrow.weight.data.mul_(FFN_SHARE)
         layer.query_ffn.narrow.bias.data.mul_(FFN_SHARE)
 
 
 def place_queries(qformer: QFormer, patches: Tensor) -> None:
-    """Makes each query begin at its own cell of a grid over the picture, in every head of every cross-attention.
+    """Makes each query attend to its own cell of a grid over the picture, in every head of every cross-attention.
 
-    A linear map can read from the feature of a patch where in the picture it is, and from a query row which query it
-    is. These two maps, to Q numbers each, become the first weights of the keys and of the queries, so that a logit is
-    large where query n meets a patch of cell n. Changes nothing where a head is narrower than Q.
+    A linear map can predict the position of a patch from its feature, and the number of a query from its row. These
+    two maps have Q outputs each and become the initial weights of the keys and of the queries, so that the logit of
+    query n and a patch of cell n is large. Layers whose heads are narrower than Q are not changed.
 
     Args:
         patches: `[N, P, V]`, after the Q-Former's image norm.
@@ -115,7 +115,7 @@ def place_queries(qformer: QFormer, patches: Tensor) -> None:
         if layer.cross is not None:
             width = qformer.width // layer.cross.heads
             if count <= width:
-                factor = (SHARPNESS * width**0.5) ** 0.5  # attention divides logits by the root of the width
+                factor = (SHARPNESS * width**0.5) ** 0.5  # attention divides logits by the square root of the width
                 which = ridge(asking.flatten(0, 1), own, penalty=10.0)  # row of a query -> its number
                 for head in range(layer.cross.heads):
                     chosen = slice(head * width, head * width + count)
@@ -123,18 +123,18 @@ def place_queries(qformer: QFormer, patches: Tensor) -> None:
                         linear.weight.data[chosen] = (factor * weight.T).to(linear.weight)
                         linear.bias.data[chosen] = (factor * bias).to(linear.bias)
             image = layer.cross.keys_values(patches)
-        rows, _, _ = layer(rows, None, image, None, None)  # as the next layer reads them, after these changes
+        rows, _, _ = layer(rows, None, image, None, None)  # the next layer's input, with the new weights
 
 
 def grid_cells(tokens: int, queries: int) -> Tensor:
-    """Which query is to read which patch: `[P, Q]`, one 1 in a row.
+    """Assigns each patch to the query that should read it: `[P, Q]`, with one 1 in each row.
 
-    The last patch tokens are a square of side x side patches, row by row. Those in front of it, like `[CLS]`, belong
-    to no cell: 1 / Q in each column.
+    The last patch tokens are a square of side x side patches, row by row. Tokens before them, such as `[CLS]`, belong
+    to no cell and have 1 / Q in each column.
 
     Args:
         tokens: P.
-        queries: Q, the cells of a grid as nearly square as Q allows.
+        queries: Q, the number of cells in a grid that is as nearly square as Q allows.
     """
     side = math.isqrt(tokens)
     down = next(n for n in range(math.isqrt(queries), 0, -1) if queries % n == 0)
@@ -148,27 +148,27 @@ def grid_cells(tokens: int, queries: int) -> Tensor:
 def align_heads(model: Stage1, queries: Tensor, texts: Tensor, penalty: float = 300.0) -> float:
     """Sets both heads of ITC; returns R2 on the given pictures.
 
-    The text head whitens: the `E` widest directions of the `[CLS]` outputs, each of variance 1 (or less, for the
-    narrowest). The image head is the ridge regression from the mean query output to that.
+    The text head whitens: it maps the `[CLS]` outputs to their `E` directions of largest variance, each scaled to
+    variance 1 (or less, for the narrowest). The image head is the ridge regression from the mean query output to this.
 
     Args:
         queries: `[N, D]`, each picture's query outputs averaged over the queries.
         texts: `[N, D]`, `[CLS]` outputs.
-        penalty: of the ridge, in pictures: it weighs as much as the variance that so many of them bring.
+        penalty: ridge penalty as a number of pictures: it counts as much as the variance of that many pictures.
     """
     mean_text = texts.double().mean(0)
     centred = texts.double() - mean_text
     variances, axes = torch.linalg.eigh(centred.T @ centred / len(texts))
     wanted = model.text_proj.out_features  # E
-    whiten = (axes * (variances + RIDGE * variances.mean()).rsqrt())[:, -wanted:]  # the last are the widest
-    whiten = F.pad(whiten, (0, wanted - whiten.shape[1]))  # [D, E], zeros where the text is narrower than that
+    whiten = (axes * (variances + RIDGE * variances.mean()).rsqrt())[:, -wanted:]  # the last have the largest variance
+    whiten = F.pad(whiten, (0, wanted - whiten.shape[1]))  # [D, E], zero-padded if D < E
     set_linear(model.text_proj, whiten, -mean_text @ whiten)
-    variance = float(queries.double().var(0, correction=0).mean())  # so that `penalty` counts in pictures
+    variance = float(queries.double().var(0, correction=0).mean())  # so that `penalty` is a number of pictures
     return fit_linear(model.vision_proj, queries, centred @ whiten, penalty * variance)
 
 
 def fit_linear(layer: nn.Linear, x: Tensor, y: Tensor, penalty: float) -> float:
-    """Ridge regression `x [N, in]` -> `y [N, out]` as the layer's weight and bias; returns R2."""
+    """Sets a layer's weight and bias to the ridge regression `x [N, in]` -> `y [N, out]`; returns R2."""
     weight, bias = ridge(x, y, penalty)
     set_linear(layer, weight, bias)
     y = y.double()
@@ -187,7 +187,7 @@ def ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
 
 
 def set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    """`weight [in, out]`, `bias [out]`."""
+    """Copies `weight [in, out]` and `bias [out]` into a layer."""
     layer.weight.data.copy_(weight.T)
     layer.bias.data.copy_(bias)
 
@@ -198,12 +198,12 @@ def mean_query_output(connector: Connector, patches: Tensor) -> Tensor:
 
 
 def warm_start_stage2(model: Stage2, pairs: Iterable[Pair]) -> float:
-    """`shrink_self_attention`, then `align_projection` on the given pictures and captions; returns its R2.
+    """Applies `shrink_self_attention`, then `align_projection` on the given pictures and captions; returns its R2.
 
-    A Q-Former holds stage 1's weights; another connector has no self-attention of stage 1's.
+    Self-attention is scaled only in a Q-Former, because other connectors have no self-attention from stage 1.
     """
     if isinstance(model.connector, QFormer):
-        # First, because the projection is fitted to what the queries then give.
+        # First, because the projection is fitted to the query outputs after this change.
         shrink_self_attention(model.connector)
     queries, captions = [], []
     for patches, texts in pairs:
@@ -213,11 +213,11 @@ def warm_start_stage2(model: Stage2, pairs: Iterable[Pair]) -> float:
 
 
 def shrink_self_attention(qformer: QFormer) -> None:
-    """Lets what self-attention adds to the queries begin at `SELF_ATTENTION_SHARE`.
+    """Scales what self-attention adds to the queries by `SELF_ATTENTION_SHARE`.
 
-    After stage 1 queries attend to each other nearly uniformly, and what this adds, the same vector to all of them, is
-    larger than the row that it is added to. Each layer so draws the queries together. In stage 2 no text shares these
-    weights, and training is free to make them larger again.
+    After stage 1, queries attend to each other nearly uniformly, so self-attention adds the same vector to all of them.
+    This vector is larger than the row to which it is added, so each layer makes the queries more similar. In stage 2 no
+    text shares these weights, and training can increase them again.
     """
     for layer in qformer.layers:
         assert isinstance(layer, Layer)
@@ -231,7 +231,7 @@ def align_projection(model: Stage2, queries: Tensor, captions: Sequence[str], pe
     Args:
         queries: `[N, D]`, each picture's query outputs averaged over the queries.
         captions: N captions.
-        penalty: of the ridge, on centred data.
+        penalty: ridge penalty on centred data.
     """
     return fit_linear(model.projection, queries, content_embeddings(model, captions), penalty)
 
@@ -239,8 +239,8 @@ def align_projection(model: Stage2, queries: Tensor, captions: Sequence[str], pe
 def content_embeddings(model: Stage2, captions: Sequence[str]) -> Tensor:
     """The weighted mean input embedding of each caption's content words: `[N, L]`, double precision.
 
-    A word weighs the square of its inverse document frequency, log((N + 1) / captions that hold it): what sets a
-    picture apart is to be heard beside what half of the others show too.
+    The weight of a word is the square of its inverse document frequency, log((N + 1) / captions that contain it), so
+    that words that distinguish a picture count more than words that half of the captions share.
     """
     language, device = model.language, model.projection.weight.device
     embedding = language.llm.get_input_embeddings()
@@ -250,7 +250,7 @@ def content_embeddings(model: Stage2, captions: Sequence[str]) -> Tensor:
     held_by = Counter(word for words in content for word in set(words))
     vectors: dict[str, Tensor] = {}
     for word, count in held_by.items():
-        ids = language.tokenizer(" " + word, add_special_tokens=False)["input_ids"]  # as within a text
+        ids = language.tokenizer(" " + word, add_special_tokens=False)["input_ids"]  # with a space, as within a text
         vector = table[torch.tensor(ids, device=device)].double().mean(0)
         vectors[word] = math.log((len(captions) + 1) / count) ** 2 * torch.cat([vector, vector.new_ones(1)])
     sums = torch.stack([torch.stack([vectors[word] for word in words]).sum(0) for words in content])
@@ -258,5 +258,5 @@ def content_embeddings(model: Stage2, captions: Sequence[str]) -> Tensor:
 
 
 def content_words(caption: str) -> list[str]:
-    """The words of a caption that are not `STOP_WORDS`; the whole caption where all are."""
+    """The words of a caption that are not `STOP_WORDS`; the whole caption if all are stop words."""
     return [word for word in re.findall(r"\w+", caption.lower()) if word not in STOP_WORDS] or [caption]

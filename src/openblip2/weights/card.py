@@ -1,11 +1,11 @@
-"""The model card of published weights: what it is made of, on what data, how good, how to use it."""
+"""The model card of published weights: parts, training data, metrics and usage."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from openblip2.config import RunSettings
 
-# Licences of frozen parts by the beginning of their name, as their own cards state them.
+# Licences of frozen parts by the beginning of their name, as stated in their own model cards.
 LICENCES = {
     "facebook/opt-": "OPT-175B licence, non-commercial",
     "google/flan-t5-": "Apache-2.0",
@@ -32,15 +32,15 @@ def model_card(
     carries: frozenset[str] = frozenset(),
     library: str = "openblip2",
 ) -> str:
-    """Markdown with the hub's metadata in front.
+    """A model card in Markdown, with the hub's metadata at the beginning.
 
     Args:
-        trained: how many parameters are in the file.
-        measured: of the last validation, by name.
-        usage: Python that loads and uses the model.
-        notes: what a conversion left out.
+        trained: number of parameters in the file.
+        measured: metrics of the last validation, by name.
+        usage: Python code that loads and uses the model.
+        notes: one line for each thing that a conversion left out.
         carries: frozen parts in the same repository.
-        library: what loads it, in the hub's words.
+        library: the library that loads it, as the hub names it.
     """
     generative = settings.stage == "stage2"
     parts, connector = [("image encoder", settings.vision.name, "vision")], settings.connector.name
@@ -93,12 +93,12 @@ def model_card(
 
 
 def licence(name: str) -> str:
-    """The licence of a frozen part, where it is known."""
+    """The licence of a frozen part, if it is known."""
     return next((text for start, text in LICENCES.items() if name.startswith(start)), UNKNOWN)
 
 
 def usage(stage: str, source: str) -> str:
-    """Python that loads a model of ours and uses it."""
+    """Python code that loads an openblip2 model and uses it."""
     use = (
         'print(model.caption(["photo.jpg"]))'
         if stage == "stage2"
@@ -108,7 +108,7 @@ def usage(stage: str, source: str) -> str:
 
 
 def transformers_usage(settings: RunSettings, source: str) -> str:
-    """Python that loads an export with transformers alone."""
+    """Python code that loads an export with transformers alone."""
     stage2, family = settings.stage == "stage2", "InstructBlip" if settings.qformer.question_in_qformer else "Blip2"
     kind = f"{family}ForConditionalGeneration" if stage2 else "Blip2ForImageTextRetrieval"
     prompt = "a photo of" if family == "Blip2" else "What is in the picture?"

@@ -1,6 +1,6 @@
-"""What every source holds, in any format: settings, sizes, and the trained parts by our names.
+"""The content of a checkpoint in any format: settings, sizes, and the trained parts under openblip2's names.
 
-Readers (`run`, `lavis`, `huggingface`) make a `Checkpoint`, writers take one, `assemble` builds the model of it.
+Readers (`run`, `lavis`, `huggingface`) return a `Checkpoint`, writers take one, and `assemble` builds its model.
 
 Shapes: Q queries, D Q-Former width, V encoder width, E shared space, W vocabulary, L language model width.
 """
@@ -22,18 +22,18 @@ from openblip2.model.vision import HFVision, Vision
 from openblip2.model.whitening import Whitening
 from openblip2.weights.names import OURS, rename
 
-BERT_HEADS = 12  # of BERT-base; no tensor says how many there are
+BERT_HEADS = 12  # of BERT-base; the tensors do not show how many there are
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a user hands in instead of what the source names.
+    """Parts that a user passes to replace those that the source names.
 
     Attributes:
-        heads: attention heads of the Q-Former, where the source cannot say; None = BERT's 12.
-        vision: the image encoder, as a name or ready.
-        language: the language model, as a name or ready.
-        tokenizer: the Q-Former's, as a name, a folder, or ready.
+        heads: attention heads of the Q-Former, if the source does not define them; None = BERT's 12.
+        vision: the image encoder, as a name or as an object.
+        language: the language model, as a name or as an object.
+        tokenizer: the Q-Former's tokenizer, as a name, a folder, or an object.
         vision_heads: attention heads of the image encoder in a LAVIS file; None = those of ViT-g.
     """
 
@@ -46,19 +46,19 @@ class Parts:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A source, read.
+    """A checkpoint as read from its source.
 
     Attributes:
         source: where the tensors are, for messages.
         sizes: arguments of `QFormer`.
-        settings: with `vision.name` and `language.name` saying where the frozen parts are.
-        trained: tensors by our names, as in the file (memory-mapped, in the file's dtype).
-        tower: a ready image encoder from the same file; None = `settings.vision.name`.
-        whitening: of the image features, if the source was trained with one.
-        parts: what the user handed in.
-        tokenizer: the Q-Former's, a folder or a name, where it reads text.
-        carries: frozen parts that the source holds itself ("vision", "language"): a copy must hold them, too.
-        measured: what the last validation of a run found, by name.
+        settings: the settings, in which `vision.name` and `language.name` say where the frozen parts are.
+        trained: tensors by openblip2's names, as in the file (memory-mapped, in the file's dtype).
+        tower: an image encoder built from the same file; None = `settings.vision.name`.
+        whitening: the whitening of the image features, if the model was trained with one.
+        parts: the parts that the user passed.
+        tokenizer: folder or name of the Q-Former's tokenizer, if the Q-Former reads text.
+        carries: frozen parts that the source contains ("vision", "language"); a copy must contain them, too.
+        measured: results of the last validation of a run, by name.
         left_out: one line for each thing in the source that is not used.
     """
 
@@ -76,10 +76,10 @@ class Checkpoint:
 
 
 def width_of(checkpoint: Checkpoint, name: str) -> int:
-    """The first axis of a tensor: V for "qformer.image_norm.weight", L for "projection.weight".
+    """The size of a tensor's first axis: V for "qformer.image_norm.weight", L for "projection.weight".
 
     Raises:
-        UserError: it is not there.
+        UserError: the tensor is missing.
     """
     if name not in checkpoint.trained:
         raise UserError(f"{checkpoint.source} does not fit this model: missing: {name}")
@@ -87,13 +87,11 @@ def width_of(checkpoint: Checkpoint, name: str) -> int:
 
 
 def carried(checkpoint: Checkpoint) -> frozenset[str]:
-    """The frozen parts ("vision", "language") that a copy must hold: those of the source, and those handed in ready,
-    to which no name leads.
-    """
+    """The frozen parts ("vision", "language") that a copy must contain: the source's and those passed as objects."""
     found = set(checkpoint.carries)
     for part in ("vision", "language"):
         given = getattr(checkpoint.parts, part)
-        # No file can hold a caller's own encoder.
+        # No file format can store a caller's own encoder.
         if isinstance(given, str) or (part == "vision" and given is not None and not isinstance(given, HFVision)):
             found.discard(part)
         elif given is not None:
@@ -102,10 +100,10 @@ def carried(checkpoint: Checkpoint) -> frozenset[str]:
 
 
 def sizes_of(trained: Mapping[str, Tensor], heads: int | None, source: str) -> dict[str, int]:
-    """The Q-Former's sizes, read off its tensors: all arguments of `QFormer` but `queries`, `image_width` and dropout.
+    """The Q-Former's sizes, read from its tensors: all arguments of `QFormer` but `queries`, `image_width`, dropout.
 
     Raises:
-        UserError: a tensor that tells a size is not there, or `heads` does not divide the width.
+        UserError: a tensor that shows a size is missing, or `heads` does not divide the width.
     """
 
     def shape(name: str) -> Sequence[int]:
@@ -131,7 +129,7 @@ def sizes_of(trained: Mapping[str, Tensor], heads: int | None, source: str) -> d
 
 
 def settings_from_tensors(trained: Mapping[str, Tensor], start: RunSettings, source: str) -> RunSettings:
-    """The settings, with what the tensors say put over them.
+    """The settings, updated with the values that the tensors show.
 
     Raises:
         UserError: cross-attention is not in layers 0, n, 2n, ...
@@ -151,12 +149,12 @@ def settings_from_tensors(trained: Mapping[str, Tensor], start: RunSettings, sou
 def require_whole(
     trained: Mapping[str, Tensor], settings: RunSettings, sizes: Mapping[str, int], source: str, column: int
 ) -> None:
-    """Checks that the tensors are those of a model of these sizes: none missing, none too many, all of their shape.
+    """Checks that no tensor is missing, unexpected or of the wrong shape for a model of these sizes.
 
-    A stage 1 may lack what transformers cannot hold, the temperature and the head of ITG, both or neither.
+    A stage-1 checkpoint may lack both the temperature and the head of ITG, which transformers cannot store.
 
     Args:
-        column: of `names.TRAINED`: the names by which the source knows them, for the message.
+        column: the column of `names.TRAINED` with the source's names, for the message.
 
     Raises:
         UserError: a tensor is missing, unexpected or of another shape.
@@ -191,7 +189,7 @@ def _shapes(trained: Mapping[str, Tensor], settings: RunSettings, sizes: Mapping
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """Names for one line: the first few, and how many more."""
+    """Joins the first few names into one line, and says how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -1,4 +1,4 @@
-"""From any format to any other. Tensors are copied unchanged: what the target can hold is bit-equal."""
+"""Converts checkpoints between all formats. Tensors are copied unchanged, so what is stored is bit-equal."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -47,15 +47,15 @@ def convert(
     """Writes a checkpoint in another format; returns one line for each thing that was left out or changed.
 
     Args:
-        source, heads, vision, language, tokenizer, revision, vision_heads: as for `load`. Parts handed in ready are
-            used up: for hf, `<image>` joins the tokenizer, and the encoder takes the size of its pictures.
+        source, heads, vision, language, tokenizer, revision, vision_heads: as for `load`. Parts passed as objects are
+            modified: for hf, `<image>` is added to the tokenizer, and the encoder's positions are resized.
         out: a new folder (openblip2, hf, projected), or a file (lavis: .pth; onnx: .onnx).
-        to: "openblip2", "hf", "lavis", "onnx", or "projected": a run with the language model beside it, and a script
-            that hands projected queries to transformers or vLLM.
+        to: "openblip2", "hf", "lavis", "onnx", or "projected": a run that contains the language model, and a script
+            that passes projected queries to transformers or vLLM.
         overwrite: whether an earlier result at `out` is replaced.
 
     Raises:
-        UserError: as `load`; or the target is unknown, exists already, or cannot hold this model at all.
+        UserError: as for `load`; or the target is unknown, exists already, or cannot store this model.
     """
     if to not in get_args(Target):
         raise UserError(f"unknown target {to!r}: it must be one of {', '.join(get_args(Target))}")
@@ -94,7 +94,7 @@ def _to_openblip2(checkpoint: Checkpoint, out: Path) -> list[str]:
     carries = carried(checkpoint)
     settings = _stored(checkpoint.settings)
     vision = language = tokenizer = None
-    # What is not copied is only named: it need not be here.
+    # Parts that are not copied are only named, so they need not be available.
     if "vision" in carries or checkpoint.parts.vision is not None:
         vision, settings = _stored_vision(checkpoint, settings)
     if "language" in carries:
@@ -164,7 +164,7 @@ def _to_lavis(checkpoint: Checkpoint, out: Path) -> list[str]:
 
 
 def _without_adapters(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with LoRA folded into the weights, which no other format keeps apart."""
+    """The checkpoint with LoRA merged into the weights, because no other format stores it separately."""
     settings = checkpoint.settings
     if not (settings.qformer.lora_rank or settings.language.lora_rank):
         return checkpoint
@@ -182,7 +182,7 @@ def _without_adapters(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _with_ready_encoder(checkpoint: Checkpoint) -> Checkpoint:
-    """The same with a fine-tuned image encoder as a part of its own, which every format keeps with the others."""
+    """The checkpoint with a fine-tuned image encoder as a separate part, as every format stores it."""
     settings = checkpoint.settings
     if not settings.vision.trained:
         return checkpoint
@@ -226,24 +226,24 @@ def _stored_language(checkpoint: Checkpoint, settings: RunSettings) -> tuple[Lan
 
 
 def _dtypes(checkpoint: Checkpoint, part: Literal["vision", "language"]) -> dict[str, torch.dtype]:
-    """Of the tensors of a frozen part that the source holds itself; none for one that is only named there."""
+    """The dtypes of a frozen part that the source contains; empty for a part that the source only names."""
     if getattr(checkpoint.parts, part) is not None or part not in checkpoint.carries:
         return {}
     folder = local_folder(getattr(checkpoint.settings, part).name)
     if folder is None:
         return {}
-    # A run of ours has a folder for each part; in transformers' BLIP-2 all of them are one model.
+    # An openblip2 run has a folder for each part; in transformers' BLIP-2, all parts are in one model.
     return dtypes_of(folder, f"{part}_model.") or dtypes_of(folder, "")
 
 
 def _widest(dtypes: Mapping[str, torch.dtype]) -> Any:
-    """A dtype that holds all of these exactly; "auto" for none."""
+    """A dtype that represents all of these exactly; "auto" if there are none."""
     found = set(dtypes.values())
     return torch.float32 if len(found) > 1 else next(iter(found), "auto")
 
 
 def _restore(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Back to the dtypes of the file: some models are given wider ones as they are loaded (T5 in fp16)."""
+    """Restores the dtypes of the file, because some models are loaded with wider ones (T5 in fp16)."""
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
 

@@ -1,8 +1,8 @@
-"""Writing transformers' BLIP-2, as transformers and vLLM load it; InstructBLIP, where the Q-Former reads the prompt.
+"""Writes BLIP-2 for transformers and vLLM, or InstructBLIP if the Q-Former reads the prompt.
 
-Such a folder holds the frozen parts, too. It has no temperature and no head of ITG, and only one kind of image encoder.
-For others there is `write_projected`: the language model alone, fed with projected queries. openblip2 makes
-`image_embeds [n, Q, L]` of the pictures; any server that takes embeddings as a prompt writes the text.
+Such a folder also contains the frozen parts. It has no temperature and no head of ITG, and supports only one kind of
+image encoder. For others, `write_projected` stores the language model alone, to be used with projected queries:
+openblip2 computes `image_embeds [n, Q, L]`, and any server that accepts embeddings as a prompt generates the text.
 """
 
 from pathlib import Path
@@ -22,24 +22,24 @@ from openblip2.weights.run import write_run
 
 
 def has_home(vision: FrozenVision) -> bool:
-    """Whether transformers' BLIP-2 can hold an image encoder: EVA-CLIP's architecture, its last layer, unchanged."""
+    """Whether transformers' BLIP-2 can store an encoder: EVA-CLIP's architecture, last layer, without whitening."""
     return vision.kind == "blip_2_vision_model" and vision.whitening is None
 
 
 def fits_projection(language: LanguageModel) -> bool:
-    """Whether the language model's embeddings are as wide as its layers, which transformers' projection leads to."""
+    """Whether the language model's embeddings are as wide as its layers, as transformers' projection requires."""
     return language.width == language.llm.config.hidden_size
 
 
 def write_huggingface(
     checkpoint: Checkpoint, vision: FrozenVision, language: LanguageModel | None, tokenizer: Any, out: Path
 ) -> list[str]:
-    """Fills an empty folder; returns one line for each thing that it cannot hold. The parts become its own.
+    """Fills an empty folder; returns one line for each thing that it cannot store. The passed parts are modified.
 
     Args:
-        vision: an encoder that `has_home`.
-        language: of stage 2.
-        tokenizer: of a Q-Former that reads text. In the dtypes to be written.
+        vision: an encoder for which `has_home` is true, in the dtypes to be written.
+        language: the language model of stage 2, in the dtypes to be written.
+        tokenizer: the tokenizer of a Q-Former that reads text.
     """
     from transformers import AddedToken, Blip2Processor, BlipImageProcessorPil, InstructBlipProcessor
 
@@ -65,7 +65,7 @@ def write_huggingface(
         model.save_pretrained(out)
         side = {"height": vision.image_size, "width": vision.image_size}
         pictures = BlipImageProcessorPil(size=side, image_mean=list(vision.mean), image_std=list(vision.std))
-        pictures.save_pretrained(out)  # preprocessor_config.json, which older readers look for
+        pictures.save_pretrained(out)  # preprocessor_config.json, which older programs need
         queries = checkpoint.settings.qformer.queries
         processor: Any = InstructBlipProcessor if instructed else Blip2Processor
         tokenizers = (words, tokenizer) if instructed else (words,)
@@ -74,7 +74,7 @@ def write_huggingface(
 
 
 def _fit_encoder(checkpoint: Checkpoint, vision: FrozenVision) -> list[str]:
-    """Makes the encoder one that needs no settings of ours."""
+    """Changes the encoder so that it can be used without openblip2's settings."""
     notes, config = [], vision.encoder.config
     eps, own = checkpoint.settings.qformer.image_norm_eps, config.layer_norm_eps  # pyright: ignore
     if eps != own:
@@ -92,7 +92,7 @@ def _fit_encoder(checkpoint: Checkpoint, vision: FrozenVision) -> list[str]:
 
 
 def _fit_language(language: LanguageModel, image_token: int) -> list[str]:
-    """Makes room for `<image>`, and says where the frame of prompts is not transformers' own."""
+    """Adds `<image>` to the vocabulary; the returned notes also say if the template differs from transformers' own."""
     notes, llm = [], language.llm
     if image_token >= (rows := llm.get_input_embeddings().weight.shape[0]):  # pyright: ignore
         llm.resize_token_embeddings(image_token + 1)
@@ -107,7 +107,7 @@ def _fit_language(language: LanguageModel, image_token: int) -> list[str]:
 
 
 def _shared(checkpoint: Checkpoint, vision: FrozenVision, reads_text: bool) -> dict[str, Any]:
-    """What the configurations of both classes begin with."""
+    """The configuration values that both classes share."""
     from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
 
     instructed = checkpoint.settings.qformer.question_in_qformer
@@ -158,7 +158,7 @@ def _generation(checkpoint: Checkpoint, vision: FrozenVision, language: Language
 
     llm, tokenizer, settings = language.llm, language.tokenizer, checkpoint.settings
     instructed = settings.qformer.question_in_qformer
-    llm.config.architectures = [type(llm).__name__]  # vLLM reads it; transformers leaves it out by itself
+    llm.config.architectures = [type(llm).__name__]  # vLLM reads it, and transformers does not set it by itself
     config: Any = (InstructBlipConfig if instructed else Blip2Config)(
         **_shared(checkpoint, vision, reads_text=False),
         text_config=llm.config.to_dict(),
@@ -166,12 +166,12 @@ def _generation(checkpoint: Checkpoint, vision: FrozenVision, language: Language
     )
     frame = {name: getattr(settings.language, name) for name in FRAMED} | {"template": language.template}
     if instructed:
-        frame["task"] = settings.task  # after VQA it reads the question, else the prompt
+        frame["task"] = settings.task  # after VQA the Q-Former reads the question, otherwise the prompt
     setattr(config, FRAME, frame)
     with torch.device("meta"):
         model: Any = (InstructBlipForConditionalGeneration if instructed else Blip2ForConditionalGeneration)(config)
     model.language_model = llm
-    # `generate` begins and ends there as it does here.
+    # `generate` of transformers should begin and end a text as openblip2 does.
     model.generation_config = GenerationConfig.from_model_config(llm.config)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = language.end[-1]
@@ -234,7 +234,7 @@ VLLM = """
 
 
 def write_projected(checkpoint: Checkpoint, vision: FrozenVision, language: LanguageModel, folder: Path) -> None:
-    """Fills a folder with a run that carries its parts, and an example."""
+    """Fills a folder with a run that contains its frozen parts, and with an example script."""
     settings = checkpoint.settings
     run = folder / "openblip2"
     run.mkdir()

@@ -1,8 +1,8 @@
-"""Reading transformers' BLIP-2: `Blip2ForImageTextRetrieval` (stage 1), `Blip2ForConditionalGeneration` (stage 2).
+"""Reads transformers' BLIP-2: `Blip2ForImageTextRetrieval` (stage 1), `Blip2ForConditionalGeneration` (stage 2).
 
-And `InstructBlipForConditionalGeneration` (Dai et al., 2023), a stage 2 whose Q-Former reads the prompt, too. Such a
-folder holds the frozen parts, too: `load_vision` and `load_language` read them out of it by its name. It has no
-temperature and no head of ITG, so training of stage 1 cannot go on from it.
+Also reads `InstructBlipForConditionalGeneration` (Dai et al., 2023), a stage 2 whose Q-Former reads the prompt, too.
+Such a folder also contains the frozen parts, which `load_vision` and `load_language` read by the folder's name. It has
+no temperature and no head of ITG, so stage 1 cannot be trained further from it.
 """
 
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ from openblip2.weights.names import HF, INSTRUCTBLIP, OURS, rename
 GENERATION, RETRIEVAL = "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
 INSTRUCTED = "InstructBlipForConditionalGeneration"
 IMAGE_TOKEN = "<image>"
-FRAME = "openblip2"  # the key of config.json under which an export keeps what stands around the soft prompt
+FRAME = "openblip2"  # the key of config.json under which an export stores the text around the soft prompt
 FRAMED = ("template", "end", "prompts", "question")
-# Of an InstructBLIP: the paper's prompt for NoCaps and Flickr30K; a question is asked as it is written.
+# For InstructBLIP: the paper's prompt for NoCaps and Flickr30K; a question is used as it is written.
 INSTRUCTIONS = {"prompts": ("A short image description:",), "question": "{}"}
-QFORMER_TOKENIZER = "qformer_tokenizer"  # the subfolder of an InstructBLIP's second tokenizer
+QFORMER_TOKENIZER = "qformer_tokenizer"  # the subfolder with the second tokenizer of an InstructBLIP
 
-# What is in such a folder and not used, and why.
+# Tensors of such a folder that are not used, and why.
 LEFT_OUT = {
     "embeddings.position_ids": "a buffer: 0, 1, 2, ...",
     "qformer.embeddings.position_ids": "a buffer: 0, 1, 2, ...",
@@ -40,11 +40,11 @@ LEFT_OUT = {
 
 
 def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
-    """Reads a folder as `save_pretrained` writes it; by `name` its frozen parts are found again: hub name or folder.
+    """Reads a folder that `save_pretrained` wrote; `name`, a hub name or a folder, tells where its frozen parts are.
 
     Raises:
-        UserError: another architecture, a missing or damaged file, a key that is not known or missing, a setting that
-            the Q-Former cannot have, another number of visual tokens than of queries, a tokenizer without `<image>`,
+        UserError: another architecture, a missing or damaged file, an unknown or missing key, a setting that the
+            Q-Former does not support, different numbers of visual tokens and queries, a tokenizer without `<image>`,
             an InstructBLIP without the Q-Former's tokenizer.
     """
     config = read_json(folder / "config.json")
@@ -92,10 +92,10 @@ def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
 
 
 def read_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file of a folder holds which tensor, sharded or not.
+    """The safetensors file of each tensor in a folder, sharded or not.
 
     Raises:
-        UserError: there is none, a shard is missing or damaged, or a tensor that the index names is not there.
+        UserError: there is no file, a shard is missing or damaged, or a tensor that the index names is missing.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
@@ -119,7 +119,7 @@ def read_files(folder: Path) -> dict[str, Path]:
 
 
 def dtypes_of(folder: Path, prefix: str) -> dict[str, torch.dtype]:
-    """The dtype of each tensor whose name begins so, by the rest of its name."""
+    """The dtype of each tensor whose name begins with `prefix`, by the rest of its name."""
     files = {name: file for name, file in read_files(folder).items() if name.startswith(prefix)}
     return {name.removeprefix(prefix): _tensor(file, name).dtype for name, file in files.items()}
 
@@ -145,7 +145,7 @@ def _settings(folder: Path, name: str, config: Mapping[str, Any], kind: str) -> 
         language = replace(language, **INSTRUCTIONS)
         settings = replace(settings, qformer=replace(settings.qformer, question_in_qformer=True))
     settings = replace(settings, stage="stage2", language=language)
-    return _from_frame(settings, config[FRAME], folder) if FRAME in config else settings  # an export of ours
+    return _from_frame(settings, config[FRAME], folder) if FRAME in config else settings  # if openblip2 exported it
 
 
 def _tower_config(config: Mapping[str, Any]) -> Any:
@@ -160,14 +160,14 @@ def _require_tower(folder: Path, config: Mapping[str, Any], found: set[str]) -> 
 
     with torch.device("meta"):
         wanted = {f"vision_model.{name}" for name in Blip2VisionModel(_tower_config(config)).state_dict()}
-    wanted = {name for name in wanted if "post_layernorm" not in name}  # ours, and trained
+    wanted = {name for name in wanted if "post_layernorm" not in name}  # part of the Q-Former here, and trained
     for what, names in (("missing", wanted - found), ("unexpected", found - wanted)):
         if names:
             raise UserError(f"{folder}: {len(names)} keys are {what}: {listed(sorted(names))}")
 
 
 def _language(folder: Path, name: str) -> LanguageSettings:
-    """The language model's frame: as its processor puts prompts and as its generation ends."""
+    """The language settings: the template of its processor's prompts and the token that ends its texts."""
     tokenizer = _tokenizer(folder)
     end = _end(folder)
     return LanguageSettings(
@@ -178,13 +178,13 @@ def _language(folder: Path, name: str) -> LanguageSettings:
 
 
 def usual_template(tokenizer: Any) -> str:
-    """What transformers' processor makes of a prompt: the first token stands there if the tokenizer puts it there."""
+    """The template of transformers' processor; it contains `{bos}` if the tokenizer adds this token."""
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return "{image}{bos}{prompt}" if begins else "{image}{prompt}"
 
 
 def _from_frame(settings: RunSettings, frame: Any, folder: Path) -> RunSettings:
-    """The settings with what an export of ours wrote into `config.json` about prompts and the task put over them."""
+    """The settings, updated with the prompts and the task that an openblip2 export wrote into `config.json`."""
     if not isinstance(frame, dict) or not frame.keys() <= {*FRAMED, "task"}:
         raise UserError(f"{folder / 'config.json'}: {FRAME} must name some of {', '.join(FRAMED)}, task")
     words = {name: value for name, value in frame.items() if name != "task"}
@@ -196,7 +196,7 @@ def _from_frame(settings: RunSettings, frame: Any, folder: Path) -> RunSettings:
 
 
 def _end(folder: Path) -> int | None:
-    """The token that ends a generation there."""
+    """The token with which generation ends in transformers."""
     found = read_json(path).get("eos_token_id") if (path := folder / "generation_config.json").is_file() else None
     found = (read_json(folder / "config.json").get("text_config") or {}).get("eos_token_id") if found is None else found
     return found[0] if isinstance(found, list) else found
@@ -221,8 +221,8 @@ def _require_image_token(folder: Path, processor: str) -> None:
 
 
 def _require_queries(folder: Path, config: Mapping[str, Any], queries: int) -> None:
-    """Checks that as many tokens as there are queries stand for a picture in a prompt."""
-    told = {"config.json": config.get("num_query_tokens", 32)}  # transformers writes what differs from its defaults
+    """Checks that a picture takes as many tokens in a prompt as there are queries."""
+    told = {"config.json": config.get("num_query_tokens", 32)}  # transformers writes no default values
     if (path := folder / "processor_config.json").is_file():
         told[path.name] = read_json(path).get("num_query_tokens")
     for file, count in told.items():
@@ -241,7 +241,7 @@ def _require_qformer_tokenizer(folder: Path, vocabulary: int) -> None:
 
 
 def _heads(qformer: Mapping[str, Any], heads: int | None, folder: Path) -> int:
-    found = qformer.get("num_attention_heads", 12)  # transformers writes what differs from its defaults
+    found = qformer.get("num_attention_heads", 12)  # transformers writes no default values
     if heads not in (None, found):
         raise UserError(
             f"{folder / 'config.json'}: qformer_config.num_attention_heads is {found}, not {heads}: leave heads out"

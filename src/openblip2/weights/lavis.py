@@ -1,8 +1,8 @@
-"""The authors' checkpoints (LAVIS `.pth`), in and out: a dict whose `model` holds the trained parameters alone.
+"""Reads and writes the authors' checkpoints (LAVIS `.pth`), a dict whose `model` holds only the trained parameters.
 
-The names may have one prefix in common, which DistributedDataParallel, `torch.compile` or a LightningModule adds.
-
-The language model is never in it, the image encoder only where it was fine-tuned. Nothing is unpickled but tensors.
+All names may start with a common prefix, which DistributedDataParallel, `torch.compile` or a LightningModule adds.
+A file never contains the language model, and the image encoder only if it was fine-tuned. Only tensors and plain
+values are unpickled.
 
 Shapes: Q queries, D Q-Former width, V encoder width, P patch tokens, S image side in px.
 """
@@ -29,10 +29,10 @@ from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whol
 from openblip2.weights.names import LAVIS, OURS, TOWER, rename
 
 TOWER_PREFIX = "visual_encoder."
-EVA_WIDTH, EVA_HEADS = 1408, 16  # of ViT-g; no tensor says how many heads there are
+EVA_WIDTH, EVA_HEADS = 1408, 16  # of ViT-g; the tensors do not show how many heads there are
 EVA_EPS = 1e-6
 
-# What is in such a file and not used, and why.
+# Tensors of such a file that are not used, and why.
 LEFT_OUT = {
     "Qformer.bert.embeddings.position_ids": "a buffer: 0, 1, 2, ...",
     "Qformer.cls.predictions.decoder.weight": "tied to the word embeddings, checked to be equal",
@@ -43,7 +43,7 @@ _TIED = {
     "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
 }
 
-# The frozen parts that the paper's checkpoints were trained with, by the width that the Q-Former meets there.
+# The frozen parts that the paper's checkpoints were trained with, by the width at which the Q-Former is connected.
 _ENCODERS: dict[int, VisionSettings] = {1408: VIT_G, 1024: VIT_L}
 _LANGUAGE_MODELS: dict[tuple[str, int], LanguageSettings] = {
     ("opt_proj", 2560): OPT_2_7B,
@@ -54,11 +54,11 @@ _LANGUAGE_MODELS: dict[tuple[str, int], LanguageSettings] = {
 
 
 def read_lavis(path: Path, parts: Parts) -> Checkpoint:
-    """Stage 1, stage 2 with OPT or FlanT5, and models fine-tuned from them.
+    """Reads a LAVIS checkpoint: stage 1, stage 2 with OPT or FlanT5, or a model fine-tuned from them.
 
     Raises:
-        UserError: the file is damaged, holds code, is of another architecture, has keys that are not known, or names
-            no frozen parts (`vision=` and `language=` name them).
+        UserError: the file is damaged, contains code, has another architecture or unknown keys, or its frozen parts
+            are unknown (`vision=` and `language=` name them).
     """
     model = _read_model(path)
     tower = {name: model.pop(name) for name in list(model) if name.startswith(TOWER_PREFIX)}
@@ -106,11 +106,11 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
 
 
 def write_lavis(checkpoint: Checkpoint, tower: HFVision | None, to_t5: bool, out: Path) -> list[str]:
-    """Writes `out`, a `.pth`; returns one line for each thing that it cannot hold, or that reading left out.
+    """Writes the `.pth` file `out`; returns one line for each thing that it cannot store or that reading left out.
 
     Args:
-        tower: the image encoder, if it is to be in the file.
-        to_t5: the language model is an encoder-decoder.
+        tower: the image encoder, if the file should contain it.
+        to_t5: whether the language model is an encoder-decoder.
     """
     if checkpoint.settings.vision.whiten:
         raise UserError(
@@ -147,18 +147,18 @@ def write_lavis(checkpoint: Checkpoint, tower: HFVision | None, to_t5: bool, out
             torch.save({"model": model}, draft)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{out} cannot be written: {one_line(error)}") from error
-    # What is left out of a LAVIS file that is read is in the one that is written.
+    # Some tensors that reading left out are written here, so they are not reported as left out.
     return [line for line in checkpoint.left_out if line.partition(":")[0] not in model] + notes
 
 
 def projection_name(language: str) -> str | None:
-    """What LAVIS calls the projection that leads to a language model of the paper's; None for others."""
+    """LAVIS' name of the projection to one of the paper's language models; None for other models."""
     return next((name for (name, _), model in _LANGUAGE_MODELS.items() if model.name == language), None)
 
 
 def _read_model(path: Path) -> dict[str, Tensor]:
     try:
-        with torch.serialization.safe_globals([Namespace]):  # plain values, as many trainers keep their settings
+        with torch.serialization.safe_globals([Namespace]):  # plain values, in which many trainers store settings
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError as error:
@@ -184,7 +184,7 @@ def _read_model(path: Path) -> dict[str, Tensor]:
 
 
 def _without_prefix(path: Path, model: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the prefix that all their names have in common, such as `module.` or `model._orig_mod.`."""
+    """The tensors without the prefix that all their names share, such as `module.` or `model._orig_mod.`."""
     prefix = next((name.removesuffix("query_tokens") for name in model if name.endswith(".query_tokens")), "")
     if not prefix or not all(name.startswith(prefix) for name in model):
         return model
@@ -195,7 +195,7 @@ def _without_prefix(path: Path, model: dict[str, Tensor]) -> dict[str, Tensor]:
 def _settings(
     path: Path, model: Mapping[str, Tensor], trained: Mapping[str, Tensor], with_tower: bool, parts: Parts
 ) -> RunSettings:
-    """Stage and frozen parts of a file; the parts handed in, if there are any, go before those of the paper."""
+    """The stage and frozen parts of a file; parts passed by the user take precedence over those of the paper."""
     width = trained["qformer.image_norm.weight"].shape[0] if "qformer.image_norm.weight" in trained else 0
     if width not in _ENCODERS and parts.vision is None and not with_tower:
         raise UserError(f"{path}: its image encoder, {width} wide, is none of the paper's: name it with vision=")
@@ -214,7 +214,7 @@ def _settings(
 
 
 def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, Tensor], heads: int | None) -> HFVision:
-    """`visual_encoder.*` as `Blip2VisionModel`, on the file's own tensors."""
+    """Builds `Blip2VisionModel` from `visual_encoder.*`; it uses the file's own tensors."""
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
     plain = {name.removeprefix(TOWER_PREFIX): tensor for name, tensor in tower.items()}
@@ -233,7 +233,7 @@ def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, 
             f"vision_heads (--vision-heads of convert), a divisor of {width}"
         )
     tensors = {ours: plain[theirs] for ours, theirs in names.items()}
-    for part in ("weight", "bias"):  # transformers keeps it with the encoder; there it is unused by us
+    for part in ("weight", "bias"):  # transformers stores it in the encoder, where openblip2 does not use it
         tensors[f"post_layernorm.{part}"] = trained[f"qformer.image_norm.{part}"]
     try:
         for block in {name.rpartition(".")[0] for name in biases}:

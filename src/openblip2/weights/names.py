@@ -1,13 +1,13 @@
-"""The same weight by its names: ours, the authors' (LAVIS), transformers'. One table, read in every direction.
+"""The names of each weight in openblip2, in the authors' code (LAVIS) and in transformers, in one table.
 
-A row names a module or a single parameter; what follows a module's name (`.weight`, `.bias`) is the same everywhere.
-`{n}` is the number of a layer. `None`: the format has no such thing.
+A row names a module or a single parameter; the suffixes of a module's name (`.weight`, `.bias`) are the same in all
+formats. `{n}` is the number of a layer. `None` means that the format has no such weight.
 """
 
 import re
 from collections.abc import Iterable
 
-OURS, LAVIS, HF, INSTRUCTBLIP = range(4)  # the columns of `TRAINED`; of `TOWER` there are OURS and LAVIS
+OURS, LAVIS, HF, INSTRUCTBLIP = range(4)  # the columns of `TRAINED`; `TOWER` has only OURS and LAVIS
 
 _LAYER = ("qformer.layers.{n}.", "Qformer.bert.encoder.layer.{n}.", "qformer.encoder.layer.{n}.")
 _IN_LAYER = [
@@ -29,7 +29,7 @@ _IN_LAYER = [
     ("text_ffn.norm", "output.LayerNorm", "output.LayerNorm"),
 ]
 
-# InstructBLIP of transformers has the names of its BLIP-2, but for these.
+# InstructBLIP in transformers has the same names as its BLIP-2, except for these.
 _INSTRUCTBLIP = {
     "qformer.word_embeddings": "qformer.embeddings.word_embeddings",
     "qformer.positions": "qformer.embeddings.position_embeddings",
@@ -51,14 +51,14 @@ _TRAINED: list[tuple[str | None, ...]] = [
     ("lm_head.dense", "Qformer.cls.predictions.transform.dense", None),
     ("lm_head.norm", "Qformer.cls.predictions.transform.LayerNorm", None),
     ("lm_head.bias", "Qformer.cls.predictions.bias", None),
-    # LAVIS names the projection after the language model it leads to; writing takes the first that fits.
+    # LAVIS names the projection after the language model; for writing, the first matching row is used.
     ("projection", "opt_proj", "language_projection"),
     ("projection", "t5_proj", "language_projection"),
 ]
 TRAINED = [(*row, _INSTRUCTBLIP.get(str(row[0]), row[2])) for row in _TRAINED]
 
-# The image encoder EVA-CLIP ViT-g: LAVIS' `visual_encoder.` and transformers' `Blip2VisionModel`. Both are frozen
-# parts to us, in transformers' names. The bias of qkv is not here: LAVIS keeps its two parts apart (lavis.py).
+# The image encoder EVA-CLIP ViT-g: `visual_encoder.` in LAVIS, `Blip2VisionModel` in transformers. It is a frozen part
+# here and has transformers' names. The bias of qkv is left out, because LAVIS stores it in two parts (lavis.py).
 TOWER: list[tuple[str | None, ...]] = [
     ("embeddings.class_embedding", "cls_token"),
     ("embeddings.position_embedding", "pos_embed"),
@@ -75,14 +75,14 @@ TOWER: list[tuple[str | None, ...]] = [
 def rename(
     names: Iterable[str], source: int, target: int, table: list[tuple[str | None, ...]] = TRAINED
 ) -> tuple[dict[str, str], list[str]]:
-    """Names of one column as those of another: (new name -> old name, names without a counterpart)."""
+    """Translates names from one column to another: (new name -> old name, names without a counterpart)."""
     rows = {row[source]: row[target] for row in reversed(table) if row[source] is not None}
     found: dict[str, str] = {}
     without: list[str] = []
     for name in names:
         number = re.search(r"\.(\d+)\.", name)
         general = name if number is None else name[: number.start(1)] + "{n}" + name[number.end(1) :]
-        # A row is a whole name, or one less its last part.
+        # A row is a full name, or a name without its last part.
         row = next((part for part in (general, general.rpartition(".")[0]) if part in rows), None)
         new = rows[row] if row is not None else None
         if row is None or new is None:

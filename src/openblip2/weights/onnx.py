@@ -1,7 +1,7 @@
-"""A trained model's way from pixels to the language model as one ONNX graph, checked by running it.
+"""Exports a trained model, from pixels to the input of the language model, as one ONNX graph, and tests the graph.
 
-In the graph: normalisation, the frozen image encoder, whitening, the connector without text, and the linear layer
-after it. Not in it: texts and the language model, which have runtimes of their own and read `soft_prompt`.
+The graph contains normalisation, the frozen image encoder, whitening, the connector without text, and the linear layer
+after it. It does not contain texts or the language model, which has its own runtimes and reads `soft_prompt`.
 
 Shapes: B images (any number), S image side in px, Q queries, D width of visual tokens, L LLM width, E shared space.
 """
@@ -29,15 +29,15 @@ from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import FrozenVision
 
-TOLERANCE = 1e-4  # largest difference from torch, as a share of the output's largest value
-INLINE = 1_500_000_000  # bytes of weights that are kept in the graph's own file; protobuf ends at 2 GB
-TRACED, CHECKED = 2, (1, 3)  # pictures at once: the graph must serve other numbers than the one it was traced with
+TOLERANCE = 1e-4  # largest difference from torch, relative to the output's largest value
+INLINE = 1_500_000_000  # bytes of weights that are stored in the graph's own file; protobuf's limit is 2 GB
+TRACED, CHECKED = 2, (1, 3)  # batch sizes: the graph must also work with others than the one it was traced with
 
 
 class ImagePath(nn.Module):
-    """From pixels to what is read of them, on the CPU in float32: a copy, so that the model itself stays as it is.
+    """A copy of the layers from pixels to the output, on the CPU in float32, so that the model itself does not change.
 
-    Stage 1 gives `image_vectors [B, Q, E]`, of length 1; stage 2 gives `soft_prompt [B, Q, L]`.
+    Stage 1 returns `image_vectors [B, Q, E]`, of length 1; stage 2 returns `soft_prompt [B, Q, L]`.
     """
 
     vision: FrozenVision
@@ -48,7 +48,7 @@ class ImagePath(nn.Module):
         super().__init__()
         self.name = "image_vectors" if isinstance(model, Stage1) else "soft_prompt"
         head = model.vision_proj if isinstance(model, Stage1) else model.projection
-        # Name by name, for a copy of the whole model would be one of the language model too.
+        # Part by part, because a copy of the whole model would include the language model.
         for name, part in (("vision", model.vision), ("connector", model.connector), ("head", head)):
             self.add_module(name, copy.deepcopy(part))
         merge_lora(self.to("cpu", torch.float32)).requires_grad_(False).eval()
@@ -61,22 +61,22 @@ class ImagePath(nn.Module):
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # adapters too would be folded in in bf16
+@torch.autocast("cpu", enabled=False)  # without this, adapters would also be merged in bf16
 def export_onnx(model: Stage1 | Stage2, path: Path) -> float:
-    """Write `path`, an ONNX graph of any number of images, and compare it with torch on random pictures.
+    """Writes an ONNX graph for any number of images to `path` and compares it with torch on random pictures.
 
-    Its input is `images`, uint8 `[B, 3, S, S]` RGB in [0, 255]; its output `soft_prompt [B, Q, L]` of a stage 2, or
-    `image_vectors [B, Q, E]` (length 1) of a stage 1. Everything in it is float32: weights that are kept in fewer
-    bits are written as the values they have, adapters folded in. Its metadata say how pictures are resized and
-    normalised. More than 1.5 GB of weights are next to it, in
-    `path` + ".data". What was there under these names is replaced, and only once the new graph has passed.
+    The input is `images`, uint8 `[B, 3, S, S]` RGB in [0, 255]; the output is `soft_prompt [B, Q, L]` in stage 2, or
+    `image_vectors [B, Q, E]` (length 1) in stage 1. Everything is float32: weights that are stored in fewer bits are
+    written with the values that they represent, and adapters are merged. The metadata describe how pictures are
+    resized and normalised. More than 1.5 GB of weights are stored next to the graph, in `path` + ".data". Existing
+    files with these names are replaced only after the new graph has passed the comparison.
 
     Returns:
-        The largest difference from torch over the output's largest value: at most `TOLERANCE`.
+        The largest difference from torch, relative to the output's largest value: at most `TOLERANCE`.
 
     Raises:
         UserError: a package is missing, the model has no image encoder or one that cannot be exported, or the path
-            cannot be written. RuntimeError: the graph computes something else than torch.
+            cannot be written. RuntimeError: the graph's results differ from torch's.
     """
     require("ONNX export", "onnx", "onnx", "onnxscript", "onnxruntime")
     if model.vision is None:
@@ -86,7 +86,7 @@ def export_onnx(model: Stage1 | Stage2, path: Path) -> float:
     image_path, side = ImagePath(model), model.vision.image_size
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder and not another file name: the graph names the file of its weights.
+        # A temporary folder and not another file name, because the graph contains the file name of its weights.
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as draft:
             file = Path(draft) / path.name
             _write(image_path, side, file)
@@ -116,13 +116,13 @@ def _write(image_path: ImagePath, side: int, file: Path) -> None:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            # What went wrong is the cause; the exporter's own words are advice on its insides.
+            # The cause is the actual error; the exporter's own message is advice about its internals.
             reason = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
             raise UserError(f"image encoder {image_path.vision.kind!r} cannot be exported to ONNX: {reason}") from error
 
 
 def _describe(vision: FrozenVision, file: Path) -> None:
-    """Adds to the metadata of the graph how pictures become its input, and which normalisation is in it."""
+    """Adds metadata to the graph: how pictures must be resized, and the normalisation that the graph contains."""
     import onnx
 
     graph = onnx.load(file, load_external_data=False)
@@ -133,7 +133,7 @@ def _describe(vision: FrozenVision, file: Path) -> None:
 
 
 def _compare(image_path: ImagePath, side: int, file: Path) -> float:
-    """The largest difference between graph and module over the output's largest value."""
+    """The largest difference between graph and module, relative to the output's largest value."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -144,7 +144,7 @@ def _compare(image_path: ImagePath, side: int, file: Path) -> float:
         found = torch.from_numpy(session.run([image_path.name], {"images": images.numpy()})[0])
         assert found.shape == expected.shape, f"{list(found.shape)} in ONNX, {list(expected.shape)} in torch"
         difference = float((found - expected).abs().max() / expected.abs().max())
-        if not difference <= TOLERANCE:  # NaN is not
+        if not difference <= TOLERANCE:  # also true for NaN
             raise RuntimeError(
                 f"the ONNX graph differs from torch by {difference:.1e} of the largest value with {count} pictures; "
                 f"at most {TOLERANCE:.0e} is rounding, so nothing was written"
@@ -160,7 +160,7 @@ def _pictures(count: int, side: int) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on its own insides, nor the pages it prints before it raises an error."""
+    """Suppresses the exporter's remarks on its internals, and the long output that it prints before an error."""
     disabled = logging.root.manager.disable
     logging.disable(max(disabled, logging.ERROR))
     try:

@@ -1,6 +1,6 @@
-"""Our own runs as checkpoints: what training wrote, or what a conversion wrote, which may carry frozen parts along.
+"""Reads and writes openblip2's own runs, from training or from a conversion, which may contain frozen parts.
 
-RUN/vision/, RUN/language/   frozen parts in transformers' layout, where `vision.name` is "./vision"
+RUN/vision/, RUN/language/   frozen parts in transformers' format, if `vision.name` is "./vision"
 """
 
 import json
@@ -28,10 +28,10 @@ CARRIED = {"vision": "./vision", "language": "./language"}  # the names of parts
 
 
 def read_run(folder: Path, parts: Parts) -> Checkpoint:
-    """A finished run.
+    """Reads a finished run.
 
     Raises:
-        UserError: not a run, an unfinished one, a damaged one, or a number of heads that is not the run's.
+        UserError: it is not a run, it is unfinished or damaged, or `parts.heads` is not the run's number of heads.
     """
     saved = read_config(folder)
     settings, sizes = from_dict(saved["settings"]), saved["sizes"]
@@ -59,7 +59,7 @@ def read_run(folder: Path, parts: Parts) -> Checkpoint:
 
 
 def _last_validation(log: Path) -> dict[str, Any]:
-    # What comes after the last line break was being written when the run was stopped.
+    # Text after the last line break is an incomplete line of a run that was stopped.
     lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.is_file() else []
     try:
         rows = [json.loads(line) for line in lines if '"validation"' in line]
@@ -79,23 +79,23 @@ def write_run(
     carries: frozenset[str] = frozenset(),
     whitening: Whitening | None = None,
 ) -> None:
-    """Writes a run into a folder: settings, trained tensors, tokenizer, and the frozen parts that it `carries`.
+    """Writes a run into a folder: settings, trained tensors, tokenizer, and the frozen parts in `carries`.
 
     Args:
-        vision, language: those that are carried.
-        tokenizer: of a connector that reads text.
-        whitening: of the image features.
+        vision, language: the frozen parts that are written.
+        tokenizer: the tokenizer of a connector that reads text.
+        whitening: the whitening of the image features.
     """
     for part in sorted(carries):
         named = replace(getattr(settings, part), name=CARRIED[part])
-        if part == "vision" and vision is not None:  # the layers after the one taken were cut off
+        if part == "vision" and vision is not None:  # the layers after the chosen one were removed
             named = replace(named, layer=-1, image_size=vision.image_size)
         settings = replace(settings, **{part: named})
     with quiet_transformers():
         if "vision" in carries and vision is not None:
             if not isinstance(vision, HFVision):
                 raise UserError(f"{vision.kind} is a module of the caller's own, which is not written: leave merge out")
-            # Not the "original" format: what was read out of a BLIP-2 would get that model's prefix back.
+            # Not in the "original" format, in which a part of a BLIP-2 would get that model's prefix back.
             vision.encoder.save_pretrained(folder / "vision", save_original_format=False)
             side = {"height": vision.image_size, "width": vision.image_size}
             published = {"size": side, "image_mean": vision.mean, "image_std": vision.std, "do_normalize": True}
@@ -117,13 +117,13 @@ def write_run(
 
 @contextmanager
 def fresh_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, which gets its name when it is whole.
+    """A temporary folder to fill, which is renamed to `out` when it is complete.
 
     Args:
-        overwrite: Whether a model in `out` is then replaced.
+        overwrite: Whether an existing model in `out` is replaced.
 
     Raises:
-        UserError: something is there by that name.
+        UserError: `out` exists already or cannot be written.
     """
     model = (out / "config.json").exists()
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (overwrite and model):

@@ -1,1 +1,1 @@
-"""Speed and memory of ours, of a naive implementation and of transformers' BLIP-2, with equal weights and inputs."""
+"""Benchmarks this package, a naive implementation and transformers' BLIP-2 with equal weights and inputs."""

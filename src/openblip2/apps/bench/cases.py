@@ -1,4 +1,4 @@
-"""The cases that are timed: our way and the ways it is compared with, on equal inputs, with equal outputs.
+"""The benchmark cases: our implementation and those it is compared with, on equal inputs, with equal outputs.
 
 Shapes: B images, P patch tokens, V encoder width, T text tokens, Q queries, W vocabulary.
 """
@@ -39,8 +39,8 @@ from openblip2.hardware import computing
 from openblip2.model.decoding import Decoding
 
 SIDE = 256  # px, as img2dataset stores pictures by default
-SIZE = 224  # px, what the paper trains on
-PICTURES = 128  # of the loader's case
+SIZE = 224  # px, the image size of training in the paper
+PICTURES = 128  # in the loader case
 OURS, NAIVE, THEIRS = "openblip2", "naive", "transformers"
 
 
@@ -49,7 +49,7 @@ class Case:
     """One comparison.
 
     Attributes:
-        candidates: Functions by name, ours among them; each does the same work.
+        candidates: Functions by name, including ours; all do the same work.
         samples: Number of samples in one run.
         unit: What a sample is.
         difference: The largest relative difference between the outputs.
@@ -71,12 +71,12 @@ class Bench:
         self.size, self.device, self.precision = size, device, precision
         self.one, self.two, self.theirs = build_models(size, device, dtype)
         self.vision: Any = self.two.vision
-        self._folders: list[tempfile.TemporaryDirectory[str]] = []  # of caches; they are removed with this object
+        self._folders: list[tempfile.TemporaryDirectory[str]] = []  # for caches; they are removed with this object
 
     def loader(self) -> Case:
-        """A batch of images from a shard, by ours in one thread; the naive way is Pillow, with the files in memory.
+        """Loads a batch of images: ours from a shard in one thread, the naive way with Pillow from files in memory.
 
-        There is no random crop, because each way would draw another one. A crop takes as much time as it saves by
+        There is no random crop, because each way would draw a different one. A crop takes as much time as it saves by
         making the image smaller.
         """
         files = {f"{n:09}": jpeg(n, SIDE) for n in range(PICTURES)}
@@ -95,7 +95,7 @@ class Bench:
         return self._case("loader", {OURS: lambda: loader(0).images, NAIVE: naive}, PICTURES, "pictures", equal=0.0)
 
     def cache(self) -> Case:
-        """The features of a batch, read from a feature cache on the disk; the naive way runs the encoder."""
+        """The features of a batch: ours reads them from a feature cache on disk, the naive way runs the encoder."""
         images = pictures(self.size.pairs, self.size.side, self.device)
         cached = self._cache(self._encode(images))
         return self._case("cache", {OURS: cached, NAIVE: lambda: self._encode(images)}, len(images), "pictures")
@@ -135,8 +135,8 @@ class Bench:
         prompts = [""] * len(captions)
         rows = [[*[IMAGE] * size.queries, BOS, *model.language.tokenizer(c)["input_ids"], EOS] for c in captions]  # pyright: ignore
         ids, mask = _padded(rows, "right", self.device)
-        labels = ids.masked_fill(mask == 0, -100)  # as transformers expects it: no loss at padding ...
-        labels[:, : size.queries + 1] = -100  # ... and none at queries and BOS
+        labels = ids.masked_fill(mask == 0, -100)  # as transformers expects: no loss on padding ...
+        labels[:, : size.queries + 1] = -100  # ... and none on queries and BOS
         pixels = normalised(self.vision, images, theirs.vision_model.dtype)
 
         def ours() -> dict[str, Tensor]:
@@ -215,7 +215,7 @@ class Bench:
     ) -> Case:
         found = [_numbers(run()) for run in candidates.values()]
         difference = max(_difference(found[0], other) for other in found[1:])
-        # With random weights all words are nearly as likely, so in bf16 texts may differ by rounding; it is reported.
+        # With random weights, all words are almost equally likely, so bf16 rounding may change texts. This is reported.
         if equal is None:
             equal = 1e-4 if self.precision == "fp32" else 1.0 if isinstance(found[0], list) else 3e-2
             equal = max(equal, 1e-3 if name in CACHED else 0.0)  # features in the cache are rounded to fp16
@@ -236,7 +236,7 @@ class Bench:
             yield
 
     def _cache(self, features: Tensor) -> Callable[[], Tensor]:
-        """Writes features to a cache on the disk; what reads them from there, as a run does."""
+        """Writes features to a cache on disk. Returns a function that reads them from it, as training does."""
         folder, records = self._folder(), [Record(str(n), Path(f"{n}.png"), ()) for n in range(len(features))]
         with writing(folder, {"precision": "fp16"}, (1, *features.shape[1:]), print) as writer:
             writer.add(records, [None] * len(records), features[:, None])
@@ -256,7 +256,7 @@ class Bench:
                 found = [vision(part) for part in images.split(16)]
         finally:
             vision.image_size = before
-        return torch.cat(found).clone()  # a clone is no inference tensor, so that it can be used in training
+        return torch.cat(found).clone()  # a clone is not an inference tensor, so it can be used in training
 
 
 CASES: dict[str, Callable[[Bench], Case]] = {
@@ -287,7 +287,7 @@ def _numbers(output: Any) -> Any:
 
 
 def _difference(mine: Any, theirs: Any) -> float:
-    """Largest difference over the largest value; of texts, the share that differs."""
+    """The largest difference divided by the largest value; for texts, the share that differs."""
     if isinstance(mine, list):
         return sum(a != b for a, b in zip(mine, theirs, strict=True)) / len(mine)
     return float((mine - theirs).abs().max() / theirs.abs().max())

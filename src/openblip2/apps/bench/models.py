@@ -1,7 +1,7 @@
-"""Models of a size with random weights: ours and transformers' BLIP-2 with the same weights; and their inputs.
+"""The models of one size, ours and transformers' BLIP-2, with the same random weights, and their inputs.
 
-Time does not depend on the weights. All encoders have the architecture of EVA-CLIP, the only one that transformers'
-BLIP-2 supports.
+The running time does not depend on the weights. All encoders have the architecture of EVA-CLIP, the only one that
+transformers' BLIP-2 supports.
 
 Shapes: B images, S side in px, P patch tokens, V encoder width, T text tokens.
 """
@@ -33,19 +33,19 @@ class Size:
 
     encoder: tuple[int, int, int, int]
     qformer: tuple[int, int, int, int]
-    language: tuple[int, int, int, int]  # OPT's
+    language: tuple[int, int, int, int]  # an OPT model
     patch: int = 14  # px
     side: int = 224  # px
     rerank_side: int = 364  # px: retrieval is fine-tuned at this size
-    words: int = 50272  # of the language model
+    words: int = 50272  # vocabulary of the language model
     qformer_words: int = 30523
     queries: int = 32
-    pairs: int = 16  # of a stage-1 step
-    captions: int = 8  # of a stage-2 step
+    pairs: int = 16  # in a stage-1 step
+    captions: int = 8  # in a stage-2 step
     pictures: int = 32  # captioned at once
     questions: int = 16  # about one picture
     candidates: int = 128  # re-ranked for one picture
-    text: int = 12  # tokens of the longest caption; texts are 6 tokens and more
+    text: int = 12  # tokens of the longest caption; texts have at least 6 tokens
     new_tokens: int = 12
 
 
@@ -69,7 +69,7 @@ SIZES = {
         candidates=8,
         new_tokens=6,
     ),
-    # As large as the demo's: DINOv2-S, MiniLM-L6, an LLM of 125M.
+    # The sizes of the demo's models: DINOv2-S, MiniLM-L6 and an LLM with 125M parameters.
     "laptop": Size((384, 11, 6, 1536), (384, 6, 12, 1536), (768, 12, 12, 3072), queries=16, pairs=32, captions=16),
     "vit-l": Size((1024, 23, 16, 4096), BERT_BASE, OPT_1B),
     "vit-g": Size((1408, 39, 16, 6144), BERT_BASE, OPT_1B),
@@ -79,7 +79,7 @@ SIZES = {
 def build_models(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[Stage1, Stage2, Any]:
     """Our stage 1, our stage 2 and transformers' model: frozen parts in `dtype`, trained ones in fp32.
 
-    They share the encoder, stage 2 and transformers' model also the language model, and their trained parts are equal.
+    All share the encoder. Stage 2 and transformers' model share the language model and have equal trained parts.
     """
     theirs = _transformers(size, device, dtype)
     vision = HFVision(theirs.vision_model, layer=-1, image_size=size.side)
@@ -103,7 +103,7 @@ def build_models(size: Size, device: torch.device, dtype: torch.dtype) -> tuple[
 
 
 def tokenizer(vocabulary: int) -> Any:
-    """Whole words "w5", "w6", ...: as many as a language model knows."""
+    """A tokenizer of the whole words "w5", "w6", ..., with `vocabulary` tokens in total."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -115,13 +115,13 @@ def tokenizer(vocabulary: int) -> Any:
 
 
 def pictures(count: int, side: int, device: torch.device) -> Tensor:
-    """uint8 `[count, 3, S, S]`."""
+    """Random images: uint8 `[count, 3, S, S]`."""
     random = torch.Generator().manual_seed(count)
     return torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=random).to(device)
 
 
 def jpeg(seed: int, side: int) -> bytes:
-    """Smooth shapes with a little noise: about as many bytes as a photograph."""
+    """A JPEG of smooth shapes with a little noise, which has about as many bytes as a photograph."""
     random = np.random.default_rng(seed)
     shapes = Image.fromarray(random.integers(0, 256, (24, 24, 3), np.uint8))
     smooth = np.asarray(shapes.resize((side, side), Image.Resampling.BICUBIC)).astype(np.int16)
@@ -132,7 +132,7 @@ def jpeg(seed: int, side: int) -> bytes:
 
 
 def texts(count: int, longest: int, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Q-Former texts of 6 to `longest` tokens: `tokens [count, T]`, `valid [count, T]`."""
+    """Random texts for the Q-Former, of 6 to `longest` tokens: `tokens [count, T]`, `valid [count, T]`."""
     random = torch.Generator().manual_seed(count)
     tokens = torch.randint(10, vocabulary - 1, (count, longest), generator=random)
     lengths = longest - torch.arange(count) % (longest - 5)
@@ -143,14 +143,14 @@ def texts(count: int, longest: int, vocabulary: int, device: torch.device) -> tu
 
 
 def random_texts(count: int, longest: int, vocabulary: int) -> list[str]:
-    """Words for the language model, 6 to `longest` of them."""
+    """Random texts for the language model, of 6 to `longest` words."""
     random = torch.Generator().manual_seed(count + 1)
     ids = torch.randint(len(SPECIAL), vocabulary, (count, longest), generator=random).tolist()
     return [" ".join(f"w{n}" for n in row[: longest - i % (longest - 5)]) for i, row in enumerate(ids)]
 
 
 def normalised(vision: HFVision, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images as transformers expects them, `[B, 3, S, S]` floats."""
+    """Normalised images, as transformers expects them: `[B, 3, S, S]` floats."""
     mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (vision.mean, vision.std))
     return ((images.float() / 255 - mean) / std).to(dtype)
 
@@ -191,7 +191,7 @@ def _transformers(size: Size, device: torch.device, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def _fill(model: nn.Module) -> None:
-    """Random weights, fast: the same noise is repeated. The scales of norms are near 1."""
+    """Sets random weights. The same noise is repeated to save time. The scales of norms are near 1."""
     noise = 0.02 * torch.randn(2**20 + 7, generator=torch.Generator().manual_seed(0))
     for name, parameter in model.named_parameters():
         count = parameter.numel()

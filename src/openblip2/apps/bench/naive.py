@@ -1,9 +1,9 @@
-"""The naive implementation, in which passes share nothing: tests and timings compare ours with it.
+"""A naive implementation, in which passes share no computation: tests and timings compare ours with it.
 
-It makes the passes over all layers that the paper and its code describe: image and text separately (ITC), image and
-text together (ITM, the true pairs and the two kinds of false ones), and both with the causal mask (ITG). Each computes
-the keys and values of its images again and pads its texts to 32 tokens; logits are computed for every position.
-The weights and `QFormer.forward`, one pass with a given mask, are the model's.
+It runs the passes over all layers that the paper and its code describe: image and text separately (ITC), image and
+text together (ITM, for the matching pairs and the two kinds of negative pairs), and both with the causal mask (ITG).
+Each pass recomputes the keys and values of its images and pads its texts to 32 tokens. Logits are computed for every
+position. It uses the model's own weights and its `QFormer.forward`, which is one pass with a given mask.
 
 Shapes: B images, P patch tokens, V encoder width, Q queries, T text tokens, D width, E shared space, W vocabulary.
 """
@@ -51,7 +51,7 @@ def naive_losses(
     targets = (1 - smoothing) * same / same.sum(dim=1, keepdim=True) + smoothing / len(ids)
     itc = (F.cross_entropy(scores, targets) + F.cross_entropy(scores.T, targets)) / 2
 
-    # Pairs: the true ones, each text with another image, each image with another text.
+    # The matching pairs, each text with its negative image, and each image with its negative text.
     texts, images = negatives
     own, with_image, with_text = torch.arange(len(ids), device=ids.device), images >= 0, texts >= 0
     wrong_image, wrong_text = (images[with_image], own[with_image]), (own[with_text], texts[with_text])
@@ -78,7 +78,7 @@ def naive_losses(
 def naive_match(model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
     """ITM's log-odds `[N]` of one image `[P, V]` and N texts `[N, T]`, as in the authors' evaluation.
 
-    The image is repeated for every candidate, so its keys and values are computed again, and texts are padded.
+    The image is repeated for every candidate, so its keys and values are recomputed, and texts are padded.
     """
     tokens, valid = _padded(model, tokens, valid)
     logits = model.match(model.qformer.encode_image(patches.repeat(len(tokens), 1, 1)), tokens, valid).float()
@@ -86,7 +86,7 @@ def naive_match(model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor) -
 
 
 def _padded(model: Stage1, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """The texts with as many tokens as the authors' code gives them, or as the model has positions."""
+    """Pads texts to the length in the authors' code, or to the model's number of positions if that is smaller."""
     assert model.qformer.positions is not None
     missing = max(0, min(LONGEST, model.qformer.positions.num_embeddings) - tokens.shape[1])
     return F.pad(tokens, (0, missing)), F.pad(valid, (0, missing))
@@ -95,7 +95,7 @@ def _padded(model: Stage1, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tenso
 def naive_rerank(
     model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, scores: Tensor, best: int
 ) -> tuple[Tensor, Tensor]:
-    """`evaluate.ranking.rerank`, all pairs in each direction separately."""
+    """Ranks as `evaluate.ranking.rerank`, but computes the ITM scores of all pairs, one image after another."""
     odds = torch.stack([naive_match(model, patches, tokens, valid) for patches in features])
     ranked = []
     for dim in (1, 0):

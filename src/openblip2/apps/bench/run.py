@@ -78,7 +78,7 @@ def run_bench(
 
 
 def _measure(case: Case, repeats: int, device: torch.device, peak: float) -> dict[str, Any]:
-    """The figures of a case: of each candidate by name, and our time and memory relative to the others'."""
+    """The figures of a case: those of each candidate by name, and our time and memory relative to the others'."""
     if case.difference > case.equal:
         raise UserError(
             f"{case.name}: outputs differ by {case.difference:.1e} (allowed {case.equal:.0e}): nothing timed"
@@ -126,7 +126,7 @@ def alternate(
         `peak_bytes`, as `peak_memory`.
     """
     peaks = {name: peak_memory(run, device) for name, run in candidates.items()}
-    for run in candidates.values():  # measuring returned free memory to the system: a second run gets it back
+    for run in candidates.values():  # `peak_memory` returned free memory to the system: this run allocates it again
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
@@ -141,7 +141,7 @@ def alternate(
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a run needs at most in addition to those in use before it; None if the system does not tell."""
+    """The peak memory of a run in bytes, minus the memory in use before it; None if the system cannot report it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -164,7 +164,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
-    """The fastest matrix product measured here, in floating-point operations a second."""
+    """The fastest matrix product measured here, in floating-point operations per second."""
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best = min(_time(lambda: a @ b, device) for _ in range(12))

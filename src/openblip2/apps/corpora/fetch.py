@@ -1,14 +1,14 @@
-"""Fetches images that packages contain, by package name, with apt-get and npm as they are set up.
+"""Fetches packages that contain images, with the machine's configuration of apt-get and npm.
 
 | source      | packages                                             | licence                               |
 |-------------|------------------------------------------------------|---------------------------------------|
 | stamps      | Debian: tuxpaint-stamps-default                      | GPL-2                                 |
 | openclipart | Debian: openclipart-png, openclipart-svg, wamerican  | public domain; the word list: SCOWL's |
-| emoji       | npm: emoji-datasource-google, unicode-emoji-json     | Apache-2.0 the pictures, MIT the data |
+| emoji       | npm: emoji-datasource-google, unicode-emoji-json     | pictures Apache-2.0, data MIT         |
 | furniture   | Debian: sweethome3d-furniture                        | CC-BY, CC-0, Free Art: see its file   |
 
-About 500 MB are fetched, and all files of the packages are kept. Nothing is installed, and root is not needed. None of
-it is ever part of this project; the licence file of each package stays beside its data.
+About 500 MB are fetched, and all files of the packages are kept. Nothing is installed, and root is not needed. The
+files are never part of this project; the licence file of each package stays beside its data.
 """
 
 import os
@@ -33,9 +33,9 @@ class Package:
     """A package, unpacked into a folder with its name.
 
     Attributes:
-        name: of the package.
-        licence: the file in the folder without which a package does not count as fetched.
-        version: "" = the one of the Debian release.
+        name: the name of the package.
+        licence: path of the licence file in the folder; without it, a package does not count as fetched.
+        version: the version; "" = that of the Debian release.
     """
 
     name: str
@@ -66,10 +66,10 @@ PACKAGES: dict[str, tuple[Package, ...]] = {
 def fetch_packages(
     folder: Path, sources: Sequence[str] = tuple(PACKAGES), say: Callable[[str], object] = lambda line: None
 ) -> list[str]:
-    """Fetches packages and unpacks each into a folder with its name. Packages that are there are not fetched again.
+    """Fetches packages and unpacks each into a folder with its name. Existing packages are not fetched again.
 
     Args:
-        folder: of the packages.
+        folder: the folder for the packages.
         sources: keys of `PACKAGES`.
         say: called with each package that is being fetched.
 
@@ -98,7 +98,7 @@ def fetch_packages(
 
 
 def _fetch(package: Package, folder: Path) -> None:
-    """A folder with the package's name is complete."""
+    """Fetches a package. The folder with its name appears only when it is complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (
@@ -166,7 +166,7 @@ def unpack(archive: Path, into: Path, kind: str) -> None:
     The archives are not checked further: apt-get and npm have compared their checksums.
 
     Raises:
-        UserError: it is broken, or a path in it leads outside.
+        UserError: the archive is broken, or a path in it leads out of `into`.
     """
     try:
         shutil.unpack_archive(archive, into, kind, filter="data" if kind == "gztar" else None)

@@ -23,7 +23,7 @@ from openblip2.errors import UserError, one_line
 
 NAMES = ("easy-vqa", "stamps")
 STAMPS = Path("/usr/share/tuxpaint/stamps")
-# The exact inks of easy-VQA.
+# The exact colours of easy-VQA.
 _INKS = {
     (0, 0, 0): "black",
     (0, 0, 255): "blue",
@@ -37,10 +37,10 @@ _INKS = {
 
 
 def read_installed(name: str, split: Literal["train", "test"]) -> Source:
-    """What `--data` names; easy-VQA also has the training questions, for baselines that see no image.
+    """Reads the corpus that `--data` names. For easy-VQA, adds the training questions for baselines without images.
 
     Raises:
-        UserError: As `easy_vqa_records` or `stamps_records`.
+        UserError: as for `easy_vqa_records` or `stamps_records`.
     """
     if name == "stamps":
         stamps = stamps_records()
@@ -52,11 +52,11 @@ def read_installed(name: str, split: Literal["train", "test"]) -> Source:
 def easy_vqa_records(split: Literal["train", "test"]) -> list[Record]:
     """The records of one split: images of 64 x 64 px, and the official questions.
 
-    4,000 images with 38,575 questions for training, 1,000 with 9,673 for the test. The images stay in the
+    4,000 images with 38,575 questions for training, 1,000 with 9,673 for testing. The images stay in the
     installed package (MIT licence). It has no captions: they are generated from shape and colour with the grammar
     of the drawn scenes, and so are the facts (without size and place). Shape and colour are read from the pixels,
     because the questions about a tenth of the images do not name both. The kind of a question is "yes/no", or
-    "open" if a shape or a colour is asked for.
+    "open" if the question asks for a shape or a colour.
 
     Source: https://github.com/vzhou842/easy-VQA
 
@@ -99,8 +99,8 @@ def _shape_and_colour(path: Path) -> tuple[str, str]:
     widths = inked.sum(axis=1)[inked.any(axis=1)]
     width = inked.any(axis=0).sum()
     filled = widths.sum() / (len(widths) * width)
-    # Large complete shapes fill 1, 1/2 and pi/4 of it. The smallest triangle, of 8 px, fills 0.68, and so do some
-    # circles that are cut by the edge of the image; but only a triangle's last line is as wide as the box.
+    # Large complete rectangles, triangles and circles fill 1, 1/2 and pi/4 of the box. The smallest triangle (8 px)
+    # fills 0.68, and so do some circles at the image's edge, but only a triangle's last line is as wide as the box.
     triangle = filled < 0.75 and widths[-1] == width
     return "rectangle" if filled > 0.95 else "triangle" if triangle else "circle", _INKS[inks[0]]
 
@@ -120,14 +120,14 @@ def stamps_records(root: Path = STAMPS, test_share: float = 0.15, seed: int = 0)
     a transparent background. A sixth of the package is SVG only and is left out, because Pillow cannot read it. The
     licence is GPL-2, so the stamps are never part of this project.
 
-    The split is by group and drawn from `seed`. A group consists of the images that are nearly equal (also mirrored),
+    The random split (`seed`) keeps groups whole. A group consists of the images that are nearly equal (also mirrored),
     that have the same sentence, or that are numbered in one series (`lion.png`, `lion-2.png`). Stamps that cannot be
     read are skipped and named.
 
     Args:
         root: the folder of the stamps.
         test_share: the share of the images in the test split, approximately.
-        seed: of the split.
+        seed: the random seed of the split.
 
     Raises:
         UserError: `root` is missing or has no stamp.
@@ -153,6 +153,6 @@ def stamps_records(root: Path = STAMPS, test_share: float = 0.15, seed: int = 0)
 
 
 def _keys(stamp: Record) -> list[Hashable]:
-    """What the stamps of a group have in common: the sentence, and the name without its number."""
+    """The keys that stamps of one group share: the sentence, and the name without its number."""
     series = re.sub(r"[\d_-]+", "", stamp.image.stem)
     return [stamp.captions[0].lower(), (stamp.image.parent, series) if series else stamp.image]

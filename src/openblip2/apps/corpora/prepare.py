@@ -1,8 +1,8 @@
-"""Images of packages as one data folder, in groups of near-duplicates and in folds that do not divide a group.
+"""Converts images of packages to one data folder, in groups of near-duplicates, and in folds that keep groups whole.
 
 `fetch` downloads the packages; `prepare` converts them to one data folder, which `read_records` reads.
 
-N images; a thumbnail has 2 x 16 x 16 values.
+Shapes: N images; a thumbnail has 2 x 16 x 16 values.
 """
 
 import hashlib
@@ -24,9 +24,9 @@ from openblip2.errors import UserError
 SIDE = 384  # px: the maximum for prepared images, so that crops for an encoder at 224 px are not enlarged
 _GROUND = 247  # gray levels above this are background
 _LEAST = 0.1  # minimum length of the content, as a share of the longer side
-# Two images are copies if their gray thumbnails correlate at least so much, and so do their insides unless both are of
-# one shade. Without the second condition, all flags would be copies, and a coin and an apple. The limits were chosen by
-# looking at pairs: above them are recoloured, mirrored and retouched copies.
+# Two images are copies if the correlation of their gray thumbnails is at least _ALIKE, and that of their insides at
+# least _INSIDE or both insides have one shade. Without the second condition, all flags would be copies of each other,
+# and so would a coin and an apple. Limits chosen by eye: pairs above are recoloured, mirrored and retouched copies.
 _THUMBNAIL = 16
 _ALIKE = 0.95
 _INSIDE = 0.75
@@ -71,7 +71,7 @@ def prepare_images(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURC
 
 
 def _written(found: Sequence[tuple[str, Record]], folder: Path, skipped: list[str]) -> list[Record]:
-    """Writes the images, reduced, and finds their groups. Images that cannot be used are added to `skipped`."""
+    """Writes the reduced images and finds their groups. Images that cannot be used are added to `skipped`."""
     records: list[Record] = []
     thumbnails: list[np.ndarray] = []
     for source, record in found:
@@ -94,7 +94,7 @@ def _written(found: Sequence[tuple[str, Record]], folder: Path, skipped: list[st
 
 
 def by_fold(records: Sequence[Record], k: int = 5, seed: int = 0) -> list[list[Record]]:
-    """The records of `prepare` in `k` random folds. No group is in two of them.
+    """Divides the records of `prepare_images` into `k` random folds. Each group is in only one fold.
 
     To test on fold i, train on all others. Every source is divided as evenly as its largest groups allow. The order
     within a fold is that of `records`.
@@ -120,7 +120,7 @@ def by_fold(records: Sequence[Record], k: int = 5, seed: int = 0) -> list[list[R
 
 
 def _small(path: Path) -> Image.Image:
-    with warnings.catch_warnings():  # of Pillow, for images below its limit and above ours
+    with warnings.catch_warnings():  # Pillow only warns about some images above our limit
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         picture = open_picture(path)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
@@ -132,7 +132,7 @@ def _small(path: Path) -> Image.Image:
 
 
 def _series(record: Record) -> Hashable:
-    """What the images of a series have in common: the name without its number, or an emoji as man or woman."""
+    """The key that images of a series share: the name without its number; for an emoji, without man or woman."""
     folder, _, stem = record.id.rpartition("/")
     if folder == "emoji":
         rest = re.sub(r"\b(man|men|woman|women|person|people)\b", "", record.captions[0]).split()
@@ -142,9 +142,9 @@ def _series(record: Record) -> Hashable:
 
 
 def thumbnail(picture: Image.Image) -> np.ndarray:
-    """`[512]`: gray values of the image without margins, padded to a square, and then those inside its outline.
+    """`[512]`: gray values of the image without margins, padded to a square, and then the values inside its outline.
 
-    Each half has mean 0 and length 1; the second half is 0 if the inside is of one shade.
+    Each half has mean 0 and length 1. The second half is 0 if the inside has one shade.
     """
     gray = ImageOps.invert(picture.convert("L"))
     ink = gray.point([255 * (level > _PAPER) for level in range(256)])
@@ -169,7 +169,7 @@ def alike(thumbnails: np.ndarray) -> list[tuple[int, int]]:
     """The pairs i < j of thumbnails `[N, 512]` that are nearly equal, also if one is mirrored."""
     count = len(thumbnails)
     halves = thumbnails.reshape(count, 2, _THUMBNAIL, _THUMBNAIL)
-    plain = np.abs(halves[:, 1]).sum(axis=(1, 2)) == 0  # of one shade
+    plain = np.abs(halves[:, 1]).sum(axis=(1, 2)) == 0  # the inside has one shade
     pairs: list[tuple[int, int]] = []
     for first in range(0, count, _ROWS):
         rows = slice(first, first + _ROWS)
@@ -182,7 +182,7 @@ def alike(thumbnails: np.ndarray) -> list[tuple[int, int]]:
 
 
 def joined(keys: Sequence[Iterable[Hashable]], pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """0..N-1 in groups: those that share a key or are a pair, directly or through others."""
+    """Groups the numbers 0..N-1: two are in one group if they share a key or are a pair, directly or through others."""
     linked: list[list[Hashable]] = [list(own) for own in keys]
     for pair in pairs:
         for i in pair:
@@ -194,7 +194,7 @@ def joined(keys: Sequence[Iterable[Hashable]], pairs: Iterable[tuple[int, int]])
 
 
 def drawn(groups: Sequence[Sequence[str]], share: float, seed: int) -> set[str]:
-    """The ids of random groups, up to `share` of all ids. A group that is too large is left out."""
+    """Draws random groups up to `share` of all ids and returns their ids. A group that is too large is left out."""
     room = round(share * sum(len(group) for group in groups))
     taken: set[str] = set()
     for group in sorted(groups, key=lambda ids: _lot(seed, ids[0])):
@@ -204,7 +204,7 @@ def drawn(groups: Sequence[Sequence[str]], share: float, seed: int) -> set[str]:
 
 
 def folds(names: Sequence[str], k: int, seed: int) -> list[int]:
-    """The fold 0..k-1 of each image from the name of its group; a group is in one fold.
+    """The fold 0..k-1 of each image, given the name of its group. All images of a group are in one fold.
 
     Groups are assigned at random, large ones first, each to the smallest fold so far. If no group is very large, the
     sizes of the folds differ by one at most.
@@ -221,5 +221,5 @@ def folds(names: Sequence[str], k: int, seed: int) -> list[int]:
 
 
 def _lot(seed: int, name: str) -> bytes:
-    """A random order that is the same on every machine and changes little if images are added."""
+    """A sort key: a random order that is the same on every machine and changes little if images are added."""
     return hashlib.sha256(f"{seed}/{name}".encode()).digest()

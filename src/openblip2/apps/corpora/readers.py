@@ -1,4 +1,4 @@
-"""Readers of packages that contain images with English captions: records, and a line for each entry left out.
+"""Reads packages of images with English captions: returns records, and a line for each entry that is left out.
 
 | source      | images                                       | caption                               |
 |-------------|----------------------------------------------|---------------------------------------|
@@ -25,14 +25,14 @@ from openblip2.errors import UserError, one_line
 
 T = TypeVar("T")
 
-_MAX_BYTES = 16 * 2**20  # of an SVG; the package's largest has 1.7 million
+_MAX_BYTES = 16 * 2**20  # limit for an SVG; the largest in the package has 1.7 million
 _DUBLIN = "{http://purl.org/dc/elements/1.1/}"
 
 # Folders with drawings that a file name does not describe: toolbar icons, 1,379 stars by their number of points,
 # gradients and patterns. Icons with a title of their own are used.
 _UNNAMED = ("computer/icons/", "shapes/stars/")
 _NO_PICTURES = ("special/",)
-_BELIEVED = 3  # a title that more drawings share is that of a collection
+_BELIEVED = 3  # a title that more drawings share is the title of a collection
 
 # Parts of titles that do not describe the image: who drew it, the kind of clip art, and numbers.
 _NOT_ABOUT_IT = (
@@ -53,7 +53,7 @@ class Found(NamedTuple):
 
 
 def _read_each(entries: Iterable[T], read: Callable[[T], Record | None]) -> Found:
-    """The records of all entries. One for which `read` raises a `UserError` is skipped; None is no record at all."""
+    """Reads all entries. An entry is skipped if `read` raises a `UserError`, and ignored if `read` returns None."""
     found = Found([], [])
     for entry in entries:
         try:
@@ -66,7 +66,7 @@ def _read_each(entries: Iterable[T], read: Callable[[T], Record | None]) -> Foun
 
 
 def read_stamps(root: Path) -> Found:
-    """All stamps below `root`, with images not yet opened.
+    """Reads all stamps below `root`, without opening their images.
 
     Raises:
         UserError: `root` is missing or has no stamp.
@@ -156,7 +156,7 @@ def furniture(folder: Path) -> Found:
 
 
 def openclipart(packages: Path) -> Found:
-    """The drawings with an English caption, with their paths as ids.
+    """Reads the drawings that have an English caption, with their paths as ids.
 
     A caption is the title of a drawing, or the words of its file name if more than three drawings share the title and
     it does not agree with the name: then it is the title of a collection. All words must be in the dictionary. A flag
@@ -272,7 +272,7 @@ def _is_english(text: str, words: frozenset[str]) -> bool:
 
 
 def _plain_emoji(text: str) -> str:
-    return text.replace("\ufe0f", "")  # the selector of the coloured form, which is not always written
+    return text.replace("\ufe0f", "")  # the selector of the coloured form, which is sometimes omitted
 
 
 def _json(path: Path, kind: type) -> Any:
@@ -286,7 +286,7 @@ def _json(path: Path, kind: type) -> Any:
 
 
 def _properties(path: Path) -> dict[str, str]:
-    """A Java properties file of one `key=value` a line."""
+    """Reads a Java properties file with one `key=value` per line."""
     try:
         lines = path.read_text(encoding="latin-1").splitlines()
     except OSError as error:

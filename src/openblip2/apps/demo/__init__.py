@@ -1,4 +1,4 @@
-"""`openblip2 demo`: from pictures to a report, in one piece."""
+"""The command `openblip2 demo`: all steps from pictures to a report."""
 
 from openblip2.apps.demo.plan import DemoPlan, plan_for
 from openblip2.apps.demo.run import run_demo

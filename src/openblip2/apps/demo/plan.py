@@ -1,4 +1,4 @@
-"""How much of everything the demo takes, and the pictures it is about."""
+"""The plan of a demo (its sizes and settings), and its pictures."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,28 +12,28 @@ from openblip2.config import RunSettings, change
 from openblip2.data.records import Record
 from openblip2.presets import preset
 
-# How long it takes, for the first lines in the terminal: a measured figure of the small world, which is the default.
+# How long the demo takes, for the announcement: a measured time of the small world, which is the default.
 DURATION = "the small world took 22 minutes on two CPU cores with AVX512-bf16 (docs/results.md)"
 
-# A dozen nouns can be told from lower layers, which know colours better. A linear map finds 99 % of the nouns and 99 %
-# of the colours of unseen combinations in layer 5; in layer 8, the laptop preset's, 100 and 92 % (docs/decisions.md).
+# For a dozen nouns, a lower layer is better, because it separates colours better. On unseen combinations, a linear map
+# finds 99 % of nouns and 99 % of colours in layer 5; in layer 8 (laptop preset), 100 and 92 % (docs/decisions.md).
 SMALL_LAYER = 5
 
-# What differs from the laptop preset and from the fields of `DemoPlan`: of the small world, the full world, the stamps.
+# Changes to the laptop preset and to the defaults of `DemoPlan`: for the small world, the full world and the stamps.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
-        # Its questions are about its own dozen nouns; those of easy-VQA are about shapes it never draws.
+        # Its questions are about its dozen nouns; those of easy-VQA are about shapes, which this world does not draw.
         "plan": {"train_scenes": 3000, "test_scenes": 500, "train_easy_vqa": 0, "pointed": 40},
         "stage1": {
             "vision.layer": SMALL_LAYER,
             "optim.lr": 5e-4,
-            # Half the laptop preset's batch: at equal seconds, more and smaller steps teach more (docs/decisions.md).
+            # Half the laptop preset's batch: in the same time, more and smaller steps are better (docs/decisions.md).
             "train.batch": 16,
             "train.steps": 900,
             "train.validate_every": 100,
             "train.checkpoint_every": 100,
-            # A step with ITM takes more than twice as long as one without, and ITM learns nothing before ITC has. It
-            # leaves its chance level 150 steps later; with similar captions before that, it takes longer.
+            # A step with ITM takes more than twice as long as one without, and ITM learns only after ITC has learned.
+            # Its loss leaves chance level after 150 steps of ITM; if similar captions start earlier, it takes longer.
             "stage1.itm_start_step": 200,
             "stage1.similar_start_step": 350,
         },
@@ -42,13 +42,13 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.batch": 12,
             "train.steps": 1500,
             "optim.min_lr": 5e-5,
-            # A step before this one takes a ninth of the time of one after it.
+            # Steps before this one take a ninth of the time of later steps.
             "stage2.lm_start_step": 1400,
             "train.validate_every": 700,
             "train.checkpoint_every": 300,
         },
     },
-    # 18 times as many nouns, so more pictures and steps, and the laptop preset's layer, which knows nouns best.
+    # 18 times as many nouns need more pictures and steps, and the laptop preset's layer, which separates nouns best.
     "full": {
         "plan": {"train_scenes": 8000},
         "stage1": {
@@ -69,7 +69,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.checkpoint_every": 300,
         },
     },
-    # 667 pictures to train on: the scenes' steps would show each of them dozens of times.
+    # There are only 667 training pictures; with the steps of the scenes, each would be seen dozens of times.
     "stamps": {
         "plan": {},
         "stage1": {
@@ -86,20 +86,20 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """How much of everything; `plan_for` makes one.
+    """The sizes and settings of a demo; `plan_for` creates it.
 
     Attributes:
         corpus: drawn scenes, or Tux Paint's stamps.
-        world: of the scenes.
-        seed: of the scenes and of training.
-        train_scenes: pictures drawn for training.
-        test_scenes: pictures drawn for the test.
-        train_easy_vqa: of easy-VQA's 4,000 training pictures, as captions; its questions are never trained on. 0:
-            nothing of easy-VQA, no questions of its test either.
-        asked: questions of each data set, drawn from its test part.
-        reranked: how many candidates ITM ranks again.
-        pointed: test pictures of the pointing game.
-        looked: pictures whose maps are drawn.
+        world: the set of nouns that scenes contain.
+        seed: seed of the scenes and of training.
+        train_scenes: number of pictures drawn for training.
+        test_scenes: number of pictures drawn for the test.
+        train_easy_vqa: how many of easy-VQA's 4,000 training pictures are used, with captions; its questions are never
+            trained on. 0 = easy-VQA is not used at all, not even its test questions.
+        asked: number of questions of each data set, drawn from its test part.
+        reranked: number of candidates that ITM re-ranks.
+        pointed: number of test pictures for the pointing game.
+        looked: number of pictures whose maps are drawn.
         stage1: settings of stage 1.
         stage2: settings of stage 2.
     """
@@ -120,7 +120,7 @@ class DemoPlan:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What is trained on; what is scored; questions by data set with those that a blind guesser may read."""
+    """Training pictures, test pictures, and questions by data set; blind guessers know the training questions."""
 
     train: list[Record]
     test: list[Record]
@@ -132,10 +132,10 @@ def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: 
     """The plan of a demo.
 
     Args:
-        corpus: what the pictures are.
-        world: of the scenes; the stamps have none.
-        seed: of the scenes and of training.
-        budget: both stages take so many times their usual steps.
+        corpus: the kind of pictures.
+        world: the set of nouns that scenes contain; not used for stamps.
+        seed: seed of the scenes and of training.
+        budget: factor by which the usual number of steps of both stages is multiplied.
     """
     recipe = RECIPES[world if corpus == "scenes" else corpus]
     stages = [change(preset(stage, "laptop"), recipe[stage]) for stage in ("stage1", "stage2")]
@@ -144,7 +144,7 @@ def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: 
 
 
 def with_steps(settings: RunSettings, steps: int) -> RunSettings:
-    """A run of another number of steps. Fewer leave ITM, similar rows and the language model their shares of them."""
+    """Sets the number of steps. With fewer, ITM, similar captions and language model start proportionally earlier."""
     first, share = settings.stage1, steps / settings.train.steps
     begins = {"itm_start_step": first.itm_start_step, "similar_start_step": first.similar_start_step}
     changes: dict[str, Any] = {f"stage1.{name}": round(min(1, share) * step) for name, step in begins.items() if step}
@@ -181,13 +181,13 @@ def announcement(plan: DemoPlan, out: Path) -> str:
 
 
 def settings_of(plan: DemoPlan, out: Path) -> tuple[RunSettings, RunSettings]:
-    """The settings of both stages, bound to this demo's folders and seed."""
+    """The settings of both stages, with this demo's folders and seed."""
     common = {"data.source": str(out / "data"), "train.seed": plan.seed}
     return change(plan.stage1, common), change(plan.stage2, {**common, "start": str(out / "stage1")})
 
 
 def gather_corpus(plan: DemoPlan, folder: Path) -> Corpus:
-    """Draws or finds the pictures: training and test never share a noun with a colour, or a group of look-alikes."""
+    """Draws or finds the pictures. Training and test share no noun-colour combination and no near-duplicates."""
     if plan.corpus == "stamps":
         stamps = stamps_records(seed=plan.seed)
         return Corpus(stamps.train, stamps.test, {}, stamps.skipped)

@@ -1,4 +1,4 @@
-"""The main job, whole: two frozen models learn to talk to each other, and are scored on what they have never seen.
+"""The whole demo: trains a Q-Former between two frozen models, and scores the result on unseen pictures.
 
 pictures -> frozen features -> stage 1 -> stage 2 -> metrics.json and report.html
 """
@@ -31,23 +31,23 @@ from openblip2.train.encode import make_cache, whitened
 from openblip2.train.prepare import prepare
 from openblip2.train.recipes import train_stage
 
-OWN = ("data", "features", "stage1", "stage2", "maps", "metrics.json", "report.html")  # what a demo writes
+OWN = ("data", "features", "stage1", "stage2", "maps", "metrics.json", "report.html")  # all that a demo writes
 EXAMPLES = 5  # captions in `metrics.json`, of the first test pictures
 
 
 def run_demo(out: Path, plan: DemoPlan, progress: Progress, overwrite: bool = False) -> dict[str, Any]:
-    """Runs it all into `out` and returns what `out/metrics.json` holds. An interrupted demo is continued.
+    """Runs the demo in `out` and returns the contents of `out/metrics.json`. An interrupted demo is continued.
 
     Args:
-        overwrite: Whether to begin again where a demo is finished or interrupted.
+        overwrite: Whether to start again if `out` contains a finished or interrupted demo.
 
     Raises:
-        UserError: a package that the corpus or the models need is missing; the message says how to get it. Or `out`
-            holds a finished demo, or runs with other settings, and `overwrite` is False; or files of something else.
+        UserError: a required package is missing; the message says how to install it. Or `out` contains other files; or
+            a finished demo, or runs with other settings, and `overwrite` is False.
     """
-    require("the report", "demo", "matplotlib")  # said now, not after the training
+    require("the report", "demo", "matplotlib")  # checked now, not after the training
     require_absent(out / "metrics.json", overwrite)
-    # A folder of data may have the same names inside.
+    # Other files show that this is not a demo's folder: its `data` or `features` must not be replaced.
     if others := sorted(p.name for p in out.glob("[!.]*") if p.name not in OWN):
         raise UserError(f"{out} holds {others[0]}, which is not of a demo: give another --out")
     make_folder(out)
@@ -109,7 +109,7 @@ def _encode(vision, records: list[Record], settings: RunSettings, out: Path, nam
 
 
 def _cleaned(features: Features) -> Features:
-    """Captions as the models are given them."""
+    """Cleans the captions as the models expect them."""
     records = [replace(r, captions=tuple(clean_caption(c) for c in r.captions)) for r in features.records]
     return Features(records, features.values)
 
@@ -128,7 +128,7 @@ def _of_test(test: Features, asked: Sequence[Record]) -> Features:
 
 
 def _health(run: Path) -> dict[str, Any]:
-    """What the doctor finds bad about a run, and the effective rank of its queries in the last validation, if known."""
+    """The doctor's bad findings about a run, and the effective rank of its queries in the last validation, if known."""
     settings, rows, found = examine(run)
     ranks = [row["validation"]["effective_rank"] for row in rows if "effective_rank" in row.get("validation", {})]
     return {

@@ -1,4 +1,4 @@
-"""What the demo's two runs reach on pictures that neither has seen, and what of it the report shows."""
+"""Scores of the demo's two runs on pictures that neither has seen, and examples for the report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from openblip2.model.language import Decoding
 from openblip2.progress import Progress
 from openblip2.runs import make_folder
 
-SHOWN = 24  # held-out pictures in the report: the first ones, not chosen
+SHOWN = 24  # held-out pictures in the report: the first ones, not selected
 
 
 def score(
@@ -38,12 +38,12 @@ def score(
     maps: Path,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures, as `metrics.json` holds them, and examples for the report.
+    """Computes the figures of `metrics.json`, and examples for the report.
 
     Args:
         test: the held-out pictures.
-        asked: by data set, pictures with one question each.
-        maps: the folder they go to.
+        asked: for each data set, pictures with one question each.
+        maps: the folder in which maps are saved.
     """
     examples: dict[str, Any] = {}
     metrics: dict[str, Any] = {
@@ -72,16 +72,16 @@ def _retrieval(
         scores = similarities(model, features, tokens, valid)
         with progress.steps("re-ranking", len(captions)) as bar:
             by_image, by_text = rerank(model, features, tokens, valid, scores, plan.reranked, bar.advance)
-    # The authors' code adds ITC's score to ITM's; as log-odds the two are of one kind. Candidates stay in front, for
-    # none of the others has a higher ITC score.
-    likeness = scores / model.temperature.detach()
+    # The authors' code adds the ITC score to the ITM score; as log-odds, the two are comparable. Candidates stay first,
+    # because none of the others has a higher ITC score.
+    itc_logits = scores / model.temperature.detach()
     examples["retrieval"] = _retrieval_examples(test.records, captions, by_image, by_text)
     return {
         "n": len(captions),
         "chance": 1 / len(captions),
         "itc": recalls(scores, scores, correct),
         "itm": recalls(by_image, by_text, correct) | {"reranked": plan.reranked},
-        "itm+itc": recalls(by_image + likeness, by_text + likeness, correct) | {"reranked": plan.reranked},
+        "itm+itc": recalls(by_image + itc_logits, by_text + itc_logits, correct) | {"reranked": plan.reranked},
     }
 
 
@@ -114,14 +114,14 @@ def _captions(captioner: Captioner, test: Features, examples: dict[str, Any], pr
         {"image": str(r.image), "caption": caption, "references": list(r.captions), "facts": r.facts}
         for r, caption in list(zip(test.records, written, strict=True))[:SHOWN]
     ]
-    # What the same captions are worth on other pictures: what is right of them by chance.
+    # The same captions on other pictures: how much of them is right by chance.
     others = [*test.records[1:], *test.records[:1]]
     return _right_shares(written, test.records) | {"chance": _right_shares(written, others)}
 
 
 def _right_shares(captions: Sequence[str], records: Sequence[Record]) -> dict[str, Any]:
-    """Shares of captions, in [0, 1], that are one of the scene's own, name every object right, every attribute right,
-    both, and that state no wrong relation. None if an image has no facts to compare with.
+    """Fractions of captions, in [0, 1]: equal to one of the scene's own; every object right; every attribute right;
+    both; no wrong relation. All but the first are None if an image has no facts to compare with.
     """
     count = len(records)
     exact = sum(caption in r.captions for caption, r in zip(captions, records, strict=True)) / count
@@ -155,7 +155,7 @@ def _vqa(
         for r, q, answer in list(zip(asked.records, questions, answers, strict=True))[:SHOWN]
     ]
     blind = baselines([question for record in known for question in record.questions], questions)
-    found = summary(exact_scores(answers, questions, vqa_normal), questions)  # "3" is "three"
+    found = summary(exact_scores(answers, questions, vqa_normal), questions)  # "3" equals "three"
     return found | {"zero_shot": True, "prompt": form, "baselines": blind}
 
 
@@ -167,14 +167,14 @@ def write_for_features(
     what: str,
     progress: Progress,
 ) -> list[str]:
-    """What a captioner writes for N pictures, by their features `[N, P, V]`, and N prompts."""
+    """Generates text for N pictures, given by their features `[N, P, V]`, and N prompts."""
     found: list[str] = []
     with (
         torch.inference_mode(),
         computing(captioner.model, captioner.settings.train.precision),
         progress.steps(what, len(values)) as bar,
     ):
-        for features in values.split(25):  # 50 at once take a sixth less time and 0.4 GB more
+        for features in values.split(25):  # batches of 50 take a sixth less time and 0.4 GB more
             part = prompts[len(found) : len(found) + len(features)]
             found += captioner.model.generate(part, decoding, features=features.to(device()))
             bar.advance(count=len(features))
@@ -189,14 +189,14 @@ def _grounding(captioner: Captioner, test: Features, plan: DemoPlan, progress: P
 
 
 def _pointing(matcher: Matcher, test: Sequence[Record], plan: DemoPlan, progress: Progress) -> dict[str, Any] | None:
-    if plan.corpus != "scenes":  # the boxes of things are unknown
+    if plan.corpus != "scenes":  # the boxes of objects are unknown
         return None
     found = score_pointing(matcher, test[: plan.pointed], Options(seed=plan.seed), progress)
     return {"n": found.pictures, "texts": found.protocol["texts"]} | {k: v.score for k, v in found.scores.items()}
 
 
 def _maps(matcher: Matcher, records: Sequence[Record], folder: Path) -> list[dict[str, str]]:
-    """What a text of each picture depends on, and where the queries look, drawn into a folder."""
+    """Draws the relevance map of a text and the attention map of each picture into a folder."""
     make_folder(folder)
     examples: list[dict[str, str]] = []
     for record in records:

@@ -1,1 +1,1 @@
-"""Reports on runs: the demo's and the doctor's, each one HTML file that needs nothing beside it."""
+"""Reports on runs: the demo's and the doctor's, each a self-contained HTML file."""

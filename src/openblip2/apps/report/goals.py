@@ -1,15 +1,15 @@
-"""What the project wants its demo to reach, and whether a run did."""
+"""The goals of the demo, and whether a run has reached them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-WAYS = ("tr@1", "ir@1")  # a caption by its picture, a picture by its caption
+WAYS = ("tr@1", "ir@1")  # finding a caption by its picture, and a picture by its caption
 
 
 @dataclass(frozen=True)
 class Goal:
-    """One goal in words. `met` is None where it was not measured."""
+    """One goal in words. `met` is None if it was not measured."""
 
     what: str
     wanted: str
@@ -18,10 +18,10 @@ class Goal:
 
 
 def goals(metrics: Mapping[str, Any]) -> list[Goal]:
-    """The goals for the pictures that a demo was about, beside what it reached.
+    """The goals for the pictures of a demo, and the values that it reached.
 
     Args:
-        metrics: what `metrics.json` holds.
+        metrics: the contents of `metrics.json`.
     """
     world, retrieval, loss = metrics.get("world"), metrics["retrieval"], metrics["grounding"]
     right, other = loss["loss_right"], loss["loss_shuffled"]

@@ -1,4 +1,4 @@
-"""The two pages, made from the templates beside this file: the demo's report, and the doctor's findings."""
+"""Creates two pages from the templates beside this file: the demo's report, and the doctor's findings."""
 
 import base64
 import math
@@ -25,14 +25,14 @@ from openblip2.train.log import read_log
 def write_report(
     path: Path, metrics: Mapping[str, Any], examples: Mapping[str, Any], stage1_log: Path, stage2_log: Path
 ) -> None:
-    """Writes the report of a demo, whole or not at all; it needs matplotlib.
+    """Writes the report of a demo atomically. It needs matplotlib.
 
     Args:
         path: the HTML file.
-        metrics: what `metrics.json` holds.
-        examples: captions, answers, retrieval and maps, as `demo.scores.score` gathers them.
+        metrics: the contents of `metrics.json`.
+        examples: captions, answers, retrieval and maps, as `demo.scores.score` returns them.
         stage1_log: the `log.jsonl` of stage 1, beside its `config.json`.
-        stage2_log: that of stage 2.
+        stage2_log: the same for stage 2.
 
     Raises:
         UserError: a picture of the examples can no longer be opened.
@@ -57,10 +57,10 @@ def write_report(
 
 
 def examine(run: Path) -> tuple[RunSettings, list[dict[str, Any]], list[Finding]]:
-    """Settings, rows of the log, and what they say of the run's health.
+    """Returns the settings, the rows of the log, and the findings about the run.
 
     Raises:
-        UserError: no run, or one that has not begun.
+        UserError: there is no run, or it has not started.
     """
     config = read_config(run)
     settings, rows = from_dict(config["settings"]), read_log(run / "log.jsonl")
@@ -70,7 +70,7 @@ def examine(run: Path) -> tuple[RunSettings, list[dict[str, Any]], list[Finding]
 def write_findings(
     path: Path, run: str, settings: RunSettings, rows: Sequence[Mapping[str, Any]], found: Sequence[Finding]
 ) -> None:
-    """Writes what `examine` found, and curves, as a page, whole or not at all; it needs matplotlib."""
+    """Writes a page with the results of `examine` and curves, atomically. It needs matplotlib."""
     chance = math.log(settings.train.batch)
     _write(path, "doctor.html", run=run, findings=found, charts=charts(rows, itc_chance=chance))
 
@@ -81,7 +81,7 @@ def duration(seconds: float) -> str:
 
 
 def _write(path: Path, template: str, **values: Any) -> None:
-    # Autoescaping: captions, questions, names of runs and settings are other people's text.
+    # Autoescaping, because captions, questions, names of runs and settings are untrusted text.
     templates = FileSystemLoader(Path(__file__).with_name("templates"))
     pages = Environment(
         loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -109,7 +109,7 @@ def _data_url(data: bytes, kind: str) -> str:
 
 
 def _caption(example: Mapping[str, Any]) -> dict[str, Any]:
-    """A caption as the report shows it: `marks` say what is right or wrong about it."""
+    """A caption as the report shows it; `marks` list which parts of it are right or wrong."""
     caption, references, facts = example["caption"], example["references"], example["facts"]
     marks = [("one of its own captions", True)] if caption in references else []
     if facts is not None:
@@ -141,18 +141,18 @@ COLUMNS = {
 }
 HELD_OUT = {"lm": {"loss_right": "held out, right picture", "loss_shuffled": "held out, another picture"}}
 COLOURS = ("#1f6fc4", "#c2571a", "#7d3fb0")
-MOST_POINTS = 300  # of a line: more than can be told apart
+MOST_POINTS = 300  # per line; more could not be distinguished
 
 
 def charts(
     rows: Sequence[Mapping[str, Any]], names: Sequence[str] = tuple(COLUMNS), itc_chance: float | None = None
 ) -> list[dict[str, Any]]:
-    """A chart for each column of a training log, with held-out values where there are some.
+    """Draws a chart for each column of a training log, with held-out values if there are any.
 
     Args:
         rows: the rows of `log.jsonl`.
-        names: of the columns, keys of `COLUMNS`; those that the log lacks are left out.
-        itc_chance: the ITC loss of a model that knows nothing, if it is to be drawn.
+        names: names of columns, keys of `COLUMNS`; columns that the log does not contain are left out.
+        itc_chance: chance level of the ITC loss; None = it is not drawn.
     """
     drawn = []
     for name in names:
@@ -167,22 +167,22 @@ def charts(
 
 
 def chart(title: str, axis: str, lines: Mapping[str, Sequence[Point]], chance: float | None = None) -> dict[str, Any]:
-    """Draws lines over steps, the vertical axis from zero.
+    """Draws lines over steps; the vertical axis starts at zero.
 
     Args:
-        title: of the chart.
+        title: title of the chart.
         axis: what the vertical axis shows; a loss is in nats.
         lines: points by name; all lines after the first are dotted, for values measured now and then.
-        chance: height of a dashed line.
+        chance: value of a horizontal dashed line; None = no such line.
 
     Returns:
-        `title`, `svg`, and `alt`, a summary for those who do not see it.
+        `title`, `svg`, and `alt`, a text summary for readers who cannot see the chart.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot: no window, no state
 
     said, stream = [], BytesIO()
-    # Text stays text, which is small; a fixed salt and no date: the same log gives the same file.
+    # Text is stored as text, which is small. With a fixed salt and no date, the same log gives the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure = Figure(figsize=(4.6, 3.4), layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel="loss in nats" if axis == "loss" else axis)

@@ -1,8 +1,8 @@
 """Drawn scenes: coloured icons and shapes on a light background, with known content.
 
 The content of a scene, its `Facts`, is chosen first; image, captions and questions follow from it. Training and test
-scenes have the same nouns and colours, but no noun with the same colour. In training, every second scene is the one
-before it with one detail changed.
+scenes have the same nouns and colours, but share no combination of noun and colour. In training, every second scene is
+the one before it with one detail changed.
 """
 
 import copy
@@ -25,20 +25,20 @@ from openblip2.errors import UserError
 
 Split = Literal["train", "test"]
 
-# Of 100 scenes: with one object, with a group of one noun, with a pair of different nouns.
+# Percentages of scenes with one object, with a group of one noun, and with a pair of different nouns.
 SHARES = (25.0, 20.0, 55.0)
-# Of changed scenes, the share with another noun. Without these, ITM sees hardly any false pair that differs in a noun
-# alone, and it learns to ignore nouns where there are many of them.
+# Fraction of changed scenes in which a noun is changed. Without these, ITM sees hardly any negative pair that differs
+# only in a noun, and it learns to ignore nouns if there are many of them.
 OTHER_NOUN = 1 / 3
-# Number of the ten colours that a noun has only in the test.
+# How many of the ten colours of each noun are used only in the test.
 HELD_OUT_COLOURS = 2
 
-# All lengths below are shares of the image's side. An object's longer side is that of its square.
+# All lengths below are fractions of the image side. The side of an object is the length of its longer side.
 _SIDES = {"small": (0.24, 0.30), "big": (0.48, 0.56)}
 _PAIR_SIDE = (0.37, 0.42)
 _MARGIN = 0.04
 _JITTER = 0.02
-# Number -> arrangements: the side of each object, and their centres.
+# Number of objects -> arrangements: the side of each object, and their centres.
 _Centres = tuple[tuple[float, float], ...]
 _GROUPS: dict[int, tuple[tuple[float, _Centres], ...]] = {
     2: (
@@ -79,7 +79,7 @@ def draw_scenes(
         folder: where to write.
         count: number of scenes.
         split: which combinations of nouns and colours are used.
-        seed: of all random choices.
+        seed: seed of all random choices.
         size: image side in px.
         world: which nouns are drawn: a dozen ("small") or all ("full").
 
@@ -128,8 +128,8 @@ def draw_facts(
 
 
 def change_detail(facts: Facts, random: Random, split: Split, nouns: Sequence[str] = WORLDS["full"]) -> Facts:
-    """Facts of the same kind that differ in one detail: a noun, in a third of the cases; otherwise the order of two
-    things, their colours or their relation; the number of a group; the size or the place of one thing.
+    """Returns facts of the same kind that differ in one detail, which is a noun in a third of the cases.
+    Otherwise: the order, colours or relation of two things; the number of a group; the size or place of one thing.
     """
     changed = copy.deepcopy(facts)
     first, *others = changed["objects"]
@@ -179,7 +179,7 @@ def draw_picture(facts: Facts, random: Random, size: int) -> Image.Image:
         upright = random.random() < 0.5
         thing["boxes"] = []
         for x, y, side in boxes:
-            # In steps of 2 px, so that scaled icons are found in the cache.
+            # Sides are multiples of 2 px, so that scaled icons are found in the cache.
             mask = _mask(thing["noun"], max(2, 2 * round(side * size / 2)))
             if thing["noun"] == "rectangle":  # wide, high or square; the same for a whole group
                 long, short = mask.width, max(2, round(mask.width * ratio))
@@ -194,8 +194,8 @@ def draw_picture(facts: Facts, random: Random, size: int) -> Image.Image:
 def _record(images: Path, index: int, split: Split, seed: int, size: int, nouns: Sequence[str]) -> Record:
     random = Random(f"{seed}/{split}/{index}")  # seeded with text: the same on every machine and Python
     if split == "train" and index % 2:
-        # Without these a model hardly ever has to tell "a red cat above a blue bus" from "a blue bus above a red cat":
-        # 3,000 scenes of 12 nouns show a tenth of all such texts.
+        # Without these scenes, a model rarely has to distinguish "a red cat above a blue bus" from "a blue bus above a
+        # red cat", because 3,000 scenes of 12 nouns contain only a tenth of all such texts.
         before = draw_facts(Random(f"{seed}/{split}/{index - 1}"), split, nouns=nouns)
         facts = change_detail(before, random, split, nouns)
     else:

@@ -33,7 +33,7 @@ from openblip2.data.text import clean_caption
 class Thing(TypedDict):
     """The objects of one noun in a scene. `size` and `place` are None if captions do not mention them.
 
-    `boxes` exist after drawing: left, top, right, bottom of each object as shares of the image's sides.
+    `boxes` exist after drawing: left, top, right, bottom of each object as fractions of the image's sides.
     """
 
     noun: str
@@ -96,13 +96,13 @@ def questions(
     """Four or five questions about a scene, in a fixed order of forms.
 
     The answer to a yes/no question is random. A question with the answer "no" names something that could have been in
-    the scene, so the question alone does not give the answer away.
+    the scene, so the question alone does not reveal the answer.
 
     Args:
-        facts: of the scene.
-        random: makes all random choices.
-        colours: the colours that a noun can have.
-        nouns: that scenes can contain.
+        facts: facts of the scene.
+        random: source of all random choices.
+        colours: returns the colours that a noun can have.
+        nouns: nouns that scenes can contain.
     """
     asked = {"one": _about_one, "group": _about_group, "pair": _about_pair}[facts["kind"]](facts, random)
     thing = random.choice(facts["objects"])

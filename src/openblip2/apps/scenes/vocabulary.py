@@ -38,15 +38,15 @@ _ICONS = """
     diamond:diamond-stone gear:cog pin heart cross:plus-thick
 """
 
-# Shapes that are drawn. No square: in easy-VQA, which is learned beside the scenes, a square is a rectangle.
+# Shapes that are drawn. No square, because easy-VQA, which is trained on together with scenes, calls it a rectangle.
 SHAPES = ("circle", "triangle", "rectangle")
 
-# Noun -> icon name; of a shape, its own name.
+# Noun -> icon name; for a shape, its own name.
 NOUNS: dict[str, str] = {
     noun.replace("_", " "): icon or noun for noun, _, icon in (entry.partition(":") for entry in _ICONS.split())
 } | {shape: shape for shape in SHAPES}
 
-# The nouns of each world that scenes are drawn of. A dozen things can be learned within minutes on a CPU.
+# The nouns that scenes contain, for each world. A dozen nouns can be learned within minutes on a CPU.
 World = Literal["small", "full"]
 WORLDS: dict[World, tuple[str, ...]] = {
     "small": (
@@ -56,7 +56,7 @@ WORLDS: dict[World, tuple[str, ...]] = {
     "full": tuple(NOUNS),
 }
 
-# Colour -> RGB: the eight of easy-VQA by its names, near its values, and two more.
+# Colour -> RGB: the eight colours of easy-VQA, with its names and similar values, and two more.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (228, 18, 18),
     "green": (20, 200, 30),
@@ -103,7 +103,7 @@ _IRREGULAR = {
 
 
 def plural(noun: str) -> str:
-    """More than one of `noun`: "buses", "candies", "mice"."""
+    """The plural of `noun`: "buses", "candies", "mice"."""
     if noun in _IRREGULAR:
         return _IRREGULAR[noun]
     if noun.endswith(("s", "x", "ch", "sh")):
@@ -114,5 +114,5 @@ def plural(noun: str) -> str:
 
 
 def with_article(words: str) -> str:
-    """The words after "a" or "an": "a cat", "an orange cat", "a unicorn"."""
+    """Puts "a" or "an" before the words: "a cat", "an orange cat", "a unicorn"."""
     return ("an " if words[0] in "aeiou" and not words.startswith("uni") else "a ") + words

@@ -2,7 +2,7 @@
 
 INDEX/index.json      folder of the pictures, run, hash of its weights, Q, E
 INDEX/pictures.jsonl  one row per picture: number, path in the folder, size and time of the file
-INDEX/vectors.faiss   their query vectors in 8 bits
+INDEX/vectors.faiss   the query vectors of the pictures in 8 bits
 INDEX/thumbnails/     NUMBER.jpg, at most 256 px wide and high
 
 A picture has Q vectors of length 1. As in ITC, its similarity to a text is that of its best vector.
@@ -25,16 +25,16 @@ from openblip2.runs import atomic_write, read_json, write_json
 
 Array = np.ndarray[Any, Any]
 SIDE = 256  # px, the longer side of a thumbnail
-RANGE = 4.0  # standard deviations of one of the E values of a random direction
+RANGE = 4.0  # in standard deviations of one coordinate of a random unit vector
 
 
 class Vectors:
-    """Vectors by the number of their picture; query q of picture n has the id n * Q + q.
+    """The query vectors of pictures. The vector of query q of picture n has the id n * Q + q.
 
     Args:
         queries: Q.
         width: E.
-        index: of faiss; None = a new one.
+        index: a faiss index; None = a new one.
     """
 
     def __init__(self, queries: int, width: int, index: Any = None) -> None:
@@ -53,7 +53,7 @@ class Vectors:
     def add(self, numbers: list[int], vectors: Array) -> None:
         """Adds N new pictures with vectors `[N, Q, E]`."""
         rows = np.ascontiguousarray(vectors.reshape(-1, self.width), np.float32)
-        if not self.index.is_trained:  # the range of the 8 bits: of these vectors, or the usual one if it is larger
+        if not self.index.is_trained:  # sets the range of the 8 bits: that of `rows`, or the usual one if larger
             usual = np.full((1, self.width), RANGE / self.width**0.5, np.float32)
             self.index.train(np.concatenate([rows, usual, -usual]))
         self.index.add_with_ids(rows, self._ids(numbers))
@@ -65,7 +65,7 @@ class Vectors:
     def best(self, query: Array, k: int) -> list[tuple[int, float]]:
         """Numbers and cosines of the k pictures whose best vector is nearest to `query [E]`, nearest first.
 
-        Exact except for the 8 bits: the k * Q nearest vectors belong to at least k pictures.
+        Exact except for the rounding to 8 bits, because the k * Q nearest vectors belong to at least k pictures.
         """
         count = min(k * self.queries, self.index.ntotal)
         if not count:
@@ -77,7 +77,7 @@ class Vectors:
         return list(best.items())[:k]
 
     def alike(self, query: Array, k: int) -> list[tuple[int, float]]:
-        """The k pictures most similar to one with vectors `query [Q, E]`: by the mean over them of the best cosine.
+        """The k pictures most similar to one with vectors `query [Q, E]`, by the mean over queries of the best cosine.
 
         Only the 4k pictures nearest to each of the vectors are compared.
         """
@@ -90,7 +90,7 @@ class Vectors:
         return np.stack([self.index.reconstruct(int(i)) for i in self._ids([number])])
 
     def save(self, path: Path) -> None:
-        """Writes the index; an error leaves what was there before."""
+        """Writes the index. After an error, the old file is unchanged."""
         with atomic_write(path) as draft:
             require_faiss().write_index(self.index, str(draft))
 
@@ -128,10 +128,10 @@ class Index:
     """An open index.
 
     Attributes:
-        folder: of the index.
+        folder: the folder of the index.
         about: content of `index.json`.
-        rows: by number.
-        vectors: of the same pictures.
+        rows: the rows of the pictures by number.
+        vectors: the vectors of the same pictures.
     """
 
     folder: Path
@@ -144,7 +144,7 @@ class Index:
         return Path(self.about["root"])
 
     def path(self, number: int) -> Path | None:
-        """The file of a picture; None if it is missing now, or a link that leads out of the folder."""
+        """The file of a picture; None if it is missing now, or is a link that leads out of the folder."""
         path = (self.root / self.rows[number].path).resolve()
         return path if path.is_relative_to(self.root.resolve()) and path.is_file() else None
 
@@ -179,7 +179,7 @@ def open_index(folder: Path) -> Index:
     """Opens what `update_index` wrote.
 
     Raises:
-        UserError: it is not an index, or broken.
+        UserError: the folder is not an index, or the index is broken.
     """
     about = read_json(folder / "index.json") if (folder / "index.json").exists() else None
     if not isinstance(about, dict) or not {"root", "run", "weights", "queries", "width"} <= about.keys():
@@ -197,7 +197,7 @@ def open_index(folder: Path) -> Index:
 
 
 def require_faiss() -> Any:
-    """faiss, or a `UserError` that says how to install it."""
+    """Returns faiss. Raises a `UserError` that says how to install it if it is missing."""
     try:
         import faiss
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Make an index of a folder of pictures, keep it up to date, and search it by text or by another picture."""
+"""Creates an index of a folder of pictures, keeps it up to date, and searches it by text or by another picture."""
 
 import math
 import os
@@ -25,12 +25,12 @@ SAVE_EVERY = 100  # groups
 
 @dataclass(frozen=True)
 class Updated:
-    """What an update did.
+    """The result of an update.
 
     Attributes:
-        pictures: in the index now.
-        added: new and changed ones.
-        gone: deleted and changed ones.
+        pictures: number of pictures in the index now.
+        added: number of new and changed pictures.
+        gone: number of deleted and changed pictures.
         skipped: a line for each file that could not be read, and for each kind of pictures that were left out.
     """
 
@@ -43,16 +43,16 @@ class Updated:
 def update_index(root: Path, run: str, folder: Path, progress: Progress) -> Updated:
     """Indexes all pictures of a folder, or updates its index: only new and changed files are read.
 
-    After an interruption, the next call continues; after a kill, from the last `SAVE_EVERY` groups.
+    After an interruption, the next call continues. After a kill, it continues from the last save (`SAVE_EVERY`).
 
     Args:
         root: folder of pictures.
-        run: of stage 1.
-        folder: of the index.
-        progress: shows how far it is.
+        run: a stage-1 run.
+        folder: folder of the index.
+        progress: shows the progress.
 
     Raises:
-        UserError: no such folder, not a stage-1 run, an index of another folder or of other weights, no pictures.
+        UserError: `root` is missing or empty, `run` is not of stage 1, or the index is of another folder or weights.
     """
     require_faiss()
     if not root.is_dir():
@@ -65,7 +65,7 @@ def update_index(root: Path, run: str, folder: Path, progress: Progress) -> Upda
     others = [f"{root}: {line}" for line in left_out(names)]
     stats = {name: (root / name).stat() for name in names if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES}
     files = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-    if not files:  # perhaps a disk that is not mounted: an existing index does not change
+    if not files:  # a disk may not be mounted, so an existing index is not changed
         raise UserError("; ".join([f"{root}: no pictures in it", *others]))
     number = max(index.rows, default=-1) + 1
     gone = [row.number for row in index.rows.values() if files.get(row.path) != (row.bytes, row.time)]
@@ -140,8 +140,8 @@ class Hit:
     """A picture that was found.
 
     Attributes:
-        number: in the index.
-        path: of its file.
+        number: its number in the index.
+        path: the path of its file.
         similarity: cosine.
         match: probability by ITM, if it was re-ranked.
     """
@@ -153,11 +153,11 @@ class Hit:
 
 
 class ImageSearch:
-    """Search an index with the model that made it.
+    """Searches an index with the model that created it.
 
     Args:
-        index: or its folder.
-        matcher: the model; None = it is loaded from where it was when the index was made.
+        index: the index or its folder.
+        matcher: the model; None = it is loaded from the path that it had when the index was created.
 
     Raises:
         UserError: the run is missing, or its weights have changed.
@@ -177,13 +177,13 @@ class ImageSearch:
         """The pictures that fit a text best, best first.
 
         Args:
-            text: to search for.
+            text: the text to search for.
             best: number of pictures.
-            rerank: how many of the most similar pictures are sorted again by ITM, which opens their files. Missing
-                and broken files come after the others of them.
+            rerank: how many of the most similar pictures ITM sorts again, which opens their files. Among these
+                pictures, those with missing or broken files come last.
 
         Raises:
-            UserError: an empty text, or one longer than the run's text limit.
+            UserError: the text is empty, or longer than the run's text limit.
         """
         vector = np.array(self.matcher.embed_text(text), np.float32)
         hits = self._hits(self.index.vectors.best(vector, max(best, rerank)))
@@ -193,18 +193,18 @@ class ImageSearch:
         """The pictures most similar to a picture.
 
         Args:
-            picture: to search for.
+            picture: the picture to search for.
             best: number of pictures.
 
         Raises:
-            UserError: it cannot be opened.
+            UserError: the picture cannot be opened.
         """
         vectors = self.matcher.features([open_picture(picture)]).projected[0]
         return self._hits(self.index.vectors.alike(vectors.numpy(), best))
 
     def _hits(self, scores: Sequence[tuple[int, float]]) -> list[Hit]:
         rows, root = self.index.rows, self.index.root
-        # In 8 bits, a cosine of 1 can become slightly more.
+        # Because of the rounding to 8 bits, a cosine can be slightly above 1.
         return [Hit(number, root / rows[number].path, min(score, 1.0)) for number, score in scores]
 
     def _rerank(self, hits: Sequence[Hit], text: str) -> list[Hit]:

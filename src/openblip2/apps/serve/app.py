@@ -1,4 +1,4 @@
-"""The server: which runs it serves, how it is started, the page, and the routes beside OpenAI's."""
+"""The server: the choice of runs, the start, the web page, and all routes except OpenAI's."""
 
 import socket
 import sys
@@ -47,23 +47,23 @@ def serve(served: Served, host: str, port: int, token: str | None, names: list[s
     print("openblip2: loading the models ...", file=sys.stderr, flush=True)
     name = f"[{host}]" if ":" in host else host
     app = make_app(Worker(served, 2 * limits.seconds), limits, token, [*names, name, "127.0.0.1", "localhost", "[::1]"])
-    # The socket listens already: who connects from now on is answered.
+    # The socket already listens, so every client that connects from now on gets an answer.
     print(f"openblip2: http://{name}:{listener.getsockname()[1]}/ is ready; press Ctrl-C to stop", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, server_header=False)
-    # It passes a signal on to the earlier handler when all is closed: then we end as other commands do.
+    # After the shutdown, uvicorn passes the signal to the earlier handler, so this ends as other commands do.
     uvicorn.Server(config).run(sockets=[listener])
 
 
 def find_runs(run: str, matcher: str | None, index: Path | None) -> Served:
-    """What to serve.
+    """Finds the runs and the index to serve.
 
     Args:
-        run: of either stage.
+        run: a run of either stage.
         matcher: a stage-1 run; None = the one that a stage-2 `run` was trained from, if it is found.
         index: a folder that `openblip2 index` wrote.
 
     Raises:
-        UserError: no runs, both of one stage, or an index without a stage-1 run.
+        UserError: a run is missing, both runs are of one stage, or there is an index but no stage-1 run.
     """
     captioner: str | None = run
     if _stage(run) == "stage1":
@@ -72,7 +72,7 @@ def find_runs(run: str, matcher: str | None, index: Path | None) -> Served:
         captioner, matcher = None, run
     elif matcher is None:
         start = Path(read_checkpoint(run).settings.start or ".")
-        # Runs that were moved together are still side by side.
+        # If both runs were moved together, they are still in one folder.
         found = [str(folder) for folder in (start, Path(run).parent / start.name) if (folder / "config.json").is_file()]
         matcher = found[0] if found and _stage(found[0]) == "stage1" else None
     elif _stage(matcher) != "stage1":
@@ -87,12 +87,12 @@ def _stage(run: str) -> str:
 
 
 def make_app(worker: Worker, limits: Limits, token: str | None, hosts: list[str]) -> FastAPI:
-    """The application.
+    """Creates the application.
 
     Args:
-        worker: with the models loaded; it is closed with the application.
-        limits: of requests.
-        token: that clients must send; None = none.
+        worker: the worker, with the models loaded; it is closed with the application.
+        limits: limits for requests.
+        token: the token that clients must send; None = no token.
         hosts: names by which clients may call the server.
     """
 
@@ -105,13 +105,13 @@ def make_app(worker: Worker, limits: Limits, token: str | None, hosts: list[str]
     async def answer_error(request: Request, error: Exception) -> Response:
         return error_response(error)
 
-    # The pages at docs_url and redoc_url load scripts from other sites; /openapi.json is served.
+    # The pages at docs_url and redoc_url are off because they load scripts from other sites. /openapi.json is served.
     app = FastAPI(title="openblip2", version=openblip2.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.served = {kind: Path(path).name or "openblip2" for kind, path in vars(worker.served).items() if path}
     app.state.index = None
     if worker.served.index is not None:
         app.state.index = open_index(Path(worker.served.index))
-        del app.state.index.vectors  # most of its memory; the process with the models searches in them
+        del app.state.index.vectors  # they take most of the memory, and only the worker process searches them
     app.include_router(router)
     app.include_router(openai.router)
     app.add_middleware(Guard, hosts=hosts, token=token, limit=limits.bytes)
@@ -136,7 +136,7 @@ async def asset(name: str) -> Response:
 
 @router.get("/health")
 async def health(request: Request) -> dict[str, Any]:
-    """That the server is ready, and what it can do."""
+    """Reports that the server is ready, and what it can do."""
     served = request.app.state.served
     can = {"write": "captioner" in served, "match": "matcher" in served, "search": "index" in served}
     return {"status": "ok", "model": next(iter(served.values())), "can": can, "version": openblip2.__version__}
@@ -170,7 +170,7 @@ async def match(request: Request, form: Annotated[MatchForm, MULTIPART]) -> dict
 
 @router.post("/attend")
 async def attend(request: Request, form: Annotated[AttendForm, MULTIPART]) -> Response:
-    """The picture with an attention map over it, as PNG: for a text, or of all queries."""
+    """The picture with an attention map over it, as PNG: the map of a text, or of all queries."""
     job = partial(Engine.attend, picture=await form.image.read(), text=form.text or None, by=form.by)
     (png,) = await _answers(request, None, job)
     return Response(png, media_type="image/png")
@@ -178,7 +178,7 @@ async def attend(request: Request, form: Annotated[AttendForm, MULTIPART]) -> Re
 
 @router.post("/search")
 async def search(request: Request, form: Annotated[SearchForm, MULTIPART]) -> dict[str, Any]:
-    """Pictures of the index that fit a text, or that are like a picture."""
+    """Pictures of the index that fit a text, or that are similar to a picture."""
     query = form.text or "" if form.image is None else await form.image.read()
     job = partial(Engine.find, query=query, best=form.best, rerank=form.rerank)
     (pictures,) = await _answers(request, "index", job)
@@ -194,12 +194,12 @@ async def picture(request: Request, number: int, whole: bool = False) -> Respons
     path = index.path(number) if whole else index.thumbnail(number)
     if path is None or not path.is_file():
         raise ServeError("this picture is missing since the index was made: run `openblip2 index` again", 404)
-    # A file of the folder could be HTML or SVG: nothing in it may run.
+    # A file in the folder could be HTML or SVG: no script in it may run.
     return FileResponse(path, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
 
 
 async def _answers(request: Request, needs: str | None, *jobs: Job) -> list[Any]:
-    """Results of jobs that need the `captioner`, `matcher` or `index`; None = any model."""
+    """The results of jobs. `needs`: the `captioner`, `matcher` or `index` that they use; None = any model."""
     if needs is not None:
         openai.require_served(request, needs)
     return await request.app.state.batcher.answers(request, jobs)

@@ -1,7 +1,7 @@
-"""Run requests in batches: a bounded queue in front of one worker.
+"""Runs requests in batches: a bounded queue for one worker.
 
 A job waits for others that can share its batch, for `Limits.wait` seconds or as long as the worker is busy. Jobs of
-disconnected clients leave the queue, and a batch is stopped when all of its clients have disconnected.
+disconnected clients are removed from the queue, and a batch is stopped when all of its clients have disconnected.
 """
 
 import asyncio
@@ -19,14 +19,14 @@ from openblip2.apps.serve.worker import Worker
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server allows.
+    """Limits of one server.
 
     Attributes:
-        bytes: size of a request's body.
-        queue: requests that wait or run; others get status 429.
-        batch: requests in one batch.
-        wait: seconds to wait for others to fill a batch.
-        seconds: time for one request; after it the status is 504.
+        bytes: maximum size of a request's body.
+        queue: maximum number of requests that wait or run; further requests get status 429.
+        batch: maximum number of requests in one batch.
+        wait: seconds to wait for more requests before a batch starts.
+        seconds: time limit for one request; when it has passed, the request gets status 504.
     """
 
     bytes: int = 16 * 2**20
@@ -38,22 +38,22 @@ class Limits:
 
 @dataclass(eq=False)
 class Waiting:
-    """A job whose client waits. Its `events`: the text so far of a stream, then the result or an exception."""
+    """A job whose client waits. `events` gets the text so far of a stream, then the result or an exception."""
 
     job: Job
     events: "asyncio.Queue[tuple[str, Any]]" = field(default_factory=asyncio.Queue)
 
 
 class Batcher:
-    """Made and used in one event loop.
+    """Collects jobs into batches. It must be created and used in the same event loop.
 
     Args:
         worker: runs the batches.
-        limits: of queue, batch and time.
+        limits: limits of the queue, the batches and the time.
 
     Attributes:
         waiting: jobs that are in no batch yet.
-        running: jobs of the batch that runs, without those of disconnected clients.
+        running: jobs of the running batch, without those of disconnected clients.
     """
 
     def __init__(self, worker: Worker, limits: Limits) -> None:
@@ -75,7 +75,7 @@ class Batcher:
             raise ServeError("the server is busy: try again later", 429, "rate_limit_exceeded", headers=headers)
 
     async def answers(self, request: Request, jobs: Sequence[Job]) -> list[Any]:
-        """Results of a request's jobs, cancelled if the client disconnects. The body must have been read."""
+        """The results of a request's jobs, cancelled if the client disconnects. The body must already be read."""
         work, disconnect = asyncio.gather(*map(self.do, jobs)), asyncio.create_task(_disconnect(request))
         try:
             await asyncio.wait((work, disconnect), return_when=asyncio.FIRST_COMPLETED)
@@ -91,10 +91,10 @@ class Batcher:
         return [event async for event in self.stream(job)][-1]
 
     def stream(self, job: Job) -> AsyncIterator[Any]:
-        """The text so far while it is written, then the result.
+        """Yields the text so far while it is generated, then the result.
 
         Raises:
-            ServeError: the queue is full (at once), or the job took too long.
+            ServeError: the queue is full (raised at once), or the job took too long.
             UserError: the request is wrong.
         """
         self.check_room()
@@ -123,7 +123,7 @@ class Batcher:
                     self.worker.cancel()
 
     def close(self) -> None:
-        """Ends the worker, and with it the batch that runs."""
+        """Ends the worker and the running batch."""
         self._task.cancel()
         self.worker.close()
         self._thread.shutdown(wait=False)
@@ -137,7 +137,7 @@ class Batcher:
                 await self._run_batch()
 
     async def _run_batch(self) -> None:
-        """Runs the first job that waits, with later ones that can share its batch."""
+        """Runs the first waiting job together with later ones that can share its batch."""
         first, loop = self.waiting[0], asyncio.get_running_loop()
         batch = [one for one in self.waiting if one is first or _can_share(one.job, first.job)][: self.limits.batch]
         self.waiting = [one for one in self.waiting if one not in batch]
@@ -150,7 +150,7 @@ class Batcher:
         try:
             jobs = [one.job for one in batch]
             results = await loop.run_in_executor(self._thread, self.worker.run, jobs, send_text)
-        except Exception as error:  # these clients get it, and the others are served
+        except Exception as error:  # the clients of this batch get it; later batches still run
             results = [error] * len(batch)
         self.running = []
         seconds = (loop.time() - start) / len(batch)

@@ -1,4 +1,4 @@
-"""The models and the index in the worker process: batches of jobs in, results out. Nothing of HTTP is known here."""
+"""Runs batches of jobs with the models and the index, in the worker process. This module does not use HTTP."""
 
 import hashlib
 import io
@@ -31,7 +31,7 @@ CACHED = 64  # pictures whose features are kept
 
 @dataclass(frozen=True)
 class Served:
-    """What a server serves, each None where there is none: folders of a stage-2 run, a stage-1 run and an index."""
+    """The folders of the stage-2 run, the stage-1 run and the index that a server serves; None = not served."""
 
     captioner: str | None = None
     matcher: str | None = None
@@ -40,16 +40,16 @@ class Served:
 
 @dataclass(frozen=True)
 class Write:
-    """Write a text about a picture; the result is a `Written`.
+    """A job that generates a text about a picture. The result is a `Reply`.
 
     Attributes:
         picture: content of a picture file.
-        decoding: jobs with equal settings can share a batch.
-        question: None = a caption.
+        decoding: decoding settings; jobs with equal settings can share a batch.
+        question: the question; None = a caption is generated.
         turns: earlier questions and their answers.
         prompt: how a caption begins; None = the run's own prompt.
-        plain: whether the question is asked as in VQA (`Captioner.answer`), else as it is written.
-        stream: whether the text is sent while it is written; such a job runs alone.
+        plain: whether the question is cleaned as in VQA (`Captioner.answer`); otherwise it is asked as written.
+        stream: whether the text is sent while it is generated; such a job runs alone.
         logprobs: number of most likely tokens to list at each position; None = no log-probabilities.
     """
 
@@ -64,8 +64,7 @@ class Write:
 
 
 class Reply(NamedTuple):
-    """A text, the number of tokens read for it (soft tokens included), the number of tokens in it, and these tokens
-    with their log-probabilities where a job asks for them."""
+    """A text, the numbers of tokens in its prompt (with soft tokens) and in the text, and scored tokens on request."""
 
     text: str
     prompt_tokens: int
@@ -73,16 +72,16 @@ class Reply(NamedTuple):
     tokens: Sequence[TokenScore] = ()
 
 
-Job = Write | partial[Any]  # the second: of a method of `Engine`, without the engine
+Job = Write | partial[Any]  # the partial is a method of `Engine` without `self`
 
 
 class Engine:
-    """Models of both stages, of which one may be missing, and an index. A job must not need what is missing.
+    """The models of both stages (one may be missing) and an optional index. A job must not use a missing part.
 
     Args:
         served: the models and the index.
-        send_text: called with what is written so far of a streamed text.
-        stopped: whether writing should stop, because all clients have disconnected.
+        send_text: called with the part of a streamed text that is generated so far.
+        stopped: returns whether generation should stop because all clients have disconnected.
     """
 
     def __init__(self, served: Served, send_text: Callable[[str], object], stopped: Callable[[], bool]) -> None:
@@ -92,7 +91,7 @@ class Engine:
         self._send_text, self._stopped = send_text, stopped
 
     def run(self, jobs: Sequence[Job]) -> list[Any]:
-        """Results in the jobs' order, a `UserError` where a job cannot be done. All jobs are of one kind."""
+        """Results in the order of the jobs, with a `UserError` for a failed job. All jobs must be of one kind."""
         writes = [job for job in jobs if isinstance(job, Write)]
         calls = [job for job in jobs if isinstance(job, partial)]
         return self._write(writes) if writes else [_result_or_error(call, self) for call in calls]
@@ -110,7 +109,7 @@ class Engine:
         return [model.embed_text(x) if isinstance(x, str) else model.embed_image(_opened(x)) for x in inputs]
 
     def find(self, query: str | bytes, best: int, rerank: int) -> list[dict[str, Any]]:
-        """Pictures of the index that fit a text, or that are like a picture file."""
+        """Pictures of the index that fit a text, or that are similar to a picture file."""
         if isinstance(query, bytes):
             hits = self.search.by_picture(_opened(query), best)
         else:
@@ -122,7 +121,7 @@ class Engine:
         ]
 
     def attend(self, picture: bytes, text: str | None, by: By) -> bytes:
-        """The picture with the attention map of a text, or of all queries, over it: a PNG file."""
+        """Draws the attention map of a text, or of all queries, over the picture. Returns a PNG file."""
         image = open_picture(_opened(picture))
         attention = look(self.matcher or self.captioner, image, text, by)
         maps = [one for _, one in attention.words]
@@ -137,7 +136,7 @@ class Engine:
             return results
         pictures, prompts, read = map(list, zip(*(results[n] for n in ready), strict=True))
         decoding, language = jobs[0].decoding, self.captioner.model.language
-        # Beam search knows its text only at the end.
+        # In beam search, the text is known only at the end, so it is not streamed.
         send_text = self._send_text if jobs[0].stream and decoding.beams == 1 else None
         watch = _Watch(language.tokenizer, send_text, self._stopped)
         language.watched["stopping_criteria"] = StoppingCriteriaList([watch])
@@ -160,7 +159,7 @@ class Engine:
         return Reply(text, model.language.length(prompt) + model.tokens, length, scores)
 
     def _inputs(self, job: Write) -> tuple[PictureFile, str, str | None]:
-        """The picture, the prompt of the language model, and the text for a Q-Former that reads some."""
+        """The picture, the prompt of the language model, and the text for the Q-Former (None if it reads no text)."""
         picture, captioner, longest = _opened(job.picture), self.captioner, job.decoding.max_new_tokens
         prompt, read = "", None
         if job.question is None:
@@ -186,7 +185,7 @@ def _load(run: str | None, kind: type) -> Any:
 
 
 def _cache_features(vision: Any) -> None:
-    """Makes an encoder keep the features of recent pictures, by the hash of their pixels."""
+    """Adds a cache to an encoder: the features of recent pictures, with the hash of their pixels as key."""
     encode, known = vision.forward, dict[bytes, Tensor]()
 
     def forward(pixels: Tensor) -> Tensor:
@@ -195,7 +194,7 @@ def _cache_features(vision: Any) -> None:
         if new:
             known.update(zip(new, encode(torch.stack(list(new.values()))).cpu(), strict=True))
         recent = {key: known.pop(key) for key in dict.fromkeys(keys)}
-        known.update(recent)  # at the end
+        known.update(recent)  # so that the most recently used ones are at the end
         for key in list(known)[:-CACHED]:
             del known[key]
         return torch.stack([recent[key] for key in keys]).to(pixels.device)
@@ -204,7 +203,7 @@ def _cache_features(vision: Any) -> None:
 
 
 def _opened(content: bytes) -> PictureFile:
-    """The picture, which has been opened once to see that it can be. Raises `UserError` if not."""
+    """Returns the picture after opening it once as a test. Raises `UserError` if that fails."""
     picture = PictureFile(content, "the picture")
     open_picture(picture)
     return picture
@@ -226,6 +225,6 @@ class _Watch(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Any:
         if self.send_text is not None:
             text = self.tokenizer.decode(input_ids[0], skip_special_tokens=True).strip()
-            # What follows the last space can still change. Scripts without spaces are beyond U+024F.
+            # Text after the last space can still change, so it is held back. Scripts without spaces are above U+024F.
             self.send_text(re.sub(r"[!-\u024f\ufffd]+$", "", text))
         return torch.full((len(input_ids),), self.stopped(), device=input_ids.device)

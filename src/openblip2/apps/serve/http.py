@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from openblip2.errors import UserError
 
-OPEN = ("/", "/health")  # and /assets/: the page asks the user for the token
-# The page loads nothing from other sites, and no text that it shows can run.
+OPEN = ("/", "/health")  # they need no token, nor does /assets/: the page asks the user for it
+# The page loads nothing from other sites, and no text that it shows can run as a script.
 POLICY = b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
 POLICY += b"base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 HEADERS = ((b"content-security-policy", POLICY), (b"x-content-type-options", b"nosniff"))
@@ -21,11 +21,11 @@ HEADERS += ((b"referrer-policy", b"no-referrer"),)
 
 
 class ServeError(HTTPException):
-    """An error that a client is told.
+    """An error that is reported to the client.
 
     Args:
         message: what happened and what to do.
-        status: of HTTP.
+        status: the HTTP status code.
         code: OpenAI's short name of the error, if it has one.
         param: the field of the request that is wrong.
         headers: more headers of the response.
@@ -60,12 +60,12 @@ def error_response(error: Exception) -> Response:
 
 
 def _validation_error(error: RequestValidationError) -> ServeError:
-    # Where a field can be of several types, the type that fits best is refused deepest inside.
+    # If a field can have several types, the error with the longest path comes from the type that fits best.
     first = max(error.errors(), key=lambda one: len(one["loc"]))
     if first["type"] == "json_invalid":
         return ServeError("the body of the request is not valid JSON")
     field, *inner = [str(part) for part in first["loc"][1:]] or ["the body of the request"]
-    path = [part for part in inner if re.fullmatch(r"[a-z0-9_]+", part)]  # without names of types
+    path = [part for part in inner if re.fullmatch(r"[a-z0-9_]+", part)]  # without the names of types
     param = ".".join([field, *path])[:200]
     if first["type"] == "extra_forbidden":
         hint = ", or use repetition_penalty" if field.endswith("_penalty") else ""
@@ -76,13 +76,13 @@ def _validation_error(error: RequestValidationError) -> ServeError:
 
 
 class Guard:
-    """ASGI middleware. Bodies of requests that are refused are not read.
+    """ASGI middleware that checks requests. It does not read the body of a request that it refuses.
 
     Args:
         app: the application to protect.
-        hosts: names in the Host header; `*.example.com` matches all names of a domain.
-        token: that clients must send; None = none.
-        limit: bytes of a request's body, with or without a Content-Length header.
+        hosts: allowed names in the Host header; `*.example.com` matches all names of a domain.
+        token: the token that clients must send; None = no token.
+        limit: maximum bytes of a request's body, with or without a Content-Length header.
     """
 
     def __init__(self, app: Any, hosts: Sequence[str], token: str | None, limit: int) -> None:
@@ -114,7 +114,7 @@ class Guard:
 
     def _check(self, scope: dict[str, Any]) -> None:
         headers, path = dict(scope["headers"]), scope["path"]
-        # A page of another name that resolves to this machine (DNS rebinding) must not reach it.
+        # A web page whose own name resolves to this machine (DNS rebinding) must not reach the server.
         host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
         if not any(host == name or (name[:1] == "*" and host.endswith(name[1:])) for name in self.hosts):
             raise ServeError("this server is not called by that name: start it with --name", 400, "unknown_host")

@@ -17,7 +17,7 @@ from openblip2.apps.serve.http import ServeError, error_response
 from openblip2.apps.serve.requests import ChatRequest, EmbeddingRequest, is_data_url, read_data_url
 from openblip2.inference.captioner import CHAT
 
-# What a server may lack, and how it gets it.
+# What a server may lack, and the option that adds it.
 LACKS = {"captioner": "no stage-2 run: start it with one as RUN", "matcher": "no stage-1 run: start it with --matcher"}
 LACKS |= {"index": "no index: start it with --index"}
 STARTED = int(time.time())
@@ -26,7 +26,7 @@ router = APIRouter(prefix="/v1")
 
 
 def require_served(request: Request, kind: str, model: str | None = None) -> str:
-    """The name of the `captioner`, `matcher` or `index`. Raises `ServeError` if there is none, or not this `model`."""
+    """The name of the `captioner`, `matcher` or `index`. Raises `ServeError` if it is missing or not `model`."""
     name = request.app.state.served.get(kind)
     if name is None:
         raise ServeError(f"this server has {LACKS[kind]}")
@@ -85,12 +85,12 @@ async def embeddings(request: Request, body: EmbeddingRequest) -> dict[str, Any]
 
 
 def write_jobs(body: ChatRequest) -> list[Write]:
-    """A job for each answer that a chat asks for.
+    """Returns one job for each of the `n` answers of a chat request.
 
-    The last user messages are the question, and system messages are put in front of it.
+    The user messages after the last answer are the question. The system messages are put before it.
 
     Raises:
-        ServeError: no picture or several ones, or fields that exclude each other.
+        ServeError: there is no picture or more than one, or some fields exclude each other.
     """
     picture = _picture(body)
     system = " ".join(one.text for one in body.messages if one.role in ("system", "developer"))
@@ -115,7 +115,7 @@ def before_stop(text: str, body: ChatRequest) -> str:
 
 def _picture(body: ChatRequest) -> bytes:
     parts = [part.image_url for message in body.messages for part in message.content if part.type == "image_url"]
-    pictures = {part.url for part in parts if part is not None}  # its content: a picture may be written in several ways
+    pictures = {part.url for part in parts if part is not None}  # the bytes: one picture can have several data URLs
     if not pictures or None in parts:
         raise ServeError("no picture: send one in a part of type image_url", param="messages")
     if len(pictures) > 1:
@@ -127,7 +127,7 @@ def _picture(body: ChatRequest) -> bytes:
 async def _events(
     progress: AsyncIterator[Any], body: ChatRequest, job: Write, about: dict[str, Any]
 ) -> AsyncIterator[str]:
-    """The stream as server-sent events."""
+    """Yields the stream as server-sent events."""
 
     def event(choices: list[Any], **more: Any) -> str:
         return f"data: {json.dumps({**about, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
@@ -139,7 +139,7 @@ async def _events(
     sent = 0
     held = max(map(len, body.stop), default=1) - 1  # characters that may be the beginning of a stop sequence
     try:
-        async for written in progress:  # the text so far, then the whole `Written`
+        async for written in progress:  # the text so far, then the complete `Reply`
             done = isinstance(written, Reply)
             shown = before_stop(written.text if done else written, body)
             if not done:
@@ -151,7 +151,7 @@ async def _events(
                 yield event(choice({}, _finish_reason(written, shown, job)))
                 if body.stream_options.include_usage:
                     yield event([], usage=_usage([written]))
-    except Exception as error:  # the status is sent already, so the error is an event
+    except Exception as error:  # the status is already sent, so the error is sent as an event
         yield f"data: {bytes(error_response(error).body).decode()}\n\n"
     yield "data: [DONE]\n\n"
 
@@ -161,14 +161,14 @@ def _finish_reason(written: Reply, text: str, job: Write) -> str:
 
 
 def _logprobs(written: Reply, text: str) -> dict[str, Any]:
-    """The tokens of the part of the text that is sent, as OpenAI lists them."""
+    """The log-probabilities of the tokens of the sent `text`, in OpenAI's format."""
 
     def entry(token: str, logprob: float) -> dict[str, Any]:
         return {"token": token, "logprob": max(logprob, -9999.0), "bytes": list(token.encode())}  # JSON has no -inf
 
     content, length = [], 0
     for token in written.tokens:
-        if length >= len(text):  # after a stop sequence
+        if length >= len(text):  # the tokens from a stop sequence on are not sent
             break
         content.append(entry(token.text, token.logprob) | {"top_logprobs": [entry(*one) for one in token.best]})
         length += len(token.text)

@@ -1,4 +1,4 @@
-"""What clients may send: the forms of our own endpoints, and the bodies that OpenAI's clients send.
+"""The fields of requests: the forms of our own endpoints, and the JSON bodies that OpenAI's clients send.
 
 Fields that are not declared here are refused.
 """
@@ -17,19 +17,19 @@ from openblip2.apps.serve.http import ServeError
 from openblip2.inference.attend import By
 from openblip2.model.decoding import Decoding
 
-MAX_TEXTS = 64  # of one request, to match or to embed
-MAX_TOKENS = 256  # new tokens of one answer
+MAX_TEXTS = 64  # in one request, to match or to embed
+MAX_TOKENS = 256  # limit of new tokens in one answer
 Text = Annotated[str, Field(max_length=20_000)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Inputs = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]  # the size of the body is limited
+Inputs = Annotated[list[str], Field(min_length=1, max_length=MAX_TEXTS)]  # the limit on the body limits each text
 Tokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
-# Parameters of OpenAI that are not in the classes below, with the value that changes nothing.
+# OpenAI's parameters that the classes below do not declare, with the value that has no effect.
 NEUTRAL = {"presence_penalty": 0, "frequency_penalty": 0, "echo": False, "tool_choice": "none"}
 NEUTRAL |= {"response_format": {"type": "text"}, "modalities": ["text"]}
 NO_EFFECT = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-NO_EFFECT |= {"parallel_tool_calls", "include_obfuscation", "detail"}  # `detail`: an image encoder has one resolution
+NO_EFFECT |= {"parallel_tool_calls", "include_obfuscation", "detail"}  # `detail`: the resolution is fixed
 
-# Any type is accepted, because the content tells what it is: clients also send "image/*" or "application/octet-stream".
+# Any media type is accepted, because the content is checked: clients send "image/*" or "application/octet-stream".
 DATA_URL = re.compile(r"\s*data:\s*([\w.+-]+/[\w.+*-]+)?\s*(;\s*[\w-]+=(\"[^\"]*\"|[\w.-]+)\s*)*;\s*base64\s*,", re.I)
 
 
@@ -42,7 +42,7 @@ def read_data_url(url: str) -> bytes:
     """The bytes of a data URL. White space, URL-safe and percent-encoded base64, and missing padding are accepted.
 
     Raises:
-        ServeError: another URL, or not base64.
+        ServeError: it is not a data URL, or its data is not base64.
     """
     if found := DATA_URL.match(url[:300]):
         data = re.sub(r"\s", "", unquote(url[found.end() :])).translate(str.maketrans("-_", "+/")).rstrip("=")
@@ -58,7 +58,7 @@ def read_data_url(url: str) -> bytes:
 
 
 def text_as(make: Callable[[str], Any]) -> BeforeValidator:
-    """A text stands for what `make` makes of it."""
+    """Returns a validator that replaces a text by `make(text)`."""
     return BeforeValidator(lambda value: make(value) if isinstance(value, str) else value)
 
 
@@ -70,15 +70,15 @@ def refuse_token_ids(value: Any) -> Any:
 
 
 class Body(BaseModel, extra="forbid", strict=True):
-    """A body of OpenAI's, or a part of one. A field that is not declared is refused if it could change the answer.
+    """The body of an OpenAI request, or a part of it. An undeclared field is refused if it could change the answer.
 
-    Types are JSON's: "yes" is no boolean, and true no number. In forms all fields are texts.
+    Types are those of JSON: "yes" is not a boolean, and true is not a number. In forms, all fields are texts.
     """
 
     @model_validator(mode="before")
     @classmethod
     def drop_without_effect(cls, fields: Any) -> Any:
-        """Removes null, and undeclared fields that change nothing. Those that are left are refused."""
+        """Removes null values and undeclared fields without effect. Other undeclared fields are refused."""
         if not isinstance(fields, dict):
             return fields
 
@@ -90,7 +90,7 @@ class Body(BaseModel, extra="forbid", strict=True):
 
 
 class Sampling(BaseModel, extra="forbid"):
-    """How texts are written: the fields of `/caption`, `/answer` and chats. None = as by default."""
+    """How texts are generated: the fields of `/caption`, `/answer` and chats. None = the default."""
 
     beams: Annotated[int, Field(ge=1, le=5)] | None = None
     max_tokens: Tokens | None = None
@@ -101,13 +101,13 @@ class Sampling(BaseModel, extra="forbid"):
     seed: int | None = None
 
     def decodings(self, default: Decoding) -> list[Decoding]:
-        """How each of the `n` texts is decoded: `default` with the changes that are asked for.
+        """How each of the `n` texts is decoded: `default` with the requested changes.
 
         Texts are sampled if `temperature` is above 0, `top_p` below 1 or `n` above 1; text k has the seed `seed` + k.
         At temperature 0, decoding is greedy unless `beams` is given.
 
         Raises:
-            ServeError: fields that exclude each other.
+            ServeError: some fields exclude each other.
         """
         changes = {"max_new_tokens": self.max_tokens, "repetition_penalty": self.repetition_penalty}
         how = replace(default, **{name: value for name, value in changes.items() if value is not None})
@@ -162,7 +162,7 @@ class SearchForm(BaseModel, extra="forbid"):
 
     @model_validator(mode="after")
     def check_query(self) -> "SearchForm":
-        """Raises `ServeError` unless there is one query, and for a re-ranking of what ITM cannot match."""
+        """Raises `ServeError` unless there is exactly one query, and if an image is given with `rerank`."""
         if (self.text is None) == (self.image is None):
             raise ServeError("give either a text or an image")
         if self.image is not None and self.rerank:
@@ -185,7 +185,7 @@ class MessagePart(Body):
 
     @model_validator(mode="after")
     def check_type(self) -> "MessagePart":
-        """Raises `ServeError` for a part that is a text and a picture, of which one would be ignored."""
+        """Raises `ServeError` for a part with a text and a picture, because one of them would be ignored."""
         if self.image_url and (self.text or self.type == "text"):
             message = "a part is a text or a picture: send the picture alone, in a part of type image_url"
             raise ServeError(message, param="messages")
@@ -205,7 +205,7 @@ class Message(Body):
 
 
 class StreamOptions(Body):
-    """What a stream ends with."""
+    """Options for the end of a stream."""
 
     include_usage: bool = False
 

@@ -15,11 +15,11 @@ from openblip2.errors import UserError
 
 
 class Worker:
-    """One process. `run` must not be called by two threads at once.
+    """A process that runs batches. Only one thread at a time may call `run`.
 
     Args:
-        served: what it loads.
-        seconds: time for one batch; after it the process is killed.
+        served: the models and the index that the process loads.
+        seconds: time limit for one batch; when it has passed, the process is killed.
 
     Raises:
         UserError: the models cannot be loaded.
@@ -31,13 +31,13 @@ class Worker:
         self._start()
 
     def run(self, jobs: Sequence[Job], on_text: Callable[[str], object] = lambda text: None) -> list[Any]:
-        """Results in the jobs' order; an exception in place of the result of a job that failed.
+        """Returns the results in the order of the jobs. The result of a failed job is an exception.
 
-        If the process dies, each job of the batch is tried again alone, so that only the one that kills it fails.
+        If the process dies, each job of the batch is tried again alone, so that only the job that kills it fails.
 
         Args:
             jobs: one batch.
-            on_text: called with what is written so far of a streamed text.
+            on_text: called with the part of a streamed text that is generated so far.
         """
         try:
             self._stop.value = 0
@@ -57,11 +57,11 @@ class Worker:
             return [self.run([job], on_text)[0] for job in jobs]
 
     def cancel(self) -> None:
-        """Stops the batch that runs, after the token that is being written."""
+        """Stops the running batch after the current token."""
         self._stop.value = 1
 
     def close(self) -> None:
-        """Ends the process, which is not started again."""
+        """Ends the process and does not start it again."""
         self._closed = True
         self._kill()
 
@@ -72,11 +72,11 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, child_pipe = context.Pipe()
-        self._stop: Any = context.Value("b", 0, lock=False)  # a process that is killed can hold no lock of it
+        self._stop: Any = context.Value("b", 0, lock=False)  # no lock, because a killed process may not release it
         args = (self.served, child_pipe, self._stop)
         self._process = context.Process(target=_answer_batches, args=args, daemon=True)
         self._process.start()
-        child_pipe.close()  # else the end of the process would not end the pipe
+        child_pipe.close()  # otherwise `recv` does not raise EOFError when the process ends
         try:
             problem = self._pipe.recv()
         except EOFError:
@@ -92,17 +92,17 @@ class Worker:
         print("openblip2: the process with the models is started again", file=sys.stderr, flush=True)
         try:
             self._start()
-        except UserError as error:  # not the client's fault; the next batch tries again
+        except UserError as error:  # not the client's fault; the next batch tries to start it again
             raise ServeError(f"the models cannot be loaded again: {error}", 503) from error
 
 
 def _answer_batches(served: Served, pipe: Any, stop: Any) -> None:
-    """The process: loads the models, sends None or what is wrong, then answers each batch that it receives.
+    """Runs in the worker process: loads the models, sends None or an error message, then answers each batch.
 
-    It sends what is written so far of a streamed text, then a list of results.
+    For each batch, it sends the text so far if the text is streamed, and then the list of results.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the server ends this one
-    warnings.filterwarnings("ignore", category=FutureWarning)  # as `cli.main`
+    warnings.filterwarnings("ignore", category=FutureWarning)  # as in `cli.main`
     try:
         engine = Engine(served, send_text=pipe.send, stopped=lambda: bool(stop.value))
     except UserError as error:

@@ -1,4 +1,4 @@
-"""`openblip2 ablate`: the paper's ablations and ours at a laptop's size, each by one command.
+"""`openblip2 ablate`: the paper's ablations and ours at laptop size, one command for each.
 
 scenes -> frozen features, once -> each way of the study trained and scored -> OUT/ablation.json, .md and .svg
 """
@@ -82,7 +82,7 @@ def figure(trials: Sequence[Trial], name: str) -> dict[str, Any]:
 def judge_claim(claim: Claim, better: Sequence[Trial], worse: Sequence[Trial]) -> dict[str, Any]:
     """Whether a claim holds here.
 
-    Two sources of chance are kept apart: which images are tested (95 % intervals, bootstrap over test images, paired),
+    Two sources of randomness are separated: the choice of test images (95 % intervals, paired bootstrap over images),
     and the seed of training. A claim is decided only if the interval of the paired difference and the difference of
     every seed are on the same side of 0.
     """
@@ -139,7 +139,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     """Draws the contents of `ablation.json` as SVG or PNG, by the suffix of `path`.
 
     The left panel has a line for each way over the steps: the mean over seeds, with a band from the lowest to the
-    highest seed; dashed with another image. Then there is a panel for each figure of the claims, with the score of
+    highest seed; dashed for another image. Then there is a panel for each figure of the claims, with the score of
     each way and its 95 % interval over images.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, no state
@@ -153,7 +153,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     for panel, figure in zip(others, figures, strict=True):
         scale = 100 if is_share(figure) else 1
         for row, (name, way) in enumerate(ways.items()):
-            if figure not in way["figures"]:  # of a stage that this way does not train
+            if figure not in way["figures"]:  # it belongs to a stage that this way does not train
                 continue
             found, (colour, mark) = way["figures"][figure], looks[name]
             score, low, high = (scale * found[key] for key in ("score", "low", "high"))
@@ -217,7 +217,7 @@ def is_share(figure: str) -> bool:
 
 
 def sentence(text: str) -> str:
-    """With a capital first letter; the others stay as they are."""
+    """Capitalises the first letter; the others stay as they are."""
     return text[:1].upper() + text[1:]
 
 

@@ -1,6 +1,6 @@
-"""The studies as values: the ways that each one compares, and the claims that its figures test.
+"""Definitions of the studies: the ways that each one compares, and the claims that its figures test.
 
-A way is a set of changes to the settings of the plan; two ways of a study differ in nothing else. A new study is one
+A way is a set of changes to the settings of the plan; two ways of a study differ in nothing else. A new study needs one
 function here and one line in `STUDIES`.
 """
 
@@ -17,7 +17,7 @@ from openblip2.inference.captioner import Captioner
 from openblip2.inference.matcher import Matcher
 
 RECALL, RERANKED = BOTH.format(SCORES["itc"]), BOTH.format(SCORES["itm"])
-SCENES = 1500  # to train on, unless the study or --scenes says otherwise
+SCENES = 1500  # number of training scenes, unless the study or --scenes gives another one
 
 
 def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
@@ -46,7 +46,7 @@ def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
 def _claims(
     says: str, source: str, *pairs: tuple[str, str], figures: Sequence[str] = (LOSS, RIGHT, RECALL)
 ) -> tuple[Claim, ...]:
-    """The claim `says` by each figure for each pair of a better and a worse way, which it may name as {}."""
+    """One claim for each figure and each pair (better way, worse way); `says` may contain {} for the two names."""
     return tuple(Claim(says.format(*pair), source, figure, *pair) for pair in pairs for figure in figures)
 
 

@@ -1,4 +1,4 @@
-"""What all studies share: the ways that are compared, and their runs, each trained and scored once with every seed.
+"""The part that all studies share: it trains and scores the runs of all compared ways, once with each seed.
 
 OUT/data/WORLD, OUT/features scenes, and their frozen features by each encoder
 OUT/seed-N/STAGE-WAY         a run; a run that several ways share has the name of the first of them
@@ -60,17 +60,17 @@ from openblip2.train.recipes import train_stage
 from openblip2.train.start import say_without_effect
 
 DATA_SEED = 0
-VALIDATIONS = 5  # of a run
+VALIDATIONS = 5  # per run
 OWN = ("train.seed", "train.steps", "data.source", "data.features", "start")  # settings that a study sets itself
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Encodes, trains and scores in one folder. What is finished is read, unless it is of something else.
+    """Encodes, trains and scores in one folder. Finished results are read, unless they depend on something else.
 
     Attributes:
-        overwrite: replace results of something else instead of refusing them.
-        seconds: that training and scoring took, by the file with the result.
+        overwrite: replace results that depend on something else, instead of raising an error.
+        seconds: duration of training and scoring, by the file with the result.
     """
 
     out: Path
@@ -79,13 +79,13 @@ class Runs:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def cached(self, path: Path, of: Mapping[str, Any], make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-        """As `cached_json`; also notes the seconds."""
+        """Like `cached_json`; also stores the seconds."""
         found = cached_json(path, of, make, self.overwrite)
         self.seconds[str(path)] = found["seconds"]
         return found
 
     def encode(self, settings: RunSettings, records: Sequence[Record], folder: Path) -> Path:
-        """The folder with the features of images by the encoder of the settings."""
+        """Encodes images with the encoder of the settings, and returns the folder with the features."""
         self.progress.doing(f"loading {settings.vision.name}")
         vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
         make_cache(vision, records, settings, folder, self.progress, settings.vision.name, replace=True)
@@ -99,11 +99,11 @@ class Runs:
         start: Run | None = None,
         held_out: Sequence[Record] | None = None,
     ) -> Run:
-        """Trains a run, unless a finished one depends on the same.
+        """Trains a run, unless it is finished and depends on the same settings, images and start.
 
         Args:
             start: the run that training starts from.
-            held_out: the images that it is validated on; None = a share of `records`.
+            held_out: the images that it is validated on; None = a fraction of `records`.
         """
         if start is not None:
             settings = change(settings, {"start": str(start.folder)})
@@ -195,11 +195,11 @@ def train_way(work: Work, way: Way, seed: int) -> dict[str, Run]:
 
 
 def _owner(study: Study, way: Way, stage: str) -> Way:
-    """The first way with the same run of a stage, which also depends on the stage that it starts from."""
+    """The first way with the same run of a stage. A run also depends on the stage that it starts from."""
 
     def depends_on(one: Way) -> list[Any]:
         stages = [name for name in one.stages if name <= stage]
-        # Only a run that nothing starts from is validated (`_settings`).
+        # Only the run of the last stage is validated (`_settings`).
         return [one.records, list(one.stages)[-1] == stage, *((one.stages[s], one.pictures.get(s)) for s in stages)]
 
     return next((one for one in study.ways if depends_on(one) == depends_on(way)), way)
@@ -218,7 +218,7 @@ def _settings(work: Work, way: Way, stage: str) -> RunSettings:
 
 
 def _scored(work: Work, way: Way, run: Run) -> Values:
-    """The figures of a run for every test image: from `scores.json` if that depends on the same."""
+    """The figures of a run for every test image: from `scores.json` if it depends on the same run and images."""
     reranked = work.plan.reranked if work.study.reranks else 0
     features = work.features(run.settings)
 
@@ -237,9 +237,9 @@ def _scored(work: Work, way: Way, run: Run) -> Values:
 
 
 def retrieval_values(matcher: Matcher, test: Sequence[Record], reranked: int, store: Path, says: Progress) -> Values:
-    """By figure, for each test image: 1 if it, or its caption, found its partner among the first k, else 0.
+    """For each figure and test image: 1 if the image, or its caption, has its partner among the first k, else 0.
 
-    `reranked` is the number of candidates that ITM scores; 0: ITC alone.
+    `reranked` is the number of candidates that ITM scores; 0 = ITC alone.
     """
     rows = score_retrieval(matcher, test, Options(rerank=reranked, features=store), says).samples
     values: Values = {}
@@ -253,16 +253,16 @@ def retrieval_values(matcher: Matcher, test: Sequence[Record], reranked: int, st
 
 
 def hits(rows: Sequence[Mapping[str, Any]], way: str, score: str, k: int = 1) -> list[float]:
-    """1 for each image ("tr") or text ("ir") of retrieval's samples that found a partner among the first k, else 0."""
+    """1 for each image ("tr") or text ("ir") of retrieval samples with a partner among the first k, else 0."""
     ranks = [row[f"{score} first right"] for row in rows if ("caption" in row) == (way == "ir")]
     return [float(rank is not None and rank <= k) for rank in ranks]
 
 
 def caption_values(captioner: Captioner, test: Sequence[Record], features: Path, progress: Progress) -> Values:
-    """By figure, for each test image: the loss of its caption in nats per token, how much another image adds, and 1 if
-    the caption that is written for it has every object and attribute right, else 0.
+    """Figures of captions, by name, for each test image.
 
-    The other image is the one before it. Each image has the same weight, other than in `validation.grounding`.
+    Loss of the caption in nats per token; how much another image (the previous one) adds; 1 if the written caption has
+    every object and attribute right, else 0. Unlike in `validation.grounding`, each image has the same weight.
     """
     model, prompt = captioner.model, captioner.settings.language.prompts[0]
     assert model.vision is not None

@@ -34,7 +34,7 @@ from openblip2.presets import fine_tuning, preset
 from openblip2.progress import Progress
 from openblip2.runs import read_settings, write_json
 
-SOURCE = "stamps"  # retrieved and captioned; the other sources are only trained on
+SOURCE = "stamps"  # scored for retrieval and captions; the other sources are only used for training
 WAYS = ("tr@1", "ir@1")  # image to text, text to image
 
 # Changes to the settings of each training: stage 1 on all sources and on stamps alone, fine-tuning, the captioner.
@@ -52,11 +52,11 @@ class RealPlan:
 
     Attributes:
         k: number of folds.
-        folds: those that are run; the others are left out of the figures.
-        seed: of the folds and of training.
-        reranked: candidates that ITM scores.
-        changes: as `CHANGES`.
-        overwrite: train runs again that have other settings or data.
+        folds: the folds that are run; the others are left out of the figures.
+        seed: seed of the folds and of training.
+        reranked: number of candidates that ITM scores.
+        changes: changes to the settings, as in `CHANGES`.
+        overwrite: train runs again if they have other settings or data.
         stage1: settings of stage 1.
         stage2: settings of the captioner.
     """
@@ -75,7 +75,7 @@ def bench_real(out: Path, plan: RealPlan, progress: Progress) -> dict[str, Any]:
     """Runs the study in `out`, continuing where it was interrupted; returns the contents of `out/real.json`.
 
     Raises:
-        UserError: no source can be fetched, or an unknown fold.
+        UserError: no source can be fetched, or a fold is unknown.
     """
     if not plan.folds or not set(plan.folds) <= set(range(plan.k)):
         raise UserError(f"folds {', '.join(map(str, plan.folds))}: give some of 0 to {plan.k - 1}")
@@ -114,9 +114,9 @@ def gather_images(out: Path, progress: Progress) -> list[Record]:
 def _fold(
     runs: Runs, number: int, train: list[Record], test: list[Record], plan: RealPlan
 ) -> dict[str, list[dict[str, Any]]]:
-    """Trains the missing runs of a fold and scores them: rows of samples, by the name of what was scored.
+    """Trains the missing runs of a fold and scores them; returns rows of samples, by the name of the run.
 
-    Each row also has its fold, the group of its image, and whether training had one of its captions.
+    Each row also has its fold, the group of its image, and whether one of its captions was trained on.
     """
     folder, features = runs.out / f"fold-{number}", runs.out / "features"
     stamps = [record for record in train if _source(record) == SOURCE]
@@ -150,7 +150,7 @@ def _fold(
 
 
 def real_summary(rows: dict[str, list[dict[str, Any]]], plan: RealPlan) -> dict[str, Any]:
-    """Scores with intervals over groups, and the differences that the study is about, paired by sample."""
+    """Scores with intervals over groups, and the differences that the study measures, paired by sample."""
     scores, differences = {}, {}
     for name in ("joint, stage 1", "joint, fine-tuned", "alone, stage 1", "alone, fine-tuned"):
         for way in WAYS:

@@ -1,4 +1,4 @@
-"""What a study is made of: ways that are compared, claims about them, and the sizes of a study."""
+"""The parts of a study: the ways that it compares, claims about them, and its sizes."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -24,20 +24,20 @@ BOTH = "recall@1, both ways, {}"  # by one of the scores below
 SCORES = {"itc": "ITC alone", "itm": "re-ranked by ITM", "itm+itc": "re-ranked by ITM + ITC"}
 DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
 
-Points = list[tuple[int, float]]  # of a curve: step and value
-Values = dict[str, list[float]]  # by figure, one for each test image
+Points = list[tuple[int, float]]  # the points of a curve: step and value
+Values = dict[str, list[float]]  # for each figure, one value per test image
 
 
 @dataclass(frozen=True)
 class Way:
-    """One of the ways that a study compares. Ways whose stage is the same share its run.
+    """One of the ways that a study compares. Ways with the same stage share its run.
 
     Attributes:
         stage1: changes to the settings of stage 1, by dotted name; None = it is not trained.
         stage2: the same for stage 2.
-        pictures: number of images that a stage is trained on, from the beginning; a stage that is missing takes all.
-        records: what the stages are trained on, from the `frame.Work` and the seed; None = the training images.
-        adapt: changes the loaded model before it is scored, for ways that differ in the use of one run.
+        pictures: number of images that a stage is trained on, from the beginning; stages that are not listed use all.
+        records: returns the images for training from the `frame.Work` and the seed; None = the training images.
+        adapt: changes the loaded model before it is scored, for ways that use the same run differently.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Claim:
-    """The claim that one way is better than another by a figure; `source` is who makes it."""
+    """The claim that one way is better than another in one figure; `source` names who makes the claim."""
 
     says: str
     source: str
@@ -71,8 +71,8 @@ class Study:
 
     Attributes:
         scored: the stages whose runs are scored.
-        steps: of each stage.
-        notes: limits of the figures.
+        steps: number of steps of each stage.
+        notes: limitations of the figures.
         reranks: whether retrieval is also scored after re-ranking by ITM.
     """
 
@@ -91,16 +91,16 @@ class Plan:
     """The sizes of a study; the defaults take ten to sixty minutes on two cores.
 
     Attributes:
-        seeds: of training; the images are the same for all.
-        world: of the scenes.
+        seeds: seeds of training; the images are the same for all.
+        world: the set of nouns that scenes contain.
         scenes: number of training scenes; None = the study's own.
         test_scenes: number of test scenes.
         validated: number of test scenes that the curves are measured on.
-        reranked: candidates that ITM scores.
+        reranked: number of candidates that ITM scores.
         values: the numbers that the study compares; () = its own.
-        steps: of a stage, instead of the study's.
-        changes: to the settings of both stages.
-        overwrite: train runs again that have other settings or data.
+        steps: number of steps of each stage, instead of the study's.
+        changes: changes to the settings of both stages.
+        overwrite: train runs again if they have other settings or data.
         stage1: settings of stage 1.
         stage2: settings of stage 2.
         weaker: changes that select the weaker image encoder.
@@ -123,7 +123,7 @@ class Plan:
             "vision.name": "wheel:efficientnet-lite0",
             "vision.layer": -1,
             "vision.image_size": 224,
-            "vision.dtype": "fp32",  # in bf16 its features are 8 % off
+            "vision.dtype": "fp32",  # in bf16, its features have an error of 8 %
         }
     )
 
@@ -140,9 +140,9 @@ class Trial:
     """The outcome of one way with one seed.
 
     Attributes:
-        values: By figure, one for each test image.
-        curves: By the name of a validation value, of the last stage trained.
-        settings: By stage.
+        values: For each figure, one value per test image.
+        curves: Curves of the last stage trained, by the name of a validation value.
+        settings: Settings of each stage.
     """
 
     values: Values
@@ -165,5 +165,5 @@ def digest_of(records: Sequence[Record]) -> str:
 
 
 def slug(name: str) -> str:
-    """The name in small letters and digits, with hyphens."""
+    """The name in lower-case letters and digits, with hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

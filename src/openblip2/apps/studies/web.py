@@ -1,4 +1,4 @@
-"""The images and captions of the study of CapFilt: a clean half, and a half whose captions are those of the web."""
+"""The images and captions of the CapFilt study: a clean half, and a half with noisy captions, called "the web"."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -29,7 +29,7 @@ def clean_half(records: Sequence[Record]) -> list[Record]:
 
 
 def right_half(records: Sequence[Record]) -> list[Record]:
-    """The other images, the web's, each with its own first caption."""
+    """The other images ("the web"), each with its own first caption."""
     return [replace(record, captions=record.captions[:1]) for record in records[len(records) // 2 :]]
 
 
@@ -44,7 +44,7 @@ def web_half(records: Sequence[Record]) -> list[Record]:
 
 
 def filtered_half(work: Work, seed: int, name: str) -> list[Record]:
-    """The web's images that have captions left after CapFilt, with these."""
+    """The web's images that still have captions after CapFilt, with these captions."""
     helper = Way("captioner", {}, {}, records=lambda work, seed: clean_half(work.train))
     models, noisy, out = train_way(work, helper, seed), web_half(work.train), work.runs.out / f"seed-{seed}"
     of = {"captioner": models["stage2"].of, "how": asdict(FILTERS[name]), "captions": digest_of(noisy)}
@@ -56,7 +56,7 @@ def filtered_half(work: Work, seed: int, name: str) -> list[Record]:
 def _run_capfilt(
     work: Work, records: Sequence[Record], out: Path, models: Mapping[str, Run], how: How
 ) -> dict[str, Any]:
-    """Captions after CapFilt by image, and its counts, by the same code as the command `capfilt`."""
+    """Runs the code of the command `capfilt`; returns the captions by image, and the counts."""
     shards, progress = work.runs.out / "web", work.runs.progress
     for folder in (shards, out):
         rmtree(folder, ignore_errors=True)

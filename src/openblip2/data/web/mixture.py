@@ -34,7 +34,7 @@ from openblip2.runs import write_text
 
 FILE = "shards.json"
 _FORMAT = 1
-_THREADS = 16  # they wait for disks and networks
+_THREADS = 16  # they mostly wait for disks and networks
 _RIGHT = 'write each part as [[part]] with shards = "web/{00000..00099}.tar" and weight = 1 (a whole number)'
 
 
@@ -47,7 +47,7 @@ class Part:
         weight: its share in a mixture, 1 or more.
         shards: paths and URLs.
         counts: number of samples in each shard; empty if not counted yet.
-        held_out: number of samples at the beginning of each shard that are not trained on.
+        held_out: number of samples at the beginning of each shard that are excluded from training.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Part:
 
 class _Row(BaseModel, extra="forbid", strict=True):
     shards: str
-    reader: str = ""  # of earlier versions; all data sets are now read alike
+    reader: str = ""  # in files of earlier versions; all data sets are now read in the same way
     weight: Annotated[int, Field(ge=1)] = 1
 
 
@@ -115,7 +115,7 @@ def count_parts(
     """The parts with the samples of each shard counted. A shard that cannot be opened counts 0 and is reported.
 
     Args:
-        parts: not counted yet.
+        parts: the parts, not counted yet.
         problem: called with a line for each such shard.
         advance: called after each shard.
 
@@ -151,7 +151,7 @@ def count_samples(shard: str) -> tuple[int, list[str]]:
     except UserError as error:
         return 0, [str(error)]
     opened.close()
-    return len(opened), [] if len(opened) else problems  # of other shards they are reported in training
+    return len(opened), [] if len(opened) else problems  # for other shards, training reports them
 
 
 def hold_out_samples(parts: Sequence[Part], wanted: int) -> list[Part]:

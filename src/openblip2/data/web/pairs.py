@@ -1,8 +1,8 @@
 """Batches from shards: images are decoded when they are needed, and batch n is a function of (seed, n).
 
-A batch is that of all processes together; each process reads the rows that `distributed.part_of` gives it, and no
-others. Rows are sorted by lane (shard_order.py), so if the number of processes divides the number of lanes, which
-divides the batch, no two processes open the same shard.
+A batch belongs to all processes together; each process reads only the rows that `distributed.part_of` assigns to it.
+Rows are sorted by lane (shard_order.py), so if the number of processes divides the number of lanes, which divides the
+batch, no two processes open the same shard.
 
 A position without a good sample (a broken image, no caption, a shard that is cut off or missing) gets the next good
 sample of the same shard in its shuffled order, which is then seen twice in the epoch; if there is none, the sample at
@@ -32,7 +32,7 @@ from openblip2.data.web.tars import Sample, Shard
 from openblip2.distributed.collectives import part_of
 from openblip2.errors import UserError
 
-# Names in the .json of a sample, of img2dataset and of the data sets' own tables.
+# Names of fields in the .json of a sample, from img2dataset or from the data sets' own tables.
 COCO_NUMBERS = ("cocoid", "coco_id")
 URLS = ("url", "URL", "coco_url", "image_url", "image_urls")
 # URLs of data sets whose images have numbers.
@@ -49,8 +49,8 @@ class OpenShards:
     """The current shard of each lane, and the next one, which is opened in advance.
 
     Args:
-        parts: counted.
-        orders: of the parts.
+        parts: the parts, with counted samples.
+        orders: the order of each part.
         problem: called with each problem once, by one thread at a time.
     """
 
@@ -61,9 +61,9 @@ class OpenShards:
         self._open: dict[tuple[int, int], Future[Shard | None]] = {}  # by part and shard; None if it cannot be opened
 
     def turn_to(self, spots: Sequence[tuple[int, Spot]]) -> None:
-        """Opens the shards of these spots of parts and those that follow, and closes all others.
+        """Opens the shards of these spots and the shards that follow them, and closes all others.
 
-        Called by one thread, while no other reads.
+        Called by one thread while no other thread reads.
         """
         needed = {(part, spot.shard) for part, spot in spots}
         last = {(part, spot.lane): spot for part, spot in spots}
@@ -72,12 +72,12 @@ class OpenShards:
             self._start(name)
         for name in self._open.keys() - needed - following:
             shard = self._open[name].result()
-            if shard:  # one that cannot be opened is remembered, and not tried again
+            if shard:  # None, for a shard that cannot be opened, is kept, so it is not tried again
                 shard.close()
                 del self._open[name]
 
     def samples(self, part: int, spot: Spot) -> Iterator[tuple[Shard, int]]:
-        """The sample of a spot and then those that may replace it: shard and number. Called by any thread.
+        """The shard and number of a spot's sample, then of those that may replace it. Any thread may call it.
 
         Raises:
             UserError: the lane has no sample left to try.
@@ -122,12 +122,12 @@ class OpenShards:
 
 
 class DrawnSample(NamedTuple):
-    """A sample as it is trained on.
+    """A sample in the form that is used in training.
 
     Attributes:
         pixels: `[3, S, S]` uint8.
         caption: one of its captions, cleaned.
-        picture: what identifies its image.
+        picture: the identifier of its image.
         name: its shard and member.
     """
 
@@ -138,18 +138,18 @@ class DrawnSample(NamedTuple):
 
 
 class ShardPairs:
-    """Batches of images with one caption each from shards, with new random crops in each epoch or without.
+    """Batches from shards: images with one caption each, with or without new random crops in each epoch.
 
     Args:
-        parts: counted.
-        batch: of all processes together.
-        seed: of everything random.
+        parts: the parts, with counted samples.
+        batch: number of pairs in a batch of all processes.
+        seed: seed for everything random.
         size: S.
-        lanes: shards of a part that are read side by side (`data.open_shards`).
+        lanes: number of shards of a part that are read at the same time (`data.open_shards`).
         problem: called once with each sample, image or shard that is skipped, by any thread.
         augmented: whether to crop and flip at random; a picture whose texts say left or right is not flipped.
-        part: (r, N): which rows of a batch are ours. All parts together do not depend on N.
-        threads: that decode images; the batches do not depend on them.
+        part: (r, N): process r of N gets a part of each batch. The whole batch does not depend on N.
+        threads: number of threads that decode images; the batches do not depend on it.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class ShardPairs:
 
 
 def picture_of(sample: Sample, shard: str) -> str:
-    """What identifies the image of a sample: its number in COCO or Visual Genome, its URL, or its shard and key.
+    """The identifier of a sample's image: its number in COCO or Visual Genome, its URL, or its shard and key.
 
     COCO has five captions for each image, and Visual Genome shares images with it. Two samples with the same image are
     not negatives of each other.

@@ -1,4 +1,4 @@
-"""Which shards a text names, how a shard is opened, and the file beside it that contains its number of samples."""
+"""Finds the shards that a text names, opens shards, and handles the file next to a shard with its sample count."""
 
 import glob
 import itertools
@@ -99,9 +99,9 @@ def open_shard(shard: str) -> BinaryIO:
                 shutil.copyfileobj(remote, copy, 2**20)  # pyright: ignore[reportArgumentType]
             copy.seek(0)
             return copy
-        except Exception as error:  # each of the many file systems raises errors of its own
+        except Exception as error:  # each of the many file systems raises its own types of errors
             copy.close()
-            # A missing file, a missing package and an unknown kind of URL are the same the next time.
+            # A missing file, a missing package or an unknown kind of URL would fail again.
             if wait is None or isinstance(error, FileNotFoundError | ImportError | ValueError):
                 raise UserError(
                     f"{shard}: cannot be opened ({one_line(error)}): give a URL that fsspec can open"
@@ -111,28 +111,28 @@ def open_shard(shard: str) -> BinaryIO:
 
 
 def stats_path(shard: str) -> str:
-    """The file beside a shard that contains its number of samples: `00000.tar` -> `00000_stats.json`."""
+    """The file next to a shard that contains its number of samples: `00000.tar` -> `00000_stats.json`."""
     return shard.removesuffix(".tar") + "_stats.json"
 
 
 def stated_samples(shard: str) -> int | None:
-    """The "successes" in the file beside a shard; None if there is no such file that can be used."""
+    """The "successes" in the file next to a shard; None if there is no such file that can be used."""
     opener: Any = fsspec.open if is_url(shard) else open
     try:
         with opener(stats_path(shard), "rb") as file:
             successes = json.loads(file.read(2**20))["successes"]
-    except Exception:  # of any file system; the samples are then counted in the shard itself
+    except Exception:  # errors of any file system; the samples are then counted in the shard itself
         return None
     return successes if type(successes) is int and 0 <= successes < 2**40 else None
 
 
 def read_stats(shard: Path, name: str, value: str) -> dict[str, Any] | None:
-    """The file beside a shard that an earlier run completed; None if there is no shard.
+    """The file next to a shard that an earlier run completed; None if there is no shard.
 
     Args:
         shard: the shard.
-        name: of what the shard was made with, in the file.
-        value: which `name` must have.
+        name: the name in the file for what the shard was made with.
+        value: the value that `name` must have.
 
     Raises:
         UserError: it was made with something else, or by another program.
@@ -144,14 +144,14 @@ def read_stats(shard: Path, name: str, value: str) -> dict[str, Any] | None:
         if stats[name] == value:
             return stats
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # of another program
+        pass  # the file is from another program
     raise UserError(f"{shard}: was made by another program or with other {name}: give another folder, or remove it")
 
 
 def write_stats(shard: Path, samples: int, **more: Any) -> dict[str, Any]:
-    """Writes the file beside a shard in one step, and returns it: "successes", as img2dataset calls it, and `more`.
+    """Writes the file next to a shard atomically and returns it: "successes", as in img2dataset, and `more`.
 
-    To be called before the shard gets its name, so that a shard without such a file is another program's.
+    Call it before the shard gets its name, so that a shard without such a file must be from another program.
     """
     stats = {"successes": samples} | more
     write_json(stats, Path(stats_path(str(shard))))

@@ -1,14 +1,14 @@
-"""The order in which the samples of shards are seen: a function of the seed and of the number of a sample.
+"""The order in which the samples of shards are used: a function of the seed and of the number of a sample.
 
 The shards of an epoch are shuffled and assigned to lanes (`data.open_shards` of them, or one per shard if there are
 fewer), each one to the shortest lane so far. One sample is taken from each lane in turn; a lane goes through its shards
 one after the other, each in a shuffled order of its own. So only few shards are open at a time, neighbours in the order
 come from different shards, and processes share no shard if their number divides the number of lanes.
 
-The parts of a mixture take turns of one row (one sample of each lane): in every `sum(weights)` rows, each part has
-exactly its weight, in a new random order. The order of each part is endless, epoch after epoch.
+The parts of a mixture take turns of one row (one sample of each lane): of every `sum(weights)` rows, each part gets
+exactly as many as its weight, in a new random order. The order of each part is endless, epoch after epoch.
 
-So sample ten million is found without its predecessors, and a run can resume with another number of processes.
+So sample ten million is found without the samples before it, and a run can resume with another number of processes.
 """
 
 import functools
@@ -23,7 +23,7 @@ import torch
 
 from openblip2.errors import UserError
 
-MOST_WEIGHT = 100_000  # of all parts together: the turns of a cycle are drawn at once
+MOST_WEIGHT = 100_000  # sum over all parts, because all turns of a cycle are drawn at once
 
 
 class Spot(NamedTuple):
@@ -39,10 +39,10 @@ class Order:
     """The endless order of one part: `order(position)` -> `Spot`.
 
     Args:
-        counts: samples of each shard.
-        lanes: shards that are read side by side.
-        seed: of all shuffles.
-        name: of the part, so that the parts of a mixture are shuffled differently.
+        counts: number of samples in each shard.
+        lanes: number of shards that are read at the same time.
+        seed: seed for all shuffles.
+        name: name of the part, so that the parts of a mixture are shuffled differently.
 
     Raises:
         UserError: there is no sample.
@@ -82,7 +82,7 @@ class Order:
 
 
 class _Epoch:
-    """The lanes of one epoch: the shards of each lane, and where each of them begins in it."""
+    """The lanes of one epoch: the shards of each lane, and the position in the lane at which each shard begins."""
 
     def __init__(self, counts: Sequence[int], shuffled: Sequence[int], lanes: int) -> None:
         self.shards: list[list[int]] = [[] for _ in range(lanes)]
@@ -93,8 +93,8 @@ class _Epoch:
                 self.shards[lane].append(shard)
                 heapq.heappush(lengths, (length + counts[shard], lane))
         self.firsts = [[0, *accumulate(counts[shard] for shard in row)] for row in self.shards]
-        # Round n takes a sample from each lane that is longer than n. `active`: the lanes of a stretch of rounds, in
-        # which none ends; `rounds` and `starts`: the round and the position at which each stretch begins.
+        # Round n takes a sample from each lane that is longer than n. No lane ends within a stretch of rounds.
+        # `active`: the lanes of each stretch; `rounds` and `starts`: the round and the position at which it begins.
         ends = sorted({firsts[-1] for firsts in self.firsts})
         self.active = [[lane for lane in range(lanes) if self.firsts[lane][-1] >= end] for end in ends]
         self.rounds = [0, *ends[:-1]]
@@ -110,12 +110,12 @@ class _Epoch:
 
 
 class PartTurns:
-    """Whose turn it is in a mixture: `turns(number)` -> part and position in that part's order.
+    """The turns of the parts of a mixture: `turns(number)` -> part and position in that part's order.
 
     Args:
-        weights: of the parts, whole numbers of 1 or more.
-        row: samples of one turn.
-        seed: of the order of the turns.
+        weights: weights of the parts, whole numbers of 1 or more.
+        row: number of samples in one turn.
+        seed: seed for the order of the turns.
 
     Raises:
         UserError: the weights add up to more than `MOST_WEIGHT`.

@@ -5,7 +5,7 @@ caption, and `000017.json` with everything else. The captions are "captions" in 
 `{"text": ..., "score": ...}`, best first; if it is missing, the .txt; if that is missing, one of `CAPTIONS` in the
 .json.
 
-Nothing is unpacked to disk, and what is read into memory is limited. Any problem in a shard is reported, never raised.
+Nothing is unpacked to disk, and memory use is limited. Problems in a shard are reported and do not raise errors.
 """
 
 import json
@@ -24,12 +24,12 @@ from openblip2.errors import one_line
 
 PICTURES = frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES)
 KINDS = ("image", "txt", "json")
-CAPTIONS = ("caption", "TEXT", "phrase")  # of img2dataset, of COCO's and LAION's tables, of Visual Genome
+CAPTIONS = ("caption", "TEXT", "phrase")  # in img2dataset, in the tables of COCO and LAION, in Visual Genome
 MAX_CAPTION = 64 * 2**10  # bytes of one caption
 MAX_JSON = 2**20  # bytes of one .json
-MOST_HEADER = 64 * 2**10  # bytes of a long name or of pax keywords; real ones have some hundred
-_EXTRA_HEADERS = (b"L", b"K", b"x", b"g", b"X")  # of GNU and pax: they say something about the next member
-_TOO_LONG = b"!"  # not a type of tar
+MOST_HEADER = 64 * 2**10  # bytes of a long name or of pax keywords; usual ones have some hundred
+_EXTRA_HEADERS = (b"L", b"K", b"x", b"g", b"X")  # of GNU and pax: they describe the next member
+_TOO_LONG = b"!"  # not a type that tar uses
 
 Problem = Callable[[str], object]
 
@@ -40,9 +40,9 @@ class Sample(NamedTuple):
     Attributes:
         key: its name in the shard.
         image: the content of the image file.
-        suffix: of the image file: "jpg".
+        suffix: the suffix of the image file, for example "jpg".
         captions: its captions.
-        about: its .json.
+        about: the content of its .json.
     """
 
     key: str
@@ -61,7 +61,7 @@ class Member(NamedTuple):
 
 
 class _Header(tarfile.TarInfo):
-    """A header of tarfile, which would read extra headers of any length into memory."""
+    """A tarfile header with limited size, because tarfile would read extra headers of any length into memory."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
@@ -76,8 +76,8 @@ class _Header(tarfile.TarInfo):
 def tar_members(file: BinaryIO, size: int, problem: Problem) -> list[Member]:
     """The regular files in an uncompressed tar file of `size` bytes, in its order.
 
-    Left out and reported are links, devices, names that lead out of a folder, and extra headers above `MOST_HEADER`
-    with their member. A member that is cut off, or bytes that are not a header, end the list.
+    Links, devices, names that lead out of a folder, and extra headers above `MOST_HEADER` with their member are left
+    out and reported. A member that is cut off, or bytes that are not a header, end the list.
     """
     members: list[Member] = []
     place, too_long = 0, False
@@ -85,7 +85,7 @@ def tar_members(file: BinaryIO, size: int, problem: Problem) -> list[Member]:
         tar = tarfile.TarFile(fileobj=file, tarinfo=_Header, encoding="utf-8")
         while info := tar.next():
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep all of them
-            if tar.offset <= place:  # by the pax keyword "size"
+            if tar.offset <= place:  # possible with the pax keyword "size"
                 raise tarfile.HeaderError("a negative size")
             if info.type == _TOO_LONG:
                 problem(
@@ -112,7 +112,7 @@ def tar_members(file: BinaryIO, size: int, problem: Problem) -> list[Member]:
 
 
 def shown(name: str) -> str:
-    """A member's name in a message: one line, not long."""
+    """A member's name for a message: one line of at most 80 characters."""
     return name[:80] if name.isprintable() else ascii(name)[:80]
 
 
@@ -236,7 +236,7 @@ class Shard:
 
 
 def read_tar(url: str, problem: Problem, count: int | None = None) -> Iterator[Sample]:
-    """The readable ones among the first `count` samples of a shard, or among all. Other args and errors as `Shard`."""
+    """The readable samples among the first `count` of a shard, or among all. Other args and errors: see `Shard`."""
     shard = Shard(url, problem)
     try:
         yield from filter(None, map(shard.read, range(len(shard))[:count]))
@@ -256,7 +256,7 @@ def _group(members: Sequence[Member], problem: Problem) -> dict[str, dict[str, M
         folder, slash, name = member.name.rpartition("/")
         stem, _, suffix = name.partition(".")
         kind = "image" if suffix.lower() in PICTURES else suffix.lower()
-        if not stem or kind not in KINDS:  # for other programs, unless it is a picture
+        if not stem or kind not in KINDS:  # a file for other programs, unless it is an image
             last = os.path.splitext(name)[1].lower()
             if stem and last in UNREADABLE:
                 problem(f"{shown(member.name)}: pictures of this kind cannot be read; convert it to JPEG")

@@ -1,9 +1,9 @@
-"""Records as shards: what `openblip2 prepare` writes, in the format of img2dataset.
+"""Writes records as shards in the format of img2dataset, for `openblip2 prepare`.
 
 OUT/00000.tar         the unchanged image files, each with its captions (tars.py) and the id of its record, "image_id"
 OUT/00000_stats.json  "successes": number of samples; "count": number of records; "skipped": why the others are missing
 
-A shard has its name when it is complete. An interrupted run continues: complete shards of the same records are kept.
+A shard gets its name when it is complete. Interrupted runs can continue: complete shards of the same records are kept.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def write_tar(path: Path) -> Iterator["TarWriter"]:
     """Writes a shard, which gets its name when it is complete.
 
     Raises:
-        UserError: another process writes it, or the folder cannot be written to.
+        UserError: another process is writing it, or the folder cannot be written to.
     """
     # Locked, because two parts of one job may write the same shard.
     with (
@@ -45,7 +45,7 @@ def write_tar(path: Path) -> Iterator["TarWriter"]:
 class TarWriter:
     """A shard that is being written (`write_tar`).
 
-    The same samples give the same bytes: members have no time and no owner.
+    The same samples give the same bytes, because members have no time and no owner.
     """
 
     def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
@@ -105,13 +105,13 @@ def write_shards(
 ) -> WrittenShards:
     """Writes shards of up to `size` records each.
 
-    Every image is opened first; one that cannot be opened is skipped and named.
+    Every image is opened first; one that cannot be opened is skipped and reported.
 
     Args:
         records: images with captions.
         out: the folder of the shards.
         size: records per shard.
-        seed: of the order of the records.
+        seed: random seed for the order of the records.
         advance: called with the number of records that were just processed.
 
     Raises:

@@ -1,10 +1,10 @@
-"""Our own image encoders that `AutoModel` of transformers loads: a module here registers its class by itself."""
+"""Our own image encoders for `AutoModel` of transformers: each module here registers its class when it is imported."""
 
 import importlib
 import pkgutil
 
 
 def register() -> None:
-    """From now on transformers' `AutoConfig` and `AutoModel` know all encoders in this folder."""
+    """Registers all encoders in this folder with transformers' `AutoConfig` and `AutoModel`."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")

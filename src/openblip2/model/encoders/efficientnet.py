@@ -1,12 +1,12 @@
-"""EfficientNet-Lite0: a convolutional image encoder where a vision transformer is expected. Any encoder fits.
+"""EfficientNet-Lite0: a convolutional image encoder that can be used in place of a vision transformer.
 
 Tan and Le 2019, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", in its Lite variant: ReLU6,
-no squeeze-and-excitation. Batch norms are folded into the convolutions in front of them, in eval mode the same.
+no squeeze-and-excitation. Batch norms are folded into the convolutions before them, which is equivalent in eval mode.
 
-To `HFVision` all of it is one layer, for its stages differ in width: `vision.layer` is -1. A place of the last map is a
-token, row by row; there is no class token.
+`HFVision` treats all of it as one layer, because its stages differ in width: `vision.layer` is -1. Each position of the
+last feature map is a token, row by row; there is no class token.
 
-Shapes: B images, S image side in px, P = (S / 32)^2 places, V encoder width (1280).
+Shapes: B images, S image side in px, P = (S / 32)^2 positions, V encoder width (1280).
 """
 
 import math
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-# Blocks, side of the kernel, stride of the first block, how many times wider inside, width of the output.
+# Number of blocks, kernel side, stride of the first block, expansion factor, output width.
 LITE0 = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192))
 LITE0 += ((1, 3, 1, 6, 320),)
 
 
 class EfficientNetLiteConfig(PreTrainedConfig):
-    """Sizes. `hidden_size`: V. `stem`: width after the first convolution. `stages`: as `LITE0`.
+    """Sizes of the encoder. `hidden_size`: V. `stem`: width after the first convolution. `stages`: as `LITE0`.
 
-    `patch_size`: how many px of a side become one place, 2 times the stages' strides.
+    `patch_size`: side in px that becomes one position: 2 times the product of the stages' strides.
     """
 
     model_type = "efficientnet_lite"
@@ -61,17 +61,17 @@ class EfficientNetLite(PreTrainedModel):
                 parts.append(Block(width, width_out, kernel, stride if n == 0 else 1, expand))
                 width = width_out
         parts += [convolution(width, config.hidden_size), Tokens()]
-        self.layers = nn.ModuleList([nn.Sequential(*parts)])  # `Vision` looks for the one list of layers
+        self.layers = nn.ModuleList([nn.Sequential(*parts)])  # `HFVision` looks for one list of layers
         self.post_init()
 
     def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = True) -> Tensor:
-        # The parameter says that it takes images of any size: there are no positions to interpolate.
+        # The parameter tells `HFVision` that any image size is accepted: there are no positions to interpolate.
         # Channels last in memory: on a CPU 1.4 times as fast in bf16 and 1.8 times in fp32.
         return self.layers[0](pixel_values.contiguous(memory_format=torch.channels_last))
 
 
 class Block(nn.Module):
-    """Wider, each channel convolved for itself, narrow again; what came in is added where it has the same shape."""
+    """Expansion, depthwise convolution, projection; the input is added if it has the same shape as the output."""
 
     def __init__(self, width: int, width_out: int, kernel: int, stride: int, expand: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A map `[B, V, H, W]` as tokens `[B, H * W, V]`."""
+    """A feature map `[B, V, H, W]` as tokens `[B, H * W, V]`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(2).transpose(1, 2).contiguous()
@@ -97,7 +97,7 @@ def convolution(
 ) -> nn.Sequential:
     """A convolution with a bias and, if `active`, ReLU6.
 
-    Padded as TensorFlow's "SAME": with stride 2 on an even side one row and column more after than before.
+    Padding is as in TensorFlow's "SAME": for stride 2 and an even side, one more row and column after than before.
     """
     front, back = (kernel - stride) // 2, (kernel - stride + 1) // 2
     even = front == back

@@ -1,1 +1,1 @@
-"""What makes a step faster or larger without changing its result."""
+"""Code that makes a step faster or larger without changing its result."""

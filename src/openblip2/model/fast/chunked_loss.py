@@ -1,8 +1,8 @@
-"""Cross-entropy over a vocabulary without all of its logits in memory.
+"""Cross-entropy over a vocabulary without keeping all of its logits in memory.
 
-N positions times W words are more numbers than all else in a step; here they exist for a chunk of positions at a time.
-A frozen language model runs up to its output embedding, which is then applied to the positions that are scored and to
-no others: asked for logits it would compute them for every position of every row, and most have no target.
+N x W logits would be larger than anything else in a step, so they are computed for one chunk of positions at a time. A
+frozen language model runs up to its output embedding, which is then applied only to the positions with a target. The
+model itself would compute logits for every position of every row, most of which have no target.
 
 Shapes: B rows, T tokens, N positions with a target, D width, W vocabulary.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits at a time
-FEWEST_ROWS = 256  # below that a product is bound by reading the weight
+FEWEST_ROWS = 256  # with fewer rows, the speed of a product is limited by reading the weight
 
 
 def chunked_cross_entropy(
@@ -33,8 +33,8 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy of the logits `hidden @ weight.T + bias` without ever holding all of them.
 
-    The gradient is computed chunk by chunk along with the loss, for the inputs that require one; not twice
-    differentiable. Products are in autocast's dtype, as `F.linear`'s; sums over chunks in fp32.
+    The gradient is computed chunk by chunk together with the loss, for the inputs that require one; it cannot be
+    differentiated again. Products are in autocast's dtype, as in `F.linear`; sums over chunks are in fp32.
 
     Args:
         hidden: `[N, D]`, N >= 1.
@@ -42,11 +42,11 @@ def chunked_cross_entropy(
         bias: `[W]`.
         targets: `[N]` int64.
         label_smoothing: share of each target that is spread evenly over all `W`.
-        chunk: rows at a time; None = what fits `CHUNK_BYTES`. All N in one chunk are computed the plain way.
+        chunk: rows at a time; None = as many as fit `CHUNK_BYTES`. If all N fit in one chunk, they are not chunked.
     """
     if chunk is None:
         chunk = max(FEWEST_ROWS, CHUNK_BYTES // (4 * len(weight)))
-    if len(targets) <= chunk:  # the plain way takes no more memory then
+    if len(targets) <= chunk:  # one chunk: plain cross-entropy needs no more memory
         return generation(F.linear(hidden, weight, bias), targets, label_smoothing)
     place = hidden.device.type
     dtype = torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else weight.dtype
@@ -69,7 +69,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         smoothing: float,
         chunk: int,
         dtype: torch.dtype,
-        trains: bool,  # asked outside, because gradients are always off inside `forward`
+        trains: bool,  # determined outside, because gradients are always off inside `forward`
     ) -> Tensor:
         of_hidden, of_weight, of_bias = (
             torch.zeros_like(given, dtype=torch.float32) if trains and wanted and given is not None else None
@@ -84,12 +84,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss -= (1 - smoothing) * logs.gather(1, wanted).sum() + smoothing * logs.mean(dim=1).sum()
             if of_hidden is None and of_weight is None and of_bias is None:
                 continue
-            # The gradient at the logits, but for the mean's 1 / N: what is likely less what is wanted.
+            # The gradient at the logits, without the factor 1 / N of the mean: probabilities minus targets.
             error = logs.exp_().sub_(smoothing / len(weight))  # in place: a chunk of logits is large
             error.scatter_add_(1, wanted, torch.full_like(error[:, :1], smoothing - 1))
             if of_bias is not None:
                 of_bias += error.sum(dim=0)
-            error = error.to(dtype)  # products in the dtype of autocast, as the plain way has them
+            error = error.to(dtype)  # products are in the dtype of autocast, as in `F.linear`
             if of_hidden is not None:
                 of_hidden[part] = error @ factor
             if of_weight is not None:
@@ -108,11 +108,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def gather_head_input(llm: "PreTrainedModel") -> None:
-    """From now on the output embedding reads contiguous rows.
+    """Adds a hook that gives the output embedding contiguous rows.
 
-    transformers asks for the last position's logits by a slice, which is not contiguous over several rows, and a CPU
-    then multiplies it with a copy of the output embedding for each row: 9 s and 3 GiB instead of 0.02 s for 16 rows
-    and OPT's 50,272 x 2,048.
+    transformers selects the last position by a slice, which is not contiguous over several rows. A CPU then multiplies
+    it with one copy of the output embedding for each row: 9 s and 3 GiB instead of 0.02 s for 16 rows and OPT's output
+    embedding of 50,272 x 2,048.
     """
     head = llm.get_output_embeddings()
     if head is not None:
@@ -121,19 +121,19 @@ def gather_head_input(llm: "PreTrainedModel") -> None:
 
 @torch.no_grad()
 def ends_in_head(llm: "PreTrainedModel") -> bool:
-    """Whether a language model's logits are what its output embedding gives, and nothing is done to them after it.
+    """Whether a language model returns the output of its output embedding as its logits, without changing it.
 
-    Some cap them (Gemma 2), scale them (Cohere, Granite) or add to them (BART); what comes before (T5's scale, OPT's
-    projection) is no matter. Found out by one token: known numbers are put in the place of the output
-    embedding's, and must come out as they went in. False also where it is not one plain linear layer.
+    Some models cap it (Gemma 2), scale it (Cohere, Granite) or add to it (BART); steps before the output embedding
+    (T5's scale, OPT's projection) do not matter. It is tested with one token: known numbers replace the embedding's
+    output, and the model must return them unchanged. Also False if the embedding is not one plain linear layer.
     """
     head: Any = llm.get_output_embeddings()
-    if type(head) is not nn.Linear:  # an adapter or quantised weights: they compute for themselves
+    if type(head) is not nn.Linear:  # a layer with an adapter or quantised weights has its own computation
         return False
     shown: list[Tensor] = []
 
     def show(module: nn.Module, given: Any, output: Tensor) -> Tensor:
-        # Wide, so that a cap shows, and with a zero, so that what is added does.
+        # A wide range, so that a cap is visible, with values near zero, so that an added term is visible.
         shown.append(torch.linspace(-1000, 1000, output.shape[-1]).to(output).expand_as(output))
         return shown[-1]
 
@@ -151,19 +151,19 @@ def loss_at(llm: "PreTrainedModel", plain: bool, scored: Tensor, targets: Tensor
     """Mean cross-entropy at the scored positions of one pass of a language model.
 
     Args:
-        plain: what `ends_in_head` says of it; False = by the model's own logits.
-        scored: `[B, T]` bool, of the positions that it gives logits of.
+        plain: the result of `ends_in_head`; False = use the model's own logits.
+        scored: `[B, T]` bool, which positions have a target, among those for which the model gives logits.
         targets: `[N]`.
-        given: its arguments.
+        given: arguments of the language model.
     """
-    if not plain:  # its logits are not what its output embedding gives
+    if not plain:  # its logits differ from what its output embedding gives
         return F.cross_entropy(llm(**given).logits[scored].float(), targets)
     head: Any = llm.get_output_embeddings()
     read: list[Tensor] = []
 
     def stop(module: nn.Module, rows: tuple[Tensor]) -> tuple[Tensor]:
-        read.append(rows[0])  # with its graph: gradients go back through the model
-        return (rows[0][:, :0],)  # no rows, so no logits
+        read.append(rows[0])  # with its graph, so that gradients reach the model
+        return (rows[0][:, :0],)  # no rows, so that no logits are computed
 
     hook = head.register_forward_pre_hook(stop)
     try:

@@ -1,15 +1,15 @@
-"""Large batches on small machines: a step in chunks, with the losses and the gradients of the whole batch.
+"""Large batches in little memory: a step in chunks, with the losses and the gradients of the whole batch.
 
-Ours and not the paper's; `train.chunk` asks for it. Stage 1 uses a gradient cache (Gao et al. 2021, "Scaling Deep
+Not in the paper; enabled by `train.chunk`. Stage 1 uses a gradient cache (Gao et al. 2021, "Scaling Deep
 Contrastive Learning Batch Size under Memory Limited Setup"), in three passes:
 
 1. image and text vectors of all chunks, without a graph;
-2. ITC of all vectors, over all processes: its gradient at each vector is kept, and hard negatives are drawn;
-3. chunk by chunk: the vectors once more, now with a graph, through which the kept gradients go back to the parameters,
-   and the chunk's share of ITM and ITG, whose sum over the chunks is the mean over the whole batch.
+2. ITC of all vectors, over all processes: its gradient at each vector is stored, and hard negatives are drawn;
+3. for each chunk: the vectors again, now with a graph, through which the stored gradients reach the parameters, and
+   the chunk's share of ITM and ITG; the sum of the shares is the mean over the whole batch.
 
-So only one chunk's graph is in memory at a time, for one more pass of images and texts without a graph. The batches
-that `train.accumulate` adds up are separate: there negatives stay within one batch.
+Only one chunk's graph is in memory at a time; the cost is one more pass of images and texts without a graph. The
+batches that `train.accumulate` adds up are different: their negatives come from one batch only.
 
 Shapes: B pairs, S side in px, P patch tokens, V encoder width, Q queries, T text tokens, D Q-Former width, E shared
 space.
@@ -32,13 +32,13 @@ from openblip2.model.stage2 import Stage2, WordTable
 
 
 def step_losses(model: Stage1 | Stage2, chunk: int) -> Callable[..., dict[str, Tensor]]:
-    """`model.losses`, or in several processes or in chunks what gives the same result; called with its arguments.
+    """`model.losses`, or a function with the same arguments and result for several processes or for chunks.
 
     Args:
         chunk: `train.chunk`, pairs at a time in each process; 0 = all.
     """
     first = isinstance(model, Stage1)
-    if chunk:  # first: in several processes it uses the joined batch itself
+    if chunk:  # checked first, because it also handles several processes
         return partial(stage1_losses if first else stage2_losses, model, chunk)
     if world_size() > 1:
         return partial(joined_batch.joined_stage1_losses if first else joined_batch.joined_stage2_losses, model)
@@ -60,20 +60,20 @@ def stage1_losses(
 ) -> dict[str, Tensor]:
     """`Stage1.losses` of the joined batch, at most `chunk` pairs at a time; gradients must be enabled.
 
-    Gradients are those of the sum of the losses. They are computed when this returns; `backward` adds them to the
-    parameters, once.
+    The gradients are those of the sum of the losses. They are already computed when this function returns; `backward`
+    adds them to the parameters, and can be called once.
 
-    With dropout a chunk draws the same masks in both of its passes, so the kept gradients are those of the vectors that
-    were contrasted. The masks are not those of the whole batch at once, as they are not with another seed.
+    With dropout, a chunk draws the same masks in both of its passes, so that the stored gradients belong to the same
+    vectors. The masks differ from those of a step without chunks, as they would with another random seed.
 
     Args:
-        chunk: pairs at a time, at least 1; as many in all processes.
-        tokens: this and the other arguments are as for `joined_batch.stage1_losses`.
-        images: the encoder sees each once; its features of all `B` are kept for the step.
+        chunk: pairs at a time, at least 1; the same in all processes.
+        tokens: this and the other arguments are as for `joined_batch.joined_stage1_losses`.
+        images: each is encoded once; the features of all `B` are kept in memory for the step.
     """
     count, device = len(tokens), tokens.device
     shared, _, targets = joined_batch.share_texts(valid)
-    if chunk >= max(shared.counts):  # the same in all processes, which wait for each other
+    if chunk >= max(shared.counts):  # the same decision in all processes, which wait for each other
         given: dict[str, Any] = {"images": images, "features": features, "negatives": negatives}
         return joined_batch.joined_stage1_losses(
             model, tokens, valid, ids, objectives=objectives, generator=generator, **given
@@ -90,7 +90,7 @@ def stage1_losses(
             queries, _, *found = _vectors(model, memory, tokens[rows], valid[rows])
             outputs.append(queries)  # decorrelation needs their mean over the whole batch
             vectors.append(found)
-    # Autocast keeps the weights that it has cast; older torch would go on with those that were cast without a graph.
+    # Autocast caches the weights that it has cast; older torch would reuse those that were cast without a graph.
     torch.clear_autocast_cache()
     image, text = (torch.cat(side).requires_grad_() for side in zip(*vectors, strict=True))
 
@@ -101,8 +101,8 @@ def stage1_losses(
     sums = {name: torch.zeros((), device=device) for name in names}
     kept: list[Tensor] = []
     if "itc" in objectives:
-        sums["itc"] = itc.loss.detach()  # its gradient is in `kept`
-        kept = gradients.add([itc.loss], at=[image, text])  # [B, Q, E] and [B, E]; adds the temperature's
+        sums["itc"] = itc.loss.detach()  # its gradient is stored in `kept`
+        kept = gradients.add([itc.loss], at=[image, text])  # [B, Q, E] and [B, E]; also adds that of the temperature
     local = None
     if "itm" in objectives:
         if negatives is None:
@@ -112,7 +112,7 @@ def stage1_losses(
 
     for rows, state in zip(chunks, states, strict=True):  # pass 3
         if count == 0:
-            break  # none of the joined batch's rows is ours
+            break  # this process has no rows
         # A negative may be an image of another chunk, which is then encoded again, with a graph.
         pairs = None if local is None else itm_pairs(local.tokens, local.valid, local.negatives, rows)
         needed, index = _needed(rows, pairs, len(patches))
@@ -129,11 +129,11 @@ def stage1_losses(
         if mean is not None:
             share_of_batch = len(rows) / shared.total * len(shared.counts)
             parts["decorrelation"] = model.decorrelation * decorrelation(queries, mean) * share_of_batch
-        # The gradient at each part of the sum is 1; those at the vectors were kept.
+        # The gradient of the sum at each part is 1; the gradients at the vectors were stored in pass 2.
         ends = [*parts.values(), *(found if kept else ())]
         gradients.add(ends, [*[None] * len(parts), *(part[rows] for part in kept)])
         for name, part in parts.items():
-            sums[name] += part.detach()  # only a number for the log: its gradient is added already
+            sums[name] += part.detach()  # only for the log: its gradient is added already
     return gradients.attach(sums, every=count == 0)
 
 
@@ -151,8 +151,8 @@ def stage2_losses(
 ) -> dict[str, Tensor]:
     """`Stage2.losses` of the joined batch, at most `chunk` pairs at a time; gradients must be enabled.
 
-    The mean over all tokens with a target, wherever the batch is cut; `train.accumulate` takes the mean of the
-    batches' means. `chunk` and `backward` as for `stage1_losses`, the other arguments as for `Stage2.losses`.
+    The loss is the mean over all target tokens, for any chunk size; `train.accumulate`, in contrast, takes the mean of
+    the batches' means. `chunk` and `backward` are as for `stage1_losses`, the other arguments as for `Stage2.losses`.
     """
     shared = share(len(captions))
     most = max(shared.counts)
@@ -162,7 +162,7 @@ def stage2_losses(
     draws = joined_batch.joined_splits(shared, generator)
     gradients = Gradients(model)
     total, scored = torch.zeros((), device=model.projection.weight.device), 0
-    chunks = -(-most // chunk)  # as many in every process: a sharded model runs in all of them or in none
+    chunks = -(-most // chunk)  # the same number in every process, because a sharded model must run in all of them
     for number in range(chunks):
         rows = part_of(len(captions), number, chunks)
         loss, count = joined_batch.scored(
@@ -175,7 +175,7 @@ def stage2_losses(
             features=None if features is None else features[rows],
             question=None if question is None else (question[0][rows], question[1][rows]),
         )
-        gradients.add([loss], times=count)  # and not the gradient of their sum, which fp16 might not hold
+        gradients.add([loss], times=count)  # scaled afterwards, because the gradient of a sum might overflow in fp16
         total, scored = total + loss.detach() * count, scored + count
     tokens = share(1, scored)
     every = scored if tokens.one else tokens.sums[0] / len(tokens.counts)
@@ -183,7 +183,7 @@ def stage2_losses(
 
 
 class Gradients:
-    """The gradient of a sum of losses at a model's trained parameters, added up piece by piece and handed out once."""
+    """Accumulates the gradient of a sum of losses for a model's trained parameters, and returns it once."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -196,13 +196,13 @@ class Gradients:
         at: Sequence[Tensor] = (),
         times: float = 1.0,
     ) -> list[Tensor]:
-        """Goes back from `outputs` and frees their graph; returns the gradients at the tensors `at`.
+        """Backpropagates from `outputs` and frees their graph; returns the gradients at the tensors `at`.
 
         Args:
             weights: gradients at the outputs; None = 1, for scalars.
-            times: what is added is so many times as much.
+            times: factor for the gradients that are added to the parameters' sums.
         """
-        # Going back has the dtypes of the way there; autocast would round what was kept out of it.
+        # A backward pass has the dtypes of its forward pass; autocast would also round the parts that ran without it.
         with torch.autocast(outputs[0].device.type, enabled=False):
             found = torch.autograd.grad(outputs, [*at, *self.parameters], weights, allow_unused=True)
         for n, part in enumerate(found[len(at) :]):
@@ -212,11 +212,11 @@ class Gradients:
         return list(found[: len(at)])
 
     def attach(self, losses: dict[str, Tensor], over: float = 1.0, every: bool = False) -> dict[str, Tensor]:
-        """The losses, scalars without a graph, as if they had one that leads to the gradients added, divided by `over`.
+        """Returns the losses, scalars without a graph, with the accumulated gradients, divided by `over`, as theirs.
 
-        A parameter that nothing depended on gets none, as from a graph, and is not in theirs; with `every` all are: of
-        no rows nothing depends on any, and yet other processes wait for their gradients. Asserts that `backward` is
-        asked once, and for the losses' sum, however scaled.
+        A parameter that no loss depended on gets no gradient, as with a normal graph. With `every`, all parameters get
+        one: in a process without rows no loss depends on any, but other processes wait for its gradients. Asserts that
+        `backward` is called only once, and for the sum of the losses, which may be scaled.
         """
         pairs = zip(self.parameters, self.sums, strict=True)
         parameters, sums = zip(*((p, total) for p, total in pairs if every or total is not None), strict=True)
@@ -225,7 +225,7 @@ class Gradients:
 
 
 class _Ready(torch.autograd.Function):
-    """Losses whose gradients are known already."""
+    """Losses whose gradients are already computed."""
 
     @staticmethod
     def forward(ctx: Any, sums: list[Tensor | None], over: float, values: Tensor, *_: Tensor) -> Tensor:
@@ -243,29 +243,29 @@ class _Ready(torch.autograd.Function):
 
 
 def _see(model: Stage1, chunks: int, images: Tensor | None, features: Tensor | None) -> Tensor:
-    """`see`, the images in so many chunks: `[B, P, V]`. As many in every process, as `stage2_losses` has it."""
+    """`see` with the images in `chunks` parts, as many in every process as for `stage2_losses`: `[B, P, V]`."""
     if images is None or features is not None:
         return see(model.vision, images, features)
     return torch.cat([see(model.vision, part, None) for part in images.tensor_split(chunks)])
 
 
 def _vectors(model: Stage1, memory: Memory, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Cache, Tensor, Tensor]:
-    """The query pass, image vectors `[n, Q, E]` and text vectors `[n, E]`: what is computed in both passes."""
+    """The query pass, image vectors `[n, Q, E]` and text vectors `[n, E]`, which are computed in passes 1 and 3."""
     queries, cache = model.connector.query_pass(memory)
     return queries, cache, model.image_vectors(queries), model.text_vectors(tokens, valid)
 
 
 def _needed(rows: Tensor, pairs: Pairs | None, count: int) -> tuple[Tensor, Tensor]:
-    """Which of `count` images a chunk needs, its own first, and the index of each among these: `[n]`, `[count]`."""
+    """Images that a chunk needs, its own first, `[n]`; and the index of each of `count` images in them, `[count]`."""
     others = rows[:0] if pairs is None else pairs.images[~torch.isin(pairs.images, rows)].unique()
     needed = torch.cat([rows, others])
-    index = needed.new_full((count,), -1)  # -1 is never read: `needed` has all that the pairs name
+    index = needed.new_full((count,), -1)  # -1 is never used: `needed` has all images of the pairs
     index[needed] = torch.arange(len(needed), device=needed.device)
     return needed, index
 
 
 def _first(memory: Memory, count: int) -> Memory:
-    """The memory of the first images; nothing is copied."""
+    """The memory of the first `count` images, without a copy."""
     return Memory(tuple((keys[:count], values[:count]) for keys, values in memory.layers))
 
 
@@ -276,7 +276,7 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def _replayed(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Inside it the draws are those that were made from `state` on; after it they go on from where they were."""
+    """Inside the block, random numbers are drawn from `state` on; afterwards the previous state is restored."""
     cpu, gpu = state
     with torch.random.fork_rng([] if gpu is None else [device]):
         torch.set_rng_state(cpu)

@@ -1,12 +1,12 @@
-"""The losses of several processes: each has some rows of one joined batch, whose losses and gradients are the result.
+"""Losses over several processes, with the values and gradients of one process that has the joined batch.
 
-Each process returns its part, weighted so that the mean over processes, of losses and of gradients, which is what data
-parallelism takes, is that of one process with the joined batch. In one process the losses are the model's own.
+Each process has some rows of the joined batch and returns weighted losses. Their mean over processes, and that of
+their gradients (data parallelism), equal those of one process with all rows. One process uses the model's own losses.
 
-ITC compares with the text vectors of all processes. For ITM hard negatives are drawn from the joined batch, and only
-those that were drawn travel: a text as token ids, an image as the frozen encoder's features, once to each process that
-needs it. Keys and values are computed from these on arrival: those of 6 layers are 9,216 numbers a patch where ViT-g's
-features are 1,408, and the gradient of keys and values would have to travel back, too.
+ITC compares with the text vectors of all processes. For ITM, hard negatives are drawn from the joined batch, and only
+these are sent: a text as token ids, an image as the frozen encoder's features, once to each process that needs it. The
+receiver computes keys and values, because those of 6 layers are 9,216 numbers per patch while ViT-g's features are
+1,408, and because the gradient of keys and values would have to be sent back, too.
 
 Shapes: B rows here, G over all processes, S side in px, P patch tokens, V encoder width, Q queries, T text tokens,
 E shared space.
@@ -40,15 +40,15 @@ def joined_stage1_losses(
 ) -> dict[str, Tensor]:
     """This process' part of `Stage1.losses` of the joined batch.
 
-    Arguments as for `Stage1.losses`, of this process' rows; B, which may be 0, and T may differ between processes.
+    Arguments are as for `Stage1.losses`, for this process' rows. B and T may differ between processes; B may be 0.
 
     Args:
         negatives: indices into the joined batch.
-        generator: in the same state in all processes, so that the draw is one of the joined batch.
+        generator: in the same state in all processes, so that all draw the same numbers for the joined batch.
     """
     shared, *targets = share_texts(valid)
     positives = joined_positives(ids, tokens, shared)
-    patches = see(model.vision, images, features)  # kept, because other processes may ask for them
+    patches = see(model.vision, images, features)  # other processes may need them
     memory = model.connector.encode_image(patches)
     queries, cache = model.connector.query_pass(memory)
     itc = joined_contrast(model, model.image_vectors(queries), model.text_vectors(tokens, valid), positives, shared)
@@ -59,7 +59,7 @@ def joined_stage1_losses(
         negatives = joined_negatives(itc, positives, shared, generator) if negatives is None else negatives
         local = bring(HardNegatives(*negatives), patches, tokens, valid, shared)
         pairs = itm_pairs(local.tokens, local.valid, local.negatives)
-        # With gradients all processes take part in the way back, also those that fetched nothing.
+        # With gradients, all processes must take part in the backward pass, also those that fetched nothing.
         if len(local.fetched) or local.fetched.requires_grad:
             memory = memory.join(model.connector.encode_image(local.fetched))
         loss = matching(model.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
@@ -71,22 +71,22 @@ def joined_stage1_losses(
 
 
 def share_texts(valid: Tensor) -> tuple[Share, Tensor, int | Tensor]:
-    """How the joined batch is shared out, `most[0]` being the longest T; tokens with a target here, and in all."""
+    """The joined batch's `Share` (`most[0]` is the longest T), and the number of target tokens here and in total."""
     count = valid[:, 1:].sum()
-    if world_size() == 1:  # `int(count)` would wait for a GPU
+    if world_size() == 1:  # `int(count)` would wait for the GPU
         return share(len(valid)), count, count
     shared = share(len(valid), valid.shape[1], count)
     return shared, count, shared.sums[1]
 
 
 def joined_positives(ids: Tensor | None, tokens: Tensor, shared: Share) -> Tensor:
-    """Which texts of the joined batch belong to which of our images: `[B, G]`; ids as for `Stage1.losses`."""
+    """Which texts of the joined batch belong to which of our images: `[B, G]`; `ids` as for `Stage1.losses`."""
     ids = shared.first + torch.arange(len(tokens), device=tokens.device) if ids is None else ids
     return same_image(ids, gather(ids, shared))  # [B, G]
 
 
 def joined_contrast(model: Stage1, image: Tensor, text: Tensor, positives: Tensor, shared: Share) -> Contrast:
-    """ITC of our image vectors `[B, Q, E]`, our text vectors `[B, E]` and those of the other processes."""
+    """ITC of our image vectors `[B, Q, E]` and text vectors `[B, E]` with those of the other processes."""
     itc = model.contrast(image, gather(text, shared), positives, partial(transpose, shared=shared))
     return itc._replace(loss=shared.weigh(itc.loss, len(image), shared.total))
 
@@ -99,7 +99,7 @@ def joined_mean(rows: Tensor, shared: Share) -> Tensor:
 def joined_negatives(
     itc: Contrast, positives: Tensor, shared: Share, generator: torch.Generator | None
 ) -> HardNegatives:
-    """Hard negatives from the joined batch, by as many draws as it has rows: ours are ours."""
+    """Draws hard negatives from the joined batch: all processes draw the numbers of all rows and use their own."""
     draws = torch.rand(2, shared.total, dtype=torch.float64, generator=generator)[:, shared.own]
     return hard_negatives(itc.image_to_text, itc.text_to_image, positives, draws)
 
@@ -108,19 +108,19 @@ class Local(NamedTuple):
     """What a process needs for its own share of image-text matching."""
 
     fetched: Tensor  # [n, P, V], features of other processes' images, n <= B
-    tokens: Tensor  # [M, T], our own texts, then, in several processes, those of all
+    tokens: Tensor  # [M, T], our own texts; with several processes, followed by those of all
     valid: Tensor  # [M, T]
     negatives: HardNegatives  # indices into our own images followed by `fetched`, and into `tokens`
-    pairs: int | Tensor  # how many pairs there are, over all processes
+    pairs: int | Tensor  # number of pairs over all processes
 
 
 def bring(negatives: HardNegatives, patches: Tensor, tokens: Tensor, valid: Tensor, shared: Share) -> Local:
-    """Brings the hard negatives of other processes here.
+    """Fetches the hard negatives that other processes have.
 
     Args:
         negatives: indices into the joined batch.
-        patches: `[B, P, V]`, of our images; gradients, where there are any, go back to the process of the image.
-        tokens: `[B, T]`; T may differ from process to process: `shared.most[0]` is the largest.
+        patches: `[B, P, V]`, of our images; gradients, if there are any, are sent back to the process of the image.
+        tokens: `[B, T]`; T may differ between processes: `shared.most[0]` is the largest.
         valid: `[B, T]` bool.
     """
     asked = torch.stack([negatives.texts, negatives.images], dim=1)
@@ -128,11 +128,11 @@ def bring(negatives: HardNegatives, patches: Tensor, tokens: Tensor, valid: Tens
         return Local(patches[:0], tokens, valid, negatives, len(tokens) + (asked >= 0).sum())
     asked = gather(asked, shared)  # of all processes, so that each knows what it has to send
     route = plan_route([part[:, 1].tolist() for part in asked.cpu().split(shared.counts)], shared)
-    # One message for tokens and `valid`: padding is -1.
+    # Tokens and `valid` are sent as one message, in which padding is -1.
     marked = F.pad(tokens.where(valid, -1), (0, shared.most[0] - tokens.shape[1]), value=-1).to(torch.int32)
     texts = torch.cat([marked, gather(marked, shared)]).long()  # ours first, so that true pairs have equal indices
     local = HardNegatives(
-        torch.where(negatives.texts < 0, -1, negatives.texts + len(tokens)),  # the joined batch is after ours
+        torch.where(negatives.texts < 0, -1, negatives.texts + len(tokens)),  # the joined batch follows ours
         torch.tensor(route.places, dtype=torch.int64, device=tokens.device),
     )
     pairs = shared.total + int((asked >= 0).sum())
@@ -150,7 +150,7 @@ def joined_stage2_losses(
 ) -> dict[str, Tensor]:
     """This process' part of `Stage2.losses` of the joined batch; it may have no rows.
 
-    Arguments as for `Stage2.losses`; the generator is in the same state in all processes.
+    Arguments are as for `Stage2.losses`; the generator must be in the same state in all processes.
     """
     draws = joined_splits(share(len(captions)), generator)  # the same for any number of processes
     loss, count = scored(model, prompts, captions, draws, words, **given)
@@ -159,7 +159,7 @@ def joined_stage2_losses(
 
 
 def joined_splits(shared: Share, generator: torch.Generator | None) -> list[float]:
-    """A number in [0, 1) for each of our captions: as many are drawn as the joined batch has, and ours are ours."""
+    """Random numbers in [0, 1) for our captions: all processes draw those of the joined batch and use their own."""
     return torch.rand(shared.total, generator=generator)[shared.own].tolist()
 
 
@@ -173,9 +173,9 @@ def scored(
     features: Tensor | None = None,
     question: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, int]:
-    """`Stage2.scored`; of no rows the loss of a blank picture, of which 0 tokens count.
+    """`Stage2.scored`; without rows, it runs a blank picture and returns a loss of 0 with a count of 0.
 
-    A language model that is sharded over processes must run in all of them.
+    The blank picture is needed because a language model that is sharded over processes must run in all of them.
     """
     if captions:
         return model.scored(prompts, captions, draws, words, images=images, features=features, question=question)
