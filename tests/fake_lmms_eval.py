@@ -1,7 +1,7 @@
-"""What `openblip2.harness` needs of lmms-eval 0.7.3, written down from it: for machines that do not have it.
+"""The parts of lmms-eval 0.7.3 that `openblip2.harness` needs, for machines on which it is not installed.
 
-Names, arguments and defaults are that release's; nothing is computed here. Where lmms-eval is installed the tests run
-against it.
+Names, arguments and defaults are copied from that release; nothing is computed here. If lmms-eval is installed, the
+tests use it instead.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ class GenerationResult:
 
 @dataclass
 class Instance:
-    """`lmms_eval.api.instance.Instance`, the fields that are set by whoever makes one."""
+    """`lmms_eval.api.instance.Instance`, the fields that its creator sets."""
 
     request_type: str
     arguments: tuple[Any, ...]
@@ -62,7 +62,7 @@ class ModelManifest:
 
 
 class Logger:
-    """loguru's, as far as a warning goes."""
+    """loguru's logger, only with what warnings need."""
 
     def __init__(self) -> None:
         self.handlers: dict[int, Any] = {}
@@ -80,7 +80,7 @@ class Logger:
 
 
 def stand_in() -> None:
-    """Puts the above where lmms-eval and loguru would be, unless they are there."""
+    """Registers the above as modules of lmms-eval and loguru, unless lmms-eval is installed."""
     if importlib.util.find_spec("lmms_eval") is not None:
         return
     contents: dict[str, dict[str, Any]] = {

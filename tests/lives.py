@@ -1,6 +1,6 @@
-"""Processes that train and can be killed. They start in milliseconds: they are forked off one that has imported torch.
+"""Processes that train and can be killed. A server that has imported torch forks them in milliseconds.
 
-python lives.py MODULE...    reads jobs, a line of JSON each, and answers each with a line
+python lives.py MODULE...    reads jobs, one line of JSON each, and answers each with a line
 """
 
 import importlib
@@ -18,13 +18,13 @@ from typing import Any
 
 import openblip2
 
-PHASE = mmap.mmap(-1, 1)  # shared by a process and those it forks: what a life is at
-SLOW_IMPORTS = ("torch._dynamo", "rich.console")  # of every training, when it begins
+PHASE = mmap.mmap(-1, 1)  # shared by a process and those it forks: the current phase
+SLOW_IMPORTS = ("torch._dynamo", "rich.console")  # every training imports them at its beginning
 AT = ("start", "training", "checkpoint", "validation", "end")
 
 
 class Lives:
-    """The server, as a context manager. `modules`: what it imports before it forks."""
+    """The server as a context manager. It imports `modules` before it forks."""
 
     def __init__(self, *modules: str) -> None:
         self.modules = modules
@@ -51,13 +51,13 @@ class Lives:
         seconds: float | None = None,
         since: str = "start",
     ) -> tuple[list[int], str]:
-        """Calls a function in processes of its own; how each ended, and the last at what.
+        """Calls a function in new processes and returns the exit code of each and the last phase.
 
-        0 = it returned, -9 = it was killed. Several processes have their number as first argument.
+        Exit codes: 0 = it returned, -9 = it was killed. With several processes, each gets its number as first argument.
 
         Args:
-            seconds: when it is killed, in seconds of its own computing: the same point on a busy machine and on an idle
-                one. since: what the seconds begin with, of `AT`.
+            seconds: CPU time after which it is killed: the same point on a busy machine and on an idle one.
+            since: the phase of `AT` with which the CPU time begins.
         """
         job = [function.__module__, function.__name__, arguments, processes, seconds, AT.index(since)]
         assert self.server.stdin is not None
@@ -113,15 +113,15 @@ def _fork(module: str, name: str, arguments: list[Any]) -> int:
 
 
 def _computed(process: int) -> float:
-    """Seconds that a process has computed so far (Linux: a process' clock, as clock_getcpuclockid makes it)."""
+    """CPU time of a process in seconds (Linux: the clock id is built as clock_getcpuclockid does)."""
     try:
         return time.clock_gettime((~process << 3) | 2)
     except OSError:
-        return 0.0  # it has just ended
+        return 0.0  # the process has just ended
 
 
 def die_at(count: int, folder: str) -> None:
-    """Kills this process, without a chance to tidy up, before operation `count` on files in a folder; 0 = the first."""
+    """Kills this process, without cleanup, before operation `count` on files in a folder; 0 = the first."""
     names = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir"}
     left = [count]
 
@@ -135,5 +135,5 @@ def die_at(count: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["lives"] = sys.modules["__main__"]  # one PHASE for all
+    sys.modules["lives"] = sys.modules["__main__"]  # so that there is only one PHASE
     serve()

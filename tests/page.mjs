@@ -1,4 +1,4 @@
-// page.js in a document that has just enough of a browser's to be used. Prints one JSON object for tests/test_page.py.
+// Runs page.js in a document with only the browser functions it needs. Prints one JSON object for tests/test_page.py.
 import fs from "node:fs";
 import vm from "node:vm";
 
@@ -52,7 +52,7 @@ function fetch(path, options = {}) {
     const request = { path, options, aborted: false };
     request.answer = (value, status = 200) => resolve({ ok: status === 200, status, json: async () => value });
     options.signal.addEventListener("abort", () => { request.aborted = true; });
-    requests.push(request); // it is answered even when it was aborted: the worst that can happen
+    requests.push(request); // answered even after an abort, which is the worst case
     request.fail = reject;
   });
 }
@@ -72,7 +72,7 @@ seen.disabled_without_picture = $("describe").disabled;
 FormData.prototype.append = () => {};
 choose("a.png");
 $("describe").send("click");
-$("describe").disabled = false; // as if a click came through all the same
+$("describe").disabled = false; // as if a click arrived anyway
 $("describe").send("click");
 seen.requests_of_two_clicks = requests.length;
 seen.waits = waiting();

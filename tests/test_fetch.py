@@ -1,4 +1,4 @@
-"""Packages fetched by name, with stand-ins for apt-get, dpkg-deb and npm; archives as nobody should publish them."""
+"""Fetching packages by name, with stand-ins for apt-get, dpkg-deb and npm; broken and malicious archives."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from openblip2.apps.corpora.fetch import PACKAGES, fetch_packages, unpack
 from openblip2.errors import UserError
 
 SCRIPTS = {
-    # What they are called with goes to a log; what they leave is what the real ones leave.
+    # apt-get and npm log their arguments. All three leave the files that the real programs leave.
     "apt-get": 'echo "$@" >> "$LOG"; [ "$1" = download ] && echo "$2" > "$2_1.0-1_all.deb"',
     "dpkg-deb": """
         name=$(/bin/cat "$2"); [ "$1" = --extract ] || exit 2
@@ -58,7 +58,7 @@ def install(tools: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that the only programs on the path are in."""
+    """The only folder on the path; it holds the stand-ins."""
     tools, store = tmp_path / "tools", tmp_path / "store"
     tools.mkdir()
     store.mkdir()
@@ -136,7 +136,7 @@ def test_without_any_program_no_source_remains(tools: Path, tmp_path: Path) -> N
     fetch_packages(tmp_path / "real", ["stamps"])
     for tool in tools.iterdir():
         tool.unlink()
-    assert len(fetch_packages(tmp_path / "real")) == 3  # the stamps are there already
+    assert len(fetch_packages(tmp_path / "real")) == 3  # the stamps were fetched above
     with pytest.raises(UserError, match=r"no source of pictures can be fetched.*not installed: npm") as error:
         fetch_packages(tmp_path / "real", ["emoji", "furniture"])
     one_line(error)

@@ -1,4 +1,4 @@
-"""Fine-tuning: a whole run to start from, an image encoder that trains, a Q-Former that reads the question."""
+"""Fine-tuning: starting from a whole run, training the image encoder, a Q-Former that reads the question."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_an_unfrozen_encoder_gives_the_same_features_and_trains_all_that_they_de
     assert any("patch_embed" in name for name in trained)
     assert not any("pooler" in name or "mask_token" in name for name in trained)
     vision.train()
-    assert not vision.training  # no dropout, whatever its parent does
+    assert not vision.training  # no dropout, even if its parent is in training mode
 
 
 def test_layers_computed_again_give_the_same_gradients() -> None:
@@ -82,7 +82,7 @@ def test_layers_computed_again_give_the_same_gradients() -> None:
 
 
 class Tower(nn.Module):
-    """An encoder and something behind it."""
+    """An encoder and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Tower(nn.Module):
 
 
 def test_layer_wise_decay_changes_what_each_layer_moves(tmp_path: Path) -> None:
-    """AdamW's first step moves every weight by its rate: 1e-2 times the decay of its depth."""
+    """AdamW's first step changes every weight by its learning rate: 1e-2 times the decay for its depth."""
     torch.manual_seed(0)
     model = Tower()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -121,7 +121,7 @@ def test_without_decay_all_rates_are_alike() -> None:
     assert sum(len(group["params"]) for group in groups) == len(trained)
     patches = next(p for name, p in trained.items() if "patch_embeddings.projection.weight" in name)
     (found,) = [group for group in groups if any(p is patches for p in group["params"])]
-    assert found["weight_decay"] == OptimSettings().weight_decay  # four axes, and yet a weight
+    assert found["weight_decay"] == OptimSettings().weight_decay  # 4-D, but a weight, so it is decayed
 
 
 def asking() -> Stage2:
@@ -162,7 +162,7 @@ def test_fine_tuning_an_encoder_decoder_makes_the_whole_text_the_target() -> Non
     language.splits = False
     _, whole = language.scored(soft, ["what is it", "what is it"], texts)
     words = sum(len(language.tokenizer(text)["input_ids"]) for text in texts)  # pyright: ignore
-    assert whole == words + len(texts)  # and each one's end
+    assert whole == words + len(texts)  # and the end token of each text
     language.splits = True
     _, suffixes = language.scored(soft, ["what is it", "what is it"], texts)
     assert suffixes < whole
@@ -211,7 +211,7 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_captions_with_an_encoder_that_trains(home: Path, tmp_path: Path) -> None:
-    """Its weights are in the run, are loaded, move, and go along into other formats; the frozen ones do not move."""
+    """The encoder's weights change; saving, loading and converting keep them. Frozen weights do not change."""
     records, _ = read_records(home / "data")
     changes = {"vision__trained": "true", "data__augment": "true", "train__checkpoint_activations": "true"}
     settings = tuning(home, "caption", "two", **changes, language__prompts=["a photo of"], optim__layer_decay=0.9)
@@ -229,7 +229,7 @@ def test_captions_with_an_encoder_that_trains(home: Path, tmp_path: Path) -> Non
     picture = Image.new("RGB", (12, 12), (200, 30, 60))
     assert tuned.caption([picture])
     validated = [row["validation"] for row in log_of(tmp_path / "run") if "validation" in row]
-    # The held-out features are those of the encoder as it now is.
+    # Validation computes the held-out features with the current encoder.
     assert len({row["loss_right"] for row in validated}) == len(validated) == 2
 
     copy = tmp_path / "copy"
@@ -252,7 +252,7 @@ def test_a_resumed_run_with_a_trained_encoder_is_bit_equal(home: Path, tmp_path:
     short = change(settings, {"train.steps": 4})
 
     class Stop(Progress):
-        """Interrupts behind the first checkpoint."""
+        """Interrupts after the first checkpoint."""
 
         def say(self, text: str) -> None:
             if text.startswith("step 2"):
@@ -282,7 +282,7 @@ def test_vqa_reads_the_question_with_stage_1s_text_path(home: Path, tmp_path: Pa
     settings = tuning(home, "vqa", "two", train__steps=120, optim__lr=3e-3, train__validate_every=60)
     train_stage(settings, records, tmp_path / "run", quiet())
     rows = log_of(tmp_path / "run")
-    losses = [row["lm"] for row in rows if "lm" in row]  # in training: two held-out pictures say little
+    losses = [row["lm"] for row in rows if "lm" in row]  # training loss, because only two pictures are held out
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     validated = [row["validation"] for row in rows if "validation" in row]
     assert {"accuracy", "accuracy_open", "loss_shuffled", "verdict"} <= validated[-1].keys()

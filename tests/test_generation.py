@@ -1,4 +1,4 @@
-"""Generation against loops over full forward passes, and with models that always say the same."""
+"""Generation against loops over full forward passes, and with models whose logits are constant."""
 
 import json
 from collections import Counter
@@ -24,7 +24,7 @@ ROWS = {
     "decoder": ["<s>", "<s>|a| photo| of", "<s>|question:| what| is| it| answer:"],
     "encoder": ["</s>", "a| photo| of|</s>", "question:| what| is| it| answer:|</s>"],
 }
-# What a `generation_config.json` may hold, each of which changes a text.
+# Settings that a `generation_config.json` may hold; each of them changes a text.
 OWN: dict[str, Any] = {
     "repetition_penalty": 5.0,
     "top_k": 1,
@@ -67,7 +67,7 @@ def greedy(lm: LanguageModel, before: Tensor, stop: int) -> list[int]:
 
 
 def favour(llm: PreTrainedModel, word: int) -> PreTrainedModel:
-    """Makes a word the likeliest one now and then, so that some texts end early."""
+    """Doubles the output weights of a word, so that it is sometimes the most likely and some texts end early."""
     head: Any = llm.get_output_embeddings()
     head.weight.data[word] *= 2
     return llm
@@ -107,7 +107,7 @@ def test_a_batch_is_its_single_images(kind: str, beams: int) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", tiny_models.MODELS)
 def test_enough_beams_find_the_best_text(kind: str) -> None:
-    """With as many beams as words nothing is pruned in two steps: the best of all 60 x 60 texts."""
+    """With as many beams as words, two steps prune nothing: the result is the best of all 60 x 60 texts."""
     lm, soft = language(kind), soft_prompts()
     found = lm.generate(soft, PROMPTS, Decoding(max_new_tokens=2, min_new_tokens=2, beams=W))
     for text, before in zip(found, contexts(lm, soft), strict=True):
@@ -122,7 +122,7 @@ def test_enough_beams_find_the_best_text(kind: str) -> None:
 @pytest.mark.parametrize("kind", tiny_models.MODELS)
 @pytest.mark.parametrize("beams", [1, 4])
 def test_lengths_count_new_tokens_only(kind: str, beams: int) -> None:
-    """However long the prompt is. The text would end at once, or never, if it were free to."""
+    """The length of the prompt does not count. Without limits, the text would end at once or never."""
     ends, goes_on = constant(kind, ("</s>", 30.0), (" dog", 15.0)), constant(kind, (" dog", 30.0))
     prompts, soft = ["", "a photo of a small bird on the grass left of the tree"], soft_prompts(2)
     for least in (1, 4):
@@ -135,17 +135,17 @@ def test_lengths_count_new_tokens_only(kind: str, beams: int) -> None:
 
 def test_penalties_reach_the_model() -> None:
     lm = constant("gpt2", ("</s>", 20.1), (" dog", 20.0))
-    for penalty, dogs in ((-1.0, 1), (5.0, 5)):  # the sixth token is the end
+    for penalty, dogs in ((-1.0, 1), (5.0, 5)):  # the sixth token is the end token
         how = Decoding(max_new_tokens=6, beams=3, length_penalty=penalty)
         assert lm.generate(soft_prompts(1), [""], how) == [" ".join(["dog"] * dogs)]
-    # Divided by 1.25 when written before: dog 2.0, cat 1.9, then dog 1.6 against bus 1.7, then dog 1.6.
+    # Logits of written words are divided by 1.25: dog 2.0, cat 1.9, then bus 1.7 against dog 1.6, then dog 1.6.
     lm = constant("gpt2", (" dog", 2.0), (" cat", 1.9), (" bus", 1.7))
     how = Decoding(max_new_tokens=4, beams=1, repetition_penalty=1.25)
     assert lm.generate(soft_prompts(1), [""], how) == ["dog cat bus dog"]
 
 
 def test_the_repetition_penalty_counts_written_words_alone() -> None:
-    """Not those of the prompt, nor the token that every text of an encoder-decoder begins with."""
+    """Words of the prompt do not count, nor does the start token of an encoder-decoder."""
     for kind in tiny_models.MODELS:
         lm: Any = constant(kind, (" dog", 2.0), (" cat", 1.9), (" bus", 1.7))
         lm.llm.config.decoder_start_token_id = lm.llm.generation_config.decoder_start_token_id = WORDS.index(" dog")
@@ -160,7 +160,7 @@ def test_a_text_of_a_seed_does_not_depend_on_its_batch(kind: str) -> None:
     lm, soft = language(kind), soft_prompts()
     how = Decoding(max_new_tokens=7, beams=1, sample=True, seed=4)
     together = lm.generate(soft, PROMPTS, how)
-    torch.manual_seed(1)  # without an effect
+    torch.manual_seed(1)  # has no effect
     assert together == [lm.generate(soft[n : n + 1], PROMPTS[n : n + 1], how)[0] for n in range(3)]
     assert together != lm.generate(soft, PROMPTS, replace(how, seed=5))
     assert together != lm.generate(soft, PROMPTS, GREEDY)
@@ -194,7 +194,7 @@ def sampled(lm: LanguageModel, how: Decoding) -> Counter[str]:
 
 
 def test_the_nucleus_is_sampled_and_nothing_else() -> None:
-    lm = constant("gpt2", (" dog", 7.0), (" cat", 6.0), (" bus", 5.0))  # 0.64, 0.24, 0.09, and the rest
+    lm = constant("gpt2", (" dog", 7.0), (" cat", 6.0), (" bus", 5.0))  # 0.64, 0.24, 0.09; the rest for other words
     words = sampled(lm, Decoding(max_new_tokens=10, beams=1, sample=True, top_p=0.8))
     assert words.keys() == {"dog", "cat"}
     assert words["dog"] / words["cat"] == pytest.approx(2.718, rel=0.25)
@@ -203,7 +203,7 @@ def test_the_nucleus_is_sampled_and_nothing_else() -> None:
 
 
 def test_sampling_has_no_other_limit() -> None:
-    """With `top_p` 1 all 56 words have their chance; transformers by itself cuts to the 50 likeliest."""
+    """With `top_p` 1, all 56 words can be sampled; the default of transformers keeps only the 50 most likely tokens."""
     spaced = [word for word in WORDS if word.startswith(" ")]
     assert len(spaced) == 28
     lm = constant("gpt2", *((word, -n / 1000) for n, word in enumerate(WORDS[5:])))
@@ -214,7 +214,7 @@ def test_sampling_has_no_other_limit() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_settings_in_a_language_models_folder_change_nothing(kind: str, tmp_path: Path) -> None:
-    """`Decoding` alone decides, and nothing is said about settings that it overrules."""
+    """Only `Decoding` counts, and there is no message about the settings that it overrides."""
     texts = {}
     for name in ("plain", "own"):
         tiny_models.MODELS[kind]().save_pretrained(tmp_path / name)
@@ -234,7 +234,7 @@ def test_settings_in_a_language_models_folder_change_nothing(kind: str, tmp_path
 
 
 def test_a_text_beyond_the_context_has_no_likelihood() -> None:
-    lm, soft = language("opt"), soft_prompts(1)  # 50 positions: <s>, Q soft tokens, the words; the end is not read
+    lm, soft = language("opt"), soft_prompts(1)  # 50 positions: <s>, Q soft tokens, the words; the end is no input
     longest = "dog" + " dog" * (50 - 1 - Q - 1)
     assert text_logprobs(lm, soft, "", [longest]).isfinite().all()
     for longer in (f"{longest} dog", "dog " * 200):

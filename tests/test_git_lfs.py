@@ -1,4 +1,4 @@
-"""Files that git-LFS has not fetched: each is named with the command that fetches it, whoever was to read it."""
+"""Files that git-LFS has not fetched: every reader names the file and the command that fetches it."""
 
 from collections.abc import Callable
 from pathlib import Path

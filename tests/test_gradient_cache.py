@@ -1,4 +1,4 @@
-"""A step in chunks against the same step at once: the same losses, the same gradients, less memory."""
+"""A training step in chunks against the same step on the whole batch: same losses and gradients, less memory."""
 
 import weakref
 from typing import Any
@@ -16,7 +16,7 @@ from openblip2.model.stage2 import Stage2
 from tiny import B
 
 IDS = torch.tensor([5, 3, 5, 8, 2, 3, 11, 5])
-# For most chunk sizes many of these are of another chunk; two rows have none.
+# For most chunk sizes, many of the negatives are in another chunk than their row; two rows have none.
 NEGATIVES = HardNegatives(torch.tensor([1, 0, 4, -1, 3, 6, 2, 5]), torch.tensor([6, 2, -1, 7, 0, 4, 1, 3]))
 CAPTIONS = ["a red dog", "the blue bus", "two small cat", "a bird sits", "it", "no tree is", "yes it is on grass"]
 CAPTIONS += ["what is it"]
@@ -24,12 +24,12 @@ PROMPTS = ["", "a photo of"] * 4
 
 
 def stage1(dropout: float = 0.0, detach_gathered: bool = False) -> Stage1:
-    """The tiny one, in training mode."""
+    """The tiny stage-1 model in training mode."""
     return tiny.stage1(detach_gathered, dropout).train()
 
 
 def stepped(model: nn.Module, losses: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
-    """Loss values and what `backward` leaves at every trained parameter, taken away again."""
+    """Loss values and the gradients that `backward` gives every trained parameter; removes them from the model."""
     torch.stack(list(losses.values())).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
@@ -85,7 +85,7 @@ def test_chunks_are_the_whole_batch(chunk: int, drawn: bool) -> None:
 
 @pytest.mark.parametrize("ids", [torch.full((B,), 3), torch.tensor([4, 4, 4, 4, 4, 4, 4, 9]), None])
 def test_rows_without_a_rival(ids: Tensor | None) -> None:
-    """None has one, nearly all have the same one, or each row has its own."""
+    """All rows have the same image id, all but one have the same, or each row has its own."""
     model, (tokens, valid, _) = stage1(), inputs()
     torch.manual_seed(7)
     whole = stepped(model, model.losses(tokens, valid, ids, features=tiny.features()))
@@ -113,7 +113,7 @@ def test_decorrelation_is_that_of_the_whole_batch() -> None:
 
 
 def test_detach_gathered() -> None:
-    """In one process, too, it is another gradient."""
+    """Detaching changes the gradient even in a single process."""
     model, options = stage1(detach_gathered=True), given()
     whole = stepped(model, model.losses(*inputs(), **options))
     assert_same_step(stepped(model, stage1_losses(model, 3, *inputs(), **options)), whole)
@@ -131,7 +131,7 @@ def test_the_frozen_encoder_sees_each_image_once() -> None:
 
 
 def test_gradients_join_those_that_are_there_scaled() -> None:
-    """As the loop accumulates: two batches, half of each."""
+    """As the training loop accumulates: two batches, each with half of its loss."""
     model, options = stage1(), given()
     _, whole = stepped(model, model.losses(*inputs(), **options))
     for _ in range(2):
@@ -153,7 +153,7 @@ def test_the_sum_is_trained_and_only_once() -> None:
 
 
 def test_dropout_draws_the_same_masks_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is contrasted is what the kept gradients are handed on to; and the same seed is the same step."""
+    """Both passes compute the same vectors, so the cached gradients fit the second; equal seeds give equal steps."""
     model = stage1(dropout=0.3)
     made: dict[str, list[Tensor]] = {"image_vectors": [], "text_vectors": []}
     for name, vectors in made.items():
@@ -184,7 +184,7 @@ def test_dropout_draws_the_same_masks_in_both_passes(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
 def test_with_dropout_it_is_the_step_that_keeps_every_graph(again: bool) -> None:
-    """Each chunk's vectors drawn once and kept with their graphs; behind them, what ITG and ITM draw."""
+    """The reference computes each chunk's vectors once and keeps their graphs; ITG and ITM draw their masks later."""
     model, patches, (tokens, valid, ids) = stage1(dropout=0.3), tiny.features(), inputs()
     chunks = torch.arange(B).split(3)
     torch.manual_seed(7)
@@ -204,13 +204,13 @@ def test_with_dropout_it_is_the_step_that_keeps_every_graph(again: bool) -> None
         whole["itm"] = whole["itm"] + matching(logits, pairs.is_match) * len(logits) / (3 * B - 2)
     expected = stepped(model, whole)
     torch.manual_seed(7)
-    model.qformer.checkpoint_activations = again  # `train.checkpoint_activations`: draws are repeated there, too
+    model.qformer.checkpoint_activations = again  # `train.checkpoint_activations`: repeats the random draws, too
     found = stage1_losses(model, 3, tokens, valid, ids, features=patches, negatives=NEGATIVES)
     assert_same_step(stepped(model, found), expected)
 
 
 def test_autocast_keeps_every_gradient() -> None:
-    """A weight that was cast without a graph must not stand in for the parameter; on the way back nothing is cast."""
+    """Autocast must not reuse a weight that it cast without a graph; it is off in the backward pass."""
     model, cast = stage1(), []
     handle = model.text_proj.weight.register_hook(lambda _: cast.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
@@ -230,7 +230,7 @@ def test_autocast_keeps_every_gradient() -> None:
 
 
 def most_saved(step: Any) -> int:
-    """The most bytes that graphs keep at once while `step` runs; views of one memory count once."""
+    """The largest number of bytes that graphs keep at once while `step` runs; views of one storage count once."""
     alive: dict[int, int] = {}
     most = 0
 
@@ -277,10 +277,10 @@ def test_alignment_in_chunks_is_that_of_the_whole_batch(chunk: int) -> None:
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 @pytest.mark.parametrize("chunk", [1, 3, 5, 100])
 def test_stage_2_in_chunks_is_the_whole_batch(kind: str, chunk: int) -> None:
-    """Captions differ in length: the mean is over all tokens and not of the chunks' means."""
+    """Captions differ in length: the loss is the mean over all tokens and not the mean of the chunks' means."""
     model = Stage2(tiny.qformer(vocabulary=0, dropout=0.0), tiny_models.language(kind), None).train()
     tiny.redraw(model.projection)
-    torch.manual_seed(7)  # what an encoder-decoder draws, the split point, comes in the same order
+    torch.manual_seed(7)  # an encoder-decoder draws its split points in the same order
     whole = stepped(model, model.losses(PROMPTS, CAPTIONS, features=tiny.features()))
     torch.manual_seed(7)
     found = stepped(model, stage2_losses(model, chunk, PROMPTS, CAPTIONS, features=tiny.features()))

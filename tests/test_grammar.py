@@ -1,4 +1,4 @@
-"""The language of the scenes: what it says of one is true, and the judge tells true from false."""
+"""The language of the scenes: every sentence about a scene is true, and the judge distinguishes true from false."""
 
 import collections
 import re
@@ -51,7 +51,7 @@ def test_a_noun_of_the_full_world_is_read_and_wrong_in_the_small_one() -> None:
     said = f"a {facts['objects'][0]['colour']} lighthouse"
     assert judge(said, facts) == Judgement(objects=False, attributes=False, relation=None)
     facts["objects"][0]["noun"] = "lighthouse"
-    assert judge(said, facts).attributes  # so it was read
+    assert judge(said, facts).attributes  # so the judge could parse it
 
 
 # --- words
@@ -62,7 +62,7 @@ def test_there_are_hundreds_of_nouns_and_the_shapes_and_colours_of_easy_vqa() ->
     assert {"circle", "triangle", "rectangle"} <= set(NOUNS)
     assert {"red", "green", "blue", "black", "gray", "teal", "brown", "yellow"} < set(COLOURS)
     assert len(COLOURS) == 10
-    assert not set(NOUNS) & set(COLOURS)  # "a red orange" could be read in two ways
+    assert not set(NOUNS) & set(COLOURS)  # otherwise "a red orange" would be ambiguous
 
 
 def test_no_word_form_stands_for_two_nouns() -> None:
@@ -141,13 +141,13 @@ def test_a_sentence_with_one_thing_changed_is_false() -> None:
         for i, sentence in enumerate(sentences(facts)):
             noun = plural(first["noun"]) if facts["kind"] == "group" else first["noun"]
             assert not judge(change(sentence, noun, stranger), facts).objects
-            # Only the colour of the first object: the other may have the same.
+            # Only the colour of the first object is changed, because the other may have the same.
             recoloured = re.sub(rf"\b{first['colour']} {noun}\b", f"{other_colour} {noun}", sentence)
             recoloured = re.sub(rf"\b{noun} is {first['colour']}\b", f"{noun} is {other_colour}", recoloured)
             assert recoloured != sentence
             assert judge(recoloured, facts).objects
             assert not judge(recoloured, facts).attributes
-            assert judge(sentence.rsplit(" ", 1)[0], facts) != judge(sentence, facts)  # cut short
+            assert judge(sentence.rsplit(" ", 1)[0], facts) != judge(sentence, facts)  # without the last word
             for number in NUMBERS[:4]:
                 if facts["kind"] == "group" and number != NUMBERS[first["number"] - 1]:
                     counted = change(sentence, NUMBERS[first["number"] - 1], number)
@@ -197,20 +197,20 @@ def test_a_true_caption_in_other_words(facts: Facts, caption: str) -> None:
 @pytest.mark.parametrize(
     ("facts", "caption", "objects", "attributes", "relation"),
     [
-        (ONE, "a cat", True, False, None),  # the colour is not said
-        (ONE, "a red blue cat", True, False, None),  # nor is it here
+        (ONE, "a cat", True, False, None),  # the colour is missing
+        (ONE, "a red blue cat", True, False, None),  # two colours contradict
         (ONE, "two red cats", True, False, None),
         (ONE, "a big small red cat", True, False, None),
         (ONE, "a red cat and a red cat", False, False, None),
         (ONE, "a red cat to the left of a blue bus", False, False, False),
-        (GROUP, "the buses are blue", True, False, None),  # the number is not said
+        (GROUP, "the buses are blue", True, False, None),  # the number is missing
         (GROUP, "a blue bus", True, False, None),
         (GROUP, "a blue buses", True, False, None),
         (PAIR, "a red ice cream", False, False, None),
         (PAIR, "a blue ice cream to the left of a red bus", True, False, True),  # the colours are swapped
         (PAIR, "a red ice cream above a blue bus", True, True, False),
-        (PAIR, "a big red ice cream and a blue bus", True, False, None),  # of a pair no size is known
-        (PAIR, "a red ice cream and a blue bus on the left", True, False, None),  # nor a place
+        (PAIR, "a big red ice cream and a blue bus", True, False, None),  # the sizes of a pair are unknown
+        (PAIR, "a red ice cream and a blue bus on the left", True, False, None),  # and so are the places
         (PAIR, "a red ice cream and a blue bus and a red ice cream", False, False, None),
     ],
 )
@@ -250,7 +250,7 @@ def test_garbage_is_false(caption: str) -> None:
 
 
 def answer(question: str, facts: Facts) -> str:
-    """The answer by looking into the facts, found by other means than the questions are made."""
+    """The answer according to the facts, computed in another way than by the generator of the questions."""
     objects = facts["objects"]
 
     def about(words: str) -> Thing:

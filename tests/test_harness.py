@@ -1,4 +1,4 @@
-"""A run in lmms-eval's hands. Against that harness where it is installed, else against its names alone."""
+"""lmms-eval evaluates a run. If that harness is not installed, a stand-in with its names replaces it."""
 
 import tomllib
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ FORM = "question: {} answer:"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A published BLIP-2 of each kind, on disk."""
+    """Returns the folder of a tiny BLIP-2 in the published format, for each kind."""
     root = tmp_path_factory.mktemp("harness")
 
     def run(kind: str) -> Path:
@@ -46,7 +46,7 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 class Task:
-    """Documents, and the requests that lmms-eval makes of them."""
+    """Documents, and the requests that lmms-eval makes for them."""
 
     def __init__(self, model: OpenBlip2, seen: list[Any], options: dict[str, Any] = GREEDY) -> None:
         self.options = options
@@ -73,7 +73,7 @@ def model(run: Path, **options: Any) -> OpenBlip2:
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    """Warnings."""
+    """The logged warnings."""
     lines: list[str] = []
     number = logger.add(lambda line: lines.append(str(line)), format="{message}")
     yield lines
@@ -107,7 +107,7 @@ def test_requests_are_answered_as_by_the_captioner(runs: Callable[[str], Path], 
         for one, prompt, decoding in zip(shown, prompts[:4], decodings, strict=True)
     ]
     assert len(set(found[:4])) == 4
-    # Without a picture: the language model by itself.
+    # Without a picture, the language model answers alone.
     nothing = torch.zeros(1, 0, tiny_models.L)
     for n, beams in ((4, 1), (5, 3), (6, 1)):
         assert [found[n]] == lm.language.generate(nothing, [prompts[n]], Decoding(6, beams=beams))
@@ -152,7 +152,7 @@ def test_texts_end_where_the_task_says(runs: Callable[[str], Path]) -> None:
 
 
 def short(lm: OpenBlip2) -> OpenBlip2:
-    """With 50 places, 5 of them for the picture; 3 tokens stand around a task's words."""
+    """Sets a context of 50 tokens: 5 are for the picture, and the template adds 3 to a task's words."""
     lm.context = 50
     return lm
 
@@ -180,7 +180,7 @@ CHOICES = ["a red dog", "yes", " no ", "two small bird"]
 
 
 def spelled(language: LanguageModel, soft: torch.Tensor, prompt: str, text: str) -> tuple[float, bool]:
-    """The language model's own mean loss of a row put together by hand, and whether each token is the likeliest."""
+    """The language model's own mean loss for a row built by hand, and whether each token is the most likely."""
     llm: Any = language.llm
     before = ids(prompt.replace(" ", "| "))
     if llm.config.is_encoder_decoder:
@@ -203,7 +203,7 @@ def test_likelihoods_are_the_models_own_loss(runs: Callable[[str], Path], kind: 
     shown = pictures(6)
     task = Task(lm, [[], *([one] for one in shown)])
     asked = [(n, words, text) for n in range(3) for words in ("what is it", "is it red") for text in CHOICES]
-    asked += [(n, "what", "grass") for n in range(7)]  # which is what the Llama writes about some of the pictures
+    asked += [(n, "what", "grass") for n in range(7)]  # the Llama writes "grass" about some of the pictures
     found = [result.text for result in lm.loglikelihood([task.judge(*one) for one in asked])]
     soft = [torch.zeros(0, tiny_models.L), *lm.captioner.soft_prompt(shown)]
     for (place, words, text), (loss, likeliest) in zip(asked, found, strict=True):

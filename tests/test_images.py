@@ -1,4 +1,4 @@
-"""Pictures of every kind to the right pixels, and bad ones to one clear line."""
+"""Pictures of every kind give the right pixels, and bad ones give one clear line."""
 
 import io
 import math
@@ -26,7 +26,7 @@ WIDTH, HEIGHT, SIDE = 13, 7, 5
 
 @pytest.fixture
 def noise() -> Image.Image:
-    """An RGB picture in which no two pixels, rows or columns are alike."""
+    """An RGB picture in which no two pixels, rows or columns are equal."""
     values = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     return Image.fromarray(values)
 
@@ -41,7 +41,7 @@ def pixels(image: Image.Image) -> np.ndarray[Any, Any]:
     return np.asarray(image)
 
 
-# --- what is taken
+# --- accepted pictures
 
 
 def test_path_image_and_array_are_the_same_picture(noise: Image.Image, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ ALPHA = np.array([[0, 51, 255]], dtype=np.uint8)
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa"])
 def test_alpha_is_composited_on_white(mode: str) -> None:
-    # alpha of a black picture: white shines through as 255 - alpha
+    # On white, a black picture with this alpha has the value 255 - alpha.
     image = Image.merge("LA", [Image.new("L", (3, 1), 0), Image.fromarray(ALPHA)])
     if mode != "LA":
         image = image.convert("RGBA").convert(mode)
@@ -162,7 +162,7 @@ def test_the_first_frame_of_an_animation(suffix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation: int, suffix: str, noise: Image.Image, tmp_path: Path) -> None:
-    # Where EXIF 2.3 says the stored first row and first column belong in the upright picture.
+    # The sides of the upright picture where EXIF 2.3 places the stored first row and first column.
     row, column = {
         1: ("top", "left"),
         2: ("top", "right"),
@@ -200,11 +200,11 @@ def test_metadata_that_is_broken_does_not_cost_the_picture(noise: Image.Image, t
     assert np.array_equal(pixels(open_picture(tmp_path / "a.png")), pixels(noise))
 
 
-# --- what is refused
+# --- refused pictures
 
 
 def refused(picture: Any, what: str) -> str:
-    """The message, once for one picture and the same for a batch and for training."""
+    """The error message, which is the same for one picture, for a batch and for training."""
     messages = set()
     for look in (open_picture, lambda p: to_pixels([p], SIDE), lambda p: augment(p, SIDE, torch.Generator())):
         with pytest.raises(UserError) as caught:
@@ -381,7 +381,7 @@ def test_orientation_holds_for_a_jpeg_decoded_small(tmp_path: Path) -> None:
 
 
 def seen_box(found: torch.Tensor, width: int, height: int) -> tuple[float, float, float, float, bool]:
-    """Left, right, top, bottom of what is seen of `smooth(width, height)`, as shares; whether mirrored."""
+    """Left, right, top, bottom of the visible part of `smooth(width, height)` as fractions; whether mirrored."""
     values = found.double().numpy() / 255
     size = values.shape[1]
     middle = slice(size // 4, 3 * size // 4)  # the edges are blurred by the resize
@@ -407,7 +407,7 @@ def test_crops_are_of_the_papers_area_and_ratio_and_half_are_mirrored() -> None:
     assert max(areas) > 0.93
     assert min(ratios) < 0.9
     assert max(ratios) > 1.25
-    # every place is: crops touch, or nearly, all four sides
+    # the whole area is used: crops reach, or nearly reach, all four sides
     assert min(box[0] for box in boxes) < 0.02
     assert max(box[1] for box in boxes) > 0.98
     assert min(box[2] for box in boxes) < 0.02
@@ -444,7 +444,7 @@ def test_the_generator_decides() -> None:
     assert first.dtype == torch.uint8
     assert torch.equal(first, again)
     generator = torch.Generator().manual_seed(5)
-    torch.manual_seed(1)  # the global generator has no say
+    torch.manual_seed(1)  # the global generator has no effect
     drawn = [augment(picture, SIDE, generator) for _ in range(6)]
     assert torch.equal(drawn[0], first)
     assert len({tuple(each.flatten().tolist()) for each in drawn}) > 1
@@ -465,7 +465,7 @@ def test_a_long_picture_gives_its_middle() -> None:
 
 
 def test_areas_and_ratios_are_drawn_as_torchvision_draws_them() -> None:
-    # In a square, tries that fit are accepted: area uniform, log-ratio uniform, given that both sides fit.
+    # In a square, the first draw whose sides both fit is accepted; area and log-ratio are drawn uniformly.
     generator = torch.Generator().manual_seed(0)
     boxes = [random_crop(1000, 1000, generator) for _ in range(4000)]
     found = np.array([((r - x) * (b - y) / 1e6, math.log((r - x) / (b - y))) for x, y, r, b in boxes])

@@ -1,4 +1,4 @@
-"""Instruction tuning: captions and questions mixed, in templates that the Q-Former and the language model read."""
+"""Instruction tuning with a mixture of captions and questions; Q-Former and language model read their templates."""
 
 import json
 from collections import Counter
@@ -83,7 +83,7 @@ def test_each_sample_is_a_caption_or_a_question_in_one_of_the_templates() -> Non
     assert kinds["caption"] / len(found) == pytest.approx(0.25, abs=0.04)
     instructions, answers = {row[1] for row in found}, Counter(row[2] for row in found)
     assert instructions == {*CAPTION_TEMPLATES, *asked}
-    assert answers["cat"] / answers["a cat"] == pytest.approx(2, abs=0.5)  # by their frequency
+    assert answers["cat"] / answers["a cat"] == pytest.approx(2, abs=0.5)  # in proportion to their frequency
     assert {row[2] for row in found} >= {text for record in RECORDS for text in record.captions}
 
 
@@ -93,7 +93,7 @@ def test_a_mixture_is_a_function_of_seed_and_number() -> None:
     assert drawn(samples, range(3, 6)) == whole[18:]
     assert drawn(Instructions(RECORDS, CAPTIONS, FORMS, 0.5), range(6)) == whole
     assert drawn(samples, range(6), seed=6) != whole
-    # Another share changes which samples are captions; of the others, nothing.
+    # Another share changes which samples are captions; the other samples stay the same.
     fewer = drawn(Instructions(RECORDS, CAPTIONS, FORMS, 0.2), range(6))
     assert all(a == b or (a[1] in CAPTIONS and b[1] not in CAPTIONS) for a, b in zip(whole, fewer, strict=True))
     assert 0 < sum(a != b for a, b in zip(whole, fewer, strict=True)) < len(whole)
@@ -151,7 +151,7 @@ def test_a_run_learns_captions_and_answers_and_uses_the_templates(home: Path, tm
     assert captions == model.caption(pictures, CAPTIONS[0]) == model.generate(pictures, [CAPTIONS[0]] * 2, CAPTION)
     assert model.answer(pictures, asked) == model.generate(pictures, prompts, ANSWER, prompts)
     assert not torch.equal(model.soft_prompt(pictures, prompts), model.soft_prompt(pictures, asked))
-    # It is one model for both: what is asked for decides what comes.
+    # One model does both: the prompt determines the output.
     assert captions != model.answer(pictures, asked)
 
     source = read_source(str(home / "data"), "questions")
@@ -197,13 +197,13 @@ def test_without_the_instruction_in_the_qformer(home: Path, tmp_path: Path) -> N
 
 
 def test_validation_reads_cached_features_in_bf16(home: Path, tmp_path: Path) -> None:
-    """Caches hold fp16, which not each operation takes where a CPU computes in bf16."""
+    """Caches hold fp16, which some operations do not accept if a CPU computes in bf16."""
     settings = settings_of(home, train__steps=1, train__precision="bf16")
     train_stage(settings, records_of(home), tmp_path / "run", quiet())
     assert "validation" in log_of(tmp_path / "run")[-1]
 
 
-# What cannot be used.
+# Unusable settings and data.
 
 
 @pytest.mark.parametrize(

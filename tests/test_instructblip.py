@@ -1,4 +1,4 @@
-"""InstructBLIP of transformers: the same numbers and texts here, there and back, and what cannot be used."""
+"""InstructBLIP: the same numbers and texts as in transformers, conversion in both directions, unusable folders."""
 
 import copy
 import io
@@ -57,13 +57,13 @@ from tiny_blip2 import IMAGE, POSITIONS, pixel_values
 Q = tiny.Q
 KINDS = ("opt", "llama", "t5")
 SHORT = greedy(Decoding(max_new_tokens=6, min_new_tokens=0))
-QUESTION = "What colour is the red dog?"  # with a capital: an instruction is read as it is written
+QUESTION = "What colour is the red dog?"  # with a capital letter, because instructions are not lower-cased
 DEFAULT = "A short image description:"
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of transformers for each kind of language model, and llama-run, the run that it becomes."""
+    """A folder in transformers' format for each kind of language model, and llama-run, converted from "llama"."""
     home = tmp_path_factory.mktemp("instructblip")
     for kind in KINDS:
         tiny_blip2.instructed(kind, home / kind)
@@ -90,19 +90,19 @@ def pictures(count: int = B) -> list[Any]:
 
 
 def read(prompts: list[str]) -> dict[str, Tensor]:
-    """Prompts as transformers' Q-Former reads them."""
+    """Prompts as input of transformers' Q-Former."""
     found = tiny_blip2.bert()(prompts, padding=True, return_tensors="pt")
     return {"qformer_input_ids": found["input_ids"], "qformer_attention_mask": found["attention_mask"]}
 
 
 def parameter_name(name: str) -> str:
-    """Theirs of one of ours that is trained."""
+    """The name that transformers gives to one of our trained parameters."""
     found = re.sub(r"^embeddings\.", "qformer.embeddings.", blip2_name(name))
     return found.replace("qformer.layernorm", "qformer.embeddings.layernorm")
 
 
 def their_texts(model: Any, folder: Path, prompts: list[str], how: Decoding) -> list[str]:
-    """What transformers writes after prompts about `pictures()`, with the folder's own processor."""
+    """Texts that transformers generates after prompts about `pictures()`, with the folder's own processor."""
     processor: Any = hf.InstructBlipProcessor.from_pretrained(folder, backend="pil")
     texts = []
     for picture, prompt in zip(pictures(len(prompts)), prompts, strict=True):
@@ -114,7 +114,7 @@ def their_texts(model: Any, folder: Path, prompts: list[str], how: Decoding) -> 
     return texts
 
 
-# The same numbers.
+# The same results.
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def test_loss_and_gradients(both: Generators) -> None:
     tokens, valid = read(PROMPTS).values()
     loss = ours.losses(PROMPTS, CAPTIONS, images=PICTURES, question=(tokens, valid.bool()))["lm"]
     given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    # Two results in float32 are up to 1e-5 apart, and each half of that from float64's.
+    # Two float32 results differ by up to 1e-5, but each by only half of that from the float64 result.
     model = copy.deepcopy(both.theirs).double()
     their_loss = model(pixel_values(PICTURES).to(model.dtype), **read(PROMPTS), **given).loss
     close(loss, their_loss)
@@ -161,7 +161,7 @@ def test_texts_in_batches(both: Generators) -> None:
 
 
 def test_each_way_to_ask_gives_the_prompt_to_the_qformer(both: Generators, home: Path) -> None:
-    """Captions, answers, a chat and the server write what transformers writes about the same words."""
+    """Captions, answers, questions and a chat give the text that transformers generates for the same words."""
     captioner, folder = both.captioner, home / both.kind
     expected = their_texts(both.theirs, folder, [QUESTION] * 3, SHORT)
     assert captioner.caption(pictures(3), QUESTION, SHORT) == expected
@@ -188,7 +188,7 @@ def test_the_server_gives_the_prompt_to_the_qformer(home: Path, kind: str) -> No
     for plain in (True, False):
         (written,) = engine.run([Write(file.getvalue(), SHORT, question=QUESTION, plain=plain)])
         assert written.text == captioner.ask(picture, [QUESTION], SHORT)[0]
-    # One that is too long does not end the others of its batch.
+    # A prompt that is too long does not stop the others in its batch.
     bad, good = engine.run([Write(file.getvalue(), SHORT, prompt="dog " * 99), Write(file.getvalue(), SHORT)])
     assert "too long" in str(bad)
     assert good.text == captioner.caption([picture], None, SHORT)[0]
@@ -252,7 +252,7 @@ def test_captions_likelihoods_choices_and_features_read_the_prompt(home: Path) -
         captioner.features(given, [QUESTION] * 2)
 
 
-# There and back.
+# Conversion in both directions.
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -266,7 +266,7 @@ def test_there_and_back_is_bit_equal(home: Path, tmp_path: Path, kind: str, dtyp
     (source / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
 
     assert openblip2.convert(source, tmp_path / "run", "openblip2") == []
-    shutil.rmtree(source)  # the run holds all that its source held
+    shutil.rmtree(source)  # the run contains everything from its source
     assert openblip2.convert(tmp_path / "run", tmp_path / "back", "hf") == []
     found = load_file(tmp_path / "back" / "model.safetensors")
     assert found.keys() == tensors.keys()
@@ -358,7 +358,7 @@ def test_fine_tuning_for_vqa_begins_with_it_and_becomes_one(home: Path, tmp_path
     assert not torch.equal(before["qformer.word_embeddings.weight"], after["qformer.word_embeddings.weight"])
 
     tuned = load(tmp_path / "tuned")
-    asked = "what colour is it?"  # as it is cleaned: transformers cleans nothing
+    asked = "what colour is it?"  # the cleaned question, because transformers does not clean it
     answers = tuned.answer(pictures(3), ["What colour is it?"] * 3, SHORT)
     with pytest.raises(UserError, match="answers questions"):
         tuned.caption(pictures(1))
@@ -366,7 +366,7 @@ def test_fine_tuning_for_vqa_begins_with_it_and_becomes_one(home: Path, tmp_path
     openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
     model: Any = hf.InstructBlipForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     assert their_texts(model, tmp_path / "out", [asked] * 3, SHORT) == answers
-    back = load(tmp_path / "out")  # an export says that it answers questions
+    back = load(tmp_path / "out")  # the export stores that the model answers questions
     assert back.answer(pictures(3), ["What colour is it?"] * 3, SHORT) == answers
     with pytest.raises(UserError, match="answers questions"):
         back.caption(pictures(1))
@@ -375,7 +375,7 @@ def test_fine_tuning_for_vqa_begins_with_it_and_becomes_one(home: Path, tmp_path
         train_stage(caption, records, tmp_path / "caption", Progress(quiet=True))
 
 
-# What cannot be used.
+# Unusable folders and prompts.
 
 
 def test_folders_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_folders_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
     told(keys(lambda t: t.update({"qformer.layernorm.bias": torch.ones(2)})), "qformer.layernorm.bias")
     told(keys(lambda t: t.pop("qformer.encoder.layer.1.intermediate.dense.bias")), "layer.1.intermediate.dense.bias")
     told(config(lambda c: c.update(architectures=["InstructBlipModel"])), "'InstructBlipModel'")
-    # A tokenizer that is handed in takes the place of a missing one.
+    # A tokenizer passed by the caller replaces a missing one.
     tiny_blip2.bert().save_pretrained(tmp_path / "words")
     shutil.copytree(home / "llama", tmp_path / "without")
     shutil.rmtree(tmp_path / "without" / "qformer_tokenizer")
@@ -419,7 +419,7 @@ def test_folders_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
 
 def test_prompts_that_cannot_be_read(home: Path) -> None:
     captioner = load(home / "llama")
-    fits, long = "dog " * (POSITIONS - 2), "dog " * (POSITIONS - 1)  # beside [CLS] and [SEP]
+    fits, long = "dog " * (POSITIONS - 2), "dog " * (POSITIONS - 1)  # [CLS] and [SEP] are added
     assert captioner.caption(pictures(1), fits, SHORT) != [None]
     for ask in (
         lambda: captioner.caption(pictures(1), long),

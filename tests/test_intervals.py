@@ -1,4 +1,4 @@
-"""Bootstrap intervals: closed forms, coverage, pairing, and pictures that are drawn whole."""
+"""Bootstrap intervals: closed forms, coverage, pairing, and resampling of whole pictures."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def test_the_interval_of_a_mean_is_the_normal_one_where_there_are_many_samples()
 
 
 def test_two_samples_draw_as_the_binomial_says() -> None:
-    """Of two samples 0 and 1, a draw's mean is 0, 0.5 or 1 with chances 1/4, 1/2, 1/4."""
+    """With two samples 0 and 1, the mean of a draw is 0, 0.5 or 1 with probability 1/4, 1/2, 1/4."""
     counts = np.array([[0.0], [1.0]])
     seen: list[np.ndarray] = []
 
@@ -47,7 +47,7 @@ def test_equal_scores_leave_no_width() -> None:
 
 
 def test_questions_of_one_picture_are_drawn_together() -> None:
-    """Every answer ten times over says no more than once, and only drawing pictures knows that."""
+    """Ten copies of every answer add no information; only resampling whole pictures takes this into account."""
     scores = RANDOM.random(40)
     pictures = [f"{number}.jpg" for number in range(40) for _ in range(10)]
     once, grouped = mean_interval(scores), mean_interval(scores.repeat(10), pictures)
@@ -61,13 +61,13 @@ def test_pictures_of_unlike_many_questions_weigh_by_their_questions() -> None:
     scores, pictures = np.array([1.0, 1.0, 1.0, 0.0]), ["a", "a", "a", "b"]
     found = mean_interval(scores, pictures, draws=5000)
     assert found.score == 0.75
-    assert (found.low, found.high) == (0, 1)  # both pictures are b, or both a, one time in four each
+    assert (found.low, found.high) == (0, 1)  # both draws are b, or both a, with probability 1/4 each
     apart = mean_interval(scores[[3, 0, 1, 2]], ["b", "a", "a", "a"], draws=5000)
     assert (apart.low, apart.high) == (found.low, found.high)
 
 
 def test_a_difference_is_paired() -> None:
-    """Two systems one of which is always 0.01 better: apart they cannot be told, paired they can."""
+    """One system is always 0.01 better: only the paired interval, not two separate ones, shows the difference."""
     hard = RANDOM.random(200)
     found = difference_interval(hard + 0.01, hard)
     assert found.score == pytest.approx(0.01)

@@ -1,6 +1,6 @@
-"""Killed at random, again and again, a run ends as one that was left in peace.
+"""A run that is killed at random times, again and again, ends as an undisturbed run does.
 
-OPENBLIP2_KILLS=200 asks for as many; otherwise there are few. Where they fell is printed: pytest -m slow -s.
+OPENBLIP2_KILLS=200 sets the number of kills (default: 12). `pytest -m slow -s` prints the phases that were killed.
 """
 
 import json
@@ -31,8 +31,8 @@ from test_training import log_of, quiet, recipe
 SOURCE = str(Path(openblip2.__file__).parents[1])
 KILLS = int(os.environ.get("OPENBLIP2_KILLS", "12"))
 STEPS, BATCH, PICTURES, HELD = 24, 2, 20, 4
-EPOCH = (PICTURES - HELD) // BATCH  # batches: the run has three epochs
-# When: at any time, and while the smallest targets are there. In seconds of computing since what is named.
+EPOCH = (PICTURES - HELD) // BATCH  # batches; the run has three epochs
+# When to kill: at any time, and in the shortest phases; at most so many seconds of CPU time after the named phase.
 AIMS = [("start", 0.9)] * 10 + [("checkpoint", 0.02)] * 8 + [("validation", 0.02), ("end", 0.01)]
 IMPORTS = (
     "transformers.models.vit.modeling_vit",
@@ -43,7 +43,7 @@ IMPORTS = (
 
 
 def life(folder: str, home: str, stage: str) -> None:
-    """What a job script does each time it is started: the same command, with --resume."""
+    """Does what a job script does at each start: runs the same command with --resume."""
     torch.set_num_threads(1)
     show_phases()
     taken = Path(folder) / "taken.jsonl"
@@ -70,7 +70,7 @@ def life(folder: str, home: str, stage: str) -> None:
 
 
 def show_phases() -> None:
-    """Says to the server what the process is at."""
+    """Tells the server which phase the process is in."""
 
     def at(phase: str, function: Callable[..., Any], then: str = "training") -> Callable[..., Any]:
         def called(*arguments: Any) -> Any:
@@ -88,7 +88,7 @@ def show_phases() -> None:
 
 
 def batches_taken(folder: Path) -> tuple[dict[int, Any], int]:
-    """What was in each batch, which must be the same whenever it was taken; and how often one was taken again."""
+    """Contents of each batch, which must be the same each time it is taken, and how often batches were taken again."""
     found: dict[int, Any] = {}
     again = 0
     for line in (folder / "taken.jsonl").read_text().splitlines():
@@ -127,12 +127,12 @@ def test_random_kills_lose_nothing(tmp_path: Path) -> None:
             runs += 1
             again += check_run(folder, whole[stage])
     print(f"\n{fell.total()} kills in {runs} runs, at: {dict(fell)}; {again} batches were taken again")
-    if KILLS >= 50:  # of fewer, chance may leave one out
+    if KILLS >= 50:  # with fewer kills, chance may miss a phase
         assert min(fell[name] for name in AT) > 0
 
 
 def check_run(folder: Path, whole: Path) -> int:
-    """The same weights, log and batches as of the undisturbed run; every picture once an epoch."""
+    """Compares weights, log and batches with the undisturbed run; each epoch must have every picture once."""
     mine, theirs = folder / "run", whole / "run"
     assert (mine / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes(), folder
     rows = log_of(mine)
@@ -164,7 +164,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_and_one_goes_on(tmp_path: Pa
     while not (log.exists() and len(log.read_text().splitlines()) > 3):
         assert [process.poll() for process in both] == [None, None]
         time.sleep(0.05)
-    both[1].terminate()  # the one that writes nothing
+    both[1].terminate()  # rank 1, which writes nothing
     said = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [143, 143], said
     assert "training goes on with --resume" in said[0]

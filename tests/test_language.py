@@ -1,4 +1,4 @@
-"""Language models behind a soft prompt, against sequences that are spelled out by hand, one at a time."""
+"""Language models with a soft prompt, against sequences that are built by hand, one at a time."""
 
 import re
 from collections import Counter
@@ -27,16 +27,16 @@ from openblip2.presets import with_examples
 from tiny import Q
 from tiny_models import LM_HEADS, NEWLINE, L, W, constant, embed, ids, language, soft_prompts
 
-# Captions so short that an encoder-decoder can split them in one way only.
+# These captions are so short that an encoder-decoder can split them in only one way.
 PROMPTS = ["", "a photo of", "question: what is it answer:"]
 CAPTIONS = ["a red dog", "small bird", "tree"]
-# What stands behind the soft tokens of a decoder and what it has to write.
+# For a decoder: the tokens after the soft prompt, and the target.
 DECODER_ROWS = [
     ("<s>", "a| red| dog|</s>"),
     ("<s>|a| photo| of", " small| bird|</s>"),
     ("<s>|question:| what| is| it| answer:", " tree|</s>"),
 ]
-# The same of an encoder-decoder, whose encoder has the first half of the caption.
+# The same for an encoder-decoder, whose encoder reads the first half of the caption.
 ENCODER_ROWS = [
     ("a|</s>", "red| dog|</s>"),
     ("a| photo| of| small|</s>", "bird|</s>"),
@@ -45,7 +45,7 @@ ENCODER_ROWS = [
 
 
 def own_loss(llm: Any, before: Tensor, target: list[int]) -> Tensor:
-    """The language model's own mean loss of one target behind `before [n, L]`."""
+    """The language model's own mean loss for one target after `before [n, L]`."""
     if llm.config.is_encoder_decoder:
         return llm(inputs_embeds=before[None], labels=torch.tensor([target])).loss
     embeds = torch.cat([before, embed(llm, target)])[None]
@@ -78,7 +78,7 @@ def test_loss_is_the_models_own(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", tiny_models.MODELS)
 def test_right_padding_changes_nothing(kind: str) -> None:
-    """A short caption loses the same alone and beside long ones."""
+    """A short caption has the same loss alone and in a batch with long ones."""
     lm, soft = language(kind), soft_prompts().requires_grad_()
     together = lm.scored(soft, PROMPTS, CAPTIONS)[0]
     tails = [len(ids(row[1])) for row in (ENCODER_ROWS if kind == "t5" else DECODER_ROWS)]
@@ -88,7 +88,7 @@ def test_right_padding_changes_nothing(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["opt", "gpt2", "llama", "t5"])
 def test_a_text_beyond_what_fits_is_cut_and_counted(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Opt and gpt2 have 50 positions; the others would make a row of thousands of tokens."""
+    """OPT and GPT-2 have 50 positions; for the others, the rows would have thousands of tokens."""
     _cut.clear()
     model, soft = language(kind), soft_prompts(3)
     long = f"{kind} " + "dog " * 5000
@@ -157,7 +157,7 @@ def test_one_reading_of_the_text_in_front_serves_validation_and_training(monkeyp
     monkeypatch.setattr(prompt_cache, "read_text", lambda llm, text: read.append(text) or read_text(llm, text))
     with torch.inference_mode():
         validated = lm.scored(soft_prompts(2), ["it", "it"], captions)[0]
-    for _ in range(2):  # the second step must not see what the first has appended
+    for _ in range(2):  # the second step must not see what the first appended to the cache
         soft = soft_prompts(2).requires_grad_()
         loss = lm.scored(soft, ["it", "it"], captions)[0]
         assert torch.equal(loss, validated)
@@ -204,7 +204,7 @@ def test_chat_template() -> None:
     assert resolve_template("chat", words) == "<s>user {image}{prompt}</s>\n<s>turn [{{it}}]\n"
     words.chat_template = CHAT.replace("{{ turn['content'] }}", " {{ turn['content'] }} it")
     lm, soft = DecoderLM(tiny_models.llama(), words, "chat"), soft_prompts(2).requires_grad_()
-    # The caption is a turn of its own: no space in front of it. "[{it}]" is no word of this tokenizer.
+    # The caption is a turn of its own, so no space precedes it. "[{it}]" is not a word of this tokenizer.
     rows = [
         ("a| photo| it|</s>|\n|<s>|turn|<unk>|\n", "tree|</s>"),
         (" it|</s>|\n|<s>|turn|<unk>|\n", "a| dog|</s>"),
@@ -230,7 +230,7 @@ def test_bad_templates_are_refused(template: str) -> None:
 def test_braces_may_stand_in_a_template() -> None:
     lm, soft = language("gpt2", template="{{it}}{image}{prompt}"), soft_prompts(1).requires_grad_()
     assert resolve_template("{{it}} {image}{bos}", lm.tokenizer) == "{{it}} {image}<s>"
-    # "{it}" is no word of this tokenizer, neither in the template nor in a prompt.
+    # "{it}" is not a word of this tokenizer, neither in the template nor in a prompt.
     naive = weighted_mean(lm.llm, soft, [("<unk>", " tree|</s>")], heads="<unk>")
     assert_same_loss(lm.scored(soft, ["{it}"], ["tree"])[0], naive, soft)
 
@@ -250,7 +250,7 @@ def test_chat_without_a_chat_template_is_refused() -> None:
         ("{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}", ""),  # as SmolLM3
         ("{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}", "<think>\n\n</think>\n\n"),  # Qwen3
         ("{% if thinking %}<think>{% else %}</think>{% endif %}", "</think>"),  # as DeepSeek-V3.1
-        ("<think>\n", "<think>\n\n</think>\n\n"),  # as DeepSeek-R1, which knows no switch
+        ("<think>\n", "<think>\n\n</think>\n\n"),  # as DeepSeek-R1, which has no switch
     ],
 )
 def test_a_chat_template_does_not_think(opens: str, wanted: str) -> None:
@@ -285,7 +285,7 @@ def test_a_tokenizer_without_an_end_is_refused() -> None:
 
 
 def test_an_end_that_the_tokenizer_drops_is_refused() -> None:
-    # Sentence-piece tokenizers drop line breaks: without an end, texts would be generated to the limit.
+    # SentencePiece tokenizers drop line breaks; without an end token, generation would run to the length limit.
     with pytest.raises(
         UserError, match=r"language\.end='\\u2028' is not a token .* set language\.end to another text, or to null"
     ):
@@ -404,7 +404,7 @@ def test_exact_gelu_is_the_authors_flant5(tmp_path: Path) -> None:
 
 
 def test_the_output_embedding_reads_rows_that_lie_side_by_side() -> None:
-    """Of a slice a CPU would multiply each row with a copy of the embedding of its own."""
+    """For a non-contiguous slice, a CPU would copy the embedding matrix for each row."""
     language = tiny_models.language("opt")
     head: Any = language.llm.get_output_embeddings()
     seen: list[tuple[bool, int]] = []

@@ -1,4 +1,4 @@
-"""The load test of the server: what its figures are made of, and (slow) a real server under it."""
+"""The load test of the server: how its figures are computed, and (slow) a test with a real server."""
 
 from collections import Counter
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_a_server_under_load(tmp_path: Path, batch: int) -> None:
     tiny_runs.trained(tmp_path)
     figures = measure(str(tmp_path / "stage2"), tmp_path / "data", clients=80, seconds=4, batch=batch)
     assert figures["errors"] == 0
-    assert figures["answered"] > 0  # how many depends on the machine
-    assert figures["statuses"].keys() == {"200", "429"}  # 64 wait, the others are told to
+    assert figures["answered"] > 0  # the number depends on the machine
+    assert figures["statuses"].keys() == {"200", "429"}  # 64 requests are queued; the others get 429
     assert 0 < figures["p50"] <= figures["p95"]
     assert figures["memory"] > 10**8

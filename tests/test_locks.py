@@ -1,4 +1,4 @@
-"""The lock files: complete, hashed, without an index, in step with pyproject.toml and with one another."""
+"""The lock files: complete, with hashes, without an index, consistent with pyproject.toml and with one another."""
 
 import re
 import tomllib
@@ -22,13 +22,13 @@ def direct(extras: list[str]) -> list[Requirement]:
 
 
 def pins(name: str) -> list[Requirement]:
-    """What a file pins, one requirement per version; hashes left out."""
+    """The pins in a file, one requirement per version, without hashes."""
     lines = (ROOT / "requirements" / name).read_text("utf-8").splitlines()
     return [Requirement(line.rstrip(" \\")) for line in lines if re.match(r"\w", line)]
 
 
 def installed_here(name: str) -> dict[str, Version]:
-    """The versions that a file gives to this Python and this operating system."""
+    """The versions that a file pins for this Python and this operating system."""
     here = [pin for pin in pins(name) if pin.marker is None or pin.marker.evaluate()]
     versions = {str(canonicalize_name(pin.name)): Version(next(iter(pin.specifier)).version) for pin in here}
     assert len(versions) == len(here) > 3, f"{name} has two versions of a package"
@@ -46,7 +46,7 @@ def test_a_lock_has_a_hash_for_every_package_and_no_index(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "extras"), LOCKS.items())
 def test_a_lock_holds_every_direct_dependency_within_its_range(name: str, extras: list[str]) -> None:
-    """Fails where pyproject.toml was changed without `make lock`."""
+    """Fails if pyproject.toml was changed without `make lock`."""
     locked = installed_here(f"{name}.txt")
     build = map(Requirement, PROJECT["dependency-groups"]["build"] + PROJECT["build-system"]["requires"])
     for requirement in [*direct(extras), *build]:
@@ -55,7 +55,7 @@ def test_a_lock_holds_every_direct_dependency_within_its_range(name: str, extras
 
 
 def test_the_locks_agree() -> None:
-    """They share .venv: the last one installed must not change a version of another."""
+    """All are installed into .venv, so the last one must not change a version from another."""
     demo, dev, docs = (installed_here(f"{name}.txt") for name in LOCKS)
     assert demo.items() <= dev.items()
     assert demo.items() <= docs.items()

@@ -1,4 +1,4 @@
-"""LoRA: what trains and what does not, adapters folded in, and runs that keep, resume and load them."""
+"""LoRA: trained and frozen parameters, merging of adapters, and runs that save, resume and load adapters."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ RANKS = {"qformer.lora_rank": 3, "language.lora_rank": 2}
 
 
 def adapted(kind: str = "llama", drawn: bool = True, **ranks: int) -> Stage2:
-    """A redrawn stage 2 with adapters; `drawn`: not at their start, where they change nothing."""
+    """A redrawn stage 2 with adapters; `drawn` gives the adapters random values, because new ones change nothing."""
     model = stage2(kind, dropout=0.0)
     torch.manual_seed(0)
     settings = change(RunSettings(stage="stage2"), {name.replace("_", ".", 1): rank for name, rank in ranks.items()})
@@ -49,11 +49,11 @@ def loss_of(model: Stage2) -> Tensor:
 
 @pytest.mark.parametrize("kind", tiny_models.MODELS)
 def test_fresh_adapters_change_nothing(kind: str) -> None:
-    torch.manual_seed(0)  # an encoder-decoder's split
+    torch.manual_seed(0)  # fixes an encoder-decoder's split
     plain = loss_of(stage2(kind, dropout=0.0))
     model = both(kind, drawn=False)
     torch.manual_seed(0)
-    # Where an adapter gets gradients, attention is computed in another way, which rounds differently.
+    # If an adapter needs gradients, attention is computed in another way, which rounds differently.
     torch.testing.assert_close(plain, loss_of(model), rtol=1e-6, atol=0)
 
 
@@ -72,7 +72,7 @@ def test_only_adapters_and_what_is_named_move_in_a_step(kind: str) -> None:
             assert torch.equal(parameter, before[name]), name
         elif not name.endswith("key.lora_B.default.bias"):
             assert not torch.equal(parameter, before[name]), name
-    # Q-Former of 4 layers, 2 of them crossing: 4 linear layers in each attention.
+    # The Q-Former has 4 layers, 2 of them with cross-attention; each attention has 4 linear layers.
     assert sum("qformer" in name and "lora_A" in name for name in before) == (4 + 2) * 4
     assert not any("lm_head" in name and "lora" in name for name in before)
 
@@ -95,7 +95,7 @@ def test_folded_adapters_are_the_same_model(kind: str) -> None:
     assert not has_lora(model)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
-    add_lora(model.qformer, 1, QFORMER_LAYERS)  # nothing of the first ones is left behind
+    add_lora(model.qformer, 1, QFORMER_LAYERS)  # nothing of the first adapters is left
     assert has_lora(model.qformer)
 
 
@@ -113,7 +113,7 @@ def test_a_layer_is_its_weight_and_twice_the_product_of_its_adapters() -> None:
 def test_text_in_front_of_the_picture_carries_gradient_to_the_adapters(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is read once for all rows; the same loss and gradients as with every row read in one piece."""
+    """The text is processed once for all rows; loss and gradients are the same as when every row contains it."""
     model = both(kind)
     model.language.template = "<s>a photo of two{image}{prompt}"
     once = loss_of(model)
@@ -124,7 +124,7 @@ def test_text_in_front_of_the_picture_carries_gradient_to_the_adapters(
     in_one_piece = tiny.gradients(whole, model)
     tiny.assert_same_gradients(read_once, in_one_piece)
     monkeypatch.undo()
-    # The test can fail: without that path the gradients differ.
+    # Shows that the test can fail: without that path, the gradients differ.
     monkeypatch.setattr(type(model.language), "adapted", False)
     cut = tiny.gradients(loss_of(model), model)
     lost = {n: float((cut[n] - g).abs().max() / g.abs().max()) for n, g in in_one_piece.items() if "lora_B" in n}
@@ -162,7 +162,7 @@ def test_a_run_keeps_what_is_nowhere_else(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not fit this model"):
         load_trained(stage2(), tmp_path / "model.safetensors")
     plain = stage2()
-    assert saved_parameters(plain).keys() == trained_parameters(plain).keys()  # without LoRA nothing is kept besides
+    assert saved_parameters(plain).keys() == trained_parameters(plain).keys()  # without LoRA nothing else is saved
 
 
 def test_adapters_of_rank_1_are_decayed_and_queries_are_not() -> None:
@@ -195,7 +195,7 @@ def test_without_peft_there_is_one_line(setting: str, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def runs(home: Home) -> Home:  # noqa: F811
-    """A run of each stage with adapters; stage 2 starts from the stage 1 with adapters."""
+    """A run of each stage with adapters; stage 2 starts from the stage-1 run with adapters."""
     ranks = [word for name, rank in RANKS.items() for word in ("--set", f"{name}={rank}")]
     for stage, more in (("stage1", ()), ("stage2", ("--start", home.root / "stage1-lora"))):
         said = call(*home.train(stage, f"{stage}-lora", *ranks, *more))
@@ -221,7 +221,7 @@ def test_runs_with_adapters_caption_and_rank(runs: Home) -> None:
 
 
 def test_adapters_learn_while_activations_are_computed_again(runs: Home, tmp_path: Path) -> None:
-    """And the run writes the same captions after it is saved, loaded and converted."""
+    """The run also writes the same captions after it is saved, loaded and converted."""
     ranks = [word for name, rank in RANKS.items() for word in ("--set", f"{name}={rank}")]
     more = ("--start", runs.root / "stage1-lora", "--set", "train.checkpoint_activations=true")
     said = call(*runs.train("stage2", "stage2-again", *ranks, *more))
@@ -229,7 +229,7 @@ def test_adapters_learn_while_activations_are_computed_again(runs: Home, tmp_pat
     kept = read_tensors(runs.root / "stage2-again" / "model.safetensors")
     high = {name for name in kept if ".lora_B." in name}
     assert {name.split(".")[0] for name in high} == {"qformer", "language"}
-    # The loss does not depend on a bias of the keys, which softmax takes out again.
+    # The loss does not depend on the bias of the keys, because the bias cancels in the softmax.
     still = {name for name in high if not kept[name].any()}
     assert all(name.endswith("key.lora_B.default.bias") for name in still), still
     plain = read_tensors(runs.root / "stage2-lora" / "model.safetensors")
@@ -250,12 +250,12 @@ def test_adapters_learn_while_activations_are_computed_again(runs: Home, tmp_pat
 
 
 def test_stage_2_starts_from_folded_adapters(runs: Home) -> None:
-    """The frozen weights of the second run are those of the first with its adapters in them."""
+    """The frozen weights of the second run are those of the first with its adapters merged."""
     first = read_tensors(runs.root / "stage1-lora" / "model.safetensors")
     second = read_tensors(runs.root / "stage2-lora" / "model.safetensors")
     layer = "qformer.layers.1.attention.value"
     low, high = (first[f"{layer}.lora_{side}.default.weight"] for side in "AB")
-    assert high.abs().max() > 0  # it has learned something
+    assert high.abs().max() > 0  # the adapter has learned something
     folded = first[f"{layer}.base_layer.weight"] + 2 * high @ low
     torch.testing.assert_close(second[f"{layer}.base_layer.weight"], folded, rtol=1e-5, atol=1e-7)
     plain = "qformer.layers.1.query_ffn.widen.weight"

@@ -38,7 +38,7 @@ def test_the_help_of_each_command_ends_with_an_example_that_parses(name: str) ->
 
 
 def complete(shell: str, words: str) -> list[str]:
-    """What a shell is told of the last of these words."""
+    """The completions that a shell gets for the last of these words."""
     environment = {
         **os.environ,
         "PYTHONPATH": SOURCE,
@@ -151,7 +151,7 @@ def test_quiet_leaves_errors_alone(home: Home) -> None:  # noqa: F811
     assert (quiet.code, quiet.out, quiet.err) == (0, f"{home.root / 'quiet'}\n", "")
     refused = call("-q", *home.train("stage3", "quiet"))
     assert (refused.code, refused.err.count("\n")) == (2, 1)
-    assert "vision " in call(*home.train("stage1", "again")).err  # and the next command is as loud as ever
+    assert "vision " in call(*home.train("stage1", "again")).err  # the next command prints as usual
 
 
 def on_terminal() -> tuple[Progress, StringIO]:
@@ -171,7 +171,7 @@ def test_a_bar_on_a_terminal_has_a_rate_and_the_time_left(capfd: pytest.CaptureF
     plain = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown.getvalue())
     assert "loading ..." in plain
     assert re.search(r"captions \S+ +64/64 [\d.]+ pictures/s loss 0.250 0:00:00 left 0:00:00", plain)
-    assert capfd.readouterr().out == '{"path": "a.png"}\n'  # a file gets results past the bar
+    assert capfd.readouterr().out == '{"path": "a.png"}\n'  # standard output gets only the results, not the bar
 
 
 def test_elsewhere_short_work_is_silent_and_long_work_says_a_line_now_and_then(
@@ -340,10 +340,10 @@ def test_kept_texts_are_of_the_same_samples_and_whole(tmp_path: Path) -> None:
     assert texts("a", "pqrst") == list("PQRST")
     assert texts("a", "pqrst") == list("PQRST")
     assert asked == ["pq", "rs", "t"]
-    path.write_text(path.read_text()[:-3])  # the last line is torn
+    path.write_text(path.read_text()[:-3])  # the last line is cut off
     assert texts("a", "pqrst") == list("PQRST")
     assert asked == ["pq", "rs", "t", "t"]
-    assert texts("b", "pqrst") == list("PQRST")  # of another run
+    assert texts("b", "pqrst") == list("PQRST")  # texts of run a are not reused for run b
     assert asked[4:] == ["pq", "rs", "t"]
     assert texts("b", "pqrsu") == list("PQRSU")
     assert asked[7:] == ["pq", "rs", "u"]

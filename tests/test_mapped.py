@@ -1,4 +1,4 @@
-"""Casting tensor by tensor gives what transformers' own loading gives, in less memory (test_memory measures that)."""
+"""Casting tensor by tensor gives the same model as loading by transformers, with less memory (see test_memory)."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def test_the_same_as_transformers_loads(tmp_path: Path, kind: str, stored: torch
     assert mine.config.dtype == theirs.config.dtype
     for mine_buffer, their_buffer in zip(mine.buffers(), theirs.buffers(), strict=True):
         assert mine_buffer.dtype == their_buffer.dtype
-    # Giving pages back changes neither the file nor what others have mapped of it.
+    # Releasing pages changes neither the file nor other mappings of it.
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
 

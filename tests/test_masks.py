@@ -1,4 +1,4 @@
-"""The three masks against their drawings."""
+"""Compares the three masks with their drawings."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from openblip2.model import qformer
 from openblip2.model.qformer import bidirectional_mask, causal_mask, unimodal_mask
 
-# Q = 2, T = 4, the last token is padding: uni-modal, bi-directional, multimodal causal.
+# Q = 2, T = 4, the last token is padding. From left to right: uni-modal, bi-directional, multimodal causal.
 DRAWING = """
     1 1 . . . .          1 1 1 1 1 .            1 1 . . . .
     1 1 . . . .          1 1 1 1 1 .            1 1 . . . .
@@ -19,7 +19,7 @@ KINDS = {"unimodal": unimodal_mask, "bidirectional": bidirectional_mask, "causal
 
 
 def parse(text: str) -> dict[str, Tensor]:
-    """The three drawings side by side; rows of padding are not drawn."""
+    """Parses three drawings side by side; rows of padding are not drawn."""
     rows = [line.split() for line in text.splitlines() if line.strip() and not set(line) - set("1. ")]
     drawn = torch.tensor([[cell == "1" for cell in row] for row in rows])
     assert drawn.shape == (5, 18)
@@ -27,7 +27,7 @@ def parse(text: str) -> dict[str, Tensor]:
 
 
 def several() -> Tensor:
-    """Three texts of T = 4: full, one token short, one token long."""
+    """Three texts of T = 4: full length, one token shorter, and only one token long."""
     return torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]).bool()
 
 
@@ -46,7 +46,7 @@ def test_the_documented_drawing_is_this_one() -> None:
 
 
 def looks(kind: str, row: int, column: int, queries: int, valid: list[bool]) -> bool:
-    """The rule in words, one cell at a time."""
+    """Whether a row attends to a column, by the rule in words."""
     row_is_text, column_is_text = row >= queries, column >= queries
     if column_is_text and not valid[column - queries]:
         return False

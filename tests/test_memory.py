@@ -1,4 +1,4 @@
-"""How much memory loading takes: the peak of a process of its own, against the size of what it loads."""
+"""Peak memory of loading a model and of retrieval, measured in separate processes."""
 
 import json
 import subprocess
@@ -45,7 +45,7 @@ def tokenizer(size: int) -> Any:
 
 
 def published(folder: Path, dtype: torch.dtype) -> int:
-    """A BLIP-2 of the published size, ViT-g and OPT-2.7B, in shards of random numbers; returns its parameters."""
+    """Writes a BLIP-2 of the published size (ViT-g, OPT-2.7B), random, in shards; returns its parameter count."""
     opt = hf.OPTConfig(
         hidden_size=2560,
         num_hidden_layers=32,
@@ -139,7 +139,7 @@ print(peak() - memory, pairs)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_retrieval_of_cocos_size_is_bounded() -> None:
-    """5,000 pictures and 25,000 texts, 128 candidates each way: under 4 GB beyond the model."""
+    """5,000 pictures and 25,000 texts, 128 candidates in each direction: less than 4 GB beyond the model."""
     here = str(Path(__file__).parent)
     run = subprocess.run([sys.executable, "-c", RANK], cwd=here, capture_output=True, text=True, check=True)
     peak, pairs = map(int, run.stdout.split())

@@ -1,4 +1,4 @@
-"""Finished work is never replaced, and nothing is left out, without a word."""
+"""Finished work is never replaced without `--overwrite`, and nothing is skipped without a message."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_earlier_results_are_refused_unless_overwrite(home: Home, tmp_path: Path
     before = files(tmp_path)
     one_line(call(*maps), tmp_path / "maps" / "attention.png", "exists already", "--overwrite")
     one_line(call(*page), tmp_path / "page.html", "exists already", "--overwrite")
-    for name in ("text.png", "queries.png"):  # without the file that is written first
+    for name in ("text.png", "queries.png"):  # the file that is written first does not exist
         (tmp_path / name).write_bytes(b"mine")
         one_line(call(*maps[:-1], tmp_path), name, "exists already", "--overwrite")
         assert files(tmp_path) == before | {tmp_path / name: b"mine"}
@@ -227,7 +227,7 @@ def test_resume_with_other_data_is_refused(home: Home) -> None:
         rows.write_text("".join(before.splitlines(keepends=True)[1:]))
         one_line(call(*home.train("stage1", "other-data", "--resume")), "15 pictures")
         held = call(*home.train("stage1", "other-data", "--resume", "--held-out", home.data))
-        assert "30 pictures" in held.err.splitlines()[-1]  # after the line on data.held_out, which has no effect
+        assert "30 pictures" in held.err.splitlines()[-1]  # after the line about data.held_out, which has no effect
     finally:
         rows.write_text(before)
     said = call(*home.train("stage1", "other-data", "--resume"))
@@ -235,7 +235,7 @@ def test_resume_with_other_data_is_refused(home: Home) -> None:
     assert (run / "model.safetensors").read_bytes() == (home.stage1 / "model.safetensors").read_bytes()
 
 
-# --- what is left out
+# --- skipped data
 
 
 def test_too_few_pictures_name_what_was_skipped_and_settings_that_work(home: Home, tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_a_folder_has_one_writer_whose_lock_ends_with_it(home: Home, tmp_path: P
         finally:
             holder.kill()
             holder.wait()
-        with locked(out):  # although the file of the dead process is still there
+        with locked(out):  # although the lock file of the killed process still exists
             assert (out / ".lock").read_text() == f"process {os.getpid()} on {platform.node()}"
         assert list(out.iterdir()) == []
 
@@ -416,7 +416,7 @@ def test_what_is_refused_leaves_nothing(home: Home, tmp_path: Path) -> None:
     refused("index", home.root / "nowhere", "--run", home.stage1, "--out", out, says="nowhere")
     scores = tmp_path / "new" / "scores.json"
     refused("evaluate", "retrieval", home.stage1, "--data", home.root / "nowhere", "--out", scores, says="nowhere")
-    # What the user made stays.
+    # A folder that the user created is kept.
     out.mkdir(parents=True)
     one_line(call(*home.train("stage1", str(out), "--set", "qformer.start=no/bert")), "no/bert")
     assert list(tmp_path.rglob("*")) == [out.parent, out]

@@ -1,4 +1,4 @@
-"""The objectives against loops that say what they mean, and against what can be worked out on paper."""
+"""Compares the objectives with simple loops, and with values that can be computed by hand."""
 
 import math
 
@@ -31,12 +31,12 @@ def vectors(count: int = B, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cosine(image: Tensor, text: Tensor) -> Tensor:
-    """One image and one text: the best of its queries."""
+    """The similarity of one image and one text: the maximum over the queries."""
     return torch.stack([query @ text for query in image]).max()
 
 
 def smoothed(row: int, ids: Tensor) -> list[float]:
-    """0.9 shared by the texts of the same image, 0.1 by all."""
+    """The target: 0.9 is divided among the texts of the same image, and 0.1 among all texts."""
     own = [bool(other == ids[row]) for other in ids]
     return [(1 - SMOOTHING) * mine / sum(own) + SMOOTHING / len(own) for mine in own]
 
@@ -108,14 +108,14 @@ def test_detach_gathered_is_another_gradient_of_the_same_loss() -> None:
         strict=True,
     ):
         assert (whole - part).abs().max() > 1e-2
-    # One side only: images learn from finding their texts, and not from being found.
+    # Images get a gradient only from the image-to-text loss, not from the text-to-image loss.
     targets = torch.tensor([smoothed(n, IDS) for n in range(B)])
     finding = -(targets * (similarity(*inputs[:2]) / 0.3).log_softmax(dim=1)).sum() / (2 * B)
     close(torch.autograd.grad(half, inputs[0], retain_graph=True)[0], torch.autograd.grad(finding, inputs[0])[0])
 
 
 def test_contrastive_at_chance() -> None:
-    """When every text looks the same the loss is ln G, whatever the smoothing."""
+    """If all images and all texts are equal, the loss is ln G for any label smoothing."""
     image, _, temperature = vectors()
     text = F.normalize(torch.ones(B, E), dim=-1)
     same = image[:1].expand(B, -1, -1)
@@ -124,14 +124,14 @@ def test_contrastive_at_chance() -> None:
 
 
 def floor(classes: int) -> float:
-    """The least a smoothed cross-entropy can be: the entropy of its target."""
+    """The minimum of a smoothed cross-entropy: the entropy of its target."""
     rest = SMOOTHING / classes
     top = 1 - SMOOTHING + rest
     return -top * math.log(top) - (classes - 1) * rest * math.log(rest)
 
 
 def test_contrastive_floor_of_label_smoothing() -> None:
-    """1.02 at G = 1024 (METHOD, health bands), reached when the softmax is the smoothed target itself."""
+    """1.02 at G = 1024 (METHOD, health bands), reached when the softmax equals the smoothed target."""
     count = 1024
     rest = SMOOTHING / count
     temperature = torch.tensor(1 / math.log((1 - SMOOTHING + rest) / rest))
@@ -155,13 +155,13 @@ def test_a_batch_of_one_has_nothing_to_contrast() -> None:
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 100.0, 1e4, 1e30, 3e38])
 def test_hard_negatives_are_never_positives(spread: float) -> None:
-    """However unlike everything else is: a positive's weight is exactly nought, not merely small."""
+    """The weight of a positive is exactly zero, not only small, however dissimilar all other pairs are."""
     torch.manual_seed(0)
     ids = torch.randint(0, 12, (40,))
     ids[::5] = 3
     positives = same_image(ids)
     for _ in range(50):
-        # The worst case: what matches is as similar as can be, and the rest as unlike.
+        # The worst case: positives are as similar as possible, and all other pairs as dissimilar as possible.
         scores = torch.where(positives, spread, -spread) * torch.rand(40, 40)
         for drawn in hard_negatives(scores, scores.T, positives):
             assert drawn.dtype == torch.int64
@@ -205,7 +205,7 @@ def test_matching() -> None:
 
 
 def test_matching_at_chance() -> None:
-    """Knowing only that one pair in three is true: 0.6365."""
+    """The loss is 0.6365 if each pair is predicted to match with probability 1/3, the share of true pairs."""
     logits = torch.tensor([2.0, 1.0]).log().expand(3, 2)
     assert matching(logits, torch.tensor([True, False, False])).item() == pytest.approx(0.6365, abs=5e-5)
     for push in (-0.1, 0.1):
@@ -227,7 +227,7 @@ def test_generation_equals_a_loop() -> None:
 
 
 def test_generation_at_chance_and_at_its_floor() -> None:
-    """ln W = 10.33 and 1.36 for BERT's vocabulary (METHOD, health bands)."""
+    """For BERT's vocabulary, chance is ln W = 10.33 and the minimum is 1.36 (METHOD, health bands)."""
     words, target = 30523, torch.tensor([17])
     assert generation(torch.zeros(1, words), target).item() == pytest.approx(10.33, abs=0.01)
     smooth = torch.full((1, words), SMOOTHING / words)
@@ -261,25 +261,25 @@ def test_decorrelation_equals_loops() -> None:
     for picture in range(B):
         rows = torch.stack([queries[picture, n] - queries[:, n].detach().mean(0) for n in range(Q)])
         shares = torch.linalg.svdvals(rows).square()
-        share = (shares / shares.sum()).square().sum()  # of equal directions: 1 over their number
+        share = (shares / shares.sum()).square().sum()  # 1 / n for n equal directions
         total = total + (share - 1 / Q) / (1 - 1 / Q)
     close(decorrelation(queries), total / B)
 
 
 def test_decorrelation_of_equal_orthogonal_and_single_queries() -> None:
     equal = torch.randn(B, 1, E, generator=torch.Generator().manual_seed(4)).expand(B, Q, E)
-    constants = torch.randn(Q, E, generator=torch.Generator().manual_seed(5))  # what is alike for all pictures
+    constants = torch.randn(Q, E, generator=torch.Generator().manual_seed(5))  # the same for all pictures
     assert float(decorrelation(equal)) == pytest.approx(1, abs=1e-5)
     assert float(decorrelation(equal + 9 * constants)) == pytest.approx(1, abs=1e-4)
     axes = torch.eye(Q, E) * torch.tensor([-1.0, 1.0]).view(2, 1, 1)  # two pictures, the mean is zero
     assert float(decorrelation(axes)) == pytest.approx(0, abs=1e-6)
-    # One query that varies and others that hardly do: one vector, although no two of them are alike.
+    # One query varies and the others hardly do: in effect one vector, although no two queries are similar.
     assert float(decorrelation(axes * torch.tensor([1.0] + [0.01] * (Q - 1))[:, None])) > 0.99
     assert float(decorrelation(equal[:, :1])) == 0
-    assert float(decorrelation(equal[:1])) == 0  # one picture differs from no other
+    assert float(decorrelation(equal[:1])) == 0  # the mean of one picture is the picture itself, so nothing is left
 
 
 def test_similarities_that_are_not_numbers_have_negatives_that_exist() -> None:
     scores, positives = torch.full((3, 3), torch.nan), torch.eye(3, dtype=torch.bool)
-    for drawn in hard_negatives(scores, scores, positives):  # the losses are NaN, and the step is left out
+    for drawn in hard_negatives(scores, scores, positives):  # the losses are NaN, and the step is skipped
         assert drawn.max() < 3

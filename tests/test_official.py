@@ -1,4 +1,4 @@
-"""The official annotation files: each form as its authors publish it, every bad entry, and every unusable file."""
+"""The official annotation files: each format as its authors publish it, every bad entry, and every unusable file."""
 
 import gc
 import json
@@ -16,7 +16,7 @@ from openblip2.data.sources import _recognised
 from openblip2.data.sources import read_official as read_file
 from openblip2.errors import UserError
 
-# Pictures of every set under one roof; what is in them does not matter, reading annotations opens none.
+# Pictures of every data set in one folder. Their content does not matter, because reading annotations opens none.
 NAMES = [
     "train2014/COCO_train2014_000000057870.jpg",
     "val2014/COCO_val2014_000000391895.jpg",
@@ -66,7 +66,7 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
-# --- the files, in the form in which they are published
+# --- the files, in the published format
 
 
 def coco_image(name: str, split: str, captions: list[Any], **changes: Any) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def vqa_annotations(subtype: str = "val2014") -> dict[str, Any]:
         return told | {"answers": answers, "image_id": image, "question_id": number}
 
     return vqa_head(subtype) | {
-        "annotations": [  # in another order than the questions
+        "annotations": [  # in a different order from the questions
             annotation(522418001, "yes/no", "yes", "no"),
             annotation(391895000, "other", "down", "at table"),
             annotation(391895002, "number", "several", "4"),
@@ -286,7 +286,7 @@ def test_nocaps_without_domains_and_without_captions(write: Write, images: Path)
     for image in data["images"]:
         del image["domain"]
     assert [record.facts for record in read_official(write(data), images / "nocaps")[0]] == [None, None]
-    del data["annotations"]  # as nocaps_test_image_info.json: its captions are withheld
+    del data["annotations"]  # as in nocaps_test_image_info.json, whose captions are withheld
     records, skipped = read_official(write(data), images / "nocaps")
     assert [record.captions for record in records] == [(), ()]
     assert skipped == []
@@ -385,7 +385,7 @@ def test_gqas_test_questions_have_the_answer_nothing(write: Write, images: Path)
     assert skipped == []
 
 
-# --- bad entries: each costs itself alone, and is named
+# --- bad entries: only the bad entry is skipped, and a message names it
 
 
 Change = Callable[[Any], Any]
@@ -396,7 +396,7 @@ def image_of(number: int, **changes: Any) -> Change:
 
 
 BAD_CAPTIONS: dict[str, tuple[str, Change, str, str]] = {
-    # what is wrong: the kind of file, how to spoil its test picture or second image, where and what is said
+    # what is wrong: kind of file, how its test picture or second image is damaged, place and text of the message
     "coco: no object": ("coco", lambda d: d["images"].insert(0, 7), "images[0]", "no object, but 7"),
     "coco: missing picture": ("coco", image_of(0, filename="gone.jpg"), "images[0]", "is missing"),
     "coco: no file name": ("coco", image_of(0, filename=None), "images[0]", "no file name, but None"),
@@ -532,7 +532,7 @@ def drop(file: int, name: str, number: int) -> Change:
     return lambda both: both[file][name].pop(number)
 
 
-# how to spoil the question 391895002 (questions[2], annotations[2]); the file, where, and what is said
+# what is wrong: how question 391895002 (questions[2], annotations[2]) is damaged, file, place and text of the message
 BAD_QUESTIONS: dict[str, tuple[Change, str, str, str]] = {
     "no question": (drop(1, "questions", 2), "annotations", "annotations[2]", "391895002 is not among the questions"),
     "no annotation": (drop(0, "annotations", 2), "questions", "questions[2]", "question 391895002 has no annotation"),
@@ -652,7 +652,7 @@ def test_bad_questions_of_gqa(write: Write, images: Path) -> None:
 
 
 def places(data: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The way to every value in a JSON document, itself included; of lists to the first value alone."""
+    """The paths to all values in a JSON document, including the document; in lists, only to the first value."""
     inside = data.items() if isinstance(data, dict) else enumerate(data[:1]) if isinstance(data, list) else ()
     return [here, *(way for key, value in inside for way in places(value, (*here, key)))]
 
@@ -697,7 +697,7 @@ def test_whatever_stands_in_any_place_is_skipped_or_refused_in_one_line(write: W
     assert usable > 40
 
 
-# --- files that are none, and arguments that do not fit
+# --- files that are not annotations, and arguments that do not fit
 
 
 @pytest.mark.parametrize(

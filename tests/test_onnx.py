@@ -1,4 +1,4 @@
-"""The ONNX graph against torch: every family of encoders, both stages, other batch sizes than the traced one."""
+"""Compares the ONNX graph with torch: every family of encoders, both stages, batch sizes other than the traced one."""
 
 import copy
 import importlib.util
@@ -35,7 +35,7 @@ FAMILIES: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "siglip": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**SIZES)),
     "vit": lambda: hf.ViTModel(hf.ViTConfig(**SIZES)),
 }
-LAYERS = 2  # of the Q-Former, one with cross-attention: an export takes seconds a layer
+LAYERS = 2  # of the Q-Former, one with cross-attention; only 2, because the export takes seconds per layer
 SHAPES = {"image_vectors": [tiny.Q, tiny.E], "soft_prompt": [tiny.Q, tiny_models.L]}
 
 
@@ -125,14 +125,14 @@ def test_the_graph_equals_torch_at_every_batch_size(
     assert json.loads(about["image_mean"]) == list(encoder.mean)
     assert json.loads(about["image_std"]) == list(encoder.std)
     assert (about["resize"], about["image_size"], about["normalization"]) == (RESIZE, str(side), "in the graph")
-    # Neither the text path nor the language model is in it.
+    # The graph contains neither the text path nor the language model.
     graph = onnx.load(file).graph
     used = {name for node in graph.node for name in node.input}
     assert {tensor.name for tensor in graph.initializer} <= used
 
 
 def test_the_model_stays_as_it_is_and_the_graph_is_float32(tmp_path: Path) -> None:
-    """Half-precision weights are written as the values they have; dropout is off and adapters are folded in there."""
+    """The graph contains the exact values of half-precision weights; in it, dropout is off and adapters are merged."""
     model = stage2(vision("vit"))
     assert model.vision is not None
     adapt_qformer(model.qformer, 2)
@@ -161,7 +161,7 @@ def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.
     export_onnx(model, file)
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
     weights = sum(p.numel() for part in (model.vision, model.qformer, model.projection) for p in parameters(part))
-    assert (tmp_path / "model.onnx.data").stat().st_size > 3 * weights  # 4 bytes each, the smallest ones inline
+    assert (tmp_path / "model.onnx.data").stat().st_size > 3 * weights  # 4 bytes each; small ones are in the graph
     expected = in_torch(model, pictures(12, 2))
     torch.testing.assert_close(in_onnx(file, pictures(12, 2)), expected, rtol=1e-5, atol=1e-5)
     assert "image_mean" in {entry.key for entry in onnx.load(file, load_external_data=False).metadata_props}

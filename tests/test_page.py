@@ -1,4 +1,4 @@
-"""The page's script, run by node with a minimal document. `tests/test_browser.py` is the page in a real browser."""
+"""The page's script, run by node with a minimal document. `tests/test_browser.py` tests the page in a real browser."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def test_answers_errors_and_repeated_clicks() -> None:
 
 
 class Outline(HTMLParser):
-    """The ids of the page, each with the ids around it."""
+    """The ids of the page, each with the ids of its ancestors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def test_the_page_has_what_the_script_uses() -> None:
     outline.feed(HTML)
     script = (FOLDER / "page.js").read_text(encoding="utf-8")
     assert set(re.findall(r'\$\("([\w-]+)"\)', script)) <= outline.around.keys()
-    # The map's button and legend are beside the picture, on a phone too.
+    # The map's button and legend are in the picture's section, so they are beside it on a phone too.
     assert "picture" in outline.around["attend"]
     assert "picture" in outline.around["legend"]
 

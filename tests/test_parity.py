@@ -1,7 +1,7 @@
-"""Ours against transformers' own forward passes on the very same folders: features, scores, losses, gradients, texts.
+"""Compares our models with transformers' on the same folders: features, scores, losses, gradients, texts.
 
-`openblip2.load` reads a folder that `save_pretrained` wrote; transformers reads it with `from_pretrained`. All is
-float32, and deviations are relative to the largest entry of what is compared.
+`openblip2.load` reads a folder that `save_pretrained` wrote; transformers reads it with `from_pretrained`.
+Everything is float32, and deviations are relative to the largest entry of the tensor that is compared.
 """
 
 from pathlib import Path
@@ -33,18 +33,18 @@ from tiny_blip2 import END, IMAGE, KINDS, RETRIEVER_WORDS, P, V, pixel_values
 from tiny_models import SIDE, L
 
 TOLERANCE = 2e-6
-OF_GRADIENTS = 1e-5  # sums that nearly cancel
+OF_GRADIENTS = 1e-5  # larger, because gradients contain sums that nearly cancel
 PICTURES = tiny_models.pictures(6)
 B = len(PICTURES)
 PROMPTS = ["", "a photo of", "question: what is it answer:", "a photo of", "", "what"]
 CAPTIONS = ["a red dog", "two bird", "tree", "the blue bus", "it runs", "yes it is"]
-# For T5, which reads the prefix and writes the suffix. The place is drawn; up to three words have only one.
+# For T5, which reads the prefix and generates the suffix. The split is random, but up to three words have only one.
 SPLITS = {"a red dog": ("a", "red dog"), "two bird": ("two", "bird"), "tree": ("", "tree")}
 SPLITS |= {"the blue bus": ("the", "blue bus"), "it runs": ("it", "runs"), "yes it is": ("yes", "it is")}
 TEXTS = ["a red dog", "the blue bus is red", "cat", "what colour is the dog", "a cat", "it is a blue cat"]
-# Of `TEXTS`: the first and the fourth belong to one image.
+# The image of each of `TEXTS`: the first and the fourth text belong to one image.
 IDS = torch.tensor([5, 3, 8, 5, 2, 7])
-# For each image a text and for each text an image of another id; two rows have none.
+# For each image a text, and for each text an image, with another id; -1 = none, in two rows.
 NEGATIVES = (torch.tensor([1, 0, 5, -1, 3, 2]), torch.tensor([4, 2, -1, 1, 0, 3]))
 TEMPERATURE = 0.2
 
@@ -62,7 +62,7 @@ class Retrievers(NamedTuple):
     ours: Stage1
     theirs: Any
     tokens: Tensor  # of TEXTS, by the folder's tokenizer
-    valid: Tensor  # int64, as it gives it
+    valid: Tensor  # int64, as the tokenizer returns it
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -102,7 +102,7 @@ def close(mine: Tensor, theirs: Tensor) -> None:
 
 
 def parameter_name(name: str) -> str:
-    """Theirs of one of ours that is trained."""
+    """The name in transformers of one of our trained parameters."""
     name = name.removeprefix("qformer.")
     whole = {
         "queries": "query_tokens",
@@ -123,7 +123,7 @@ def parameter_name(name: str) -> str:
 
 
 def close_gradients(loss: Tensor, ours: nn.Module, their_loss: Tensor, theirs: dict[str, Tensor]) -> None:
-    """Of every parameter that ours trains; `theirs` by our names."""
+    """Compares the gradients of all parameters that are trained; `theirs` maps our names to their parameters."""
     mine = tiny.gradients(loss, ours)
     assert mine.keys() == theirs.keys()
     expected = dict(
@@ -136,8 +136,8 @@ def close_gradients(loss: Tensor, ours: nn.Module, their_loss: Tensor, theirs: d
         )
     )
     for name, gradient in mine.items():
-        # A key's bias adds the same to every score of a row, which softmax does not see: its gradient is rounding
-        # and nothing else, and has no scale of its own.
+        # A key's bias adds the same value to every score of a row, which does not change the softmax. Its gradient
+        # is only rounding error, so the scale of the key's weight is used.
         scale = expected[name.replace("key.bias", "key.weight")]
         if scale.any():
             found = deviation(gradient, expected[name], scale)
@@ -147,7 +147,7 @@ def close_gradients(loss: Tensor, ours: nn.Module, their_loss: Tensor, theirs: d
 
 
 def trained(ours: nn.Module, theirs: nn.Module) -> dict[str, Tensor]:
-    """Their parameters by our names."""
+    """The parameters of transformers' model by our names."""
     names = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
     return {name: theirs.get_parameter(parameter_name(name)) for name in names}
 
@@ -170,18 +170,18 @@ def test_features_queries_and_soft_prompts(both: Generators) -> None:
     assert (patches.shape, queries.shape) == ((B, P, V), (B, Q, D))
     close(patches, tower.hidden_states[-1])
     close(ours.qformer.image_norm(patches), tower.last_hidden_state)
-    faint = 1e-3 * patches  # so that the norm's epsilon shows
+    faint = 1e-3 * patches  # so small that the norm's epsilon matters
     close(ours.qformer.image_norm(faint), theirs.vision_model.post_layernorm(faint))
     close(queries, seen.qformer_outputs.last_hidden_state)
     close(ours.soft_prompt(images=PICTURES), seen.pooler_output)
-    # Otherwise nothing of this would be seen in what follows.
+    # Otherwise the next tests could not detect errors in these values.
     assert seen.pooler_output.std(dim=0).mean() > 0.03, "all pictures look alike"
     assert seen.pooler_output.std(dim=1).mean() > 0.03, "all queries look alike"
 
 
 @torch.no_grad()
 def test_pictures_of_any_size(retrievers: Retrievers, retrieval_folder: Path) -> None:
-    """Resizing and normalising as the folder's processor does it."""
+    """Pictures are resized and normalised as by the folder's processor."""
     random = np.random.default_rng(0)
     shapes = ((31, 20), (SIDE, SIDE), (9, 40))
     pictures = [Image.fromarray(random.integers(0, 256, (*shape, 3), np.uint8)) for shape in shapes]
@@ -194,9 +194,9 @@ def test_pictures_of_any_size(retrievers: Retrievers, retrieval_folder: Path) ->
 
 # Stage 2.
 def rows(both: Generators) -> tuple[Tensor, Tensor, Tensor]:
-    """`input_ids`, `attention_mask` and `labels` of PROMPTS and CAPTIONS, right-padded, as transformers wants them.
+    """`input_ids`, `attention_mask` and `labels` of PROMPTS and CAPTIONS, right-padded, as transformers expects them.
 
-    What stands in front of a prompt, and behind what T5 reads, is what the folder's tokenizer puts there.
+    The folder's tokenizer adds the special tokens before a prompt and after the input of T5.
     """
     inputs, targets = [], []
     for prompt, caption in zip(PROMPTS, CAPTIONS, strict=True):
@@ -215,7 +215,7 @@ def rows(both: Generators) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def padded(inputs: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask."""
+    """Padded ids and their attention mask."""
     pad, side = nn.utils.rnn.pad_sequence, "left" if left else "right"
     ids = list(map(torch.tensor, inputs))
     return pad(ids, True, tiny_models.PAD, side), pad([torch.ones_like(row) for row in ids], True, 0, side)
@@ -225,13 +225,13 @@ def test_language_logits_loss_and_gradients(both: Generators) -> None:
     ours, (ids, mask, labels) = both.ours, rows(both)
     seen: list[Tensor] = []
     head: Any = ours.language.llm.get_output_embeddings()
-    # What is read by the output embedding, before only the scored places are picked out of it.
+    # Computes logits from the input of the output embedding, because our chunked loss does not return any.
     hook = head.register_forward_pre_hook(lambda module, given: seen.append(F.linear(given[0], head.weight, head.bias)))
     loss = ours.losses(PROMPTS, CAPTIONS, images=PICTURES)["lm"]
     hook.remove()
     theirs = both.theirs(pixel_values(PICTURES), input_ids=ids, attention_mask=mask, labels=labels)
-    # A decoder's logit at one place is for the next; ours leaves out the last place and those in front that nobody
-    # scores.
+    # A decoder's logits at one position predict the next token. Our logits leave out the last position, and the
+    # first positions, which no row scores.
     shift = both.kind != "t5"
     scored = labels[:, shift:] != -100
     logits, their_logits = seen[-1], theirs.logits[:, : theirs.logits.shape[1] - shift]
@@ -251,9 +251,9 @@ DECODINGS = [
 
 
 def generate(both: Generators, prompts: list[str] | None, how: Decoding) -> list[list[int]]:
-    """The new tokens that transformers writes, as it stops by itself; None = its own frame for no prompt."""
+    """The new tokens that transformers generates until it stops by itself; `prompts` None = its own default input."""
     given: dict[str, Any] = {}
-    start = 1 if both.kind == "t5" else Q + 1  # T5 begins with its padding, decoders give their input back
+    start = 1 if both.kind == "t5" else Q + 1  # the output begins with padding (T5) or the input (decoders)
     if prompts is not None:
         ids, mask = padded([[IMAGE] * Q + both.words(prompt)["input_ids"] for prompt in prompts], left=True)
         given, start = {"input_ids": ids, "attention_mask": mask}, start if both.kind == "t5" else ids.shape[1]
@@ -264,12 +264,12 @@ def generate(both: Generators, prompts: list[str] | None, how: Decoding) -> list
 
 
 def test_texts(both: Generators) -> None:
-    """Greedy and by beams, with prompts and without, and each picture alone."""
+    """Greedy and beam search, with and without prompts, in a batch and with each picture alone."""
     pictures = list(PICTURES.permute(0, 2, 3, 1).numpy())
     found: list[list[list[list[int]]]] = []
     for prompts in (PROMPTS, [""] * B):
-        # Without a prompt transformers starts with the first token of its settings: these two have a tokenizer
-        # without one, and a processor that follows it.
+        # Without a prompt, transformers starts with the first token from its settings, but the tokenizers and
+        # processors of these two models add no first token.
         own_frame = not any(prompts) and both.kind not in ("gpt2", "t5")
         found.append([generate(both, None if own_frame else prompts, how) for how in DECODINGS])
         for how, written in zip(DECODINGS, found[-1], strict=True):
@@ -277,7 +277,7 @@ def test_texts(both: Generators) -> None:
             assert both.captioner.generate(pictures, prompts, how) == expected
             alone = [both.captioner.generate([pictures[n]], [prompts[n]], how) for n in range(B)]
             assert alone == [[text] for text in expected]
-    # Otherwise nothing of this would show.
+    # Otherwise this test could not detect errors.
     assert len({len(row) for runs in found for written in runs for row in written}) > 2, "no text ended early"
     for plain, beams, _ in found:
         assert len(set(map(tuple, plain))) > 3, "the pictures say nothing"
@@ -315,7 +315,7 @@ def test_matching_scores(retrievers: Retrievers) -> None:
 
 
 def lm_head(theirs: Any) -> Any:
-    """BERT's, tied to the words, redrawn: transformers has none for BLIP-2."""
+    """BERT's head with new random weights, tied to the word embeddings; transformers has none for BLIP-2."""
     sizes: dict[str, Any] = {"hidden_size": D, "vocab_size": RETRIEVER_WORDS, "num_attention_heads": tiny.HEADS}
     head = tiny.redraw(BertOnlyMLMHead(hf.BertConfig(**sizes)), seed=5).predictions
     head.decoder.weight = theirs.embeddings.word_embeddings.weight
@@ -324,7 +324,7 @@ def lm_head(theirs: Any) -> Any:
 
 
 def oracle(retrievers: Retrievers, head: Any, temperature: Tensor) -> dict[str, Tensor]:
-    """The three losses of the paper on transformers' modules, with `NEGATIVES` for ITM."""
+    """The three losses of the paper, computed with transformers' modules, with `NEGATIVES` for ITM."""
     _, _, theirs, ids, valid = retrievers
     pixels, count = pixel_values(PICTURES), ids.shape[1]
     scores = theirs(pixels, input_ids=ids, attention_mask=valid, use_image_text_matching_head=False).logits_per_image
@@ -359,7 +359,7 @@ def oracle(retrievers: Retrievers, head: Any, temperature: Tensor) -> dict[str, 
 
 
 def test_stage1_losses_and_gradients(retrieval_folder: Path, retrievers: Retrievers) -> None:
-    loaded = openblip2.load(retrieval_folder, device="cpu", precision="fp32")  # one of its own: it gets a head
+    loaded = openblip2.load(retrieval_folder, device="cpu", precision="fp32")  # its own copy, because it gets a head
     assert isinstance(loaded, Matcher)
     ours, head = loaded.model, lm_head(retrievers.theirs)
     assert ours.qformer.word_embeddings is not None

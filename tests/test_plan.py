@@ -1,4 +1,4 @@
-"""A plan's figures against the models themselves, against products written out, and against published numbers."""
+"""Compares a plan's figures with the models themselves, with formulas written out, and with published numbers."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_published_figures_of_stage_1(vit_g: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("text", "whole", "shared"), [(32, 40.1, 30.1), (14, 31.8, 21.8)])
 def test_the_papers_passes(text: int, whole: float, shared: float, vit_g: dict[str, Any]) -> None:
-    """Published: GMAC of the paper's passes, forward; and with keys and values computed once for each image."""
+    """Published: GMAC of the paper's forward passes, and with keys and values computed once for each image."""
     pairs, found = 4, {}
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model = Stage1(QFormer(image_width=1408))
@@ -90,7 +90,7 @@ def test_the_papers_passes(text: int, whole: float, shared: float, vit_g: dict[s
 
 
 def test_a_step_is_counted_as_torch_counts_it() -> None:
-    """On real tensors: `Meter` against `FlopCounterMode`, and its peak against what is kept."""
+    """On real tensors: compares `Meter` with `FlopCounterMode`, and its peak with the sizes of the tensors in use."""
     model = tiny.stage1(dropout=0.0)
     tokens, _ = tiny.texts()
     valid, ids = torch.ones_like(tokens, dtype=torch.bool), torch.arange(tiny.B)
@@ -113,12 +113,12 @@ def test_a_step_is_counted_as_torch_counts_it() -> None:
         del b
         assert (meter.now, meter.peak) == (4000, 8000)
         c = a.view(10, 100)
-        assert meter.now == 4000, c.shape  # a view takes nothing
+        assert meter.now == 4000, c.shape  # a view needs no memory
 
 
 @pytest.mark.slow
 def test_predicted_memory_of_a_real_step() -> None:
-    """On a CPU: what the process takes beyond the weights, as `openblip2 bench` measures it."""
+    """On a CPU: the memory of the process beyond the weights, measured as in `openblip2 bench`."""
     torch.manual_seed(0)
     pairs, text = 48, 16
     model = Stage1(QFormer(192, 4, 6, 768, 16, 256, 500, 64, 2, 0.0))
@@ -134,7 +134,7 @@ def test_predicted_memory_of_a_real_step() -> None:
 
     step()
     measured = peak_memory(step, torch.device("cpu"))
-    if measured is None:  # Linux only
+    if measured is None:  # it is measured only on Linux
         return
     with Meter(model) as meter:
         step()
@@ -156,7 +156,7 @@ def test_parameters_of_stage_2(opt: dict[str, Any]) -> None:
 
 
 def test_a_decoder_takes_what_its_layers_take(opt: dict[str, Any]) -> None:
-    """Written out: rows are 32 queries, a first token, 32 of the caption and its end; 33 of them are scored."""
+    """Written out: the rows are 32 queries, 1 first token, 32 caption tokens and 1 end token; 33 rows are scored."""
     width, rows = 2560, 32 + 1 + 32 + 1
     layers = 32 * (rows * 12 * width**2 + 2 * rows**2 * width)
     # The chunked loss computes the gradient of its input along with the loss.
@@ -166,7 +166,7 @@ def test_a_decoder_takes_what_its_layers_take(opt: dict[str, Any]) -> None:
 
 
 def test_any_encoder_and_language_model_from_a_directory(tmp_path: Path) -> None:
-    """Grouped keys and values, and the vision part of a larger model; products written out."""
+    """Grouped-query attention, and the vision part of a larger model, with formulas written out."""
     text: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 90}
     text |= {"num_key_value_heads": 2, "intermediate_size": 40, "head_dim": 6, "max_position_embeddings": 64}
     hf.Qwen3Config(**text).save_pretrained(tmp_path / "llm")
@@ -210,7 +210,7 @@ def test_time_follows_from_flops(small: dict[str, str]) -> None:
     assert plan["run"]["days"] == pytest.approx(250_000 * plan["step"]["seconds"] / 86400)
     assert half["run"]["days"] == pytest.approx(2 * plan["run"]["days"])
     assert plan["memory"]["total"] == pytest.approx(sum(plan["memory"]["items"].values()))
-    # Written out: 4 pairs of a GPU, 15 of 16 negatives from others, 17 tokens of width 64, 2 bytes each.
+    # Written out: 4 pairs per GPU, 15 of 16 negatives from other GPUs, 17 tokens of width 64, 2 bytes each.
     assert plan["step"]["sent"]["features of ITM's negatives"] == 4 * 15 / 16 * 17 * 64 * 2
     assert plan["step"]["sent"]["gradients"] == 2 * 15 / 16 * 4 * plan["parameters"]["trained"]
 
@@ -300,7 +300,7 @@ def test_a_plan_names_settings_without_effect(vit_g: dict[str, Any], monkeypatch
 
 
 def test_the_documents_example_is_what_is_printed(vit_g: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openblip2.plan.make_plan", lambda *_: json.loads(json.dumps(vit_g)))  # counted once
+    monkeypatch.setattr("openblip2.plan.make_plan", lambda *_: json.loads(json.dumps(vit_g)))  # not computed again
     text = (Path(__file__).parents[1] / "docs" / "planning.md").read_text(encoding="utf-8")
     (command,) = [line for line in text.splitlines() if line.startswith("openblip2 plan --preset stage1-vit-g")]
     shown = text.split("```text\n")[1].split("```")[0]

@@ -36,7 +36,7 @@ def bf16(enabled: bool = True) -> torch.autocast:
 
 
 def products(model: nn.Module) -> set[torch.dtype]:
-    """The dtypes of what linear layers give out from now on, filled as they run."""
+    """The output dtypes of all linear layers; hooks add them when the layers run."""
     seen: set[torch.dtype] = set()
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
@@ -45,7 +45,7 @@ def products(model: nn.Module) -> set[torch.dtype]:
 
 
 def off(found: Tensor, wanted: Tensor) -> float:
-    """Relative to the size of what is wanted."""
+    """The norm of the difference, relative to the norm of `wanted`."""
     return float((found.float() - wanted).norm() / wanted.norm())
 
 
@@ -69,7 +69,7 @@ def test_the_encoder_computes_in_its_own_precision(weights: str, autocast: bool)
 
 
 def test_autocast_to_the_weights_own_dtype_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its fp32 norms and softmax are part of measured figures."""
+    """Autocast keeps norms and softmax in fp32, and measured results were obtained with this."""
     vision, model, pictures = tiny_models.vision().to(torch.bfloat16), stage2("llama"), tiny_models.pictures()
     model.language.llm.to(torch.bfloat16)  # pyright: ignore
     with bf16():
@@ -106,7 +106,7 @@ def test_the_language_model_computes_in_its_own_precision(kind: str, weights: st
 
 
 def wide(folder: Path, kind: str) -> Path:
-    """Wide enough that what rounding costs is not all chance, with a tokenizer of whole words."""
+    """A model wide enough that rounding errors are not only noise, with a tokenizer of whole words."""
     sizes = tiny_models.SHARED
     torch.manual_seed(0)
     if kind == "t5":
@@ -125,7 +125,7 @@ def wide(folder: Path, kind: str) -> Path:
 
 
 def loss_and_gradient(lm: LanguageModel, autocast: bool = False) -> tuple[Tensor, Tensor]:
-    """With the gradient at the soft prompt."""
+    """The loss, and its gradient with respect to the soft prompt."""
     soft = 0.15 * torch.randn(3, tiny.Q, 64, generator=torch.Generator().manual_seed(0))
     soft.requires_grad_()
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ def test_gradients_pass_through_quantised_weights(tmp_path: Path, kind: str, bit
     loss, found = loss_and_gradient(lm, autocast)
     assert abs(loss.item() / exact.item() - 1) < (0.02 if bits == 8 else 0.1)
     assert torch.cosine_similarity(found, wanted, dim=0) > (0.98 if bits == 8 else 0.6)
-    # A pass without gradients, as validation takes, leaves the next one's as they were.
+    # A pass without gradients, as in validation, does not change the gradients of the next pass.
     with torch.no_grad():
         soft = torch.randn(2, tiny.Q, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
         assert len(lm.generate(soft, ["", "a photo of"], Decoding(max_new_tokens=3, beams=2))) == 2
@@ -188,7 +188,7 @@ def test_quantised_weights_are_counted_as_they_were(home: Home, bits: int) -> No
     vision = build_vision(settings)
     assert {p.dtype for p in vision.parameters()} == {torch.float16}
     rows = {name: count for name, count, _ in parts_table(build_stage2(settings, vision))}
-    assert rows["language"] == 7100  # as test_cli has it
+    assert rows["language"] == 7100  # the same as in test_cli
     assert rows["vision"] == 11048
 
 

@@ -1,4 +1,4 @@
-"""The paper's models in full size, on the meta device: no weight is read and none takes memory."""
+"""The paper's models in full size, on the meta device, so that no weights are loaded or allocated."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from openblip2.presets import PRESETS, preset
 
 
 def vit_g() -> hf.PreTrainedModel:
-    """EVA-CLIP ViT-g/14 as it is published for BLIP-2: 39 of its 40 layers."""
+    """EVA-CLIP ViT-g/14 as published for BLIP-2: 39 of its 40 layers."""
     sizes: dict[str, Any] = {"hidden_size": 1408, "intermediate_size": 6144, "num_attention_heads": 16}
     config = hf.Blip2VisionConfig(**sizes, num_hidden_layers=39, image_size=224, patch_size=14, qkv_bias=True)
     return hf.Blip2VisionModel(config)
@@ -42,7 +42,7 @@ def flan_t5(width: int, ffn: int, heads: int) -> hf.PreTrainedModel:
     sizes: dict[str, Any] = {"vocab_size": 32128, "d_model": width, "d_ff": ffn, "d_kv": 64, "num_heads": heads}
     sizes |= {"num_layers": 24, "num_decoder_layers": 24, "feed_forward_proj": "gated-gelu"}
     llm = hf.T5ForConditionalGeneration(hf.T5Config(**sizes))
-    # Built from its sizes alone, transformers ties it; FlanT5's files hold one of its own, and that is loaded.
+    # transformers ties the output embedding if only sizes are given, but FlanT5's files contain a separate one.
     llm.lm_head = nn.Linear(width, 32128, bias=False)
     return llm
 
@@ -56,21 +56,21 @@ FROZEN: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "google/flan-t5-xxl": lambda: flan_t5(4096, 10240, 64),
 }
 
-# A layer: 12 V^2 + 13 V, and in ViT-g, whose FFN is 6144 wide, 4 V^2 + 2 x 6144 V + 6144 + 9 V.
+# Parameters of a layer: 12 V^2 + 13 V; in ViT-g, whose FFN has width 6144, 4 V^2 + 2 x 6144 V + 6144 + 9 V.
 # ViT-g: 39 x 25,250,176 + patches 588 V + V + positions 257 V + class token V + last norm 2 V, V = 1408.
 VIT_G = 985_952_256
-# ViT-L: published 303,179,776, less the last of its layers, 12,596,224.
+# ViT-L: the published 303,179,776 minus the last layer, 12,596,224.
 VIT_L = 290_583_552
-# Layers 32 x (12 L^2 + 13 L), words (50,272 + 2,050 positions) x L, last norm 2 L, L = 2560 and 4096.
+# OPT: layers 32 x (12 L^2 + 13 L), embeddings (50,272 words + 2,050 positions) x L, last norm 2 L, L = 2560 and 4096.
 OPT_2_7B, OPT_6_7B = 2_651_596_800, 6_658_473_984
-# As published: the sizes of T5 1.1, on which FlanT5 was trained further.
+# As published: the sizes of T5 1.1, from which FlanT5 was fine-tuned.
 FLANT5_XL, FLANT5_XXL = 2_849_757_184, 11_135_332_352
 
 
 class Counts(NamedTuple):
     vision: int
     language: int
-    trained: str  # the paper's table 2, in millions; to the unit: test_stage2
+    trained: str  # table 2 of the paper, in millions; test_stage2 tests an exact count
 
 
 STAGE2 = {
@@ -81,15 +81,15 @@ STAGE2 = {
     "vit-g-flant5-xl": Counts(VIT_G, FLANT5_XL, "107M"),
     "vit-g-flant5-xxl": Counts(VIT_G, FLANT5_XXL, "108M"),
 }
-# What the hub says of the whole, in billions.
+# Parameters of the whole model according to the Hugging Face Hub, in billions.
 PUBLISHED = {
     "vit-g-opt-2.7b": "3.74",
     "vit-g-opt-6.7b": "7.75",
     "vit-g-flant5-xl": "3.94",
     "vit-g-flant5-xxl": "12.2",
 }
-# With ViT-g to the unit: test_stage1. ViT-L is 384 narrower: 6 layers' keys and values of 384 x 768, and 2 x 384 of
-# the norm, fewer.
+# test_stage1 tests the exact count with ViT-g. ViT-L is 384 narrower, so 6 layers have keys and values that are smaller
+# by 384 x 768 each, and the norm has 2 x 384 fewer weights.
 STAGE1 = {"vit-l": (VIT_L, "183.2M"), "vit-g": (VIT_G, "186.7M")}
 
 
@@ -128,12 +128,12 @@ def test_stage_2_in_full_size(name: str) -> None:
     found, wanted = counted(model), STAGE2[name]
     assert (found["vision"], found["language"]) == (wanted.vision, wanted.language)
     assert f"{found['trained'] / 1e6:.0f}M" == wanted.trained
-    if name in PUBLISHED:  # there the norm on the image features is the encoder's last one, and counted once
+    if name in PUBLISHED:  # there, the norm of the image features is the encoder's last norm, counted once
         assert f"{(sum(found.values()) - 2 * 1408) / 1e9:.3g}" == PUBLISHED[name]
 
 
 def test_the_presets_are_the_papers_models() -> None:
-    """Table 2's, with batch sizes by ViT in stage 1 and by language model in stage 2."""
+    """The models of table 2; the batch size depends on the ViT in stage 1 and on the language model in stage 2."""
     assert {"laptop", *STAGE1} == PRESETS["stage1"].keys()
     assert {"laptop", *STAGE2} == PRESETS["stage2"].keys()
     vision = {"vit-l": "openai/clip-vit-large-patch14", "vit-g": "Salesforce/blip2-itm-vit-g"}
@@ -163,7 +163,7 @@ def test_the_presets_are_the_papers_models() -> None:
 
 @pytest.mark.parametrize("name", PRESETS["stage2"])
 def test_a_stage_2_preset_can_start_from_a_stage_1_preset(name: str) -> None:
-    """It takes that one's Q-Former, and what it has learned to see by."""
+    """It loads the Q-Former of stage 1, so their settings of the Q-Former and of the image encoder must agree."""
     second = preset("stage2", name)
     assert any((first.vision, first.qformer) == (second.vision, second.qformer) for first in PRESETS["stage1"].values())
     with_start = change(second, {"start": "runs/stage1", "train.batch": "7"})

@@ -1,4 +1,4 @@
-"""The Q-Former: what may not leak, the cached pass against the joint one, and parity with transformers."""
+"""The Q-Former: no information leaks past the masks, cached and joint pass agree, and parity with transformers."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ MASKS = {"unimodal": unimodal_mask, "bidirectional": bidirectional_mask, "causal
 
 
 def joint(model: QFormer, patches: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Query rows and text rows of one pass over both."""
+    """Query rows and text rows of a joint pass."""
     output = model(model.encode_image(patches), tokens, mask)
     return rows(output.queries), rows(output.text)
 
 
 def seen(model: QFormer, patches: Tensor) -> tuple[Tensor, Cache]:
-    """The pass of queries alone."""
+    """A pass with only the queries."""
     return model.query_pass(model.encode_image(patches))
 
 
@@ -130,7 +130,7 @@ def test_causal_pass_equals_the_joint_pass_forward_and_backward() -> None:
     fast_gradients = tiny.gradients((fast * weight).sum(), model)
     slow_gradients = tiny.gradients((slow * weight).sum(), model)
     tiny.assert_same_gradients(fast_gradients, slow_gradients)
-    # The text rows alone must teach the queries too: the cache is not detached.
+    # The text rows alone must also give the queries a gradient, so the cache must not be detached.
     through_the_cache = tiny.gradients(model.causal_pass(seen(model, patches)[1], tokens, valid).square().sum(), model)
     assert through_the_cache["queries"].abs().max() > 1e-3
     assert through_the_cache["image_norm.weight"].abs().max() > 1e-3
@@ -141,12 +141,12 @@ def test_padding_changes_nothing(kind: str) -> None:
     model, patches = tiny.qformer(), tiny.features()
     tokens, valid = tiny.texts()
     queries, text = joint(model, patches, tokens, MASKS[kind](Q, valid))
-    # What stands in the padding is never looked at: not one bit moves.
+    # No token attends to the padding, so its content does not change a single bit.
     junk = tokens.where(valid, 17)
     junk_queries, junk_text = joint(model, patches, junk, MASKS[kind](Q, valid))
     assert torch.equal(queries, junk_queries)
     assert torch.equal(text[valid], junk_text[valid])
-    # Nor does it matter how much of it there is.
+    # The length of the padding does not matter either.
     wider = torch.cat([tokens, tokens.new_full((B, 3), 9)], dim=1)
     wider_valid = torch.cat([valid, valid.new_zeros(B, 3)], dim=1)
     wide_queries, wide_text = joint(model, patches, wider, MASKS[kind](Q, wider_valid))
@@ -186,7 +186,7 @@ def test_which_layers_cross(every: int, crossing: list[int]) -> None:
     memory = model.encode_image(tiny.features())
     assert len(memory.layers) == len(crossing)
     assert memory.layers[0][0].shape == (B, tiny.HEADS, P, D // tiny.HEADS)
-    # Each of them reads its own keys and values of the image.
+    # Each of these layers uses its own keys and values of the image.
     model(memory).queries.square().sum().backward()
     for n in crossing:
         assert model.get_parameter(f"layers.{n}.cross.value.weight").grad.abs().max() > 1e-3  # pyright: ignore
@@ -208,7 +208,7 @@ def test_dropout_is_on_in_training_alone() -> None:
 
 
 def test_every_kind_of_dropout_is_there() -> None:
-    """Of the embedding, of attention weights, of attention and FFN outputs."""
+    """Dropout of the embedding, of attention weights, and of attention and FFN outputs."""
     patches = tiny.features()
     for place in (
         "dropout",
@@ -290,7 +290,7 @@ def their_name(name: str) -> str:
 
 
 def theirs(model: QFormer) -> Any:
-    """transformers' Q-Former with our weights, every one of its own filled."""
+    """transformers' Q-Former, with all of its weights replaced by ours."""
     from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
     config = Blip2QFormerConfig(

@@ -1,4 +1,4 @@
-"""The README shows what the demo prints: the pictures, their references and the count of right captions are true."""
+"""The README shows what the demo prints: pictures, references and the number of correct captions are checked."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Real pictures: four sources read, grouped and split, on folders made here in exactly the packages' layouts."""
+"""Real pictures: reads, groups and splits four sources, in folders with exactly the layouts of the packages."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ ENGLISH = (
 
 
 def blots(seed: int, size: tuple[int, int] = (80, 60)) -> Image.Image:
-    """A picture like no other: random blots on a transparent ground."""
+    """A different picture for each seed: random blots on a transparent background."""
     random = np.random.default_rng(seed)
     picture = Image.new("RGBA", (80, 60), (0, 0, 0, 0))
     draw = ImageDraw.Draw(picture)
@@ -115,7 +115,7 @@ def test_a_drawings_caption_is_its_title_cleaned(tmp_path: Path) -> None:
         "food/pie_apple_bw": "Apple_Pie (B and W)",
         "people/hat1": "Clipart by Some Body - blue hat - clothing 03",
         "people/hat2": "BlueHat#12",
-        "animals/frog": "Frog&amp;#39;",  # an entity of HTML in that of XML
+        "animals/frog": "Frog&amp;#39;",  # an HTML entity, escaped again in XML
     }
     for name, title in titles.items():
         drawing(tmp_path, name, title)
@@ -178,7 +178,7 @@ def test_what_is_broken_in_openclipart_is_skipped_and_named(tmp_path: Path, monk
     broken[1].write_bytes(b"\x00\xff")
     broken[2].write_text(SVG.format(title="Owl", tag="", entities="") + " " * 9000, encoding="utf-8")
     (tmp_path / PICTURES / "animals/d.png").unlink()
-    (tmp_path / DRAWINGS / "animals/link.svg").symlink_to("owl.svg")  # another name of one that is read
+    (tmp_path / DRAWINGS / "animals/link.svg").symlink_to("owl.svg")  # another name of a file that is read
     monkeypatch.setattr(readers, "_MAX_BYTES", 8000)
     records, skipped = openclipart(tmp_path)
     assert [record.id for record in records] == ["animals/owl"]
@@ -271,12 +271,12 @@ def test_without_furniture_one_line_says_so(tmp_path: Path) -> None:
     one_line(error)
 
 
-# --- prepared: one folder, groups across the sources, folds
+# --- prepared pictures: one folder, groups across the sources, folds
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """All four sources. Seeds 0 to 2 are in more than one of them, one mirrored; the others are alone."""
+    """All four sources. Seeds 0 and 1 are in more than one source, seed 1 mirrored; the others are in one."""
     for i, name in enumerate(("owl", "bat", "cat")):
         stamp(tmp_path, f"animals/{name}", blots(i, (160, 120)), f"A {name}.")
     stamp(tmp_path, "animals/frog", blots(7), "A frog.")
@@ -298,7 +298,7 @@ def test_prepared_pictures_are_one_data_folder(folder: Path, tmp_path: Path) -> 
     assert skipped == [f"openclipart: {folder / DRAWINGS}: 0 drawings have no English caption of their own; left out"]
     again, unread = read_records(out)
     assert (again, unread) == (records, [])
-    shutil.rmtree(folder / "openclipart-png")  # the data folder stands alone
+    shutil.rmtree(folder / "openclipart-png")  # the data folder does not need the sources
     sizes = {record.id: open_picture(record.image).size for record in again}
     assert len(sizes) == 13
     assert sizes["stamps/animals/owl"] == (160, 120)  # nothing is enlarged
@@ -320,13 +320,13 @@ def test_copies_are_one_group_across_sources(folder: Path, tmp_path: Path) -> No
         frozenset({"stamps/animals/bat", "openclipart/animals/bat"}),  # mirrored
         frozenset({"stamps/animals/frog", "stamps/animals/frog-2"}),  # a series
         frozenset({"emoji/1f3c3", "emoji/1f3c3-200d-2642-fe0f"}),  # man and person
-    }  # and not emoji/1f600, which merely has the owl's caption
+    }  # not with emoji/1f600, which only has the same caption as the owl
     assert all(name in group for name, group in members.items())
 
 
 def test_pictures_that_cannot_be_used_are_skipped_and_named(folder: Path, tmp_path: Path) -> None:
     stamps = [stamp(folder, f"harmed/{name}", blots(90 + i), "A harmed one.") for i, name in enumerate("abcde")]
-    Image.new("1", (20_000, 20_000)).save(stamps[0])  # 50 kilobytes that unfold to 1.2 gigabytes
+    Image.new("1", (20_000, 20_000)).save(stamps[0])  # 50 kilobytes that decode to 1.2 gigabytes
     assert stamps[0].stat().st_size < 100_000
     stamps[1].write_bytes(stamps[1].read_bytes()[:60])
     Image.new("RGBA", (64, 64), (255, 255, 255, 255)).save(stamps[2])
@@ -406,7 +406,7 @@ def test_pairs_are_those_of_all_comparisons(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def flag(*stripes: str, shape: str = "rectangle", size: tuple[int, int] = (90, 60)) -> Image.Image:
-    """Upright stripes in a rectangle or an ellipse, on white."""
+    """Vertical stripes in a rectangle or an ellipse, on white."""
     colours = Image.new("RGB", size)
     for i, stripe in enumerate(stripes):
         colours.paste(stripe, (i * size[0] // len(stripes), 0, size[0], size[1]))
@@ -420,8 +420,8 @@ def flag(*stripes: str, shape: str = "rectangle", size: tuple[int, int] = (90, 6
     [
         (flag("navy", "silver", "red"), flag("red", "silver", "navy"), True),  # mirrored
         (flag("navy", "silver", "red"), flag("navy", "silver", "red", size=(450, 300)), True),
-        (flag("red"), flag("blue"), True),  # of one shade: recoloured
-        (flag("navy", "silver", "red"), flag("silver", "navy", "silver"), False),  # same outline, another inside
+        (flag("red"), flag("blue"), True),  # one shade, only recoloured
+        (flag("navy", "silver", "red"), flag("silver", "navy", "silver"), False),  # same outline, different inside
         (flag("navy", "silver"), flag("navy"), False),
         (flag("red"), flag("red", shape="ellipse"), False),
     ],

@@ -1,4 +1,4 @@
-"""The study on real pictures, with tiny models on pictures that look like the prepared ones."""
+"""The study on real pictures, with tiny models and generated pictures in the format of the prepared ones."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             shade = [max(0, min(255, c + 3 * n)) for c in tiny_runs.COLOURS[colour]]
             Image.new("RGB", (16, 16), (shade[0], shade[1], shade[2])).save(path)
-            group = f"{source}/{n - n % 2}"  # pictures in pairs
+            group = f"{source}/{n - n % 2}"  # two pictures in each group
             facts = {"source": source, "group": group}
             records.append(Record(f"{source}/{n}", path, (f"A {colour} {noun}.",), facts=facts))
     write_records(records, root / "out" / "data")
@@ -61,12 +61,12 @@ def test_folds_are_trained_scored_and_put_into_a_table(home: Path) -> None:
     assert {"captions: CIDEr-D", "alone, fine-tuned: itm ir@1"} <= figures["scores"].keys()
     assert "joint less alone, ir@1" in figures["differences"]
     assert figures["pictures"] == {"stamps": 24, "emoji": 16}
-    # No picture of a fold's test part, nor one of its group, was trained on.
+    # Neither the pictures of a fold's test part nor others of their groups are in the training data.
     for number in (0, 2):
         trained = (out / f"fold-{number}" / "joint" / "stage1" / "trained_on.txt").read_text().split()
         assert 10 < len(trained) < 40
 
-    # Again: nothing is trained anew, and the figures are the same.
+    # A second call trains nothing again, and the figures are the same.
     before = {path: path.stat().st_mtime_ns for path in out.glob("fold-*/*/*/model.safetensors")}
     assert len(before) == 10
     assert real.bench_real(out, plan(home), Progress(quiet=True)) == figures

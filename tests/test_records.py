@@ -1,4 +1,4 @@
-"""Reading and writing data: every source, every kind of bad row, and the way back."""
+"""Reading and writing data: every source, every kind of bad row, and reading back what was written."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from openblip2.errors import UserError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A data folder with three picture files. What is in them does not matter: reading records opens none."""
+    """A data folder with three picture files. Their content does not matter: reading records opens no picture."""
     root = tmp_path / "data"
     (root / "sub").mkdir(parents=True)
     for name in ("cat.jpg", "dog.PNG", "sub/bus.webp"):
@@ -124,7 +124,7 @@ def test_a_caption_file_that_is_empty_or_not_text_costs_its_picture_only(folder:
     assert skipped[0].startswith(f"{folder / 'cat.jpg'}: its caption file ")
 
 
-# --- as other tools write them
+# --- tables in the formats of other tools
 
 FORMS = {
     "Hugging Face": ("metadata.csv", "file_name,text\ncat.jpg,a cat\ndog.PNG,a dog\n"),
@@ -415,7 +415,7 @@ def test_bad_table_rows_are_skipped_and_named(folder: Path) -> None:
 def test_a_quotation_mark_that_is_not_closed_costs_its_row_only(folder: Path, closed: bool) -> None:
     rows = [f"cat.jpg,a cat {n}" for n in range(500)]
     rows[20] = 'dog.PNG,"a dog'
-    if closed:  # without this, all later rows would become one caption
+    if closed:  # the rows between the two marks must not become one caption
         rows[400] += '"'
     (folder / "rows.csv").write_text("image,caption\n" + "\n".join(rows) + "\n")
     (record,), (line,) = read_records(folder / "rows.csv")
@@ -474,7 +474,7 @@ def test_every_row_is_used_or_named(
         path.write_text("\n".join(lines) + "\n", encoding=encoding)
         assert len(list(read_rows(path))) == len(captions)
         if {*missing, open_at}.issuperset(range(len(captions))):
-            return  # not one row can be used
+            return  # no row can be used
         records, skipped = read_records(path)
         assert sum(len(record.captions) for record in records) + len(skipped) == len(captions)
 
@@ -499,7 +499,7 @@ def test_every_picture_of_a_folder_is_used_or_named(pictures: set[str], texts: s
         assert any(sign.replace("1 d.dng", "1 .dng") in line for line in lines), (name, lines)
 
 
-# --- sources that are no data
+# --- sources without data
 
 
 def test_no_usable_row_at_all_is_an_error_with_the_first_reason(folder: Path) -> None:

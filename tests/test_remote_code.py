@@ -1,4 +1,4 @@
-"""Code of a model's own repository is never run, and nobody is asked whether it should be."""
+"""The code in a model's repository is never run, and the user is never asked whether to run it."""
 
 import ast
 import json
@@ -43,7 +43,7 @@ def test_a_repository_with_code_is_refused(
 
 
 def test_every_load_by_transformers_says_so() -> None:
-    """`from_pretrained` of anything but our own classes has `trust_remote_code=False`."""
+    """Every call of `from_pretrained`, except of our own classes, has `trust_remote_code=False`."""
     missing = []
     for file in Path(openblip2.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""The report, read as a browser reads it: whole, on its own, and with every figure in it."""
+"""The report, parsed as by a browser: it is well-formed and self-contained, and shows every figure."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ VOID = {"meta", "img", "link", "br", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, all text, and whether every element is closed where it should be."""
+    """Collects elements with their attributes and all text, and checks that every element is closed correctly."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def scores(accuracy: float, number: float) -> dict[str, Any]:
 
 @pytest.fixture
 def metrics() -> dict[str, Any]:
-    """Every figure another one."""
+    """Metrics in which all figures differ."""
     shares = dict(zip(("exact", "objects", "attributes"), (0.311, 0.522, 0.433), strict=True))
     shares |= {"objects_and_attributes": 0.424, "relations": 0.875}
     return {
@@ -103,7 +103,7 @@ def metrics() -> dict[str, Any]:
 
 @pytest.fixture
 def examples(tmp_path: Path) -> dict[str, Any]:
-    """Three held-out pictures; the second caption is wrong, the third is an attack."""
+    """Three held-out pictures; the second caption is wrong, the third is an HTML injection."""
     images = []
     for n, colour in enumerate(("red", "blue", "teal")):
         images.append(str(tmp_path / f"{n}.png"))
@@ -167,7 +167,7 @@ def logs(tmp_path: Path) -> list[Path]:
 def written(tmp_path: Path, metrics: dict[str, Any], examples: dict[str, Any], logs: list[Path]) -> Page:
     path = tmp_path / "report.html"
     write_report(path, metrics, examples, *logs)
-    assert [file.name for file in tmp_path.glob("report*")] == ["report.html"]  # no draft left behind
+    assert [file.name for file in tmp_path.glob("report*")] == ["report.html"]  # no temporary file is left
     page = Page(path.read_text(encoding="utf-8"))
     assert page.open == []
     return page
@@ -229,7 +229,7 @@ def test_every_figure_is_there(
 ) -> None:
     text = written(tmp_path, metrics, examples, logs).text
     figures = ["61.1 %", "62.2 %", "83.3 %", "84.4 %", "65.5 %", "66.6 %", "87.7 %", "88.8 %", "best 16 re-ranked"]
-    figures += ["0.2 %", "1.0 %", "511 held-out"]  # chance of one in 511 and of five
+    figures += ["0.2 %", "1.0 %", "511 held-out"]  # chance of 1 and of 5 in 511
     figures += ["31.1 %", "52.2 %", "43.3 %", "42.4 %", "87.5 %", "0.4 %", "0.9 %"]
     figures += ["45.5 %", "46.2 %", "44.8 %", "17.7 %", "18.2 %", "14.4 %", "14.7 %"]
     figures += ["35.5 %", "36.3 %", "34.7 %", "23.3 %", "23.7 %", "10.1 %", "10.3 %"]
@@ -247,7 +247,7 @@ def test_right_and_wrong_are_told_apart_in_their_order(
 ) -> None:
     text = written(tmp_path, metrics, examples, logs).text
     captions = text[text.index("1 of these 3 are right in everything") : text.index("Questions and answers An")]
-    assert captions.count("✓ one of its own captions") == 2  # the attack repeats its reference
+    assert captions.count("✓ one of its own captions") == 2  # the injection is also its own reference
     assert captions.count("✓ objects ✓ attributes") == 1
     assert captions.count("✗ objects ✗ attributes") == 2
     assert captions.index("✓ objects") < captions.index("✗ objects")
@@ -283,8 +283,8 @@ def test_what_was_not_measured_is_said(
 
 def test_goals_met_and_missed(metrics: dict[str, Any]) -> None:
     assert [goal.met for goal in goals(metrics)] == [True] * 9
-    metrics["retrieval"]["itc"]["ir@1"] = 0.59  # the weaker of the two ways counts
-    metrics["retrieval"]["itm"] |= {"tr@1": 0.9, "ir@1": 0.589}  # a gain one way does not make up for the other
+    metrics["retrieval"]["itc"]["ir@1"] = 0.59  # the lower of the two directions counts
+    metrics["retrieval"]["itm"] |= {"tr@1": 0.9, "ir@1": 0.589}  # a gain in one direction does not offset a loss
     metrics["caption"]["objects_and_attributes"] = None
     metrics["grounding"]["loss_right"] = 1.4
     metrics["pointing"]["pointing"] = 0.149
@@ -311,7 +311,7 @@ def test_goals_of_the_small_world(metrics: dict[str, Any]) -> None:
     metrics["caption"]["objects_and_attributes"] = 0.85
     asked = metrics["vqa"]["scenes"]
     asked["open"]["accuracy"] = 0.6
-    asked["baselines"]["majority"]["yes/no"]["accuracy"] = 0.34  # the better guesser of the two
+    asked["baselines"]["majority"]["yes/no"]["accuracy"] = 0.34  # the higher of the two baselines
     assert asked["yes/no"]["accuracy"] > 0.44
     assert [goal.met for goal in goals(metrics)] == [True] * 9
     metrics["caption"]["objects_and_attributes"] = 0.84
@@ -353,7 +353,7 @@ def test_a_missed_goal_is_said_at_the_top(
 
 def test_a_chart_is_to_scale_from_zero() -> None:
     svg = chart("Loss", "loss", {"a": [(0, 4.0), (50, 2.0), (100, 1.0)], "b": [(100, 3.0)]})["svg"].decode()
-    (path, _) = re.findall(r'<path d="([^"]+)"[^>]*stroke: #1f6fc4', svg)  # the second is the legend's
+    (path, _) = re.findall(r'<path d="([^"]+)"[^>]*stroke: #1f6fc4', svg)  # the second belongs to the legend
     places = [(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", path)]
     (x0, y0), (x1, y1), (x2, y2) = places
     assert x0 < x1 < x2
@@ -362,7 +362,7 @@ def test_a_chart_is_to_scale_from_zero() -> None:
     assert (y1 - y0) / 2 == pytest.approx(y2 - y1, abs=0.01)
     ticks = re.findall(r'x="([\d.]+)" y="([\d.]+)" style="stroke: #000000', svg)
     floor = max(float(y) for _, y in ticks)
-    assert floor - y2 == pytest.approx(y2 - y1, abs=0.01)  # from the axis to a loss of 1 as far as from 1 to 2
+    assert floor - y2 == pytest.approx(y2 - y1, abs=0.01)  # 0 to 1 is as far as 1 to 2
     (dot, _) = re.findall(r'x="([\d.]+)" y="([\d.]+)" style="fill: #c2571a', svg)
     assert tuple(map(float, dot)) == pytest.approx((x2, (y0 + y1) / 2), abs=0.01)
 

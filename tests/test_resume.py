@@ -1,4 +1,4 @@
-"""Nothing lost: whatever ends a run, it goes on as if nothing had been. The slow kill test is in test_kill.py."""
+"""A run that ended early, for any reason, resumes with the same result. The slow kill test is in test_kill.py."""
 
 import errno
 import json
@@ -27,11 +27,11 @@ from openblip2.train.resume import find_checkpoint
 from test_training import OPTIM, Line, log_of, quiet, settings
 
 Losses = Callable[[int], dict[str, Tensor]]
-EVERY = 6  # operation on files that a run is killed at by default; the others are slow tests
+EVERY = 6  # by default, runs are killed at every 6th file operation; the others are slow tests
 
 
 class Heard(Progress):
-    """What was said."""
+    """Records the messages."""
 
     def __init__(self) -> None:
         super().__init__(quiet=True)
@@ -49,7 +49,7 @@ def go(
     progress: Progress | None = None,
     samples: Callable[[], list[dict[str, Any]]] = list,
 ) -> Line:
-    """Trains from the last checkpoint on, or from the beginning: what a job script does each time."""
+    """Trains from the last checkpoint, or from the beginning if there is none, as a job script does each time."""
     torch.manual_seed(0)
     model, progress = Line(), progress or quiet()
     folder.mkdir(exist_ok=True)
@@ -59,7 +59,7 @@ def go(
 
 
 def at(number: int, happens: Callable[[], object]) -> Callable[[Line], Losses]:
-    """Something that happens while batch `number` is looked at."""
+    """Losses that call `happens` when they compute batch `number`."""
 
     def of(model: Line) -> Losses:
         def losses(now: int) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The undisturbed run."""
+    """A run without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     go(folder)
     return folder
@@ -148,7 +148,7 @@ def shorten(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """One bit, in the last tensor."""
+    """Flips one bit in the last tensor."""
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes(content)
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole: Path, 
     damage(newest / name)
     heard = Heard()
     with pytest.raises(RuntimeError):
-        go(tmp_path, at(3, gone), progress=heard)  # not yet as far as it was
+        go(tmp_path, at(3, gone), progress=heard)  # before it reaches step 4 again
     assert len([line for line in heard.lines if "damaged" in line]) == 1
     assert str(newest) in heard.lines[0]
     assert name in heard.lines[0]
@@ -190,11 +190,11 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path: Path) 
         go(tmp_path, at(5, gone))
     for folder in (tmp_path / "resume").iterdir():
         flip(folder / "model.safetensors")
-    for _ in range(2):  # and it stays one
+    for _ in range(2):  # the second attempt fails too
         with pytest.raises(UserError, match=r"step-00000004 is damaged \(model\.safetensors is not as it was"):
             go(tmp_path)
     model = Line()
-    fit(model, model.losses, tmp_path, OPTIM, settings(steps=1), dict, quiet())  # anew
+    fit(model, model.losses, tmp_path, OPTIM, settings(steps=1), dict, quiet())  # starts from the beginning
     assert not (tmp_path / "resume").exists()
 
 
@@ -253,7 +253,7 @@ def broken(*numbers: int, value: float = math.nan) -> Callable[[Line], Losses]:
 
 
 class Overflow(torch.autograd.Function):
-    """A loss that is finite with a gradient that is not."""
+    """A finite loss with a gradient that is not finite."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ def test_bad_steps_in_a_row_end_the_run_and_name_the_samples(tmp_path: Path) -> 
     message = (
         r"^step 5: near = nan, far = nan, grad_norm = nan; such steps change nothing, but this is number 3 in a row"
     )
-    for _ in range(2):  # the second time from the checkpoint of step 4, whose count goes on
+    for _ in range(2):  # the second time starts from the checkpoint of step 4 and continues its count
         with pytest.raises(UserError, match=message):
             go(tmp_path, broken(0, 2, 3, 4), train, samples=lambda: seen)
         found = json.loads((tmp_path / "bad_batch.json").read_text())
@@ -320,13 +320,13 @@ def test_a_run_with_bad_steps_resumes_to_the_same(tmp_path: Path) -> None:
 def chained(first: Losses, second: Losses) -> Losses:
     def losses(number: int) -> dict[str, Tensor]:
         first(number)
-        torch.manual_seed(number)  # what `fit` sets with seed 0
+        torch.manual_seed(number)  # as `fit` does with seed 0
         return second(number)
 
     return losses
 
 
-# What the server calls: in processes of their own.
+# The server calls the following functions in separate processes.
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +336,7 @@ def lives() -> Iterator[Lives]:
 
 
 def life(folder: str, operation: int) -> None:
-    """Trains on, and dies at an operation on the run's files; -1 = never."""
+    """Resumes training, and is killed at an operation on the run's files; -1 = never."""
     torch.set_num_threads(1)
     if operation >= 0:
         die_at(operation, folder)
@@ -353,18 +353,18 @@ def test_killed_at_each_operation_on_files_it_ends_in_the_same_run(
         folder = tmp_path / str(operation)
         folder.mkdir()
         codes, _ = lives.live(life, folder, operation)
-        if operation % 4 == 0:  # a second time, anywhere
+        if operation % 4 == 0:  # killed a second time, at any operation
             assert lives.live(life, folder, operation * 7 % 23)[0] in ([-9], [0])
         assert lives.live(life, folder, -1)[0] == [0]
         assert_same_run(whole, folder)
         assert steps(folder) == ["step-00000004", "step-00000006"]
         assert not list(folder.rglob("*.new"))
-    assert codes == [0]  # the run has no more operations
+    assert codes == [0]  # the run ended before this operation
     assert operation > 60
 
 
 class Rows(nn.Module):
-    """A model of rows of a batch: what several processes train is what one does with the joined batch."""
+    """A model for which training in several processes equals training in one process on the joined batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -375,7 +375,7 @@ class Rows(nn.Module):
 
 
 def train_rows(process: int, folder: str, how: str, steps: int, world: int, bad: int = -1) -> None:
-    """Batch n of 4 rows, shared by the processes; with `bad`, one row of that batch is NaN, in the last process."""
+    """Trains on batches of 4 rows, split among processes; in batch number `bad`, a row of the last process is NaN."""
     torch.set_num_threads(1)
     run = Path(folder)
     torch.manual_seed(3)
@@ -383,7 +383,7 @@ def train_rows(process: int, folder: str, how: str, steps: int, world: int, bad:
     if world > 1:
         meeting = f"file://{run}/meeting-{steps}-{world}"
         dist.init_process_group("gloo", meeting, timedelta(minutes=5), world_size=world, rank=process)
-    if how == "fsdp":  # two parts in pieces, the norm whole
+    if how == "fsdp":  # two layers are sharded, the norm is not
         fully_shard(model.first)
         fully_shard(model.last)
     taken: list[int] = []
@@ -401,7 +401,7 @@ def train_rows(process: int, folder: str, how: str, steps: int, world: int, bad:
         return {"n": 1}
 
     def stops(number: int) -> dict[str, Tensor]:
-        if number == steps - 1 and process == 0:  # one process is told, all stop
+        if number == steps - 1 and process == 0:  # one process gets the signal, all stop
             signal.raise_signal(signal.SIGTERM)
         return losses(number)
 
@@ -451,7 +451,7 @@ def test_a_run_resumes_on_another_number_of_processes(
         torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-7)
     rows = [row for row in log_of(parts) if "step" in row and "validation" not in row]
     assert [row["step"] for row in rows] == list(range(1, 13))
-    assert [row["step"] for row in rows if "bad" in row] == [5]  # batch 4: bad in one process, left out in both
+    assert [row["step"] for row in rows if "bad" in row] == [5]  # batch 4 is bad in one process, skipped in both
 
 
 def endlessly_bad(process: int, folder: str) -> None:
@@ -465,7 +465,7 @@ def endlessly_bad(process: int, folder: str) -> None:
     names = [{"process": process, "sample": "é" * (process + 1)}]
     try:
         fit(model, losses, Path(folder), OPTIM, settings(most_bad_steps=2), dict, quiet(), None, lambda: names)
-    except UserError as error:  # every process names what was found in one of them
+    except UserError as error:  # every process names the bad value that one of them found
         raise SystemExit(2 if "square = nan" in str(error) else 3) from error
 
 

@@ -1,4 +1,4 @@
-"""Nothing is read twice, and nothing changes: prompts, pictures and image keys are shared without changing a result."""
+"""Prompts, pictures and image keys are computed once and shared, without changing a result."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,12 +50,12 @@ def gemma3() -> Any:
 
 
 def bloom() -> Any:
-    """Tells places by distance."""
+    """Encodes positions as distances (ALiBi)."""
     return hf.BloomForCausalLM(hf.BloomConfig(**SHARED, hidden_size=L, n_layer=2, n_head=LM_HEADS))
 
 
 def mpt() -> Any:
-    """Tells places by distance, and padding counts."""
+    """Encodes positions as distances (ALiBi), including padding."""
     config = hf.MptConfig(vocab_size=tiny_models.W, d_model=L, n_layers=2, n_heads=LM_HEADS, max_seq_len=64)
     return hf.MptForCausalLM(config)
 
@@ -66,14 +66,14 @@ def mamba() -> Any:
 
 
 def recurrent_gemma() -> Any:
-    """Has a window of keys and values, and a state."""
+    """Has a window of keys and values, and a recurrent state."""
     types = ["recurrent", "attention"]
     config = hf.RecurrentGemmaConfig(**SHARED, **HEADS, attention_window_size=64, block_types=types, lru_width=L)
     return hf.RecurrentGemmaForCausalLM(config)
 
 
 def bart() -> Any:
-    """Counts places by itself, padding too."""
+    """Counts positions itself, including padding."""
     sizes: dict[str, Any] = {"d_model": L, "decoder_layers": 2, "decoder_ffn_dim": INNER}
     config = hf.BartConfig(**SHARED, **sizes, decoder_attention_heads=LM_HEADS, max_position_embeddings=50)
     return hf.BartForCausalLM(config)
@@ -81,9 +81,9 @@ def bart() -> Any:
 
 OTHERS = {kind.__name__: kind for kind in (mistral, gemma2, gemma3, bloom, mpt, mamba, recurrent_gemma, bart)}
 DECODERS = {**tiny_models.DECODERS, **OTHERS}
-READ_AGAIN = ("mamba", "recurrent_gemma")  # what they keep of a prompt cannot be handed on
+READ_AGAIN = ("mamba", "recurrent_gemma")  # their recurrent states cannot be reused
 NO_GAPS = ("mistral", "gemma2", "gemma3", "bloom", "mpt", "bart")
-NO_PADDING = ("bloom", "mpt", "mamba", "recurrent_gemma", "bart")  # prompts of unequal length go one by one
+NO_PADDING = ("bloom", "mpt", "mamba", "recurrent_gemma", "bart")  # prompts of different lengths are run singly
 
 
 def decoder(kind: str, template: str = TEMPLATE) -> DecoderLM:
@@ -94,7 +94,7 @@ def decoder(kind: str, template: str = TEMPLATE) -> DecoderLM:
 
 
 def plain(lm: DecoderLM, soft: Tensor, prompt: str, how: Decoding) -> str:
-    """transformers' own `generate` over one whole prompt: `soft [Q, L]`."""
+    """The output of transformers' own `generate` for one whole prompt, without reuse: `soft [Q, L]`."""
     before, after = lm.template.split("{image}")
     words: Any = lm.tokenizer
     ids = [words(part.format(prompt=prompt), add_special_tokens=False)["input_ids"] for part in (before, after)]
@@ -115,7 +115,7 @@ def plain(lm: DecoderLM, soft: Tensor, prompt: str, how: Decoding) -> str:
 
 @contextmanager
 def reading(lm: LanguageModel) -> Iterator[list[int]]:
-    """Rows times tokens of every pass of the language model."""
+    """Records rows times tokens of every forward pass of the language model."""
     read: list[int] = []
 
     def count(module: nn.Module, given: tuple, named: dict) -> None:
@@ -131,7 +131,7 @@ def reading(lm: LanguageModel) -> Iterator[list[int]]:
 @pytest.mark.parametrize("kind", DECODERS)
 @pytest.mark.parametrize("how", [GREEDY, BEAMS], ids=["greedy", "beams"])
 def test_texts_are_those_of_transformers_alone(kind: str, how: Decoding) -> None:
-    """Of prompts of different lengths and of equal ones, each picture for itself and pictures that repeat."""
+    """With prompts of different and of equal lengths, and with pictures that are copied or shared between prompts."""
     lm, soft = decoder(kind), soft_prompts(3)
     texts = set()
     for prompts in (PROMPTS, ["what is it", "is it red", "left of it", "what is it", "a blue bus"]):
@@ -146,7 +146,7 @@ def test_texts_are_those_of_transformers_alone(kind: str, how: Decoding) -> None
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [kind for kind in DECODERS if kind not in NO_PADDING])
 def test_padding_changes_nothing_where_prompts_are_padded(kind: str) -> None:
-    """In numbers, not only in texts; of one that must not be padded, they differ."""
+    """Compares logits, because texts can be equal by chance. `test_who_is_not_padded` tests the other models."""
     assert padding_changes(decoder(kind)) < 1e-4
 
 
@@ -183,7 +183,7 @@ def test_what_is_reused_of_whom(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_fast_path_that_is_off_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    """Gemma 2 caps its logits, so the loss cannot stop in front of the output embedding."""
+    """Gemma 2 caps its logits, so the chunked loss cannot compute them with the output embedding alone."""
     soft = soft_prompts(2)
     assert decoder("opt").slow_paths() == []
     lm = decoder("gemma2")
@@ -203,7 +203,7 @@ def test_a_prompt_is_read_once_for_all_beams(kind: str) -> None:
     one = Decoding(max_new_tokens=1, beams=3)
     with reading(lm) as read:
         lm.generate(soft, ["what is it"] * 2, one)
-    # "a photo" once, the soft tokens and " question: what is it" for both, " answer:" for every beam.
+    # Reads "a photo" once, the soft tokens and " question: what is it" for both pictures, " answer:" for every beam.
     assert read == [2, 2 * (Q + 4), 2 * 3]
 
 
@@ -212,7 +212,7 @@ def test_a_picture_is_read_once_for_all_its_prompts(kind: str) -> None:
     lm, soft = decoder(kind), soft_prompts(2)
     with reading(lm) as read:
         lm.generate(soft, PROMPTS, Decoding(max_new_tokens=1, beams=1), [0, 1, 0, 0, 1])
-    # The longest prompt is "is it red and small" with " answer:" behind it.
+    # The longest prompt is "is it red and small", followed by " answer:".
     assert read == [2, 2 * (Q + 1), 5 * 6]
     with reading(lm) as read:
         lm.generate(soft, PROMPTS, Decoding(max_new_tokens=1, beams=3), [0, 1, 0, 0, 1])
@@ -238,7 +238,7 @@ def test_wherever_the_picture_stands(template: str, how: Decoding) -> None:
 
 @torch.no_grad()
 def test_an_encoder_decoder_with_beams() -> None:
-    """Its cache with room against transformers' own."""
+    """Compares the texts with our preallocated cache and with transformers' own cache."""
     lm, soft = language("t5"), soft_prompts(3)
     own: Any = lm.llm
     found = lm.generate(soft, PROMPTS, BEAMS, [0, 1, 2, 1, 0])
@@ -252,7 +252,7 @@ def test_an_encoder_decoder_with_beams() -> None:
 
 
 def test_the_cache_is_transformers_own() -> None:
-    """Against its layer that copies: beams, reordering within a row, and more tokens than there is room for."""
+    """Compares it with transformers' copying layer: beams, reordering in a row, more tokens than there is room for."""
     random = torch.Generator().manual_seed(0)
     theirs = hf.cache_utils.DynamicLayer()
     read = [torch.randn(2, 3, 4, 5, generator=random) for _ in range(2)]
@@ -271,7 +271,7 @@ def test_the_cache_is_transformers_own() -> None:
         assert ours.get_seq_length() == theirs.get_seq_length() == 5 + step
 
 
-# Captioner.
+# The captioner.
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
     folder = tiny_blip2.generator("llama", tmp_path_factory.mktemp("reuse") / "llama")
@@ -282,7 +282,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
 
 @contextmanager
 def seeing(model: nn.Module) -> Iterator[list[int]]:
-    """Pictures in every pass of the image encoder."""
+    """Records the number of pictures in every forward pass of the image encoder."""
     seen: list[int] = []
     vision: Any = model.vision
     hook = vision.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
@@ -339,7 +339,7 @@ def test_repeated_pictures_are_seen_once(captioner: Captioner, tmp_path: Path) -
 
 
 def test_pictures_made_at_every_look_are_not_taken_for_one(captioner: Captioner) -> None:
-    class Made:  # what a data set gives is gone at once, and its address is used again
+    class Made:  # the items of a data set are freed at once, and their addresses are used again
         def __len__(self) -> int:
             return 6
 
@@ -354,7 +354,7 @@ def test_pictures_made_at_every_look_are_not_taken_for_one(captioner: Captioner)
 
 
 def test_groups_are_of_like_length_and_the_order_is_kept(captioner: Captioner) -> None:
-    """More than one group; in no order the texts would fit their pictures."""
+    """There are two groups, and prompts are not in order of length, so texts must be returned to their pictures."""
     pictures = arrays(40)
     words = ["what", "is", "it", "a", "dog", "left", "of", "the", "tree"]
     prompts = [" ".join(words[: 1 + 7 * n % 8]) for n in range(40)]
@@ -400,7 +400,7 @@ def test_reranking_is_the_plain_way(best: int) -> None:
         assert mine[judged].std() > 1e-3, "all pairs match alike"
         if not judged.all():
             assert mine[~judged].max() < mine[judged].min()
-    # Those that were not judged keep their order.
+    # Candidates that were not scored by ITM keep their order.
     rest = naive_rerank(model, features, tokens, valid, scores, best)[0] < -500
     for row, kept, old in zip(found[0], rest, scores, strict=True):
         assert torch.equal(row[kept].argsort(), old[kept].argsort())
@@ -408,7 +408,7 @@ def test_reranking_is_the_plain_way(best: int) -> None:
 
 @torch.no_grad()
 def test_texts_of_one_image_share_its_memory() -> None:
-    """Images whose memory stands once for several texts in a row, against a copy for each."""
+    """Compares one memory per image, shared by several texts in a row, with a copy for each text."""
     model, features = tiny.stage1(), tiny.features(2)
     tokens, valid = tiny.texts(6)
     memory = model.qformer.encode_image(features)
@@ -424,7 +424,7 @@ def test_matcher_reranks(tmp_path: Path) -> None:
     odds, by_text = matcher.rerank(pictures, texts, best=3)
     chances = torch.stack([matcher.match([picture] * 3, texts) for picture in pictures])
     torch.testing.assert_close(odds.sigmoid(), chances)
-    # Each text's three best of four pictures are judged, the fourth stands behind them.
+    # For each text, the best three of four pictures are scored by ITM, and the fourth is ranked last.
     best = matcher.similarity(pictures, texts).topk(3, dim=0).indices
     for column in range(3):
         torch.testing.assert_close(by_text[best[:, column], column], odds[best[:, column], column])

@@ -1,4 +1,4 @@
-"""Drawn scenes: each shows its facts, the splits share no combination, a seed gives the same again."""
+"""Drawn scenes: they show their facts, the splits share no combination, and a seed always gives the same scenes."""
 
 import collections
 import hashlib
@@ -47,7 +47,7 @@ def test_no_combination_is_in_both_splits_and_each_noun_and_colour_is() -> None:
 
 
 def test_the_split_is_the_same_in_every_process() -> None:
-    # What Python's own hash() would change from run to run, and what a new colour must not change unseen.
+    # Python's own hash() would change the split from run to run, and a new colour must not change it unnoticed.
     assert colours_of("cat", "test") == ("green", "teal")
     assert colours_of("rectangle", "test") == ("red", "black")
 
@@ -58,7 +58,7 @@ def test_scenes_keep_to_their_split(split: Literal["train", "test"]) -> None:
         assert all(each["colour"] in colours_of(each["noun"], split) for each in facts["objects"])
         for question in questions(facts, Random(seed), lambda noun: colours_of(noun, split)):
             named = re.fullmatch(r"(?:is|are) the (.+) (\S+)\?", question.text)
-            if named and named[2] in COLOURS:  # else "no" would be right whenever the pair is of the other split
+            if named and named[2] in COLOURS:  # otherwise all pairs of the other split would have the answer "no"
                 noun = next(noun for noun in NOUNS if named[1] in (noun, plural(noun)))
                 assert named[2] in colours_of(noun, split)
 
@@ -96,7 +96,7 @@ def test_every_second_scene_of_training_is_the_one_before_with_one_detail_change
         assert all(o["colour"] in colours_of(o["noun"], "train") for o in after["objects"])
         assert record.captions[0] != changed.captions[0]
         judged = judge(changed.captions[0], before)
-        # A scene with another noun differs in nothing else.
+        # If the changed scene has another noun, it differs in nothing else.
         of = ("kind", "relation") if added else ("kind",)
         assert [before[name] for name in of] == [after[name] for name in of]
         if added:
@@ -109,11 +109,11 @@ def test_every_second_scene_of_training_is_the_one_before_with_one_detail_change
         assert not (judged.objects and judged.attributes) or judged.relation is False
     assert {key[:2] for key in seen} == set(itertools.product(("one", "group", "pair"), (False, True)))
     assert 0.25 < sum(n for key, n in seen.items() if key[1]) / 200 < 0.42
-    assert any(key[0] == "pair" and not key[1] and not key[3] for key in seen)  # things in each other's colours
+    assert any(key[0] == "pair" and not key[1] and not key[3] for key in seen)  # the two colours are swapped
 
 
 def test_the_full_world_is_what_it_was(tmp_path: Path) -> None:
-    """Texts of a seed, as before there were worlds; without every second scene, which is a changed one."""
+    """A seed gives the same texts as before worlds existed; every second scene, a changed copy, is not compared."""
     records = draw_scenes(tmp_path, 40, "train", seed=7, size=32)
     told = [[r.captions, [(q.text, q.answer) for q in r.questions]] for r in records]
     assert hashlib.sha256(json.dumps(told[::2]).encode()).hexdigest()[:16] == "d9da5c5e093582d8"
@@ -145,10 +145,10 @@ def nearest(ink: tuple[int, ...]) -> str:
 
 
 def ink_positions(picture: Image.Image) -> dict[str, np.ndarray]:
-    """Colour name -> x, y `[N, 2]` of its pixels, in shares of the side; the corner shows the paper."""
+    """Returns colour name -> x, y `[N, 2]` of its pixels, as fractions of the side. The corner pixel is background."""
     pixels = np.asarray(picture).astype(int)
     inked = np.abs(pixels - pixels[0, 0]).sum(-1) > 200
-    # Without the outline, where ink and paper mix.
+    # Pixels at the outline are left out, because they mix ink and background.
     inside = inked[1:-1, 1:-1] & inked[:-2, 1:-1] & inked[2:, 1:-1] & inked[1:-1, :-2] & inked[1:-1, 2:]
     yx = np.argwhere(inside) + 1
     inks = pixels[yx[:, 0], yx[:, 1]]
@@ -176,7 +176,7 @@ def test_a_pair_stands_as_its_relation_says(relation: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("size", SIZES)
 def test_one_object_stands_at_its_place_in_its_size(place: str, size: str) -> None:
-    # By the words of the place, not by their order in PLACES.
+    # The expected position is read from the words of the place, not from its index in PLACES.
     x = -1 if "left" in place else 1 if "right" in place else 0
     y = -1 if "top" in place else 1 if "bottom" in place else 0
     for seed in range(3):
@@ -203,7 +203,7 @@ def test_a_group_has_its_number_apart(number: int) -> None:
 
 
 def islands(picture: Image.Image) -> int:
-    """How many connected dark regions `picture` has."""
+    """Returns the number of connected dark regions in `picture`."""
     dark = picture.convert("L").point([255 * (level < 100) for level in range(256)])
     count = 0
     while dark.getbbox():
@@ -223,7 +223,7 @@ def test_any_scene_is_inside_the_picture_in_its_colours() -> None:
         for line in (edge[0], edge[-1], edge[:, 0], edge[:, -1]):
             assert (line == paper).all()
         ink = ink_positions(picture)
-        # Where thin lines meet the paper some pixels are of a mixed colour, but never most.
+        # Some pixels at the edge of thin lines mix ink and background, but they are never the majority.
         right = {each["colour"] for each in facts["objects"]}
         assert right <= set(ink)
         assert sum(len(ink[colour]) for colour in right) > 0.7 * sum(map(len, ink.values()))
@@ -268,7 +268,7 @@ def test_qt_is_never_imported(tmp_path: Path) -> None:
     assert "qtawesome" not in sys.modules
 
 
-# --- what cannot be used
+# --- unusable input
 
 
 def test_without_the_font_one_line_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A caller's own connector and image encoder: trained, saved, loaded, asked; and what does not apply is refused."""
+"""Training, saving, loading and using a caller's own connector or encoder; settings that do not apply are refused."""
 
 import json
 import re
@@ -30,11 +30,11 @@ from openblip2.train.recipes import train_stage
 from openblip2.weights.convert import convert
 from test_training import log_of, quiet
 
-SIDE, WIDTH = 20, 14  # of the encoder below: 5 x 5 patches
+SIDE, WIDTH = 20, 14  # input side and feature width of the encoder below; it has 5 x 5 patches
 
 
 class Pooled(Connector):
-    """The patches, averaged over a grid of `side` x `side` cells, through one linear layer."""
+    """Averages the patches over a grid of `side` x `side` cells and applies one linear layer."""
 
     name: ClassVar[str] = "pooled"
 
@@ -51,13 +51,13 @@ class Pooled(Connector):
 
 
 class Summed(Pooled):
-    """Another connector."""
+    """A second connector, with another name."""
 
     name: ClassVar[str] = "summed"
 
 
 class OwnEncoder(nn.Module):
-    """A CNN with what frozen training must not touch: dropout, and a batch norm with running statistics."""
+    """A CNN with dropout and batch-norm statistics, so that tests notice if the frozen encoder is in training mode."""
 
     width, image_size = WIDTH, SIDE
 
@@ -80,7 +80,7 @@ def _connectors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models and pictures, and in `pooled` a run of stage 2."""
+    """A folder with models and pictures, and with a stage-2 run in `pooled`."""
     root = tiny_runs.home(tmp_path_factory.mktemp("seams"), count=24)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONNECTORS, "pooled", Pooled)
@@ -99,7 +99,7 @@ def train(home: Path, name: str, settings: RunSettings, **parts: Any) -> Path:
 
 
 def copied(run: Path, to: Path, **changes: Any) -> Path:
-    """A run with other settings in its config.json."""
+    """Copies a run and changes settings in the copy's config.json."""
     shutil.copytree(run, to)
     config = json.loads((to / "config.json").read_text())
     for name, value in changes.items():
@@ -208,7 +208,7 @@ def test_what_a_connector_cannot_do_is_refused(home: Path, tmp_path: Path) -> No
 
 
 def test_an_encoder_of_the_callers_own(home: Path, tmp_path: Path) -> None:
-    """Both stages, whitened; another process has the module alone, and the run names it where it is missing."""
+    """Both stages run with whitening. Runs do not store the module; loading without it gives an error that names it."""
     eyes, picture = OwnEncoder(), home / "data" / "0.png"
     before = {name: value.clone() for name, value in eyes.state_dict().items()}
     one = train(home, "own1", recipe(home, "stage1", vision__whiten="true", warm_start="true"), vision=eyes)
@@ -256,7 +256,7 @@ def test_what_is_no_encoder_is_refused(home: Path, tmp_path: Path, attributes: d
 
 def test_a_language_model_of_the_callers_own(home: Path, tmp_path: Path) -> None:
     words = openblip2.load_language(str(home / "language"), template="{image}a {prompt}")
-    words.llm.name_or_path = ""  # as one that was made in memory
+    words.llm.name_or_path = ""  # like a model that was created in memory
     run = train(home, "spoken", recipe(home, "stage2", connector__name="pooled"), language=words)
     with pytest.raises(UserError, match=r"language.name=module:LlamaForCausalLM: .* as language="):
         load(run)

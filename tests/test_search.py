@@ -1,4 +1,4 @@
-"""Finding pictures: against exact search, through changes of the folder, interruptions and bad files."""
+"""Picture search: compared with exact search, and after folder changes, interruptions and bad files."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Ten pictures, two of them in a folder below."""
+    """Ten pictures, two of them in a subfolder."""
     (tmp_path / "photos" / "more").mkdir(parents=True)
     random = np.random.default_rng(0)
     for n in range(10):
@@ -103,7 +103,7 @@ def test_search_is_the_matchers_similarity(run: Path, folder: Path, tmp_path: Pa
     matches = matcher.match(few, ["a red dog"] * 5)
     assert [hit.path for hit in reranked] == [few[n] for n in matches.argsort(descending=True)[:3]]
     alike = {hit.path: hit.similarity for hit in finder.by_picture(paths[4], best=10)}
-    assert alike[paths[4]] == pytest.approx(1, abs=0.02)  # of so small a model all pictures are much alike
+    assert alike[paths[4]] == pytest.approx(1, abs=0.02)  # such a small model gives all pictures similar vectors
     assert max(alike.values()) <= 1
     assert Image.open(finder.index.thumbnail(hits[0].number)).size == (30, 20)
 
@@ -135,7 +135,7 @@ def test_an_interruption_between_two_files_is_healed(run: Path, folder: Path, tm
     out = tmp_path / "index"
     update_index(folder, str(run), out, quiet())
     rows = (out / "pictures.jsonl").read_text().splitlines()
-    # Vectors without a row, a row without vectors, and a number that is behind.
+    # Leaves vectors without a row and a row without vectors, and sets "next" to a number that is too small.
     (out / "pictures.jsonl").write_text(
         "\n".join([*rows[:-2], json.dumps(json.loads(rows[-1]) | {"number": 77})]) + "\n"
     )
@@ -158,7 +158,7 @@ def test_links_that_lead_out_are_not_followed(run: Path, folder: Path, tmp_path:
     (folder / "0.png").unlink()
     os.symlink(tmp_path / "secret.png", folder / "0.png")
     assert index.path(number) is None
-    # A file that is missing or broken now comes after those that ITM has seen.
+    # Files that are now missing or broken come after the files with an ITM score.
     (folder / "1.png").write_bytes(b"no picture")
     hits = ImageSearch(index).by_text("a dog", best=10, rerank=10)
     assert len(hits) == 10
@@ -181,7 +181,7 @@ def test_pictures_of_all_kinds_are_counted(run: Path, folder: Path, tmp_path: Pa
 
 
 def test_a_folder_that_is_suddenly_empty_costs_nothing(run: Path, folder: Path, tmp_path: Path) -> None:
-    """As where a disk is not mounted: the index and its thumbnails stay."""
+    """An unmounted disk looks like an empty folder; the index and its thumbnails must be kept."""
     out = tmp_path / "index"
     update_index(folder, str(run), out, quiet())
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""The server: what it answers is what the models say, and nothing that a client sends brings it down."""
+"""The server: its answers equal those of the models, and no request can crash it."""
 
 import base64
 import io
@@ -46,12 +46,12 @@ from starlette.testclient import TestClient
 
 from openblip2.apps.serve.app import find_runs, make_app
 
-MAX = 300_000  # bytes of a request, here
+MAX = 300_000  # bytes, the request limit in these tests
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of each stage and an index of the pictures."""
+    """A folder with a run of each stage and an index of the pictures."""
     root = tiny_runs.trained(tmp_path_factory.mktemp("serve"))
     update_index(root / "data", str(root / "stage1"), root / "index", Progress(quiet=True))
     return root
@@ -92,7 +92,7 @@ def test_it_says_what_the_models_say(home: Path, client: TestClient) -> None:
 
 
 def chat(home: Path, *texts: str, **more: Any) -> dict[str, Any]:
-    """A dialogue: questions and answers in turn; the picture stands with the first."""
+    """Builds a dialogue of alternating questions and answers; the first question includes the picture."""
     messages: list[dict[str, Any]] = [
         {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)
     ]
@@ -152,14 +152,14 @@ def test_recent_pictures_are_encoded_once(home: Path, monkeypatch: pytest.Monkey
     assert encoded == [1]
     engine.match(paths[1].read_bytes(), texts)
     engine.match(paths[2].read_bytes(), texts)
-    engine.match(paths[0].read_bytes(), texts)  # the oldest was dropped
+    engine.match(paths[0].read_bytes(), texts)  # encoded again, because the oldest picture was dropped
     assert encoded == [1] * 4
     encoded.clear()
     jobs = [Write(paths[n].read_bytes(), CAPTION) for n in (0, 1, 0, 2)]
-    for _ in range(2):  # one batch may have more pictures than are kept
+    for _ in range(2):  # one batch may have more pictures than the cache keeps
         assert [one.text for one in engine.run(jobs)] == captioner.caption([paths[n] for n in (0, 1, 0, 2)])
     assert encoded == [3, 1]
-    # Maps need gradients, also after a caption, whose features were computed without.
+    # Attention maps need gradients, even if features were computed without gradients for a caption before.
     alone = Engine(Served(str(home / "stage2")), send_text=print, stopped=lambda: False)
     fresh = alone.attend(paths[3].read_bytes(), None, "itc")
     alone.run([Write(paths[0].read_bytes(), CAPTION)])
@@ -300,7 +300,7 @@ def test_addresses_are_not_fetched(home: Path, client: TestClient, url: str) -> 
 def test_sizes_are_limited(home: Path, client: TestClient) -> None:
     assert client.post("/caption", files={"image": b"x" * (MAX + 1)}).status_code == 413
 
-    def pieces() -> Iterator[bytes]:  # without a length that could be looked at
+    def pieces() -> Iterator[bytes]:  # no Content-Length that could be checked
         for _ in range(100):
             yield b"x" * 10_000
 
@@ -337,9 +337,9 @@ def test_a_token_and_a_name_are_asked_for(home: Path) -> None:
             )
         right = {"Authorization": "Bearer secret"}
         assert client.post("/match", files=picture(home), data={"text": "a dog"}, headers=right).status_code == 200
-        # A page of another name that leads here (DNS rebinding) is turned away.
+        # A request with another host name that resolves to this server (DNS rebinding) is refused.
         assert client.get("/health", headers={"Host": "evil.example"}).status_code == 400
-        # What this server cannot do is said, not an error of its own.
+        # A request that needs a missing run gets a message that says so, not an internal server error.
         for path, data in (("/caption", {}), ("/answer", {"question": "a"})):
             answer = client.post(path, files=picture(home), data=data, headers=right)
             assert "no stage-2 run" in answer.json()["error"]["message"]
@@ -357,7 +357,7 @@ class Killer:
 
 
 class Sleeper:
-    """Takes longer than anybody waits."""
+    """Takes longer than the time limit of the worker."""
 
     def __reduce__(self) -> Any:
         return time.sleep, (60,)
@@ -421,7 +421,7 @@ def test_which_run_is_which(home: Path, tmp_path: Path) -> None:
 def test_a_signal_ends_the_server_in_one_line(home: Path, kind: signal.Signals, code: int) -> None:
     words = [sys.executable, "-m", "openblip2", "serve", str(home / "stage2"), "--port", "0"]
     environment = os.environ | {"PYTHONPATH": str(Path(openblip2.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background processes ignore it
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background processes of a shell ignore SIGINT
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(words, env=environment, preexec_fn=heard, **pipes) as server:
         assert server.stdout is not None
@@ -453,7 +453,7 @@ def tries() -> int:
 
 
 def test_nothing_that_is_sent_is_an_error_of_the_servers(home: Path, client: TestClient, tries: int) -> None:
-    """OPENBLIP2_FUZZ=2000 for more."""
+    """Sends random requests. Set OPENBLIP2_FUZZ=2000 for more of them."""
     image = picture(home)["image"]
 
     @settings(
@@ -541,7 +541,7 @@ def test_seed_n_and_repetition_penalty_are_honoured(home: Path, client: TestClie
     assert len(set(drawn)) > 1
     assert texts(n=3, seed=5) == drawn
     assert texts(seed=6, temperature=1, top_p=1) == drawn[1:2]
-    assert len({str(texts(n=2)) for _ in range(3)}) > 1  # without a seed
+    assert len({str(texts(n=2)) for _ in range(3)}) > 1  # without a seed, the texts vary
     free, punished = (
         [text.split() for text in texts(n=8, seed=0, temperature=2, repetition_penalty=penalty)] for penalty in (1, 9)
     )
@@ -550,7 +550,7 @@ def test_seed_n_and_repetition_penalty_are_honoured(home: Path, client: TestClie
 
 
 def test_captions_and_answers_are_written_as_asked(home: Path, client: TestClient) -> None:
-    """The fields are those of chats, and the texts are those of Python."""
+    """The fields have the same names as for chats, and the texts equal those of the Python API."""
     captioner = load(home / "stage2")
     assert isinstance(captioner, Captioner)
     path = home / "data" / "0.png"
@@ -670,7 +670,7 @@ def test_logprobs_are_the_language_models_own(home: Path, client: TestClient) ->
     assert text
     assert "".join(one["token"] for one in tokens) == text
     assert all(bytes(one["bytes"]).decode() == one["token"] for one in tokens)
-    # Greedy: each token is the most likely one; the likelihood of the text and its end is theirs and the end's.
+    # Decoding is greedy. The log-probability of each token must equal that of one forward pass over the whole text.
     language = captioner.model.language
     prompt = Chat(captioner, home / "data" / "0.png").prompt("what is it?")
     soft = captioner.soft_prompt([home / "data" / "0.png"])

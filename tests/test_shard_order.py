@@ -36,7 +36,7 @@ def test_a_lane_goes_through_its_shards_one_after_the_other() -> None:
             else:
                 assert spot.place == before.place + 1
         assert len(set(walk)) == len(walk)
-        assert order.after(mine[-1])[0] == 1  # then comes the next epoch
+        assert order.after(mine[-1])[0] == 1  # the next shard belongs to the next epoch
     assert [spot.lane for spot in spots[:9]] == [0, 1, 2] * 3
 
 
@@ -64,7 +64,7 @@ def test_a_mixture_has_its_weights_exactly() -> None:
     for cycle in range(5):
         part = found[cycle * 10 * row : (cycle + 1) * 10 * row]
         assert Counter(part for part, _ in part) == {0: 12, 1: 4, 2: 24}
-    for part in range(3):  # each part's own order without a gap
+    for part in range(3):  # the positions of each part are in order, without gaps
         assert [position for p, position in found if p == part] == list(range(5 * weights[part] * row))
     assert PartTurns(weights, row, seed=2)(137) == found[137]
     orders = {tuple(p for p, _ in found[cycle * 40 : (cycle + 1) * 40]) for cycle in range(5)}

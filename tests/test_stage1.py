@@ -1,4 +1,4 @@
-"""Stage 1 against an oracle that shares nothing: every pass for itself, one pair at a time, no padding."""
+"""Stage 1 compared with a naive oracle that shares no computation: separate passes, one pair at a time, no padding."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from openblip2.model.stage1 import Stage1, itm_pairs, see
 from tiny import CLS, DEC, WORDS, B, D, E, P, Q, T, V
 
 IDS = torch.tensor([5, 3, 5, 8, 2, 3, 11, 5])
-# For each image a text and for each text an image of another id; two rows have none.
+# The negative text of each image and the negative image of each text, with another id; two rows have none (-1).
 NEGATIVES = HardNegatives(torch.tensor([1, 0, 4, -1, 3, 6, 2, 5]), torch.tensor([6, 2, -1, 7, 0, 4, 1, 3]))
 
 
 def one_pass(model: Stage1, patches: Tensor, tokens: Tensor, mask: Any, start: int = CLS) -> tuple[Tensor, Tensor]:
-    """Queries `[Q, D]` and text `[n, D]` of one image and one text in one joint pass."""
+    """Runs one image and one text in a joint pass; returns query outputs `[Q, D]` and text outputs `[n, D]`."""
     tokens = torch.cat([torch.tensor([start]), tokens[1:]])[None]
     seen = model.qformer(model.qformer.encode_image(patches[None]), tokens, mask(Q, torch.ones_like(tokens).bool()))
     assert seen.queries is not None
@@ -31,7 +31,7 @@ def one_pass(model: Stage1, patches: Tensor, tokens: Tensor, mask: Any, start: i
 def oracle(
     model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor, ids: Tensor, negatives: HardNegatives
 ) -> dict[str, Tensor]:
-    """The three losses of METHOD section 3, term by term."""
+    """Computes the three losses of METHOD section 3 term by term."""
     count = len(ids)
     texts = [tokens[n][valid[n]] for n in range(count)]
 
@@ -70,7 +70,7 @@ def word_logits(model: Stage1, rows: Tensor) -> Tensor:
 
 
 def test_the_tiny_model_tells_images_queries_and_texts_apart() -> None:
-    """Otherwise what follows would hold of anything."""
+    """Otherwise the tests below would pass even if the model ignored its inputs."""
     model = tiny.stage1()
     image = model.image_vectors(model.qformer.query_output(tiny.features()))
     text = model.text_vectors(*tiny.texts())
@@ -109,7 +109,7 @@ def test_every_trained_parameter_gets_a_gradient() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        # A key's bias adds the same to every score of a row: softmax does not see it.
+        # A key's bias adds a constant to all scores of a row. Softmax ignores it, so its gradient is 0.
         assert name.endswith("key.bias") or parameter.grad.abs().max() > 1e-7, name
 
 
@@ -152,7 +152,7 @@ def test_a_batch_of_one() -> None:
 
 
 def test_captions_of_one_image_alone_in_a_batch() -> None:
-    """Nothing to match wrongly and nothing to tell apart: no caption is pushed away from its image."""
+    """There are no negatives for ITC or ITM, so no caption is pushed away from its image."""
     model = tiny.stage1()
     patches, (tokens, valid) = tiny.features(1).expand(B, -1, -1), tiny.texts()
     ids = torch.full((B,), 7)
@@ -203,7 +203,7 @@ def test_a_token_moves_no_word_logit_before_it() -> None:
 
 
 def test_what_is_written() -> None:
-    """`[SEP]` is a target, `[DEC]` and padding are not."""
+    """The targets of ITG include `[SEP]`, but not `[DEC]` and padding."""
     model = tiny.stage1()
     tokens, valid = tiny.texts()
     _, cache = model.qformer.query_pass(model.qformer.encode_image(tiny.features()))
@@ -286,14 +286,14 @@ def test_it_learns_a_batch_by_heart() -> None:
         optimizer.zero_grad()
         sum(losses.values(), torch.tensor(0.0)).backward()
         optimizer.step()
-    # Chance is ln B = 2.08, 0.6365 and ln W = 3.71; the floors of smoothing are 0.47 and 0.68.
+    # Chance levels: ITC ln B = 2.08, ITM 0.6365, ITG ln W = 3.71. Label smoothing: ITC is at least 0.47, ITG 0.68.
     assert losses["itc"] < 0.8
     assert losses["itm"] < 0.5
     assert losses["itg"] < 1.2
 
 
 def test_parameter_counts_of_the_paper() -> None:
-    """To the unit, with ViT-g (V = 1408) frozen: METHOD section 2."""
+    """The exact count of METHOD section 2, with a frozen ViT-g (V = 1408)."""
     with torch.device("meta"):
         model = Stage1(QFormer(), None)
     assert sum(p.numel() for p in model.parameters()) == 186_705_470

@@ -1,4 +1,4 @@
-"""Stage 2: what is trained and what is frozen, the soft prompt, and both kinds of language model learning."""
+"""Stage 2: trained and frozen parameters, the soft prompt, and learning with both kinds of language model."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ from openblip2.model.vision import HFVision
 from tiny import B, D, Q
 from tiny_models import L
 
-# Three words can be split in one place only.
+# A caption of three words can only be split after the first word, so the random split is always the same.
 CAPTIONS = ["a red dog", "the blue bus", "two small cat", "a bird sits", "it runs left", "no tree is", "yes it is"]
 CAPTIONS += ["what is it"]
 PROMPTS = ["", "a photo of"] * 4
 
 
 def stage2(kind: str = "llama", vision: HFVision | None = None, dropout: float = 0.1) -> Stage2:
-    """Redrawn, without the text path, in eval mode."""
+    """Returns a model with random weights, without the Q-Former's text path, in eval mode."""
     model = Stage2(tiny.qformer(vocabulary=0, dropout=dropout), tiny_models.language(kind), vision)
     tiny.redraw(model.projection)
     return model.eval()
@@ -82,7 +82,7 @@ def test_a_soft_prompt_of_the_captions_own_words_is_aligned(kind: str) -> None:
     own = table.embeddings[torch.tensor(numbers)]
     right, count = model.alignment(own, CAPTIONS, table)
     assert count == B * Q
-    # Each word's distance to itself is 0, so that only the cross-entropy is left.
+    # The distance of each word to itself is 0, so only the cross-entropy remains.
     centred = (table.embeddings - table.embeddings.mean(0)).double()
     scale, expected = centred.square().sum(1).mean(), 0.0
     for number in torch.tensor(numbers).flatten().tolist():
@@ -160,7 +160,7 @@ def test_frozen_stays_and_trained_moves(kind: str) -> None:
     model.losses(PROMPTS, CAPTIONS, images=tiny_models.pictures())["lm"].backward()
     for name, parameter in trained.items():
         assert parameter.grad is not None
-        # A key's bias adds the same to every score of a row: softmax does not see it.
+        # A key's bias adds a constant to all scores of a row. Softmax ignores it, so its gradient is 0.
         assert name.endswith("key.bias") or parameter.grad.abs().max() > 1e-8, name
     optimizer.step()
     for name, value in model.state_dict().items():
@@ -173,7 +173,7 @@ def test_frozen_stays_and_trained_moves(kind: str) -> None:
 
 
 def test_the_frozen_part_adds_no_noise() -> None:
-    """The language model's own dropout is off: with ours at nought training mode changes nothing."""
+    """The language model's dropout is off, so training mode changes nothing if the Q-Former's dropout is 0."""
     model, patches = stage2("gpt2", dropout=0.0), tiny.features()
     config: Any = model.language.llm.config
     assert config.resid_pdrop > 0
@@ -195,7 +195,7 @@ def train(model: Stage2, patches: Tensor, captions: list[str], steps: int, lr: f
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_it_learns_to_look(kind: str) -> None:
-    """Loss falls, and the right image gives a lower one than the other: the grounding gap."""
+    """The loss falls, and it is lower with the right image than with another one (the grounding gap)."""
     torch.manual_seed(0)
     model, patches, captions = stage2(kind, dropout=0.0), tiny.features(2), CAPTIONS[:2]
     trace = train(model, patches, captions, steps=160, lr=3e-3)
@@ -238,7 +238,7 @@ def trained_with(llm: hf.PreTrainedModel) -> int:
     ],
 )
 def test_parameter_counts_of_the_paper(family: str, width: int, count: int) -> None:
-    """To the unit, whatever the depth of the frozen language model: METHOD section 2."""
+    """The exact counts of METHOD section 2; they do not depend on the depth of the frozen language model."""
     config: Any = hf.OPTConfig(hidden_size=width, word_embed_proj_dim=width, num_attention_heads=2, vocab_size=9)
     if family == "t5":
         config = hf.T5Config(d_model=width, num_layers=1, num_heads=2, vocab_size=9)

@@ -1,4 +1,4 @@
-"""The studies with tiny models: what they train, what they keep, and that verdicts follow from the figures."""
+"""The studies with tiny models: what they train, what they keep, and whether verdicts follow from the figures."""
 
 import json
 from collections.abc import Mapping
@@ -84,7 +84,7 @@ def test_a_study_in_the_small_world_draws_its_nouns(plan: Plan, tmp_path: Path) 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The runs that are really trained, as they are."""
+    """Names of the runs that are trained; runs that are reused do not appear."""
     found: list[str] = []
 
     def train(settings: Any, records: Any, run: Path, *more: Any, **options: Any) -> None:
@@ -134,7 +134,7 @@ def test_stage1_is_left_out_or_started_as_the_paper_does(plan: Plan, tmp_path: P
 
 
 def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -> None:
-    """One picture at a time, by the loss that is trained; another picture is the one before."""
+    """Computes the training loss one picture at a time; the "other picture" is the previous one."""
     from openblip2.data.features import FeatureCache, find_records
     from openblip2.inference.captioner import CAPTION, Captioner, greedy
     from openblip2.inference.load import load
@@ -228,7 +228,7 @@ def test_warm_start_takes_fewer_pictures_from_one_stage_1_run(plan: Plan, tmp_pa
 def test_a_new_study_is_one_function(
     plan: Plan, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ways that limit both stages, and ways that differ only in the use of one run."""
+    """Some ways limit the pictures of both stages, and some only differ in how they use the same run."""
     seen: list[str] = []
 
     def by_pictures(plan: Plan) -> Study:
@@ -281,12 +281,12 @@ def test_what_is_finished_is_not_trained_again_unless_it_is_of_something_else(
     with pytest.raises(UserError, match=r"stage1-2-queries.trained.json was made with other settings: .*--overwrite"):
         ablate("queries", tmp_path, other, QUIET)
     assert trained == []
-    # Another stage 1 in the same folder makes another stage 2 of the same settings.
+    # After a new stage 1 in the same folder, stage 2 is trained again, although its settings are the same.
     ablate("queries", tmp_path, replace(other, overwrite=True), QUIET)
     assert len(trained) == 4
     trained.clear()
 
-    # Interrupted while a run is trained anew: what lies there from before is not taken for it.
+    # If retraining a run is interrupted, the old files in its folder must not be used as its result.
     counting = frame.train_stage
 
     def stop(settings: Any, records: Any, run: Path, *more: Any, **options: Any) -> None:

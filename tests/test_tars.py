@@ -18,7 +18,7 @@ Entry = tuple[str, bytes]
 
 
 def made(path: Path, entries: list[Entry | tarfile.TarInfo], form: int = tarfile.GNU_FORMAT) -> Path:
-    """A tar file by the standard library's hand."""
+    """Writes a tar file with the standard library."""
     with tarfile.open(path, "w", format=form) as tar:
         for entry in entries:
             if isinstance(entry, tarfile.TarInfo):
@@ -65,7 +65,7 @@ def test_a_pax_size_and_a_size_in_base_256_are_read(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         tar.addfile(pax)
     with (tmp_path / "a.tar").open("ab") as file:
-        file.truncate(3 * 512)  # without the end mark
+        file.truncate(3 * 512)  # the end-of-archive marker is missing
         file.seek(3 * 512)
         file.write(big.tobuf(tarfile.GNU_FORMAT) + big.tobuf(tarfile.PAX_FORMAT))
     problems: list[str] = []
@@ -114,7 +114,7 @@ def test_what_capfilt_wrote_stands_above_the_web_caption(tmp_path: Path) -> None
     assert [s.captions for s in samples[1:]] == [("one", "two"), ("one",), ()]
     with tarfile.open(path) as tar:
         assert tar.extractfile("a/0.txt").read() == b"a cat on a mat"  # pyright: ignore[reportOptionalMemberAccess]
-    # Other captions than those of `about` take their place.
+    # Captions that differ from those in `about` replace them.
     other = written(tmp_path / "b.tar", [one._replace(captions=("new",))])
     assert read(other)[0] == [Sample("a/0", b"x", "jpg", ("new",), {"url": "u"})]
 

@@ -1,4 +1,4 @@
-"""Text cleaning against the rule as the method states it, written out with regular expressions."""
+"""Text cleaning compared with the rule of the method, written as regular expressions."""
 
 import re
 
@@ -57,17 +57,17 @@ def test_fifty_words_are_kept_unless_told_otherwise() -> None:
 def test_a_text_without_spaces_is_cut_by_its_characters() -> None:
     for cleaned in (clean_caption, clean_question):
         assert cleaned("猫" * 20_000) == "猫" * 1000
-        assert cleaned("猫" * 20_000, 20_000) == "猫" * 20_000  # whole, where it is to be refused
+        assert cleaned("猫" * 20_000, 20_000) == "猫" * 20_000  # a higher limit keeps the whole text
 
 
 _texts = st.text(alphabet=st.sampled_from("aBÇ12.!\"()*#:;~,?' \t\n\u00a0"), max_size=60) | st.text(max_size=60)
 
 
-@settings(deadline=None)  # a busy machine is no defect
+@settings(deadline=None)  # a busy machine must not fail the test
 @given(text=_texts, max_words=st.integers(1, 8))
 def test_any_text_comes_out_as_the_rule_says(text: str, max_words: int) -> None:
     assert clean_caption(text, max_words) == by_the_rule(text, " ", max_words)
-    # What stays between digits is kept from the rule by letters in its place, which lower-casing does not make.
+    # The rule must keep punctuation between digits, so private-use characters, never made by lower(), replace it.
     between = re.sub(r"(?<=\d)[.!\"()*#:;~](?=\d)", lambda mark: chr(0xE000 + ord(mark[0])), text)
     expected = by_the_rule(between, "", max_words)
     assert clean_question(text, max_words) == re.sub("[\ue000-\ue0ff]", lambda one: chr(ord(one[0]) - 0xE000), expected)

@@ -1,4 +1,4 @@
-"""The log as trackers get it."""
+"""What experiment trackers receive from the log."""
 
 import sys
 from io import StringIO
@@ -42,7 +42,7 @@ def test_tensorboard_has_the_rows(tmp_path: Path) -> None:
 
 
 def test_a_tracker_never_asks_on_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As wandb does without a key: it asks if standard input is a terminal, else it raises."""
+    """Without a key, wandb asks on the terminal if standard input is one; otherwise it raises an error."""
 
     class Terminal(StringIO):
         def isatty(self) -> bool:

@@ -1,4 +1,4 @@
-"""Training on shards, by the command: held-out pictures, going on, several processes, what is refused."""
+"""The training command on shards: held-out pictures, resuming, several processes and refused input."""
 
 import json
 from pathlib import Path
@@ -54,14 +54,14 @@ def test_a_run_on_shards_and_the_same_run_interrupted(home: Home, monkeypatch: p
     whole = home.train("whole", "--set", "train.steps=9")
     assert len([row for row in losses(whole) if "loss" in row]) == 9
     held, _ = read_records(whole / "held_out")
-    assert [record.id for record in held] == [f"00000/{n:09}" for n in range(4)]  # 0.2 of 24
+    assert [record.id for record in held] == [f"00000/{n:09}" for n in range(4)]  # a share of 0.2 of 24
     (told,) = json.loads((whole / "shards.json").read_text())["parts"]
     assert (told["counts"], told["held_out"]) == ([6, 6, 6, 6], [4, 0, 0, 0])
     skipped = (whole / "skipped.jsonl").read_text().splitlines()
     assert len(skipped) == 1
     assert "002000004.jpg" in skipped[0]
     assert not (whole / "trained_on.txt").exists()
-    assert pictures_trained_on(held, [whole]) is None  # not known
+    assert pictures_trained_on(held, [whole]) is None  # unknown for runs on shards
 
     step = loop.learning_rate
 

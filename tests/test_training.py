@@ -1,4 +1,4 @@
-"""The loop, its optimizer, its checkpoints, and both recipes on tiny models."""
+"""The training loop, its optimizer and checkpoints, and both recipes with tiny models."""
 
 import itertools
 import json
@@ -33,7 +33,7 @@ from openblip2.train.resume import _digest
 
 
 class Line(nn.Module):
-    """A model small enough to know what training should do to it."""
+    """A model that is so small that the result of a training step can be computed by hand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Line(nn.Module):
         self.frozen = nn.Linear(3, 3).requires_grad_(False)
 
     def losses(self, number: int) -> dict[str, Tensor]:
-        """A loss that depends on the batch's number and on torch's own draws."""
+        """Returns losses that depend on the number of the batch and on torch's random state."""
         rows = self.norm(self.linear(self.queries[0] + torch.rand(2, 3) + number))
         return {"near": rows.square().mean(), "far": (rows.sum() * self.temperature - 1).square()}
 
@@ -137,12 +137,12 @@ def test_half_of_a_batch_are_similar_rows() -> None:
     captions = ["a", *captions, "a red cat", "a red cat above a blue bus", "a blue bus above a red cat"]
     similar = SimilarRows(captions)
     first = len(captions) - 2
-    assert {similar(first, place) for place in (0.0, 0.15)} == {first + 1}  # all the same words
+    assert {similar(first, place) for place in (0.0, 0.15)} == {first + 1}  # its words are the same, in another order
     red_cat = captions.index("a red cat")
     for place in (0.0, 0.5, 0.99):
-        assert captions[similar(red_cat, place)] != "a red cat"  # no negative of itself
+        assert captions[similar(red_cat, place)] != "a red cat"  # the same caption would not be a negative
         assert {"red", "cat"} & set(captions[similar(red_cat, place)].split())
-    strange = SimilarRows(["猫", "犬", "鳥", "魚"])  # without a word in common: any row
+    strange = SimilarRows(["猫", "犬", "鳥", "魚"])  # no caption shares a word with another: any row
     assert [strange(0, place / 2) for place in (0.0, 0.3, 0.6, 0.9)] == [0, 1, 2, 3]
     assert [strange(0, place / 2) for place in (1.0, 1.3, 1.6, 1.9)] == [0, 1, 2, 3]
 
@@ -159,7 +159,7 @@ def test_half_of_a_batch_are_similar_rows() -> None:
 
 
 def test_similar_rows_name_the_same_things_or_other_things_in_the_same_way() -> None:
-    # As many nouns as captions need for a noun to be rare: then TF-IDF finds the same noun, whatever is said about it.
+    # With this many nouns, each noun is rare. TF-IDF then finds captions with the same noun, with any other words.
     nouns = [f"noun{n}" for n in range(20)]
     captions = [f"{start} {noun}" for noun in nouns for start in ("a big", "a small", "the old", "the new")]
     similar = SimilarRows(captions)
@@ -220,8 +220,8 @@ def test_balanced_questions_have_yes_as_often_as_no() -> None:
     counts = Counter((q.text, q.answer) for _, q in Answers(records, balanced=True).asked)
     assert counts == {
         **{("is it red?", "no"): 6, ("is it red?", "Yes"): 6},  # 2 pictures, three times each
-        **{("is it big?", "yes"): 1, ("what?", "a"): 3},  # nothing to balance with
-        **{("is it new?", "no"): 40, ("is it new?", "yes"): 10},  # one picture, ten times at most
+        **{("is it big?", "yes"): 1, ("what?", "a"): 3},  # there is no opposite answer to balance with
+        **{("is it new?", "no"): 40, ("is it new?", "yes"): 10},  # one picture, repeated at most ten times
     }
 
 
@@ -247,7 +247,7 @@ def recipe(home: Path, stage: str, **changes: Any) -> RunSettings:
 
 
 def test_a_tiny_run_learns_and_looks(home: Path, tmp_path: Path) -> None:
-    """End to end: held-out ITC falls under chance, the caption loss falls, and the wrong picture costs more."""
+    """End to end: held-out ITC falls below chance, the caption loss falls, and a wrong picture gives a higher loss."""
     records, _ = read_records(home / "data")
     more = {"train__steps": 40, "train__batch": 6, "train__validate_every": 20, "optim__lr": 3e-3, "train__seed": 4}
     train_stage(recipe(home, "stage1", **more), records, tmp_path / "one", quiet())
@@ -325,7 +325,7 @@ def test_an_elastic_run_trains_and_answers_with_the_first_tokens(
     for name in ("run", "again"):
         train_stage(recipe(home, "stage2", **elastic), records, tmp_path / name, quiet())
     queries = load(str(tmp_path / "run"), device="cpu").model.connector.tokens
-    assert read[:8] == read[8:]  # by seed and number
+    assert read[:8] == read[8:]  # the draws depend only on seed and batch number
     assert len(set(read)) > 1
     assert set(read) <= set(range(1, queries + 1))
     few = load(str(tmp_path / "run"), device="cpu", visual_tokens=1)
@@ -341,18 +341,18 @@ def test_an_elastic_run_trains_and_answers_with_the_first_tokens(
 
 @pytest.mark.parametrize(("stage", "aligned"), [("stage1", 0), ("stage2", 0), ("stage2", 2)])
 def test_chunks_change_no_step(home: Path, tmp_path: Path, stage: str, aligned: int) -> None:
-    """The log shows what a run of whole batches shows, accumulated or not."""
+    """The log is the same as with whole batches, also with gradient accumulation."""
     records, _ = read_records(home / "data")
     for name, chunk in (("whole", 0), ("chunks", 3)):
         more = {"train__batch": 8, "train__chunk": chunk, "train__accumulate": 2, "stage2__lm_start_step": aligned}
-        # Whitened by so few pictures gradients are so large that rounding soon tells two runs apart.
+        # Whitening fitted on so few pictures makes gradients so large that rounding soon makes the two runs differ.
         exact = {"qformer__dropout": 0.0, "vision__whiten": "false", "warm_start": "false"}
         train_stage(recipe(home, stage, **more, **exact), records, tmp_path / name, quiet())
     whole, chunks = steps_of(tmp_path / "whole"), steps_of(tmp_path / "chunks")
     assert len(whole) == 3
     for mine, theirs in zip(chunks, whole, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3)
-    # Chunks are first read without gradients, by another attention kernel, which rounds differently.
+    # Chunks first run without gradients. That selects another attention kernel, which rounds differently.
     assert chunks[0] == pytest.approx(whole[0], rel=5e-5)
 
 
@@ -376,7 +376,7 @@ def test_objectives_are_left_out_and_never_all(home: Path, tmp_path: Path) -> No
 
 
 def test_pictures_to_validate_on_can_be_given(home: Path, tmp_path: Path) -> None:
-    """Then all records are trained on, and the run validates on those that were given."""
+    """The run then trains on all records and validates on the given pictures."""
     records, _ = read_records(home / "data")
     train_stage(recipe(home, "stage1"), records[:18], tmp_path / "run", quiet(), held_out=records[18:])
     found = [row["validation"]["n"] for row in log_of(tmp_path / "run") if "validation" in row]
@@ -389,7 +389,7 @@ def test_pictures_to_validate_on_can_be_given(home: Path, tmp_path: Path) -> Non
 
 
 def with_old_names(run: Path) -> None:
-    """Rewrites a run, and its checkpoints, as they were before parts and settings got the field's names."""
+    """Rewrites a run and its checkpoints with the names that parts and settings had before they got standard terms."""
     old = {new: old for old, new in RENAMED.items()}
     for path in [run / "model.safetensors", *run.glob("resume/*/*.safetensors")]:
         stored = load_file(path)
@@ -418,6 +418,6 @@ def test_a_run_with_old_names_is_loaded_started_from_and_resumed(home: Path, tmp
     assert all(torch.equal(found[name], value) for name, value in mine.model.state_dict().items())
     second = recipe(home, "stage2", start=str(tmp_path / "old"), vision__whiten="false")
     train_stage(second, records, tmp_path / "two", quiet())
-    (tmp_path / "old" / "model.safetensors").unlink()  # now it ended after its checkpoint at step 2 of 3
+    (tmp_path / "old" / "model.safetensors").unlink()  # as if the run had stopped after its checkpoint at step 2 of 3
     train_stage(settings, records, tmp_path / "old", quiet(), resume=True)
     assert (tmp_path / "old/model.safetensors").read_bytes() == (tmp_path / "run/model.safetensors").read_bytes()

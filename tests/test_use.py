@@ -1,4 +1,4 @@
-"""A trained run in use: folders of pictures, several captions, closed answers, features, speed."""
+"""Use of a trained run: folders of pictures, several captions, answers from a list, features and speed."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def captioner(home: Home) -> Captioner:  # noqa: F811
 
 @pytest.fixture
 def folder(home: Home, tmp_path: Path) -> Path:  # noqa: F811
-    """Three pictures, one of them in a folder inside and with a tab in its name; a broken one; a hidden one."""
+    """Three pictures, one of them in a subfolder with a tab in its name; also a broken one and a hidden one."""
     folder = tmp_path / "photos"
     for name in ("b.png", "a.PNG", "in/c\td.png", ".hidden/e.png"):
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
@@ -62,7 +62,7 @@ def test_beside_writes_what_train_reads_and_continues(home: Home, folder: Path) 
     assert texts == ["a.txt", "b.txt", "in/c\td.txt"]
     assert not list(folder.rglob(".lock"))
     again = call("caption", home.stage2, folder, "--beside")
-    assert (again.code, again.out) == (2, "")  # the bad one is tried again
+    assert (again.code, again.out) == (2, "")  # the bad picture is tried again
     (folder / "bad.jpg").unlink()
     assert call("caption", home.root / "no run", folder, "--beside").code == 0  # nothing is left to do
     records, skipped = openblip2.read_records(folder)
@@ -211,9 +211,9 @@ def test_features_of_a_stage_1_run(home: Home, caplog: pytest.LogCaptureFixture)
     alone = matcher.features(pictures[2:], texts[2:])
     for one, other in zip(found, alone, strict=True):
         assert one is not None
-        torch.testing.assert_close(one[2:], other)  # whatever shares the batch
+        torch.testing.assert_close(one[2:], other)  # features do not depend on other rows of the batch
     assert matcher.features(pictures[:1]).joint is None
-    # What they are: the similarity is the best query's cosine, the match is the head's on the joint output.
+    # Similarity is the largest cosine over the queries; the match score is the ITM head applied to the joint output.
     vectors = torch.tensor([matcher.embed_text(text) for text in texts])
     torch.testing.assert_close((found.projected @ vectors.T).amax(1)[::2], matcher.similarity(pictures, texts)[::2])
     assert found.joint is not None
@@ -238,7 +238,7 @@ def test_features_of_a_stage_2_run(home: Home, captioner: Captioner) -> None:  #
 
 
 def different(captioner: Captioner, folder: Path, count: int, sizes: tuple[int, ...], how: Decoding) -> int:
-    """Of how many pictures the caption depends on the size of its batch."""
+    """Returns the number of pictures whose caption depends on the batch size."""
     pictures = []
     for n in range(count):
         noise = torch.randint(256, (16, 20, 3), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)

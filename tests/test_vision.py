@@ -1,4 +1,4 @@
-"""Vision against transformers' own hidden states, on tiny random encoders of every supported family."""
+"""Image encoders compared with transformers' hidden states, with a tiny random encoder of each supported family."""
 
 import copy
 import json
@@ -53,7 +53,7 @@ def random() -> torch.Generator:
 
 
 def redraw(model: PreTrainedModel, random: torch.Generator) -> PreTrainedModel:
-    """Every parameter drawn anew: a fresh encoder has zero biases, unit scales and, some, no noise at all."""
+    """Draws all parameters at random: new encoders have zero biases, unit scales and, in some families, no noise."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.3)
@@ -100,7 +100,7 @@ def count(module: nn.Module) -> int:
     [("siglip", "post_layernorm"), ("vit", "layernorm"), ("dinov2", "layernorm"), ("clip", "")],
 )
 def test_last_layer_is_raw(family: str, norm: str, random: torch.Generator) -> None:
-    """Without the final norm: applying it gives the model's last hidden state (CLIP's carries none)."""
+    """Our last layer is before the final norm; applying it gives the last hidden state (CLIP's has no norm)."""
     full = redraw(FAMILIES[family](), random)
     pixels = pictures(12, random)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
@@ -113,7 +113,7 @@ def test_last_layer_is_raw(family: str, norm: str, random: torch.Generator) -> N
 
 @pytest.mark.parametrize("family", POSITIONS)
 def test_another_image_size_interpolates_positions(family: str, random: torch.Generator) -> None:
-    """The oracle is an encoder built for 20 px, its position table resized beforehand, 3 x 3 to 5 x 5."""
+    """The oracle is an encoder for 20 px whose position table was resized from 3 x 3 to 5 x 5 in advance."""
     small = redraw(FAMILIES[family](), random)
     pixels = pictures(20, random)
     config = copy.deepcopy(small.config)
@@ -133,14 +133,14 @@ def test_another_image_size_interpolates_positions(family: str, random: torch.Ge
 @pytest.mark.parametrize("family", ["blip2", "clip"])
 @pytest.mark.parametrize(("side", "tokens"), [(224, 257), (364, 677), (490, 1226)])
 def test_a_tower_of_224_px_serves_364_and_490_px(family: str, side: int, tokens: int, random: torch.Generator) -> None:
-    """The paper's sizes: pre-training, captions and retrieval, VQA."""
+    """The paper uses 224 px for pre-training, 364 px for captioning and retrieval, and 490 px for VQA."""
     encoder = redraw(PAPER_SIZED[family](), random)
     name, _ = POSITIONS[family]
     table = encoder.state_dict()[name].reshape(257, 24)
     patches = table[1:].T.reshape(1, 24, 16, 16)
     naive = F.interpolate(patches, size=(side // 14, side // 14), mode="bicubic", align_corners=False)
 
-    # With no weights on the pixels, what goes into the layers is the positions, and the class token in front.
+    # With zero weights for the pixels, the input of the layers is the positions, with the class token added in front.
     for parameter in encoder.get_submodule("embeddings.patch_embedding").parameters():
         parameter.data.zero_()
     seen: list[Any] = []
@@ -187,7 +187,7 @@ def test_frozen_without_gradient_and_always_in_eval_mode(random: torch.Generator
     seen = vision(pixels)
     torch.testing.assert_close(seen, vision(pixels), rtol=0, atol=0)
     assert not seen.requires_grad
-    parent(pixels).sum().backward()  # a normal tensor, which autograd may keep for the layers behind it
+    parent(pixels).sum().backward()  # the output is no inference tensor, so autograd can save it for later layers
     assert parent[1].weight.grad is not None
 
 

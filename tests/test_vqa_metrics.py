@@ -1,4 +1,4 @@
-"""VQA accuracy and its relatives, held to the answers of the two reference programs (tests/data/vqa_reference.json)."""
+"""VQA accuracy and similar metrics, compared with two reference programs (tests/data/vqa_reference.json)."""
 
 import json
 import sys
@@ -45,7 +45,7 @@ def test_the_scores_are_the_reference_programs_scores(protocol: Protocol) -> Non
     scores = vqa_scores([row[0] for row in ROWS], [asked(*row[1]) for row in ROWS], protocol)
     theirs = np.array([row[4 if protocol == "official" else 5] for row in ROWS])
     np.testing.assert_allclose(scores, theirs, rtol=0, atol=1e-9)
-    assert 0.2 < theirs.mean() < 0.8  # neither nothing nor everything is right in them
+    assert 0.2 < theirs.mean() < 0.8  # the test data has right and wrong answers
 
 
 @pytest.mark.parametrize(

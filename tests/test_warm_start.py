@@ -1,4 +1,4 @@
-"""Closed-form starts against naive ridge regression, and what they are for: seeing before the first step."""
+"""Closed-form starts: they equal naive ridge regression, and models use the picture before the first step."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from openblip2.train.warm_start import (
 
 
 def ridge(x: Tensor, y: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weight and bias by least squares with the penalty as extra rows, on data that is not centred by hand."""
+    """Returns weight and bias by least squares, with the penalty as extra rows; this function centres the data."""
     x, y = x.double(), y.double()
     mean_x, mean_y = x.mean(0), y.mean(0)
     extra = penalty**0.5 * torch.eye(x.shape[1], dtype=x.dtype)
@@ -40,7 +40,7 @@ def test_the_heads_are_whitening_and_ridge_regression() -> None:
     queries, texts = torch.randn(60, tiny.D) @ torch.randn(tiny.D, tiny.D) + 2, torch.randn(60, tiny.D) * 3 - 1
     r2 = align_heads(model, queries, texts, penalty=6.0)
     white = model.text_proj(texts).detach()
-    assert torch.allclose(torch.cov(white.T, correction=0), torch.eye(tiny.E), atol=0.02)  # the widest directions
+    assert torch.allclose(torch.cov(white.T, correction=0), torch.eye(tiny.E), atol=0.02)  # largest variances
     variance = queries.double().var(0, correction=0).mean()
     weight, bias = ridge(queries, white, 6.0 * float(variance))
     found = model.vision_proj(queries).detach()
@@ -62,12 +62,12 @@ def test_the_cells_of_a_grid() -> None:
     assert torch.equal(cells[0], torch.full((4,), 0.25))
     assert cells[1:].argmax(1).tolist() == [0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]
     assert torch.equal(cells.sum(1), torch.ones(17))
-    assert grid_cells(9, 6).argmax(1).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5]  # 2 x 3 cells, no token in front
+    assert grid_cells(9, 6).argmax(1).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5]  # 2 x 3 cells, no token before them
     assert grid_cells(5, 7).sum(1).tolist() == [1] * 5
 
 
 def placed(queries: int) -> tuple[QFormer, Tensor]:
-    """A Q-Former with heads 8 wide, whose queries were placed, and pictures whose patches tell where they are."""
+    """A Q-Former with heads of width 8 and placed queries, and pictures whose patches encode their positions."""
     torch.manual_seed(0)
     sizes = {"width": 32, "heads": 4, "layers": 4, "ffn": 48, "vocabulary": 0, "dropout": 0.0}
     model = QFormer(**sizes, queries=queries, image_width=24, cross_every=2).eval()
@@ -91,10 +91,10 @@ def test_each_query_begins_at_its_own_cell_in_every_head() -> None:
     for cross in crossing:
         assert cross.watched is not None
         (weights,) = cross.watched
-        own = (weights * (cells.T == 1)).sum(-1)  # [N, H, Q]: share of attention on the own cell; uniform: 0.24
+        own = (weights * (cells.T == 1)).sum(-1)  # [N, H, Q]: share of attention on the query's cell; uniform: 0.24
         assert own.mean() > 0.6
         assert own.mean((0, 1)).min() > 0.5
-    # What changes between pictures differs from query to query.
+    # The part of the output that depends on the picture differs between queries.
     apart = torch.nn.functional.normalize(output - output.mean(0), dim=-1)
     cosines = apart @ apart.mT
     assert cosines[:, ~torch.eye(4, dtype=torch.bool)].abs().mean() < 0.4
@@ -121,7 +121,7 @@ def test_cross_attention_hands_on_the_whitened_patches() -> None:
         assert torch.allclose(handed.mean(0), torch.zeros(tiny.D), atol=1e-4)
         found = torch.linalg.eigvalsh(torch.cov(handed.T, correction=0))[-tiny.V :]
         assert found.max() < 1.001
-        assert found.median() > 0.8  # all but the directions below the ridge
+        assert found.median() > 0.8  # except directions whose variance is below the ridge
         assert torch.equal(cross.out.weight, torch.eye(tiny.D))
     assert torch.allclose(model.layers[1].query_ffn.narrow.weight, 0.3 * before)  # pyright: ignore
 
@@ -162,7 +162,7 @@ def test_the_projection_is_ridge_regression_to_the_captions_content_words() -> N
     captions = ["a cat", "the cat on a mat", "dogs", "a"] * 12
     queries = torch.randn(48, tiny.D)
     targets = content_embeddings(model, captions)
-    assert torch.equal(targets[0], content_embeddings(model, ["cat"])[0])  # articles carry nothing
+    assert torch.equal(targets[0], content_embeddings(model, ["cat"])[0])  # articles have no weight
     r2 = align_projection(model, queries, captions, penalty=2.0)
     weight, bias = ridge(queries, targets, 2.0)
     assert torch.allclose(model.projection(queries), (queries.double() @ weight + bias).float(), atol=1e-5)

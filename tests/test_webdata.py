@@ -134,7 +134,7 @@ def test_few_shards_are_open_at_once(tmp_path: Path) -> None:
     for number in range(60):
         loader(number)
         most = max(most, len(loader.shards._open))
-    assert most <= 9  # of three lanes the present shards, and those behind them
+    assert most <= 9  # the current and the next shards of three lanes
 
 
 def test_a_remote_set_reads_as_a_local_one(tmp_path: Path) -> None:
@@ -145,12 +145,12 @@ def test_a_remote_set_reads_as_a_local_one(tmp_path: Path) -> None:
             with fsspec.open(f"memory://set/{file.name}", "wb") as copy:
                 copy.write(file.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
     remote, local = pairs("memory://set/{00000..00002}.tar"), pairs(f"{tmp_path}/{{00000..00002}}.tar")
-    # Another name is another seed of the shuffle, but an epoch is an epoch.
+    # Another name gives another shuffle seed, but an epoch still has the same samples.
     assert seen(walk(remote, 15)) == seen(walk(local, 15)) == Counter({k: 4 for k in every([5, 6, 4])})
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A picture by its header, hundreds of bytes that would unfold to gigabytes."""
+    """Returns a PNG of less than a kilobyte whose header declares a picture that would decode to gigabytes."""
     chunks = b"\x89PNG\r\n\x1a\n"
     for kind, content in (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
@@ -165,7 +165,7 @@ def test_bad_samples_are_named_once_and_stood_in_for(tmp_path: Path) -> None:
     bad = {1: b"no picture", 4: png_of(30_000, 30_000), 6: jpeg((9, 9, 9))[:-200]}
     write_shard(tmp_path / "0.tar", [sample(0, n, image=bad.get(n)) for n in range(8)])
     silent = sample(1, 3)._replace(captions=())
-    mute = sample(1, 5, "...!")  # of punctuation alone: it says nothing
+    mute = sample(1, 5, "...!")  # only punctuation, so it is empty after cleaning
     write_shard(tmp_path / "1.tar", [silent if n == 3 else mute if n == 5 else sample(1, n) for n in range(8)])
     problems: list[str] = []
     batches = walk(pairs(tmp_path, problems=problems), 8)
@@ -232,7 +232,7 @@ def test_a_mixture_by_weights_from_a_file(tmp_path: Path, caplog: pytest.LogCapt
     assert "mix.toml: reader = 'coco' has no effect, because all data sets are read alike: remove it" in caplog.text
     share = Counter(caption.split()[0] for caption in drawn.elements())
     assert share == {"coco": 40, "web": 120}
-    assert {count for caption, count in drawn.items() if caption.startswith("coco")} == {8}  # each sample as often
+    assert {count for caption, count in drawn.items() if caption.startswith("coco")} == {8}  # all samples equally often
 
 
 def test_a_picture_that_stands_in_two_sets_is_one(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_counts_are_kept_with_the_run(tmp_path: Path) -> None:
     assert (counted[0].counts, counted[0].held_out, counted[0].samples) == ((3, 4), (2, 0), 5)
     assert kept_parts(tmp_path, parts) is None
     write_parts(counted, tmp_path)
-    shards[0].unlink()  # what has gone since does not change the order
+    shards[0].unlink()  # a shard that disappears later does not change the order
     assert kept_parts(tmp_path, parts) == counted
     with pytest.raises(UserError, match="other shards"):
         kept_parts(tmp_path, [Part("x", 1, ("x.tar",))])

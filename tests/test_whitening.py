@@ -1,4 +1,4 @@
-"""Whitening of frozen features against its definition."""
+"""Whitening of frozen features compared with its definition."""
 
 import torch
 

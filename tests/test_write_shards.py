@@ -45,7 +45,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path: Path) -> None:
     def dies(count: int) -> None:
         nonlocal behind
         behind += count
-        if behind == 6:  # the second in the second shard
+        if behind == 6:  # after the second sample of the second shard
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -1,6 +1,6 @@
-"""The tiny configuration of the tests. Its sizes all differ, so that a swapped axis cannot pass.
+"""The tiny configuration of the tests. All its sizes differ, so that swapped axes cause an error.
 
-Nothing here imports transformers: the processes of `test_distributed` start with it.
+Nothing here imports transformers, so that the processes of `test_distributed`, which import it, start fast.
 """
 
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 
 P, V, Q, T, D = 7, 11, 5, 6, 30
-HEADS, FFN, LAYERS, E, WORDS = 3, 28, 4, 9, 41  # a head is 10 wide
+HEADS, FFN, LAYERS, E, WORDS = 3, 28, 4, 9, 41  # the width of a head is 10
 B, POSITIONS = 8, 13
 CLS, SEP, DEC = 1, 2, WORDS - 1  # 0 is padding
 
@@ -20,9 +20,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def redraw(model: M, seed: int = 0, std: float = 0.2) -> M:
-    """Draws every parameter anew: a fresh model has zero biases and scales of 1, and little of it shows.
+    """Redraws every parameter, because a new model has zero biases and scales of 1, which would hide errors.
 
-    With a larger spread attention mixes so much that the rows of a deep stack become one another's copies.
+    With a larger `std`, attention mixes so much that the rows become nearly equal after many layers.
     """
     random = torch.Generator().manual_seed(seed)
     scales = {id(m.weight) for m in model.modules() if "Norm" in type(m).__name__}  # LayerNorm, T5LayerNorm ...
@@ -54,13 +54,13 @@ def stage1(
 
 
 def features(count: int = B, seed: int = 1) -> Tensor:
-    """Patch features `[B, P, V]`; the patches of an image have something in common."""
+    """Patch features `[B, P, V]`; the patches of an image share a component."""
     random = torch.Generator().manual_seed(seed)
     return torch.randn(count, 1, V, generator=random) + torch.randn(count, P, V, generator=random)
 
 
 def texts(count: int = B, seed: int = 2, shortest: int = 3) -> tuple[Tensor, Tensor]:
-    """Tokens `[B, T]` and `valid [B, T]`; lengths from `shortest` to T in turn, the first row is full."""
+    """Tokens `[B, T]` and `valid [B, T]`; lengths cycle from T down to `shortest`, so the first row is full."""
     random = torch.Generator().manual_seed(seed)
     tokens = torch.randint(SEP + 1, DEC, (count, T), generator=random)
     lengths = T - torch.arange(count) % (T + 1 - shortest)
@@ -80,7 +80,7 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same_gradients(mine: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Compares relative to the largest entry of each gradient, for entries are sums that nearly cancel."""
+    """Compares relative to the largest entry of each gradient, because entries are sums that nearly cancel."""
     assert mine.keys() == theirs.keys()
     for name, gradient in mine.items():
         scale = max(1.0, float(theirs[name].abs().max()))

@@ -1,7 +1,7 @@
-"""Tiny BLIP-2s of transformers as folders on disk, as a user would have them, every parameter redrawn.
+"""Tiny BLIP-2 models in transformers' format as folders on disk, as a user would have them, with redrawn parameters.
 
-Redrawn because a fresh one hides bugs: its queries are zeros and its image encoder has weights of 1e-10. Like the
-published ones, OPT stops at a line break and calls its first token "</s>", T5 writes with a matrix of its own, and the
+A new model would hide bugs, because its queries are zeros and its image encoder has weights of 1e-10. As in the
+published models, OPT stops at a line break and its first token is "</s>", T5 has an untied output embedding, and the
 Q-Former that reads text has `[DEC]` after BERT's words.
 """
 
@@ -24,13 +24,13 @@ from tiny_runs import BERT_WORDS, named
 
 PATCH, P, V = 3, 17, 22  # 4 x 4 patches and a class token
 IMAGE = tiny_models.W  # the id of "<image>", which the processor adds to the tokenizer
-W = IMAGE + 2  # one more than the tokenizer has: published vocabularies are padded
+W = IMAGE + 2  # one more than the tokenizer has, because published vocabularies are padded
 RETRIEVER_WORDS = len(BERT_WORDS) + 1  # with [DEC]
 POSITIONS = 16
 FIRST = {"opt": "</s>", "gpt2": "<s>", "llama": "<s>", "t5": None}  # the tokenizer's first token
 END = {"opt": "\n", "gpt2": "</s>", "llama": "</s>", "t5": "</s>"}  # what stops the language model
 KINDS = tuple(END)
-# Of the language models: the texts of these differ, some end early, beams and length penalty change some.
+# Seeds of language models whose texts differ; some texts end early, and beams and length penalty change some.
 SEEDS = {"opt": 14, "gpt2": 7, "llama": 28, "t5": 19}
 
 
@@ -62,9 +62,9 @@ def bert() -> Any:
 def _generator(kind: str, folder: Path, model: Any, qformer_tokenizer: Any = None) -> Path:
     _redraw(model)
     language: Any = model.language_model
-    std = 0.2 if kind == "t5" else STD  # T5 does not scale its attention: more of it, and float32 loses 5 digits
+    std = 0.2 if kind == "t5" else STD  # T5 does not scale its attention: with more, float32 loses 5 digits
     tiny.redraw(language, SEEDS[kind], std)
-    if kind == "t5":  # FlanT5 has an output that is not its input embedding; a fresh T5 ties them whatever it is told
+    if kind == "t5":  # FlanT5's output embedding is untied, but a new T5 ties it despite its config
         language.set_output_embeddings(tiny.redraw(nn.Linear(L, W, bias=False), seed=1))
     language.get_output_embeddings().weight.data[tiny_models.WORDS.index(END[kind])] *= 2  # some texts end early
     model.save_pretrained(folder)
@@ -82,7 +82,7 @@ def retriever(folder: Path) -> Path:
 
 
 def tokenizer(kind: str) -> Any:
-    """The one of `tiny_models`, which by itself puts the first or the end token where the real one does."""
+    """The tokenizer of `tiny_models`; it adds the first or the end token where the real one does."""
     words = tiny_models.tokenizer(bos=FIRST[kind])
     around = {"opt": "</s> $A", "llama": "<s> $A", "t5": "$A </s>"}
     if kind in around:
@@ -92,14 +92,14 @@ def tokenizer(kind: str) -> Any:
 
 
 def pixel_values(pictures: Tensor) -> Tensor:
-    """uint8 `[B, 3, S, S]` as transformers wants them."""
+    """Converts uint8 `[B, 3, S, S]` to the input of transformers."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (pictures / 255 - mean) / std
 
 
 def _redraw(model: Any) -> Any:
     tiny.redraw(model)
-    # With more, attention makes the queries one another's copies, and float32 loses the gradients of what it looks at.
+    # With a larger std, attention makes the queries nearly equal, and float32 loses the gradients of attended rows.
     tiny.redraw(model.qformer, seed=2, std=0.1)
     return model
 
@@ -126,7 +126,7 @@ def _language(kind: str) -> hf.PreTrainedConfig:
     if kind == "gpt2":
         return hf.GPT2Config(**shared, n_embd=L, n_head=LM_HEADS, n_inner=INNER, n_layer=2, n_positions=50)
     if kind == "t5":
-        # FlanT5's: a gated GELU, an output of its own, no first token.
+        # As FlanT5: a gated GELU, an untied output embedding, no first token.
         sizes: dict[str, Any] = {"d_model": L, "d_kv": 4, "d_ff": INNER, "num_heads": LM_HEADS, "num_layers": 3}
         sizes |= {
             "num_decoder_layers": 2,
@@ -140,12 +140,12 @@ def _language(kind: str) -> hf.PreTrainedConfig:
     if kind == "llama":
         return hf.LlamaConfig(**shared, **sizes, intermediate_size=INNER, num_key_value_heads=1)
     shared |= {"bos_token_id": EOS, "eos_token_id": NEWLINE}
-    # The projection of transformers is as wide as the layers: OPT's embeddings have to be so too.
+    # The projection in transformers is as wide as the layers, so OPT's embeddings must be, too.
     return hf.OPTConfig(**shared, **sizes, ffn_dim=INNER, word_embed_proj_dim=L, max_position_embeddings=50)
 
 
 def processor(words: Any, qformer_tokenizer: Any = None) -> Any:
-    """transformers' processor around a tokenizer, to which it adds `<image>`; InstructBLIP's if there are two."""
+    """transformers' processor with a tokenizer, to which it adds `<image>`; with two tokenizers, InstructBLIP's."""
     pictures = hf.BlipImageProcessorPil(
         size={"height": SIDE, "width": SIDE}, image_mean=list(CLIP_MEAN), image_std=list(CLIP_STD)
     )
@@ -155,7 +155,7 @@ def processor(words: Any, qformer_tokenizer: Any = None) -> Any:
 
 
 def changed_config(change: Any, file: str = "config.json") -> Callable[[Path], None]:
-    """Changes the values of a JSON file of a folder."""
+    """Returns a function that changes the values of a JSON file in a folder."""
 
     def changed(folder: Path) -> None:
         values = json.loads((folder / file).read_text())
@@ -166,7 +166,7 @@ def changed_config(change: Any, file: str = "config.json") -> Callable[[Path], N
 
 
 def changed_tensors(change: Any) -> Callable[[Path], None]:
-    """Changes the tensors of a folder."""
+    """Returns a function that changes the tensors in a folder."""
 
     def changed(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")

@@ -15,12 +15,12 @@ from openblip2.progress import Progress
 from test_cli import call
 from tiny_shards import sample, write_shard
 
-TOKENS = 14  # of a text, for all rankers
+TOKENS = 14  # maximum length of a text for all rankers
 HOW = How(captions=3)
 
 
 def clip(folder: Path) -> Path:
-    """A CLIP of random weights, with a tokenizer of whole words and a preprocessing that crops."""
+    """A CLIP with random weights, a tokenizer of whole words, and preprocessing that crops."""
     text = tiny_runs.named(width=12, layers=2, heads=2, ffn=20)
     words = {word: n for n, word in enumerate(tiny_runs.BERT_WORDS)}
     ids = {"eos_token_id": words["[SEP]"], "bos_token_id": words["[CLS]"], "pad_token_id": 0}
@@ -33,7 +33,7 @@ def clip(folder: Path) -> Path:
     torch.manual_seed(5)
     model = hf.CLIPModel(config)
     for weight in model.parameters():
-        if weight.ndim > 1:  # the usual start is so narrow that all pictures look alike
+        if weight.ndim > 1:  # with the small usual values, all pictures would give similar vectors
             torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(folder)
     hf.BertTokenizer(vocab=words).save_pretrained(folder)
@@ -51,7 +51,7 @@ def clip(folder: Path) -> Path:
 
 
 def build(root: Path) -> Path:
-    """ROOT/stage1, ROOT/stage2, ROOT/clip, and ROOT/set with three shards of 40, 5 and 7 samples."""
+    """Makes ROOT/stage1, ROOT/stage2, ROOT/clip, and ROOT/set with three shards of 40, 5 and 7 samples."""
     tiny_runs.home(root, count=16)
     clip(root / "clip")
     common = ["--data", root / "data", *tiny_runs.options(root), "--set", f"data.max_tokens={TOKENS}"]
@@ -81,5 +81,5 @@ def run(root: Path, out: Path, how: How = HOW, ranker: str = "stage1", data: str
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """All that must be the same whoever made it."""
+    """The contents of all files; they must be the same, however the run was executed."""
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}

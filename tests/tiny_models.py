@@ -1,4 +1,4 @@
-"""Tiny frozen models, redrawn, and a tokenizer for which " dog" is another word than "dog"."""
+"""Tiny frozen models with redrawn weights, and a tokenizer for which " dog" and "dog" are different words."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from openblip2.model.vision import HFVision
 
 SIDE = 12
 L, INNER, LM_HEADS = 20, 26, 5
-STD = 0.4  # their layers are normalised in front: they stand more than the Q-Former
+STD = 0.4  # pre-norm layers tolerate a larger std than the Q-Former's
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "\n"]
 PLAIN = "a dog cat bus red blue left of two the on grass sits runs photo question: answer: what is it yes no"
 PLAIN += " small and user turn bird tree"
@@ -23,12 +23,12 @@ PAD, BOS, EOS, NEWLINE = 0, 1, 2, 4
 
 
 def ids(text: str) -> list[int]:
-    """The ids of words and special tokens written one after another, separated by "|"."""
+    """The ids of the words and special tokens in `text`, which are separated by "|"."""
     return [WORDS.index(word) for word in text.split("|")] if text else []
 
 
 def tokenizer(bos: str | None = "<s>", eos: str | None = "</s>", pad: str | None = "<pad>") -> Any:
-    """Words with the space in front of them, as byte-level tokenizers have it."""
+    """A tokenizer whose words include the space before them, as in byte-level tokenizers."""
     words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| ?[^\s]+"), "isolated")
     words.decoder = decoders.Fuse()
@@ -41,7 +41,7 @@ SHARED: dict[str, Any] = {"vocab_size": W, "bos_token_id": BOS, "eos_token_id": 
 
 
 def opt() -> hf.PreTrainedModel:
-    """With embeddings narrower than its layers, as OPT-350m has them: L is theirs."""
+    """An OPT whose embeddings, of width L, are narrower than its layers, as in OPT-350m."""
     sizes: dict[str, Any] = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2, "ffn_dim": INNER}
     config = hf.OPTConfig(**SHARED, **sizes, word_embed_proj_dim=L, max_position_embeddings=50)
     return tiny.redraw(hf.OPTForCausalLM(config), std=STD)
@@ -59,12 +59,12 @@ def llama() -> hf.PreTrainedModel:
 
 
 def t5() -> hf.PreTrainedModel:
-    """With FlanT5's gated GELU, and an output that is not the input embedding."""
+    """A T5 with FlanT5's gated GELU and an untied output embedding."""
     sizes: dict[str, Any] = {"d_model": L, "d_kv": 4, "d_ff": INNER, "num_heads": LM_HEADS}
     sizes |= {"num_layers": 3, "num_decoder_layers": 2, "feed_forward_proj": "gated-gelu"}
     special: dict[str, Any] = {"tie_word_embeddings": False, "decoder_start_token_id": PAD}
     model = hf.T5ForConditionalGeneration(hf.T5Config(**SHARED, **sizes, **special))
-    # A fresh T5 ties its output to its input embedding, whatever it is told.
+    # A new T5 ties its output embedding to its input embedding despite its config.
     model.set_output_embeddings(nn.Linear(L, W, bias=False))
     return tiny.redraw(model, seed=2, std=0.3)
 
@@ -95,7 +95,7 @@ MODELS = {**DECODERS, "t5": t5}
 
 
 def language(kind: str, llm: hf.PreTrainedModel | None = None, **options: Any) -> LanguageModel:
-    """One of `MODELS` and its tokenizer; options of `DecoderLM`."""
+    """One of `MODELS` with its tokenizer; `options` are those of `DecoderLM`."""
     llm = MODELS[kind]() if llm is None else llm
     if kind == "t5":
         return EncoderDecoderLM(llm, tokenizer(bos=None), **options)
@@ -103,7 +103,7 @@ def language(kind: str, llm: hf.PreTrainedModel | None = None, **options: Any) -
 
 
 def constant(kind: str, *words: tuple[str, float], **options: Any) -> LanguageModel:
-    """One that has the same logits at every position, whatever it reads: those given, and 0 for other words."""
+    """A model with the same logits at every position for every input: those given, and 0 for other words."""
     llm: Any = MODELS[kind]()
     head = nn.Linear(llm.get_output_embeddings().weight.shape[1], W)
     nn.init.zeros_(head.weight)

@@ -22,7 +22,7 @@ LLM_WORDS = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
 
 
 def named(width: int, layers: int, heads: int, ffn: int) -> dict[str, Any]:
-    """Sizes by the names that transformers gives them."""
+    """Sizes under the names that transformers uses."""
     return {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -31,7 +31,7 @@ def named(width: int, layers: int, heads: int, ffn: int) -> dict[str, Any]:
     }
 
 
-# Where a message goes on with what to do.
+# The point in an error message after which it says what to do.
 REMEDY = re.compile(
     r"; |[:,] (?=give|save|write|add|leave|remove|repeat|use|set|choose|it must|they must|at least|each |the |one )"
 )
@@ -65,7 +65,7 @@ def language(folder: Path) -> Path:
     torch.manual_seed(2)
     llm = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, vocab_size=len(LLM_WORDS), **ids))
     for weight in llm.parameters():
-        if weight.ndim == 2:  # the usual start is so narrow that no prompt could change what it writes
+        if weight.ndim == 2:  # with the small usual values, no prompt would change the text
             torch.nn.init.normal_(weight, std=0.5)
     llm.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(LLM_WORDS)}, unk_token="<unk>"))
@@ -76,7 +76,7 @@ def language(folder: Path) -> Path:
 
 
 def pictures(folder: Path, count: int = 16) -> Path:
-    """Plain pictures with one caption each, listed in `records.jsonl`."""
+    """Pictures of a single colour with one caption each, listed in `records.jsonl`."""
     folder.mkdir()
     rows = []
     for n in range(count):
@@ -88,7 +88,7 @@ def pictures(folder: Path, count: int = 16) -> Path:
 
 
 def home(root: Path, count: int = 0) -> Path:
-    """The three models in a folder, each under its builder's name, and so many pictures in its `data`."""
+    """The three models in a folder, each under its builder's name, and `count` pictures in `data`."""
     for build in (vision, bert, language):
         build(root / build.__name__)
     if count:
@@ -97,7 +97,7 @@ def home(root: Path, count: int = 0) -> Path:
 
 
 def trained(root: Path) -> Path:
-    """A home with 16 pictures and a run of each stage, as the command line trains them: `stage1`, `stage2`."""
+    """A home with 16 pictures and a run of each stage, trained through the command line: `stage1`, `stage2`."""
     home(root, count=16)
     for stage, more in (("stage1", []), ("stage2", ["--start", str(root / "stage1")])):
         words = ["train", stage, "--data", str(root / "data"), "--out", str(root / stage)]
@@ -108,7 +108,7 @@ def trained(root: Path) -> Path:
 
 
 def options(models: Path) -> list[str]:
-    """`--set` for tiny runs of 3 steps on the models in `models`, where the three builders have put them."""
+    """`--set` options for tiny runs of 3 steps with the models in `models`, made by the three builders."""
     settings = {
         "vision.name": models / "vision",
         "vision.image_size": SIDE,
@@ -131,6 +131,6 @@ def options(models: Path) -> list[str]:
 
 
 def for_training(words: list[str], what: str) -> list[str]:
-    """Those of such options that have an effect in `train WHAT`."""
+    """The options in `words` that have an effect in `train WHAT`."""
     idle = "language." if what in ("stage1", "retrieval") else "stage1."
     return [word for n in range(0, len(words), 2) if not words[n + 1].startswith(idle) for word in words[n : n + 2]]

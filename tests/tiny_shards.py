@@ -1,4 +1,4 @@
-"""Small shards for tests: real pictures, one colour each, and a caption that says which."""
+"""Small shards for tests: real picture files of one colour each, with captions that identify them."""
 
 import io
 from pathlib import Path
@@ -18,7 +18,7 @@ def jpeg(colour: tuple[int, int, int], width: int = 20, height: int = 12) -> byt
 
 
 def sample(shard: int, n: int, *captions: str, image: bytes | None = None, **about: Any) -> Sample:
-    """Number `n` of a shard: its caption and its colour are no other's."""
+    """Sample `n` of a shard, with a unique caption and a unique colour."""
     picture = jpeg((shard * 12 % 256, n * 12 % 256, 128)) if image is None else image
     return Sample(f"{shard:03}{n:06}", picture, "jpg", captions or (f"shard {shard} picture {n}",), about)
 

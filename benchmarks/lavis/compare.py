@@ -45,7 +45,7 @@ CAPTIONS = (
 
 
 def write_inputs(folder: Path, sizes: dict[str, int], batch: int) -> None:
-    """What both read: random features, captions of ordinary lengths, BERT's vocabulary."""
+    """Writes the inputs of both programs: random features, captions of typical length and BERT's vocabulary."""
     from transformers import AutoTokenizer
 
     from openblip2.model.wheels import locate
@@ -55,13 +55,13 @@ def write_inputs(folder: Path, sizes: dict[str, int], batch: int) -> None:
     (folder / "sizes.json").write_text(json.dumps(sizes | TEXT), "utf-8")
     torch.manual_seed(1)
     features = torch.randn(batch, sizes["patches"], sizes["image_width"])
-    # A number in front makes each caption of a larger batch another one.
+    # A number in front makes the captions different if the batch is larger than the list.
     captions = [f"{n} {CAPTIONS[n % len(CAPTIONS)]}" for n in range(batch)]
     torch.save({"features": features, "captions": captions}, folder / "inputs.pt")
 
 
 def ours(folder: Path, steps: int) -> None:
-    """Runs our step in this process; writes `ours.json`."""
+    """Runs the openblip2 step in this process and writes `ours.json`."""
     from transformers import BertTokenizer
 
     sizes: dict[str, int] = json.loads((folder / "sizes.json").read_text("utf-8"))
@@ -69,7 +69,7 @@ def ours(folder: Path, steps: int) -> None:
     theirs: dict[str, Any] = torch.load(folder / "theirs.pt", weights_only=True)
     names = ("width", "layers", "heads", "ffn", "queries", "image_width")
     qformer = QFormer(*(sizes[name] for name in names), vocabulary=sizes["words"] + 1, positions=512, dropout=0.0)
-    model = Stage1(qformer, detach_gathered=True).train()  # as LAVIS does whenever there is a process group
+    model = Stage1(qformer, detach_gathered=True).train()  # LAVIS does this if there is a process group
     weights = torch.load(folder / "weights.pt", weights_only=True, mmap=True)["model"]
     held, _ = rename(weights, LAVIS, OURS)
     own = model.state_dict()
@@ -101,7 +101,7 @@ def ours(folder: Path, steps: int) -> None:
 
 
 def _compared(model: Stage1, losses: dict[str, Tensor], theirs: dict[str, Any], names: dict[str, str]) -> dict:
-    """Both losses, and the norm of the difference of all gradients, relative to their norm."""
+    """Returns both programs' losses and the norm of the difference of all gradients, relative to the LAVIS norm."""
     different, whole = 0.0, 0.0
     for name, parameter in model.named_parameters():
         expected = theirs["gradients"].get(names[name])
@@ -114,7 +114,7 @@ def _compared(model: Stage1, losses: dict[str, Tensor], theirs: dict[str, Any], 
 
 
 def main() -> None:
-    """Reads the options, and runs both."""
+    """Reads the options and runs both programs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lavis", type=Path, help="the Python in whose environment LAVIS is installed")
     parser.add_argument("--sizes", choices=SIZES, default="vit-g")

@@ -1,9 +1,9 @@
-"""One stage-1 step of LAVIS 1.0.2 on the inputs in a folder; run by `compare.py`, in an environment of its own.
+"""Runs a stage-1 step of LAVIS 1.0.2 on the inputs in a folder; `compare.py` starts it in a separate environment.
 
     python theirs.py FOLDER STEPS
 
-FOLDER has `inputs.pt` (features and captions), `vocab.txt` and `sizes.json`. Written there: `weights.pt` (a checkpoint
-as LAVIS saves it), `theirs.pt` (losses, the negatives that were drawn, gradients) and `theirs.json` (seconds, memory).
+FOLDER has `inputs.pt` (features and captions), `vocab.txt` and `sizes.json`. The program writes `weights.pt` there (a
+checkpoint in LAVIS' format), `theirs.pt` (losses, sampled negatives, gradients) and `theirs.json` (seconds, memory).
 """
 
 import importlib.machinery
@@ -22,9 +22,9 @@ from torch import nn
 
 
 def open_packages(*names: str) -> None:
-    """Makes packages importable without running their `__init__`, which import all that LAVIS can do.
+    """Makes packages importable without running their `__init__`, which would import the whole of LAVIS.
 
-    That needs decord, OpenCV, pycocoevalcap, spaCy, streamlit and others, of which a stage-1 step uses none.
+    LAVIS needs decord, OpenCV, pycocoevalcap, spaCy, streamlit and others, but a stage-1 step uses none of them.
     """
     for name in names:
         spec = importlib.machinery.PathFinder.find_spec(name.rpartition(".")[2], _search(name))
@@ -35,7 +35,7 @@ def open_packages(*names: str) -> None:
 
 
 class Unused(types.ModuleType):
-    """Stands in for a module that LAVIS imports and a stage-1 step on ready features never calls."""
+    """Replaces a module that LAVIS imports but a stage-1 step on precomputed features never calls."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -47,7 +47,7 @@ class Unused(types.ModuleType):
         return sys.modules.get(f"{self.__name__}.{name}", type(name, (), {}))
 
 
-# The image encoders, and what downloads files.
+# The image encoders and the modules that download files.
 UNUSED = (
     *("timm", "timm.models", "timm.models.hub", "lavis.models.eva_vit", "lavis.models.clip_vit"),
     *("pandas", "torchvision", "torchvision.datasets", "torchvision.datasets.utils"),
@@ -60,18 +60,18 @@ def _search(name: str) -> list[str] | None:
 
 
 def build(sizes: dict, vocabulary: Path) -> nn.Module:
-    """`Blip2Qformer` at the given sizes with random weights; features take the place of the image encoder."""
+    """Builds `Blip2Qformer` with the given sizes and random weights; its inputs are features instead of images."""
     open_packages("lavis", "lavis.common", "lavis.models", "lavis.models.blip_models", "lavis.models.blip2_models")
     sys.modules |= {name: Unused(name) for name in UNUSED}
     from lavis.models import base_model
 
-    sys.modules["lavis.models"].BaseModel = base_model.BaseModel  # as its `__init__` does
+    sys.modules["lavis.models"].BaseModel = base_model.BaseModel  # done by its `__init__` in LAVIS
     from lavis.models.blip2_models import blip2_qformer
     from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
     from transformers import BertTokenizer
 
     class FromFeatures(blip2_qformer.Blip2Qformer):
-        """Without the files of the hub: BERT's sizes, and a vocabulary from a folder."""
+        """Uses the given sizes and a local vocabulary, so that no files of the hub are needed."""
 
         @classmethod
         def init_tokenizer(cls):
@@ -106,12 +106,12 @@ def build(sizes: dict, vocabulary: Path) -> nn.Module:
 
 
 def main(folder: Path, steps: int) -> None:
-    """Builds the model, runs the steps, and tries what else of LAVIS runs."""
+    """Builds the model, runs the steps, and tests what else works in LAVIS."""
     sizes = json.loads((folder / "sizes.json").read_text("utf-8"))
     inputs = torch.load(folder / "inputs.pt", weights_only=True)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1
-    )  # forward asks for it
+    )  # forward needs a process group
     model = build(sizes, folder / "vocab.txt")
     torch.save({"model": model.state_dict()}, folder / "weights.pt")
 
@@ -124,7 +124,7 @@ def main(folder: Path, steps: int) -> None:
 
     torch.multinomial = recorded
     samples = {"image": inputs["features"], "text_input": inputs["captions"]}
-    # A rate of 0 does the optimizer's work and leaves the weights as they are, so every step is the same.
+    # With a learning rate of 0 the optimizer does its work but leaves the weights unchanged, so all steps are equal.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     seconds, first = [], {}
     for step in range(steps):
@@ -152,7 +152,7 @@ def main(folder: Path, steps: int) -> None:
 
 
 def attempt(what: str, run: Callable[[], object]) -> str:
-    """One line that says whether something of LAVIS runs."""
+    """Calls `run` and returns a line that says whether it works in LAVIS."""
     try:
         run()
     except Exception as error:
