@@ -415,6 +415,9 @@ def test_the_plot_draws_every_way(tmp_path: Path) -> None:
     plot(result_of({"loss": {"a": 2.0, "b": 1.0}}), tmp_path / "ablation.svg")
     assert (tmp_path / "ablation.svg").read_text().count('<g id="axes_') == 2
     plot(result_of({"loss": {"a": 2.0, "b": 1.0}}), tmp_path / "ablation.png")
+    # A study of one number compares nothing: `ablate pictures --values 1000`.
+    plot(result_of({"loss": {"a": 2.0, "b": 1.0}}) | {"claims": []}, tmp_path / "one.svg")
+    assert (tmp_path / "one.svg").is_file()
     assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 

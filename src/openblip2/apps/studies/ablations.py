@@ -146,7 +146,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
 
     ways, figures = result["ways"], list(dict.fromkeys(claim["figure"] for claim in result["claims"]))
     page = Figure(figsize=(5.2 + 3.4 * len(figures), 3.9), layout="constrained")
-    first, *others = page.subplots(1, 1 + len(figures), width_ratios=[1.5] + [1] * len(figures))
+    panels = page.subplots(1, 1 + len(figures), squeeze=False, width_ratios=[1.5] + [1] * len(figures))
+    first, *others = panels[0]  # a study of one number has no claims, and so only the first panel
     page.suptitle(sentence(result["question"]), fontsize=12, fontweight="bold")
     looks = {name: (COLOURS[n % len(COLOURS)], MARKS[n % len(MARKS)]) for n, name in enumerate(ways)}
     _draw_curves(first, ways, looks)
