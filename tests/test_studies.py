@@ -106,16 +106,19 @@ def test_stage1_is_left_out_or_started_as_the_paper_does(plan: Plan, tmp_path: P
         f"seed-0/{name}"
         for name in (
             "stage1-with-stage-1",
-            "stage1-with-stage-1-closed-form-starts",
+            "stage1-with-stage-1-closed-form-starts-of-both",
             "stage2-without-stage-1",
             "stage2-with-stage-1",
-            "stage2-with-stage-1-closed-form-starts",
+            "stage2-with-stage-1-closed-form-start-of-stage-2",
+            "stage2-with-stage-1-closed-form-starts-of-both",
         )
     )
     runs = tmp_path / "seed-0"
     assert settings_in(runs / "stage2-without-stage-1").start is None
     assert settings_in(runs / "stage2-with-stage-1").start == str(runs / "stage1-with-stage-1")
-    for way, closed in (("with-stage-1", False), ("with-stage-1-closed-form-starts", True)):
+    second = settings_in(runs / "stage2-with-stage-1-closed-form-start-of-stage-2")
+    assert (second.warm_start, second.start) == (True, str(runs / "stage1-with-stage-1")), "the same stage 1"
+    for way, closed in (("with-stage-1", False), ("with-stage-1-closed-form-starts-of-both", True)):
         assert settings_in(runs / f"stage1-{way}").warm_start is closed
         assert settings_in(runs / f"stage2-{way}").warm_start is closed
     assert json.loads((tmp_path / "ablation.json").read_text()) == json.loads(json.dumps(result))
@@ -212,17 +215,6 @@ def test_connectors_have_equal_steps_and_tokens(plan: Plan, tmp_path: Path, trai
     sizes = {name: json.loads((run / "config.json").read_text())["sizes"] for name, run in runs.items()}
     assert {sizes[name]["tokens"] for name in ("perceiver resampler", "MLP on pooled patches", "C-Abstractor")} == {9}
     assert {claim["worse"] for claim in result["claims"]} == set(list(runs)[2:])
-
-
-def test_warm_start_takes_fewer_pictures_from_one_stage_1_run(plan: Plan, tmp_path: Path, trained: list[str]) -> None:
-    result = ablate("warm-start", tmp_path, replace(plan, values=(20, 10), scenes=None), QUIET)
-    assert len(trained) == 1 + 2 * 2
-    assert result["pictures"]["train"] == 20
-    for number in (10, 20):
-        run = tmp_path / "seed-0" / f"stage2-closed-form-{number}-pictures"
-        assert len((run / "trained_on.txt").read_text().splitlines()) <= number
-        assert settings_in(run).start.endswith("stage1-random-10-pictures"), "the one run, by the first way's name"
-    assert "not shown" in (tmp_path / "ablation.md").read_text()
 
 
 def test_a_new_study_is_one_function(
@@ -323,7 +315,7 @@ def test_what_does_not_fit_is_refused(plan: Plan, tmp_path: Path) -> None:
         ("stage3", {}, f"unknown study 'stage3': studies are {', '.join(STUDIES)}"),
         ("itg", {"values": (1, 2)}, "itg compares no numbers"),
         ("queries", {"values": (4,)}, "queries takes two numbers of queries or more"),
-        ("warm-start", {"values": (8, 21)}, "there are 20 scenes"),
+        ("pictures", {"values": (8, 21)}, "there are 20 scenes"),
         ("queries", {"changes": {"qformer.queries": 3}}, "--set qformer.queries: the study queries sets it itself"),
         ("itg", {"changes": {"train.steps": 3}}, "steps: --stage1-steps"),
         ("itg", {"changes": {"train.stops": 3}}, "unknown setting 'train.stops'"),

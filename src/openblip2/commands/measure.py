@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 TASKS = ("caption", "vqa", "retrieval", "pointing")
 METRICS = ("vqa", "vqa-lavis", "gqa", "exact")
 SIZES = ("tiny", "laptop", "vit-l", "vit-g")
-STUDIES = ("stage1", "itg", "queries", "encoder", "connector", "warm-start", "capfilt", "pictures", "elastic")
+STUDIES = ("stage1", "itg", "queries", "encoder", "connector", "capfilt", "pictures", "elastic")
 
 
 def evaluate(
