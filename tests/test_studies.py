@@ -146,7 +146,7 @@ def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -
     ablate("stage1", tmp_path, plan, QUIET)
     study, plan = study_of("stage1", plan)
     work = frame.prepare_work(study, plan, tmp_path, QUIET)
-    run = tmp_path / "seed-0" / "stage2-with-stage-1-closed-form-starts"
+    run = tmp_path / "seed-0" / "stage2-with-stage-1-closed-form-starts-of-both"
     captioner = load(run)
     assert isinstance(captioner, Captioner)
     assert captioner.model.vision is not None
