@@ -121,7 +121,7 @@ class SimilarRows:
     similar according to the model itself. Here, similarity is computed from words and pairs of adjacent words, so that
     a batch remains a function of seed and number. In half of the cases, rare words have a larger weight (TF-IDF):
     similar captions then name the same things, with other colours, places or numbers. In the other half, all words have
-    the same weight, and similar captions name other things in the same form. Without it, ITM learns to ignore nouns.
+    the same weight, and similar captions name other things in the same form. Without these, ITM ignored nouns.
 
     Args:
         captions: one caption for each of R rows.

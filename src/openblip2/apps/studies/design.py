@@ -54,7 +54,7 @@ def _stage1(plan: Plan) -> Study:
     off, on = {"warm_start": False}, {"warm_start": True}
     none, paper = "without stage 1", "with stage 1"
     second, both = "with stage 1, closed-form start of stage 2", "with stage 1, closed-form starts of both"
-    helps = "stage 2 is better with stage 1 than without"
+    helps, starts = "stage 2 is better with stage 1 than without", "a closed-form start of stage 1 helps both stages"
     return Study(
         "stage1",
         "what are stage 1 and the closed-form starts worth?",
@@ -63,12 +63,7 @@ def _stage1(plan: Plan) -> Study:
             Claim(helps, "paper, figure 5", LOSS, paper, none),
             Claim(f"{helps}: it looks at the picture more", "paper, figure 5", GAP, paper, none),
             *_claims("stage 2 is better after a closed-form start", "ours", (second, paper), figures=(LOSS, RIGHT)),
-            *_claims(
-                "the closed-form start of stage 1 makes both stages better",
-                "ours",
-                (both, second),
-                figures=(LOSS, RIGHT, RECALL, RERANKED),
-            ),
+            *_claims(starts, "ours", (both, second), figures=(LOSS, RIGHT, RECALL, RERANKED)),
         ),
         ("stage1", "stage2"),
         {"stage1": 60, "stage2": 32},
