@@ -228,7 +228,7 @@ def test_evaluate_pointing(home: Path, tmp_path: Path) -> None:
     done = invoke_quietly([*given, "--out", str(tmp_path / "found.json")])
     assert done.exit_code == 0, done.output
     assert "best fixed place" in done.output
-    assert "belongs to pointing" in str(
+    assert "is for pointing" in str(
         invoke_quietly(
             ["evaluate", "retrieval", *given[2:], "--by", "itm", "--out", str(tmp_path / "b.json")]
         ).exception

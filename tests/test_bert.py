@@ -170,4 +170,4 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(start: str, tmp_path: Path)
     weights = {n: tensor for n, tensor in weights.items() if ".layer.1.output." not in n}
     save_file(weights, tmp_path / "partial" / "model.safetensors", {"format": "pt"})
     message = refusal(str(tmp_path / "partial"), sizes=False)
-    assert "4 weights of a BERT are not in it, bert.encoder.layer.1.output." in message
+    assert "4 weights of BERT are missing, for example bert.encoder.layer.1.output." in message

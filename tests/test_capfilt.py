@@ -172,11 +172,11 @@ def test_what_was_made_otherwise_is_not_mixed_in(home: Path, whole: Path, tmp_pa
         run(home, out)
     (out / "00001_stats.json").unlink()
     (out / "00077.tar").touch()
-    with pytest.raises(UserError, match=r"holds other shards \(00077.tar\)"):
+    with pytest.raises(UserError, match=r"contains other shards \(00077.tar\)"):
         run(home, out)
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "1.tar").touch()
-    with pytest.raises(UserError, match="holds other shards"):
+    with pytest.raises(UserError, match="contains other shards"):
         run(home, tmp_path / "strange")
 
 
@@ -286,15 +286,15 @@ def test_the_command(home: Path, whole: Path, tmp_path: Path) -> None:
         (refused(ranker=home / "nothing"), "no such file, folder or hub name"),
         (refused("--filter", "itm", ranker=home / "clip"), "--filter itm needs a stage-1 run"),
         (refused("--filter", "best"), "--filter best: it must be similarity or itm"),
-        (refused("--threshold", 0.3), "--threshold belongs to --filter itm"),
+        (refused("--threshold", 0.3), "--threshold is only for --filter itm"),
         (refused("--filter", "itm", "--threshold", 1.5), "--threshold 1.5: it must be a probability"),
         (refused("--top-p", 0), "--top-p 0.0: it must be above 0"),
         (refused("--part", "3/2"), "--part '3/2': write it as K/N"),
-        (refused("--part", "4/4"), "3 shards leave none for it"),
-        (refused(data=tmp_path / "empty"), "holds no .tar file"),
+        (refused("--part", "4/4"), "this part of 3 shards is empty"),
+        (refused(data=tmp_path / "empty"), "contains no .tar file"),
         (refused(data=home / "set" / "00000.jpg"), "it must end in .tar"),
         (refused(data=tmp_path / "out", out="out"), "is in --out"),
-        (refused(data=home / f"set/00000.tar::{whole}/00000.tar"), "the same name twice"),
+        (refused(data=home / f"set/00000.tar::{whole}/00000.tar"), "they have the same name"),
     ):
         assert err.startswith("openblip2: ")
         assert words in err
@@ -310,7 +310,7 @@ def test_a_captioner_that_reads_questions_is_refused(home: Path, tmp_path: Path)
     config = json.loads((tmp_path / "asks" / "config.json").read_text())
     config["settings"]["qformer"]["question_in_qformer"], config["settings"]["task"] = True, "vqa"
     (tmp_path / "asks" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="answers questions, which its Q-Former reads"):
+    with pytest.raises(UserError, match="answers questions; give a run that writes captions"):
         capfilt(str(home / "set"), Models(str(tmp_path / "asks"), str(home / "clip")), tmp_path / "out", HOW, QUIET)
 
 

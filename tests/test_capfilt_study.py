@@ -86,5 +86,5 @@ def test_each_way_is_trained_on_its_captions(plan: Plan, tmp_path: Path, monkeyp
 
 def test_nothing_left_is_one_line(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(web.FILTERS, "itm", How(captions=1, filter="itm", threshold=1.0))
-    with pytest.raises(UserError, match="CapFilt left no picture"):
+    with pytest.raises(UserError, match="CapFilt kept no picture"):
         ablate("capfilt", tmp_path, plan, QUIET)

@@ -135,7 +135,7 @@ def test_a_chat_template_for_one_turn_is_refused() -> None:
     words.chat_template = "user {{ messages[0]['content'] }} turn"
     resolved = resolve_template("chat", words)
     assert dialogue([], "it", FORM, resolved, words) == "question: it answer:"
-    with pytest.raises(UserError, match="cannot hold 3 texts"):
+    with pytest.raises(UserError, match="cannot write a dialogue of 3 texts"):
         dialogue([("a", "b")], "it", FORM, resolved, words)
 
 
@@ -275,7 +275,7 @@ def test_what_cannot_be_used_is_refused() -> None:
         Chat(captioner(), picture()).ask(" \n")
     with pytest.raises(UserError, match=r"question 'what': it needs \{\}"):
         Chat(captioner(), picture(), question="what")
-    with pytest.raises(UserError, match=r"template 'a\{image\}': without \{prompt\}"):
+    with pytest.raises(UserError, match=r"template 'a\{image\}': it needs \{prompt\}"):
         Chat(captioner(template="a{image}"), picture())
     with pytest.raises(UserError, match="context 51: this language model has a context of 50"):
         Chat(captioner("gpt2"), picture(), context=51)

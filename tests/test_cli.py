@@ -204,7 +204,7 @@ def test_resume_ends_in_the_same_run(home: Home, tmp_path: Path) -> None:
     assert (again.code, again.err) == (0, f"{run} is finished: there is nothing to resume\n")
     first = call(*home.train("stage1", "at-first", "--resume"))
     assert first.code == 0, first.err
-    assert "training begins at the beginning" in first.err
+    assert "training starts from step 0" in first.err
     assert (home.root / "at-first" / "model.safetensors").read_bytes() == whole
 
 
@@ -311,8 +311,8 @@ def test_interruption_says_how_to_go_on(home: Home, monkeypatch: pytest.MonkeyPa
         raise KeyboardInterrupt
 
     monkeypatch.setattr("openblip2.train.recipes.train_stage", stopped)
-    nothing = "there is nothing to go on from yet: run the same command again"
-    for begun, says in ((False, nothing), (True, f"what was finished is in {run}, training goes on with --resume")):
+    nothing = "nothing is saved yet: run the same command again"
+    for begun, says in ((False, nothing), (True, f"the last checkpoint is in {run}; add --resume to continue")):
         said = call(*home.train("stage1", "stopped"))
         assert said == (130, "", f"openblip2: interrupted; {says}\n")
         assert run.exists() == begun
@@ -367,7 +367,7 @@ SETTINGS: dict[str, Bad] = {
         ("{}/nowhere", "does not exist"),
     ),
     "empty data": (lambda h: ("train", "stage1", "--data", "", "--out", h.root / "x"), ("--data is empty", "give a")),
-    "out is a file": (lambda h: h.train("stage1", "data/0.png"), ("{}/data/0.png", "give a folder")),
+    "out is a file": (lambda h: h.train("stage1", "data/0.png"), ("{}/data/0.png", "give another folder")),
     "few pictures": (lambda h: h.train("stage1", "x", "--set", "data.held_out=0.1"), ("16 pictures", "data.held_out")),
     "vision": (lambda h: h.train("stage1", "x", "--set", f"vision.name={h.data}"), ("{}/data", "image encoder")),
     "start": (lambda h: h.train("stage2", "x", "--start", h.root / "nowhere"), ("{}/nowhere", "not a run")),
@@ -433,13 +433,13 @@ RUNS: dict[str, Bad] = {
     ),
     "unfinished": (captioned(lambda f: (f / "model.safetensors").unlink()), (WEIGHTS, "has its training finished?")),
     "truncated": (captioned(lambda f: cut(f / "model.safetensors", 0.5)), (WEIGHTS, "truncated")),
-    "zero bytes": (captioned(lambda f: cut(f / "model.safetensors", 0)), (WEIGHTS, "not a whole safetensors file")),
+    "zero bytes": (captioned(lambda f: cut(f / "model.safetensors", 0)), (WEIGHTS, "not a complete safetensors file")),
     "heads": (captioned(lambda f: set_size(f, "heads", 7)), ("{}/broken/config.json", "not a multiple of 7 heads")),
     "no layers": (
         captioned(lambda f: set_size(f, "layers", 0)),
         ("{}/broken/config.json", "sizes.layers is 0", "1 or"),
     ),
-    "unknown size": (captioned(lambda f: set_size(f, "depth", 3)), ("{}/broken/config.json", "sizes must name")),
+    "unknown size": (captioned(lambda f: set_size(f, "depth", 3)), ("{}/broken/config.json", "sizes must contain")),
     "other sizes": (captioned(set_queries), (WEIGHTS, "qformer.queries has shape [1, 5, 30]", "[1, 6, 30]")),
     "other model": (
         captioned(lambda f: shutil.copy(f.parent / "stage1" / "model.safetensors", f)),

@@ -48,10 +48,10 @@ def test_a_setting_that_is_gone_is_ignored_in_a_run_and_refused_in_a_command() -
     assert from_dict(values) == change(RunSettings(), {"qformer.queries": 16})
     values["qformer"]["self_attention_scale"] = 0.1
     with pytest.raises(
-        UserError, match=r"qformer\.self_attention_scale=0\.1 is gone: a model with it needs an earlier"
+        UserError, match=r"qformer\.self_attention_scale=0\.1 was removed: load this model with an earlier"
     ):
         from_dict(values)
-    assert "is gone" in refusal({"qformer.cross_attention_std": 0.08})
+    assert "was removed" in refusal({"qformer.cross_attention_std": 0.08})
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_the_abstractor_sees_neighbours_before_it_pools() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("pooled_mlp", {"grid": 5}, r"grid=5 gives 25 visual tokens from 16 patches: at most 4"),
+        ("pooled_mlp", {"grid": 5}, r"grid=5 gives 25 visual tokens from 16 patches: give at most 4"),
         ("c_abstractor", {"grid": 9}, r"grid=9 gives 81 visual tokens from 16 patches"),
         ("resampler", {"heads": 5}, r"width=12 is not a multiple of heads=5"),
     ],

@@ -101,7 +101,7 @@ def test_what_all_reject_is_said_once(home: Path, tmp_path: Path) -> None:
     said = train(home, TORCHRUN, "stage1", tmp_path / "run", "--set", "train.batch=1")
     lines = [line for line in said.stderr.splitlines() if line.startswith("openblip2: ")]
     assert len(lines) == 1
-    assert "train.batch=1 is the batch of all 2 processes" in lines[0]
+    assert "train.batch=1 is for all 2 processes" in lines[0]
 
 
 PROGRAM = """
@@ -190,5 +190,5 @@ def test_the_variables_must_fit() -> None:
     given = environment(RANK="0", WORLD_SIZE="2")
     said = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=given, check=False)
     assert said.returncode == 2
-    assert said.stderr.startswith("openblip2: RANK=0 is set, but the processes cannot meet")
+    assert said.stderr.startswith("openblip2: RANK=0 is set, but the processes cannot connect")
     assert "torchrun" in said.stderr

@@ -96,7 +96,7 @@ def test_itm_at_chance_is_said_in_plain_english_with_advice() -> None:
 
 
 def test_what_else_can_be_ill() -> None:
-    assert told([*log(itc=0.5), look(itc=3.0)])["itc, seen and unseen"].level == "note"
+    assert told([*log(itc=0.5), look(itc=3.0)])["itc, training and held-out"].level == "note"
     rows = [*log(itc=1.0), *(look(n, itc=value) for n, value in ((25, 1.0), (50, 1.2), (75, 1.3), (100, 1.5)))]
     assert "at step 25" in told(rows)["held-out itc"].seen
     assert told([*log(itc=1.0), look(queries_used=1.5)])["queries"].level == "note"
@@ -124,7 +124,7 @@ def test_queries_that_are_copies_are_told(stage: str) -> None:
     late, early = ([{**row, name: 1.0} for row in log(steps)] for steps in (100, 5))
     found = told([*late, look(50, effective_rank=9.0), look(effective_rank=1.04)], settings(stage))
     assert found["effective rank"].level == "bad"
-    assert "1.04 of 32: the 32 queries of a picture hold nearly one and the same" in found["effective rank"].seen
+    assert "1.04 of 32: the 32 queries of a picture are almost the same vector" in found["effective rank"].seen
     assert told([*early, look(5, effective_rank=1.04)], settings(stage))["effective rank"].level == "note"
     assert "not finite" in told([*late, look(effective_rank=math.nan)], settings(stage))["effective rank"].seen
 

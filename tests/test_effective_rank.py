@@ -221,10 +221,10 @@ def test_what_the_doctor_cannot_measure_is_one_line(home: Path, tmp_path: Path) 
     images = pictures(home)
     for words, said in (
         ((home / "stage1", images[0]), "give at least two"),
-        ((home / "stage1", *images, "--out", tmp_path / "page.html"), "leave the pictures out"),
+        ((home / "stage1", *images, "--out", tmp_path / "page.html"), "leave out --out or the pictures"),
         ((home / "stage1", "--question", "a dog"), "give them after the run"),
-        ((home / "stage1", *images, "--question", "a dog"), "read no questions"),
-        ((home / "stage2", *images, "--question", "a dog"), "reads no questions"),
+        ((home / "stage1", *images, "--question", "a dog"), "does not read questions"),
+        ((home / "stage2", *images, "--question", "a dog"), "cannot read questions"),
     ):
         refused = doctor(*words)
         assert isinstance(refused.exception, UserError), refused.output

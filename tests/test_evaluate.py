@@ -171,11 +171,11 @@ def test_two_results_are_compared_sample_by_sample(home: Path, tmp_path: Path) -
     found = compare(one / "found.json", other / "found.json")
     assert found["accuracy"].score == pytest.approx(scores[0] - scores[1])
     assert set(found) == {"accuracy", "accuracy, open", "accuracy, yes/no"}
-    with pytest.raises(UserError, match="of one task"):
+    with pytest.raises(UserError, match="of the same task"):
         compare(one / "found.json", tmp_path / "retrieval" / "out" / "found.json")
     rows = (other / "found.samples.jsonl").read_text().splitlines(keepends=True)
     (other / "found.samples.jsonl").write_text("".join(rows[1:]))
-    with pytest.raises(UserError, match="have other samples"):
+    with pytest.raises(UserError, match="have different samples"):
         compare(one / "found.json", other / "found.json")
     (other / "found.samples.jsonl").unlink()
     with pytest.raises(UserError, match="missing or damaged"):
@@ -287,10 +287,10 @@ def test_bad_pictures_and_entries_are_named_and_cost_their_own_score(home: Path,
         ("caption", "one", {}, "needs a stage-2 run"),
         ("retrieval", "two", {}, "needs a stage-1 run"),
         ("speak", "two", {}, "must be one of caption, vqa, retrieval"),
-        ("vqa", "two", {"rerank": 3}, "belongs to retrieval, not to vqa"),
-        ("retrieval", "one", {"beams": 2}, "belongs to caption and vqa"),
+        ("vqa", "two", {"rerank": 3}, "is for retrieval, not for vqa"),
+        ("retrieval", "one", {"beams": 2}, "is for caption and vqa"),
         ("vqa", "two", {"metric": "bleu"}, "unknown metric 'bleu'"),
-        ("vqa", "two", {"metric": "vqa", "beams": 1}, "one person's answer"),
+        ("vqa", "two", {"metric": "vqa", "beams": 1}, "has only one answer"),
     ],
 )
 def test_what_cannot_be_scored_is_one_line(
@@ -304,7 +304,7 @@ def test_what_cannot_be_scored_is_one_line(
 
 def test_a_table_at_an_address_is_not_taken_for_shards() -> None:
     for address in ("https://example.org/train.csv", "https://example.org/a.jsonl?raw=1"):
-        with pytest.raises(UserError, match=r"only shards \(\.tar\) are read from an address; download") as error:
+        with pytest.raises(UserError, match=r"only shards \(\.tar\) are read from a URL; download") as error:
             read_source(address, shards=True)
         assert str(error.value).startswith(address)
 
@@ -312,7 +312,7 @@ def test_a_table_at_an_address_is_not_taken_for_shards() -> None:
 def test_sources_are_told_apart(home: Path, tmp_path: Path) -> None:
     assert read_source(str(home / "data")).kind == "own"
     for data, split, message in (
-        (str(home / "data"), "train", "--split belongs to an official"),
+        (str(home / "data"), "train", "--split is only for an official"),
         (str(tmp_path / "x.json"), None, "give --images"),
     ):
         with pytest.raises(UserError, match=message):
@@ -329,12 +329,12 @@ def test_of_a_withheld_split_predictions_are_made(home: Path, tmp_path: Path) ->
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "COCO_test2015_000000000003.jpg").write_bytes((pictures / "3.png").read_bytes())
     given = str(tmp_path / "questions.json"), "questions", tmp_path / "images"
-    with pytest.raises(UserError, match="holds no questions"):
+    with pytest.raises(UserError, match="contains no questions"):
         read_source(*given)
     source = read_source(*given, withheld=True)
     result = evaluate("vqa", str(home / "vqa"), source, tmp_path / "found.json", Options(beams=1), quiet())
     assert not result.scores
-    assert "withheld" in " ".join(result.warnings)
+    assert "no public reference answers" in " ".join(result.warnings)
     assert [(row["question_id"], row["image"]) for row in result.samples] == [("9", "3")]
 
 

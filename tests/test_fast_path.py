@@ -354,7 +354,7 @@ def test_the_settings_reach_both_models(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_model_without_layers_fit_for_it_is_refused() -> None:
     lm = tiny_models.language("llama")
     lm.llm.model.layers = nn.ModuleList()  # pyright: ignore
-    with pytest.raises(UserError, match=r"^train\.checkpoint_activations=true: LlamaForCausalLM has no layers"):
+    with pytest.raises(UserError, match=r"^train\.checkpoint_activations=true: LlamaForCausalLM does not support it"):
         lm.checkpoint_activations()
 
 
@@ -400,7 +400,7 @@ def test_the_next_batch_is_made_while_the_model_works() -> None:
 def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for() -> None:
     def batches(number: int) -> PairBatch:
         if number == 1:
-            raise UserError("batch 1: not one of its pictures can be opened")
+            raise UserError("batch 1: none of its pictures can be opened")
         return batch_of(number)
 
     ahead = Prefetcher(batches, 3)

@@ -159,10 +159,10 @@ def test_only_the_rows_asked_for_are_read(records: list[Record], tmp_path: Path)
 
 
 def test_a_value_that_fits_no_fp16_is_named(records: list[Record], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot be kept in fp16; .*--precision bf16"):
+    with pytest.raises(UserError, match=r"does not fit in fp16; .*--precision bf16"):
         build(records, tmp_path / "cache", vision=Encoder(1e5))
     assert build(records, tmp_path / "bf16", "bf16", vision=Encoder(1e5)).read(["r0"]).isfinite().all()
-    with pytest.raises(UserError, match="cannot be kept"):
+    with pytest.raises(UserError, match="does not fit"):
         build(records, tmp_path / "nan", "bf16", vision=Encoder(torch.nan))
 
 
@@ -281,7 +281,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda f: shorten(next(f.glob("*.bin"))), r"\.bin has 1,199 bytes instead of 1,200: remove"),
     "gone": (lambda f: next(f.glob("*.bin")).unlink(), r"\.bin has 0 bytes"),
     "index": (lambda f: edit(f, '"r3", ', '"r3", , '), r"features\.jsonl is damaged: remove"),
-    "version": (lambda f: edit(f, '"version": 2', '"version": 7'), "has version 7 and this program reads 2"),
+    "version": (lambda f: edit(f, '"version": 2', '"version": 7'), "has version 7, but this program reads 2"),
     "no cache": (lambda f: (f / "features.jsonl").unlink(), "is not a feature cache"),
 }
 
@@ -311,7 +311,7 @@ def test_a_disk_that_fills_up_ends_in_one_line(
 
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"the disk is full; what is encoded is kept: make room"):
+        with pytest.raises(UserError, match=r"the disk is full; free space and run the same again: finished"):
             build(records, tmp_path / "cache")
     again = Encoder()
     cache = build(records, tmp_path / "cache", vision=again)
@@ -369,16 +369,16 @@ def test_a_cache_of_something_else_is_refused_or_replaced(records: list[Record],
     larger = Encoder()
     larger.image_size = 16
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"vision": Encoder(weight=1)}, r"encoder weights \w+ there, \w+ here; give another"),
-        ({"vision": larger}, "image size 8 there, 16 here"),
-        ({"precision": "bf16"}, "precision fp16 there, bf16 here"),
-        ({"crops": 2}, "views 1 there, 2 here"),
-        ({"settings": change(SETTINGS, {"train.seed": 6})}, "seed 5 there, 6 here"),
+        ({"vision": Encoder(weight=1)}, r"encoder weights \w+ in the cache, \w+ now; give another"),
+        ({"vision": larger}, "image size 8 in the cache, 16 now"),
+        ({"precision": "bf16"}, "precision fp16 in the cache, bf16 now"),
+        ({"crops": 2}, "views 1 in the cache, 2 now"),
+        ({"settings": change(SETTINGS, {"train.seed": 6})}, "seed 5 in the cache, 6 now"),
     ]
     for other, said in cases:
         with pytest.raises(UserError, match=said):
             build(records, folder, **{"crops": 1, **other})
-    with pytest.raises(UserError, match="two pictures have one id"):
+    with pytest.raises(UserError, match="two pictures have the same id"):
         build([*records[:3], records[0]], tmp_path / "twice")
     assert files(folder) == before
     told = Told()
@@ -429,11 +429,11 @@ def test_records_are_found_by_their_ids(records: list[Record], tmp_path: Path) -
     shutil.rmtree(tmp_path / "data")  # the pictures are no longer needed
     assert len(find_records(part, cache, lambda features: features)[0].records) == 3
     stranger = Record("new", tmp_path / "new.png", ("a",))
-    with pytest.raises(UserError, match=r"^1 of 2 pictures are not in .*cache, the first is .*new\.png \(id 'new'\)"):
+    with pytest.raises(UserError, match=r"^1 of 2 pictures are not in .*cache; the first is .*new\.png \(id 'new'\)"):
         find_records([records[0], stranger], cache, lambda features: features)
     (tmp_path / "data").mkdir()
     records[3].image.write_bytes(b"another")
-    with pytest.raises(UserError, match=r"3\.png has 7 bytes, and had [\d,]+ when .*cache was made"):
+    with pytest.raises(UserError, match=r"3\.png has 7 bytes, but had [\d,]+ when .*cache was made"):
         find_records(part, cache, lambda features: features)
 
 
@@ -540,18 +540,18 @@ def test_a_cache_of_another_encoder_is_named(home: Home, tmp_path: Path) -> None
     for changes, said in (
         (
             {"vision__name": str(tmp_path / "tuned")},
-            r"encoder weights \w+ there, \w+ here \(encoder .*tuned here\)",
+            r"encoder weights \w+ in the cache, \w+ now \(encoder .*tuned now\)",
         ),
-        ({"vision__name": str(tmp_path / "darker")}, r"mean \[0\.5, 0\.5, 0\.5\] there, \[0\.4"),
-        ({"vision__image_size": 16}, "image size 12 there, 16 here"),
-        ({"vision__layer": -3}, "encoder layers 2 there, 1 here; train"),
-        ({"vision__dtype": "bf16"}, "encoder precision fp32 there, bf16 here"),
+        ({"vision__name": str(tmp_path / "darker")}, r"mean \[0\.5, 0\.5, 0\.5\] in the cache, \[0\.4"),
+        ({"vision__image_size": 16}, "image size 12 in the cache, 16 now"),
+        ({"vision__layer": -3}, "encoder layers 2 in the cache, 1 now; use the settings"),
+        ({"vision__dtype": "bf16"}, "encoder precision fp32 in the cache, bf16 now"),
     ):
         other = settings(home, **changes)
         with pytest.raises(UserError, match=said) as caught:
             open_cache(build_vision(other), other, folder)
         assert str(folder) in str(caught.value)
-        assert "train with the settings of the cache, or make one with these" in str(caught.value)
+        assert "use the settings of the cache, or make one with these settings" in str(caught.value)
     vision = build_vision(settings(home))
     theirs = maker(vision, settings(home))
     assert theirs.items() <= FeatureCache(folder).made_by.items()
@@ -559,7 +559,7 @@ def test_a_cache_of_another_encoder_is_named(home: Home, tmp_path: Path) -> None
     shutil.copytree(home.root / "crops", tmp_path / "old")
     edit(tmp_path / "old", CROPS, "crops of another kind")
     wants = settings(home, data__augment="true")
-    with pytest.raises(UserError, match="crops crops of another kind there"):
+    with pytest.raises(UserError, match="crops crops of another kind in the cache"):
         open_cache(vision, wants, tmp_path / "old")
 
 
@@ -589,10 +589,10 @@ def test_features_are_what_the_encoder_gives(home: Home, tmp_path: Path) -> None
     ("words", "said"),
     [
         (["--precision", "int8"], "'int8' is unknown: it must be one of fp16, bf16"),
-        (["--set", "optim.lr=1"], "optim.lr: features depend on vision.*"),
+        (["--set", "optim.lr=1"], "optim.lr: only vision.*"),
         (["--preset", "lapdog"], "preset 'lapdog'"),
-        (["--precision", "bf16"], "precision fp16 there, bf16 here; give another --out"),
-        (["--views", "3"], "views 1 there, 3 here"),
+        (["--precision", "bf16"], "precision fp16 in the cache, bf16 now; give another --out"),
+        (["--views", "3"], "views 1 in the cache, 3 now"),
     ],
 )
 def test_what_the_command_cannot_use_is_one_line(home: Home, words: list[str], said: str) -> None:

@@ -171,7 +171,7 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(tool: str, tools: Path
     ("tool", "script", "why"),
     [
         ("apt-get", "exit 0", r"0 files \*\.deb were fetched"),
-        ("dpkg-deb", "exit 0", "comes without its licence usr/share/doc/tuxpaint-stamps-default/copyright"),
+        ("dpkg-deb", "exit 0", "its licence file usr/share/doc/tuxpaint-stamps-default/copyright"),
         ("apt-get", "exit 7", "exit code 7"),
         ("apt-get", "while :; do :; done", "took longer than 1 s"),
     ],

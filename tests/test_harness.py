@@ -168,10 +168,10 @@ def test_what_the_model_cannot_take_is_named(runs: Callable[[str], Path], said: 
     assert [found[4]] == lm.captioner.generate([one], [prompt], Decoding(max_new_tokens=1, beams=1))
     assert sorted(line.split(",")[0:2][1].split()[1] for line in said) == ["1", "2", "3"]
     named = "".join(said)
-    assert "shows 2 things (Image, Image)" in named
-    assert "shows 1 things (str)" in named
-    assert "take 45 tokens with the template around them: 44 fit" in named
-    with pytest.raises(UserError, match=r"none of 2 requests .* shows 2 things"):
+    assert "has 2 inputs (Image, Image)" in named
+    assert "has 1 inputs (str)" in named
+    assert "takes 45 tokens with the template, but only 44 fit" in named
+    with pytest.raises(UserError, match=r"none of 2 requests: .* has 2 inputs"):
         lm.generate_until([task.generate(1, "what"), task.generate(2, "what")])
     assert lm.generate_until([]) == []
 
@@ -240,11 +240,11 @@ def test_what_cannot_be_used_is_refused(runs: Callable[[str], Path], tmp_path: P
     for batch in ("auto", 0, "-1"):
         with pytest.raises(UserError, match=f"batch_size={batch}: give a number"):
             model(runs("gpt2"), batch_size=batch)
-    with pytest.raises(UserError, match=r"question=what: it must hold \{\}"):
+    with pytest.raises(UserError, match=r"question=what: it must contain \{\}"):
         model(runs("gpt2"), question="what")
     with pytest.raises(UserError, match="is a Matcher, not a Captioner"):
         model(tiny_blip2.retriever(tmp_path / "retriever"))
-    with pytest.raises(UserError, match="no task of several rounds: leave it out of --tasks"):
+    with pytest.raises(UserError, match="does not support tasks with several rounds: remove them from --tasks"):
         model(runs("gpt2")).generate_until_multi_round([])
 
 

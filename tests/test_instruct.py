@@ -213,7 +213,7 @@ def test_validation_reads_cached_features_in_bf16(home: Path, tmp_path: Path) ->
         ({"text_start": "two"}, "start=.*two is not a stage-1 run"),
         ({"language.questions": ["Question:"]}, "language.questions.*should match pattern"),
         ({"data.max_tokens": 21}, "data.max_tokens=21: the Q-Former of this run reads at most 20 tokens"),
-        ({"data.balance": True}, "choose questions, for vqa"),
+        ({"data.balance": True}, "select questions for vqa"),
         ({"stage2.lm_start_step": 1}, "belongs to stage 2 with captions"),
         ({"qformer.question_in_qformer": False, "text_start": "one"}, "text_start=.*is for vqa and instruct"),
     ],
@@ -252,7 +252,7 @@ def test_the_command(home: Path, tmp_path: Path) -> None:
     tiny_runs.pictures(tmp_path / "plain", 4)
     done = run("instruct", "--data", tmp_path / "plain", "--start", home / "two", "--out", tmp_path / "no")
     assert isinstance(done.exception, UserError)
-    assert "plain: holds no picture with a question and its answer; 4 rows" in str(done.exception)
+    assert "plain: contains no picture with a question and its answer; 4 rows" in str(done.exception)
     done = run("caption", *where, "--out", tmp_path / "no")
     assert isinstance(done.exception, UserError)
     assert "is for vqa and instruct with qformer.question_in_qformer=true: leave it out" in str(done.exception)

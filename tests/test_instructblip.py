@@ -138,14 +138,14 @@ def test_loss_and_gradients(both: Generators) -> None:
     tokens, valid = read(PROMPTS).values()
     loss = ours.losses(PROMPTS, CAPTIONS, images=PICTURES, question=(tokens, valid.bool()))["lm"]
     given = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    # Two float32 results differ by up to 1e-5, but each by only half of that from the float64 result.
+    # Gradients in float32 differ from float64 by up to 0.7e-5 on AMD's CPUs and 2.0e-5 on Intel's with AMX.
     model = copy.deepcopy(both.theirs).double()
     their_loss = model(pixel_values(PICTURES).to(model.dtype), **read(PROMPTS), **given).loss
     close(loss, their_loss)
     names = [name for name, parameter in ours.named_parameters() if parameter.requires_grad]
     assert "qformer.word_embeddings.weight" in names
     expected = {name: model.get_parameter(parameter_name(name)) for name in names}
-    close_gradients(loss, ours, their_loss, expected)
+    close_gradients(loss, ours, their_loss, expected, 4e-5)
 
 
 def test_texts_in_batches(both: Generators) -> None:
@@ -360,7 +360,7 @@ def test_fine_tuning_for_vqa_begins_with_it_and_becomes_one(home: Path, tmp_path
     tuned = load(tmp_path / "tuned")
     asked = "what colour is it?"  # the cleaned question, because transformers does not clean it
     answers = tuned.answer(pictures(3), ["What colour is it?"] * 3, SHORT)
-    with pytest.raises(UserError, match="answers questions"):
+    with pytest.raises(UserError, match="Q-Former reads questions"):
         tuned.caption(pictures(1))
     openblip2.convert(tmp_path / "tuned", tmp_path / "run", "openblip2")
     openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
@@ -368,10 +368,10 @@ def test_fine_tuning_for_vqa_begins_with_it_and_becomes_one(home: Path, tmp_path
     assert their_texts(model, tmp_path / "out", [asked] * 3, SHORT) == answers
     back = load(tmp_path / "out")  # the export stores that the model answers questions
     assert back.answer(pictures(3), ["What colour is it?"] * 3, SHORT) == answers
-    with pytest.raises(UserError, match="answers questions"):
+    with pytest.raises(UserError, match="Q-Former reads questions"):
         back.caption(pictures(1))
     caption = change(fine_tuning("caption", "laptop", start, run), changes)
-    with pytest.raises(UserError, match="question_in_qformer=true is for vqa and instruct, here is caption"):
+    with pytest.raises(UserError, match="question_in_qformer=true is for vqa and instruct, but the task is caption"):
         train_stage(caption, records, tmp_path / "caption", Progress(quiet=True))
 
 
@@ -397,8 +397,16 @@ def test_folders_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
         shutil.rmtree(folder / "qformer_tokenizer")
         hf.BertTokenizer(vocab=words).save_pretrained(folder / "qformer_tokenizer")
 
-    told(lambda f: shutil.rmtree(f / "qformer_tokenizer"), "bad: no qformer_tokenizer/", "InstructBlipProcessor")
-    told(lambda f: (f / "qformer_tokenizer" / "tokenizer.json").unlink(), "no qformer_tokenizer/", "tokenizer=")
+    told(
+        lambda f: shutil.rmtree(f / "qformer_tokenizer"),
+        "bad: no tokenizer in qformer_tokenizer/",
+        "InstructBlipProcessor",
+    )
+    told(
+        lambda f: (f / "qformer_tokenizer" / "tokenizer.json").unlink(),
+        "no tokenizer in qformer_tokenizer/",
+        "tokenizer=",
+    )
     told(other_words, "qformer_tokenizer", f"the model {tiny_blip2.RETRIEVER_WORDS}")
     told(config(lambda c: c.update(num_query_tokens=4)), "num_query_tokens is 4", f"has {Q} queries")
     told(config(lambda c: c.pop("num_query_tokens")), "num_query_tokens is 32", f"has {Q} queries")
@@ -434,7 +442,7 @@ def test_prompts_that_cannot_be_read(home: Path) -> None:
 
 def test_what_no_other_format_holds(home: Path, tmp_path: Path) -> None:
     for target, out in (("lavis", "x.pth"), ("onnx", "x.onnx"), ("projected", "x")):
-        with pytest.raises(UserError, match=f"reads questions, for which --to {target} has no place"):
+        with pytest.raises(UserError, match=f"reads questions, which --to {target} cannot store"):
             openblip2.convert(home / "llama-run", tmp_path / out, target)
 
 

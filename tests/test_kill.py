@@ -167,7 +167,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_and_one_goes_on(tmp_path: Pa
     both[1].terminate()  # rank 1, which writes nothing
     said = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [143, 143], said
-    assert "training goes on with --resume" in said[0]
+    assert "add --resume to continue" in said[0]
     assert said[1] == ""
     done = log_of(run)[-1]["step"]
     assert [path.name for path in (run / "resume").iterdir()] == [f"step-{done:08}"]

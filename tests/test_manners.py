@@ -127,7 +127,7 @@ def test_json_is_all_that_stands_on_standard_output(home: Home, tmp_path: Path) 
     assert scored["scores"] == json.loads(result.read_text())["scores"]
     compared = lines("compare", result, result)
     assert [row["difference"] for row in compared] == [0] * len(compared)
-    assert {row["better"] for row in compared} == {"no more than luck"}
+    assert {row["better"] for row in compared} == {"not significant"}
     findings = lines("doctor", home.stage1, "--out", tmp_path / "doctor.html")
     assert {"level", "about", "seen"} <= findings[0].keys()
     (plan,) = lines("plan", "--preset", "stage1-vit-g", "--gpus", "16xA100-40G")
@@ -258,7 +258,7 @@ def test_an_interrupted_command_says_in_one_line_what_is_kept(
     (line,) = said.err.splitlines()
     assert re.fullmatch(r"openblip2: interrupted(; .+)?", line)
     assert (str(tmp_path / "o") in line) == (begun and bool(kept))
-    assert line.endswith("there is nothing to go on from yet: run the same command again") == (not begun and bool(kept))
+    assert line.endswith("nothing is saved yet: run the same command again") == (not begun and bool(kept))
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -301,7 +301,7 @@ def test_an_interrupted_index_keeps_the_pictures_it_has_read(
         said = call(*words)
     assert (said.code, said.err.count("\n")) == (130, 1)
     assert len(index.open_index(tmp_path / "index").rows) == 8
-    assert "16 pictures; 8 read, 0 gone" in call(*words).out
+    assert "16 pictures; 8 read, 0 deleted or changed" in call(*words).out
 
 
 def test_an_interrupted_evaluation_keeps_its_texts(
@@ -375,7 +375,7 @@ def test_a_full_disk_is_one_line(home: Home) -> None:  # noqa: F811
     with open("/dev/full", "w") as full:
         done = subprocess.run(words, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("openblip2: the output cannot be written (No space left on device): make room")
+    assert done.stderr.startswith("openblip2: the output cannot be written (No space left on device): free disk space")
     assert done.stderr.count("\n") == 1
 
 
@@ -383,4 +383,4 @@ def test_chat_without_standard_input_is_one_line(home: Home, monkeypatch: pytest
     monkeypatch.setattr(sys, "stdin", None)
     said = call("chat", home.stage2, home.picture())
     assert (said.code, said.err.count("\n")) == (2, 1)
-    assert "chat reads questions from standard input, which is closed" in said.err
+    assert "chat reads questions from standard input, but it is closed" in said.err

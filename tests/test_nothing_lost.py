@@ -67,7 +67,7 @@ def test_another_programs_model_is_never_replaced(tmp_path: Path) -> None:
         folder = tmp_path / name.split(".")[0]
         folder.mkdir()
         (folder / name).write_text('{"architectures": ["OPTForCausalLM"]}')
-        with pytest.raises(UserError, match="not of a run: give another --out"):
+        with pytest.raises(UserError, match="do not belong to a run: give another --out"):
             require_new(folder, overwrite=True)
     require_new(tmp_path / "new", overwrite=False)
 
@@ -77,7 +77,7 @@ def test_a_file_of_the_user_is_not_taken_for_a_runs(name: str, home: Home, tmp_p
     (tmp_path / name).write_text("mine")
     for more in ((), ("--overwrite",)):
         said = call("train", "stage1", "--data", home.data, "--out", tmp_path, *more)
-        one_line(said, f"{tmp_path} holds {name}, which is not of a run: give another --out")
+        one_line(said, f"{tmp_path} contains {name}, which does not belong to a run: give another --out")
     assert (tmp_path / name).read_text() == "mine"
 
 
@@ -166,7 +166,7 @@ def test_a_finished_demo_is_refused(tmp_path: Path) -> None:
     require_absent(tmp_path / "metrics.json", overwrite=True)
     (tmp_path / "mine.txt").touch()
     said = call("demo", "--out", tmp_path, "--overwrite")
-    one_line(said, f"{tmp_path} holds mine.txt, which is not of a demo: give another --out")
+    one_line(said, f"{tmp_path} contains mine.txt, which is not part of a demo: give another --out")
 
 
 # --- pictures
@@ -279,9 +279,9 @@ def test_texts_that_are_cut_or_unknown_are_counted_and_named_in_stage_2(home: Ho
     words = ("train", "stage2", "--data", data, "--start", home.stage1, "--out", tmp_path / "run", *home.options)
     said = call(*words, "--set", "train.batch=64")
     assert said.code == 0, said.err
-    assert "1 text had to be cut at 50 words or 1,000 characters; the first is of 3.png" in said.err
+    assert "1 text had to be cut at 50 words or 1,000 characters; the first belongs to 3.png" in said.err
     assert "1 text of 16 (6.2 %) became only <unk>, because the tok" in said.err
-    assert "train.batch=64: only 12 training pictures, so batches have that many" in said.err
+    assert "train.batch=64 is reduced: there are only 12 training pictures" in said.err
     lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [next(iter(line.items())) for line in lines] == [
         ("cut", f"3.png: {rows[3]['caption']}"),
@@ -294,7 +294,7 @@ def test_an_unknown_text_in_use_is_named(home: Home, caplog: pytest.LogCaptureFi
     assert isinstance(matcher, Matcher)
     matcher.similarity([home.picture()], ["a dog in the Schnee", "Schnee"])
     assert [record.getMessage() for record in caplog.records] == [
-        "text 'schnee': the model's tokenizer knows no word of it and reads only [UNK]"
+        "text 'schnee': the model's tokenizer knows none of its words and returns only [UNK]"
     ]
     assert only_unknown(hf.AutoTokenizer.from_pretrained(home.root / "bert"), ["", "a", "x y", "x a"]) == [2]
 
@@ -430,7 +430,7 @@ def test_what_stage_2_cannot_use_is_refused_before_pictures_are_encoded(
 
     monkeypatch.setattr("openblip2.train.recipes.prepare", encoded)
     for changed, says in (
-        ("language.template={prompt}", "must hold {image} exactly once"),
+        ("language.template={prompt}", "must contain {image} exactly once"),
         ("language.template={imgae}{prompt}", "slots are {image}, {prompt} and {bos}"),
         ("language.template=chat", "no chat template"),
         ("language.end=wordless", "wordless"),
@@ -499,7 +499,7 @@ def test_outputs_of_different_kinds_do_not_mix(home: Home, tmp_path: Path) -> No
             (folder / mark).write_text("{}")
             if kind in (own, "shards" if own == "capfilt" else ""):
                 continue
-            one_line(call(*(folder if word == "{}" else word for word in words)), f"{folder} holds", mark, "--out")
+            one_line(call(*(folder if word == "{}" else word for word in words)), f"{folder} contains", mark, "--out")
             assert files(folder) == {folder / mark: b"{}"}
     for own in ("run", "cache", "shards"):
         data = tmp_path / f"{own}-into-its-data"
@@ -534,14 +534,14 @@ def test_settings_without_effect_are_named(home: Home) -> None:
         assert "train.steps" not in line
     given = ("--held-out", home.data, "--set", "data.most_held_out=9", "--set", "train.steps=1")
     said = call(*home.train("stage1", "idle-held-out", *given))
-    assert "data.held_out, data.most_held_out (only of runs without --held-out)" in said.err
+    assert "data.held_out, data.most_held_out (used only in runs without --held-out)" in said.err
     shards = home.root / "idle-shards"
     assert call("prepare", home.data, "--out", shards).code == 0
     words = ("--data", shards, "--set", "data.open_shards=3", "--set", "train.steps=1")
     said = call(*home.train("stage1", "idle-of-shards", *words))
     assert (said.code, "without effect" in said.err) == (0, False), said.err
     said = call(*home.train("stage1", "idle-similar", *words[:2], "--set", "stage1.similar_start_step=0"))
-    assert "stage1.similar_start_step (only of runs without shards)" in said.err
+    assert "stage1.similar_start_step (used only in runs without shards)" in said.err
 
 
 def test_settings_that_arguments_say_are_refused(home: Home) -> None:

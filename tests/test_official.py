@@ -397,9 +397,9 @@ def image_of(number: int, **changes: Any) -> Change:
 
 BAD_CAPTIONS: dict[str, tuple[str, Change, str, str]] = {
     # what is wrong: kind of file, how its test picture or second image is damaged, place and text of the message
-    "coco: no object": ("coco", lambda d: d["images"].insert(0, 7), "images[0]", "no object, but 7"),
+    "coco: no object": ("coco", lambda d: d["images"].insert(0, 7), "images[0]", "7 is not an object"),
     "coco: missing picture": ("coco", image_of(0, filename="gone.jpg"), "images[0]", "is missing"),
-    "coco: no file name": ("coco", image_of(0, filename=None), "images[0]", "no file name, but None"),
+    "coco: no file name": ("coco", image_of(0, filename=None), "images[0]", "file name is None"),
     "coco: upwards": ("coco", image_of(0, filename="../../secret.jpg"), "images[0]", "is outside the folder"),
     "coco: upwards by the folder": (
         "coco",
@@ -410,7 +410,7 @@ BAD_CAPTIONS: dict[str, tuple[str, Change, str, str]] = {
     "coco: absolute": ("coco", image_of(0, filepath="/etc", filename="passwd"), "images[0]", "is outside the folder"),
     "coco: a folder": ("coco", image_of(0, filepath=".", filename="val2014"), "images[0]", "is missing"),
     "coco: zero in the name": ("coco", image_of(0, filepath="a\0b"), "images[0]", "is missing"),
-    "coco: folder's name a number": ("coco", image_of(0, filepath=3), "images[0]", "no file path, but 3"),
+    "coco: folder's name a number": ("coco", image_of(0, filepath=3), "images[0]", "file path is 3"),
     "coco: unknown split": (
         "coco",
         image_of(0, split="tset"),
@@ -423,12 +423,12 @@ BAD_CAPTIONS: dict[str, tuple[str, Change, str, str]] = {
     "coco: one empty sentence": ("coco", image_of(0, sentences=[{"raw": " "}]), "images[0]", "the caption is empty"),
     "coco: a sentence of dots": ("coco", image_of(0, sentences=[{"raw": "..."}]), "images[0]", "is empty: at least"),
     "coco: half a character": ("coco", image_of(0, sentences=[{"raw": "\ud800"}]), "images[0]", "not Unicode text"),
-    "coco: id is true": ("coco", image_of(0, cocoid=True), "images[0]", 'no "cocoid", but True'),
-    "nocaps: no object": ("nocaps", lambda d: d["images"].insert(0, []), "images[0]", "no object, but []"),
+    "coco: id is true": ("coco", image_of(0, cocoid=True), "images[0]", '"cocoid" is True'),
+    "nocaps: no object": ("nocaps", lambda d: d["images"].insert(0, []), "images[0]", "[] is not an object"),
     "nocaps: missing picture": ("nocaps", image_of(1, file_name="gone.jpg"), "images[1]", "is missing"),
     "nocaps: upwards": ("nocaps", image_of(1, file_name="../../secret.jpg"), "images[1]", "is outside"),
     "nocaps: id twice": ("nocaps", image_of(1, id=0), "images[1]", "id '0' appears twice"),
-    "nocaps: no id": ("nocaps", image_of(1, id=None), "images[1]", 'no "id", but None'),
+    "nocaps: no id": ("nocaps", image_of(1, id=None), "images[1]", '"id" is None'),
     "nocaps: unknown domain": (
         "nocaps",
         image_of(1, domain="far"),
@@ -481,12 +481,12 @@ def test_bad_rows_of_a_list(write: Write, images: Path) -> None:
     (images / "other").mkdir()
     (images / "other" / Path(name).name).write_bytes(b"another picture of the same name")
     rows: list[tuple[Any, str]] = [
-        ("a cat", "no object"),
-        ({"image": name}, "no caption, but None"),
+        ("a cat", "is not an object"),
+        ({"image": name}, "caption is None"),
         ({"image": name, "caption": []}, "no usable caption"),
         ({"image": name, "caption": ""}, "the caption is empty"),
-        ({"image": name, "caption": 3}, "no caption, but 3"),
-        ({"image": None, "caption": "a cake"}, "no picture name, but None"),
+        ({"image": name, "caption": 3}, "caption is 3"),
+        ({"image": None, "caption": "a cake"}, "picture name is None"),
         ({"image": " ", "caption": "a cake"}, "the picture name is empty"),
         ({"image": "gone.jpg", "caption": "a cake"}, "'gone.jpg' is missing"),
         ({"image": "../secret.jpg", "caption": "a cake"}, "is outside the folder"),
@@ -513,9 +513,9 @@ def test_captions_without_images_and_images_without_captions(write: Write, image
     assert [(record.id, len(record.captions)) for record in records] == [("0", 2), ("1", 1)]
     assert [tiny_runs.REMEDY.split(line.removeprefix(f"{path}: "))[0] for line in skipped] == [
         "annotations[3]: a caption of image 9, which is not among the images",
-        'annotations[4]: no "image_id", but None',
-        "annotations[5]: no object, but 1",
-        "annotations[6]: no caption, but None",
+        'annotations[4]: "image_id" is None',
+        "annotations[5]: 1 is not an object",
+        "annotations[6]: caption is None",
         "images[2]: image 2 has no caption",
     ]
 
@@ -537,7 +537,7 @@ BAD_QUESTIONS: dict[str, tuple[Change, str, str, str]] = {
     "no question": (drop(1, "questions", 2), "annotations", "annotations[2]", "391895002 is not among the questions"),
     "no annotation": (drop(0, "annotations", 2), "questions", "questions[2]", "question 391895002 has no annotation"),
     "question is empty": (question_of(2, question=" "), "questions", "questions[2]", "the question is empty"),
-    "question is a number": (question_of(2, question=4), "questions", "questions[2]", "no question, but 4"),
+    "question is a number": (question_of(2, question=4), "questions", "questions[2]", "question is 4"),
     "two pictures": (question_of(2, image_id=522418), "questions", "questions[2]", "391895 in its annotation"),
     "image is text": (question_of(2, image_id="../x"), "questions", "questions[2]", "\"image_id\" is '../x'"),
     "image is true": (question_of(2, image_id=True), "questions", "questions[2]", '"image_id" is True'),
@@ -551,13 +551,13 @@ BAD_QUESTIONS: dict[str, tuple[Change, str, str, str]] = {
         lambda both: both[0]["annotations"].append("what?"),
         "annotations",
         "annotations[3]",
-        "no object, but 'what?'",
+        "'what?' is not an object",
     ),
     "annotation without id": (
         lambda both: both[0]["annotations"].append({}),
         "annotations",
         "annotations[3]",
-        'no "question_id", but None',
+        '"question_id" is None',
     ),
     "annotation twice": (
         lambda both: both[0]["annotations"].append(both[0]["annotations"][1]),
@@ -575,7 +575,7 @@ BAD_QUESTIONS: dict[str, tuple[Change, str, str, str]] = {
         lambda both: both[1]["questions"].append(None),
         "questions",
         "questions[3]",
-        "no object, but None",
+        "None is not an object",
     ),
     "answers missing": (annotation_of(2, answers=None), "annotations", "annotations[2]", "391895002 has no answers"),
     "answers empty": (annotation_of(2, answers=[]), "annotations", "annotations[2]", "391895002 has no answers"),
@@ -589,7 +589,7 @@ BAD_QUESTIONS: dict[str, tuple[Change, str, str, str]] = {
         annotation_of(2, answers=[{"answer": 2}]),
         "annotations",
         "annotations[2]",
-        "no answer to question 391895002, but 2",
+        "answer to question 391895002 is 2",
     ),
     "the answer is empty": (
         annotation_of(2, multiple_choice_answer=""),
@@ -631,15 +631,15 @@ def test_bad_questions_of_gqa(write: Write, images: Path) -> None:
     data = gqa_questions()
     good = data["201640614"]
     bad: dict[str, tuple[Any, str]] = {
-        "1": ("what?", "no object"),
+        "1": ("what?", "is not an object"),
         "2": (good | {"imageId": "gone"}, "'gone.jpg' is missing"),
         "3": (good | {"imageId": "../../secret"}, "is outside the folder"),
-        "4": (good | {"imageId": None}, 'no "imageId", but None'),
-        "5": (good | {"imageId": 1.5}, 'no "imageId", but 1.5'),
+        "4": (good | {"imageId": None}, '"imageId" is None'),
+        "5": (good | {"imageId": 1.5}, '"imageId" is 1.5'),
         "6": (good | {"question": ""}, "the question is empty"),
         "7": (good | {"answer": ""}, "the answer is empty"),
-        "8": ({key: good[key] for key in ("imageId", "question")}, "no answer, but None"),
-        "9": (good | {"answer": ["woman"]}, "no answer, but ["),
+        "8": ({key: good[key] for key in ("imageId", "question")}, "answer is None"),
+        "9": (good | {"answer": ["woman"]}, "answer is ["),
     }
     path = write(data | {key: row for key, (row, _) in bad.items()})
     records, skipped = read_official(path, images / "gqa")
@@ -703,12 +703,12 @@ def test_whatever_stands_in_any_place_is_skipped_or_refused_in_one_line(write: W
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (json.dumps(dataset_coco()).encode()[:-40], r": not JSON, or cut off \(.*line 1 column \d+.*\): give"),
-        (json.dumps(dataset_coco(), indent=1).encode()[:300], r": not JSON, or cut off \(.*line \d\d column"),
-        (b"", ": not JSON, or cut off"),
-        (b"PK\x03\x04 a zip archive", ": not JSON, or cut off"),
-        (b'{"images": "caf\xe9"}', ": not JSON, or cut off"),
-        (b"[" * 100_000, ": not JSON, or cut off"),
+        (json.dumps(dataset_coco()).encode()[:-40], r": not JSON, or truncated \(.*line 1 column \d+.*\): give"),
+        (json.dumps(dataset_coco(), indent=1).encode()[:300], r": not JSON, or truncated \(.*line \d\d column"),
+        (b"", ": not JSON, or truncated"),
+        (b"PK\x03\x04 a zip archive", ": not JSON, or truncated"),
+        (b'{"images": "caf\xe9"}', ": not JSON, or truncated"),
+        (b"[" * 100_000, ": not JSON, or truncated"),
         (b"7", "is none of the official annotation files: give Karpathy's"),
         (b"[]", "is none of"),
         (b"{}", "is none of"),
@@ -743,17 +743,17 @@ def test_what_is_not_there_is_an_error(write: Write, images: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("split", [None, "testA", "validation", ""])
 def test_an_unknown_split_lists_the_known_ones(write: Write, images: Path, split: str | None) -> None:
-    what = "holds several splits" if split is None else f"unknown split '{split}'"
-    with pytest.raises(UserError, match=f"{what}: it must be one of train, restval, val, test "):
+    what = "contains several splits" if split is None else f"unknown split '{split}'"
+    with pytest.raises(UserError, match=f"{what}: give one of train, restval, val, test "):
         read_official(write(dataset_coco()), images, split)
 
 
 def test_a_split_of_a_file_that_has_one(write: Write, images: Path) -> None:
     asked = write(vqa_questions(), "questions.json")
-    with pytest.raises(UserError, match="unknown split 'train': this is the file of val2014"):
+    with pytest.raises(UserError, match="unknown split 'train': leave it out, this file is of val2014"):
         read_official(write(vqa_annotations()), images, "train", asked)
     for data, root in ((gqa_questions(), "gqa"), (nocaps_val(), "nocaps")):
-        with pytest.raises(UserError, match="is of one split, there is no 'val' to choose: leave the split out"):
+        with pytest.raises(UserError, match="contains only one split, so 'val' cannot be chosen: leave out --split"):
             read_official(write(data), images / root, "val")
 
 
@@ -764,13 +764,13 @@ def test_the_two_files_of_vqa_have_to_fit(write: Write, images: Path) -> None:
     with pytest.raises(UserError, match="questions of val2014 without their answers: give"):
         read_official(write(vqa_questions()), images)
     asked = write(vqa_questions("train2014"), "questions.json")
-    with pytest.raises(UserError, match=r"is of val2014, .*questions\.json of train2014: give files of one split"):
+    with pytest.raises(UserError, match=r"is of val2014, but .*questions\.json of train2014: give files of one split"):
         read_official(write(vqa_annotations()), images, None, asked)
-    with pytest.raises(UserError, match="holds questions and no annotations: give"):
+    with pytest.raises(UserError, match="contains no annotations: give"):
         read_official(write(vqa_questions()), images, None, write(vqa_annotations(), "questions.json"))
     with pytest.raises(UserError, match="no questions: it must be"):
         read_official(write(vqa_annotations()), images, None, write(gqa_questions(), "questions.json"))
-    with pytest.raises(UserError, match="gqa has no second file: leave the questions out"):
+    with pytest.raises(UserError, match="gqa has no second file: leave out --questions"):
         read_official(write(gqa_questions()), images, None, asked)
 
 
@@ -783,11 +783,11 @@ def test_the_subtype_has_to_be_one(write: Write, images: Path, subtype: Any) -> 
 
 def test_nothing_usable_is_an_error_with_the_first_reason(write: Write, images: Path) -> None:
     asked = write(vqa_questions(), "questions.json")
-    with pytest.raises(UserError, match=r"holds no usable entry; 3 cannot be used; the first: .*questions\[0\]: image"):
+    with pytest.raises(UserError, match=r"no usable entry; 3 cannot be used; the first: .*questions\[0\]: image"):
         read_official(write(vqa_annotations()), images / "gqa", None, asked)
     data = dataset_coco()
     del data["images"][0]
-    with pytest.raises(UserError, match="holds no usable entry of the split 'test'; another split or file"):
+    with pytest.raises(UserError, match="contains no usable entry of the split 'test'; give another split"):
         read_official(write(data), images, "test")
 
 
@@ -847,5 +847,5 @@ def test_a_folder_that_cannot_be_listed_is_named_as_such(images: Path, monkeypat
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "scandir", closed)
-    with pytest.raises(UserError, match=r"val2014: cannot be listed \(Permission denied\): give a readable one"):
+    with pytest.raises(UserError, match=r"val2014: cannot be listed \(Permission denied\): give a readable folder"):
         Pictures(images).find("val2014/COCO_val2014_000000391895.jpg")

@@ -122,7 +122,9 @@ def parameter_name(name: str) -> str:
     return f"{heads[first]}.{rest}" if first in heads else f"qformer.{their_name(name)}"
 
 
-def close_gradients(loss: Tensor, ours: nn.Module, their_loss: Tensor, theirs: dict[str, Tensor]) -> None:
+def close_gradients(
+    loss: Tensor, ours: nn.Module, their_loss: Tensor, theirs: dict[str, Tensor], tolerance: float = OF_GRADIENTS
+) -> None:
     """Compares the gradients of all parameters that are trained; `theirs` maps our names to their parameters."""
     mine = tiny.gradients(loss, ours)
     assert mine.keys() == theirs.keys()
@@ -141,7 +143,7 @@ def close_gradients(loss: Tensor, ours: nn.Module, their_loss: Tensor, theirs: d
         scale = expected[name.replace("key.bias", "key.weight")]
         if scale.any():
             found = deviation(gradient, expected[name], scale)
-            assert found < OF_GRADIENTS, f"{name} deviates by {found:.1e}"
+            assert found < tolerance, f"{name} deviates by {found:.1e}"
         else:
             assert not gradient.any(), f"{name} has a gradient here and none there"
 

@@ -264,9 +264,9 @@ def test_gpus_are_read() -> None:
         (["--preset", "vit-g"], "stage1-vit-g"),
         (["--preset", "stage1-vit-h"], "presets are laptop"),
         (["--preset", "stage1-vit-g", "--parallel", "tp"], "train.parallel"),
-        (["--preset", "stage1-vit-g", "--efficiency", "15"], "share of the peak"),
+        (["--preset", "stage1-vit-g", "--efficiency", "15"], "fraction of the peak"),
         (["--preset", "stage1-vit-g", "--images", "many"], "129M"),
-        (["--preset", "stage1-vit-g", "--batch", "3"], "without a pair"),
+        (["--preset", "stage1-vit-g", "--batch", "3"], "at least one pair for each"),
         (["--preset", "stage1-vit-g", "--text-tokens", "2"], "4 to 512"),
         (["--preset", "stage1-vit-g", "--set", "vision.name=who/knows"], "downloads nothing"),
         (["--preset", "stage1-vit-g", "--set", "train.bach=3"], "train.batch"),
@@ -294,8 +294,8 @@ def test_a_plan_names_settings_without_effect(vit_g: dict[str, Any], monkeypatch
     ]
     for more, parallel in (([], False), (["--parallel", "fsdp2"], True)):
         said = CliRunner().invoke(app, [*words, *more], catch_exceptions=False).stderr
-        assert "without effect in plan --preset stage1-vit-g: language.dtype (only of trainings with a lan" in said
-        assert ("train.parallel (only of runs of several processes)" in said) == parallel
+        assert "without effect in plan --preset stage1-vit-g: language.dtype (used only in trainings with a lan" in said
+        assert ("train.parallel (used only in runs of several processes)" in said) == parallel
         assert "optim.lr" not in said
 
 

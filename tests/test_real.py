@@ -380,10 +380,10 @@ def test_no_group_is_in_two_folds(tmp_path: Path) -> None:
 def test_folds_need_groups(tmp_path: Path) -> None:
     records = [Record(str(i), tmp_path, ("a cat",), facts={"group": str(i)}) for i in range(4)]
     for wrong in ([Record("x", tmp_path, ("a cat",))], [Record("x", tmp_path, ("a cat",), facts={"group": 7})]):
-        with pytest.raises(UserError, match="x: its facts name no group"):
+        with pytest.raises(UserError, match="x: its facts have no group"):
             by_fold([*records, *wrong], k=2)
     for k in (1, 5):
-        with pytest.raises(UserError, match=f"{k} folds of 4 groups"):
+        with pytest.raises(UserError, match=f"{k} folds for 4 groups"):
             by_fold(records, k=k)
 
 

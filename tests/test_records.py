@@ -111,7 +111,7 @@ def test_a_folder_of_pictures_with_text_beside_them(folder: Path) -> None:
     ]
     assert [tiny_runs.REMEDY.split(line)[0] for line in skipped] == [
         f"{folder / 'dog.PNG'}: no caption file",
-        f"{folder / 'README.txt'}: no picture beside it",
+        f"{folder / 'README.txt'}: no picture for it",
     ]
 
 
@@ -180,13 +180,13 @@ def test_columns_with_other_names_are_named(folder: Path) -> None:
 def test_a_table_without_names_of_columns_says_how_to_name_them(folder: Path, name: str) -> None:
     rows = "cat.jpg#0\ta cat\ncat.jpg#1\tthe cat\ndog.PNG#0\ta dog\n"
     (folder / name).write_text(rows)
-    remedy = "put image<TAB>caption in front, and take #0, #1, ... off the names"
+    remedy = "add image<TAB>caption as line 1, and remove #0, #1, ... from the names"
     with pytest.raises(UserError, match=rf"{name}:1: the first line is 'cat.jpg#0\\ta cat'; no line .*{remedy}"):
         read_records(folder / name)
     (folder / name).write_text("image\tcaption\n" + re.sub(r"#\d\t", "\t", rows))
     assert [len(record.captions) for record in read_records(folder / name)[0]] == [2, 1]
     (folder / "rows.csv").write_text("cat.jpg,a cat\ndog.PNG,a dog\n")
-    with pytest.raises(UserError, match=r"no line names the columns: put one in front of it, image,caption for"):
+    with pytest.raises(UserError, match=r"no line names the columns: add one before it, for example image,caption"):
         read_records(folder / "rows.csv")
 
 
@@ -222,7 +222,7 @@ def test_caption_files_by_any_name(folder: Path) -> None:
         ("dog.PNG", ("ein Hündchen",)),
         ("sub/bus.jpg", ("a bus",)),
     ]
-    assert skipped == [f"{folder / 'sub/bus.webp'}: bus.txt is used for bus.jpg: give it a bus.webp.txt of its own"]
+    assert skipped == [f"{folder / 'sub/bus.webp'}: bus.txt is already used for bus.jpg: write a separate bus.webp.txt"]
 
 
 def test_a_caption_file_in_another_encoding_is_named(folder: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_file_in_another_encoding_is_refused(folder: Path, name: str, encoding
 def test_utf_16_that_cannot_be_read_is_named(folder: Path, encoding: str) -> None:
     content = "image,caption\ncat.jpg,a cat\n".encode(encoding)
     (folder / "rows.csv").write_bytes(content if encoding == "utf-16-le" else content[:-1])
-    with pytest.raises(UserError, match=r"rows\.csv.* is not (whole )?UTF-(8|16) text[;:] save it as UTF-8"):
+    with pytest.raises(UserError, match=r"rows\.csv.* is not (valid )?UTF-(8|16) text[;:] save it as UTF-8"):
         read_records(folder / "rows.csv")
 
 
@@ -302,7 +302,7 @@ BAD_ROWS = {
     "endless name": ({"image": "x" * 5000, "caption": "a cat"}, "is missing"),
     "backslash": ({"image": "sub\\bus.webp", "caption": "a bus"}, "has a backslash: write /"),
     "address": ({"image": "http://example.org/a.jpg", "caption": "a cat"}, "pictures are not downloaded"),
-    "pandas' nan": ({"image": "cat.jpg", "caption": "nan"}, "pandas writes if there is none"),
+    "pandas' nan": ({"image": "cat.jpg", "caption": "nan"}, "pandas writes a missing value"),
     "upwards": ({"image": "../cat.jpg", "caption": "a cat"}, "outside the data folder"),
     "upwards hidden": ({"image": "sub/../../data2/cat.jpg", "caption": "a cat"}, "outside the data folder"),
     "absolute": ({"image": "/cat.jpg", "caption": "a cat"}, "outside the data folder"),
@@ -375,7 +375,7 @@ def test_two_rows_of_one_image_cannot_tell_different_facts(folder: Path) -> None
     assert record.facts == {"n": 1}
     assert len(record.captions) == 3
     assert len(skipped) == 1
-    assert skipped[0].startswith(f'{path}:3: other "facts"')
+    assert skipped[0].startswith(f'{path}:3: "facts" differs')
 
 
 def test_bad_table_rows_are_skipped_and_named(folder: Path) -> None:
@@ -399,7 +399,7 @@ def test_bad_table_rows_are_skipped_and_named(folder: Path) -> None:
         skipped,
         [
             "3 cells",
-            "1 cell under",
+            "1 cell for 2 columns",
             "not a table row",
             "not Unicode",
             "outside",
@@ -535,7 +535,7 @@ def test_what_is_not_there_or_empty_is_an_error(folder: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="nowhere: does not exist"):
         read_records(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no picture with a caption; give a folder with"):
+    with pytest.raises(UserError, match="contains no picture with a caption; give a folder with"):
         read_records(tmp_path / "empty")
     with pytest.raises(UserError, match=r"3 rows cannot be used; the first: .*no caption file"):
         read_records(folder)

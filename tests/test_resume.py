@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(whole: Path, 
     assert len([line for line in heard.lines if "damaged" in line]) == 1
     assert str(newest) in heard.lines[0]
     assert name in heard.lines[0]
-    assert "step-00000002 is taken" in heard.lines[0]
+    assert "step-00000002 is used instead" in heard.lines[0]
     assert steps(tmp_path) == ["step-00000002", "step-00000004.damaged"]
     go(tmp_path)
     assert_same_run(whole, tmp_path)
@@ -191,7 +191,7 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path: Path) 
     for folder in (tmp_path / "resume").iterdir():
         flip(folder / "model.safetensors")
     for _ in range(2):  # the second attempt fails too
-        with pytest.raises(UserError, match=r"step-00000004 is damaged \(model\.safetensors is not as it was"):
+        with pytest.raises(UserError, match=r"step-00000004 is damaged \(model\.safetensors has changed since it was"):
             go(tmp_path)
     model = Line()
     fit(model, model.losses, tmp_path, OPTIM, settings(steps=1), dict, quiet())  # starts from the beginning
@@ -207,7 +207,7 @@ def test_checkpoints_of_another_version_are_refused_by_name(tmp_path: Path) -> N
     (tmp_path / "resume" / "progress.json").unlink()
     manifest = tmp_path / "resume" / "step-00000002" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 9'))
-    with pytest.raises(UserError, match=r"format 9, this openblip2 reads 2"):
+    with pytest.raises(UserError, match=r"format 9, but this openblip2 reads 2"):
         go(tmp_path)
 
 
@@ -218,7 +218,7 @@ def test_half_a_line_in_the_log_is_dropped_and_counted(whole: Path, tmp_path: Pa
         file.write('{"step": 6, "lo')
     heard = Heard()
     go(tmp_path, progress=heard)
-    assert "1 line was removed, not being JSON" in heard.lines[0]
+    assert "1 line was removed (not valid JSON)" in heard.lines[0]
     assert_same_run(whole, tmp_path)
 
 
@@ -294,9 +294,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(tmp_path: Path, kind: str) ->
 def test_bad_steps_in_a_row_end_the_run_and_name_the_samples(tmp_path: Path) -> None:
     seen = [{"batch": 4, "process": 0, "sample": "x", "caption": "a cat"}]
     train = settings(steps=9, most_bad_steps=3)
-    message = (
-        r"^step 5: near = nan, far = nan, grad_norm = nan; such steps change nothing, but this is number 3 in a row"
-    )
+    message = r"^step 5: near = nan, far = nan, grad_norm = nan; such steps are left out, but this is number 3 in a row"
     for _ in range(2):  # the second time starts from the checkpoint of step 4 and continues its count
         with pytest.raises(UserError, match=message):
             go(tmp_path, broken(0, 2, 3, 4), train, samples=lambda: seen)

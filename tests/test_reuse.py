@@ -374,7 +374,7 @@ def test_the_language_model_in_another_precision(captioner: Captioner, tmp_path:
     assert half.settings.language.dtype == "bf16"
     with pytest.raises(UserError, match="dtype"):
         openblip2.load(folder, device="cpu", language_dtype="int5")
-    with pytest.raises(UserError, match="language_dtype is for a language model that is yet to be loaded"):
+    with pytest.raises(UserError, match="language_dtype has no effect, because no language model is loaded"):
         openblip2.load(folder, device="cpu", language=language("gpt2"), language_dtype="bf16")
     with pytest.raises(UserError, match="language_dtype"):
         openblip2.load(tiny_blip2.retriever(tmp_path / "itm"), device="cpu", language_dtype="bf16")

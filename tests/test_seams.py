@@ -155,7 +155,7 @@ def test_the_number_of_tokens_follows_from_an_option(home: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"connector__name": "pool"}, r"connector.name='pool' is none of qformer, .*, pooled, summed"),
+        ({"connector__name": "pool"}, r"connector.name='pool' is not one of qformer, .*, pooled, summed"),
         (
             {"connector__options": {"side": "two"}},
             "side='two': input should be a valid integer.*'pooled' has side, wid",
@@ -188,7 +188,7 @@ def test_settings_that_do_not_fit_are_refused(home: Path, tmp_path: Path, change
 def test_a_run_under_another_connector_is_refused(home: Path, tmp_path: Path) -> None:
     run = home / "pooled"
     for name in ("summed", "qformer"):
-        with pytest.raises(UserError, match=f"holds a connector 'pooled', but the settings name '{name}'"):
+        with pytest.raises(UserError, match=f"contains a connector 'pooled', but the settings name '{name}'"):
             load(copied(run, tmp_path / name, connector__name=name))
     with pytest.raises(UserError, match=r"'pooled' was trained with .*'tokens': 4.* here it has .*'tokens': 9"):
         load(copied(run, tmp_path / "nine", connector__options={"side": 3}))
@@ -197,13 +197,13 @@ def test_a_run_under_another_connector_is_refused(home: Path, tmp_path: Path) ->
 def test_what_a_connector_cannot_do_is_refused(home: Path, tmp_path: Path) -> None:
     run, picture = home / "pooled", home / "data" / "0.png"
     for to, out in (("hf", "hf"), ("lavis", "model.pth")):
-        with pytest.raises(UserError, match=f"its connector is 'pooled', --to {to} has a place for the Q-Former alone"):
+        with pytest.raises(UserError, match=f"its connector is 'pooled', but --to {to} can store only a Q-Former"):
             convert(run, tmp_path / out, to)
     model = load(run)
     with pytest.raises(UserError, match="the connector 'pooled' has no attention maps"):
         look(model, picture)
     assert isinstance(model, Captioner)
-    with pytest.raises(UserError, match="pooled reads no questions"):
+    with pytest.raises(UserError, match="pooled cannot read questions"):
         model.soft_prompt([picture], ["what is it"])
 
 
@@ -224,9 +224,9 @@ def test_an_encoder_of_the_callers_own(home: Path, tmp_path: Path) -> None:
     assert look(stage1, picture).queries.shape == (5, 5, 5)
     stage2.save_pretrained(tmp_path / "saved")
     assert torch.equal(load(tmp_path / "saved", vision=eyes).soft_prompt([picture]), stage2.soft_prompt([picture]))  # pyright: ignore
-    with pytest.raises(UserError, match=r"vision.name=module:OwnEncoder: .* hand it in again, as vision="):
+    with pytest.raises(UserError, match=r"vision.name=module:OwnEncoder: .* pass it again as vision="):
         load(two)
-    with pytest.raises(UserError, match="OwnEncoder is a module of the caller's own"):
+    with pytest.raises(UserError, match="OwnEncoder was passed as an object"):
         stage2.save_pretrained(tmp_path / "merged", merge=True)
     assert not (tmp_path / "merged").exists()
 
@@ -243,7 +243,7 @@ def test_augmented_pictures_go_through_an_own_encoder(home: Path) -> None:
     ("attributes", "said"),
     [
         ({"width": None}, "OwnEncoder: it must be an nn.Module with two whole numbers, width and image_size"),
-        ({"width": WIDTH + 1}, rf"OwnEncoder: of one picture it gives \[1, 25, {WIDTH}\], not \[1, P, {WIDTH + 1}\]"),
+        ({"width": WIDTH + 1}, rf"for one picture it returns \[1, 25, {WIDTH}\], not \[1, P, {WIDTH + 1}\]"),
     ],
 )
 def test_what_is_no_encoder_is_refused(home: Path, tmp_path: Path, attributes: dict[str, Any], said: str) -> None:

@@ -235,7 +235,7 @@ def test_the_commands(run: Path, folder: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "index")
     done = CliRunner().invoke(app, ["index", str(folder), "--run", str(run), "--out", out])
     assert done.exit_code == 0, done.output
-    assert "10 pictures; 10 read, 0 gone" in done.stdout
+    assert "10 pictures; 10 read, 0 deleted or changed" in done.stdout
     found = CliRunner().invoke(app, ["search", out, "a red dog", "--best", "3", "--rerank", "4", "--json"])
     rows = [json.loads(line) for line in found.stdout.splitlines()]
     assert len(rows) == 3

@@ -379,7 +379,7 @@ def test_a_process_that_dies_is_started_anew_and_others_are_served(
         killer: Any = Killer()
         first, second, third = worker.run([embed("a dog"), killer, embed("a cat")])
         assert isinstance(second, ServeError)
-        assert "died" in second.detail
+        assert "crashed" in second.detail
         assert len(first[0]) == len(third[0]) == 9
         assert restarts() == 2
         worker.seconds = 0.5
@@ -647,7 +647,7 @@ def test_data_urls_of_real_clients_are_taken(home: Path, client: TestClient, for
     assert client.post("/v1/chat/completions", json=asked).status_code == 200
     asked["messages"][2]["content"][1] = {"type": "image_url", "image_url": {"url": data_url(home, 1)}}
     refused = client.post("/v1/chat/completions", json=asked)
-    assert "2 different pictures: a dialogue is about one" in refused.json()["error"]["message"]
+    assert "2 different pictures: a dialogue has only one" in refused.json()["error"]["message"]
     assert refused.json()["error"]["param"] == "messages"
 
 
@@ -722,7 +722,7 @@ def test_a_part_is_a_text_or_a_picture(home: Path, client: TestClient) -> None:
         asked["messages"][0]["content"].append(part)
         answer = client.post("/v1/chat/completions", json=asked)
         assert answer.status_code == 400
-        assert "a part is a text or a picture" in answer.json()["error"]["message"]
+        assert "a part is either a text or a picture" in answer.json()["error"]["message"]
 
 
 def test_only_a_text_is_reranked(home: Path, client: TestClient) -> None:

@@ -255,7 +255,7 @@ def test_the_learning_curve_and_the_first_visual_tokens(plan: Plan, tmp_path: Pa
     assert len(trained) == 3  # one stage 1, and stage 2 with and without elastic tokens
     losses = [way["figures"][LOSS]["score"] for way in result["ways"].values()]
     assert len(set(losses)) == 4
-    with pytest.raises(UserError, match=r"--values 99: there are \d+ visual tokens"):
+    with pytest.raises(UserError, match=r"--values 99: give at most \d+ visual tokens"):
         ablate("elastic", tmp_path / "no", replace(plan, values=(1, 99)), QUIET)
 
 
@@ -313,11 +313,11 @@ def test_seeds(plan: Plan, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(plan: Plan, tmp_path: Path) -> None:
     for name, changed, message in (
         ("stage3", {}, f"unknown study 'stage3': studies are {', '.join(STUDIES)}"),
-        ("itg", {"values": (1, 2)}, "itg compares no numbers"),
-        ("queries", {"values": (4,)}, "queries takes two numbers of queries or more"),
-        ("pictures", {"values": (8, 21)}, "there are 20 scenes"),
-        ("queries", {"changes": {"qformer.queries": 3}}, "--set qformer.queries: the study queries sets it itself"),
-        ("itg", {"changes": {"train.steps": 3}}, "steps: --stage1-steps"),
+        ("itg", {"values": (1, 2)}, "leave it out for itg"),
+        ("queries", {"values": (4,)}, "give at least two numbers of queries"),
+        ("pictures", {"values": (8, 21)}, "there are only 20 training scenes"),
+        ("queries", {"changes": {"qformer.queries": 3}}, "--set qformer.queries: the study queries sets this itself"),
+        ("itg", {"changes": {"train.steps": 3}}, "for steps, use --stage1-steps"),
         ("itg", {"changes": {"train.stops": 3}}, "unknown setting 'train.stops'"),
     ):
         with pytest.raises(UserError, match=message):
@@ -352,7 +352,7 @@ LOW, HIGH = [1.0, 1.1, 0.9, 1.0, 1.2, 0.8], [2.0, 2.2, 1.9, 2.1, 2.0, 1.8]
     [
         ([made(loss=LOW)], [made(loss=HIGH)], "holds"),
         ([made(loss=HIGH)], [made(loss=LOW)], "does not hold"),
-        ([made(loss=LOW)], [made(loss=LOW[::-1])], "cannot be told: the interval of the difference holds 0"),
+        ([made(loss=LOW)], [made(loss=LOW[::-1])], "undecided: the interval of the difference contains 0"),
         ([made(loss=LOW), made(loss=LOW)], [made(loss=HIGH), made(loss=[v - 0.3 for v in LOW])], "seeds disagree"),
         ([made(gap=HIGH)], [made(gap=LOW)], "holds"),
         ([made(gap=LOW)], [made(gap=HIGH)], "does not hold"),

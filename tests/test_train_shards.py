@@ -98,8 +98,8 @@ def test_words_beyond_the_fiftieth_are_named(home: Home, tmp_path: Path) -> None
     captions = [caption for n in range(3) for caption in pairs(n).captions]
     assert set(captions) == {" ".join(words[:50])}
     (line,) = problems
-    assert "000000002.jpg: the end of a caption, after" in line
-    assert line.endswith("w48 w49'; at most 50 words and 1,000 characters")
+    assert "000000002.jpg: a caption is cut after" in line
+    assert line.endswith("w48 w49'; give at most 50 words and 1,000 characters")
 
 
 def test_pictures_to_validate_on_may_be_given(home: Home) -> None:

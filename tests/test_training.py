@@ -335,7 +335,7 @@ def test_an_elastic_run_trains_and_answers_with_the_first_tokens(
     with pytest.raises(UserError, match=r"elastic_tokens=true belongs to stage 2"):
         train_stage(recipe(home, "stage1", **elastic), records, tmp_path / "no", quiet())
     for wrong in (0, queries + 1):
-        with pytest.raises(UserError, match=f"visual_tokens {wrong}: this model has 1 to {queries}"):
+        with pytest.raises(UserError, match=f"visual_tokens {wrong}: for this model, give 1 to {queries}"):
             load(str(tmp_path / "run"), device="cpu", visual_tokens=wrong)
 
 
@@ -371,7 +371,7 @@ def test_objectives_are_left_out_and_never_all(home: Path, tmp_path: Path) -> No
     assert [{"itc", "itm", "itg"} & row.keys() for row in steps] == [{"itg"}, {"itm", "itg"}, {"itm", "itg"}]
     for objectives, later in (("[]", 0), ('["itm"]', 1)):
         changes = {"stage1__objectives": objectives, "stage1__itm_start_step": later}
-        with pytest.raises(UserError, match=r"^stage1\.objectives=.*: there are steps with nothing to train"):
+        with pytest.raises(UserError, match=r"^stage1\.objectives=.*: some steps have nothing to train"):
             train_stage(recipe(home, "stage1", **changes), [], tmp_path / "none", quiet())
 
 

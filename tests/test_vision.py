@@ -217,9 +217,9 @@ def test_a_layer_out_of_range_is_refused(layer: int) -> None:
 
 
 def test_image_sizes_that_cannot_be() -> None:
-    with pytest.raises(UserError, match=r"14 px is not a multiple .* patch of 4 px: take 12 or 16"):
+    with pytest.raises(UserError, match=r"14 px is not a multiple .* patch of 4 px: use 12 or 16"):
         HFVision(FAMILIES["vit"](), -2, 14)
-    with pytest.raises(UserError, match=r"takes 12 px only, not 20"):
+    with pytest.raises(UserError, match=r"accepts only 12 px, not 20"):
         HFVision(FAMILIES["aimv2"](), -2, 20)
 
 
@@ -309,7 +309,7 @@ def test_what_is_no_image_encoder_is_refused_in_one_line(tmp_path: Path) -> None
         ("no/such-model", "cannot be found"),
         ("wheel:nothing", "unknown wheel 'wheel:nothing'"),
         (str(broken), "cannot be loaded"),
-        (text, "is a 'bert': it needs a vision transformer"),
+        (text, "is a 'bert': it must be a vision transformer"),
     ):
         with pytest.raises(UserError, match=reason) as caught:
             load_vision(name)
@@ -324,5 +324,5 @@ def test_weights_that_are_not_there_are_never_drawn_at_random(tmp_path: Path) ->
     weights = load_file(folder / "model.safetensors")
     lost = next(name for name in weights if "layers.1.mlp.fc1.weight" in name)
     save_file({k: v for k, v in weights.items() if k != lost}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"1 weights of a 'clip_vision_model' are not in it, .*mlp.fc1.weight"):
+    with pytest.raises(UserError, match=r"1 weights of a 'clip_vision_model' are missing, .*mlp.fc1.weight"):
         load_vision(str(folder))

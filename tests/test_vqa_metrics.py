@@ -102,7 +102,7 @@ def test_lavis_leaves_words_of_people_that_no_prediction_can_be() -> None:
 
 
 def test_one_persons_answer_is_refused() -> None:
-    with pytest.raises(UserError, match=r"'what\?' has one person's answer.*ten answers"):
+    with pytest.raises(UserError, match=r"'what\?' has only one answer.*ten answers"):
         vqa_scores(["cat"], [Question("what?", "cat", "open")])
 
 

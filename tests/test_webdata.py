@@ -206,7 +206,7 @@ def test_shards_that_are_cut_off_or_gone_later(tmp_path: Path) -> None:
         assert same(loader()(number), batches[number])
     for path in shards:
         path.unlink(missing_ok=True)
-    with pytest.raises(UserError, match="no good sample is left"):
+    with pytest.raises(UserError, match="no usable sample is left"):
         loader()(0)
 
 
@@ -292,6 +292,6 @@ def test_mixtures_that_are_none(tmp_path: Path, text: str, message: str) -> None
 
 def test_shards_without_a_sample(tmp_path: Path) -> None:
     problems: list[str] = []
-    with pytest.raises(UserError, match="not one of its 1 shards"):
+    with pytest.raises(UserError, match="none of its 1 shards"):
         count_parts(read_parts(str(tmp_path / "none.tar")), problems.append)
     assert "cannot be opened" in problems[0]

@@ -162,7 +162,7 @@ def test_transformers_retrieval_scores_but_does_not_train(home: Path) -> None:
     torch.testing.assert_close(matcher.similarity(pictures(), texts), other.similarity(pictures(), texts))
     torch.testing.assert_close(matcher.match(pictures(), texts), other.match(pictures(), texts))
     tokens, valid = matcher.tokens(texts)
-    with pytest.raises(ValueError, match="no head for ITG"):
+    with pytest.raises(ValueError, match="no ITG head"):
         matcher.model.losses(tokens, valid, images=tiny_models.pictures(3))
 
 
@@ -341,7 +341,7 @@ def test_an_export_at_another_size_has_positions_of_that_size(home: Path, tmp_pa
     images = torch.randint(256, (2, 3, side, side), dtype=torch.uint8)
     expected = vision(images)
     notes = openblip2.convert(home / "opt", tmp_path / "out", "hf", vision=vision)
-    assert notes == [f"the image encoder's positions: interpolated from {side // 2} to {side} px for good"]
+    assert notes == [f"the image encoder's positions: permanently interpolated from {side // 2} to {side} px"]
     model: Any = hf.Blip2ForConditionalGeneration.from_pretrained(tmp_path / "out")
     found = model.vision_model(tiny_blip2.pixel_values(images), output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -461,7 +461,7 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(home: Path, monkeypatch
 
 def test_a_hub_that_cannot_be_reached_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="me/eyes is not here and cannot be downloaded from the hub"):
+    with pytest.raises(UserError, match="me/eyes is not on this machine and cannot be downloaded"):
         openblip2.load("me/eyes")
 
 
@@ -519,7 +519,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, monkeypatch: 
     torch.save({"model": {"query_tokens": Code()}}, tmp_path / "zip.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps({"model": Code()}))
     for name, code in (("zip.pth", r" \(posix.system\)"), ("plain.pth", "")):
-        with pytest.raises(UserError, match=rf"{name}: holds more than tensors{code},.*refused; save .*state_dict"):
+        with pytest.raises(UserError, match=rf"{name}: it contains more than tensors{code},.*; save .*state_dict"):
             openblip2.load(tmp_path / name)
     assert not (tmp_path / "was-run").exists()
 
@@ -546,17 +546,17 @@ def test_lavis_files_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
 
     told(
         lambda m: m.update({"Qformer.bert.pooler.weight": torch.ones(1)}),
-        "1 keys are not",
+        "1 keys do not belong to BLIP-2",
         "Qformer.bert.pooler.weight",
     )
     told(lambda m: (m.pop("ln_vision.bias"), None)[1], "1 keys are missing: ln_vision.bias")
     told(lambda m: m.update({"opt_proj.bias": torch.ones(3)}), "opt_proj.bias", "[3]")
     told(lambda m: {"layer.weight": torch.ones(2)}, "no query_tokens")
     told(lambda m: [1, 2], "dict with tensors")
-    told(lambda m: m.update({"Qformer.cls.predictions.decoder.bias": torch.ones(2)}), "not tied", kind="stage1")
+    told(lambda m: m.update({"Qformer.cls.predictions.decoder.bias": torch.ones(2)}), "needs a tied", kind="stage1")
     told(lambda m: (m.pop("itm_head.bias"), None)[1], "itm_head.bias", kind="stage1")
     (tmp_path / "cut.pth").write_bytes((home / "opt.pth").read_bytes()[:5000])
-    assert "cut.pth: not a whole .pth" in refused(tmp_path / "cut.pth")
+    assert "cut.pth: not a complete .pth" in refused(tmp_path / "cut.pth")
     assert "35" in refused(home / "opt.pth", **{**parts(home, "opt"), "heads": 35})
     assert "heads" in refused(
         home / "opt.pth", **{**parts(home, "opt"), "heads": None}
@@ -565,9 +565,7 @@ def test_lavis_files_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
     assert "vision" in refused(home / "opt.pth", heads=HEADS, language=str(home / "opt"))
     wrong = tiny_models.language("gpt2")
     wrong.width = 19
-    assert f"{tiny_models.L} wide, this one is 19" in refused(
-        home / "opt.pth", **{**parts(home, "opt"), "language": wrong}
-    )
+    assert f"of width {tiny_models.L}, not 19" in refused(home / "opt.pth", **{**parts(home, "opt"), "language": wrong})
 
 
 def test_transformers_folders_that_cannot_be_used(home: Path, tmp_path: Path) -> None:
@@ -608,7 +606,7 @@ def test_transformers_folders_that_cannot_be_used(home: Path, tmp_path: Path) ->
     told(keys(lambda t: t.update({"itm_head.weight": torch.ones(2, 2)})), "unexpected: itm_head.weight")
     told(
         keys(lambda t: t.update({"pooler.weight": torch.ones(2)})),
-        "not of a Blip2ForConditionalGeneration: pooler.weight",
+        "do not belong to a Blip2ForConditionalGeneration: pooler.weight",
     )
     told(keys(lambda t: t.pop("qformer.layernorm.bias")), "missing: qformer.layernorm.bias")
     told(keys(lambda t: t.pop("vision_model.encoder.layers.1.mlp.fc1.bias")), "encoder.layers.1.mlp.fc1.bias")
@@ -635,7 +633,7 @@ def test_targets_that_cannot_be_written(home: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "file").touch()
     told("unknown target 'gguf'", home / "opt", tmp_path / "x", "gguf")
     told("full exists already: give another name, or add --overwrite", home / "opt", tmp_path / "full", "hf")
-    with pytest.raises(UserError, match="full holds files that are not of a model"):
+    with pytest.raises(UserError, match="full contains files that do not belong to a model"):
         openblip2.convert(home / "opt", tmp_path / "full", "hf", overwrite=True)
     assert (tmp_path / "full" / "file").exists()
     (tmp_path / "full" / "file").rename(tmp_path / "full" / "model.gguf")
@@ -687,7 +685,7 @@ def test_adapters_are_folded_in(home: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "run").caption(pictures(), decoding=SHORT) == captions
 
     notes = openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
-    assert notes == ["LoRA: folded into the weights, in fp32"]
+    assert notes == ["LoRA: merged into the weights, in fp32"]
     folded = load(tmp_path / "out")
     torch.testing.assert_close(folded.soft_prompt(pictures()), captioner.soft_prompt(pictures()), rtol=1e-5, atol=1e-5)
     assert folded.caption(pictures(), decoding=SHORT) == captions

@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("OPENBLIP2_CACHE", str(tmp_path / "file"))
     add(monkeypatch)
-    with pytest.raises(UserError, match=r"set OPENBLIP2_CACHE to a folder"):
+    with pytest.raises(UserError, match=r"set OPENBLIP2_CACHE to a writable folder"):
         materialise("wheel:toy")
 
 
@@ -105,7 +105,7 @@ def test_what_is_not_installed_is_named_with_its_command(monkeypatch: pytest.Mon
     with pytest.raises(UserError, match=r"pip install --no-deps toy==1$"):
         materialise("wheel:toy")
     add(monkeypatch, needs=("torch", "no_such_reader"))
-    with pytest.raises(UserError, match=r"is read with no_such_reader: pip install 'openblip2\[demo\]'$"):
+    with pytest.raises(UserError, match=r"needs no_such_reader: pip install 'openblip2\[demo\]'$"):
         materialise("wheel:toy")
 
 

@@ -81,7 +81,7 @@ def test_what_cannot_be_taken_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of the pictures"):
         write_shards([records[1]], tmp_path / "none")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         write_shards(records, tmp_path / "file")
 
 

@@ -113,7 +113,7 @@ def main() -> None:
         if error.errno not in NO_ROOM:
             raise
         where = f"{error.filename} cannot be written" if error.filename else "the output cannot be written"
-        print(f"openblip2: {where} ({error.strerror}): make room and run the same command again", file=sys.stderr)
+        print(f"openblip2: {where} ({error.strerror}): free disk space and run the same command again", file=sys.stderr)
         sys.exit(2)
 
 

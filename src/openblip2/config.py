@@ -239,7 +239,7 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
         if name in RENAMED:
             raise UserError(f"setting {name!r} is now called {RENAMED[name]!r}")
         if name in REMOVED:
-            raise UserError(f"setting {name!r} is gone: docs/decisions.md says why")
+            raise UserError(f"setting {name!r} was removed: see docs/decisions.md")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(known)}"
@@ -270,7 +270,7 @@ def from_dict(values: Mapping[str, Any]) -> RunSettings:
             kept = {RENAMED[old].split(".")[1]: part[name], **kept}
         elif REMOVED[old] not in (None, part[name]):
             raise UserError(
-                f"setting {old}={part[name]!r} is gone: a model with it needs an earlier version of openblip2"
+                f"setting {old}={part[name]!r} was removed: load this model with an earlier version of openblip2"
             )
         values = {**values, section: kept}
     # Strict: "yes" and 1 are not booleans, and true is not a number. In strict mode, only JSON lists become tuples.

@@ -77,7 +77,7 @@ class OpenBlip2(lmms):
         self.language = self.captioner.model.language
         self.form = self.captioner.settings.language.question if question is None else question
         if "{}" not in self.form:
-            raise UserError(f"question={self.form}: it must hold {{}}, in whose place a task's words go")
+            raise UserError(f"question={self.form}: it must contain {{}}, which is replaced by a task's text")
         self.context, self.device = context_of(self.language), self.captioner.model.projection.weight.device
         self.ignored: set[str] = set()  # options of tasks that the log has already reported
 
@@ -93,12 +93,12 @@ class OpenBlip2(lmms):
         refused: list[UserError] = []
         found = self._texts(requests, refused)
         if requests and len(refused) == len(requests):
-            raise UserError(f"none of {len(requests)} requests can be put to this model: {refused[0]}")
+            raise UserError(f"this model can process none of {len(requests)} requests: {refused[0]}")
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
         """Not supported, as in most adapters of the harness, because a round may contain several images."""
-        raise UserError("this model takes no task of several rounds: leave it out of --tasks")
+        raise UserError("this model does not support tasks with several rounds: remove them from --tasks")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """The loss of each request's continuation, and whether greedy decoding would generate it.
@@ -119,7 +119,7 @@ class OpenBlip2(lmms):
                 asked = self._ask(words, group[0][2](document))
                 ends = max(len(self.language.tokenizer(text)["input_ids"]) for text in texts) + len(self.language.end)
                 if self._fitting(asked.prompt, ends) < ends:
-                    raise UserError(f"{task}, document {place}: what it says is too long with its answers")
+                    raise UserError(f"{task}, document {place}: its text is too long with its answers")
                 with torch.inference_mode(), self._computing():
                     losses, likeliest = likelihoods(self.language, self._soft_prompt(asked), asked.prompt, texts)
                 pairs: Any = zip(losses.tolist(), likeliest.tolist(), strict=True)
@@ -159,7 +159,7 @@ class OpenBlip2(lmms):
         pictures = [one for one in seen or () if one is not None]
         if len(pictures) > 1 or not all(isinstance(one, Image.Image) for one in pictures):
             kinds = ", ".join(type(one).__name__ for one in pictures[:3])
-            raise UserError(f"it shows {len(pictures)} things ({kinds}); this model takes one picture or none")
+            raise UserError(f"it has {len(pictures)} inputs ({kinds}); this model takes one picture or none")
         plain = _plain(words)
         if self.captioner.settings.reads_prompts:
             self.captioner.qformer_texts([self.form.replace("{}", plain)])
@@ -205,14 +205,14 @@ class OpenBlip2(lmms):
         if room is None:
             return new
         if length > room:
-            raise UserError(f"its words take {length} tokens with the template around them: {room} fit")
+            raise UserError(f"its text takes {length} tokens with the template, but only {room} fit")
         return new if isinstance(self.language, EncoderDecoderLM) else min(new, room + 1 - length)
 
     def _decoding(self, options: Mapping[str, Any]) -> Decoding:
         given = {NAMES.get(name, name): value for name, value in options.items() if value is not None}
         known = {field.name for field in fields(Decoding)}
         if ignored := given.keys() - known - {"until"} - self.ignored:
-            logger.warning(f"generation_kwargs that mean nothing to this model: {', '.join(sorted(ignored))}")
+            logger.warning(f"generation_kwargs that this model ignores: {', '.join(sorted(ignored))}")
             self.ignored |= ignored
         # As in the harness's own adapters: temperature 0 means greedy, any other samples unless do_sample is False.
         heat = given.get("temperature")
@@ -234,7 +234,7 @@ def _naming(task: str, place: int, refused: list[UserError]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        logger.warning(f"{task}, document {place}, is answered with nothing: {error}")
+        logger.warning(f"{task}, document {place}, gets an empty answer: {error}")
         refused.append(error)
 
 

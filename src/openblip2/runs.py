@@ -101,7 +101,7 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
             folder.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{folder} cannot be written to ({error.strerror}): give a folder that can be") from error
+            raise UserError(f"{folder} cannot be written to ({error.strerror}): give another folder") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -143,7 +143,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): give another folder") from error
+        raise UserError(f"{folder} cannot be created ({error.strerror}): give another folder") from error
 
 
 def require_absent(path: Path, overwrite: bool, argument: str = "--out") -> None:
@@ -192,7 +192,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror}): give a JSON file") from error
     except (ValueError, RecursionError) as error:
         refuse_lfs_pointer(path)
-        raise UserError(f"{path}: not JSON, or cut off ({error}): give the complete file") from error
+        raise UserError(f"{path}: not JSON, or truncated ({error}): give the complete file") from error
 
 
 def cached_json(
@@ -233,12 +233,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: It does not exist, or is not a complete safetensors file.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a run holds model.safetensors (has its training finished?)")
+        raise UserError(f"{path}: no such file; a run contains model.safetensors (has its training finished?)")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         refuse_lfs_pointer(path)
-        raise UserError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
+        raise UserError(f"{path}: not a complete safetensors file ({error}); it may be truncated") from error
     for old, new in RENAMED.items():
         tensors = {new + name[len(old) :] if name.startswith(old) else name: part for name, part in tensors.items()}
     return tensors
@@ -274,7 +274,7 @@ def read_config(run: Path) -> dict[str, Any]:
         raise UserError(f"{run} is not a run: {wanted}")
     saved = read_json(run / "config.json")
     if not isinstance(saved, dict) or not {"settings", "sizes"} <= saved.keys():
-        raise UserError(f"{run} is not a run (its config.json is another program's): {wanted}")
+        raise UserError(f"{run} is not a run (openblip2 did not write its config.json): {wanted}")
     _check_sizes(saved["sizes"], run / "config.json")
     return saved
 
@@ -291,7 +291,7 @@ def read_settings(run: Path) -> RunSettings:
 def _check_sizes(sizes: Any, path: Path) -> None:
     names, others = ("width", "layers", "heads", "ffn", "vocabulary", "positions"), {"tokens", "width", "image_width"}
     if not isinstance(sizes, dict) or sizes.keys() not in (set(names), others):
-        raise UserError(f"{path}: sizes must name {', '.join(names)}; of another connector {', '.join(sorted(others))}")
+        raise UserError(f"{path}: sizes must contain {', '.join(names)}; other connectors: {', '.join(sorted(others))}")
     for name, size in sizes.items():
         least = 0 if name == "vocabulary" else 1  # 0 in stage 2, which has no text embeddings
         if type(size) is not int or size < least:

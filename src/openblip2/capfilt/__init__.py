@@ -56,10 +56,10 @@ def capfilt(
     settings = capfilt_settings(how, *digests(models, how.filter == "itm"))
     claim(out, settings)
     if others := sorted({path.stem for path in out.glob("*.tar") if path.name[0] != "."} - {name for name, _ in names}):
-        raise UserError(f"{out} holds other shards ({others[0]}.tar): give another --out, or remove them")
+        raise UserError(f"{out} contains other shards ({others[0]}.tar): give another --out, or remove them")
     mine = names[part[0] - 1 :: part[1]]
     if not mine:
-        raise UserError(f"--part {part[0]}/{part[1]}: {len(names)} shards leave none for it: use fewer parts")
+        raise UserError(f"--part {part[0]}/{part[1]}: this part of {len(names)} shards is empty: use fewer parts")
     done: list[Made] = []
     left: list[tuple[str, Path]] = []
     for name, url in mine:
@@ -106,7 +106,7 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
     path = out / FILE
     if not path.exists():
         if others := sorted(path.name for path in out.glob("*.tar")):
-            raise UserError(f"{out} holds other shards ({others[0]}): give a new folder for the captioned ones")
+            raise UserError(f"{out} contains other shards ({others[0]}): give a new folder for the captioned ones")
         with atomic_write(path, concurrent=True) as draft:  # the parts of a job array start at the same time
             draft.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     before = read_json(path)
@@ -129,7 +129,7 @@ def named_shards(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
             raise UserError(f"{url}: not the name of a shard: it must end in .tar")
         if name in found:
             raise UserError(
-                f"{found[name]} and {url}: the same name twice: give one folder at a time, each its own --out"
+                f"{found[name]} and {url}: they have the same name: give one folder at a time, each with its own --out"
             )
         if not is_url(url) and Path(url).resolve().parent == out.resolve():
             raise UserError(f"{url} is in --out, where the new shard would replace it: give another folder")

@@ -100,9 +100,9 @@ class ClipRanker:
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(f"ranker {folder} cannot be loaded: {one_line(error)}") from error
         if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-            raise UserError(f"ranker {folder} is a {model.config.model_type!r}; a CLIP, or a stage-1 run")
+            raise UserError(f"ranker {folder} is a {model.config.model_type!r}: it must be a CLIP or a stage-1 run")
         if missing := sorted(report["missing_keys"]):  # they would be random
-            raise UserError(f"ranker {folder} cannot be loaded: {len(missing)} weights are not in it, {missing[0]}")
+            raise UserError(f"ranker {folder} cannot be loaded: {len(missing)} weights are missing, e.g. {missing[0]}")
         self.model: Any = model.to(default_device()).eval().requires_grad_(False)  # pyright: ignore
         self.longest: int = self.model.config.text_config.max_position_embeddings
         # SigLIP was trained on texts padded to the same length, and it reads the padding.
@@ -201,7 +201,7 @@ def _captioner(name: str) -> str:
     if settings.stage == "stage1":
         raise UserError(f"--captioner {name} is a stage-1 run, which cannot write text; give a stage-2 run")
     if settings.reads_text and not settings.reads_prompts:
-        raise UserError(f"--captioner {name} answers questions, which its Q-Former reads; give a run for captions")
+        raise UserError(f"--captioner {name} answers questions; give a run that writes captions")
     return _of_run(name, settings)
 
 

@@ -113,7 +113,7 @@ def best(scores: Sequence[float], keep: int, threshold: float | None = None) -> 
         UserError: a score is not a number.
     """
     if not all(map(math.isfinite, scores)):
-        raise UserError("the ranker gives scores that are not numbers: are its weights complete?")
+        raise UserError("the ranker gives scores that are not numbers: check that its weights are complete")
     left = [n for n, score in enumerate(scores) if threshold is None or score >= threshold]
     return sorted(left, key=lambda n: -scores[n])[:keep]
 

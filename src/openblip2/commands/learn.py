@@ -59,7 +59,7 @@ def demo(
             show_default="small",
         ),
     ] = None,
-    budget: Annotated[float, typer.Option(help="Factor on the usual number of steps of both stages.")] = 1.0,
+    budget: Annotated[float, typer.Option(help="Factor for the usual number of steps of both stages.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the scenes and of training.")] = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -114,7 +114,7 @@ def train(
     ] = "laptop",
     start: Annotated[Path | None, typer.Option(help="Run to start from (not for stage1).")] = None,
     text_start: Annotated[
-        Path | None, typer.Option(help="vqa, instruct: stage-1 run that --start began with; default: as --start says.")
+        Path | None, typer.Option(help="vqa, instruct: stage-1 run that --start used; default: from its config.")
     ] = None,
     changes: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint, if any.")] = False,
@@ -126,7 +126,7 @@ def train(
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it: leave one of them out")
     # `_others` is inside `keeping`, because it handles `Stopped` itself and not the exit code made from it.
-    with keeping(f"what was finished is in {out}, training goes on with --resume", out / "resume"), _others():
+    with keeping(f"the last checkpoint is in {out}; add --resume to continue", out / "resume"), _others():
         from openblip2.config import change
         from openblip2.presets import FINE_TUNING, PRESETS, fine_tuning
         from openblip2.presets import preset as find
@@ -187,7 +187,7 @@ def features(
     ] = "laptop",
     changes: Settings = None,
     precision: Annotated[str, typer.Option(help="fp16 or bf16.", autocompletion=among(STORED))] = "fp16",
-    views: Annotated[int, typer.Option(min=1, help="If above 1: random crops to add to each image.")] = 1,
+    views: Annotated[int, typer.Option(min=1, help="Random crops per image besides the plain one; 1 = none.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Compute the features of images once, for any number of `train --features` runs."""
@@ -198,7 +198,7 @@ def features(
     changed = read_changes(changes)
     for name in changed:
         if not name.startswith("vision.") and name not in ("train.precision", "train.seed"):
-            raise UserError(f"--set {name}: features depend on vision.*, train.precision and train.seed alone")
+            raise UserError(f"--set {name}: only vision.*, train.precision and train.seed apply here: leave it out")
     stage = next((stage for stage in PRESETS if preset in PRESETS[stage]), "stage1")
     settings = change(find(stage, preset), changed)
     says = progress()
@@ -214,7 +214,7 @@ def features(
         says.say(f"skipped: {line}")
     keep_freed_memory()
     vision = build_vision(settings, compute_dtype(device(), settings.train.precision)).to(device())
-    with keeping(f"what is encoded is in {out}; run the same command to continue", out):
+    with keeping(f"the features computed so far are in {out}; run the same command to continue", out):
         numbers = write_features(vision, records, settings, out, precision, views, says)
     show({"out": str(out), **numbers}, [str(out)], as_json)
 

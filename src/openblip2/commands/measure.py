@@ -59,7 +59,7 @@ def evaluate(
     rerank: Annotated[
         int | None, typer.Option(min=0, help="retrieval: ITM candidates, 0 = none; default: 128.")
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="retrieval: only own captions are correct.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="retrieval: count only an image's own captions.")] = False,
     by: Annotated[
         str | None, typer.Option(help="pointing: itc (default) or itm.", autocompletion=among(("itc", "itm")))
     ] = None,
@@ -98,7 +98,7 @@ def compare(
     from openblip2.evaluate.result import compare as differences
 
     for name, found in differences(first, second).items():
-        verdict = "no more than luck" if not found.excludes(0) else "first" if found.score > 0 else "second"
+        verdict = "not significant" if not found.excludes(0) else "first" if found.score > 0 else "second"
         values = {"name": name, "difference": found.score, "low": found.low, "high": found.high, "better": verdict}
         line = f"{name:24} {100 * found.score:+7.2f}  [{100 * found.low:+.2f}, {100 * found.high:+.2f}]  {verdict}"
         show(values, [line], as_json)
@@ -110,7 +110,7 @@ def doctor(
         list[Path] | None,
         typer.Argument(help="At least two images, to measure the effective rank of the model's queries."),
     ] = None,
-    question: Annotated[str | None, typer.Option(help="For a Q-Former that reads questions, with images.")] = None,
+    question: Annotated[str | None, typer.Option(help="Question about the images, if the Q-Former reads text.")] = None,
     out: Annotated[Path | None, typer.Option(help="HTML file for findings and curves; not with images.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -120,13 +120,13 @@ def doctor(
 
     if images:
         if out is not None:
-            raise UserError("--out draws the log of a run: leave the pictures out")
+            raise UserError("--out plots the log of a run: leave out --out or the pictures")
         one, measured, bad = _rank(run, images, question)
         show(asdict(one) | measured, [one.in_words()], as_json)
         require_all(images, bad)
         return
     if question is not None:
-        raise UserError("--question is for pictures: give them after the run")
+        raise UserError("--question needs pictures: give them after the run")
     if out is not None:
         from openblip2.errors import require
 
@@ -148,7 +148,7 @@ def doctor(
 def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Finding, dict[str, Any], list[Path]]":
     """What the effective rank of a loaded model says, its value, and the pictures that cannot be read."""
     if len(images) < 2:
-        raise UserError("one picture has no effective rank: give at least two")
+        raise UserError("one picture is not enough for an effective rank: give at least two")
     says = progress()
     says.doing(f"loading {run}")
     from openblip2.data.images import open_picture
@@ -157,7 +157,7 @@ def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Find
     from openblip2.inference.load import load
 
     model = load(run)
-    says.doing(f"looking at {len(images)} pictures")
+    says.doing(f"computing the effective rank of {len(images)} pictures")
     opened = each_readable(images, lambda some, _: [image for image in some if open_picture(image)])
     good, bad = [image for image in opened if image], [image for image in images if image not in opened]
     if len(good) < 2:
@@ -209,7 +209,7 @@ def bench(
     from openblip2.runs import new_result
 
     with (
-        keeping(f"the cases timed so far are in {out}" if out else "nothing is kept without --out", out),
+        keeping(f"the cases timed so far are in {out}" if out else "results are not saved without --out", out),
         nullcontext() if out is None else new_result(out, overwrite),
     ):
         found = run_bench(size, case or [], out, repeats, precision, says.doing if as_json else tell, says)
@@ -233,7 +233,7 @@ def ablate(
     ] = "full",
     scenes: Annotated[int | None, typer.Option(min=8, help="Training images; default: set by the study.")] = None,
     test_scenes: Annotated[int, typer.Option(min=8, help="Number of test images.")] = 200,
-    values: Annotated[str | None, typer.Option(help="Numbers of queries or images; side of a grid.")] = None,
+    values: Annotated[str | None, typer.Option(help="Values to compare: queries, images or grid side.")] = None,
     stage1_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 1; default: by study.")] = None,
     stage2_steps: Annotated[int | None, typer.Option(min=1, help="Steps of stage 2; default: by study.")] = None,
     changes: Settings = None,

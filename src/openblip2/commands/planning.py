@@ -17,18 +17,18 @@ def plan(
     preset: Annotated[
         str,
         typer.Option(
-            help="stage1-vit-g, for one: a stage, a dash, and a preset of `train`.",
+            help="A stage, a dash and a preset of `train`, for example stage1-vit-g.",
             autocompletion=among(lambda: [f"{stage}-{name}" for stage in STAGES for name in presets(stage)]),
         ),
     ],
-    gpus: Annotated[str, typer.Option(help="For example 16xA100-40G; A100-80G, H100, H200, L40S, 4090.")],
+    gpus: Annotated[str, typer.Option(help="GPUs, for example 16xA100-40G; also A100-80G, H100, H200, L40S, 4090.")],
     efficiency: Annotated[float, typer.Option(help="Fraction of the GPU's peak that the run reaches.")] = 0.15,
-    batch: Annotated[int | None, typer.Option(min=1, help="Pairs over all GPUs; default: the preset's.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Batch size over all GPUs; default: the preset's.")] = None,
     images: Annotated[str, typer.Option(help="Number of images in the data, for example 129M or 14.5K.")] = "129M",
     parallel: Annotated[
         str | None,
         typer.Option(
-            help="ddp or fsdp2: frozen layers in pieces over the GPUs.", autocompletion=among(("ddp", "fsdp2"))
+            help="ddp, or fsdp2 to shard the frozen layers over the GPUs.", autocompletion=among(("ddp", "fsdp2"))
         ),
     ] = None,
     cached: Annotated[
@@ -40,7 +40,7 @@ def plan(
     as_json: AsJson = False,
     changes: Settings = None,
 ) -> None:
-    """Say what a run will need: parameters, FLOPs, days, memory. Nothing is downloaded, and no GPU is needed."""
+    """Estimate what a run needs: parameters, FLOPs, days, memory. Nothing is downloaded, and no GPU is needed."""
     says = progress()
     says.doing("planning")
     from openblip2.config import change
@@ -54,7 +54,7 @@ def plan(
         known = ", ".join(f"{stage}-{name}" for stage, names in PRESETS.items() for name in names)
         raise UserError(f"--preset {preset!r}: give one of {known}")
     if not 0 < efficiency <= 1:
-        raise UserError(f"--efficiency {efficiency:g}: it is a share of the peak, above 0 and at most 1")
+        raise UserError(f"--efficiency {efficiency:g}: it must be a fraction of the peak, above 0 and at most 1")
     given = {"train.batch": batch, "train.parallel": parallel}
     given = {**read_changes(changes), **{k: v for k, v in given.items() if v is not None}}
     settings = change(named(stage, name), given)
@@ -97,29 +97,29 @@ def _lines(figures: dict[str, Any]) -> list[str]:
         "",
         *_table("parameters", {name: f"{count:,}" for name, count in figures["parameters"].items()}),
         "",
-        f"{'GFLOP of a pair':36}{'forward':>14}{'backward':>14}",
+        f"{'GFLOP per pair':36}{'forward':>14}{'backward':>14}",
         *(
             f"{part:36}{work['forward'] / 1e9:14.1f}{work['backward'] / 1e9:14.1f}"
             for part, work in figures["flops_of_a_pair"].items()
         ),
         "",
-        *_table("memory of a GPU, GiB", {name: f"{size / _GIB:.2f}" for name, size in memory["items"].items()}),
-        f"{'in all':36}{memory['total'] / _GIB:14.2f} of {gpus['memory'] / _GIB:.0f}: "
+        *_table("memory per GPU, GiB", {name: f"{size / _GIB:.2f}" for name, size in memory["items"].items()}),
+        f"{'total':36}{memory['total'] / _GIB:14.2f} of {gpus['memory'] / _GIB:.0f}: "
         + ("fits" if memory["fits"] else "does not fit; try a smaller train.chunk, train.checkpoint_activations=true,"),
     ]
     if not memory["fits"]:
-        lines.append("or --parallel fsdp2, which shares out the frozen layers")
+        lines.append("or --parallel fsdp2, which shards the frozen layers")
     seconds, days = step["seconds"], run["days"]
     duration = f"{days:.3g} days" if days >= 2 else f"{days * 24:.3g} hours"
     lines += [
         "",
         f"a step: {step['flops'] / 1e12:,.0f} TFLOP in {seconds:.3g} s at {100 * run['efficiency']:.3g} % of the peak, "
-        f"{step['pairs'] / seconds:,.0f} images a second",
+        f"{step['pairs'] / seconds:,.0f} images per second",
         f"{run['steps']:,} steps: {duration}",
         f"a cache of {figures['features']['images']:,} images: {figures['features']['bytes'] / 1e9:,.1f} GB in fp16",
     ]
     if gpus["count"] > 1:
-        lines += ["", *_table("a GPU sends in a step, MB", {k: f"{v / 1e6:,.1f}" for k, v in step["sent"].items()})]
+        lines += ["", *_table("sent by each GPU per step, MB", {k: f"{v / 1e6:,.1f}" for k, v in step["sent"].items()})]
     return lines
 
 

@@ -41,7 +41,7 @@ def prepare(
     require_kind(out, "shards", data=data)
     source = read_data(data, "captions", images, split)
     with (
-        output(out, "shards", "whole shards are in"),
+        output(out, "shards", "complete shards are in"),
         says.steps("pictures", len(source.records)) as bar,
     ):
         written = write_shards(source.records, out, size, seed, lambda count: bar.advance(count=count))
@@ -78,7 +78,7 @@ def capfilt(
 
     require_kind(out, "captioned shards", "shards")
     if threshold is not None and filter != "itm":
-        raise UserError("--threshold belongs to --filter itm: leave it out, or add --filter itm")
+        raise UserError("--threshold is only for --filter itm: leave it out, or add --filter itm")
     how = How(
         captions=(1 if filter == "itm" else 10) if captions is None else captions,
         top_p=top_p,
@@ -94,7 +94,7 @@ def capfilt(
         put({"out": str(out), "shards": written.shards, "counts": counts, "dead": written.dead})
         return
     if written.dead:
-        says.say(f"{number_of(len(written.dead), 'shard')} could not be read: the same command tries them again")
+        says.say(f"{number_of(len(written.dead), 'shard')} could not be read: run the same command to try again")
     typer.echo(
         f"{out}: {number_of(counts['pictures'], 'picture')} in {number_of(written.shards, 'shard')}, "
         f"{counts['captions by the captioner']:,} of {counts['captions']:,} captions by the captioner"

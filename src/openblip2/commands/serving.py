@@ -29,7 +29,7 @@ def index(
         done = update_index(folder, run, out, says)
     for line in done.skipped:
         says.say(f"skipped: {line}")
-    line = f"{out}: {number_of(done.pictures, 'picture')}; {done.added:,} read, {done.gone:,} gone or changed"
+    line = f"{out}: {number_of(done.pictures, 'picture')}; {done.added:,} read, {done.gone:,} deleted or changed"
     show({"out": str(out), **asdict(done)}, [line], as_json)
 
 
@@ -51,7 +51,7 @@ def search(
 
     searcher = ImageSearch(index)
     if is_picture and rerank:
-        raise UserError("--rerank is for a text, which ITM matches with pictures")
+        raise UserError("--rerank is only for a text query: leave it out to search by image")
     hits = searcher.by_picture(Path(query), best) if is_picture else searcher.by_text(query, best, rerank)
     for hit in hits:
         if as_json:

@@ -23,7 +23,7 @@ Split = Annotated[str | None, typer.Option(help="Split of easy-vqa, of stamps, o
 Questions = Annotated[Path | None, typer.Option(help="File of the questions, for VQAv2 and OK-VQA.")]
 VisualTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="Use only so many visual tokens, the first ones (a run with stage2.elastic_tokens)."),
+    typer.Option(min=1, help="Use only the first N visual tokens (for a run with stage2.elastic_tokens)."),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -111,7 +111,7 @@ def keeping(what: str, kept: Path | None = None) -> Iterator[None]:
         yield
     except KeyboardInterrupt as stop:
         there = kept is None or (any(kept.iterdir()) if kept.is_dir() else kept.exists())
-        stop.add_note(what if there else "there is nothing to go on from yet: run the same command again")
+        stop.add_note(what if there else "nothing is saved yet: run the same command again")
         raise
 
 
@@ -121,7 +121,7 @@ def require_kind(out: Path, *kinds: str, data: str | Path | None = None) -> None
         raise UserError(f"{out} is the folder of the images: give another --out")
     for kind, marks in HOLDS.items():
         if kind not in kinds and (found := sorted(file.name for mark in marks for file in out.glob(mark))):
-            raise UserError(f"{out} holds {kind} ({found[0]}): give another --out")
+            raise UserError(f"{out} contains {kind} ({found[0]}): give another --out")
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def read_data(
     from openblip2.data.sources import read_source
 
     if not data.strip():
-        raise UserError("--data is empty, as a shell variable is that was never set: give a folder or a file")
+        raise UserError("--data is empty (maybe a shell variable is not set): give a folder or a file")
     if data not in NAMES or (data == "stamps" and wanted == "questions"):
         return read_source(data, wanted, images, split, questions, **options)
     if images or questions or split not in ("train", "test"):

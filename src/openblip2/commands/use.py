@@ -33,18 +33,18 @@ Beams = Annotated[int | None, typer.Option(min=1, help="Beam width; 1 = greedy; 
 
 def caption(
     run: Run,
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders with images, also in their folders.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of images with their subfolders.")],
     prompt: Annotated[str | None, typer.Option(help="Text that the caption begins with, or an instruction.")] = None,
     beams: Beams = None,
     tokens: Tokens = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: words are repeated less often.")] = 1.0,
     sample: Annotated[bool, typer.Option("--sample", help="Draw each caption at random, without beams.")] = False,
-    captions: Annotated[int, typer.Option(min=1, help="Different captions of each image, drawn as by --sample.")] = 1,
+    captions: Annotated[int, typer.Option(min=1, help="Different captions per image; above 1: as with --sample.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Seed of --sample and --captions.", show_default="0")] = None,
     visual_tokens: VisualTokens = None,
     beside: Annotated[
         bool,
-        typer.Option("--beside", help="Also write a.txt beside a.jpg; images that have one are left alone."),
+        typer.Option("--beside", help="Also write a.txt beside a.jpg; images that have one are skipped."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -64,7 +64,7 @@ def caption(
 
             for folder in {(path if path.is_dir() else path.parent).resolve() for path in images if path.exists()}:
                 locks.enter_context(locked(folder))
-            locks.enter_context(shared.keeping("the texts that are written stay; the same command continues"))
+            locks.enter_context(shared.keeping("the texts written so far are kept; run the same command to continue"))
             todo = _without_text(todo)
         if not todo:
             return
@@ -127,7 +127,7 @@ def _without_text(pictures: list[Path]) -> list[Path]:
         if (other := owners.setdefault(text := picture.with_suffix(".txt"), picture)) != picture:
             raise UserError(f"{other} and {picture} would have the same {text.name}: rename one of them")
     if len(todo) < len(pictures):
-        progress().say(f"{len(pictures) - len(todo):,} of {len(pictures):,} pictures have a text and are left alone")
+        progress().say(f"{len(pictures) - len(todo):,} of {len(pictures):,} pictures have a text and are skipped")
     return todo
 
 
@@ -140,7 +140,7 @@ def _write_text(picture: Path, texts: list[str]) -> None:
         with atomic_write(path) as draft:
             draft.write_text("".join(" ".join(text.split()) + "\n" for text in texts), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): caption a copy of the folder") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}): use a copy of the folder") from error
 
 
 def answer(
@@ -155,7 +155,7 @@ def answer(
 ) -> None:
     """Answer a question about an image.
 
-    With --among, prints `probability<TAB>answer` for each possible answer, the likeliest first.
+    With --among, prints `probability<TAB>answer` for each possible answer, the most likely first.
     """
     if among is not None and (beams or tokens):
         raise UserError("--among compares the answers that you give: leave out --beams and --tokens")
@@ -182,12 +182,12 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def chat(
     run: Run,
     image: Annotated[Path, typer.Argument(help="Image file.")],
-    question: Annotated[str | None, typer.Option(help="Form of a question, with {} for the text.")] = None,
+    question: Annotated[str | None, typer.Option(help="Template of a question; {} is replaced by the text.")] = None,
     tokens: Tokens = None,
 ) -> None:
     """Chat about an image: reads questions line by line and answers them in context."""
     if sys.stdin is None:
-        raise UserError("chat reads questions from standard input, which is closed: write them to it, or use `answer`")
+        raise UserError("chat reads questions from standard input, but it is closed: keep it open, or use `answer`")
     model = load_captioner(run)
     from openblip2.inference.captioner import CHAT
     from openblip2.inference.chat import Chat
@@ -255,7 +255,7 @@ def attend(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw attention maps of the queries, and which image regions a text depends on."""
+    """Draw attention maps of the queries, and maps of the image regions that a text depends on."""
     progress().doing(f"loading {run}")
     from openblip2.inference.attend import BY, look, overlay, sheet
     from openblip2.inference.load import load
@@ -269,7 +269,7 @@ def attend(
             require_absent(out / name, overwrite)
         model = load(run)
         if by and not (text and isinstance(model, Matcher)):
-            raise UserError(f"--by {by} is for a stage-1 run and --text: leave it out")
+            raise UserError(f"--by {by} needs a stage-1 run and --text: leave it out")
         found = look(model, image, text, by or "itc")  # pyright: ignore[reportArgumentType]
         drawn = {
             "attention.png": overlay(image, found.average),

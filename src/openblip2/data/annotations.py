@@ -55,7 +55,7 @@ class Pictures:
         except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: an impossible name
             return frozenset()
         except OSError as error:
-            problem = f"cannot be listed ({error.strerror}): give a readable one"
+            problem = f"cannot be listed ({error.strerror}): give a readable folder"
             raise UserError(f"{self.root / folder}: {problem}") from error
 
 
@@ -102,7 +102,7 @@ class AnnotationFile:
             if isinstance(entry, dict):
                 yield where, entry
             else:
-                self.skipped.append(f"{where}: no object, but {brief(entry)}; {right}")
+                self.skipped.append(f"{where}: {brief(entry)} is not an object; expected {right}")
 
     @contextmanager
     def skipping(self, where: str) -> Iterator[None]:
@@ -140,11 +140,11 @@ def text(value: object, what: str, right: str) -> str:
         UserError: it is not such a text.
     """
     if not isinstance(value, str):
-        raise UserError(f"no {what}, but {brief(value)}; {right}")
+        raise UserError(f"{what} is {brief(value)}; expected {right}")
     if not value.strip():
-        raise UserError(f"the {what} is empty; {right}")
+        raise UserError(f"the {what} is empty; expected {right}")
     if not is_unicode(value):
-        raise UserError(f"the {what} {brief(value)} is not Unicode text; {right}")
+        raise UserError(f"the {what} {brief(value)} is not Unicode text; expected {right}")
     return value
 
 

@@ -180,7 +180,7 @@ class ImagePairs(Batches):
                 self.bad.add(pictures[n])
                 self.problem(str(error))
         if not good and len(own) == len(pictures):
-            raise UserError(f"batch {number}: not one of its pictures can be opened; see the log for their names")
+            raise UserError(f"batch {number}: none of its pictures can be opened; see the log for their names")
         return good, {"images": torch.cat(images)}
 
     def _pixels(self, picture: int, generator: torch.Generator) -> Tensor:

@@ -65,7 +65,7 @@ class FeatureCache:
         lines = _index_lines(folder)
         if not lines:
             raise UserError(f"{folder} is not a feature cache: give a folder that `openblip2 features` wrote")
-        again = f"remove {folder} and run the same again"
+        again = f"remove {folder} and run the same command again"
         try:
             head = json.loads(lines[0])
             version, self.made_by, self.shape = head["version"], dict(head["made_by"]), tuple(head["shape"])
@@ -76,7 +76,7 @@ class FeatureCache:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / 'features.jsonl'} is damaged: {again}") from error
         if version != VERSION:
-            raise UserError(f"{folder} has version {version} and this program reads {VERSION}: make a new cache")
+            raise UserError(f"{folder} has version {version}, but this program reads {VERSION}: make a new cache")
         self.picture_bytes = picture_bytes(self.shape)
         self.count = 1 + max((p.row for p in self.pictures.values() if p.row is not None), default=-1)
         found, expected = file_state(self.path)[0], self.count * self.picture_bytes
@@ -144,15 +144,15 @@ def find_records(
     unknown = [record for record in records if record.id not in cache.pictures]
     if unknown:
         raise UserError(
-            f"{len(unknown)} of {len(records)} pictures are not in {cache.folder}, the first is {unknown[0].image} (id "
-            f"{unknown[0].id!r}): `openblip2 features` with these pictures and the same --out adds them"
+            f"{len(unknown)} of {len(records)} pictures are not in {cache.folder}; the first is {unknown[0].image} (id "
+            f"{unknown[0].id!r}): add them with `openblip2 features` and the same --out"
         )
     for record in records:
         now, then = file_state(record.image)[0], cache.pictures[record.id].bytes
         if now and then and now != then:
             raise UserError(
-                f"{record.image} has {now:,} bytes, and had {then:,} when {cache.folder} was made: run the same "
-                "`openblip2 features` again"
+                f"{record.image} has {now:,} bytes, but had {then:,} when {cache.folder} was made: run the same "
+                "`openblip2 features` command again"
             )
     good = [record for record in records if cache.pictures[record.id].row is not None]
     return StoredFeatures(good, cache, finish), [p for r in records if (p := cache.pictures[r.id].problem)]
@@ -170,7 +170,7 @@ class CacheWriter:
         if not bool(stored.sum(dtype=torch.float32).isfinite()):
             precision = self.cache.made_by["precision"]
             raise UserError(
-                f"{self.cache.folder}: a feature of {float(features.abs().max()):.3g} cannot be kept in {precision}; "
+                f"{self.cache.folder}: a feature of {float(features.abs().max()):.3g} does not fit in {precision}; "
                 "make the cache with `openblip2 features --precision bf16`"
             )
         _append(self._values, stored.contiguous().view(torch.int16).numpy().tobytes())
@@ -216,7 +216,7 @@ def writing(
                 yield CacheWriter(cache, index, values)
     except OSError as error:
         why = "the disk is full" if error.errno == ENOSPC else f"cannot be written ({error.strerror})"
-        raise UserError(f"{folder}: {why}; what is encoded is kept: make room and run the same again") from error
+        raise UserError(f"{folder}: {why}; free space and run the same again: finished features are kept") from error
 
 
 def _outdated(folder: Path, made_by: Made, say: Say, records: Sequence[Record], replace: bool) -> bool:
@@ -242,9 +242,9 @@ def require_same_cache(folder: Path, theirs: Made, ours: Made, way_out: str) -> 
     for name, value in ours.items():
         if name != "encoder" and theirs.get(name) != value:
             there, here = theirs.get("encoder"), ours.get("encoder", theirs.get("encoder"))
-            encoders = f" (encoder {there} there, {here} here)" if there != here else ""
+            encoders = f" (encoder {there} in the cache, {here} now)" if there != here else ""
             words = name.replace("_", " ")
-            raise UserError(f"{folder}: {words} {theirs.get(name)} there, {value} here{encoders}; {way_out}")
+            raise UserError(f"{folder}: {words} {theirs.get(name)} in the cache, {value} now{encoders}; {way_out}")
 
 
 def picture_bytes(shape: Sequence[int]) -> int:

@@ -188,7 +188,7 @@ def _opened(picture: Picture, at_least: int | None) -> Image.Image:
 
 def _from_file(path: Path, at_least: int | None) -> Image.Image:
     if re.match("https?:/", str(path)):
-        raise UserError(f"{path}: is an address, and pictures are not downloaded; give the path of a downloaded file")
+        raise UserError(f"{path}: is a URL, and pictures are not downloaded; give the path of a downloaded file")
     try:
         if not path.is_file():
             what = "is not a file" if path.exists() else "does not exist"
@@ -212,7 +212,7 @@ def _from_bytes(content: bytes, name: str, at_least: int | None) -> Image.Image:
     except Exception as error:  # Pillow's parsers raise exceptions of any type
         refuse_lfs_pointer(name, content[:64])
         if left_out([name]):
-            raise UserError(f"{name}: pictures of this kind cannot be read: convert it to JPEG") from error
+            raise UserError(f"{name}: this picture format is not supported; convert it to JPEG") from error
         raise UserError(f"{name}: is not a picture in a known format: give {', '.join(FORMATS)}") from error
     _check_pixels(image.width, image.height, name)
     if at_least is not None:
@@ -276,7 +276,7 @@ def _from_array(array: np.ndarray[Any, Any]) -> Image.Image:
     if np.issubdtype(array.dtype, np.floating):
         array = _to_bytes(array, name)
     elif array.dtype != np.uint8:
-        raise UserError(f"{name}: has a type that pictures do not have: give uint8 in 0..255 or floats in [0, 1]")
+        raise UserError(f"{name}: has an unsupported data type: give uint8 in 0..255 or floats in [0, 1]")
     return _rgb(Image.fromarray(np.ascontiguousarray(array)), name)
 
 

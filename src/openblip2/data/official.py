@@ -37,8 +37,8 @@ def karpathy(file: AnnotationFile) -> list[Record]:
     """
     parts = SPLITS.get(file.split or "")
     if parts is None:
-        problem = "holds several splits" if file.split is None else f"unknown split {file.split!r}"
-        raise UserError(f"{file.path}: {problem}: it must be one of {', '.join(SPLITS)} (train is with restval)")
+        problem = "contains several splits" if file.split is None else f"unknown split {file.split!r}"
+        raise UserError(f"{file.path}: {problem}: give one of {', '.join(SPLITS)} (train includes restval)")
     records: dict[str, Record] = {}
     for where, image in file.entries("images", file.data["images"], _KARPATHY):
         with file.skipping(where):
@@ -126,12 +126,12 @@ def vqa(file: AnnotationFile) -> list[Record]:
     subtype = _subtype(asked)
     withheld = asked is file
     if _subtype(file) != subtype:
-        raise UserError(f"{file.path}: is of {_subtype(file)}, {asked.path} of {subtype}: give files of one split")
+        raise UserError(f"{file.path}: is of {_subtype(file)}, but {asked.path} of {subtype}: give files of one split")
     if file.split not in (None, subtype, subtype[:-4]):
-        raise UserError(f"{file.path}: unknown split {file.split!r}: this is the file of {subtype}")
+        raise UserError(f"{file.path}: unknown split {file.split!r}: leave it out, this file is of {subtype}")
     if withheld and not subtype.startswith("test"):
-        problem = f"questions of {subtype} without their answers"
-        raise UserError(f"{file.path}: {problem}: give the annotations, and this file as questions")
+        problem = f"contains questions of {subtype} without their answers"
+        raise UserError(f"{file.path}: {problem}: give the annotations, and this file as --questions")
     answers = {} if withheld else _answers(file)
     folder = subtype.replace("test-dev", "test")  # test-dev is a part of the test images
     seen: set[str] = set()
@@ -148,13 +148,13 @@ def vqa(file: AnnotationFile) -> list[Record]:
                 raise UserError(f'"image_id" is {brief(image)}: it must be a whole number')
             if not withheld:
                 if name not in answers:
-                    raise UserError(f"question {name} has no annotation: give one with its id")
+                    raise UserError(f"question {name} has no annotation: add one with this id")
                 answered = answers[name]
                 if answered is None:
                     continue  # its annotation was skipped
                 _, its_image, with_answers = answered
                 if its_image != image:
-                    problem = f"image {image} here, {brief(its_image)} in its annotation"
+                    problem = f"image {image} here, but {brief(its_image)} in its annotation"
                     raise UserError(f"{problem}: they must be equal")
                 question = replace(with_answers, text=question.text)
             path = file.pictures.find(f"{folder}/COCO_{folder}_{image:012d}.jpg")
@@ -175,7 +175,7 @@ def gqa(file: AnnotationFile) -> list[Record]:
     for key, row in file.data.items():
         with file.skipping(f"{file.path}: question {brief(key)}"):
             if not isinstance(row, dict):
-                raise UserError(f"no object, but {brief(row)}; {_GQA}")
+                raise UserError(f"{brief(row)} is not an object; expected {_GQA}")
             image = identity(row.get("imageId"), '"imageId"')
             asked = text(row.get("question"), "question", _GQA)
             answer = "" if withheld else text(row.get("answer"), "answer", _GQA)
@@ -199,7 +199,7 @@ def _answers(file: AnnotationFile) -> dict[str, _Answered | None]:
             answers[name] = None
             rows = annotation.get("answers")
             if not isinstance(rows, list) or not rows:
-                raise UserError(f"question {name} has no answers; {_ANSWERS}")
+                raise UserError(f"question {name} has no answers; expected {_ANSWERS}")
             what = f"answer to question {name}"
             raw = [row.get("answer") if isinstance(row, dict) else row for row in rows]
             given = tuple(text(answer, what, _ANSWERS) for answer in raw)
@@ -218,10 +218,10 @@ def _questions_of(file: AnnotationFile) -> AnnotationFile:
     if file.questions is None:
         if "annotations" in file.data:
             name = path.name.replace("mscoco_", "OpenEnded_mscoco_").replace("_annotations", "_questions")
-            raise UserError(f"{path}: answers without their questions: give {name} as questions")
+            raise UserError(f"{path}: contains answers without their questions: give {name} as --questions")
         return file
     if "annotations" not in file.data:
-        raise UserError(f"{path}: holds questions and no annotations: give the annotations, and this file as questions")
+        raise UserError(f"{path}: contains no annotations: give the annotations, and this file as --questions")
     asked = replace(file, path=file.questions, data=read_json(file.questions))  # with the same list of skipped entries
     if not isinstance(asked.data, dict) or not isinstance(asked.data.get("questions"), list):
         right = f'{{"data_subtype": ..., "questions": [{_QUESTION}]}}'
@@ -253,7 +253,7 @@ def _captions(values: list[Any], where: str, file: AnnotationFile) -> tuple[str,
 
 
 def _caption(value: object) -> str:
-    caption = text(value, "caption", "a text of one word at least")
+    caption = text(value, "caption", "a text of at least one word")
     if not clean_caption(caption):
         raise UserError(f"the caption {brief(caption)} is empty: at least one word is needed")
     return caption

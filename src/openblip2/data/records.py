@@ -106,7 +106,7 @@ def read_records(source: Path, wanted: Wanted = "captions") -> tuple[list[Record
     if not records:
         rows = number_of(len(skipped), "row")
         why = f"{rows} cannot be used; the first: {skipped[0]}" if skipped else f"give {ACCEPTED}"
-        raise UserError(f"{source}: holds no picture with {_WANTED[wanted]}; {why}")
+        raise UserError(f"{source}: contains no picture with {_WANTED[wanted]}; {why}")
     return list(records.values()), skipped
 
 
@@ -146,7 +146,7 @@ def _add(record: Record, records: dict[str, Record]) -> None:
     if known.image != record.image:
         raise UserError(f"id {record.id!r} is already used for {known.image}: give each image its own id")
     if record.facts is not None and known.facts not in (None, record.facts):
-        raise UserError(f'other "facts" than an earlier row of id {record.id!r}: repeat the same, or leave it out')
+        raise UserError(f'"facts" differs from an earlier row of id {record.id!r}: repeat it, or leave it out')
     records[record.id] = replace(
         known,
         captions=known.captions + record.captions,
@@ -186,7 +186,7 @@ def _image(name: object, root: Path) -> Path:
             return Path(path)
     shown = f"image {str(name)[:200]!r} is missing"
     if "://" in str(name):
-        raise UserError(f"{shown}: it is an address, and pictures are not downloaded: give shards made by img2dataset")
+        raise UserError(f"{shown}: it is a URL, and pictures are not downloaded: give shards made by img2dataset")
     if "\\" in str(name):
         raise UserError(f"{shown}: it has a backslash: write / between folder and file")
     raise UserError(f"{shown}: give the path of a picture, relative to {root}")
@@ -206,11 +206,11 @@ def _captions(row: dict[str, Any]) -> tuple[str, ...]:
         if not clean_caption(caption):
             raise UserError(f"the caption {caption[:40]!r} is empty: at least one word is needed")
         if caption.strip().lower() == "nan":
-            raise UserError(f"the caption {caption!r} is what pandas writes if there is none: leave the row out")
+            raise UserError(f"the caption {caption!r} is how pandas writes a missing value: leave the row out")
     return tuple(captions)
 
 
-_QUESTION = '"question": "text" and "answer": "text", or "answers": ["text", ...], one of each annotator'
+_QUESTION = 'write "question": "text" and "answer": "text", or "answers": ["text", ...], one per annotator'
 
 
 def _questions(row: dict[str, Any]) -> tuple[Question, ...]:
@@ -219,7 +219,7 @@ def _questions(row: dict[str, Any]) -> tuple[Question, ...]:
     if row.get("question") is not None:
         return (_question({**row, "text": row["question"], "id": row.get("question_id")}, _QUESTION),)
     questions = row.get("questions")
-    right = f'"questions": [{{"text": ..., "answer": ..., "kind": one of {", ".join(QUESTION_KINDS)}}}, ...]'
+    right = f'write "questions": [{{"text": ..., "answer": ..., "kind": one of {", ".join(QUESTION_KINDS)}}}, ...]'
     if questions is None:
         return ()
     if not isinstance(questions, list):
@@ -242,7 +242,7 @@ def _question(question: object, right: str) -> Question:
     if kind is None:
         kind = kind_of(str(answer))
     if kind not in QUESTION_KINDS:
-        raise UserError(f"a question of the kind {str(kind)[:40]!r}; {right}")
+        raise UserError(f"unknown kind of question {str(kind)[:40]!r}; {right}")
     name = question.get("id")
     return Question(question["text"], str(answer), kind, tuple(answers), "" if name is None else str(name))
 

@@ -30,7 +30,7 @@ DELIMITERS = (",", "\t", ";", "|")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _AS_UTF8 = "save it as UTF-8 (in Excel: CSV UTF-8)"
 MOST_LINES = 100  # in one row; a caption has at most 50 words
-_ROW = 'write one {"image": "cat.jpg", "caption": "a cat"} a line'
+_ROW = 'write one {"image": "cat.jpg", "caption": "a cat"} per line'
 
 # The keys and values of one row, or the reason why it could not be read.
 Row = dict[str, Any] | UserError
@@ -58,7 +58,7 @@ def read_rows(source: Path) -> Iterator[tuple[str, Row]]:
         return _json_lines(source)
     if suffix in TABLES:
         return _table(source)
-    raise UserError(f"{source}: is not data that can be read; give {ACCEPTED}")
+    raise UserError(f"{source}: is not in a supported format; give {ACCEPTED}")
 
 
 def find_list(folder: Path) -> Path | None:
@@ -87,7 +87,7 @@ def _lines(path: Path) -> Iterator[str]:
                 count, bad = count + 1, bad + (not is_unicode(line))
                 yield line
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not whole UTF-16 text; {_AS_UTF8}") from error
+        raise UserError(f"{path}: is not valid UTF-16 text; {_AS_UTF8}") from error
     # A single such line is skipped. Many mean another encoding; the ASCII lines alone would be another data set.
     if bad > max(1, count / 20):
         raise UserError(f"{path}: {bad:,} of its {count:,} lines are not UTF-8 text; {_AS_UTF8}")
@@ -151,11 +151,11 @@ def _table(path: Path) -> Iterator[tuple[str, Row]]:
         if "\0" in top or not is_unicode(top):
             right = f"it is not UTF-8 text: {_AS_UTF8}"
         elif re.search(r"^[^\t]*#\d\t", top):  # the original files of Flickr8k and Flickr30k
-            right = "no line names the columns: put image<TAB>caption in front, and take #0, #1, ... off the names"
+            right = "no line names the columns: add image<TAB>caption as line 1, and remove #0, #1, ... from the names"
         elif any(top.lower().count(name) > 1 for name in ("image", "caption")):
             right = "it names a column twice: rename one of the two"
         elif any(Path(cell.strip(' "')).suffix.lower() in PICTURE_SUFFIXES for cell in re.split(r"[,\t;|]", top)):
-            right = "no line names the columns: put one in front of it, image,caption for example"
+            right = "no line names the columns: add one before it, for example image,caption"
         raise UserError(f"{path}:{first}: the first line is {ascii(top.strip())[:80]}; {right}")
     while first < len(lines):
         cells, after = _cells(lines, first, header, delimiter, path.parent)
@@ -202,8 +202,8 @@ def _is_row(line: str, header: list[str], delimiter: str, folder: Path) -> bool:
 
 def _table_row(cells: list[str], header: list[str]) -> Row:
     if len(cells) != len(header):
-        right = "a caption that contains the separator stands in double quotes"
-        return UserError(f"{number_of(len(cells), 'cell')} under {number_of(len(header), 'column')}; {right}")
+        right = "write a caption that contains the separator in double quotes"
+        return UserError(f"{number_of(len(cells), 'cell')} for {number_of(len(header), 'column')}; {right}")
     row: dict[str, Any] = dict(zip(header, cells, strict=True))
     for name in {"caption", "captions"} & row.keys():
         if row[name].startswith(("['", '["')):  # a list in a cell, as written by pandas or in JSON
@@ -229,19 +229,19 @@ def _pictures(folder: Path) -> Iterator[tuple[str, Row]]:
             if name in others:
                 converted.append(name)
             elif listed and text is None:
-                yield str(path), UserError(f"no caption file: give {parent}, whose {listed.name} lists its pictures")
+                yield str(path), UserError(f"no caption file: give {parent}, because {listed.name} lists its pictures")
             elif first != name:
-                yield str(path), UserError(f"{text} is used for {first}: give it a {name}.txt of its own")
+                yield str(path), UserError(f"{text} is already used for {first}: write a separate {name}.txt")
             else:
                 yield str(path), _picture(path, folder, text)
         for text in (name for name in names if name.lower().endswith(".txt") and name not in used):
-            yield str(Path(parent, text)), UserError(f"no picture beside it: add {text[:-4]}.jpg, {text[:-4]}.png, ...")
+            yield str(Path(parent, text)), UserError(f"no picture for it: add {text[:-4]}.jpg, {text[:-4]}.png, ...")
     for line in left_out(converted):
         yield str(folder), UserError(line)
 
 
 def _picture(path: Path, folder: Path, text: str | None) -> Row:
-    right = f"write {path.stem}.txt beside it, UTF-8 text, one caption a line"
+    right = f"write {path.stem}.txt next to it, as UTF-8 text with one caption per line"
     if text is None:
         return UserError(f"no caption file; {right}")
     try:

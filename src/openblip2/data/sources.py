@@ -81,10 +81,10 @@ def read_source(
         UserError: `data` cannot be read as any of these, or an argument does not belong to it.
     """
     if "://" in str(data) and str(data).split("?")[0].endswith((".csv", ".tsv", ".json", ".jsonl", ".txt")):
-        raise UserError(f"{data}: only shards (.tar) are read from an address; download this file and give its path")
+        raise UserError(f"{data}: only shards (.tar) are read from a URL; download this file and give its path")
     if names_shards(str(data)):
         if not shards or wanted == "questions":
-            raise UserError(f"{data}: shards are for training with captions; give records: a folder, .jsonl or .csv")
+            raise UserError(f"{data}: shards are only for training with captions; give a folder, .jsonl or .csv")
         _only_official(str(data), images, split, questions)
         return Source([], [], "shards", read_parts(str(data)))
     path = Path(data)
@@ -94,7 +94,7 @@ def read_source(
         kind, records, skipped = read_official(path, images, split, questions)
         usable = [record for record in records if withheld or _has(record, wanted)]
         if not usable:
-            raise UserError(f"{path}: holds no {wanted} (it is {kind}'s)")
+            raise UserError(f"{path}: contains no {wanted} (its format is {kind}); give another file")
         return Source(usable, skipped, kind)
     _only_official(str(path), images, split, questions)
     return Source(*read_records(path, wanted), "own")
@@ -103,7 +103,7 @@ def read_source(
 def _only_official(data: str, images: Path | None, split: str | None, questions: Path | None) -> None:
     for name, value in (("--images", images), ("--split", split), ("--questions", questions)):
         if value is not None:
-            raise UserError(f"{name} belongs to an official .json or to easy-vqa; {data} needs none")
+            raise UserError(f"{name} is only for an official .json or easy-vqa; leave it out for {data}")
 
 
 def _has(record: Record, wanted: Wanted) -> bool:
@@ -140,16 +140,16 @@ def read_official(
     path, data = Path(annotations), read_json(Path(annotations))
     kind, read = _recognised(data, path)
     if questions is not None and read is not vqa:
-        raise UserError(f"{questions}: {kind} has no second file: leave the questions out")
+        raise UserError(f"{questions}: {kind} has no second file: leave out --questions")
     if split is not None and read not in (karpathy, vqa):
-        raise UserError(f"{path}: is of one split, there is no {split!r} to choose: leave the split out")
+        raise UserError(f"{path}: contains only one split, so {split!r} cannot be chosen: leave out --split")
     file = AnnotationFile(path, data, Pictures(images), split, questions)
     records = read(file)
     if not records:
         what = "no usable entry" + (f" of the split {split!r}" if split else "")
         count = len(file.skipped)
-        why = f"{count} cannot be used; the first: {file.skipped[0]}" if count else "another split or file"
-        raise UserError(f"{path}: holds {what}; {why}")
+        why = f"{count} cannot be used; the first: {file.skipped[0]}" if count else "give another split or file"
+        raise UserError(f"{path}: contains {what}; {why}")
     return kind, records, file.skipped
 
 

@@ -88,14 +88,14 @@ def shard(model: nn.Module, settings: RunSettings, device: torch.device) -> None
 
     if settings.stage == "stage2" and settings.language.dtype in ("int8", "int4"):
         raise UserError(
-            f"train.parallel=fsdp2 takes no weights of language.dtype={settings.language.dtype}: leave it at auto, "
-            "or train.parallel at ddp"
+            f"train.parallel=fsdp2 does not support language.dtype={settings.language.dtype}: leave it at auto, "
+            "or use train.parallel=ddp"
         )
     mesh = init_device_mesh(device.type, (world_size(),))
     parts = [part for part in (getattr(model, "vision", None), getattr(model, "language", None)) if part is not None]
     layers = [layer for part in parts for layer in layers_of(part)]
     if not layers:
-        raise UserError("train.parallel=fsdp2: this image encoder has no layers to lay in pieces: leave it at ddp")
+        raise UserError("train.parallel=fsdp2: this image encoder has no layers to shard: use train.parallel=ddp")
     for layer in layers:
         trained = {parameter for parameter in layer.parameters() if parameter.requires_grad}
         # Adapters in a frozen layer are small, so they are not sharded and DDP averages their gradients.

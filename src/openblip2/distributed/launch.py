@@ -123,7 +123,7 @@ def _meet() -> tuple[Store, int, int]:
         store, number, count = next(rendezvous("env://"))
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"RANK={os.environ['RANK']} is set, but the processes cannot meet ({one_line(error)}): start them with "
+            f"RANK={os.environ['RANK']} is set, but the processes cannot connect ({one_line(error)}): start them with "
             "torchrun or accelerate launch (docs/clusters.md)"
         ) from error
     return store, number, count
@@ -134,7 +134,7 @@ def _backend() -> str:
         return "gloo"
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= gpus:
-        raise UserError(f"LOCAL_RANK={local}, and this machine has {gpus} GPUs: start one process for each GPU")
+        raise UserError(f"LOCAL_RANK={local}, but this machine has {gpus} GPUs: start one process for each GPU")
     torch.cuda.set_device(local)
     return "cpu:gloo,cuda:nccl"
 

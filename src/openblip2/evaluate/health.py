@@ -27,9 +27,9 @@ DISTINCT = 2.0  # two directions of equal size; with more than 8 queries, FEW_QU
 FEWEST_JUDGED = 4  # with fewer queries, the rank can hardly be far above 1.5
 SPREAD = (
     "stage 1 with stage1.decorrelation=0.7, because stage 2 cannot separate equal queries; or fewer queries, which "
-    "then lose nothing"
+    "would be as good"
 )
-MORE_SPREAD = "a larger stage1.decorrelation in stage 1, or fewer queries, which then lose nothing"
+MORE_SPREAD = "a larger stage1.decorrelation in stage 1, or fewer queries, which would be as good"
 AUGMENT = "data.augment=true (pictures whose texts say left or right are not mirrored)"
 SPIKE = 10.0  # times the median norm of the gradient
 MEMORISED = 1.0  # nats by which the held-out loss exceeds the training loss
@@ -90,10 +90,10 @@ def rank_finding(rank: float, queries: int, early: bool = False, advice: str = S
     if queries < FEWEST_JUDGED:
         return Finding(about, "good", seen)
     if rank >= max(DISTINCT, FEW_QUERIES * queries):
-        return Finding(about, "good", f"{seen}: the queries of a picture hold different things")
+        return Finding(about, "good", f"{seen}: the queries of a picture contain different information")
     if rank >= COLLAPSED:
-        return Finding(about, "note", f"{seen}: the queries of a picture hold much the same", advice)
-    seen += f": the {queries} queries of a picture hold nearly one and the same vector"
+        return Finding(about, "note", f"{seen}: the queries of a picture contain similar information", advice)
+    seen += f": the {queries} queries of a picture are almost the same vector"
     return Finding(about, "note" if early else "bad", seen, advice)
 
 
@@ -133,9 +133,9 @@ def _stage1(settings: RunSettings, steps: Sequence[Row], last: Row, vocabulary: 
         yield _loss("ITG", itg, math.log(vocabulary), floor, early, "a higher optim.lr or more train.steps")
     if "queries_used" in last:
         used, count = last["queries_used"], settings.qformer.queries
-        seen = f"held-out texts find their pictures by {used:.1f} of {count} queries, in effect"
+        seen = f"the best matches of held-out texts use {used:.1f} of {count} queries (effective number)"
         if used < FEW_QUERIES * count:
-            yield Finding("queries", "note", seen, "fewer queries (qformer.queries) would do, or train longer")
+            yield Finding("queries", "note", seen, "fewer queries (qformer.queries), or more train.steps")
         else:
             yield Finding("queries", "good", seen)
 
@@ -143,10 +143,10 @@ def _stage1(settings: RunSettings, steps: Sequence[Row], last: Row, vocabulary: 
 def _stage2(steps: Sequence[Row], last: Row) -> Iterator[Finding]:
     if (lm := _now(steps, "lm")) is not None:
         first = next(row["lm"] for row in steps if "lm" in row)  # with stage2.lm_start_step, this is not the first step
-        yield Finding("caption loss", "good", f"{lm:.2f} nats a token now, {first:.2f} at first")
+        yield Finding("caption loss", "good", f"{lm:.2f} nats a token now, {first:.2f} at the start")
     if "loss_right" in last:
         right, other = last["loss_right"], last["loss_shuffled"]
-        gap = f"held-out captions cost {right:.2f} with the right picture and {other:.2f} with another"
+        gap = f"the loss of held-out captions is {right:.2f} with the right picture and {other:.2f} with another"
         if other - right < NEAR * right:
             advice = "a start from stage 1, a stage2.lm_start_step, more steps, or more pictures"
             yield Finding("grounding", "bad", f"{gap}: the model does NOT look at the picture", advice)
@@ -173,9 +173,9 @@ def _overfitting(settings: RunSettings, steps: Sequence[Row], looks: Sequence[Ro
     for name, held_out in (("itc", "itc"), ("itg", "itg"), ("lm", "loss_right")):
         now = _now(steps, name)
         if now is not None and looks and looks[-1].get(held_out, 0.0) > now + MEMORISED:
-            seen = f"{now:.2f} in training, {looks[-1][held_out]:.2f} on held-out pictures: it learns those by heart"
+            seen = f"{now:.2f} in training, {looks[-1][held_out]:.2f} on held-out pictures: it memorises training data"
             advice = f"more pictures, {AUGMENT}, or fewer steps"
-            yield Finding(f"{name}, seen and unseen", "note", seen, advice)
+            yield Finding(f"{name}, training and held-out", "note", seen, advice)
     for name in ("itc", "itg") if settings.stage == "stage1" else ("loss_right",):
         values = [(row["step"], row[name]) for row in looks if name in row]
         if len(values) < 3:
@@ -191,7 +191,7 @@ def _overfitting(settings: RunSettings, steps: Sequence[Row], looks: Sequence[Ro
 def _gradients(settings: RunSettings, steps: Sequence[Row], bad: Sequence[Row]) -> Iterator[Finding]:
     if bad:
         seen = f"{len(bad)}, the first at step {bad[0]['step']} ({', '.join(bad[0]['bad'])})"
-        advice = "train.precision=fp32, optim.clip=1, or a lower rate"
+        advice = "train.precision=fp32, optim.clip=1, or a lower optim.lr"
         yield Finding("steps left out", "bad" if len(bad) > 3 else "note", seen, advice)
     norms = [row["grad_norm"] for row in steps if "grad_norm" in row]
     if len(norms) < 5:
@@ -202,7 +202,7 @@ def _gradients(settings: RunSettings, steps: Sequence[Row], bad: Sequence[Row]) 
         yield Finding("gradient norm", "note", seen, "optim.clip=1")
     elif usual < 1e-6:
         seen += ": no gradient reaches the trained parts"
-        yield Finding("gradient norm", "bad", seen, "a look at whether any part is trained")
+        yield Finding("gradient norm", "bad", seen, "checking which parts are trained")
     else:
         yield Finding("gradient norm", "good", seen)
 
@@ -210,7 +210,7 @@ def _gradients(settings: RunSettings, steps: Sequence[Row], bad: Sequence[Row]) 
 def _settings(settings: RunSettings) -> Iterator[Finding]:
     batch, optim, steps = settings.train.batch, settings.optim, settings.train.steps
     if settings.stage == "stage1" and batch < 16:
-        advice = "train.batch of 32 or more; train.chunk for memory"
+        advice = "train.batch of 32 or more; train.chunk reduces memory"
         yield Finding("batch", "note", f"{batch} pairs: ITC has {batch - 1} negatives", advice)
     own = settings.stage1
     if settings.stage == "stage1" and "itm" in own.objectives and own.itm_start_step >= steps:
@@ -222,7 +222,7 @@ def _settings(settings: RunSettings) -> Iterator[Finding]:
     if optim.lr > 3e-3:
         yield Finding("rate", "note", f"optim.lr={optim.lr:g} is far above the paper's 1e-4", "1e-4 to 1e-3")
     if optim.min_lr > optim.lr:
-        yield Finding("rate", "bad", f"optim.min_lr={optim.min_lr:g} is above optim.lr={optim.lr:g}", "a tenth of it")
+        yield Finding("rate", "bad", f"optim.min_lr={optim.min_lr:g} is above optim.lr={optim.lr:g}", "optim.lr / 10")
 
 
 def _now(steps: Sequence[Row], name: str) -> float | None:

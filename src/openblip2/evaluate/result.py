@@ -16,7 +16,7 @@ from openblip2.progress import Progress
 from openblip2.runs import atomic_write, read_json, write_json, write_text
 
 Row = dict[str, Any]
-WITHHELD = "the truth of this split is withheld: nothing is scored, the predictions are in the samples"
+WITHHELD = "this split has no public reference answers: nothing is scored, the predictions are in the samples"
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,12 @@ def compare(first: Path, second: Path) -> dict[str, Interval]:
     """
     a, b = _read(first), _read(second)
     if a["task"] != b["task"]:
-        raise UserError(f"{first} is of {a['task']}, {second} of {b['task']}: compare results of one task")
+        raise UserError(f"{first} is of {a['task']}, {second} of {b['task']}: compare results of the same task")
     ours, theirs = ({_name(row): row for row in result["rows"]} for result in (a, b))
     if ours.keys() != theirs.keys():
         odd = next(iter(ours.keys() ^ theirs.keys()))
         raise UserError(
-            f"{first} and {second} have other samples, {' / '.join(map(str, odd))} for example: evaluate the same data"
+            f"{first} and {second} have different samples, e.g. {' / '.join(map(str, odd))}: evaluate the same data"
         )
     values: dict[str, list[tuple[float, float, str]]] = {}  # for each score: first result, second result, image
     for key, row in ours.items():
@@ -160,7 +160,7 @@ def compare(first: Path, second: Path) -> dict[str, Interval]:
         mine, other, images = zip(*values[name], strict=True)
         found[name] = difference_interval(np.array(mine), np.array(other), images)
     if not found:
-        raise UserError(f"{first} and {second} have no score of single samples in common: nothing can be compared")
+        raise UserError(f"{first} and {second} have no score per sample in common: nothing can be compared")
     return found
 
 

@@ -71,7 +71,7 @@ def _score(matcher: Matcher, stored: StoredFeatures, options: Options, progress:
     for which, what in ((tokens.too_long(captions), f"are cut at {TOKENS} tokens"), (unknown, "become only [UNK]")):
         if which:
             first = records[owners[which[0]]].id
-            result.warnings.append(f"{len(which):,} of {len(captions):,} captions {what}; the first is of {first}")
+            result.warnings.append(f"{len(which):,} of {len(captions):,} captions {what}; the first belongs to {first}")
     result.protocol |= {
         "texts": len(captions),
         "longest_text": f"{TOKENS} tokens",

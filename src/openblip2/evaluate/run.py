@@ -105,7 +105,7 @@ def require_task(task: str, options: Options) -> None:
         raise UserError(f"unknown task {task!r}: it must be one of {', '.join(get_args(Task))}")
     for name, tasks in _TASKS.items():
         if getattr(options, name) != getattr(Options(), name) and task not in tasks:
-            raise UserError(f"--{name.replace('_', '-')} belongs to {' and '.join(tasks)}, not to {task}")
+            raise UserError(f"--{name.replace('_', '-')} is for {' and '.join(tasks)}, not for {task}")
     if options.metric is not None and options.metric not in METRICS:
         raise UserError(f"unknown metric {options.metric!r}: it must be one of {', '.join(METRICS)}")
     if options.by not in (None, *BY):

@@ -111,8 +111,8 @@ def _vqa_score(answer: str, question: Question, protocol: Protocol) -> float:
     given = list(question.given)
     if len(given) < 2:
         raise UserError(
-            f"the question {question.text[:40]!r} has one person's answer and VQA accuracy leaves one out; "
-            "ten answers each, or another score (exact match, GQA)"
+            f"the question {question.text[:40]!r} has only one answer, but VQA accuracy needs at least two; "
+            "give ten answers for each question, or use another score (exact match, GQA)"
         )
     answer = clean_answer(answer)
     if protocol == "official":

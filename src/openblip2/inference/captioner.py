@@ -89,7 +89,7 @@ class Captioner(Pretrained):
             score: whether to compute the log-probabilities of the captions, too.
         """
         if count > 1 and not decoding.sample:
-            raise UserError(f"{count} captions of a picture have to be drawn: use Decoding(sample=True, beams=1)")
+            raise UserError(f"{count} captions of a picture need sampling: use Decoding(sample=True, beams=1)")
         prompt, model, precision = self._prompt(prompt), self.model, self.settings.train.precision
         self.qformer_texts([prompt])
         found = each_readable(
@@ -196,9 +196,9 @@ class Captioner(Pretrained):
             questions = prompts
         if (questions is None) != (self.tokens is None):
             raise UserError(
-                "this run answers questions, which its Q-Former reads: give one with each picture, as for `answer`"
+                "this run's Q-Former reads questions: give one with each picture, as for `answer`"
                 if questions is None
-                else f"this run's {self.settings.connector.name} reads no questions: give them in the prompts alone"
+                else f"this run's {self.settings.connector.name} cannot read questions: give them only in the prompts"
             )
         if questions is not None and self.tokens is not None:
             require_pairs(prompts, questions, "questions")

@@ -39,9 +39,9 @@ class DialoguePrompt:
         self.queries = captioner.model.tokens
         self.question = settings.question if question is None else question
         if "{}" not in self.question:
-            raise UserError(f"question {self.question!r}: it needs {{}} where the words of a question go")
+            raise UserError(f"question {self.question!r}: it needs {{}} for the question text")
         if "{prompt}" not in self.language.template:
-            raise UserError(f"template {settings.template!r}: without {{prompt}} it cannot hold a question")
+            raise UserError(f"template {settings.template!r}: it needs {{prompt}} for the question text")
         limit = context_of(self.language)
         if context is not None and limit is not None and context > limit:
             raise UserError(f"context {context}: this language model has a context of {limit} tokens")

@@ -121,11 +121,11 @@ def warn_unknown(tokenizer: Any, texts: Sequence[str]) -> None:
     """Warns about texts that contain no word that the tokenizer knows."""
     for n in only_unknown(tokenizer, texts):
         log.warning(
-            "text %r: the model's tokenizer knows no word of it and reads only %s", texts[n], tokenizer.unk_token
+            "text %r: the model's tokenizer knows none of its words and returns only %s", texts[n], tokenizer.unk_token
         )
 
 
 def require_pairs(images: Sequence[Picture], texts: Sequence[str], what: str) -> None:
     """Raises a `UserError` unless there is one text for each picture."""
     if len(images) != len(texts):
-        raise UserError(f"{len(images)} pictures and {len(texts)} {what}: give one of the {what} for each picture")
+        raise UserError(f"{len(images)} pictures and {len(texts)} {what}: give as many {what} as pictures")

@@ -142,7 +142,7 @@ class Matcher(Pretrained):
 
     def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
         if questions is not None:
-            raise UserError("a stage-1 run's queries read no questions: leave them out")
+            raise UserError("a stage-1 run does not read questions: leave them out")
         return map(self.model.connector.query_output, features_of(self.model, images))
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -153,6 +153,6 @@ class Matcher(Pretrained):
         """
         cleaned = clean_texts(texts, clean_caption)
         for n in self.tokens.too_long(cleaned):
-            raise UserError(f"text {texts[n][:40]!r}... is longer than the {self.tokens.longest} tokens of this run")
+            raise UserError(f"text {texts[n][:40]!r}... is longer than {self.tokens.longest} tokens: shorten the text")
         warn_unknown(self.tokens.tokenizer, cleaned)
         return self.tokens(cleaned)

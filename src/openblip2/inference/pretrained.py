@@ -59,16 +59,16 @@ def read_trained(
     checkpoint = read_checkpoint(source, Parts(**parts), revision)
     if language_dtype is not None:
         if checkpoint.settings.stage == "stage1" or isinstance(checkpoint.parts.language, LanguageModel):
-            raise UserError("language_dtype is for a language model that is yet to be loaded: there is none here")
+            raise UserError("language_dtype has no effect, because no language model is loaded here: leave it out")
         settings = change(checkpoint.settings, {"language.dtype": language_dtype})
         checkpoint = replace(checkpoint, settings=settings)
     where = torch.device(device) if device else hardware.device()
     model, settings = assemble(checkpoint, where, precision or checkpoint.settings.train.precision)
     if visual_tokens is not None:
         if not isinstance(model, Stage2):
-            raise UserError("visual_tokens is for a captioner, whose language model reads them: this is a matcher")
+            raise UserError("visual_tokens is for a captioner, but this is a matcher: leave it out")
         if not 1 <= visual_tokens <= model.connector.tokens:
-            raise UserError(f"visual_tokens {visual_tokens}: this model has 1 to {model.connector.tokens}")
+            raise UserError(f"visual_tokens {visual_tokens}: for this model, give 1 to {model.connector.tokens}")
         model.first = visual_tokens
     most = settings.data.max_tokens, model.connector.sizes.get("positions")
     tokens = BertTokens(find_tokenizer(checkpoint), *most) if settings.reads_text else None
@@ -107,7 +107,7 @@ class Pretrained(ABC):
         trained = read_trained(source, device, **options)
         if not isinstance(trained.model, cls.model_class):
             kind = "Captioner" if isinstance(trained.model, Stage2) else "Matcher"
-            raise UserError(f"{source} is a {kind}, not a {cls.__name__}: openblip2.load tells them apart")
+            raise UserError(f"{source} is a {kind}, not a {cls.__name__}: use openblip2.load, which accepts both")
         return cls(**trained._asdict())
 
     def effective_rank(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> float:

@@ -50,8 +50,8 @@ def bert_tokenizer(start: str, vocabulary: int | None = None) -> Any:
     if not words // 2 <= len(tokenizer) <= words:  # transformers creates an almost empty one if files are missing
         what = "qformer.start" if vocabulary is None else "Q-Former tokenizer"
         raise UserError(
-            f"{what} {start!r}: its tokenizer has {len(tokenizer)} tokens and the model {words}: are the tokenizer's "
-            "files there?"
+            f"{what} {start!r}: its tokenizer has {len(tokenizer)} tokens and the model {words}: check that the "
+            "tokenizer's files are there"
         )
     return tokenizer
 
@@ -74,8 +74,8 @@ def start_from_bert(qformer: QFormer, start: str, head: LMHead | None = None) ->
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("cls."))
     if missing:
         raise UserError(
-            f"qformer.start {start!r} cannot be loaded: {len(missing)} weights of a BERT are not in it, "
-            f"{missing[0]} for one"
+            f"qformer.start {start!r} cannot be loaded: {len(missing)} weights of BERT are missing, for "
+            f"example {missing[0]}"
         )
     bert = source.bert
     _copy(qformer.norm, bert.embeddings.LayerNorm)  # also the norm of the queries, as in the authors' code

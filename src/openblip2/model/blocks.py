@@ -104,7 +104,7 @@ def compile_blocks(connector: nn.Module) -> None:
     except Exception as error:  # the exception depends on what is missing; the message includes it
         raise UserError(
             f"train.compile=true: torch.compile does not work here ({one_line(error)}): a CPU needs a C++ compiler, a "
-            "GPU triton"
+            "GPU needs triton"
         ) from error
     allow_recompiles(KINDS)
     for block in blocks:

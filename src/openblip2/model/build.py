@@ -64,7 +64,7 @@ def build_language(
 def _require_name(part: str, name: str) -> None:
     if name.startswith(HANDED_IN):
         raise UserError(
-            f"{part}.name={name}: this part was handed in by the caller, and no file has it: hand it in again, as "
+            f"{part}.name={name}: this part was passed as an object, which is not saved: pass it again as "
             f"{part}= of openblip2.load or train_stage"
         )
 
@@ -75,7 +75,7 @@ def with_parts(
     """The settings, updated with the names, sizes and templates of frozen parts that a caller passed in."""
     if vision is not None:
         if settings.vision.trained:
-            raise UserError("vision.trained=true is for an encoder that vision.name names: leave vision= out")
+            raise UserError("vision.trained=true needs an encoder given by vision.name: leave vision= out")
         named = {"name": vision.source, "layer": vision.layers, "image_size": vision.image_size}
         settings = replace(settings, vision=replace(settings.vision, **named, dtype="auto"))
     if language is not None:
@@ -89,7 +89,7 @@ def build_qformer(settings: RunSettings, image_width: int, sizes: Mapping[str, i
     """A Q-Former with random weights; `sizes` are those of a BERT or of a finished run."""
     qformer = settings.qformer
     if "heads" not in sizes:
-        raise UserError(f"sizes {', '.join(sizes)} are of another connector than 'qformer', which the settings name")
+        raise UserError(f"sizes {', '.join(sizes)} belong to another connector, but the settings name 'qformer'")
     return QFormer(
         **sizes,
         queries=qformer.queries,
@@ -108,7 +108,7 @@ def connector_class(settings: RunSettings) -> type[Connector]:
     """
     name, qformer = settings.connector.name, settings.qformer
     if (kind := CONNECTORS.get(name)) is None:
-        raise UserError(f"connector.name={name!r} is none of {', '.join(CONNECTORS)}: add it to CONNECTORS")
+        raise UserError(f"connector.name={name!r} is not one of {', '.join(CONNECTORS)}: add it to CONNECTORS")
     if kind is QFormer:
         foreign: dict[str, Any] = {"connector.options": settings.connector.options}
     else:
@@ -144,8 +144,8 @@ def build_connector(settings: RunSettings, vision: FrozenVision, sizes: Mapping[
         ) from error
     if sizes is not None and sizes != connector.sizes:
         raise UserError(
-            f"the connector {kind.name!r} was trained with {dict(sizes)}, and here it has {connector.sizes}: its "
-            "options and the image encoder must be those of training"
+            f"the connector {kind.name!r} was trained with {dict(sizes)}, but here it has {connector.sizes}: its "
+            "options and the image encoder must be the same as in training"
         )
     return connector
 
@@ -222,27 +222,27 @@ def require_extras(settings: RunSettings) -> None:
         raise UserError(f"stage1.objectives={list(objectives)} names one twice: name each once")
     if not objectives or (set(objectives) == {"itm"} and settings.stage1.itm_start_step):
         raise UserError(
-            f"stage1.objectives={list(objectives)}, stage1.itm_start_step={settings.stage1.itm_start_step}: there are "
-            "steps with nothing to train; name one more of itc, itm, itg"
+            f"stage1.objectives={list(objectives)}, stage1.itm_start_step={settings.stage1.itm_start_step}: some "
+            "steps have nothing to train; add one more of itc, itm, itg"
         )
     if settings.vision.trained and settings.vision.dtype not in ("auto", "fp32"):
         raise UserError(
-            f"vision.trained=true with vision.dtype={settings.vision.dtype}: weights that train are fp32; leave it "
-            "at auto (train.precision says what is computed in)"
+            f"vision.trained=true with vision.dtype={settings.vision.dtype}: trained weights are fp32; leave it "
+            "at auto (train.precision sets the precision of the computation)"
         )
     if settings.vision.trained and settings.task == "pretraining":
-        raise UserError("vision.trained=true is for fine-tuning: stage 1 and stage 2 need the image encoder frozen")
+        raise UserError("vision.trained=true is for fine-tuning: stage 1 and stage 2 need a frozen image encoder")
     if settings.qformer.question_in_qformer and settings.task not in ("vqa", "instruct"):
         raise UserError(
-            f"qformer.question_in_qformer=true is for vqa and instruct, here is {settings.task}, which has no question "
-            "to read; a run fine-tuned for vqa or instruct can only be fine-tuned for these two"
+            f"qformer.question_in_qformer=true is for vqa and instruct, but the task is {settings.task}, which has "
+            "no questions; a run fine-tuned for vqa or instruct can only be fine-tuned for these two"
         )
     if (settings.data.balance or settings.data.negations < 1) and settings.task != "vqa":
         raise UserError(
-            f"data.balance and data.negations choose questions, for vqa; {settings.task} has none: leave them out"
+            f"data.balance and data.negations select questions for vqa; {settings.task} has none: leave them out"
         )
     if settings.vision.trained and settings.train.chunk:
-        raise UserError("train.chunk goes with a frozen image encoder: set train.chunk=0, or vision.trained=false")
+        raise UserError("train.chunk needs a frozen image encoder: set train.chunk=0, or vision.trained=false")
     connector_class(settings)
     generative = settings.stage == "stage2"
     if settings.qformer.lora_rank or (generative and language.lora_rank):

@@ -199,7 +199,7 @@ def require_grid(patches: int, grid: int) -> int:
     side = patch_side(patches)
     if grid > side:
         raise UserError(
-            f"connector.options: grid={grid} gives {grid**2} visual tokens from {side**2} patches: at most {side}"
+            f"connector.options: grid={grid} gives {grid**2} visual tokens from {side**2} patches: give at most {side}"
         )
     return side
 

@@ -90,7 +90,7 @@ class FrozenLM(nn.Module):
         """
         layers = checkpointable_layers(self.llm)
         if not layers:
-            raise UserError(f"train.checkpoint_activations=true: {type(self.llm).__name__} has no layers fit for it")
+            raise UserError(f"train.checkpoint_activations=true: {type(self.llm).__name__} does not support it")
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self.checkpointed = True

@@ -102,7 +102,7 @@ def _tails(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[s
         room = len(tail) if context is None else context - (before - 1 if isinstance(language, DecoderLM) else 0)
         if len(tail) > room:
             raise UserError(
-                f"text {text[:40]!r}... takes {len(tail):,} tokens with its end, but only {room:,} fit after the "
+                f"text {text[:40]!r}... takes {len(tail):,} tokens with its end token, but only {room:,} fit after the "
                 f"picture and the prompt: the language model has a context of {context:,}; give a shorter text"
             )
     return tails

@@ -78,26 +78,26 @@ def load_language(
         ) from error
     if missing := sorted(report["missing_keys"]):  # they would be random, and are never trained
         raise UserError(
-            f"language model {name!r} cannot be loaded: {len(missing)} of its weights are not in it, "
-            f"{missing[0]} for one"
+            f"language model {name!r} cannot be loaded: {len(missing)} of its weights are missing, "
+            f"for example {missing[0]}"
         )
     if prefix:
         unknown = sorted(key for key in report["unexpected_keys"] if not key.startswith(BLIP2_OTHERS))
         if unknown:
             raise UserError(
-                f"language model {name!r}: {len(unknown)} keys of it are not of a {config.model_type!r}, "
-                f"{BLIP2_PREFIX}{unknown[0]} for one"
+                f"language model {name!r}: {len(unknown)} keys do not belong to a {config.model_type!r}, "
+                f"for example {BLIP2_PREFIX}{unknown[0]}"
             )
     words = llm.get_input_embeddings().weight.shape[0]
     if len(tokenizer) < words // 2:  # transformers creates an empty one if its files are missing
         raise UserError(
             f"language model {name!r} cannot be loaded: its tokenizer has {len(tokenizer)} tokens and the model "
-            f"{words}: are the tokenizer's files there?"
+            f"{words}: check that the tokenizer's files are there"
         )
     if len(tokenizer) > words:
         raise UserError(
-            f"language model {name!r}: its tokenizer has {len(tokenizer)} tokens and its embedding {words} rows: call "
-            f"resize_token_embeddings({len(tokenizer)}) of the model, save it in a folder, and give that"
+            f"language model {name!r}: its tokenizer has {len(tokenizer)} tokens, but its embedding has {words} rows: "
+            f"call resize_token_embeddings({len(tokenizer)}) of the model, save it in a folder, and give that"
         )
     if bits is not None:
         keep_4bit_gradients(llm)
@@ -191,7 +191,7 @@ def _load_encoder(name: str, source: str, dtype: torch.dtype) -> "PreTrainedMode
     if missing:
         raise UserError(
             f"image encoder {name!r} cannot be loaded: {len(missing)} weights of a {config.model_type!r} "
-            f"are not in it, {missing[0]} for one"
+            f"are missing, for example {missing[0]}"
         )
     return encoder
 
@@ -217,7 +217,7 @@ def _vision_config(name: str, source: str) -> tuple[Any, bool]:
     if config.model_type == "instructblip_vision_model":  # the same encoder under another name, which AutoModel lacks
         config = Blip2VisionConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
     if not {"image_size", "patch_size", "num_hidden_layers"} <= config.to_dict().keys():
-        raise UserError(f"image encoder {name!r} is a {config.model_type!r}: it needs a vision transformer")
+        raise UserError(f"image encoder {name!r} is a {config.model_type!r}: it must be a vision transformer")
     return config, part_of_larger
 
 

@@ -89,7 +89,7 @@ def merge_lora(module: nn.Module) -> nn.Module:
     for name, _, base in plain:
         if not base.weight.is_floating_point():
             raise UserError(
-                f"LoRA cannot be folded into {name}: its weights are quantised; load the run with language.dtype=bf16"
+                f"LoRA cannot be merged into {name}: its weights are quantised; load the run with language.dtype=bf16"
             )
     for name, layer, base in plain:
         layer.merge()

@@ -155,7 +155,7 @@ class Stage1(nn.Module):
         """
         assert self.qformer.word_embeddings is not None
         if self.lm_head is None:
-            raise ValueError("this stage 1 has no head for ITG (it came from transformers, which has none): no losses")
+            raise ValueError("this model has no ITG head (transformers' format has none), so it has no ITG loss")
         start = tokens.new_full((len(tokens), 1), self.qformer.word_embeddings.num_embeddings - 1)
         tokens = torch.cat([start, tokens[:, 1:]], dim=1)
         # The last token has no next token to predict, so its row is not computed.
@@ -203,7 +203,7 @@ def see(vision: FrozenVision | None, images: Tensor | None, features: Tensor | N
         ValueError: neither or both are given, or images are given but there is no encoder.
     """
     if (images is None) == (features is None):
-        raise ValueError("give either images or features, not both and not neither")
+        raise ValueError("give either images or features, but not both")
     if features is not None:
         return features
     if vision is None:

@@ -173,7 +173,7 @@ class Stage2(nn.Module):
             ValueError: a question is given but the connector reads none, or it reads questions but none is given.
         """
         if (question is None) == self.connector.reads_questions:
-            raise ValueError("a question belongs to a Q-Former with a text path, and such a Q-Former to a question")
+            raise ValueError("give a question if the Q-Former has a text path, and only then")
         return self.connector.visual_tokens(see(self.vision, images, features), question)[:, : self.tokens]
 
     def generate(

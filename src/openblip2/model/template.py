@@ -61,12 +61,12 @@ def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str
         try:
             parts = list(Formatter().parse(template))
         except ValueError as error:
-            raise UserError(f"template {template!r}: {error}; slots are {SLOTS}") from error
+            raise UserError(f"template {template!r}: {error}; the slots are {SLOTS}") from error
         if any(slot not in (*slots, None) or spec or convert for _, slot, spec, convert in parts):
-            raise UserError(f"template {template!r}: slots are {SLOTS}")
+            raise UserError(f"template {template!r}: the slots are {SLOTS}")
         filled = "".join(_escape(text) + slots.get(slot or "", "") for text, slot, _, _ in parts)
     if [slot for _, slot, *_ in Formatter().parse(filled)].count("image") != 1 or filled.count("{image}") != 1:
-        raise UserError(f"template {template!r} must hold {{image}} exactly once")
+        raise UserError(f"template {template!r} must contain {{image}} exactly once")
     return filled
 
 
@@ -142,7 +142,7 @@ def _between_turns(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -
     for n, text in enumerate(texts):
         before, found, frame = frame.partition(f"<<{n}>>")
         if not found:
-            raise UserError(f"this tokenizer's chat template cannot hold {len(texts)} texts in turn")
+            raise UserError(f"this tokenizer's chat template cannot write a dialogue of {len(texts)} texts")
         written += (before if n else "") + text
     return written
 

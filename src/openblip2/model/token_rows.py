@@ -39,7 +39,7 @@ def end_ids(tokenizer: Any, end: str | None) -> list[int]:
         UserError: the tokenizer has no end-of-sequence token, or cannot represent `end`.
     """
     if end is None and not tokenizer.eos_token:
-        raise UserError("this tokenizer has no end-of-sequence token: set language.end to the end of a caption")
+        raise UserError("this tokenizer has no end-of-sequence token: set language.end to the text that ends a caption")
     ids = template_ids(tokenizer, tokenizer.eos_token if end is None else end)
     # Some tokenizers (T5's, for example) drop line breaks: a text would then only end at the length limit.
     if end is not None and (not ids or tokenizer.unk_token_id in ids):
@@ -126,7 +126,7 @@ def require_room(language: Language, prompt: str, queries: int, new: int, contex
     room = room_for_prompt(language, context, queries, new)
     if room is not None and length > room:
         raise UserError(
-            f"text {prompt[:40]!r}... takes {length:,} tokens with its template, but only {max(room, 0)} fit beside "
+            f"text {prompt[:40]!r}... takes {length:,} tokens with its template, but only {max(room, 0)} fit with "
             f"the picture and {new} new tokens: the language model has a context of {context:,}; give a shorter text, "
             "or ask for fewer new tokens"
         )
@@ -172,4 +172,4 @@ def _count(text: str, tokens: int, left: int) -> None:
         return
     _cut.add(known)
     if (count := len(_cut)) <= 20 or count % 1000 == 0:
-        log.warning("openblip2: cut (%d so far): %r... has %d tokens, and %d fit", count, text[:40], tokens, left)
+        log.warning("openblip2: cut (%d so far): %r... has %d tokens, but only %d fit", count, text[:40], tokens, left)

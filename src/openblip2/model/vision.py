@@ -155,7 +155,7 @@ def frozen_vision(encoder: Vision) -> FrozenVision:
     with torch.no_grad():
         shape = vision(vision.gray_picture()).shape
     if len(shape) != 3 or (shape[0], shape[2]) != (1, vision.width):
-        raise UserError(f"image encoder {kind}: of one picture it gives {list(shape)}, not [1, P, {vision.width}]")
+        raise UserError(f"image encoder {kind}: for one picture it returns {list(shape)}, not [1, P, {vision.width}]")
     return vision
 
 
@@ -276,10 +276,10 @@ def _options_for_size(encoder: "PreTrainedModel", image_size: int) -> dict[str, 
         below = max(image_size // patch, 1) * patch
         raise UserError(
             f"image size {image_size} px is not a multiple of the encoder's patch of {patch} px: "
-            f"take {below} or {below + patch}"
+            f"use {below} or {below + patch}"
         )
     if "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters:
         return {"interpolate_pos_encoding": True}  # at the native size it changes nothing
     if image_size != native and config.model_type not in ANY_SIZE:
-        raise UserError(f"image encoder {config.model_type!r} takes {native} px only, not {image_size}")
+        raise UserError(f"image encoder {config.model_type!r} accepts only {native} px, not {image_size}")
     return {}

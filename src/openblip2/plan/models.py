@@ -63,7 +63,7 @@ def _build_vision(settings: RunSettings, dtype: torch.dtype) -> HFVision:
     config = _config("vision.name", named.name)
     config = getattr(config, "vision_config", config)  # the vision part of a larger model
     if not {"image_size", "patch_size", "num_hidden_layers"} <= config.to_dict().keys():
-        raise UserError(f"vision.name {named.name!r} is a {config.model_type!r}: it needs a vision transformer")
+        raise UserError(f"vision.name {named.name!r} is a {config.model_type!r}: it must be a vision transformer")
     # AutoModel does not support BLIP-2's encoder.
     load: Any = Blip2VisionModel if config.model_type == "blip_2_vision_model" else AutoModel.from_config
     encoder = load(config)

@@ -137,7 +137,7 @@ def _name(key: str, texts: Sequence[tuple[str, str]], what: str, run: Path, prog
     with (run / "skipped.jsonl").open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({key: f"{picture}: {text}"}) + "\n" for picture, text in texts)
     what = f"{number_of(len(texts), 'text')} {what}"
-    progress.say(f"{what}; the first is of {texts[0][0]}; all are in {run / 'skipped.jsonl'}")
+    progress.say(f"{what}; the first belongs to {texts[0][0]}; all are in {run / 'skipped.jsonl'}")
 
 
 # Steps whose losses or gradients are not finite are left out and counted. One bad batch (a picture of one colour, a
@@ -189,7 +189,7 @@ def give_up(run: Path, done: Done, broken: Mapping[str, str], samples: list[dict
         row = {"step": done.step, "bad": list(broken.values()), "bad_in_a_row": done.bad_in_a_row, "samples": samples}
         write_json(row, run / "bad_batch.json")
     raise UserError(
-        f"step {done.step}: {', '.join(broken.values())}; such steps change "
-        f"nothing, but this is number {done.bad_in_a_row} in a row (train.most_bad_steps): look at the samples in "
+        f"step {done.step}: {', '.join(broken.values())}; such steps are left "
+        f"out, but this is number {done.bad_in_a_row} in a row (train.most_bad_steps): look at the samples in "
         f"{run / 'bad_batch.json'}, or try a smaller optim.lr, optim.clip=1.0 or train.precision=fp32"
     )

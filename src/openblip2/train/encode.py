@@ -59,7 +59,7 @@ def make_cache(
             disk is full or too small.
     """
     if len({record.id for record in records}) < len(records):
-        raise UserError(f"{folder}: two pictures have one id; give each its own (`id` in records.jsonl)")
+        raise UserError(f"{folder}: two pictures have the same id; give each its own (`id` in records.jsonl)")
     seed = settings.train.seed if crops else 0
     # The cache records seed and crops, because the features of a picture depend on them.
     drawn = {"precision": precision, "views": crops or 1, "crops": CROPS if crops else "none", "seed": seed}
@@ -75,7 +75,7 @@ def make_cache(
         needed, free = len(missing) * writer.cache.picture_bytes, free_bytes(folder)
         if needed > free:
             raise UserError(
-                f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; take another disk or "
+                f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; use another disk or "
                 "fewer views"
             )
         for part, opened in open_batches(missing, vision.image_size, crops, seed):
@@ -98,12 +98,12 @@ def open_cache(vision: FrozenVision, settings: RunSettings, folder: Path) -> Fea
     cache, ours = FeatureCache(folder), maker(vision, settings)
     if settings.data.augment and cache.shape[0] == 1:
         raise UserError(
-            f"data.augment=true, and {folder} has the plain pictures alone: set data.augment=false, or make a cache "
-            "with `openblip2 features --views 4`"
+            f"data.augment=true, but {folder} contains only the plain pictures: set data.augment=false, or make a "
+            "cache with `openblip2 features --views 4`"
         )
     # Without augmentation the crops are not read, so they need not match.
     ours |= {"crops": CROPS} if settings.data.augment else {}
-    require_same_cache(folder, cache.made_by, ours, "train with the settings of the cache, or make one with these")
+    require_same_cache(folder, cache.made_by, ours, "use the settings of the cache, or make one with these settings")
     return cache
 
 

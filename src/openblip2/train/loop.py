@@ -71,7 +71,7 @@ def fit(
     track = open_tracker(settings.track if is_first() else "", run, asdict(settings) | asdict(optim))
     log = Log(run / "log.jsonl", None if last is None else done.step, is_first(), track)
     if log.torn:
-        progress.say(f"{log.path}: {number_of(log.torn, 'line', 'was')} removed, not being JSON")
+        progress.say(f"{log.path}: {number_of(log.torn, 'line', 'was')} removed (not valid JSON)")
 
     saved = done.step
 

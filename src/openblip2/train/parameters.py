@@ -69,7 +69,7 @@ def fill_trained(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         if tensors[name].shape != parameter.shape:
             raise UserError(
                 f"{source} does not fit this model: {name} has shape {list(tensors[name].shape)}, "
-                f"the model wants {list(parameter.shape)}"
+                f"the model needs {list(parameter.shape)}"
             )
         fill(parameter, tensors[name])
 
@@ -87,7 +87,7 @@ def read_whitening(run: Path) -> Whitening:
     """
     tensors = read_tensors(run / "whitening.safetensors")
     if tensors.keys() != {"mean", "matrix"}:
-        raise UserError(f"{run / 'whitening.safetensors'}: holds {sorted(tensors)}, not mean and matrix")
+        raise UserError(f"{run / 'whitening.safetensors'}: contains {sorted(tensors)}, not mean and matrix")
     return Whitening(tensors["mean"], tensors["matrix"])
 
 

@@ -113,7 +113,7 @@ def prepare(
     how = {"augmented": augment, "part": (rank(), world_size()), "similar_from": similar_from}
     if settings.vision.trained:
         if settings.data.features:
-            raise UserError(f"data.features={settings.data.features}: an encoder that trains has no fixed features")
+            raise UserError(f"data.features={settings.data.features} needs vision.trained=false (a frozen encoder)")
         if settings.vision.whiten:
             vision.whitening = whitening_of_run(settings, run).to(device())
         held, problems = openable(held, size)
@@ -153,7 +153,7 @@ def prepare(
     features = stored(trained)
     _require_enough(held_features.records, features.records, settings, skip)
     if batch > len(features.records) and settings.task != "vqa":
-        progress.say(f"train.batch={batch}: only {len(features.records)} training pictures, so batches have that many")
+        progress.say(f"train.batch={batch} is reduced: there are only {len(features.records)} training pictures")
     pairs = FeaturePairs(features, samples_of(features.records), batch, seed, **how)
     return Prepared(pairs, features.records, held_features.records, lambda: held_features)
 
@@ -179,13 +179,11 @@ def prepare_shards(
         UserError: A setting that shards do not support, no sample, or fewer than 2 validation pictures.
     """
     if settings.task not in ("pretraining", "caption", "retrieval"):
-        raise UserError(f"{settings.task} is not trained on shards, which hold captions: give --data with questions")
+        raise UserError(f"{settings.task} cannot use shards, which contain only captions: give --data with questions")
     if settings.stage2.lm_start_step:
-        raise UserError(
-            "stage2.lm_start_step needs all captions before the first step, and those of shards are unknown"
-        )
+        raise UserError("stage2.lm_start_step needs all captions before the first step, so set it to 0 for shards")
     if settings.data.features:
-        raise UserError("--features cannot be used with shards, whose pictures are encoded as they come")
+        raise UserError("--features cannot be used with shards, whose pictures are encoded in each step")
     _require_a_pair_for_each_process(settings)
     skip = Skipped(run, progress)
     # The order of samples depends on the counts, so all processes and all starts of a run must use the same ones.
@@ -203,13 +201,13 @@ def prepare_shards(
     samples = sum(part.samples for part in counted)
     progress.say(f"{number_of(samples, 'sample')} of {number_of(sum(len(p.shards) for p in counted), 'shard')}")
     # They are few enough to be decoded now, so that validation always uses the same pictures.
-    progress.doing("encoding what is held out")
+    progress.doing("encoding the held-out pictures")
     name_wordy_texts(held_out, run, progress)
     held, problems = openable([cleaned(record) for record in held_out], settings.vision.image_size)
     skip(*problems)
     if len(held) < 2:
         raise UserError(
-            f"{number_of(len(held), 'picture')} to validate on can be opened; at least 2 (--held-out, data.held_out)"
+            f"{number_of(len(held), 'picture')} to validate on can be opened; 2 are needed (--held-out, data.held_out)"
         )
     batch, seed, size = settings.train.batch, settings.train.seed, settings.vision.image_size
     data, part = settings.data, (rank(), world_size())
@@ -285,7 +283,7 @@ def cleaned(record: Record, as_written: bool = False) -> Record:
 def _require_a_pair_for_each_process(settings: RunSettings) -> None:
     batch = settings.train.batch
     if batch < world_size():
-        raise UserError(f"train.batch={batch} is the batch of all {world_size()} processes: at least one pair for each")
+        raise UserError(f"train.batch={batch} is for all {world_size()} processes: give at least one pair for each")
 
 
 def _first_features(vision: FrozenVision, pairs: ShardPairs) -> Tensor:

@@ -101,7 +101,7 @@ def train_stage(
         if finished:
             progress.say(f"{run} is finished: there is nothing to resume")
             return
-        progress.say(f"going on from {last}" if last else f"{run} has no checkpoint: training begins at the beginning")
+        progress.say(f"resuming from {last}" if last else f"{run} has no checkpoint: training starts from step 0")
     else:
         # Before config.json is replaced, because old weights with new settings would look like a finished run.
         forget_checkpoints(run)

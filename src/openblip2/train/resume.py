@@ -99,7 +99,7 @@ def write_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{final}: the checkpoint of step {done.step} cannot be written ({one_line(error)}); the one before it is "
-            "whole: make room, and go on with --resume"
+            "intact: free disk space, and continue with --resume"
         ) from error
     # No process may end the run, or the scheduler its job, before the checkpoint is complete.
     wait_for_all()
@@ -170,16 +170,16 @@ def require_new(run: Path, overwrite: bool) -> None:
         try:
             read_config(run)
         except UserError as error:
-            raise UserError(f"{run} holds files that are not of a run: give another --out") from error
+            raise UserError(f"{run} contains files that do not belong to a run: give another --out") from error
     # A run writes these after config.json, so without config.json they are not from a run.
     elif foreign := [name for name in ("log.jsonl", "tokenizer") if (run / name).exists()]:
-        raise UserError(f"{run} holds {foreign[0]}, which is not of a run: give another --out")
+        raise UserError(f"{run} contains {foreign[0]}, which does not belong to a run: give another --out")
     if finished and not overwrite:
-        raise UserError(f"{run} holds a finished run: give another --out, or add --overwrite to replace it")
+        raise UserError(f"{run} contains a finished run: give another --out, or add --overwrite to replace it")
     if begun and not overwrite:
         raise UserError(
-            f"{run} holds a checkpoint of an unfinished run: add --resume to continue it, give another --out, or add "
-            "--overwrite to begin again"
+            f"{run} contains a checkpoint of an unfinished run: add --resume to continue it, give another --out, or "
+            "add --overwrite to start again"
         )
 
 
@@ -193,8 +193,8 @@ def require_same(settings: RunSettings, run: Path, last: Path | None, data: str)
     then = read_json(last / "progress.json").get("data", "") if last else ""
     if then not in ("", data):
         raise UserError(
-            f"--resume: the data have changed since {run} was begun ({then} then; {data} now): give the same pictures "
-            "and captions, or a new --out"
+            f"--resume: the data have changed since {run} was started ({then} then; {data} now): give the same "
+            "pictures and captions, or a new --out"
         )
     before = read_settings(run)
     # Settings that may change get their new values on both sides, so that they do not count as different.
@@ -205,7 +205,7 @@ def require_same(settings: RunSettings, run: Path, last: Path | None, data: str)
         other = [f"{part}.{name}" for part in parts for name in now[part] if now[part][name] != then[part][name]]
         other += [name for name in now if name not in parts and now[name] != then[name]]
         raise UserError(
-            f"--resume: {run / 'config.json'} was trained with other settings ({', '.join(other)}); give the same "
+            f"--resume: {run / 'config.json'} has other settings ({', '.join(other)}); give the same "
             f"ones, or a new --out (only {', '.join(f'train.{name}' for name in MAY_CHANGE)} may change)"
         )
 
@@ -214,8 +214,8 @@ def _find(folder: Path, say: Callable[[str], object]) -> int:
     """The step of the last intact checkpoint; -1 if there is none."""
     if (folder / "progress.json").exists():
         raise UserError(
-            f"{folder} holds a checkpoint of an older openblip2, without a manifest: finish the run with that one, or "
-            "begin again with --overwrite"
+            f"{folder} contains a checkpoint of an older openblip2 (no manifest): finish the run with that version, or "
+            "start again with --overwrite"
         )
     # Remove what a killed process was still writing or removing.
     for left in [*folder.parent.glob("resume.old"), *folder.glob("*step-*.new"), *folder.glob("step-*.old")]:
@@ -226,14 +226,14 @@ def _find(folder: Path, say: Callable[[str], object]) -> int:
         problem = _problem(path)
         if problem is None:
             for other, its in damaged.items():
-                say(f"{other} is damaged ({its}): it is put aside and {path.name} is taken")
+                say(f"{other} is damaged ({its}): it is renamed, and {path.name} is used instead")
                 _aside(other, "damaged")
             return step
         damaged[path] = problem
     if damaged:
         path, problem = next(iter(damaged.items()))
         raise UserError(
-            f"{path} is damaged ({problem}), and no checkpoint before it is whole: begin again with --overwrite"
+            f"{path} is damaged ({problem}), and no earlier checkpoint is intact: start again with --overwrite"
         )
     return -1
 
@@ -253,20 +253,20 @@ def _problem(folder: Path) -> str | None:
     except UserError as error:
         return str(error)
     if not isinstance(manifest, dict) or not isinstance(files := manifest.get("files"), dict):
-        return f"{_MANIFEST} names no files"
+        return f"{_MANIFEST} lists no files"
     if manifest.get("format") != FORMAT:
         # Not damaged, so it must not be renamed: the version that wrote it can continue from it.
         raise UserError(
-            f"{folder / _MANIFEST}: format {manifest.get('format')!r}, this openblip2 reads {FORMAT}; go on with the "
-            "version that wrote it"
+            f"{folder / _MANIFEST}: format {manifest.get('format')!r}, but this openblip2 reads {FORMAT}; continue "
+            "with the version that wrote it"
         )
     if files.keys() != _FILES:
-        return f"{_MANIFEST} names {', '.join(sorted(files))}"
+        return f"{_MANIFEST} lists the files {', '.join(sorted(files))}"
     for name, written in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if _digest(folder / name) != written:
-            return f"{name} is not as it was written"
+            return f"{name} has changed since it was written"
     return None
 
 

@@ -72,7 +72,7 @@ def say_without_effect(
         if all(broken):
             found.setdefault(broken[0][0], []).append(name)
     if found:
-        idle = ", ".join(f"{', '.join(of)} (only of {where})" for where, of in found.items())
+        idle = ", ".join(f"{', '.join(of)} (used only in {where})" for where, of in found.items())
         progress.say(f"settings without effect in {what}: {idle}")
 
 
@@ -151,7 +151,7 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
         before = read_settings(Path(settings.start))
         if before.vision.trained:
             raise UserError(
-                f"start={settings.start} holds an image encoder of its own, which stage 2 would not use: start from a "
+                f"start={settings.start} contains its own image encoder, which stage 2 would not use: start from a "
                 "stage-1 run with a frozen one"
             )
         _require_same_features(settings, before)
@@ -166,7 +166,7 @@ def require_start(settings: RunSettings, ready: bool = False) -> None:
         )
     if before.vision.trained and not settings.vision.trained:
         raise UserError(
-            f"start={settings.start} holds an image encoder of its own: leave vision.trained at true, or give a run "
+            f"start={settings.start} contains its own image encoder: keep vision.trained=true, or give a run "
             "without one"
         )
     _require_same_features(settings, before)
@@ -187,7 +187,7 @@ def _require_same_features(settings: RunSettings, before: RunSettings) -> None:
         if now != then:
             raise UserError(
                 f"vision.{name}={now}, but the run start={settings.start} was trained with vision.{name}={then}, and "
-                f"its Q-Former knows no other features: set vision.{name}={then}"
+                f"its Q-Former cannot use other features: set vision.{name}={then}"
             )
 
 
@@ -252,8 +252,8 @@ def start_from_stage1(model: Stage2, run: Path) -> None:
     differing = sorted(used.keys() ^ wanted.keys()) or [n for n in used if used[n].shape != wanted[n].shape]
     if differing:
         raise UserError(
-            f"start={run} does not fit this stage 2 (first: {differing[0]}): vision and qformer settings must be "
-            "those of the stage-1 run"
+            f"start={run} does not fit this stage 2 (first difference: {differing[0]}): vision and qformer settings "
+            "must be the same as in the stage-1 run"
         )
     for name, value in used.items():
         wanted[name].data.copy_(value)
@@ -277,7 +277,7 @@ def _text_run(settings: RunSettings) -> Path | None:
     run = settings.text_start or before.start
     if not run:
         raise UserError(
-            f"start={settings.start} does not say which stage-1 run it began with, whose text path reads the question: "
+            f"start={settings.start} does not name its stage-1 run, whose text path is needed to read questions: "
             "give --text-start RUN, or --set qformer.question_in_qformer=false"
         )
     if not settings.text_start and not Path(run).exists():

@@ -30,7 +30,7 @@ from openblip2.weights.huggingface import read_huggingface
 from openblip2.weights.lavis import read_lavis
 from openblip2.weights.run import read_run
 
-KINDS = "a run of ours, a LAVIS .pth file, or a folder or hub name of transformers' BLIP-2 or InstructBLIP"
+KINDS = "an openblip2 run, a LAVIS .pth file, or a folder or hub name of transformers' BLIP-2 or InstructBLIP"
 LAVIS_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 # Files that may be downloaded from a hub: JSON, tokenizers, safetensors. No pickles, no code.
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jsonl"]
@@ -66,7 +66,7 @@ def read_checkpoint(source: str | Path, parts: Parts | None = None, revision: st
         # A hub name also works on another machine; with a revision, only the folder identifies the weights.
         return read_huggingface(folder, str(folder if path.is_dir() or revision else source), parts)
     raise UserError(
-        f"{source} is not a run, its config.json has model_type {kind!r}, another architecture: give {KINDS}"
+        f"{source} is not a run (its config.json has model_type {kind!r}, another architecture): give {KINDS}"
     )
 
 
@@ -80,11 +80,11 @@ def fetch_repository(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"{name} is not a run, there is no such file, folder or hub name: give {KINDS}")
+        raise UserError(f"{name} is not a run (no such file, folder or hub name): give {KINDS}")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(f"{name} is not here and cannot be downloaded from the hub: {one_line(error)}") from error
+        raise UserError(f"{name} is not on this machine and cannot be downloaded: {one_line(error)}") from error
 
 
 def assemble(checkpoint: Checkpoint, place: torch.device, precision: str) -> tuple[Stage1 | Stage2, RunSettings]:
@@ -134,8 +134,8 @@ def find_vision(checkpoint: Checkpoint, settings: RunSettings, dtype: Any) -> tu
     if vision.width != width:
         name = settings.connector.name
         raise UserError(
-            f"{checkpoint.source}: its connector {name!r} reads features {width} wide, the image encoder gives "
-            f"{vision.width}"
+            f"{checkpoint.source}: its connector {name!r} needs features of width {width}, but the image encoder "
+            f"gives {vision.width}"
         )
     if given is not None:
         settings = with_parts(settings, vision)
@@ -159,7 +159,7 @@ def find_language(
     width = width_of(checkpoint, "projection.weight")
     if language.width != width:
         raise UserError(
-            f"{checkpoint.source}: its projection leads to a language model {width} wide, this one is {language.width}"
+            f"{checkpoint.source}: its projection needs a language model of width {width}, not {language.width}"
         )
     return language, settings
 
@@ -191,6 +191,6 @@ def _require_connector(checkpoint: Checkpoint, settings: RunSettings) -> None:
     held = {tensor.partition(".")[0] for tensor in checkpoint.trained} - {"vision", "language", "projection"}
     if held and name not in held:
         raise UserError(
-            f"{checkpoint.source} holds a connector {min(held)!r}, but the settings name {name!r}: set connector.name "
-            "in config.json to the one it was trained with"
+            f"{checkpoint.source} contains a connector {min(held)!r}, but the settings name {name!r}: set "
+            "connector.name in config.json to the one it was trained with"
         )

@@ -50,7 +50,7 @@ def model_card(
     if generative:
         parts.append(("language model", settings.language.name, "language"))
     rows = [
-        f"| {part} | {name}{' (carried along)' if key in carries else ''} | {licence(name)} |"
+        f"| {part} | {name}{' (included here)' if key in carries else ''} | {licence(name)} |"
         for part, name, key in parts
     ]
     lines = [
@@ -60,7 +60,7 @@ def model_card(
         "tags: [blip-2, q-former]",
         "---",
         "",
-        f"# BLIP-2, {'stage 2: a language model that sees' if generative else 'stage 1: image-text matching'}",
+        f"# BLIP-2, {'stage 2: a language model with image input' if generative else 'stage 1: image-text matching'}",
         "",
         f"Trained parameters: {trained:,}. Image side: {settings.vision.image_size} px, "
         f"{connector}. Method: [arXiv 2301.12597](https://arxiv.org/abs/2301.12597).",
@@ -71,7 +71,7 @@ def model_card(
         "|---|---|---|",
         *rows,
         "",
-        "Whoever trained these weights states their licence; it cannot be freer than those of the parts.",
+        "The licence is stated by whoever trained these weights; it must respect the licences of the parts.",
         "",
         "## Data",
         "",
@@ -137,4 +137,4 @@ def _metrics(measured: Mapping[str, Any]) -> list[str]:
         f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
         for name, value in measured.items()
     ]
-    return ["Of the last validation, on held-out pictures:", "", "| figure | value |", "|---|---|", *rows]
+    return ["From the last validation, on held-out pictures:", "", "| metric | value |", "|---|---|", *rows]

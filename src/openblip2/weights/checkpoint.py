@@ -108,14 +108,14 @@ def sizes_of(trained: Mapping[str, Tensor], heads: int | None, source: str) -> d
 
     def shape(name: str) -> Sequence[int]:
         if name not in trained:
-            raise UserError(f"{source}: no {name} in it (by our names): this is not a Q-Former of BLIP-2")
+            raise UserError(f"{source}: it has no {name} (openblip2's name): this is not a Q-Former of BLIP-2")
         return trained[name].shape
 
     width, layers = shape("qformer.queries")[-1], 1 + max(_layers(trained, "attention.query"), default=-1)
     heads = BERT_HEADS if heads is None else heads
     if heads < 1 or width % heads:
         raise UserError(
-            f"{source}: the Q-Former's width {width} is not a multiple of {heads} heads: give the right heads"
+            f"{source}: the Q-Former's width {width} is not a multiple of {heads} heads: give the right number of heads"
         )
     text = "qformer.word_embeddings.weight" in trained
     return {

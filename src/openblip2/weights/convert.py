@@ -66,9 +66,9 @@ def convert(
     parts = Parts(heads, vision, language, tokenizer, vision_heads)
     checkpoint = read_checkpoint(source, parts, revision)
     if (connector := checkpoint.settings.connector.name) != "qformer" and to in ("hf", "lavis"):
-        raise UserError(f"{source}: its connector is {connector!r}, --to {to} has a place for the Q-Former alone")
+        raise UserError(f"{source}: its connector is {connector!r}, but --to {to} can store only a Q-Former")
     if checkpoint.settings.qformer.question_in_qformer and to not in ("openblip2", "hf"):
-        raise UserError(f"{source}: its Q-Former reads questions, for which --to {to} has no place")
+        raise UserError(f"{source}: its Q-Former reads questions, which --to {to} cannot store")
     with locked(out.parent, f".{out.name}.lock"):
         return _write(checkpoint, out, to)
 
@@ -79,7 +79,7 @@ def _write(checkpoint: Checkpoint, out: Path, to: str) -> list[str]:
         difference = export_onnx(model, out)
         return [
             *checkpoint.left_out,
-            f"checked in onnxruntime: largest difference {difference:.1e} of the largest value",
+            f"checked with onnxruntime: the largest difference is {difference:.1e} of the largest value",
         ]
     checkpoint = _without_adapters(checkpoint)
     if to != "openblip2":
@@ -122,11 +122,11 @@ def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     if not has_home(vision) or (language is not None and not fits_projection(language)):
         why = "its Q-Former reads questions, and " * reads_question
         family = "InstructBLIP" if reads_question else "BLIP-2"
-        others = f", or take --to onnx{' or --to projected' * (language is not None)}" * (not reads_question)
+        others = f", or use --to onnx{' or --to projected' * (language is not None)}" * (not reads_question)
         raise UserError(
             f"{why}transformers' {family} cannot store the image encoder {vision.kind!r}"
-            f"{' with whitening' * settings.vision.whiten}, or the width of the language model: openblip2 can "
-            f"serve it{others}"
+            f"{' with whitening' * settings.vision.whiten}, or the width of the language model: serve it "
+            f"with openblip2{others}"
         )
     with fresh_folder(out, overwrite=True) as folder:
         checkpoint = replace(checkpoint, settings=settings)
@@ -174,7 +174,7 @@ def _without_adapters(checkpoint: Checkpoint) -> Checkpoint:
         settings, qformer=replace(settings.qformer, lora_rank=0), language=replace(settings.language, lora_rank=0)
     )
     trained: dict[str, Tensor] = {name: p.detach() for name, p in saved_parameters(model).items()}
-    left_out = (*checkpoint.left_out, "LoRA: folded into the weights, in fp32")
+    left_out = (*checkpoint.left_out, "LoRA: merged into the weights, in fp32")
     checkpoint = replace(checkpoint, settings=settings, trained=trained, left_out=left_out)
     if not isinstance(model, Stage2):
         return checkpoint

@@ -78,7 +78,7 @@ def _fit_encoder(checkpoint: Checkpoint, vision: FrozenVision) -> list[str]:
     notes, config = [], vision.encoder.config
     eps, own = checkpoint.settings.qformer.image_norm_eps, config.layer_norm_eps  # pyright: ignore
     if eps != own:
-        notes.append(f"qformer.image_norm_eps={eps}: the encoder's {own} takes its place")
+        notes.append(f"qformer.image_norm_eps={eps}: the encoder's {own} is used instead")
     native = config.image_size  # pyright: ignore
     if vision.image_size != native:  # other programs do not interpolate
         embeddings: Any = vision.encoder.embeddings
@@ -87,7 +87,7 @@ def _fit_encoder(checkpoint: Checkpoint, vision: FrozenVision) -> list[str]:
         positions = embeddings.interpolate_pos_encoding(tokens, vision.image_size, vision.image_size)
         embeddings.position_embedding = nn.Parameter(positions.detach().clone(), requires_grad=False)
         config.image_size = vision.image_size  # pyright: ignore
-        notes.append(f"the image encoder's positions: interpolated from {native} to {vision.image_size} px for good")
+        notes.append(f"the image encoder's positions: permanently interpolated from {native} to {vision.image_size} px")
     return notes
 
 
@@ -100,8 +100,8 @@ def _fit_language(language: LanguageModel, image_token: int) -> list[str]:
     usual = usual_template(language.tokenizer)
     if language.template != resolve_template(usual, language.tokenizer):
         notes.append(
-            f"the template {language.template[:60]!r}: transformers' processor makes {usual!r} of a prompt; write the "
-            "prompt as the template says"
+            f"the template {language.template[:60]!r}: transformers' processor uses {usual!r} instead; write the "
+            "prompt in the form of the template"
         )
     return notes
 
@@ -181,7 +181,7 @@ def _generation(checkpoint: Checkpoint, vision: FrozenVision, language: Language
     return model
 
 
-EXAMPLE = '''"""Text about pictures, with openblip2 for the eyes and transformers or vLLM for the words.
+EXAMPLE = '''"""Text about pictures: openblip2 encodes the pictures, and transformers or vLLM generates the text.
 
     python image_embeds.py photo.jpg ...
 """
@@ -223,7 +223,7 @@ for picture, text in zip(pictures, tokenizer.batch_decode(found, skip_special_to
 {vllm}'''
 
 VLLM = """
-# The same with vLLM, in its own environment (save the rows with torch.save there and back):
+# The same with vLLM, in its own environment (pass the rows on with torch.save and torch.load):
 #
 #     from vllm import LLM, SamplingParams
 #     llm = LLM(str(LANGUAGE), enable_prompt_embeds=True)

@@ -57,12 +57,12 @@ def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
     names, others = rename((name for name in files if name not in LEFT_OUT), theirs_column, OURS)
     frozen = ("vision_model.",) if kind == RETRIEVAL else ("vision_model.", "language_model.")
     if unknown := [name for name in others if not name.startswith(frozen)]:
-        raise UserError(f"{folder}: {len(unknown)} keys are not of a {kind}: {listed(unknown)}")
+        raise UserError(f"{folder}: {len(unknown)} keys do not belong to a {kind}: {listed(unknown)}")
     _require_tower(folder, config, {name for name in others if name.startswith("vision_model.")})
     trained = {ours: _tensor(files[theirs], theirs) for ours, theirs in names.items()}
     left_out = [f"{name}: {why}" for name, why in LEFT_OUT.items() if name in files]
     if kind == GENERATION and (text := [name for name in trained if ".text_ffn." in name]):
-        left_out.append(f"the text FFN of the Q-Former, {len(text)} tensors: {kind} never reads it")
+        left_out.append(f"the text FFN of the Q-Former, {len(text)} tensors: {kind} does not use it")
         trained = {name: tensor for name, tensor in trained.items() if name not in text}
 
     qformer = config.get("qformer_config") or {}
@@ -100,11 +100,11 @@ def read_files(folder: Path) -> dict[str, Path]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index.is_file():
         if not single.is_file():
-            raise UserError(f"{folder}: no model.safetensors in it (weights in .bin files are pickles, never read)")
+            raise UserError(f"{folder}: no model.safetensors in it (.bin files are pickles, which are never loaded)")
         return {name: single for name in _names(single)}
     listing = read_json(index)
     if not isinstance(listing, dict) or not {"metadata", "weight_map"} <= listing.keys():
-        raise UserError(f"{index}: must hold metadata and weight_map, as transformers writes them")
+        raise UserError(f"{index}: must contain metadata and weight_map, as transformers writes them")
     named: dict[str, str] = listing["weight_map"]
     shards: dict[str, set[str]] = {}
     for file in sorted(set(named.values())):
@@ -114,7 +114,7 @@ def read_files(folder: Path) -> dict[str, Path]:
             raise UserError(f"{folder / file}: missing; {index.name} names it for {listed(_held(named, file), 2)}")
         shards[file] = _names(folder / file)
         if lost := [name for name in _held(named, file) if name not in shards[file]]:
-            raise UserError(f"{folder / file}: {listed(lost)} not in it, though {index.name} says so")
+            raise UserError(f"{folder / file}: it lacks {listed(lost)}, which {index.name} lists")
     return {name: folder / file for file, names in shards.items() for name in names}
 
 
@@ -129,7 +129,7 @@ def _settings(folder: Path, name: str, config: Mapping[str, Any], kind: str) -> 
     for field, value in {"hidden_act": "gelu", "layer_norm_eps": NORM_EPS}.items():
         if qformer.get(field, value) != value:
             raise UserError(
-                f"{folder / 'config.json'}: qformer_config.{field} is {qformer[field]!r}: only {value!r} is known"
+                f"{folder / 'config.json'}: qformer_config.{field} is {qformer[field]!r}: only {value!r} is supported"
             )
     tower = _tower_config(config)
     settings = RunSettings(
@@ -186,13 +186,13 @@ def usual_template(tokenizer: Any) -> str:
 def _from_frame(settings: RunSettings, frame: Any, folder: Path) -> RunSettings:
     """The settings, updated with the prompts and the task that an openblip2 export wrote into `config.json`."""
     if not isinstance(frame, dict) or not frame.keys() <= {*FRAMED, "task"}:
-        raise UserError(f"{folder / 'config.json'}: {FRAME} must name some of {', '.join(FRAMED)}, task")
+        raise UserError(f"{folder / 'config.json'}: {FRAME} may contain only {', '.join(FRAMED)}, task")
     words = {name: value for name, value in frame.items() if name != "task"}
     try:
         language = replace(settings.language, **words)
         return replace(settings, language=language, task=frame.get("task", settings.task))
     except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {FRAME} does not fit: {one_line(error)}") from error
+        raise UserError(f"{folder / 'config.json'}: {FRAME} is not valid: {one_line(error)}") from error
 
 
 def _end(folder: Path) -> int | None:
@@ -215,7 +215,7 @@ def _tokenizer(folder: Path) -> Any:
 def _require_image_token(folder: Path, processor: str) -> None:
     if IMAGE_TOKEN not in _tokenizer(folder).get_vocab():
         raise UserError(
-            f"{folder / 'tokenizer.json'}: no token {IMAGE_TOKEN!r} in it, where pictures go: save the folder again "
+            f"{folder / 'tokenizer.json'}: no token {IMAGE_TOKEN!r} in it for the pictures: save the folder again "
             f"with the {processor}, which adds it"
         )
 
@@ -234,8 +234,8 @@ def _require_qformer_tokenizer(folder: Path, vocabulary: int) -> None:
     where = folder / QFORMER_TOKENIZER
     if not any((where / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
         raise UserError(
-            f"{folder}: no {QFORMER_TOKENIZER}/ with a tokenizer in it, by which the Q-Former of an InstructBLIP reads "
-            "the prompt: save the folder again with an InstructBlipProcessor, or name one with tokenizer="
+            f"{folder}: no tokenizer in {QFORMER_TOKENIZER}/, which the Q-Former of an InstructBLIP needs to read "
+            "the prompt: save the folder again with an InstructBlipProcessor, or give one with tokenizer="
         )
     bert_tokenizer(str(where), vocabulary)
 
@@ -258,7 +258,7 @@ def _names(file: Path) -> set[str]:
         with safe_open(file, framework="pt") as opened:
             return set(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({one_line(error)}); it may be truncated") from error
+        raise UserError(f"{file}: not a complete safetensors file ({one_line(error)}); it may be truncated") from error
 
 
 def _tensor(file: Path, name: str) -> Tensor:

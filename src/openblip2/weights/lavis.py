@@ -64,15 +64,15 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
     tower = {name: model.pop(name) for name in list(model) if name.startswith(TOWER_PREFIX)}
     for tied, to in _TIED.items():
         if tied in model and (to not in model or not torch.equal(model[tied], model[to])):
-            raise UserError(f"{path}: {tied} is not equal to {to}: its word head is not tied, which ours cannot hold")
+            raise UserError(f"{path}: {tied} is not equal to {to}: openblip2 needs a tied word head")
     left_out = [f"{name}: {why}" for name, why in LEFT_OUT.items() if name in model]
     names, unknown = rename((name for name in model if name not in LEFT_OUT), LAVIS, OURS)
     if "qformer.queries" not in names:
         raise UserError(
-            f"{path}: no query_tokens in it: this is not a BLIP-2 of LAVIS (it holds {listed(list(model), 3)})"
+            f"{path}: no query_tokens in it: this is not a BLIP-2 of LAVIS (it contains {listed(list(model), 3)})"
         )
     if unknown:
-        raise UserError(f"{path}: {len(unknown)} keys are not of BLIP-2: {listed(unknown)}")
+        raise UserError(f"{path}: {len(unknown)} keys do not belong to BLIP-2: {listed(unknown)}")
     trained = {ours: model[theirs] for ours, theirs in names.items()}
     settings = settings_from_tensors(trained, _settings(path, model, trained, bool(tower), parts), str(path))
     if settings.stage == "stage2":
@@ -88,7 +88,7 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
     require_whole(trained, settings, sizes, str(path), LAVIS)
     encoder = None
     if parts.vision_heads is not None and not tower:
-        raise UserError(f"{path}: there is no image encoder in it that vision_heads could be for: leave it out")
+        raise UserError(f"{path}: vision_heads is given, but there is no image encoder in it: leave it out")
     if tower:
         encoder = _build_tower(path, tower, trained, parts.vision_heads)
         settings = replace(settings, vision=replace(settings.vision, layer=-1, image_size=encoder.image_size))
@@ -114,7 +114,7 @@ def write_lavis(checkpoint: Checkpoint, tower: HFVision | None, to_t5: bool, out
     """
     if checkpoint.settings.vision.whiten:
         raise UserError(
-            "a LAVIS file cannot hold the whitening of the image features (vision.whiten): the model needs it"
+            "a LAVIS file cannot store the whitening of the image features (vision.whiten), which the model needs"
         )
     names, without = rename(checkpoint.trained, OURS, LAVIS)
     model = {name: checkpoint.trained[ours].detach().contiguous() for name, ours in names.items()}
@@ -129,10 +129,10 @@ def write_lavis(checkpoint: Checkpoint, tower: HFVision | None, to_t5: bool, out
     if "temperature" not in checkpoint.trained and checkpoint.settings.stage == "stage1":
         notes.append("the source had no temperature and no ITG head: they are not in the file either")
     if checkpoint.settings.stage == "stage2":
-        notes.append(f"the language model, {checkpoint.settings.language.name}: LAVIS files never hold it")
+        notes.append(f"the language model, {checkpoint.settings.language.name}: LAVIS files never contain it")
     if tower is None:
         notes.append(
-            f"the image encoder, {checkpoint.settings.vision.name}: it was frozen, LAVIS files hold it if trained"
+            f"the image encoder, {checkpoint.settings.vision.name}: LAVIS files contain it only if it was trained"
         )
     else:
         model |= _tower_as_lavis(tower)
@@ -169,11 +169,11 @@ def _read_model(path: Path) -> dict[str, Tensor]:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         named = f" ({code[1]})" if code else ""
         raise UserError(
-            f"{path}: holds more than tensors{named}, and code in a file is never run: refused; save "
-            "model.state_dict() alone"
+            f"{path}: it contains more than tensors{named}, and openblip2 never runs code from a file; save "
+            "only model.state_dict()"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a whole {path.suffix} file: {one_line(error)}; it may be truncated") from error
+        raise UserError(f"{path}: not a complete {path.suffix} file: {one_line(error)}; it may be truncated") from error
     inside = content if isinstance(content, Mapping) else {}
     model = next((inside[key] for key in ("model", "state_dict") if key in inside), content)
     if not isinstance(model, Mapping) or not all(isinstance(value, Tensor) for value in model.values()):
@@ -188,7 +188,7 @@ def _without_prefix(path: Path, model: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = next((name.removesuffix("query_tokens") for name in model if name.endswith(".query_tokens")), "")
     if not prefix or not all(name.startswith(prefix) for name in model):
         return model
-    log.warning("openblip2: %s: all names begin with %r, which is left out", path, prefix)
+    log.warning("openblip2: %s: all names begin with %r, which is removed", path, prefix)
     return {name.removeprefix(prefix): tensor for name, tensor in model.items()}
 
 
@@ -198,7 +198,7 @@ def _settings(
     """The stage and frozen parts of a file; parts passed by the user take precedence over those of the paper."""
     width = trained["qformer.image_norm.weight"].shape[0] if "qformer.image_norm.weight" in trained else 0
     if width not in _ENCODERS and parts.vision is None and not with_tower:
-        raise UserError(f"{path}: its image encoder, {width} wide, is none of the paper's: name it with vision=")
+        raise UserError(f"{path}: its image encoder (width {width}) is not one of the paper's: give it with vision=")
     settings = RunSettings(vision=_ENCODERS.get(width, VIT_G))
     projection = next((name for name in ("opt_proj", "t5_proj") if f"{name}.weight" in model), None)
     if projection is None:
@@ -206,8 +206,8 @@ def _settings(
     language = _LANGUAGE_MODELS.get((projection, model[f"{projection}.weight"].shape[0]))
     if language is None and parts.language is None:
         raise UserError(
-            f"{path}: its language model, {model[f'{projection}.weight'].shape[0]} wide, is none of the paper's: name "
-            "it with language="
+            f"{path}: its language model (width {model[f'{projection}.weight'].shape[0]}) is not one of the paper's: "
+            "give it with language="
         )
     default = OPT_2_7B if projection == "opt_proj" else FLANT5_XL
     return replace(settings, stage="stage2", language=language or default)
@@ -222,7 +222,7 @@ def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, 
     names, unknown = rename(plain, LAVIS, OURS, TOWER)
     if unknown:
         raise UserError(
-            f"{path}: the image encoder in it is not EVA-CLIP's, the only one that LAVIS trains here: "
+            f"{path}: the image encoder in it is not EVA-CLIP, the only one supported in LAVIS files: "
             f"{listed([TOWER_PREFIX + name for name in unknown])}"
         )
     width = len(trained["qformer.image_norm.weight"])
@@ -255,7 +255,7 @@ def _build_tower(path: Path, tower: Mapping[str, Tensor], trained: Mapping[str, 
         encoder.load_state_dict(tensors, assign=True)
     except (RuntimeError, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: its image encoder ({TOWER_PREFIX}*) is not whole: {reason[:200]}") from error
+        raise UserError(f"{path}: its image encoder ({TOWER_PREFIX}*) is not complete: {reason[:200]}") from error
     return HFVision(encoder, layer=-1, image_size=config.image_size)
 
 
@@ -265,7 +265,7 @@ def _tower_as_lavis(tower: HFVision) -> dict[str, Tensor]:
     for name in [name for name in tensors if name.endswith("qkv.bias")]:
         query, key, value = tensors.pop(name).chunk(3)
         if key.any():
-            raise UserError(f"the image encoder's {name} has a bias for keys, which LAVIS' EVA-CLIP has not")
+            raise UserError(f"the image encoder's {name} has a bias for keys, which LAVIS' EVA-CLIP does not have")
         block = f"{TOWER_PREFIX}blocks.{name.split('.')[2]}.attn."
         found |= {block + "q_bias": query.contiguous(), block + "v_bias": value.contiguous()}
     names, without = rename(tensors, OURS, LAVIS, TOWER)

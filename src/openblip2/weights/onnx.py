@@ -80,9 +80,9 @@ def export_onnx(model: Stage1 | Stage2, path: Path) -> float:
     """
     require("ONNX export", "onnx", "onnx", "onnxscript", "onnxruntime")
     if model.vision is None:
-        raise UserError("this model was built without an image encoder: an ONNX export needs one that has it")
+        raise UserError("this model was built without an image encoder: an ONNX export needs one")
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give the name of the file to write, {path / 'model.onnx'} say")
+        raise UserError(f"{path} is a folder: give the name of the file to write, for example {path / 'model.onnx'}")
     image_path, side = ImagePath(model), model.vision.image_size
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

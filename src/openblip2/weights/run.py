@@ -94,7 +94,7 @@ def write_run(
     with quiet_transformers():
         if "vision" in carries and vision is not None:
             if not isinstance(vision, HFVision):
-                raise UserError(f"{vision.kind} is a module of the caller's own, which is not written: leave merge out")
+                raise UserError(f"{vision.kind} was passed as an object, which cannot be written: leave merge out")
             # Not in the "original" format, in which a part of a BLIP-2 would get that model's prefix back.
             vision.encoder.save_pretrained(folder / "vision", save_original_format=False)
             side = {"height": vision.image_size, "width": vision.image_size}
@@ -128,8 +128,8 @@ def fresh_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     model = (out / "config.json").exists()
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not (overwrite and model):
         raise UserError(
-            f"{out} {'holds files that are not of a model' if overwrite else 'exists already'}: give a new name, or an "
-            "empty folder"
+            f"{out} {'contains files that do not belong to a model' if overwrite else 'exists already'}: give a new "
+            "name, or an empty folder"
         )
     try:
         with atomic_write(out, concurrent=True) as draft:

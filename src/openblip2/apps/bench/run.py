@@ -81,7 +81,7 @@ def _measure(case: Case, repeats: int, device: torch.device, peak: float) -> dic
     """The figures of a case: those of each candidate by name, and our time and memory relative to the others'."""
     if case.difference > case.equal:
         raise UserError(
-            f"{case.name}: outputs differ by {case.difference:.1e} (allowed {case.equal:.0e}): nothing timed"
+            f"{case.name}: outputs differ by {case.difference:.1e} (allowed {case.equal:.0e}): the case was not timed"
         )
     timings = alternate(case.candidates, repeats, device)
     for timing in timings.values():
@@ -110,7 +110,7 @@ def _in_words(name: str, figures: Mapping[str, Any]) -> str:
         parts.append(f"{who} {timing['per_second']:.2f} {figures['unit']}/s ({spread})")
     parts += [f"{ratio:.2f} x {who}" for who, ratio in figures["times_faster"].items()]
     if figures["unit"] == "texts" and figures["difference"]:
-        parts.append(f"{100 * figures['difference']:.0f} % of the texts differ, by rounding")
+        parts.append(f"{100 * figures['difference']:.0f} % of the texts differ because of rounding")
     if "share_of_matmul_peak" in figures:
         parts.append(f"{100 * figures['share_of_matmul_peak']:.0f} % of the matmul peak")
     return f"{name:16} " + "; ".join(parts)

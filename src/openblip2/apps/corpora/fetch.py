@@ -117,7 +117,7 @@ def _fetch(package: Package, folder: Path) -> None:
                 catalogue.unlink()
             if not (draft / package.licence).is_file():
                 raise UserError(
-                    f"{package.name}: comes without its licence {package.licence}; fetch the package as published"
+                    f"{package.name}: its licence file {package.licence} is missing; fetch the package again"
                 )
     except OSError as error:
         raise UserError(

@@ -106,11 +106,11 @@ def by_fold(records: Sequence[Record], k: int = 5, seed: int = 0) -> list[list[R
     for record in records:
         group = (record.facts or {}).get("group")
         if not isinstance(group, str):
-            raise UserError(f"{record.id}: its facts name no group; give records that `prepare_images` wrote")
+            raise UserError(f"{record.id}: its facts have no group; give records that `prepare_images` wrote")
         groups.append(group)
     if not 2 <= k <= len(set(groups)):
         raise UserError(
-            f"{k} folds of {len(set(groups))} groups; give 2 folds or more, and not more than there are groups"
+            f"{k} folds for {len(set(groups))} groups; give at least 2 folds, and at most as many as there are groups"
         )
     fold: dict[str, int] = {}
     for source in sorted({group.partition("/")[0] for group in groups}):

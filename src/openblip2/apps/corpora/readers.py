@@ -281,7 +281,7 @@ def _json(path: Path, kind: type) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch the unpacked package again") from error
     if not isinstance(value, kind):
-        raise UserError(f"{path}: has another form than the published file; fetch the unpacked package again")
+        raise UserError(f"{path}: does not have the form of the published file; fetch the unpacked package again")
     return value
 
 

@@ -156,7 +156,7 @@ def with_steps(settings: RunSettings, steps: int) -> RunSettings:
 def announcement(plan: DemoPlan, out: Path) -> str:
     """What the demo will do, in the order in which it does it, and how long that takes."""
     first, second = plan.stage1, plan.stage2
-    pictures = "find Tux Paint's stamps, pictures with sentences, and hold some of them out"
+    pictures = "collect Tux Paint's stamps, pictures with sentences, and keep some of them as a test"
     if plan.corpus == "scenes":
         nouns = WORLDS[plan.world]
         things = ", ".join(nouns) if len(nouns) < 20 else f"{', '.join(nouns[:6])}, ..."
@@ -171,11 +171,11 @@ def announcement(plan: DemoPlan, out: Path) -> str:
         f"Teaches a frozen language model ({second.language.name}) to read the features of a frozen image encoder "
         f"({first.vision.name}). It will",
         f"  1. {pictures}",
-        f"  2. run the image encoder over each picture once, at {first.vision.image_size} px",
+        f"  2. run the image encoder once on each picture, at {first.vision.image_size} px",
         f"  3. train the Q-Former on pictures and captions (stage 1): {steps[0]}",
         f"  4. train it to write captions with the language model (stage 2): {steps[1]}",
         f"  5. caption, ask about and search the test pictures, and write {out / 'report.html'}",
-        f"How long that takes: {DURATION}.",
+        f"Time: {DURATION}.",
     )
     return "\n".join(lines)
 

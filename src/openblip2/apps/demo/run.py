@@ -49,7 +49,7 @@ def run_demo(out: Path, plan: DemoPlan, progress: Progress, overwrite: bool = Fa
     require_absent(out / "metrics.json", overwrite)
     # Other files show that this is not a demo's folder: its `data` or `features` must not be replaced.
     if others := sorted(p.name for p in out.glob("[!.]*") if p.name not in OWN):
-        raise UserError(f"{out} holds {others[0]}, which is not of a demo: give another --out")
+        raise UserError(f"{out} contains {others[0]}, which is not part of a demo: give another --out")
     make_folder(out)
     progress.say(announcement(plan, out))
     keep_freed_memory()

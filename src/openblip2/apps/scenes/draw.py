@@ -89,7 +89,7 @@ def draw_scenes(
     if world not in WORLDS:
         raise UserError(f"unknown world {world!r}: it must be {' or '.join(WORLDS)}")
     if count < 1 or size < 32:
-        raise UserError(f"scenes: {count} of {size} px; at least 1 scene and at least 32 px")
+        raise UserError(f"scenes: {count} of {size} px: give at least 1 scene and at least 32 px")
     images = Path(folder) / "images"
     try:
         images.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def draw_scenes(
         records = [_record(images, i, split, seed, size, WORLDS[world]) for i in range(count)]
         write_records(records, Path(folder))
     except OSError as error:
-        raise UserError(f"{error.filename or folder} cannot be written ({error.strerror}): give another") from error
+        raise UserError(f"{error.filename or folder} cannot be written ({error.strerror}): use a new folder") from error
     return records
 
 
@@ -276,14 +276,14 @@ def _icon_font() -> tuple[ImageFont.FreeTypeFont, dict[str, str]]:
     right = "install it: pip install qtawesome==1.4.2"
     found = importlib.util.find_spec("qtawesome")
     if found is None or not found.submodule_search_locations:
-        raise UserError(f"scenes: the package qtawesome, whose icons are drawn, is missing; {right}")
+        raise UserError(f"scenes: the icons need the package qtawesome; {right}")
     fonts = Path(found.submodule_search_locations[0]) / "fonts"
     outlines = sorted(fonts.glob(f"{_FONT}-[0-9]*.ttf"))
     names = sorted(fonts.glob(f"{_FONT}-charmap-*.json"))
     if not outlines or not names:
-        raise UserError(f"{fonts}: no {_FONT} in it; {right}")
+        raise UserError(f"{fonts}: contains no {_FONT}; {right}")
     codes = {name: chr(int(code, 16)) for name, code in json.loads(names[-1].read_text(encoding="utf-8")).items()}
     missing = sorted(icon for noun, icon in NOUNS.items() if noun not in SHAPES and icon not in codes)
     if missing:
-        raise UserError(f"{names[-1]}: no icon {missing[0]!r} in it; {right}")
+        raise UserError(f"{names[-1]}: contains no icon {missing[0]!r}; {right}")
     return ImageFont.truetype(outlines[-1], _GLYPH), codes

@@ -68,7 +68,7 @@ def find_runs(run: str, matcher: str | None, index: Path | None) -> Served:
     captioner: str | None = run
     if _stage(run) == "stage1":
         if matcher is not None:
-            raise UserError(f"{run} is a stage-1 run: leave out --matcher, or give a stage-2 run in its place")
+            raise UserError(f"{run} is a stage-1 run: leave out --matcher, or give a stage-2 run as RUN")
         captioner, matcher = None, run
     elif matcher is None:
         start = Path(read_checkpoint(run).settings.start or ".")
@@ -193,7 +193,7 @@ async def picture(request: Request, number: int, whole: bool = False) -> Respons
         raise ServeError("no such picture", 404)
     path = index.path(number) if whole else index.thumbnail(number)
     if path is None or not path.is_file():
-        raise ServeError("this picture is missing since the index was made: run `openblip2 index` again", 404)
+        raise ServeError("this picture no longer exists: run `openblip2 index` again", 404)
     # A file in the folder could be HTML or SVG: no script in it may run.
     return FileResponse(path, headers={"Content-Security-Policy": "default-src 'none'; sandbox"})
 

@@ -117,7 +117,7 @@ class Guard:
         # A web page whose own name resolves to this machine (DNS rebinding) must not reach the server.
         host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
         if not any(host == name or (name[:1] == "*" and host.endswith(name[1:])) for name in self.hosts):
-            raise ServeError("this server is not called by that name: start it with --name", 400, "unknown_host")
+            raise ServeError("this host name is not allowed: start the server with --name", 400, "unknown_host")
         if self.token is not None and path not in OPEN and not path.startswith("/assets/"):
             token = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
             if not hmac.compare_digest(token, self.token.encode()):

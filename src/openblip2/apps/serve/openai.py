@@ -18,7 +18,7 @@ from openblip2.apps.serve.requests import ChatRequest, EmbeddingRequest, is_data
 from openblip2.inference.captioner import CHAT
 
 # What a server may lack, and the option that adds it.
-LACKS = {"captioner": "no stage-2 run: start it with one as RUN", "matcher": "no stage-1 run: start it with --matcher"}
+LACKS = {"captioner": "no stage-2 run: start it with one", "matcher": "no stage-1 run: start it with --matcher"}
 LACKS |= {"index": "no index: start it with --index"}
 STARTED = int(time.time())
 
@@ -31,7 +31,7 @@ def require_served(request: Request, kind: str, model: str | None = None) -> str
     if name is None:
         raise ServeError(f"this server has {LACKS[kind]}")
     if model and model != name:
-        raise ServeError(f"no model {model[:100]!r} here: use {name!r}", 404, "model_not_found", "model")
+        raise ServeError(f"there is no model {model[:100]!r}: use {name!r}", 404, "model_not_found", "model")
     return name
 
 
@@ -49,7 +49,7 @@ async def model(request: Request, name: str) -> dict[str, Any]:
     for one in (await models(request))["data"]:
         if one["id"] == name:
             return one
-    raise ServeError(f"no model {name[:100]!r} here: see /v1/models", 404, "model_not_found", "model")
+    raise ServeError(f"there is no model {name[:100]!r}: see /v1/models", 404, "model_not_found", "model")
 
 
 @router.post("/chat/completions")
@@ -119,7 +119,7 @@ def _picture(body: ChatRequest) -> bytes:
     if not pictures or None in parts:
         raise ServeError("no picture: send one in a part of type image_url", param="messages")
     if len(pictures) > 1:
-        message = f"{len(pictures)} different pictures: a dialogue is about one, which may come in several messages; "
+        message = f"{len(pictures)} different pictures: a dialogue has only one, which may be sent several times; "
         raise ServeError(message + "start a new dialogue for another picture", param="messages")
     return pictures.pop()
 

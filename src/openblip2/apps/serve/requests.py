@@ -53,7 +53,7 @@ def read_data_url(url: str) -> bytes:
     elif url[:20].strip().lower().startswith("data:"):
         problem = "the data URL of the picture is not in base64"
     else:
-        problem = "this server does not fetch addresses of pictures"
+        problem = "this server does not download pictures from URLs"
     raise ServeError(f"{problem}: send a data URL, data:image/png;base64,...")
 
 
@@ -118,7 +118,7 @@ class Sampling(BaseModel, extra="forbid"):
         if self.temperature is None and self.top_p in (None, 1) and self.n == 1:
             return [replace(how, beams=self.beams or default.beams)]
         if self.beams not in (None, 1):
-            raise ServeError("beams: sampling uses none; leave out beams, or temperature, top_p and n", param="beams")
+            raise ServeError("beams: unused by sampling; leave out beams, or temperature, top_p and n", param="beams")
         how = replace(how, beams=1, sample=True, temperature=self.temperature or 1.0, top_p=self.top_p or 1.0)
         return [replace(how, seed=None if self.seed is None else self.seed + k) for k in range(self.n)]
 
@@ -166,7 +166,7 @@ class SearchForm(BaseModel, extra="forbid"):
         if (self.text is None) == (self.image is None):
             raise ServeError("give either a text or an image")
         if self.image is not None and self.rerank:
-            raise ServeError("rerank: it is for a text, which ITM matches with images; leave it out", param="rerank")
+            raise ServeError("rerank: only possible when the query is a text; leave it out", param="rerank")
         return self
 
 
@@ -187,7 +187,7 @@ class MessagePart(Body):
     def check_type(self) -> "MessagePart":
         """Raises `ServeError` for a part with a text and a picture, because one of them would be ignored."""
         if self.image_url and (self.text or self.type == "text"):
-            message = "a part is a text or a picture: send the picture alone, in a part of type image_url"
+            message = "a part is either a text or a picture: send the picture alone, in a part of type image_url"
             raise ServeError(message, param="messages")
         return self
 
@@ -226,16 +226,16 @@ class ChatRequest(Body, Sampling):
     def check_combinations(self) -> "ChatRequest":
         """Raises `ServeError` for parameters that exclude each other."""
         if self.stream and self.logprobs:
-            raise ServeError("logprobs: a stream has none; use stream=false", 400, "unsupported_parameter", "logprobs")
+            raise ServeError("logprobs: streams have none; use stream=false", 400, "unsupported_parameter", "logprobs")
         if self.stream and self.n > 1:
-            raise ServeError("n: a stream has one answer; use stream=false", 400, "unsupported_parameter", "n")
+            raise ServeError("n: a stream has only one answer; use stream=false", 400, "unsupported_parameter", "n")
         if self.top_logprobs and not self.logprobs:
             raise ServeError("top_logprobs: set logprobs=true as well", param="top_logprobs")
         if self.messages[-1].role != "user":
             message = f"the last message has the role {self.messages[-1].role}: end with the user's question"
             raise ServeError(message, param="messages")
         if self.max_tokens and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ServeError("max_tokens: leave it out, or max_completion_tokens", param="max_tokens")
+            raise ServeError("max_tokens: differs from max_completion_tokens; give only one", param="max_tokens")
         self.max_tokens = self.max_completion_tokens or self.max_tokens
         return self
 

@@ -53,7 +53,7 @@ class Worker:
         except (EOFError, OSError):  # the process died
             self._restart()
             if len(jobs) == 1:
-                return [ServeError("the process with the models died while it worked on this request", 503)]
+                return [ServeError("the process with the models crashed during this request", 503)]
             return [self.run([job], on_text)[0] for job in jobs]
 
     def cancel(self) -> None:

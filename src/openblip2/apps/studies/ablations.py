@@ -42,7 +42,7 @@ def ablate(name: str, out: Path, plan: Plan, progress: Progress) -> dict[str, An
     if can_plot():
         plot(result, out / "ablation.svg")
     else:
-        progress.say("no plot: pip install 'openblip2[plots]', and the same command draws it without training again")
+        progress.say("no plot: pip install 'openblip2[plots]' and run the same command again; it does not train again")
     return result
 
 
@@ -89,9 +89,9 @@ def judge_claim(claim: Claim, better: Sequence[Trial], worse: Sequence[Trial]) -
     found = difference_interval(_over_seeds(better, claim.figure), _over_seeds(worse, claim.figure))
     seeds = [b - w for b, w in zip(_seeds(better, claim.figure), _seeds(worse, claim.figure), strict=True)]
     if not found.excludes(0):
-        verdict = "cannot be told: the interval of the difference holds 0"
+        verdict = "undecided: the interval of the difference contains 0"
     elif any(np.sign(seed) != np.sign(found.score) for seed in seeds):
-        verdict = "cannot be told: the seeds disagree"
+        verdict = "undecided: the seeds disagree"
     else:
         verdict = "holds" if (found.score < 0) == (claim.figure in LOWER) else "does not hold"
     difference = {"difference": found.score, "low": found.low, "high": found.high, "n": found.n}

@@ -31,7 +31,7 @@ def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
     make, usual = STUDIES[name]
     if plan.values and not usual:
         others = " and ".join(other for other, (_, values) in STUDIES.items() if values)
-        raise UserError(f"--values: {name} compares no numbers; {others} do")
+        raise UserError(f"--values: leave it out for {name}; only {others} use it")
     plan = replace(plan, values=tuple(sorted(set(plan.values or usual))))
     if usual and plan.values[0] < 1:
         raise UserError(f"--values {plan.values[0]}: give numbers of 1 or more")
@@ -39,7 +39,7 @@ def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
     needed = max((count for way in study.ways for count in way.pictures.values()), default=0)
     plan = replace(plan, scenes=plan.scenes or needed or SCENES)
     if needed > (plan.scenes or 0):
-        raise UserError(f"--values {needed}: there are {plan.scenes} scenes to train on (--scenes)")
+        raise UserError(f"--values {needed}: there are only {plan.scenes} training scenes; give more with --scenes")
     return study, plan
 
 
@@ -69,7 +69,7 @@ def _stage1(plan: Plan) -> Study:
         {"stage1": 60, "stage2": 32},
         (
             "The paper's figure 5 shows accuracy on VQAv2; here it is the loss of captions of unseen pictures.",
-            "The first two ways have no closed-form start anywhere, as in the paper.",
+            "The first two ways do not use a closed-form start, as in the paper.",
         ),
         reranks=True,
     )
@@ -94,7 +94,7 @@ def _itg(plan: Plan) -> Study:
         {"stage1": 140},
         (
             "The paper's table 6 fine-tunes on COCO and re-ranks 128 candidates; here nothing is fine-tuned.",
-            "Where ITM has not left its chance level, re-ranking by it is a draw among ITC's best candidates.",
+            "Where ITM is still at chance level, re-ranking with it puts ITC's best candidates in random order.",
         ),
         reranks=True,
     )
@@ -102,7 +102,7 @@ def _itg(plan: Plan) -> Study:
 
 def _queries(plan: Plan) -> Study:
     if len(plan.values) < 2:
-        raise UserError("--values: queries takes two numbers of queries or more")
+        raise UserError("--values: give at least two numbers of queries")
     names = [f"{number} queries" for number in plan.values]
     ways = [{"qformer.queries": number} for number in plan.values]
     more_than = [(more, fewer) for fewer, more in pairwise(names)]
@@ -110,7 +110,7 @@ def _queries(plan: Plan) -> Study:
         "queries",
         "how many queries?",
         tuple(Way(name, way, way) for name, way in zip(names, ways, strict=True)),
-        _claims("{} are better than {}", "nobody's: the paper has 32 and tries no other", *more_than),
+        _claims("{} are better than {}", "no source: the paper uses 32 and tests no other number", *more_than),
         ("stage1", "stage2"),
         {"stage1": 48, "stage2": 18},
     )
@@ -136,7 +136,7 @@ def _encoder(plan: Plan) -> Study:
 def _connector(plan: Plan) -> Study:
     side, *more = plan.values
     if more:
-        raise UserError("--values: connector takes one number, the side of the grid of visual tokens")
+        raise UserError("--values: give only one number, the side of the grid of visual tokens")
     queries = {"qformer.queries": side * side}
 
     def other(name: str, **options: int) -> dict[str, Any]:
@@ -185,11 +185,11 @@ def _capfilt(plan: Plan) -> Study:
         ("stage1",),
         {"stage1": 140, "stage2": 60},
         (
-            "Half of the pictures are clean: captioner (both stages) and ranker (its stage 1) are trained on them, and "
-            "no way is. The other half is the web: every second caption there is another picture's.",
+            "Half of the pictures are clean: captioner (both stages) and ranker (its stage 1) are trained on them. "
+            "The ways are trained on the other half, the web, where every second caption is another picture's.",
             "The web's and the right captions are one for each picture; CapFilt keeps two of eleven, and BLIP's form "
-            "up to two of two. A picture of which none is left is not trained on.",
-            "The paper ranks by CLIP ViT-L/14, which packages do not carry: here it is our own stage 1.",
+            "up to two of two. A picture without any caption left is not trained on.",
+            "The paper ranks with CLIP ViT-L/14, which is in no package: here our own stage 1 is used.",
         ),
     )
 
@@ -213,7 +213,7 @@ def _elastic(plan: Plan) -> Study:
     """One stage-2 run with elastic tokens and one without, each used with its first n visual tokens."""
     queries = plan.stage2.qformer.queries
     if plan.values[-1] > queries:
-        raise UserError(f"--values {plan.values[-1]}: there are {queries} visual tokens (qformer.queries)")
+        raise UserError(f"--values {plan.values[-1]}: give at most {queries} visual tokens (qformer.queries)")
     ways, claims = [], []
     for number in plan.values:
         one, both = f"always {queries}, first {number}", f"elastic, first {number}"

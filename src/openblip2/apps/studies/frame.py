@@ -152,7 +152,7 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
     for name in plan.changes:
         if name in varied or name in OWN:
             raise UserError(
-                f"--set {name}: the study {study.name} sets it itself; steps: --stage1-steps, --stage2-steps"
+                f"--set {name}: the study {study.name} sets this itself; for steps, use --stage1-steps, --stage2-steps"
             )
     # Wrong settings are reported before anything is drawn.
     ways = [change(getattr(plan, s), {**plan.changes, **way.stages[s]}) for way in study.ways for s in way.stages]

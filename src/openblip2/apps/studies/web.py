@@ -70,5 +70,5 @@ def _run_capfilt(
         for sample in read_tar(str(path), progress.say)
     }
     if not kept:
-        raise UserError(f"{out}: CapFilt left no picture: train captioner and ranker for longer (--stage1-steps)")
+        raise UserError(f"{out}: CapFilt kept no picture: train captioner and ranker for longer (--stage1-steps)")
     return {"captions": kept, "counts": dict(written.counts)}

@@ -135,7 +135,7 @@ def count_parts(
                 advance()
             if not any(counts):
                 why = f"the first problem: {problems[0]}" if problems else "give shards with images"
-                raise UserError(f"{part.name}: not one of its {len(counts)} shards contains a sample; {why}")
+                raise UserError(f"{part.name}: none of its {len(counts)} shards contains a sample; {why}")
             counted.append(replace(part, counts=tuple(counts), held_out=(0,) * len(counts)))
     return counted
 
@@ -176,7 +176,7 @@ def write_held_out(part: Part, wanted: int, folder: Path, problem: Callable[[str
                 records.append(Record(f"{Path(url).stem}/{sample.key}", path, sample.captions))
     if len(records) < 2:
         raise UserError(
-            f"{wanted} samples are held out, {len(records)} of them with a caption: at least 2; give --held-out "
+            f"{wanted} samples are held out, {len(records)} have a caption, but at least 2 must; give --held-out "
             "pictures, or a larger data.held_out"
         )
     write_records(records, folder)
@@ -199,7 +199,7 @@ def kept_parts(run: Path, parts: Sequence[Part]) -> list[Part] | None:
     try:
         kept = TypeAdapter(list[Part]).validate_python(json.loads(path.read_text("utf-8"))["parts"])
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: is damaged or another program's: give a new --out") from error
+        raise UserError(f"{path}: is damaged or from another program: give a new --out") from error
     if [replace(part, counts=(), held_out=()) for part in kept] != list(parts):
-        raise UserError(f"{path}: the run was begun on other shards: give the same --data, or a new --out")
+        raise UserError(f"{path}: the run was started with other shards: give the same --data, or a new --out")
     return kept

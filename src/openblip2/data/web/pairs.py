@@ -92,9 +92,7 @@ class OpenShards:
                     yield shard, number
             epoch, following = order.after(spot)
             spot = Spot(spot.lane, epoch, following, spot.place % order.counts[following])
-        raise UserError(
-            f"{self.parts[part].name}: no good sample is left to read: skipped.jsonl says what is wrong with each"
-        )
+        raise UserError(f"{self.parts[part].name}: no usable sample is left; see skipped.jsonl for the reasons")
 
     def problem(self, line: str) -> None:
         with self._lock:
@@ -116,8 +114,8 @@ class OpenShards:
             self.problem(f"{error}; its {count:,} samples are skipped")
             return None
         if len(shard) != count:
-            what = "the rest is skipped" if len(shard) < count else "the others are left out"
-            self.problem(f"{url}: contains {len(shard):,} samples, {count:,} were counted; {what}")
+            what = "the missing ones are skipped" if len(shard) < count else "the additional ones are not used"
+            self.problem(f"{url}: contains {len(shard):,} samples, but {count:,} were counted; {what}")
         return shard
 
 
@@ -225,11 +223,11 @@ class ShardPairs:
         """One of the captions, cleaned, and whether one of them says left or right."""
         texts = [text for one in captions if (text := clean_caption(one, len(one)))]
         if not texts:
-            raise UserError(f"{name}: has no caption: give text beside it")
+            raise UserError(f"{name}: has no caption: add a .txt file with the same name")
         text = texts[int(torch.rand((), generator=random).item() * len(texts))]
         if (cut := clean_caption(text)) != text:
-            most = f"at most {MAX_WORDS} words and {MAX_CHARACTERS:,} characters"
-            self.shards.problem(f"{name}: the end of a caption, after {cut[-20:]!r}; {most}")
+            most = f"give at most {MAX_WORDS} words and {MAX_CHARACTERS:,} characters"
+            self.shards.problem(f"{name}: a caption is cut after {cut[-20:]!r}; {most}")
         return cut, names_side(texts)
 
 

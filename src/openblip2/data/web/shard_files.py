@@ -51,7 +51,7 @@ def _expand_braces(item: str) -> list[str]:
     choices = [_choices(piece, item) if n % 2 else [piece] for n, piece in enumerate(pieces)]
     count = math.prod(map(len, choices))
     if count > MOST_SHARDS:
-        raise UserError(f"{item!r} names {count:,} shards; at most {MOST_SHARDS:,}")
+        raise UserError(f"{item!r} names {count:,} shards: give at most {MOST_SHARDS:,}")
     return ["".join(combination) for combination in itertools.product(*choices)]
 
 
@@ -61,7 +61,7 @@ def _choices(braces: str, item: str) -> list[str]:
         return braces.split(",")
     first, last = int(match[1]), int(match[2])
     if not first <= last < first + MOST_SHARDS:
-        raise UserError(f"{item!r}: the range {{{braces}}} must go up, to at most {MOST_SHARDS:,} shards")
+        raise UserError(f"{item!r}: the range {{{braces}}} must be ascending, with at most {MOST_SHARDS:,} shards")
     padded = match[1].startswith("0") or len(match[1]) == len(match[2])
     return [f"{n:0{len(match[1]) if padded else 0}}" for n in range(first, last + 1)]
 
@@ -76,7 +76,7 @@ def _files(name: str) -> list[str]:
     else:
         return [name]
     if not found:
-        raise UserError(f"{name}: holds no .tar file: give a folder of shards, or a pattern such as 'web/*.tar'")
+        raise UserError(f"{name}: contains no .tar file: give a folder of shards, or a pattern such as 'web/*.tar'")
     return found
 
 

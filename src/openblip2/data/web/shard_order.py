@@ -51,7 +51,7 @@ class Order:
     def __init__(self, counts: Sequence[int], lanes: int, seed: int, name: str = "") -> None:
         self.counts, self.seed, self.name, self.samples = counts, seed, name, sum(counts)
         if not self.samples:
-            raise UserError(f"{name or 'the shards'}: contain no sample: give shards with images and captions")
+            raise UserError(f"{name or 'the shards'}: no samples: give shards with images and captions")
         self.lanes = min(lanes, sum(count > 0 for count in counts))
         self._epoch = functools.lru_cache(maxsize=3)(self._draw_epoch)
         self._within = functools.lru_cache(maxsize=2 * lanes)(self._draw_within)
@@ -124,7 +124,7 @@ class PartTurns:
     def __init__(self, weights: Sequence[int], row: int, seed: int) -> None:
         self.weights, self.row, self.seed = list(weights), row, seed
         if sum(weights) > MOST_WEIGHT:
-            raise UserError(f"weights add up to {sum(weights):,}; at most {MOST_WEIGHT:,}: 3, 3 and 60, say")
+            raise UserError(f"weights add up to {sum(weights):,}; give at most {MOST_WEIGHT:,}, as in 3, 3 and 60")
         self._cycle = functools.lru_cache(maxsize=1)(self._draw_cycle)
 
     def __call__(self, number: int) -> tuple[int, int]:

@@ -89,14 +89,14 @@ def tar_members(file: BinaryIO, size: int, problem: Problem) -> list[Member]:
                 raise tarfile.HeaderError("a negative size")
             if info.type == _TOO_LONG:
                 problem(
-                    f"byte {place}: a header of {info.size:,} bytes, left out with its member; at most {MOST_HEADER:,}"
+                    f"byte {place}: a header of {info.size:,} bytes; give at most {MOST_HEADER:,}; its file is skipped"
                 )
             elif info.offset_data + info.size > size:
-                problem(f"{shown(info.name)}: the file is cut off in it; a whole tar file")
+                problem(f"{shown(info.name)}: the tar file is cut off in this member; give the complete tar file")
                 return members
             elif not too_long and not info.isdir():
                 if wrong := _wrong(info):
-                    problem(f"{shown(info.name)}: {wrong}; a regular file with a relative path inside the archive")
+                    problem(f"{shown(info.name)}: {wrong}; give a regular file with a relative path")
                 else:
                     members.append(Member(info.name, info.offset_data, info.size))
             too_long = info.type == _TOO_LONG
@@ -104,10 +104,10 @@ def tar_members(file: BinaryIO, size: int, problem: Problem) -> list[Member]:
         file.seek(place)
         end = file.read(tarfile.BLOCKSIZE)
         if end != bytes(tarfile.BLOCKSIZE):
-            what = "no tar header, what follows is lost" if len(end) == tarfile.BLOCKSIZE else "the file is cut off"
-            problem(f"byte {place}: {what}; a whole tar file")
+            what = "no tar header, so the rest is not read" if len(end) == tarfile.BLOCKSIZE else "the file is cut off"
+            problem(f"byte {place}: {what}; give the complete tar file")
     except (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
-        problem(f"byte {place}: no tar header ({one_line(error)}), what follows is lost; a plain tar file")
+        problem(f"byte {place}: no tar header ({one_line(error)}), so the rest is not read; give a plain tar file")
     return members
 
 
@@ -124,7 +124,7 @@ def _wrong(info: tarfile.TarInfo) -> str:
         return "has a name with bytes that are not text"
     if path.startswith("/") or path[1:2] == ":":
         return "has an absolute path"
-    return "has a path that leads out (..)" if ".." in path.split("/") else ""
+    return "has a path that leads out of the archive (..)" if ".." in path.split("/") else ""
 
 
 class Shard:
@@ -162,7 +162,7 @@ class Shard:
         key, suffix = self._keys[number], self._suffixes[number]
         image = self._content(number, "image", suffix, MAX_BYTES)
         if image == b"":
-            self.problem(f"{shown(key)}.{suffix}: is empty; an image")
+            self.problem(f"{shown(key)}.{suffix}: is empty (0 bytes); give an image")
         if not image:
             return None
         about = self._json(number)
@@ -182,7 +182,7 @@ class Shard:
         offset, size = self._places[number, KINDS.index(kind)].tolist()
         name = shown(f"{self._keys[number]}.{suffix}")
         if size > most:
-            self.problem(f"{name}: has {size:,} bytes; at most {most:,}")
+            self.problem(f"{name}: has {size:,} bytes; give at most {most:,}")
         if not 0 <= size <= most:
             return None
         try:
@@ -190,10 +190,10 @@ class Shard:
                 self._file.seek(offset)
                 content = self._file.read(size)
         except OSError as error:
-            self.problem(f"{name}: cannot be read ({error.strerror}); a readable file")
+            self.problem(f"{name}: cannot be read ({error.strerror}); give a readable file")
             return None
         if len(content) < size:
-            self.problem(f"{name}: the file is cut off in it; a whole tar file")
+            self.problem(f"{name}: the tar file is cut off in this member; give the complete tar file")
             return None
         return content
 
@@ -208,7 +208,7 @@ class Shard:
             wrong = "is JSON, but not an object"
         except (ValueError, RecursionError) as error:
             wrong = f"is not JSON ({one_line(error)[:80]})"
-        self.problem(f"{shown(self._keys[number])}.json: {wrong}; one object")
+        self.problem(f"{shown(self._keys[number])}.json: {wrong}; write one JSON object")
         return {}
 
     def _text(self, number: int) -> list[str]:
@@ -216,20 +216,20 @@ class Shard:
         try:
             return [] if content is None else [content.decode("utf-8-sig")]
         except UnicodeDecodeError:
-            self.problem(f"{shown(self._keys[number])}.txt: is not UTF-8 text; a caption")
+            self.problem(f"{shown(self._keys[number])}.txt: is not UTF-8 text; save it as UTF-8")
             return []
 
     def _listed(self, key: str, captions: Any) -> list[Any]:
         if isinstance(captions, str | list):
             return texts_of([captions] if isinstance(captions, str) else captions)
-        self.problem(f'{shown(key)}.json: "captions" is no list; ["text", ...] or [{{"text": ..., "score": ...}}, ...]')
+        self.problem(f'{shown(key)}.json: "captions" is not a list; use ["text", ...] or [{{"text": ...}}, ...]')
         return []
 
     def _usable(self, where: str, texts: Iterable[Any]) -> tuple[str, ...]:
         captions: list[str] = []
         for text in texts:
             if not isinstance(text, str) or not is_unicode(text) or len(text.encode()) > MAX_CAPTION:
-                self.problem(f"{shown(where)}: a caption is {ascii(text)[:40]}; text of at most {MAX_CAPTION:,} bytes")
+                self.problem(f"{shown(where)}: caption is {ascii(text)[:40]}; give text of up to {MAX_CAPTION:,} bytes")
             elif text.strip():
                 captions.append(text)
         return tuple(captions)
@@ -259,7 +259,7 @@ def _group(members: Sequence[Member], problem: Problem) -> dict[str, dict[str, M
         if not stem or kind not in KINDS:  # a file for other programs, unless it is an image
             last = os.path.splitext(name)[1].lower()
             if stem and last in UNREADABLE:
-                problem(f"{shown(member.name)}: pictures of this kind cannot be read; convert it to JPEG")
+                problem(f"{shown(member.name)}: this picture format is not supported; convert it to JPEG")
             elif stem and last in PICTURE_SUFFIXES:
                 problem(
                     f"{shown(member.name)}: has a dot within its name, where webdataset begins the suffix; rename it"
@@ -267,12 +267,12 @@ def _group(members: Sequence[Member], problem: Problem) -> dict[str, dict[str, M
             continue
         sample = samples.setdefault(folder + slash + stem, {})
         if kind in sample:
-            problem(f"{shown(member.name)}: the second {kind} of its sample, {shown(sample[kind].name)} is used; one")
+            problem(f"{shown(member.name)}: second {kind} of its sample, {shown(sample[kind].name)} is used; keep one")
         else:
             sample[kind] = member
     for key, sample in samples.items():
         if "image" not in sample:
-            problem(f"{shown(key)}: no image; {shown(key)}.jpg beside its text")
+            problem(f"{shown(key)}: no image; add {shown(key)}.jpg")
     if members and not samples:
-        problem(f"none of its {len(members):,} files is a picture ({shown(members[0].name)}, ...); 000017.jpg, ...")
+        problem(f"none of its {len(members):,} files is a picture ({shown(members[0].name)}, ...); add 000017.jpg, ...")
     return {key: sample for key, sample in samples.items() if "image" in sample}

@@ -65,7 +65,7 @@ class TarWriter:
         parts = key.split("/")
         unsafe = not key.isprintable() or "\\" in key or "." in parts[-1] or {"", ".", ".."} & set(parts)
         if unsafe or key in self._keys:
-            raise UserError(f"{self.path}: key {ascii(key)[:80]} is unsafe or used twice: give a name without dots")
+            raise UserError(f"{self.path}: key {ascii(key)[:80]} is unsafe or used twice: give a new name without dots")
         if suffix not in PICTURES:
             raise UserError(f"{self.path}: {shown(key)}: suffix {suffix!r} must be one of {sorted(PICTURES)}")
         self._keys.add(key)
@@ -124,8 +124,7 @@ def write_shards(
     make_folder(out)
     if others := sorted({path.name for path in out.glob("*.tar")} - {path.name for path in paths}):
         raise UserError(
-            f"{out} holds shards of other records or of another --size ({others[0]}): give another folder, or remove "
-            "them"
+            f"{out} has shards of other records or of another --size ({others[0]}): give another folder, or remove them"
         )
     samples, skipped = 0, list[str]()
     with ThreadPoolExecutor(THREADS) as threads:
