@@ -1,7 +1,10 @@
 """`openblip2 bench-real`: both stages on real images of four sources, by cross-validation, with intervals.
 
-packages -> images in groups of near-duplicates -> for each fold: stage 1 on all sources, stage 1 on stamps alone, both
-fine-tuned for retrieval of stamps, stage 2 with captions -> the scores on the held-out stamps of all folds together.
+packages -> images in groups of near-duplicates -> for each fold: stage 1 on all sources, stage 1 on stamps alone, and
+stage 2 after the first -> the scores on the held-out stamps of all folds together.
+
+Stage 1 has ITC alone, in batches of 128: with 5,000 short captions ITM stays at chance level for hundreds of steps, and in
+the same time, larger batches improve retrieval most (docs/decisions.md, "Real pictures").
 
 The test images of a fold share no group with its training images. A caption may be in both; scores are also given for
 stamps with captions that were trained on and for stamps with new captions.
@@ -30,18 +33,18 @@ from openblip2.hardware import keep_freed_memory
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
-from openblip2.presets import fine_tuning, preset
+from openblip2.presets import preset
 from openblip2.progress import Progress
-from openblip2.runs import read_settings, write_json
+from openblip2.runs import write_json
 
 SOURCE = "stamps"  # scored for retrieval and captions; the other sources are only used for training
 WAYS = ("tr@1", "ir@1")  # image to text, text to image
 
-# Changes to the settings of each training: stage 1 on all sources and on stamps alone, fine-tuning, the captioner.
+# Changes to the settings of each training: stage 1 on all sources and on stamps alone, the captioner.
+_STAGE1 = {"stage1.objectives": ("itc",), "train.batch": 128}
 CHANGES: dict[str, dict[str, Any]] = {
-    "joint": {"train.steps": 240, "stage1.itm_start_step": 40},
-    "alone": {"train.steps": 60, "stage1.itm_start_step": 20},
-    "retrieval": {"train.steps": 60, "optim.lr": 1e-4},
+    "joint": {"train.steps": 100, **_STAGE1},
+    "alone": {"train.steps": 30, **_STAGE1},
     "captions": {"train.steps": 60},
 }
 
@@ -54,7 +57,6 @@ class RealPlan:
         k: number of folds.
         folds: the folds that are run; the others are left out of the figures.
         seed: seed of the folds and of training.
-        reranked: number of candidates that ITM scores.
         changes: changes to the settings, as in `CHANGES`.
         overwrite: train runs again if they have other settings or data.
         stage1: settings of stage 1.
@@ -65,7 +67,6 @@ class RealPlan:
     folds: tuple[int, ...] = (0, 1, 2, 3, 4)
     seed: int = 0
     overwrite: bool = False
-    reranked: int = 16
     changes: Mapping[str, dict[str, Any]] = field(default_factory=lambda: CHANGES)
     stage1: RunSettings = field(default_factory=lambda: preset("stage1", "laptop"))
     stage2: RunSettings = field(default_factory=lambda: preset("stage2", "laptop"))
@@ -78,7 +79,7 @@ def bench_real(out: Path, plan: RealPlan, progress: Progress) -> dict[str, Any]:
         UserError: no source can be fetched, or a fold is unknown.
     """
     if not plan.folds or not set(plan.folds) <= set(range(plan.k)):
-        raise UserError(f"folds {', '.join(map(str, plan.folds))}: give some of 0 to {plan.k - 1}")
+        raise UserError(f"folds {', '.join(map(str, plan.folds))}: give numbers from 0 to {plan.k - 1}")
     keep_freed_memory()
     records = gather_images(out, progress)
     parts = by_fold(records, plan.k, plan.seed)
@@ -123,17 +124,10 @@ def _fold(
     common = {"data.features": str(features), "train.seed": plan.seed}
     first, rows = {}, {}
     for name, part in (("joint", train), ("alone", stamps)):
-        settings = change(plan.stage1, common | plan.changes[name])
-        first[name] = runs.train(settings, part, folder / name / "stage1")
-        start = first[name].folder
-        tuned = fine_tuning("retrieval", "laptop", read_settings(start), str(start))
-        tuned = change(tuned, common | plan.changes["retrieval"])
-        second = runs.train(tuned, stamps, folder / name / "retrieval", first[name])
-        for stage, run in (("stage 1", first[name]), ("fine-tuned", second)):
-            matcher = load(run.folder)
-            assert isinstance(matcher, Matcher)
-            scored = score_retrieval(matcher, test, Options(rerank=plan.reranked, features=features), runs.progress)
-            rows[f"{name}, {stage}"] = scored.samples
+        first[name] = runs.train(change(plan.stage1, common | plan.changes[name]), part, folder / name / "stage1")
+        matcher = load(first[name].folder)
+        assert isinstance(matcher, Matcher)
+        rows[name] = score_retrieval(matcher, test, Options(rerank=0, features=features), runs.progress).samples
     settings = change(plan.stage2, common | plan.changes["captions"])
     captioner = load(runs.train(settings, train, folder / "joint" / "stage2", first["joint"]).folder)
     assert isinstance(captioner, Captioner)
@@ -152,21 +146,16 @@ def _fold(
 def real_summary(rows: dict[str, list[dict[str, Any]]], plan: RealPlan) -> dict[str, Any]:
     """Scores with intervals over groups, and the differences that the study measures, paired by sample."""
     scores, differences = {}, {}
-    for name in ("joint, stage 1", "joint, fine-tuned", "alone, stage 1", "alone, fine-tuned"):
-        for way in WAYS:
-            for score in ("itc", "itm", "itm+itc"):
-                scores[f"{name}: {score} {way}"] = mean_interval(*_first_right(rows[name], way, score))
-            for known, kind in ((True, "known captions"), (False, "new captions")):
-                right, groups = _first_right([row for row in rows[name] if row["known"] == known], way, "itc")
-                if len(right):
-                    scores[f"{name}: itc {way}, {kind}"] = mean_interval(right, groups)
     for way in WAYS:
-        joint, groups = _first_right(rows["joint, fine-tuned"], way, "itc")
-        for score in ("itm", "itm+itc"):
-            better, _ = _first_right(rows["joint, fine-tuned"], way, score)
-            differences[f"{score} less itc, {way}"] = difference_interval(better, joint, groups)
-        alone, _ = _first_right(rows["alone, fine-tuned"], way, "itc")
-        differences[f"joint less alone, {way}"] = difference_interval(joint, alone, groups)
+        right = {}
+        for name in ("joint", "alone"):
+            right[name], groups = _first_right(rows[name], way)
+            scores[f"{name}: {way}"] = mean_interval(right[name], groups)
+            for known, kind in ((True, "known captions"), (False, "new captions")):
+                some, of = _first_right([row for row in rows[name] if row["known"] == known], way)
+                if len(some):
+                    scores[f"{name}: {way}, {kind}"] = mean_interval(some, of)
+        differences[f"joint less alone, {way}"] = difference_interval(right["joint"], right["alone"], groups)
     captions = rows["captions"]
     groups = [row["group"] for row in captions]
     scores["captions: CIDEr-D"] = mean_interval(np.array([row["CIDEr-D"] for row in captions]), groups)
@@ -183,10 +172,10 @@ def real_summary(rows: dict[str, list[dict[str, Any]]], plan: RealPlan) -> dict[
     }
 
 
-def _first_right(rows: Sequence[dict[str, Any]], way: str, score: str) -> tuple[np.ndarray, list[Any]]:
+def _first_right(rows: Sequence[dict[str, Any]], way: str) -> tuple[np.ndarray, list[Any]]:
     """`hits` of the images ("tr@1") or texts ("ir@1"), and the group of each."""
     groups = [row["group"] for row in rows if ("caption" in row) == (way == "ir@1")]
-    return np.array(hits(rows, way[:2], score)), groups
+    return np.array(hits(rows, way[:2], "itc")), groups
 
 
 def real_in_words(figures: dict[str, Any]) -> str:
