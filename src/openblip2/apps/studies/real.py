@@ -3,8 +3,8 @@
 packages -> images in groups of near-duplicates -> for each fold: stage 1 on all sources, stage 1 on stamps alone, and
 stage 2 after the first -> the scores on the held-out stamps of all folds together.
 
-Stage 1 has ITC alone, in batches of 128: with 5,000 short captions ITM stays at chance level for hundreds of steps, and in
-the same time, larger batches improve retrieval most (docs/decisions.md, "Real pictures").
+Stage 1 has ITC alone, in batches of 128. With 5,000 short captions, ITM stays at chance level for hundreds of steps,
+and larger batches improve retrieval most in the same time (docs/decisions.md, "Real pictures").
 
 The test images of a fold share no group with its training images. A caption may be in both; scores are also given for
 stamps with captions that were trained on and for stamps with new captions.
