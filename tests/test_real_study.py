@@ -1,5 +1,6 @@
 """The study on real pictures, with tiny models and generated pictures in the format of the prepared ones."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -75,3 +76,10 @@ def test_folds_are_trained_scored_and_put_into_a_table(home: Path) -> None:
 def test_what_cannot_be_run_is_one_line(home: Path) -> None:
     with pytest.raises(UserError, match="give numbers from 0 to 4"):
         real.bench_real(home / "out", real.RealPlan(folds=(7,)), Progress(quiet=True))
+
+
+def test_a_missing_package_is_named_before_anything_is_fetched(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"scoring captions needs pycocoevalcap: pip install 'openblip2\[eval\]'"):
+        real.bench_real(home / "nothing", real.RealPlan(), Progress(quiet=True))
+    assert not (home / "nothing").exists()

@@ -24,7 +24,7 @@ from openblip2.apps.studies.frame import Runs, hits
 from openblip2.config import RunSettings, change
 from openblip2.data.records import Record, read_records
 from openblip2.data.text import clean_caption
-from openblip2.errors import UserError
+from openblip2.errors import UserError, require
 from openblip2.evaluate.caption import score_captions
 from openblip2.evaluate.intervals import difference_interval, mean_interval
 from openblip2.evaluate.result import Options, PartialTexts
@@ -80,6 +80,7 @@ def bench_real(out: Path, plan: RealPlan, progress: Progress) -> dict[str, Any]:
     """
     if not plan.folds or not set(plan.folds) <= set(range(plan.k)):
         raise UserError(f"folds {', '.join(map(str, plan.folds))}: give numbers from 0 to {plan.k - 1}")
+    require("scoring captions", "eval", "pycocoevalcap")  # checked now, not after the training
     keep_freed_memory()
     records = gather_images(out, progress)
     parts = by_fold(records, plan.k, plan.seed)
