@@ -27,7 +27,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     tiny_runs.home(root)
     words = dict(word.split("=", 1) for word in tiny_runs.options(root)[1::2]) | {"data.max_tokens": "18"}
     tiny: dict[str, Any] = {stage: change(preset(stage, "laptop"), words) for stage in ("stage1", "stage2")}
-    return Plan(scenes=24, test_scenes=8, validated=4, steps={"stage1": 3, "stage2": 2}, **tiny)
+    return Plan(seeds=(0, 1), scenes=24, test_scenes=8, validated=4, steps={"stage1": 3, "stage2": 2}, **tiny)
 
 
 def test_the_web_has_wrong_captions_and_no_other_difference() -> None:
@@ -55,13 +55,14 @@ def test_each_way_is_trained_on_its_captions(plan: Plan, tmp_path: Path, monkeyp
     result = ablate("capfilt", tmp_path, plan, QUIET)
     runs = ("the-web-s-captions", "capfilt", "capfilt-blip-s-form", "the-right-captions")
     assert given.keys() == {f"seed-0/{name}" for name in ("stage1-captioner", "stage2-captioner")} | {
-        f"seed-0/stage1-{name}" for name in runs
-    }
+        f"seed-{seed}/stage1-{name}" for name in runs for seed in (0, 1)
+    }, "captioner and ranker are trained once, for all seeds"
+    assert given["seed-1/stage1-capfilt"] == given["seed-0/stage1-capfilt"]
     swapped, found, itm, right = (given[f"seed-0/stage1-{name}"] for name in runs)
     assert [len(record.captions) for record in swapped] == [len(record.captions) for record in right] == [1] * 12
     assert sum(one != other for one, other in zip(swapped, right, strict=True)) in range(3, 7)
     for records, name in ((found, "capfilt"), (itm, "itm")):
-        kept = json.loads((tmp_path / "seed-0" / f"web-{name}.json").read_text())
+        kept = json.loads((tmp_path / f"web-{name}.json").read_text())
         assert {record.id: list(record.captions) for record in records} == kept["captions"]
         assert kept["counts"]["captions"] == sum(len(record.captions) for record in records)
         assert 1 <= max(len(record.captions) for record in records) <= 2

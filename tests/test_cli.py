@@ -352,12 +352,7 @@ SETTINGS: dict[str, Bad] = {
     "type": (lambda h: h.train("stage1", "x", "--set", "train.steps=abc"), ("train.steps='abc'", "integer")),
     "range": (lambda h: h.train("stage1", "x", "--set", "train.batch=0"), ("train.batch=0", "greater than")),
     "no value": (lambda h: h.train("stage1", "x", "--set", "train.steps"), ("'train.steps'", "section.field=value")),
-    "corpus": (lambda h: ("demo", "--out", h.root / "x", "--corpus", "coco"), ("'coco'", "scenes or stamps")),
     "world": (lambda h: ("demo", "--out", h.root / "x", "--world", "tiny"), ("'tiny'", "small or full")),
-    "world of stamps": (
-        lambda h: ("demo", "--out", h.root / "x", "--world", "small", "--corpus", "stamps"),
-        ("--world small", "--corpus stamps", "leave one of them out"),
-    ),
     "budget of nothing": (lambda h: ("demo", "--out", h.root / "x", "--budget", 0), ("--budget 0", "above 0")),
     "budget below nothing": (lambda h: ("demo", "--out", h.root / "x", "--budget", "-2"), ("--budget -2", "above 0")),
     "budget of no number": (lambda h: ("demo", "--out", h.root / "x", "--budget", "nan"), ("--budget nan", "above 0")),

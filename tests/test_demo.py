@@ -99,37 +99,26 @@ def test_demo_as_json_is_one_object_a_line(little_demo: Path) -> None:
 
 
 def test_worlds_and_budgets_are_plans() -> None:
-    full, longer = plan_for("scenes", "full", 3), plan_for("scenes", "full", budget=2.5)
+    full, longer = plan_for("full", 3), plan_for("full", budget=2.5)
     assert (full.world, full.seed) == ("full", 3)
     assert full.stage1.vision == full.stage2.vision
     for usual, more in ((full.stage1, longer.stage1), (full.stage2, longer.stage2)):
         assert more.train.steps == 2.5 * usual.train.steps
     assert longer.stage1.stage1 == full.stage1.stage1
     assert longer.stage2.stage2.lm_start_step == 2.5 * full.stage2.stage2.lm_start_step
-    small, shorter = plan_for("scenes"), plan_for("scenes", budget=0.1)
+    small, shorter = plan_for(), plan_for(budget=0.1)
     assert small.world == "small"
     assert small.stage1.vision == small.stage2.vision  # stage 2 starts from stage 1 and reads the same features
     assert shorter.stage1.train.steps == round(0.1 * small.stage1.train.steps)
     assert shorter.stage1.stage1.itm_start_step < shorter.stage1.train.steps
     assert shorter.stage1.stage1.similar_start_step == round(0.1 * (small.stage1.stage1.similar_start_step or 0))
-    assert plan_for("stamps").stage1.train.steps == 60
 
 
 def test_the_announcement_has_the_plan_in_it() -> None:
-    told = announcement(plan_for("scenes"), Path("runs/x"))
+    told = announcement(plan_for(), Path("runs/x"))
     for part in ("12 things", "cat, dog, fish", "at 168 px", "runs/x/report.html", "wheel:dinov2-small"):
         assert part in told
-    assert "222 things" in announcement(plan_for("scenes", "full"), Path("x"))
-    assert "stamps" in announcement(plan_for("stamps"), Path("x"))
-
-
-def test_stamps_that_are_not_installed_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import openblip2.apps.demo.plan as module
-    from openblip2.apps.corpora.installed import stamps_records
-
-    monkeypatch.setattr(module, "stamps_records", lambda seed: stamps_records(tmp_path / "none", seed=seed))
-    with pytest.raises(UserError, match="apt-get install tuxpaint-stamps-default"):
-        run_demo(tmp_path / "out", replace(LITTLE, corpus="stamps"), Progress(quiet=True))
+    assert "222 things" in announcement(plan_for("full"), Path("x"))
 
 
 @pytest.mark.slow

@@ -76,7 +76,6 @@ def test_what_is_completed_is_what_there_is() -> None:
     def values(kind: type, name: str) -> tuple[str, ...]:
         return get_args(kind.__annotations__[name])
 
-    assert values(DemoPlan, "corpus") == learn.CORPORA
     assert values(DemoPlan, "world") == tuple(learn.WORLDS)
     assert {world: len(nouns) for world, nouns in WORLDS.items()} == learn.WORLDS
     assert (*PRESETS, *FINE_TUNING) == learn.TRAININGS

@@ -13,7 +13,7 @@ SHOWN = re.compile(r"^(runs/demo/\S+)\n  caption:   (.+)\n  reference: (.+)$", r
 
 
 def test_the_demo_begins_with_what_the_readme_shows() -> None:
-    assert announcement(plan_for("scenes"), Path("runs/demo")) in README
+    assert announcement(plan_for(), Path("runs/demo")) in README
 
 
 def test_the_captions_are_of_the_first_test_pictures_and_counted_rightly(tmp_path: Path) -> None:

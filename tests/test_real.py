@@ -428,3 +428,8 @@ def flag(*stripes: str, shape: str = "rectangle", size: tuple[int, int] = (90, 6
 )
 def test_copies_agree_in_their_outline_and_inside(one: Image.Image, other: Image.Image, copies: bool) -> None:
     assert bool(real.alike(np.stack([real.thumbnail(one), real.thumbnail(other)]))) == copies
+
+
+def test_groups_join_through_others() -> None:
+    groups = real.joined([["a"], ["b"], ["c"], ["b", "x"], ["d"], ["x"]], [(0, 2)])
+    assert sorted(groups) == [[0, 2], [1, 3, 5], [4]]

@@ -57,7 +57,7 @@ def plan(models: Path) -> Plan:
 
 
 def test_the_small_world_has_the_demos_settings_and_steps() -> None:
-    demo = plan_for("scenes", "small")
+    demo = plan_for("small")
     plan = small_world(seeds=(0, 1), steps={"stage2": 1450})
     assert (plan.world, plan.seeds) == ("small", (0, 1))
     assert plan.steps == {"stage1": demo.stage1.train.steps, "stage2": 1450}
@@ -69,7 +69,7 @@ def test_a_shorter_run_keeps_the_shares_of_its_parts(plan: Plan, tmp_path: Path)
     study, small = study_of("stage1", small)
     work = frame.Work(study, small, frame.Runs(tmp_path, QUIET), [], [])
     first, second = (frame._settings(work, study.ways[1], stage) for stage in ("stage1", "stage2"))
-    demo = plan_for("scenes", "small", budget=0.1)
+    demo = plan_for("small", budget=0.1)
     assert first.stage1.itm_start_step == demo.stage1.stage1.itm_start_step > 0
     assert first.stage1.similar_start_step == demo.stage1.stage1.similar_start_step
     assert second.stage2.lm_start_step == demo.stage2.stage2.lm_start_step > 0
@@ -243,7 +243,7 @@ def test_a_new_study_is_one_function(
             listed = (tmp_path / "seed-0" / f"{stage}-{n}-pictures" / "trained_on.txt").read_text().splitlines()
             assert len(listed) == n
     text = (tmp_path / "ablation.md").read_text()
-    assert "- 8 pictures: stage 1 on 8 pictures; stage 2 on 8 pictures; stage 1: as the preset" in text
+    assert "- 8 pictures: stage 1 on 8 pictures; stage 2 on 8 pictures; stage 1: no change" in text
 
 
 def test_the_learning_curve_and_the_first_visual_tokens(plan: Plan, tmp_path: Path, trained: list[str]) -> None:
@@ -396,8 +396,8 @@ def result_of(figures: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 def test_the_document_holds_every_figure() -> None:
     text = ablation_in_words(result_of({"loss": {"a": 2.0, "b": 1.0}}))
     assert text.startswith("# What is it worth?\n")
-    assert "| caption loss, right picture, nats a token | 2.00 [1.90, 2.10] | 1.00 [0.90, 1.10] |" in text
-    assert "b less a: -1.00 nats a token [" in text
+    assert "| caption loss, right picture, nats per token | 2.00 [1.90, 2.10] | 1.00 [0.90, 1.10] |" in text
+    assert "b minus a: -1.00 nats per token [" in text
     assert "- b: stage 1: not trained; stage 2: `warm_start=True`" in text
     assert "took 2.0 min" in text
 

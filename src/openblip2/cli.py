@@ -1,10 +1,14 @@
 """The command line: the list of its commands, each with an example.
 
-Nothing heavy is imported before one runs, so that `--help` answers at once.
+Large libraries are imported only when a command runs, so that `--help` is fast.
 
-Standard output is for results, standard error for progress and what is wrong. Exit codes: 0 done; 1 an error of ours
-(a traceback), or nobody reads the output any more; 2 something handed in cannot be used (one line says what); 130
-interrupted, 143 told to stop (SIGTERM): one line says what is kept.
+Results go to standard output; progress and errors go to standard error. Exit codes:
+
+    0    the command is done
+    1    an error in openblip2, with a traceback; or the reader of the output has closed it
+    2    the input cannot be used; one line says why and what to do
+    130  interrupted by Ctrl-C; one line says what was kept
+    143  stopped by SIGTERM; one line says what was kept
 """
 
 import functools
@@ -45,7 +49,7 @@ def everywhere(
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that ends in one line when it is interrupted, with what it has noted (`shared.keeping`)."""
+    """Wraps a command so that an interruption prints one line, which also says what was kept (`shared.keeping`)."""
 
     def stopped(number: int, _: object) -> None:
         raise Stopped(number)
@@ -97,7 +101,7 @@ for command, example in (
 
 
 def main() -> None:
-    """The `openblip2` command: what a user handed in wrongly becomes one line and exit code 2."""
+    """The `openblip2` command. A `UserError` is printed as one line, and the exit code is 2."""
     import warnings
 
     # Images with too many pixels are refused; Pillow's own warning would only be printed before our message.

@@ -1,1 +1,1 @@
-"""What the command line can do, by kind. Nothing heavy is imported before a command runs."""
+"""The commands, grouped by purpose. Large libraries are imported only when a command runs."""

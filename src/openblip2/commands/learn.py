@@ -31,7 +31,6 @@ from openblip2.commands.shared import (
 )
 from openblip2.errors import UserError
 
-CORPORA = ("scenes", "stamps")
 TRAININGS = ("stage1", "stage2", "caption", "vqa", "instruct", "retrieval")
 STORED = ("fp16", "bf16")
 TARGETS = ("openblip2", "hf", "lavis", "onnx", "projected")
@@ -47,39 +46,27 @@ ARGUMENTS = {  # arguments of `train` that replace these settings
 
 def demo(
     out: Annotated[Path, typer.Option(help="Output folder for the runs, metrics.json and report.html.")],
-    corpus: Annotated[
-        str,
-        typer.Option(help="scenes (drawn) or stamps (of Tux Paint, if installed).", autocompletion=among(CORPORA)),
-    ] = "scenes",
     world: Annotated[
-        str | None,
+        str,
         typer.Option(
             help=f"Kind of scenes: small ({WORLDS['small']} nouns) or full ({WORLDS['full']} nouns).",
             autocompletion=among(tuple(WORLDS)),
-            show_default="small",
         ),
-    ] = None,
+    ] = "small",
     budget: Annotated[float, typer.Option(help="Factor for the usual number of steps of both stages.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the scenes and of training.")] = 0,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Train both stages with small real models, and evaluate them on new images."""
-    if corpus not in CORPORA:
-        raise UserError(f"unknown corpus {corpus!r}: it must be {' or '.join(CORPORA)}")
-    if world is not None and corpus != "scenes":
-        raise UserError(
-            f"--world {world} with --corpus {corpus}: only drawn scenes have a world; leave one of them out"
-        )
-    if world is not None:
-        require_world(world)
+    require_world(world)
     if not 0 < budget < math.inf:
         raise UserError(f"--budget {budget:g}: it must be a number above 0; 4 trains for four times the usual steps")
     says = progress()
     says.doing("loading the libraries")
     from openblip2.apps.demo import plan_for, run_demo
 
-    plan = plan_for(corpus, world or "small", seed, budget)  # pyright: ignore[reportArgumentType]
+    plan = plan_for(world, seed, budget)  # pyright: ignore[reportArgumentType]
     with output(out, "a demo", "checkpoints and finished runs are in", out / "stage1" / "resume"):
         metrics = run_demo(out, plan, says, overwrite)
     report, figures = str(out / "report.html"), str(out / "metrics.json")
@@ -245,7 +232,7 @@ def convert(
 
 
 def _others() -> AbstractContextManager[None]:
-    """The other processes of the run, where torchrun or accelerate launch has started this one (docs/clusters.md)."""
+    """Joins the other processes of the run if torchrun or `accelerate launch` started this one (docs/clusters.md)."""
     if "RANK" not in os.environ:
         return nullcontext()  # returns here without importing torch
     from openblip2.distributed.launch import processes

@@ -43,7 +43,7 @@ STUDIES = ("stage1", "itg", "queries", "encoder", "connector", "capfilt", "pictu
 def evaluate(
     task: Annotated[str, typer.Argument(help="caption, vqa, retrieval or pointing.", autocompletion=among(TASKS))],
     run: Run,
-    data: Annotated[str, typer.Option(help="Test data: as for `train`, an official .json, easy-vqa or stamps.")],
+    data: Annotated[str, typer.Option(help="Test data: as for `train`, an official .json, or easy-vqa.")],
     out: Annotated[Path, typer.Option(help="JSON file for the scores; also writes a .jsonl of the samples.")],
     images: Images = None,
     split: Split = None,
@@ -146,7 +146,7 @@ def doctor(
 
 
 def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Finding, dict[str, Any], list[Path]]":
-    """What the effective rank of a loaded model says, its value, and the pictures that cannot be read."""
+    """The finding about the effective rank of a loaded model, its value, and the pictures that cannot be read."""
     if len(images) < 2:
         raise UserError("one picture is not enough for an effective rank: give at least two")
     says = progress()
@@ -262,7 +262,7 @@ def ablate(
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Different whole numbers, 0 or more, with commas between them, in their order."""
+    """Reads different whole numbers of 0 or more, separated by commas, and keeps their order."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise UserError(f"{option} {text!r}: give whole numbers with commas between them, for example 0,1,2")

@@ -82,7 +82,7 @@ def read_gpus(text: str) -> tuple[str, int]:
 
 
 def _read_count(text: str) -> int:
-    """129M, 14.5K, 100."""
+    """Reads a number such as 129M, 14.5K or 100."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip().replace(",", ""), re.IGNORECASE)
     if not match:
         raise UserError(f"--images {text!r}: write it as 129M, 14.5K or 100")
@@ -90,7 +90,7 @@ def _read_count(text: str) -> int:
 
 
 def _lines(figures: dict[str, Any]) -> list[str]:
-    """A plan as text."""
+    """The lines of a plan as text."""
     gpus, step, run, memory = (figures[name] for name in ("gpus", "step", "run", "memory"))
     lines = [
         f"{figures['preset']} on {gpus['count']} x {gpus['kind']}: {run['steps']:,} steps of {step['pairs']:,} pairs",

@@ -25,7 +25,7 @@ FILTERS = ("similarity", "itm")
 
 
 def prepare(
-    data: Annotated[str, typer.Argument(help="A folder, .jsonl or .csv, an official .json, easy-vqa or stamps.")],
+    data: Annotated[str, typer.Argument(help="A folder, .jsonl or .csv, an official .json, or easy-vqa.")],
     out: Annotated[Path, typer.Option(help="Output folder of the shards; an interrupted run is continued.")],
     images: Images = None,
     split: Split = None,

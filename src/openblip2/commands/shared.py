@@ -1,4 +1,4 @@
-"""What several commands take, how they refuse it, and how all of them speak."""
+"""Options, checks, progress and output that several commands share."""
 
 import gc
 import json
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Run = Annotated[str, typer.Argument(help="Run written by `train` or `demo`, or published weights (see `convert`).")]
 Images = Annotated[Path | None, typer.Option(help="Folder of the images, if --data is an official .json.")]
-Split = Annotated[str | None, typer.Option(help="Split of easy-vqa, of stamps, or of an official file with several.")]
+Split = Annotated[str | None, typer.Option(help="Split of easy-vqa, or of an official file with several.")]
 Questions = Annotated[Path | None, typer.Option(help="File of the questions, for VQAv2 and OK-VQA.")]
 VisualTokens = Annotated[
     int | None,
@@ -50,13 +50,17 @@ _asked = {"quiet": False}
 
 
 def require_world(world: str) -> None:
-    """Refuses a kind of drawn scenes that does not exist."""
+    """Checks that a kind of drawn scenes exists.
+
+    Raises:
+        UserError: it does not.
+    """
     if world not in WORLDS:
         raise UserError(f"unknown world {world!r}: it must be {' or '.join(WORLDS)}")
 
 
 def among(known: Sequence[str] | Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
-    """Completes a value that is one of these; a function is only called when a shell asks."""
+    """Suggests known values for completion in a shell. A function is called only when a shell asks for them."""
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in (known() if callable(known) else known) if name.startswith(incomplete)]
@@ -65,7 +69,7 @@ def among(known: Sequence[str] | Callable[[], Sequence[str]]) -> Callable[[str],
 
 
 def presets(stage: str | None = None) -> list[str]:
-    """Names of presets, of all stages or of one."""
+    """The names of the presets of one stage, or of all stages."""
     from openblip2.presets import FINE_TUNING, PRESETS
 
     every = PRESETS | FINE_TUNING
@@ -73,25 +77,25 @@ def presets(stage: str | None = None) -> list[str]:
 
 
 def be_quiet(asked: bool) -> None:
-    """What `openblip2 --quiet` asks of the command that follows."""
+    """Switches progress and warnings off for the command that follows, as `openblip2 --quiet` does."""
     _asked["quiet"] = asked
     log.setLevel(logging.ERROR if asked else logging.NOTSET)
 
 
 def progress(first: bool = True) -> "Progress":
-    """Where a command says how it is doing. `first`: whether this is the process that speaks."""
+    """A `Progress` for the command. It prints nothing after `--quiet`, and in all processes but the first."""
     from openblip2.progress import Progress
 
     return Progress(quiet=_asked["quiet"] or not first)
 
 
 def put(values: dict[str, Any]) -> None:
-    """One object, one line, on standard output."""
+    """Prints an object as one line of JSON on standard output."""
     tell(json.dumps(values, ensure_ascii=False))
 
 
 def show(values: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
-    """The result of a command: one object in JSON, or these lines."""
+    """Prints the result of a command: as one object in JSON, or as these lines."""
     if as_json:
         put(values)
         return
@@ -100,13 +104,16 @@ def show(values: dict[str, Any], lines: Iterable[str], as_json: bool) -> None:
 
 
 def tell(line: str) -> None:
-    """A line of the result, at once. Not `typer.echo`: it writes past a running bar, into its line."""
+    """Prints a line of the result immediately. `typer.echo` would write into the line of a running progress bar."""
     print(line.encode(errors="backslashreplace").decode(), flush=True)  # file names may have bytes that are not text
 
 
 @contextmanager
 def keeping(what: str, kept: Path | None = None) -> Iterator[None]:
-    """Within, an interruption's one line says `what`, if `kept` is there and not empty: what is kept, how to go on."""
+    """If the block is interrupted, the message also says `what`: what was kept, and how to continue.
+
+    It says that nothing was saved if `kept` does not exist or is an empty folder.
+    """
     try:
         yield
     except KeyboardInterrupt as stop:
@@ -116,7 +123,16 @@ def keeping(what: str, kept: Path | None = None) -> Iterator[None]:
 
 
 def require_kind(out: Path, *kinds: str, data: str | Path | None = None) -> None:
-    """Refuses an output folder that is `data`, or holds another kind of `HOLDS` than these, so that nothing mixes."""
+    """Checks that an output folder contains no other kind of output than these, so that outputs are never mixed.
+
+    Args:
+        out: the folder; it need not exist.
+        kinds: keys of `HOLDS` that it may contain.
+        data: the folder of the images, which must be another one.
+
+    Raises:
+        UserError: it contains something else, or it is `data`.
+    """
     if data is not None and Path(data).resolve() == out.resolve():
         raise UserError(f"{out} is the folder of the images: give another --out")
     for kind, marks in HOLDS.items():
@@ -126,13 +142,16 @@ def require_kind(out: Path, *kinds: str, data: str | Path | None = None) -> None
 
 @contextmanager
 def output(out: Path, kind: str, what: str, kept: Path | None = None) -> Iterator[None]:
-    """Within, the output folder of a command is locked; it is refused if it holds another kind of `HOLDS`.
+    """Locks the output folder of a command during the block.
 
     Args:
-        out: The folder.
-        kind: What it may hold.
-        what: As for `keeping`.
-        kept: The same; None = `out`.
+        out: the folder.
+        kind: the only key of `HOLDS` that it may contain.
+        what: as for `keeping`, without the name of the folder.
+        kept: as for `keeping`; None = `out`.
+
+    Raises:
+        UserError: it contains something else, or another process has locked it.
     """
     from openblip2.runs import locked
 
@@ -142,7 +161,7 @@ def output(out: Path, kind: str, what: str, kept: Path | None = None) -> Iterato
 
 
 def read_changes(pairs: list[str] | None) -> dict[str, str]:
-    """What `--set` gives, by name."""
+    """The values of `--set`, by the name of the setting."""
     for pair in pairs or ():
         if "=" not in pair:
             raise UserError(f"--set {pair!r}: write it as section.field=value, for example optim.lr=2e-4")
@@ -150,7 +169,15 @@ def read_changes(pairs: list[str] | None) -> dict[str, str]:
 
 
 def open_single(images: Sequence[Path], empty: dict[str, Any] | None) -> None:
-    """Ends a command on one picture that cannot be read with its one line, after `empty` as its result in JSON."""
+    """Checks that a picture can be read if it is the only one of a command.
+
+    Args:
+        images: the pictures of the command.
+        empty: the result that is printed as JSON before the error; None = nothing is printed.
+
+    Raises:
+        UserError: the only picture cannot be read.
+    """
     from openblip2.data.images import open_picture
 
     try:
@@ -163,7 +190,11 @@ def open_single(images: Sequence[Path], empty: dict[str, Any] | None) -> None:
 
 
 def require_all(images: Sequence[Path], bad: Sequence[Path]) -> None:
-    """Ends a command that has done all other pictures, with exit code 2 if there are bad ones."""
+    """Ends a command that has processed all other pictures.
+
+    Raises:
+        UserError: some pictures could not be read.
+    """
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         names = ", ".join(map(str, bad[:3])) + more
@@ -178,21 +209,21 @@ def read_data(
     questions: Path | None = None,
     **options: bool,
 ) -> "Source":
-    """`read_source`, and two corpora that packages contain, by their names: easy-VQA, and for captions the stamps."""
-    from openblip2.apps.corpora.installed import NAMES, read_installed
+    """`read_source`, and a corpus that a package contains, by its name: easy-VQA."""
+    from openblip2.apps.corpora.easy_vqa import NAME, read_easy_vqa
     from openblip2.data.sources import read_source
 
     if not data.strip():
         raise UserError("--data is empty (maybe a shell variable is not set): give a folder or a file")
-    if data not in NAMES or (data == "stamps" and wanted == "questions"):
+    if data != NAME:
         return read_source(data, wanted, images, split, questions, **options)
     if images or questions or split not in ("train", "test"):
         raise UserError(f"--data {data}: give --split train or --split test, and neither --images nor --questions")
-    return read_installed(data, split)
+    return read_easy_vqa(split)
 
 
 def load_captioner(run: str, visual_tokens: int | None = None) -> Any:
-    """A run that can write text, a `Captioner`; `visual_tokens` as for `load`."""
+    """Loads a run that can generate text, as a `Captioner`; `visual_tokens` as for `load`."""
     progress().doing(f"loading {run}")
     gc.disable()  # imported modules are never freed; garbage collection would take an eighth of the time
     try:

@@ -101,7 +101,7 @@ def _caption(
 
 
 def _pictures(paths: list[Path]) -> list[Path]:
-    """The files, and of each folder the pictures in it and in its folders; not the thumbnails of an index."""
+    """The given files, and the pictures in the given folders and subfolders, except the thumbnails of an index."""
     from openblip2.data.images import PICTURE_SUFFIXES
 
     found: dict[Path, None] = {}
@@ -120,7 +120,7 @@ def _pictures(paths: list[Path]) -> list[Path]:
 
 
 def _without_text(pictures: list[Path]) -> list[Path]:
-    """Those without a text beside them."""
+    """The pictures without a text file beside them."""
     todo = [picture for picture in pictures if not picture.with_suffix(".txt").exists()]
     owners: dict[Path, Path] = {}
     for picture in todo:
@@ -132,7 +132,7 @@ def _without_text(pictures: list[Path]) -> list[Path]:
 
 
 def _write_text(picture: Path, texts: list[str]) -> None:
-    """The texts, one a line, in a file beside the picture."""
+    """Writes the texts, one per line, to a file beside the picture."""
     from openblip2.runs import atomic_write
 
     path = picture.with_suffix(".txt")

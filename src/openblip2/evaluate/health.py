@@ -143,7 +143,7 @@ def _stage1(settings: RunSettings, steps: Sequence[Row], last: Row, vocabulary: 
 def _stage2(steps: Sequence[Row], last: Row) -> Iterator[Finding]:
     if (lm := _now(steps, "lm")) is not None:
         first = next(row["lm"] for row in steps if "lm" in row)  # with stage2.lm_start_step, this is not the first step
-        yield Finding("caption loss", "good", f"{lm:.2f} nats a token now, {first:.2f} at the start")
+        yield Finding("caption loss", "good", f"{lm:.2f} nats per token now, {first:.2f} at the start")
     if "loss_right" in last:
         right, other = last["loss_right"], last["loss_shuffled"]
         gap = f"the loss of held-out captions is {right:.2f} with the right picture and {other:.2f} with another"

@@ -193,16 +193,6 @@ def joined(keys: Sequence[Iterable[Hashable]], pairs: Iterable[tuple[int, int]])
     return list(groups.values())
 
 
-def drawn(groups: Sequence[Sequence[str]], share: float, seed: int) -> set[str]:
-    """Draws random groups up to `share` of all ids and returns their ids. A group that is too large is left out."""
-    room = round(share * sum(len(group) for group in groups))
-    taken: set[str] = set()
-    for group in sorted(groups, key=lambda ids: _lot(seed, ids[0])):
-        if len(taken) + len(group) <= room:
-            taken.update(group)
-    return taken
-
-
 def folds(names: Sequence[str], k: int, seed: int) -> list[int]:
     """The fold 0..k-1 of each image, given the name of its group. All images of a group are in one fold.
 

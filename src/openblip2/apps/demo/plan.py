@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
-from openblip2.apps.corpora.installed import easy_vqa_records, stamps_records
+from openblip2.apps.corpora.easy_vqa import easy_vqa_records
 from openblip2.apps.scenes.draw import draw_scenes
 from openblip2.apps.scenes.vocabulary import WORLDS, World
 from openblip2.config import RunSettings, change
@@ -19,8 +19,8 @@ DURATION = "the small world took 22 minutes on two CPU cores with AVX512-bf16 (d
 # finds 99 % of nouns and 99 % of colours in layer 5; in layer 8 (laptop preset), 100 and 92 % (docs/decisions.md).
 SMALL_LAYER = 5
 
-# Changes to the laptop preset and to the defaults of `DemoPlan`: for the small world, the full world and the stamps.
-RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+# Changes to the laptop preset and to the defaults of `DemoPlan`, by world.
+RECIPES: dict[World, dict[str, dict[str, Any]]] = {
     "small": {
         # Its questions are about its dozen nouns; those of easy-VQA are about shapes, which this world does not draw.
         "plan": {"train_scenes": 3000, "test_scenes": 500, "train_easy_vqa": 0, "pointed": 40},
@@ -69,18 +69,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "train.checkpoint_every": 300,
         },
     },
-    # There are only 667 training pictures; with the steps of the scenes, each would be seen dozens of times.
-    "stamps": {
-        "plan": {},
-        "stage1": {
-            "train.steps": 60,
-            "stage1.itm_start_step": 20,
-            "train.validate_every": 20,
-            "optim.lr": 2e-4,
-            "qformer.dropout": 0.1,
-        },
-        "stage2": {"train.steps": 60, "train.validate_every": 20, "qformer.dropout": 0.1},
-    },
 }
 
 
@@ -89,7 +77,6 @@ class DemoPlan:
     """The sizes and settings of a demo; `plan_for` creates it.
 
     Attributes:
-        corpus: drawn scenes, or Tux Paint's stamps.
         world: the set of nouns that scenes contain.
         seed: seed of the scenes and of training.
         train_scenes: number of pictures drawn for training.
@@ -104,7 +91,6 @@ class DemoPlan:
         stage2: settings of stage 2.
     """
 
-    corpus: Literal["scenes", "stamps"] = "scenes"
     world: World = "full"
     seed: int = 0
     train_scenes: int = 4000
@@ -125,22 +111,20 @@ class Corpus:
     train: list[Record]
     test: list[Record]
     questions: dict[str, tuple[list[Record], list[Record]]]  # data set -> (training pictures, test pictures)
-    skipped: list[str]
 
 
-def plan_for(corpus: Literal["scenes", "stamps"], world: World = "small", seed: int = 0, budget: float = 1) -> DemoPlan:
+def plan_for(world: World = "small", seed: int = 0, budget: float = 1) -> DemoPlan:
     """The plan of a demo.
 
     Args:
-        corpus: the kind of pictures.
-        world: the set of nouns that scenes contain; not used for stamps.
+        world: the set of nouns that scenes contain.
         seed: seed of the scenes and of training.
         budget: factor by which the usual number of steps of both stages is multiplied.
     """
-    recipe = RECIPES[world if corpus == "scenes" else corpus]
+    recipe = RECIPES[world]
     stages = [change(preset(stage, "laptop"), recipe[stage]) for stage in ("stage1", "stage2")]
     first, second = (with_steps(one, max(1, round(budget * one.train.steps))) for one in stages)
-    return DemoPlan(corpus, world, seed, stage1=first, stage2=second, **recipe["plan"])
+    return DemoPlan(world, seed, stage1=first, stage2=second, **recipe["plan"])
 
 
 def with_steps(settings: RunSettings, steps: int) -> RunSettings:
@@ -156,14 +140,12 @@ def with_steps(settings: RunSettings, steps: int) -> RunSettings:
 def announcement(plan: DemoPlan, out: Path) -> str:
     """What the demo will do, in the order in which it does it, and how long that takes."""
     first, second = plan.stage1, plan.stage2
-    pictures = "collect Tux Paint's stamps, pictures with sentences, and keep some of them as a test"
-    if plan.corpus == "scenes":
-        nouns = WORLDS[plan.world]
-        things = ", ".join(nouns) if len(nouns) < 20 else f"{', '.join(nouns[:6])}, ..."
-        pictures = (
-            f"draw {plan.train_scenes:,} pictures of {len(nouns)} things ({things}), and {plan.test_scenes:,} more as "
-            "a test, in which no thing has a colour that it has in training"
-        )
+    nouns = WORLDS[plan.world]
+    things = ", ".join(nouns) if len(nouns) < 20 else f"{', '.join(nouns[:6])}, ..."
+    pictures = (
+        f"draw {plan.train_scenes:,} pictures of {len(nouns)} things ({things}), and {plan.test_scenes:,} more as "
+        "a test, in which no thing has a colour that it has in training"
+    )
     steps = [f"{s.train.steps:,} steps of {s.train.batch} pictures" for s in (first, second)]
     if aligned := second.stage2.lm_start_step:
         steps[1] += f", the first {aligned:,} without running the language model"
@@ -187,15 +169,12 @@ def settings_of(plan: DemoPlan, out: Path) -> tuple[RunSettings, RunSettings]:
 
 
 def gather_corpus(plan: DemoPlan, folder: Path) -> Corpus:
-    """Draws or finds the pictures. Training and test share no noun-colour combination and no near-duplicates."""
-    if plan.corpus == "stamps":
-        stamps = stamps_records(seed=plan.seed)
-        return Corpus(stamps.train, stamps.test, {}, stamps.skipped)
+    """Draws the pictures. Training and test share no noun-colour combination."""
     scenes = draw_scenes(folder / "train", plan.train_scenes, "train", plan.seed, world=plan.world)
     test = draw_scenes(folder / "test", plan.test_scenes, "test", plan.seed, world=plan.world)
     if not plan.train_easy_vqa:
-        return Corpus(scenes, test, {"scenes": (scenes, test)}, [])
+        return Corpus(scenes, test, {"scenes": (scenes, test)})
     easy, easy_test = easy_vqa_records("train"), easy_vqa_records("test")
     captioned = Random(plan.seed).sample(easy, min(plan.train_easy_vqa, len(easy)))
     questions = {"scenes": (scenes, test), "easy-vqa": (easy, easy_test)}
-    return Corpus(scenes + captioned, test, questions, [])
+    return Corpus(scenes + captioned, test, questions)

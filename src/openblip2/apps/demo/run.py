@@ -57,8 +57,6 @@ def run_demo(out: Path, plan: DemoPlan, progress: Progress, overwrite: bool = Fa
     stage1, stage2 = settings_of(plan, out)
     with _timed(seconds, "data"):
         corpus = gather_corpus(plan, out / "data")
-        for line in corpus.skipped:
-            progress.say(f"skipped: {line}")
         progress.say(f"{len(corpus.train)} pictures to train on, {len(corpus.test)} held out")
     with _timed(seconds, "features"):
         vision = build_vision(stage1, compute_dtype(device(), stage1.train.precision)).to(device())
@@ -85,8 +83,7 @@ def run_demo(out: Path, plan: DemoPlan, progress: Progress, overwrite: bool = Fa
         assert isinstance(captioner, Captioner)
         found, examples = score(matcher, captioner, test, asked, corpus, plan, out / "maps", progress)
     pictures = {"train": len(corpus.train), "test": len(test)}
-    world = {"world": plan.world} if plan.corpus == "scenes" else {}
-    metrics: dict[str, Any] = {"corpus": plan.corpus} | world | {"pictures": pictures} | found
+    metrics: dict[str, Any] = {"world": plan.world, "pictures": pictures} | found
     metrics["health"] = {stage: _health(out / stage) for stage in ("stage1", "stage2")}
     metrics["examples"] = [
         {"image": one["image"], "caption": one["caption"], "reference": one["references"][0]}

@@ -11,7 +11,6 @@ from openblip2.apps.demo.plan import Corpus, DemoPlan
 from openblip2.apps.scenes.grammar import judge, named
 from openblip2.data.features import Features
 from openblip2.data.records import Question, Record
-from openblip2.data.text import clean_caption
 from openblip2.evaluate.pointing import score_pointing
 from openblip2.evaluate.ranking import recalls, rerank, similarities
 from openblip2.evaluate.result import Options
@@ -121,15 +120,13 @@ def _captions(captioner: Captioner, test: Features, examples: dict[str, Any], pr
 
 def _right_shares(captions: Sequence[str], records: Sequence[Record]) -> dict[str, Any]:
     """Fractions of captions, in [0, 1]: equal to one of the scene's own; every object right; every attribute right;
-    both; no wrong relation. All but the first are None if an image has no facts to compare with.
+    both; no wrong relation.
     """
     count = len(records)
-    exact = sum(caption in r.captions for caption, r in zip(captions, records, strict=True)) / count
-    found: dict[str, Any] = {"n": count, "exact": exact}
-    if any("objects" not in (r.facts or {}) for r in records):
-        return found | dict.fromkeys(("objects", "attributes", "objects_and_attributes", "relations"))
     judged = [judge(caption, r.facts or {}) for caption, r in zip(captions, records, strict=True)]
-    return found | {
+    return {
+        "n": count,
+        "exact": sum(caption in r.captions for caption, r in zip(captions, records, strict=True)) / count,
         "objects": sum(j.objects for j in judged) / count,
         "attributes": sum(j.attributes for j in judged) / count,
         "objects_and_attributes": sum(j.objects and j.attributes for j in judged) / count,
@@ -188,9 +185,7 @@ def _grounding(captioner: Captioner, test: Features, plan: DemoPlan, progress: P
         return grounding(model, test, plan.seed, captioner.settings.language.prompts[0])
 
 
-def _pointing(matcher: Matcher, test: Sequence[Record], plan: DemoPlan, progress: Progress) -> dict[str, Any] | None:
-    if plan.corpus != "scenes":  # the boxes of objects are unknown
-        return None
+def _pointing(matcher: Matcher, test: Sequence[Record], plan: DemoPlan, progress: Progress) -> dict[str, Any]:
     found = score_pointing(matcher, test[: plan.pointed], Options(seed=plan.seed), progress)
     return {"n": found.pictures, "texts": found.protocol["texts"]} | {k: v.score for k, v in found.scores.items()}
 
@@ -200,7 +195,8 @@ def _maps(matcher: Matcher, records: Sequence[Record], folder: Path) -> list[dic
     make_folder(folder)
     examples: list[dict[str, str]] = []
     for record in records:
-        text = named(record.facts["objects"][0]) if record.facts else clean_caption(record.captions[0])
+        assert record.facts is not None
+        text = named(record.facts["objects"][0])
         found = look(matcher, record.image, text)
         example = {"image": str(record.image), "text": text}
         for kind, drawn in (("relevance", found.words[0][1]), ("attention", found.average)):

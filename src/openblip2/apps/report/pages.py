@@ -47,7 +47,7 @@ def write_report(
         found=examples["retrieval"],
         maps=examples["maps"],
         goals=goals(metrics),
-        things=len(WORLDS[metrics["world"]]) if "world" in metrics else None,
+        things=len(WORLDS[metrics["world"]]),
         settings=[read_json(log.with_name("config.json"))["settings"] for log in (stage1_log, stage2_log)],
         charts={
             "Stage 1": charts(read_log(stage1_log), ("itc", "itm", "itg")),

@@ -183,7 +183,7 @@ def _draw_curves(panel: Any, ways: Mapping[str, Any], looks: Mapping[str, tuple[
             panel.plot(steps, means, marker=mark, markersize=4, color=colour, **look)
             panel.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.12)
     losses = any("loss_right" in way["curves"] for way in ways.values())
-    panel.set_ylabel("caption loss, nats a token" if losses else "recall@1, both ways, ITC alone")
+    panel.set_ylabel("caption loss, nats per token" if losses else "recall@1, both ways, ITC alone")
     panel.set_xlabel("step of stage 2 (dashed: with another picture)" if losses else "step of stage 1")
     panel.set_xlim(left=0)
     panel.grid(alpha=0.3)
@@ -223,7 +223,7 @@ def sentence(text: str) -> str:
 
 
 def _label(figure: str) -> str:
-    return f"{figure}, {'%' if is_share(figure) else 'nats a token'}"
+    return f"{figure}, {'%' if is_share(figure) else 'nats per token'}"
 
 
 def _number(value: float, figure: str, sign: str = "") -> str:

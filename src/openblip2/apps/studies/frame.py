@@ -180,7 +180,7 @@ def run_trial(work: Work, way: Way, seed: int) -> Trial:
 
 def train_way(work: Work, way: Way, seed: int) -> dict[str, Run]:
     """The runs of a way, by stage; each stage starts from the one before."""
-    records = work.train if way.records is None else way.records(work, seed)
+    records = work.train if way.records is None else way.records(work)
     runs: dict[str, Run] = {}
     for stage in way.stages:
         settings = _settings(work, way, stage)

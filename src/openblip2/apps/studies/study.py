@@ -36,7 +36,7 @@ class Way:
         stage1: changes to the settings of stage 1, by dotted name; None = it is not trained.
         stage2: the same for stage 2.
         pictures: number of images that a stage is trained on, from the beginning; stages that are not listed use all.
-        records: returns the images for training from the `frame.Work` and the seed; None = the training images.
+        records: returns the images for training from the `frame.Work`; None = the training images.
         adapt: changes the loaded model before it is scored, for ways that use the same run differently.
     """
 
@@ -44,7 +44,7 @@ class Way:
     stage1: Mapping[str, Any] | None = field(default_factory=dict)
     stage2: Mapping[str, Any] | None = None
     pictures: Mapping[str, int] = field(default_factory=dict)
-    records: Callable[[Any, int], list[Record]] | None = None
+    records: Callable[[Any], list[Record]] | None = None
     adapt: Callable[[Captioner | Matcher], object] | None = None
 
     @property
@@ -130,7 +130,7 @@ class Plan:
 
 def small_world(steps: Mapping[str, int], **options: Any) -> Plan:
     """A plan in the demo's small world with its settings and steps, so that ITM and stage 2 learn their tasks."""
-    demo = plan_for("scenes", "small")
+    demo = plan_for("small")
     usual = {"stage1": demo.stage1.train.steps, "stage2": demo.stage2.train.steps}
     return Plan(world="small", stage1=demo.stage1, stage2=demo.stage2, steps={**usual, **steps}, **options)
 

@@ -8,7 +8,7 @@ from random import Random
 from shutil import rmtree
 from typing import Any
 
-from openblip2.apps.studies.frame import Work, train_way
+from openblip2.apps.studies.frame import DATA_SEED, Work, train_way
 from openblip2.apps.studies.study import Run, Way, digest_of
 from openblip2.capfilt import capfilt
 from openblip2.capfilt.models import Models
@@ -43,10 +43,10 @@ def web_half(records: Sequence[Record]) -> list[Record]:
     return half
 
 
-def filtered_half(work: Work, seed: int, name: str) -> list[Record]:
-    """The web's images that still have captions after CapFilt, with these captions."""
-    helper = Way("captioner", {}, {}, records=lambda work, seed: clean_half(work.train))
-    models, noisy, out = train_way(work, helper, seed), web_half(work.train), work.runs.out / f"seed-{seed}"
+def filtered_half(work: Work, name: str) -> list[Record]:
+    """The web's images that still have captions after CapFilt, with these captions; the same for all seeds."""
+    helper = Way("captioner", {}, {}, records=lambda work: clean_half(work.train))
+    models, noisy, out = train_way(work, helper, DATA_SEED), web_half(work.train), work.runs.out
     of = {"captioner": models["stage2"].of, "how": asdict(FILTERS[name]), "captions": digest_of(noisy)}
     run = partial(_run_capfilt, work, noisy, out / f"web-{name}", models, FILTERS[name])
     kept = work.runs.cached(out / f"web-{name}.json", of, run)["captions"]

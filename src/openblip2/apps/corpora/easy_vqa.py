@@ -1,28 +1,23 @@
-"""The corpora that `--data` knows by name, because installed packages contain them.
+"""easy-VQA 1.0: images of one shape in one colour with questions, from the Python package of that name.
 
-easy-vqa: easy-VQA 1.0, images of one shape in one colour with questions, from the Python package of that name. stamps:
-Tux Paint's stamps, images of things, animals and signs, each with an English sentence (Debian package).
+`--data easy-vqa` reads it, and the demo's full world is trained and scored on it, too.
 """
 
 import importlib.util
 import json
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
-from openblip2.apps.corpora.prepare import alike, drawn, joined, thumbnail
-from openblip2.apps.corpora.readers import read_stamps
 from openblip2.apps.scenes.grammar import Facts, Thing, sentences
 from openblip2.data.images import open_picture
 from openblip2.data.records import Question, Record
 from openblip2.data.sources import Source
 from openblip2.errors import UserError, one_line
 
-NAMES = ("easy-vqa", "stamps")
-STAMPS = Path("/usr/share/tuxpaint/stamps")
+NAME = "easy-vqa"
 # The exact colours of easy-VQA.
 _INKS = {
     (0, 0, 0): "black",
@@ -36,17 +31,14 @@ _INKS = {
 }
 
 
-def read_installed(name: str, split: Literal["train", "test"]) -> Source:
-    """Reads the corpus that `--data` names. For easy-VQA, adds the training questions for baselines without images.
+def read_easy_vqa(split: Literal["train", "test"]) -> Source:
+    """Reads a split, with the training questions for baselines without images.
 
     Raises:
-        UserError: as for `easy_vqa_records` or `stamps_records`.
+        UserError: as for `easy_vqa_records`.
     """
-    if name == "stamps":
-        stamps = stamps_records()
-        return Source(stamps.train if split == "train" else stamps.test, stamps.skipped, name)
     records = easy_vqa_records(split)
-    return Source(records, [], name, known=records if split == "train" else easy_vqa_records("train"))
+    return Source(records, [], NAME, known=records if split == "train" else easy_vqa_records("train"))
 
 
 def easy_vqa_records(split: Literal["train", "test"]) -> list[Record]:
@@ -103,56 +95,3 @@ def _shape_and_colour(path: Path) -> tuple[str, str]:
     # fills 0.68, and so do some circles at the image's edge, but only a triangle's last line is as wide as the box.
     triangle = filled < 0.75 and widths[-1] == width
     return "rectangle" if filled > 0.95 else "triangle" if triangle else "circle", _INKS[inks[0]]
-
-
-class Stamps(NamedTuple):
-    """The two splits, and one line "where: what is wrong; what would be right" for each stamp that was skipped."""
-
-    train: list[Record]
-    test: list[Record]
-    skipped: list[str]
-
-
-def stamps_records(root: Path = STAMPS, test_share: float = 0.15, seed: int = 0) -> Stamps:
-    """The installed stamps in two splits.
-
-    A stamp is `NAME.png` with `NAME.txt`, whose first line is the sentence. The images stay where they are; most have
-    a transparent background. A sixth of the package is SVG only and is left out, because Pillow cannot read it. The
-    licence is GPL-2, so the stamps are never part of this project.
-
-    The random split (`seed`) keeps groups whole. A group consists of the images that are nearly equal (also mirrored),
-    that have the same sentence, or that are numbered in one series (`lion.png`, `lion-2.png`). Stamps that cannot be
-    read are skipped and named.
-
-    Args:
-        root: the folder of the stamps.
-        test_share: the share of the images in the test split, approximately.
-        seed: the random seed of the split.
-
-    Raises:
-        UserError: `root` is missing or has no stamp.
-    """
-    stamps, skipped = read_stamps(root)
-    records: list[Record] = []
-    thumbnails: list[np.ndarray] = []
-    for record in stamps:
-        try:
-            thumbnails.append(thumbnail(open_picture(record.image)))
-            records.append(record)
-        except UserError as problem:
-            skipped.append(str(problem))
-    if not records:
-        raise UserError(f"{root}: no stamp in it can be read; install the package tuxpaint-stamps-default again")
-    groups = joined([_keys(record) for record in records], alike(np.stack(thumbnails)))
-    test = drawn([[records[i].id for i in group] for group in groups], test_share, seed)
-    return Stamps(
-        train=[record for record in records if record.id not in test],
-        test=[record for record in records if record.id in test],
-        skipped=sorted(skipped),
-    )
-
-
-def _keys(stamp: Record) -> list[Hashable]:
-    """The keys that stamps of one group share: the sentence, and the name without its number."""
-    series = re.sub(r"[\d_-]+", "", stamp.image.stem)
-    return [stamp.captions[0].lower(), (stamp.image.parent, series) if series else stamp.image]
