@@ -74,6 +74,36 @@ def test_similarity_is_the_best_query() -> None:
     close(found, torch.stack([torch.stack([cosine(i, t) for t in text[:4]]) for i in image]))
 
 
+def test_a_smooth_maximum_is_between_the_mean_and_the_maximum_and_trains_all_queries() -> None:
+    image, text, _ = vectors()
+    cosines = torch.stack([torch.stack([(queries @ t).exp() for t in text]) for queries in image])  # t = 1: [B, G, Q]
+    close(similarity(image, text, 1.0), cosines.mean(-1).log())
+    highest = similarity(image, text)
+    before = similarity(image, text, 1e3)
+    close(before, (image @ text.T).mean(dim=1))
+    for smooth in (1.0, 0.1, 0.01):
+        now = similarity(image, text, smooth)
+        assert (before < now).all()
+        assert (now < highest).all()
+        before = now
+    close(similarity(image, text, 1e-6), highest)
+    for smooth, trained in ((0.0, 1), (0.1, image.shape[1])):
+        (grad,) = torch.autograd.grad(similarity(image, text[:1], smooth).sum(), image)
+        assert (grad.abs().sum(-1) > 0).sum(dim=1).tolist() == [trained] * B
+
+
+@pytest.mark.parametrize("detach_gathered", [False, True])
+def test_contrastive_uses_the_smooth_maximum_both_ways(detach_gathered: bool) -> None:
+    image, text, temperature = vectors()
+    found = contrastive(image, text, temperature, same_image(IDS), SMOOTHING, detach_gathered, smooth_maximum=0.1)
+    scores = similarity(image, text, 0.1) / temperature
+    close(found.image_to_text, scores)
+    close(found.text_to_image, scores.T)
+    targets = torch.tensor([smoothed(n, IDS) for n in range(B)])
+    both = (scores.log_softmax(dim=1) + scores.T.log_softmax(dim=1)) * targets
+    close(found.loss, -both.sum() / (2 * B))
+
+
 def test_similarity_is_not_rounded_under_autocast() -> None:
     image, text, _ = vectors()
     with torch.autocast("cpu", torch.bfloat16):

@@ -30,6 +30,7 @@ SPREAD = (
     "would be as good"
 )
 MORE_SPREAD = "a larger stage1.decorrelation in stage 1, or fewer queries, which would be as good"
+ALL_QUERIES = "stage1.smooth_maximum=0.1, so that ITC trains all queries; or fewer queries (qformer.queries)"
 AUGMENT = "data.augment=true (pictures whose texts say left or right are not mirrored)"
 SPIKE = 10.0  # times the median norm of the gradient
 MEMORISED = 1.0  # nats by which the held-out loss exceeds the training loss
@@ -135,7 +136,7 @@ def _stage1(settings: RunSettings, steps: Sequence[Row], last: Row, vocabulary: 
         used, count = last["queries_used"], settings.qformer.queries
         seen = f"the best matches of held-out texts use {used:.1f} of {count} queries (effective number)"
         if used < FEW_QUERIES * count:
-            yield Finding("queries", "note", seen, "fewer queries (qformer.queries), or more train.steps")
+            yield Finding("queries", "note", seen, ALL_QUERIES)
         else:
             yield Finding("queries", "good", seen)
 

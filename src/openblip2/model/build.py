@@ -164,6 +164,7 @@ def build_stage1(
         settings.stage1.detach_gathered,
         writes,
         settings.stage1.decorrelation,
+        settings.stage1.smooth_maximum,
     )
     if sizes is None:
         start_from_bert(model.qformer, qformer.start, model.lm_head)

@@ -4,6 +4,7 @@ Shapes: B images, G images to compare with (G = B, or those of all processes: fa
 E shared space, W vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,10 +28,25 @@ def same_image(ids: Tensor, others: Tensor | None = None) -> Tensor:
     return ids[:, None] == (ids if others is None else others)[None, :]
 
 
-def similarity(image: Tensor, text: Tensor) -> Tensor:
-    """The best query's cosine for each image and text: `[B, Q, E]`, `[G, E]`, both normalised -> `[B, G]`."""
+def similarity(image: Tensor, text: Tensor, smooth_maximum: float = 0.0) -> Tensor:
+    """Cosine similarity of images and texts: the maximum over the queries (paper), or a smooth maximum.
+
+    The gradient of the maximum reaches only the best query. In our trials, this is soon the same query for all images,
+    and ITC no longer trains the others. The smooth maximum, `t * log(mean(exp(cosine / t)))`, trains all of them.
+
+    Args:
+        image: `[B, Q, E]`, normalised.
+        text: `[G, E]`, normalised.
+        smooth_maximum: t, in units of the cosine; 0 = the maximum.
+
+    Returns:
+        `[B, G]`.
+    """
     with torch.autocast(image.device.type, enabled=False):  # bf16 would lose the order of close candidates
-        return torch.einsum("bqe,ne->bqn", image.float(), text.float()).amax(dim=1)
+        cosines = torch.einsum("bqe,ne->bqn", image.float(), text.float())
+        if not smooth_maximum:
+            return cosines.amax(dim=1)
+        return smooth_maximum * ((cosines / smooth_maximum).logsumexp(dim=1) - math.log(cosines.shape[1]))
 
 
 class Contrast(NamedTuple):
@@ -49,6 +65,7 @@ def contrastive(
     label_smoothing: float = 0.1,
     detach_gathered: bool = False,
     transpose: Callable[[Tensor], Tensor] = torch.t,
+    smooth_maximum: float = 0.0,
 ) -> Contrast:
     """Image-text contrastive loss: each image finds its texts among all texts, and each text its images.
 
@@ -61,9 +78,12 @@ def contrastive(
         detach_gathered: True = as in the authors' code, which gathers the other side from all processes without
             gradient, so each direction trains only one side. False (ours) = the gradient of the whole batch.
         transpose: a function from our rows of a `[G, G]` matrix to our rows of its transpose, both `[B, G]`.
+        smooth_maximum: see `similarity`.
     """
-    image_to_text = similarity(image, text.detach() if detach_gathered else text) / temperature
-    from_text = similarity(image.detach(), text) / temperature if detach_gathered else image_to_text
+    image_to_text = similarity(image, text.detach() if detach_gathered else text, smooth_maximum) / temperature
+    from_text = image_to_text
+    if detach_gathered:
+        from_text = similarity(image.detach(), text, smooth_maximum) / temperature
     text_to_image = transpose(from_text)  # [B, G]: our texts against all images
     portion = positives.float() / positives.sum(dim=1, keepdim=True)  # never 0: each pair is its own positive
     targets = (1 - label_smoothing) * portion + label_smoothing / positives.shape[1]

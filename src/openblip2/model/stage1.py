@@ -39,6 +39,8 @@ class Stage1(nn.Module):
         detach_gathered: see `objectives.contrastive`.
         writes: False omits the head of ITG, as in transformers' checkpoints: such a model can score, but not train.
         decorrelation: weight of `objectives.decorrelation`, which is not in the paper; 0 = without it.
+        smooth_maximum: of ITC's loss, see `objectives.similarity`; not in the paper; 0 = without it. Scores of trained
+            models always use the maximum.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Stage1(nn.Module):
         detach_gathered: bool = False,
         writes: bool = True,
         decorrelation: float = 0.0,
+        smooth_maximum: float = 0.0,
     ) -> None:
         super().__init__()
         assert qformer.word_embeddings is not None, "stage 1 needs the Q-Former's text path"
@@ -61,7 +64,7 @@ class Stage1(nn.Module):
         self.lm_head = LMHead(qformer.width, qformer.word_embeddings) if writes else None
         self.temperature = nn.Parameter(torch.tensor(temperature))  # learned, as in ALBEF
         self.label_smoothing, self.detach_gathered = label_smoothing, detach_gathered
-        self.decorrelation = decorrelation
+        self.decorrelation, self.smooth_maximum = decorrelation, smooth_maximum
 
     @property
     def connector(self) -> QFormer:
@@ -122,8 +125,8 @@ class Stage1(nn.Module):
         self, image: Tensor, text: Tensor, positives: Tensor, transpose: Callable[[Tensor], Tensor] = torch.t
     ) -> Contrast:
         """ITC of image vectors `[B, Q, E]` and text vectors `[G, E]`; other arguments: see `objectives.contrastive`."""
-        smoothing, detach = self.label_smoothing, self.detach_gathered
-        return contrastive(image, text, self.temperature, positives, smoothing, detach, transpose)
+        options = (self.label_smoothing, self.detach_gathered, transpose, self.smooth_maximum)
+        return contrastive(image, text, self.temperature, positives, *options)
 
     def generation_loss(self, cache: Cache, tokens: Tensor, valid: Tensor) -> Tensor:
         """ITG of texts `[B, T]`, given the cache of a query pass: the mean over all positions with a target."""
