@@ -30,7 +30,7 @@ SPREAD = (
     "would be as good"
 )
 MORE_SPREAD = "a larger stage1.decorrelation in stage 1, or fewer queries, which would be as good"
-ALL_QUERIES = "stage1.smooth_maximum=0.1, so that ITC trains all queries; or fewer queries (qformer.queries)"
+ALL_QUERIES = "stage1.smooth_maximum=0.03, so that ITC trains all queries; or fewer queries (qformer.queries)"
 AUGMENT = "data.augment=true (pictures whose texts say left or right are not mirrored)"
 SPIKE = 10.0  # times the median norm of the gradient
 MEMORISED = 1.0  # nats by which the held-out loss exceeds the training loss

@@ -20,7 +20,7 @@ DURATION = "the small world took 22 minutes on two CPU cores with AVX512-bf16 (d
 SMALL_LAYER = 5
 
 # With the plain maximum over the queries, ITC soon trains a single query (docs/decisions.md, "ITC trained one query").
-SMOOTH_MAXIMUM = 0.1
+SMOOTH_MAXIMUM = 0.03
 
 # Changes to the laptop preset and to the defaults of `DemoPlan`, by world.
 RECIPES: dict[World, dict[str, dict[str, Any]]] = {
