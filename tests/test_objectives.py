@@ -79,8 +79,7 @@ def test_a_smooth_maximum_is_between_the_mean_and_the_maximum_and_trains_all_que
     cosines = torch.stack([torch.stack([(queries @ t).exp() for t in text]) for queries in image])  # t = 1: [B, G, Q]
     close(similarity(image, text, 1.0), cosines.mean(-1).log())
     highest = similarity(image, text)
-    before = similarity(image, text, 1e3)
-    close(before, (image @ text.T).mean(dim=1))
+    before = (image @ text.T).mean(dim=1)
     for smooth in (1.0, 0.1, 0.01):
         now = similarity(image, text, smooth)
         assert (before < now).all()

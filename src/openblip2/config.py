@@ -55,9 +55,7 @@ class VisionSettings:
     image_size: Count = 224
     trained: bool = False  # fine-tuning: also train the encoder (paper 4.2 to 4.4); the run then has its weights
     whiten: bool = False  # ours: whiten the features with statistics of the training images (model/whitening.py)
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # of its weights and its computation; auto: follows train.precision
-    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of weights and computation; auto: as train.precision
 
 
 @dataclass(config=STRICT)
@@ -96,8 +94,7 @@ class Stage1Settings:
     detach_gathered: bool = False  # True: gathered features have no gradient (authors' code)
     # Ours, 0 = the paper: weight of a fourth loss that keeps the queries of an image different (model/objectives.py).
     decorrelation: NonNegative = 0.0
-    # Ours, 0 = the paper: temperature of a smooth maximum over the queries in ITC's loss, so that ITC trains all queries.
-    smooth_maximum: NonNegative = 0.0
+    smooth_maximum: NonNegative = 0.0  # ours, 0 = the paper: of the queries in ITC's loss, which then trains all
     itm_start_step: Natural = 0  # ours, 0 = the paper: first steps without ITM, because ITM learns only after ITC
     # Ours, None = the paper: from this step on, half of each batch consists of images whose captions are similar to
     # those of the other half (data/samples.py). Set it to a step at which ITM has already started to learn.
