@@ -12,8 +12,8 @@ from openblip2.config import RunSettings, change
 from openblip2.data.records import Record
 from openblip2.presets import preset
 
-# How long the demo takes, for the announcement: measured times of the small world, which is the default.
-DURATION = "the small world took 13 and 22 minutes on two machines with two CPU cores (docs/results.md)"
+# How long the demo takes, for the announcement: measured times of the small world, the default.
+DURATION = "the small world took 13 minutes on two CPU cores, and 22 minutes on two slower ones (docs/results.md)"
 
 # For a dozen nouns, a lower layer is better, because it separates colours better. On unseen combinations, a linear map
 # finds 99 % of nouns and 99 % of colours in layer 5; in layer 8 (laptop preset), 100 and 92 % (docs/decisions.md).
