@@ -30,7 +30,9 @@ SPREAD = (
     "would be as good"
 )
 MORE_SPREAD = "a larger stage1.decorrelation in stage 1, or fewer queries, which would be as good"
-ALL_QUERIES = "stage1.smooth_maximum=0.03, so that ITC trains all queries; or fewer queries (qformer.queries)"
+FEWER = "or fewer queries (qformer.queries)"
+ALL_QUERIES = f"stage1.smooth_maximum=0.03, so that ITC trains all queries; {FEWER}"
+MORE_QUERIES = f"a larger stage1.smooth_maximum, so that ITC trains more queries; {FEWER}"
 AUGMENT = "data.augment=true (pictures whose texts say left or right are not mirrored)"
 SPIKE = 10.0  # times the median norm of the gradient
 MEMORISED = 1.0  # nats by which the held-out loss exceeds the training loss
@@ -136,7 +138,7 @@ def _stage1(settings: RunSettings, steps: Sequence[Row], last: Row, vocabulary: 
         used, count = last["queries_used"], settings.qformer.queries
         seen = f"the best matches of held-out texts use {used:.1f} of {count} queries (effective number)"
         if used < FEW_QUERIES * count:
-            yield Finding("queries", "note", seen, ALL_QUERIES)
+            yield Finding("queries", "note", seen, MORE_QUERIES if own.smooth_maximum else ALL_QUERIES)
         else:
             yield Finding("queries", "good", seen)
 

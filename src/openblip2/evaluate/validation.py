@@ -194,7 +194,9 @@ def _summary(parts: Sequence[tuple[Tensor, Sequence[float]]]) -> dict[str, Any]:
     """
     queries = torch.cat([outputs for outputs, _ in parts])
     right, other = (sum(losses[n] * len(outputs) for outputs, losses in parts) / len(queries) for n in (0, 1))
-    verdict = f"the model looks at the picture: another one makes captions {other - right:.2f} nats per token less likely"
+    verdict = (
+        f"the model looks at the picture: another one makes captions {other - right:.2f} nats per token less likely"
+    )
     if other - right < MIN_GAP * right:
         verdict = (
             "the model is NOT looking at the picture: captions are as likely with another one (train longer, "
