@@ -99,7 +99,10 @@ def test_what_else_can_be_ill() -> None:
     assert told([*log(itc=0.5), look(itc=3.0)])["itc, training and held-out"].level == "note"
     rows = [*log(itc=1.0), *(look(n, itc=value) for n, value in ((25, 1.0), (50, 1.2), (75, 1.3), (100, 1.5)))]
     assert "at step 25" in told(rows)["held-out itc"].seen
-    assert told([*log(itc=1.0), look(queries_used=1.5)])["queries"].level == "note"
+    alone = [*log(itc=1.0), look(queries_used=1.5)]
+    assert told(alone)["queries"].level == "note"
+    assert "stage1.smooth_maximum=0.03" in told(alone)["queries"].advice
+    assert "a larger stage1.smooth_maximum" in told(alone, settings(stage1__smooth_maximum=0.03))["queries"].advice
     spiky = log(itc=1.0)
     spiky[50]["grad_norm"] = 500.0
     assert told(spiky)["gradient norm"].advice == "optim.clip=1"
