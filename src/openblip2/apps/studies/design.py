@@ -186,7 +186,7 @@ def _capfilt(plan: Plan) -> Study:
         ("stage1",),
         {"stage1": 140, "stage2": 60},
         (
-            "Half of the pictures are clean: on them, captioner (both stages) and ranker (its stage 1) are trained once. "
+            "Half of the pictures are clean: captioner (both stages) and ranker (stage 1) are trained on them, once. "
             "The ways are trained on the other half, the web, where every second caption is another picture's, "
             "by ITC and ITG. The seeds vary this training alone.",
             "The web's and the right captions are one for each picture; CapFilt keeps two of eleven, and BLIP's form "
