@@ -61,9 +61,8 @@ def gradients(
     objectives: tuple[str, ...] = ("itc", "itm", "itg"),
 ) -> Found:
     """Losses and gradients of some rows of the joined batch, as means over processes."""
-    # Both are ours, so that they are tested together.
-    ours = {"decorrelation": decorrelation, "smooth_maximum": 0.1} if decorrelation else {}
-    model = tiny.stage1(detach_gathered, 0.0, **ours).train()
+    smooth_maximum = 0.1 if decorrelation else 0.0  # both are not in the paper, so they are tested together
+    model = tiny.stage1(detach_gathered, 0.0, decorrelation=decorrelation, smooth_maximum=smooth_maximum).train()
     tokens, valid = (part[own] for part in tiny.texts())
     longest = max(3, int(valid.sum(dim=1).max())) if len(valid) else 4  # each process pads to its own longest text
     features = tiny.features()[own].requires_grad_(encoder_trains)

@@ -3,7 +3,7 @@
 Nothing here imports transformers, so that the processes of `test_distributed`, which import it, start fast.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,12 @@ def stage1(
     detach_gathered: bool = False,
     dropout: float = 0.1,
     seed: int = 0,
-    **options: float,
+    decorrelation: float = 0.0,
+    smooth_maximum: float = 0.0,
 ) -> Stage1:
     """A redrawn stage 1 in eval mode, without an image encoder."""
-    model = redraw(Stage1(qformer(dropout=dropout), None, E, detach_gathered=detach_gathered, **options), seed)
+    options: dict[str, Any] = {"detach_gathered": detach_gathered, "decorrelation": decorrelation}
+    model = redraw(Stage1(qformer(dropout=dropout), None, E, smooth_maximum=smooth_maximum, **options), seed)
     nn.init.constant_(model.temperature, 0.2)
     return model
 
