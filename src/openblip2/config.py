@@ -94,7 +94,8 @@ class Stage1Settings:
     detach_gathered: bool = False  # True: gathered features have no gradient (authors' code)
     # Ours, 0 = the paper: weight of a fourth loss that keeps the queries of an image different (model/objectives.py).
     decorrelation: NonNegative = 0.0
-    smooth_maximum: NonNegative = 0.0  # ours, 0 = the paper: of the queries in ITC's loss, which then trains all
+    # Ours, 0 = the paper: temperature of a smooth maximum over the queries in ITC's loss (model/objectives.py).
+    smooth_maximum: NonNegative = 0.0
     itm_start_step: Natural = 0  # ours, 0 = the paper: first steps without ITM, because ITM learns only after ITC
     # Ours, None = the paper: from this step on, half of each batch consists of images whose captions are similar to
     # those of the other half (data/samples.py). Set it to a step at which ITM has already started to learn.

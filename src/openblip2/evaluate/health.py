@@ -31,8 +31,8 @@ SPREAD = (
 )
 MORE_SPREAD = "a larger stage1.decorrelation in stage 1, or fewer queries, which would be as good"
 FEWER = "or fewer queries (qformer.queries)"
-ALL_QUERIES = f"stage1.smooth_maximum=0.03, so that ITC trains all queries; {FEWER}"
-MORE_QUERIES = f"a larger stage1.smooth_maximum, so that ITC trains more queries; {FEWER}"
+ALL_QUERIES = f"stage1.smooth_maximum=0.03, so that ITC has a gradient for all queries; {FEWER}"
+MORE_QUERIES = f"a larger stage1.smooth_maximum, so that more of the gradient of ITC goes to other queries; {FEWER}"
 AUGMENT = "data.augment=true (pictures whose texts say left or right are not mirrored)"
 SPIKE = 10.0  # times the median norm of the gradient
 MEMORISED = 1.0  # nats by which the held-out loss exceeds the training loss

@@ -32,7 +32,8 @@ def similarity(image: Tensor, text: Tensor, smooth_maximum: float = 0.0) -> Tens
     """Cosine similarity of images and texts: the maximum over the queries (paper), or a smooth maximum.
 
     The gradient of the maximum reaches only the best query. In our trials, this is soon the same query for all images,
-    and ITC no longer trains the others. The smooth maximum, `t * log(mean(exp(cosine / t)))`, trains all of them.
+    and the inner layers make the other queries alike. The smooth maximum, `t * log(mean(exp(cosine / t)))`, has a
+    gradient for all queries; the larger t is, the more of it goes to others than the best.
 
     Args:
         image: `[B, Q, E]`, normalised.
