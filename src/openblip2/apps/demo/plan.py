@@ -32,8 +32,8 @@ RECIPES: dict[World, dict[str, dict[str, Any]]] = {
             "optim.lr": 5e-4,
             # Half the laptop preset's batch: in the same time, more and smaller steps are better (docs/decisions.md).
             "train.batch": 16,
-            "train.steps": 900,
-            "train.validate_every": 100,
+            "train.steps": 800,
+            "train.validate_every": 200,
             "train.checkpoint_every": 100,
             # A step with ITM takes more than twice as long as one without, and ITM learns only after ITC has learned.
             # Its loss leaves chance level after 150 steps of ITM; if similar captions start earlier, it takes longer.
