@@ -6,7 +6,7 @@ from PIL import Image
 
 import tiny_runs
 from openblip2.data.records import Record, read_records
-from openblip2.data.web.shard_files import expand
+from openblip2.data.web import expand
 from openblip2.data.web.tars import read_tar
 from openblip2.data.web.write_shards import write_shards
 from openblip2.errors import UserError

@@ -84,7 +84,7 @@ class Batches(ABC):
         records: records with the images.
         samples: their texts.
         batch: number of pairs in a batch of all processes.
-        seed: seed for everything random.
+        seed: of everything random.
         augmented: whether images are cropped and flipped at random; no flip if an image's texts say left or right.
         similar_from: the first batch with similar rows (`Sampler`), by each image's longest caption; None = no batch.
         part: (r, N): process r of N has a part of each batch of all processes, which does not depend on N.
@@ -109,15 +109,9 @@ class Batches(ABC):
         # Differs from the paper, which also flips these images.
         self.sided = {n for n, record in enumerate(self.records) if augmented and names_side(record.texts)}
 
-    def __call__(self, number: int) -> PairBatch:
-        return self._make(number, self.part)
-
-    def joined(self, number: int) -> PairBatch:
-        """The batch of all processes."""
-        return self._make(number, (0, 1))
-
-    def _make(self, number: int, part: tuple[int, int]) -> PairBatch:
-        rows = self.sampler(number)
+    def __call__(self, number: int, joined: bool = False) -> PairBatch:
+        """This process's part of batch `number`, or with `joined` the batch of all processes."""
+        rows, part = self.sampler(number), (0, 1) if joined else self.part
         pictures = [self.samples.pictures[row] for row in rows]
         texts, questions = self.samples.draw(rows, batch_generator(self.seed, number, "caption"))
         ids = pair_ids(pictures, texts)
@@ -144,8 +138,7 @@ class Batches(ABC):
 class ImagePairs(Batches):
     """Batches of images, with new random crops and flips each time (as in the paper) or plain.
 
-    An image that cannot be opened is left out of its batch and reported once, so one of several processes may have no
-    image.
+    An image that cannot be opened is left out of its batch and reported once, so a process may have no image.
 
     Args:
         size: S.
@@ -173,8 +166,11 @@ class ImagePairs(Batches):
         for n in own:
             if pictures[n] in self.bad:
                 continue
+            path, mirror = self.records[pictures[n]].image, False if pictures[n] in self.sided else None
+            random = torch.Generator().manual_seed(seeds[n])
             try:
-                images.append(self._pixels(pictures[n], torch.Generator().manual_seed(seeds[n]))[None])
+                pixels = augment(path, self.size, random, mirror) if self.augmented else to_pixels([path], self.size)[0]
+                images.append(pixels[None])
                 good.append(n)
             except UserError as error:
                 self.bad.add(pictures[n])
@@ -182,10 +178,6 @@ class ImagePairs(Batches):
         if not good and len(own) == len(pictures):
             raise UserError(f"batch {number}: none of its pictures can be opened; see the log for their names")
         return good, {"images": torch.cat(images)}
-
-    def _pixels(self, picture: int, generator: torch.Generator) -> Tensor:
-        path, mirror = self.records[picture].image, False if picture in self.sided else None
-        return augment(path, self.size, generator, mirror) if self.augmented else to_pixels([path], self.size)[0]
 
 
 class FeaturePairs(Batches):

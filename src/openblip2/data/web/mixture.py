@@ -24,10 +24,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from openblip2.compat import log
 from openblip2.data.records import Record, write_records
 from openblip2.data.text import clean_caption
-from openblip2.data.web.shard_files import expand, is_url, stated_samples
+from openblip2.data.web import expand, is_url, stated_samples
 from openblip2.data.web.tars import Shard, read_tar
 from openblip2.errors import UserError, one_line
 from openblip2.runs import write_text
@@ -64,7 +63,6 @@ class Part:
 
 class _Row(BaseModel, extra="forbid", strict=True):
     shards: str
-    reader: str = ""  # in files of earlier versions; all data sets are now read in the same way
     weight: Annotated[int, Field(ge=1)] = 1
 
 
@@ -100,10 +98,6 @@ def read_parts(data: str) -> list[Part]:
         raise UserError(f"{path}: not TOML ({one_line(error)}); {_RIGHT}") from error
     parts: list[Part] = []
     for row in mixture.part:
-        if row.reader:
-            log.warning(
-                "%s: reader = %r has no effect, because all data sets are read alike: remove it", path, row.reader
-            )
         names = [name if is_url(name) else str(path.parent / name) for name in row.shards.split("::") if name]
         parts.append(Part(row.shards, row.weight, tuple(expand("::".join(names)))))
     return parts
@@ -115,7 +109,6 @@ def count_parts(
     """The parts with the samples of each shard counted. A shard that cannot be opened counts 0 and is reported.
 
     Args:
-        parts: the parts, not counted yet.
         problem: called with a line for each such shard.
         advance: called after each shard.
 

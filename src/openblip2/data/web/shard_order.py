@@ -54,7 +54,8 @@ class Order:
             raise UserError(f"{name or 'the shards'}: no samples: give shards with images and captions")
         self.lanes = min(lanes, sum(count > 0 for count in counts))
         self._epoch = functools.lru_cache(maxsize=3)(self._draw_epoch)
-        self._within = functools.lru_cache(maxsize=2 * lanes)(self._draw_within)
+        # (epoch, shard) -> the shuffled order of the shard: the numbers of its samples, by place.
+        self.within = functools.lru_cache(maxsize=2 * lanes)(self._draw_within)
 
     def __call__(self, position: int) -> Spot:
         epoch, place = divmod(position, self.samples)
@@ -67,10 +68,6 @@ class Order:
         if next_ < len(shards):
             return spot.epoch, shards[next_]
         return spot.epoch + 1, self._epoch(spot.epoch + 1).shards[spot.lane][0]
-
-    def within(self, spot: Spot) -> list[int]:
-        """The shuffled order of a spot's shard: the numbers of its samples, by place."""
-        return self._within(spot.epoch, spot.shard)
 
     def _draw_within(self, epoch: int, shard: int) -> list[int]:
         random = generator(self.seed, "shard", self.name, epoch, shard)

@@ -19,7 +19,7 @@ import numpy as np
 
 from openblip2.data.images import MAX_BYTES, PICTURE_SUFFIXES, UNREADABLE
 from openblip2.data.text import is_unicode
-from openblip2.data.web.shard_files import open_shard
+from openblip2.data.web import open_shard
 from openblip2.errors import one_line
 
 PICTURES = frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES)

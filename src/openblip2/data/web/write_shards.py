@@ -20,7 +20,7 @@ import torch
 
 from openblip2.data.images import THREADS, open_picture
 from openblip2.data.records import Record
-from openblip2.data.web.shard_files import read_stats, write_stats
+from openblip2.data.web import read_stats, write_stats
 from openblip2.data.web.tars import PICTURES, Sample, shown, texts_of
 from openblip2.errors import UserError
 from openblip2.runs import atomic_write, locked, make_folder
