@@ -70,11 +70,8 @@ def read_source(
 
     Args:
         wanted: what every record must have.
-        images: the folder of an official file's images.
-        split: the split of an official file that contains several.
-        questions: the second file of VQAv2 and OK-VQA.
-        withheld: whether images without captions and questions without answers are accepted, as in an official test
-            split, for which predictions are made. Their answer is "".
+        images: the folder of an official file's images; see `read_official` for the next two arguments, too.
+        withheld: whether the images without captions and the questions without answers of a test split are accepted.
         shards: whether shards are accepted.
 
     Raises:
@@ -107,9 +104,8 @@ def _only_official(data: str, images: Path | None, split: str | None, questions:
 
 
 def _has(record: Record, wanted: Wanted) -> bool:
-    if wanted == "captions":
-        return bool(record.captions)
-    return bool(record.questions) and all(question.answer for question in record.questions)
+    texts = record.captions if wanted == "captions" else [question.answer for question in record.questions]
+    return bool(texts) and all(texts)
 
 
 @uncollected()
@@ -119,23 +115,23 @@ def read_official(
     """The kind of an official file, by its content, its records in its order, and a line for each skipped entry.
 
     All questions about an image, and all of LAVIS's captions of an image, are one record. Unusable captions are skipped
-    one by one. Images are not opened, but they must exist; captions, questions and answers are not changed.
+    one by one. Images are not opened, but they must exist; texts are not changed.
 
-    NoCaps's domain, one of `official.DOMAINS`, is `facts["domain"]`; without it, facts are None. `Question.answer` is
-    VQAv2's `multiple_choice_answer`, or the most common answer for OK-VQA, which has none. OK-VQA's answers are
-    stemmed, and there are ten per question: those of five annotators, each twice.
+    NoCaps's domain, one of `official.DOMAINS`, is `facts["domain"]`. `Question.answer` is VQAv2's
+    `multiple_choice_answer`, or the most common answer for OK-VQA, which has none. OK-VQA's answers are stemmed, and
+    there are ten per question: those of five annotators, each twice.
 
     Args:
         annotations: the file.
         images: the folder that the paths in the file are relative to (for COCO, it contains `train2014`, `val2014` and
             `test2015`), or the folder of the images themselves.
-        split: required for Karpathy's files, one of `official.SPLITS` ("train" includes restval). For VQAv2 and OK-VQA,
-            it can be given if it is the split of the files ("val2014" or "val").
+        split: required for Karpathy's files, one of `official.SPLITS` ("train" includes restval). VQAv2 and OK-VQA
+            accept the split of the files ("val2014" or "val").
         questions: the second file of VQAv2 and OK-VQA; None if `annotations` are the questions of a test split.
 
     Raises:
-        UserError: a file cannot be read, is cut off or has another format; `split` does not fit the file; questions and
-            annotations have different splits; `images` is not a folder; no entry is usable.
+        UserError: a file cannot be read or has another format; the arguments do not fit each other; `images` is not a
+            folder; no entry is usable.
     """
     path, data = Path(annotations), read_json(Path(annotations))
     kind, read = _recognised(data, path)
