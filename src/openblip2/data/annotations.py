@@ -65,34 +65,20 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 @dataclass
 class AnnotationFile:
-    """An annotation file that is being read.
-
-    Attributes:
-        path: the path of the file.
-        data: its content.
-        pictures: finds the images.
-        split: the split that the user selected, or None.
-        questions: the path of the second file, or None.
-        skipped: a line "where: what; what would be right" for each entry that is left out.
-    """
+    """An annotation file that is being read."""
 
     path: Path
-    data: Any
+    data: Any  # its content
     pictures: Pictures
-    split: str | None = None
-    questions: Path | None = None
-    skipped: list[str] = field(default_factory=list)
+    split: str | None = None  # selected by the user
+    questions: Path | None = None  # the second file
+    skipped: list[str] = field(default_factory=list)  # "where: what; what would be right" of each entry left out
 
     def entries(self, name: str, values: object, right: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The objects in a list with their positions, "file: name[0]". Other entries are skipped.
-
-        Args:
-            name: the name of the list in the file.
-            values: the list.
-            right: what a correct entry is, for the message.
+        """The objects in the list `name` with their positions, "file: name[0]". Other entries are skipped.
 
         Raises:
-            UserError: `values` is not a list.
+            UserError: `values` is not a list. The messages say that `right` would be a correct entry.
         """
         if not isinstance(values, list):
             raise UserError(f'{self.path}: "{name}" is {brief(values)}: it must be a list of objects')

@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,9 +122,7 @@ def augment(picture: Picture, size: int, generator: torch.Generator, mirror: boo
     flipped horizontally with probability 0.5. The same state of `generator` gives the same pixels.
 
     Args:
-        picture: as in `open_picture`.
         size: S.
-        generator: random generator for the crop and the flip.
         mirror: whether to flip it; None = at random, as in the paper.
 
     Raises:
@@ -213,7 +212,9 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     """A new upright image of mode RGB, without metadata that could be applied a second time."""
     try:
         image.load()
-        orientation = _orientation(image)
+        orientation = 1
+        with suppress(Exception):  # of any type: an image with broken metadata is not rotated
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         image = _rgb(image, name)
     except UserError:
         raise
@@ -224,13 +225,6 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     image.getexif()[ExifTags.Base.Orientation] = orientation
     ImageOps.exif_transpose(image, in_place=True)
     return image
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # of any type: an image with broken metadata is not rotated
-        return 1
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

@@ -1,21 +1,8 @@
 """What `--data` may name: the user's images, an official annotation file and, for training, shards.
 
-The official files of COCO, Flickr30K, NoCaps, VQAv2, OK-VQA and GQA:
-
-| kind | file | splits |
-|---|---|---|
-| coco-karpathy | `dataset_coco.json` | several, one is selected |
-| | LAVIS's `coco_karpathy_train.json`, `..._val.json`, `..._test.json` | one |
-| flickr30k | `dataset_flickr30k.json` | several, one is selected |
-| | LAVIS's `flickr30k_train.json`, `..._val.json`, `..._test.json` | one |
-| nocaps | `nocaps_val_4500_captions.json`, `nocaps_test_image_info.json`; any file in COCO's own form | one |
-| vqav2 | `v2_mscoco_val2014_annotations.json` with `v2_OpenEnded_mscoco_val2014_questions.json` | one, stated in it |
-| | `v2_OpenEnded_mscoco_test-dev2015_questions.json` | one, stated in it |
-| okvqa | `mscoco_val2014_annotations.json` with `OpenEnded_mscoco_val2014_questions.json` | one, stated in it |
-| gqa | `testdev_balanced_questions.json` | one |
-
-Test splits contain no captions and answers. They are read so that predictions can be submitted: an image then has no
-caption, and the answer to a question is "", which is never a real answer.
+docs/evaluation.md lists the official files: Karpathy's and LAVIS's of COCO and Flickr30K, and those of NoCaps, VQAv2,
+OK-VQA and GQA. Test splits contain no captions and answers. They are read so that predictions can be submitted: an
+image then has no caption, and the answer to a question is "", which is never a real answer.
 
 Ids are those for submitting results: the number of the image for COCO and NoCaps, the file name without its suffix for
 Flickr30K and GQA, and the id of the question.
@@ -40,21 +27,13 @@ _EXPECTED = (
 
 
 class Source(NamedTuple):
-    """What a data source contains.
+    """What a data source contains."""
 
-    Attributes:
-        records: the records; empty for shards.
-        skipped: one line for each entry that was skipped.
-        kind: the format, "own" for the user's own.
-        shards: the parts of a source of shards, not counted yet.
-        known: training questions, from which baselines guess answers without the image.
-    """
-
-    records: list[Record]
-    skipped: list[str]
-    kind: str
-    shards: list[Part] | None = None
-    known: Sequence[Record] = ()
+    records: list[Record]  # empty for shards
+    skipped: list[str]  # one line for each entry that was skipped
+    kind: str  # the format, "own" for the user's own
+    shards: list[Part] | None = None  # the parts of a source of shards, not counted yet
+    known: Sequence[Record] = ()  # training questions, from which baselines guess answers without the image
 
 
 def read_source(

@@ -132,13 +132,8 @@ def stated_samples(shard: str) -> int | None:
 def read_stats(shard: Path, name: str, value: str) -> dict[str, Any] | None:
     """The file next to a shard that an earlier run completed; None if there is no shard.
 
-    Args:
-        shard: the shard.
-        name: the name in the file for what the shard was made with.
-        value: the value that `name` must have.
-
     Raises:
-        UserError: it was made with something else, or by another program.
+        UserError: in this file, `name`, which says what the shard was made with, is not `value`.
     """
     if not shard.exists():
         return None

@@ -1,12 +1,4 @@
-"""Which shards a run is trained on: one data set, or a mixture with weights in a .toml file.
-
-    [[part]]
-    shards = "coco/{00000..00056}.tar"   # as in `expand`; relative to the folder of the .toml
-    weight = 3
-
-    [[part]]
-    shards = "s3://bucket/laion/{00000..11499}.tar"
-    weight = 60
+"""Which shards a run is trained on: one data set, or a mixture with weights in a .toml file (docs/web-scale.md).
 
 A run counts the samples of each shard once and stores the numbers in RUN/shards.json, so that every process and every
 later start uses the same samples in the same order. The number is "successes" in the shard's `_stats.json`, which
@@ -39,21 +31,13 @@ _RIGHT = 'write each part as [[part]] with shards = "web/{00000..00099}.tar" and
 
 @dataclass(frozen=True)
 class Part:
-    """The shards of one data set.
+    """The shards of one data set."""
 
-    Attributes:
-        name: the text that named the shards.
-        weight: its share in a mixture, 1 or more.
-        shards: paths and URLs.
-        counts: number of samples in each shard; empty if not counted yet.
-        held_out: number of samples at the beginning of each shard that are excluded from training.
-    """
-
-    name: str
-    weight: int
-    shards: tuple[str, ...]
-    counts: tuple[int, ...] = ()
-    held_out: tuple[int, ...] = ()
+    name: str  # the text that named the shards
+    weight: int  # its share in a mixture, 1 or more
+    shards: tuple[str, ...]  # paths and URLs
+    counts: tuple[int, ...] = ()  # number of samples in each shard; empty if not counted yet
+    held_out: tuple[int, ...] = ()  # number of samples at the beginning of each shard that are not trained on
 
     @property
     def samples(self) -> int:

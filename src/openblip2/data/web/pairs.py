@@ -49,8 +49,6 @@ class OpenShards:
     """The current shard of each lane, and the next one, which is opened in advance.
 
     Args:
-        parts: the parts, with counted samples.
-        orders: the order of each part.
         problem: called with each problem once, by one thread at a time.
     """
 

@@ -7,8 +7,6 @@ come from different shards, and processes share no shard if their number divides
 
 The parts of a mixture take turns of one row (one sample of each lane): of every `sum(weights)` rows, each part gets
 exactly as many as its weight, in a new random order. The order of each part is endless, epoch after epoch.
-
-So sample ten million is found without the samples before it, and a run can resume with another number of processes.
 """
 
 import functools
@@ -41,8 +39,7 @@ class Order:
     Args:
         counts: number of samples in each shard.
         lanes: number of shards that are read at the same time.
-        seed: seed for all shuffles.
-        name: name of the part, so that the parts of a mixture are shuffled differently.
+        name: of the part, so that the parts of a mixture are shuffled differently.
 
     Raises:
         UserError: there is no sample.
@@ -110,9 +107,8 @@ class PartTurns:
     """The turns of the parts of a mixture: `turns(number)` -> part and position in that part's order.
 
     Args:
-        weights: weights of the parts, whole numbers of 1 or more.
+        weights: of the parts, whole numbers of 1 or more.
         row: number of samples in one turn.
-        seed: seed for the order of the turns.
 
     Raises:
         UserError: the weights add up to more than `MOST_WEIGHT`.

@@ -35,29 +35,21 @@ Problem = Callable[[str], object]
 
 
 class Sample(NamedTuple):
-    """One image of a shard.
+    """One image of a shard."""
 
-    Attributes:
-        key: its name in the shard.
-        image: the content of the image file.
-        suffix: the suffix of the image file, for example "jpg".
-        captions: its captions.
-        about: the content of its .json.
-    """
-
-    key: str
-    image: bytes
-    suffix: str
+    key: str  # its name in the shard
+    image: bytes  # the content of the image file
+    suffix: str  # of the image file, for example "jpg"
     captions: tuple[str, ...]
-    about: dict[str, Any]
+    about: dict[str, Any]  # the content of its .json
 
 
 class Member(NamedTuple):
-    """A file in a tar file: its name, the position of its content, and its size in bytes."""
+    """A file in a tar file."""
 
     name: str
-    offset: int
-    size: int
+    offset: int  # of its content
+    size: int  # in bytes
 
 
 class _Header(tarfile.TarInfo):
