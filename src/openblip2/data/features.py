@@ -205,7 +205,7 @@ def writing(
                 head = {"version": VERSION, "made_by": made_by, "shape": shape, "file": f"features-{uuid4().hex}.bin"}
                 _append(index, json.dumps(head).encode() + b"\n")
             cache = FeatureCache(folder)
-            require_same_cache(folder, cache.made_by, made_by, "give another --out, or remove that folder")
+            require_same_cache(cache, made_by, "give another --out, or remove that folder")
             index.truncate(sum(map(len, _index_lines(folder))))
             with cache.path.open("ab") as values:
                 values.truncate(cache.count * picture_bytes(cache.shape))
@@ -222,25 +222,26 @@ def _outdated(folder: Path, made_by: Made, say: Say, records: Sequence[Record], 
         return False
     cache = FeatureCache(folder)
     try:
-        require_same_cache(folder, cache.made_by, made_by, "its features are computed again")
+        require_same_cache(cache, made_by, "its features are computed again")
     except UserError as difference:
         say(str(difference))
         return True
     return not any(cache.has(record) for record in records)  # features of other images would only take space
 
 
-def require_same_cache(folder: Path, theirs: Made, ours: Made, way_out: str) -> None:
+def require_same_cache(cache: FeatureCache, ours: Made, way_out: str) -> None:
     """Checks that a cache was made with `ours`. The encoder's name may differ, because its weights are compared.
 
     Raises:
         UserError: It was made with something else; the message names the first difference.
     """
+    theirs = cache.made_by
     for name, value in ours.items():
         if name != "encoder" and theirs.get(name) != value:
             there, here = theirs.get("encoder"), ours.get("encoder", theirs.get("encoder"))
             encoders = f" (encoder {there} in the cache, {here} now)" if there != here else ""
-            words = name.replace("_", " ")
-            raise UserError(f"{folder}: {words} {theirs.get(name)} in the cache, {value} now{encoders}; {way_out}")
+            difference = f"{name.replace('_', ' ')} {theirs.get(name)} in the cache, {value} now{encoders}"
+            raise UserError(f"{cache.folder}: {difference}; {way_out}")
 
 
 def picture_bytes(shape: Sequence[int]) -> int:

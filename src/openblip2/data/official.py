@@ -239,14 +239,12 @@ def _subtype(file: AnnotationFile) -> str:
 
 def _captions(values: list[Any], where: str, file: AnnotationFile) -> tuple[str, ...]:
     """The captions that can be used; the others are skipped."""
+    if len(values) == 1:
+        return (_caption(values[0]),)
     captions: list[str] = []
     for number, value in enumerate(values):
-        try:
+        with file.skipping(f"{where}[{number}]"):
             captions.append(_caption(value))
-        except UserError as problem:
-            if len(values) == 1:
-                raise
-            file.skipped.append(f"{where}[{number}]: {problem}")
     if not captions:
         raise UserError("no usable caption: at least one is needed")
     return tuple(captions)

@@ -58,28 +58,24 @@ def read_source(
     """
     if "://" in str(data) and str(data).split("?")[0].endswith((".csv", ".tsv", ".json", ".jsonl", ".txt")):
         raise UserError(f"{data}: only shards (.tar) are read from a URL; download this file and give its path")
-    if names_shards(str(data)):
+    path, from_shards = Path(data), names_shards(str(data))
+    official = path.suffix.lower() == ".json" and not from_shards
+    for name, value in (("--images", images), ("--split", split), ("--questions", questions)):
+        if value is not None and not official:
+            raise UserError(f"{name} is only for an official .json or easy-vqa; leave it out for {data}")
+    if from_shards:
         if not shards or wanted == "questions":
             raise UserError(f"{data}: shards are only for training with captions; give a folder, .jsonl or .csv")
-        _only_official(str(data), images, split, questions)
         return Source([], [], "shards", read_parts(str(data)))
-    path = Path(data)
-    if path.suffix.lower() == ".json":
-        if images is None:
-            raise UserError(f"{path}: give --images, the folder of its images")
-        kind, records, skipped = read_official(path, images, split, questions)
-        usable = [record for record in records if withheld or _has(record, wanted)]
-        if not usable:
-            raise UserError(f"{path}: contains no {wanted} (its format is {kind}); give another file")
-        return Source(usable, skipped, kind)
-    _only_official(str(path), images, split, questions)
-    return Source(*read_records(path, wanted), "own")
-
-
-def _only_official(data: str, images: Path | None, split: str | None, questions: Path | None) -> None:
-    for name, value in (("--images", images), ("--split", split), ("--questions", questions)):
-        if value is not None:
-            raise UserError(f"{name} is only for an official .json or easy-vqa; leave it out for {data}")
+    if not official:
+        return Source(*read_records(path, wanted), "own")
+    if images is None:
+        raise UserError(f"{path}: give --images, the folder of its images")
+    kind, records, skipped = read_official(path, images, split, questions)
+    usable = [record for record in records if withheld or _has(record, wanted)]
+    if not usable:
+        raise UserError(f"{path}: contains no {wanted} (its format is {kind}); give another file")
+    return Source(usable, skipped, kind)
 
 
 def _has(record: Record, wanted: Wanted) -> bool:

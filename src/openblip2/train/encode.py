@@ -103,7 +103,7 @@ def open_cache(vision: FrozenVision, settings: RunSettings, folder: Path) -> Fea
         )
     # Without augmentation the crops are not read, so they need not match.
     ours |= {"crops": CROPS} if settings.data.augment else {}
-    require_same_cache(folder, cache.made_by, ours, "use the settings of the cache, or make one with these settings")
+    require_same_cache(cache, ours, "use the settings of the cache, or make one with these settings")
     return cache
 
 
