@@ -78,7 +78,7 @@ def test_the_parts_are_the_batch(records: list[Record], kind: str, world: int) -
         expected = rows_of(whole(number))
         found = [rows_of(part(number)) for part in parts]
         assert list(itertools.chain(*found)) == expected
-        assert rows_of(parts[-1].joined(number)) == expected
+        assert rows_of(parts[-1](number, joined=True)) == expected
         empty += sum(not rows for rows in found)
         if kind != "images":
             assert {len(rows) for rows in found} <= {batch // world, batch // world + 1}

@@ -361,8 +361,8 @@ def test_no_pictures_are_an_empty_batch() -> None:
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path: Path) -> None:
     picture, path = smooth(1600, 1200), tmp_path / "large.jpg"
     picture.save(path, quality=95)
-    assert images._opened(path, at_least=60).size == (200, 150)
-    assert images._opened(path, at_least=5000).size == (1600, 1200)
+    assert open_picture(path, at_least=60).size == (200, 150)
+    assert open_picture(path, at_least=5000).size == (1600, 1200)
     assert open_picture(path).size == (1600, 1200)
     plain = np.asarray(picture.resize((30, 30), Image.Resampling.BICUBIC)).astype(int)
     assert np.abs(to_pixels([path], 30)[0].permute(1, 2, 0).numpy() - plain).max() <= 3

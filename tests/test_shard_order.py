@@ -14,7 +14,7 @@ def test_an_epoch_has_every_sample_once(counts: list[int], lanes: int) -> None:
     total = sum(counts)
     epochs = [[order(epoch * total + n) for n in range(total)] for epoch in range(3)]
     for number, spots in enumerate(epochs):
-        seen = [(spot.shard, order.within(spot)[spot.place]) for spot in spots]
+        seen = [(spot.shard, order.within(spot.epoch, spot.shard)[spot.place]) for spot in spots]
         assert sorted(seen) == [(shard, n) for shard, count in enumerate(counts) for n in range(count)]
         assert {spot.epoch for spot in spots} == {number}
     if total > 8:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import tiny_runs
+from openblip2.data.web import expand
 from openblip2.data.web.mixture import count_parts, read_parts
-from openblip2.data.web.shard_files import expand
 from openblip2.data.web.tars import MAX_CAPTION, MOST_HEADER, Sample, read_tar, tar_members
 from openblip2.data.web.write_shards import write_tar
 from openblip2.errors import UserError

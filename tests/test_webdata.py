@@ -219,17 +219,14 @@ def test_one_caption_is_drawn_each_time(tmp_path: Path) -> None:
     assert 50 < drawn["a good one"] < 110
 
 
-def test_a_mixture_by_weights_from_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mixture_by_weights_from_a_file(tmp_path: Path) -> None:
     for name, count in (("coco", 5), ("web", 50)):
         (tmp_path / name).mkdir()
         write_shard(tmp_path / name / "0.tar", [sample(0, n, f"{name} {n}") for n in range(count)])
     file = tmp_path / "mix.toml"
-    file.write_text(
-        '[[part]]\nshards = "coco/{0..0}.tar"\nreader = "coco"\nweight = 1\n[[part]]\nshards = "web"\nweight = 3\n'
-    )
+    file.write_text('[[part]]\nshards = "coco/{0..0}.tar"\nweight = 1\n[[part]]\nshards = "web"\nweight = 3\n')
     assert names_shards(str(file))
     drawn = seen(walk(pairs(file, batch=8, lanes=4), 20))
-    assert "mix.toml: reader = 'coco' has no effect, because all data sets are read alike: remove it" in caplog.text
     share = Counter(caption.split()[0] for caption in drawn.elements())
     assert share == {"coco": 40, "web": 120}
     assert {count for caption, count in drawn.items() if caption.startswith("coco")} == {8}  # all samples equally often

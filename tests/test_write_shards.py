@@ -6,7 +6,7 @@ from PIL import Image
 
 import tiny_runs
 from openblip2.data.records import Record, read_records
-from openblip2.data.web.shard_files import expand
+from openblip2.data.web import expand
 from openblip2.data.web.tars import read_tar
 from openblip2.data.web.write_shards import write_shards
 from openblip2.errors import UserError
@@ -75,9 +75,9 @@ def test_what_cannot_be_taken_is_named(tmp_path: Path) -> None:
     records[1].image.write_bytes(b"no picture")
     (folder / "odd.xyz").write_bytes(records[0].image.read_bytes())
     records.append(Record("odd", folder / "odd.xyz", ("odd",)))
-    written = write_shards(records, tmp_path / "out")
-    assert written.samples == 4
-    assert sorted(line.split(":")[0] for line in written.skipped) == [str(records[1].image), str(folder / "odd.xyz")]
+    _, samples, skipped = write_shards(records, tmp_path / "out")
+    assert samples == 4
+    assert sorted(line.split(":")[0] for line in skipped) == [str(records[1].image), str(folder / "odd.xyz")]
     with pytest.raises(UserError, match="none of the pictures"):
         write_shards([records[1]], tmp_path / "none")
     (tmp_path / "file").touch()

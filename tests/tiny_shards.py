@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from openblip2.data.web.shard_files import write_stats
+from openblip2.data.web import write_stats
 from openblip2.data.web.tars import Sample
 from openblip2.data.web.write_shards import write_tar
 

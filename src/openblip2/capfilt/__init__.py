@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from openblip2.capfilt.models import Models, digest, digests, open_models
 from openblip2.capfilt.shard import How, Made, Maker
+from openblip2.data.web import expand, is_url, read_stats
 from openblip2.data.web.mixture import count_samples
-from openblip2.data.web.shard_files import expand, is_url, read_stats
 from openblip2.errors import UserError
 from openblip2.progress import Progress
 from openblip2.runs import atomic_write, make_folder, read_json

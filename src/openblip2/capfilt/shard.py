@@ -31,7 +31,7 @@ from torch import Tensor
 from openblip2.capfilt.models import Ranker
 from openblip2.data.images import THREADS, PictureFile, to_pixels
 from openblip2.data.text import clean_caption
-from openblip2.data.web.shard_files import write_stats
+from openblip2.data.web import write_stats
 from openblip2.data.web.tars import MAX_JSON, Sample, Shard
 from openblip2.data.web.write_shards import write_tar
 from openblip2.errors import UserError

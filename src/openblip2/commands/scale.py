@@ -44,12 +44,12 @@ def prepare(
         output(out, "shards", "complete shards are in"),
         says.steps("pictures", len(source.records)) as bar,
     ):
-        written = write_shards(source.records, out, size, seed, lambda count: bar.advance(count=count))
-    skipped = [*source.skipped, *written.skipped]
+        shards, samples, bad = write_shards(source.records, out, size, seed, lambda count: bar.advance(count=count))
+    skipped = [*source.skipped, *bad]
     for line in skipped:
         says.say(f"skipped: {line}")
-    values = {"out": str(out), "samples": written.samples, "shards": written.shards, "skipped": skipped}
-    show(values, [f"{out}: {number_of(written.samples, 'sample')} in {number_of(written.shards, 'shard')}"], as_json)
+    values = {"out": str(out), "samples": samples, "shards": shards, "skipped": skipped}
+    show(values, [f"{out}: {number_of(samples, 'sample')} in {number_of(shards, 'shard')}"], as_json)
 
 
 def capfilt(

@@ -39,13 +39,12 @@ class PairBatch:
 class Sampler:
     """Row numbers of batch n: every epoch is shuffled again and split into batches.
 
-    Batches contain texts of all lengths. Batches of texts with the same length would need less padding, but then
-    "a cat above a dog" and "a cat to the left of a dog" would never be hard negatives of each other.
+    Batches contain texts of all lengths. With texts of the same length, they would need less padding, but then "a cat
+    above a dog" and "a cat to the left of a dog" would never be hard negatives of each other.
 
     Args:
         rows: number of rows.
         batch: B, at most the number of rows.
-        seed: seed for everything random.
         similar: if given, the second half of a batch consists of rows similar to those of the first half.
         similar_from: the first batch with similar rows.
     """
@@ -84,7 +83,6 @@ class Batches(ABC):
         records: records with the images.
         samples: their texts.
         batch: number of pairs in a batch of all processes.
-        seed: seed for everything random.
         augmented: whether images are cropped and flipped at random; no flip if an image's texts say left or right.
         similar_from: the first batch with similar rows (`Sampler`), by each image's longest caption; None = no batch.
         part: (r, N): process r of N has a part of each batch of all processes, which does not depend on N.
@@ -109,15 +107,9 @@ class Batches(ABC):
         # Differs from the paper, which also flips these images.
         self.sided = {n for n, record in enumerate(self.records) if augmented and names_side(record.texts)}
 
-    def __call__(self, number: int) -> PairBatch:
-        return self._make(number, self.part)
-
-    def joined(self, number: int) -> PairBatch:
-        """The batch of all processes."""
-        return self._make(number, (0, 1))
-
-    def _make(self, number: int, part: tuple[int, int]) -> PairBatch:
-        rows = self.sampler(number)
+    def __call__(self, number: int, joined: bool = False) -> PairBatch:
+        """This process's part of batch `number`, or with `joined` the batch of all processes."""
+        rows, part = self.sampler(number), (0, 1) if joined else self.part
         pictures = [self.samples.pictures[row] for row in rows]
         texts, questions = self.samples.draw(rows, batch_generator(self.seed, number, "caption"))
         ids = pair_ids(pictures, texts)
@@ -135,7 +127,6 @@ class Batches(ABC):
         """The positions in batch `number` with usable images, and their images or features as in `PairBatch`.
 
         Args:
-            number: the number of the batch.
             pictures: the record number of each row in the batch of all processes.
             own: the positions to open.
         """
@@ -144,13 +135,12 @@ class Batches(ABC):
 class ImagePairs(Batches):
     """Batches of images, with new random crops and flips each time (as in the paper) or plain.
 
-    An image that cannot be opened is left out of its batch and reported once, so one of several processes may have no
-    image.
+    An image that cannot be opened is left out of its batch and reported once, so a process may have no image. Other
+    arguments, also `options`: see `Batches`.
 
     Args:
         size: S.
         problem: called with a line for each image that cannot be opened.
-        options: as in `Batches`, by name.
     """
 
     def __init__(
@@ -173,8 +163,11 @@ class ImagePairs(Batches):
         for n in own:
             if pictures[n] in self.bad:
                 continue
+            path, mirror = self.records[pictures[n]].image, False if pictures[n] in self.sided else None
+            random = torch.Generator().manual_seed(seeds[n])
             try:
-                images.append(self._pixels(pictures[n], torch.Generator().manual_seed(seeds[n]))[None])
+                pixels = augment(path, self.size, random, mirror) if self.augmented else to_pixels([path], self.size)[0]
+                images.append(pixels[None])
                 good.append(n)
             except UserError as error:
                 self.bad.add(pictures[n])
@@ -183,17 +176,11 @@ class ImagePairs(Batches):
             raise UserError(f"batch {number}: none of its pictures can be opened; see the log for their names")
         return good, {"images": torch.cat(images)}
 
-    def _pixels(self, picture: int, generator: torch.Generator) -> Tensor:
-        path, mirror = self.records[picture].image, False if picture in self.sided else None
-        return augment(path, self.size, generator, mirror) if self.augmented else to_pixels([path], self.size)[0]
-
 
 class FeaturePairs(Batches):
     """Batches of stored features: of a random crop of each image if augmented, otherwise of the plain image.
 
-    Args:
-        features: stored features of the records.
-        options: as in `Batches`, by name.
+    Other arguments, also `options`: see `Batches`.
     """
 
     def __init__(self, features: StoredFeatures, samples: Samples, batch: int, seed: int, **options: Any) -> None:
@@ -237,10 +224,9 @@ def group_rows(keys: Sequence[Iterable[Hashable]]) -> list[int]:
 
 
 def joined_ids(batch: PairBatch, place: torch.device) -> Tensor:
-    """The ids `[B]` of this process's rows in the batch of all processes. All processes must call it.
+    """The ids `[B]` of this process's rows in the batch of all processes, which must all call it.
 
     Args:
-        batch: the batch of this process.
         place: the device of the backend's tensors.
     """
     if batch.keys is None or world_size() == 1:
@@ -260,12 +246,11 @@ def batch_generator(seed: int, number: int, purpose: str) -> torch.Generator:
 class Prefetcher:
     """`batches(number)`, read one batch ahead: while the model works on batch n, a thread reads batch n + 1.
 
-    One thread is enough, because decoding and copying release the GIL. A batch depends only on its number, so the
-    batches are the same. An error is raised when its batch is requested. For GPUs, batches are in pinned memory, from
-    which they are copied while the model computes.
+    One thread is enough, because decoding and copying release the GIL. An error is raised when its batch is requested.
+    For GPUs, batches are in pinned memory, from which they are copied while the model computes.
 
     Args:
-        batches: number -> batch; called by one thread at a time.
+        batches: number -> batch, which depends only on the number; called by one thread at a time.
         count: number of batches of the run.
     """
 

@@ -51,7 +51,6 @@ class FeatureCache:
 
     Attributes:
         made_by: What the features were made with: encoder, image size and so on, by name.
-        path: The file of the features.
         shape: The shape of the features of an image, (E, P, V).
         pictures: The images of the cache, by id.
         count: Number of images with features.
@@ -77,9 +76,8 @@ class FeatureCache:
             raise UserError(f"{folder / 'features.jsonl'} is damaged: {again}") from error
         if version != VERSION:
             raise UserError(f"{folder} has version {version}, but this program reads {VERSION}: make a new cache")
-        self.picture_bytes = picture_bytes(self.shape)
         self.count = 1 + max((p.row for p in self.pictures.values() if p.row is not None), default=-1)
-        found, expected = file_state(self.path)[0], self.count * self.picture_bytes
+        found, expected = file_state(self.path)[0], self.count * picture_bytes(self.shape)
         if found < expected:
             raise UserError(f"{self.path} has {found:,} bytes instead of {expected:,}: {again}")
         shape = (self.count, *self.shape)
@@ -191,10 +189,8 @@ def writing(
 
     Args:
         folder: The folder of the cache. A new cache is started if there is none.
-        made_by: What the features are made with.
         shape: The shape of the features of an image.
         say: Called with a line for the user.
-        records: The images.
         replace: Whether to start a new cache if the old one was made with something else or has none of `records`.
 
     Raises:
@@ -209,10 +205,10 @@ def writing(
                 head = {"version": VERSION, "made_by": made_by, "shape": shape, "file": f"features-{uuid4().hex}.bin"}
                 _append(index, json.dumps(head).encode() + b"\n")
             cache = FeatureCache(folder)
-            require_same_cache(folder, cache.made_by, made_by, "give another --out, or remove that folder")
+            require_same_cache(cache, made_by, "give another --out, or remove that folder")
             index.truncate(sum(map(len, _index_lines(folder))))
             with cache.path.open("ab") as values:
-                values.truncate(cache.count * cache.picture_bytes)
+                values.truncate(cache.count * picture_bytes(cache.shape))
                 yield CacheWriter(cache, index, values)
     except OSError as error:
         why = "the disk is full" if error.errno == ENOSPC else f"cannot be written ({error.strerror})"
@@ -226,25 +222,26 @@ def _outdated(folder: Path, made_by: Made, say: Say, records: Sequence[Record], 
         return False
     cache = FeatureCache(folder)
     try:
-        require_same_cache(folder, cache.made_by, made_by, "its features are computed again")
+        require_same_cache(cache, made_by, "its features are computed again")
     except UserError as difference:
         say(str(difference))
         return True
     return not any(cache.has(record) for record in records)  # features of other images would only take space
 
 
-def require_same_cache(folder: Path, theirs: Made, ours: Made, way_out: str) -> None:
+def require_same_cache(cache: FeatureCache, ours: Made, way_out: str) -> None:
     """Checks that a cache was made with `ours`. The encoder's name may differ, because its weights are compared.
 
     Raises:
         UserError: It was made with something else; the message names the first difference.
     """
+    theirs = cache.made_by
     for name, value in ours.items():
         if name != "encoder" and theirs.get(name) != value:
             there, here = theirs.get("encoder"), ours.get("encoder", theirs.get("encoder"))
             encoders = f" (encoder {there} in the cache, {here} now)" if there != here else ""
-            words = name.replace("_", " ")
-            raise UserError(f"{folder}: {words} {theirs.get(name)} in the cache, {value} now{encoders}; {way_out}")
+            difference = f"{name.replace('_', ' ')} {theirs.get(name)} in the cache, {value} now{encoders}"
+            raise UserError(f"{cache.folder}: {difference}; {way_out}")
 
 
 def picture_bytes(shape: Sequence[int]) -> int:

@@ -11,13 +11,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFile, features
+from PIL import ExifTags, Image, ImageFile, ImageOps, features
 
-from openblip2.errors import UserError, refuse_lfs_pointer
+from openblip2.errors import UserError, number_of, refuse_lfs_pointer
 
 if TYPE_CHECKING:
     import torch
@@ -54,17 +55,6 @@ UNREADABLE = frozenset(
 if not features.check("avif"):
     PICTURE_SUFFIXES, UNREADABLE = PICTURE_SUFFIXES - {".avif"}, UNREADABLE | {".avif"}
 
-_ORIENTATION = 0x0112  # the EXIF tag; below, its values and the transformations that make the image upright
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 # The training transform of the paper: torchvision's RandomResizedCrop(scale=(0.5, 1)), otherwise with its defaults.
 CROP_AREA = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -75,15 +65,13 @@ def left_out(names: Iterable[str]) -> list[str]:
     """One line for each image format among the files that has to be converted before it can be read."""
     counts = Counter(suffix for name in names if (suffix := os.path.splitext(name)[1].lower()) in UNREADABLE)
     return [
-        f"1 {suffix} file is left out; convert it to JPEG"
-        if count == 1
-        else f"{count:,} {suffix} files are left out; convert them to JPEG"
+        f"{number_of(count, f'{suffix} file', 'is')} left out; convert {'it' if count == 1 else 'them'} to JPEG"
         for suffix, count in sorted(counts.items())
     ]
 
 
-def open_picture(picture: Picture) -> Image.Image:
-    """An upright RGB image with 8 bits per channel in its original size.
+def open_picture(picture: Picture, at_least: int | None = None) -> Image.Image:
+    """An upright RGB image with 8 bits per channel.
 
     Transparent images are put on white, the EXIF orientation is applied, and 16 bits are scaled to 8. The first frame
     of an animation is used.
@@ -91,12 +79,24 @@ def open_picture(picture: Picture) -> Image.Image:
     Args:
         picture: a path, a `PictureFile`, a PIL image (which is not changed), or an array: `[H, W]` gray, `[H, W, 1]`,
             `[H, W, 3]` RGB or `[H, W, 4]` RGBA, of uint8 in 0..255 or floats in [0, 1].
+        at_least: None = the original size. With a number of px, a JPEG may be decoded at a fraction of its size that
+            leaves as many in both directions, which is faster.
 
     Raises:
         UserError: the file is missing, empty, larger than `MAX_BYTES`, truncated or not an image; it has more than
             `MAX_PIXELS` pixels; the array has another shape or type.
     """
-    return _opened(picture, at_least=None)
+    if isinstance(picture, str | Path):
+        return _from_file(Path(picture), at_least)
+    if isinstance(picture, PictureFile):
+        return _from_bytes(picture.content, picture.name, at_least)
+    if isinstance(picture, Image.Image):
+        name = str(picture.filename) if isinstance(picture, ImageFile.ImageFile) else "a PIL image"
+        _check_pixels(picture.width, picture.height, name)
+        return _decoded(picture, name)
+    if isinstance(picture, np.ndarray):
+        return _from_array(picture)
+    raise UserError(f"a {type(picture).__name__} is not a picture: give a path, a PIL image or a NumPy array [H, W, 3]")
 
 
 def to_pixels(pictures: Sequence[Picture], size: int) -> torch.Tensor:
@@ -110,7 +110,7 @@ def to_pixels(pictures: Sequence[Picture], size: int) -> torch.Tensor:
     """
     import torch
 
-    arrays = [_resized(_opened(picture, at_least=2 * size), size) for picture in pictures]
+    arrays = [_resized(open_picture(picture, 2 * size), size) for picture in pictures]
     stacked = np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
 
@@ -122,9 +122,7 @@ def augment(picture: Picture, size: int, generator: torch.Generator, mirror: boo
     flipped horizontally with probability 0.5. The same state of `generator` gives the same pixels.
 
     Args:
-        picture: as in `open_picture`.
         size: S.
-        generator: random generator for the crop and the flip.
         mirror: whether to flip it; None = at random, as in the paper.
 
     Raises:
@@ -132,7 +130,7 @@ def augment(picture: Picture, size: int, generator: torch.Generator, mirror: boo
     """
     import torch
 
-    image = _opened(picture, at_least=3 * size)
+    image = open_picture(picture, 3 * size)
     image = image.crop(random_crop(image.width, image.height, generator))
     flipped = torch.rand((), generator=generator).item() < 0.5
     if flipped if mirror is None else mirror:
@@ -169,21 +167,6 @@ def _resized(image: Image.Image, size: int) -> np.ndarray[Any, Any]:
     """uint8 `[S, S, 3]`."""
     # reducing_gap: an image of more than 4S px is first averaged over blocks, which is much faster.
     return np.array(image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=2.0))
-
-
-def _opened(picture: Picture, at_least: int | None) -> Image.Image:
-    """`open_picture`, at a fraction of its size if that is faster and leaves `at_least` px in both directions."""
-    if isinstance(picture, str | Path):
-        return _from_file(Path(picture), at_least)
-    if isinstance(picture, PictureFile):
-        return _from_bytes(picture.content, picture.name, at_least)
-    if isinstance(picture, Image.Image):
-        name = str(picture.filename) if isinstance(picture, ImageFile.ImageFile) else "a PIL image"
-        _check_pixels(picture.width, picture.height, name)
-        return _decoded(picture, name)
-    if isinstance(picture, np.ndarray):
-        return _from_array(picture)
-    raise UserError(f"a {type(picture).__name__} is not a picture: give a path, a PIL image or a NumPy array [H, W, 3]")
 
 
 def _from_file(path: Path, at_least: int | None) -> Image.Image:
@@ -229,23 +212,19 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
     """A new upright image of mode RGB, without metadata that could be applied a second time."""
     try:
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))
+        orientation = 1
+        with suppress(Exception):  # of any type: an image with broken metadata is not rotated
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         image = _rgb(image, name)
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise exceptions of any type
         raise UserError(f"{name}: is incomplete or damaged ({error}): give the complete file") from error
-    if turn is not None:
-        image = image.transpose(turn)
     image.info.clear()
+    # Only the orientation is given back, because `exif_transpose` fails for other metadata that are broken.
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    ImageOps.exif_transpose(image, in_place=True)
     return image
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # of any type: an image with broken metadata is not rotated
-        return 1
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

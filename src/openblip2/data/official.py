@@ -1,10 +1,10 @@
 """The official annotation formats: each reader returns the records of an `AnnotationFile` and lists skipped entries."""
 
 import re
-from collections import Counter
 from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 from openblip2.data.annotations import AnnotationFile, brief, identity, text
@@ -205,7 +205,7 @@ def _answers(file: AnnotationFile) -> dict[str, _Answered | None]:
             given = tuple(text(answer, what, _ANSWERS) for answer in raw)
             answer = annotation.get("multiple_choice_answer")
             if answer is None:  # OK-VQA
-                answer = Counter(given).most_common(1)[0][0]
+                answer = mode(given)
             answer = text(answer, what, _ANSWERS)
             kind = _KINDS.get(str(annotation.get("answer_type"))) or kind_of(answer)
             answers[name] = where, annotation.get("image_id"), Question("", answer, kind, given, name)
@@ -239,14 +239,12 @@ def _subtype(file: AnnotationFile) -> str:
 
 def _captions(values: list[Any], where: str, file: AnnotationFile) -> tuple[str, ...]:
     """The captions that can be used; the others are skipped."""
+    if len(values) == 1:
+        return (_caption(values[0]),)
     captions: list[str] = []
     for number, value in enumerate(values):
-        try:
+        with file.skipping(f"{where}[{number}]"):
             captions.append(_caption(value))
-        except UserError as problem:
-            if len(values) == 1:
-                raise
-            file.skipped.append(f"{where}[{number}]: {problem}")
     if not captions:
         raise UserError("no usable caption: at least one is needed")
     return tuple(captions)

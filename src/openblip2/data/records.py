@@ -6,23 +6,20 @@ Four sources are read:
 - a `.jsonl` file, one object per line: `{"image": "cat.jpg", "caption": "a cat"}`, or `"captions": [...]`, or
   `"question"` with `"answer"` (or `"answers"`, one per annotator), or `"questions": [{"text": ..., "answer": ...,
   "kind": ..., "answers": [...]}]`, and optionally `"id"` and `"facts"`;
-- a `.csv` or `.tsv` file or similar, whose first line names the columns `image` and `caption`, or `image`, `question`,
-  `answer`;
+- a table (`.csv`, `.tsv`), whose first line has the columns `image` and `caption`, or `image`, `question`, `answer`;
 - a folder of images, also in subfolders, each with a `.txt` of the same name, one caption per line.
 
-Columns and keys may also have the names in `rows.SYNONYMS`, as other tools write them.
-
-Whether a row needs captions or questions depends on the task. Image paths are relative to the folder of the file and
-must be inside it. Rows with the same image, or the same id if there are ids, become one record with all their captions
-and questions. Rows that cannot be used are skipped and reported.
+Columns and keys may also have the names in `rows.SYNONYMS`, as other tools write them. Image paths are relative to the
+folder of the file and must be inside it. Rows with the same image, or the same id if there are ids, become one record
+with all their captions and questions. Rows that cannot be used are skipped and reported.
 """
 
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mode
 from typing import Any, Literal
 
 from openblip2.data.rows import ACCEPTED, RECORDS, read_rows
@@ -94,10 +91,9 @@ def read_records(source: Path, wanted: Wanted = "captions") -> tuple[list[Record
     skipped: list[str] = []
     try:
         for where, row in read_rows(source):
-            if isinstance(row, UserError):
-                skipped.append(f"{where}: {row}")
-                continue
             try:
+                if isinstance(row, UserError):
+                    raise row
                 _add(_record(row, root, wanted), records)
             except UserError as problem:
                 skipped.append(f"{where}: {problem}")
@@ -147,12 +143,9 @@ def _add(record: Record, records: dict[str, Record]) -> None:
         raise UserError(f"id {record.id!r} is already used for {known.image}: give each image its own id")
     if record.facts is not None and known.facts not in (None, record.facts):
         raise UserError(f'"facts" differs from an earlier row of id {record.id!r}: repeat it, or leave it out')
-    records[record.id] = replace(
-        known,
-        captions=known.captions + record.captions,
-        questions=known.questions + record.questions,
-        facts=record.facts if known.facts is None else known.facts,
-    )
+    captions, questions = known.captions + record.captions, known.questions + record.questions
+    facts = record.facts if known.facts is None else known.facts
+    records[record.id] = replace(known, captions=captions, questions=questions, facts=facts)
 
 
 def _record(row: dict[str, Any], root: Path, wanted: Wanted) -> Record:
@@ -219,9 +212,9 @@ def _questions(row: dict[str, Any]) -> tuple[Question, ...]:
     if row.get("question") is not None:
         return (_question({**row, "text": row["question"], "id": row.get("question_id")}, _QUESTION),)
     questions = row.get("questions")
-    right = f'write "questions": [{{"text": ..., "answer": ..., "kind": one of {", ".join(QUESTION_KINDS)}}}, ...]'
     if questions is None:
         return ()
+    right = f'write "questions": [{{"text": ..., "answer": ..., "kind": one of {", ".join(QUESTION_KINDS)}}}, ...]'
     if not isinstance(questions, list):
         raise UserError(f'"questions" is not a list; {right}')
     return tuple(_question(question, right) for question in questions)
@@ -235,12 +228,10 @@ def _question(question: object, right: str) -> Question:
         raise UserError(f'"answers" is not a list of texts; {right}')
     answer = question.get("answer")
     if answer is None and answers:
-        answer = Counter(answers).most_common(1)[0][0]
+        answer = mode(answers)
     if not _says_something(answer):
         raise UserError(f"the question {question['text'][:40]!r} has no answer; {right}")
-    kind = question.get("kind")
-    if kind is None:
-        kind = kind_of(str(answer))
+    kind = kind_of(str(answer)) if question.get("kind") is None else question["kind"]
     if kind not in QUESTION_KINDS:
         raise UserError(f"unknown kind of question {str(kind)[:40]!r}; {right}")
     name = question.get("id")

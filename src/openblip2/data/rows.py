@@ -39,25 +39,21 @@ Row = dict[str, Any] | UserError
 def read_rows(source: Path) -> Iterator[tuple[str, Row]]:
     """The position of each row of `source` ("file:line", or the path of an image), and the row.
 
-    Rows of all sources have the keys of `records.jsonl`: "image" (relative to the folder), "caption" or "captions",
-    "question" and "answer", and other keys of a JSON line.
+    Rows of all sources have the keys of `records.jsonl`, and "image" is relative to the folder.
 
     Raises:
         UserError: `source` does not exist or is not `ACCEPTED`.
         OSError: it cannot be read.
     """
-    suffix = source.suffix.lower()
-    if source.is_dir():
-        listed = find_list(source)
-        if listed is None:
-            return _pictures(source)
-        return _json_lines(listed) if listed.suffix == ".jsonl" else _table(listed)
-    if not source.exists():
+    listed = find_list(source) if source.is_dir() else source
+    if listed is None:
+        return _pictures(source)
+    if not listed.exists():
         raise UserError(f"{source}: does not exist; give {ACCEPTED}")
-    if suffix == ".jsonl":
-        return _json_lines(source)
-    if suffix in TABLES:
-        return _table(source)
+    if listed.suffix.lower() == ".jsonl":
+        return _json_lines(listed)
+    if listed.suffix.lower() in TABLES:
+        return _table(listed)
     raise UserError(f"{source}: is not in a supported format; give {ACCEPTED}")
 
 

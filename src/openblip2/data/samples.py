@@ -1,6 +1,7 @@
 """The texts of images: the rows from which training draws batches.
 
-A row is an image with a text that is drawn each time: one of its captions, or an answer to a question.
+A row is an image with a text that is drawn each time: one of its captions, or an answer to a question. `pictures` has
+the number of each row's record.
 """
 
 import math
@@ -24,11 +25,7 @@ NEGATION = re.compile(r"\b(no|not|never|none)\b|n['\u2019]t\b", re.IGNORECASE)
 
 
 class Captions:
-    """One row for each image: one of its captions, with equal probability.
-
-    Attributes:
-        pictures: the number of each row's record.
-    """
+    """One row for each image: one of its captions, with equal probability."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         self.records = records
@@ -45,11 +42,8 @@ class Answers:
     Args:
         records: records with questions.
         balanced: ours: among yes/no questions with the same words, those with the rarer answer are repeated to be as
-            frequent as the others, up to `MOST_TIMES` each per epoch. "Is there a red shape?" is mostly answered no. A
-            model that learns this from the words has little reason to use the image. VQA v2 adds images for this.
-
-    Attributes:
-        pictures: as in `Captions`.
+            frequent as the others, up to `MOST_TIMES` each per epoch. Otherwise a model learns from the words that "is
+            there a red shape?" is mostly answered no. VQA v2 adds images for this.
     """
 
     def __init__(self, records: Sequence[Record], balanced: bool = False) -> None:
@@ -68,18 +62,14 @@ class Answers:
 class Instructions:
     """One row for each image: an instruction, with one of its captions or with the answer to one of its questions.
 
-    Whether it is a caption or a question, which one, and the template of the instruction are drawn for each sample. An
-    image with only captions or only questions always gives one of these. Differs from InstructBLIP (Dai et al. 2023,
-    section 2.4), which draws each sample from one of many data sets, in proportion to the square root of their sizes.
+    All of these and the template are drawn for each sample. Differs from InstructBLIP (Dai et al. 2023, section 2.4),
+    which draws each sample from one of many data sets, in proportion to the square root of their sizes.
 
     Args:
         records: records that each have a caption or a question.
         caption_templates: instructions that ask for a caption.
         question_templates: instructions with `{}` for the question.
-        caption_share: share of the samples that are captions, in [0, 1].
-
-    Attributes:
-        pictures: as in `Captions`.
+        caption_share: share of captions in the samples of images that have both, in [0, 1].
     """
 
     def __init__(
@@ -97,8 +87,8 @@ class Instructions:
         """The target texts of a batch, and the whole instructions."""
         texts, instructions = [], []
         # Each row uses the same number of random draws, so that the choices for one row do not affect other rows.
-        for row, draws in zip(rows, torch.rand(len(rows), 4, generator=generator).tolist(), strict=True):
-            kind, text, template, answer = draws
+        draws = torch.rand(len(rows), 4, generator=generator).tolist()
+        for row, (kind, text, template, answer) in zip(rows, draws, strict=True):
             record = self.records[row]
             if record.captions and (kind < self.caption_share or not record.questions):
                 texts.append(_pick(record.captions, text))
@@ -116,12 +106,12 @@ Samples = Captions | Answers | Instructions
 class SimilarRows:
     """Finds rows with similar captions, which become hard negatives of each other. Ours, not in the paper.
 
-    The paper's batches of at least 1,680 pairs contain images that differ in one detail. A small random batch rarely
-    does, so neither ITC nor ITM has to learn details. GRIT-VLP (Byun et al. 2022) puts pairs into one batch that are
-    similar according to the model itself. Here, similarity is computed from words and pairs of adjacent words, so that
-    a batch remains a function of seed and number. In half of the cases, rare words have a larger weight (TF-IDF):
-    similar captions then name the same things, with other colours, places or numbers. In the other half, all words have
-    the same weight, and similar captions name other things in the same form. Without these, ITM ignored nouns.
+    The paper's batches of at least 1,680 pairs contain images that differ in one detail; small random batches rarely
+    do, so neither ITC nor ITM has to learn details. GRIT-VLP (Byun et al. 2022) takes pairs that are similar for the
+    model itself. Here, similarity is computed from words and pairs of adjacent words, so that a batch remains a
+    function of seed and number. In half of the cases, rare words have a larger weight (TF-IDF): similar captions then
+    name the same things, with other colours, places or numbers. In the other half, all words have the same weight, and
+    similar captions name other things in the same form. Without these, ITM ignored nouns.
 
     Args:
         captions: one caption for each of R rows.
@@ -158,14 +148,10 @@ def _unit_rows(counts: Sequence[Counter], weights: Mapping[Any, float]) -> Tenso
 
 
 def fewer_negations(records: Sequence[Record], share: float) -> list[Record]:
-    """The records with only a share of the questions that contain "not" or "no", selected evenly.
+    """The records with only a `share` in [0, 1] of the questions that contain "not" or "no", selected evenly.
 
     Ours, for a first part of training (docs/decisions.md): if half of the questions are negated, a match of words and
     image means yes as often as no, so that no gradient teaches the model to look for matches.
-
-    Args:
-        records: records with questions.
-        share: share of these questions that is kept, in [0, 1].
     """
     met = 0
 

@@ -1,21 +1,8 @@
 """What `--data` may name: the user's images, an official annotation file and, for training, shards.
 
-The official files of COCO, Flickr30K, NoCaps, VQAv2, OK-VQA and GQA:
-
-| kind | file | splits |
-|---|---|---|
-| coco-karpathy | `dataset_coco.json` | several, one is selected |
-| | LAVIS's `coco_karpathy_train.json`, `..._val.json`, `..._test.json` | one |
-| flickr30k | `dataset_flickr30k.json` | several, one is selected |
-| | LAVIS's `flickr30k_train.json`, `..._val.json`, `..._test.json` | one |
-| nocaps | `nocaps_val_4500_captions.json`, `nocaps_test_image_info.json`; any file in COCO's own form | one |
-| vqav2 | `v2_mscoco_val2014_annotations.json` with `v2_OpenEnded_mscoco_val2014_questions.json` | one, stated in it |
-| | `v2_OpenEnded_mscoco_test-dev2015_questions.json` | one, stated in it |
-| okvqa | `mscoco_val2014_annotations.json` with `OpenEnded_mscoco_val2014_questions.json` | one, stated in it |
-| gqa | `testdev_balanced_questions.json` | one |
-
-Test splits contain no captions and answers. They are read so that predictions can be submitted: an image then has no
-caption, and the answer to a question is "", which is never a real answer.
+docs/evaluation.md lists the official files: Karpathy's and LAVIS's of COCO and Flickr30K, and those of NoCaps, VQAv2,
+OK-VQA and GQA. Test splits contain no captions and answers. They are read so that predictions can be submitted: an
+image then has no caption, and the answer to a question is "", which is never a real answer.
 
 Ids are those for submitting results: the number of the image for COCO and NoCaps, the file name without its suffix for
 Flickr30K and GQA, and the id of the question.
@@ -40,21 +27,13 @@ _EXPECTED = (
 
 
 class Source(NamedTuple):
-    """What a data source contains.
+    """What a data source contains."""
 
-    Attributes:
-        records: the records; empty for shards.
-        skipped: one line for each entry that was skipped.
-        kind: the format, "own" for the user's own.
-        shards: the parts of a source of shards, not counted yet.
-        known: training questions, from which baselines guess answers without the image.
-    """
-
-    records: list[Record]
-    skipped: list[str]
-    kind: str
-    shards: list[Part] | None = None
-    known: Sequence[Record] = ()
+    records: list[Record]  # empty for shards
+    skipped: list[str]  # one line for each entry that was skipped
+    kind: str  # the format, "own" for the user's own
+    shards: list[Part] | None = None  # the parts of a source of shards, not counted yet
+    known: Sequence[Record] = ()  # training questions, from which baselines guess answers without the image
 
 
 def read_source(
@@ -70,11 +49,8 @@ def read_source(
 
     Args:
         wanted: what every record must have.
-        images: the folder of an official file's images.
-        split: the split of an official file that contains several.
-        questions: the second file of VQAv2 and OK-VQA.
-        withheld: whether images without captions and questions without answers are accepted, as in an official test
-            split, for which predictions are made. Their answer is "".
+        images: the folder of an official file's images; see `read_official` for the next two arguments, too.
+        withheld: whether the images without captions and the questions without answers of a test split are accepted.
         shards: whether shards are accepted.
 
     Raises:
@@ -82,34 +58,29 @@ def read_source(
     """
     if "://" in str(data) and str(data).split("?")[0].endswith((".csv", ".tsv", ".json", ".jsonl", ".txt")):
         raise UserError(f"{data}: only shards (.tar) are read from a URL; download this file and give its path")
-    if names_shards(str(data)):
+    path, from_shards = Path(data), names_shards(str(data))
+    official = path.suffix.lower() == ".json" and not from_shards
+    for name, value in (("--images", images), ("--split", split), ("--questions", questions)):
+        if value is not None and not official:
+            raise UserError(f"{name} is only for an official .json or easy-vqa; leave it out for {data}")
+    if from_shards:
         if not shards or wanted == "questions":
             raise UserError(f"{data}: shards are only for training with captions; give a folder, .jsonl or .csv")
-        _only_official(str(data), images, split, questions)
         return Source([], [], "shards", read_parts(str(data)))
-    path = Path(data)
-    if path.suffix.lower() == ".json":
-        if images is None:
-            raise UserError(f"{path}: give --images, the folder of its images")
-        kind, records, skipped = read_official(path, images, split, questions)
-        usable = [record for record in records if withheld or _has(record, wanted)]
-        if not usable:
-            raise UserError(f"{path}: contains no {wanted} (its format is {kind}); give another file")
-        return Source(usable, skipped, kind)
-    _only_official(str(path), images, split, questions)
-    return Source(*read_records(path, wanted), "own")
-
-
-def _only_official(data: str, images: Path | None, split: str | None, questions: Path | None) -> None:
-    for name, value in (("--images", images), ("--split", split), ("--questions", questions)):
-        if value is not None:
-            raise UserError(f"{name} is only for an official .json or easy-vqa; leave it out for {data}")
+    if not official:
+        return Source(*read_records(path, wanted), "own")
+    if images is None:
+        raise UserError(f"{path}: give --images, the folder of its images")
+    kind, records, skipped = read_official(path, images, split, questions)
+    usable = [record for record in records if withheld or _has(record, wanted)]
+    if not usable:
+        raise UserError(f"{path}: contains no {wanted} (its format is {kind}); give another file")
+    return Source(usable, skipped, kind)
 
 
 def _has(record: Record, wanted: Wanted) -> bool:
-    if wanted == "captions":
-        return bool(record.captions)
-    return bool(record.questions) and all(question.answer for question in record.questions)
+    texts = record.captions if wanted == "captions" else [question.answer for question in record.questions]
+    return bool(texts) and all(texts)
 
 
 @uncollected()
@@ -119,23 +90,23 @@ def read_official(
     """The kind of an official file, by its content, its records in its order, and a line for each skipped entry.
 
     All questions about an image, and all of LAVIS's captions of an image, are one record. Unusable captions are skipped
-    one by one. Images are not opened, but they must exist; captions, questions and answers are not changed.
+    one by one. Images are not opened, but they must exist; texts are not changed.
 
-    NoCaps's domain, one of `official.DOMAINS`, is `facts["domain"]`; without it, facts are None. `Question.answer` is
-    VQAv2's `multiple_choice_answer`, or the most common answer for OK-VQA, which has none. OK-VQA's answers are
-    stemmed, and there are ten per question: those of five annotators, each twice.
+    NoCaps's domain, one of `official.DOMAINS`, is `facts["domain"]`. `Question.answer` is VQAv2's
+    `multiple_choice_answer`, or the most common answer for OK-VQA, which has none. OK-VQA's answers are stemmed, and
+    there are ten per question: those of five annotators, each twice.
 
     Args:
         annotations: the file.
         images: the folder that the paths in the file are relative to (for COCO, it contains `train2014`, `val2014` and
             `test2015`), or the folder of the images themselves.
-        split: required for Karpathy's files, one of `official.SPLITS` ("train" includes restval). For VQAv2 and OK-VQA,
-            it can be given if it is the split of the files ("val2014" or "val").
+        split: required for Karpathy's files, one of `official.SPLITS` ("train" includes restval). VQAv2 and OK-VQA
+            accept the split of the files ("val2014" or "val").
         questions: the second file of VQAv2 and OK-VQA; None if `annotations` are the questions of a test split.
 
     Raises:
-        UserError: a file cannot be read, is cut off or has another format; `split` does not fit the file; questions and
-            annotations have different splits; `images` is not a folder; no entry is usable.
+        UserError: a file cannot be read or has another format; the arguments do not fit each other; `images` is not a
+            folder; no entry is usable.
     """
     path, data = Path(annotations), read_json(Path(annotations))
     kind, read = _recognised(data, path)

@@ -1,6 +1,5 @@
 """Prepares text as for the training of BLIP-2, and converts it to tokens for the Q-Former.
 
-Captions and questions are in lower case, without most punctuation, and have at most 50 words; answers are as annotated.
 A text without spaces (Chinese, Thai, or a broken row) is one word of any length, so its characters are limited, too.
 
 The Q-Former's tokens are BERT's, `[CLS] words [SEP]`, with one more token `[DEC]` at the end of the vocabulary.
@@ -30,11 +29,10 @@ _SIDE = re.compile(r"\b(left|right)", re.IGNORECASE)
 def clean_caption(text: str, max_words: int = MAX_WORDS) -> str:
     """A caption as it is used in training.
 
-    Lower case; each of `. ! " ( ) * # : ; ~` becomes a space; several white-space characters become one space; cut
-    after `max_words` words or 20 times as many characters. A caption with only punctuation becomes empty.
+    Lower case; each of `. ! " ( ) * # : ; ~` becomes a space; white space becomes one space; cut after `max_words`
+    words or 20 times as many characters. A caption with only punctuation becomes empty.
 
-    Source: the authors' `BlipCaptionProcessor`. Differs from it for a single tab or line break between two words,
-    which becomes a space here.
+    Source: the authors' `BlipCaptionProcessor`. Differs from it: a single tab or line break becomes a space, too.
     """
     return _fold(text.lower().translate(_TO_SPACES), max_words)
 
@@ -101,8 +99,7 @@ class BertTokens:
         """`tokens [B, T]` int64 and `valid [B, T]` bool; T is the length of the longest text, at most `longest`."""
         if not texts:  # a process may have no texts; an empty text has 2 tokens
             return torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.bool)
-        how = {"padding": True, "truncation": True, "max_length": self.longest, "return_tensors": "pt"}
-        found = self._read(texts, **how)
+        found = self._read(texts, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
         return found["input_ids"], found["attention_mask"].bool()
 
     def too_long(self, texts: Sequence[str]) -> list[int]:

@@ -72,7 +72,7 @@ def make_cache(
         # Only missing pictures are encoded, so an interrupted command can continue and pictures can be added.
         missing = [record for record in records if not writer.cache.has(record)]
         bar.advance(count=len(records) - len(missing))
-        needed, free = len(missing) * writer.cache.picture_bytes, free_bytes(folder)
+        needed, free = len(missing) * picture_bytes(writer.cache.shape), free_bytes(folder)
         if needed > free:
             raise UserError(
                 f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; use another disk or "
@@ -103,7 +103,7 @@ def open_cache(vision: FrozenVision, settings: RunSettings, folder: Path) -> Fea
         )
     # Without augmentation the crops are not read, so they need not match.
     ours |= {"crops": CROPS} if settings.data.augment else {}
-    require_same_cache(folder, cache.made_by, ours, "use the settings of the cache, or make one with these settings")
+    require_same_cache(cache, ours, "use the settings of the cache, or make one with these settings")
     return cache
 
 

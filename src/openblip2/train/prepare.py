@@ -43,7 +43,7 @@ class Prepared:
     """The training and validation data of a run.
 
     Attributes:
-        batches: Training batches of this process by number, and those of all processes together (`joined`).
+        batches: Training batches by number: this process's part, or with `joined` those of all processes together.
         records: The training pictures; empty with shards.
         held_out: The validation pictures.
         held_out_features: Returns their features with the image encoder's current weights, which training may change.
@@ -292,7 +292,7 @@ def _first_features(vision: FrozenVision, pairs: ShardPairs) -> Tensor:
     features: list[Tensor] = []
     with torch.no_grad():
         while sum(map(len, features)) < WHITENING_PICTURES:
-            images = pairs.joined(len(features)).images
+            images = pairs(len(features), joined=True).images
             assert images is not None
             features.append(vision(images.to(device())).cpu())
     return torch.cat(features)

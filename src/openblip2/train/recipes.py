@@ -271,7 +271,7 @@ def some_pairs(
     """Yields features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
     # Joined batches of all processes: each process solves the same equations, so nothing has to be sent.
     for number in range(-(-min(most, data.pictures) // settings.train.batch)):
-        batch = data.batches.joined(number)
+        batch = data.batches(number, joined=True)
         yield see(model.vision, **on_device(batch)), batch.captions
 
 

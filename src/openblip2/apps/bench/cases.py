@@ -29,9 +29,9 @@ from openblip2.apps.bench.models import (
 from openblip2.apps.bench.naive import naive_losses, naive_picture, naive_rerank
 from openblip2.data.features import FeatureCache, StoredFeatures, writing
 from openblip2.data.records import Record
+from openblip2.data.web import write_stats
 from openblip2.data.web.mixture import count_parts, read_parts
 from openblip2.data.web.pairs import ShardPairs
-from openblip2.data.web.shard_files import write_stats
 from openblip2.data.web.tars import Sample
 from openblip2.data.web.write_shards import write_tar
 from openblip2.evaluate.ranking import rerank

@@ -1,12 +1,4 @@
-"""Which shards a run is trained on: one data set, or a mixture with weights in a .toml file.
-
-    [[part]]
-    shards = "coco/{00000..00056}.tar"   # as in `expand`; relative to the folder of the .toml
-    weight = 3
-
-    [[part]]
-    shards = "s3://bucket/laion/{00000..11499}.tar"
-    weight = 60
+"""Which shards a run is trained on: one data set, or a mixture with weights in a .toml file (docs/web-scale.md).
 
 A run counts the samples of each shard once and stores the numbers in RUN/shards.json, so that every process and every
 later start uses the same samples in the same order. The number is "successes" in the shard's `_stats.json`, which
@@ -24,10 +16,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from openblip2.compat import log
 from openblip2.data.records import Record, write_records
 from openblip2.data.text import clean_caption
-from openblip2.data.web.shard_files import expand, is_url, stated_samples
+from openblip2.data.web import expand, is_url, stated_samples
 from openblip2.data.web.tars import Shard, read_tar
 from openblip2.errors import UserError, one_line
 from openblip2.runs import write_text
@@ -40,21 +31,13 @@ _RIGHT = 'write each part as [[part]] with shards = "web/{00000..00099}.tar" and
 
 @dataclass(frozen=True)
 class Part:
-    """The shards of one data set.
+    """The shards of one data set."""
 
-    Attributes:
-        name: the text that named the shards.
-        weight: its share in a mixture, 1 or more.
-        shards: paths and URLs.
-        counts: number of samples in each shard; empty if not counted yet.
-        held_out: number of samples at the beginning of each shard that are excluded from training.
-    """
-
-    name: str
-    weight: int
-    shards: tuple[str, ...]
-    counts: tuple[int, ...] = ()
-    held_out: tuple[int, ...] = ()
+    name: str  # the text that named the shards
+    weight: int  # its share in a mixture, 1 or more
+    shards: tuple[str, ...]  # paths and URLs
+    counts: tuple[int, ...] = ()  # number of samples in each shard; empty if not counted yet
+    held_out: tuple[int, ...] = ()  # number of samples at the beginning of each shard that are not trained on
 
     @property
     def samples(self) -> int:
@@ -64,7 +47,6 @@ class Part:
 
 class _Row(BaseModel, extra="forbid", strict=True):
     shards: str
-    reader: str = ""  # in files of earlier versions; all data sets are now read in the same way
     weight: Annotated[int, Field(ge=1)] = 1
 
 
@@ -100,10 +82,6 @@ def read_parts(data: str) -> list[Part]:
         raise UserError(f"{path}: not TOML ({one_line(error)}); {_RIGHT}") from error
     parts: list[Part] = []
     for row in mixture.part:
-        if row.reader:
-            log.warning(
-                "%s: reader = %r has no effect, because all data sets are read alike: remove it", path, row.reader
-            )
         names = [name if is_url(name) else str(path.parent / name) for name in row.shards.split("::") if name]
         parts.append(Part(row.shards, row.weight, tuple(expand("::".join(names)))))
     return parts
@@ -115,7 +93,6 @@ def count_parts(
     """The parts with the samples of each shard counted. A shard that cannot be opened counts 0 and is reported.
 
     Args:
-        parts: the parts, not counted yet.
         problem: called with a line for each such shard.
         advance: called after each shard.
 

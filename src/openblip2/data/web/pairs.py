@@ -49,8 +49,6 @@ class OpenShards:
     """The current shard of each lane, and the next one, which is opened in advance.
 
     Args:
-        parts: the parts, with counted samples.
-        orders: the order of each part.
         problem: called with each problem once, by one thread at a time.
     """
 
@@ -85,7 +83,7 @@ class OpenShards:
         order, held_out = self.orders[part], self.parts[part].held_out
         for _ in range(2 * len(order.counts)):
             shard = self._start((part, spot.shard)).result()
-            numbers = order.within(spot)
+            numbers = order.within(spot.epoch, spot.shard)
             for n in range(len(numbers)):
                 number = held_out[spot.shard] + numbers[(spot.place + n) % len(numbers)]
                 if shard and number < len(shard) and number not in shard.bad:
@@ -120,33 +118,22 @@ class OpenShards:
 
 
 class DrawnSample(NamedTuple):
-    """A sample in the form that is used in training.
+    """A sample in the form that is used in training."""
 
-    Attributes:
-        pixels: `[3, S, S]` uint8.
-        caption: one of its captions, cleaned.
-        picture: the identifier of its image.
-        name: its shard and member.
-    """
-
-    pixels: Tensor
-    caption: str
-    picture: str
-    name: str
+    pixels: Tensor  # [3, S, S] uint8
+    caption: str  # one of its captions, cleaned
+    picture: str  # the identifier of its image
+    name: str  # its shard and member
 
 
 class ShardPairs:
-    """Batches from shards: images with one caption each, with or without new random crops in each epoch.
+    """Batches from shards: images with one caption each. Arguments that are not listed here: see `Batches`.
 
     Args:
         parts: the parts, with counted samples.
-        batch: number of pairs in a batch of all processes.
-        seed: seed for everything random.
         size: S.
         lanes: number of shards of a part that are read at the same time (`data.open_shards`).
         problem: called once with each sample, image or shard that is skipped, by any thread.
-        augmented: whether to crop and flip at random; a picture whose texts say left or right is not flipped.
-        part: (r, N): process r of N gets a part of each batch. The whole batch does not depend on N.
         threads: number of threads that decode images; the batches do not depend on it.
     """
 
@@ -172,17 +159,14 @@ class ShardPairs:
         self.shards = OpenShards(self.parts, self.orders, problem)
         self._threads = ThreadPoolExecutor(threads, "pictures")
 
-    def __call__(self, number: int) -> PairBatch:
-        return self._batch(number, self.part)
-
-    def joined(self, number: int) -> PairBatch:
-        """The batch of all processes."""
-        return self._batch(number, (0, 1))
-
-    def _batch(self, number: int, part: tuple[int, int]) -> PairBatch:
-        spots = self.spots(number, part)
-        self.shards.turn_to([(part, spot) for part, _, spot in spots])
-        drawn = list(self._threads.map(self._draw, spots))
+    def __call__(self, number: int, joined: bool = False) -> PairBatch:
+        """This process's part of batch `number`, or with `joined` the batch of all processes."""
+        # Rows are sorted by lane. Each is a part of the mixture, a position in the order of this part, and its spot.
+        numbers = sorted(range(number * self.batch, (number + 1) * self.batch), key=lambda n: n % self.lanes)
+        own = part_of(self.batch, *((0, 1) if joined else self.part))
+        rows = [(n, position, self.orders[n](position)) for n, position in map(self.turns, numbers[own])]
+        self.shards.turn_to([(part, spot) for part, _, spot in rows])
+        drawn = list(self._threads.map(self._draw, rows))
         texts, pictures = [one.caption for one in drawn], [one.picture for one in drawn]
         empty = torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
         return PairBatch(
@@ -192,12 +176,6 @@ class ShardPairs:
             names=[one.name for one in drawn],
             keys=torch.tensor([(_hash(one.picture), _hash(one.caption)) for one in drawn]).long().view(-1, 2),
         )
-
-    def spots(self, number: int, part: tuple[int, int] = (0, 1)) -> list[tuple[int, int, Spot]]:
-        """For each row of batch `number`, or of a part of it: part of the mixture, position in its order, and spot."""
-        numbers = sorted(range(number * self.batch, (number + 1) * self.batch), key=lambda n: n % self.lanes)
-        turns = [self.turns(n) for n in numbers[part_of(self.batch, *part)]]
-        return [(n, position, self.orders[n](position)) for n, position in turns]
 
     def _draw(self, row: tuple[int, int, Spot]) -> DrawnSample:
         part, position, spot = row

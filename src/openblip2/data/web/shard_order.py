@@ -7,8 +7,6 @@ come from different shards, and processes share no shard if their number divides
 
 The parts of a mixture take turns of one row (one sample of each lane): of every `sum(weights)` rows, each part gets
 exactly as many as its weight, in a new random order. The order of each part is endless, epoch after epoch.
-
-So sample ten million is found without the samples before it, and a run can resume with another number of processes.
 """
 
 import functools
@@ -41,8 +39,7 @@ class Order:
     Args:
         counts: number of samples in each shard.
         lanes: number of shards that are read at the same time.
-        seed: seed for all shuffles.
-        name: name of the part, so that the parts of a mixture are shuffled differently.
+        name: of the part, so that the parts of a mixture are shuffled differently.
 
     Raises:
         UserError: there is no sample.
@@ -54,7 +51,8 @@ class Order:
             raise UserError(f"{name or 'the shards'}: no samples: give shards with images and captions")
         self.lanes = min(lanes, sum(count > 0 for count in counts))
         self._epoch = functools.lru_cache(maxsize=3)(self._draw_epoch)
-        self._within = functools.lru_cache(maxsize=2 * lanes)(self._draw_within)
+        # (epoch, shard) -> the shuffled order of the shard: the numbers of its samples, by place.
+        self.within = functools.lru_cache(maxsize=2 * lanes)(self._draw_within)
 
     def __call__(self, position: int) -> Spot:
         epoch, place = divmod(position, self.samples)
@@ -67,10 +65,6 @@ class Order:
         if next_ < len(shards):
             return spot.epoch, shards[next_]
         return spot.epoch + 1, self._epoch(spot.epoch + 1).shards[spot.lane][0]
-
-    def within(self, spot: Spot) -> list[int]:
-        """The shuffled order of a spot's shard: the numbers of its samples, by place."""
-        return self._within(spot.epoch, spot.shard)
 
     def _draw_within(self, epoch: int, shard: int) -> list[int]:
         random = generator(self.seed, "shard", self.name, epoch, shard)
@@ -113,9 +107,8 @@ class PartTurns:
     """The turns of the parts of a mixture: `turns(number)` -> part and position in that part's order.
 
     Args:
-        weights: weights of the parts, whole numbers of 1 or more.
+        weights: of the parts, whole numbers of 1 or more.
         row: number of samples in one turn.
-        seed: seed for the order of the turns.
 
     Raises:
         UserError: the weights add up to more than `MOST_WEIGHT`.

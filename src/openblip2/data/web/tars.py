@@ -19,7 +19,7 @@ import numpy as np
 
 from openblip2.data.images import MAX_BYTES, PICTURE_SUFFIXES, UNREADABLE
 from openblip2.data.text import is_unicode
-from openblip2.data.web.shard_files import open_shard
+from openblip2.data.web import open_shard
 from openblip2.errors import one_line
 
 PICTURES = frozenset(suffix[1:] for suffix in PICTURE_SUFFIXES)
@@ -35,29 +35,21 @@ Problem = Callable[[str], object]
 
 
 class Sample(NamedTuple):
-    """One image of a shard.
+    """One image of a shard."""
 
-    Attributes:
-        key: its name in the shard.
-        image: the content of the image file.
-        suffix: the suffix of the image file, for example "jpg".
-        captions: its captions.
-        about: the content of its .json.
-    """
-
-    key: str
-    image: bytes
-    suffix: str
+    key: str  # its name in the shard
+    image: bytes  # the content of the image file
+    suffix: str  # of the image file, for example "jpg"
     captions: tuple[str, ...]
-    about: dict[str, Any]
+    about: dict[str, Any]  # the content of its .json
 
 
 class Member(NamedTuple):
-    """A file in a tar file: its name, the position of its content, and its size in bytes."""
+    """A file in a tar file."""
 
     name: str
-    offset: int
-    size: int
+    offset: int  # of its content
+    size: int  # in bytes
 
 
 class _Header(tarfile.TarInfo):

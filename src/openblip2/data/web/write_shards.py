@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from openblip2.data.images import THREADS, open_picture
 from openblip2.data.records import Record
-from openblip2.data.web.shard_files import read_stats, write_stats
+from openblip2.data.web import read_stats, write_stats
 from openblip2.data.web.tars import PICTURES, Sample, shown, texts_of
 from openblip2.errors import UserError
 from openblip2.runs import atomic_write, locked, make_folder
@@ -88,30 +88,19 @@ class TarWriter:
         self._tar.addfile(member, io.BytesIO(content))
 
 
-class WrittenShards(NamedTuple):
-    """Number of shards and samples; one line for each record that was skipped."""
-
-    shards: int
-    samples: int
-    skipped: list[str]
-
-
 def write_shards(
     records: Sequence[Record],
     out: Path,
     size: int = 10_000,
     seed: int = 0,
     advance: Callable[[int], object] = lambda count: None,
-) -> WrittenShards:
-    """Writes shards of up to `size` records each.
+) -> tuple[int, int, list[str]]:
+    """Writes shards of up to `size` records each, in random order.
 
-    Every image is opened first; one that cannot be opened is skipped and reported.
+    Returns the numbers of shards and samples, and one line for each record that was skipped because its image, which is
+    opened first, cannot be opened.
 
     Args:
-        records: images with captions.
-        out: the folder of the shards.
-        size: records per shard.
-        seed: random seed for the order of the records.
         advance: called with the number of records that were just processed.
 
     Raises:
@@ -119,8 +108,7 @@ def write_shards(
             opened.
     """
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    shards = -(-len(records) // size)
-    paths = [out / f"{number:05}.tar" for number in range(shards)]
+    paths = [out / f"{number:05}.tar" for number in range(-(-len(records) // size))]
     make_folder(out)
     if others := sorted({path.name for path in out.glob("*.tar")} - {path.name for path in paths}):
         raise UserError(
@@ -134,16 +122,16 @@ def write_shards(
             if done:
                 advance(len(part))
             else:
-                done = _write(path, part, f"{number:05}", threads, advance)
+                done = _write(path, part, threads, advance)
             samples += done["successes"]
             skipped += done["skipped"]
     if not samples:
         raise UserError(f"{out}: none of the pictures can be read; the first: {skipped[0]}")
-    return WrittenShards(shards, samples, skipped)
+    return len(paths), samples, skipped
 
 
 def _write(
-    path: Path, records: Sequence[Record], shard: str, threads: ThreadPoolExecutor, advance: Callable[[int], object]
+    path: Path, records: Sequence[Record], threads: ThreadPoolExecutor, advance: Callable[[int], object]
 ) -> dict[str, Any]:
     """Writes a shard and its stats, which it returns."""
     skipped: list[str] = []
@@ -153,7 +141,7 @@ def _write(
             if isinstance(found, str):
                 skipped.append(found)
             else:
-                writer.add(found._replace(key=f"{shard}{number:0{digits}}"))
+                writer.add(found._replace(key=f"{path.stem}{number:0{digits}}"))
             advance(1)
         return write_stats(path, writer.count, count=len(records), skipped=skipped, records=_digest(records))
 
