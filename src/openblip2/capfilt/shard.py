@@ -44,8 +44,6 @@ AT_ONCE = 320  # captions that are sampled at once: ten for each of 32 images
 # The counts of a shard. The new shard contains "pictures", but not "broken" and "without captions".
 COUNTS: tuple[str, ...] = ("samples", "pictures", "broken", "without captions", "captions", "captions by the captioner")
 
-Origin = Literal["web", "captioner"]
-
 
 @dataclass(frozen=True)
 class How:
@@ -83,22 +81,14 @@ class How:
             raise UserError(f"--filter {self.filter}: it must be similarity or itm")
 
 
-class Text(NamedTuple):
-    """A cleaned caption and its origin."""
-
-    text: str
-    origin: Origin
-
-
-def pool(web: Iterable[str], written: Iterable[str]) -> list[Text]:
-    """The different captions after cleaning as for training, those from the web first."""
-    texts = [Text(clean_caption(text), "web") for text in web]
-    texts += (Text(clean_caption(text), "captioner") for text in written)
-    different: dict[str, Text] = {}
-    for text in texts:
-        different.setdefault(text.text, text)  # the first of equal captions is kept
-    different.pop("", None)
-    return list(different.values())
+def pool(web: Iterable[str], written: Iterable[str]) -> dict[str, str]:
+    """The different captions after cleaning as for training, those from the web first, and their origins."""
+    origins: dict[str, str] = {}
+    for origin, texts in (("web", web), ("captioner", written)):
+        for text in texts:
+            origins.setdefault(clean_caption(text), origin)  # the first of equal captions is kept
+    origins.pop("", None)
+    return origins
 
 
 def best(scores: Sequence[float], keep: int, threshold: float | None = None) -> list[int]:
@@ -127,12 +117,11 @@ class Made(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """A sample with its pixels for captioner and ranker, and its captions from the web."""
+    """A sample with its pixels for captioner and ranker."""
 
     sample: Sample
     picture: np.ndarray[Any, Any]
     ranker_pixels: Tensor
-    web: tuple[str, ...]
 
 
 class Maker:
@@ -147,12 +136,7 @@ class Maker:
     """
 
     def __init__(
-        self,
-        captioner: Captioner,
-        ranker: Ranker,
-        how: How,
-        settings: str,
-        advance: Callable[[int], object] = lambda count: None,
+        self, captioner: Captioner, ranker: Ranker, how: How, settings: str, advance: Callable[[int], object]
     ) -> None:
         self.captioner, self.ranker, self.how = captioner, ranker, how
         self.settings, self.advance = settings, advance
@@ -217,7 +201,7 @@ class Maker:
             vision = self.captioner.model.vision
             assert vision is not None
             pixels = to_pixels([picture], vision.image_size)[0].permute(1, 2, 0).contiguous().numpy()
-            return _Ready(sample, pixels, self.ranker.pixels(picture), sample.captions)
+            return _Ready(sample, pixels, self.ranker.pixels(picture))
         except UserError as error:
             return str(error)
 
@@ -243,8 +227,8 @@ class Maker:
         lines: list[str],
     ) -> list[Sample]:
         """The samples of a group with the best of their own and of the generated captions."""
-        pools = [pool(one.web, texts) for one, texts in zip(group, written, strict=True)]
-        pairs = [(n, text.text) for n, texts in enumerate(pools) for text in texts]
+        pools = [pool(one.sample.captions, texts) for one, texts in zip(group, written, strict=True)]
+        pairs = [(n, text) for n, texts in enumerate(pools) for text in texts]
         pixels = [one.ranker_pixels for one in group]
         found = self.ranker.scores(pixels, [text for _, text in pairs], [n for n, _ in pairs]) if pairs else []
         scores: list[list[float]] = [[] for _ in group]
@@ -252,25 +236,21 @@ class Maker:
             scores[n].append(round(score, 6))
         threshold = self.how.threshold if self.how.filter == "itm" else None
         samples: list[Sample] = []
-        for n, one in enumerate(group):
-            kept = [(pools[n][m], scores[n][m]) for m in best(scores[n], self.how.keep, threshold)]
-            if kept:
-                samples.append(_with(one.sample, kept))
-                if len(json.dumps(samples[-1].about)) > MAX_JSON:  # it could not be read back
-                    samples[-1] = samples[-1]._replace(about={"captions": samples[-1].about["captions"]})
-                    lines.append(f"{url}: {one.sample.key}: its .json would be too long; only captions are kept")
-                counts["captions"] += len(kept)
-                counts["captions by the captioner"] += sum(text.origin == "captioner" for text, _ in kept)
-            else:
+        for n, (sample, _, _) in enumerate(group):
+            texts, chosen = list(pools[n].items()), best(scores[n], self.how.keep, threshold)
+            kept = [{"text": texts[m][0], "score": scores[n][m], "from": texts[m][1]} for m in chosen]
+            if not kept:
                 counts["without captions"] += 1
-                lines.append(f"{url}: {one.sample.key}: none of its {len(pools[n])} captions is kept")
+                lines.append(f"{url}: {sample.key}: none of its {len(texts)} captions is kept")
+                continue
+            counts["captions"] += len(kept)
+            counts["captions by the captioner"] += sum(entry["from"] == "captioner" for entry in kept)
+            about = sample.about | {"captions": kept}
+            if len(json.dumps(about)) > MAX_JSON:  # it could not be read back
+                about = {"captions": kept}
+                lines.append(f"{url}: {sample.key}: its .json would be too long; only captions are kept")
+            # "./000017", as tar itself writes names, becomes 000017.
+            key = "/".join(part for part in sample.key.split("/") if part not in ("", "."))
+            captions = tuple(entry["text"] for entry in kept)
+            samples.append(sample._replace(key=key, captions=captions, about=about))
         return samples
-
-
-def _with(sample: Sample, kept: Sequence[tuple[Text, float]]) -> Sample:
-    """The sample with other captions. "./000017", as tar itself writes names, becomes 000017."""
-    listed = [{"text": text.text, "score": score, "from": text.origin} for text, score in kept]
-    key = "/".join(part for part in sample.key.split("/") if part not in ("", "."))
-    return sample._replace(
-        key=key, captions=tuple(text.text for text, _ in kept), about=sample.about | {"captions": listed}
-    )
