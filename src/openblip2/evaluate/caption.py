@@ -21,7 +21,7 @@ import numpy as np
 from openblip2.data.records import Record
 from openblip2.errors import one_line, require
 from openblip2.evaluate.ptb import reference_folder, tokenise, why_no_jar
-from openblip2.evaluate.result import WITHHELD, Options, PartialTexts, Result, decoding_card
+from openblip2.evaluate.result import WITHHELD, Options, PartialTexts, Result, decoding_card, interval
 from openblip2.inference.captioner import CAPTION, Captioner
 from openblip2.progress import Progress
 
@@ -77,7 +77,7 @@ def score_captions(
     add_domains(result, records, scores.samples)
     counts = bleu_counts(tokens)
     for order, name in enumerate(BLEU, 1):
-        result.add_counts(name, counts, partial(bleu, order=order))
+        result.scores[name] = interval(counts, partial(bleu, order=order), seed=result.seed)
     for name in MEANS:
         if name in scores.samples:
             result.add(name, scores.samples[name])
@@ -181,7 +181,7 @@ def caption_scores(tokens: Tokenised, wanted: Sequence[str]) -> CaptionScores:
 def bleu_counts(tokens: Tokenised) -> np.ndarray:
     """Counts of each image for corpus BLEU, [n, 10]: matches and n-grams of 1 to 4 tokens, tokens, reference tokens.
 
-    They are the `counts` of `intervals.interval` if its `score` is `bleu`.
+    They are the `counts` of `result.interval` if its `score` is `bleu`.
     """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 

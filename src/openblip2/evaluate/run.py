@@ -69,7 +69,8 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     if not isinstance(model, kind):
         raise UserError(f"{run} is a {type(model).__name__}: {task} needs a {stage} run, or one fine-tuned from one")
     key = [task, run, __version__, weights_digest(model), options.visual_tokens]
-    partial_texts = PartialTexts(out.with_suffix(".partial.jsonl"), key)
+    unfinished = out.with_suffix(".partial.jsonl")
+    partial_texts = PartialTexts(unfinished, key)
     assert model.model.vision is not None
     chosen, side = source.records[: options.limit], model.model.vision.image_size
     with progress.steps("opening pictures", len(chosen)) as bar:
@@ -91,7 +92,7 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     _warn(result, records, run)
     result.beside["seconds"] = round(time.perf_counter() - began, 1)
     result.write(out)
-    partial_texts.remove()
+    unfinished.unlink(missing_ok=True)  # the result contains the texts
     return result
 
 
