@@ -282,19 +282,19 @@ class PartialTexts:
             how: prompt and decoding settings.
         """
         depends_on = json.dumps([self.of, how, samples], default=str)
-        digest = json.dumps(hashlib.sha256(depends_on.encode()).hexdigest())
+        digest, path = json.dumps(hashlib.sha256(depends_on.encode()).hexdigest()), self.path
         found: list[str] = []
-        if self.path is not None:
-            lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
+        if path is not None:
+            lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
             complete = lines[:-1] if lines[0] == digest else [digest]  # the last line may be unfinished
-            write_text("".join(f"{line}\n" for line in complete), self.path)
+            write_text("".join(f"{line}\n" for line in complete), path)
             found = [text for line in complete[1:] for text in json.loads(line)]
         with progress.steps(what, len(samples), len(found), unit) as bar:
             for start in range(len(found), len(samples), group):
                 texts = generate(slice(start, start + group))
                 found += texts
-                if self.path is not None:
-                    with self.path.open("a", encoding="utf-8") as file:
+                if path is not None:
+                    with path.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(texts, ensure_ascii=False) + "\n")
                 bar.advance(count=len(texts))
         return found
