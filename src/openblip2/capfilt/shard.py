@@ -92,12 +92,7 @@ def pool(web: Iterable[str], written: Iterable[str]) -> dict[str, str]:
 
 
 def best(scores: Sequence[float], keep: int, threshold: float | None = None) -> list[int]:
-    """The numbers of the captions to keep, the best first; with equal scores, the earlier first.
-
-    Args:
-        scores: the scores of all captions.
-        keep: how many to keep at most.
-        threshold: captions with a lower score are dropped.
+    """The numbers of at most `keep` captions with scores of at least `threshold`, the best and the earlier first.
 
     Raises:
         UserError: a score is not a number.

@@ -41,14 +41,7 @@ LAST = 20  # the current value is the mean over this many steps
 
 @dataclass(frozen=True)
 class Finding:
-    """An observation about a run, and advice.
-
-    Attributes:
-        about: the part of the run.
-        level: how serious it is.
-        seen: what was observed.
-        advice: what to try.
-    """
+    """An observation: the part of the run, how serious it is, what was seen, and what to try."""
 
     about: str
     level: Level
