@@ -30,13 +30,7 @@ class Finished(NamedTuple):
 
 
 def capfilt(
-    shards: str,
-    captioner: str,
-    ranker: str,
-    out: Path,
-    how: How,
-    progress: Progress,
-    part: tuple[int, int] = (1, 1),
+    shards: str, captioner: str, ranker: str, out: Path, how: How, progress: Progress, part: tuple[int, int] = (1, 1)
 ) -> Finished:
     """Captions and filters shards into `out`. An interrupted run continues with the shards that are not finished.
 
@@ -45,8 +39,6 @@ def capfilt(
         captioner: a stage-2 run that writes captions.
         ranker: a stage-1 run, or a CLIP of transformers.
         out: the folder of the new shards.
-        how: the settings.
-        progress: shows what is being done.
         part: (K, N): every Nth shard, starting with the Kth. N such runs, in any order or at the same time, give the
             same result as one run over all shards.
 

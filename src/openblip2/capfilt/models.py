@@ -144,11 +144,6 @@ def digest(values: Any) -> str:
 def digests(captioner: str, ranker: str, itm: bool) -> dict[str, str]:
     """Digests of captioner and ranker: their weights and everything else that their results depend on.
 
-    Args:
-        captioner: name of a run.
-        ranker: name of a run or of another model.
-        itm: whether the ranker gives the probability of a match.
-
     Raises:
         UserError: a model does not exist, is of the wrong kind, or cannot do what the settings require.
     """

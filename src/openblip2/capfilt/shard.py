@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -123,9 +124,6 @@ class Maker:
     """Captions and filters shards.
 
     Args:
-        captioner: samples captions.
-        ranker: scores captions.
-        how: the settings.
         settings: a digest of all settings, for the stats.
         advance: called with the number of images that were just processed.
     """
@@ -174,23 +172,22 @@ class Maker:
 
     def _groups(self, shard: Shard, counts: Counter[str], lines: list[str]) -> Iterator[list[_Ready]]:
         """The images that can be opened, in groups; the next group is opened while the models work on one."""
-        groups = [range(start, min(start + GROUP, len(shard))) for start in range(0, len(shard), GROUP)]
+        numbers, open_one = range(len(shard)), partial(self._open, shard, lines)
         with ThreadPoolExecutor(THREADS) as threads:
-            following = threads.map(lambda n: self._open(shard, n), groups[0] if groups else ())
-            for group in [*groups[1:], ()]:
+            following = threads.map(open_one, numbers[:GROUP])
+            for end in range(GROUP, len(shard) + GROUP, GROUP):
                 found = list(following)
-                following = threads.map(lambda n: self._open(shard, n), group)
-                lines += [one for one in found if isinstance(one, str) and one]
-                ready = [one for one in found if isinstance(one, _Ready)]
+                following = threads.map(open_one, numbers[end : end + GROUP])
+                ready = [one for one in found if one is not None]
                 counts["broken"] += len(found) - len(ready)
                 yield ready
                 self.advance(len(found))
 
-    def _open(self, shard: Shard, number: int) -> _Ready | str:
-        """A sample with its pixels, or what is wrong with it; "" if that was already reported."""
+    def _open(self, shard: Shard, lines: list[str], number: int) -> _Ready | None:
+        """A sample with its pixels, or None if it is bad; `lines` then says why."""
         sample = shard.read(number)
         if sample is None:
-            return ""
+            return None
         picture = PictureFile(sample.image, f"{shard.url}: {sample.key}.{sample.suffix}")
         try:
             vision = self.captioner.model.vision
@@ -198,7 +195,8 @@ class Maker:
             pixels = to_pixels([picture], vision.image_size)[0].permute(1, 2, 0).contiguous().numpy()
             return _Ready(sample, pixels, self.ranker.pixels(picture))
         except UserError as error:
-            return str(error)
+            lines.append(str(error))
+            return None
 
     def _write(self, group: Sequence[_Ready], seed: int) -> list[list[str]]:
         """The generated captions of each image."""
@@ -226,14 +224,13 @@ class Maker:
         pairs = [(n, text) for n, texts in enumerate(pools) for text in texts]
         pixels = [one.ranker_pixels for one in group]
         found = self.ranker.scores(pixels, [text for _, text in pairs], [n for n, _ in pairs]) if pairs else []
-        scores: list[list[float]] = [[] for _ in group]
-        for (n, _), score in zip(pairs, found, strict=True):
-            scores[n].append(round(score, 6))
+        following = iter(found)
         threshold = self.how.threshold if self.how.filter == "itm" else None
         samples: list[Sample] = []
-        for n, (sample, _, _) in enumerate(group):
-            texts, chosen = list(pools[n].items()), best(scores[n], self.how.keep, threshold)
-            kept = [{"text": texts[m][0], "score": scores[n][m], "from": texts[m][1]} for m in chosen]
+        for (sample, _, _), origins in zip(group, pools, strict=True):
+            texts, scores = list(origins.items()), [round(next(following), 6) for _ in origins]
+            chosen = best(scores, self.how.keep, threshold)
+            kept = [{"text": texts[n][0], "score": scores[n], "from": texts[n][1]} for n in chosen]
             if not kept:
                 counts["without captions"] += 1
                 lines.append(f"{url}: {sample.key}: none of its {len(texts)} captions is kept")

@@ -161,7 +161,7 @@ class Result:
             "pictures": self.pictures,
             "scores": {name: asdict(score) for name, score in self.scores.items()}
             | {name: {"score": score} for name, score in self.alone.items()},
-            **({"beside": self.beside} if self.beside else {}),
+            "beside": self.beside,
             "intervals": f"{LEVEL:.0%}, percentile bootstrap over pictures" if self.scores else None,
             "protocol": self.protocol,
             "warnings": self.warnings,
