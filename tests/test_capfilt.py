@@ -16,8 +16,8 @@ import tiny_capfilt
 import tiny_runs
 from openblip2.capfilt import capfilt
 from openblip2.capfilt import shard as shard_module
-from openblip2.capfilt.models import ClipRanker, Models, RunRanker, digests, open_models
-from openblip2.capfilt.shard import How, Text, best, pool
+from openblip2.capfilt.models import ClipRanker, RunRanker, digests, open_models
+from openblip2.capfilt.shard import How, best, pool
 from openblip2.data.images import PictureFile, open_picture
 from openblip2.data.text import clean_caption
 from openblip2.data.web.mixture import count_parts, read_parts
@@ -53,8 +53,8 @@ def samples_of(folder: Path) -> dict[str, Sample]:
 
 def test_the_pool_holds_each_caption_once_and_the_webs_first() -> None:
     found = pool(["A Dog.", "...", "a  dog"], ["a dog!", "the cat", "", "THE CAT", "a bus"])
-    assert found == [Text("a dog", "web"), Text("the cat", "captioner"), Text("a bus", "captioner")]
-    assert pool([], []) == []
+    assert list(found.items()) == [("a dog", "web"), ("the cat", "captioner"), ("a bus", "captioner")]
+    assert pool([], []) == {}
 
 
 def test_the_best_are_kept() -> None:
@@ -70,7 +70,7 @@ def test_each_picture_keeps_the_best_of_its_own_pool(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranker: str, how: How
 ) -> None:
     """The reference scores one picture and one text at a time; the pools are recorded during the run."""
-    pools: list[list[Text]] = []
+    pools: list[dict[str, str]] = []
     monkeypatch.setattr(shard_module, "pool", lambda web, written: pools.append(pool(web, written)) or pools[-1])
     written = run(home, tmp_path / "out", how, ranker)
     given = samples_of(home / "set")
@@ -79,9 +79,9 @@ def test_each_picture_keeps_the_best_of_its_own_pool(
     assert len(pools) == len(given)
     kept, matched = Counter[str](), 0
     for (key, one), texts in zip(given.items(), pools, strict=True):
-        assert texts[0] == Text(clean_caption(one.captions[0]), "web")
+        assert next(iter(texts.items())) == (clean_caption(one.captions[0]), "web")
         assert 1 <= len(texts) <= 1 + how.captions
-        scores = [naive(one.image, text.text) for text in texts]
+        scores = [naive(one.image, text) for text in texts]
         order = sorted(range(len(scores)), key=lambda n: -scores[n])
         if how.filter == "itm":
             order = [n for n in order if scores[n] >= 0.5]
@@ -92,9 +92,8 @@ def test_each_picture_keeps_the_best_of_its_own_pool(
         listed = found[key].about["captions"]
         assert len(listed) == min(2, len(order))
         assert [entry["score"] for entry in listed] == pytest.approx([scores[n] for n in order[:2]], abs=2e-5)
-        names = {text.text: text.origin for text in texts}
         for entry in listed:
-            assert names[entry["text"]] == entry["from"]
+            assert texts[entry["text"]] == entry["from"]
             assert entry["score"] == pytest.approx(naive(one.image, entry["text"]), abs=2e-5)
             kept[entry["from"]] += 1
         assert found[key].image == one.image
@@ -139,7 +138,7 @@ def test_other_seeds_and_shards_draw_other_captions(home: Path, whole: Path, tmp
     # The same pictures in a shard with another name.
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "00009.tar").write_bytes((home / "set" / "00000.tar").read_bytes())
-    capfilt(str(tmp_path / "set"), tiny_capfilt.models(home), tmp_path / "renamed", HOW, QUIET)
+    capfilt(str(tmp_path / "set"), *tiny_capfilt.models(home), tmp_path / "renamed", HOW, QUIET)
     renamed = {n: one.captions for n, one in samples_of(tmp_path / "renamed").items()}
     assert renamed != {n: one for n, one in texts[0].items() if n in renamed}
 
@@ -181,18 +180,18 @@ def test_what_was_made_otherwise_is_not_mixed_in(home: Path, whole: Path, tmp_pa
 
 
 def test_weights_are_known_by_what_they_are_and_not_by_their_names(home: Path, tmp_path: Path) -> None:
-    told = digests(tiny_capfilt.models(home, "clip"), False)
+    told = digests(*tiny_capfilt.models(home, "clip"), False)
     copytree(home / "stage2", tmp_path / "moved")
     copytree(home / "clip", tmp_path / "clip")
-    moved = Models(str(tmp_path / "moved"), str(tmp_path / "clip"))
-    assert digests(moved, False) == told
+    moved = str(tmp_path / "moved"), str(tmp_path / "clip")
+    assert digests(*moved, False) == told
     copytree(home / "stage1", tmp_path / "other")
     tensors = bytearray((tmp_path / "moved" / "model.safetensors").read_bytes())
     tensors[-1] ^= 1
     (tmp_path / "moved" / "model.safetensors").write_bytes(tensors)
-    assert digests(moved, False)[0] != told[0]
+    assert digests(*moved, False)["captioner"] != told["captioner"]
     (tmp_path / "clip" / "preprocessor_config.json").write_text("{}")
-    assert digests(moved, False)[1] != told[1]
+    assert digests(*moved, False)["ranker"] != told["ranker"]
 
 
 def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -> None:
@@ -220,7 +219,7 @@ def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -
     (folder / "00002.tar").mkdir()
     for ranker in ("stage1", "clip"):
         out = tmp_path / ranker
-        written = capfilt(str(folder), tiny_capfilt.models(home, ranker), out, HOW, QUIET)
+        written = capfilt(str(folder), *tiny_capfilt.models(home, ranker), out, HOW, QUIET)
         assert written.shards == 2
         assert len(written.dead) == 1
         assert "00002.tar: cannot be opened" in written.dead[0]
@@ -237,7 +236,7 @@ def test_what_is_bad_is_left_out_counted_and_named(home: Path, tmp_path: Path) -
         assert stats["successes"] == stats["counts"]["pictures"] == len(list(read_tar(str(out / "00000.tar"), print)))
     (folder / "00002.tar").rmdir()
     with pytest.raises(UserError, match="none of the 1 shards can be read"):
-        capfilt(str(folder / "00009.tar"), tiny_capfilt.models(home), tmp_path / "none", HOW, QUIET)
+        capfilt(str(folder / "00009.tar"), *tiny_capfilt.models(home), tmp_path / "none", HOW, QUIET)
 
 
 def test_training_draws_one_of_the_two(home: Path, whole: Path, tmp_path: Path) -> None:
@@ -311,7 +310,7 @@ def test_a_captioner_that_reads_questions_is_refused(home: Path, tmp_path: Path)
     config["settings"]["qformer"]["question_in_qformer"], config["settings"]["task"] = True, "vqa"
     (tmp_path / "asks" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="answers questions; give a run that writes captions"):
-        capfilt(str(home / "set"), Models(str(tmp_path / "asks"), str(home / "clip")), tmp_path / "out", HOW, QUIET)
+        capfilt(str(home / "set"), str(tmp_path / "asks"), str(home / "clip"), tmp_path / "out", HOW, QUIET)
 
 
 def test_a_json_that_grew_too_long_leaves_the_captions(home: Path, tmp_path: Path) -> None:
@@ -324,7 +323,7 @@ def test_a_json_that_grew_too_long_leaves_the_captions(home: Path, tmp_path: Pat
             info = tarfile.TarInfo(f"{samples[0].key}.{suffix}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    capfilt(str(tmp_path / "set"), tiny_capfilt.models(home), tmp_path / "out", HOW, QUIET)
+    capfilt(str(tmp_path / "set"), *tiny_capfilt.models(home), tmp_path / "out", HOW, QUIET)
     found = samples_of(tmp_path / "out")
     assert found[samples[0].key].about.keys() == {"captions"}
     assert found[samples[1].key].about["alt"] == "short"
@@ -332,7 +331,7 @@ def test_a_json_that_grew_too_long_leaves_the_captions(home: Path, tmp_path: Pat
 
 
 def test_rankers_encode_each_picture_and_text_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, ranker = open_models(tiny_capfilt.models(home), False)
+    _, ranker = open_models(*tiny_capfilt.models(home), False)
     assert isinstance(ranker, RunRanker)
     vision = ranker.matcher.model.vision
     assert vision is not None

@@ -9,7 +9,6 @@ import transformers as hf
 
 import tiny_runs
 from openblip2.capfilt import Finished, capfilt
-from openblip2.capfilt.models import Models
 from openblip2.capfilt.shard import How
 from openblip2.progress import Progress
 from test_cli import call
@@ -72,12 +71,12 @@ def shards(folder: Path) -> None:
         write_shard(folder / f"{shard:05}.tar", samples)
 
 
-def models(root: Path, ranker: str = "stage1") -> Models:
-    return Models(str(root / "stage2"), str(root / ranker))
+def models(root: Path, ranker: str = "stage1") -> tuple[str, str]:
+    return str(root / "stage2"), str(root / ranker)
 
 
 def run(root: Path, out: Path, how: How = HOW, ranker: str = "stage1", data: str = "set", **more: Any) -> Finished:
-    return capfilt(str(root / data), models(root, ranker), out, how, Progress(quiet=True), **more)
+    return capfilt(str(root / data), *models(root, ranker), out, how, Progress(quiet=True), **more)
 
 
 def content(out: Path) -> dict[str, bytes]:

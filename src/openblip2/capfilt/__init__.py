@@ -3,13 +3,13 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from openblip2.capfilt.models import Models, digest, digests, open_models
+from openblip2.capfilt.models import digest, digests, open_models
 from openblip2.capfilt.shard import How, Made, Maker
 from openblip2.data.web import expand, is_url, read_stats
 from openblip2.data.web.mixture import count_samples
@@ -30,21 +30,15 @@ class Finished(NamedTuple):
 
 
 def capfilt(
-    shards: str,
-    models: Models,
-    out: Path,
-    how: How,
-    progress: Progress,
-    part: tuple[int, int] = (1, 1),
+    shards: str, captioner: str, ranker: str, out: Path, how: How, progress: Progress, part: tuple[int, int] = (1, 1)
 ) -> Finished:
     """Captions and filters shards into `out`. An interrupted run continues with the shards that are not finished.
 
     Args:
         shards: as in `expand`.
-        models: captioner and ranker.
+        captioner: a stage-2 run that writes captions.
+        ranker: a stage-1 run, or a CLIP of transformers.
         out: the folder of the new shards.
-        how: the settings.
-        progress: shows what is being done.
         part: (K, N): every Nth shard, starting with the Kth. N such runs, in any order or at the same time, give the
             same result as one run over all shards.
 
@@ -52,9 +46,13 @@ def capfilt(
         UserError: no shards, two with the same name, models of the wrong kind, an `out` that has other settings or
             contains the shards themselves, or no shard that can be read.
     """
-    names = named_shards(expand(shards), out)
-    settings = capfilt_settings(how, *digests(models, how.filter == "itm"))
-    claim(out, settings)
+    names = _named_shards(expand(shards), out)
+    itm, values = how.filter == "itm", asdict(how)
+    if not itm:
+        del values["threshold"]  # it has no effect
+    # Everything that captions depend on besides the shard.
+    settings = {"format": _FORMAT, **values, **digests(captioner, ranker, itm)}
+    _claim(out, settings)
     if others := sorted({path.stem for path in out.glob("*.tar") if path.name[0] != "."} - {name for name, _ in names}):
         raise UserError(f"{out} contains other shards ({others[0]}.tar): give another --out, or remove them")
     mine = names[part[0] - 1 :: part[1]]
@@ -78,8 +76,8 @@ def capfilt(
                 total += count
                 bar.advance()
         with progress.steps("captions for pictures", total) as bar:
-            both = open_models(models, how.filter == "itm")
-            maker = Maker(*both, how, digest(settings), lambda count: bar.advance(count=count))
+            models = open_models(captioner, ranker, itm)
+            maker = Maker(*models, how, digest(settings), lambda count: bar.advance(count=count))
             for url, path in left:
                 done.append(maker(url, path))
                 progress.say(_line(done[-1], len(done), len(mine), time.perf_counter() - began))
@@ -90,18 +88,8 @@ def capfilt(
     return Finished(len(done) - len(dead), counts, dead)
 
 
-def capfilt_settings(how: How, captioner: str, ranker: str) -> dict[str, Any]:
-    """Everything that captions depend on besides the shard, with digests of the weights of both models."""
-    values = asdict(how) if how.filter == "itm" else {k: v for k, v in asdict(how).items() if k != "threshold"}
-    return {"format": _FORMAT, **values, "captioner": captioner, "ranker": ranker}
-
-
-def claim(out: Path, settings: Mapping[str, Any]) -> None:
-    """Creates OUT with `OUT/capfilt.json`, or checks that OUT was made with the same settings.
-
-    Raises:
-        UserError: OUT cannot be created, was made with other settings, or contains shards of another program.
-    """
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Creates OUT with `OUT/capfilt.json`, or checks that OUT was made with the same settings."""
     make_folder(out)
     path = out / FILE
     if not path.exists():
@@ -115,12 +103,8 @@ def claim(out: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"{out} was made with another {', '.join(names) or 'program'}: give the same, or a new --out")
 
 
-def named_shards(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
-    """The name of each shard, which the new shard gets too, and its path or URL.
-
-    Raises:
-        UserError: one is not a .tar, two have the same name, or one is in `out`.
-    """
+def _named_shards(shards: Sequence[str], out: Path) -> list[tuple[str, str]]:
+    """The name of each shard, which the new shard gets too, and its path or URL."""
     found: dict[str, str] = {}
     for url in shards:
         file = url.split("?", 1)[0].rsplit("/", 1)[-1] if is_url(url) else Path(url).name

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from openblip2.evaluate.ranking import similarities
 from openblip2.hardware import computing
 from openblip2.hardware import device as default_device
 from openblip2.inference.captioner import Captioner
-from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.precision import load_in
 from openblip2.runs import read_json
@@ -41,8 +40,9 @@ class RunRanker:
         itm: rank by the probability of a match, in [0, 1], instead of the cosine of the best query, in [-1, 1].
     """
 
-    def __init__(self, matcher: Matcher, itm: bool = False) -> None:
-        self.matcher, self.itm = matcher, itm
+    def __init__(self, matcher: Matcher, itm: bool) -> None:
+        assert matcher.model.vision is not None
+        self.matcher, self.itm, self.vision = matcher, itm, matcher.model.vision
 
     def pixels(self, picture: PictureFile) -> Tensor:
         """The pixels of an image: `[3, S, S]` uint8.
@@ -50,9 +50,7 @@ class RunRanker:
         Raises:
             UserError: the image cannot be opened.
         """
-        vision = self.matcher.model.vision
-        assert vision is not None
-        return to_pixels([picture], vision.image_size)[0]
+        return to_pixels([picture], self.vision.image_size)[0]
 
     def scores(self, pixels: Sequence[Tensor], texts: Sequence[str], owners: Sequence[int]) -> list[float]:
         """The score of each text with its own image. A text that is too long is cut as in training.
@@ -62,13 +60,11 @@ class RunRanker:
             texts: M cleaned captions, at least one.
             owners: the number of the image of each caption.
         """
-        model = self.matcher.model
-        assert model.vision is not None
-        device = model.temperature.device
+        model, device = self.matcher.model, self.matcher.model.temperature.device
         own, pairs = torch.tensor(owners, device=device), torch.arange(len(owners), device=device)
         tokens, valid = (t.to(device) for t in self.matcher.tokens(texts))
         with torch.inference_mode(), computing(model, self.matcher.settings.train.precision):
-            features = model.vision(torch.stack(list(pixels)).to(device))
+            features = self.vision(torch.stack(list(pixels)).to(device))
             if not self.itm:
                 return similarities(model, features, tokens, valid)[own, pairs].tolist()
             image = model.connector.encode_image(features)
@@ -109,11 +105,7 @@ class ClipRanker:
         self.padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
 
     def pixels(self, picture: PictureFile) -> Tensor:
-        """The pixels of an image: `[3, S, S]`.
-
-        Raises:
-            UserError: the image cannot be opened.
-        """
+        """As `RunRanker.pixels`, but with the model's own preprocessing."""
         image = open_picture(picture)
         try:
             return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
@@ -144,65 +136,41 @@ class ClipRanker:
 Ranker = RunRanker | ClipRanker
 
 
-class Models(NamedTuple):
-    """The names of captioner and ranker as the user gives them."""
-
-    captioner: str
-    ranker: str
-
-
 def digest(values: Any) -> str:
     """SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def digests(models: Models, itm: bool) -> tuple[str, str]:
+def digests(captioner: str, ranker: str, itm: bool) -> dict[str, str]:
     """Digests of captioner and ranker: their weights and everything else that their results depend on.
-
-    Args:
-        models: The names of both.
-        itm: Whether the ranker gives the probability of a match.
 
     Raises:
         UserError: a model does not exist, is of the wrong kind, or cannot do what the settings require.
     """
-    captioner = _captioner(models.captioner)
-    if _is_other(models.ranker):
-        if itm:
-            raise UserError(f"--ranker {models.ranker} is not a run of openblip2: --filter itm needs a stage-1 run")
-        if not {"text_config", "vision_config"} <= read_json(_folder(models.ranker) / "config.json").keys():
-            raise UserError(
-                f"--ranker {models.ranker} does not compare pictures with texts: give a stage-1 run or a CLIP"
-            )
-        return captioner, _of_model(_folder(models.ranker))
-    settings = read_checkpoint(models.ranker).settings
-    if settings.stage != "stage1":
-        raise UserError(f"--ranker {models.ranker} is a stage-2 run, which cannot rank; give a stage-1 run or a CLIP")
-    return captioner, _of_run(models.ranker, settings)
-
-
-def open_models(models: Models, itm: bool) -> tuple[Captioner, Ranker]:
-    """Loads both models, on a GPU if there is one.
-
-    Raises:
-        UserError: as `digests`, or a part cannot be loaded.
-    """
-    captioner = load(models.captioner)
-    assert isinstance(captioner, Captioner)  # checked by `digests`
-    if _is_other(models.ranker):
-        return captioner, ClipRanker(_folder(models.ranker))
-    matcher = load(models.ranker)
-    assert isinstance(matcher, Matcher)
-    return captioner, RunRanker(matcher, itm)
-
-
-def _captioner(name: str) -> str:
-    settings = read_checkpoint(name).settings
+    settings = read_checkpoint(captioner).settings
     if settings.stage == "stage1":
-        raise UserError(f"--captioner {name} is a stage-1 run, which cannot write text; give a stage-2 run")
+        raise UserError(f"--captioner {captioner} is a stage-1 run, which cannot write text; give a stage-2 run")
     if settings.reads_text and not settings.reads_prompts:
-        raise UserError(f"--captioner {name} answers questions; give a run that writes captions")
-    return _of_run(name, settings)
+        raise UserError(f"--captioner {captioner} answers questions; give a run that writes captions")
+    found = {"captioner": _of_run(captioner, settings)}
+    if _is_other(ranker):
+        if itm:
+            raise UserError(f"--ranker {ranker} is not a run of openblip2: --filter itm needs a stage-1 run")
+        if not {"text_config", "vision_config"} <= read_json(_folder(ranker) / "config.json").keys():
+            raise UserError(f"--ranker {ranker} does not compare pictures with texts: give a stage-1 run or a CLIP")
+        return found | {"ranker": _of_model(_folder(ranker))}
+    settings = read_checkpoint(ranker).settings
+    if settings.stage != "stage1":
+        raise UserError(f"--ranker {ranker} is a stage-2 run, which cannot rank; give a stage-1 run or a CLIP")
+    return found | {"ranker": _of_run(ranker, settings)}
+
+
+def open_models(captioner: str, ranker: str, itm: bool) -> tuple[Captioner, Ranker]:
+    """Loads both models, on a GPU if there is one; arguments as in `digests`, which has checked them."""
+    writer = Captioner.from_pretrained(captioner)
+    if _is_other(ranker):
+        return writer, ClipRanker(_folder(ranker))
+    return writer, RunRanker(Matcher.from_pretrained(ranker), itm)
 
 
 def _folder(name: str) -> Path:

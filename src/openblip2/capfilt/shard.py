@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,8 +44,6 @@ GROUP = 32  # number of images that are captioned together
 AT_ONCE = 320  # captions that are sampled at once: ten for each of 32 images
 # The counts of a shard. The new shard contains "pictures", but not "broken" and "without captions".
 COUNTS: tuple[str, ...] = ("samples", "pictures", "broken", "without captions", "captions", "captions by the captioner")
-
-Origin = Literal["web", "captioner"]
 
 
 @dataclass(frozen=True)
@@ -83,31 +82,18 @@ class How:
             raise UserError(f"--filter {self.filter}: it must be similarity or itm")
 
 
-class Text(NamedTuple):
-    """A cleaned caption and its origin."""
-
-    text: str
-    origin: Origin
-
-
-def pool(web: Iterable[str], written: Iterable[str]) -> list[Text]:
-    """The different captions after cleaning as for training, those from the web first."""
-    texts = [Text(clean_caption(text), "web") for text in web]
-    texts += (Text(clean_caption(text), "captioner") for text in written)
-    different: dict[str, Text] = {}
-    for text in texts:
-        different.setdefault(text.text, text)  # the first of equal captions is kept
-    different.pop("", None)
-    return list(different.values())
+def pool(web: Iterable[str], written: Iterable[str]) -> dict[str, str]:
+    """The different captions after cleaning as for training, those from the web first, and their origins."""
+    origins: dict[str, str] = {}
+    for origin, texts in (("web", web), ("captioner", written)):
+        for text in texts:
+            origins.setdefault(clean_caption(text), origin)  # the first of equal captions is kept
+    origins.pop("", None)
+    return origins
 
 
 def best(scores: Sequence[float], keep: int, threshold: float | None = None) -> list[int]:
-    """The numbers of the captions to keep, the best first; with equal scores, the earlier first.
-
-    Args:
-        scores: the scores of all captions.
-        keep: how many to keep at most.
-        threshold: captions with a lower score are dropped.
+    """The numbers of at most `keep` captions with scores of at least `threshold`, the best and the earlier first.
 
     Raises:
         UserError: a score is not a number.
@@ -127,32 +113,23 @@ class Made(NamedTuple):
 
 
 class _Ready(NamedTuple):
-    """A sample with its pixels for captioner and ranker, and its captions from the web."""
+    """A sample with its pixels for captioner and ranker."""
 
     sample: Sample
     picture: np.ndarray[Any, Any]
     ranker_pixels: Tensor
-    web: tuple[str, ...]
 
 
 class Maker:
     """Captions and filters shards.
 
     Args:
-        captioner: samples captions.
-        ranker: scores captions.
-        how: the settings.
         settings: a digest of all settings, for the stats.
         advance: called with the number of images that were just processed.
     """
 
     def __init__(
-        self,
-        captioner: Captioner,
-        ranker: Ranker,
-        how: How,
-        settings: str,
-        advance: Callable[[int], object] = lambda count: None,
+        self, captioner: Captioner, ranker: Ranker, how: How, settings: str, advance: Callable[[int], object]
     ) -> None:
         self.captioner, self.ranker, self.how = captioner, ranker, how
         self.settings, self.advance = settings, advance
@@ -195,31 +172,31 @@ class Maker:
 
     def _groups(self, shard: Shard, counts: Counter[str], lines: list[str]) -> Iterator[list[_Ready]]:
         """The images that can be opened, in groups; the next group is opened while the models work on one."""
-        groups = [range(start, min(start + GROUP, len(shard))) for start in range(0, len(shard), GROUP)]
+        numbers, open_one = range(len(shard)), partial(self._open, shard, lines)
         with ThreadPoolExecutor(THREADS) as threads:
-            following = threads.map(lambda n: self._open(shard, n), groups[0] if groups else ())
-            for group in [*groups[1:], ()]:
+            following = threads.map(open_one, numbers[:GROUP])
+            for end in range(GROUP, len(shard) + GROUP, GROUP):
                 found = list(following)
-                following = threads.map(lambda n: self._open(shard, n), group)
-                lines += [one for one in found if isinstance(one, str) and one]
-                ready = [one for one in found if isinstance(one, _Ready)]
+                following = threads.map(open_one, numbers[end : end + GROUP])
+                ready = [one for one in found if one is not None]
                 counts["broken"] += len(found) - len(ready)
                 yield ready
                 self.advance(len(found))
 
-    def _open(self, shard: Shard, number: int) -> _Ready | str:
-        """A sample with its pixels, or what is wrong with it; "" if that was already reported."""
+    def _open(self, shard: Shard, lines: list[str], number: int) -> _Ready | None:
+        """A sample with its pixels, or None if it is bad; `lines` then says why."""
         sample = shard.read(number)
         if sample is None:
-            return ""
+            return None
         picture = PictureFile(sample.image, f"{shard.url}: {sample.key}.{sample.suffix}")
         try:
             vision = self.captioner.model.vision
             assert vision is not None
             pixels = to_pixels([picture], vision.image_size)[0].permute(1, 2, 0).contiguous().numpy()
-            return _Ready(sample, pixels, self.ranker.pixels(picture), sample.captions)
+            return _Ready(sample, pixels, self.ranker.pixels(picture))
         except UserError as error:
-            return str(error)
+            lines.append(str(error))
+            return None
 
     def _write(self, group: Sequence[_Ready], seed: int) -> list[list[str]]:
         """The generated captions of each image."""
@@ -243,34 +220,29 @@ class Maker:
         lines: list[str],
     ) -> list[Sample]:
         """The samples of a group with the best of their own and of the generated captions."""
-        pools = [pool(one.web, texts) for one, texts in zip(group, written, strict=True)]
-        pairs = [(n, text.text) for n, texts in enumerate(pools) for text in texts]
+        pools = [pool(one.sample.captions, texts) for one, texts in zip(group, written, strict=True)]
+        pairs = [(n, text) for n, texts in enumerate(pools) for text in texts]
         pixels = [one.ranker_pixels for one in group]
         found = self.ranker.scores(pixels, [text for _, text in pairs], [n for n, _ in pairs]) if pairs else []
-        scores: list[list[float]] = [[] for _ in group]
-        for (n, _), score in zip(pairs, found, strict=True):
-            scores[n].append(round(score, 6))
+        following = iter(found)
         threshold = self.how.threshold if self.how.filter == "itm" else None
         samples: list[Sample] = []
-        for n, one in enumerate(group):
-            kept = [(pools[n][m], scores[n][m]) for m in best(scores[n], self.how.keep, threshold)]
-            if kept:
-                samples.append(_with(one.sample, kept))
-                if len(json.dumps(samples[-1].about)) > MAX_JSON:  # it could not be read back
-                    samples[-1] = samples[-1]._replace(about={"captions": samples[-1].about["captions"]})
-                    lines.append(f"{url}: {one.sample.key}: its .json would be too long; only captions are kept")
-                counts["captions"] += len(kept)
-                counts["captions by the captioner"] += sum(text.origin == "captioner" for text, _ in kept)
-            else:
+        for (sample, _, _), origins in zip(group, pools, strict=True):
+            texts, scores = list(origins.items()), [round(next(following), 6) for _ in origins]
+            chosen = best(scores, self.how.keep, threshold)
+            kept = [{"text": texts[n][0], "score": scores[n], "from": texts[n][1]} for n in chosen]
+            if not kept:
                 counts["without captions"] += 1
-                lines.append(f"{url}: {one.sample.key}: none of its {len(pools[n])} captions is kept")
+                lines.append(f"{url}: {sample.key}: none of its {len(texts)} captions is kept")
+                continue
+            counts["captions"] += len(kept)
+            counts["captions by the captioner"] += sum(entry["from"] == "captioner" for entry in kept)
+            about = sample.about | {"captions": kept}
+            if len(json.dumps(about)) > MAX_JSON:  # it could not be read back
+                about = {"captions": kept}
+                lines.append(f"{url}: {sample.key}: its .json would be too long; only captions are kept")
+            # "./000017", as tar itself writes names, becomes 000017.
+            key = "/".join(part for part in sample.key.split("/") if part not in ("", "."))
+            captions = tuple(entry["text"] for entry in kept)
+            samples.append(sample._replace(key=key, captions=captions, about=about))
         return samples
-
-
-def _with(sample: Sample, kept: Sequence[tuple[Text, float]]) -> Sample:
-    """The sample with other captions. "./000017", as tar itself writes names, becomes 000017."""
-    listed = [{"text": text.text, "score": score, "from": text.origin} for text, score in kept]
-    key = "/".join(part for part in sample.key.split("/") if part not in ("", "."))
-    return sample._replace(
-        key=key, captions=tuple(text.text for text, _ in kept), about=sample.about | {"captions": listed}
-    )

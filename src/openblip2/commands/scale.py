@@ -73,7 +73,6 @@ def capfilt(
     says = progress()
     says.doing(f"loading {captioner} and {ranker}")
     from openblip2.capfilt import capfilt as run
-    from openblip2.capfilt.models import Models
     from openblip2.capfilt.shard import How
 
     require_kind(out, "captioned shards", "shards")
@@ -88,7 +87,7 @@ def capfilt(
         seed=seed,
     )
     with keeping(f"finished shards are in {out}; run the same command to continue", out):
-        written = run(shards, Models(captioner, ranker), out, how, says, _part(part))
+        written = run(shards, captioner, ranker, out, how, says, _part(part))
     counts = written.counts
     if as_json:
         put({"out": str(out), "shards": written.shards, "counts": counts, "dead": written.dead})

@@ -13,6 +13,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
@@ -20,16 +21,17 @@ import numpy as np
 
 from openblip2.data.records import Record
 from openblip2.errors import one_line, require
-from openblip2.evaluate.ptb import reference_folder, tokenise, why_no_jar
-from openblip2.evaluate.result import WITHHELD, Options, PartialTexts, Result, decoding_card
+from openblip2.evaluate.ptb import tokenise, why_no_jar
+from openblip2.evaluate.result import WITHHELD, Options, PartialTexts, Result, decoding_card, interval
 from openblip2.inference.captioner import CAPTION, Captioner
 from openblip2.progress import Progress
 
 GROUP = 64  # images that are captioned and saved together
+FAST = ("BLEU", "ROUGE-L", "CIDEr-D")
+METRICS = (*FAST, "METEOR", "SPICE")  # those not in FAST run in Java
 BLEU = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4")  # the names of BLEU's four scores
 # For these metrics, the corpus score is the mean over images, so the interval of a mean applies.
 MEANS = ("ROUGE-L", "CIDEr-D", "SPICE")
-Texts = Mapping[int, list[str]]  # captions by image number
 
 
 def score_captions(
@@ -77,7 +79,7 @@ def score_captions(
     add_domains(result, records, scores.samples)
     counts = bleu_counts(tokens)
     for order, name in enumerate(BLEU, 1):
-        result.add_counts(name, counts, partial(bleu, order=order))
+        result.scores[name] = interval(counts, partial(bleu, order=order), seed=result.seed)
     for name in MEANS:
         if name in scores.samples:
             result.add(name, scores.samples[name])
@@ -112,11 +114,7 @@ def add_domains(result: Result, records: Sequence[Record], samples: Mapping[str,
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Captions and references as tokens, one entry per image.
-
-    Attributes:
-        by: the name of the tokeniser.
-    """
+    """Captions and references as tokens, one entry per image, and the name of the tokeniser."""
 
     captions: list[str]
     references: list[list[str]]
@@ -160,15 +158,14 @@ def caption_scores(tokens: Tokenised, wanted: Sequence[str]) -> CaptionScores:
     captions = {n: [caption] for n, caption in enumerate(tokens.captions)}
     found = CaptionScores({}, {}, {})
     for name in wanted:
-        in_java = name not in FAST
-        if in_java and (reason := _why_not(name)):
+        if name not in FAST and (reason := _why_not(name)):
             found.missing[name] = reason
             continue
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 corpus, samples = _score(name, references, captions)
         except (CalledProcessError, OSError, ValueError) as error:  # Java returns no number if it has failed
-            if not in_java:
+            if name in FAST:
                 raise
             found.missing[name] = f"{name} failed in Java: {one_line(error)}"
             continue
@@ -181,18 +178,18 @@ def caption_scores(tokens: Tokenised, wanted: Sequence[str]) -> CaptionScores:
 def bleu_counts(tokens: Tokenised) -> np.ndarray:
     """Counts of each image for corpus BLEU, [n, 10]: matches and n-grams of 1 to 4 tokens, tokens, reference tokens.
 
-    They are the `counts` of `intervals.interval` if its `score` is `bleu`.
+    They are the `counts` of `result.interval` if its `score` is `bleu`.
     """
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
 
     scorer = BleuScorer(n=4)
     for caption, given in zip(tokens.captions, tokens.references, strict=True):
         scorer += (caption, given)
-    closest = [min((abs(length - one["testlen"]), length) for length in one["reflen"])[1] for one in scorer.ctest]
-    rows = zip(scorer.ctest, closest, strict=True)
-    return np.array(
-        [[*one["correct"], *one["guess"], one["testlen"], length] for one, length in rows], dtype=np.float64
-    )
+    rows = []
+    for one in scorer.ctest:
+        closest = min((abs(length - one["testlen"]), length) for length in one["reflen"])[1]
+        rows.append([*one["correct"], *one["guess"], one["testlen"], closest])
+    return np.array(rows, dtype=np.float64)
 
 
 def bleu(sums: np.ndarray, order: int = 4) -> np.ndarray:
@@ -204,7 +201,7 @@ def bleu(sums: np.ndarray, order: int = 4) -> np.ndarray:
     return precision * np.exp(np.minimum(0, 1 - 1 / ratio))
 
 
-def _score(name: str, references: Texts, captions: Texts) -> tuple[Any, Any]:
+def _score(name: str, references: dict[int, list[str]], captions: dict[int, list[str]]) -> tuple[Any, Any]:
     """Runs a scorer of pycocoevalcap: the score of all captions and the scores of each; BLEU returns four of both."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -229,15 +226,10 @@ def _score(name: str, references: Texts, captions: Texts) -> tuple[Any, Any]:
 
 def _why_not(name: str) -> str | None:
     """Why a metric that runs in Java cannot be measured; None = it can."""
-    folder = reference_folder()
-    if reason := why_no_jar():
+    from pycocoevalcap.spice.get_stanford_models import JAR, SPICEDIR, SPICELIB
+
+    if (reason := why_no_jar()) or name != "SPICE":
         return reason
-    assert folder is not None
-    models = [folder / "spice" / "lib" / f"stanford-corenlp-3.6.0{part}.jar" for part in ("", "-models")]
-    if name == "SPICE" and not all(path.is_file() for path in models):
+    if not all(Path(SPICEDIR, SPICELIB, f"{JAR}{part}.jar").is_file() for part in ("", "-models")):
         return "its language models are not there (python -m pycocoevalcap.spice.get_stanford_models downloads 1 GB)"
     return None
-
-
-FAST = ("BLEU", "ROUGE-L", "CIDEr-D")
-METRICS = (*FAST, "METEOR", "SPICE")  # those not in FAST run in Java

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from openblip2.config import RunSettings
 
 Row = Mapping[str, Any]
-Level = Literal["good", "note", "bad"]
 
 # Chance levels of the losses, in nats. ITC: log(batch). ITG: log(vocabulary). ITM: one pair in three is a match, and
 # the accuracy at chance is that of the constant answer "no match".
@@ -41,17 +40,10 @@ LAST = 20  # the current value is the mean over this many steps
 
 @dataclass(frozen=True)
 class Finding:
-    """An observation about a run, and advice.
-
-    Attributes:
-        about: the part of the run.
-        level: how serious it is.
-        seen: what was observed.
-        advice: what to try.
-    """
+    """An observation: the part of the run, how serious it is, what was seen, and what to try."""
 
     about: str
-    level: Level
+    level: Literal["good", "note", "bad"]
     seen: str
     advice: str = ""
 
@@ -64,7 +56,6 @@ def findings(settings: RunSettings, rows: Sequence[Row], vocabulary: int = 30523
     """All findings about a run, the losses first.
 
     Args:
-        settings: the settings of the run.
         rows: the rows of `log.jsonl`.
         vocabulary: size of the Q-Former's vocabulary.
     """

@@ -24,9 +24,6 @@ from openblip2.errors import UserError, one_line
 
 JAR = "Stanford PTBTokenizer 3.4.1"
 PORT = "openblip2's port of Stanford PTBTokenizer 3.4.1"
-PUNCTUATION = frozenset(
-    ("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", ".", "?", "!", ",", ":", "-", "--", "...", ";")
-)
 _END = "endoflastcaption"  # without it the jar prints nothing for empty lines at the end
 
 
@@ -55,24 +52,17 @@ def why_no_jar() -> str | None:
     """Why the reference's jar cannot be used and how to fix that; None = it can be used."""
     if shutil.which("java") is None:
         return "`java` is not on the PATH (any Java from 8 on)"
-    if reference_folder() is None:
+    if importlib.util.find_spec("pycocoevalcap") is None:
         return "pycocoevalcap is missing (pip install 'openblip2[eval]')"
     return None
 
 
-def reference_folder() -> Path | None:
-    """The folder in which pycocoevalcap is installed, found without importing it."""
-    spec = importlib.util.find_spec("pycocoevalcap")
-    places = [] if spec is None else list(spec.submodule_search_locations or [])
-    return Path(places[0]) if places else None
-
-
 def _run_jar(lines: Sequence[str]) -> list[str]:
     """Runs the jar as pycocoevalcap does, on captions without line breaks, and drops the punctuation."""
-    folder = reference_folder()
-    assert folder is not None
-    jar = folder / "tokenizer" / "stanford-corenlp-3.4.1.jar"
-    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    jar = str(Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR))
+    command = ["java", "-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
     text = "\n".join([*lines, _END]) + "\n"
     run = subprocess.run(command, input=text.encode(), capture_output=True)
     if run.returncode:
@@ -83,7 +73,7 @@ def _run_jar(lines: Sequence[str]) -> list[str]:
     found = run.stdout.decode().split("\n")
     assert found[len(lines)] == _END, "the jar lost or added a line"
     split = [line.rstrip().split(" ") for line in found[: len(lines)]]
-    return [" ".join(token for token in tokens if token not in PUNCTUATION) for tokens in split]
+    return [" ".join(token for token in tokens if token not in ptbtokenizer.PUNCTUATIONS) for tokens in split]
 
 
 # Abbreviations that always keep their period.

@@ -31,10 +31,6 @@ class Ranking:
         in_order, order = scores.sort(dim=1, descending=True, stable=True)
         return Ranking(self.indices.gather(1, order), in_order)
 
-    def first(self, k: int) -> "Ranking":
-        """Only the best k candidates."""
-        return Ranking(self.indices[:, :k], self.scores[:, :k])
-
     def first_right(self, is_right: Callable[[int, int], bool]) -> list[int | None]:
         """For each row, the rank (from 1) of the first candidate with `is_right(row, candidate)`; None = none."""
         return [

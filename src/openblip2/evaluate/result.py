@@ -1,22 +1,28 @@
-"""Results of an evaluation: scores with intervals, the protocol, one line per sample; and the comparison of two."""
+"""Results of an evaluation: scores with intervals, the protocol, one line per sample; and the comparison of two.
+
+Intervals show the uncertainty that comes from the choice of the test images (percentile bootstrap; Efron, 1979). Images
+are drawn with replacement, as many as there are, and the interval contains the middle 95 % of the draws' scores. The
+questions or captions of one image are drawn together, because they are not independent. The paper gives no intervals.
+"""
 
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from openblip2.errors import UserError
-from openblip2.evaluate.intervals import LEVEL, Interval, difference_interval, interval, mean_interval
 from openblip2.model.decoding import Decoding
 from openblip2.progress import Progress
-from openblip2.runs import atomic_write, read_json, write_json, write_text
+from openblip2.runs import read_json, write_json, write_text
 
-Row = dict[str, Any]
 WITHHELD = "this split has no public reference answers: nothing is scored, the predictions are in the samples"
+LEVEL = 0.95
+DRAWS = 2000
+_AT_ONCE = 4_000_000  # indices held in memory at a time: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,70 @@ class Options:
     visual_tokens: int | None = None
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A score of n samples and the interval that contains 95 % of the draws, all in the unit of the score."""
+
+    score: float
+    low: float
+    high: float
+    n: int
+
+    def excludes(self, value: float) -> bool:
+        """Whether `value` is outside the interval. A difference between two systems is significant if 0 is outside."""
+        return not self.low <= value <= self.high
+
+
+def mean_interval(scores: np.ndarray, groups: Sequence[Hashable] | None = None, seed: int = 0) -> Interval:
+    """Interval of the mean of per-sample scores, [n]; other arguments as in `interval`.
+
+    The idf of CIDEr-D is not computed again for each draw. BLEU is not a mean: use `interval` with `bleu_counts`.
+    """
+    counts = np.stack([scores, np.ones(len(scores))], axis=1)
+    return interval(counts, lambda sums: sums[:, 0] / sums[:, 1], groups, seed)
+
+
+def difference_interval(first: np.ndarray, second: np.ndarray, groups: Sequence[Hashable] | None = None) -> Interval:
+    """Interval of mean(first) - mean(second): scores of two systems for the same samples in the same order, [n] each.
+
+    Each draw takes the same images for both systems, so images that are hard for both do not widen the interval.
+    """
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    assert first.shape == second.shape, "two systems' scores of the same samples"
+    return mean_interval(first - second, groups)
+
+
+def interval(
+    counts: np.ndarray,
+    score: Callable[[np.ndarray], np.ndarray],
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> Interval:
+    """Interval of a score that is a function of sums over the samples, such as BLEU, which depends on n-gram counts.
+
+    Args:
+        counts: [n, k], what each sample adds to the sums.
+        score: sums [draws, k] -> scores [draws].
+        groups: the image of each sample; None = each sample is drawn on its own.
+        seed: seed of the draws.
+    """
+    assert len(counts) > 0, "at least one sample"
+    sums = np.asarray(counts, dtype=np.float64)
+    if groups is not None:  # the sums of each group, in the order in which groups first appear: [G, k]
+        assert len(groups) == len(counts), "a group for each sample"
+        index = {group: n for n, group in enumerate(dict.fromkeys(groups))}
+        by_group = np.zeros((len(index), sums.shape[1]))
+        np.add.at(by_group, [index[group] for group in groups], sums)
+        sums = by_group
+    random, found = np.random.default_rng(seed), []
+    most = max(1, _AT_ONCE // len(sums))
+    for start in range(0, DRAWS, most):
+        drawn = random.integers(0, len(sums), size=(min(most, DRAWS - start), len(sums)))
+        found.append(score(np.stack([column[drawn].sum(axis=1) for column in sums.T], axis=1)))
+    low, high = np.quantile(np.concatenate(found), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(score(sums.sum(axis=0, keepdims=True))[0]), float(low), float(high), len(counts))
+
+
 @dataclass
 class Result:
     """Scores of one task, filled piece by piece.
@@ -78,24 +148,20 @@ class Result:
     protocol: dict[str, Any] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    samples: list[Row] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, name: str, scores: Sequence[float] | np.ndarray, groups: Sequence[Hashable] | None = None) -> None:
         """Adds the mean of per-sample scores with its interval; `groups` are the images of the samples."""
-        self.scores[name] = mean_interval(np.asarray(scores, dtype=np.float64), groups, seed=self.seed)
-
-    def add_counts(self, name: str, counts: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Adds a score that is a function of sums over the images."""
-        self.scores[name] = interval(counts, score, seed=self.seed)
+        self.scores[name] = mean_interval(np.asarray(scores), groups, seed=self.seed)
 
     def as_json(self) -> dict[str, Any]:
         """Everything except the samples."""
         return {
             "task": self.task,
             "pictures": self.pictures,
-            "scores": {name: score.as_json() for name, score in self.scores.items()}
+            "scores": {name: asdict(score) for name, score in self.scores.items()}
             | {name: {"score": score} for name, score in self.alone.items()},
-            **({"beside": self.beside} if self.beside else {}),
+            "beside": self.beside,
             "intervals": f"{LEVEL:.0%}, percentile bootstrap over pictures" if self.scores else None,
             "protocol": self.protocol,
             "warnings": self.warnings,
@@ -115,14 +181,13 @@ class Result:
     def write(self, out: Path) -> None:
         """Writes `out` and, beside it, `NAME.samples.jsonl`, each completely or not at all."""
         beside = out.with_suffix(".samples.jsonl")
-        with atomic_write(beside) as draft, draft.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.samples)
+        write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.samples), beside)
         write_json(self.as_json() | {"samples": beside.name}, out)
 
 
 def decoding_card(decoding: Decoding) -> dict[str, Any]:
     """How text was generated, for the protocol; lengths are in new tokens."""
-    found: dict[str, Any] = {
+    return {
         "beams": decoding.beams,
         "length_penalty": decoding.length_penalty if decoding.beams > 1 else None,
         "repetition_penalty": decoding.repetition_penalty,
@@ -130,9 +195,6 @@ def decoding_card(decoding: Decoding) -> dict[str, Any]:
         "least_new_tokens": decoding.min_new_tokens,
         "generation_config": "the language model's own is not used",
     }
-    if decoding.sample:
-        found |= {"nucleus": decoding.top_p, "temperature": decoding.temperature, "top_k": 0}
-    return found
 
 
 def compare(first: Path, second: Path) -> dict[str, Interval]:
@@ -146,25 +208,22 @@ def compare(first: Path, second: Path) -> dict[str, Interval]:
         raise UserError(f"{first} is of {a['task']}, {second} of {b['task']}: compare results of the same task")
     ours, theirs = ({_name(row): row for row in result["rows"]} for result in (a, b))
     if ours.keys() != theirs.keys():
-        odd = next(iter(ours.keys() ^ theirs.keys()))
-        raise UserError(
-            f"{first} and {second} have different samples, e.g. {' / '.join(map(str, odd))}: evaluate the same data"
-        )
-    values: dict[str, list[tuple[float, float, str]]] = {}  # for each score: first result, second result, image
+        odd = " / ".join(map(str, next(iter(ours.keys() ^ theirs.keys()))))
+        raise UserError(f"{first} and {second} have different samples, e.g. {odd}: evaluate the same data")
+    values: dict[str, list[tuple[float, str]]] = {}  # for each score: difference and image of each sample
     for key, row in ours.items():
         mine, other = _scores(row), _scores(theirs[key])
         for name in mine.keys() & other.keys():
-            values.setdefault(name, []).append((mine[name], other[name], row["image"]))
-    found = {}
-    for name in sorted(values):
-        mine, other, images = zip(*values[name], strict=True)
-        found[name] = difference_interval(np.array(mine), np.array(other), images)
-    if not found:
+            values.setdefault(name, []).append((mine[name] - other[name], row["image"]))
+    if not values:
         raise UserError(f"{first} and {second} have no score per sample in common: nothing can be compared")
-    return found
+    return {
+        name: mean_interval(np.array([difference for difference, _ in pairs]), [image for _, image in pairs])
+        for name, pairs in sorted(values.items())
+    }
 
 
-def _scores(row: Row) -> dict[str, float]:
+def _scores(row: dict[str, Any]) -> dict[str, float]:
     """The scores of a sample that `compare` averages, by name."""
     if "kind" in row:
         return {"accuracy": row["score"], f"accuracy, {row['kind']}": row["score"]}
@@ -176,7 +235,7 @@ def _scores(row: Row) -> dict[str, float]:
     return {f"{name.removesuffix(end)} {way}@1": float(row[name] == 1) for name in row if name.endswith(end)}
 
 
-def _name(row: Row) -> tuple[Any, ...]:
+def _name(row: dict[str, Any]) -> tuple[Any, ...]:
     """The key of a sample. In a row with references, the caption was generated, so it is not part of the key."""
     caption = row.get("caption") if "references" not in row else None
     return (row["image"], row.get("question_id"), row.get("question"), caption, row.get("text"))
@@ -223,27 +282,19 @@ class PartialTexts:
             how: prompt and decoding settings.
         """
         depends_on = json.dumps([self.of, how, samples], default=str)
-        found = self._read(json.dumps(hashlib.sha256(depends_on.encode()).hexdigest()))
+        digest, path = json.dumps(hashlib.sha256(depends_on.encode()).hexdigest()), self.path
+        found: list[str] = []
+        if path is not None:
+            lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+            complete = lines[:-1] if lines[0] == digest else [digest]  # the last line may be unfinished
+            write_text("".join(f"{line}\n" for line in complete), path)
+            found = [text for line in complete[1:] for text in json.loads(line)]
         with progress.steps(what, len(samples), len(found), unit) as bar:
             for start in range(len(found), len(samples), group):
                 texts = generate(slice(start, start + group))
                 found += texts
-                if self.path is not None:
-                    with self.path.open("a", encoding="utf-8") as file:
+                if path is not None:
+                    with path.open("a", encoding="utf-8") as file:
                         file.write(json.dumps(texts, ensure_ascii=False) + "\n")
                 bar.advance(count=len(texts))
         return found
-
-    def remove(self) -> None:
-        """Removes the file, which is no longer needed when the result contains the texts."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-    def _read(self, digest: str) -> list[str]:
-        """Returns the texts in the file if it begins with this digest; otherwise, starts a new file."""
-        if self.path is None:
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else [""]
-        complete = lines[:-1] if lines[0] == digest else [digest]  # the last line may be unfinished
-        write_text("".join(f"{line}\n" for line in complete), self.path)
-        return [text for line in complete[1:] for text in json.loads(line)]

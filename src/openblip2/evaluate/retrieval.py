@@ -82,9 +82,8 @@ def _score(matcher: Matcher, stored: StoredFeatures, options: Options, progress:
         "itm+itc, the authors'": "logit of a match + cosine",
         "right": "a picture's own captions" + ("" if options.strict else ", and every picture with the same one"),
     }
-    names: Sequence[int | str] = (
-        owners if options.strict else captions
-    )  # texts with the same name are right for the same images
+    # Texts with the same name are right for the same images.
+    names: Sequence[int | str] = owners if options.strict else captions
     right: list[set[int | str]] = [set() for _ in records]
     for owner, name in zip(owners, names, strict=True):
         right[owner].add(name)
@@ -133,7 +132,7 @@ def _rankings(
         found = {"itc": (by_image, by_text)}
         if not best:
             return found
-        by_image, by_text = by_image.first(best), by_text.first(best)
+        by_image, by_text = (Ranking(one.indices[:, :best], one.scores[:, :best]) for one in (by_image, by_text))
         with progress.steps("re-ranking", count) as bar:
             matches = match_candidates(
                 model, lambda n: stored.take([n]).to(device()), ids, valid, by_image, by_text, bar.advance

@@ -4,7 +4,7 @@ import hashlib
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,7 +20,7 @@ from openblip2.evaluate.caption import score_captions
 from openblip2.evaluate.pointing import score_pointing
 from openblip2.evaluate.result import Options, PartialTexts, Result
 from openblip2.evaluate.retrieval import score_retrieval
-from openblip2.evaluate.vqa import METRICS, score_answers, usual_metric
+from openblip2.evaluate.vqa import METRICS, score_answers
 from openblip2.hardware import compute_dtype, computing, device
 from openblip2.inference.attend import BY
 from openblip2.inference.captioner import Captioner
@@ -34,10 +34,7 @@ from openblip2.train.encode import openable
 from openblip2.train.parameters import saved_parameters
 
 Task = Literal["caption", "vqa", "retrieval", "pointing"]
-STAGE1_TASKS = ("retrieval", "pointing")
 PACKAGES = ("openblip2", "torch", "transformers", "tokenizers", "pillow", "numpy", "pycocoevalcap", "spacy")
-
-
 # The tasks that use each option; options that are not listed apply to all tasks.
 _TASKS = {
     "prompt": ("caption",),
@@ -65,11 +62,12 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     make_folder(out.parent)
     began = time.perf_counter()
     model = load(run, visual_tokens=options.visual_tokens)
-    kind, stage = (Matcher, "stage-1") if task in STAGE1_TASKS else (Captioner, "stage-2")
+    kind, stage = (Matcher, "stage-1") if task in ("retrieval", "pointing") else (Captioner, "stage-2")
     if not isinstance(model, kind):
         raise UserError(f"{run} is a {type(model).__name__}: {task} needs a {stage} run, or one fine-tuned from one")
     key = [task, run, __version__, weights_digest(model), options.visual_tokens]
-    partial_texts = PartialTexts(out.with_suffix(".partial.jsonl"), key)
+    unfinished = out.with_suffix(".partial.jsonl")
+    partial_texts = PartialTexts(unfinished, key)
     assert model.model.vision is not None
     chosen, side = source.records[: options.limit], model.model.vision.image_size
     with progress.steps("opening pictures", len(chosen)) as bar:
@@ -83,15 +81,14 @@ def evaluate(task: str, run: str, source: Source, out: Path, options: Options, p
     elif task == "caption":
         result = score_captions(model, records, options, progress, partial_texts)
     else:
-        options = replace(options, metric=options.metric or usual_metric(source.kind, records))
-        result = score_answers(model, records, options, progress, partial_texts, source.known)
+        result = score_answers(model, records, options, progress, partial_texts, source.kind, source.known)
     result.skipped[:0] = [*source.skipped, *bad]
-    result.protocol = card(model, run, options.seed) | {"data": source.kind} | result.protocol
+    result.protocol = _card(model, run, options.seed) | {"data": source.kind} | result.protocol
     result.protocol["zero_shot"] = model.settings.task == "pretraining"
     _warn(result, records, run)
     result.beside["seconds"] = round(time.perf_counter() - began, 1)
     result.write(out)
-    partial_texts.remove()
+    unfinished.unlink(missing_ok=True)  # the result contains the texts
     return result
 
 
@@ -113,12 +110,12 @@ def require_task(task: str, options: Options) -> None:
 
 
 def _warn(result: Result, records: Sequence[Record], run: str) -> None:
-    seen, first = overlap(records, run)
-    result.protocol["pictures_of_training"] = "not known" if seen is None else seen
+    seen = overlap(records, run)
+    result.protocol["pictures_of_training"] = "not known" if seen is None else len(seen)
     if seen:
         result.warnings.append(
-            f"{seen} of {len(records)} pictures are among those the run was trained on ({', '.join(first)}"
-            f"{', ...' if seen > len(first) else ''}), so this is not a score on unseen pictures"
+            f"{len(seen)} of {len(records)} pictures are among those the run was trained on ({', '.join(seen[:5])}"
+            f"{', ...' if len(seen) > 5 else ''}), so this is not a score on unseen pictures"
         )
     if result.skipped:
         result.warnings.append(
@@ -126,12 +123,12 @@ def _warn(result: Result, records: Sequence[Record], run: str) -> None:
         )
 
 
-# The protocol card: everything that a score depends on. It is written with the score.
-
-
-def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
+def _card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
     """The part of the protocol that all tasks have: weights, frozen parts, image size, precision, seed, versions."""
-    settings = model.settings
+    settings, versions = model.settings, {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):  # an optional package
+            versions[package] = version(package)
     found: dict[str, Any] = {
         "checkpoint": source,
         "checkpoint_sha256": weights_digest(model),
@@ -141,7 +138,7 @@ def card(model: Captioner | Matcher, source: str, seed: int) -> dict[str, Any]:
         "resize": RESIZE,
         "precision": str(compute_dtype(device(), settings.train.precision)).removeprefix("torch."),
         "seed": seed,
-        "versions": _versions(),
+        "versions": versions | {"python": platform.python_version()},
     }
     if isinstance(model, Captioner):
         with computing(model.model, settings.train.precision):
@@ -165,11 +162,8 @@ def weights_digest(model: Captioner | Matcher) -> str:
     return digest.hexdigest()
 
 
-def overlap(records: Sequence[Record], source: str) -> tuple[int | None, list[str]]:
-    """The number of images that the run, or a run that it started from, was trained on, and the ids of the first five.
-
-    The number is None if no run has stored its training images.
-    """
+def overlap(records: Sequence[Record], source: str) -> list[str] | None:
+    """The ids of images that the run, or a run that it started from, was trained on; None if no run has stored them."""
     runs: list[Path] = []
     run: Path | None = Path(source)
     while run is not None and run not in runs and (run / "config.json").is_file():
@@ -180,14 +174,4 @@ def overlap(records: Sequence[Record], source: str) -> tuple[int | None, list[st
         found = [folder for start in starts for folder in (start, run.parent / start.name) if folder.is_dir()]
         run = found[0] if found else None
     seen = pictures_trained_on(records, runs)
-    return (None, []) if seen is None else (len(seen), [record.id for record in seen[:5]])
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # an optional package
-            continue
-    return found | {"python": platform.python_version()}
+    return None if seen is None else [record.id for record in seen]

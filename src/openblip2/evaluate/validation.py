@@ -25,12 +25,13 @@ from openblip2.model.stage2 import Stage2
 
 STAGE1_GROUP = 48  # pairs per batch; they are the in-batch negatives of the losses, as in a small training batch
 GROUP = 32  # images per batch in stage 2
+MOST_CAPTIONS, MOST_ANSWERS = 128, 256  # stage 2: only this many images, from the beginning
 MIN_GAP = 0.02  # fraction of the loss; a smaller grounding gap counts as noise
 GREEDY = Decoding(max_new_tokens=10, beams=1)
 ARTICLES = ("a", "an", "the")
 
 
-def measure_stage1(model: Stage1, tokens: BertTokens, held_out: Features, seed: int) -> dict[str, Any]:
+def measure_stage1(model: Stage1, tokens: BertTokens, held_out: Features) -> dict[str, Any]:
     """Held-out losses and accuracies of stage 1, with the first caption of each image.
 
     Returns:
@@ -42,8 +43,8 @@ def measure_stage1(model: Stage1, tokens: BertTokens, held_out: Features, seed: 
     captions = [record.captions[0] for record in held_out.records]
     texts, valid = (t.to(device) for t in tokens(captions))
     sums = {"itc": 0.0, "itm": 0.0, "itg": 0.0}
-    hard: list[tuple[int, int]] = []
-    easy: list[tuple[int, int]] = []
+    hard: list[Tensor] = []
+    easy: list[Tensor] = []
     outputs: list[Tensor] = []
     for rows in torch.arange(len(captions)).split(STAGE1_GROUP):
         features = held_out.values[rows].to(device)
@@ -70,30 +71,30 @@ def measure_stage1(model: Stage1, tokens: BertTokens, held_out: Features, seed: 
     }
 
 
-def hard_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, ids: Tensor) -> tuple[int, int]:
-    """Counts the right ITM decisions, and all decisions, on the true pairs and the hardest negatives."""
+def hard_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, ids: Tensor) -> Tensor:
+    """Which ITM decisions on the true pairs and the hardest negatives are right, bool."""
     scores = similarities(model, features, tokens, valid)
     same = ids[:, None] == ids[None, :]
     hardest, none = scores.masked_fill(same, -torch.inf), same.all(dim=1)
     negatives = HardNegatives(hardest.argmax(1).masked_fill(none, -1), hardest.argmax(0).masked_fill(none, -1))
     pairs = itm_pairs(tokens, valid, negatives)
     memory = model.connector.encode_image(features).take(pairs.images)
-    logits = model.match(memory, pairs.tokens, pairs.valid)
-    return int((logits.argmax(1).bool() == pairs.is_match).sum()), len(pairs.is_match)
+    return model.match(memory, pairs.tokens, pairs.valid).argmax(1).bool() == pairs.is_match
 
 
-def easy_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, ids: Tensor) -> tuple[int, int]:
+def easy_hits(model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, ids: Tensor) -> Tensor:
     """Like `hard_hits`, but the negatives are each image with the text of the next image."""
     other = torch.arange(len(ids), device=ids.device).roll(-1)
     wrong = ids != ids[other]
     memory = model.connector.encode_image(features)
     own = model.match(memory, tokens, valid).argmax(1).bool()[wrong]
     next_one = model.match(memory, tokens[other], valid[other]).argmax(1).bool()[wrong]
-    return int(own.sum() + (~next_one).sum()), 2 * int(wrong.sum())
+    return torch.cat([own, ~next_one])
 
 
-def _share(hits: Sequence[tuple[int, int]]) -> float:
-    return sum(right for right, _ in hits) / max(1, sum(count for _, count in hits))
+def _share(hits: Sequence[Tensor]) -> float:
+    right = torch.cat([*hits])
+    return int(right.sum()) / max(1, len(right))
 
 
 def queries_used(images: Tensor, texts: Tensor) -> float:
@@ -110,13 +111,13 @@ def queries_used(images: Tensor, texts: Tensor) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
-def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", most: int = 128) -> dict[str, Any]:
-    """Tests whether the language model uses the image, on at most `most` held-out images with their first caption.
+def grounding(model: Stage2, held_out: Features, seed: int, prompt: str) -> dict[str, Any]:
+    """Tests whether the language model uses the image, on held-out images with their first caption.
 
     The loss of the captions is compared with their loss for another image, which should be higher. The other image is
     the previous one of the group. For an encoder-decoder, captions are split at random, equally for both losses.
     """
-    captions = [record.captions[0] for record in held_out.records[:most]]
+    captions = [record.captions[0] for record in held_out.records[:MOST_CAPTIONS]]
     parts = []
     for rows, queries, right, other in _groups(model, held_out.values[: len(captions)]):
         texts, prompts = [captions[n] for n in rows], [prompt] * len(rows)
@@ -127,13 +128,7 @@ def grounding(model: Stage2, held_out: Features, seed: int, prompt: str = "", mo
 
 
 def measure_answers(
-    model: Stage2,
-    tokens: BertTokens | None,
-    held_out: Features,
-    form: str,
-    seed: int,
-    reads_prompts: bool = False,
-    most: int = 256,
+    model: Stage2, tokens: BertTokens | None, held_out: Features, form: str, seed: int, reads_prompts: bool = False
 ) -> dict[str, Any]:
     """Measures exact match of greedy answers by kind of question, and the loss of the right answers as in `grounding`.
 
@@ -144,10 +139,10 @@ def measure_answers(
         form: the prompt, with {} for the question.
         seed: seed for drawing one question per image.
         reads_prompts: whether the connector reads the whole prompt and not the question alone.
-        most: maximum number of images, from the beginning.
     """
     draw = torch.Generator().manual_seed(seed)
-    asked = [r.questions[int(torch.randint(len(r.questions), (), generator=draw))] for r in held_out.records[:most]]
+    records = held_out.records[:MOST_ANSWERS]
+    asked = [r.questions[int(torch.randint(len(r.questions), (), generator=draw))] for r in records]
     answers: list[str] = []
     parts = []
     every = [form.replace("{}", question.text) for question in asked]
@@ -194,10 +189,9 @@ def _summary(parts: Sequence[tuple[Tensor, Sequence[float]]]) -> dict[str, Any]:
     """
     queries = torch.cat([outputs for outputs, _ in parts])
     right, other = (sum(losses[n] * len(outputs) for outputs, losses in parts) / len(queries) for n in (0, 1))
-    verdict = (
-        f"the model looks at the picture: another one makes captions {other - right:.2f} nats per token less likely"
-    )
-    if other - right < MIN_GAP * right:
+    gap = other - right
+    verdict = f"the model looks at the picture: another one makes captions {gap:.2f} nats per token less likely"
+    if gap < MIN_GAP * right:
         verdict = (
             "the model is NOT looking at the picture: captions are as likely with another one (train longer, "
             "start from a stage-1 run, or set warm_start=true)"

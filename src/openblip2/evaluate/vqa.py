@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -57,7 +57,8 @@ def vqa_normal(answer: str) -> str:
     of the answer is beside a space or a number has a comma ("1,000-2,000" is "10002000"); a period is deleted unless a
     digit follows.
     """
-    return _words(_without_punctuation(clean_answer(answer)))
+    words = [_DIGITS.get(word, word) for word in _without_punctuation(clean_answer(answer)).lower().split()]
+    return " ".join(_CORRECTED.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_scores(answers: Sequence[str], questions: Sequence[Question], protocol: Protocol = "official") -> np.ndarray:
@@ -80,31 +81,23 @@ def vqa_scores(answers: Sequence[str], questions: Sequence[Question], protocol: 
     return np.array([_vqa_score(a, q, protocol) for a, q in zip(answers, questions, strict=True)], dtype=np.float64)
 
 
-def lemmas(answers: Sequence[str], analyse: Callable[[str], Any] | None = None) -> list[str]:
+def lemmas(answers: Sequence[str]) -> list[str]:
     """Lemmatises nouns and verbs of answers ("bananas" becomes "banana"), before any other rule is applied.
 
     It is used for OK-VQA, because its annotators' answers have this form; the other data sets are scored without it.
-    Source: the authors' `_lemmatize`.
-
-    Args:
-        answers: the answers of the model.
-        analyse: a spaCy pipeline with tagger and lemmatiser; None = spaCy's "en_core_web_sm", as the authors do.
+    Source: the authors' `_lemmatize`, also with spaCy's "en_core_web_sm".
 
     Raises:
         UserError: spaCy or its English model is not installed.
     """
-    analyse = analyse or _spacy_english()
-    return [" ".join(t.lemma_ if t.pos_ in ("NOUN", "VERB") else t.text for t in analyse(answer)) for answer in answers]
-
-
-def _spacy_english() -> Callable[[str], Any]:
     require("the lemmatiser of OK-VQA", "lemmas", "spacy")
     import spacy  # pyright: ignore[reportMissingImports]  (not among what the developers install)
 
     try:
-        return spacy.load("en_core_web_sm")
+        analyse = spacy.load("en_core_web_sm")
     except OSError as error:
         raise UserError("spaCy's English model is missing: python -m spacy download en_core_web_sm") from error
+    return [" ".join(t.lemma_ if t.pos_ in ("NOUN", "VERB") else t.text for t in analyse(answer)) for answer in answers]
 
 
 def _vqa_score(answer: str, question: Question, protocol: Protocol) -> float:
@@ -134,28 +127,14 @@ def _without_punctuation(answer: str) -> str:
     return _PERIOD.sub("", answer.translate(str.maketrans(marks)), count=_MOST_PERIODS)
 
 
-def _words(answer: str) -> str:
-    words = [_DIGITS.get(word, word) for word in answer.lower().split()]
-    return " ".join(_CORRECTED.get(word, word) for word in words if word not in ARTICLES)
-
-
 METRICS: dict[str, tuple[str, Callable[[Sequence[str], Sequence[Question]], np.ndarray]]] = {
     "vqa": ("VQA accuracy, the official normaliser", vqa_scores),
-    "vqa-lavis": (
-        "VQA accuracy, the normaliser of the authors' code (LAVIS)",
-        partial(vqa_scores, protocol="lavis"),
-    ),
+    "vqa-lavis": ("VQA accuracy, the normaliser of the authors' code (LAVIS)", partial(vqa_scores, protocol="lavis")),
     "gqa": ("exact match after the VQA rules, both sides", partial(exact_scores, normal=vqa_normal)),
     "exact": ("exact match, case, articles and punctuation aside", exact_scores),
 }
-USUAL = {"vqav2": "vqa", "okvqa": "vqa", "gqa": "gqa"}  # by the kind of data
+USUAL = {"vqav2": "vqa", "okvqa": "vqa", "gqa": "gqa"}  # the official metric, by the kind of data
 GROUP = 256  # questions that are answered and saved together
-
-
-def usual_metric(kind: str, records: Sequence[Record]) -> str:
-    """The official metric of a data set. For other data: "vqa" if all questions have over 3 answers, else "exact"."""
-    many = all(len(question.given) > 3 for record in records for question in record.questions)
-    return USUAL.get(kind, "vqa" if many else "exact")
 
 
 def score_answers(
@@ -164,22 +143,25 @@ def score_answers(
     options: Options,
     progress: Progress,
     partial_texts: PartialTexts,
-    known: Sequence[Record] = (),
+    kind: str,
+    known: Sequence[Record],
 ) -> Result:
     """Measures accuracy over all questions and for each kind; intervals are over images, not over questions.
 
     Args:
         records: images with questions; without answers if the split is withheld.
         partial_texts: stores the answers until they are scored.
+        kind: the kind of data, for its official metric. Others: "vqa" if all questions have over 3 answers, or "exact".
         known: training images with questions, for the scores of guessers that see no image; () = not measured.
 
     Raises:
         UserError: VQA accuracy of a question with one answer; the lemmatiser is missing; or a question is not valid.
     """
     decoding = replace(ANSWER, beams=options.beams or ANSWER.beams)
-    named, measure = METRICS[options.metric or "exact"]
     asked = [(n, question) for n, record in enumerate(records) for question in record.questions]
     owners, questions = [n for n, _ in asked], [question for _, question in asked]
+    several = all(len(question.given) > 3 for question in questions)
+    named, measure = METRICS[options.metric or USUAL.get(kind, "vqa" if several else "exact")]
 
     def generate(rows: slice) -> list[str]:
         prompts, read = captioner.read_questions([question.text for question in questions[rows]])

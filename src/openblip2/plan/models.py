@@ -40,7 +40,6 @@ def build_model(settings: RunSettings, dtype: torch.dtype) -> Stage1 | Stage2:
     """The model of a run on the meta device, in training mode.
 
     Args:
-        settings: The settings of the run.
         dtype: The dtype of frozen weights whose setting is "auto", "int8" or "int4".
 
     Raises:

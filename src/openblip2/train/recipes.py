@@ -193,7 +193,7 @@ def _stage1(
         )
 
     def validate() -> dict[str, Any]:
-        return measure_stage1(model, tokens, data.held_out_features(), settings.train.seed)
+        return measure_stage1(model, tokens, data.held_out_features())
 
     # If one of the three losses is left out, its head gets no gradient.
     sparse = len(settings.stage1.objectives) < len(OBJECTIVES) or settings.stage1.itm_start_step > 0

@@ -17,7 +17,7 @@ from openblip2.apps.studies.design import study_of
 from openblip2.apps.studies.frame import Work, prepare_work, run_trial
 from openblip2.apps.studies.study import LOWER, RIGHT, Claim, Plan, Points, Trial
 from openblip2.config import RunSettings
-from openblip2.evaluate.intervals import difference_interval, mean_interval
+from openblip2.evaluate.result import difference_interval, mean_interval
 from openblip2.hardware import keep_freed_memory
 from openblip2.progress import Progress
 from openblip2.runs import make_folder, write_json
@@ -76,7 +76,7 @@ def ablation_summary(work: Work, trials: Mapping[str, Sequence[Trial]]) -> dict[
 
 def figure(trials: Sequence[Trial], name: str) -> dict[str, Any]:
     """A figure of a way: the mean over seeds and test images, its interval over images, and the mean of each seed."""
-    return {**mean_interval(_over_seeds(trials, name)).as_json(), "seeds": _seeds(trials, name)}
+    return {**asdict(mean_interval(_over_seeds(trials, name))), "seeds": _seeds(trials, name)}
 
 
 def judge_claim(claim: Claim, better: Sequence[Trial], worse: Sequence[Trial]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ stamps with captions that were trained on and for stamps with new captions.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ from openblip2.data.records import Record, read_records
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError, require
 from openblip2.evaluate.caption import score_captions
-from openblip2.evaluate.intervals import difference_interval, mean_interval
-from openblip2.evaluate.result import Options, PartialTexts
+from openblip2.evaluate.result import Options, PartialTexts, difference_interval, mean_interval
 from openblip2.evaluate.retrieval import score_retrieval
 from openblip2.hardware import keep_freed_memory
 from openblip2.inference.captioner import Captioner
@@ -166,8 +165,8 @@ def real_summary(rows: dict[str, list[dict[str, Any]]], plan: RealPlan) -> dict[
     return {
         "folds": list(plan.folds),
         "k": plan.k,
-        "scores": {name: score.as_json() for name, score in scores.items()},
-        "differences": {name: difference.as_json() for name, difference in differences.items()},
+        "scores": {name: asdict(score) for name, score in scores.items()},
+        "differences": {name: asdict(difference) for name, difference in differences.items()},
         "stamps": sum(counts),
         "chance": float(np.mean([1 / count for count in counts])),
     }

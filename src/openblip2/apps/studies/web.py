@@ -11,7 +11,6 @@ from typing import Any
 from openblip2.apps.studies.frame import DATA_SEED, Work, train_way
 from openblip2.apps.studies.study import Run, Way, digest_of
 from openblip2.capfilt import capfilt
-from openblip2.capfilt.models import Models
 from openblip2.capfilt.shard import How
 from openblip2.data.records import Record
 from openblip2.data.web.tars import read_tar
@@ -62,8 +61,8 @@ def _run_capfilt(
         rmtree(folder, ignore_errors=True)
     with progress.steps("shards", len(records)) as bar:
         write_shards(records, shards, SHARD, 0, lambda count: bar.advance(count=count))
-    names = Models(str(models["stage2"].folder), str(models["stage1"].folder))
-    written = capfilt(str(shards), names, out, how, progress)
+    captioner, ranker = (str(models[stage].folder) for stage in ("stage2", "stage1"))
+    written = capfilt(str(shards), captioner, ranker, out, how, progress)
     kept = {
         sample.about["image_id"]: list(sample.captions)
         for path in sorted(out.glob("*.tar"))
