@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from openblip2 import cli, progress
-from openblip2.commands import learn, measure, planning, scale
+from openblip2.commands import learn, measure, scale
 from openblip2.evaluate.result import PartialTexts
 from openblip2.inference.captioner import Captioner
 from openblip2.progress import Progress
@@ -83,7 +83,7 @@ def test_what_is_completed_is_what_there_is() -> None:
     assert get_args(Task) == measure.TASKS
     assert tuple(METRICS) == measure.METRICS
     assert tuple(SIZES) == measure.SIZES
-    assert tuple(PRESETS) == planning.STAGES
+    assert tuple(PRESETS) == scale.STAGES
     assert values(How, "filter") == scale.FILTERS
     assert tuple(STUDIES) == measure.STUDIES
     assert get_args(Target) == learn.TARGETS

@@ -21,8 +21,7 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     """Index a folder of images for search, or update its index."""
-    says = progress()
-    says.doing(f"loading {run}")
+    says = progress(f"loading {run}")
     from openblip2.apps.search.search import update_index
 
     with output(out, "an index", "the pictures read so far are in"):
@@ -46,7 +45,7 @@ def search(
         raise UserError(
             f"{query!r} looks like a path, but there is no such image file; to search for a text, write it as words"
         )
-    progress().doing(f"loading the model of {index}")
+    progress(f"loading the model of {index}")
     from openblip2.apps.search.search import ImageSearch
 
     searcher = ImageSearch(index)
