@@ -62,7 +62,7 @@ def test_shells_complete_commands_and_values(shell: str) -> None:
 
 def test_what_is_completed_is_what_there_is() -> None:
     from openblip2.apps.bench.models import SIZES
-    from openblip2.apps.demo import DemoPlan
+    from openblip2.apps.demo.plan import DemoPlan
     from openblip2.apps.scenes.vocabulary import WORLDS
     from openblip2.apps.studies.design import STUDIES
     from openblip2.capfilt.shard import How
@@ -220,7 +220,7 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("caption", "{stage2}", "--data", "{data}", "--out", "{out}"),
         "o.partial.jsonl",
     ),
-    "bench": ("apps.bench.run.Bench", ("--size", "tiny", "--out", "{out}"), "o"),
+    "bench": ("apps.bench.Bench", ("--size", "tiny", "--out", "{out}"), "o"),
     "bench-real": ("apps.studies.real.bench_real", ("--out", "{out}"), "o/x"),
     "ablate": ("apps.studies.ablations.ablate", ("itg", "--out", "{out}"), "o/x"),
     "demo": ("apps.demo.run_demo", ("--out", "{out}"), "o/stage1/resume/x"),

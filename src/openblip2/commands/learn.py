@@ -59,7 +59,8 @@ def demo(
     if not 0 < budget < math.inf:
         raise UserError(f"--budget {budget:g}: it must be a number above 0; 4 trains for four times the usual steps")
     says = progress("loading the libraries")
-    from openblip2.apps.demo import plan_for, run_demo
+    from openblip2.apps.demo import run_demo
+    from openblip2.apps.demo.plan import plan_for
 
     plan = plan_for(world, seed, budget)  # pyright: ignore[reportArgumentType]
     with output(out, "a demo", "checkpoints and finished runs are in", out / "stage1" / "resume"):

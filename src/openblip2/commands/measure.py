@@ -123,7 +123,7 @@ def doctor(
     if out is not None:
         require("--out", "plots", "matplotlib")  # checked before the findings are printed
     progress(f"reading {run}")
-    from openblip2.apps.report.pages import examine, write_findings
+    from openblip2.apps.report import examine, write_findings
     from openblip2.runs import new_result
 
     with nullcontext() if out is None else new_result(out, overwrite):
@@ -185,7 +185,7 @@ def bench(
 ) -> None:
     """Compare speed and memory with naive implementations and transformers' BLIP-2."""
     says = progress("loading torch and transformers")
-    from openblip2.apps.bench.run import run_bench
+    from openblip2.apps.bench import run_bench
     from openblip2.runs import new_result
 
     with (
