@@ -47,7 +47,6 @@ def run_bench(
         repeats: Timed runs of each candidate.
         precision: "bf16", "fp32" or "auto", as `train.precision`.
         say: Called with each line of results.
-        progress: Shows how many cases are done.
 
     Raises:
         UserError: The size or a case is unknown, or outputs are not equal.

@@ -5,11 +5,12 @@
 Shapes: N images; a thumbnail has 2 x 16 x 16 values.
 """
 
-import hashlib
 import re
 import warnings
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ _SHADE = 10  # standard deviation in gray levels that still counts as one shade
 _ROWS = 512  # thumbnails that are compared with all others at once; limits the memory
 
 
-def prepare_images(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) -> Found:
+def prepare_images(folder: Path, out: Path) -> Found:
     """Converts the packages in `folder` to the data folder `out`: images and `records.jsonl`.
 
     Each image is written on white, with at most `SIDE` px, as `out/pictures/ID.png`; ids begin with the source. `facts`
@@ -47,15 +48,13 @@ def prepare_images(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURC
     The images keep their licences (see `fetch`): use them on this machine and do not pass them on.
 
     Raises:
-        UserError: a source is unknown, all are missing, or `out` cannot be written.
+        UserError: all sources are missing, or `out` cannot be written.
     """
     found: list[tuple[str, Record]] = []
     skipped: list[str] = []
-    for source in sources:
-        if source not in SOURCES:
-            raise UserError(f"unknown source {source!r}: it must be one of {', '.join(SOURCES)}")
+    for source, read in SOURCES.items():
         try:
-            records, problems = SOURCES[source](folder)
+            records, problems = read(folder)
         except UserError as problem:
             records, problems = [], [str(problem)]
         found += [(source, record) for record in records]
@@ -199,17 +198,11 @@ def folds(names: Sequence[str], k: int, seed: int) -> list[int]:
     Groups are assigned at random, large ones first, each to the smallest fold so far. If no group is very large, the
     sizes of the folds differ by one at most.
     """
-    sizes = {name: 0 for name in names}
-    for name in names:
-        sizes[name] += 1
+    sizes = Counter(names)
     filled = [0] * k
     fold: dict[str, int] = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], _lot(seed, name))):
+    # The order by hash is random, but the same on every machine, and it changes little if images are added.
+    for name in sorted(sizes, key=lambda name: (-sizes[name], sha256(f"{seed}/{name}".encode()).digest())):
         fold[name] = filled.index(min(filled))
         filled[fold[name]] += sizes[name]
     return [fold[name] for name in names]
-
-
-def _lot(seed: int, name: str) -> bytes:
-    """A sort key: a random order that is the same on every machine and changes little if images are added."""
-    return hashlib.sha256(f"{seed}/{name}".encode()).digest()

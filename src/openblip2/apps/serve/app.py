@@ -90,7 +90,6 @@ def make_app(worker: Worker, limits: Limits, token: str | None, hosts: list[str]
 
     Args:
         worker: the worker, with the models loaded; it is closed with the application.
-        limits: limits for requests.
         token: the token that clients must send; None = no token.
         hosts: names by which clients may call the server.
     """

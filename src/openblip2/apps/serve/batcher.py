@@ -42,10 +42,7 @@ class Worker:
         """Returns the results in the order of the jobs. The result of a failed job is an exception.
 
         If the process dies, each job of the batch is tried again alone, so that only the job that kills it fails.
-
-        Args:
-            jobs: one batch.
-            on_text: called with the part of a streamed text that is generated so far.
+        `on_text` is called with the part of a streamed text that is generated so far.
         """
         try:
             self._stop.value = 0
@@ -157,11 +154,7 @@ class Waiting:
 
 
 class Batcher:
-    """Collects jobs into batches. It must be created and used in the same event loop.
-
-    Args:
-        worker: runs the batches.
-        limits: limits of the queue, the batches and the time.
+    """Collects jobs into batches for the worker. It must be created and used in the same event loop.
 
     Attributes:
         waiting: jobs that are in no batch yet.
