@@ -12,6 +12,7 @@ from openblip2.apps.corpora import prepare as real
 from openblip2.apps.corpora import readers
 from openblip2.apps.corpora.prepare import by_fold, prepare_images
 from openblip2.apps.corpora.readers import emoji, furniture, openclipart
+from openblip2.data.batches import group_rows
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record, read_records
 from openblip2.errors import UserError
@@ -429,5 +430,4 @@ def test_copies_agree_in_their_outline_and_inside(one: Image.Image, other: Image
 
 
 def test_groups_join_through_others() -> None:
-    groups = real.joined([["a"], ["b"], ["c"], ["b", "x"], ["d"], ["x"]], [(0, 2)])
-    assert sorted(groups) == [[0, 2], [1, 3, 5], [4]]
+    assert group_rows([["a", 0], ["b"], ["c", 0], ["b", "x"], ["d"], ["x"]]) == [0, 1, 0, 1, 4, 1]

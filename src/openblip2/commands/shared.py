@@ -50,11 +50,7 @@ _asked = {"quiet": False}
 
 
 def require_world(world: str) -> None:
-    """Checks that a kind of drawn scenes exists.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raises a `UserError` unless `world` is a kind of drawn scenes."""
     if world not in WORLDS:
         raise UserError(f"unknown world {world!r}: it must be {' or '.join(WORLDS)}")
 
@@ -196,11 +192,7 @@ def open_single(images: Sequence[Path], empty: dict[str, Any] | None) -> None:
 
 
 def require_all(images: Sequence[Path], bad: Sequence[Path]) -> None:
-    """Ends a command that has processed all other pictures.
-
-    Raises:
-        UserError: some pictures could not be read.
-    """
+    """Raises a `UserError` if some pictures could not be read, at the end of a command that processed all others."""
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         names = ", ".join(map(str, bad[:3])) + more
