@@ -291,7 +291,8 @@ def test_an_interrupted_index_keeps_the_pictures_it_has_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("faiss")
-    from openblip2.apps.search import index, search
+    from openblip2.apps import search
+    from openblip2.apps.search import index
 
     monkeypatch.setattr(search, "GROUP", 4)
     words = ("index", home.data, "--run", home.stage1, "--out", tmp_path / "index")

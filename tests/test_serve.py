@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 import openblip2
 import tiny_runs
-from openblip2.apps.search.search import update_index
+from openblip2.apps.search import update_index
 from openblip2.apps.serve.batcher import Limits, Worker
 from openblip2.apps.serve.engine import Engine, Job, Served, Write
 from openblip2.apps.serve.http import ServeError

@@ -22,7 +22,7 @@ def index(
 ) -> None:
     """Index a folder of images for search, or update its index."""
     says = progress(f"loading {run}")
-    from openblip2.apps.search.search import update_index
+    from openblip2.apps.search import update_index
 
     with output(out, "an index", "the pictures read so far are in"):
         done = update_index(folder, run, out, says)
@@ -46,7 +46,7 @@ def search(
             f"{query!r} looks like a path, but there is no such image file; to search for a text, write it as words"
         )
     progress(f"loading the model of {index}")
-    from openblip2.apps.search.search import ImageSearch
+    from openblip2.apps.search import ImageSearch
 
     searcher = ImageSearch(index)
     if is_picture and rerank:

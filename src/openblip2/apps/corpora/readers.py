@@ -66,11 +66,7 @@ def _read_each(entries: Iterable[T], read: Callable[[T], Record | None]) -> Foun
 
 
 def read_stamps(root: Path) -> Found:
-    """Reads all stamps below `root`, without opening their images.
-
-    Raises:
-        UserError: `root` is missing or has no stamp.
-    """
+    """All stamps below `root`, whose images are not opened. Raises a `UserError` if there is none."""
 
     def read(path: Path) -> Record | None:
         text = path.with_suffix(".txt")
@@ -122,11 +118,7 @@ def emoji(folder: Path) -> Found:
 
 
 def furniture(folder: Path) -> Found:
-    """Sweet Home 3D's furniture, from the catalogues that `fetch` unpacks.
-
-    Raises:
-        UserError: there is no catalogue.
-    """
+    """Sweet Home 3D's furniture, from the catalogues that `fetch` unpacks. Raises a `UserError` if there is none."""
     root = folder / "sweethome3d-furniture/usr/share/sweethome3d/furniture"
     catalogues = {path: _properties(path) for path in sorted(root.glob("*/PluginFurnitureCatalog.properties"))}
     icons = ((path, key) for path, entries in catalogues.items() for key in entries if key.startswith("icon#"))

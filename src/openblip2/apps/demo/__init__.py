@@ -69,12 +69,10 @@ def run_demo(out: Path, plan: DemoPlan, progress: Progress, overwrite: bool = Fa
             for name, (_, records) in corpus.questions.items()
         }
         del vision
-    with _timed(seconds, "stage1"):
-        resume = not overwrite and (out / "stage1" / "config.json").exists()
-        train_stage(stage1, corpus.train, out / "stage1", progress, resume, out / "features")
-    with _timed(seconds, "stage2"):
-        resume = not overwrite and (out / "stage2" / "config.json").exists()
-        train_stage(stage2, corpus.train, out / "stage2", progress, resume, out / "features")
+    for stage, settings in (("stage1", stage1), ("stage2", stage2)):
+        with _timed(seconds, stage):
+            resume = not overwrite and (out / stage / "config.json").exists()
+            train_stage(settings, corpus.train, out / stage, progress, resume, out / "features")
     release_freed_memory()
     with _timed(seconds, "evaluation"):
         progress.say("scoring on held-out pictures")

@@ -226,11 +226,7 @@ class Goal:
 
 
 def goals(metrics: Mapping[str, Any]) -> list[Goal]:
-    """The goals for the pictures of a demo, and the values that it reached.
-
-    Args:
-        metrics: the contents of `metrics.json`.
-    """
+    """The goals for the pictures of a demo, and the values that it reached, from the contents of `metrics.json`."""
     world, retrieval, loss = metrics["world"], metrics["retrieval"], metrics["grounding"]
     right, other = loss["loss_right"], loss["loss_shuffled"]
     recall, what = min(retrieval["itc"][way] for way in WAYS), "recall@1 both ways, ITC alone"

@@ -122,10 +122,8 @@ class Index:
     """An open index.
 
     Attributes:
-        folder: the folder of the index.
         about: content of `index.json`.
         rows: the rows of the pictures by number.
-        vectors: the vectors of the same pictures.
     """
 
     folder: Path
