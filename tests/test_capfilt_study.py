@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 import tiny_runs
-from openblip2.apps.studies import design, frame
-from openblip2.apps.studies.ablations import ablate
+from openblip2.apps.studies import ablate, design, frame
 from openblip2.apps.studies.study import Plan
 from openblip2.capfilt.shard import How
 from openblip2.config import change

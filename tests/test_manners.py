@@ -222,7 +222,7 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "bench": ("apps.bench.Bench", ("--size", "tiny", "--out", "{out}"), "o"),
     "bench-real": ("apps.studies.real.bench_real", ("--out", "{out}"), "o/x"),
-    "ablate": ("apps.studies.ablations.ablate", ("itg", "--out", "{out}"), "o/x"),
+    "ablate": ("apps.studies.ablate", ("itg", "--out", "{out}"), "o/x"),
     "demo": ("apps.demo.run_demo", ("--out", "{out}"), "o/stage1/resume/x"),
     "plan": ("plan.make_plan", ("--preset", "stage1-vit-g", "--gpus", "H100"), ""),
 }

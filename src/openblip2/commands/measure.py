@@ -215,7 +215,7 @@ def ablate(
     """Run one of the ablation studies on drawn scenes; can be resumed."""
     require_world(world)
     says = progress("drawing scenes")
-    from openblip2.apps.studies.ablations import ablate as run
+    from openblip2.apps.studies import ablate as run
     from openblip2.apps.studies.study import Plan, small_world
 
     steps = {stage: n for stage, n in (("stage1", stage1_steps), ("stage2", stage2_steps)) if n}

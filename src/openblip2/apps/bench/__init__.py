@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from openblip2 import __version__
@@ -190,8 +191,6 @@ def _status(name: str) -> int:
 
 
 def _machine(device: torch.device, precision: str, peak: float) -> dict[str, Any]:
-    import transformers
-
     name = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
     return {
         "name": name,
