@@ -8,7 +8,6 @@ import gc
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -152,13 +151,10 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int | None:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    if not sys.platform.startswith("linux"):
-        run()
-        return None
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide later allocations
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would hide later allocations
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    except OSError:
+    except (AttributeError, OSError):  # only Linux has these
         run()
         return None
     before = _status("VmRSS")
