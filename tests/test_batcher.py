@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from openblip2.apps.serve.batcher import Batcher, Limits
+from openblip2.apps.serve.batcher import Batcher, Limits, Worker
 from openblip2.apps.serve.engine import Engine, Job, Reply, Write
 from openblip2.apps.serve.http import ServeError
-from openblip2.apps.serve.worker import Worker
 from openblip2.errors import UserError
 from openblip2.model.decoding import Decoding
 

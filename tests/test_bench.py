@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from openblip2.apps.bench import alternate, peak_memory, run_bench
 from openblip2.apps.bench.cases import CACHED, CASES
-from openblip2.apps.bench.run import alternate, peak_memory, run_bench
 from openblip2.errors import UserError
 from openblip2.progress import Progress
 

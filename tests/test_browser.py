@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import tiny_runs
-from openblip2.apps.search.search import update_index
+from openblip2.apps.search import update_index
 from openblip2.progress import Progress
 
 playwright = pytest.importorskip("playwright.sync_api")

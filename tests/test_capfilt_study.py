@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 import tiny_runs
-from openblip2.apps.studies import frame, web
-from openblip2.apps.studies.ablations import ablate
+from openblip2.apps.studies import ablate, design, frame
 from openblip2.apps.studies.study import Plan
 from openblip2.capfilt.shard import How
 from openblip2.config import change
@@ -32,18 +31,19 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
 
 def test_the_web_has_wrong_captions_and_no_other_difference() -> None:
     records = [Record(str(n), Path(f"{n}.png"), (f"caption {n}", f"also {n}")) for n in range(41)]
-    clean, right, swapped = web.clean_half(records), web.right_half(records), web.web_half(records)
-    assert clean == records[:20]
+    right, swapped = design.right_half(records), design.web_half(records)
     assert [record.id for record in right] == [record.id for record in swapped] == [str(n) for n in range(20, 41)]
     assert [record.captions for record in right] == [(f"caption {n}",) for n in range(20, 41)]
     wrong = [n for n in range(21) if swapped[n] != right[n]]
-    assert len(wrong) == round(21 * web.NOISE), "those that are swapped all are another's"
+    assert len(wrong) == round(21 * design.NOISE), "those that are swapped all are another's"
     assert sorted(record.captions for record in swapped) == sorted(record.captions for record in right)
-    assert swapped == web.web_half(records)
+    assert swapped == design.web_half(records)
 
 
 def test_each_way_is_trained_on_its_captions(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(web.FILTERS, "itm", How(captions=1, filter="itm", threshold=0.0))  # untrained ITM may drop all
+    monkeypatch.setitem(
+        design.FILTERS, "itm", How(captions=1, filter="itm", threshold=0.0)
+    )  # untrained ITM may drop all
     given: dict[str, list[Record]] = {}
     real = frame.train_stage
 
@@ -86,6 +86,6 @@ def test_each_way_is_trained_on_its_captions(plan: Plan, tmp_path: Path, monkeyp
 
 
 def test_nothing_left_is_one_line(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(web.FILTERS, "itm", How(captions=1, filter="itm", threshold=1.0))
+    monkeypatch.setitem(design.FILTERS, "itm", How(captions=1, filter="itm", threshold=1.0))
     with pytest.raises(UserError, match="CapFilt kept no picture"):
         ablate("capfilt", tmp_path, plan, QUIET)

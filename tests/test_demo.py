@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_runs
-from openblip2.apps.demo import DemoPlan, plan_for, run_demo
-from openblip2.apps.demo.plan import announcement
+from openblip2.apps.demo import run_demo
+from openblip2.apps.demo.plan import DemoPlan, announcement, plan_for
 from openblip2.apps.scenes.vocabulary import WORLDS
 from openblip2.cli import app
 from openblip2.config import change
@@ -67,7 +67,7 @@ def test_a_missing_plotting_library_is_said_before_anything_is_trained(
 @pytest.fixture
 def little_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which `openblip2 demo` trains tiny models on few pictures, for any world and seed."""
-    import openblip2.apps.demo as module
+    import openblip2.apps.demo.plan as module
 
     models = tiny(tmp_path)
     monkeypatch.setattr(module, "plan_for", lambda *given: replace(plan_for(*given), **FEWER, **models))

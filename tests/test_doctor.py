@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import tiny
-from openblip2.apps.report.pages import write_findings
+from openblip2.apps.report import write_findings
 from openblip2.cli import app
 from openblip2.config import RunSettings, change
 from openblip2.evaluate.health import ITM_CHANCE, Finding, findings, smoothed_floor

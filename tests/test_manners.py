@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from openblip2 import cli, progress
-from openblip2.commands import learn, measure, planning, scale
+from openblip2.commands import learn, measure, scale
 from openblip2.evaluate.result import PartialTexts
 from openblip2.inference.captioner import Captioner
 from openblip2.progress import Progress
@@ -62,7 +62,7 @@ def test_shells_complete_commands_and_values(shell: str) -> None:
 
 def test_what_is_completed_is_what_there_is() -> None:
     from openblip2.apps.bench.models import SIZES
-    from openblip2.apps.demo import DemoPlan
+    from openblip2.apps.demo.plan import DemoPlan
     from openblip2.apps.scenes.vocabulary import WORLDS
     from openblip2.apps.studies.design import STUDIES
     from openblip2.capfilt.shard import How
@@ -83,7 +83,7 @@ def test_what_is_completed_is_what_there_is() -> None:
     assert get_args(Task) == measure.TASKS
     assert tuple(METRICS) == measure.METRICS
     assert tuple(SIZES) == measure.SIZES
-    assert tuple(PRESETS) == planning.STAGES
+    assert tuple(PRESETS) == scale.STAGES
     assert values(How, "filter") == scale.FILTERS
     assert tuple(STUDIES) == measure.STUDIES
     assert get_args(Target) == learn.TARGETS
@@ -220,9 +220,9 @@ LONG: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("caption", "{stage2}", "--data", "{data}", "--out", "{out}"),
         "o.partial.jsonl",
     ),
-    "bench": ("apps.bench.run.Bench", ("--size", "tiny", "--out", "{out}"), "o"),
+    "bench": ("apps.bench.Bench", ("--size", "tiny", "--out", "{out}"), "o"),
     "bench-real": ("apps.studies.real.bench_real", ("--out", "{out}"), "o/x"),
-    "ablate": ("apps.studies.ablations.ablate", ("itg", "--out", "{out}"), "o/x"),
+    "ablate": ("apps.studies.ablate", ("itg", "--out", "{out}"), "o/x"),
     "demo": ("apps.demo.run_demo", ("--out", "{out}"), "o/stage1/resume/x"),
     "plan": ("plan.make_plan", ("--preset", "stage1-vit-g", "--gpus", "H100"), ""),
 }
@@ -291,7 +291,8 @@ def test_an_interrupted_index_keeps_the_pictures_it_has_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("faiss")
-    from openblip2.apps.search import index, search
+    from openblip2.apps import search
+    from openblip2.apps.search import index
 
     monkeypatch.setattr(search, "GROUP", 4)
     words = ("index", home.data, "--run", home.stage1, "--out", tmp_path / "index")

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 import test_presets as sizes
 import tiny
-from openblip2.apps.bench.run import peak_memory
+from openblip2.apps.bench import peak_memory
 from openblip2.cli import app
-from openblip2.commands.planning import read_gpus
+from openblip2.commands.scale import read_gpus
 from openblip2.config import change
 from openblip2.errors import UserError
 from openblip2.model.qformer import QFormer, bidirectional_mask, unimodal_mask

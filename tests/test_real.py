@@ -12,6 +12,7 @@ from openblip2.apps.corpora import prepare as real
 from openblip2.apps.corpora import readers
 from openblip2.apps.corpora.prepare import by_fold, prepare_images
 from openblip2.apps.corpora.readers import emoji, furniture, openclipart
+from openblip2.data.batches import group_rows
 from openblip2.data.images import open_picture
 from openblip2.data.records import Record, read_records
 from openblip2.errors import UserError
@@ -347,16 +348,14 @@ def test_a_source_that_is_not_there_is_skipped_unless_none_is(folder: Path, tmp_
     records, skipped = prepare_images(folder, tmp_path / "out")
     assert len(records) == 10
     assert [line for line in skipped if line.startswith("emoji: ") and "data-by-emoji.json" in line]
-    assert len(prepare_images(folder, tmp_path / "one", ["furniture"]).records) == 2
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
-    for match, given, out, sources in (
-        ("no pictures", tmp_path / "empty", tmp_path / "none", list(real.SOURCES)),
-        ("'photos': it must be one of stamps", folder, tmp_path / "none", ["photos"]),
-        ("cannot be written", folder, tmp_path / "file", ["furniture"]),
+    for match, given, out in (
+        ("no pictures", tmp_path / "empty", tmp_path / "none"),
+        ("cannot be written", folder, tmp_path / "file"),
     ):
         with pytest.raises(UserError, match=match) as error:
-            prepare_images(given, out, sources)
+            prepare_images(given, out)
         one_line(error)
 
 
@@ -431,5 +430,4 @@ def test_copies_agree_in_their_outline_and_inside(one: Image.Image, other: Image
 
 
 def test_groups_join_through_others() -> None:
-    groups = real.joined([["a"], ["b"], ["c"], ["b", "x"], ["d"], ["x"]], [(0, 2)])
-    assert sorted(groups) == [[0, 2], [1, 3, 5], [4]]
+    assert group_rows([["a", 0], ["b"], ["c", 0], ["b", "x"], ["d"], ["x"]]) == [0, 1, 0, 1, 4, 1]

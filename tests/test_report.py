@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from openblip2.apps.report.goals import goals, percent
-from openblip2.apps.report.pages import chart, duration, smooth, write_report
+from openblip2.apps.report import chart, duration, goals, percent, smooth, write_report
 from openblip2.evaluate.health import ITM_CHANCE
 from openblip2.presets import preset
 

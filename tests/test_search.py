@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiny_runs
+from openblip2.apps.search import ImageSearch, update_index
 from openblip2.apps.search.index import Vectors, open_index
-from openblip2.apps.search.search import ImageSearch, update_index
 from openblip2.cli import app
 from openblip2.commands.serving import _like_a_path
 from openblip2.errors import UserError

@@ -26,11 +26,10 @@ from typer.testing import CliRunner
 
 import openblip2
 import tiny_runs
-from openblip2.apps.search.search import update_index
-from openblip2.apps.serve.batcher import Limits
+from openblip2.apps.search import update_index
+from openblip2.apps.serve.batcher import Limits, Worker
 from openblip2.apps.serve.engine import Engine, Job, Served, Write
 from openblip2.apps.serve.http import ServeError
-from openblip2.apps.serve.worker import Worker
 from openblip2.cli import app as cli
 from openblip2.errors import UserError
 from openblip2.inference.captioner import ANSWER, CAPTION, CHAT, Captioner, greedy

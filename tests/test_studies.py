@@ -15,8 +15,7 @@ from openblip2 import cli
 from openblip2.apps.demo.plan import plan_for
 from openblip2.apps.scenes.grammar import judge
 from openblip2.apps.scenes.vocabulary import WORLDS
-from openblip2.apps.studies import frame
-from openblip2.apps.studies.ablations import ablate, ablation_in_words, can_plot, figure, judge_claim, plot, sentence
+from openblip2.apps.studies import ablate, ablation_in_words, can_plot, figure, frame, judge_claim, plot, sentence
 from openblip2.apps.studies.design import STUDIES, study_of
 from openblip2.apps.studies.study import GAP, LOSS, OTHER, RIGHT, Claim, Plan, Study, Trial, Way, small_world
 from openblip2.config import change, from_dict
@@ -414,7 +413,7 @@ def test_the_plot_draws_every_way(tmp_path: Path) -> None:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from openblip2.apps.studies import ablations
+    from openblip2.apps import studies
 
     asked: list[Any] = []
 
@@ -422,7 +421,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         asked.append((name, plan))
         (out / "ablation.md").write_text("# Words\n")
 
-    monkeypatch.setattr(ablations, "ablate", run)
+    monkeypatch.setattr(studies, "ablate", run)
     words = ["ablate", "queries", "--out", str(tmp_path), "--seeds", "0, 2", "--values", "4,8", "--scenes", "30"]
     words += ["--stage2-steps", "5", "--set", "train.batch=8"]
     found = CliRunner().invoke(cli.app, words)

@@ -24,8 +24,7 @@ import typer
 
 from openblip2.commands.learn import convert, demo, features, train
 from openblip2.commands.measure import ablate, bench, bench_real, compare, doctor, evaluate
-from openblip2.commands.planning import plan
-from openblip2.commands.scale import capfilt, prepare
+from openblip2.commands.scale import capfilt, plan, prepare
 from openblip2.commands.serving import index, search, serve
 from openblip2.commands.shared import be_quiet
 from openblip2.commands.use import answer, attend, caption, chat, rank

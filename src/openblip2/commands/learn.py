@@ -16,8 +16,8 @@ from openblip2.commands.shared import (
     Questions,
     Settings,
     Split,
-    among,
     keeping,
+    one_of,
     output,
     presets,
     progress,
@@ -47,11 +47,7 @@ ARGUMENTS = {  # arguments of `train` that replace these settings
 def demo(
     out: Annotated[Path, typer.Option(help="Output folder for the runs, metrics.json and report.html.")],
     world: Annotated[
-        str,
-        typer.Option(
-            help=f"Kind of scenes: small ({WORLDS['small']} nouns) or full ({WORLDS['full']} nouns).",
-            autocompletion=among(tuple(WORLDS)),
-        ),
+        str, one_of(WORLDS, f"Kind of scenes: small ({WORLDS['small']} nouns) or full ({WORLDS['full']} nouns).")
     ] = "small",
     budget: Annotated[float, typer.Option(help="Factor for the usual number of steps of both stages.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the scenes and of training.")] = 0,
@@ -62,9 +58,9 @@ def demo(
     require_world(world)
     if not 0 < budget < math.inf:
         raise UserError(f"--budget {budget:g}: it must be a number above 0; 4 trains for four times the usual steps")
-    says = progress()
-    says.doing("loading the libraries")
-    from openblip2.apps.demo import plan_for, run_demo
+    says = progress("loading the libraries")
+    from openblip2.apps.demo import run_demo
+    from openblip2.apps.demo.plan import plan_for
 
     plan = plan_for(world, seed, budget)  # pyright: ignore[reportArgumentType]
     with output(out, "a demo", "checkpoints and finished runs are in", out / "stage1" / "resume"):
@@ -83,11 +79,7 @@ def demo(
 
 def train(
     what: Annotated[
-        str,
-        typer.Argument(
-            help="stage1 or stage2; or fine-tuning: caption, vqa, instruct or retrieval.",
-            autocompletion=among(TRAININGS),
-        ),
+        str, one_of(TRAININGS, "stage1 or stage2; or fine-tuning: caption, vqa, instruct or retrieval.", typer.Argument)
     ],
     data: Annotated[
         str, typer.Option(help="Images with captions (vqa, instruct: questions): a folder, .csv, shards, ...")
@@ -96,9 +88,7 @@ def train(
     images: Images = None,
     split: Split = None,
     questions: Questions = None,
-    preset: Annotated[
-        str, typer.Option(help="Name of a complete set of settings.", autocompletion=among(presets))
-    ] = "laptop",
+    preset: Annotated[str, one_of(presets, "Name of a complete set of settings.")] = "laptop",
     start: Annotated[Path | None, typer.Option(help="Run to start from (not for stage1).")] = None,
     text_start: Annotated[
         Path | None, typer.Option(help="vqa, instruct: stage-1 run that --start used; default: from its config.")
@@ -144,8 +134,7 @@ def train(
         from openblip2.runs import locked
         from openblip2.train.start import say_without_effect
 
-        says = progress(first=is_first())
-        says.doing("loading data and models")
+        says = progress("loading data and models", first=is_first())
         from openblip2.train.recipes import train_stage
         from openblip2.train.resume import require_new
 
@@ -169,11 +158,9 @@ def train(
 def features(
     data: Annotated[Path, typer.Argument(help="Images with captions: a folder, .jsonl or .csv.")],
     out: Annotated[Path, typer.Option(help="Folder of the cache; an unfinished cache is continued.")],
-    preset: Annotated[
-        str, typer.Option(help="Preset whose vision.* settings are used.", autocompletion=among(presets))
-    ] = "laptop",
+    preset: Annotated[str, one_of(presets, "Preset whose vision.* settings are used.")] = "laptop",
     changes: Settings = None,
-    precision: Annotated[str, typer.Option(help="fp16 or bf16.", autocompletion=among(STORED))] = "fp16",
+    precision: Annotated[str, one_of(STORED, "fp16 or bf16.")] = "fp16",
     views: Annotated[int, typer.Option(min=1, help="Random crops per image besides the plain one; 1 = none.")] = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -188,8 +175,7 @@ def features(
             raise UserError(f"--set {name}: only vision.*, train.precision and train.seed apply here: leave it out")
     stage = next((stage for stage in PRESETS if preset in PRESETS[stage]), "stage1")
     settings = change(find(stage, preset), changed)
-    says = progress()
-    says.doing("loading data and the image encoder")
+    says = progress("loading data and the image encoder")
     from openblip2.data.records import read_records
     from openblip2.hardware import compute_dtype, device, keep_freed_memory
     from openblip2.model.build import build_vision
@@ -209,9 +195,7 @@ def features(
 def convert(
     source: Annotated[str, typer.Argument(help="A run, a LAVIS .pth, or transformers' BLIP-2 (folder or hub name).")],
     out: Annotated[Path, typer.Argument(help="New folder, or new file (lavis: .pth, onnx: .onnx).")],
-    to: Annotated[
-        str, typer.Option(help="Format: openblip2, hf, lavis, onnx or projected.", autocompletion=among(TARGETS))
-    ],
+    to: Annotated[str, one_of(TARGETS, "Format: openblip2, hf, lavis, onnx or projected.")],
     heads: Annotated[int | None, typer.Option(help="Attention heads of the Q-Former, if not 12 as in BERT.")] = None,
     vision: Annotated[str | None, typer.Option(help="Image encoder to use instead of the source's.")] = None,
     language: Annotated[str | None, typer.Option(help="Language model to use instead of the source's.")] = None,
@@ -223,7 +207,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert weights between openblip2, transformers and LAVIS, or export the image path to ONNX."""
-    progress().doing(f"converting {source}")
+    progress(f"converting {source}")
     from openblip2.weights.convert import convert as write
 
     parts = {"vision": vision, "language": language, "tokenizer": tokenizer}

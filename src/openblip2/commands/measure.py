@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +18,8 @@ from openblip2.commands.shared import (
     Settings,
     Split,
     VisualTokens,
-    among,
     keeping,
+    one_of,
     output,
     progress,
     put,
@@ -29,7 +30,7 @@ from openblip2.commands.shared import (
     show,
     tell,
 )
-from openblip2.errors import UserError
+from openblip2.errors import UserError, require
 
 if TYPE_CHECKING:
     from openblip2.evaluate.health import Finding
@@ -41,7 +42,7 @@ STUDIES = ("stage1", "itg", "queries", "encoder", "connector", "capfilt", "pictu
 
 
 def evaluate(
-    task: Annotated[str, typer.Argument(help="caption, vqa, retrieval or pointing.", autocompletion=among(TASKS))],
+    task: Annotated[str, one_of(TASKS, "caption, vqa, retrieval or pointing.", typer.Argument)],
     run: Run,
     data: Annotated[str, typer.Option(help="Test data: as for `train`, an official .json, or easy-vqa.")],
     out: Annotated[Path, typer.Option(help="JSON file for the scores; also writes a .jsonl of the samples.")],
@@ -50,19 +51,14 @@ def evaluate(
     questions: Questions = None,
     prompt: Annotated[str | None, typer.Option(help="caption: text that every caption begins with.")] = None,
     beams: Annotated[int | None, typer.Option(min=1, help="caption, vqa: beam width, 1 = greedy; default: 5.")] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(help="vqa: vqa, vqa-lavis, gqa or exact; default: by data set.", autocompletion=among(METRICS)),
-    ] = None,
+    metric: Annotated[str | None, one_of(METRICS, "vqa: vqa, vqa-lavis, gqa or exact; default: by data set.")] = None,
     lemmatised: Annotated[bool, typer.Option("--lemmatised", help="vqa: compare dictionary forms, as OK-VQA.")] = False,
     slow: Annotated[bool, typer.Option("--slow", help="caption: also METEOR and SPICE, which need Java.")] = False,
     rerank: Annotated[
         int | None, typer.Option(min=0, help="retrieval: ITM candidates, 0 = none; default: 128.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="retrieval: count only an image's own captions.")] = False,
-    by: Annotated[
-        str | None, typer.Option(help="pointing: itc (default) or itm.", autocompletion=among(("itc", "itm")))
-    ] = None,
+    by: Annotated[str | None, one_of(("itc", "itm"), "pointing: itc (default) or itm.")] = None,
     features: Annotated[Path | None, typer.Option(help="retrieval: feature cache written by `features`.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many images, from the beginning.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the confidence intervals.")] = 0,
@@ -71,8 +67,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run: scores with 95 % confidence intervals, and the protocol."""
-    says = progress()
-    says.doing(f"loading {run}")
+    says = progress(f"loading {run}")
     from openblip2.evaluate.result import Options
     from openblip2.evaluate.run import evaluate as score
     from openblip2.evaluate.run import require_task
@@ -94,7 +89,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare two evaluation results: differences with 95 % confidence intervals."""
-    progress().doing("comparing")
+    progress("comparing")
     from openblip2.evaluate.result import compare as differences
 
     for name, found in differences(first, second).items():
@@ -116,8 +111,6 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Diagnose a run from its log, or measure on images whether its queries differ."""
-    from dataclasses import asdict
-
     if images:
         if out is not None:
             raise UserError("--out plots the log of a run: leave out --out or the pictures")
@@ -128,11 +121,9 @@ def doctor(
     if question is not None:
         raise UserError("--question needs pictures: give them after the run")
     if out is not None:
-        from openblip2.errors import require
-
         require("--out", "plots", "matplotlib")  # checked before the findings are printed
-    progress().doing(f"reading {run}")
-    from openblip2.apps.report.pages import examine, write_findings
+    progress(f"reading {run}")
+    from openblip2.apps.report import examine, write_findings
     from openblip2.runs import new_result
 
     with nullcontext() if out is None else new_result(out, overwrite):
@@ -149,8 +140,7 @@ def _rank(run: str, images: Sequence[Path], question: str | None) -> "tuple[Find
     """The finding about the effective rank of a loaded model, its value, and the pictures that cannot be read."""
     if len(images) < 2:
         raise UserError("one picture is not enough for an effective rank: give at least two")
-    says = progress()
-    says.doing(f"loading {run}")
+    says = progress(f"loading {run}")
     from openblip2.data.images import open_picture
     from openblip2.evaluate.health import rank_finding
     from openblip2.inference.inputs import each_readable
@@ -174,38 +164,28 @@ def bench_real(
     overwrite: Overwrite = False,
 ) -> None:
     """Train and evaluate on real images of four sources; takes hours and can be resumed."""
-    says = progress()
-    says.doing("gathering pictures")
-    from dataclasses import replace
-
+    says = progress("gathering pictures")
     from openblip2.apps.studies.real import RealPlan
     from openblip2.apps.studies.real import bench_real as run
 
-    plan = RealPlan(seed=seed, overwrite=overwrite)
-    if fold:
-        plan = replace(plan, folds=tuple(sorted(set(fold))))
+    plan = RealPlan(folds=tuple(sorted(set(fold or RealPlan.folds))), seed=seed, overwrite=overwrite)
     with output(out, "results of bench-real", "finished runs are in"):
         run(out, plan, says)
     typer.echo((out / "real.md").read_text(encoding="utf-8"))
 
 
 def bench(
-    size: Annotated[
-        str, typer.Option(help="tiny, laptop, vit-l or vit-g; weights are random.", autocompletion=among(SIZES))
-    ] = "laptop",
+    size: Annotated[str, one_of(SIZES, "tiny, laptop, vit-l or vit-g; weights are random.")] = "laptop",
     case: Annotated[list[str] | None, typer.Option(help="Comparison to run; can be repeated; default: all.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Number of timed runs of each implementation.")] = 3,
-    precision: Annotated[
-        str, typer.Option(help="Precision: auto, bf16 or fp32.", autocompletion=among(("auto", "bf16", "fp32")))
-    ] = "auto",
+    precision: Annotated[str, one_of(("auto", "bf16", "fp32"), "Precision: auto, bf16 or fp32.")] = "auto",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare speed and memory with naive implementations and transformers' BLIP-2."""
-    says = progress()
-    says.doing("loading torch and transformers")
-    from openblip2.apps.bench.run import run_bench
+    says = progress("loading torch and transformers")
+    from openblip2.apps.bench import run_bench
     from openblip2.runs import new_result
 
     with (
@@ -218,18 +198,11 @@ def bench(
 
 
 def ablate(
-    name: Annotated[
-        str,
-        typer.Argument(help=f"{', '.join(STUDIES)}.", autocompletion=among(STUDIES)),
-    ],
+    name: Annotated[str, one_of(STUDIES, f"{', '.join(STUDIES)}.", typer.Argument)],
     out: Annotated[Path, typer.Option(help="Output folder for runs, ablation.json, ablation.md and ablation.svg.")],
     seeds: Annotated[str, typer.Option(help="Training seeds, separated by commas.")] = "0",
     world: Annotated[
-        str,
-        typer.Option(
-            help=f"Kind of scenes: full ({WORLDS['full']} nouns), or small, with the demo's recipe.",
-            autocompletion=among(tuple(WORLDS)),
-        ),
+        str, one_of(WORLDS, f"Kind of scenes: full ({WORLDS['full']} nouns), or small, with the demo's recipe.")
     ] = "full",
     scenes: Annotated[int | None, typer.Option(min=8, help="Training images; default: set by the study.")] = None,
     test_scenes: Annotated[int, typer.Option(min=8, help="Number of test images.")] = 200,
@@ -241,9 +214,8 @@ def ablate(
 ) -> None:
     """Run one of the ablation studies on drawn scenes; can be resumed."""
     require_world(world)
-    says = progress()
-    says.doing("drawing scenes")
-    from openblip2.apps.studies.ablations import ablate as run
+    says = progress("drawing scenes")
+    from openblip2.apps.studies import ablate as run
     from openblip2.apps.studies.study import Plan, small_world
 
     steps = {stage: n for stage, n in (("stage1", stage1_steps), ("stage2", stage2_steps)) if n}

@@ -21,9 +21,8 @@ def index(
     as_json: AsJson = False,
 ) -> None:
     """Index a folder of images for search, or update its index."""
-    says = progress()
-    says.doing(f"loading {run}")
-    from openblip2.apps.search.search import update_index
+    says = progress(f"loading {run}")
+    from openblip2.apps.search import update_index
 
     with output(out, "an index", "the pictures read so far are in"):
         done = update_index(folder, run, out, says)
@@ -46,8 +45,8 @@ def search(
         raise UserError(
             f"{query!r} looks like a path, but there is no such image file; to search for a text, write it as words"
         )
-    progress().doing(f"loading the model of {index}")
-    from openblip2.apps.search.search import ImageSearch
+    progress(f"loading the model of {index}")
+    from openblip2.apps.search import ImageSearch
 
     searcher = ImageSearch(index)
     if is_picture and rerank:

@@ -3,7 +3,7 @@
 import gc
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,22 +50,18 @@ _asked = {"quiet": False}
 
 
 def require_world(world: str) -> None:
-    """Checks that a kind of drawn scenes exists.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raises a `UserError` unless `world` is a kind of drawn scenes."""
     if world not in WORLDS:
         raise UserError(f"unknown world {world!r}: it must be {' or '.join(WORLDS)}")
 
 
-def among(known: Sequence[str] | Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
-    """Suggests known values for completion in a shell. A function is called only when a shell asks for them."""
+def one_of(known: Collection[str] | Callable[[], Collection[str]], help: str, kind: Any = typer.Option) -> Any:
+    """A `typer.Option` or `typer.Argument` with completion of known values, listed when a shell asks for them."""
 
     def complete(incomplete: str) -> list[str]:
         return [name for name in (known() if callable(known) else known) if name.startswith(incomplete)]
 
-    return complete
+    return kind(help=help, autocompletion=complete)
 
 
 def presets(stage: str | None = None) -> list[str]:
@@ -82,11 +78,17 @@ def be_quiet(asked: bool) -> None:
     log.setLevel(logging.ERROR if asked else logging.NOTSET)
 
 
-def progress(first: bool = True) -> "Progress":
-    """A `Progress` for the command. It prints nothing after `--quiet`, and in all processes but the first."""
+def progress(doing: str = "", first: bool = True) -> "Progress":
+    """A `Progress` for the command. It prints nothing after `--quiet`, and in all processes but the first.
+
+    `doing`: what the command does first.
+    """
     from openblip2.progress import Progress
 
-    return Progress(quiet=_asked["quiet"] or not first)
+    says = Progress(quiet=_asked["quiet"] or not first)
+    if doing:
+        says.doing(doing)
+    return says
 
 
 def put(values: dict[str, Any]) -> None:
@@ -190,11 +192,7 @@ def open_single(images: Sequence[Path], empty: dict[str, Any] | None) -> None:
 
 
 def require_all(images: Sequence[Path], bad: Sequence[Path]) -> None:
-    """Ends a command that has processed all other pictures.
-
-    Raises:
-        UserError: some pictures could not be read.
-    """
+    """Raises a `UserError` if some pictures could not be read, at the end of a command that processed all others."""
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         names = ", ".join(map(str, bad[:3])) + more
@@ -224,7 +222,7 @@ def read_data(
 
 def load_captioner(run: str, visual_tokens: int | None = None) -> Any:
     """Loads a run that can generate text, as a `Captioner`; `visual_tokens` as for `load`."""
-    progress().doing(f"loading {run}")
+    progress(f"loading {run}")
     gc.disable()  # imported modules are never freed; garbage collection would take an eighth of the time
     try:
         from openblip2.inference.captioner import Captioner

@@ -16,8 +16,8 @@ from openblip2.commands.shared import (
     Overwrite,
     Run,
     VisualTokens,
-    among,
     load_captioner,
+    one_of,
     open_single,
     progress,
     put,
@@ -218,8 +218,7 @@ def rank(
     as_json: AsJson = False,
 ) -> None:
     """Rank images by similarity to a text: prints `similarity<TAB>path`, best first."""
-    says = progress()
-    says.doing(f"loading {run}")
+    says = progress(f"loading {run}")
     from openblip2.inference.inputs import GROUP
     from openblip2.inference.load import load
     from openblip2.inference.matcher import Matcher
@@ -248,15 +247,12 @@ def attend(
     image: Annotated[Path, typer.Argument(help="Image file.")],
     out: Annotated[Path, typer.Option(help="Output folder for the attention maps.")],
     text: Annotated[str | None, typer.Option(help="Text to explain; default for stage 2: its own caption.")] = None,
-    by: Annotated[
-        str | None,
-        typer.Option(help="Stage-1 runs: score to explain, itc or itm.", autocompletion=among(("itc", "itm"))),
-    ] = None,
+    by: Annotated[str | None, one_of(("itc", "itm"), "Stage-1 runs: score to explain, itc or itm.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Draw attention maps of the queries, and maps of the image regions that a text depends on."""
-    progress().doing(f"loading {run}")
+    progress(f"loading {run}")
     from openblip2.inference.attend import BY, look, overlay, sheet
     from openblip2.inference.load import load
     from openblip2.inference.matcher import Matcher

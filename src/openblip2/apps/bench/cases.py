@@ -50,8 +50,7 @@ class Case:
 
     Attributes:
         candidates: Functions by name, including ours; all do the same work.
-        samples: Number of samples in one run.
-        unit: What a sample is.
+        samples: Number of samples in one run; `unit` says what a sample is.
         difference: The largest relative difference between the outputs.
         equal: The allowed difference.
     """
@@ -71,7 +70,7 @@ class Bench:
         self.size, self.device, self.precision = size, device, precision
         self.one, self.two, self.theirs = build_models(size, device, dtype)
         self.vision: Any = self.two.vision
-        self._folders: list[tempfile.TemporaryDirectory[str]] = []  # for caches; they are removed with this object
+        self._folder = tempfile.TemporaryDirectory(prefix="openblip2-bench-")  # removed with this object
 
     def loader(self) -> Case:
         """Loads a batch of images: ours from a shard in one thread, the naive way with Pillow from files in memory.
@@ -80,7 +79,7 @@ class Bench:
         making the image smaller.
         """
         files = {f"{n:09}": jpeg(n, SIDE) for n in range(PICTURES)}
-        shard = self._folder() / "00000.tar"
+        shard = Path(self._folder.name, "00000.tar")
         with write_tar(shard) as writer:
             for key, file in files.items():
                 writer.add(Sample(key, file, "jpg", (f"picture {key}",), {"url": key, "width": SIDE, "height": SIDE}))
@@ -237,16 +236,12 @@ class Bench:
 
     def _cache(self, features: Tensor) -> Callable[[], Tensor]:
         """Writes features to a cache on disk. Returns a function that reads them from it, as training does."""
-        folder, records = self._folder(), [Record(str(n), Path(f"{n}.png"), ()) for n in range(len(features))]
+        folder = Path(tempfile.mkdtemp(dir=self._folder.name))
+        records = [Record(str(n), Path(f"{n}.png"), ()) for n in range(len(features))]
         with writing(folder, {"precision": "fp16"}, (1, *features.shape[1:]), print) as writer:
             writer.add(records, [None] * len(records), features[:, None])
         stored = StoredFeatures(records, FeatureCache(folder), lambda values: values)
         return lambda: stored.take(range(len(features))).to(self.device)
-
-    def _folder(self) -> Path:
-        folder = tempfile.TemporaryDirectory(prefix="openblip2-bench-")
-        self._folders.append(folder)
-        return Path(folder.name)
 
     def _encode(self, images: Tensor) -> Tensor:
         vision = self.vision

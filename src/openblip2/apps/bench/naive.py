@@ -75,16 +75,6 @@ def naive_losses(
     return {"itc": itc, "itm": itm, "itg": itg}
 
 
-def naive_match(model: Stage1, patches: Tensor, tokens: Tensor, valid: Tensor) -> Tensor:
-    """ITM's log-odds `[N]` of one image `[P, V]` and N texts `[N, T]`, as in the authors' evaluation.
-
-    The image is repeated for every candidate, so its keys and values are recomputed, and texts are padded.
-    """
-    tokens, valid = _padded(model, tokens, valid)
-    logits = model.match(model.qformer.encode_image(patches.repeat(len(tokens), 1, 1)), tokens, valid).float()
-    return logits[:, 1] - logits[:, 0]
-
-
 def _padded(model: Stage1, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Pads texts to the length in the authors' code, or to the model's number of positions if that is smaller."""
     assert model.qformer.positions is not None
@@ -95,9 +85,16 @@ def _padded(model: Stage1, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tenso
 def naive_rerank(
     model: Stage1, features: Tensor, tokens: Tensor, valid: Tensor, scores: Tensor, best: int
 ) -> tuple[Tensor, Tensor]:
-    """Ranks as `evaluate.ranking.rerank`, but computes the ITM scores of all pairs, one image after another."""
-    odds = torch.stack([naive_match(model, patches, tokens, valid) for patches in features])
-    ranked = []
+    """Ranks as `evaluate.ranking.rerank`, but computes the ITM scores of all pairs, one image after another.
+
+    As in the authors' evaluation, an image is repeated for every candidate, so its keys and values are recomputed.
+    """
+    tokens, valid = _padded(model, tokens, valid)
+    rows = []
+    for patches in features:
+        logits = model.match(model.qformer.encode_image(patches.repeat(len(tokens), 1, 1)), tokens, valid).float()
+        rows.append(logits[:, 1] - logits[:, 0])
+    odds, ranked = torch.stack(rows), []
     for dim in (1, 0):
         candidates = scores.topk(min(best, scores.shape[dim]), dim=dim).indices
         is_candidate = torch.zeros_like(scores, dtype=torch.bool).scatter(dim, candidates, True)

@@ -32,11 +32,7 @@ _INKS = {
 
 
 def read_easy_vqa(split: Literal["train", "test"]) -> Source:
-    """Reads a split, with the training questions for baselines without images.
-
-    Raises:
-        UserError: as for `easy_vqa_records`.
-    """
+    """`easy_vqa_records`, with the training questions for baselines without images."""
     records = easy_vqa_records(split)
     return Source(records, [], NAME, known=records if split == "train" else easy_vqa_records("train"))
 

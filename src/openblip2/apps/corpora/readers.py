@@ -66,14 +66,7 @@ def _read_each(entries: Iterable[T], read: Callable[[T], Record | None]) -> Foun
 
 
 def read_stamps(root: Path) -> Found:
-    """Reads all stamps below `root`, without opening their images.
-
-    Raises:
-        UserError: `root` is missing or has no stamp.
-    """
-    right = "install them: apt-get install tuxpaint-stamps-default"
-    if not root.is_dir():
-        raise UserError(f"{root}: Tux Paint's stamps are missing; {right}")
+    """All stamps below `root`, whose images are not opened. Raises a `UserError` if there is none."""
 
     def read(path: Path) -> Record | None:
         text = path.with_suffix(".txt")
@@ -83,15 +76,13 @@ def read_stamps(root: Path) -> Found:
 
     found = _read_each(sorted(root.rglob("*.png")), read)
     if not found.records:
-        raise UserError(f"{root}: no stamp (NAME.png with NAME.txt) in it; {right}")
+        right = "install them: apt-get install tuxpaint-stamps-default"
+        raise UserError(f"{root}: Tux Paint's stamps are missing (no NAME.png with NAME.txt); {right}")
     return found
 
 
 def _sentence(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); save it as UTF-8 text") from error
+    lines = _text(path, "save it as UTF-8 text", "utf-8-sig").splitlines()
     if not lines or not lines[0].strip():
         raise UserError(f"{path}: its first line is empty; write an English sentence there")
     return lines[0].strip()
@@ -127,11 +118,7 @@ def emoji(folder: Path) -> Found:
 
 
 def furniture(folder: Path) -> Found:
-    """Sweet Home 3D's furniture, from the catalogues that `fetch` unpacks.
-
-    Raises:
-        UserError: there is no catalogue.
-    """
+    """Sweet Home 3D's furniture, from the catalogues that `fetch` unpacks. Raises a `UserError` if there is none."""
     root = folder / "sweethome3d-furniture/usr/share/sweethome3d/furniture"
     catalogues = {path: _properties(path) for path in sorted(root.glob("*/PluginFurnitureCatalog.properties"))}
     icons = ((path, key) for path, entries in catalogues.items() for key in entries if key.startswith("icon#"))
@@ -173,7 +160,8 @@ def openclipart(packages: Path) -> Found:
     for folder in (pictures, drawings):
         if not folder.is_dir():
             raise UserError(f"{folder}: openclipart is missing; fetch the packages openclipart-png and openclipart-svg")
-    words = _words(packages / "wamerican/usr/share/dict/american-english")
+    dictionary = packages / "wamerican/usr/share/dict/american-english"
+    words = frozenset(_text(dictionary, "fetch wamerican again").lower().split())
     titles: dict[str, tuple[str, bool]] = {}
 
     def read_title(path: Path) -> None:
@@ -210,11 +198,11 @@ SOURCES: dict[str, Callable[[Path], Found]] = {
 }
 
 
-def _words(dictionary: Path) -> frozenset[str]:
+def _text(path: Path, right: str, encoding: str = "utf-8") -> str:
     try:
-        return frozenset(dictionary.read_text(encoding="utf-8").lower().split())
+        return path.read_text(encoding=encoding)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{dictionary}: cannot be read ({one_line(error)}); fetch wamerican again") from error
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {right}") from error
 
 
 def _metadata(path: Path) -> tuple[str, bool]:
@@ -276,21 +264,20 @@ def _plain_emoji(text: str) -> str:
 
 
 def _json(path: Path, kind: type) -> Any:
+    right = "fetch the unpacked package again"
+    text = _text(path, right)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}); fetch the unpacked package again") from error
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({one_line(error)}); {right}") from error
     if not isinstance(value, kind):
-        raise UserError(f"{path}: does not have the form of the published file; fetch the unpacked package again")
+        raise UserError(f"{path}: does not have the form of the published file; {right}")
     return value
 
 
 def _properties(path: Path) -> dict[str, str]:
     """Reads a Java properties file with one `key=value` per line."""
-    try:
-        lines = path.read_text(encoding="latin-1").splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); fetch the package again") from error
+    lines = _text(path, "fetch the package again", "latin-1").splitlines()
     pairs = (line.partition("=") for line in lines if not line.lstrip().startswith(("#", "!")))
     return {key.strip(): _unescaped(value.strip()) for key, _, value in pairs}
 

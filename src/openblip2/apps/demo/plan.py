@@ -84,16 +84,12 @@ class DemoPlan:
     Attributes:
         world: the set of nouns that scenes contain.
         seed: seed of the scenes and of training.
-        train_scenes: number of pictures drawn for training.
-        test_scenes: number of pictures drawn for the test.
         train_easy_vqa: how many of easy-VQA's 4,000 training pictures are used, with captions; its questions are never
             trained on. 0 = easy-VQA is not used at all, not even its test questions.
         asked: number of questions of each data set, drawn from its test part.
         reranked: number of candidates that ITM re-ranks.
         pointed: number of test pictures for the pointing game.
         looked: number of pictures whose maps are drawn.
-        stage1: settings of stage 1.
-        stage2: settings of stage 2.
     """
 
     world: World = "full"

@@ -123,12 +123,11 @@ def _about_one(facts: Facts, random: Random) -> list[Question]:
 def _about_group(facts: Facts, random: Random) -> list[Question]:
     (thing,) = facts["objects"]
     many = plural(thing["noun"])
-    asked = [
+    return [
         Question(f"what color are the {many}?", thing["colour"], "open"),
         Question("what objects are in the picture?", many, "open"),
         Question(f"how many {many} are there?", NUMBERS[thing["number"] - 1], "number"),
     ]
-    return asked
 
 
 def _about_pair(facts: Facts, random: Random) -> list[Question]:

@@ -34,21 +34,31 @@ class Vectors:
     Args:
         queries: Q.
         width: E.
-        index: a faiss index; None = a new one.
+        path: a file that `save` wrote; None = no vectors yet.
+
+    Raises:
+        UserError: the file is missing or broken, or its vectors have another number or width.
     """
 
-    def __init__(self, queries: int, width: int, index: Any = None) -> None:
+    def __init__(self, queries: int, width: int, path: Path | None = None) -> None:
         faiss = require_faiss()
         self.queries, self.width = queries, width
-        if index is None:
+        if path is None:
             quantiser = faiss.IndexScalarQuantizer(width, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
-            index = faiss.IndexIDMap2(quantiser)
-        self.index = index
+            self.index = faiss.IndexIDMap2(quantiser)
+            return
+        try:
+            self.index = faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise UserError(f"{path}: cannot be read ({one_line(error)[:100]}): run `openblip2 index` again") from error
+        if self.index.d != width or self.index.ntotal % queries:
+            found = f"{self.index.ntotal} vectors of width {self.index.d}"
+            problem = f"{found}, but index.json says {queries} of width {width} for each picture"
+            raise UserError(f"{path}: {problem}: run `openblip2 index` with a new folder")
 
     def numbers(self) -> set[int]:
         """The numbers of all pictures."""
-        ids = require_faiss().vector_to_array(self.index.id_map)
-        return set((ids // self.queries).tolist())
+        return set((require_faiss().vector_to_array(self.index.id_map) // self.queries).tolist())
 
     def add(self, numbers: list[int], vectors: Array) -> None:
         """Adds N new pictures with vectors `[N, Q, E]`."""
@@ -94,22 +104,6 @@ class Vectors:
         with atomic_write(path) as draft:
             require_faiss().write_index(self.index, str(draft))
 
-    @classmethod
-    def read(cls, path: Path, queries: int, width: int) -> "Vectors":
-        """Reads what `save` wrote.
-
-        Raises:
-            UserError: the file is missing or broken, or its vectors have another number or width.
-        """
-        try:
-            index = require_faiss().read_index(str(path))
-        except RuntimeError as error:
-            raise UserError(f"{path}: cannot be read ({one_line(error)[:100]}): run `openblip2 index` again") from error
-        if index.d != width or index.ntotal % queries:
-            problem = f"{index.ntotal} vectors of width {index.d}, but index.json says {queries} of width {width} "
-            raise UserError(f"{path}: {problem}for each picture: run `openblip2 index` with a new folder")
-        return cls(queries, width, index)
-
     def _ids(self, numbers: list[int]) -> Array:
         return (np.array(numbers, np.int64)[:, None] * self.queries + np.arange(self.queries)).reshape(-1)
 
@@ -128,10 +122,8 @@ class Index:
     """An open index.
 
     Attributes:
-        folder: the folder of the index.
         about: content of `index.json`.
         rows: the rows of the pictures by number.
-        vectors: the vectors of the same pictures.
     """
 
     folder: Path
@@ -189,7 +181,7 @@ def open_index(folder: Path) -> Index:
             rows = {row.number: row for row in (Row(**json.loads(line)) for line in file)}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder / 'pictures.jsonl'}: cannot be read: make the index again") from error
-    vectors = Vectors.read(folder / "vectors.faiss", about["queries"], about["width"])
+    vectors = Vectors(about["queries"], about["width"], folder / "vectors.faiss")
     # After an interruption between two files, pictures that are not in both are dropped, so that they are read again.
     numbers = vectors.numbers()
     vectors.remove(sorted(numbers - rows.keys()))

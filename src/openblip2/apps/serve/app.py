@@ -18,11 +18,10 @@ from starlette.exceptions import HTTPException
 import openblip2
 from openblip2.apps.search.index import open_index
 from openblip2.apps.serve import openai
-from openblip2.apps.serve.batcher import Batcher, Limits
+from openblip2.apps.serve.batcher import Batcher, Limits, Worker
 from openblip2.apps.serve.engine import Engine, Job, Served, Write
 from openblip2.apps.serve.http import Guard, ServeError, error_response
 from openblip2.apps.serve.requests import AnswerForm, AttendForm, CaptionForm, MatchForm, SearchForm
-from openblip2.apps.serve.worker import Worker
 from openblip2.errors import UserError
 from openblip2.inference.captioner import ANSWER, CAPTION
 from openblip2.weights.assemble import read_checkpoint
@@ -91,7 +90,6 @@ def make_app(worker: Worker, limits: Limits, token: str | None, hosts: list[str]
 
     Args:
         worker: the worker, with the models loaded; it is closed with the application.
-        limits: limits for requests.
         token: the token that clients must send; None = no token.
         hosts: names by which clients may call the server.
     """
@@ -101,9 +99,6 @@ def make_app(worker: Worker, limits: Limits, token: str | None, hosts: list[str]
         app.state.batcher = Batcher(worker, limits)
         yield
         app.state.batcher.close()
-
-    async def answer_error(request: Request, error: Exception) -> Response:
-        return error_response(error)
 
     # The pages at docs_url and redoc_url are off because they load scripts from other sites. /openapi.json is served.
     app = FastAPI(title="openblip2", version=openblip2.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -116,7 +111,7 @@ def make_app(worker: Worker, limits: Limits, token: str | None, hosts: list[str]
     app.include_router(openai.router)
     app.add_middleware(Guard, hosts=hosts, token=token, limit=limits.bytes)
     for kind in (UserError, HTTPException, RequestValidationError, Exception):
-        app.add_exception_handler(kind, answer_error)
+        app.add_exception_handler(kind, lambda _, error: error_response(error))
     return app
 
 

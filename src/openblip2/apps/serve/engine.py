@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from openblip2.apps.search.search import ImageSearch
+from openblip2.apps.search import ImageSearch
 from openblip2.data.images import PictureFile, open_picture
 from openblip2.errors import UserError
 from openblip2.hardware import computing

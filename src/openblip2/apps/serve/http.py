@@ -53,8 +53,7 @@ def error_response(error: Exception) -> Response:
         error = ServeError("internal error: see the server's log", 500)
     status = error.status_code
     kind = "rate_limit_error" if status == 429 else "server_error" if status >= 500 else "invalid_request_error"
-    body = {"message": error.detail, "type": kind}
-    body |= {name: getattr(error, name, None) for name in ("param", "code")}
+    body = {"message": error.detail, "type": kind} | {name: getattr(error, name, None) for name in ("param", "code")}
     # Written in ASCII: a message may quote half of a surrogate pair, which UTF-8 cannot encode.
     return Response(json.dumps({"error": body}), status, error.headers, "application/json")
 

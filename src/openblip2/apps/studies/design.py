@@ -5,19 +5,30 @@ function here and one line in `STUDIES`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
+from random import Random
+from shutil import rmtree
 from typing import Any
 
-from openblip2.apps.studies.study import BOTH, GAP, LOSS, RIGHT, SCORES, Claim, Plan, Study, Way
-from openblip2.apps.studies.web import filtered_half, right_half, web_half
+from openblip2.apps.studies.frame import DATA_SEED, Work, train_way
+from openblip2.apps.studies.study import BOTH, GAP, LOSS, RIGHT, SCORES, Claim, Plan, Study, Way, digest_of
+from openblip2.capfilt import capfilt
+from openblip2.capfilt.shard import How
+from openblip2.data.records import Record
+from openblip2.data.web.tars import read_tar
+from openblip2.data.web.write_shards import write_shards
 from openblip2.errors import UserError
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.matcher import Matcher
 
 RECALL, RERANKED = BOTH.format(SCORES["itc"]), BOTH.format(SCORES["itm"])
 SCENES = 1500  # number of training scenes, unless the study or --scenes gives another one
+# The study of CapFilt: half of the training images are clean, and the other half, "the web", has noisy captions.
+NOISE = 0.5  # fraction of the web's images that have another image's caption
+SHARD = 250  # images per shard
+FILTERS = {"capfilt": How(), "itm": How(captions=1, filter="itm")}
 
 
 def study_of(name: str, plan: Plan) -> tuple[Study, Plan]:
@@ -76,7 +87,7 @@ def _stage1(plan: Plan) -> Study:
 
 
 def _itg(plan: Plan) -> Study:
-    without, all_three = "ITC + ITM", "ITC + ITM + ITG"
+    without, all_three, says = "ITC + ITM", "ITC + ITM + ITG", "retrieval is better when ITG is trained too"
     return Study(
         "itg",
         "does writing captions (ITG) help retrieval?",
@@ -84,12 +95,7 @@ def _itg(plan: Plan) -> Study:
             Way(without, {"stage1.objectives": ("itc", "itm")}),
             Way(all_three, {"stage1.objectives": ("itc", "itm", "itg")}),
         ),
-        _claims(
-            "retrieval is better when ITG is trained too",
-            "paper, table 6",
-            (all_three, without),
-            figures=(RECALL, RERANKED),
-        ),
+        _claims(says, "paper, table 6", (all_three, without), figures=(RECALL, RERANKED)),
         ("stage1",),
         {"stage1": 140},
         (
@@ -196,6 +202,46 @@ def _capfilt(plan: Plan) -> Study:
     )
 
 
+def right_half(records: Sequence[Record]) -> list[Record]:
+    """The second half of the images, "the web", each with its own first caption."""
+    return [replace(record, captions=record.captions[:1]) for record in records[len(records) // 2 :]]
+
+
+def web_half(records: Sequence[Record]) -> list[Record]:
+    """The same images, of which a fraction `NOISE` have exchanged their captions."""
+    half = right_half(records)
+    swapped = Random("0/swapped").sample(range(len(half)), round(NOISE * len(half)))
+    captions = [half[n].captions for n in [*swapped[1:], *swapped[:1]]]
+    for n, texts in zip(swapped, captions, strict=True):
+        half[n] = replace(half[n], captions=texts)
+    return half
+
+
+def filtered_half(work: Work, name: str) -> list[Record]:
+    """The web's images that still have captions after CapFilt, with these captions; the same for all seeds."""
+    helper = Way("captioner", {}, {}, records=lambda work: work.train[: len(work.train) // 2])
+    models, noisy, out = train_way(work, helper, DATA_SEED), web_half(work.train), work.runs.out
+    how, shards, new, progress = FILTERS[name], out / "web", out / f"web-{name}", work.runs.progress
+
+    def run() -> dict[str, Any]:
+        """Runs the code of the command `capfilt`; returns the captions by image, and the counts."""
+        for folder in (shards, new):
+            rmtree(folder, ignore_errors=True)
+        with progress.steps("shards", len(noisy)) as bar:
+            write_shards(noisy, shards, SHARD, 0, lambda count: bar.advance(count=count))
+        captioner, ranker = (str(models[stage].folder) for stage in ("stage2", "stage1"))
+        written = capfilt(str(shards), captioner, ranker, new, how, progress)
+        samples = (sample for path in sorted(new.glob("*.tar")) for sample in read_tar(str(path), progress.say))
+        kept = {sample.about["image_id"]: list(sample.captions) for sample in samples}
+        if not kept:
+            raise UserError(f"{new}: CapFilt kept no picture: train captioner and ranker for longer (--stage1-steps)")
+        return {"captions": kept, "counts": dict(written.counts)}
+
+    of = {"captioner": models["stage2"].of, "how": asdict(how), "captions": digest_of(noisy)}
+    kept = work.runs.cached(out / f"web-{name}.json", of, run)["captions"]
+    return [replace(record, captions=tuple(kept[record.id])) for record in noisy if record.id in kept]
+
+
 def _pictures(plan: Plan) -> Study:
     """Learning curve: both stages from scratch, with equal steps, on the first n pictures."""
     names = [f"{number:,} pictures" for number in plan.values]
@@ -220,10 +266,7 @@ def _elastic(plan: Plan) -> Study:
     for number in plan.values:
         one, both = f"always {queries}, first {number}", f"elastic, first {number}"
         adapt = partial(_use_first, number)
-        ways += [
-            Way(one, {}, {}, adapt=adapt),
-            Way(both, {}, {"stage2.elastic_tokens": True}, adapt=adapt),
-        ]
+        ways += [Way(one, {}, {}, adapt=adapt), Way(both, {}, {"stage2.elastic_tokens": True}, adapt=adapt)]
         says = f"with the first {number} tokens elastic training is better"
         claims.append(Claim(says, "Matryoshka Query Transformer (Hu et al., 2024)", LOSS, both, one))
     return Study(

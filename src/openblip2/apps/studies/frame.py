@@ -6,7 +6,6 @@ OUT/seed-N/STAGE-WAY         a run; a run that several ways share has the name o
     scores.json              the figures of every test image; scores-WAY.json of a way that adapts the model
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -56,6 +55,7 @@ from openblip2.model.likelihood import likelihoods
 from openblip2.progress import Progress
 from openblip2.runs import cached_json
 from openblip2.train.encode import make_cache, whitened
+from openblip2.train.log import read_log
 from openblip2.train.recipes import train_stage
 from openblip2.train.start import say_without_effect
 
@@ -284,8 +284,7 @@ def caption_values(captioner: Captioner, test: Sequence[Record], features: Path,
 
 def _curves(run: Path) -> dict[str, Points]:
     """The values of a run's validations over its steps, by name."""
-    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if "validation" in row]
+    rows = [row for row in read_log(run / "log.jsonl") if "validation" in row]
     names = [name for name, value in rows[0]["validation"].items() if isinstance(value, float)]
     return {name: [(row["step"], row["validation"][name]) for row in rows] for name in names}
 

@@ -94,15 +94,12 @@ class Plan:
         seeds: seeds of training; the images are the same for all.
         world: the set of nouns that scenes contain.
         scenes: number of training scenes; None = the study's own.
-        test_scenes: number of test scenes.
         validated: number of test scenes that the curves are measured on.
         reranked: number of candidates that ITM scores.
         values: the numbers that the study compares; () = its own.
         steps: number of steps of each stage, instead of the study's.
         changes: changes to the settings of both stages.
         overwrite: train runs again if they have other settings or data.
-        stage1: settings of stage 1.
-        stage2: settings of stage 2.
         weaker: changes that select the weaker image encoder.
     """
 
@@ -140,7 +137,6 @@ class Trial:
     """The outcome of one way with one seed.
 
     Attributes:
-        values: For each figure, one value per test image.
         curves: Curves of the last stage trained, by the name of a validation value.
         settings: Settings of each stage.
     """
