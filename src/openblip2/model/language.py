@@ -6,7 +6,7 @@ for training, and `generate`, which calls the language model's own `generate`.
 Shapes: B images, Q queries, T tokens, L LLM width, W vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from openblip2.compat import cache_name, checkpointable_layers, log, set_attention
@@ -167,9 +168,8 @@ class DecoderLM(FrozenLM):
         before = [] if self.checkpointed or self.sharded else common_text(heads)
         rows = [head[len(before) :] + tail for head, tail in zip(heads, tails, strict=True)]
         embeds, mask = embed_rows(self.llm, rows, soft, left=False)  # padding on the right: no token attends to it
-        labels = torch.full_like(mask, IGNORED)  # [B, T]
-        for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-            labels[row, len(head) - len(before) :][: len(tail)] = torch.tensor(tail)
+        pairs = zip(rows, tails, strict=True)
+        labels = label_rows([IGNORED] * (len(row) - len(tail)) + tail for row, tail in pairs).to(soft.device)  # [B, T]
         # Logits are only needed from the first position that is scored in any row.
         first = min(map(len, heads)) - len(before) - 1
         places = torch.arange(first, mask.shape[1] - 1, device=soft.device)
@@ -211,7 +211,7 @@ class DecoderLM(FrozenLM):
             room = embeds.shape[1] + decoding.max_new_tokens
             if self.reuse.cache:
                 cache = prompt_cache.with_room(self.llm, cache, decoding.beams, room)
-            return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache, self.watched)
+            return generate(self, embeds, mask, decoding, cache)
 
     def _shared(self, rows: list[list[int]], pictures: Sequence[int]) -> tuple[int, int]:
         """Lengths of two common prefixes of all rows: the text before the pictures, and the prefix with the picture.
@@ -259,9 +259,7 @@ class EncoderDecoderLM(FrozenLM):
         read = [f"{prompt} {prefix}".strip() for prompt, (prefix, _) in zip(prompts, split, strict=True)]
         heads, tails = fit_rows(self, read, [suffix for _, suffix in split], soft.shape[1])
         embeds, mask = embed_rows(self.llm, heads, soft, left=False)  # the mask excludes padding in the encoder
-        labels = torch.full((len(tails), max(map(len, tails))), IGNORED, device=soft.device)
-        for row, tail in enumerate(tails):
-            labels[row, : len(tail)] = torch.tensor(tail)
+        labels = label_rows(tails).to(soft.device)
         scored = labels != IGNORED  # [B, T]
         written = self.llm.prepare_decoder_input_ids_from_labels(labels=labels)  # pyright: ignore
         with self.own_precision():
@@ -277,7 +275,7 @@ class EncoderDecoderLM(FrozenLM):
         embeds, mask = self.embed(soft if pictures is None else soft[list(pictures)], prompts)
         cache = prompt_cache.encoder_decoder_cache(self.llm, decoding.max_new_tokens) if self.reuse.cache else None
         with self.own_precision():
-            return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache, self.watched)
+            return generate(self, embeds, mask, decoding, cache)
 
     def _caption(self, prompt: str, caption: str) -> list[int]:
         return text_ids(self.tokenizer, caption) + self.end
@@ -286,14 +284,18 @@ class EncoderDecoderLM(FrozenLM):
 LanguageModel = DecoderLM | EncoderDecoderLM
 
 
-def split_caption(caption: str, draw: float | None = None) -> tuple[str, str]:
-    """Splits a caption of n words into prefix and suffix after 1 to n // 2 words, drawn uniformly.
+def label_rows(rows: Iterable[list[int]]) -> Tensor:
+    """Target ids, padded on the right with `IGNORED`: `[B, T]`."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=IGNORED)
+
+
+def split_caption(caption: str, draw: float) -> tuple[str, str]:
+    """Splits a caption of n words into prefix and suffix after 1 to n // 2 words, as `draw` in [0, 1) says.
 
     The range was stated by an author and is missing in the released code. A single word is used as the suffix.
-    `draw`: the random number in [0, 1); None = from torch's generator.
     """
     words = caption.split()
     if len(words) < 2:  # one word cannot be split in two
         return "", caption
-    place = 1 + int((torch.rand(()).item() if draw is None else draw) * (len(words) // 2))
+    place = 1 + int(draw * (len(words) // 2))
     return " ".join(words[:place]), " ".join(words[place:])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SOFT = -1  # placeholder for one soft token in a row of ids
+PADDING = -2
 MOST_TOKENS = 512  # limit for a training text: a longer one is no caption, and would make its batch as long
 _cut: set[int] = set()  # hashes of the texts that were cut, so that each is counted once
 
@@ -67,16 +68,13 @@ def embed_rows(llm: Any, rows: list[list[int]], soft: Tensor, left: bool, fixed:
     left: True = padding on the left, but after the first `fixed` ids, which are never moved.
     """
     longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for n, row in enumerate(rows):
-        rest = fixed + (longest - len(row) if left else 0)
-        for start, part in ((0, row[:fixed]), (rest, row[fixed:])):
-            place = slice(start, start + len(part))
-            ids[n, place], mask[n, place] = torch.tensor(part), 1
-    ids, mask = ids.to(soft.device), mask.to(soft.device)
+    padded = []
+    for row in rows:
+        place = fixed if left else len(row)
+        padded.append([*row[:place], *[PADDING] * (longest - len(row)), *row[place:]])
+    ids = torch.tensor(padded, device=soft.device)
     embeds = llm.get_input_embeddings()(ids.clamp(min=0))
-    return embeds.masked_scatter((ids == SOFT)[..., None], soft.to(embeds.dtype)), mask
+    return embeds.masked_scatter((ids == SOFT)[..., None], soft.to(embeds.dtype)), (ids != PADDING).long()
 
 
 class Language(Protocol):
