@@ -13,8 +13,7 @@ from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_sizes, start_from_bert
 from openblip2.model.blocks import compile_blocks
-from openblip2.model.connector import Connector
-from openblip2.model.connectors import OTHERS
+from openblip2.model.connector import OTHERS, Connector
 from openblip2.model.language import EncoderDecoderLM, LanguageModel
 from openblip2.model.load import load_language, load_vision
 from openblip2.model.lora import adapt_qformer, add_lora, has_lora, require_lora
