@@ -33,8 +33,9 @@ def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> F
     Raises:
         UserError: it cannot be loaded, or it was passed in by a caller and has no file.
     """
-    _require_name("vision", (named := settings.vision).name)
-    vision = load_vision(named.name, named.layer, named.image_size, dtype=DTYPES.get(named.dtype, dtype))
+    named = settings.vision
+    _require_name("vision", named.name)
+    vision = load_vision(named.name, named.layer, named.image_size, DTYPES.get(named.dtype, dtype))
     if named.trained:
         vision.unfreeze()
     return vision
@@ -258,32 +259,23 @@ def parts_table(model: nn.Module) -> list[tuple[str, int, str]]:
     Asserts that every other part is either entirely trained or entirely frozen.
     """
     rows = []
-    for name, part in model.named_children():
-        parameters = list(part.parameters())
-        if has_lora(part) or (isinstance(part, FrozenVision) and part.trained):
-            _add_row(rows, name, [p for p in parameters if p.requires_grad])
-            parameters = [p for p in parameters if not p.requires_grad]
-        _add_row(rows, name, parameters)
-    for name, parameter in model.named_parameters(recurse=False):
-        _add_row(rows, name, [parameter])
+    parts = [
+        (name, list(part.parameters()), has_lora(part) or (isinstance(part, FrozenVision) and part.trained))
+        for name, part in model.named_children()
+    ]
+    parts += [(name, [parameter], False) for name, parameter in model.named_parameters(recurse=False)]
+    for name, parameters, mixed in parts:
+        trained, frozen = ([p for p in parameters if p.requires_grad is wanted] for wanted in (True, False))
+        assert mixed or not (trained and frozen), f"{name} is frozen in part"
+        for some, state in ((trained, "trained"), (frozen, "frozen")):
+            if some:
+                # Two 4-bit weights are stored in one byte.
+                rows.append((name, sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in some), state))
     return rows
 
 
-def _add_row(rows: list[tuple[str, int, str]], name: str, parameters: list[nn.Parameter]) -> None:
-    if parameters:
-        trained = {p.requires_grad for p in parameters}
-        assert len(trained) == 1, f"{name} is frozen in part"
-        # Two 4-bit weights are stored in one byte.
-        count = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters)
-        rows.append((name, count, "trained" if trained.pop() else "frozen"))
-
-
 def set_speed(model: Stage1 | Stage2, settings: RunSettings) -> None:
-    """Applies the settings that change time and memory but not the results.
-
-    Raises:
-        UserError: This machine cannot compile.
-    """
+    """Applies the settings that change time and memory but not the results; a `UserError` if it cannot compile."""
     if settings.train.checkpoint_activations:
         if isinstance(model.vision, HFVision) and model.vision.trained:
             model.vision.checkpoint_activations()

@@ -23,11 +23,7 @@ QFORMER_LAYERS = r"layers\.\d+\.(attention|cross)\.(query|key|value|out)"
 
 
 def require_lora() -> None:
-    """Checks that peft is installed.
-
-    Raises:
-        UserError: peft is not installed.
-    """
+    """Raises a `UserError` if peft is not installed."""
     require("qformer.lora_rank or language.lora_rank", "lora", "peft")
 
 
