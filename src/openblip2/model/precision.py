@@ -1,11 +1,8 @@
 """Precision of the frozen parts: how they are loaded from files, and the dtype in which they compute.
 
-Each part computes in the precision of its own weights, also inside autocast.
-
 safetensors files are memory-mapped: in the file's own precision, a model needs no memory until it is used. transformers
 casts while the whole file is mapped, so for another precision the peak memory would be the sum of file and result.
-`load_in` therefore loads a model without a cast, then casts tensor by tensor, and releases the pages of each tensor as
-soon as it is cast.
+`load_in` therefore casts tensor by tensor after loading, and releases the pages of each tensor at once.
 
 Language models can be quantised to 8 or 4 bits with bitsandbytes; gradients still reach the soft prompt. 8 bits:
 LLM.int8(), which scales rows of weights and of activations to int8. 4 bits: NF4 in blocks of 64 weights, products in
@@ -36,7 +33,7 @@ _DONTNEED = 4  # madvise(2): drop these pages; pages of a file can be read again
 def own_precision(place: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Disables autocast if it would compute in another dtype than that of the weights, `dtype`.
 
-    If the two dtypes are the same, autocast stays enabled, because it keeps norms and softmax in fp32.
+    With the same dtype it stays enabled, because it keeps norms and softmax in fp32.
     """
     if place.type != "meta" and torch.is_autocast_enabled(place.type) and torch.get_autocast_dtype(place.type) != dtype:
         return torch.autocast(place.type, enabled=False)
@@ -69,11 +66,7 @@ def require_quantisation() -> None:
 
 
 def quantised_options(bits: int, dtype: torch.dtype, place: torch.device | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained`: `bits` 8 or 4, `dtype` of other weights, `place` to run on (None: a GPU if any).
-
-    Raises:
-        UserError: bitsandbytes is not installed.
-    """
+    """Arguments of `from_pretrained`: `bits` 8 or 4, `dtype` of other weights, `place` to run on (None: a GPU)."""
     require_quantisation()
     from transformers import BitsAndBytesConfig
 
@@ -94,7 +87,8 @@ def load_in(loader: Any, source: str, dtype: Any, prefix: str = "", **options: A
         prefix: prefix of this model's weight names in the file of a larger model.
     """
     stored = _stored_dtype(local_folder(source), prefix)
-    cast = stored is not None and isinstance(dtype, torch.dtype) and stored != dtype
+    quantised = "quantization_config" in options
+    cast = stored is not None and isinstance(dtype, torch.dtype) and stored != dtype and not quantised
     model, report = loader.from_pretrained(
         source, dtype=stored if cast else dtype, output_loading_info=True, trust_remote_code=False, **options
     )

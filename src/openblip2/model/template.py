@@ -76,9 +76,8 @@ def dialogue(
     """The text for `{prompt}` that asks a question after earlier questions and their answers.
 
     If the template continues after `{prompt}` as the tokenizer's chat template continues after a user's text, the chat
-    template formats the turns of user and assistant, and the picture is in the first turn. Otherwise the turns follow
-    each other as in the authors' demo: "Question: {} Answer: {}. Question: {} Answer:". Unlike in the demo, no full
-    stop is added to an answer that already ends a sentence.
+    template formats the turns of user and assistant, with the picture in the first. Otherwise they follow each other as
+    in the authors' demo, "Question: {} Answer: {}. Question: {} Answer:", but with no second full stop.
 
     Args:
         turns: (question, answer) of each earlier turn.
@@ -96,7 +95,11 @@ def dialogue(
     answered = [(text, answer) for text, (_, answer) in zip(earlier, turns, strict=True)]
     if turns and _takes_turns(template, tokenizer):
         return Turns(_between_turns(tokenizer, [*chain.from_iterable(answered), newest]))
-    return " ".join([*(_spaced(text, answer) + _full_stop(answer) for text, answer in answered), newest])
+    written = []
+    for text, answer in answered:
+        space = "" if not text or text[-1].isspace() else " "
+        written.append(text + space + answer + ("" if answer.endswith((".", "!", "?")) else "."))
+    return " ".join([*written, newest])
 
 
 def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -145,14 +148,6 @@ def _between_turns(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -
             raise UserError(f"this tokenizer's chat template cannot write a dialogue of {len(texts)} texts")
         written += (before if n else "") + text
     return written
-
-
-def _spaced(text: str, answer: str) -> str:
-    return text + ("" if not text or text[-1].isspace() else " ") + answer
-
-
-def _full_stop(answer: str) -> str:
-    return "" if answer.endswith((".", "!", "?")) else "."
 
 
 def _escape(text: str) -> str:

@@ -115,7 +115,7 @@ def room_for_prompt(language: Language, context: int | None, queries: int, new: 
 
 
 def require_room(language: Language, prompt: str, queries: int, new: int, context: int | None = None) -> int:
-    """Checks that a prompt fits, and returns its length; arguments as in `room_for_prompt`, None = the model's context.
+    """Returns the length of a prompt; arguments as in `room_for_prompt`, but None = the model's own context.
 
     Raises:
         UserError: the prompt, the soft tokens and the new tokens do not fit into the context.
