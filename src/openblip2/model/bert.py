@@ -42,8 +42,7 @@ def bert_sizes(start: str, config: Any = None) -> dict[str, int]:
 def bert_tokenizer(start: str, vocabulary: int | None = None) -> Any:
     """The checkpoint's own tokenizer, or the one that a run saved for a Q-Former with this `vocabulary`.
 
-    Raises:
-        UserError: there is no tokenizer, or its vocabulary does not fit.
+    Raises a `UserError` if there is no tokenizer, or its vocabulary does not fit.
     """
     from transformers import AutoTokenizer
 

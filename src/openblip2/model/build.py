@@ -28,11 +28,7 @@ CONNECTORS: dict[str, type[Connector]] = {kind.name: kind for kind in (QFormer, 
 
 
 def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> FrozenVision:
-    """Builds the image encoder of the settings; `dtype` is that of its weights if `vision.dtype` is auto.
-
-    Raises:
-        UserError: it cannot be loaded, or it was passed in by a caller and has no file.
-    """
+    """Builds the image encoder of the settings; `dtype` is that of its weights if `vision.dtype` is auto."""
     named = settings.vision
     _require_name("vision", named.name)
     vision = load_vision(named.name, named.layer, named.image_size, DTYPES.get(named.dtype, dtype))
@@ -44,12 +40,9 @@ def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> F
 def build_language(
     settings: RunSettings, dtype: torch.dtype = torch.float32, place: torch.device | None = None
 ) -> LanguageModel:
-    """Builds the frozen language model of the settings; `dtype` and `place` as for `build_stage2`.
-
-    Raises:
-        UserError: it cannot be loaded, or it was passed in by a caller and has no file.
-    """
-    _require_name("language", (language := settings.language).name)
+    """Builds the frozen language model of the settings; `dtype` and `place` as for `build_stage2`."""
+    language = settings.language
+    _require_name("language", language.name)
     return load_language(
         language.name,
         language.template,
@@ -62,6 +55,7 @@ def build_language(
 
 
 def _require_name(part: str, name: str) -> None:
+    """Raises a `UserError` for a part that was passed in by a caller and has no file."""
     if name.startswith(HANDED_IN):
         raise UserError(
             f"{part}.name={name}: this part was passed as an object, which is not saved: pass it again as "
@@ -101,11 +95,7 @@ def build_qformer(settings: RunSettings, image_width: int, sizes: Mapping[str, i
 
 
 def connector_class(settings: RunSettings) -> type[Connector]:
-    """The connector class for the setting `connector.name`.
-
-    Raises:
-        UserError: there is no such class, or a setting does not apply to it.
-    """
+    """The class for `connector.name`; a `UserError` if there is none, or a setting does not apply to it."""
     name, qformer = settings.connector.name, settings.qformer
     if (kind := CONNECTORS.get(name)) is None:
         raise UserError(f"connector.name={name!r} is not one of {', '.join(CONNECTORS)}: add it to CONNECTORS")
@@ -212,11 +202,7 @@ def add_adapters(model: Stage1 | Stage2, settings: RunSettings) -> None:
 
 
 def require_extras(settings: RunSettings) -> None:
-    """Checks that the settings fit together and that optional packages are installed, before anything slow starts.
-
-    Raises:
-        UserError: settings do not fit together, or a package is missing.
-    """
+    """Raises a `UserError` if settings do not fit together or a package is missing, before anything slow starts."""
     language = settings.language
     objectives = settings.stage1.objectives
     if len(set(objectives)) < len(objectives):

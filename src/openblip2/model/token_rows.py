@@ -34,11 +34,7 @@ def template_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 
 
 def end_ids(tokenizer: Any, end: str | None) -> list[int]:
-    """Token ids that end a text: those of `end`, or the end-of-sequence token if `end` is None.
-
-    Raises:
-        UserError: the tokenizer has no end-of-sequence token, or cannot represent `end`.
-    """
+    """Token ids that end a text: those of `end`, or the end-of-sequence token if `end` is None."""
     if end is None and not tokenizer.eos_token:
         raise UserError("this tokenizer has no end-of-sequence token: set language.end to the text that ends a caption")
     ids = template_ids(tokenizer, tokenizer.eos_token if end is None else end)

@@ -167,11 +167,7 @@ class FrozenVision(nn.Module):
 
 
 def frozen_vision(encoder: Vision) -> FrozenVision:
-    """Makes a `FrozenVision` of an encoder that a caller passes in, unless it is one already.
-
-    Raises:
-        UserError: the encoder does not implement `Vision`.
-    """
+    """Makes a `FrozenVision` of an encoder that a caller passes in, unless it is one; it must implement `Vision`."""
     if isinstance(encoder, FrozenVision):
         return encoder
     kind = type(encoder).__name__
