@@ -71,13 +71,7 @@ def patch_side(patches: int, grid: int = 1) -> int:
 
 
 class PatchMLP(Connector):
-    """Every patch becomes a visual token (LLaVA-1.5: Linear, GELU, Linear; the last one is stage 2's projection).
-
-    Args:
-        patches: P.
-        image_width: V.
-        width: D.
-    """
+    """Every patch becomes a visual token (LLaVA-1.5: Linear, GELU, Linear; the last one is stage 2's projection)."""
 
     name: ClassVar[str] = "mlp"
 
@@ -96,10 +90,7 @@ class PooledMLP(PatchMLP):
     """`PatchMLP` on patches that are first averaged over the cells of a grid (DeCo, Yao et al. 2024).
 
     Args:
-        patches: P.
-        image_width: V.
         grid: side of the grid, at most S; Q is its square.
-        width: D.
     """
 
     name: ClassVar[str] = "pooled_mlp"
@@ -123,8 +114,6 @@ class Resampler(Connector):
     network; LayerNorm comes before each of them.
 
     Args:
-        patches: P.
-        image_width: V.
         queries: Q.
         width: D, a multiple of `heads`.
         layers: number of layers.
@@ -181,10 +170,7 @@ class CAbstractor(Connector):
     """Convolutions around average pooling, which preserve the spatial neighbourhood (Honeybee's C-Abstractor).
 
     Args:
-        patches: P.
-        image_width: V.
         grid: side of the grid that the patches are pooled to, at most S; Q is its square.
-        width: D.
         depth: number of blocks before the pooling, and also after it.
     """
 

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,9 +13,6 @@ from openblip2.model.precision import load_in, loading, quantised_options, requi
 from openblip2.model.template import PAPER_TEMPLATE
 from openblip2.model.vision import CLIP_MEAN, CLIP_STD, HFVision, Triple, side_of
 from openblip2.model.wheels import WHEELS, locate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 BLIP2_PREFIX = "language_model."  # prefix of the language model's weights in a BLIP-2 of transformers
 BLIP2_OTHERS = ("vision_model.", "qformer.", "query_tokens", "language_projection.")  # prefixes of the other parts
@@ -112,13 +109,21 @@ def load_vision(
     Raises:
         UserError: there is no such model, it is not an image encoder, its weights do not fit, or as for `HFVision`.
     """
-    source = locate(name)
-    with quiet_transformers():
-        encoder = _load_encoder(name, source, dtype)
-        mean, std, published = _read_preprocessing(name, source)
-    config: Any = encoder.config
+    import transformers
+
+    source, part = locate(name), f"image encoder {name!r}"
+    config, part_of_larger = _vision_config(name, source)
+    # The one vision model that AutoModel does not support; imported only if needed, because the import takes a second.
+    own = config.model_type == "blip_2_vision_model"
+    loader: Any = getattr(transformers, "Blip2VisionModel" if own else "AutoModel")
+    prefix, mapping = ("vision_model.", {r"^vision_model\.": ""}) if part_of_larger else ("", None)
+    with loading(part):
+        encoder, report = load_in(loader, source, dtype, prefix, config=config, key_mapping=mapping)
+    missing = (key for key in report["missing_keys"] if not key.startswith("pooler."))  # the pooler is never used
+    require_weights(part, f"a {config.model_type!r}", missing)
+    mean, std, published = _read_preprocessing(name, source)
     if image_size is None:
-        image_size = published or side_of(config.image_size)
+        image_size = published or side_of(encoder.config.image_size)
     return HFVision(encoder, layer, image_size, mean, std)
 
 
@@ -127,25 +132,8 @@ def last_useful_layer(name: str) -> int:
 
     BLIP-2's own encoder is published without its last layer. Raises a `UserError` if there is no such encoder.
     """
-    with quiet_transformers():
-        config, _ = _vision_config(name, locate(name))
+    config, _ = _vision_config(name, locate(name))
     return -1 if config.model_type == "blip_2_vision_model" or config.num_hidden_layers == 1 else -2
-
-
-def _load_encoder(name: str, source: str, dtype: torch.dtype) -> "PreTrainedModel":
-    import transformers
-
-    config, part_of_larger = _vision_config(name, source)
-    # The one vision model that AutoModel does not support; imported only if needed, because the import takes a second.
-    loader: Any = getattr(
-        transformers, "Blip2VisionModel" if config.model_type == "blip_2_vision_model" else "AutoModel"
-    )
-    prefix, mapping = ("vision_model.", {r"^vision_model\.": ""}) if part_of_larger else ("", None)
-    with loading(f"image encoder {name!r}"):
-        encoder, report = load_in(loader, source, dtype, prefix, config=config, key_mapping=mapping)
-    missing = (key for key in report["missing_keys"] if not key.startswith("pooler."))  # the pooler is never used
-    require_weights(f"image encoder {name!r}", f"a {config.model_type!r}", missing)
-    return encoder
 
 
 def _vision_config(name: str, source: str) -> tuple[Any, bool]:
@@ -157,7 +145,8 @@ def _vision_config(name: str, source: str) -> tuple[Any, bool]:
     if Path(source).exists() and not Path(source, "config.json").is_file():
         raise UserError(f"image encoder {name!r} is not a model: give a directory with config.json and weights")
     try:
-        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with quiet_transformers():
+            config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"image encoder {name!r} cannot be found: {one_line(error)} "
@@ -180,7 +169,8 @@ def _read_preprocessing(name: str, source: str) -> tuple[Triple, Triple, int | N
     if Path(source).is_dir() and not any(Path(source, file).is_file() for file in files):
         return CLIP_MEAN, CLIP_STD, None
     try:
-        fields, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        with quiet_transformers():
+            fields, _ = ImageProcessingMixin.get_image_processor_dict(source)
         side = fields.get("crop_size") if fields.get("do_center_crop") else fields.get("size")
         side = None if side is None else side_of(side)
         if not fields.get("do_normalize", True):

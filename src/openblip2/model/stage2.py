@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip2.distributed.collectives import Share, share
+from openblip2.distributed.collectives import share
 from openblip2.model.connector import Connector, Question
 from openblip2.model.language import Decoding, LanguageModel
 from openblip2.model.qformer import QFormer
@@ -88,7 +88,8 @@ class Stage2(nn.Module):
                 split; None = torch's default.
             words: if given, `alignment` replaces the language-modelling loss.
         """
-        draws = joined_splits(share(len(captions)), generator)  # the same for any number of processes
+        batch = share(len(captions))
+        draws = torch.rand(batch.total, generator=generator)[batch.own].tolist()  # the same for any number of processes
         loss, count = self.scored(prompts, captions, draws, words, images, features, question)
         shared = share(1, count)
         loss = loss if shared.one else shared.weigh(loss, count, shared.sums[0])
@@ -202,8 +203,3 @@ class Stage2(nn.Module):
         """Generates one text for each image with the language model's own `generate`."""
         soft = self.soft_prompt(images=images, features=features, question=question)
         return self.language.generate(soft, prompts, decoding)
-
-
-def joined_splits(shared: Share, generator: torch.Generator | None) -> list[float]:
-    """Random numbers in [0, 1) for our captions: all processes draw those of the joined batch and use their own."""
-    return torch.rand(shared.total, generator=generator)[shared.own].tolist()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openblip2.errors import UserError, one_line, require_unicode
 
@@ -55,7 +55,10 @@ def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str
         UserError: a slot is unknown, `{image}` does not occur exactly once, or there is no chat template.
     """
     if template == "chat":
-        filled = _chat_template(tokenizer)
+        if not tokenizer.chat_template:
+            raise UserError(f"template 'chat': this tokenizer has no chat template; use {PAPER_TEMPLATE!r}")
+        text = _escape(_chat(tokenizer, ["<<image>><<prompt>>"]))
+        filled = text.replace("<<image>>", "{image}").replace("<<prompt>>", "{prompt}")
     else:
         slots = {"image": "{image}", "prompt": "{prompt}", "bos": _escape(str(tokenizer.bos_token or ""))}
         try:
@@ -102,13 +105,6 @@ def dialogue(
     return " ".join([*written, newest])
 
 
-def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    if not tokenizer.chat_template:
-        raise UserError(f"template 'chat': this tokenizer has no chat template; use {PAPER_TEMPLATE!r}")
-    text = _chat(tokenizer, ["<<image>><<prompt>>"])
-    return _escape(text).replace("<<image>>", "{image}").replace("<<prompt>>", "{prompt}")
-
-
 def _chat(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
     """Applies the chat template to alternating texts of user and assistant, up to the start of the assistant's reply.
 
@@ -116,12 +112,9 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
     """
     roles = ("user", "assistant")
     turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+    options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": False, "thinking": False}
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False, thinking=False
-            )
-        )
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
     except Exception as error:  # a template is third-party code, which may raise any exception
         raise UserError(
             f"this tokenizer's chat template fails on a dialogue of length {len(texts)} ({one_line(error)}): set "

@@ -27,7 +27,7 @@ from openblip2.model.fast import joined_batch
 from openblip2.model.objectives import HardNegatives, decorrelation, matching
 from openblip2.model.qformer import Cache, Memory
 from openblip2.model.stage1 import OBJECTIVES, Pairs, Stage1, itm_pairs, see
-from openblip2.model.stage2 import Stage2, WordTable, joined_splits
+from openblip2.model.stage2 import Stage2, WordTable
 
 
 def step_losses(model: Stage1 | Stage2, chunk: int) -> Callable[..., dict[str, Tensor]]:
@@ -152,7 +152,7 @@ def stage2_losses(
     if chunk >= most:
         options: dict[str, Any] = {"images": images, "features": features, "question": question}
         return model.losses(prompts, captions, generator=generator, words=words, **options)
-    draws = joined_splits(shared, generator)
+    draws = torch.rand(shared.total, generator=generator)[shared.own].tolist()  # as in `Stage2.losses`
     gradients = Gradients(model)
     total, scored = torch.zeros((), device=model.projection.weight.device), 0
     chunks = -(-most // chunk)  # the same number in every process, because a sharded model must run in all of them
