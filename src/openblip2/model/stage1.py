@@ -3,19 +3,24 @@
 Shapes: B images, S side in px, P patch tokens, V encoder width, Q queries, T text tokens, D width, E shared space.
 """
 
-from collections.abc import Collection
-from functools import partial
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip2.distributed.collectives import Share, gather, transpose
 from openblip2.model.blocks import LMHead
 from openblip2.model.fast.chunked_loss import chunked_cross_entropy
-from openblip2.model.fast.joined_batch import bring, joined_mean, joined_negatives, joined_positives, share_texts
-from openblip2.model.objectives import Contrast, HardNegatives, contrastive, decorrelation, matching
+from openblip2.model.objectives import (
+    Contrast,
+    HardNegatives,
+    contrastive,
+    decorrelation,
+    hard_negatives,
+    matching,
+    same_image,
+)
 from openblip2.model.qformer import Cache, Memory, QFormer
 from openblip2.model.vision import FrozenVision
 
@@ -80,8 +85,7 @@ class Stage1(nn.Module):
     ) -> dict[str, Tensor]:
         """The three losses, or only those named in `objectives`, unweighted; the paper minimises their sum.
 
-        With several processes, these are the losses of the joined batch (`fast/joined_batch.py`), of which each process
-        has B rows; B and T may differ between processes, and B may be 0.
+        These are the losses of one process. `fast/` computes the same losses over several processes, or in chunks.
 
         Args:
             tokens: `[B, T]`, `[CLS] words [SEP]`, right-padded.
@@ -89,50 +93,40 @@ class Stage1(nn.Module):
             ids: `[B]` int64, equal for captions of the same image; None = all images differ.
             images: `[B, 3, S, S]` uint8; give either these or features.
             features: `[B, P, V]`, from the frozen encoder.
-            negatives: hard negatives `(texts [B], images [B])` of the joined batch to use instead of drawn ones; -1 =
-                none.
+            negatives: hard negatives `(texts [B], images [B])` to use instead of drawn ones; -1 = none.
             objectives: which losses. A step without ITM needs less than half of the work. ITC is always computed,
                 because ITM's negatives are drawn from its similarities.
-            generator: random generator on the CPU for drawing negatives, in the same state in all processes; None =
-                torch's default generator.
+            generator: random generator on the CPU for drawing negatives; None = torch's default generator.
         """
-        shared, *targets = share_texts(valid)
-        positives = joined_positives(ids, tokens, shared)  # [B, G]
-        patches = see(self.vision, images, features)
-        memory = self.qformer.encode_image(patches)  # once, for all passes
+        memory = self.qformer.encode_image(see(self.vision, images, features))  # once, for all passes
+        positives = same_image(torch.arange(len(tokens), device=tokens.device) if ids is None else ids)
 
         # Uni-modal mask: queries and text do not attend to each other, so `query_pass` and `text_pass` are two passes.
         queries, cache = self.qformer.query_pass(memory)
-        itc = self.contrast(self.image_vectors(queries), self.text_vectors(tokens, valid), positives, shared)
+        itc = self.contrast(self.image_vectors(queries), self.text_vectors(tokens, valid), positives)
         losses = {"itc": itc.loss}
 
         # Multimodal causal mask: query rows are as in the query pass, so `causal_pass` only computes text rows.
         if "itg" in objectives:
-            losses["itg"] = shared.weigh(self.generation_loss(cache, tokens, valid), *targets)
+            losses["itg"] = self.generation_loss(cache, tokens, valid)
 
         # Bi-directional mask: matched pairs, wrong images and wrong texts in one `joint_pass`.
         if "itm" in objectives:
             if negatives is None:
-                negatives = joined_negatives(itc, positives, shared, generator)  # as in ALBEF
-            local = bring(HardNegatives(*negatives), patches, tokens, valid, shared)
-            # With gradients, all processes must take part in the backward pass, also those that fetched nothing.
-            if len(local.fetched) or local.fetched.requires_grad:
-                memory = memory.join(self.qformer.encode_image(local.fetched))
-            pairs = itm_pairs(local.tokens, local.valid, local.negatives)
-            loss = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
-            losses["itm"] = shared.weigh(loss, len(pairs.images), local.pairs)
+                draws = torch.rand(2, len(tokens), dtype=torch.float64, generator=generator)
+                negatives = hard_negatives(itc.image_to_text, itc.text_to_image, positives, draws)  # as in ALBEF
+            pairs = itm_pairs(tokens, valid, HardNegatives(*negatives))
+            losses["itm"] = matching(self.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
         if self.decorrelation:
-            mean = None if shared.one else joined_mean(queries, shared)
-            losses["decorrelation"] = shared.weigh(
-                self.decorrelation * decorrelation(queries, mean), len(queries), shared.total
-            )
+            losses["decorrelation"] = self.decorrelation * decorrelation(queries)
         return in_order(losses, objectives)
 
-    def contrast(self, image: Tensor, text: Tensor, positives: Tensor, shared: Share) -> Contrast:
-        """ITC of our image vectors `[B, Q, E]` and text vectors `[B, E]` with those of all processes."""
-        options = (self.label_smoothing, self.detach_gathered, partial(transpose, shared=shared), self.smooth_maximum)
-        itc = contrastive(image, gather(text, shared), self.temperature, positives, *options)
-        return itc._replace(loss=shared.weigh(itc.loss, len(image), shared.total))
+    def contrast(
+        self, image: Tensor, text: Tensor, positives: Tensor, transpose: Callable[[Tensor], Tensor] = torch.t
+    ) -> Contrast:
+        """ITC of image vectors `[B, Q, E]` and text vectors `[G, E]`; other arguments: see `objectives.contrastive`."""
+        options = (self.label_smoothing, self.detach_gathered, transpose, self.smooth_maximum)
+        return contrastive(image, text, self.temperature, positives, *options)
 
     def generation_loss(self, cache: Cache, tokens: Tensor, valid: Tensor) -> Tensor:
         """ITG of texts `[B, T]`, given the cache of a query pass: the mean over all positions with a target."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openblip2.distributed.collectives import part_of, share
+from openblip2.distributed.collectives import part_of, share, world_size
 from openblip2.model.fast import joined_batch
 from openblip2.model.objectives import HardNegatives, decorrelation, matching
 from openblip2.model.qformer import Cache, Memory
@@ -31,14 +31,16 @@ from openblip2.model.stage2 import Stage2, WordTable
 
 
 def step_losses(model: Stage1 | Stage2, chunk: int) -> Callable[..., dict[str, Tensor]]:
-    """`model.losses`, or a function with the same arguments and result that computes them in chunks.
+    """`model.losses`, or a function with the same arguments and result for several processes or for chunks.
 
     Args:
         chunk: `train.chunk`, pairs at a time in each process; 0 = all.
     """
-    if not chunk:
-        return model.losses
-    return partial(stage1_losses if isinstance(model, Stage1) else stage2_losses, model, chunk)
+    if chunk:  # checked first, because it also handles several processes
+        return partial(stage1_losses if isinstance(model, Stage1) else stage2_losses, model, chunk)
+    if world_size() > 1 and isinstance(model, Stage1):
+        return partial(joined_batch.joined_stage1_losses, model)
+    return model.losses
 
 
 def stage1_losses(
@@ -54,7 +56,7 @@ def stage1_losses(
     objectives: Collection[str] = OBJECTIVES,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """`Stage1.losses`, at most `chunk` pairs at a time; gradients must be enabled.
+    """`Stage1.losses` of the joined batch, at most `chunk` pairs at a time; gradients must be enabled.
 
     The gradients are those of the sum of the losses. They are already computed when this function returns; `backward`
     adds them to the parameters, and can be called once. With dropout, the masks differ from those of a step without
@@ -62,14 +64,16 @@ def stage1_losses(
 
     Args:
         chunk: pairs at a time, at least 1; the same in all processes.
-        tokens: this and the other arguments are as for `Stage1.losses`.
+        tokens: this and the other arguments are as for `joined_batch.joined_stage1_losses`.
         images: each is encoded once; the features of all `B` are kept in memory for the step.
     """
     count, device = len(tokens), tokens.device
     shared, _, targets = joined_batch.share_texts(valid)
     if chunk >= max(shared.counts):  # the same decision in all processes, which wait for each other
         given: dict[str, Any] = {"images": images, "features": features, "negatives": negatives}
-        return model.losses(tokens, valid, ids, objectives=objectives, generator=generator, **given)
+        return joined_batch.joined_stage1_losses(
+            model, tokens, valid, ids, objectives=objectives, generator=generator, **given
+        )
     patches = _see(model, -(-max(shared.counts) // chunk), images, features)
     positives = joined_batch.joined_positives(ids, tokens, shared)  # [B, G]
     chunks = torch.arange(count, device=device).split(chunk)
@@ -88,7 +92,7 @@ def stage1_losses(
     image, text = (torch.cat(side).requires_grad_() for side in zip(*vectors, strict=True))
 
     gradients = Gradients(model)
-    itc = model.contrast(image, text, positives, shared)  # pass 2
+    itc = joined_batch.joined_contrast(model, image, text, positives, shared)  # pass 2
     mean = joined_batch.joined_mean(torch.cat(outputs), shared) if model.decorrelation else None
     names = [name for name in OBJECTIVES if name in objectives] + ["decorrelation"] * (mean is not None)
     sums = {name: torch.zeros((), device=device) for name in names}

@@ -1,24 +1,72 @@
-"""Stage 1 over several processes: what they exchange, so that a step equals that of one process with the joined batch.
+"""Losses of stage 1 over several processes, with the values and gradients of one process that has the joined batch.
 
-Each process has some rows of the joined batch and returns weighted losses (`Share.weigh`). Their mean over processes,
-and that of their gradients (data parallelism), equal those of one process with all rows.
+Each process has some rows of the joined batch and returns weighted losses. Their mean over processes, and that of
+their gradients (data parallelism), equal those of one process with all rows, which uses `Stage1.losses`.
 
 ITC compares with the text vectors of all processes. For ITM, hard negatives are drawn from the joined batch, and only
 these are sent: a text as token ids, an image as the frozen encoder's features, once to each process that needs it. The
 receiver computes keys and values: of 6 layers, they are 9,216 numbers per patch, ViT-g's features 1,408, and their
 gradient would have to be sent back, too.
 
-Shapes: B rows here, G over all processes, M texts, P patch tokens, V encoder width, T text tokens.
+Shapes: B rows here, G over all processes, S side in px, P patch tokens, V encoder width, Q queries, T text tokens,
+E shared space.
 """
 
+from collections.abc import Collection
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openblip2.distributed.collectives import Share, fetch_rows, gather, plan_route, share, world_size
-from openblip2.model.objectives import Contrast, HardNegatives, hard_negatives, same_image
+from openblip2.distributed.collectives import Share, fetch_rows, gather, plan_route, share, transpose, world_size
+from openblip2.model.objectives import Contrast, HardNegatives, decorrelation, hard_negatives, matching, same_image
+from openblip2.model.stage1 import OBJECTIVES, Stage1, in_order, itm_pairs, see
+
+
+def joined_stage1_losses(
+    model: Stage1,
+    tokens: Tensor,
+    valid: Tensor,
+    ids: Tensor | None = None,
+    *,
+    images: Tensor | None = None,
+    features: Tensor | None = None,
+    negatives: HardNegatives | tuple[Tensor, Tensor] | None = None,
+    objectives: Collection[str] = OBJECTIVES,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """This process' part of `Stage1.losses` of the joined batch.
+
+    Arguments are as for `Stage1.losses`, for this process' rows. B and T may differ between processes; B may be 0.
+
+    Args:
+        negatives: indices into the joined batch.
+        generator: in the same state in all processes, so that all draw the same numbers for the joined batch.
+    """
+    shared, *targets = share_texts(valid)
+    positives = joined_positives(ids, tokens, shared)
+    patches = see(model.vision, images, features)  # other processes may need them
+    memory = model.connector.encode_image(patches)
+    queries, cache = model.connector.query_pass(memory)
+    itc = joined_contrast(model, model.image_vectors(queries), model.text_vectors(tokens, valid), positives, shared)
+    losses = {"itc": itc.loss}
+    if "itg" in objectives:
+        losses["itg"] = shared.weigh(model.generation_loss(cache, tokens, valid), *targets)
+    if "itm" in objectives:
+        negatives = joined_negatives(itc, positives, shared, generator) if negatives is None else negatives
+        local = bring(HardNegatives(*negatives), patches, tokens, valid, shared)
+        pairs = itm_pairs(local.tokens, local.valid, local.negatives)
+        # With gradients, all processes must take part in the backward pass, also those that fetched nothing.
+        if len(local.fetched) or local.fetched.requires_grad:
+            memory = memory.join(model.connector.encode_image(local.fetched))
+        loss = matching(model.match(memory.take(pairs.images), pairs.tokens, pairs.valid), pairs.is_match)
+        losses["itm"] = shared.weigh(loss, len(pairs.images), local.pairs)
+    if model.decorrelation:
+        loss = model.decorrelation * decorrelation(queries, joined_mean(queries, shared))
+        losses["decorrelation"] = shared.weigh(loss, len(queries), shared.total)
+    return in_order(losses, objectives)
 
 
 def share_texts(valid: Tensor) -> tuple[Share, Tensor, int | Tensor]:
@@ -34,6 +82,12 @@ def joined_positives(ids: Tensor | None, tokens: Tensor, shared: Share) -> Tenso
     """Which texts of the joined batch belong to which of our images: `[B, G]`; `ids` as for `Stage1.losses`."""
     ids = shared.first + torch.arange(len(tokens), device=tokens.device) if ids is None else ids
     return same_image(ids, gather(ids, shared))  # [B, G]
+
+
+def joined_contrast(model: Stage1, image: Tensor, text: Tensor, positives: Tensor, shared: Share) -> Contrast:
+    """ITC of our image vectors `[B, Q, E]` and text vectors `[B, E]` with those of the other processes."""
+    itc = model.contrast(image, gather(text, shared), positives, partial(transpose, shared=shared))
+    return itc._replace(loss=shared.weigh(itc.loss, len(image), shared.total))
 
 
 def joined_mean(rows: Tensor, shared: Share) -> Tensor:
@@ -70,7 +124,7 @@ def bring(negatives: HardNegatives, patches: Tensor, tokens: Tensor, valid: Tens
     """
     asked = torch.stack([negatives.texts, negatives.images], dim=1)
     if shared.one:
-        return Local(patches[:0].detach(), tokens, valid, negatives, len(tokens) + (asked >= 0).sum())
+        return Local(patches[:0], tokens, valid, negatives, len(tokens) + (asked >= 0).sum())
     asked = gather(asked, shared)  # of all processes, so that each knows what it has to send
     route = plan_route([part[:, 1].tolist() for part in asked.cpu().split(shared.counts)], shared)
     # Tokens and `valid` are sent as one message, in which padding is -1.
