@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tiny
 from openblip2.data.images import to_pixels
 from openblip2.errors import UserError
-from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig, convolution
+from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig, convolution
 from openblip2.model.load import last_useful_layer, load_vision
 from openblip2.model.vision import HFVision
 

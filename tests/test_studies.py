@@ -21,7 +21,7 @@ from openblip2.apps.studies.design import STUDIES, study_of
 from openblip2.apps.studies.study import GAP, LOSS, OTHER, RIGHT, Claim, Plan, Study, Trial, Way, small_world
 from openblip2.config import change, from_dict
 from openblip2.errors import UserError
-from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
+from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from openblip2.presets import preset
 from openblip2.progress import Progress
 from openblip2.runs import read_config

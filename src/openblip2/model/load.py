@@ -140,8 +140,9 @@ def _vision_config(name: str, source: str) -> tuple[Any, bool]:
     """The configuration of the vision part, and whether it is part of a larger model."""
     from transformers import AutoConfig, Blip2VisionConfig
 
-    import openblip2.model.efficientnet  # noqa: F401  # registers our encoder with `AutoConfig` and `AutoModel`
+    from openblip2.model import encoders
 
+    encoders.register()
     if Path(source).exists() and not Path(source, "config.json").is_file():
         raise UserError(f"image encoder {name!r} is not a model: give a directory with config.json and weights")
     try:

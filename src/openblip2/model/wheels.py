@@ -137,7 +137,7 @@ def _efficientnet_from_pth(source: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from torch import nn
 
-    from openblip2.model.efficientnet import EfficientNetLite, EfficientNetLiteConfig
+    from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig
     from openblip2.runs import write_json
 
     tensors = torch.load(source, map_location="cpu", weights_only=True)  # does not execute code from the file
