@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip2.distributed.collectives import share
 from openblip2.model.connector import Connector, Question
 from openblip2.model.language import Decoding, LanguageModel
 from openblip2.model.qformer import QFormer
@@ -76,7 +75,7 @@ class Stage2(nn.Module):
     ) -> dict[str, Tensor]:
         """Language-modelling loss of `captions` after the soft visual prompt and the text `prompts`, B of each.
 
-        The mean over all target tokens of the joined batch, weighted as `Share.weigh` does; a process may have no rows.
+        The mean over all target tokens. This is the loss of one process; `fast/` has it over several, or in chunks.
 
         Args:
             prompts: B texts.
@@ -84,45 +83,27 @@ class Stage2(nn.Module):
             images: uint8 `[B, 3, S, S]`; give either these or features.
             features: `[B, P, V]`.
             question: see `query_output`.
-            generator: on the CPU, in the same state in all processes, draws where an encoder-decoder's captions are
-                split; None = torch's default.
+            generator: on the CPU, draws where an encoder-decoder's captions are split; None = torch's default.
             words: if given, `alignment` replaces the language-modelling loss.
         """
-        batch = share(len(captions))
-        draws = torch.rand(batch.total, generator=generator)[batch.own].tolist()  # the same for any number of processes
-        loss, count = self.scored(prompts, captions, draws, words, images, features, question)
-        shared = share(1, count)
-        loss = loss if shared.one else shared.weigh(loss, count, shared.sums[0])
+        draws = torch.rand(len(captions), generator=generator).tolist()
+        given: dict[str, Any] = {"images": images, "features": features, "question": question}
+        loss, _ = self.scored(prompts, captions, draws, words, **given)
         return {"lm" if words is None else "alignment": loss}
 
     def scored(
         self,
         prompts: Sequence[str],
         captions: Sequence[str],
-        draws: Sequence[float],
+        draws: Sequence[float] | None = None,
         words: WordTable | None = None,
-        images: Tensor | None = None,
-        features: Tensor | None = None,
-        question: Question | None = None,
+        **given: Any,
     ) -> tuple[Tensor, int]:
-        """The mean loss over the target tokens of this process, and their number; arguments as for `losses`.
+        """The mean loss over the target tokens, and their number; `draws` as in `EncoderDecoderLM.scored`.
 
-        Without rows, it runs a blank picture and returns a loss of 0 with a count of 0, because a language model that
-        is sharded over processes must run in all of them.
-
-        Args:
-            draws: as in `EncoderDecoderLM.scored`.
+        If `words` are given, it is the loss of `alignment`.
         """
-        if not captions:
-            images, features = (
-                None if part is None else part.new_zeros(1, *part.shape[1:]) for part in (images, features)
-            )
-            if question is not None:
-                token = torch.zeros(1, 1, dtype=torch.int64, device=self.projection.weight.device)
-                question = token, torch.ones_like(token, dtype=torch.bool)
-            loss, _ = self.scored([""], ["a"], [0.0], words, images, features, question)
-            return loss * 0.0, 0  # 0 with a graph, so that this process takes part in the backward pass
-        soft = self.soft_prompt(images=images, features=features, question=question)
+        soft = self.soft_prompt(**given)
         if words is not None:
             return self.alignment(soft, captions, words)
         return self.language.scored(soft, prompts, captions, draws)

@@ -36,10 +36,11 @@ def step_losses(model: Stage1 | Stage2, chunk: int) -> Callable[..., dict[str, T
     Args:
         chunk: `train.chunk`, pairs at a time in each process; 0 = all.
     """
+    first = isinstance(model, Stage1)
     if chunk:  # checked first, because it also handles several processes
-        return partial(stage1_losses if isinstance(model, Stage1) else stage2_losses, model, chunk)
-    if world_size() > 1 and isinstance(model, Stage1):
-        return partial(joined_batch.joined_stage1_losses, model)
+        return partial(stage1_losses if first else stage2_losses, model, chunk)
+    if world_size() > 1:
+        return partial(joined_batch.joined_stage1_losses if first else joined_batch.joined_stage2_losses, model)
     return model.losses
 
 
@@ -155,14 +156,15 @@ def stage2_losses(
     most = max(shared.counts)
     if chunk >= most:
         options: dict[str, Any] = {"images": images, "features": features, "question": question}
-        return model.losses(prompts, captions, generator=generator, words=words, **options)
-    draws = torch.rand(shared.total, generator=generator)[shared.own].tolist()  # as in `Stage2.losses`
+        return joined_batch.joined_stage2_losses(model, prompts, captions, generator=generator, words=words, **options)
+    draws = joined_batch.joined_splits(shared, generator)
     gradients = Gradients(model)
     total, scored = torch.zeros((), device=model.projection.weight.device), 0
     chunks = -(-most // chunk)  # the same number in every process, because a sharded model must run in all of them
     for number in range(chunks):
         rows = part_of(len(captions), number, chunks)
-        loss, count = model.scored(
+        loss, count = joined_batch.scored(
+            model,
             prompts[rows],
             captions[rows],
             draws[rows],

@@ -12,9 +12,9 @@ Shapes: B rows here, G over all processes, S side in px, P patch tokens, V encod
 E shared space.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from openblip2.distributed.collectives import Share, fetch_rows, gather, plan_route, share, transpose, world_size
 from openblip2.model.objectives import Contrast, HardNegatives, decorrelation, hard_negatives, matching, same_image
 from openblip2.model.stage1 import OBJECTIVES, Stage1, in_order, itm_pairs, see
+from openblip2.model.stage2 import Stage2, WordTable
 
 
 def joined_stage1_losses(
@@ -136,3 +137,51 @@ def bring(negatives: HardNegatives, patches: Tensor, tokens: Tensor, valid: Tens
     )
     pairs = shared.total + int((asked >= 0).sum())
     return Local(fetch_rows(patches, route), texts.clamp(min=0), texts >= 0, local, pairs)
+
+
+def joined_stage2_losses(
+    model: Stage2,
+    prompts: Sequence[str],
+    captions: Sequence[str],
+    *,
+    generator: torch.Generator | None = None,
+    words: WordTable | None = None,
+    **given: Any,
+) -> dict[str, Tensor]:
+    """This process' part of `Stage2.losses` of the joined batch; it may have no rows.
+
+    Arguments are as for `Stage2.losses`; the generator must be in the same state in all processes.
+    """
+    draws = joined_splits(share(len(captions)), generator)  # the same for any number of processes
+    loss, count = scored(model, prompts, captions, draws, words, **given)
+    shared = share(1, count)
+    return {"lm" if words is None else "alignment": loss if shared.one else shared.weigh(loss, count, shared.sums[0])}
+
+
+def joined_splits(shared: Share, generator: torch.Generator | None) -> list[float]:
+    """Random numbers in [0, 1) for our captions: all processes draw those of the joined batch and use their own."""
+    return torch.rand(shared.total, generator=generator)[shared.own].tolist()
+
+
+def scored(
+    model: Stage2,
+    prompts: Sequence[str],
+    captions: Sequence[str],
+    draws: Sequence[float],
+    words: WordTable | None,
+    images: Tensor | None = None,
+    features: Tensor | None = None,
+    question: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, int]:
+    """`Stage2.scored`; without rows, it runs a blank picture and returns a loss of 0 with a count of 0.
+
+    The blank picture is needed because a language model that is sharded over processes must run in all of them.
+    """
+    if captions:
+        return model.scored(prompts, captions, draws, words, images=images, features=features, question=question)
+    images, features = (None if part is None else part.new_zeros(1, *part.shape[1:]) for part in (images, features))
+    if question is not None:
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.projection.weight.device)
+        question = token, torch.ones_like(token, dtype=torch.bool)
+    loss, _ = model.scored([""], ["a"], [0.0], words, images=images, features=features, question=question)
+    return loss * 0.0, 0  # 0 with a graph, so that this process takes part in the backward pass
