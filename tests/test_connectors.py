@@ -16,8 +16,7 @@ from openblip2.errors import UserError
 from openblip2.inference.captioner import Captioner
 from openblip2.inference.load import load
 from openblip2.model.build import CONNECTORS
-from openblip2.model.connector import Connector
-from openblip2.model.connectors import CAbstractor, PatchMLP, PooledMLP, Resampler
+from openblip2.model.connector import CAbstractor, Connector, PatchMLP, PooledMLP, Resampler
 from openblip2.presets import preset
 from openblip2.train.recipes import train_stage
 from test_training import log_of, quiet

@@ -571,7 +571,7 @@ def test_a_renamed_encoder_is_the_same(home: Home, tmp_path: Path) -> None:
 
 def test_features_are_what_the_encoder_gives(home: Home, tmp_path: Path) -> None:
     """Checks with and without whitening: the cache holds raw features, and reading whitens them as the model would."""
-    from openblip2.model.whitening import Whitening
+    from openblip2.model.vision import Whitening
 
     records = [record for record in read_records(home.root / "data")[0] if record.image.name != "5.png"]
     vision = build_vision(settings(home))

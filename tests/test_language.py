@@ -373,7 +373,7 @@ def test_captions_are_split_from_the_first_word_to_the_middle() -> None:
         draws = 3000
         lengths = Counter()
         for _ in range(draws):
-            prefix, suffix = split_caption(caption)
+            prefix, suffix = split_caption(caption, torch.rand(()).item())
             assert f"{prefix} {suffix}" == caption
             lengths[len(prefix.split())] += 1
         assert sorted(lengths) == list(range(1, words // 2 + 1))
@@ -382,8 +382,8 @@ def test_captions_are_split_from_the_first_word_to_the_middle() -> None:
 
 
 def test_a_word_alone_is_not_split() -> None:
-    assert split_caption("dog") == ("", "dog")
-    assert split_caption("a  dog ") == ("a", "dog")
+    assert split_caption("dog", 0.9) == ("", "dog")
+    assert split_caption("a  dog ", 0.9) == ("a", "dog")
 
 
 def test_exact_gelu_is_the_authors_flant5(tmp_path: Path) -> None:

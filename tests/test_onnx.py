@@ -23,8 +23,7 @@ from openblip2.model.lora import adapt_qformer, has_lora
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import HFVision
-from openblip2.model.whitening import fit_whitening
+from openblip2.model.vision import HFVision, fit_whitening
 from openblip2.weights.onnx import export_onnx
 
 SIZES: dict[str, Any] = {"hidden_size": 22, "num_hidden_layers": 3, "num_attention_heads": 2}

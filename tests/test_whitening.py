@@ -2,7 +2,7 @@
 
 import torch
 
-from openblip2.model.whitening import RIDGE, fit_whitening
+from openblip2.model.vision import RIDGE, fit_whitening
 
 
 def test_whitened_features_are_uncorrelated_and_of_width_one_up_to_the_ridge() -> None:

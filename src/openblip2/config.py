@@ -54,7 +54,7 @@ class VisionSettings:
     layer: int = -2
     image_size: Count = 224
     trained: bool = False  # fine-tuning: also train the encoder (paper 4.2 to 4.4); the run then has its weights
-    whiten: bool = False  # ours: whiten the features with statistics of the training images (model/whitening.py)
+    whiten: bool = False  # ours: whiten the features with statistics of the training images (model/vision.py)
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of weights and computation; auto: as train.precision
 
 

@@ -4,17 +4,19 @@ from typing import Any
 
 from torch import nn
 
-from openblip2.errors import UserError, one_line
+from openblip2.errors import UserError
 from openblip2.model.blocks import Attention, FeedForward, LMHead
+from openblip2.model.precision import loading, require_weights
 from openblip2.model.qformer import QFormer
+from openblip2.model.wheels import locate
 
 
 def bert_sizes(start: str, config: Any = None) -> dict[str, int]:
     """Sizes of a BERT-family checkpoint as arguments of `QFormer`; the vocabulary includes `[DEC]`.
 
     Args:
-        start: Hub name, directory, or wheel (`wheel:minilm-l6`).
-        config: Its configuration, if it is loaded already; None = it is loaded here.
+        start: hub name, directory, or wheel (`wheel:minilm-l6`).
+        config: its configuration, if it is loaded already; None = it is loaded here.
 
     Raises:
         UserError: there is no such checkpoint, or it is not of BERT's architecture.
@@ -40,8 +42,7 @@ def bert_sizes(start: str, config: Any = None) -> dict[str, int]:
 def bert_tokenizer(start: str, vocabulary: int | None = None) -> Any:
     """The checkpoint's own tokenizer, or the one that a run saved for a Q-Former with this `vocabulary`.
 
-    Raises:
-        UserError: there is no tokenizer, or its vocabulary does not fit.
+    Raises a `UserError` if there is no tokenizer, or its vocabulary does not fit.
     """
     from transformers import AutoTokenizer
 
@@ -70,13 +71,8 @@ def start_from_bert(qformer: QFormer, start: str, head: LMHead | None = None) ->
 
     source: Any
     source, report = _load(BertForMaskedLM, start, output_loading_info=True)
-    # transformers initialises missing weights at random: this is an error, except in the head.
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("cls."))
-    if missing:
-        raise UserError(
-            f"qformer.start {start!r} cannot be loaded: {len(missing)} weights of BERT are missing, for "
-            f"example {missing[0]}"
-        )
+    missing = (key for key in report["missing_keys"] if not key.startswith("cls."))  # the head may stay random
+    require_weights(f"qformer.start {start!r}", "BERT", missing)
     bert = source.bert
     _copy(qformer.norm, bert.embeddings.LayerNorm)  # also the norm of the queries, as in the authors' code
     if qformer.word_embeddings is not None and qformer.positions is not None:
@@ -109,17 +105,5 @@ def _copy(mine: nn.Module, theirs: nn.Module) -> None:
 
 
 def _load(kind: Any, start: str, **options: Any) -> Any:
-    from safetensors import SafetensorError
-
-    from openblip2.compat import quiet_transformers
-    from openblip2.model.wheels import locate
-
-    try:
-        with quiet_transformers():
-            return kind.from_pretrained(locate(start), trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"qformer.start {start!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
-        ) from error
+    with loading(f"qformer.start {start!r}"):
+        return kind.from_pretrained(locate(start), trust_remote_code=False, **options)

@@ -91,11 +91,9 @@ class LMHead(nn.Module):
 def compile_blocks(connector: nn.Module) -> None:
     """Compiles attention and feed-forward blocks with `torch.compile`, in place, on first use; names do not change.
 
-    It compiles blocks instead of the whole model, because there are only a few kinds with the same code: compilation
-    takes seconds to a minute instead of many minutes, and does not depend on the pass in which a block is used.
-
-    Raises:
-        UserError: this machine has no compiler.
+    There are only a few kinds of blocks with the same code, so that compilation takes seconds to a minute, and not many
+    minutes as for the whole model, and does not depend on the pass in which a block is used. Raises a `UserError` if
+    this machine has no compiler.
     """
     blocks = [block for block in connector.modules() if isinstance(block, Attention | FeedForward)]
     try:

@@ -13,8 +13,7 @@ from openblip2.config import RunSettings
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_sizes, start_from_bert
 from openblip2.model.blocks import compile_blocks
-from openblip2.model.connector import Connector
-from openblip2.model.connectors import OTHERS
+from openblip2.model.connector import OTHERS, Connector
 from openblip2.model.language import EncoderDecoderLM, LanguageModel
 from openblip2.model.load import load_language, load_vision
 from openblip2.model.lora import adapt_qformer, add_lora, has_lora, require_lora
@@ -29,13 +28,10 @@ CONNECTORS: dict[str, type[Connector]] = {kind.name: kind for kind in (QFormer, 
 
 
 def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> FrozenVision:
-    """Builds the image encoder of the settings; `dtype` is that of its weights if `vision.dtype` is auto.
-
-    Raises:
-        UserError: it cannot be loaded, or it was passed in by a caller and has no file.
-    """
-    _require_name("vision", (named := settings.vision).name)
-    vision = load_vision(named.name, named.layer, named.image_size, dtype=DTYPES.get(named.dtype, dtype))
+    """Builds the image encoder of the settings; `dtype` is that of its weights if `vision.dtype` is auto."""
+    named = settings.vision
+    _require_name("vision", named.name)
+    vision = load_vision(named.name, named.layer, named.image_size, DTYPES.get(named.dtype, dtype))
     if named.trained:
         vision.unfreeze()
     return vision
@@ -44,12 +40,9 @@ def build_vision(settings: RunSettings, dtype: torch.dtype = torch.float32) -> F
 def build_language(
     settings: RunSettings, dtype: torch.dtype = torch.float32, place: torch.device | None = None
 ) -> LanguageModel:
-    """Builds the frozen language model of the settings; `dtype` and `place` as for `build_stage2`.
-
-    Raises:
-        UserError: it cannot be loaded, or it was passed in by a caller and has no file.
-    """
-    _require_name("language", (language := settings.language).name)
+    """Builds the frozen language model of the settings; `dtype` and `place` as for `build_stage2`."""
+    language = settings.language
+    _require_name("language", language.name)
     return load_language(
         language.name,
         language.template,
@@ -62,6 +55,7 @@ def build_language(
 
 
 def _require_name(part: str, name: str) -> None:
+    """Raises a `UserError` for a part that was passed in by a caller and has no file."""
     if name.startswith(HANDED_IN):
         raise UserError(
             f"{part}.name={name}: this part was passed as an object, which is not saved: pass it again as "
@@ -101,11 +95,7 @@ def build_qformer(settings: RunSettings, image_width: int, sizes: Mapping[str, i
 
 
 def connector_class(settings: RunSettings) -> type[Connector]:
-    """The connector class for the setting `connector.name`.
-
-    Raises:
-        UserError: there is no such class, or a setting does not apply to it.
-    """
+    """The class for `connector.name`; a `UserError` if there is none, or a setting does not apply to it."""
     name, qformer = settings.connector.name, settings.qformer
     if (kind := CONNECTORS.get(name)) is None:
         raise UserError(f"connector.name={name!r} is not one of {', '.join(CONNECTORS)}: add it to CONNECTORS")
@@ -212,11 +202,7 @@ def add_adapters(model: Stage1 | Stage2, settings: RunSettings) -> None:
 
 
 def require_extras(settings: RunSettings) -> None:
-    """Checks that the settings fit together and that optional packages are installed, before anything slow starts.
-
-    Raises:
-        UserError: settings do not fit together, or a package is missing.
-    """
+    """Raises a `UserError` if settings do not fit together or a package is missing, before anything slow starts."""
     language = settings.language
     objectives = settings.stage1.objectives
     if len(set(objectives)) < len(objectives):
@@ -259,32 +245,23 @@ def parts_table(model: nn.Module) -> list[tuple[str, int, str]]:
     Asserts that every other part is either entirely trained or entirely frozen.
     """
     rows = []
-    for name, part in model.named_children():
-        parameters = list(part.parameters())
-        if has_lora(part) or (isinstance(part, FrozenVision) and part.trained):
-            _add_row(rows, name, [p for p in parameters if p.requires_grad])
-            parameters = [p for p in parameters if not p.requires_grad]
-        _add_row(rows, name, parameters)
-    for name, parameter in model.named_parameters(recurse=False):
-        _add_row(rows, name, [parameter])
+    parts = [
+        (name, list(part.parameters()), has_lora(part) or (isinstance(part, FrozenVision) and part.trained))
+        for name, part in model.named_children()
+    ]
+    parts += [(name, [parameter], False) for name, parameter in model.named_parameters(recurse=False)]
+    for name, parameters, mixed in parts:
+        trained, frozen = ([p for p in parameters if p.requires_grad is wanted] for wanted in (True, False))
+        assert mixed or not (trained and frozen), f"{name} is frozen in part"
+        for some, state in ((trained, "trained"), (frozen, "frozen")):
+            if some:
+                # Two 4-bit weights are stored in one byte.
+                rows.append((name, sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in some), state))
     return rows
 
 
-def _add_row(rows: list[tuple[str, int, str]], name: str, parameters: list[nn.Parameter]) -> None:
-    if parameters:
-        trained = {p.requires_grad for p in parameters}
-        assert len(trained) == 1, f"{name} is frozen in part"
-        # Two 4-bit weights are stored in one byte.
-        count = sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in parameters)
-        rows.append((name, count, "trained" if trained.pop() else "frozen"))
-
-
 def set_speed(model: Stage1 | Stage2, settings: RunSettings) -> None:
-    """Applies the settings that change time and memory but not the results.
-
-    Raises:
-        UserError: This machine cannot compile.
-    """
+    """Applies the settings that change time and memory but not the results; a `UserError` if it cannot compile."""
     if settings.train.checkpoint_activations:
         if isinstance(model.vision, HFVision) and model.vision.trained:
             model.vision.checkpoint_activations()

@@ -4,7 +4,6 @@ Shapes: B rows, T tokens, L LLM width.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -57,7 +56,7 @@ class Decoding:
 class _Draw:
     """Logits processor that samples one token per row from the nucleus, with a separate generator for each row.
 
-    transformers uses one generator for all rows, so that a text would depend on the other texts of its batch.
+    With transformers' one generator for all rows, a text would depend on the other texts of its batch.
     """
 
     def __init__(self, how: Decoding, rows: int) -> None:
@@ -76,10 +75,9 @@ class _Draw:
 
 
 def drop_own_settings(llm: Any) -> Any:
-    """Removes a language model's own generation settings (`generation_config.json`), except its start token ids.
+    """Removes a language model's own generation settings, which would override `Decoding`, except its start token ids.
 
-    Otherwise a repetition penalty, forbidden words or `top_k` in that file would override `Decoding`. The file itself
-    is not changed.
+    For example a repetition penalty, forbidden words or `top_k` in `generation_config.json`; the file is not changed.
     """
     from transformers import GenerationConfig
 
@@ -90,27 +88,18 @@ def drop_own_settings(llm: Any) -> Any:
     return llm
 
 
-def generate(
-    llm: Any,
-    tokenizer: Any,
-    embeds: Tensor,
-    mask: Tensor,
-    how: Decoding,
-    stop: int,
-    cache: Any = None,
-    watched: Mapping[str, Any] | None = None,
-) -> list[str]:
+def generate(language: Any, embeds: Tensor, mask: Tensor, how: Decoding, cache: Any) -> list[str]:
     """Generates one text for each row with the language model's own `generate`.
 
     Args:
+        language: a `DecoderLM` or an `EncoderDecoderLM`.
         embeds: `[B, T, L]`.
         mask: `[B, T]`.
-        stop: the token id that ends a text.
         cache: key-value cache of the tokens read so far, with one row for each beam; None = nothing was read.
-        watched: arguments of transformers' `generate` that observe generation: `streamer`, `stopping_criteria`.
     """
     from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
+    llm, tokenizer, stop = language.llm, language.tokenizer, language.end[-1]
     processors: Any = LogitsProcessorList()
     if how.repetition_penalty != 1:  # does not apply to the start token of an encoder-decoder
         skipped = int(llm.config.is_encoder_decoder)
@@ -132,7 +121,7 @@ def generate(
         pad_token_id=stop if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         **beams,
         **known,
-        **(watched or {}),
+        **language.watched,
     )
     return [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
 

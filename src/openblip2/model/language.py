@@ -1,12 +1,9 @@
 """Frozen language models that read a soft visual prompt (paper, section 3.2 and figure 3).
 
-Each class holds a language model and its tokenizer. `DecoderLM` and `EncoderDecoderLM` have the same methods: `scored`
-for training, and `generate`, which calls the language model's own `generate`.
-
 Shapes: B images, Q queries, T tokens, L LLM width, W vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -14,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from openblip2.compat import cache_name, checkpointable_layers, log, set_attention
@@ -38,12 +36,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100  # a position without a target
+REUSE_IS_OFF = "prompt reuse is off: %s; each beam and each question reads its whole prompt again"
+CHUNKED_LOSS_IS_OFF = (
+    "chunked loss is off: %s does not return its output embedding's logits unchanged; training keeps the logits of all "
+    "positions in memory"
+)
 
 
 class FrozenLM(nn.Module):
     """Base class: a frozen `transformers` language model, its tokenizer, and the template around picture and prompt.
 
-    It computes in the precision of its own weights: autocast to another dtype is disabled inside.
+    It computes in the precision of its own weights: autocast to another dtype is disabled inside. Both kinds have
+    `scored` for training, and `generate`, which calls the language model's own `generate`.
 
     Args:
         llm: the language model.
@@ -74,7 +78,7 @@ class FrozenLM(nn.Module):
         self.last_read = prompt_cache.LastRead()
         self.reuse = prompt_cache.find_reuse(llm)
         if self.reuse.reason:
-            log.warning("openblip2: %s", self._reuse_is_off())
+            log.warning("openblip2: %s", REUSE_IS_OFF % self.reuse.reason)
 
     def train(self, mode: bool = True) -> "FrozenLM":
         """Stays in eval mode, so the language model's own dropout is off (the authors leave it on)."""
@@ -83,14 +87,13 @@ class FrozenLM(nn.Module):
     def checkpoint_activations(self) -> None:
         """Enables activation checkpointing: the backward pass recomputes each layer instead of storing activations.
 
-        transformers' own option is not used, because it only works in training mode, where dropout is on.
-
         Raises:
             UserError: transformers does not mark any layer of this model as fit for it.
         """
         layers = checkpointable_layers(self.llm)
         if not layers:
             raise UserError(f"train.checkpoint_activations=true: {type(self.llm).__name__} does not support it")
+        # transformers' own option only works in training mode, where dropout is on.
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self.checkpointed = True
@@ -99,22 +102,13 @@ class FrozenLM(nn.Module):
     def _ends_in_head(self) -> bool:
         found = ends_in_head(self.llm)
         if not found:
-            log.warning("openblip2: %s", self._chunked_loss_is_off())
+            log.warning("openblip2: %s", CHUNKED_LOSS_IS_OFF % type(self.llm).__name__)
         return found
 
     def slow_paths(self) -> list[str]:
         """One sentence for each optimisation that this language model does not support; none changes a result."""
-        reuse = [self._reuse_is_off()] if self.reuse.reason else []
-        return reuse + ([] if ends_in_head(self.llm) else [self._chunked_loss_is_off()])
-
-    def _reuse_is_off(self) -> str:
-        return f"prompt reuse is off: {self.reuse.reason}; each beam and each question reads its whole prompt again"
-
-    def _chunked_loss_is_off(self) -> str:
-        return (
-            f"chunked loss is off: {type(self.llm).__name__} does not return its output embedding's logits unchanged; "
-            "training keeps the logits of all positions in memory"
-        )
+        reuse = [REUSE_IS_OFF % self.reuse.reason] if self.reuse.reason else []
+        return reuse + ([] if ends_in_head(self.llm) else [CHUNKED_LOSS_IS_OFF % type(self.llm).__name__])
 
     @property
     def adapted(self) -> bool:
@@ -122,7 +116,7 @@ class FrozenLM(nn.Module):
         return any(parameter.requires_grad for parameter in self.llm.parameters())
 
     def embed(self, soft: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The input of the language model before it generates: embeddings `[B, T, L]` and attention mask `[B, T]`.
+        """What the language model reads before it generates: embeddings `[B, T, L]` and attention mask `[B, T]`.
 
         Padded on the left for a decoder, on the right for an encoder.
 
@@ -167,9 +161,8 @@ class DecoderLM(FrozenLM):
         before = [] if self.checkpointed or self.sharded else common_text(heads)
         rows = [head[len(before) :] + tail for head, tail in zip(heads, tails, strict=True)]
         embeds, mask = embed_rows(self.llm, rows, soft, left=False)  # padding on the right: no token attends to it
-        labels = torch.full_like(mask, IGNORED)  # [B, T]
-        for row, (head, tail) in enumerate(zip(heads, tails, strict=True)):
-            labels[row, len(head) - len(before) :][: len(tail)] = torch.tensor(tail)
+        pairs = zip(rows, tails, strict=True)
+        labels = label_rows([IGNORED] * (len(row) - len(tail)) + tail for row, tail in pairs).to(soft.device)  # [B, T]
         # Logits are only needed from the first position that is scored in any row.
         first = min(map(len, heads)) - len(before) - 1
         places = torch.arange(first, mask.shape[1] - 1, device=soft.device)
@@ -200,18 +193,17 @@ class DecoderLM(FrozenLM):
             return [self.generate(soft, [p], decoding, [n])[0] for p, n in zip(prompts, pictures, strict=True)]
         text, shared = self._shared(rows, pictures)
         embeds, mask = embed_rows(self.llm, rows, soft[list(pictures)], left=True, fixed=shared)
-        every = list(range(len(rows)))
         firsts = [pictures.index(picture) for picture in pictures]  # for each row, the first row with the same picture
         stages = [(text, [0] * len(rows)), (shared, firsts)]
         if self.reuse.cache and decoding.beams > 1:
-            stages.append((embeds.shape[1] - 1, every))  # `generate` computes the last token itself
+            stages.append((embeds.shape[1] - 1, list(range(len(rows)))))  # `generate` computes the last token itself
         with self.own_precision():
             cache = prompt_cache.read(self.llm, embeds, mask, stages, self.end[-1])
             # `generate` takes the whole rows and skips the tokens that are in the cache.
-            room = embeds.shape[1] + decoding.max_new_tokens
             if self.reuse.cache:
+                room = embeds.shape[1] + decoding.max_new_tokens
                 cache = prompt_cache.with_room(self.llm, cache, decoding.beams, room)
-            return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache, self.watched)
+            return generate(self, embeds, mask, decoding, cache)
 
     def _shared(self, rows: list[list[int]], pictures: Sequence[int]) -> tuple[int, int]:
         """Lengths of two common prefixes of all rows: the text before the pictures, and the prefix with the picture.
@@ -259,9 +251,7 @@ class EncoderDecoderLM(FrozenLM):
         read = [f"{prompt} {prefix}".strip() for prompt, (prefix, _) in zip(prompts, split, strict=True)]
         heads, tails = fit_rows(self, read, [suffix for _, suffix in split], soft.shape[1])
         embeds, mask = embed_rows(self.llm, heads, soft, left=False)  # the mask excludes padding in the encoder
-        labels = torch.full((len(tails), max(map(len, tails))), IGNORED, device=soft.device)
-        for row, tail in enumerate(tails):
-            labels[row, : len(tail)] = torch.tensor(tail)
+        labels = label_rows(tails).to(soft.device)
         scored = labels != IGNORED  # [B, T]
         written = self.llm.prepare_decoder_input_ids_from_labels(labels=labels)  # pyright: ignore
         with self.own_precision():
@@ -277,7 +267,7 @@ class EncoderDecoderLM(FrozenLM):
         embeds, mask = self.embed(soft if pictures is None else soft[list(pictures)], prompts)
         cache = prompt_cache.encoder_decoder_cache(self.llm, decoding.max_new_tokens) if self.reuse.cache else None
         with self.own_precision():
-            return generate(self.llm, self.tokenizer, embeds, mask, decoding, self.end[-1], cache, self.watched)
+            return generate(self, embeds, mask, decoding, cache)
 
     def _caption(self, prompt: str, caption: str) -> list[int]:
         return text_ids(self.tokenizer, caption) + self.end
@@ -286,14 +276,18 @@ class EncoderDecoderLM(FrozenLM):
 LanguageModel = DecoderLM | EncoderDecoderLM
 
 
-def split_caption(caption: str, draw: float | None = None) -> tuple[str, str]:
-    """Splits a caption of n words into prefix and suffix after 1 to n // 2 words, drawn uniformly.
+def label_rows(rows: Iterable[list[int]]) -> Tensor:
+    """Target ids, padded on the right with `IGNORED`: `[B, T]`."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=IGNORED)
+
+
+def split_caption(caption: str, draw: float) -> tuple[str, str]:
+    """Splits a caption of n words into prefix and suffix after 1 to n // 2 words, as `draw` in [0, 1) says.
 
     The range was stated by an author and is missing in the released code. A single word is used as the suffix.
-    `draw`: the random number in [0, 1); None = from torch's generator.
     """
     words = caption.split()
     if len(words) < 2:  # one word cannot be split in two
         return "", caption
-    place = 1 + int((torch.rand(()).item() if draw is None else draw) * (len(words) // 2))
+    place = 1 + int(draw * (len(words) // 2))
     return " ".join(words[:place]), " ".join(words[place:])

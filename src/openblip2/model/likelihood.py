@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openblip2.errors import UserError
-from openblip2.model.language import IGNORED, DecoderLM, LanguageModel
+from openblip2.model.language import IGNORED, DecoderLM, LanguageModel, label_rows
 from openblip2.model.token_rows import common_text, context_of, embed_rows, require_room
 
 
@@ -34,7 +34,7 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
         Mean negative log-likelihood of each text's tokens, `[N]`; and whether every token is the most likely one at its
         position, `[N]` bool, so that greedy decoding would generate this text.
     """
-    logits, labels = _read(language, soft, prompt, _tails(language, soft, prompt, texts))
+    logits, labels = _read(language, soft, prompt, texts)
     likeliest = (logits.argmax(2) == labels) | (labels == IGNORED)
     return -_sums(logits, labels) / (labels != IGNORED).sum(1), likeliest.all(1)
 
@@ -42,7 +42,7 @@ def likelihoods(language: LanguageModel, soft: Tensor, prompt: str, texts: Seque
 @torch.no_grad()
 def text_logprobs(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> Tensor:
     """The log-probability of each of N texts, including its end: `[N]`, in nats; arguments as in `likelihoods`."""
-    return _sums(*_read(language, soft, prompt, _tails(language, soft, prompt, texts)))
+    return _sums(*_read(language, soft, prompt, texts))
 
 
 def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -> list[tuple[str, Tensor]]:
@@ -51,12 +51,12 @@ def word_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str) -
     Args:
         soft: `[1, Q, L]`; the scores have gradients with respect to it.
     """
-    (tail,) = _tails(language, soft, prompt, [text])
-    logits, labels = _read(language, soft, prompt, [tail])
+    logits, labels = _read(language, soft, prompt, [text])
     scores = -F.cross_entropy(logits[0], labels[0], reduction="none")
+    tokens = labels[0].tolist()
     found: list[tuple[str, Tensor]] = []
-    for place in range(len(tail) - len(language.end)):
-        words = str(language.tokenizer.decode(tail[: place + 1], skip_special_tokens=True)).split()
+    for place in range(len(tokens) - len(language.end)):
+        words = str(language.tokenizer.decode(tokens[: place + 1], skip_special_tokens=True)).split()
         if len(words) > len(found):
             found.append((words[-1], scores[place]))
         elif found:  # another token of the same word
@@ -77,9 +77,8 @@ def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, 
         text: the text to score; the texts of the returned tokens joined together are this text.
         best: how many of the most likely tokens to list at each position.
     """
-    (tail,) = _tails(language, soft, prompt, [text])
-    logits, _ = _read(language, soft, prompt, [tail])
-    tokens = tail[: len(tail) - len(language.end)]  # the end is predicted too, but has no text
+    logits, labels = _read(language, soft, prompt, [text])
+    tokens = labels[0].tolist()[: -len(language.end)]  # the end is predicted too, but has no text
     found: list[TokenScore] = []
     before = ""
     # There are more logits than tokens, because those of the end are not scored.
@@ -93,43 +92,35 @@ def token_scores(language: LanguageModel, soft: Tensor, prompt: str, text: str, 
     return found
 
 
-def _tails(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text, with its end; raises a `UserError` if the language model's context is too short."""
-    before, context = require_room(language, prompt, soft.shape[1], 1) + soft.shape[1], context_of(language)
+def _read(language: LanguageModel, soft: Tensor, prompt: str, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Logits `[N, T, W]` at the positions of N texts, and their token ids `[N, T]`, `IGNORED` on padding.
+
+    An encoder-decoder has the whole text in the decoder and nothing of it in the encoder. A decoder reads the text
+    before the pictures only once. Raises a `UserError` if the context is too short.
+    """
+    length, context = require_room(language, prompt, soft.shape[1], 1) + soft.shape[1], context_of(language)
     tails = [language._caption(prompt, text) for text in texts]
     for text, tail in zip(texts, tails, strict=True):
         # A decoder predicts the last token without reading it; an encoder-decoder reads the prompt in its encoder.
-        room = len(tail) if context is None else context - (before - 1 if isinstance(language, DecoderLM) else 0)
+        room = len(tail) if context is None else context - (length - 1 if isinstance(language, DecoderLM) else 0)
         if len(tail) > room:
             raise UserError(
                 f"text {text[:40]!r}... takes {len(tail):,} tokens with its end token, but only {room:,} fit after the "
                 f"picture and the prompt: the language model has a context of {context:,}; give a shorter text"
             )
-    return tails
-
-
-def _read(language: LanguageModel, soft: Tensor, prompt: str, tails: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Logits `[N, T, W]` at the positions of N texts, and their token ids `[N, T]`, `IGNORED` on padding.
-
-    An encoder-decoder has the whole text in the decoder and nothing of it in the encoder. A decoder reads the text
-    before the pictures only once.
-    """
-    labels = torch.full((len(tails), max(map(len, tails))), IGNORED)
-    for row, tail in enumerate(tails):
-        labels[row, : len(tail)] = torch.tensor(tail)
-    labels = labels.to(soft.device)  # [N, T]
+    labels = label_rows(tails).to(soft.device)  # [N, T]
     llm: Any = language.llm
     head = language._head(prompt, soft.shape[1])
-    # The last token of the head is never in `text`, because its output predicts the first token of each text.
-    text = common_text([head])[: len(head) - 1] if isinstance(language, DecoderLM) else []
-    parts = embed_rows(llm, [head[len(text) :]] * len(soft), soft, left=False)
+    # The last token of the head is never in `common`, because its output predicts the first token of each text.
+    common = common_text([head])[: len(head) - 1] if isinstance(language, DecoderLM) else []
+    parts = embed_rows(llm, [head[len(common) :]] * len(soft), soft, left=False)
     before, mask = (part.expand(len(tails), *part.shape[1:]) for part in parts)
     with language.own_precision():
         if isinstance(language, DecoderLM):
             written = llm.get_input_embeddings()(labels[:, :-1].clamp(min=0))
-            given = language._read(text, len(tails)) if text else {"use_cache": False}
+            given = language._read(common, len(tails)) if common else {"use_cache": False}
             given |= {"inputs_embeds": torch.cat([before, written.to(before.dtype)], dim=1)}
-            given |= {"attention_mask": F.pad(mask, (len(text), written.shape[1]), value=1)}
+            given |= {"attention_mask": F.pad(mask, (len(common), written.shape[1]), value=1)}
             given |= {"logits_to_keep": labels.shape[1]}  # from the last token of the head on
         else:
             written = llm.prepare_decoder_input_ids_from_labels(labels=labels)

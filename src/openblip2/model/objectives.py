@@ -14,9 +14,7 @@ from torch.nn import functional as F
 
 
 def same_image(ids: Tensor, others: Tensor | None = None) -> Tensor:
-    """Which texts belong to which images.
-
-    Several captions of one image in a batch are positives of each other, never negatives.
+    """Which texts belong to which images: several captions of one image are positives of each other, never negatives.
 
     Args:
         ids: `[B]` int64, equal for captions of the same image.
@@ -31,9 +29,8 @@ def same_image(ids: Tensor, others: Tensor | None = None) -> Tensor:
 def similarity(image: Tensor, text: Tensor, smooth_maximum: float = 0.0) -> Tensor:
     """Cosine similarity of images and texts: the maximum over the queries (paper), or a smooth maximum.
 
-    The gradient of the maximum reaches only the best query. In our trials, this is soon the same query for all images,
-    and the inner layers make the other queries alike. The smooth maximum, `t * log(mean(exp(cosine / t)))`, has a
-    gradient for all queries; the larger t is, the more of it goes to others than the best.
+    The gradient of the maximum reaches only the best query, in our trials soon the same one for all images. The smooth
+    maximum, `t * log(mean(exp(cosine / t)))`, has a gradient for all; the larger t is, the more of it for the others.
 
     Args:
         image: `[B, Q, E]`, normalised.
@@ -102,10 +99,10 @@ class HardNegatives(NamedTuple):
 def hard_negatives(
     image_to_text: Tensor, text_to_image: Tensor, positives: Tensor, draws: Tensor | None = None
 ) -> HardNegatives:
-    """Draws a negative text for each image and a negative image for each text; more similar ones are more likely.
+    """Draws a negative text for each image and a negative image for each text, from the softmax of the similarities.
 
-    They are drawn from the softmax of the similarities `[B, G]`. Positives are masked out *before* the softmax, so that
-    rounding cannot make one of them possible. There is no gradient.
+    Positives are masked out *before* the softmax, so that rounding cannot make one of them possible. There is no
+    gradient.
 
     Args:
         image_to_text: `[B, G]`.
@@ -151,10 +148,8 @@ def decorrelation(queries: Tensor, mean: Tensor | None = None) -> Tensor:
 
     Not in the paper. ITC, ITM and ITG can be low when each query encodes the whole picture, and then all queries become
     one vector. Each query's mean over the batch is subtracted first, without a gradient, because outputs that differ
-    only by a constant contain the same information about a picture.
-
-    The measure is the participation ratio of the squared singular values. It is similar to `effective_rank`, but needs
-    no singular value decomposition. A mean of cosines would also be small for a query that hardly varies at all.
+    only by a constant contain the same information about a picture. The measure is the participation ratio of the
+    squared singular values: it is similar to `effective_rank`, but needs no singular value decomposition.
 
     Args:
         queries: `[B, Q, D]`, query outputs.

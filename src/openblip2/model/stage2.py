@@ -132,10 +132,9 @@ class Stage2(nn.Module):
     def alignment(self, soft: Tensor, captions: Sequence[str], table: WordTable) -> tuple[Tensor, int]:
         """The distance between the soft prompt and the captions' words, and the number of soft tokens in this mean.
 
-        Not in the paper. Soft token k is compared with the embedding of the caption's word k: the loss is the mean
-        squared distance, plus the cross-entropy of finding that word in the table by its distance. The language model
-        does not run, so a step takes a small part of the usual time. The language model reads such a soft prompt as it
-        reads the caption itself.
+        Not in the paper. Soft token k is compared with the embedding of the caption's word k, so that the soft prompt
+        reads as the caption: the loss is the mean squared distance, plus the cross-entropy of finding that word in the
+        table by its distance. The language model does not run, so a step takes a small part of the usual time.
 
         Args:
             soft: `[B, Q, L]`.
@@ -161,13 +160,10 @@ class Stage2(nn.Module):
     def query_output(
         self, *, images: Tensor | None = None, features: Tensor | None = None, question: Question | None = None
     ) -> Tensor:
-        """The connector's visual tokens `[B, Q, D]`, from images uint8 `[B, 3, S, S]` or features `[B, P, V]`.
-
-        Only the first `self.tokens` of them are returned.
+        """The first `tokens` visual tokens `[B, Q, D]`, from images uint8 `[B, 3, S, S]` or features `[B, P, V]`.
 
         Args:
-            question: the question for the queries, if the connector reads questions. It has one row
-                per image, or equally many consecutive rows for each image.
+            question: if the connector reads questions: one row per image, or equally many consecutive rows for each.
 
         Raises:
             ValueError: a question is given but the connector reads none, or it reads questions but none is given.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from string import Formatter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from openblip2.errors import UserError, one_line, require_unicode
 
@@ -55,7 +55,10 @@ def resolve_template(template: str, tokenizer: "PreTrainedTokenizerBase") -> str
         UserError: a slot is unknown, `{image}` does not occur exactly once, or there is no chat template.
     """
     if template == "chat":
-        filled = _chat_template(tokenizer)
+        if not tokenizer.chat_template:
+            raise UserError(f"template 'chat': this tokenizer has no chat template; use {PAPER_TEMPLATE!r}")
+        text = _escape(_chat(tokenizer, ["<<image>><<prompt>>"]))
+        filled = text.replace("<<image>>", "{image}").replace("<<prompt>>", "{prompt}")
     else:
         slots = {"image": "{image}", "prompt": "{prompt}", "bos": _escape(str(tokenizer.bos_token or ""))}
         try:
@@ -76,9 +79,8 @@ def dialogue(
     """The text for `{prompt}` that asks a question after earlier questions and their answers.
 
     If the template continues after `{prompt}` as the tokenizer's chat template continues after a user's text, the chat
-    template formats the turns of user and assistant, and the picture is in the first turn. Otherwise the turns follow
-    each other as in the authors' demo: "Question: {} Answer: {}. Question: {} Answer:". Unlike in the demo, no full
-    stop is added to an answer that already ends a sentence.
+    template formats the turns of user and assistant, with the picture in the first. Otherwise they follow each other as
+    in the authors' demo, "Question: {} Answer: {}. Question: {} Answer:", but with no second full stop.
 
     Args:
         turns: (question, answer) of each earlier turn.
@@ -96,14 +98,11 @@ def dialogue(
     answered = [(text, answer) for text, (_, answer) in zip(earlier, turns, strict=True)]
     if turns and _takes_turns(template, tokenizer):
         return Turns(_between_turns(tokenizer, [*chain.from_iterable(answered), newest]))
-    return " ".join([*(_spaced(text, answer) + _full_stop(answer) for text, answer in answered), newest])
-
-
-def _chat_template(tokenizer: "PreTrainedTokenizerBase") -> str:
-    if not tokenizer.chat_template:
-        raise UserError(f"template 'chat': this tokenizer has no chat template; use {PAPER_TEMPLATE!r}")
-    text = _chat(tokenizer, ["<<image>><<prompt>>"])
-    return _escape(text).replace("<<image>>", "{image}").replace("<<prompt>>", "{prompt}")
+    written = []
+    for text, answer in answered:
+        space = "" if not text or text[-1].isspace() else " "
+        written.append(text + space + answer + ("" if answer.endswith((".", "!", "?")) else "."))
+    return " ".join([*written, newest])
 
 
 def _chat(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
@@ -113,12 +112,9 @@ def _chat(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> str:
     """
     roles = ("user", "assistant")
     turns = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+    options: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": False, "thinking": False}
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True, enable_thinking=False, thinking=False
-            )
-        )
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, **options))
     except Exception as error:  # a template is third-party code, which may raise any exception
         raise UserError(
             f"this tokenizer's chat template fails on a dialogue of length {len(texts)} ({one_line(error)}): set "
@@ -145,14 +141,6 @@ def _between_turns(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -
             raise UserError(f"this tokenizer's chat template cannot write a dialogue of {len(texts)} texts")
         written += (before if n else "") + text
     return written
-
-
-def _spaced(text: str, answer: str) -> str:
-    return text + ("" if not text or text[-1].isspace() else " ") + answer
-
-
-def _full_stop(answer: str) -> str:
-    return "" if answer.endswith((".", "!", "?")) else "."
 
 
 def _escape(text: str) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SOFT = -1  # placeholder for one soft token in a row of ids
+PADDING = -2
 MOST_TOKENS = 512  # limit for a training text: a longer one is no caption, and would make its batch as long
 _cut: set[int] = set()  # hashes of the texts that were cut, so that each is counted once
 
@@ -33,11 +34,7 @@ def template_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 
 
 def end_ids(tokenizer: Any, end: str | None) -> list[int]:
-    """Token ids that end a text: those of `end`, or the end-of-sequence token if `end` is None.
-
-    Raises:
-        UserError: the tokenizer has no end-of-sequence token, or cannot represent `end`.
-    """
+    """Token ids that end a text: those of `end`, or the end-of-sequence token if `end` is None."""
     if end is None and not tokenizer.eos_token:
         raise UserError("this tokenizer has no end-of-sequence token: set language.end to the text that ends a caption")
     ids = template_ids(tokenizer, tokenizer.eos_token if end is None else end)
@@ -67,16 +64,13 @@ def embed_rows(llm: Any, rows: list[list[int]], soft: Tensor, left: bool, fixed:
     left: True = padding on the left, but after the first `fixed` ids, which are never moved.
     """
     longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for n, row in enumerate(rows):
-        rest = fixed + (longest - len(row) if left else 0)
-        for start, part in ((0, row[:fixed]), (rest, row[fixed:])):
-            place = slice(start, start + len(part))
-            ids[n, place], mask[n, place] = torch.tensor(part), 1
-    ids, mask = ids.to(soft.device), mask.to(soft.device)
+    padded = []
+    for row in rows:
+        place = fixed if left else len(row)
+        padded.append([*row[:place], *[PADDING] * (longest - len(row)), *row[place:]])
+    ids = torch.tensor(padded, device=soft.device)
     embeds = llm.get_input_embeddings()(ids.clamp(min=0))
-    return embeds.masked_scatter((ids == SOFT)[..., None], soft.to(embeds.dtype)), mask
+    return embeds.masked_scatter((ids == SOFT)[..., None], soft.to(embeds.dtype)), (ids != PADDING).long()
 
 
 class Language(Protocol):
@@ -117,7 +111,7 @@ def room_for_prompt(language: Language, context: int | None, queries: int, new: 
 
 
 def require_room(language: Language, prompt: str, queries: int, new: int, context: int | None = None) -> int:
-    """Checks that a prompt fits, and returns its length; arguments as in `room_for_prompt`, None = the model's context.
+    """Returns the length of a prompt; arguments as in `room_for_prompt`, but None = the model's own context.
 
     Raises:
         UserError: the prompt, the soft tokens and the new tokens do not fit into the context.

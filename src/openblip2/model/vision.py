@@ -1,9 +1,6 @@
 """The frozen image encoder (paper, section 3.4): features of its second-to-last layer, all tokens.
 
-"We remove the last layer of the ViT and use the second last layer's output features, which leads to
-slightly better performance." Any vision transformer of `transformers` can be used: CLIP, SigLIP, DINOv2, DINOv3,
-ViT, BLIP-2's own EVA-CLIP ViT-g, or the vision part of a larger model (`HFVision`). So can any module that
-implements `Vision`.
+It is a vision transformer of `transformers` (`HFVision`) or any module that implements `Vision`.
 
 Shapes: B images, P patch tokens (class and register tokens included), V encoder width, S image side in px.
 """
@@ -21,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from openblip2.compat import keep_first_stages, set_attention
 from openblip2.errors import UserError
 from openblip2.model.precision import own_precision
-from openblip2.model.whitening import Whitening
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,10 +28,46 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HANDED_IN = "module:"  # prefix of the names of parts that a caller passed in: they cannot be loaded by name
 # Encoders that accept any image size without an option: positions are interpolated (DINOv2) or rotary (DINOv3).
 ANY_SIZE = frozenset({"dinov2", "dinov2_with_registers", "dinov3_vit"})
+RIDGE = 0.01  # of whitening, times the mean variance: directions with less variance are noise and stay small
 # Fields of an encoder's configuration that change its features but cannot be seen in its weights.
 _SHAPING = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "rope_theta")
 
 Triple = tuple[float, float, float]
+
+
+class Whitening(nn.Module):
+    """Makes the axes of frozen features uncorrelated and of equal variance: `(features - mean) @ matrix`, frozen.
+
+    Not in the paper; off unless `vision.whiten` is set. The features of a frozen encoder vary mostly along a few
+    directions that all pictures share (here the largest has 60 times the average variance), and objects differ in
+    directions of small variance, which new cross-attention weights can hardly use until training has adapted to them.
+
+    Args:
+        mean: `[V]`, fp32.
+        matrix: `[V, V]`, fp32.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, mean: Tensor, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("matrix", matrix)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`[..., V]` -> `[..., V]` in the same dtype."""
+        with torch.autocast(features.device.type, enabled=False):
+            return ((features.float() - self.mean) @ self.matrix).to(features.dtype)
+
+
+def fit_whitening(features: Tensor) -> Whitening:
+    """Fits the whitening to features `[..., V]`: symmetric (ZCA), with a ridge of `RIDGE` x the mean variance."""
+    rows = features.flatten(0, -2).double()  # rows x V; fp64, because variances span many orders of magnitude
+    mean = rows.mean(0)
+    variances, axes = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
+    matrix = (axes * (variances + RIDGE * variances.mean()).rsqrt()) @ axes.T  # rotated back
+    return Whitening(mean.float(), matrix.float())
 
 
 class Vision(Protocol):
@@ -115,15 +147,10 @@ class FrozenVision(nn.Module):
         return next((p.dtype for p in self.encoder.parameters()), torch.float32)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Encode images.
+        """Pixels, uint8 `[B, 3, S, S]` RGB in [0, 255] on the encoder's device, to features `[B, P, V]`.
 
-        Args:
-            pixels: uint8 `[B, 3, S, S]` RGB in [0, 255], on the encoder's device. They are sent to it as bytes and
-                normalised on it in float32.
-
-        Returns:
-            `[B, P, V]` in the encoder's dtype. The encoder also computes in this dtype: autocast to another one is
-            disabled inside, unless the encoder is trained.
+        It computes in the dtype of its weights, also the features: autocast to another dtype is disabled inside, unless
+        the encoder is trained.
         """
         side = self.image_size
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
@@ -140,11 +167,7 @@ class FrozenVision(nn.Module):
 
 
 def frozen_vision(encoder: Vision) -> FrozenVision:
-    """Makes a `FrozenVision` of an encoder that a caller passes in, unless it is one already.
-
-    Raises:
-        UserError: the encoder does not implement `Vision`.
-    """
+    """Makes a `FrozenVision` of an encoder that a caller passes in, unless it is one; it must implement `Vision`."""
     if isinstance(encoder, FrozenVision):
         return encoder
     kind = type(encoder).__name__
@@ -160,25 +183,21 @@ def frozen_vision(encoder: Vision) -> FrozenVision:
 
 
 class HFVision(FrozenVision):
-    """A frozen image encoder of `transformers`, cut off after one of its layers; it normalises pixels itself.
+    """A frozen image encoder of `transformers`, cut off after one of its layers; it normalises pixels in float32.
 
-    `unfreeze` makes it trainable, for fine-tuning.
-
-    The layers after the chosen one are removed from `encoder` in place, so that they cost neither
-    memory nor time. The output is the raw output of the chosen layer, which `transformers` calls
-    `hidden_states[layer]`: no final norm, no pooling, no projection. Without `unfreeze`,
-    nothing in it is trained. It stays in eval mode even if its parent is set to training mode.
+    The output is that of the chosen layer, `hidden_states[layer]` of `transformers`: no final norm, no pooling, no
+    projection. The layers after it are removed from `encoder` in place, so that they cost neither memory nor time.
 
     Args:
-        encoder: A vision transformer of `transformers`, in the dtype in which it will run.
-        layer: Which layer to take, counted as a hidden-state index: -1 is the last layer, -2 the second to
-            last (the paper's), 1 the first.
-        image_size: Image side S in px, a multiple of the patch side. If it is not the encoder's own, its
-            position embeddings are interpolated (bicubic).
-        mean, std: Mean and standard deviation of red, green and blue in the encoder's training, in [0, 1].
+        encoder: a vision transformer of `transformers`, in the dtype in which it will run.
+        layer: the layer to take as a hidden-state index: -1 is the last, -2 the second to last (the paper's), 1 the
+            first.
+        image_size: S, a multiple of the patch side. If it is not the encoder's own, its position embeddings are
+            interpolated (bicubic).
+        mean, std: mean and standard deviation of red, green and blue in the encoder's training, in [0, 1].
 
     Raises:
-        UserError: The encoder is not a plain stack of layers, has no such layer, or does not accept that image size.
+        UserError: the encoder is not a plain stack of layers, has no such layer, or does not accept that image size.
     """
 
     def __init__(
@@ -197,7 +216,12 @@ class HFVision(FrozenVision):
         self.shaping = {name: value for name, value in config.to_dict().items() if name in _SHAPING}
         self._options = _options_for_size(encoder, image_size)
         stack = _stack(encoder)
-        self.layers = _count(layer, len(stack), config.model_type)
+        depth, self.layers = len(stack), layer if layer > 0 else len(stack) + 1 + layer
+        if not 1 <= self.layers <= depth or layer == 0:
+            raise UserError(
+                f"vision layer {layer} does not exist: this {self.kind!r} has {depth} layers, -1 (last) to {-depth}, "
+                f"or 1 to {depth}"
+            )
         del stack[self.layers :]
         config.num_hidden_layers = self.layers
         keep_first_stages(config, self.layers)
@@ -224,19 +248,17 @@ class HFVision(FrozenVision):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def _encode(self, pixels: Tensor) -> Tensor:
+        # Not buffers: `.to(torch.bfloat16)` on a parent would round them.
+        mean, std = (torch.tensor(c, device=pixels.device).view(3, 1, 1) for c in (self.mean, self.std))
+        pixels = ((pixels.float() / 255 - mean) / std).to(self.encoder.dtype)
         seen: list[Any] = []
         # A hook instead of `output_hidden_states`, which would keep the output of every layer until the end.
         hook = _stack(self.encoder)[-1].register_forward_hook(lambda layer, given, output: seen.append(output))
         try:
-            self.encoder(self._normalise(pixels).to(self.encoder.dtype), **self._options)
+            self.encoder(pixels, **self._options)
         finally:
             hook.remove()
         return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-
-    def _normalise(self, pixels: Tensor) -> Tensor:
-        # Not buffers: `.to(torch.bfloat16)` on a parent would round them.
-        mean, std = (torch.tensor(c, device=pixels.device).view(3, 1, 1) for c in (self.mean, self.std))
-        return (pixels.float() / 255 - mean) / std
 
 
 def side_of(size: Any) -> int:
@@ -255,17 +277,6 @@ def _stack(encoder: "PreTrainedModel") -> nn.ModuleList:
             f"image encoder {config.model_type!r} is not one plain stack of {config.num_hidden_layers} layers"
         )
     return stacks[0]
-
-
-def _count(layer: int, depth: int, kind: str) -> int:
-    """How many layers run for the hidden-state index `layer`."""
-    count = layer if layer > 0 else depth + 1 + layer
-    if not 1 <= count <= depth or layer == 0:
-        raise UserError(
-            f"vision layer {layer} does not exist: this {kind!r} has {depth} layers, -1 (last) to {-depth}, "
-            f"or 1 to {depth}"
-        )
-    return count
 
 
 def _options_for_size(encoder: "PreTrainedModel", image_size: int) -> dict[str, bool]:

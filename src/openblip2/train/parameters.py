@@ -10,7 +10,7 @@ from openblip2.distributed.collectives import is_first
 from openblip2.distributed.data_parallel import fill, full_tensor
 from openblip2.errors import UserError
 from openblip2.model.connector import Connector
-from openblip2.model.whitening import Whitening, fit_whitening
+from openblip2.model.vision import Whitening, fit_whitening
 from openblip2.runs import read_tensors, write_tensors
 
 

@@ -28,7 +28,7 @@ from openblip2.model.connector import Connector
 from openblip2.model.qformer import Layer, QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.whitening import RIDGE, fit_whitening
+from openblip2.model.vision import RIDGE, fit_whitening
 
 # Factor of FFN outputs, so that query rows keep their content in six layers; BERT's FFN was not trained on pictures.
 FFN_SHARE = 0.3

@@ -18,8 +18,7 @@ from openblip2.errors import UserError
 from openblip2.model.build import build_qformer
 from openblip2.model.language import LanguageModel
 from openblip2.model.stage1 import Stage1
-from openblip2.model.vision import HFVision, Vision
-from openblip2.model.whitening import Whitening
+from openblip2.model.vision import HFVision, Vision, Whitening
 from openblip2.weights.names import OURS, rename
 
 BERT_HEADS = 12  # of BERT-base; the tensors do not show how many there are

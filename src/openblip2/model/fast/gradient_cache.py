@@ -1,18 +1,17 @@
 """Large batches in little memory: a step in chunks, with the losses and the gradients of the whole batch.
 
-Not in the paper; enabled by `train.chunk`. Stage 1 uses a gradient cache (Gao et al. 2021, "Scaling Deep
-Contrastive Learning Batch Size under Memory Limited Setup"), in three passes:
+Not in the paper; enabled by `train.chunk`. Stage 1 uses a gradient cache (Gao et al. 2021, "Scaling Deep Contrastive
+Learning Batch Size under Memory Limited Setup"), in three passes:
 
 1. image and text vectors of all chunks, without a graph;
 2. ITC of all vectors, over all processes: its gradient at each vector is stored, and hard negatives are drawn;
 3. for each chunk: the vectors again, now with a graph, through which the stored gradients reach the parameters, and
    the chunk's share of ITM and ITG; the sum of the shares is the mean over the whole batch.
 
-Only one chunk's graph is in memory at a time; the cost is one more pass of images and texts without a graph. The
-batches that `train.accumulate` adds up are different: their negatives come from one batch only.
+Only one chunk's graph is in memory at a time. Unlike the batches that `train.accumulate` adds up, the chunks share
+their negatives.
 
-Shapes: B pairs, S side in px, P patch tokens, V encoder width, Q queries, T text tokens, D Q-Former width, E shared
-space.
+Shapes: B pairs, P patch tokens, V encoder width, Q queries, T text tokens, D Q-Former width, E shared space.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -61,10 +60,8 @@ def stage1_losses(
     """`Stage1.losses` of the joined batch, at most `chunk` pairs at a time; gradients must be enabled.
 
     The gradients are those of the sum of the losses. They are already computed when this function returns; `backward`
-    adds them to the parameters, and can be called once.
-
-    With dropout, a chunk draws the same masks in both of its passes, so that the stored gradients belong to the same
-    vectors. The masks differ from those of a step without chunks, as they would with another random seed.
+    adds them to the parameters, and can be called once. With dropout, the masks differ from those of a step without
+    chunks, as they would with another random seed.
 
     Args:
         chunk: pairs at a time, at least 1; the same in all processes.
@@ -85,7 +82,8 @@ def stage1_losses(
     states, outputs, vectors = [], [], []
     with torch.no_grad():  # pass 1
         for rows in chunks:
-            states.append(_random_state(device))  # pass 3 must draw the same dropout masks
+            # Pass 3 must draw the same dropout masks, so that the stored gradients belong to the same vectors.
+            states.append(_random_state(device))
             memory = model.qformer.encode_image(patches[rows])
             queries, _, *found = _vectors(model, memory, tokens[rows], valid[rows])
             outputs.append(queries)  # decorrelation needs their mean over the whole batch
@@ -149,10 +147,10 @@ def stage2_losses(
     generator: torch.Generator | None = None,
     words: WordTable | None = None,
 ) -> dict[str, Tensor]:
-    """`Stage2.losses` of the joined batch, at most `chunk` pairs at a time; gradients must be enabled.
+    """`Stage2.losses`, at most `chunk` pairs at a time; gradients must be enabled.
 
-    The loss is the mean over all target tokens, for any chunk size; `train.accumulate`, in contrast, takes the mean of
-    the batches' means. `chunk` and `backward` are as for `stage1_losses`, the other arguments as for `Stage2.losses`.
+    The loss is the mean over all target tokens, for any chunk size, and not the mean of the chunks' means. `chunk` and
+    `backward` are as for `stage1_losses`, the other arguments as for `Stage2.losses`.
     """
     shared = share(len(captions))
     most = max(shared.counts)
@@ -215,8 +213,7 @@ class Gradients:
         """Returns the losses, scalars without a graph, with the accumulated gradients, divided by `over`, as theirs.
 
         A parameter that no loss depended on gets no gradient, as with a normal graph. With `every`, all parameters get
-        one: in a process without rows no loss depends on any, but other processes wait for its gradients. Asserts that
-        `backward` is called only once, and for the sum of the losses, which may be scaled.
+        one: in a process without rows no loss depends on any, but other processes wait for its gradients.
         """
         pairs = zip(self.parameters, self.sums, strict=True)
         parameters, sums = zip(*((p, total) for p, total in pairs if every or total is not None), strict=True)

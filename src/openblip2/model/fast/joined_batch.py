@@ -1,12 +1,12 @@
-"""Losses over several processes, with the values and gradients of one process that has the joined batch.
+"""Losses of stage 1 over several processes, with the values and gradients of one process that has the joined batch.
 
 Each process has some rows of the joined batch and returns weighted losses. Their mean over processes, and that of
-their gradients (data parallelism), equal those of one process with all rows. One process uses the model's own losses.
+their gradients (data parallelism), equal those of one process with all rows, which uses `Stage1.losses`.
 
 ITC compares with the text vectors of all processes. For ITM, hard negatives are drawn from the joined batch, and only
 these are sent: a text as token ids, an image as the frozen encoder's features, once to each process that needs it. The
-receiver computes keys and values, because those of 6 layers are 9,216 numbers per patch while ViT-g's features are
-1,408, and because the gradient of keys and values would have to be sent back, too.
+receiver computes keys and values: of 6 layers, they are 9,216 numbers per patch, ViT-g's features 1,408, and their
+gradient would have to be sent back, too.
 
 Shapes: B rows here, G over all processes, S side in px, P patch tokens, V encoder width, Q queries, T text tokens,
 E shared space.
