@@ -3,17 +3,15 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); lower-level modules work on tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from openblip2.compat import log
-from openblip2.config import RunSettings
 from openblip2.data.images import Picture
-from openblip2.data.text import BertTokens, question_tokens
+from openblip2.data.text import question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.inputs import (
@@ -42,18 +40,6 @@ class Captioner(Pretrained):
 
     model: Stage2
     model_class = Stage2
-
-    def __init__(
-        self,
-        model: Stage2,
-        settings: RunSettings,
-        carries: frozenset[str] = frozenset(),
-        measured: Mapping[str, Any] | None = None,
-        tokens: BertTokens | None = None,
-    ) -> None:
-        """`tokens`: the Q-Former's tokenizer, if it reads questions (fine-tuned for VQA) or prompts (InstructBLIP)."""
-        super().__init__(model, settings, carries, measured, tokens.tokenizer if tokens else None)
-        self.tokens = tokens
 
     def caption(
         self, images: Sequence[Picture], prompt: str | None = None, decoding: Decoding = CAPTION

@@ -3,14 +3,12 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); lower-level modules work on tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openblip2.config import RunSettings
 from openblip2.data.images import Picture
 from openblip2.data.text import BertTokens, clean_caption
 from openblip2.errors import UserError
@@ -25,18 +23,8 @@ class Matcher(Pretrained):
     """A trained stage-1 model: it scores how well texts fit pictures."""
 
     model: Stage1
+    tokens: BertTokens
     model_class = Stage1
-
-    def __init__(
-        self,
-        model: Stage1,
-        tokens: BertTokens,
-        settings: RunSettings,
-        carries: frozenset[str] = frozenset(),
-        measured: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(model, settings, carries, measured, tokens.tokenizer)
-        self.tokens = tokens
 
     def similarity(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
         """Cosine similarity of N pictures and M texts, the maximum over the queries: `[N, M]`, in [-1, 1].

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,19 +23,10 @@ from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.train.parameters import saved_parameters
 from openblip2.weights.assemble import assemble, find_tokenizer, read_checkpoint
-from openblip2.weights.card import model_card, usage
-from openblip2.weights.checkpoint import Parts, carried
-from openblip2.weights.run import fresh_folder, write_run
+from openblip2.weights.checkpoint import Checkpoint, Parts, carried
+from openblip2.weights.run import fresh_folder, write_card, write_run
 
-
-class Trained(NamedTuple):
-    """A trained model and what belongs to it: the arguments of `Captioner` and `Matcher`."""
-
-    model: Stage1 | Stage2
-    settings: RunSettings
-    carries: frozenset[str]
-    measured: Mapping[str, Any]
-    tokens: BertTokens | None
+K = TypeVar("K", bound="Pretrained")
 
 
 class QueryFeatures(NamedTuple):
@@ -47,6 +38,7 @@ class QueryFeatures(NamedTuple):
 
 
 def read_trained(
+    kinds: Sequence[type[K]],
     source: str | Path,
     device: str | None,
     precision: str | None = None,
@@ -54,8 +46,17 @@ def read_trained(
     language_dtype: str | None = None,
     visual_tokens: int | None = None,
     **parts: Any,
-) -> Trained:
-    """Loads a trained model from any source; arguments as in `inference.load`; `parts` are the fields of `Parts`."""
+) -> K:
+    """Loads a trained model of one of these classes from any source.
+
+    Args:
+        kinds: `Captioner`, `Matcher`, or both.
+        source, device, precision, revision, language_dtype, visual_tokens: as in `inference.load`.
+        parts: the fields of `Parts`.
+
+    Raises:
+        UserError: as for `inference.load`; or the source is a model of another class.
+    """
     checkpoint = read_checkpoint(source, Parts(**parts), revision)
     if language_dtype is not None:
         if checkpoint.settings.stage == "stage1" or isinstance(checkpoint.parts.language, LanguageModel):
@@ -72,7 +73,11 @@ def read_trained(
         model.first = visual_tokens
     most = settings.data.max_tokens, model.connector.sizes.get("positions")
     tokens = BertTokens(find_tokenizer(checkpoint), *most) if settings.reads_text else None
-    return Trained(model, settings, carried(checkpoint), checkpoint.measured, tokens)
+    for kind in kinds:
+        if isinstance(model, kind.model_class):
+            return kind(model, settings, carried(checkpoint), checkpoint.measured, tokens)
+    found = "Captioner" if isinstance(model, Stage2) else "Matcher"
+    raise UserError(f"{source} is a {found}, not a {kinds[0].__name__}: use openblip2.load, which accepts both")
 
 
 class Pretrained(ABC):
@@ -81,7 +86,8 @@ class Pretrained(ABC):
     Args:
         carries: frozen parts ("vision", "language") that cannot be loaded by name, so saving must include them.
         measured: results of the last validation, for the model card.
-        tokenizer: the connector's tokenizer, if the connector reads text.
+        tokens: the connector's tokenizer, if the connector reads text: in stage 1, or in stage 2 if it reads questions
+            (fine-tuned for VQA) or prompts (InstructBLIP).
     """
 
     model_class: ClassVar[type[Stage1 | Stage2]]
@@ -92,10 +98,10 @@ class Pretrained(ABC):
         settings: RunSettings,
         carries: frozenset[str] = frozenset(),
         measured: Mapping[str, Any] | None = None,
-        tokenizer: Any = None,
+        tokens: BertTokens | None = None,
     ) -> None:
         self.model, self.settings, self.carries, self.measured = model, settings, carries, measured or {}
-        self.tokenizer = tokenizer
+        self.tokens = tokens
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | None = None, **options: Any) -> Self:
@@ -104,11 +110,7 @@ class Pretrained(ABC):
         Raises:
             UserError: as for `load`; or the source is the other kind of model.
         """
-        trained = read_trained(source, device, **options)
-        if not isinstance(trained.model, cls.model_class):
-            kind = "Captioner" if isinstance(trained.model, Stage2) else "Matcher"
-            raise UserError(f"{source} is a {kind}, not a {cls.__name__}: use openblip2.load, which accepts both")
-        return cls(**trained._asdict())
+        return read_trained((cls,), source, device, **options)
 
     def effective_rank(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> float:
         """The effective number of directions that a picture's query outputs span, 1 to `min(Q, D)`; mean over pictures.
@@ -191,26 +193,19 @@ class Pretrained(ABC):
         return address
 
     def _save(self, folder: Path, name: str, carries: frozenset[str]) -> None:
-        model, stage2 = self.model, isinstance(self.model, Stage2)
-        carries = carries if stage2 else carries - {"language"}
-        if "language" in carries and self.settings.language.dtype in ("int8", "int4"):
+        model, settings = self.model, self.settings
+        language = model.language if isinstance(model, Stage2) else None
+        carries = carries - {"language"} if language is None else carries
+        if "language" in carries and settings.language.dtype in ("int8", "int4"):
             raise UserError(
-                f"a language model in {self.settings.language.dtype} cannot be written: load with language.dtype=auto"
+                f"a language model in {settings.language.dtype} cannot be written: load with language.dtype=auto"
             )
-        trained = saved_parameters(model)
-        count = sum(p.numel() for p in trained.values())
         assert model.vision is not None
+        trained, whitening = saved_parameters(model), model.vision.whitening
+        checkpoint = Checkpoint(
+            name, settings, model.connector.sizes, trained, whitening=whitening, carries=carries, measured=self.measured
+        )
         with fresh_folder(folder) as draft:
-            write_run(
-                draft,
-                self.settings,
-                model.connector.sizes,
-                trained,
-                model.vision,
-                model.language if isinstance(model, Stage2) else None,
-                self.tokenizer,
-                carries,
-                model.vision.whitening,
-            )
-            card = model_card(self.settings, count, self.measured, usage(self.settings.stage, name), carries=carries)
-            (draft / "README.md").write_text(card, encoding="utf-8")
+            tokenizer = None if self.tokens is None else self.tokens.tokenizer
+            write_run(checkpoint, draft, model.vision, language, tokenizer)
+            write_card(checkpoint, name, draft)

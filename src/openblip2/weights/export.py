@@ -5,6 +5,7 @@ image encoder. For others, `write_projected` stores the language model alone, to
 openblip2 computes `image_embeds [n, Q, L]`, and any server that accepts embeddings as a prompt generates the text.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from openblip2.compat import quiet_transformers
 from openblip2.model.language import LanguageModel
 from openblip2.model.template import resolve_template
 from openblip2.model.vision import FrozenVision
-from openblip2.weights.checkpoint import Checkpoint
+from openblip2.weights.checkpoint import HF, INSTRUCTBLIP, OURS, Checkpoint, rename
 from openblip2.weights.huggingface import FRAME, FRAMED, IMAGE_TOKEN, usual_template
-from openblip2.weights.names import HF, INSTRUCTBLIP, OURS, rename
 from openblip2.weights.run import write_run
 
 
@@ -239,7 +239,7 @@ def write_projected(checkpoint: Checkpoint, vision: FrozenVision, language: Lang
     run = folder / "openblip2"
     run.mkdir()
     carries = checkpoint.carries | {"language"}
-    write_run(run, settings, checkpoint.sizes, checkpoint.trained, vision, language, None, carries, vision.whitening)
+    write_run(replace(checkpoint, carries=carries, whitening=vision.whitening), run, vision, language)
     generative = not language.llm.config.is_encoder_decoder
     pad = language.tokenizer.pad_token_id
     (folder / "image_embeds.py").write_text(

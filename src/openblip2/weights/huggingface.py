@@ -20,8 +20,7 @@ from openblip2.errors import UserError, one_line
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.qformer import NORM_EPS
 from openblip2.runs import read_json
-from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_from_tensors, sizes_of
-from openblip2.weights.names import HF, INSTRUCTBLIP, OURS, rename
+from openblip2.weights.checkpoint import HF, INSTRUCTBLIP, OURS, Checkpoint, Parts, describe, listed, rename
 
 GENERATION, RETRIEVAL = "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
 INSTRUCTED = "InstructBlipForConditionalGeneration"
@@ -67,9 +66,7 @@ def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
 
     qformer = config.get("qformer_config") or {}
     heads = _heads(qformer, parts.heads, folder)
-    settings = settings_from_tensors(trained, _settings(folder, name, config, kind), str(folder))
-    sizes = sizes_of(trained, heads, str(folder))
-    require_whole(trained, settings, sizes, str(folder), theirs_column)
+    settings, sizes = describe(trained, _settings(folder, name, config, kind), heads, str(folder), theirs_column)
     _require_queries(folder, config, settings.qformer.queries)
     tokenizer = str(folder) if kind == RETRIEVAL else None
     if kind != RETRIEVAL:

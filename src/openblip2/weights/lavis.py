@@ -25,8 +25,7 @@ from openblip2.errors import UserError, one_line
 from openblip2.model.vision import HFVision
 from openblip2.presets import FLANT5_XL, FLANT5_XXL, OPT_2_7B, OPT_6_7B, VIT_G, VIT_L
 from openblip2.runs import atomic_write
-from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_from_tensors, sizes_of
-from openblip2.weights.names import LAVIS, OURS, TOWER, rename
+from openblip2.weights.checkpoint import LAVIS, OURS, TOWER, Checkpoint, Parts, describe, listed, rename
 
 TOWER_PREFIX = "visual_encoder."
 EVA_WIDTH, EVA_HEADS = 1408, 16  # of ViT-g; the tensors do not show how many heads there are
@@ -74,18 +73,13 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
     if unknown:
         raise UserError(f"{path}: {len(unknown)} keys do not belong to BLIP-2: {listed(unknown)}")
     trained = {ours: model[theirs] for ours, theirs in names.items()}
-    settings = settings_from_tensors(trained, _settings(path, model, trained, bool(tower), parts), str(path))
-    if settings.stage == "stage2":
-        text = [
-            name
-            for name in trained
-            if name.startswith(("qformer.word_embeddings.", "qformer.positions.")) or ".text_" in name
-        ]
-        if text:
-            left_out.append(f"the text path of the Q-Former, {len(text)} tensors: stage 2 does not read it")
-            trained = {name: tensor for name, tensor in trained.items() if name not in text}
-    sizes = sizes_of(trained, parts.heads, str(path))
-    require_whole(trained, settings, sizes, str(path), LAVIS)
+    settings = _settings(path, model, trained, bool(tower), parts)
+    of_text = ("qformer.word_embeddings.", "qformer.positions.")
+    text = [name for name in trained if name.startswith(of_text) or ".text_" in name]
+    if text and settings.stage == "stage2":
+        left_out.append(f"the text path of the Q-Former, {len(text)} tensors: stage 2 does not read it")
+        trained = {name: tensor for name, tensor in trained.items() if name not in text}
+    settings, sizes = describe(trained, settings, parts.heads, str(path), LAVIS)
     encoder = None
     if parts.vision_heads is not None and not tower:
         raise UserError(f"{path}: vision_heads is given, but there is no image encoder in it: leave it out")
