@@ -14,7 +14,15 @@ from openblip2.data.text import BertTokens, clean_caption
 from openblip2.errors import UserError
 from openblip2.evaluate.ranking import rerank, similarities
 from openblip2.hardware import computing
-from openblip2.inference.inputs import clean_texts, each_readable, features_of, require_pairs, stacked, warn_unknown
+from openblip2.inference.inputs import (
+    clean_texts,
+    each_readable,
+    features_of,
+    require_pairs,
+    require_readable,
+    stacked,
+    warn_unknown,
+)
 from openblip2.inference.pretrained import Pretrained, QueryFeatures
 from openblip2.model.stage1 import Stage1
 
@@ -140,7 +148,6 @@ class Matcher(Pretrained):
             UserError: an empty text, or one longer than the run's text limit.
         """
         cleaned = clean_texts(texts, clean_caption)
-        for n in self.tokens.too_long(cleaned):
-            raise UserError(f"text {texts[n][:40]!r}... is longer than {self.tokens.longest} tokens: shorten the text")
+        require_readable(self.tokens, cleaned)
         warn_unknown(self.tokens.tokenizer, cleaned)
         return self.tokens(cleaned)
