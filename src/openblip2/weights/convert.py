@@ -20,7 +20,7 @@ from openblip2.runs import locked, require_absent
 from openblip2.train.parameters import saved_parameters
 from openblip2.weights.assemble import assemble, find_language, find_tokenizer, find_vision, read_checkpoint
 from openblip2.weights.checkpoint import Checkpoint, Parts, carried
-from openblip2.weights.export import fits_projection, has_home, write_huggingface, write_projected
+from openblip2.weights.export import write_huggingface, write_projected
 from openblip2.weights.huggingface import dtypes_of
 from openblip2.weights.lavis import projection_name, write_lavis
 from openblip2.weights.onnx import export_onnx
@@ -118,7 +118,9 @@ def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
     tokenizer = find_tokenizer(checkpoint) if checkpoint.settings.reads_text else None
     if checkpoint.settings.stage == "stage2":
         language, checkpoint = _stored_language(checkpoint)
-    if not has_home(vision) or (language is not None and not fits_projection(language)):
+    # Only EVA-CLIP's architecture without whitening, and embeddings that are as wide as the language model's layers.
+    fits = vision.kind == "blip_2_vision_model" and vision.whitening is None
+    if not fits or (language is not None and language.width != language.llm.config.hidden_size):
         why = "its Q-Former reads questions, and " * reads_question
         family = "InstructBLIP" if reads_question else "BLIP-2"
         others = f", or use --to onnx{' or --to projected' * (language is not None)}" * (not reads_question)
