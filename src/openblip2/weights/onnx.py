@@ -90,7 +90,6 @@ def export_onnx(model: Stage1 | Stage2, path: Path) -> float:
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as draft:
             file = Path(draft) / path.name
             _write(image_path, side, file)
-            _describe(image_path.vision, file)
             difference = _compare(image_path, side, file)
             for written in sorted(Path(draft).iterdir(), reverse=True):  # the weights first, then the graph
                 os.replace(written, path.parent / written.name)
@@ -100,36 +99,32 @@ def export_onnx(model: Stage1 | Stage2, path: Path) -> float:
 
 
 def _write(image_path: ImagePath, side: int, file: Path) -> None:
-    weights = sum(p.numel() * p.element_size() for p in image_path.parameters())
-    batch = torch.export.Dim("B")
+    """Writes the graph, whose metadata say how pictures must be resized, and the normalisation that it contains."""
+    weights, vision = sum(p.numel() * p.element_size() for p in image_path.parameters()), image_path.vision
     with _quiet():
         try:
-            torch.onnx.export(
+            program = torch.onnx.export(
                 image_path,
                 (_pictures(TRACED, side),),
-                file,
                 input_names=["images"],
                 output_names=[image_path.name],
-                dynamic_shapes={"images": {0: batch}},
-                external_data=weights > INLINE,
+                dynamic_shapes={"images": {0: torch.export.Dim("B")}},
                 dynamo=True,
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
             # The cause is the actual error; the exporter's own message is advice about its internals.
             reason = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-            raise UserError(f"image encoder {image_path.vision.kind!r} cannot be exported to ONNX: {reason}") from error
-
-
-def _describe(vision: FrozenVision, file: Path) -> None:
-    """Adds metadata to the graph: how pictures must be resized, and the normalisation that the graph contains."""
-    import onnx
-
-    graph = onnx.load(file, load_external_data=False)
-    found = {"resize": RESIZE, "image_size": str(vision.image_size), "normalization": "in the graph"}
-    found |= {f"image_{name}": json.dumps(list(getattr(vision, name))) for name in ("mean", "std")}
-    onnx.helper.set_model_props(graph, found)
-    onnx.save(graph, file)
+            raise UserError(f"image encoder {vision.kind!r} cannot be exported to ONNX: {reason}") from error
+        assert program is not None
+        program.model.metadata_props.update(
+            resize=RESIZE,
+            image_size=str(side),
+            normalization="in the graph",
+            image_mean=json.dumps(list(vision.mean)),
+            image_std=json.dumps(list(vision.std)),
+        )
+        program.save(file, external_data=weights > INLINE)
 
 
 def _compare(image_path: ImagePath, side: int, file: Path) -> float:
