@@ -42,7 +42,7 @@ class Matcher(Pretrained):
         Raises:
             UserError: an empty text, or one longer than the run's text limit.
         """
-        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
+        tokens, valid = self.tokenise(texts)
         return self._rows(images, lambda part, _: similarities(self.model, part, tokens, valid), len(texts))
 
     def match(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
@@ -54,7 +54,7 @@ class Matcher(Pretrained):
             UserError: as for `similarity`; or the numbers of pictures and texts differ.
         """
         require_pairs(images, texts, "texts")
-        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
+        tokens, valid = self.tokenise(texts)
 
         def score(features: Tensor, numbers: Sequence[int]) -> Tensor:
             logits = self.model.match(self.model.connector.encode_image(features), tokens[numbers], valid[numbers])
@@ -78,7 +78,7 @@ class Matcher(Pretrained):
         """
         if texts is not None:
             require_pairs(images, texts, "texts")
-        read = None if texts is None else [one.to(self.model.temperature.device) for one in self.tokenise(texts)]
+        read = None if texts is None else self.tokenise(texts)
         connector = self.model.connector
 
         def compute(features: Tensor, numbers: Sequence[int]) -> Tensor:
@@ -110,7 +110,7 @@ class Matcher(Pretrained):
         Raises:
             UserError: an empty text, or one longer than the run's text limit.
         """
-        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise([text]))
+        tokens, valid = self.tokenise([text])
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             return self.model.text_vectors(tokens, valid)[0].float().tolist()
 
@@ -124,7 +124,7 @@ class Matcher(Pretrained):
         Raises:
             UserError: as for `similarity`.
         """
-        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
+        tokens, valid = self.tokenise(texts)
 
         def score(some: Sequence[Picture], numbers: Sequence[int]) -> Tensor:
             with torch.inference_mode(), computing(self.model, self.settings.train.precision):
@@ -142,7 +142,7 @@ class Matcher(Pretrained):
         return map(self.model.connector.query_output, features_of(self.model, images))
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids of texts for the connector, `[M, T]` int64, and a mask of the real tokens, `[M, T]` bool.
+        """Token ids of texts, `[M, T]` int64, and a mask of the real tokens, `[M, T]` bool, on the model's device.
 
         Raises:
             UserError: an empty text, or one longer than the run's text limit.
@@ -150,4 +150,5 @@ class Matcher(Pretrained):
         cleaned = clean_texts(texts, clean_caption)
         require_readable(self.tokens, cleaned)
         warn_unknown(self.tokens.tokenizer, cleaned)
-        return self.tokens(cleaned)
+        ids, valid = self.tokens(cleaned)
+        return ids.to(self.model.temperature.device), valid.to(self.model.temperature.device)
