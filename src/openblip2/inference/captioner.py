@@ -3,7 +3,7 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); lower-level modules work on tensors.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,17 +13,15 @@ from openblip2.compat import log
 from openblip2.data.images import Picture
 from openblip2.data.text import question_tokens
 from openblip2.errors import UserError
-from openblip2.hardware import computing
 from openblip2.inference.inputs import (
     GROUP,
     clean_questions,
     each_readable,
-    features_of,
     require_pairs,
     require_readable,
     warn_unknown,
 )
-from openblip2.inference.pretrained import Pretrained, QueryFeatures
+from openblip2.inference.pretrained import Compute, Pretrained, QueryFeatures
 from openblip2.inference.writing import ROUNDS, Written, draw_texts, write_texts
 from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
@@ -213,10 +211,10 @@ class Captioner(Pretrained):
             `queries [N, Q, D]` and, in `projected`, the soft prompt `[N, Q, L]`; on the CPU.
         """
         asked = None if texts is None else clean_questions(texts, self.settings.reads_prompts)
-        asked = self.qformer_texts([self._prompt(None)] * len(images), asked)
+        query_output = self._query_output(len(images), asked)
 
         def read(features: Tensor, numbers: Sequence[int]) -> Tensor:
-            queries = self.model.query_output(features=features, question=self._read(asked, numbers))
+            queries = query_output(features, numbers)
             return torch.cat([queries.float(), self.model.projection(queries).float()], dim=2)
 
         sizes = self.model.connector.width, self.model.language.width
@@ -227,9 +225,12 @@ class Captioner(Pretrained):
 
         `questions`: like `texts` of `features`, but they are not cleaned.
         """
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            outputs = self._query_output(images, questions)
-            return torch.cat([self.model.projection(part).float().cpu() for part in outputs])
+        query_output = self._query_output(len(images), questions)
+
+        def read(features: Tensor, numbers: Sequence[int]) -> Tensor:
+            return self.model.projection(query_output(features, numbers))
+
+        return self._computed(images, range(len(images)), read)
 
     def embed(
         self, images: Sequence[Picture], prompts: Sequence[str], questions: Sequence[str] | None = None
@@ -265,11 +266,9 @@ class Captioner(Pretrained):
         found = write_texts(self.model, precision, images, prompts, [decoding], self.tokens, asked, at_once)
         return [text for ((text, _),) in found]
 
-    def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
-        asked, start = self.qformer_texts([self._prompt(None)] * len(images), questions), 0
-        for part in features_of(self.model, images):
-            yield self.model.query_output(features=part, question=self._read(asked, range(start, start + len(part))))
-            start += len(part)
+    def _query_output(self, count: int, questions: Sequence[str] | None) -> Compute:
+        asked = self.qformer_texts([self._prompt(None)] * count, questions)
+        return lambda features, numbers: self.model.query_output(features=features, question=self._read(asked, numbers))
 
     def _prompt(self, prompt: str | None) -> str:
         return self.settings.language.prompts[0] if prompt is None else prompt

@@ -3,7 +3,7 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); lower-level modules work on tensors.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from openblip2.inference.inputs import (
     stacked,
     warn_unknown,
 )
-from openblip2.inference.pretrained import Pretrained, QueryFeatures
+from openblip2.inference.pretrained import Compute, Pretrained, QueryFeatures
 from openblip2.model.stage1 import Stage1
 
 
@@ -136,10 +136,10 @@ class Matcher(Pretrained):
         by_image, by_text = stacked(each_readable(images, score), 2, len(texts)).unbind(dim=1)
         return by_image, by_text
 
-    def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
+    def _query_output(self, count: int, questions: Sequence[str] | None) -> Compute:
         if questions is not None:
             raise UserError("a stage-1 run does not read questions: leave them out")
-        return map(self.model.connector.query_output, features_of(self.model, images))
+        return lambda features, _: self.model.connector.query_output(features)
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token ids of texts, `[M, T]` int64, and a mask of the real tokens, `[M, T]` bool, on the model's device.

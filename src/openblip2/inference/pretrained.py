@@ -1,7 +1,7 @@
 """Loading, saving and publishing of trained models: `from_pretrained`, `save_pretrained`, `push_to_hub`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +26,8 @@ from openblip2.weights.assemble import assemble, find_tokenizer, read_checkpoint
 from openblip2.weights.checkpoint import Checkpoint, Parts, carried
 from openblip2.weights.run import fresh_folder, write_card, write_run
 
+# Takes features `[<= GROUP, P, V]` and the numbers of their pictures, and returns a row for each picture.
+Compute = Callable[[Tensor, Sequence[int]], Tensor]
 K = TypeVar("K", bound="Pretrained")
 
 
@@ -127,32 +129,24 @@ class Pretrained(ABC):
         if len(images) < 2:
             raise UserError(f"effective rank compares pictures: give at least two, not {len(images)}")
         asked = None if questions is None else clean_questions(questions, self.settings.reads_prompts)
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            outputs = [part.float().cpu() for part in self._query_output(images, asked)]
-        return effective_rank(torch.cat(outputs))
+        return effective_rank(self._computed(images, range(len(images)), self._query_output(len(images), asked)))
 
     @abstractmethod
-    def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
-        """Yields the query outputs of the pictures in batches, `[<= GROUP, Q, D]`."""
+    def _query_output(self, count: int, questions: Sequence[str] | None) -> Compute:
+        """Computes the query outputs of `count` pictures, `[<= GROUP, Q, D]`."""
 
-    def _rows(
-        self, images: Sequence[Picture], compute: Callable[[Tensor, Sequence[int]], Tensor], *shape: int
-    ) -> Tensor:
-        """A row of `shape` for each picture, on the CPU; NaN, with a warning, for a picture that cannot be opened.
+    def _computed(self, images: Sequence[Picture], numbers: Sequence[int], compute: Compute) -> Tensor:
+        """The rows of all pictures, on the CPU; `numbers` are those of the pictures, for `compute`."""
+        found, done = [], 0
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            for part in features_of(self.model, images):
+                found.append(compute(part, list(numbers[done : done + len(part)])).float().cpu())
+                done += len(part)
+        return torch.cat(found)
 
-        Args:
-            compute: takes features `[<= GROUP, P, V]` and the numbers of their pictures, and returns their rows.
-        """
-
-        def read(some: Sequence[Picture], numbers: Sequence[int]) -> Tensor:
-            found, done = [], 0
-            with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-                for part in features_of(self.model, some):
-                    found.append(compute(part, list(numbers[done : done + len(part)])).float().cpu())
-                    done += len(part)
-            return torch.cat(found)
-
-        return stacked(each_readable(images, read), *shape)
+    def _rows(self, images: Sequence[Picture], compute: Compute, *shape: int) -> Tensor:
+        """A row of `shape` for each picture, on the CPU; NaN, with a warning, for a picture that cannot be opened."""
+        return stacked(each_readable(images, lambda some, numbers: self._computed(some, numbers, compute)), *shape)
 
     def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
         """Writes an openblip2 run with a model card: the trained parts, and the names of the frozen parts.
