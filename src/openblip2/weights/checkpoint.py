@@ -143,15 +143,13 @@ class Checkpoint:
 
 def carried(checkpoint: Checkpoint) -> frozenset[str]:
     """The frozen parts ("vision", "language") that a copy must contain: the source's and those passed as objects."""
-    found = set(checkpoint.carries)
-    for part in ("vision", "language"):
-        given = getattr(checkpoint.parts, part)
-        # No file format can store a caller's own encoder.
-        if isinstance(given, str) or (part == "vision" and given is not None and not isinstance(given, HFVision)):
-            found.discard(part)
-        elif given is not None:
-            found.add(part)
-    return frozenset(found)
+    found = {"vision": checkpoint.parts.vision, "language": checkpoint.parts.language}
+    # A name needs no copy, and no file format can store a caller's own encoder.
+    return frozenset(
+        part
+        for part, given in found.items()
+        if isinstance(given, HFVision | LanguageModel) or (given is None and part in checkpoint.carries)
+    )
 
 
 def describe(

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -153,12 +154,8 @@ def projection_name(language: str) -> str | None:
 def _read_model(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([Namespace]):  # plain values, in which many trainers store settings
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                content = torch.load(path, map_location="cpu", weights_only=True)  # torch's older format
+            # torch's older format is not a zip file, and cannot be mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         named = f" ({code[1]})" if code else ""
@@ -190,19 +187,17 @@ def _settings(
     path: Path, model: Mapping[str, Tensor], trained: Mapping[str, Tensor], with_tower: bool, parts: Parts
 ) -> RunSettings:
     """The stage and frozen parts of a file; parts passed by the user take precedence over those of the paper."""
-    width = trained["qformer.image_norm.weight"].shape[0] if "qformer.image_norm.weight" in trained else 0
+    width = len(trained.get("qformer.image_norm.weight", ()))
     if width not in _ENCODERS and parts.vision is None and not with_tower:
         raise UserError(f"{path}: its image encoder (width {width}) is not one of the paper's: give it with vision=")
     settings = RunSettings(vision=_ENCODERS.get(width, VIT_G))
     projection = next((name for name in ("opt_proj", "t5_proj") if f"{name}.weight" in model), None)
     if projection is None:
         return settings
-    language = _LANGUAGE_MODELS.get((projection, model[f"{projection}.weight"].shape[0]))
+    width = len(model[f"{projection}.weight"])
+    language = _LANGUAGE_MODELS.get((projection, width))
     if language is None and parts.language is None:
-        raise UserError(
-            f"{path}: its language model (width {model[f'{projection}.weight'].shape[0]}) is not one of the paper's: "
-            "give it with language="
-        )
+        raise UserError(f"{path}: its language model (width {width}) is not one of the paper's: give it with language=")
     default = OPT_2_7B if projection == "opt_proj" else FLANT5_XL
     return replace(settings, stage="stage2", language=language or default)
 
