@@ -1,7 +1,4 @@
-"""Dialogues about a picture: each question is asked after the earlier ones and their answers (paper, 4.1 and figure 4).
-
-Shapes: Q queries, L LLM width, P patch tokens, V encoder width.
-"""
+"""Dialogues about a picture: a question is asked after the earlier ones and their answers (paper, 4.1 and figure 4)."""
 
 from collections.abc import Sequence
 

@@ -55,7 +55,12 @@ def each_readable(
     try:
         return list(use(images, range(len(images))))
     except UserError:
-        bad = {n: problem for n, image in enumerate(images) if (problem := _problem(image))}
+        bad: dict[int, str] = {}
+        for n, image in enumerate(images):
+            try:
+                open_picture(image)
+            except UserError as problem:
+                bad[n] = str(problem)
         if not bad:
             raise
     for problem in dict.fromkeys(bad.values()):
@@ -69,14 +74,6 @@ def stacked(rows: Sequence[Tensor | None], *shape: int) -> Tensor:
     """Stacks rows of the same shape; a row that is None becomes NaN."""
     missing = torch.full(shape, torch.nan)
     return torch.stack([missing if row is None else row for row in rows])
-
-
-def _problem(image: Picture) -> str | None:
-    try:
-        open_picture(image)
-    except UserError as problem:
-        return str(problem)
-    return None
 
 
 def same_pictures(images: Sequence[Picture]) -> list[str | int]:

@@ -159,8 +159,7 @@ class Pretrained(ABC):
         Raises:
             UserError: the folder already exists, or a quantised language model would have to be written.
         """
-        carries = self.carries | ({"vision", "language"} if merge else set())
-        self._save(Path(folder), Path(folder).name, carries)
+        self._save(Path(folder), Path(folder).name, {"vision", "language"} if merge else set())
 
     def push_to_hub(self, repo: str, private: bool = False, token: str | None = None, merge: bool = False) -> str:
         """Publishes the output of `save_pretrained` as a repository on the Hugging Face Hub; returns its address.
@@ -173,11 +172,11 @@ class Pretrained(ABC):
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-        here = {part for part in ("vision", "language") if Path(getattr(self.settings, part).name).exists()}
-        carries = self.carries | here | ({"vision", "language"} if merge else set())
+        parts = {"vision", "language"}
+        here = {part for part in parts if merge or Path(getattr(self.settings, part).name).exists()}
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / "run"
-            self._save(folder, repo, carries)
+            self._save(folder, repo, here)
             try:
                 hub = HfApi(token=token)
                 address = str(hub.create_repo(repo, private=private, exist_ok=True))
@@ -186,10 +185,11 @@ class Pretrained(ABC):
                 raise UserError(f"{repo} cannot be published: {one_line(error)}") from error
         return address
 
-    def _save(self, folder: Path, name: str, carries: frozenset[str]) -> None:
+    def _save(self, folder: Path, name: str, parts: set[str]) -> None:
+        """Writes a run with its card, which names it `name`; it contains these frozen `parts`, too."""
         model, settings = self.model, self.settings
         language = model.language if isinstance(model, Stage2) else None
-        carries = carries - {"language"} if language is None else carries
+        carries = (self.carries | parts) - ({"language"} if language is None else set())
         if "language" in carries and settings.language.dtype in ("int8", "int4"):
             raise UserError(
                 f"a language model in {settings.language.dtype} cannot be written: load with language.dtype=auto"

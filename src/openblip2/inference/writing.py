@@ -1,7 +1,4 @@
-"""Generates texts about pictures in batches; each picture is encoded once for all texts about it.
-
-Shapes: Q queries, L LLM width.
-"""
+"""Generates texts about pictures in batches; each picture is encoded once for all texts about it."""
 
 import math
 from collections import Counter

@@ -1,8 +1,6 @@
 """Finds a checkpoint by name, recognises its format from its files, and builds a model from it.
 
 Frozen parts are loaded or passed by the caller; the connector is built from its sizes and filled with weights.
-
-Shapes: V encoder width, L language model width.
 """
 
 import re

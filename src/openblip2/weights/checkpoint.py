@@ -2,8 +2,6 @@
 
 Readers (`run`, `lavis`, `huggingface`) return a `Checkpoint`, writers take one, and `assemble` builds its model. One
 table, `TRAINED`, has the names of each weight in openblip2, in the authors' code (LAVIS) and in transformers.
-
-Shapes: Q queries, D Q-Former width, V encoder width, E shared space, W vocabulary, L language model width.
 """
 
 import re

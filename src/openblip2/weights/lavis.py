@@ -3,8 +3,6 @@
 All names may start with a common prefix, which DistributedDataParallel, `torch.compile` or a LightningModule adds.
 A file never contains the language model, and the image encoder only if it was fine-tuned. Only tensors and plain
 values are unpickled.
-
-Shapes: Q queries, D Q-Former width, V encoder width, P patch tokens, S image side in px.
 """
 
 import math
