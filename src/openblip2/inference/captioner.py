@@ -22,7 +22,7 @@ from openblip2.inference.inputs import (
     warn_unknown,
 )
 from openblip2.inference.pretrained import Compute, Pretrained, QueryFeatures
-from openblip2.inference.writing import ROUNDS, Written, draw_texts, write_texts
+from openblip2.inference.writing import Written, write_texts
 from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
@@ -31,6 +31,7 @@ CAPTION = Decoding()  # as in the paper: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # as in the paper for VQA: beam 5, short answers
 CHAT = replace(ANSWER, max_new_tokens=30)  # these three are the defaults of the command line, Python and the server
 SAMPLED = Decoding(beams=1, sample=True, seed=0)  # for several captions per picture
+ROUNDS = 5  # maximum number of sampling rounds to get enough different captions of a picture
 
 
 class Captioner(Pretrained):
@@ -65,7 +66,6 @@ class Captioner(Pretrained):
         """Generates different captions for each picture, in the order of sampling; None as in `caption`.
 
         Args:
-            images: the pictures.
             count: number of captions per picture. If sampling gives fewer different ones, a warning is logged.
             prompt: as in `caption`.
             decoding: must sample if `count` is above 1. Sample n uses the seed `decoding.seed + n`, so it depends
@@ -74,11 +74,23 @@ class Captioner(Pretrained):
         """
         if count > 1 and not decoding.sample:
             raise UserError(f"{count} captions of a picture need sampling: use Decoding(sample=True, beams=1)")
-        prompt, model, precision = self._prompt(prompt), self.model, self.settings.train.precision
+        prompt, precision = self._prompt(prompt), self.settings.train.precision
         self.qformer_texts([prompt])
-        found = each_readable(
-            images, lambda some, _: draw_texts(model, precision, some, prompt, count, decoding, self.tokens, score)
-        )
+
+        def draw(some: Sequence[Picture], numbers: Sequence[int]) -> list[list[Written]]:
+            texts = [dict[str, Written]() for _ in some]
+            for first in range(0, ROUNDS * count, count):
+                short = [n for n, own in enumerate(texts) if len(own) < count]
+                seeds = [None if decoding.seed is None else decoding.seed + first + n for n in range(count)]
+                hows, prompts = [replace(decoding, seed=seed) for seed in seeds], [prompt] * len(short)
+                again, read = [some[n] for n in short], None if self.tokens is None else prompts
+                drawn = write_texts(self.model, precision, again, prompts, hows, self.tokens, read, score=score)
+                for n, own in zip(short, drawn, strict=True):
+                    for one in own:
+                        texts[n].setdefault(one.text, one)
+            return [list(own.values())[:count] for own in texts]
+
+        found = each_readable(images, draw)
         if few := sum(own is not None and len(own) < count for own in found):
             few = f"{few} of {len(found)} pictures have"
             log.warning("%s fewer than %d different captions in %d draws", few, count, ROUNDS * count)
@@ -90,7 +102,6 @@ class Captioner(Pretrained):
         It is NaN, with a warning, for a picture that cannot be opened.
 
         Args:
-            images: N pictures.
             texts: N captions, which are not cleaned; training captions are in lower case.
             prompt: as in `caption`.
         """
@@ -111,7 +122,6 @@ class Captioner(Pretrained):
         cannot be opened is NaN, with a warning.
 
         Args:
-            images: N pictures.
             questions: N questions, asked as in `answer`.
             answers: M answers, for example "yes" and "no"; the same for all questions.
 
@@ -157,7 +167,6 @@ class Captioner(Pretrained):
         Questions are cleaned as in training for VQA. For InstructBLIP, the Q-Former reads the prompts, as written.
 
         Args:
-            questions: the questions, in words.
             form: template of a question, with `{}` for its words; None = the run's `language.question`.
 
         Raises:
@@ -203,7 +212,6 @@ class Captioner(Pretrained):
         """Query outputs for N pictures. The rows of a picture that cannot be opened are NaN, with a warning.
 
         Args:
-            images: N pictures.
             texts: one question per picture, if the Q-Former reads questions; for InstructBLIP, one prompt per picture,
                 or None = the prompt for captions.
 

@@ -66,7 +66,6 @@ class Matcher(Pretrained):
         """Query outputs for N pictures. The rows of a picture that cannot be opened are NaN, with a warning.
 
         Args:
-            images: N pictures.
             texts: one for each picture; if they are given, `joint` is also computed.
 
         Returns:

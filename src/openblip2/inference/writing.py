@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,8 +16,6 @@ from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
 from openblip2.model.token_rows import require_room
-
-ROUNDS = 5  # maximum number of sampling rounds to get enough different texts about a picture
 
 
 class Written(NamedTuple):
@@ -89,31 +86,3 @@ def write_texts(
             left.subtract(names[n] for n in rows)
             soft = {name: one for name, one in soft.items() if left[name]}
     return found
-
-
-def draw_texts(
-    model: Stage2,
-    precision: str,
-    images: Sequence[Picture],
-    prompt: str,
-    count: int,
-    decoding: Decoding,
-    tokens: BertTokens | None = None,
-    score: bool = False,
-) -> list[list[Written]]:
-    """Samples up to `count` different texts for each picture and one prompt, with seeds from `decoding.seed` on.
-
-    Args:
-        tokens: the connector's tokenizer, if the connector also reads the prompt.
-    """
-    found = [dict[str, Written]() for _ in images]
-    for first in range(0, ROUNDS * count, count):
-        short = [n for n, own in enumerate(found) if len(own) < count]
-        seeds = [None if decoding.seed is None else decoding.seed + first + n for n in range(count)]
-        hows, prompts = [replace(decoding, seed=seed) for seed in seeds], [prompt] * len(short)
-        again, read = [images[n] for n in short], None if tokens is None else prompts
-        drawn = write_texts(model, precision, again, prompts, hows, tokens, read, score=score)
-        for n, own in zip(short, drawn, strict=True):
-            for one in own:
-                found[n].setdefault(one.text, one)
-    return [list(own.values())[:count] for own in found]
