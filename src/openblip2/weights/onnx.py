@@ -23,11 +23,9 @@ from torch.nn import functional as F
 
 from openblip2.data.images import RESIZE
 from openblip2.errors import UserError, one_line, require
-from openblip2.model.connector import Connector
 from openblip2.model.lora import merge_lora
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import FrozenVision
 
 TOLERANCE = 1e-4  # largest difference from torch, relative to the output's largest value
 INLINE = 1_500_000_000  # bytes of weights that are stored in the graph's own file; protobuf's limit is 2 GB
@@ -40,17 +38,13 @@ class ImagePath(nn.Module):
     Stage 1 returns `image_vectors [B, Q, E]`, of length 1; stage 2 returns `soft_prompt [B, Q, L]`.
     """
 
-    vision: FrozenVision
-    connector: Connector
-    head: nn.Linear
-
     def __init__(self, model: Stage1 | Stage2) -> None:
         super().__init__()
+        assert model.vision is not None
         self.name = "image_vectors" if isinstance(model, Stage1) else "soft_prompt"
-        head = model.vision_proj if isinstance(model, Stage1) else model.projection
         # Part by part, because a copy of the whole model would include the language model.
-        for name, part in (("vision", model.vision), ("connector", model.connector), ("head", head)):
-            self.add_module(name, copy.deepcopy(part))
+        self.vision, self.connector = copy.deepcopy(model.vision), copy.deepcopy(model.connector)
+        self.head = copy.deepcopy(model.vision_proj if isinstance(model, Stage1) else model.projection)
         merge_lora(self.to("cpu", torch.float32)).requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Tensor:
