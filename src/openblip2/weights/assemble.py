@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from openblip2.compat import quiet_transformers
 from openblip2.config import RunSettings, change
 from openblip2.errors import UserError, one_line, refuse_lfs_pointer
 from openblip2.hardware import compute_dtype
@@ -20,11 +19,10 @@ from openblip2.model.load import last_useful_layer, load_vision
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import FrozenVision, frozen_vision
-from openblip2.model.wheels import locate
 from openblip2.runs import read_json
 from openblip2.train.parameters import fill_trained
 from openblip2.weights.checkpoint import Checkpoint, Parts
-from openblip2.weights.huggingface import read_huggingface
+from openblip2.weights.huggingface import load_tokenizer, read_huggingface
 from openblip2.weights.lavis import read_lavis
 from openblip2.weights.run import read_run
 
@@ -178,16 +176,8 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         UserError: no tokenizer is found.
     """
-    from transformers import AutoTokenizer
-
     given = checkpoint.parts.tokenizer
     if given is not None and not isinstance(given, str | Path):
         return given
-    name = str(given or checkpoint.tokenizer)
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{name}: no tokenizer ({one_line(error)}): give the one that the Q-Former was trained with as tokenizer="
-        ) from error
+    advice = "give the one that the Q-Former was trained with as tokenizer="
+    return load_tokenizer(str(given or checkpoint.tokenizer), advice)

@@ -19,6 +19,7 @@ from openblip2.config import LanguageSettings, QFormerSettings, RunSettings, Vis
 from openblip2.errors import UserError, one_line
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.qformer import NORM_EPS
+from openblip2.model.wheels import locate
 from openblip2.runs import read_json
 from openblip2.weights.checkpoint import HF, INSTRUCTBLIP, OURS, Checkpoint, Parts, describe, listed, rename
 
@@ -58,8 +59,8 @@ def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
     frozen = ("vision_model.",) if kind == RETRIEVAL else ("vision_model.", "language_model.")
     if unknown := [name for name in others if not name.startswith(frozen)]:
         raise UserError(f"{folder}: {len(unknown)} keys do not belong to a {kind}: {listed(unknown)}")
-    # InstructBLIP has another `model_type` for the same encoder.
-    tower = Blip2VisionConfig(**{k: v for k, v in (config.get("vision_config") or {}).items() if k != "model_type"})
+    vision = config.get("vision_config") or {}  # InstructBLIP has another `model_type` for the same encoder
+    tower: Any = Blip2VisionConfig(**{name: value for name, value in vision.items() if name != "model_type"})
     _require_tower(folder, tower, {name for name in others if name.startswith("vision_model.")})
     trained = {ours: _tensor(files[theirs], theirs) for ours, theirs in names.items()}
     left_out = [f"{name}: {why}" for name, why in LEFT_OUT.items() if name in files]
@@ -117,7 +118,7 @@ def read_files(folder: Path) -> dict[str, Path]:
     if not index.is_file():
         if not single.is_file():
             raise UserError(f"{folder}: no model.safetensors in it (.bin files are pickles, which are never loaded)")
-        return dict.fromkeys(_names(single), single)
+        return {name: single for name in _names(single)}
     listing = read_json(index)
     if not isinstance(listing, dict) or not {"metadata", "weight_map"} <= listing.keys():
         raise UserError(f"{index}: must contain metadata and weight_map, as transformers writes them")
@@ -131,7 +132,7 @@ def read_files(folder: Path) -> dict[str, Path]:
         names = _names(path)
         if lost := [name for name in named if name not in names]:
             raise UserError(f"{path}: it lacks {listed(lost)}, which {index.name} lists")
-        found |= dict.fromkeys(names, path)
+        found |= {name: path for name in names}
     return found
 
 
@@ -156,13 +157,11 @@ def _require_tower(folder: Path, tower: Any, found: set[str]) -> None:
 
 def _language(folder: Path, name: str, config: Mapping[str, Any], kind: str) -> LanguageSettings:
     """The language settings: the template of its processor's prompts and the token that ends its texts."""
-    tokenizer = _tokenizer(folder)
+    again = f"save the folder again with the {'InstructBlipProcessor' if kind == INSTRUCTED else 'Blip2Processor'}"
+    tokenizer = load_tokenizer(str(folder), again)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
-        processor = "InstructBlipProcessor" if kind == INSTRUCTED else "Blip2Processor"
-        raise UserError(
-            f"{folder / 'tokenizer.json'}: no token {IMAGE_TOKEN!r} in it for the pictures: save the folder again "
-            f"with the {processor}, which adds it"
-        )
+        where = folder / "tokenizer.json"
+        raise UserError(f"{where}: no token {IMAGE_TOKEN!r} in it for the pictures: {again}, which adds it")
     # The token with which generation ends in transformers.
     end = read_json(path).get("eos_token_id") if (path := folder / "generation_config.json").is_file() else None
     end = (config.get("text_config") or {}).get("eos_token_id") if end is None else end
@@ -193,14 +192,15 @@ def _from_frame(settings: RunSettings, frame: Any, path: Path) -> RunSettings:
         raise UserError(f"{path}: {FRAME} is not valid: {one_line(error)}") from error
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(name: str, advice: str) -> Any:
+    """A tokenizer of `transformers`, or a `UserError` with this advice."""
     from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from error
+        raise UserError(f"{name}: no tokenizer ({one_line(error)}): {advice}") from error
 
 
 def _require_queries(folder: Path, config: Mapping[str, Any], queries: int) -> None:
