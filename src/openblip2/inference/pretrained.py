@@ -49,16 +49,7 @@ def read_trained(
     visual_tokens: int | None = None,
     **parts: Any,
 ) -> K:
-    """Loads a trained model of one of these classes from any source.
-
-    Args:
-        kinds: `Captioner`, `Matcher`, or both.
-        source, device, precision, revision, language_dtype, visual_tokens: as in `inference.load`.
-        parts: the fields of `Parts`.
-
-    Raises:
-        UserError: as for `inference.load`; or the source is a model of another class.
-    """
+    """Loads a model of one of these classes from any source, as `inference.load`; `parts` are the fields of `Parts`."""
     checkpoint = read_checkpoint(source, Parts(**parts), revision)
     if language_dtype is not None:
         if checkpoint.settings.stage == "stage1" or isinstance(checkpoint.parts.language, LanguageModel):

@@ -1,12 +1,10 @@
 """Converts checkpoints between all formats. Tensors are copied unchanged, so what is stored is bit-equal."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
 
 from openblip2.config import change
 from openblip2.errors import UserError
@@ -15,7 +13,7 @@ from openblip2.model.load import is_encoder_decoder
 from openblip2.model.lora import merge_lora
 from openblip2.model.precision import local_folder
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import FrozenVision, HFVision, Vision
+from openblip2.model.vision import HFVision, Vision
 from openblip2.runs import locked, require_absent
 from openblip2.train.parameters import saved_parameters
 from openblip2.weights.assemble import assemble, find_language, find_tokenizer, find_vision, read_checkpoint
@@ -95,17 +93,16 @@ def _write(checkpoint: Checkpoint, out: Path, to: str) -> list[str]:
 
 def _to_openblip2(checkpoint: Checkpoint, out: Path) -> list[str]:
     given, checkpoint = checkpoint.parts, replace(checkpoint, carries=carried(checkpoint))
-    vision = language = tokenizer = None
+    vision = language = None
     # Parts that are not copied are only named, so they need not be available.
     if "vision" in checkpoint.carries or given.vision is not None:
-        vision, checkpoint = _stored_vision(checkpoint)
+        vision, checkpoint = _stored(checkpoint, "vision")
     if "language" in checkpoint.carries:
-        language, checkpoint = _stored_language(checkpoint)
+        language, checkpoint = _stored(checkpoint, "language")
     elif isinstance(given.language, str):
         named = replace(checkpoint.settings.language, name=given.language)
         checkpoint = replace(checkpoint, settings=replace(checkpoint.settings, language=named))
-    if checkpoint.settings.reads_text:
-        tokenizer = find_tokenizer(checkpoint)
+    tokenizer = find_tokenizer(checkpoint) if checkpoint.settings.reads_text else None
     with fresh_folder(out, overwrite=True) as folder:
         write_run(checkpoint, folder, vision, language, tokenizer)
         write_card(checkpoint, out.name, folder)
@@ -113,11 +110,11 @@ def _to_openblip2(checkpoint: Checkpoint, out: Path) -> list[str]:
 
 
 def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
-    vision, checkpoint = _stored_vision(checkpoint)
+    vision, checkpoint = _stored(checkpoint, "vision")
     language, reads_question = None, checkpoint.settings.qformer.question_in_qformer
     tokenizer = find_tokenizer(checkpoint) if checkpoint.settings.reads_text else None
     if checkpoint.settings.stage == "stage2":
-        language, checkpoint = _stored_language(checkpoint)
+        language, checkpoint = _stored(checkpoint, "language")
     # Only EVA-CLIP's architecture without whitening, and embeddings that are as wide as the language model's layers.
     fits = vision.kind == "blip_2_vision_model" and vision.whitening is None
     if not fits or (language is not None and language.width != language.llm.config.hidden_size):
@@ -140,8 +137,8 @@ def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
 def _to_projected(checkpoint: Checkpoint, out: Path) -> list[str]:
     if checkpoint.settings.stage == "stage1":
         raise UserError(f"{checkpoint.source} is a stage-1 run: --to projected needs a language model")
-    vision, checkpoint = _stored_vision(checkpoint)
-    language, checkpoint = _stored_language(checkpoint)
+    vision, checkpoint = _stored(checkpoint, "vision")
+    language, checkpoint = _stored(checkpoint, "language")
     with fresh_folder(out, overwrite=True) as folder:
         write_projected(checkpoint, vision, language, folder)
     return []
@@ -150,7 +147,7 @@ def _to_projected(checkpoint: Checkpoint, out: Path) -> list[str]:
 def _to_lavis(checkpoint: Checkpoint, out: Path) -> list[str]:
     tower = None
     if "vision" in checkpoint.carries:
-        vision, _ = _stored_vision(checkpoint)
+        vision, _ = _stored(checkpoint, "vision")
         tower = vision if isinstance(vision, HFVision) and vision.kind == "blip_2_vision_model" else None
     to_t5, given = False, checkpoint.parts.language
     if isinstance(given, LanguageModel):
@@ -192,43 +189,23 @@ def _with_ready_encoder(checkpoint: Checkpoint) -> Checkpoint:
     )
 
 
-def _stored_vision(checkpoint: Checkpoint) -> tuple[FrozenVision, Checkpoint]:
-    """The image encoder, each tensor in the dtype of its file."""
-    dtypes = _dtypes(checkpoint, "vision") if checkpoint.tower is None else {}
-    vision, checkpoint = find_vision(checkpoint, _widest(dtypes))
-    _restore(vision.encoder, dtypes)
-    return vision, checkpoint
-
-
-def _stored_language(checkpoint: Checkpoint) -> tuple[LanguageModel, Checkpoint]:
-    """The language model, each tensor in the dtype of its file."""
-    dtypes = _dtypes(checkpoint, "language")
-    language, checkpoint = find_language(checkpoint, _widest(dtypes), CPU)
-    _restore(language.llm, dtypes)
-    return language, checkpoint
-
-
-def _dtypes(checkpoint: Checkpoint, part: Literal["vision", "language"]) -> dict[str, torch.dtype]:
-    """The dtypes of a frozen part that the source contains; empty for a part that the source only names."""
-    if getattr(checkpoint.parts, part) is not None or part not in checkpoint.carries:
-        return {}
-    folder = local_folder(getattr(checkpoint.settings, part).name)
-    if folder is None:
-        return {}
+def _stored(checkpoint: Checkpoint, part: Literal["vision", "language"]) -> tuple[Any, Checkpoint]:
+    """A frozen part, each tensor in the dtype of its file if the source contains it, and a checkpoint that names it."""
+    contained = part in checkpoint.carries and getattr(checkpoint.parts, part) is None and checkpoint.tower is None
+    folder = local_folder(getattr(checkpoint.settings, part).name) if contained else None
     # An openblip2 run has a folder for each part; in transformers' BLIP-2, all parts are in one model.
-    return dtypes_of(folder, f"{part}_model.") or dtypes_of(folder, "")
-
-
-def _widest(dtypes: Mapping[str, torch.dtype]) -> Any:
-    """A dtype that represents all of these exactly; "auto" if there are none."""
+    dtypes = {} if folder is None else dtypes_of(folder, f"{part}_model.") or dtypes_of(folder, "")
     found = set(dtypes.values())
-    return torch.float32 if len(found) > 1 else next(iter(found), "auto")
-
-
-def _restore(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Restores the dtypes of the file, because some models are loaded with wider ones (T5 in fp16)."""
-    for name, parameter in module.named_parameters():
+    widest: Any = torch.float32 if len(found) > 1 else next(iter(found), "auto")  # represents all of these exactly
+    loaded: Any
+    if part == "vision":
+        loaded, checkpoint = find_vision(checkpoint, widest)
+    else:
+        loaded, checkpoint = find_language(checkpoint, widest, CPU)
+    # Some models are loaded with wider dtypes (T5 in fp16).
+    for name, parameter in (loaded.encoder if part == "vision" else loaded.llm).named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    return loaded, checkpoint
 
 
 def _require_free(out: Path, to: str, overwrite: bool) -> None:
