@@ -1,7 +1,6 @@
 """Checks and prepares the inputs of inference: pictures and sentences."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -74,14 +73,6 @@ def stacked(rows: Sequence[Tensor | None], *shape: int) -> Tensor:
     """Stacks rows of the same shape; a row that is None becomes NaN."""
     missing = torch.full(shape, torch.nan)
     return torch.stack([missing if row is None else row for row in rows])
-
-
-def same_pictures(images: Sequence[Picture]) -> list[str | int]:
-    """One key per picture; keys are equal if pictures have the same path or are the same object in a list or tuple."""
-    lasting = isinstance(images, list | tuple)  # other sequences may create a new object at every access
-    return [
-        str(image) if isinstance(image, str | Path) else id(image) if lasting else n for n, image in enumerate(images)
-    ]
 
 
 def clean_texts(texts: Sequence[str], clean: Callable[[str, int], str]) -> list[str]:

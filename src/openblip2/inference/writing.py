@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from openblip2.data.images import Picture
 from openblip2.data.text import BertTokens, question_tokens
 from openblip2.hardware import computing
-from openblip2.inference.inputs import GROUP, features_of, group_of, same_pictures
+from openblip2.inference.inputs import GROUP, features_of, group_of
 from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
@@ -50,7 +51,10 @@ def write_texts(
     Raises:
         UserError: a picture cannot be opened, or a prompt is too long for the language model.
     """
-    names = same_pictures(images)
+    lasting = isinstance(images, list | tuple)  # other sequences may create a new object at every access
+    names = [
+        str(image) if isinstance(image, str | Path) else id(image) if lasting else n for n, image in enumerate(images)
+    ]
     left, language = Counter(names), model.language
     queries, new = model.tokens, max((one.max_new_tokens for one in decodings), default=0)
     lengths = {prompt: require_room(language, prompt, queries, new) for prompt in set(prompts)}

@@ -56,8 +56,11 @@ def convert(
     """
     if to not in get_args(Target):
         raise UserError(f"unknown target {to!r}: it must be one of {', '.join(get_args(Target))}")
-    out = Path(out)
-    _require_free(out, to, overwrite)
+    out, suffix = Path(out), {"lavis": ".pth", "onnx": ".onnx"}.get(to, "")
+    if suffix and (out.suffix != suffix or out.is_dir()):
+        raise UserError(f"{out}: give the name of a file that ends in {suffix}")
+    if suffix or not out.is_dir() or any(out.iterdir()):
+        require_absent(out, overwrite, "name")
     if out.resolve() == Path(source).resolve():
         raise UserError(f"{out} is the source: give another name")
     parts = Parts(heads, vision, language, tokenizer, vision_heads)
@@ -206,11 +209,3 @@ def _stored(checkpoint: Checkpoint, part: Literal["vision", "language"]) -> tupl
     for name, parameter in (loaded.encoder if part == "vision" else loaded.llm).named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
     return loaded, checkpoint
-
-
-def _require_free(out: Path, to: str, overwrite: bool) -> None:
-    suffix = {"lavis": ".pth", "onnx": ".onnx"}.get(to, "")
-    if suffix and (out.suffix != suffix or out.is_dir()):
-        raise UserError(f"{out}: give the name of a file that ends in {suffix}")
-    if suffix or not out.is_dir() or any(out.iterdir()):
-        require_absent(out, overwrite, "name")

@@ -3,7 +3,7 @@
 The graph contains normalisation, the frozen image encoder, whitening, the connector without text, and the linear layer
 after it. It does not contain texts or the language model, which has its own runtimes and reads `soft_prompt`.
 
-Shapes: B images (any number), S image side in px, Q queries, D width of visual tokens, L LLM width, E shared space.
+Shapes: B images (any number), S image side in px, Q queries, L LLM width, E shared space.
 """
 
 import copy
@@ -33,10 +33,7 @@ TRACED, CHECKED = 2, (1, 3)  # batch sizes: the graph must also work with others
 
 
 class ImagePath(nn.Module):
-    """A copy of the layers from pixels to the output, on the CPU in float32, so that the model itself does not change.
-
-    Stage 1 returns `image_vectors [B, Q, E]`, of length 1; stage 2 returns `soft_prompt [B, Q, L]`.
-    """
+    """A copy of the layers from pixels to the output, on the CPU in float32; the model itself does not change."""
 
     def __init__(self, model: Stage1 | Stage2) -> None:
         super().__init__()
@@ -48,7 +45,7 @@ class ImagePath(nn.Module):
         merge_lora(self.to("cpu", torch.float32)).requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 `[B, 3, S, S]` RGB -> `[B, Q, E]` or `[B, Q, L]`."""
+        """uint8 `[B, 3, S, S]` RGB to `image_vectors [B, Q, E]`, of length 1, or `soft_prompt [B, Q, L]`."""
         queries = self.connector.visual_tokens(self.vision(images))
         found = self.head(queries)
         return F.normalize(found, dim=-1) if self.name == "image_vectors" else found
