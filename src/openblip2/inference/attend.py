@@ -17,12 +17,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from openblip2.data.images import Picture, open_picture, to_pixels
+from openblip2.data.images import Picture, open_picture
 from openblip2.data.text import clean_caption, question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.captioner import ANSWER, CAPTION, Captioner
-from openblip2.inference.inputs import clean_texts
+from openblip2.inference.inputs import clean_texts, features_of
 from openblip2.inference.matcher import Matcher
 from openblip2.model.likelihood import word_scores
 from openblip2.model.qformer import Layer, QFormer
@@ -73,10 +73,9 @@ def look(model: Matcher | Captioner, picture: Picture, text: str | None = None, 
     assert vision is not None
     if not isinstance(connector, QFormer):
         raise UserError(f"the connector {connector.name!r} has no attention maps: give a run with a Q-Former")
-    place = next(model.model.parameters()).device
     with torch.enable_grad(), computing(model.model, model.settings.train.precision):
         with torch.no_grad():
-            features = vision(to_pixels([picture], vision.image_size).to(place))
+            (features,) = features_of(model.model, [picture])
         if isinstance(model, Matcher):
             return _of_matcher(model, vision, features, text, by)
         return _of_captioner(model, vision, features, picture, text)

@@ -79,13 +79,9 @@ def write_run(
         tokenizer: the tokenizer of a connector that reads text.
     """
     settings, carries = checkpoint.settings, checkpoint.carries
-    for part in sorted(carries):
-        named = replace(getattr(settings, part), name=CARRIED[part])
-        if part == "vision" and vision is not None:  # the layers after the chosen one were removed
-            named = replace(named, layer=-1, image_size=vision.image_size)
-        settings = replace(settings, **{part: named})
     with quiet_transformers():
-        if "vision" in carries and vision is not None:
+        if "vision" in carries:
+            assert vision is not None
             if not isinstance(vision, HFVision):
                 raise UserError(f"{vision.kind} was passed as an object, which cannot be written: leave merge out")
             # Not in the "original" format, in which a part of a BLIP-2 would get that model's prefix back.
@@ -93,11 +89,15 @@ def write_run(
             side = {"height": vision.image_size, "width": vision.image_size}
             published = {"size": side, "image_mean": vision.mean, "image_std": vision.std, "do_normalize": True}
             write_json(published, folder / "vision" / "preprocessor_config.json")
-        if "language" in carries and language is not None:
-            language.llm.save_pretrained(
-                folder / "language", state_dict=plain_state(language.llm), save_original_format=False
-            )
+            # The layers after the chosen one were removed.
+            named = replace(settings.vision, name=CARRIED["vision"], layer=-1, image_size=vision.image_size)
+            settings = replace(settings, vision=named)
+        if "language" in carries:
+            assert language is not None
+            state = plain_state(language.llm)
+            language.llm.save_pretrained(folder / "language", state_dict=state, save_original_format=False)
             language.tokenizer.save_pretrained(folder / "language")
+            settings = replace(settings, language=replace(settings.language, name=CARRIED["language"]))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "tokenizer")
     if checkpoint.whitening is not None:
