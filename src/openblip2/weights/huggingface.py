@@ -32,11 +32,7 @@ FRAMED = ("template", "end", "prompts", "question")
 INSTRUCTIONS = {"prompts": ("A short image description:",), "question": "{}"}
 QFORMER_TOKENIZER = "qformer_tokenizer"  # the subfolder with the second tokenizer of an InstructBLIP
 
-# Tensors of such a folder that are not used, and why.
-LEFT_OUT = {
-    "embeddings.position_ids": "a buffer: 0, 1, 2, ...",
-    "qformer.embeddings.position_ids": "a buffer: 0, 1, 2, ...",
-}
+BUFFERS = ("embeddings.position_ids", "qformer.embeddings.position_ids")  # tensors that are not used
 
 
 def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
@@ -55,7 +51,7 @@ def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
     if kind not in (GENERATION, RETRIEVAL, INSTRUCTED):
         raise UserError(f"{path}: architectures is {kind!r}: it must be {GENERATION}, {RETRIEVAL} or {INSTRUCTED}")
     files, column = read_files(folder), INSTRUCTBLIP if kind == INSTRUCTED else HF
-    names, others = rename((name for name in files if name not in LEFT_OUT), column, OURS)
+    names, others = rename((name for name in files if name not in BUFFERS), column, OURS)
     frozen = ("vision_model.",) if kind == RETRIEVAL else ("vision_model.", "language_model.")
     if unknown := [name for name in others if not name.startswith(frozen)]:
         raise UserError(f"{folder}: {len(unknown)} keys do not belong to a {kind}: {listed(unknown)}")
@@ -63,7 +59,7 @@ def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
     tower: Any = Blip2VisionConfig(**{name: value for name, value in vision.items() if name != "model_type"})
     _require_tower(folder, tower, {name for name in others if name.startswith("vision_model.")})
     trained = {ours: _tensor(files[theirs], theirs) for ours, theirs in names.items()}
-    left_out = [f"{name}: {why}" for name, why in LEFT_OUT.items() if name in files]
+    left_out = [f"{name}: a buffer: 0, 1, 2, ..." for name in BUFFERS if name in files]
     if kind == GENERATION and (text := [name for name in trained if ".text_ffn." in name]):
         left_out.append(f"the text FFN of the Q-Former, {len(text)} tensors: {kind} does not use it")
         trained = {name: tensor for name, tensor in trained.items() if name not in text}
