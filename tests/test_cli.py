@@ -488,7 +488,7 @@ INPUTS: dict[str, Bad] = {
         ("is it is it", "60 words", "at most 50"),
     ),
     "empty text": (lambda h: ("rank", h.stage1, "...", h.picture()), ("empty text, '...'",)),
-    "long text": (lambda h: ("rank", h.stage1, "a red dog " * 11, h.picture()), ("a red dog", "longer", "20 tokens")),
+    "long text": (lambda h: ("rank", h.stage1, "a red dog " * 11, h.picture()), ("a red dog", "too long", "20 tokens")),
     "very long text": (lambda h: ("rank", h.stage1, "dog " * 60, h.picture()), ("dog dog", "60 words", "at most 50")),
 }
 

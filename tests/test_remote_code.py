@@ -11,7 +11,7 @@ import openblip2
 from openblip2.errors import UserError
 from openblip2.model.bert import bert_sizes, bert_tokenizer
 from openblip2.model.load import is_encoder_decoder, load_language, load_vision
-from openblip2.weights.huggingface import _tokenizer
+from openblip2.weights.huggingface import load_tokenizer
 
 CODE = """
 import pathlib
@@ -38,7 +38,7 @@ def test_a_repository_with_code_is_refused(
     with pytest.raises(UserError, match=r"the Python code of its own repository, which openblip2 never runs"):
         load(str(folder))
     with pytest.raises(UserError, match="never runs"):
-        _tokenizer(folder)
+        load_tokenizer(str(folder), "")
     assert not ran.exists()
 
 

@@ -30,7 +30,7 @@ from openblip2.model.language import Decoding
 from openblip2.model.stage1 import Stage1
 from openblip2.runs import locked
 from openblip2.weights.assemble import read_checkpoint
-from openblip2.weights.checkpoint import Parts
+from openblip2.weights.checkpoint import Checkpoint, Parts
 
 HEADS = tiny.HEADS
 SHORT = greedy(Decoding(max_new_tokens=6))
@@ -230,7 +230,7 @@ def wide_cross_attention(width: int) -> dict[str, Tensor]:
 
 def test_names_of_lavis_at_full_size() -> None:
     """Stage 1 has 346 keys without the encoder."""
-    from openblip2.weights.names import LAVIS, OURS, rename
+    from openblip2.weights.checkpoint import LAVIS, OURS, rename
 
     with torch.device("meta"):
         model = Stage1(openblip2.QFormer())
@@ -403,9 +403,8 @@ def test_stage_1_with_an_encoder_without_a_place_is_refused(home: Path, tmp_path
     settings = RunSettings(qformer=QFormerSettings(queries=tiny.Q), stage1=Stage1Settings(shared_width=tiny.E))
     (tmp_path / "run").mkdir()
     bert = hf.AutoTokenizer.from_pretrained(home / "bert")
-    write_run(
-        tmp_path / "run", settings, tiny.qformer().sizes, trained, vision, tokenizer=bert, carries=frozenset({"vision"})
-    )
+    checkpoint = Checkpoint("", settings, tiny.qformer().sizes, trained, carries=frozenset({"vision"}))
+    write_run(checkpoint, tmp_path / "run", vision, tokenizer=bert)
     with pytest.raises(UserError, match=r"cannot store the image encoder 'dinov2_with_registers'.*--to onnx$"):
         openblip2.convert(tmp_path / "run", tmp_path / "out", "hf")
     with pytest.raises(UserError, match="stage-1 run: --to projected needs a language model"):

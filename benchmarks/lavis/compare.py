@@ -23,7 +23,7 @@ from torch import Tensor
 
 from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
-from openblip2.weights.names import LAVIS, OURS, rename
+from openblip2.weights.checkpoint import LAVIS, OURS, rename
 
 HERE = Path(__file__).parent
 SIZES = {

@@ -17,12 +17,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from openblip2.data.images import Picture, open_picture, to_pixels
+from openblip2.data.images import Picture, open_picture
 from openblip2.data.text import clean_caption, question_tokens
 from openblip2.errors import UserError
 from openblip2.hardware import computing
 from openblip2.inference.captioner import ANSWER, CAPTION, Captioner
-from openblip2.inference.inputs import clean_texts
+from openblip2.inference.inputs import clean_texts, features_of
 from openblip2.inference.matcher import Matcher
 from openblip2.model.likelihood import word_scores
 from openblip2.model.qformer import Layer, QFormer
@@ -73,10 +73,9 @@ def look(model: Matcher | Captioner, picture: Picture, text: str | None = None, 
     assert vision is not None
     if not isinstance(connector, QFormer):
         raise UserError(f"the connector {connector.name!r} has no attention maps: give a run with a Q-Former")
-    place = next(model.model.parameters()).device
     with torch.enable_grad(), computing(model.model, model.settings.train.precision):
         with torch.no_grad():
-            features = vision(to_pixels([picture], vision.image_size).to(place))
+            (features,) = features_of(model.model, [picture])
         if isinstance(model, Matcher):
             return _of_matcher(model, vision, features, text, by)
         return _of_captioner(model, vision, features, picture, text)
@@ -84,32 +83,26 @@ def look(model: Matcher | Captioner, picture: Picture, text: str | None = None, 
 
 def text_relevance(model: Matcher, features: Tensor, texts: Sequence[str], by: By = "itc") -> np.ndarray[Any, Any]:
     """Relevance maps of picture n for the score of text n: `[B, g, g]`; `features [B, P, V]`."""
-    assert model.model.vision is not None
-    weights, score = _scored(model, features, texts, by)
-    return _maps(model.model.vision, relevance(score, weights))
-
-
-def _of_matcher(model: Matcher, vision: FrozenVision, features: Tensor, text: str | None, by: By) -> Looked:
-    with torch.no_grad(), watching(model.model.qformer) as weights:
-        model.model.qformer.query_output(features)
-    queries = _maps(vision, attention(weights)[0])
-    if text is None:
-        return Looked(queries, None, ())
-    return Looked(queries, text, ((text, text_relevance(model, features, [text], by)[0]),))
-
-
-def _scored(model: Matcher, features: Tensor, texts: Sequence[str], by: By) -> tuple[list[Tensor], Tensor]:
-    stage1 = model.model
-    tokens, valid = (t.to(features.device) for t in model.tokenise(texts))
+    stage1, (tokens, valid) = model.model, model.tokenise(texts)
+    assert stage1.vision is not None
     with torch.no_grad():
         vectors = stage1.text_vectors(tokens, valid)
     with watching(stage1.qformer) as weights:
         memory = stage1.qformer.encode_image(features)
         if by == "itc":  # of the best query, as in the similarity
             cosines = (stage1.image_vectors(stage1.qformer.query_pass(memory)[0]) @ vectors.unsqueeze(-1)).squeeze(-1)
-            return weights, cosines.max(dim=1).values.sum()
-        logits = stage1.match(memory, tokens, valid).float()
-        return weights, (logits[:, 1] - logits[:, 0]).sum()
+            score = cosines.max(dim=1).values.sum()
+        else:
+            logits = stage1.match(memory, tokens, valid).float()
+            score = (logits[:, 1] - logits[:, 0]).sum()
+    return _maps(stage1.vision, relevance(score, weights))
+
+
+def _of_matcher(model: Matcher, vision: FrozenVision, features: Tensor, text: str | None, by: By) -> Looked:
+    with torch.no_grad(), watching(model.model.qformer) as weights:
+        model.model.qformer.query_output(features)
+    words = () if text is None else ((text, text_relevance(model, features, [text], by)[0]),)
+    return Looked(_maps(vision, attention(weights)[0]), text, words)
 
 
 def _of_captioner(

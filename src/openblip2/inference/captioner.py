@@ -3,30 +3,26 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); lower-level modules work on tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from openblip2.compat import log
-from openblip2.config import RunSettings
 from openblip2.data.images import Picture
-from openblip2.data.text import BertTokens, question_tokens
+from openblip2.data.text import question_tokens
 from openblip2.errors import UserError
-from openblip2.hardware import computing
 from openblip2.inference.inputs import (
     GROUP,
     clean_questions,
     each_readable,
-    features_of,
     require_pairs,
     require_readable,
     warn_unknown,
 )
-from openblip2.inference.pretrained import Pretrained, QueryFeatures
-from openblip2.inference.writing import ROUNDS, Written, draw_texts, write_texts
+from openblip2.inference.pretrained import Compute, Pretrained, QueryFeatures
+from openblip2.inference.writing import Written, write_texts
 from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
@@ -35,6 +31,7 @@ CAPTION = Decoding()  # as in the paper: beam 5, at most 30 new tokens
 ANSWER = Decoding(max_new_tokens=10, length_penalty=-1.0)  # as in the paper for VQA: beam 5, short answers
 CHAT = replace(ANSWER, max_new_tokens=30)  # these three are the defaults of the command line, Python and the server
 SAMPLED = Decoding(beams=1, sample=True, seed=0)  # for several captions per picture
+ROUNDS = 5  # maximum number of sampling rounds to get enough different captions of a picture
 
 
 class Captioner(Pretrained):
@@ -42,18 +39,6 @@ class Captioner(Pretrained):
 
     model: Stage2
     model_class = Stage2
-
-    def __init__(
-        self,
-        model: Stage2,
-        settings: RunSettings,
-        carries: frozenset[str] = frozenset(),
-        measured: Mapping[str, Any] | None = None,
-        tokens: BertTokens | None = None,
-    ) -> None:
-        """`tokens`: the Q-Former's tokenizer, if it reads questions (fine-tuned for VQA) or prompts (InstructBLIP)."""
-        super().__init__(model, settings, carries, measured, tokens.tokenizer if tokens else None)
-        self.tokens = tokens
 
     def caption(
         self, images: Sequence[Picture], prompt: str | None = None, decoding: Decoding = CAPTION
@@ -81,7 +66,6 @@ class Captioner(Pretrained):
         """Generates different captions for each picture, in the order of sampling; None as in `caption`.
 
         Args:
-            images: the pictures.
             count: number of captions per picture. If sampling gives fewer different ones, a warning is logged.
             prompt: as in `caption`.
             decoding: must sample if `count` is above 1. Sample n uses the seed `decoding.seed + n`, so it depends
@@ -90,11 +74,23 @@ class Captioner(Pretrained):
         """
         if count > 1 and not decoding.sample:
             raise UserError(f"{count} captions of a picture need sampling: use Decoding(sample=True, beams=1)")
-        prompt, model, precision = self._prompt(prompt), self.model, self.settings.train.precision
+        prompt, precision = self._prompt(prompt), self.settings.train.precision
         self.qformer_texts([prompt])
-        found = each_readable(
-            images, lambda some, _: draw_texts(model, precision, some, prompt, count, decoding, self.tokens, score)
-        )
+
+        def draw(some: Sequence[Picture], numbers: Sequence[int]) -> list[list[Written]]:
+            texts = [dict[str, Written]() for _ in some]
+            for first in range(0, ROUNDS * count, count):
+                short = [n for n, own in enumerate(texts) if len(own) < count]
+                seeds = [None if decoding.seed is None else decoding.seed + first + n for n in range(count)]
+                hows, prompts = [replace(decoding, seed=seed) for seed in seeds], [prompt] * len(short)
+                again, read = [some[n] for n in short], None if self.tokens is None else prompts
+                drawn = write_texts(self.model, precision, again, prompts, hows, self.tokens, read, score=score)
+                for n, own in zip(short, drawn, strict=True):
+                    for one in own:
+                        texts[n].setdefault(one.text, one)
+            return [list(own.values())[:count] for own in texts]
+
+        found = each_readable(images, draw)
         if few := sum(own is not None and len(own) < count for own in found):
             few = f"{few} of {len(found)} pictures have"
             log.warning("%s fewer than %d different captions in %d draws", few, count, ROUNDS * count)
@@ -106,7 +102,6 @@ class Captioner(Pretrained):
         It is NaN, with a warning, for a picture that cannot be opened.
 
         Args:
-            images: N pictures.
             texts: N captions, which are not cleaned; training captions are in lower case.
             prompt: as in `caption`.
         """
@@ -127,7 +122,6 @@ class Captioner(Pretrained):
         cannot be opened is NaN, with a warning.
 
         Args:
-            images: N pictures.
             questions: N questions, asked as in `answer`.
             answers: M answers, for example "yes" and "no"; the same for all questions.
 
@@ -173,7 +167,6 @@ class Captioner(Pretrained):
         Questions are cleaned as in training for VQA. For InstructBLIP, the Q-Former reads the prompts, as written.
 
         Args:
-            questions: the questions, in words.
             form: template of a question, with `{}` for its words; None = the run's `language.question`.
 
         Raises:
@@ -219,7 +212,6 @@ class Captioner(Pretrained):
         """Query outputs for N pictures. The rows of a picture that cannot be opened are NaN, with a warning.
 
         Args:
-            images: N pictures.
             texts: one question per picture, if the Q-Former reads questions; for InstructBLIP, one prompt per picture,
                 or None = the prompt for captions.
 
@@ -227,10 +219,10 @@ class Captioner(Pretrained):
             `queries [N, Q, D]` and, in `projected`, the soft prompt `[N, Q, L]`; on the CPU.
         """
         asked = None if texts is None else clean_questions(texts, self.settings.reads_prompts)
-        asked = self.qformer_texts([self._prompt(None)] * len(images), asked)
+        query_output = self._query_output(len(images), asked)
 
         def read(features: Tensor, numbers: Sequence[int]) -> Tensor:
-            queries = self.model.query_output(features=features, question=self._read(asked, numbers))
+            queries = query_output(features, numbers)
             return torch.cat([queries.float(), self.model.projection(queries).float()], dim=2)
 
         sizes = self.model.connector.width, self.model.language.width
@@ -241,9 +233,12 @@ class Captioner(Pretrained):
 
         `questions`: like `texts` of `features`, but they are not cleaned.
         """
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            outputs = self._query_output(images, questions)
-            return torch.cat([self.model.projection(part).float().cpu() for part in outputs])
+        query_output = self._query_output(len(images), questions)
+
+        def read(features: Tensor, numbers: Sequence[int]) -> Tensor:
+            return self.model.projection(query_output(features, numbers))
+
+        return self._computed(images, range(len(images)), read)
 
     def embed(
         self, images: Sequence[Picture], prompts: Sequence[str], questions: Sequence[str] | None = None
@@ -279,11 +274,9 @@ class Captioner(Pretrained):
         found = write_texts(self.model, precision, images, prompts, [decoding], self.tokens, asked, at_once)
         return [text for ((text, _),) in found]
 
-    def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
-        asked, start = self.qformer_texts([self._prompt(None)] * len(images), questions), 0
-        for part in features_of(self.model, images):
-            yield self.model.query_output(features=part, question=self._read(asked, range(start, start + len(part))))
-            start += len(part)
+    def _query_output(self, count: int, questions: Sequence[str] | None) -> Compute:
+        asked = self.qformer_texts([self._prompt(None)] * count, questions)
+        return lambda features, numbers: self.model.query_output(features=features, question=self._read(asked, numbers))
 
     def _prompt(self, prompt: str | None) -> str:
         return self.settings.language.prompts[0] if prompt is None else prompt

@@ -1,7 +1,4 @@
-"""Dialogues about a picture: each question is asked after the earlier ones and their answers (paper, 4.1 and figure 4).
-
-Shapes: Q queries, L LLM width, P patch tokens, V encoder width.
-"""
+"""Dialogues about a picture: a question is asked after the earlier ones and their answers (paper, 4.1 and figure 4)."""
 
 from collections.abc import Sequence
 
@@ -23,7 +20,6 @@ class DialoguePrompt:
     """Writes the prompts of a dialogue for a language model, with as many turns as fit.
 
     Args:
-        captioner: a trained stage-2 model.
         question: template of a question, with `{}` for its words ("{}": the words alone); None = the run's
             `language.question`.
         context: maximum number of tokens that the language model reads and writes, including the Q soft tokens; None =
@@ -52,7 +48,6 @@ class DialoguePrompt:
 
         Args:
             turns: earlier questions and their answers.
-            question: the new question.
             longest: maximum number of new tokens in the answer.
 
         Raises:
@@ -83,11 +78,8 @@ class Chat:
     for InstructBLIP.
 
     Args:
-        captioner: a trained stage-2 model.
-        image: the picture.
         decoding: how answers are generated.
-        question: see `DialoguePrompt`.
-        context: see `DialoguePrompt`.
+        question, context: see `DialoguePrompt`.
 
     Attributes:
         turns: the questions and their answers so far.

@@ -1,7 +1,6 @@
 """Checks and prepares the inputs of inference: pictures and sentences."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -55,7 +54,12 @@ def each_readable(
     try:
         return list(use(images, range(len(images))))
     except UserError:
-        bad = {n: problem for n, image in enumerate(images) if (problem := _problem(image))}
+        bad: dict[int, str] = {}
+        for n, image in enumerate(images):
+            try:
+                open_picture(image)
+            except UserError as problem:
+                bad[n] = str(problem)
         if not bad:
             raise
     for problem in dict.fromkeys(bad.values()):
@@ -69,22 +73,6 @@ def stacked(rows: Sequence[Tensor | None], *shape: int) -> Tensor:
     """Stacks rows of the same shape; a row that is None becomes NaN."""
     missing = torch.full(shape, torch.nan)
     return torch.stack([missing if row is None else row for row in rows])
-
-
-def _problem(image: Picture) -> str | None:
-    try:
-        open_picture(image)
-    except UserError as problem:
-        return str(problem)
-    return None
-
-
-def same_pictures(images: Sequence[Picture]) -> list[str | int]:
-    """One key per picture; keys are equal if pictures have the same path or are the same object in a list or tuple."""
-    lasting = isinstance(images, list | tuple)  # other sequences may create a new object at every access
-    return [
-        str(image) if isinstance(image, str | Path) else id(image) if lasting else n for n, image in enumerate(images)
-    ]
 
 
 def clean_texts(texts: Sequence[str], clean: Callable[[str, int], str]) -> list[str]:

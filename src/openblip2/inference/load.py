@@ -7,7 +7,6 @@ from openblip2.inference.captioner import Captioner
 from openblip2.inference.matcher import Matcher
 from openblip2.inference.pretrained import read_trained
 from openblip2.model.language import LanguageModel
-from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import Vision
 
 
@@ -45,7 +44,5 @@ def load(
         UserError: the source is none of these, unfinished or damaged, or its keys, sizes or parts do not fit.
     """
     parts = {"heads": heads, "vision": vision, "language": language, "tokenizer": tokenizer}
-    trained = read_trained(
-        source, device, precision, revision, language_dtype, visual_tokens, vision_heads=vision_heads, **parts
-    )
-    return (Captioner if isinstance(trained.model, Stage2) else Matcher)(**trained._asdict())
+    more = {"language_dtype": language_dtype, "vision_heads": vision_heads, "visual_tokens": visual_tokens}
+    return read_trained((Captioner, Matcher), source, device, precision, revision, **more, **parts)

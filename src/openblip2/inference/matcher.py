@@ -3,21 +3,27 @@
 Pictures are paths, PIL images or arrays (see `data/images.py`); lower-level modules work on tensors.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openblip2.config import RunSettings
 from openblip2.data.images import Picture
 from openblip2.data.text import BertTokens, clean_caption
 from openblip2.errors import UserError
 from openblip2.evaluate.ranking import rerank, similarities
 from openblip2.hardware import computing
-from openblip2.inference.inputs import clean_texts, each_readable, features_of, require_pairs, stacked, warn_unknown
-from openblip2.inference.pretrained import Pretrained, QueryFeatures
+from openblip2.inference.inputs import (
+    clean_texts,
+    each_readable,
+    features_of,
+    require_pairs,
+    require_readable,
+    stacked,
+    warn_unknown,
+)
+from openblip2.inference.pretrained import Compute, Pretrained, QueryFeatures
 from openblip2.model.stage1 import Stage1
 
 
@@ -25,18 +31,8 @@ class Matcher(Pretrained):
     """A trained stage-1 model: it scores how well texts fit pictures."""
 
     model: Stage1
+    tokens: BertTokens
     model_class = Stage1
-
-    def __init__(
-        self,
-        model: Stage1,
-        tokens: BertTokens,
-        settings: RunSettings,
-        carries: frozenset[str] = frozenset(),
-        measured: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(model, settings, carries, measured, tokens.tokenizer)
-        self.tokens = tokens
 
     def similarity(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
         """Cosine similarity of N pictures and M texts, the maximum over the queries: `[N, M]`, in [-1, 1].
@@ -46,7 +42,7 @@ class Matcher(Pretrained):
         Raises:
             UserError: an empty text, or one longer than the run's text limit.
         """
-        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
+        tokens, valid = self.tokenise(texts)
         return self._rows(images, lambda part, _: similarities(self.model, part, tokens, valid), len(texts))
 
     def match(self, images: Sequence[Picture], texts: Sequence[str]) -> Tensor:
@@ -58,7 +54,7 @@ class Matcher(Pretrained):
             UserError: as for `similarity`; or the numbers of pictures and texts differ.
         """
         require_pairs(images, texts, "texts")
-        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
+        tokens, valid = self.tokenise(texts)
 
         def score(features: Tensor, numbers: Sequence[int]) -> Tensor:
             logits = self.model.match(self.model.connector.encode_image(features), tokens[numbers], valid[numbers])
@@ -70,7 +66,6 @@ class Matcher(Pretrained):
         """Query outputs for N pictures. The rows of a picture that cannot be opened are NaN, with a warning.
 
         Args:
-            images: N pictures.
             texts: one for each picture; if they are given, `joint` is also computed.
 
         Returns:
@@ -82,7 +77,7 @@ class Matcher(Pretrained):
         """
         if texts is not None:
             require_pairs(images, texts, "texts")
-        read = None if texts is None else [one.to(self.model.temperature.device) for one in self.tokenise(texts)]
+        read = None if texts is None else self.tokenise(texts)
         connector = self.model.connector
 
         def compute(features: Tensor, numbers: Sequence[int]) -> Tensor:
@@ -114,7 +109,7 @@ class Matcher(Pretrained):
         Raises:
             UserError: an empty text, or one longer than the run's text limit.
         """
-        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise([text]))
+        tokens, valid = self.tokenise([text])
         with torch.inference_mode(), computing(self.model, self.settings.train.precision):
             return self.model.text_vectors(tokens, valid)[0].float().tolist()
 
@@ -128,7 +123,7 @@ class Matcher(Pretrained):
         Raises:
             UserError: as for `similarity`.
         """
-        tokens, valid = (t.to(self.model.temperature.device) for t in self.tokenise(texts))
+        tokens, valid = self.tokenise(texts)
 
         def score(some: Sequence[Picture], numbers: Sequence[int]) -> Tensor:
             with torch.inference_mode(), computing(self.model, self.settings.train.precision):
@@ -140,19 +135,19 @@ class Matcher(Pretrained):
         by_image, by_text = stacked(each_readable(images, score), 2, len(texts)).unbind(dim=1)
         return by_image, by_text
 
-    def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
+    def _query_output(self, count: int, questions: Sequence[str] | None) -> Compute:
         if questions is not None:
             raise UserError("a stage-1 run does not read questions: leave them out")
-        return map(self.model.connector.query_output, features_of(self.model, images))
+        return lambda features, _: self.model.connector.query_output(features)
 
     def tokenise(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids of texts for the connector, `[M, T]` int64, and a mask of the real tokens, `[M, T]` bool.
+        """Token ids of texts, `[M, T]` int64, and a mask of the real tokens, `[M, T]` bool, on the model's device.
 
         Raises:
             UserError: an empty text, or one longer than the run's text limit.
         """
         cleaned = clean_texts(texts, clean_caption)
-        for n in self.tokens.too_long(cleaned):
-            raise UserError(f"text {texts[n][:40]!r}... is longer than {self.tokens.longest} tokens: shorten the text")
+        require_readable(self.tokens, cleaned)
         warn_unknown(self.tokens.tokenizer, cleaned)
-        return self.tokens(cleaned)
+        ids, valid = self.tokens(cleaned)
+        return ids.to(self.model.temperature.device), valid.to(self.model.temperature.device)

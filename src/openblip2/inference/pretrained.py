@@ -1,11 +1,11 @@
 """Loading, saving and publishing of trained models: `from_pretrained`, `save_pretrained`, `push_to_hub`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,19 +23,12 @@ from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.train.parameters import saved_parameters
 from openblip2.weights.assemble import assemble, find_tokenizer, read_checkpoint
-from openblip2.weights.card import model_card, usage
-from openblip2.weights.checkpoint import Parts, carried
-from openblip2.weights.run import fresh_folder, write_run
+from openblip2.weights.checkpoint import Checkpoint, Parts, carried
+from openblip2.weights.run import fresh_folder, write_card, write_run
 
-
-class Trained(NamedTuple):
-    """A trained model and what belongs to it: the arguments of `Captioner` and `Matcher`."""
-
-    model: Stage1 | Stage2
-    settings: RunSettings
-    carries: frozenset[str]
-    measured: Mapping[str, Any]
-    tokens: BertTokens | None
+# Takes features `[<= GROUP, P, V]` and the numbers of their pictures, and returns a row for each picture.
+Compute = Callable[[Tensor, Sequence[int]], Tensor]
+K = TypeVar("K", bound="Pretrained")
 
 
 class QueryFeatures(NamedTuple):
@@ -47,6 +40,7 @@ class QueryFeatures(NamedTuple):
 
 
 def read_trained(
+    kinds: Sequence[type[K]],
     source: str | Path,
     device: str | None,
     precision: str | None = None,
@@ -54,8 +48,8 @@ def read_trained(
     language_dtype: str | None = None,
     visual_tokens: int | None = None,
     **parts: Any,
-) -> Trained:
-    """Loads a trained model from any source; arguments as in `inference.load`; `parts` are the fields of `Parts`."""
+) -> K:
+    """Loads a model of one of these classes from any source, as `inference.load`; `parts` are the fields of `Parts`."""
     checkpoint = read_checkpoint(source, Parts(**parts), revision)
     if language_dtype is not None:
         if checkpoint.settings.stage == "stage1" or isinstance(checkpoint.parts.language, LanguageModel):
@@ -72,7 +66,11 @@ def read_trained(
         model.first = visual_tokens
     most = settings.data.max_tokens, model.connector.sizes.get("positions")
     tokens = BertTokens(find_tokenizer(checkpoint), *most) if settings.reads_text else None
-    return Trained(model, settings, carried(checkpoint), checkpoint.measured, tokens)
+    for kind in kinds:
+        if isinstance(model, kind.model_class):
+            return kind(model, settings, carried(checkpoint), checkpoint.measured, tokens)
+    found = "Captioner" if isinstance(model, Stage2) else "Matcher"
+    raise UserError(f"{source} is a {found}, not a {kinds[0].__name__}: use openblip2.load, which accepts both")
 
 
 class Pretrained(ABC):
@@ -81,7 +79,8 @@ class Pretrained(ABC):
     Args:
         carries: frozen parts ("vision", "language") that cannot be loaded by name, so saving must include them.
         measured: results of the last validation, for the model card.
-        tokenizer: the connector's tokenizer, if the connector reads text.
+        tokens: the connector's tokenizer, if the connector reads text: in stage 1, or in stage 2 if it reads questions
+            (fine-tuned for VQA) or prompts (InstructBLIP).
     """
 
     model_class: ClassVar[type[Stage1 | Stage2]]
@@ -92,10 +91,10 @@ class Pretrained(ABC):
         settings: RunSettings,
         carries: frozenset[str] = frozenset(),
         measured: Mapping[str, Any] | None = None,
-        tokenizer: Any = None,
+        tokens: BertTokens | None = None,
     ) -> None:
         self.model, self.settings, self.carries, self.measured = model, settings, carries, measured or {}
-        self.tokenizer = tokenizer
+        self.tokens = tokens
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | None = None, **options: Any) -> Self:
@@ -104,11 +103,7 @@ class Pretrained(ABC):
         Raises:
             UserError: as for `load`; or the source is the other kind of model.
         """
-        trained = read_trained(source, device, **options)
-        if not isinstance(trained.model, cls.model_class):
-            kind = "Captioner" if isinstance(trained.model, Stage2) else "Matcher"
-            raise UserError(f"{source} is a {kind}, not a {cls.__name__}: use openblip2.load, which accepts both")
-        return cls(**trained._asdict())
+        return read_trained((cls,), source, device, **options)
 
     def effective_rank(self, images: Sequence[Picture], questions: Sequence[str] | None = None) -> float:
         """The effective number of directions that a picture's query outputs span, 1 to `min(Q, D)`; mean over pictures.
@@ -125,32 +120,24 @@ class Pretrained(ABC):
         if len(images) < 2:
             raise UserError(f"effective rank compares pictures: give at least two, not {len(images)}")
         asked = None if questions is None else clean_questions(questions, self.settings.reads_prompts)
-        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-            outputs = [part.float().cpu() for part in self._query_output(images, asked)]
-        return effective_rank(torch.cat(outputs))
+        return effective_rank(self._computed(images, range(len(images)), self._query_output(len(images), asked)))
 
     @abstractmethod
-    def _query_output(self, images: Sequence[Picture], questions: Sequence[str] | None) -> Iterator[Tensor]:
-        """Yields the query outputs of the pictures in batches, `[<= GROUP, Q, D]`."""
+    def _query_output(self, count: int, questions: Sequence[str] | None) -> Compute:
+        """Computes the query outputs of `count` pictures, `[<= GROUP, Q, D]`."""
 
-    def _rows(
-        self, images: Sequence[Picture], compute: Callable[[Tensor, Sequence[int]], Tensor], *shape: int
-    ) -> Tensor:
-        """A row of `shape` for each picture, on the CPU; NaN, with a warning, for a picture that cannot be opened.
+    def _computed(self, images: Sequence[Picture], numbers: Sequence[int], compute: Compute) -> Tensor:
+        """The rows of all pictures, on the CPU; `numbers` are those of the pictures, for `compute`."""
+        found, done = [], 0
+        with torch.inference_mode(), computing(self.model, self.settings.train.precision):
+            for part in features_of(self.model, images):
+                found.append(compute(part, list(numbers[done : done + len(part)])).float().cpu())
+                done += len(part)
+        return torch.cat(found)
 
-        Args:
-            compute: takes features `[<= GROUP, P, V]` and the numbers of their pictures, and returns their rows.
-        """
-
-        def read(some: Sequence[Picture], numbers: Sequence[int]) -> Tensor:
-            found, done = [], 0
-            with torch.inference_mode(), computing(self.model, self.settings.train.precision):
-                for part in features_of(self.model, some):
-                    found.append(compute(part, list(numbers[done : done + len(part)])).float().cpu())
-                    done += len(part)
-            return torch.cat(found)
-
-        return stacked(each_readable(images, read), *shape)
+    def _rows(self, images: Sequence[Picture], compute: Compute, *shape: int) -> Tensor:
+        """A row of `shape` for each picture, on the CPU; NaN, with a warning, for a picture that cannot be opened."""
+        return stacked(each_readable(images, lambda some, numbers: self._computed(some, numbers, compute)), *shape)
 
     def save_pretrained(self, folder: str | Path, merge: bool = False) -> None:
         """Writes an openblip2 run with a model card: the trained parts, and the names of the frozen parts.
@@ -163,8 +150,7 @@ class Pretrained(ABC):
         Raises:
             UserError: the folder already exists, or a quantised language model would have to be written.
         """
-        carries = self.carries | ({"vision", "language"} if merge else set())
-        self._save(Path(folder), Path(folder).name, carries)
+        self._save(Path(folder), Path(folder).name, {"vision", "language"} if merge else set())
 
     def push_to_hub(self, repo: str, private: bool = False, token: str | None = None, merge: bool = False) -> str:
         """Publishes the output of `save_pretrained` as a repository on the Hugging Face Hub; returns its address.
@@ -177,11 +163,11 @@ class Pretrained(ABC):
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-        here = {part for part in ("vision", "language") if Path(getattr(self.settings, part).name).exists()}
-        carries = self.carries | here | ({"vision", "language"} if merge else set())
+        parts = {"vision", "language"}
+        here = {part for part in parts if merge or Path(getattr(self.settings, part).name).exists()}
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / "run"
-            self._save(folder, repo, carries)
+            self._save(folder, repo, here)
             try:
                 hub = HfApi(token=token)
                 address = str(hub.create_repo(repo, private=private, exist_ok=True))
@@ -190,27 +176,21 @@ class Pretrained(ABC):
                 raise UserError(f"{repo} cannot be published: {one_line(error)}") from error
         return address
 
-    def _save(self, folder: Path, name: str, carries: frozenset[str]) -> None:
-        model, stage2 = self.model, isinstance(self.model, Stage2)
-        carries = carries if stage2 else carries - {"language"}
-        if "language" in carries and self.settings.language.dtype in ("int8", "int4"):
+    def _save(self, folder: Path, name: str, parts: set[str]) -> None:
+        """Writes a run with its card, which names it `name`; it contains these frozen `parts`, too."""
+        model, settings = self.model, self.settings
+        language = model.language if isinstance(model, Stage2) else None
+        carries = (self.carries | parts) - ({"language"} if language is None else set())
+        if "language" in carries and settings.language.dtype in ("int8", "int4"):
             raise UserError(
-                f"a language model in {self.settings.language.dtype} cannot be written: load with language.dtype=auto"
+                f"a language model in {settings.language.dtype} cannot be written: load with language.dtype=auto"
             )
-        trained = saved_parameters(model)
-        count = sum(p.numel() for p in trained.values())
         assert model.vision is not None
+        trained, whitening = saved_parameters(model), model.vision.whitening
+        checkpoint = Checkpoint(
+            name, settings, model.connector.sizes, trained, whitening=whitening, carries=carries, measured=self.measured
+        )
         with fresh_folder(folder) as draft:
-            write_run(
-                draft,
-                self.settings,
-                model.connector.sizes,
-                trained,
-                model.vision,
-                model.language if isinstance(model, Stage2) else None,
-                self.tokenizer,
-                carries,
-                model.vision.whitening,
-            )
-            card = model_card(self.settings, count, self.measured, usage(self.settings.stage, name), carries=carries)
-            (draft / "README.md").write_text(card, encoding="utf-8")
+            tokenizer = None if self.tokens is None else self.tokens.tokenizer
+            write_run(checkpoint, draft, model.vision, language, tokenizer)
+            write_card(checkpoint, name, draft)

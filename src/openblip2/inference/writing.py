@@ -1,12 +1,9 @@
-"""Generates texts about pictures in batches; each picture is encoded once for all texts about it.
-
-Shapes: Q queries, L LLM width.
-"""
+"""Generates texts about pictures in batches; each picture is encoded once for all texts about it."""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,13 +12,11 @@ from torch import Tensor
 from openblip2.data.images import Picture
 from openblip2.data.text import BertTokens, question_tokens
 from openblip2.hardware import computing
-from openblip2.inference.inputs import GROUP, features_of, group_of, same_pictures
+from openblip2.inference.inputs import GROUP, features_of, group_of
 from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
 from openblip2.model.token_rows import require_room
-
-ROUNDS = 5  # maximum number of sampling rounds to get enough different texts about a picture
 
 
 class Written(NamedTuple):
@@ -56,7 +51,10 @@ def write_texts(
     Raises:
         UserError: a picture cannot be opened, or a prompt is too long for the language model.
     """
-    names = same_pictures(images)
+    lasting = isinstance(images, list | tuple)  # other sequences may create a new object at every access
+    names = [
+        str(image) if isinstance(image, str | Path) else id(image) if lasting else n for n, image in enumerate(images)
+    ]
     left, language = Counter(names), model.language
     queries, new = model.tokens, max((one.max_new_tokens for one in decodings), default=0)
     lengths = {prompt: require_room(language, prompt, queries, new) for prompt in set(prompts)}
@@ -92,31 +90,3 @@ def write_texts(
             left.subtract(names[n] for n in rows)
             soft = {name: one for name, one in soft.items() if left[name]}
     return found
-
-
-def draw_texts(
-    model: Stage2,
-    precision: str,
-    images: Sequence[Picture],
-    prompt: str,
-    count: int,
-    decoding: Decoding,
-    tokens: BertTokens | None = None,
-    score: bool = False,
-) -> list[list[Written]]:
-    """Samples up to `count` different texts for each picture and one prompt, with seeds from `decoding.seed` on.
-
-    Args:
-        tokens: the connector's tokenizer, if the connector also reads the prompt.
-    """
-    found = [dict[str, Written]() for _ in images]
-    for first in range(0, ROUNDS * count, count):
-        short = [n for n, own in enumerate(found) if len(own) < count]
-        seeds = [None if decoding.seed is None else decoding.seed + first + n for n in range(count)]
-        hows, prompts = [replace(decoding, seed=seed) for seed in seeds], [prompt] * len(short)
-        again, read = [images[n] for n in short], None if tokens is None else prompts
-        drawn = write_texts(model, precision, again, prompts, hows, tokens, read, score=score)
-        for n, own in zip(short, drawn, strict=True):
-            for one in own:
-                found[n].setdefault(one.text, one)
-    return [list(own.values())[:count] for own in found]

@@ -1,8 +1,6 @@
 """Finds a checkpoint by name, recognises its format from its files, and builds a model from it.
 
 Frozen parts are loaded or passed by the caller; the connector is built from its sizes and filled with weights.
-
-Shapes: V encoder width, L language model width.
 """
 
 import re
@@ -12,7 +10,6 @@ from typing import Any
 
 import torch
 
-from openblip2.compat import quiet_transformers
 from openblip2.config import RunSettings, change
 from openblip2.errors import UserError, one_line, refuse_lfs_pointer
 from openblip2.hardware import compute_dtype
@@ -22,11 +19,10 @@ from openblip2.model.load import last_useful_layer, load_vision
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import FrozenVision, frozen_vision
-from openblip2.model.wheels import locate
 from openblip2.runs import read_json
 from openblip2.train.parameters import fill_trained
-from openblip2.weights.checkpoint import Checkpoint, Parts, width_of
-from openblip2.weights.huggingface import read_huggingface
+from openblip2.weights.checkpoint import Checkpoint, Parts
+from openblip2.weights.huggingface import load_tokenizer, read_huggingface
 from openblip2.weights.lavis import read_lavis
 from openblip2.weights.run import read_run
 
@@ -96,30 +92,36 @@ def assemble(checkpoint: Checkpoint, place: torch.device, precision: str) -> tup
     Raises:
         UserError: a frozen part is not available or does not fit, or the tensors do not match the model.
     """
-    settings = change(checkpoint.settings, {"train.precision": precision})
-    dtype = compute_dtype(place, precision)
-    vision, settings = find_vision(checkpoint, settings, dtype)
+    checkpoint = replace(checkpoint, settings=change(checkpoint.settings, {"train.precision": precision}))
+    dtype, trained = compute_dtype(place, precision), checkpoint.trained
+    vision, checkpoint = find_vision(checkpoint, dtype)
+    settings = checkpoint.settings
     if settings.stage == "stage1":
-        writes = "lm_head.bias" in checkpoint.trained
-        stage1 = build_stage1(settings, vision, checkpoint.sizes, writes)
+        model: Stage1 | Stage2 = build_stage1(settings, vision, checkpoint.sizes, writes="lm_head.bias" in trained)
         # transformers stores no temperature. Scores do not need it, and without ITG's head a model cannot be trained.
-        trained = {"temperature": torch.tensor(settings.stage1.temperature), **checkpoint.trained}
-        fill_trained(stage1, trained, checkpoint.source)
-        return stage1.to(place).eval(), settings
-    _require_connector(checkpoint, settings)
-    language, settings = find_language(checkpoint, settings, dtype, place)
-    stage2 = build_stage2(settings, vision, checkpoint.sizes, language=language)
-    fill_trained(stage2, checkpoint.trained, checkpoint.source)
-    return stage2.to(place).eval(), settings
+        trained = {"temperature": torch.tensor(settings.stage1.temperature), **trained}
+    else:
+        # The names of a connector's tensors begin with the connector's name.
+        held = {name.partition(".")[0] for name in trained} - {"vision", "language", "projection"}
+        if held and settings.connector.name not in held:
+            raise UserError(
+                f"{checkpoint.source} contains a connector {min(held)!r}, but the settings name "
+                f"{settings.connector.name!r}: set connector.name in config.json to the one it was trained with"
+            )
+        language, checkpoint = find_language(checkpoint, dtype, place)
+        settings = checkpoint.settings
+        model = build_stage2(settings, vision, checkpoint.sizes, language=language)
+    fill_trained(model, trained, checkpoint.source)
+    return model.to(place).eval(), settings
 
 
-def find_vision(checkpoint: Checkpoint, settings: RunSettings, dtype: Any) -> tuple[FrozenVision, RunSettings]:
-    """The image encoder: the one that was passed, the one in the file, or the one that the settings name.
+def find_vision(checkpoint: Checkpoint, dtype: Any) -> tuple[FrozenVision, Checkpoint]:
+    """The image encoder that was passed, is in the file or is named in the settings, and a checkpoint that names it.
 
     Args:
         dtype: of its weights if the settings do not define it; "auto": as in their file.
     """
-    given = checkpoint.parts.vision
+    given, settings = checkpoint.parts.vision, checkpoint.settings
     if isinstance(given, str):
         vision: FrozenVision = load_vision(given, last_useful_layer(given), dtype=dtype)
     elif given is not None:
@@ -130,7 +132,7 @@ def find_vision(checkpoint: Checkpoint, settings: RunSettings, dtype: Any) -> tu
         vision = build_vision(settings, dtype)
     if checkpoint.whitening is not None:
         vision.whitening = checkpoint.whitening
-    width = checkpoint.sizes.get("image_width") or width_of(checkpoint, "qformer.image_norm.weight")
+    width = checkpoint.sizes.get("image_width") or _width(checkpoint, "qformer.image_norm.weight")
     if vision.width != width:
         name = settings.connector.name
         raise UserError(
@@ -141,14 +143,12 @@ def find_vision(checkpoint: Checkpoint, settings: RunSettings, dtype: Any) -> tu
         settings = with_parts(settings, vision)
         if isinstance(given, str):  # the name as given, because a wheel is loaded from a folder
             settings = replace(settings, vision=replace(settings.vision, name=given))
-    return vision, settings
+    return vision, replace(checkpoint, settings=settings)
 
 
-def find_language(
-    checkpoint: Checkpoint, settings: RunSettings, dtype: Any, place: torch.device
-) -> tuple[LanguageModel, RunSettings]:
-    """The language model: the one that was passed, or the one that the settings name; `dtype` as for `find_vision`."""
-    given = checkpoint.parts.language
+def find_language(checkpoint: Checkpoint, dtype: Any, place: torch.device) -> tuple[LanguageModel, Checkpoint]:
+    """The language model that was passed or is named in the settings, and a checkpoint that names it; see above."""
+    given, settings = checkpoint.parts.language, checkpoint.settings
     if isinstance(given, LanguageModel):
         language: LanguageModel = given
         settings = with_parts(settings, language=language)
@@ -156,12 +156,18 @@ def find_language(
         if given is not None:
             settings = replace(settings, language=replace(settings.language, name=given))
         language = build_language(settings, dtype, place)
-    width = width_of(checkpoint, "projection.weight")
+    width = _width(checkpoint, "projection.weight")
     if language.width != width:
         raise UserError(
             f"{checkpoint.source}: its projection needs a language model of width {width}, not {language.width}"
         )
-    return language, settings
+    return language, replace(checkpoint, settings=settings)
+
+
+def _width(checkpoint: Checkpoint, name: str) -> int:
+    if name not in checkpoint.trained:
+        raise UserError(f"{checkpoint.source} does not fit this model: missing: {name}")
+    return len(checkpoint.trained[name])
 
 
 def find_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -170,27 +176,8 @@ def find_tokenizer(checkpoint: Checkpoint) -> Any:
     Raises:
         UserError: no tokenizer is found.
     """
-    from transformers import AutoTokenizer
-
     given = checkpoint.parts.tokenizer
     if given is not None and not isinstance(given, str | Path):
         return given
-    name = str(given or checkpoint.tokenizer)
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{name}: no tokenizer ({one_line(error)}): give the one that the Q-Former was trained with as tokenizer="
-        ) from error
-
-
-def _require_connector(checkpoint: Checkpoint, settings: RunSettings) -> None:
-    """Checks that the tensors belong to the connector in the settings, whose name begins the tensors' names."""
-    name = settings.connector.name
-    held = {tensor.partition(".")[0] for tensor in checkpoint.trained} - {"vision", "language", "projection"}
-    if held and name not in held:
-        raise UserError(
-            f"{checkpoint.source} contains a connector {min(held)!r}, but the settings name {name!r}: set "
-            "connector.name in config.json to the one it was trained with"
-        )
+    advice = "give the one that the Q-Former was trained with as tokenizer="
+    return load_tokenizer(str(given or checkpoint.tokenizer), advice)

@@ -1,31 +1,28 @@
 """Converts checkpoints between all formats. Tensors are copied unchanged, so what is stored is bit-equal."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
 
-from openblip2.config import RunSettings
+from openblip2.config import change
 from openblip2.errors import UserError
 from openblip2.model.language import EncoderDecoderLM, LanguageModel
 from openblip2.model.load import is_encoder_decoder
 from openblip2.model.lora import merge_lora
 from openblip2.model.precision import local_folder
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import FrozenVision, HFVision, Vision
+from openblip2.model.vision import HFVision, Vision
 from openblip2.runs import locked, require_absent
 from openblip2.train.parameters import saved_parameters
 from openblip2.weights.assemble import assemble, find_language, find_tokenizer, find_vision, read_checkpoint
-from openblip2.weights.card import model_card, transformers_usage, usage
 from openblip2.weights.checkpoint import Checkpoint, Parts, carried
-from openblip2.weights.export import fits_projection, has_home, write_huggingface, write_projected
+from openblip2.weights.export import write_huggingface, write_projected
 from openblip2.weights.huggingface import dtypes_of
 from openblip2.weights.lavis import projection_name, write_lavis
 from openblip2.weights.onnx import export_onnx
-from openblip2.weights.run import fresh_folder, write_run
+from openblip2.weights.run import fresh_folder, write_card, write_run
 
 Target = Literal["openblip2", "hf", "lavis", "onnx", "projected"]
 CPU = torch.device("cpu")
@@ -59,8 +56,11 @@ def convert(
     """
     if to not in get_args(Target):
         raise UserError(f"unknown target {to!r}: it must be one of {', '.join(get_args(Target))}")
-    out = Path(out)
-    _require_free(out, to, overwrite)
+    out, suffix = Path(out), {"lavis": ".pth", "onnx": ".onnx"}.get(to, "")
+    if suffix and (out.suffix != suffix or out.is_dir()):
+        raise UserError(f"{out}: give the name of a file that ends in {suffix}")
+    if suffix or not out.is_dir() or any(out.iterdir()):
+        require_absent(out, overwrite, "name")
     if out.resolve() == Path(source).resolve():
         raise UserError(f"{out} is the source: give another name")
     parts = Parts(heads, vision, language, tokenizer, vision_heads)
@@ -81,8 +81,12 @@ def _write(checkpoint: Checkpoint, out: Path, to: str) -> list[str]:
             *checkpoint.left_out,
             f"checked with onnxruntime: the largest difference is {difference:.1e} of the largest value",
         ]
-    checkpoint = _without_adapters(checkpoint)
-    if to != "openblip2":
+    # Frozen parts are written in the precision in which they are stored.
+    settings = change(checkpoint.settings, {"vision.dtype": "auto", "language.dtype": "auto"})
+    checkpoint = replace(checkpoint, settings=settings)
+    if settings.qformer.lora_rank or settings.language.lora_rank:
+        checkpoint = _without_adapters(checkpoint)
+    if settings.vision.trained and to != "openblip2":
         checkpoint = _with_ready_encoder(checkpoint)
     if to == "lavis":
         return _to_lavis(checkpoint, out)
@@ -91,102 +95,90 @@ def _write(checkpoint: Checkpoint, out: Path, to: str) -> list[str]:
 
 
 def _to_openblip2(checkpoint: Checkpoint, out: Path) -> list[str]:
-    carries = carried(checkpoint)
-    settings = _stored(checkpoint.settings)
-    vision = language = tokenizer = None
+    given, checkpoint = checkpoint.parts, replace(checkpoint, carries=carried(checkpoint))
+    vision = language = None
     # Parts that are not copied are only named, so they need not be available.
-    if "vision" in carries or checkpoint.parts.vision is not None:
-        vision, settings = _stored_vision(checkpoint, settings)
-    if "language" in carries:
-        language, settings = _stored_language(checkpoint, settings)
-    elif isinstance(checkpoint.parts.language, str):
-        settings = replace(settings, language=replace(settings.language, name=checkpoint.parts.language))
-    if settings.reads_text:
-        tokenizer = find_tokenizer(checkpoint)
+    if "vision" in checkpoint.carries or given.vision is not None:
+        vision, checkpoint = _stored(checkpoint, "vision")
+    if "language" in checkpoint.carries:
+        language, checkpoint = _stored(checkpoint, "language")
+    elif isinstance(given.language, str):
+        named = replace(checkpoint.settings.language, name=given.language)
+        checkpoint = replace(checkpoint, settings=replace(checkpoint.settings, language=named))
+    tokenizer = find_tokenizer(checkpoint) if checkpoint.settings.reads_text else None
     with fresh_folder(out, overwrite=True) as folder:
-        whitening = checkpoint.whitening
-        write_run(
-            folder, settings, checkpoint.sizes, checkpoint.trained, vision, language, tokenizer, carries, whitening
-        )
-        _write_card(folder, out, checkpoint, settings, checkpoint.left_out, carries)
+        write_run(checkpoint, folder, vision, language, tokenizer)
+        write_card(checkpoint, out.name, folder)
     return []
 
 
 def _to_huggingface(checkpoint: Checkpoint, out: Path) -> list[str]:
-    settings = _stored(checkpoint.settings)
-    vision, settings = _stored_vision(checkpoint, settings)
-    language, reads_question = None, settings.qformer.question_in_qformer
-    tokenizer = find_tokenizer(checkpoint) if settings.reads_text else None
-    if settings.stage == "stage2":
-        language, settings = _stored_language(checkpoint, settings)
-    if not has_home(vision) or (language is not None and not fits_projection(language)):
+    vision, checkpoint = _stored(checkpoint, "vision")
+    language, reads_question = None, checkpoint.settings.qformer.question_in_qformer
+    tokenizer = find_tokenizer(checkpoint) if checkpoint.settings.reads_text else None
+    if checkpoint.settings.stage == "stage2":
+        language, checkpoint = _stored(checkpoint, "language")
+    # Only EVA-CLIP's architecture without whitening, and embeddings that are as wide as the language model's layers.
+    fits = vision.kind == "blip_2_vision_model" and vision.whitening is None
+    if not fits or (language is not None and language.width != language.llm.config.hidden_size):
         why = "its Q-Former reads questions, and " * reads_question
         family = "InstructBLIP" if reads_question else "BLIP-2"
         others = f", or use --to onnx{' or --to projected' * (language is not None)}" * (not reads_question)
         raise UserError(
             f"{why}transformers' {family} cannot store the image encoder {vision.kind!r}"
-            f"{' with whitening' * settings.vision.whiten}, or the width of the language model: serve it "
+            f"{' with whitening' * checkpoint.settings.vision.whiten}, or the width of the language model: serve it "
             f"with openblip2{others}"
         )
     with fresh_folder(out, overwrite=True) as folder:
-        checkpoint = replace(checkpoint, settings=settings)
         notes = write_huggingface(checkpoint, vision, language, tokenizer, folder)
         carries = frozenset({"vision"} if language is None else {"vision", "language"})
-        _write_card(folder, out, checkpoint, settings, notes, carries, "transformers")
+        checkpoint = replace(checkpoint, carries=carries, left_out=tuple(notes))
+        write_card(checkpoint, out.name, folder, "transformers")
     return notes
 
 
 def _to_projected(checkpoint: Checkpoint, out: Path) -> list[str]:
     if checkpoint.settings.stage == "stage1":
         raise UserError(f"{checkpoint.source} is a stage-1 run: --to projected needs a language model")
-    vision, settings = _stored_vision(checkpoint, _stored(checkpoint.settings))
-    language, settings = _stored_language(checkpoint, settings)
+    vision, checkpoint = _stored(checkpoint, "vision")
+    language, checkpoint = _stored(checkpoint, "language")
     with fresh_folder(out, overwrite=True) as folder:
-        write_projected(replace(checkpoint, settings=settings), vision, language, folder)
+        write_projected(checkpoint, vision, language, folder)
     return []
 
 
 def _to_lavis(checkpoint: Checkpoint, out: Path) -> list[str]:
-    settings = _stored(checkpoint.settings)
     tower = None
     if "vision" in checkpoint.carries:
-        vision, settings = _stored_vision(checkpoint, settings)
+        vision, _ = _stored(checkpoint, "vision")
         tower = vision if isinstance(vision, HFVision) and vision.kind == "blip_2_vision_model" else None
-    to_t5 = False
-    if settings.stage == "stage2":
-        given = checkpoint.parts.language
-        if given is None or isinstance(given, str):
-            known = projection_name(given or settings.language.name)
-            to_t5 = is_encoder_decoder(given or settings.language.name) if known is None else known == "t5_proj"
-        else:
-            to_t5 = isinstance(given, EncoderDecoderLM)
+    to_t5, given = False, checkpoint.parts.language
+    if isinstance(given, LanguageModel):
+        to_t5 = isinstance(given, EncoderDecoderLM)
+    elif checkpoint.settings.stage == "stage2":
+        name = given or checkpoint.settings.language.name
+        known = projection_name(name)
+        to_t5 = is_encoder_decoder(name) if known is None else known == "t5_proj"
     return write_lavis(checkpoint, tower, to_t5, out)
 
 
 def _without_adapters(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with LoRA merged into the weights, because no other format stores it separately."""
-    settings = checkpoint.settings
-    if not (settings.qformer.lora_rank or settings.language.lora_rank):
-        return checkpoint
-    model, settings = assemble(replace(checkpoint, settings=_stored(settings)), CPU, "fp32")
+    model, settings = assemble(checkpoint, CPU, "fp32")
     merge_lora(model)
-    settings = replace(
-        settings, qformer=replace(settings.qformer, lora_rank=0), language=replace(settings.language, lora_rank=0)
+    parts = checkpoint.parts
+    return replace(
+        checkpoint,
+        settings=change(settings, {"qformer.lora_rank": 0, "language.lora_rank": 0}),
+        trained={name: parameter.detach() for name, parameter in saved_parameters(model).items()},
+        parts=replace(parts, language=model.language) if isinstance(model, Stage2) else parts,
+        left_out=(*checkpoint.left_out, "LoRA: merged into the weights, in fp32"),
     )
-    trained: dict[str, Tensor] = {name: p.detach() for name, p in saved_parameters(model).items()}
-    left_out = (*checkpoint.left_out, "LoRA: merged into the weights, in fp32")
-    checkpoint = replace(checkpoint, settings=settings, trained=trained, left_out=left_out)
-    if not isinstance(model, Stage2):
-        return checkpoint
-    return replace(checkpoint, parts=replace(checkpoint.parts, language=model.language))
 
 
 def _with_ready_encoder(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with a fine-tuned image encoder as a separate part, as every format stores it."""
-    settings = checkpoint.settings
-    if not settings.vision.trained:
-        return checkpoint
-    vision, settings = find_vision(checkpoint, _stored(settings), torch.float32)
+    vision, checkpoint = find_vision(checkpoint, torch.float32)
     for name, parameter in vision.named_parameters():
         if parameter.requires_grad:
             parameter.data.copy_(checkpoint.trained[f"vision.{name}"])
@@ -194,78 +186,26 @@ def _with_ready_encoder(checkpoint: Checkpoint) -> Checkpoint:
     vision.requires_grad_(False)
     return replace(
         checkpoint,
-        settings=replace(settings, vision=replace(settings.vision, trained=False)),
+        settings=change(checkpoint.settings, {"vision.trained": False}),
         trained={name: tensor for name, tensor in checkpoint.trained.items() if not name.startswith("vision.")},
         parts=replace(checkpoint.parts, vision=vision),
     )
 
 
-def _stored(settings: RunSettings) -> RunSettings:
-    """The settings with frozen parts in the precision in which they are stored."""
-    return replace(
-        settings,
-        vision=replace(settings.vision, dtype="auto"),
-        language=replace(settings.language, dtype="auto"),
-    )
-
-
-def _stored_vision(checkpoint: Checkpoint, settings: RunSettings) -> tuple[FrozenVision, RunSettings]:
-    """The image encoder, each tensor in the dtype of its file."""
-    dtypes = _dtypes(checkpoint, "vision") if checkpoint.tower is None else {}
-    vision, settings = find_vision(checkpoint, settings, _widest(dtypes))
-    _restore(vision.encoder, dtypes)
-    return vision, settings
-
-
-def _stored_language(checkpoint: Checkpoint, settings: RunSettings) -> tuple[LanguageModel, RunSettings]:
-    """The language model, each tensor in the dtype of its file."""
-    dtypes = _dtypes(checkpoint, "language")
-    language, settings = find_language(checkpoint, settings, _widest(dtypes), CPU)
-    _restore(language.llm, dtypes)
-    return language, settings
-
-
-def _dtypes(checkpoint: Checkpoint, part: Literal["vision", "language"]) -> dict[str, torch.dtype]:
-    """The dtypes of a frozen part that the source contains; empty for a part that the source only names."""
-    if getattr(checkpoint.parts, part) is not None or part not in checkpoint.carries:
-        return {}
-    folder = local_folder(getattr(checkpoint.settings, part).name)
-    if folder is None:
-        return {}
+def _stored(checkpoint: Checkpoint, part: Literal["vision", "language"]) -> tuple[Any, Checkpoint]:
+    """A frozen part, each tensor in the dtype of its file if the source contains it, and a checkpoint that names it."""
+    contained = part in checkpoint.carries and getattr(checkpoint.parts, part) is None and checkpoint.tower is None
+    folder = local_folder(getattr(checkpoint.settings, part).name) if contained else None
     # An openblip2 run has a folder for each part; in transformers' BLIP-2, all parts are in one model.
-    return dtypes_of(folder, f"{part}_model.") or dtypes_of(folder, "")
-
-
-def _widest(dtypes: Mapping[str, torch.dtype]) -> Any:
-    """A dtype that represents all of these exactly; "auto" if there are none."""
+    dtypes = {} if folder is None else dtypes_of(folder, f"{part}_model.") or dtypes_of(folder, "")
     found = set(dtypes.values())
-    return torch.float32 if len(found) > 1 else next(iter(found), "auto")
-
-
-def _restore(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Restores the dtypes of the file, because some models are loaded with wider ones (T5 in fp16)."""
-    for name, parameter in module.named_parameters():
+    widest: Any = torch.float32 if len(found) > 1 else next(iter(found), "auto")  # represents all of these exactly
+    loaded: Any
+    if part == "vision":
+        loaded, checkpoint = find_vision(checkpoint, widest)
+    else:
+        loaded, checkpoint = find_language(checkpoint, widest, CPU)
+    # Some models are loaded with wider dtypes (T5 in fp16).
+    for name, parameter in (loaded.encoder if part == "vision" else loaded.llm).named_parameters():
         parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-
-
-def _write_card(
-    folder: Path,
-    out: Path,
-    checkpoint: Checkpoint,
-    settings: RunSettings,
-    notes: Sequence[str],
-    carries: frozenset[str],
-    library: Literal["openblip2", "transformers"] = "openblip2",
-) -> None:
-    count = sum(tensor.numel() for tensor in checkpoint.trained.values())
-    use = usage(settings.stage, out.name) if library == "openblip2" else transformers_usage(settings, out.name)
-    card = model_card(settings, count, checkpoint.measured, use, tuple(notes), carries, library)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _require_free(out: Path, to: str, overwrite: bool) -> None:
-    suffix = {"lavis": ".pth", "onnx": ".onnx"}.get(to, "")
-    if suffix and (out.suffix != suffix or out.is_dir()):
-        raise UserError(f"{out}: give the name of a file that ends in {suffix}")
-    if suffix or not out.is_dir() or any(out.iterdir()):
-        require_absent(out, overwrite, "name")
+    return loaded, checkpoint

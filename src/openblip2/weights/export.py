@@ -5,6 +5,7 @@ image encoder. For others, `write_projected` stores the language model alone, to
 openblip2 computes `image_embeds [n, Q, L]`, and any server that accepts embeddings as a prompt generates the text.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,9 @@ from openblip2.compat import quiet_transformers
 from openblip2.model.language import LanguageModel
 from openblip2.model.template import resolve_template
 from openblip2.model.vision import FrozenVision
-from openblip2.weights.checkpoint import Checkpoint
+from openblip2.weights.checkpoint import HF, INSTRUCTBLIP, OURS, Checkpoint, rename
 from openblip2.weights.huggingface import FRAME, FRAMED, IMAGE_TOKEN, usual_template
-from openblip2.weights.names import HF, INSTRUCTBLIP, OURS, rename
 from openblip2.weights.run import write_run
-
-
-def has_home(vision: FrozenVision) -> bool:
-    """Whether transformers' BLIP-2 can store an encoder: EVA-CLIP's architecture, last layer, without whitening."""
-    return vision.kind == "blip_2_vision_model" and vision.whitening is None
-
-
-def fits_projection(language: LanguageModel) -> bool:
-    """Whether the language model's embeddings are as wide as its layers, as transformers' projection requires."""
-    return language.width == language.llm.config.hidden_size
 
 
 def write_huggingface(
@@ -37,7 +27,7 @@ def write_huggingface(
     """Fills an empty folder; returns one line for each thing that it cannot store. The passed parts are modified.
 
     Args:
-        vision: an encoder for which `has_home` is true, in the dtypes to be written.
+        vision: an encoder of EVA-CLIP's architecture, without whitening, in the dtypes to be written.
         language: the language model of stage 2, in the dtypes to be written.
         tokenizer: the tokenizer of a Q-Former that reads text.
     """
@@ -50,12 +40,11 @@ def write_huggingface(
         words.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
         image_token = words.convert_tokens_to_ids(IMAGE_TOKEN)
         if language is None:
-            model = _retrieval(checkpoint, vision, image_token)
             homeless = {name.split(".")[0] for name in rename(checkpoint.trained, OURS, HF)[1]}
             notes += [f"{part}: transformers cannot store it" for part in sorted(homeless)]
         else:
             notes += _fit_language(language, image_token)
-            model = _generation(checkpoint, vision, language, image_token)
+        model = _build_model(checkpoint, vision, language, image_token)
         model.vision_model = vision.encoder
         names, _ = rename(checkpoint.trained, OURS, INSTRUCTBLIP if instructed else HF)
         for theirs, ours in names.items():
@@ -106,78 +95,57 @@ def _fit_language(language: LanguageModel, image_token: int) -> list[str]:
     return notes
 
 
-def _shared(checkpoint: Checkpoint, vision: FrozenVision, reads_text: bool) -> dict[str, Any]:
-    """The configuration values that both classes share."""
-    from transformers import Blip2QFormerConfig, InstructBlipQFormerConfig
+def _build_model(checkpoint: Checkpoint, vision: FrozenVision, language: LanguageModel | None, image_token: int) -> Any:
+    """transformers' model for a checkpoint, with the language model, but without other weights."""
+    import transformers as hf
 
-    instructed = checkpoint.settings.qformer.question_in_qformer
-    kind: Any = InstructBlipQFormerConfig if instructed else Blip2QFormerConfig
-    sizes, settings = checkpoint.sizes, checkpoint.settings.qformer
-    qformer = kind(
-        vocab_size=sizes["vocabulary"] or 30522,
-        hidden_size=sizes["width"],
-        num_hidden_layers=sizes["layers"],
-        num_attention_heads=sizes["heads"],
-        intermediate_size=sizes["ffn"],
-        max_position_embeddings=sizes["positions"],
-        cross_attention_frequency=settings.cross_every,
-        hidden_dropout_prob=settings.dropout,
-        attention_probs_dropout_prob=settings.dropout,
-        encoder_hidden_size=vision.width,
-        **({} if instructed else {"use_qformer_text_input": reads_text}),
-    )
+    settings, qformer, sizes = checkpoint.settings, checkpoint.settings.qformer, checkpoint.sizes
+    instructed = qformer.question_in_qformer
     encoder = vision.encoder.config.to_dict()
     del encoder["model_type"]  # InstructBLIP has another name for it
-    return {
+    configs: dict[str, Any] = {
         "vision_config": encoder,
-        "qformer_config": qformer.to_dict(),
-        "num_query_tokens": settings.queries,
+        "qformer_config": {
+            "vocab_size": sizes["vocabulary"] or 30522,
+            "hidden_size": sizes["width"],
+            "num_hidden_layers": sizes["layers"],
+            "num_attention_heads": sizes["heads"],
+            "intermediate_size": sizes["ffn"],
+            "max_position_embeddings": sizes["positions"],
+            "cross_attention_frequency": qformer.cross_every,
+            "hidden_dropout_prob": qformer.dropout,
+            "attention_probs_dropout_prob": qformer.dropout,
+            "encoder_hidden_size": vision.width,
+        },
+        "num_query_tokens": qformer.queries,
+        "image_token_index": image_token,
     }
-
-
-def _retrieval(checkpoint: Checkpoint, vision: FrozenVision, image_token: int) -> Any:
-    from transformers import Blip2Config, Blip2ForImageTextRetrieval
-
-    config = Blip2Config(
-        **_shared(checkpoint, vision, reads_text=True),
-        image_text_hidden_size=checkpoint.settings.stage1.shared_width,
-        image_token_index=image_token,
-    )
-    with torch.device("meta"):  # every weight in it is about to be replaced
-        return Blip2ForImageTextRetrieval(config)
-
-
-def _generation(checkpoint: Checkpoint, vision: FrozenVision, language: LanguageModel, image_token: int) -> Any:
-    from transformers import (
-        Blip2Config,
-        Blip2ForConditionalGeneration,
-        GenerationConfig,
-        InstructBlipConfig,
-        InstructBlipForConditionalGeneration,
-    )
-
-    llm, tokenizer, settings = language.llm, language.tokenizer, checkpoint.settings
-    instructed = settings.qformer.question_in_qformer
+    if not instructed:
+        configs["qformer_config"]["use_qformer_text_input"] = language is None
+    if language is None:
+        config = hf.Blip2Config(**configs, image_text_hidden_size=settings.stage1.shared_width)
+        with torch.device("meta"):  # every weight in it is about to be replaced
+            return hf.Blip2ForImageTextRetrieval(config)
+    llm, tokenizer = language.llm, language.tokenizer
     llm.config.architectures = [type(llm).__name__]  # vLLM reads it, and transformers does not set it by itself
-    config: Any = (InstructBlipConfig if instructed else Blip2Config)(
-        **_shared(checkpoint, vision, reads_text=False),
-        text_config=llm.config.to_dict(),
-        image_token_index=image_token,
-    )
+    configs["text_config"] = llm.config.to_dict()
     frame = {name: getattr(settings.language, name) for name in FRAMED} | {"template": language.template}
     if instructed:
         frame["task"] = settings.task  # after VQA the Q-Former reads the question, otherwise the prompt
-    setattr(config, FRAME, frame)
+    configs[FRAME] = frame
     with torch.device("meta"):
-        model: Any = (InstructBlipForConditionalGeneration if instructed else Blip2ForConditionalGeneration)(config)
+        model: Any = (
+            hf.InstructBlipForConditionalGeneration(hf.InstructBlipConfig(**configs))
+            if instructed
+            else hf.Blip2ForConditionalGeneration(hf.Blip2Config(**configs))
+        )
     model.language_model = llm
     # `generate` of transformers should begin and end a text as openblip2 does.
-    model.generation_config = GenerationConfig.from_model_config(llm.config)
+    end = language.end[-1]
+    model.generation_config = hf.GenerationConfig.from_model_config(llm.config)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = language.end[-1]
-    model.generation_config.pad_token_id = (
-        language.end[-1] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    )
+    model.generation_config.eos_token_id = end
+    model.generation_config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return model
 
 
@@ -239,7 +207,7 @@ def write_projected(checkpoint: Checkpoint, vision: FrozenVision, language: Lang
     run = folder / "openblip2"
     run.mkdir()
     carries = checkpoint.carries | {"language"}
-    write_run(run, settings, checkpoint.sizes, checkpoint.trained, vision, language, None, carries, vision.whitening)
+    write_run(replace(checkpoint, carries=carries, whitening=vision.whitening), run, vision, language)
     generative = not language.llm.config.is_encoder_decoder
     pad = language.tokenizer.pad_token_id
     (folder / "image_embeds.py").write_text(

@@ -19,9 +19,9 @@ from openblip2.config import LanguageSettings, QFormerSettings, RunSettings, Vis
 from openblip2.errors import UserError, one_line
 from openblip2.model.bert import bert_tokenizer
 from openblip2.model.qformer import NORM_EPS
+from openblip2.model.wheels import locate
 from openblip2.runs import read_json
-from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_from_tensors, sizes_of
-from openblip2.weights.names import HF, INSTRUCTBLIP, OURS, rename
+from openblip2.weights.checkpoint import HF, INSTRUCTBLIP, OURS, Checkpoint, Parts, describe, listed, rename
 
 GENERATION, RETRIEVAL = "Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"
 INSTRUCTED = "InstructBlipForConditionalGeneration"
@@ -32,11 +32,7 @@ FRAMED = ("template", "end", "prompts", "question")
 INSTRUCTIONS = {"prompts": ("A short image description:",), "question": "{}"}
 QFORMER_TOKENIZER = "qformer_tokenizer"  # the subfolder with the second tokenizer of an InstructBLIP
 
-# Tensors of such a folder that are not used, and why.
-LEFT_OUT = {
-    "embeddings.position_ids": "a buffer: 0, 1, 2, ...",
-    "qformer.embeddings.position_ids": "a buffer: 0, 1, 2, ...",
-}
+BUFFERS = ("embeddings.position_ids", "qformer.embeddings.position_ids")  # tensors that are not used
 
 
 def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
@@ -47,33 +43,50 @@ def read_huggingface(folder: Path, name: str, parts: Parts) -> Checkpoint:
             Q-Former does not support, different numbers of visual tokens and queries, a tokenizer without `<image>`,
             an InstructBLIP without the Q-Former's tokenizer.
     """
-    config = read_json(folder / "config.json")
+    from transformers import Blip2VisionConfig
+
+    path = folder / "config.json"
+    config = read_json(path)
     kind = (config.get("architectures") or [None])[0]
     if kind not in (GENERATION, RETRIEVAL, INSTRUCTED):
-        raise UserError(
-            f"{folder / 'config.json'}: architectures is {kind!r}: it must be {GENERATION}, {RETRIEVAL} or {INSTRUCTED}"
-        )
-    files, theirs_column = read_files(folder), INSTRUCTBLIP if kind == INSTRUCTED else HF
-    names, others = rename((name for name in files if name not in LEFT_OUT), theirs_column, OURS)
+        raise UserError(f"{path}: architectures is {kind!r}: it must be {GENERATION}, {RETRIEVAL} or {INSTRUCTED}")
+    files, column = read_files(folder), INSTRUCTBLIP if kind == INSTRUCTED else HF
+    names, others = rename((name for name in files if name not in BUFFERS), column, OURS)
     frozen = ("vision_model.",) if kind == RETRIEVAL else ("vision_model.", "language_model.")
     if unknown := [name for name in others if not name.startswith(frozen)]:
         raise UserError(f"{folder}: {len(unknown)} keys do not belong to a {kind}: {listed(unknown)}")
-    _require_tower(folder, config, {name for name in others if name.startswith("vision_model.")})
+    vision = config.get("vision_config") or {}  # InstructBLIP has another `model_type` for the same encoder
+    tower: Any = Blip2VisionConfig(**{name: value for name, value in vision.items() if name != "model_type"})
+    _require_tower(folder, tower, {name for name in others if name.startswith("vision_model.")})
     trained = {ours: _tensor(files[theirs], theirs) for ours, theirs in names.items()}
-    left_out = [f"{name}: {why}" for name, why in LEFT_OUT.items() if name in files]
+    left_out = [f"{name}: a buffer: 0, 1, 2, ..." for name in BUFFERS if name in files]
     if kind == GENERATION and (text := [name for name in trained if ".text_ffn." in name]):
         left_out.append(f"the text FFN of the Q-Former, {len(text)} tensors: {kind} does not use it")
         trained = {name: tensor for name, tensor in trained.items() if name not in text}
 
-    qformer = config.get("qformer_config") or {}
-    heads = _heads(qformer, parts.heads, folder)
-    settings = settings_from_tensors(trained, _settings(folder, name, config, kind), str(folder))
-    sizes = sizes_of(trained, heads, str(folder))
-    require_whole(trained, settings, sizes, str(folder), theirs_column)
+    # transformers writes no default values.
+    qformer = {"num_attention_heads": 12, "hidden_dropout_prob": 0.1} | (config.get("qformer_config") or {})
+    heads = qformer["num_attention_heads"]
+    if parts.heads not in (None, heads):
+        raise UserError(f"{path}: qformer_config.num_attention_heads is {heads}, not {parts.heads}: leave heads out")
+    for field, value in {"hidden_act": "gelu", "layer_norm_eps": NORM_EPS}.items():
+        if qformer.get(field, value) != value:
+            raise UserError(f"{path}: qformer_config.{field} is {qformer[field]!r}: only {value!r} is supported")
+    settings = RunSettings(
+        vision=VisionSettings(name=name, layer=-1, image_size=tower.image_size),
+        qformer=QFormerSettings(
+            dropout=float(qformer["hidden_dropout_prob"]),
+            image_norm_eps=tower.layer_norm_eps,
+            question_in_qformer=kind == INSTRUCTED,
+        ),
+    )
+    if kind != RETRIEVAL:
+        settings = replace(settings, stage="stage2", language=_language(folder, name, config, kind))
+        if FRAME in config:  # openblip2 exported it
+            settings = _from_frame(settings, config[FRAME], path)
+    settings, sizes = describe(trained, settings, heads, str(folder), column)
     _require_queries(folder, config, settings.qformer.queries)
     tokenizer = str(folder) if kind == RETRIEVAL else None
-    if kind != RETRIEVAL:
-        _require_image_token(folder, "InstructBlipProcessor" if kind == INSTRUCTED else "Blip2Processor")
     if kind == INSTRUCTED:
         settings = replace(settings, data=replace(settings.data, max_tokens=sizes["positions"]))
         tokenizer = str(folder / QFORMER_TOKENIZER)
@@ -105,17 +118,18 @@ def read_files(folder: Path) -> dict[str, Path]:
     listing = read_json(index)
     if not isinstance(listing, dict) or not {"metadata", "weight_map"} <= listing.keys():
         raise UserError(f"{index}: must contain metadata and weight_map, as transformers writes them")
-    named: dict[str, str] = listing["weight_map"]
-    shards: dict[str, set[str]] = {}
-    for file in sorted(set(named.values())):
+    found: dict[str, Path] = {}
+    for file in sorted(set(listing["weight_map"].values())):
+        path, named = folder / file, sorted(name for name, shard in listing["weight_map"].items() if shard == file)
         if Path(file).name != file:
             raise UserError(f"{index}: names {file!r}, which is not in this folder")
-        if not (folder / file).is_file():
-            raise UserError(f"{folder / file}: missing; {index.name} names it for {listed(_held(named, file), 2)}")
-        shards[file] = _names(folder / file)
-        if lost := [name for name in _held(named, file) if name not in shards[file]]:
-            raise UserError(f"{folder / file}: it lacks {listed(lost)}, which {index.name} lists")
-    return {name: folder / file for file, names in shards.items() for name in names}
+        if not path.is_file():
+            raise UserError(f"{path}: missing; {index.name} names it for {listed(named, 2)}")
+        names = _names(path)
+        if lost := [name for name in named if name not in names]:
+            raise UserError(f"{path}: it lacks {listed(lost)}, which {index.name} lists")
+        found |= {name: path for name in names}
+    return found
 
 
 def dtypes_of(folder: Path, prefix: str) -> dict[str, torch.dtype]:
@@ -124,56 +138,35 @@ def dtypes_of(folder: Path, prefix: str) -> dict[str, torch.dtype]:
     return {name.removeprefix(prefix): _tensor(file, name).dtype for name, file in files.items()}
 
 
-def _settings(folder: Path, name: str, config: Mapping[str, Any], kind: str) -> RunSettings:
-    qformer = config.get("qformer_config") or {}
-    for field, value in {"hidden_act": "gelu", "layer_norm_eps": NORM_EPS}.items():
-        if qformer.get(field, value) != value:
-            raise UserError(
-                f"{folder / 'config.json'}: qformer_config.{field} is {qformer[field]!r}: only {value!r} is supported"
-            )
-    tower = _tower_config(config)
-    settings = RunSettings(
-        vision=VisionSettings(name=name, layer=-1, image_size=tower.image_size),
-        qformer=QFormerSettings(
-            dropout=float(qformer.get("hidden_dropout_prob", 0.1)), image_norm_eps=tower.layer_norm_eps
-        ),
-    )
-    if kind == RETRIEVAL:
-        return settings
-    language = _language(folder, name)
-    if kind == INSTRUCTED:
-        language = replace(language, **INSTRUCTIONS)
-        settings = replace(settings, qformer=replace(settings.qformer, question_in_qformer=True))
-    settings = replace(settings, stage="stage2", language=language)
-    return _from_frame(settings, config[FRAME], folder) if FRAME in config else settings  # if openblip2 exported it
-
-
-def _tower_config(config: Mapping[str, Any]) -> Any:
-    from transformers import Blip2VisionConfig
-
-    return Blip2VisionConfig(**{k: v for k, v in (config.get("vision_config") or {}).items() if k != "model_type"})
-
-
-def _require_tower(folder: Path, config: Mapping[str, Any], found: set[str]) -> None:
+def _require_tower(folder: Path, tower: Any, found: set[str]) -> None:
     """Checks that the keys of the image encoder are those of its configuration."""
     from transformers import Blip2VisionModel
 
     with torch.device("meta"):
-        wanted = {f"vision_model.{name}" for name in Blip2VisionModel(_tower_config(config)).state_dict()}
-    wanted = {name for name in wanted if "post_layernorm" not in name}  # part of the Q-Former here, and trained
-    for what, names in (("missing", wanted - found), ("unexpected", found - wanted)):
-        if names:
-            raise UserError(f"{folder}: {len(names)} keys are {what}: {listed(sorted(names))}")
+        names = Blip2VisionModel(tower).state_dict()
+    # The last norm is part of the Q-Former here, and trained.
+    wanted = {f"vision_model.{name}" for name in names if "post_layernorm" not in name}
+    for what, keys in (("missing", wanted - found), ("unexpected", found - wanted)):
+        if keys:
+            raise UserError(f"{folder}: {len(keys)} keys are {what}: {listed(sorted(keys))}")
 
 
-def _language(folder: Path, name: str) -> LanguageSettings:
+def _language(folder: Path, name: str, config: Mapping[str, Any], kind: str) -> LanguageSettings:
     """The language settings: the template of its processor's prompts and the token that ends its texts."""
-    tokenizer = _tokenizer(folder)
-    end = _end(folder)
+    again = f"save the folder again with the {'InstructBlipProcessor' if kind == INSTRUCTED else 'Blip2Processor'}"
+    tokenizer = load_tokenizer(str(folder), again)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        where = folder / "tokenizer.json"
+        raise UserError(f"{where}: no token {IMAGE_TOKEN!r} in it for the pictures: {again}, which adds it")
+    # The token with which generation ends in transformers.
+    end = read_json(path).get("eos_token_id") if (path := folder / "generation_config.json").is_file() else None
+    end = (config.get("text_config") or {}).get("eos_token_id") if end is None else end
+    end = end[0] if isinstance(end, list) else end
     return LanguageSettings(
         name=name,
         template=usual_template(tokenizer),
         end=None if end in (None, tokenizer.eos_token_id) else tokenizer.decode([end]),
+        **(INSTRUCTIONS if kind == INSTRUCTED else {}),
     )
 
 
@@ -183,41 +176,27 @@ def usual_template(tokenizer: Any) -> str:
     return "{image}{bos}{prompt}" if begins else "{image}{prompt}"
 
 
-def _from_frame(settings: RunSettings, frame: Any, folder: Path) -> RunSettings:
+def _from_frame(settings: RunSettings, frame: Any, path: Path) -> RunSettings:
     """The settings, updated with the prompts and the task that an openblip2 export wrote into `config.json`."""
     if not isinstance(frame, dict) or not frame.keys() <= {*FRAMED, "task"}:
-        raise UserError(f"{folder / 'config.json'}: {FRAME} may contain only {', '.join(FRAMED)}, task")
+        raise UserError(f"{path}: {FRAME} may contain only {', '.join(FRAMED)}, task")
     words = {name: value for name, value in frame.items() if name != "task"}
     try:
         language = replace(settings.language, **words)
         return replace(settings, language=language, task=frame.get("task", settings.task))
     except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {FRAME} is not valid: {one_line(error)}") from error
+        raise UserError(f"{path}: {FRAME} is not valid: {one_line(error)}") from error
 
 
-def _end(folder: Path) -> int | None:
-    """The token with which generation ends in transformers."""
-    found = read_json(path).get("eos_token_id") if (path := folder / "generation_config.json").is_file() else None
-    found = (read_json(folder / "config.json").get("text_config") or {}).get("eos_token_id") if found is None else found
-    return found[0] if isinstance(found, list) else found
-
-
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(name: str, advice: str) -> Any:
+    """A tokenizer of `transformers`, or a `UserError` with this advice."""
     from transformers import AutoTokenizer
 
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: its tokenizer cannot be read: {one_line(error)}") from error
-
-
-def _require_image_token(folder: Path, processor: str) -> None:
-    if IMAGE_TOKEN not in _tokenizer(folder).get_vocab():
-        raise UserError(
-            f"{folder / 'tokenizer.json'}: no token {IMAGE_TOKEN!r} in it for the pictures: save the folder again "
-            f"with the {processor}, which adds it"
-        )
+        raise UserError(f"{name}: no tokenizer ({one_line(error)}): {advice}") from error
 
 
 def _require_queries(folder: Path, config: Mapping[str, Any], queries: int) -> None:
@@ -238,19 +217,6 @@ def _require_qformer_tokenizer(folder: Path, vocabulary: int) -> None:
             "the prompt: save the folder again with an InstructBlipProcessor, or give one with tokenizer="
         )
     bert_tokenizer(str(where), vocabulary)
-
-
-def _heads(qformer: Mapping[str, Any], heads: int | None, folder: Path) -> int:
-    found = qformer.get("num_attention_heads", 12)  # transformers writes no default values
-    if heads not in (None, found):
-        raise UserError(
-            f"{folder / 'config.json'}: qformer_config.num_attention_heads is {found}, not {heads}: leave heads out"
-        )
-    return found
-
-
-def _held(named: Mapping[str, str], file: str) -> list[str]:
-    return sorted(name for name, where in named.items() if where == file)
 
 
 def _names(file: Path) -> set[str]:

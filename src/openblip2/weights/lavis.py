@@ -3,8 +3,6 @@
 All names may start with a common prefix, which DistributedDataParallel, `torch.compile` or a LightningModule adds.
 A file never contains the language model, and the image encoder only if it was fine-tuned. Only tensors and plain
 values are unpickled.
-
-Shapes: Q queries, D Q-Former width, V encoder width, P patch tokens, S image side in px.
 """
 
 import math
@@ -15,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ from openblip2.errors import UserError, one_line
 from openblip2.model.vision import HFVision
 from openblip2.presets import FLANT5_XL, FLANT5_XXL, OPT_2_7B, OPT_6_7B, VIT_G, VIT_L
 from openblip2.runs import atomic_write
-from openblip2.weights.checkpoint import Checkpoint, Parts, listed, require_whole, settings_from_tensors, sizes_of
-from openblip2.weights.names import LAVIS, OURS, TOWER, rename
+from openblip2.weights.checkpoint import LAVIS, OURS, TOWER, Checkpoint, Parts, describe, listed, rename
 
 TOWER_PREFIX = "visual_encoder."
 EVA_WIDTH, EVA_HEADS = 1408, 16  # of ViT-g; the tensors do not show how many heads there are
@@ -74,18 +72,13 @@ def read_lavis(path: Path, parts: Parts) -> Checkpoint:
     if unknown:
         raise UserError(f"{path}: {len(unknown)} keys do not belong to BLIP-2: {listed(unknown)}")
     trained = {ours: model[theirs] for ours, theirs in names.items()}
-    settings = settings_from_tensors(trained, _settings(path, model, trained, bool(tower), parts), str(path))
-    if settings.stage == "stage2":
-        text = [
-            name
-            for name in trained
-            if name.startswith(("qformer.word_embeddings.", "qformer.positions.")) or ".text_" in name
-        ]
-        if text:
-            left_out.append(f"the text path of the Q-Former, {len(text)} tensors: stage 2 does not read it")
-            trained = {name: tensor for name, tensor in trained.items() if name not in text}
-    sizes = sizes_of(trained, parts.heads, str(path))
-    require_whole(trained, settings, sizes, str(path), LAVIS)
+    settings = _settings(path, model, trained, bool(tower), parts)
+    of_text = ("qformer.word_embeddings.", "qformer.positions.")
+    text = [name for name in trained if name.startswith(of_text) or ".text_" in name]
+    if text and settings.stage == "stage2":
+        left_out.append(f"the text path of the Q-Former, {len(text)} tensors: stage 2 does not read it")
+        trained = {name: tensor for name, tensor in trained.items() if name not in text}
+    settings, sizes = describe(trained, settings, parts.heads, str(path), LAVIS)
     encoder = None
     if parts.vision_heads is not None and not tower:
         raise UserError(f"{path}: vision_heads is given, but there is no image encoder in it: leave it out")
@@ -159,12 +152,8 @@ def projection_name(language: str) -> str | None:
 def _read_model(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([Namespace]):  # plain values, in which many trainers store settings
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                content = torch.load(path, map_location="cpu", weights_only=True)  # torch's older format
+            # torch's older format is not a zip file, and cannot be mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         named = f" ({code[1]})" if code else ""
@@ -196,19 +185,17 @@ def _settings(
     path: Path, model: Mapping[str, Tensor], trained: Mapping[str, Tensor], with_tower: bool, parts: Parts
 ) -> RunSettings:
     """The stage and frozen parts of a file; parts passed by the user take precedence over those of the paper."""
-    width = trained["qformer.image_norm.weight"].shape[0] if "qformer.image_norm.weight" in trained else 0
+    width = len(trained.get("qformer.image_norm.weight", ()))
     if width not in _ENCODERS and parts.vision is None and not with_tower:
         raise UserError(f"{path}: its image encoder (width {width}) is not one of the paper's: give it with vision=")
     settings = RunSettings(vision=_ENCODERS.get(width, VIT_G))
     projection = next((name for name in ("opt_proj", "t5_proj") if f"{name}.weight" in model), None)
     if projection is None:
         return settings
-    language = _LANGUAGE_MODELS.get((projection, model[f"{projection}.weight"].shape[0]))
+    width = len(model[f"{projection}.weight"])
+    language = _LANGUAGE_MODELS.get((projection, width))
     if language is None and parts.language is None:
-        raise UserError(
-            f"{path}: its language model (width {model[f'{projection}.weight'].shape[0]}) is not one of the paper's: "
-            "give it with language="
-        )
+        raise UserError(f"{path}: its language model (width {width}) is not one of the paper's: give it with language=")
     default = OPT_2_7B if projection == "opt_proj" else FLANT5_XL
     return replace(settings, stage="stage2", language=language or default)
 

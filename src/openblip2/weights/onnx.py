@@ -3,7 +3,7 @@
 The graph contains normalisation, the frozen image encoder, whitening, the connector without text, and the linear layer
 after it. It does not contain texts or the language model, which has its own runtimes and reads `soft_prompt`.
 
-Shapes: B images (any number), S image side in px, Q queries, D width of visual tokens, L LLM width, E shared space.
+Shapes: B images (any number), S image side in px, Q queries, L LLM width, E shared space.
 """
 
 import copy
@@ -23,11 +23,9 @@ from torch.nn import functional as F
 
 from openblip2.data.images import RESIZE
 from openblip2.errors import UserError, one_line, require
-from openblip2.model.connector import Connector
 from openblip2.model.lora import merge_lora
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
-from openblip2.model.vision import FrozenVision
 
 TOLERANCE = 1e-4  # largest difference from torch, relative to the output's largest value
 INLINE = 1_500_000_000  # bytes of weights that are stored in the graph's own file; protobuf's limit is 2 GB
@@ -35,26 +33,19 @@ TRACED, CHECKED = 2, (1, 3)  # batch sizes: the graph must also work with others
 
 
 class ImagePath(nn.Module):
-    """A copy of the layers from pixels to the output, on the CPU in float32, so that the model itself does not change.
-
-    Stage 1 returns `image_vectors [B, Q, E]`, of length 1; stage 2 returns `soft_prompt [B, Q, L]`.
-    """
-
-    vision: FrozenVision
-    connector: Connector
-    head: nn.Linear
+    """A copy of the layers from pixels to the output, on the CPU in float32; the model itself does not change."""
 
     def __init__(self, model: Stage1 | Stage2) -> None:
         super().__init__()
+        assert model.vision is not None
         self.name = "image_vectors" if isinstance(model, Stage1) else "soft_prompt"
-        head = model.vision_proj if isinstance(model, Stage1) else model.projection
         # Part by part, because a copy of the whole model would include the language model.
-        for name, part in (("vision", model.vision), ("connector", model.connector), ("head", head)):
-            self.add_module(name, copy.deepcopy(part))
+        self.vision, self.connector = copy.deepcopy(model.vision), copy.deepcopy(model.connector)
+        self.head = copy.deepcopy(model.vision_proj if isinstance(model, Stage1) else model.projection)
         merge_lora(self.to("cpu", torch.float32)).requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 `[B, 3, S, S]` RGB -> `[B, Q, E]` or `[B, Q, L]`."""
+        """uint8 `[B, 3, S, S]` RGB to `image_vectors [B, Q, E]`, of length 1, or `soft_prompt [B, Q, L]`."""
         queries = self.connector.visual_tokens(self.vision(images))
         found = self.head(queries)
         return F.normalize(found, dim=-1) if self.name == "image_vectors" else found
@@ -90,7 +81,6 @@ def export_onnx(model: Stage1 | Stage2, path: Path) -> float:
         with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as draft:
             file = Path(draft) / path.name
             _write(image_path, side, file)
-            _describe(image_path.vision, file)
             difference = _compare(image_path, side, file)
             for written in sorted(Path(draft).iterdir(), reverse=True):  # the weights first, then the graph
                 os.replace(written, path.parent / written.name)
@@ -100,36 +90,32 @@ def export_onnx(model: Stage1 | Stage2, path: Path) -> float:
 
 
 def _write(image_path: ImagePath, side: int, file: Path) -> None:
-    weights = sum(p.numel() * p.element_size() for p in image_path.parameters())
-    batch = torch.export.Dim("B")
+    """Writes the graph, whose metadata say how pictures must be resized, and the normalisation that it contains."""
+    weights, vision = sum(p.numel() * p.element_size() for p in image_path.parameters()), image_path.vision
     with _quiet():
         try:
-            torch.onnx.export(
+            program = torch.onnx.export(
                 image_path,
                 (_pictures(TRACED, side),),
-                file,
                 input_names=["images"],
                 output_names=[image_path.name],
-                dynamic_shapes={"images": {0: batch}},
-                external_data=weights > INLINE,
+                dynamic_shapes={"images": {0: torch.export.Dim("B")}},
                 dynamo=True,
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
             # The cause is the actual error; the exporter's own message is advice about its internals.
             reason = one_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-            raise UserError(f"image encoder {image_path.vision.kind!r} cannot be exported to ONNX: {reason}") from error
-
-
-def _describe(vision: FrozenVision, file: Path) -> None:
-    """Adds metadata to the graph: how pictures must be resized, and the normalisation that the graph contains."""
-    import onnx
-
-    graph = onnx.load(file, load_external_data=False)
-    found = {"resize": RESIZE, "image_size": str(vision.image_size), "normalization": "in the graph"}
-    found |= {f"image_{name}": json.dumps(list(getattr(vision, name))) for name in ("mean", "std")}
-    onnx.helper.set_model_props(graph, found)
-    onnx.save(graph, file)
+            raise UserError(f"image encoder {vision.kind!r} cannot be exported to ONNX: {reason}") from error
+        assert program is not None
+        program.model.metadata_props.update(
+            resize=RESIZE,
+            image_size=str(side),
+            normalization="in the graph",
+            image_mean=json.dumps(list(vision.mean)),
+            image_std=json.dumps(list(vision.std)),
+        )
+        program.save(file, external_data=weights > INLINE)
 
 
 def _compare(image_path: ImagePath, side: int, file: Path) -> float:

@@ -21,7 +21,7 @@ from openblip2.model.qformer import QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import HFVision
-from openblip2.weights.names import HF, OURS, rename
+from openblip2.weights.checkpoint import HF, OURS, rename
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 PAD, BOS, EOS, UNK, IMAGE = range(5)
