@@ -16,7 +16,7 @@ from openblip2.config import RunSettings, from_dict
 from openblip2.errors import UserError, one_line
 from openblip2.model.language import LanguageModel
 from openblip2.model.lora import plain_state
-from openblip2.model.vision import FrozenVision, HFVision, Whitening
+from openblip2.model.vision import FrozenVision, HFVision
 from openblip2.runs import atomic_write, make_folder, read_config, read_tensors, write_config, write_json, write_tensors
 from openblip2.train.parameters import read_whitening, save_whitening
 from openblip2.weights.checkpoint import Checkpoint, Parts
