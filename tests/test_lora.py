@@ -18,8 +18,13 @@ from openblip2.model.language import Decoding
 from openblip2.model.lora import QFORMER_LAYERS, add_lora, has_lora, merge_lora
 from openblip2.model.stage2 import Stage2
 from openblip2.runs import read_tensors
-from openblip2.train.optim import parameter_groups
-from openblip2.train.parameters import load_trained, save_trained, saved_parameters, trained_parameters
+from openblip2.train.parameters import (
+    load_trained,
+    parameter_groups,
+    save_trained,
+    saved_parameters,
+    trained_parameters,
+)
 from test_cli import Home, call, home  # noqa: F401  (the fixture)
 from test_stage2 import CAPTIONS, PROMPTS, stage2
 

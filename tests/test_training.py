@@ -24,8 +24,7 @@ from openblip2.model.language import DecoderLM
 from openblip2.presets import preset
 from openblip2.progress import Progress
 from openblip2.train.loop import fit
-from openblip2.train.optim import learning_rate, parameter_groups
-from openblip2.train.parameters import load_trained, save_trained, trained_parameters
+from openblip2.train.parameters import learning_rate, load_trained, parameter_groups, save_trained, trained_parameters
 from openblip2.train.recipes import train_stage
 
 

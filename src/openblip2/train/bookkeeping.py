@@ -10,7 +10,6 @@ RUN/bad_batch.json    the samples of the last step, if too many steps in a row w
 
 import hashlib
 import json
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -167,23 +166,15 @@ class RecordingBatches:
         ]
 
 
-def not_finite(values: Mapping[str, float]) -> dict[str, str]:
-    """The values that are NaN or infinite, as text: `{"itm": "itm = nan"}`."""
-    return {name: f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)}
-
-
-def count_step(done: Done, batches: int, bad: bool) -> Done:
-    """The progress of a run after one more step of `batches` batches."""
-    in_a_row = done.bad_in_a_row + 1 if bad else 0
-    counts = {"step": done.step + 1, "batches": done.batches + batches, "bad_steps": done.bad_steps + bad}
-    return replace(done, **counts, bad_in_a_row=in_a_row)
-
-
 def give_up(run: Path, done: Done, broken: Mapping[str, str], samples: list[dict[str, Any]]) -> None:
     """Ends a run after its last bad step.
 
+    Args:
+        broken: What was not finite, by name: `{"itm": "itm = nan"}`.
+        samples: The last step's samples of all processes, which are written to `RUN/bad_batch.json`.
+
     Raises:
-        UserError: Always, after the last step's samples of all processes are written to `RUN/bad_batch.json`.
+        UserError: Always.
     """
     if is_first():
         row = {"step": done.step, "bad": list(broken.values()), "bad_in_a_row": done.bad_in_a_row, "samples": samples}

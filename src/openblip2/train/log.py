@@ -1,5 +1,6 @@
 """`log.jsonl`, which has one JSON object per line for each event of a run, and optional experiment trackers."""
 
+import importlib
 import json
 import os
 import sys
@@ -8,10 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openblip2.errors import UserError, one_line
-from openblip2.runs import sync, write_text
+from openblip2.runs import write_text
 
 Tracker = Literal["", "tensorboard", "wandb", "trackio"]
-PROJECT = "openblip2"
 
 
 class Log:
@@ -60,11 +60,6 @@ class Log:
         """All rows that are in the file now."""
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
-    def to_disk(self) -> None:
-        """Syncs the log to the disk, so that it survives a power cut like the checkpoint that depends on it."""
-        if self.writes:
-            sync(self.path)
-
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a log. The run may still be training, so an incomplete last line is ignored.
@@ -98,10 +93,9 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
-    """Returns a function that sends a row of the log to an experiment tracker.
+    """Returns a function that sends a row of the log to an experiment tracker; "" is none.
 
     Args:
-        kind: The tracker; "" = none.
         settings: The settings of the run, for trackers that display them.
 
     Raises:
@@ -123,17 +117,10 @@ def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Calla
                 writer.flush()  # so that a killed run keeps its curves
 
             return write
-        if kind == "wandb":
-            import wandb as module  # pyright: ignore[reportMissingImports]  (not among what the developers install)
-
-            # With the same id, a resumed run continues in the same chart.
-            module.init(
-                project=PROJECT, name=run.name, dir=str(run), id=run.name, resume="allow", config=dict(settings)
-            )
-        else:
-            import trackio as module  # pyright: ignore[reportMissingImports]  (not among what the developers install)
-
-            module.init(project=PROJECT, name=run.name, resume="allow", config=dict(settings))
+        module = importlib.import_module(kind)
+        # With the same id, a resumed run continues in the same chart; trackio goes by the name.
+        only_wandb = {"dir": str(run), "id": run.name} if kind == "wandb" else {}
+        module.init(project="openblip2", name=run.name, resume="allow", config=dict(settings), **only_wandb)
     except ImportError as error:
         raise UserError(f"train.track={kind}: pip install {kind} ({error.name} is missing)") from error
     except Exception as error:  # each tracker raises errors of its own types

@@ -28,7 +28,7 @@ from torch import nn
 from openblip2.config import RunSettings
 from openblip2.distributed.collectives import is_first
 from openblip2.distributed.data_parallel import full_tensor, like
-from openblip2.distributed.launch import from_first, wait_for_all
+from openblip2.distributed.launch import from_all, wait_for_all
 from openblip2.errors import UserError, one_line
 from openblip2.runs import (
     atomic_write,
@@ -115,7 +115,7 @@ def find_checkpoint(run: Path, say: Callable[[str], object]) -> Path | None:
         UserError: there are checkpoints, but none of them is intact, or they were written by another version.
     """
     # The first process decides for all, because on a network disk they may not see the same files yet.
-    step = from_first(_find(run / "resume", say) if is_first() else -1)
+    step = from_all(_find(run / "resume", say) if is_first() else -1)[0]
     return None if step < 0 else run / "resume" / f"step-{step:08}"
 
 
