@@ -105,15 +105,6 @@ def save_trained(model: nn.Module, path: Path) -> None:
         write_tensors(weights, path)
 
 
-def load_trained(model: nn.Module, path: Path) -> None:
-    """Loads the saved parameters from a file; names and shapes must match exactly.
-
-    Raises:
-        UserError: The file is missing or damaged, or has other names or shapes, which the message lists.
-    """
-    fill_trained(model, read_tensors(path), str(path))
-
-
 def fill_trained(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copies tensors into the saved parameters; names and shapes must match exactly.
 

@@ -98,7 +98,6 @@ def prepare(
     skip(*skipped)
     _require_enough(held, trained, settings, skip, held_out is None)
     name_wordy_texts(everything, run, progress)  # the original texts, because those of `records` are already cut
-    _require_a_pair_for_each_process(settings)
 
     def samples_of(part: Sequence[Record]) -> Samples:
         if settings.task == "instruct":
@@ -184,7 +183,6 @@ def prepare_shards(
         raise UserError("stage2.lm_start_step needs all captions before the first step, so set it to 0 for shards")
     if settings.data.features:
         raise UserError("--features cannot be used with shards, whose pictures are encoded in each step")
-    _require_a_pair_for_each_process(settings)
     skip = Skipped(run, progress)
     # The order of samples depends on the counts, so all processes and all starts of a run must use the same ones.
     counted = mixture.kept_parts(run, parts) if resume or not is_first() else None
@@ -278,12 +276,6 @@ def cleaned(record: Record, as_written: bool = False) -> Record:
         replace(q, text=clean(q.text), answers=tuple(map(clean_answer, q.given))) for q in record.questions
     )
     return replace(record, captions=tuple(clean_caption(c) for c in record.captions), questions=questions)
-
-
-def _require_a_pair_for_each_process(settings: RunSettings) -> None:
-    batch = settings.train.batch
-    if batch < world_size():
-        raise UserError(f"train.batch={batch} is for all {world_size()} processes: give at least one pair for each")
 
 
 def _first_features(vision: FrozenVision, pairs: ShardPairs) -> Tensor:

@@ -39,7 +39,7 @@ from openblip2.runs import (
     write_json,
     write_tensors,
 )
-from openblip2.train.parameters import load_trained, save_trained, trained_parameters
+from openblip2.train.parameters import fill_trained, save_trained, trained_parameters
 
 # Settings of `train` that may change when a run is resumed. They control how steps are computed and saved; none of them
 # changes the result of a step, except by rounding.
@@ -125,7 +125,8 @@ def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Op
     Raises:
         UserError: the checkpoint does not fit the model.
     """
-    load_trained(model, folder / "model.safetensors")  # strict, so a checkpoint of another model fails here
+    weights = folder / "model.safetensors"
+    fill_trained(model, read_tensors(weights), str(weights))  # strict, so a checkpoint of another model fails here
     parameters = trained_parameters(model)
     for key, value in read_tensors(folder / "optimizer.safetensors").items():
         name, _, part = key.rpartition(":")
