@@ -126,11 +126,7 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
 
 
 def make_folder(folder: Path) -> None:
-    """Creates a folder to write to, and its parents, unless they exist.
-
-    Raises:
-        UserError: It cannot be created.
-    """
+    """Creates a folder to write to, and its parents, unless they exist; a `UserError` says why it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -170,11 +166,7 @@ def write_json(values: Any, path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON.
-
-    Raises:
-        UserError: It does not exist, cannot be read, or is not JSON.
-    """
+    """Reads JSON. A `UserError` says if the file does not exist, cannot be read, or is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -218,11 +210,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by name.
-
-    Raises:
-        UserError: It does not exist, or is not a complete safetensors file.
-    """
+    """All tensors of a safetensors file, by name. A `UserError` says if it is missing or not complete."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run contains model.safetensors (has its training finished?)")
     try:
@@ -268,11 +256,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_settings(run: Path) -> RunSettings:
-    """The settings of a run from its config.json.
-
-    Raises:
-        UserError: It is not a run.
-    """
+    """The settings of a run, with the errors of `read_config`."""
     return from_dict(read_config(run)["settings"])
 
 

@@ -107,11 +107,7 @@ class Share:
 
 
 def share(rows: int, *others: int | Tensor) -> Share:
-    """Exchanges how many `rows` of the joined batch each process has, and the sums and maxima of `others`.
-
-    Raises:
-        UserError: No process has any rows.
-    """
+    """Exchanges how many `rows` of the joined batch each process has (one at least), and sums and maxima of `others`."""
     if world_size() == 1:
         return Share((rows,), 0)
     own = torch.tensor([rows, *map(int, others)])
@@ -223,12 +219,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, shared: Share) -> Tensor:
         # `all_gather` needs equal numbers of rows in all processes.
-        longest = max(shared.counts)
-        padded = (
-            torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])]) if len(rows) < longest else rows
-        )
+        padded = rows.new_zeros(max(shared.counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in shared.counts]
-        dist.all_gather(parts, padded.contiguous())
+        dist.all_gather(parts, padded)
         ctx.own = shared.own
         return torch.cat([part[:count] for part, count in zip(parts, shared.counts, strict=True)])
 

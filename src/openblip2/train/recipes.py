@@ -268,12 +268,10 @@ def in_evaluation(model: nn.Module, settings: RunSettings) -> Iterator[None]:
     model.train()
 
 
-def some_pairs(
-    model: Stage1 | Stage2, data: Prepared, settings: RunSettings, most: int = 4000
-) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yields features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
+def some_pairs(model: Stage1 | Stage2, data: Prepared, settings: RunSettings) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yields features `[B, P, V]` and B captions of the first batches, up to 4000 training pictures."""
     # Joined batches of all processes: each process solves the same equations, so nothing has to be sent.
-    for number in range(-(-min(most, data.pictures) // settings.train.batch)):
+    for number in range(-(-min(4000, data.pictures) // settings.train.batch)):
         batch = data.batches.joined(number)
         yield see(model.vision, **on_device(batch)), batch.captions
 
