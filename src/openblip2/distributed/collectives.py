@@ -107,7 +107,7 @@ class Share:
 
 
 def share(rows: int, *others: int | Tensor) -> Share:
-    """Exchanges how many `rows` of the joined batch each process has (one at least), and sums and maxima of `others`."""
+    """Exchanges how many `rows` of the joined batch each process has (at least one), and sums and maxima of others."""
     if world_size() == 1:
         return Share((rows,), 0)
     own = torch.tensor([rows, *map(int, others)])
