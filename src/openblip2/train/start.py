@@ -60,10 +60,8 @@ def say_without_effect(
     every = [_rules(settings, shards, held_out, processes) for settings in trainings]
     found: dict[str, list[str]] = {}
     for name in names:
-        section = name.split(".")[0] + "."
-        broken = [
-            [at for rule, (holds, at) in rules.items() if not holds and rule in (name, section)] for rules in every
-        ]
+        of_name = name, name.split(".")[0] + "."
+        broken = [[at for rule, (holds, at) in rules.items() if not holds and rule in of_name] for rules in every]
         if all(broken):
             found.setdefault(broken[0][0], []).append(name)
     if found:
