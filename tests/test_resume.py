@@ -21,7 +21,7 @@ from openblip2.config import TrainSettings
 from openblip2.errors import Stopped, UserError
 from openblip2.progress import Progress
 from openblip2.train import resume
-from openblip2.train.log import Log
+from openblip2.train.bookkeeping import Log
 from openblip2.train.loop import fit
 from openblip2.train.resume import find_checkpoint
 from test_training import OPTIM, Line, log_of, quiet, settings

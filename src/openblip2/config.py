@@ -152,7 +152,7 @@ class TrainSettings:
     validate_every: Natural = 1000  # steps; 0 = only at the end
     checkpoint_every: Natural = 1000  # steps; 0 = only when the run is told to stop (docs/resuming.md)
     keep_checkpoints: Count = 2  # the newest ones; older ones are deleted when a new one is complete
-    # A tracker to which the rows of log.jsonl are also sent (train/log.py).
+    # A tracker to which the rows of log.jsonl are also sent (train/bookkeeping.py).
     track: Literal["", "tensorboard", "wandb", "trackio"] = ""
     most_bad_steps: Count = 5  # the run stops after so many consecutive steps with non-finite losses or gradients
 

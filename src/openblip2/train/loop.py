@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,12 +17,11 @@ from openblip2.config import OptimSettings, TrainSettings
 from openblip2.distributed.collectives import alone, is_first, mean_over_processes, rank, world_size
 from openblip2.distributed.data_parallel import DataParallelLosses, clip_gradients
 from openblip2.distributed.launch import from_all, highest
-from openblip2.errors import Stopped, number_of
+from openblip2.errors import Stopped, UserError, number_of
 from openblip2.hardware import computing, keep_freed_memory, release_freed_memory
 from openblip2.progress import Progress
-from openblip2.runs import sync
-from openblip2.train.bookkeeping import give_up
-from openblip2.train.log import Log, open_tracker
+from openblip2.runs import sync, write_json
+from openblip2.train.bookkeeping import Log, open_tracker
 from openblip2.train.parameters import adamw, layer_rates, learning_rate, save_trained, trained_parameters
 from openblip2.train.resume import Done, forget_checkpoints, keep_last, restore_checkpoint, write_checkpoint
 
@@ -137,7 +136,7 @@ def fit(
             bar.advance(parts)
             # Before a checkpoint is written, because a run resumed from it would only give up again.
             if done.bad_in_a_row >= settings.most_bad_steps:
-                give_up(run, done, broken, [row for rows in from_all(samples()) for row in rows])
+                _give_up(run, done, broken, [row for rows in from_all(samples()) for row in rows])
             # Before validation, which may take longer than a scheduler waits after its signal.
             if stop or _due(done.step, settings.checkpoint_every, 0):
                 save()
@@ -194,6 +193,21 @@ def _in_words(measured: dict[str, Any]) -> str:
         v if isinstance(v, str) else f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in measured.items()
     )
     return ", ".join(shown)
+
+
+# Steps whose losses or gradients are not finite are left out and counted. One bad batch (a picture of one colour, a
+# caption of one letter, an overflow) must not end a run of days, and skipping its step keeps the weights good. Many
+# bad steps in a row mean that the weights or the data are bad, so they end the run.
+def _give_up(run: Path, done: Done, broken: Mapping[str, str], samples: list[dict[str, Any]]) -> None:
+    """Ends a run after its last bad step with a `UserError`; `RUN/bad_batch.json` gets the step's samples."""
+    if is_first():
+        row = {"step": done.step, "bad": list(broken.values()), "bad_in_a_row": done.bad_in_a_row, "samples": samples}
+        write_json(row, run / "bad_batch.json")
+    raise UserError(
+        f"step {done.step}: {', '.join(broken.values())}; such steps are left "
+        f"out, but this is number {done.bad_in_a_row} in a row (train.most_bad_steps): look at the samples in "
+        f"{run / 'bad_batch.json'}, or try a smaller optim.lr, optim.clip=1.0 or train.precision=fp32"
+    )
 
 
 class StopRequests:

@@ -60,7 +60,7 @@ _FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 @dataclass(frozen=True)
 class Done:
-    """The progress of a run: steps, batches drawn (the sampler's only state), and bad steps (`train/bookkeeping.py`).
+    """The progress of a run: steps, batches drawn (the sampler's only state), and bad steps.
 
     `data` is a digest of the training data (`train/bookkeeping.py`).
     """
