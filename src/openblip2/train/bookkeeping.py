@@ -82,11 +82,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log. The run may still be training, so an incomplete last line is ignored.
-
-    Raises:
-        UserError: There is no log, it has no step yet, or a line is not a row.
-    """
+    """The rows of a log, which must have a step. The run may be training, so an incomplete last line is ignored."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
@@ -104,7 +100,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """Parses a line as a JSON object; None if it is not one."""
+    """A line as a JSON object; None if it is not one."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -208,11 +204,7 @@ def pictures_trained_on(records: Sequence[Record], runs: Sequence[Path]) -> list
 
 
 class Skipped:
-    """Called with a line for each thing that is left out. The first process writes while all read the same data.
-
-    Attributes:
-        count: Number of lines so far.
-    """
+    """Called with a line for each thing that is left out. The first process writes while all read the same data."""
 
     def __init__(self, run: Path, progress: Progress) -> None:
         self.run, self.progress, self.count = run, progress, 0

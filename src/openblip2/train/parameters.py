@@ -91,10 +91,7 @@ def learning_rate(step: int, steps: int, settings: OptimSettings) -> float:
 
 
 def save_trained(model: nn.Module, path: Path) -> None:
-    """Writes the saved parameters to one safetensors file atomically.
-
-    All processes of a run must call it; the first one writes.
-    """
+    """Writes the saved parameters to one safetensors file. All processes must call it; the first one writes."""
     weights = {}
     for name, parameter in saved_parameters(model).items():
         # One by one: a sharded parameter (FSDP2) is gathered in all processes, and only the first one keeps all.
@@ -106,11 +103,7 @@ def save_trained(model: nn.Module, path: Path) -> None:
 
 
 def fill_trained(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copies tensors into the saved parameters; names and shapes must match exactly.
-
-    Raises:
-        UserError: `source` has other names or shapes, which the message lists.
-    """
+    """Copies tensors into the saved parameters; a `UserError` lists names and shapes in `source` that do not match."""
     # A missing or unexpected name means that config.json does not describe the model that was trained.
     wanted = saved_parameters(model)
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
@@ -134,11 +127,7 @@ def save_whitening(whitening: Whitening, run: Path) -> None:
 
 
 def read_whitening(run: Path) -> Whitening:
-    """The whitening of the features that a run was trained on.
-
-    Raises:
-        UserError: The run has no whitening, or its file is damaged.
-    """
+    """The whitening of the features that a run was trained on; a `UserError` says if it is missing or damaged."""
     tensors = read_tensors(run / "whitening.safetensors")
     if tensors.keys() != {"mean", "matrix"}:
         raise UserError(f"{run / 'whitening.safetensors'}: contains {sorted(tensors)}, not mean and matrix")

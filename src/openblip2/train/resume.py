@@ -120,11 +120,7 @@ def find_checkpoint(run: Path, say: Callable[[str], object]) -> Path | None:
 
 
 def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Done:
-    """Restores the model and the optimizer that `write_checkpoint` saved. Every process reads the whole checkpoint.
-
-    Raises:
-        UserError: the checkpoint does not fit the model.
-    """
+    """Restores what `write_checkpoint` saved, in every process; a `UserError` says what does not fit the model."""
     weights = folder / "model.safetensors"
     fill_trained(model, read_tensors(weights), str(weights))  # strict, so a checkpoint of another model fails here
     parameters = trained_parameters(model)
@@ -156,11 +152,7 @@ def keep_last(run: Path, keep: int) -> None:
 
 
 def require_new(run: Path, overwrite: bool) -> None:
-    """Checks that a new training in this folder does not destroy earlier work.
-
-    Args:
-        run: The output folder, which need not exist.
-        overwrite: Whether a run in the folder may be replaced.
+    """Checks that a new training in this folder, which need not exist, does not destroy earlier work.
 
     Raises:
         UserError: The folder holds a run and `overwrite` is False, or it holds another program's model.
@@ -185,11 +177,7 @@ def require_new(run: Path, overwrite: bool) -> None:
 
 
 def require_same(settings: RunSettings, run: Path, last: Path | None, data: str) -> None:
-    """Checks that a run may continue from its checkpoint `last` with these settings and with data of this digest.
-
-    Raises:
-        UserError: the run was started with other data, or with other settings that affect its steps.
-    """
+    """Checks that a run may continue from its checkpoint `last`: same data digest, same settings that affect steps."""
     # Batches are drawn by position, so one picture more or less would change all later steps.
     then = read_json(last / "progress.json")["data"] if last else data
     if then != data:

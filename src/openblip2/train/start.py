@@ -52,7 +52,6 @@ def say_without_effect(
         what: The command.
         names: The names of the settings that were set.
         trainings: The settings of each training.
-        progress: Receives the message.
         shards: Whether the trainings use shards.
         held_out: Whether validation pictures are given.
         processes: The number of processes.
@@ -260,11 +259,7 @@ def _text_path(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _text_run(settings: RunSettings) -> Path | None:
-    """The stage-1 run that provides the Q-Former's text path; None if it is not needed or is already in the start.
-
-    Raises:
-        UserError: The stage-1 run is not known.
-    """
+    """The stage-1 run that provides the Q-Former's text path; None if it is not needed or is already in the start."""
     before = read_settings(Path(str(settings.start)))
     if before.qformer.question_in_qformer or not settings.qformer.question_in_qformer:
         return None
