@@ -130,19 +130,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Detaches a tensor, and gathers it if it is sharded over the processes (a `DTensor`).
-
-    All processes must call it, in the same order.
-    """
+    """Detaches a tensor, and gathers it if it is sharded (a `DTensor`). All processes must call it in one order."""
     tensor = tensor.detach()
     return tensor.full_tensor() if in_pieces(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def like(target: Tensor, full: Tensor) -> Tensor:
-    """Moves a full tensor, which every process has, to the device of `target` and shards it in the same way.
-
-    The inverse of `full_tensor`; the dtype stays the same.
-    """
+    """The inverse of `full_tensor`: moves a tensor to the device of `target` and shards it alike; the dtype stays."""
     if not in_pieces(target):
         return full.to(target.device)
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -41,10 +41,6 @@ class Log:
         keep_steps: Keep the existing rows up to this step; None = start a new log.
         writes: False for processes that only read the log, because one process of a run writes it.
         track: Called with each row that is written.
-
-    Attributes:
-        validated: The steps that have a validation row.
-        torn: Number of dropped lines that were not JSON; a process that is killed may leave half a line.
     """
 
     def __init__(
@@ -54,7 +50,8 @@ class Log:
         writes: bool = True,
         track: Callable[[Mapping[str, Any]], object] = lambda row: None,
     ) -> None:
-        self.path, self.writes, self.track, self.torn = path, writes, track, 0
+        self.path, self.writes, self.track = path, writes, track
+        self.torn = 0  # number of dropped lines that were not JSON; a process that is killed may leave half a line
         rows = []
         if keep_steps is not None and path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -64,7 +61,7 @@ class Log:
                     self.torn += 1
                 elif row.get("step", 0) <= keep_steps:
                     rows.append(row)
-        self.validated = {row["step"] for row in rows if "validation" in row}
+        self.validated = {row["step"] for row in rows if "validation" in row}  # steps
         # Rewritten even if no row is dropped, because an incomplete last line would corrupt the next row.
         if writes:
             write_text("".join(json.dumps(row) + "\n" for row in rows), path)

@@ -40,21 +40,15 @@ WHITENING_PICTURES = 256  # enough for a covariance, because each has a hundred 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The training and validation data of a run.
+    """The training and validation data of a run."""
 
-    Attributes:
-        batches: Training batches of this process by number, and those of all processes together (`joined`).
-        records: The training pictures; empty with shards.
-        held_out: The validation pictures.
-        held_out_features: Returns their features with the image encoder's current weights, which training may change.
-        samples: Number of samples in the shards.
-    """
-
+    # Training batches of this process by number, and those of all processes together (`joined`).
     batches: Batches | ShardPairs
-    records: Sequence[Record]
-    held_out: Sequence[Record]
+    records: Sequence[Record]  # the training pictures; empty with shards
+    held_out: Sequence[Record]  # the validation pictures
+    # Returns their features with the image encoder's current weights, which training may change.
     held_out_features: Callable[[], Features]
-    samples: int = 0
+    samples: int = 0  # in the shards
 
     @property
     def pictures(self) -> int:
@@ -266,11 +260,7 @@ def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
 
 
 def cleaned(record: Record, as_written: bool = False) -> Record:
-    """A record with its texts cleaned for training.
-
-    Args:
-        as_written: whether questions keep their capitals and punctuation, as in an instruction.
-    """
+    """A record with its texts cleaned; `as_written`: questions keep capitals and punctuation, as in an instruction."""
     clean = plain_question if as_written else clean_question
     questions = tuple(
         replace(q, text=clean(q.text), answers=tuple(map(clean_answer, q.given))) for q in record.questions

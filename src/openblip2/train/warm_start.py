@@ -51,11 +51,7 @@ STOP_WORDS = frozenset((
 
 
 def warm_start_stage1(model: Stage1, tokens: BertTokens, pairs: Callable[[], Iterable[Pair]]) -> float:
-    """Applies `open_image_path`, `place_queries`, then `align_heads`, fitted to the given pictures and captions.
-
-    Returns:
-        R2 in the shared space.
-    """
+    """Applies `open_image_path`, `place_queries`, then `align_heads`; returns R2 in the shared space."""
     some: list[Tensor] = []
     for patches, _ in pairs():
         some.append(model.qformer.image_norm(patches.float()))
