@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from openblip2.data.batches import PairBatch
 from openblip2.data.records import Record
@@ -28,7 +28,6 @@ from openblip2.errors import UserError, number_of, one_line
 from openblip2.progress import Progress
 from openblip2.runs import write_text
 
-Tracker = Literal["", "tensorboard", "wandb", "trackio"]
 TRAINED_ON = "trained_on.txt"
 _HEAD = 64 * 2**10  # bytes of an image that are read; together with its size they identify it
 SHOWN = 20  # lines that are shown; after these, only every thousandth line is shown
@@ -105,10 +104,11 @@ def _row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def open_tracker(kind: Tracker, run: Path, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
-    """Returns a function that sends a row of the log to an experiment tracker; "" is none.
+def open_tracker(kind: str, run: Path, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+    """Returns a function that sends a row of the log to an experiment tracker.
 
     Args:
+        kind: A value of `train.track`; "" = none.
         settings: The settings of the run, for trackers that display them.
 
     Raises:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from openblip2.config import RunSettings
@@ -96,7 +95,7 @@ def write_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             keep_last(run, keep)
             for path in final.parent.glob("step-*.damaged"):
                 shutil.rmtree(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(
             f"{final}: the checkpoint of step {done.step} cannot be written ({one_line(error)}); the one before it is "
             "intact: free disk space, and continue with --resume"
