@@ -227,7 +227,7 @@ def test_a_bad_picture_is_skipped_and_named(home: Home) -> None:
 
 
 def test_loading_says_nothing(home: Home) -> None:
-    said = python("-m", "openblip2.cli", "caption", str(home.stage2), str(home.picture()), "--beams", "1")
+    said = python("-m", "openblip2", "caption", str(home.stage2), str(home.picture()), "--beams", "1")
     assert said.returncode == 0, said.stderr
     assert said.stderr == ""  # no load report, no progress bar, no warning
     assert said.stdout.startswith(f"{home.picture()}\t")
@@ -257,7 +257,7 @@ def test_quiet_is_over_after_loading() -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    said = python("-X", "importtime", "-m", "openblip2.cli", "--help")
+    said = python("-X", "importtime", "-m", "openblip2", "--help")
     assert said.returncode == 0
     for command in ("demo", "train", "caption", "answer", "rank"):
         assert f"\n  {command} " in said.stdout

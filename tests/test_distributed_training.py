@@ -28,7 +28,7 @@ from openblip2.model.fast.gradient_cache import step_losses
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
 from openblip2.model.vision import HFVision
-from openblip2.train.optim import adamw
+from openblip2.train.parameters import adamw
 from processes import run
 
 COUNTS = {2: (5, 3), 4: (3, 0, 4, 1)}

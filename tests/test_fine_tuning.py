@@ -26,7 +26,7 @@ from openblip2.model.vision import HFVision
 from openblip2.presets import FINE_TUNING, fine_tuning, preset
 from openblip2.progress import Progress
 from openblip2.train.loop import fit
-from openblip2.train.optim import adamw, layer_rates
+from openblip2.train.parameters import adamw, layer_rates
 from openblip2.train.recipes import train_stage
 from openblip2.weights.convert import convert
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from openblip2.errors import UserError
-from openblip2.train.log import Log, numbers, open_tracker
+from openblip2.train.bookkeeping import Log, numbers, open_tracker
 
 ROWS: list[dict[str, Any]] = [
     {"step": 1, "loss": 3.5, "itc": 1.5, "lr": 1e-4, "seconds": 0.2},

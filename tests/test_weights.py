@@ -751,7 +751,7 @@ def test_a_hub_name_is_found_in_the_hubs_own_cache(home: Path, tmp_path: Path) -
     shutil.copytree(home / "opt", cached / "snapshots" / "0123456789")
     Image.fromarray(pictures(1)[0]).save(tmp_path / "a.png")
     said = subprocess.run(
-        [sys.executable, "-m", "openblip2.cli", "caption", "me/eyes", tmp_path / "a.png", "--beams", "1"],
+        [sys.executable, "-m", "openblip2", "caption", "me/eyes", tmp_path / "a.png", "--beams", "1"],
         capture_output=True,
         text=True,
         env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -17,23 +17,31 @@ from openblip2.compat import __version__ as __version__
 from openblip2.compat import warn_of_versions
 
 if TYPE_CHECKING:
-    from openblip2.config import RunSettings, change
-    from openblip2.data.records import Question, Record, read_records, write_records
-    from openblip2.errors import UserError
-    from openblip2.inference.captioner import Captioner
-    from openblip2.inference.chat import Chat
-    from openblip2.inference.load import load
-    from openblip2.inference.matcher import Matcher
-    from openblip2.model.connector import Connector
-    from openblip2.model.language import DecoderLM, Decoding, EncoderDecoderLM
-    from openblip2.model.load import load_language, load_vision
-    from openblip2.model.qformer import QFormer
-    from openblip2.model.stage1 import Stage1
-    from openblip2.model.stage2 import Stage2
-    from openblip2.model.vision import HFVision, Vision
-    from openblip2.presets import preset
-    from openblip2.train.recipes import train_stage
-    from openblip2.weights.convert import convert
+    from openblip2.config import RunSettings as RunSettings
+    from openblip2.config import change as change
+    from openblip2.data.records import Question as Question
+    from openblip2.data.records import Record as Record
+    from openblip2.data.records import read_records as read_records
+    from openblip2.data.records import write_records as write_records
+    from openblip2.errors import UserError as UserError
+    from openblip2.inference.captioner import Captioner as Captioner
+    from openblip2.inference.chat import Chat as Chat
+    from openblip2.inference.load import load as load
+    from openblip2.inference.matcher import Matcher as Matcher
+    from openblip2.model.connector import Connector as Connector
+    from openblip2.model.language import DecoderLM as DecoderLM
+    from openblip2.model.language import Decoding as Decoding
+    from openblip2.model.language import EncoderDecoderLM as EncoderDecoderLM
+    from openblip2.model.load import load_language as load_language
+    from openblip2.model.load import load_vision as load_vision
+    from openblip2.model.qformer import QFormer as QFormer
+    from openblip2.model.stage1 import Stage1 as Stage1
+    from openblip2.model.stage2 import Stage2 as Stage2
+    from openblip2.model.vision import HFVision as HFVision
+    from openblip2.model.vision import Vision as Vision
+    from openblip2.presets import preset as preset
+    from openblip2.train.recipes import train_stage as train_stage
+    from openblip2.weights.convert import convert as convert
 
 _HOME = {
     "Captioner": "inference.captioner",
@@ -63,33 +71,7 @@ _HOME = {
     "write_records": "data.records",
 }
 
-__all__ = [
-    "Captioner",
-    "Chat",
-    "Connector",
-    "DecoderLM",
-    "Decoding",
-    "EncoderDecoderLM",
-    "HFVision",
-    "Matcher",
-    "QFormer",
-    "Question",
-    "Record",
-    "RunSettings",
-    "Stage1",
-    "Stage2",
-    "UserError",
-    "Vision",
-    "change",
-    "convert",
-    "load",
-    "load_language",
-    "load_vision",
-    "preset",
-    "read_records",
-    "train_stage",
-    "write_records",
-]
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]  (the imports above tell type checkers)
 
 
 def __getattr__(name: str) -> Any:

@@ -118,7 +118,3 @@ def main() -> None:
         where = f"{error.filename} cannot be written" if error.filename else "the output cannot be written"
         print(f"openblip2: {where} ({error.strerror}): free disk space and run the same command again", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ the end are two functions that silence these libraries.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from inspect import signature
@@ -32,11 +32,7 @@ LORA_FIRST = ".lora_A."
 
 
 def cache_name(llm: "PreTrainedModel") -> str | None:
-    """The name of the argument of `llm.forward` and `llm.generate` that takes a key-value cache.
-
-    Returns:
-        The name, or None for a model whose `forward` takes no key-value cache.
-    """
+    """The argument of `llm.forward` and `llm.generate` that takes a key-value cache; None if `forward` takes none."""
     known = signature(llm.forward).parameters
     return next((name for name in CACHE_NAMES if name in known), None)
 
@@ -82,10 +78,8 @@ def set_attention(model: "PreTrainedModel") -> None:
         causal = getattr(module, "is_causal", True) if causal is None else causal
         causal = bool(causal) and attention_mask is None and query.shape[2] > 1  # same condition as in transformers
         if (bias := given.get("position_bias")) is not None:  # T5 passes it since 5.24
-            attention_mask, causal = (
-                sdpa_attention.create_position_bias_mask(bias, attention_mask, causal, query, key),
-                False,
-            )
+            attention_mask = sdpa_attention.create_position_bias_mask(bias, attention_mask, causal, query, key)
+            causal = False
         shared = query.shape[1] > key.shape[1]
         dropout, scale = given.get("dropout", 0.0), given.get("scaling")
         found = hardware.plain_attention(query, key, value, attention_mask, dropout, causal, scale, shared)
@@ -106,12 +100,7 @@ def checkpointable_layers(model: "PreTrainedModel") -> list[Any]:
 
 
 def keep_first_stages(config: Any, layers: int) -> None:
-    """Removes the names of removed layers from the configuration of an encoder that is also a backbone.
-
-    Args:
-        config: configuration of the encoder, changed in place.
-        layers: number of layers that are kept.
-    """
+    """Keeps the names of the first `layers` layers only, in the configuration of an encoder that is also a backbone."""
     from transformers.backbone_utils import BackboneConfigMixin  # since 5.0; `utils.backbone_utils` before
 
     if issubclass(type(config), BackboneConfigMixin):
@@ -120,11 +109,7 @@ def keep_first_stages(config: Any, layers: int) -> None:
 
 
 def kept_in_fp32(model: "PreTrainedModel", half: bool) -> set[str]:
-    """Names of the modules that transformers keeps in fp32 when it loads a model in lower precision.
-
-    Args:
-        half: True for fp16, for which more modules stay in fp32 than for bf16.
-    """
+    """Names of the modules that transformers keeps in fp32 when it loads a model in fp16 (`half`) or else in bf16."""
     kept = set(model._keep_in_fp32_modules_strict or ())
     return kept | set(model._keep_in_fp32_modules or ()) if half else kept
 
@@ -169,14 +154,14 @@ def allow_recompiles(count: int) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, count)
 
 
-def versions_out_of_range(requirements: Iterable[str]) -> list[str]:
-    """One sentence for each installed package whose version is outside its range.
-
-    Args:
-        requirements: as in `pyproject.toml`, for example "transformers>=5.17,<6", with or without a marker.
-    """
+def warn_of_versions() -> None:
+    """Logs one warning if library versions are outside this package's ranges; does nothing if it is not installed."""
     from packaging.requirements import Requirement
 
+    try:
+        requirements = metadata.requires("openblip2") or []
+    except metadata.PackageNotFoundError:  # used from a source folder: no ranges are known
+        return
     found: dict[str, str] = {}
     for requirement in map(Requirement, requirements):
         try:
@@ -185,17 +170,8 @@ def versions_out_of_range(requirements: Iterable[str]) -> list[str]:
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             found[requirement.name] = f"{requirement.name} {installed} is not supported: {requirement.specifier}"
-    return list(found.values())
-
-
-def warn_of_versions() -> None:
-    """Logs one warning if library versions are outside this package's ranges; does nothing if it is not installed."""
-    try:
-        requirements = metadata.requires("openblip2") or []
-    except metadata.PackageNotFoundError:  # used from a source folder: no ranges are known
-        return
-    if found := versions_out_of_range(requirements):
-        log.warning("openblip2: %s; install a version in the range, or expect failures", "; ".join(found))
+    if found:
+        log.warning("openblip2: %s; install a version in the range, or expect failures", "; ".join(found.values()))
 
 
 @contextmanager

@@ -12,10 +12,8 @@ class UserError(ValueError):
     """The user's input cannot be used.
 
     The message is one line that says what is wrong, where, and what would be right. The command line prints it
-    without a traceback and ends with exit code 2; from Python it is an ordinary `ValueError`.
-
-    Args:
-        message: The text. Control characters, for example in file names, are escaped as in Python's strings.
+    without a traceback and ends with exit code 2; from Python it is an ordinary `ValueError`. Control characters, for
+    example in file names, are escaped as in Python's strings.
     """
 
     def __init__(self, message: str) -> None:
@@ -23,15 +21,11 @@ class UserError(ValueError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was stopped by a signal, after it saved everything that it needs to continue.
-
-    Attributes:
-        code: the exit code for the process by the convention of shells: 130 for Ctrl-C, 143 for SIGTERM.
-    """
+    """A run was stopped by a signal, after it saved everything that it needs to continue."""
 
     def __init__(self, kind: int) -> None:
         super().__init__(f"stopped by signal {kind}")
-        self.code = 128 + kind
+        self.code = 128 + kind  # exit code by the convention of shells: 130 for Ctrl-C, 143 for SIGTERM
 
 
 def printable(text: str) -> str:
@@ -67,9 +61,6 @@ def refuse_lfs_pointer(path: str | Path, start: bytes | None = None) -> None:
     Args:
         path: a file, or a folder whose files are checked; any other path is accepted.
         start: the file's first bytes, if they have already been read.
-
-    Raises:
-        UserError: a file is such a pointer.
     """
     for file in sorted(Path(path).iterdir()) if start is None and os.path.isdir(path) else [path]:
         if start is None and os.path.isfile(file):
@@ -82,14 +73,11 @@ def refuse_lfs_pointer(path: str | Path, start: bytes | None = None) -> None:
 
 
 def require(what: str, extra: str, *packages: str) -> None:
-    """Checks that optional packages are installed, without importing them.
+    """Raises a `UserError` if an optional package is not installed; imports none of them.
 
     Args:
         what: the setting or command that needs them.
         extra: the extra of this package that installs them.
-
-    Raises:
-        UserError: a package is not installed.
     """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:

@@ -91,7 +91,29 @@ class OpenBlip2(lmms):
             UserError: the model can process none of the requests.
         """
         refused: list[UserError] = []
-        found = self._texts(requests, refused)
+        found = [""] * len(requests)
+        alike: dict[tuple[Decoding, tuple[str, ...]], list[int]] = {}
+        for row, request in enumerate(requests):
+            words, options, _, place, task, _ = request.args
+            with _naming(task, place, refused):
+                decoding = self._decoding(options)
+                new = self._fitting(self._prompt(words), decoding.max_new_tokens)
+                until = options.get("until") or ()
+                until = (until,) if isinstance(until, str) else tuple(until)
+                alike.setdefault((replace(decoding, max_new_tokens=new), until), []).append(row)
+        bar = tqdm(total=len(requests), desc="openblip2", disable=self.rank != 0 or len(requests) == 1)
+        for (decoding, until), rows in alike.items():
+            for start in range(0, len(rows), self.batch_size):
+                asked: dict[int, Asked] = {}
+                part = rows[start : start + self.batch_size]
+                for row in part:
+                    words, _, look, place, task, split = requests[row].args
+                    with _naming(task, place, refused):
+                        asked[row] = self._ask(words, look(self.task_dict[task][split][place]))
+                for row, text in zip(asked, self._write(list(asked.values()), decoding), strict=True):
+                    found[row] = _cut(text, until)
+                bar.update(len(part))
+        bar.close()
         if requests and len(refused) == len(requests):
             raise UserError(f"this model can process none of {len(requests)} requests: {refused[0]}")
         return found
@@ -130,30 +152,6 @@ class OpenBlip2(lmms):
         """Frees the model's memory, which the harness may need for a judge model."""
         del self.captioner, self.language
         super().clean()
-
-    def _texts(self, requests: Sequence[Any], refused: list[UserError]) -> list[str]:
-        found = [""] * len(requests)
-        alike: dict[tuple[Decoding, tuple[str, ...]], list[int]] = {}
-        for row, request in enumerate(requests):
-            words, options, _, place, task, _ = request.args
-            with _naming(task, place, refused):
-                decoding = self._decoding(options)
-                new = self._fitting(self._prompt(words), decoding.max_new_tokens)
-                alike.setdefault((replace(decoding, max_new_tokens=new), _until(options)), []).append(row)
-        bar = tqdm(total=len(requests), desc="openblip2", disable=self.rank != 0 or len(requests) == 1)
-        for (decoding, until), rows in alike.items():
-            for start in range(0, len(rows), self.batch_size):
-                asked: dict[int, Asked] = {}
-                part = rows[start : start + self.batch_size]
-                for row in part:
-                    words, _, look, place, task, split = requests[row].args
-                    with _naming(task, place, refused):
-                        asked[row] = self._ask(words, look(self.task_dict[task][split][place]))
-                for row, text in zip(asked, self._write(list(asked.values()), decoding), strict=True):
-                    found[row] = _cut(text, until)
-                bar.update(len(part))
-        bar.close()
-        return found
 
     def _ask(self, words: str, seen: Sequence[Any] | None) -> Asked:
         pictures = [one for one in seen or () if one is not None]
@@ -241,11 +239,6 @@ def _naming(task: str, place: int, refused: list[UserError]) -> Iterator[None]:
 def _plain(words: str) -> str:
     # The run's template sets the position of the image; the model would read a task's placeholder for it as text.
     return words.replace("<image>", "").strip()
-
-
-def _until(options: Mapping[str, Any]) -> tuple[str, ...]:
-    given = options.get("until") or ()
-    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

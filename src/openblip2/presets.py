@@ -34,28 +34,26 @@ FLANT5_XXL = LanguageSettings(name="google/flan-t5-xxl", question="Question: {} 
 
 # Appendix: "AdamW with beta1 = 0.9, beta2 = 0.98, and a weight decay of 0.05", "cosine learning rate decay with a
 # peak of 1e-4 and a linear warmup of 2k steps", "minimum learning rate at the second stage is 5e-5".
-STAGE1_OPTIM = OptimSettings(lr=1e-4, min_lr=1e-5, warmup=2000)
-STAGE2_OPTIM = OptimSettings(lr=1e-4, min_lr=5e-5, warmup=2000)
-
 # "pre-train for 250k steps in the first stage and 80k steps in the second stage", "batch size of 2320/1680 for
 # ViT-L/ViT-g in the first stage and 1920/1520 for OPT/FlanT5 in the second stage".
-STAGE1_VIT_L = TrainSettings(steps=250_000, batch=2320)
-STAGE1_VIT_G = TrainSettings(steps=250_000, batch=1680)
-STAGE2_OPT = TrainSettings(steps=80_000, batch=1920)
-STAGE2_T5 = TrainSettings(steps=80_000, batch=1520)
 
 
-def paper_stage1(vision: VisionSettings, train: TrainSettings) -> RunSettings:
+def paper_stage1(vision: VisionSettings, batch: int) -> RunSettings:
     """Stage 1 as in the paper.
 
     3.4: "we convert the frozen ViTs' and LLMs' parameters into FP16, except for FlanT5 where we use BFloat16". That is
     for GPUs. Few CPUs can multiply in fp16: on one that cannot, ViT-g took 4 times as long as in fp32 and 8 times as
     long as in bf16. `vision.dtype=auto` selects the dtype that suits the hardware.
     """
-    return RunSettings(stage="stage1", vision=replace(vision, dtype="fp16"), optim=STAGE1_OPTIM, train=train)
+    return RunSettings(
+        stage="stage1",
+        vision=replace(vision, dtype="fp16"),
+        optim=OptimSettings(lr=1e-4, min_lr=1e-5, warmup=2000),
+        train=TrainSettings(steps=250_000, batch=batch),
+    )
 
 
-def paper_stage2(vision: VisionSettings, language: LanguageSettings, train: TrainSettings) -> RunSettings:
+def paper_stage2(vision: VisionSettings, language: LanguageSettings, batch: int) -> RunSettings:
     """Stage 2 as in the paper, but with OPT in BFloat16: differs from the paper, which uses FP16.
 
     Gradients pass through the language model, not through the ViT. In fp16 they need loss scaling, which we do not
@@ -66,8 +64,8 @@ def paper_stage2(vision: VisionSettings, language: LanguageSettings, train: Trai
         stage="stage2",
         vision=replace(vision, dtype="fp16"),
         language=replace(language, dtype="bf16"),
-        optim=STAGE2_OPTIM,
-        train=train,
+        optim=OptimSettings(lr=1e-4, min_lr=5e-5, warmup=2000),
+        train=TrainSettings(steps=80_000, batch=batch),
     )
 
 
@@ -88,15 +86,11 @@ def with_examples(template: str, examples: Sequence[tuple[str, str, str]], end: 
         examples: plain text; its braces are doubled here, because braces mark fields in the template.
         end: text at the end of each example.
     """
-
-    def escaped(text: str) -> str:
-        return text.replace("{", "{{").replace("}", "}}")
-
-    shown = (
-        template.replace("{image}", escaped(text)).replace("{prompt}", escaped(prompt)) + escaped(written) + end
-        for text, prompt, written in examples
-    )
-    return "".join(shown) + template
+    shown = ""
+    for example in examples:
+        text, prompt, written = (part.replace("{", "{{").replace("}", "}}") for part in example)
+        shown += template.replace("{image}", text).replace("{prompt}", prompt) + written + end
+    return shown + template
 
 
 # A language model with 135M parameters needs examples to repeat a caption or to answer a question about a sentence.
@@ -153,8 +147,8 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             train=TrainSettings(steps=140, batch=32, validate_every=50, checkpoint_every=50),
             warm_start=True,
         ),
-        "vit-l": paper_stage1(VIT_L, STAGE1_VIT_L),
-        "vit-g": paper_stage1(VIT_G, STAGE1_VIT_G),
+        "vit-l": paper_stage1(VIT_L, batch=2320),
+        "vit-g": paper_stage1(VIT_G, batch=1680),
     },
     "stage2": {
         "laptop": RunSettings(
@@ -168,12 +162,12 @@ PRESETS: dict[str, dict[str, RunSettings]] = {
             warm_start=True,
         ),
         # The rows of table 2.
-        "vit-l-opt-2.7b": paper_stage2(VIT_L, OPT_2_7B, STAGE2_OPT),
-        "vit-g-opt-2.7b": paper_stage2(VIT_G, OPT_2_7B, STAGE2_OPT),
-        "vit-g-opt-6.7b": paper_stage2(VIT_G, OPT_6_7B, STAGE2_OPT),
-        "vit-l-flant5-xl": paper_stage2(VIT_L, FLANT5_XL, STAGE2_T5),
-        "vit-g-flant5-xl": paper_stage2(VIT_G, FLANT5_XL, STAGE2_T5),
-        "vit-g-flant5-xxl": paper_stage2(VIT_G, FLANT5_XXL, STAGE2_T5),
+        "vit-l-opt-2.7b": paper_stage2(VIT_L, OPT_2_7B, batch=1920),
+        "vit-g-opt-2.7b": paper_stage2(VIT_G, OPT_2_7B, batch=1920),
+        "vit-g-opt-6.7b": paper_stage2(VIT_G, OPT_6_7B, batch=1920),
+        "vit-l-flant5-xl": paper_stage2(VIT_L, FLANT5_XL, batch=1520),
+        "vit-g-flant5-xl": paper_stage2(VIT_G, FLANT5_XL, batch=1520),
+        "vit-g-flant5-xxl": paper_stage2(VIT_G, FLANT5_XXL, batch=1520),
     },
 }
 

@@ -33,15 +33,6 @@ from openblip2.config import RunSettings, from_dict
 from openblip2.distributed.collectives import is_first
 from openblip2.errors import UserError, refuse_lfs_pointer
 
-# Parts with another name in the weights of earlier versions: old name -> current name.
-RENAMED = {
-    "qformer.words.": "qformer.word_embeddings.",
-    "image_head.": "vision_proj.",
-    "text_head.": "text_proj.",
-    "match_head.": "itm_head.",
-    "word_head.": "lm_head.",
-}
-
 
 @contextmanager
 def atomic_write(path: Path, concurrent: bool = False) -> Iterator[Path]:
@@ -135,11 +126,7 @@ def locked(folder: Path, name: str = ".lock", say: Callable[[str], object] | Non
 
 
 def make_folder(folder: Path) -> None:
-    """Creates a folder to write to, and its parents, unless they exist.
-
-    Raises:
-        UserError: It cannot be created.
-    """
+    """Creates a folder to write to, and its parents, unless they exist; a `UserError` says why it cannot."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -179,11 +166,7 @@ def write_json(values: Any, path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads JSON.
-
-    Raises:
-        UserError: It does not exist, cannot be read, or is not JSON.
-    """
+    """Reads JSON. A `UserError` says if the file does not exist, cannot be read, or is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -227,21 +210,14 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; those in `RENAMED` get their current names.
-
-    Raises:
-        UserError: It does not exist, or is not a complete safetensors file.
-    """
+    """All tensors of a safetensors file, by name. A `UserError` says if it is missing or not complete."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run contains model.safetensors (has its training finished?)")
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         refuse_lfs_pointer(path)
         raise UserError(f"{path}: not a complete safetensors file ({error}); it may be truncated") from error
-    for old, new in RENAMED.items():
-        tensors = {new + name[len(old) :] if name.startswith(old) else name: part for name, part in tensors.items()}
-    return tensors
 
 
 def write_config(run: Path, settings: RunSettings, sizes: Mapping[str, int]) -> None:
@@ -280,11 +256,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def read_settings(run: Path) -> RunSettings:
-    """The settings of a run from its config.json.
-
-    Raises:
-        UserError: It is not a run.
-    """
+    """The settings of a run, with the errors of `read_config`."""
     return from_dict(read_config(run)["settings"])
 
 

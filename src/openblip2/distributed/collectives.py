@@ -63,19 +63,12 @@ def part_of(count: int, rank: int, world: int) -> slice:
 
 @dataclass(frozen=True)
 class Share:
-    """Which rows of the joined batch belong to this process.
+    """Which rows of the joined batch belong to this process."""
 
-    Attributes:
-        counts: Number of rows in each process.
-        rank: The rank of this process.
-        sums: The sum over processes of each of the other numbers given to `share`.
-        most: The largest value over processes of each of them.
-    """
-
-    counts: tuple[int, ...]
-    rank: int
-    sums: tuple[int, ...] = ()
-    most: tuple[int, ...] = ()
+    counts: tuple[int, ...]  # number of rows in each process
+    rank: int  # of this process
+    sums: tuple[int, ...] = ()  # the sum over processes of each of the other numbers given to `share`
+    most: tuple[int, ...] = ()  # the largest value over processes of each of them
 
     @property
     def one(self) -> bool:
@@ -107,11 +100,7 @@ class Share:
 
 
 def share(rows: int, *others: int | Tensor) -> Share:
-    """Exchanges how many `rows` of the joined batch each process has, and the sums and maxima of `others`.
-
-    Raises:
-        UserError: No process has any rows.
-    """
+    """Exchanges how many `rows` of the joined batch each process has (at least one), and sums and maxima of others."""
     if world_size() == 1:
         return Share((rows,), 0)
     own = torch.tensor([rows, *map(int, others)])
@@ -158,21 +147,13 @@ def transpose(rows: Tensor, shared: Share) -> Tensor:
 
 @dataclass(frozen=True)
 class Route:
-    """Which rows this process sends to each process, and how many it receives from each.
+    """Which rows this process sends to each process, and how many it receives from each."""
 
-    Attributes:
-        sent: The rows of this process that are sent, those for process 0 first.
-        sends: Number of rows sent to each process.
-        receives: Number of rows received from each process.
-        places: The position of each wanted row in our own rows followed by those received; -1 where none was wanted.
-        idle: Whether no process sends anything.
-    """
-
-    sent: tuple[int, ...]
-    sends: tuple[int, ...]
-    receives: tuple[int, ...]
-    places: tuple[int, ...]
-    idle: bool
+    sent: tuple[int, ...]  # the rows of this process that are sent, those for process 0 first
+    sends: tuple[int, ...]  # number of rows sent to each process
+    receives: tuple[int, ...]  # number of rows received from each process
+    places: tuple[int, ...]  # each wanted row's position in our own rows followed by those received; -1: none wanted
+    idle: bool  # whether no process sends anything
 
 
 def plan_route(wanted: Sequence[Sequence[int]], shared: Share) -> Route:
@@ -223,12 +204,10 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, shared: Share) -> Tensor:
         # `all_gather` needs equal numbers of rows in all processes.
-        longest = max(shared.counts)
-        padded = (
-            torch.cat([rows, rows.new_zeros(longest - len(rows), *rows.shape[1:])]) if len(rows) < longest else rows
-        )
+        padded = rows.new_zeros(max(shared.counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in shared.counts]
-        dist.all_gather(parts, padded.contiguous())
+        dist.all_gather(parts, padded)
         ctx.own = shared.own
         return torch.cat([part[:count] for part, count in zip(parts, shared.counts, strict=True)])
 

@@ -7,7 +7,7 @@ one GPU. If the encoder is trained (`vision.trained`), its gradients and optimiz
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +50,9 @@ class DataParallelLosses:
     @contextmanager
     def batch(self, last: bool) -> Iterator[None]:
         """Wraps one batch and its backward pass; gradients are synchronised only after the last batch of a step."""
-        with ExitStack() as stack:
-            if self.ddp is not None and not last:
-                stack.enter_context(self.ddp.no_sync())
-            for module in self.fsdp_modules:
-                module.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
+        for module in self.fsdp_modules:
+            module.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
+        with nullcontext() if self.ddp is None or last else self.ddp.no_sync():
             yield
 
 
@@ -132,22 +130,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> float:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Detaches a tensor, and gathers it if it is sharded over the processes (a `DTensor`).
-
-    All processes must call it, in the same order.
-    """
+    """Detaches a tensor, and gathers it if it is sharded (a `DTensor`). All processes must call it in one order."""
     tensor = tensor.detach()
     return tensor.full_tensor() if in_pieces(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def fill(target: Tensor, full: Tensor) -> None:
-    """Copies a full tensor, which every process has, into one that may be sharded: the inverse of `full_tensor`."""
-    assert full.shape == target.shape, f"a tensor of shape {list(full.shape)} does not fill {list(target.shape)}"
-    target.detach().copy_(like(target, full))
-
-
 def like(target: Tensor, full: Tensor) -> Tensor:
-    """Moves a full tensor to the device of `target` and shards it in the same way; its dtype stays the same."""
+    """The inverse of `full_tensor`: moves a tensor to the device of `target` and shards it alike; the dtype stays."""
     if not in_pieces(target):
         return full.to(target.device)
     from torch.distributed.tensor import DTensor, distribute_tensor

@@ -58,7 +58,9 @@ def processes() -> Iterator[None]:
             time.sleep(GRACE)
             raise SystemExit(2) from None
         atexit.register(_stay, store)  # after the error has been printed
-        if _is_lost(error):
+        # What gloo, NCCL and the store say if another process has ended.
+        lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+        if isinstance(error, dist.DistError) or any(text in str(error) for text in lost):
             raise UserError(
                 f"process {number} lost the connection to another one, which was killed or ran out of memory "
                 f"({one_line(error)}): start again with --resume"
@@ -89,15 +91,6 @@ def highest(values: list[int]) -> list[int]:
     return largest.tolist()
 
 
-def from_first(value: int) -> int:
-    """The integer of the first process."""
-    if world_size() == 1:
-        return value
-    number = torch.tensor([value])
-    dist.broadcast(number, src=0, group=patient_group())
-    return int(number)
-
-
 def from_all(value: Any) -> list[Any]:
     """The values of all processes in rank order; they are sent as JSON."""
     if world_size() == 1:
@@ -120,13 +113,12 @@ def _meet() -> tuple[Store, int, int]:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, number, count = next(rendezvous("env://"))
+        return next(rendezvous("env://"))
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"RANK={os.environ['RANK']} is set, but the processes cannot connect ({one_line(error)}): start them with "
             "torchrun or accelerate launch (docs/clusters.md)"
         ) from error
-    return store, number, count
 
 
 def _backend() -> str:
@@ -143,12 +135,6 @@ def _stay(store: Store) -> None:
     """Keeps the store, which this process may host, until the others have read in it that this process failed."""
     time.sleep(LOOKS + GRACE + 1.0)
     del store
-
-
-def _is_lost(error: Exception) -> bool:
-    """Whether an error of gloo, NCCL or the store means that another process has ended."""
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, dist.DistError) or any(text in str(error) for text in lost)
 
 
 class _Watch(threading.Thread):

@@ -1,17 +1,18 @@
-"""Records what a run is trained on and what it leaves out: pictures, the ends of long texts, and steps.
+"""Records what a run does, what it is trained on and what it leaves out: pictures and the ends of long texts.
 
+RUN/log.jsonl         one JSON object per line for each event; optionally sent to an experiment tracker, too
 RUN/trained_on.txt    a digest of each training picture, so that an evaluation can detect pictures that were trained on,
                       also copies under another name. A run on shards has no such file: RUN/shards.json names the
                       shards, and it is not known whether a picture is in them
 RUN/skipped.jsonl     one line for each sample that cannot be used, and for each text that is cut or unknown
 RUN/skipped-3.jsonl   the same for process 3 during training
-RUN/bad_batch.json    the samples of the last step, if too many steps in a row were not finite
 """
 
 import hashlib
+import importlib
 import json
-import math
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,15 +24,137 @@ from openblip2.data.records import Record
 from openblip2.data.text import MAX_CHARACTERS, MAX_WORDS, BertTokens, clean_caption, clean_question, only_unknown
 from openblip2.data.web.mixture import FILE as SHARDS
 from openblip2.distributed.collectives import is_first, rank
-from openblip2.errors import UserError, number_of
+from openblip2.errors import UserError, number_of, one_line
 from openblip2.progress import Progress
-from openblip2.runs import write_json, write_text
-from openblip2.train.log import Log
-from openblip2.train.resume import Done
+from openblip2.runs import write_text
 
 TRAINED_ON = "trained_on.txt"
 _HEAD = 64 * 2**10  # bytes of an image that are read; together with its size they identify it
 SHOWN = 20  # lines that are shown; after these, only every thousandth line is shown
+
+
+class Log:
+    """A log to which rows are appended during a run. A resumed run removes the rows after its checkpoint's step.
+
+    Args:
+        keep_steps: Keep the existing rows up to this step; None = start a new log.
+        writes: False for processes that only read the log, because one process of a run writes it.
+        track: Called with each row that is written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        keep_steps: int | None = None,
+        writes: bool = True,
+        track: Callable[[Mapping[str, Any]], object] = lambda row: None,
+    ) -> None:
+        self.path, self.writes, self.track = path, writes, track
+        self.torn = 0  # number of dropped lines that were not JSON; a process that is killed may leave half a line
+        rows = []
+        if keep_steps is not None and path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                row = _row(line)
+                # Steps after the checkpoint are repeated, so their old rows would be duplicates.
+                if row is None:
+                    self.torn += 1
+                elif row.get("step", 0) <= keep_steps:
+                    rows.append(row)
+        self.validated = {row["step"] for row in rows if "validation" in row}  # steps
+        # Rewritten even if no row is dropped, because an incomplete last line would corrupt the next row.
+        if writes:
+            write_text("".join(json.dumps(row) + "\n" for row in rows), path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        # Opened for each row, so that another program can read all rows at any time.
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self.track(row)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows that are in the file now."""
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, which must have a step. The run may be training, so an incomplete last line is ignored."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): give a run that has begun") from error
+    rows: list[dict[str, Any]] = []
+    for n, line in enumerate(lines):
+        row = _row(line)
+        if row and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif n < len(lines) - 1:  # the last line may be incomplete
+            raise UserError(f"{path}: line {n + 1} is not a row of a log: give a run that `openblip2 train` wrote")
+    if not rows:
+        raise UserError(f"{path}: has no step yet: try again later")
+    return rows
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line as a JSON object; None if it is not one."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def open_tracker(kind: str, run: Path, settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+    """Returns a function that sends a row of the log to an experiment tracker.
+
+    Args:
+        kind: A value of `train.track`; "" = none.
+        settings: The settings of the run, for trackers that display them.
+
+    Raises:
+        UserError: The tracker is not installed, or it cannot start, for example because nobody is logged in.
+    """
+    if not kind:
+        return lambda row: None
+    terminal = sys.stdin
+    try:
+        sys.stdin = open(os.devnull)  # noqa: SIM115  (wandb asks for a key where there is a terminal; jobs would wait)
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(run / "tensorboard"))
+
+            def write(row: Mapping[str, Any]) -> None:
+                for name, value in numbers(row).items():
+                    writer.add_scalar(name, value, row["step"])
+                writer.flush()  # so that a killed run keeps its curves
+
+            return write
+        module = importlib.import_module(kind)
+        # With the same id, a resumed run continues in the same chart; trackio goes by the name.
+        only_wandb = {"dir": str(run), "id": run.name} if kind == "wandb" else {}
+        module.init(project="openblip2", name=run.name, resume="allow", config=dict(settings), **only_wandb)
+    except ImportError as error:
+        raise UserError(f"train.track={kind}: pip install {kind} ({error.name} is missing)") from error
+    except Exception as error:  # each tracker raises errors of its own types
+        help_ = "run `wandb login`, or set WANDB_MODE=offline" if kind == "wandb" else "choose another train.track"
+        raise UserError(f"train.track={kind}: {kind} does not start ({one_line(error)}): {help_}") from error
+    finally:
+        sys.stdin.close()
+        sys.stdin = terminal
+    return lambda row: module.log(numbers(row), step=row["step"])
+
+
+def numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row by name: "training/itc", "held out/tr@1"."""
+    held_out = row.get("validation", {})
+    return {f"training/{name}": value for name, value in row.items() if _is_number(value) and name != "step"} | {
+        f"held out/{name}": value for name, value in held_out.items() if _is_number(value)
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)  # in Python, True is an int
 
 
 def picture_digest(image: Path) -> str | None:
@@ -78,11 +201,7 @@ def pictures_trained_on(records: Sequence[Record], runs: Sequence[Path]) -> list
 
 
 class Skipped:
-    """Called with a line for each thing that is left out. The first process writes while all read the same data.
-
-    Attributes:
-        count: Number of lines so far.
-    """
+    """Called with a line for each thing that is left out. The first process writes while all read the same data."""
 
     def __init__(self, run: Path, progress: Progress) -> None:
         self.run, self.progress, self.count = run, progress, 0
@@ -140,11 +259,6 @@ def _name(key: str, texts: Sequence[tuple[str, str]], what: str, run: Path, prog
     progress.say(f"{what}; the first belongs to {texts[0][0]}; all are in {run / 'skipped.jsonl'}")
 
 
-# Steps whose losses or gradients are not finite are left out and counted. One bad batch (a picture of one colour, a
-# caption of one letter, an overflow) must not end a run of days, and skipping its step keeps the weights good. Many
-# bad steps in a row mean that the weights or the data are bad, so they end the run.
-
-
 class RecordingBatches:
     """Wraps `batches(number)` and remembers the samples of the last `count` batches, to report them if they are bad."""
 
@@ -165,31 +279,3 @@ class RecordingBatches:
             for number, batch in self.last
             for name, caption in zip(batch.names or [None] * len(batch.captions), batch.captions, strict=True)
         ]
-
-
-def not_finite(values: Mapping[str, float]) -> dict[str, str]:
-    """The values that are NaN or infinite, as text: `{"itm": "itm = nan"}`."""
-    return {name: f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)}
-
-
-def count_step(done: Done, batches: int, bad: bool) -> Done:
-    """The progress of a run after one more step of `batches` batches."""
-    in_a_row = done.bad_in_a_row + 1 if bad else 0
-    counts = {"step": done.step + 1, "batches": done.batches + batches, "bad_steps": done.bad_steps + bad}
-    return replace(done, **counts, bad_in_a_row=in_a_row)
-
-
-def give_up(run: Path, done: Done, broken: Mapping[str, str], samples: list[dict[str, Any]]) -> None:
-    """Ends a run after its last bad step.
-
-    Raises:
-        UserError: Always, after the last step's samples of all processes are written to `RUN/bad_batch.json`.
-    """
-    if is_first():
-        row = {"step": done.step, "bad": list(broken.values()), "bad_in_a_row": done.bad_in_a_row, "samples": samples}
-        write_json(row, run / "bad_batch.json")
-    raise UserError(
-        f"step {done.step}: {', '.join(broken.values())}; such steps are left "
-        f"out, but this is number {done.bad_in_a_row} in a row (train.most_bad_steps): look at the samples in "
-        f"{run / 'bad_batch.json'}, or try a smaller optim.lr, optim.clip=1.0 or train.precision=fp32"
-    )

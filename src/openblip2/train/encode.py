@@ -90,11 +90,7 @@ def make_cache(
 
 
 def open_cache(vision: FrozenVision, settings: RunSettings, folder: Path) -> FeatureCache:
-    """Opens the cache that the user named and checks that it has the encoder and crops that the settings require.
-
-    Raises:
-        UserError: The cache does not match; see also `FeatureCache`.
-    """
+    """Opens the cache that the user named; a `UserError` says if the settings require another encoder or crops."""
     cache, ours = FeatureCache(folder), maker(vision, settings)
     if settings.data.augment and cache.shape[0] == 1:
         raise UserError(
@@ -116,9 +112,7 @@ def write_features(
     views: int,
     progress: Progress,
 ) -> dict[str, int]:
-    """Runs `openblip2 features`: reports how large the cache will be, makes it, and lists skipped pictures.
-
-    Returns the numbers of pictures, of bytes and of skipped pictures.
+    """Reports how large a cache will be, makes it, and returns the numbers of pictures, bytes and skipped pictures.
 
     Args:
         views: 1 = the plain pictures only; more = as many random crops of each picture in addition.
@@ -195,10 +189,9 @@ def openable(
     """The records whose pictures can be opened, and one line with the reason for each of the others.
 
     Args:
-        size: side in px to which pictures are resized.
+        size: side in px to which pictures are resized, because only decoding shows whether a file is a picture.
         advance: called with the number of pictures that were just opened.
     """
-    # Only decoding shows whether a file is a picture.
     good: list[Record] = []
     problems: list[str] = []
     for part, opened in open_batches(records, size):

@@ -4,9 +4,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from openblip2.config import OptimSettings, TrainSettings
 from openblip2.distributed.collectives import alone, is_first, mean_over_processes, rank, world_size
 from openblip2.distributed.data_parallel import DataParallelLosses, clip_gradients
-from openblip2.distributed.launch import from_all, from_first, highest
-from openblip2.errors import Stopped, number_of
+from openblip2.distributed.launch import from_all, highest
+from openblip2.errors import Stopped, UserError, number_of
 from openblip2.hardware import computing, keep_freed_memory, release_freed_memory
 from openblip2.progress import Progress
-from openblip2.train.bookkeeping import count_step, give_up, not_finite
-from openblip2.train.log import Log, open_tracker
-from openblip2.train.optim import adamw, layer_rates, learning_rate
-from openblip2.train.parameters import save_trained, trained_parameters
+from openblip2.runs import sync, write_json
+from openblip2.train.bookkeeping import Log, open_tracker
+from openblip2.train.parameters import adamw, layer_rates, learning_rate, save_trained, trained_parameters
 from openblip2.train.resume import Done, forget_checkpoints, keep_last, restore_checkpoint, write_checkpoint
 
 
@@ -79,7 +78,8 @@ def fit(
         nonlocal saved
         if saved < done.step:
             # Sync the log first: a resumed run keeps its rows up to the checkpoint's step, so they must be on the disk.
-            log.to_disk()
+            if log.writes:
+                sync(log.path)
             write_checkpoint(run, model, optimizer, done, settings.keep_checkpoints)
             saved = done.step
 
@@ -101,14 +101,15 @@ def fit(
 
         # The run may have ended during the validation of its last step. The first process decides for all, because
         # only its log is certain to be up to date.
-        missing = from_first(done.step > 0 and done.step not in log.validated)
+        missing = from_all(done.step > 0 and done.step not in log.validated)[0]
         if missing and _due(done.step, settings.validate_every, settings.steps):
             measure_and_log()
         for step in range(done.step, settings.steps):
             began = time.perf_counter()
             parts = _accumulate(model, parallel_losses, step, settings)
             grad_norm = clip_gradients(trained.values(), optim.clip or math.inf)
-            broken = not_finite({**parts, "grad_norm": grad_norm})
+            measured = {**parts, "grad_norm": grad_norm}
+            broken = {name: f"{name} = {value}" for name, value in measured.items() if not math.isfinite(value)}
             # All processes must take the same branch, so one bad loss or one request to stop applies to all.
             is_bad, stop = highest([int(bool(broken)), stops.signal])
             rate = learning_rate(step, settings.steps, optim)
@@ -118,7 +119,13 @@ def fit(
                 optimizer.step()
             optimizer.zero_grad()  # also after a bad step, so that its gradients are not added to the next ones
             # Bad steps are counted, too, because the next batch number and the learning rate depend on the count.
-            done = count_step(done, settings.accumulate, bool(is_bad))
+            done = replace(
+                done,
+                step=done.step + 1,
+                batches=done.batches + settings.accumulate,
+                bad_steps=done.bad_steps + is_bad,
+                bad_in_a_row=done.bad_in_a_row + 1 if is_bad else 0,
+            )
             if is_bad:
                 broken = {name: text for one in from_all(broken) for name, text in one.items()}
                 progress.say(f"step {done.step} is left out ({done.bad_steps} so far): {', '.join(broken.values())}")
@@ -129,7 +136,7 @@ def fit(
             bar.advance(parts)
             # Before a checkpoint is written, because a run resumed from it would only give up again.
             if done.bad_in_a_row >= settings.most_bad_steps:
-                give_up(run, done, broken, [row for rows in from_all(samples()) for row in rows])
+                _give_up(run, done, broken, [row for rows in from_all(samples()) for row in rows])
             # Before validation, which may take longer than a scheduler waits after its signal.
             if stop or _due(done.step, settings.checkpoint_every, 0):
                 save()
@@ -188,15 +195,26 @@ def _in_words(measured: dict[str, Any]) -> str:
     return ", ".join(shown)
 
 
-class StopRequests:
-    """Requests to stop by Ctrl-C or by SIGTERM, which schedulers send before they take a machine away.
+# Steps whose losses or gradients are not finite are left out and counted. One bad batch (a picture of one colour, a
+# caption of one letter, an overflow) must not end a run of days, and skipping its step keeps the weights good. Many
+# bad steps in a row mean that the weights or the data are bad, so they end the run.
+def _give_up(run: Path, done: Done, broken: Mapping[str, str], samples: list[dict[str, Any]]) -> None:
+    """Ends a run after its last bad step with a `UserError`; `RUN/bad_batch.json` gets the step's samples."""
+    if is_first():
+        row = {"step": done.step, "bad": list(broken.values()), "bad_in_a_row": done.bad_in_a_row, "samples": samples}
+        write_json(row, run / "bad_batch.json")
+    raise UserError(
+        f"step {done.step}: {', '.join(broken.values())}; such steps are left "
+        f"out, but this is number {done.bad_in_a_row} in a row (train.most_bad_steps): look at the samples in "
+        f"{run / 'bad_batch.json'}, or try a smaller optim.lr, optim.clip=1.0 or train.precision=fp32"
+    )
 
-    Attributes:
-        signal: The number of the first signal; 0 = none.
-    """
+
+class StopRequests:
+    """Requests to stop by Ctrl-C or by SIGTERM, which schedulers send before they take a machine away."""
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal = 0  # number of the first signal; 0 = none
         self._interrupts = False
 
     def handle(self, number: int, _: object = None) -> None:
@@ -223,10 +241,8 @@ class StopRequests:
 def stop_requests() -> Iterator[StopRequests]:
     """Collects Ctrl-C and SIGTERM, which would otherwise end the process in the middle of a step."""
     stops = StopRequests()
-    if threading.current_thread() is not threading.main_thread():
-        yield stops  # only the main thread may handle signals
-        return
-    before = {kind: signal.signal(kind, stops.handle) for kind in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()  # other threads may not handle signals
+    before = {kind: signal.signal(kind, stops.handle) for kind in (signal.SIGINT, signal.SIGTERM) if main}
     try:
         yield stops
     finally:

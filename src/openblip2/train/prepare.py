@@ -40,21 +40,15 @@ WHITENING_PICTURES = 256  # enough for a covariance, because each has a hundred 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The training and validation data of a run.
+    """The training and validation data of a run."""
 
-    Attributes:
-        batches: Training batches by number: this process's part, or with `joined` those of all processes together.
-        records: The training pictures; empty with shards.
-        held_out: The validation pictures.
-        held_out_features: Returns their features with the image encoder's current weights, which training may change.
-        samples: Number of samples in the shards.
-    """
-
+    # By number: this process's part, or with `joined` those of all processes together.
     batches: Batches | ShardPairs
-    records: Sequence[Record]
-    held_out: Sequence[Record]
+    records: Sequence[Record]  # the training pictures; empty with shards
+    held_out: Sequence[Record]  # the validation pictures
+    # Returns their features with the image encoder's current weights, which training may change.
     held_out_features: Callable[[], Features]
-    samples: int = 0
+    samples: int = 0  # in the shards
 
     @property
     def pictures(self) -> int:
@@ -98,7 +92,6 @@ def prepare(
     skip(*skipped)
     _require_enough(held, trained, settings, skip, held_out is None)
     name_wordy_texts(everything, run, progress)  # the original texts, because those of `records` are already cut
-    _require_a_pair_for_each_process(settings)
 
     def samples_of(part: Sequence[Record]) -> Samples:
         if settings.task == "instruct":
@@ -184,7 +177,6 @@ def prepare_shards(
         raise UserError("stage2.lm_start_step needs all captions before the first step, so set it to 0 for shards")
     if settings.data.features:
         raise UserError("--features cannot be used with shards, whose pictures are encoded in each step")
-    _require_a_pair_for_each_process(settings)
     skip = Skipped(run, progress)
     # The order of samples depends on the counts, so all processes and all starts of a run must use the same ones.
     counted = mixture.kept_parts(run, parts) if resume or not is_first() else None
@@ -268,22 +260,12 @@ def _usable(records: Sequence[Record], settings: RunSettings) -> list[Record]:
 
 
 def cleaned(record: Record, as_written: bool = False) -> Record:
-    """A record with its texts cleaned for training.
-
-    Args:
-        as_written: whether questions keep their capitals and punctuation, as in an instruction.
-    """
+    """A record with its texts cleaned; `as_written`: questions keep capitals and punctuation, as in an instruction."""
     clean = plain_question if as_written else clean_question
     questions = tuple(
         replace(q, text=clean(q.text), answers=tuple(map(clean_answer, q.given))) for q in record.questions
     )
     return replace(record, captions=tuple(clean_caption(c) for c in record.captions), questions=questions)
-
-
-def _require_a_pair_for_each_process(settings: RunSettings) -> None:
-    batch = settings.train.batch
-    if batch < world_size():
-        raise UserError(f"train.batch={batch} is for all {world_size()} processes: give at least one pair for each")
 
 
 def _first_features(vision: FrozenVision, pairs: ShardPairs) -> Tensor:

@@ -16,7 +16,7 @@ from openblip2.data.batches import PairBatch, Prefetcher, drawn_prompts, joined_
 from openblip2.data.records import Record
 from openblip2.data.text import BertTokens, question_tokens
 from openblip2.data.web.mixture import Part
-from openblip2.distributed.collectives import is_first
+from openblip2.distributed.collectives import is_first, world_size
 from openblip2.distributed.data_parallel import shard
 from openblip2.distributed.launch import first_process_first
 from openblip2.errors import UserError
@@ -90,6 +90,9 @@ def train_stage(
     make_folder(run)
     require_extras(settings)
     require_start(settings, language is not None)
+    batch, count = settings.train.batch, world_size()
+    if batch < count:
+        raise UserError(f"train.batch={batch} is for all {count} processes: give at least one pair for each")
     if run.resolve() in [Path(start).resolve() for start in (settings.start, settings.text_start) if start]:
         raise UserError(f"{run} is the run that training starts from: give another --out")
     last, digest = None, data_digest(records, held_out or ())
@@ -265,12 +268,10 @@ def in_evaluation(model: nn.Module, settings: RunSettings) -> Iterator[None]:
     model.train()
 
 
-def some_pairs(
-    model: Stage1 | Stage2, data: Prepared, settings: RunSettings, most: int = 4000
-) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yields features `[B, P, V]` and B captions of the first batches, up to `most` training pictures."""
+def some_pairs(model: Stage1 | Stage2, data: Prepared, settings: RunSettings) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yields features `[B, P, V]` and B captions of the first batches, up to 4000 training pictures."""
     # Joined batches of all processes: each process solves the same equations, so nothing has to be sent.
-    for number in range(-(-min(most, data.pictures) // settings.train.batch)):
+    for number in range(-(-min(4000, data.pictures) // settings.train.batch)):
         batch = data.batches(number, joined=True)
         yield see(model.vision, **on_device(batch)), batch.captions
 

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from openblip2.config import RunSettings
 from openblip2.distributed.collectives import is_first
 from openblip2.distributed.data_parallel import full_tensor, like
-from openblip2.distributed.launch import from_first, wait_for_all
+from openblip2.distributed.launch import from_all, wait_for_all
 from openblip2.errors import UserError, one_line
 from openblip2.runs import (
     atomic_write,
@@ -39,7 +38,7 @@ from openblip2.runs import (
     write_json,
     write_tensors,
 )
-from openblip2.train.parameters import load_trained, save_trained, trained_parameters
+from openblip2.train.parameters import fill_trained, save_trained, trained_parameters
 
 # Settings of `train` that may change when a run is resumed. They control how steps are computed and saved; none of them
 # changes the result of a step, except by rounding.
@@ -60,9 +59,9 @@ _FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 
 @dataclass(frozen=True)
 class Done:
-    """The progress of a run: steps, batches drawn (the sampler's only state), and bad steps (`train/bookkeeping.py`).
+    """The progress of a run: steps, batches drawn (the sampler's only state), and bad steps.
 
-    `data` is a digest of the training data (`train/bookkeeping.py`); "" in checkpoints of older versions.
+    `data` is a digest of the training data (`train/bookkeeping.py`).
     """
 
     step: int = 0
@@ -96,7 +95,7 @@ def write_checkpoint(run: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             keep_last(run, keep)
             for path in final.parent.glob("step-*.damaged"):
                 shutil.rmtree(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(
             f"{final}: the checkpoint of step {done.step} cannot be written ({one_line(error)}); the one before it is "
             "intact: free disk space, and continue with --resume"
@@ -115,17 +114,14 @@ def find_checkpoint(run: Path, say: Callable[[str], object]) -> Path | None:
         UserError: there are checkpoints, but none of them is intact, or they were written by another version.
     """
     # The first process decides for all, because on a network disk they may not see the same files yet.
-    step = from_first(_find(run / "resume", say) if is_first() else -1)
+    step = from_all(_find(run / "resume", say) if is_first() else -1)[0]
     return None if step < 0 else run / "resume" / f"step-{step:08}"
 
 
 def restore_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Done:
-    """Restores the model and the optimizer that `write_checkpoint` saved. Every process reads the whole checkpoint.
-
-    Raises:
-        UserError: the checkpoint does not fit the model.
-    """
-    load_trained(model, folder / "model.safetensors")  # strict, so a checkpoint of another model fails here
+    """Restores what `write_checkpoint` saved, in every process; a `UserError` says what does not fit the model."""
+    weights = folder / "model.safetensors"
+    fill_trained(model, read_tensors(weights), str(weights))  # strict, so a checkpoint of another model fails here
     parameters = trained_parameters(model)
     for key, value in read_tensors(folder / "optimizer.safetensors").items():
         name, _, part = key.rpartition(":")
@@ -155,11 +151,7 @@ def keep_last(run: Path, keep: int) -> None:
 
 
 def require_new(run: Path, overwrite: bool) -> None:
-    """Checks that a new training in this folder does not destroy earlier work.
-
-    Args:
-        run: The output folder, which need not exist.
-        overwrite: Whether a run in the folder may be replaced.
+    """Checks that a new training in this folder, which need not exist, does not destroy earlier work.
 
     Raises:
         UserError: The folder holds a run and `overwrite` is False, or it holds another program's model.
@@ -184,14 +176,10 @@ def require_new(run: Path, overwrite: bool) -> None:
 
 
 def require_same(settings: RunSettings, run: Path, last: Path | None, data: str) -> None:
-    """Checks that a run may continue from its checkpoint `last` with these settings and with data of this digest.
-
-    Raises:
-        UserError: the run was started with other data, or with other settings that affect its steps.
-    """
+    """Checks that a run may continue from its checkpoint `last`: same data digest, same settings that affect steps."""
     # Batches are drawn by position, so one picture more or less would change all later steps.
-    then = read_json(last / "progress.json").get("data", "") if last else ""
-    if then not in ("", data):
+    then = read_json(last / "progress.json")["data"] if last else data
+    if then != data:
         raise UserError(
             f"--resume: the data have changed since {run} was started ({then} then; {data} now): give the same "
             "pictures and captions, or a new --out"
@@ -212,11 +200,6 @@ def require_same(settings: RunSettings, run: Path, last: Path | None, data: str)
 
 def _find(folder: Path, say: Callable[[str], object]) -> int:
     """The step of the last intact checkpoint; -1 if there is none."""
-    if (folder / "progress.json").exists():
-        raise UserError(
-            f"{folder} contains a checkpoint of an older openblip2 (no manifest): finish the run with that version, or "
-            "start again with --overwrite"
-        )
     # Remove what a killed process was still writing or removing.
     for left in [*folder.parent.glob("resume.old"), *folder.glob("*step-*.new"), *folder.glob("step-*.old")]:
         shutil.rmtree(left)

@@ -52,23 +52,15 @@ def say_without_effect(
         what: The command.
         names: The names of the settings that were set.
         trainings: The settings of each training.
-        progress: Receives the message.
         shards: Whether the trainings use shards.
         held_out: Whether validation pictures are given.
         processes: The number of processes.
     """
-    given = {
-        "train.parallel": (processes > 1, "runs of several processes"),
-        "data.open_shards": (shards, "runs on shards"),
-        "data.held_out": (not held_out, "runs without --held-out"),
-        "data.most_held_out": (not held_out, "runs without --held-out"),
-    }
-    if shards:
-        given["stage1.similar_start_step"] = (False, "runs without shards")
-    every = [{**_rules(settings), **given} for settings in trainings]
+    every = [_rules(settings, shards, held_out, processes) for settings in trainings]
     found: dict[str, list[str]] = {}
     for name in names:
-        broken = [[at for rule, (holds, at) in rules.items() if not holds and _under(name, rule)] for rules in every]
+        of_name = name, name.split(".")[0] + "."
+        broken = [[at for rule, (holds, at) in rules.items() if not holds and rule in of_name] for rules in every]
         if all(broken):
             found.setdefault(broken[0][0], []).append(name)
     if found:
@@ -76,19 +68,16 @@ def say_without_effect(
         progress.say(f"settings without effect in {what}: {idle}")
 
 
-def _under(name: str, rule: str) -> bool:
-    return name == rule or (rule.endswith(".") and name.startswith(rule))
-
-
-def _rules(settings: RunSettings) -> dict[str, tuple[bool, str]]:
+def _rules(settings: RunSettings, shards: bool, held_out: bool, processes: int) -> dict[str, tuple[bool, str]]:
     """For each setting, or section with its dot: whether it has an effect, and the trainings in which it has one."""
     stage1, objectives = settings.stage == "stage1", settings.stage1.objectives
     similar = settings.stage1.similar_start_step
+    similar_rule = ((similar or 0) < settings.train.steps, f"runs of more than {similar} steps")
     qformer, pretraining = stage1 or settings.connector.name == "qformer", settings.task == "pretraining"
     return {
         "stage1.": (stage1, "stage1 and retrieval"),
         "stage1.itm_start_step": ("itm" in objectives, "runs whose stage1.objectives have itm"),
-        "stage1.similar_start_step": ((similar or 0) < settings.train.steps, f"runs of more than {similar} steps"),
+        "stage1.similar_start_step": (False, "runs without shards") if shards else similar_rule,
         "stage1.label_smoothing": (objectives != ("itm",), "runs whose stage1.objectives have itc or itg"),
         "stage2.": (not stage1, "stage 2"),
         "language.": (not stage1, "trainings with a language model"),
@@ -101,6 +90,10 @@ def _rules(settings: RunSettings) -> dict[str, tuple[bool, str]]:
         "stage1.temperature": (pretraining, "stage1"),
         "qformer.start": (pretraining, "stage1 and stage2"),
         "warm_start": (pretraining, "stage1 and stage2"),
+        "train.parallel": (processes > 1, "runs of several processes"),
+        "data.open_shards": (shards, "runs on shards"),
+        "data.held_out": (not held_out, "runs without --held-out"),
+        "data.most_held_out": (not held_out, "runs without --held-out"),
     }
 
 
@@ -266,11 +259,7 @@ def _text_path(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _text_run(settings: RunSettings) -> Path | None:
-    """The stage-1 run that provides the Q-Former's text path; None if it is not needed or is already in the start.
-
-    Raises:
-        UserError: The stage-1 run is not known.
-    """
+    """The stage-1 run that provides the Q-Former's text path; None if it is not needed or is already in the start."""
     before = read_settings(Path(str(settings.start)))
     if before.qformer.question_in_qformer or not settings.qformer.question_in_qformer:
         return None

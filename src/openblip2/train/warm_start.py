@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip2.data.text import BertTokens
-from openblip2.model.connector import Connector
 from openblip2.model.qformer import Layer, QFormer
 from openblip2.model.stage1 import Stage1
 from openblip2.model.stage2 import Stage2
@@ -52,11 +51,7 @@ STOP_WORDS = frozenset((
 
 
 def warm_start_stage1(model: Stage1, tokens: BertTokens, pairs: Callable[[], Iterable[Pair]]) -> float:
-    """Applies `open_image_path`, `place_queries`, then `align_heads`, fitted to the given pictures and captions.
-
-    Returns:
-        R2 in the shared space.
-    """
+    """Applies `open_image_path`, `place_queries`, then `align_heads`; returns R2 in the shared space."""
     some: list[Tensor] = []
     for patches, _ in pairs():
         some.append(model.qformer.image_norm(patches.float()))
@@ -67,7 +62,7 @@ def warm_start_stage1(model: Stage1, tokens: BertTokens, pairs: Callable[[], Ite
     place_queries(model.qformer, patches)
     queries, texts = [], []
     for patches, captions in pairs():
-        queries.append(mean_query_output(model.qformer, patches))
+        queries.append(model.qformer.visual_tokens(patches).float().mean(1))
         ids, valid = (t.to(patches.device) for t in tokens(list(captions)))
         texts.append(model.qformer.text_pass(ids, valid).float())
     return align_heads(model, torch.cat(queries), torch.cat(texts))
@@ -192,24 +187,16 @@ def set_linear(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
     layer.bias.data.copy_(bias)
 
 
-def mean_query_output(connector: Connector, patches: Tensor) -> Tensor:
-    """The visual tokens of each picture, averaged: `[B, P, V]` -> `[B, D]`."""
-    return connector.visual_tokens(patches).float().mean(1)
-
-
 def warm_start_stage2(model: Stage2, pairs: Iterable[Pair]) -> float:
-    """Applies `shrink_self_attention`, then `align_projection` on the given pictures and captions; returns its R2.
-
-    Self-attention is scaled only in a Q-Former, because other connectors have no self-attention from stage 1.
-    """
+    """Applies `shrink_self_attention`, then fits the projection to the given pictures and captions; returns its R2."""
+    # Other connectors have no self-attention from stage 1. First, because it changes the query outputs.
     if isinstance(model.connector, QFormer):
-        # First, because the projection is fitted to the query outputs after this change.
         shrink_self_attention(model.connector)
     queries, captions = [], []
     for patches, texts in pairs:
-        queries.append(mean_query_output(model.connector, patches))
+        queries.append(model.connector.visual_tokens(patches).float().mean(1))
         captions += texts
-    return align_projection(model, torch.cat(queries), captions)
+    return fit_linear(model.projection, torch.cat(queries), content_embeddings(model, captions), penalty=10.0)
 
 
 def shrink_self_attention(qformer: QFormer) -> None:
@@ -223,17 +210,6 @@ def shrink_self_attention(qformer: QFormer) -> None:
         assert isinstance(layer, Layer)
         layer.attention.out.weight.data.mul_(SELF_ATTENTION_SHARE)
         layer.attention.out.bias.data.mul_(SELF_ATTENTION_SHARE)
-
-
-def align_projection(model: Stage2, queries: Tensor, captions: Sequence[str], penalty: float = 10.0) -> float:
-    """Sets the projection's weight and bias by ridge regression; returns R2 on the given pictures.
-
-    Args:
-        queries: `[N, D]`, each picture's query outputs averaged over the queries.
-        captions: N captions.
-        penalty: ridge penalty on centred data.
-    """
-    return fit_linear(model.projection, queries, content_embeddings(model, captions), penalty)
 
 
 def content_embeddings(model: Stage2, captions: Sequence[str]) -> Tensor:

@@ -19,7 +19,7 @@ from openblip2.data.records import QUESTION_KINDS
 from openblip2.evaluate.health import ITM_CHANCE, Finding, findings
 from openblip2.evaluate.validation import normalise
 from openblip2.runs import read_config, read_json, write_text
-from openblip2.train.log import read_log
+from openblip2.train.bookkeeping import read_log
 
 WAYS = ("tr@1", "ir@1")  # finding a caption by its picture, and a picture by its caption
 
