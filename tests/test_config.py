@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from openblip2.config import RunSettings, change, from_dict
+from openblip2.config import RENAMED, RunSettings, change, from_dict
 from openblip2.errors import UserError
 from openblip2.presets import PRESETS, preset
 
@@ -18,6 +18,40 @@ def refusal(changes: dict[str, Any]) -> str:
         change(RunSettings(), changes)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_old_names_of_settings_are_read_in_a_run_and_refused_in_a_command() -> None:
+    values = dataclasses.asdict(RunSettings())
+    del values["stage1"]["detach_gathered"], values["stage1"]["itm_start_step"]
+    values["stage1"] |= {"one_sided": True, "matching_from": 7}
+    found = from_dict(values)
+    assert (found.stage1.detach_gathered, found.stage1.itm_start_step) == (True, 7)
+    assert values["stage1"]["matching_from"] == 7  # the input is not changed
+    assert (
+        refusal({"stage1.matching_from": 7}) == "setting 'stage1.matching_from' is now called 'stage1.itm_start_step'"
+    )
+    assert refusal({"stage1.one_sided": True}) == "setting 'stage1.one_sided' is now called 'stage1.detach_gathered'"
+
+
+def test_every_old_name_means_a_setting_of_today() -> None:
+    for old, new in RENAMED.items():
+        values = dataclasses.asdict(RunSettings())
+        section, name = old.split(".")
+        values[section][name] = values[section].pop(new.split(".")[1])
+        assert from_dict(values) == RunSettings()
+        assert refusal({old: "x"}) == f"setting {old!r} is now called {new!r}"
+
+
+def test_a_setting_that_is_gone_is_ignored_in_a_run_and_refused_in_a_command() -> None:
+    values = dataclasses.asdict(RunSettings())
+    values["qformer"] |= {"cross_attention_std": 0.08, "self_attention_scale": 1.0, "queries": 16}
+    assert from_dict(values) == change(RunSettings(), {"qformer.queries": 16})
+    values["qformer"]["self_attention_scale"] = 0.1
+    with pytest.raises(
+        UserError, match=r"qformer\.self_attention_scale=0\.1 was removed: load this model with an earlier"
+    ):
+        from_dict(values)
+    assert "was removed" in refusal({"qformer.cross_attention_std": 0.08})
 
 
 @pytest.mark.parametrize(

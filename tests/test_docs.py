@@ -17,7 +17,7 @@ import openblip2
 from openblip2 import cli
 from openblip2.apps.scenes.draw import colours_of
 from openblip2.apps.scenes.vocabulary import WORLDS
-from openblip2.config import RunSettings, _names
+from openblip2.config import REMOVED, RunSettings, _names
 from openblip2.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -116,9 +116,7 @@ def test_commands_of_the_documents_exist_with_their_options() -> None:
 
 
 def test_settings_named_in_the_documents_exist() -> None:
-    # docs/decisions.md also names settings that were removed.
-    removed = {"qformer.cross_attention_std", "qformer.self_attention_scale", "stage1.contrast"}
-    known = {*_names(RunSettings), *removed}
+    known = {*_names(RunSettings), *REMOVED}  # docs/decisions.md also names removed settings
     one_of = "|".join({name.split(".")[0] for name in known if "." in name})
     for document in DOCUMENTS:
         for name in re.findall(rf"(?<!openblip2\.)\b((?:{one_of})\.[a-z_]+)\b(?!\()", document.read_text("utf-8")):

@@ -201,6 +201,10 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path: Path) 
 def test_checkpoints_of_another_version_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         go(tmp_path, at(3, gone))
+    (tmp_path / "resume" / "progress.json").write_text('{"step": 2}')
+    with pytest.raises(UserError, match="of an older openblip2"):
+        go(tmp_path)
+    (tmp_path / "resume" / "progress.json").unlink()
     manifest = tmp_path / "resume" / "step-00000002" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 9'))
     with pytest.raises(UserError, match=r"format 9, but this openblip2 reads 2"):

@@ -5,11 +5,12 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tiny_runs
@@ -23,9 +24,11 @@ from openblip2.inference.captioner import Captioner
 from openblip2.model.language import DecoderLM
 from openblip2.presets import preset
 from openblip2.progress import Progress
+from openblip2.runs import RENAMED
 from openblip2.train.loop import fit
 from openblip2.train.parameters import fill_trained, learning_rate, parameter_groups, save_trained, trained_parameters
 from openblip2.train.recipes import train_stage
+from openblip2.train.resume import _digest
 
 
 class Line(nn.Module):
@@ -382,3 +385,38 @@ def test_pictures_to_validate_on_can_be_given(home: Path, tmp_path: Path) -> Non
     assert len(shown) == 18 == len((tmp_path / "drawn" / "trained_on.txt").read_text().splitlines())
     with pytest.raises(UserError, match="too few"):
         train_stage(recipe(home, "stage1"), records, tmp_path / "one", quiet(), held_out=records[:1])
+
+
+def with_old_names(run: Path) -> None:
+    """Rewrites a run and its checkpoints with the names that parts and settings had before they got standard terms."""
+    old = {new: old for old, new in RENAMED.items()}
+    for path in [run / "model.safetensors", *run.glob("resume/*/*.safetensors")]:
+        stored = load_file(path)
+        part_of = {name: next((part for part in old if name.startswith(part)), "") for name in stored}
+        assert set(part_of.values()) == {"", *old}
+        save_file({old.get(part, "") + name.removeprefix(part): stored[name] for name, part in part_of.items()}, path)
+    for path in run.glob("resume/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["files"] = {name: _digest(path.parent / name) for name in manifest["files"]}
+        path.write_text(json.dumps(manifest))
+    config = json.loads((run / "config.json").read_text())
+    stage1 = config["settings"]["stage1"]
+    stage1["one_sided"], stage1["matching_from"] = stage1.pop("detach_gathered"), stage1.pop("itm_start_step")
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def test_a_run_with_old_names_is_loaded_started_from_and_resumed(home: Path, tmp_path: Path) -> None:
+    records, _ = read_records(home / "data")
+    settings = recipe(home, "stage1", stage1__itm_start_step=1, vision__whiten="false")
+    train_stage(settings, records, tmp_path / "run", quiet())
+    copytree(tmp_path / "run", tmp_path / "old")
+    with_old_names(tmp_path / "old")
+    mine, theirs = (load(str(tmp_path / name)) for name in ("run", "old"))
+    assert theirs.settings == mine.settings
+    found = theirs.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in mine.model.state_dict().items())
+    second = recipe(home, "stage2", start=str(tmp_path / "old"), vision__whiten="false")
+    train_stage(second, records, tmp_path / "two", quiet())
+    (tmp_path / "old" / "model.safetensors").unlink()  # as if the run had stopped after its checkpoint at step 2 of 3
+    train_stage(settings, records, tmp_path / "old", quiet(), resume=True)
+    assert (tmp_path / "old/model.safetensors").read_bytes() == (tmp_path / "run/model.safetensors").read_bytes()

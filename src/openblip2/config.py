@@ -16,6 +16,24 @@ from pydantic.dataclasses import dataclass
 
 from openblip2.errors import UserError
 
+# Settings with another name in the config.json of earlier versions: old name -> current name.
+RENAMED = {
+    "stage1.one_sided": "stage1.detach_gathered",
+    "stage1.matching_from": "stage1.itm_start_step",
+    "qformer.reads_question": "qformer.question_in_qformer",
+    "qformer.lora": "qformer.lora_rank",
+    "language.lora": "language.lora_rank",
+    "language.weights": "language.dtype",
+    "vision.weights": "vision.dtype",
+}
+# Removed settings, each with the value that has no effect. None: any value is accepted, because the setting only
+# affected the initial weights, which are not drawn again when a run is loaded.
+REMOVED = {
+    "qformer.cross_attention_std": None,
+    "qformer.self_attention_scale": 1.0,
+    "stage1.contrast": "softmax",
+}
+
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]
@@ -218,6 +236,10 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
     values = asdict(config)
     known = sorted(_names(RunSettings))
     for name, value in changes.items():
+        if name in RENAMED:
+            raise UserError(f"setting {name!r} is now called {RENAMED[name]!r}")
+        if name in REMOVED:
+            raise UserError(f"setting {name!r} was removed: see docs/decisions.md")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(known)}"
@@ -233,9 +255,24 @@ def change(config: RunSettings, changes: Mapping[str, Any]) -> RunSettings:
 def from_dict(values: Mapping[str, Any]) -> RunSettings:
     """Settings from plain values, as in the result of `dataclasses.asdict` or in a run's `config.json`.
 
+    Names from earlier versions are accepted, too (`RENAMED`, `REMOVED`).
+
     Raises:
         UserError: a value is missing, unknown or invalid; the message names it.
     """
+    for old in (*RENAMED, *REMOVED):
+        section, name = old.split(".")
+        part = values.get(section) if isinstance(values, Mapping) else None
+        if not isinstance(part, Mapping) or name not in part:
+            continue
+        kept = {other: value for other, value in part.items() if other != name}
+        if old in RENAMED:
+            kept = {RENAMED[old].split(".")[1]: part[name], **kept}
+        elif REMOVED[old] not in (None, part[name]):
+            raise UserError(
+                f"setting {old}={part[name]!r} was removed: load this model with an earlier version of openblip2"
+            )
+        values = {**values, section: kept}
     # Strict: "yes" and 1 are not booleans, and true is not a number. In strict mode, only JSON lists become tuples.
     text = json.dumps(values, ensure_ascii=False, default=str).encode(errors="replace")
     try:

@@ -33,6 +33,15 @@ from openblip2.config import RunSettings, from_dict
 from openblip2.distributed.collectives import is_first
 from openblip2.errors import UserError, refuse_lfs_pointer
 
+# Parts with another name in the weights of earlier versions: old name -> current name.
+RENAMED = {
+    "qformer.words.": "qformer.word_embeddings.",
+    "image_head.": "vision_proj.",
+    "text_head.": "text_proj.",
+    "match_head.": "itm_head.",
+    "word_head.": "lm_head.",
+}
+
 
 @contextmanager
 def atomic_write(path: Path, concurrent: bool = False) -> Iterator[Path]:
@@ -210,14 +219,21 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by name. A `UserError` says if it is missing or not complete."""
+    """All tensors of a safetensors file, those in `RENAMED` by their current names.
+
+    Raises:
+        UserError: it is missing or not complete.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file; a run contains model.safetensors (has its training finished?)")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         refuse_lfs_pointer(path)
         raise UserError(f"{path}: not a complete safetensors file ({error}); it may be truncated") from error
+    for old, new in RENAMED.items():
+        tensors = {new + name[len(old) :] if name.startswith(old) else name: part for name, part in tensors.items()}
+    return tensors
 
 
 def write_config(run: Path, settings: RunSettings, sizes: Mapping[str, int]) -> None:

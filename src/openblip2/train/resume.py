@@ -61,7 +61,7 @@ _FILES = {"model.safetensors", "optimizer.safetensors", "progress.json"}
 class Done:
     """The progress of a run: steps, batches drawn (the sampler's only state), and bad steps.
 
-    `data` is a digest of the training data (`train/bookkeeping.py`).
+    `data` is a digest of the training data (`train/bookkeeping.py`); "" in checkpoints of older versions.
     """
 
     step: int = 0
@@ -178,8 +178,8 @@ def require_new(run: Path, overwrite: bool) -> None:
 def require_same(settings: RunSettings, run: Path, last: Path | None, data: str) -> None:
     """Checks that a run may continue from its checkpoint `last`: same data digest, same settings that affect steps."""
     # Batches are drawn by position, so one picture more or less would change all later steps.
-    then = read_json(last / "progress.json")["data"] if last else data
-    if then != data:
+    then = read_json(last / "progress.json").get("data", "") if last else ""
+    if then not in ("", data):
         raise UserError(
             f"--resume: the data have changed since {run} was started ({then} then; {data} now): give the same "
             "pictures and captions, or a new --out"
@@ -200,6 +200,11 @@ def require_same(settings: RunSettings, run: Path, last: Path | None, data: str)
 
 def _find(folder: Path, say: Callable[[str], object]) -> int:
     """The step of the last intact checkpoint; -1 if there is none."""
+    if (folder / "progress.json").exists():
+        raise UserError(
+            f"{folder} contains a checkpoint of an older openblip2 (no manifest): finish the run with that version, or "
+            "start again with --overwrite"
+        )
     # Remove what a killed process was still writing or removing.
     for left in [*folder.parent.glob("resume.old"), *folder.glob("*step-*.new"), *folder.glob("step-*.old")]:
         shutil.rmtree(left)
