@@ -54,8 +54,8 @@ from openblip2.model.build import build_vision
 from openblip2.model.likelihood import likelihoods
 from openblip2.progress import Progress
 from openblip2.runs import cached_json
-from openblip2.train.encode import make_cache, whitened
 from openblip2.train.bookkeeping import read_log
+from openblip2.train.encode import make_cache, whitened
 from openblip2.train.recipes import train_stage
 from openblip2.train.start import say_without_effect
 
