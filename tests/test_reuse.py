@@ -216,7 +216,7 @@ def test_a_picture_is_read_once_for_all_its_prompts(kind: str) -> None:
     assert read == [2, 2 * (Q + 1), 5 * 6]
     with reading(lm) as read:
         lm.generate(soft, PROMPTS, Decoding(max_new_tokens=1, beams=3), [0, 1, 0, 0, 1])
-    assert read == [2, 2 * (Q + 1), 5 * 5, 5 * 3]
+    assert read == [2 * (Q + 1), 5 * 5, 5 * 3]  # the text before all pictures is kept from the call before
 
 
 def test_a_recurrent_model_reads_every_prompt_whole() -> None:

@@ -41,7 +41,9 @@ from openblip2.model.decoding import Decoding
 from openblip2.runs import write_text
 
 GROUP = 32  # number of images that are captioned together
-AT_ONCE = 320  # captions that are sampled at once: ten for each of 32 images
+# Captions that are sampled at once, by type of device. On a CPU, fewer are faster, because a batch runs until its
+# longest text ends: 0.20 s a caption instead of 0.37 (SmolLM2-135M, one core).
+AT_ONCE = {"cuda": 320, "cpu": 64}
 # The counts of a shard. The new shard contains "pictures", but not "broken" and "without captions".
 COUNTS: tuple[str, ...] = ("samples", "pictures", "broken", "without captions", "captions", "captions by the captioner")
 
@@ -208,7 +210,9 @@ class Maker:
         decoding = Decoding(beams=1, sample=True, top_p=self.how.top_p)
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             torch.manual_seed(seed)
-            texts = self.captioner.generate(pictures, prompts, decoding, at_once=AT_ONCE)
+            at_once = AT_ONCE.get(self.captioner.model.projection.weight.device.type, 64)
+            # Also in low precision, where a text depends on its batch: the group of a text is always the same.
+            texts = self.captioner.generate(pictures, prompts, decoding, at_once=at_once)
         return [texts[start : start + count] for start in range(0, len(texts), count)]
 
     def _best(

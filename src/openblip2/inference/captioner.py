@@ -14,7 +14,6 @@ from openblip2.data.images import Picture
 from openblip2.data.text import question_tokens
 from openblip2.errors import UserError
 from openblip2.inference.inputs import (
-    GROUP,
     clean_questions,
     each_readable,
     require_pairs,
@@ -259,13 +258,13 @@ class Captioner(Pretrained):
         prompts: Sequence[str],
         decoding: Decoding,
         questions: Sequence[str] | None = None,
-        at_once: int = GROUP,
+        at_once: int | None = None,
     ) -> list[str]:
         """Generates text for picture n after prompt n; see `writing.write_texts`.
 
         Args:
             questions: one for each picture, if the Q-Former reads questions; for InstructBLIP, None = the prompts.
-            at_once: number of texts that are generated together, unless `inputs.group_of` is 1.
+            at_once: number of texts that are generated together; None = `inputs.group_of`.
 
         Raises:
             UserError: as for `write_texts`; or questions are missing, or are given to a Q-Former that reads none.

@@ -12,7 +12,7 @@ from torch import Tensor
 from openblip2.data.images import Picture
 from openblip2.data.text import BertTokens, question_tokens
 from openblip2.hardware import computing
-from openblip2.inference.inputs import GROUP, features_of, group_of
+from openblip2.inference.inputs import features_of, group_of
 from openblip2.model.language import Decoding
 from openblip2.model.likelihood import text_logprobs
 from openblip2.model.stage2 import Stage2
@@ -34,7 +34,7 @@ def write_texts(
     decodings: Sequence[Decoding],
     tokens: BertTokens | None = None,
     questions: Sequence[str] | None = None,
-    at_once: int = GROUP,
+    at_once: int | None = None,
     score: bool = False,
 ) -> list[list[Written]]:
     """Generates a text for each picture and prompt with each decoding. Prompts of similar length share a batch.
@@ -45,7 +45,7 @@ def write_texts(
         tokens: the connector's tokenizer, if the connector reads questions or prompts.
         questions: one for each picture, if the connector reads questions. A repeated picture then passes through the
             encoder once per batch, and through the connector once per question.
-        at_once: number of texts that are generated together, unless `inputs.group_of` is 1.
+        at_once: number of texts that are generated together; None = `inputs.group_of`.
         score: also compute the log-probabilities; all prompts must then be equal.
 
     Raises:
@@ -66,15 +66,16 @@ def write_texts(
     )
     found, soft = [list[Written]() for _ in names], dict[str | int, Tensor]()
     with torch.inference_mode(), computing(model, precision):
-        at_once = at_once if group_of(model) > 1 else 1
+        at_once = group_of(model) if at_once is None else at_once
         for start in range(0, len(order), at_once):
             rows = order[start : start + at_once]
             here = {names[n]: n for n in rows}
             about = [list(here).index(names[n]) for n in rows]
             if questions is None:
                 unseen = [n for name, n in here.items() if name not in soft]
-                for features in features_of(model, [images[n] for n in unseen]):
-                    soft |= zip((names[n] for n in unseen), model.soft_prompt(features=features), strict=True)
+                parts = features_of(model, [images[n] for n in unseen])
+                prompted = (one for part in parts for one in model.soft_prompt(features=part))
+                soft |= zip((names[n] for n in unseen), prompted, strict=True)
                 given = torch.stack([soft[name] for name in here])
             else:
                 features = torch.cat(list(features_of(model, [images[n] for n in here.values()])))

@@ -180,8 +180,8 @@ class DecoderLM(FrozenLM):
     ) -> list[str]:
         """Generates a text for each of B prompts; the batch does not affect it: prompts are left-padded or run singly.
 
-        Each beginning is read only once: the text before all pictures, a picture for all prompts about it, and all but
-        the last token of a prompt for all beams.
+        Each beginning is read only once: the text before all pictures, which is kept for the next call, a picture for
+        all prompts about it, and all but the last token of a prompt for all beams.
 
         Args:
             soft: `[N, Q, L]` of N pictures.
@@ -198,7 +198,9 @@ class DecoderLM(FrozenLM):
         if self.reuse.cache and decoding.beams > 1:
             stages.append((embeds.shape[1] - 1, list(range(len(rows)))))  # `generate` computes the last token itself
         with self.own_precision():
-            cache = prompt_cache.read(self.llm, embeds, mask, stages, self.end[-1])
+            # A sharded model must run equally often in all processes, so it reads the text again.
+            cache = self._text_cache(rows[0][:text]) if text and not self.sharded else None
+            cache = prompt_cache.read(self.llm, embeds, mask, stages, self.end[-1], cache)
             # `generate` takes the whole rows and skips the tokens that are in the cache.
             if self.reuse.cache:
                 room = embeds.shape[1] + decoding.max_new_tokens
@@ -217,9 +219,13 @@ class DecoderLM(FrozenLM):
         shared = min(len(common_start(rows)), most)
         return text, shared if len(set(pictures)) < len(rows) and SOFT in rows[0][:shared] else text
 
+    def _text_cache(self, text: list[int]) -> Any:
+        """Keys and values of a text, in one row; read again each time if adapters are trained."""
+        return prompt_cache.read_text(self.llm, text) if self.adapted else self.last_read(self.llm, text)
+
     def _read(self, text: list[int], count: int) -> dict[str, Any]:
-        """Keys and values of a text that `count` rows begin with; read again in every step if adapters are trained."""
-        cache = prompt_cache.read_text(self.llm, text) if self.adapted else self.last_read(self.llm, text)
+        """Keys and values of a text that `count` rows begin with."""
+        cache = self._text_cache(text)
         cache.batch_repeat_interleave(count)  # it was read as one row
         return {str(cache_name(self.llm)): cache, "use_cache": True}
 

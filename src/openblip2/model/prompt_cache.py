@@ -63,17 +63,20 @@ def can_pad(llm: "PreTrainedModel") -> bool:
     return not is_stateful(llm) and "position_ids" in signature(llm.forward).parameters
 
 
-def read(llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[int]]], pad: int) -> DynamicCache | None:
-    """Reads the beginnings of B prompts in stages; returns their keys and values, or None if no stage reads anything.
+def read(
+    llm: Any, embeds: Tensor, mask: Tensor, stages: list[tuple[int, list[int]]], pad: int, cache: DynamicCache | None
+) -> DynamicCache | None:
+    """Reads the beginnings of B prompts in stages; returns their keys and values, or None if nothing was read.
 
     Args:
         embeds: `[B, T, L]`.
         mask: `[B, T]`.
         stages: pairs of an end position and, for each row, the index of the row that is read in its place.
         pad: padding token id, for rows that have ended.
+        cache: the text that all prompts begin with, in one row (`read_text`); None = it was not read before.
     """
-    cache, done = None, 0
-    held = list(range(len(embeds)))  # the cache row of each prompt
+    done = 0 if cache is None else cache.get_seq_length()
+    held = list(range(len(embeds))) if cache is None else [0] * len(embeds)  # the cache row of each prompt
     for end, standing in stages:
         if end <= done:
             continue
@@ -102,7 +105,7 @@ def read_text(llm: Any, text: list[int]) -> DynamicCache:
 
 
 class LastRead:
-    """Caches the keys and values of the text that a frozen model read last, because each step begins with it."""
+    """Caches the keys and values of the text that a frozen model read last, because the next batch begins with it."""
 
     def __init__(self) -> None:
         self.key: tuple[object, ...] = ()
@@ -110,8 +113,11 @@ class LastRead:
 
     def __call__(self, llm: Any, text: list[int]) -> DynamicCache:
         """Same as `read_text`; returns a copy that the caller may change."""
-        # The versions count how often weights were written to, for example by `load_state_dict`.
-        key = (*text, llm.device, llm.dtype, sum(weight._version for weight in llm.parameters()))
+        # The versions count how often weights were written to, for example by `load_state_dict`. With autocast, norms
+        # are computed in fp32.
+        written = sum(weight._version for weight in llm.parameters())
+        autocast = torch.is_autocast_enabled(llm.device.type)
+        key = (*text, llm.device, llm.dtype, written, autocast)
         if self.cache is None or self.key != key:
             # Validation runs in inference mode, and tensors created in it cannot be used in training.
             with torch.inference_mode(False), torch.no_grad():
