@@ -64,7 +64,7 @@ def test_the_small_world_has_the_demos_settings_and_steps() -> None:
 
 
 def test_a_shorter_run_keeps_the_shares_of_its_parts(plan: Plan, tmp_path: Path) -> None:
-    small = replace(small_world(steps={"stage1": 90, "stage2": 150}), scenes=20)
+    small = replace(small_world(steps={"stage1": 80, "stage2": 150}), scenes=20)
     study, small = study_of("stage1", small)
     work = frame.Work(study, small, frame.Runs(tmp_path, QUIET), [], [])
     first, second = (frame._settings(work, study.ways[1], stage) for stage in ("stage1", "stage2"))
