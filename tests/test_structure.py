@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Goal: 18,000. Raised from 26,705 for users' requests (tables of other tools, folders of pictures, sampled captions,
 # likelihoods, errors instead of lost or ignored input), InstructBLIP and its training, the connector interface with
 # four connectors, batches of similar captions, attention on CPUs, and the share of right captions in studies.
-LINES = 25_699
+LINES = 25_700
 MODULES = 142  # goal: 150
 TRAIN_FILES = 10  # goal: 12
 LONGEST = 300  # lines of one module
