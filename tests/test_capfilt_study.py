@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import tiny_runs
-from openblip2.apps.studies import ablate, design, frame
+from openblip2.apps.studies import ablate, design, trials
 from openblip2.apps.studies.study import Plan
 from openblip2.capfilt.shard import How
 from openblip2.config import change
@@ -45,13 +45,13 @@ def test_each_way_is_trained_on_its_captions(plan: Plan, tmp_path: Path, monkeyp
         design.FILTERS, "itm", How(captions=1, filter="itm", threshold=0.0)
     )  # untrained ITM may drop all
     given: dict[str, list[Record]] = {}
-    real = frame.train_stage
+    real = trials.train_stage
 
     def train(settings: Any, records: Any, run: Path, *more: Any, **options: Any) -> None:
         given[f"{run.parent.name}/{run.name}"] = list(records)
         real(settings, records, run, *more, **options)
 
-    monkeypatch.setattr(frame, "train_stage", train)
+    monkeypatch.setattr(trials, "train_stage", train)
     result = ablate("capfilt", tmp_path, plan, QUIET)
     runs = ("the-web-s-captions", "capfilt", "capfilt-blip-s-form", "the-right-captions")
     assert given.keys() == {f"seed-0/{name}" for name in ("stage1-captioner", "stage2-captioner")} | {

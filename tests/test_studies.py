@@ -15,12 +15,32 @@ from openblip2 import cli
 from openblip2.apps.demo.plan import plan_for
 from openblip2.apps.scenes.grammar import judge
 from openblip2.apps.scenes.vocabulary import WORLDS
-from openblip2.apps.studies import ablate, ablation_in_words, can_plot, figure, frame, judge_claim, plot, sentence
+from openblip2.apps.studies import ablate, ablation_in_words, can_plot, figure, judge_claim, plot, sentence, trials
 from openblip2.apps.studies.design import STUDIES, study_of
-from openblip2.apps.studies.study import GAP, LOSS, OTHER, RIGHT, Claim, Plan, Study, Trial, Way, small_world
+from openblip2.apps.studies.scores import stored_features, training_flops
+from openblip2.apps.studies.study import (
+    ASKED,
+    FLOPS,
+    GAP,
+    LOSS,
+    OTHER,
+    RANK,
+    RIGHT,
+    TOKENS,
+    TRAINING,
+    WRITING,
+    Claim,
+    Plan,
+    Study,
+    Trial,
+    Way,
+    small_world,
+)
 from openblip2.config import change, from_dict
 from openblip2.errors import UserError
+from openblip2.inference.load import load
 from openblip2.model.encoders.efficientnet import EfficientNetLite, EfficientNetLiteConfig
+from openblip2.plan import make_plan
 from openblip2.presets import preset
 from openblip2.progress import Progress
 from openblip2.runs import read_config
@@ -66,17 +86,26 @@ def test_the_small_world_has_the_demos_settings_and_steps() -> None:
 def test_a_shorter_run_keeps_the_shares_of_its_parts(plan: Plan, tmp_path: Path) -> None:
     small = replace(small_world(steps={"stage1": 80, "stage2": 150}), scenes=20)
     study, small = study_of("stage1", small)
-    work = frame.Work(study, small, frame.Runs(tmp_path, QUIET), [], [])
-    first, second = (frame._settings(work, study.ways[1], stage) for stage in ("stage1", "stage2"))
+    work = trials.Work(study, small, trials.Runs(tmp_path, QUIET), [], [])
+    first, second = (trials._settings(work, study.ways[1], stage) for stage in ("stage1", "stage2"))
     demo = plan_for("small", budget=0.1)
     assert first.stage1.itm_start_step == demo.stage1.stage1.itm_start_step > 0
     assert first.stage1.similar_start_step == demo.stage1.stage1.similar_start_step
     assert second.stage2.lm_start_step == demo.stage2.stage2.lm_start_step > 0
 
 
+def test_settings_of_stage_2_are_not_given_to_stage_1(plan: Plan, tmp_path: Path) -> None:
+    changed = replace(plan, scenes=20, changes={"stage2.lm_start_step": 1, "optim.lr": 2e-3})
+    study, changed = study_of("stage1", changed)
+    work = trials.Work(study, changed, trials.Runs(tmp_path, QUIET), [], [])
+    first, second = (trials._settings(work, study.ways[1], stage) for stage in ("stage1", "stage2"))
+    assert (first.stage2.lm_start_step, second.stage2.lm_start_step) == (0, 1)
+    assert first.optim.lr == second.optim.lr == 2e-3
+
+
 def test_a_study_in_the_small_world_draws_its_nouns(plan: Plan, tmp_path: Path) -> None:
     study, plan = study_of("itg", replace(plan, world="small"))
-    work = frame.prepare_work(study, plan, tmp_path, QUIET)
+    work = trials.prepare_work(study, plan, tmp_path, QUIET)
     nouns = {thing["noun"] for record in work.train for thing in (record.facts or {})["objects"]}
     assert nouns <= set(WORLDS["small"])
 
@@ -90,8 +119,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(f"{run.parent.name}/{run.name}")
         real(settings, records, run, *more, **options)
 
-    real = frame.train_stage
-    monkeypatch.setattr(frame, "train_stage", train)
+    real = trials.train_stage
+    monkeypatch.setattr(trials, "train_stage", train)
     return found
 
 
@@ -123,7 +152,9 @@ def test_stage1_is_left_out_or_started_as_the_paper_does(plan: Plan, tmp_path: P
     assert json.loads((tmp_path / "ablation.json").read_text()) == json.loads(json.dumps(result))
     way = result["ways"]["with stage 1"]
     assert {LOSS, OTHER, GAP, RIGHT, "recall@1, both ways, re-ranked by ITM"} <= set(way["figures"])
-    assert set(result["ways"]["without stage 1"]["figures"]) == {LOSS, OTHER, GAP, RIGHT}, "it has no stage 1"
+    assert set(result["ways"]["without stage 1"]["figures"]) == {LOSS, OTHER, GAP, RIGHT, ASKED, RANK}, (
+        "it has no stage 1"
+    )
     assert [point[0] for point in way["curves"]["loss_right"][0]] == [1, 2]
     assert way["changes"] == {"stage1": {"warm_start": False}, "stage2": {"warm_start": False}}
     assert result["ways"]["without stage 1"]["changes"]["stage1"] is None
@@ -137,21 +168,16 @@ def test_stage1_is_left_out_or_started_as_the_paper_does(plan: Plan, tmp_path: P
 
 def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -> None:
     """Computes the training loss one picture at a time; the "other picture" is the previous one."""
-    from openblip2.data.features import FeatureCache, find_records
-    from openblip2.inference.captioner import CAPTION, Captioner, greedy
-    from openblip2.inference.load import load
-    from openblip2.train.encode import whitened
+    from openblip2.inference.captioner import ANSWER, CAPTION, Captioner, greedy
 
     ablate("stage1", tmp_path, plan, QUIET)
     study, plan = study_of("stage1", plan)
-    work = frame.prepare_work(study, plan, tmp_path, QUIET)
+    work = trials.prepare_work(study, plan, tmp_path, QUIET)
     run = tmp_path / "seed-0" / "stage2-with-stage-1-closed-form-starts-of-both"
     captioner = load(run)
     assert isinstance(captioner, Captioner)
-    assert captioner.model.vision is not None
     values = json.loads((run / "scores.json").read_text())["values"]
-    cache = FeatureCache(work.features(captioner.settings))
-    features = find_records(work.test, cache, whitened(captioner.model.vision))[0].load()
+    features = stored_features(captioner, work.test, work.features(captioner.settings))
     for n, record in enumerate(work.test):
         for name, seen in ((LOSS, n), (OTHER, n - 1)):
             with torch.no_grad():
@@ -163,6 +189,29 @@ def test_the_caption_losses_are_those_of_the_model(plan: Plan, tmp_path: Path) -
     written = captioner.caption([record.image for record in work.test], decoding=greedy(CAPTION))
     judged = [judge(str(text), record.facts or {}) for text, record in zip(written, work.test, strict=True)]
     assert values[RIGHT] == [float(one.objects and one.attributes) for one in judged]
+    assert sum(values[RANK]) / 8 == pytest.approx(captioner.effective_rank([r.image for r in work.test]), rel=1e-3)
+    answers = captioner.answer([r.image for r in work.test], [r.questions[0].text for r in work.test], greedy(ANSWER))
+    expected = [str(answer) == record.questions[0].answer for answer, record in zip(answers, work.test, strict=True)]
+    assert values[ASKED] == list(map(float, expected))
+
+
+def test_training_flops_are_those_of_each_kind_of_step(plan: Plan, tmp_path: Path) -> None:
+    ablate("itg", tmp_path, plan, QUIET)
+    study, plan = study_of("itg", plan)
+    work = trials.prepare_work(study, plan, tmp_path, QUIET)
+    run: Any = load(tmp_path / "seed-0" / "stage1-itc-itm-itg")
+    stored = stored_features(run, work.test, work.features(run.settings))
+
+    def flops(steps: int, itm_start: int) -> float:
+        run.settings = change(run.settings, {"train.steps": steps, "stage1.itm_start_step": itm_start})
+        return training_flops(run, stored)
+
+    without, step = flops(1, 1), flops(1, 0)
+    assert 0 < 2 * without < step, "ITM takes more than half of a step"
+    assert flops(10, 4) == 4 * without + 6 * step
+    captions = [record.captions[0] for record in stored.records[: run.settings.train.batch]]
+    planned = make_plan(run.settings, "A100-40G", 1, cached=True, text=run.tokens(captions)[0].shape[1])
+    assert step == pytest.approx(planned["step"]["flops"], rel=0.1), "another attention kernel, but the same products"
 
 
 SLUGS = {
@@ -213,7 +262,14 @@ def test_connectors_have_equal_steps_and_tokens(plan: Plan, tmp_path: Path, trai
     assert len(steps) == 1
     sizes = {name: json.loads((run / "config.json").read_text())["sizes"] for name, run in runs.items()}
     assert {sizes[name]["tokens"] for name in ("perceiver resampler", "MLP on pooled patches", "C-Abstractor")} == {9}
-    assert {claim["worse"] for claim in result["claims"]} == set(list(runs)[2:])
+    assert {claim["worse"] for claim in result["claims"]} == set(list(runs)[1:])
+    costs = {name: way["costs"] for name, way in result["ways"].items()}
+    for found in costs.values():
+        assert list(found) == [FLOPS, TRAINING, TOKENS, WRITING]
+        assert min(found.values()) > 0
+    assert {found[TOKENS] for found in costs.values()} == {9, (tiny_runs.SIDE // 4) ** 2}
+    assert costs["Q-Former after stage 1"][FLOPS] > costs["Q-Former without stage 1"][FLOPS], "stage 1 is part of it"
+    assert f"| {TOKENS} | 9 | 9 | 9 |" in (tmp_path / "ablation.md").read_text()
 
 
 def test_a_new_study_is_one_function(
@@ -278,7 +334,7 @@ def test_what_is_finished_is_not_trained_again_unless_it_is_of_something_else(
     trained.clear()
 
     # If retraining a run is interrupted, the old files in its folder must not be used as its result.
-    counting = frame.train_stage
+    counting = trials.train_stage
 
     def stop(settings: Any, records: Any, run: Path, *more: Any, **options: Any) -> None:
         if run.name == "stage2-2-queries":
@@ -286,7 +342,7 @@ def test_what_is_finished_is_not_trained_again_unless_it_is_of_something_else(
         counting(settings, records, run, *more, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(frame, "train_stage", stop)
+        patch.setattr(trials, "train_stage", stop)
         with pytest.raises(KeyboardInterrupt):
             ablate("queries", tmp_path, replace(few, overwrite=True), QUIET)
     assert trained == ["seed-0/stage1-2-queries"]
@@ -327,7 +383,7 @@ def test_settings_without_effect_are_named(plan: Plan, tmp_path: Path, monkeypat
     said: list[str] = []
     progress = Progress(quiet=True)
     monkeypatch.setattr(progress, "say", said.append)
-    monkeypatch.setattr("openblip2.apps.studies.frame._scenes", lambda *_: 1 / 0)
+    monkeypatch.setattr("openblip2.apps.studies.trials._scenes", lambda *_: 1 / 0)
     for name, changed in (("itg", "data.open_shards"), ("stage1", "data.caption_share"), ("itg", "optim.clip")):
         with pytest.raises(ZeroDivisionError):
             ablate(name, tmp_path, replace(plan, changes={changed: 1}), progress)
@@ -374,6 +430,7 @@ def result_of(figures: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
             "changes": {"stage1": None, "stage2": {"warm_start": name == "b"}},
             "figures": {LOSS: {"score": value, "low": value - 0.1, "high": value + 0.1, "n": 6, "seeds": [value]}},
             "curves": {"loss_right": [[(2, 3.0), (4, value)]], "loss_shuffled": [[(2, 3.1), (4, 3.2)]]},
+            "costs": {WRITING: value / 8},
         }
         for name, value in figures["loss"].items()
     }
@@ -399,6 +456,7 @@ def test_the_document_holds_every_figure() -> None:
     assert "b minus a: -1.00 nats per token [" in text
     assert "- b: stage 1: not trained; stage 2: `warm_start=True`" in text
     assert "took 2.0 min" in text
+    assert f"| {WRITING} | 0.25 | 0.125 |" in text
 
 
 def test_the_plot_draws_every_way(tmp_path: Path) -> None:

@@ -8,14 +8,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from openblip2.apps.studies.design import study_of
-from openblip2.apps.studies.frame import Work, prepare_work, run_trial
-from openblip2.apps.studies.study import LOWER, RIGHT, Claim, Plan, Points, Trial
+from openblip2.apps.studies.study import ASKED, LOWER, RANK, RIGHT, Claim, Plan, Points, Trial
+from openblip2.apps.studies.trials import Work, prepare_work, run_trial
 from openblip2.config import RunSettings
 from openblip2.evaluate.result import difference_interval, mean_interval
 from openblip2.hardware import keep_freed_memory
@@ -57,6 +58,9 @@ def ablation_summary(work: Work, trials: Mapping[str, Sequence[Trial]]) -> dict[
             "changes": {stage: way.stages.get(stage) for stage in stages},
             "figures": {name: figure(trials[way.name], name) for name in trials[way.name][0].values},
             "curves": _curves(trials[way.name]),
+            "costs": {
+                name: mean(trial.costs[name] for trial in trials[way.name]) for name in trials[way.name][0].costs
+            },
         }
         for way in study.ways
     }
@@ -202,8 +206,11 @@ def ablation_in_words(result: Mapping[str, Any]) -> str:
     templates.filters |= {"sentence": sentence, "thousands": "{:,}".format, "label": _label}
     templates.filters |= {"number": _number, "cell": _cell}
     templates.tests["share"] = is_share
-    figures = dict.fromkeys(name for way in result["ways"].values() for name in way["figures"])  # of all ways, in order
-    return templates.get_template("ablation.md").render(result, figures=figures)
+    # Of all ways, in order.
+    figures, costs = (
+        dict.fromkeys(name for way in result["ways"].values() for name in way[kind]) for kind in ("figures", "costs")
+    )
+    return templates.get_template("ablation.md").render(result, figures=figures, costs=costs)
 
 
 def _cell(found: Mapping[str, Any], figure: str) -> str:
@@ -213,8 +220,8 @@ def _cell(found: Mapping[str, Any], figure: str) -> str:
 
 
 def is_share(figure: str) -> bool:
-    """Whether a figure is a fraction in [0, 1], shown in per cent; all others are nats per token."""
-    return figure == RIGHT or figure.startswith("recall")
+    """Whether a figure is a fraction in [0, 1], shown in per cent."""
+    return figure in (RIGHT, ASKED) or figure.startswith("recall")
 
 
 def sentence(text: str) -> str:
@@ -223,7 +230,7 @@ def sentence(text: str) -> str:
 
 
 def _label(figure: str) -> str:
-    return f"{figure}, {'%' if is_share(figure) else 'nats per token'}"
+    return figure if figure == RANK else f"{figure}, {'%' if is_share(figure) else 'nats per token'}"
 
 
 def _number(value: float, figure: str, sign: str = "") -> str:

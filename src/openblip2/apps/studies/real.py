@@ -20,7 +20,8 @@ import numpy as np
 
 from openblip2.apps.corpora.fetch import fetch_packages
 from openblip2.apps.corpora.prepare import by_fold, prepare_images
-from openblip2.apps.studies.frame import Runs, hits
+from openblip2.apps.studies.scores import hits
+from openblip2.apps.studies.trials import Runs
 from openblip2.config import RunSettings, change
 from openblip2.data.records import Record, read_records
 from openblip2.data.text import clean_caption

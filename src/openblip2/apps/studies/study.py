@@ -19,6 +19,10 @@ LOSS = "caption loss, right picture"
 OTHER = "caption loss, another picture"
 GAP = "caption loss, another picture less right picture"
 RIGHT = "captions right in every object and attribute"
+ASKED = "questions answered right, zero-shot"
+RANK = "effective rank of the visual tokens"
+TOKENS, FLOPS = "visual tokens", "training, TFLOP"
+TRAINING, WRITING = "training, seconds", "writing a caption, CPU seconds"
 LOWER = frozenset({LOSS})  # lower is better; for all other figures higher is better
 BOTH = "recall@1, both ways, {}"  # by one of the scores below
 SCORES = {"itc": "ITC alone", "itm": "re-ranked by ITM", "itm+itc": "re-ranked by ITM + ITC"}
@@ -36,7 +40,7 @@ class Way:
         stage1: changes to the settings of stage 1, by dotted name; None = it is not trained.
         stage2: the same for stage 2.
         pictures: number of images that a stage is trained on, from the beginning; stages that are not listed use all.
-        records: returns the images for training from the `frame.Work`; None = the training images.
+        records: returns the images for training from the `trials.Work`; None = the training images.
         adapt: changes the loaded model before it is scored, for ways that use the same run differently.
     """
 
@@ -139,11 +143,13 @@ class Trial:
     Attributes:
         curves: Curves of the last stage trained, by the name of a validation value.
         settings: Settings of each stage.
+        costs: What training all stages took without the encoder, and what writing a caption takes, by name.
     """
 
     values: Values
     curves: dict[str, Points]
     settings: dict[str, RunSettings]
+    costs: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from openblip2.apps.demo.plan import with_steps
-from openblip2.apps.demo.scores import write_for_features
 from openblip2.apps.scenes.draw import Split, draw_scenes
-from openblip2.apps.scenes.grammar import judge
 from openblip2.apps.scenes.vocabulary import World
+from openblip2.apps.studies.scores import caption_values, retrieval_values, stored_features, training_flops
 from openblip2.apps.studies.study import (
-    BOTH,
-    DIRECTIONS,
-    GAP,
-    LOSS,
-    OTHER,
-    RIGHT,
-    SCORES,
+    FLOPS,
+    TOKENS,
+    TRAINING,
+    WRITING,
     Plan,
     Points,
     Run,
@@ -38,29 +32,24 @@ from openblip2.apps.studies.study import (
     slug,
 )
 from openblip2.config import RunSettings, VisionSettings, change
-from openblip2.data.features import FeatureCache, find_records
 from openblip2.data.records import Record, read_records
 from openblip2.data.rows import RECORDS
 from openblip2.data.text import clean_caption
 from openblip2.errors import UserError
-from openblip2.evaluate.result import Options
-from openblip2.evaluate.retrieval import score_retrieval
-from openblip2.evaluate.validation import GROUP
-from openblip2.hardware import compute_dtype, computing, device
-from openblip2.inference.captioner import CAPTION, Captioner, greedy
+from openblip2.hardware import compute_dtype, device
 from openblip2.inference.load import load
 from openblip2.inference.matcher import Matcher
 from openblip2.model.build import build_vision
-from openblip2.model.likelihood import likelihoods
 from openblip2.progress import Progress
 from openblip2.runs import cached_json
 from openblip2.train.bookkeeping import read_log
-from openblip2.train.encode import make_cache, whitened
+from openblip2.train.encode import make_cache
 from openblip2.train.recipes import train_stage
 from openblip2.train.start import say_without_effect
 
 DATA_SEED = 0
 VALIDATIONS = 5  # per run
+FORMAT = 2  # of scores.json: a number that changes with the list of figures
 OWN = ("train.seed", "train.steps", "data.source", "data.features", "start")  # settings that a study sets itself
 
 
@@ -155,7 +144,7 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
                 f"--set {name}: the study {study.name} sets this itself; for steps, use --stage1-steps, --stage2-steps"
             )
     # Wrong settings are reported before anything is drawn.
-    ways = [change(getattr(plan, s), {**plan.changes, **way.stages[s]}) for way in study.ways for s in way.stages]
+    ways = [change(getattr(plan, s), _changes(plan, way, s)) for way in study.ways for s in way.stages]
     say_without_effect(f"ablate {study.name}", plan.changes, ways, progress, held_out=True)
     assert plan.scenes is not None
     data = out / "data" / plan.world
@@ -170,12 +159,17 @@ def prepare_work(study: Study, plan: Plan, out: Path, progress: Progress) -> Wor
 def run_trial(work: Work, way: Way, seed: int) -> Trial:
     """Trains and scores a way, unless that has been done."""
     values: Values = {}
+    costs = {FLOPS: 0.0, TRAINING: 0.0}
     runs = train_way(work, way, seed)
     for stage, run in runs.items():
+        costs[FLOPS] += _training_flops(work, run) / 1e12
+        costs[TRAINING] += work.runs.seconds[str(run.folder / "trained.json")]
         if stage in work.study.scored:
-            values |= _scored(work, way, run)
+            found = _scored(work, way, run)
+            values |= found["values"]
+            costs |= found["costs"]
     last = next(reversed(runs.values()))
-    return Trial(values, _curves(last.folder), {stage: run.settings for stage, run in runs.items()})
+    return Trial(values, _curves(last.folder), {stage: run.settings for stage, run in runs.items()}, costs)
 
 
 def train_way(work: Work, way: Way, seed: int) -> dict[str, Run]:
@@ -214,10 +208,16 @@ def _settings(work: Work, way: Way, stage: str) -> RunSettings:
         "train.validate_every": -(-steps // VALIDATIONS) if last else 0,
         "train.checkpoint_every": 0,
     }
-    return change(with_steps(getattr(work.plan, stage), steps), {**common, **work.plan.changes, **way.stages[stage]})
+    return change(with_steps(getattr(work.plan, stage), steps), common | _changes(work.plan, way, stage))
 
 
-def _scored(work: Work, way: Way, run: Run) -> Values:
+def _changes(plan: Plan, way: Way, stage: str) -> dict[str, Any]:
+    """The changes to the settings of a stage; stage 1 refuses the settings `stage2.*`."""
+    given = {name: value for name, value in plan.changes.items() if stage == "stage2" or name[:7] != "stage2."}
+    return {**given, **way.stages[stage]}
+
+
+def _scored(work: Work, way: Way, run: Run) -> dict[str, Any]:
     """The figures of a run for every test image: from `scores.json` if it depends on the same run and images."""
     reranked = work.plan.reranked if work.study.reranks else 0
     features = work.features(run.settings)
@@ -228,58 +228,24 @@ def _scored(work: Work, way: Way, run: Run) -> Values:
         if way.adapt is not None:
             way.adapt(model)
         if isinstance(model, Matcher):
-            return {"values": retrieval_values(model, work.test, reranked, features, work.runs.progress)}
-        return {"values": caption_values(model, work.test, features, work.runs.progress)}
+            values = retrieval_values(model, work.test, reranked, features, work.runs.progress)
+            return {"values": values, "costs": {}}
+        stored = stored_features(model, work.test, features)
+        values, seconds = caption_values(model, work.test, stored, work.runs.progress)
+        return {"values": values, "costs": {TOKENS: float(model.model.tokens), WRITING: seconds}}
 
     name = "scores.json" if way.adapt is None else f"scores-{slug(way.name)}.json"
-    of = {"run": run.of, "test": digest_of(work.test), "reranked": reranked}
-    return work.runs.cached(run.folder / name, of, score)["values"]
+    of = {"run": run.of, "test": digest_of(work.test), "reranked": reranked, "figures": FORMAT}
+    return work.runs.cached(run.folder / name, of, score)
 
 
-def retrieval_values(matcher: Matcher, test: Sequence[Record], reranked: int, store: Path, says: Progress) -> Values:
-    """For each figure and test image: 1 if the image, or its caption, has its partner among the first k, else 0.
+def _training_flops(work: Work, run: Run) -> float:
+    def count() -> dict[str, Any]:
+        model = load(run.folder)
+        return {"flops": training_flops(model, stored_features(model, work.test, work.features(run.settings)))}
 
-    `reranked` is the number of candidates that ITM scores; 0 = ITC alone.
-    """
-    rows = score_retrieval(matcher, test, Options(rerank=reranked, features=store), says).samples
-    values: Values = {}
-    for score, named in SCORES.items() if reranked else [("itc", SCORES["itc"])]:
-        for k in (1, 5):
-            for way, words in DIRECTIONS.items():
-                values[f"recall@{k}, {words}, {named}"] = hits(rows, way, score, k)
-        sides = (values[f"recall@1, {words}, {named}"] for words in DIRECTIONS.values())
-        values[BOTH.format(named)] = [sum(pair) / 2 for pair in zip(*sides, strict=True)]
-    return values
-
-
-def hits(rows: Sequence[Mapping[str, Any]], way: str, score: str, k: int = 1) -> list[float]:
-    """1 for each image ("tr") or text ("ir") of retrieval samples with a partner among the first k, else 0."""
-    ranks = [row[f"{score} first right"] for row in rows if ("caption" in row) == (way == "ir")]
-    return [float(rank is not None and rank <= k) for rank in ranks]
-
-
-def caption_values(captioner: Captioner, test: Sequence[Record], features: Path, progress: Progress) -> Values:
-    """Figures of captions, by name, for each test image.
-
-    Loss of the caption in nats per token; how much another image (the previous one) adds; 1 if the written caption has
-    every object and attribute right, else 0. Unlike in `validation.grounding`, each image has the same weight.
-    """
-    model, prompt = captioner.model, captioner.settings.language.prompts[0]
-    assert model.vision is not None
-    stored, problems = find_records(test, FeatureCache(features), whitened(model.vision))
-    assert not problems, problems
-    with torch.inference_mode(), computing(model, captioner.settings.train.precision):
-        values = stored.load().values
-        soft = torch.cat([model.soft_prompt(features=part.to(device())) for part in values.split(GROUP)])
-        found: Values = {LOSS: [], OTHER: []}
-        for losses, prompts in ((found[LOSS], soft), (found[OTHER], soft.roll(1, dims=0))):
-            for rows in torch.arange(len(test)).split(GROUP):
-                captions = [test[n].captions[0] for n in rows.tolist()]
-                losses += likelihoods(model.language, prompts[rows.to(device())], prompt, captions)[0].tolist()
-    found[GAP] = [other - right for right, other in zip(found[LOSS], found[OTHER], strict=True)]
-    written = write_for_features(captioner, values, [prompt] * len(test), greedy(CAPTION), "captions", progress)
-    found[RIGHT] = [float(judge(text, one.facts or {}).attributes) for text, one in zip(written, test, strict=True)]
-    return found
+    of = {"run": run.of, "test": digest_of(work.test)}
+    return work.runs.cached(run.folder / "flops.json", of, count)["flops"]
 
 
 def _curves(run: Path) -> dict[str, Points]:
