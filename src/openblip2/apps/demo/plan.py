@@ -13,9 +13,7 @@ from openblip2.data.records import Record
 from openblip2.presets import preset
 
 # How long the demo takes, for the announcement: measured times of the small world, the default.
-DURATION = (
-    "the small world took 12 to 14 minutes on two CPU cores; slower ones may need twice as long (docs/results.md)"
-)
+DURATION = "the small world took 12 to 14 minutes on two CPU cores; others may need twice as long (docs/results.md)"
 
 # For a dozen nouns, a lower layer is better, because it separates colours better. On unseen combinations, a linear map
 # finds 99 % of nouns and 99 % of colours in layer 5; in layer 8 (laptop preset), 100 and 92 % (docs/decisions.md).
