@@ -3,7 +3,7 @@
 OUT/data/WORLD, OUT/features scenes, and their frozen features by each encoder
 OUT/seed-N/STAGE-WAY         a run; a run that several ways share has the name of the first of them
     trained.json             what the finished run depends on; if that differs, only --overwrite trains it again
-    scores.json              the figures of every test image; scores-WAY.json of a way that adapts the model
+    scores.json, flops.json  figures of the test images (scores-WAY.json if a way adapts the model); FLOPs
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -213,7 +213,7 @@ def _settings(work: Work, way: Way, stage: str) -> RunSettings:
 
 def _changes(plan: Plan, way: Way, stage: str) -> dict[str, Any]:
     """The changes to the settings of a stage; stage 1 refuses the settings `stage2.*`."""
-    given = {name: value for name, value in plan.changes.items() if stage == "stage2" or name[:7] != "stage2."}
+    given = {name: value for name, value in plan.changes.items() if stage == "stage2" or "stage2." not in name}
     return {**given, **way.stages[stage]}
 
 
